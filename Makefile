@@ -1,0 +1,78 @@
+# The whole contributor interface: setup, demo, test, check, bench. Each does the set-up it needs.
+#
+#   make test PYTEST_ARGS="-k plan -x"       options for pytest
+#   make bench BENCH_ARGS="..."              options for `sparseflash bench`; DEMO_ARGS likewise
+#   make setup PYTHON=python3.12             the interpreter of .venv
+#   make setup TORCH_ARGS="..."              pip options for the torch step alone, such as the index of CPU-only
+#                                            builds that PyTorch's own install page names (much smaller on Linux)
+
+SHELL       := /bin/sh
+PYTHON      ?=
+TORCH_ARGS  ?=
+PYTEST_ARGS ?=
+DEMO_ARGS   ?=
+BENCH_ARGS  ?=
+
+BIN   := .venv/bin
+PY    := $(BIN)/python
+PIP   := $(PY) -m pip --disable-pip-version-check --quiet
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench
+
+help:
+	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
+	@echo 'make demo    train the same small language model dense and sparse, and write a report'
+	@echo 'make test    the default tests: no GPU, no network, two cores'
+	@echo 'make check   lint, format, strict types on the core, and the slow tests'
+	@echo 'make bench   measure the kernels on this machine'
+	@echo
+	@echo 'Each target does its own set-up: a fresh clone needs only `make demo` or `make test`.'
+	@echo 'The head of the Makefile lists what can be passed, for example: make test PYTEST_ARGS="-k plan -x"'
+
+setup: $(READY)
+
+# torch goes first and alone: with it in place, nothing that follows can pull another build of it.
+# The build backend comes next, so that the editable install needs no throw-away environment.
+$(READY): pyproject.toml constraints.txt
+	@$(FIND_PYTHON); \
+	 if ! $(PY) -c '' 2>/dev/null; then \
+	   echo "setup: .venv with $$python"; \
+	   "$$python" -m venv --clear .venv || { rm -rf .venv; \
+	     echo "error: $$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	 fi
+	@echo 'setup: torch'
+	@$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
+	@echo 'setup: the library and every extra'
+	@$(PIP) install -c constraints.txt hatchling editables
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[triton,transformers,train,bench,dev]'
+	@touch $@
+	@echo 'setup: done'
+
+# Sets $$python to the first interpreter that is new enough, or says what is missing.
+define FIND_PYTHON
+python=; \
+for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
+  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "error: $(or $(PYTHON),python3) is `$(or $(PYTHON),python3) --version 2>/dev/null || echo not there`;" \
+       "sparseflash needs Python 3.11 or newer: install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
+fi
+endef
+
+demo: $(READY)
+	$(BIN)/sparseflash demo $(DEMO_ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/sparseflash bench $(BENCH_ARGS)
