@@ -18,6 +18,8 @@ PY    := $(BIN)/python
 PIP   := $(PY) -m pip --disable-pip-version-check --quiet
 READY := .venv/.ready
 
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench
 
@@ -37,7 +39,7 @@ setup: $(READY)
 # The build backend comes next, so that the editable install needs no throw-away environment.
 $(READY): pyproject.toml constraints.txt
 	@$(FIND_PYTHON); \
-	 if ! $(PY) -c '' 2>/dev/null; then \
+	 if ! $(PY) -c 'import pip; $(NEW_ENOUGH)' 2>/dev/null; then \
 	   echo "setup: .venv with $$python"; \
 	   "$$python" -m venv --clear .venv || { rm -rf .venv; \
 	     echo "error: $$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
@@ -54,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 define FIND_PYTHON
 python=; \
 for candidate in $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11); do \
-  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+  if "$$candidate" -c '$(NEW_ENOUGH)' 2>/dev/null; then python=$$candidate; break; fi; \
 done; \
 if [ -z "$$python" ]; then \
   echo "error: $(or $(PYTHON),python3) is `$(or $(PYTHON),python3) --version 2>/dev/null || echo not there`;" \

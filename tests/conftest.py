@@ -1,0 +1,78 @@
+"""Shared by all tests: seeds, threads, the data that only some machines have, and a one-line reproducer."""
+
+import os
+import random
+import zlib
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+SEED = int(os.environ.get("SPARSEFLASH_SEED", "0"))
+
+hypothesis.settings.register_profile("sparseflash", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("sparseflash")
+
+
+def pytest_configure(config):
+    """Two threads, or one for each of the workers of pytest-xdist."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items):
+    """A GPU test that was asked for on a machine without a GPU says so instead of failing."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="torch sees no CUDA or ROCm device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure prints the line that runs it again, seed included."""
+    report = yield
+    if report.failed:
+        marked = [f"-m {name} " for name in ("slow", "gpu") if item.get_closest_marker(name)][-1:]
+        again = f"SPARSEFLASH_SEED={SEED} python -m pytest {''.join(marked)}'{item.nodeid}'"
+        report.sections.append(("run this one again", again))
+    return report
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A seed of the test's own, the same in every run and order; SPARSEFLASH_SEED shifts them all."""
+    return zlib.crc32(f"{SEED}:{request.node.nodeid}".encode())
+
+
+@pytest.fixture
+def generator(seed) -> torch.Generator:
+    """A CPU generator seeded for this test alone."""
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _global_seeds(seed):
+    """Code under test that draws from the global generators draws the same in every run."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def books() -> list[Path]:
+    """Plain-text books for tests on real text; a machine without them skips, and says where they would be.
+
+    They are looked for in ``$SPARSEFLASH_DATA/books`` and in ``../shared/data/books`` beside the repository.
+    """
+    given = os.environ.get("SPARSEFLASH_DATA")
+    folder = (Path(given) if given else REPO.parent / "shared" / "data") / "books"
+    found = sorted(folder.glob("*.txt"))
+    if not found:
+        pytest.skip(
+            "no books: put plain-text files in a folder books/ and name its parent in SPARSEFLASH_DATA"
+        )
+    return found

@@ -1,0 +1,140 @@
+"""The wheel: complete, small in its needs, and working when it is installed alone."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PACKAGE = REPO / "src" / "sparseflash"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Build with the installed hatchling: no network, no isolated environment."""
+    out = tmp_path_factory.mktemp("wheel")
+    run = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """Unpack the wheel into a folder that holds nothing else."""
+    target = tmp_path_factory.mktemp("installed")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(target),
+    ]
+    subprocess.run([*pip, str(wheel)], check=True, capture_output=True, text=True)
+    return target
+
+
+def test_the_wheel_carries_every_file_of_the_package(wheel):
+    wanted = {
+        path.relative_to(PACKAGE.parent).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".json", ".csv") or path.name == "py.typed"
+    }
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert wanted <= names, sorted(wanted - names)
+    native = [name for name in names if name.startswith("sparseflash/backends/cpu/native/")]
+    assert any(name.endswith(".cpp") for name in native), (
+        "the CPU backend is compiled from sources in the wheel"
+    )
+    assert "sparseflash/py.typed" in names
+
+
+def test_the_wheel_holds_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [n for n in names if not n.startswith(("sparseflash/", "sparseflash-"))] == []
+    assert [n for n in names if re.search(r"\.(pyc|so|o|dylib|log)$|__pycache__", n)] == []
+
+
+def test_the_core_needs_torch_alone(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    needs = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist")
+    assert [n for n in needs if "extra ==" not in n] == ["torch>=2.11"]
+
+
+def test_every_direct_dependency_is_pinned():
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    needed = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    pins = dict(
+        re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;]+)", (REPO / "constraints.txt").read_text(), re.MULTILINE)
+    )
+    names = {re.match(r"[A-Za-z0-9_.-]+", need)[0] for need in needed}
+    assert names <= set(pins), sorted(names - set(pins))
+    assert pins["torch"] == "2.13.0"
+    assert re.search(
+        r'^triton==3\.7\.1; sys_platform == "linux"$', (REPO / "constraints.txt").read_text(), re.M
+    )
+
+
+ALONE = """
+import sys
+import torch
+import sparseflash as sf
+
+assert sf.__file__.startswith(sys.argv[1]), sf.__file__
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, 2, 129, 32, requires_grad=True) for _ in range(3))
+sparse = sf.attention(q, k, v, causal=True)
+dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+torch.testing.assert_close(sparse, dense)
+for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (sparse, dense))):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+plan = sf.Plan.from_buckets(torch.arange(129) % 4, torch.arange(129) % 4)
+mask = plan.to_dense().expand(1, 2, 129, 129)
+torch.testing.assert_close(
+    sf.attention(q, k, v, plan), torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+)
+print("works alone")
+"""
+
+
+def test_the_installed_wheel_works_alone(installed, tmp_path):
+    """From a folder with nothing but the wheel, an empty compile cache, and outside the repository."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith("SPARSEFLASH_")}
+    env |= {"PYTHONPATH": str(installed), "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(installed)], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith("works alone")
+
+
+def test_the_command_says_in_one_line_what_it_misses(installed, tmp_path):
+    """Without typer and rich the command line names the extra to install, and prints no traceback."""
+    block = (
+        "import sys\n"
+        "for name in ('typer', 'rich', 'click'):\n"
+        "    sys.modules[name] = None\n"
+        "from sparseflash.cli import main\n"
+        "main()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    run = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert "sparseflash[train]" in run.stderr

@@ -1,0 +1,52 @@
+"""What the README and the documentation pages show runs, as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples():
+    """Every ```python block of every page, as a pytest parameter named by page and line."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in BLOCK.finditer(text):
+            line = text.count("\n", 0, block.start()) + 2
+            name = f"{page.relative_to(REPO)}:{line}"
+            # Padding with empty lines makes a traceback name the line of the page.
+            yield pytest.param("\n" * (line - 1) + block[1], name, id=name)
+
+
+def test_the_readme_has_examples():
+    assert len(BLOCK.findall((REPO / "README.md").read_text(encoding="utf-8"))) >= 3
+
+
+@pytest.mark.parametrize(("source", "name"), examples())
+def test_example_runs(source, name, tmp_path):
+    """In a process and a folder of its own, with warnings of our own making as errors."""
+    script = f"exec(compile({source!r}, {name!r}, 'exec'), {{'__name__': '__main__'}})"
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:sparseflash", "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_relative_links_of_the_pages_lead_somewhere():
+    link = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)")
+    for page in PAGES:
+        for target in link.findall(page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (
+                f"{page.relative_to(REPO)} links to {target}, which is not there"
+            )
