@@ -72,7 +72,5 @@ def books() -> list[Path]:
     folder = (Path(given) if given else REPO.parent / "shared" / "data") / "books"
     found = sorted(folder.glob("*.txt"))
     if not found:
-        pytest.skip(
-            "no books: put plain-text files in a folder books/ and name its parent in SPARSEFLASH_DATA"
-        )
+        pytest.skip("no books: put text files in a folder books/ and name its parent in SPARSEFLASH_DATA")
     return found

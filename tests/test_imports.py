@@ -39,6 +39,9 @@ MAY_IMPORT = {
     "__init__": ("*",),
 }
 
+# Functions that import what their first argument names.
+BY_NAME = ("import_module", "__import__")
+
 # Third-party packages other than torch, and where they may be imported: (place, inside a function only?).
 THIRD_PARTY = {
     "triton": {"backends.triton": False, "fusion": False},
@@ -77,9 +80,7 @@ def imports_of(path: Path, package: Path):
             case ast.ImportFrom():
                 base = absolute(node.module or "", node.level)
                 yield from ((node.lineno, f"{base}.{alias.name}", inside) for alias in node.names)
-            case ast.Call(
-                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__")
-            ):
+            case ast.Call(func=ast.Attribute(attr=called) | ast.Name(id=called)) if called in BY_NAME:
                 match node.args:
                     case [ast.Constant(value=str(name)), *_]:
                         level = len(name) - len(name.lstrip("."))
@@ -94,7 +95,7 @@ def imports_of(path: Path, package: Path):
 
 
 def existing(name: str, package: Path) -> str:
-    """Cut names that are no module off the end: `sparseflash.plan.Plan` -> `plan`; the package itself -> ''."""
+    """Cut names that are no module off the end: `sparseflash.plan.Plan` -> `plan`, the package -> ''."""
     parts = name.split(".")[1:]
     while parts:
         at = package.joinpath(*parts)
@@ -225,7 +226,7 @@ def test_the_walk_sees_what_it_should(tmp_path, file, source, complaint):
 FRESH = """
 import sys
 
-BLOCKED = {"triton", "transformers", "diffusers", "vllm", "matplotlib", "typer", "rich", "numpy", "safetensors"}
+BLOCKED = set("triton transformers diffusers vllm matplotlib typer rich numpy safetensors".split())
 touched = []
 
 
@@ -253,7 +254,8 @@ print("touched on import:", touched)
 print("gpu initialised:", torch.cuda.is_initialized())
 print("extras loaded:", sorted(BLOCKED & {m.partition(".")[0] for m in sys.modules}))
 
-q, k, v = torch.randn(3, 1, 2, 37, 16, generator=torch.Generator().manual_seed(0), requires_grad=True).unbind()
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 1, 2, 37, 16, requires_grad=True).unbind()
 out = sf.attention(q, k, v, causal=True)
 mask = torch.ones(37, 37, dtype=torch.bool).tril()
 dense = ((q @ k.mT) / 4).masked_fill(~mask, float("-inf")).softmax(-1) @ v
@@ -265,18 +267,12 @@ print("usable:", sorted(name for name, reason in sf.backends().items() if not re
 
 
 def test_a_fresh_import_touches_nothing_and_attention_works_without_a_compiler(tmp_path):
-    """No triton, transformers, numpy, plotting or command-line package, no compiler, no GPU, an empty cache."""
-    bare = {
-        n: v for n, v in os.environ.items() if n not in ("CC", "CXX") and not n.startswith("SPARSEFLASH_")
-    }
-    bare |= {
-        "PATH": str(tmp_path / "no-programs"),
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH], capture_output=True, text=True, env=bare, cwd=tmp_path
-    )
+    """No triton, transformers, numpy, plotting or command-line package; no compiler, GPU or cache."""
+    bare = {n: v for n, v in os.environ.items() if not n.startswith(("CC", "CXX", "SPARSEFLASH_"))}
+    places = {"PATH": "no-programs", "HOME": "home", "XDG_CACHE_HOME": "cache"}
+    bare |= {name: str(tmp_path / folder) for name, folder in places.items()}
+    command = [sys.executable, "-c", FRESH]
+    run = subprocess.run(command, capture_output=True, text=True, env=bare, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     said = dict(line.split(": ", 1) for line in run.stdout.splitlines() if ": " in line)
     assert said["touched on import"] == "[]"
