@@ -1,0 +1,206 @@
+"""The command line: parses, calls, and turns every `SparseFlashError` into one line."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError:
+    raise SystemExit(
+        "sparseflash: the commands need typer and rich; install: pip install 'sparseflash[train]'"
+    ) from None
+
+from sparseflash.errors import SparseFlashError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Exact sparse flash attention, forward and backward, on CPU and GPU.\n\n"
+    "Start with **sparseflash demo**: it trains the same small language model with dense and with sparse "
+    "attention on this machine, and writes a report.",
+)
+
+
+def main() -> None:
+    """Entry point of the ``sparseflash`` script."""
+    try:
+        app()
+    except SparseFlashError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+DATA, MODEL, RUN, METHOD = "Data", "Model", "Run", "Attention options (for the method that has them)"
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    out: Annotated[
+        Path, typer.Option(help="Directory of the run: log.csv, curves.png, checkpoint.", rich_help_panel=RUN)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A text file, or a directory that is searched for text files. "
+            "The last 5 % of each file is held out for validation.",
+            rich_help_panel=DATA,
+        ),
+    ] = "",
+    attention: Annotated[
+        str,
+        typer.Option(
+            help="dense (torch SDPA) or a method: hash-sparse, qk-sparse, window, reformer, ... "
+            "See: sparseflash methods.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "dense",
+    length: Annotated[
+        int,
+        typer.Option(
+            help="Bytes per sequence (T). Sparse attention pays from about 2048 on.", rich_help_panel=DATA
+        ),
+    ] = 1024,
+    batch: Annotated[
+        int, typer.Option(help="Sequences per forward pass and process.", rich_help_panel=DATA)
+    ] = 1,
+    accumulate: Annotated[
+        int, typer.Option(help="Forward passes per optimiser step.", rich_help_panel=DATA)
+    ] = 1,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the whole run.", rich_help_panel=RUN)] = 200,
+    layers: Annotated[int, typer.Option(rich_help_panel=MODEL)] = 4,
+    width: Annotated[
+        int, typer.Option(help="Model width; width / heads must be even.", rich_help_panel=MODEL)
+    ] = 256,
+    heads: Annotated[int, typer.Option(rich_help_panel=MODEL)] = 4,
+    qk: Annotated[
+        str,
+        typer.Option(help="untied, or tied: k = q / |q| per head, as in the paper.", rich_help_panel=MODEL),
+    ] = "untied",
+    nb: Annotated[
+        int | None,
+        typer.Option(
+            help="hash-sparse: number of buckets; a query sees about 1/nb of the past.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    local_heads: Annotated[
+        int | None,
+        typer.Option(help="hash-sparse: heads that are causal windows instead.", rich_help_panel=METHOD),
+    ] = None,
+    planes: Annotated[
+        str | None,
+        typer.Option(help="hash-sparse: random planes per-head or shared.", rich_help_panel=METHOD),
+    ] = None,
+    drop: Annotated[
+        float | None,
+        typer.Option(
+            help="qk-sparse: fraction of queries and keys dropped at random, 0 to 1.", rich_help_panel=METHOD
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="window (and local heads): how many earlier tokens a query sees.", rich_help_panel=METHOD
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="fp32, or bf16 (autocast; fast where the CPU has AMX or on a GPU).", rich_help_panel=RUN
+        ),
+    ] = "fp32",
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate (AdamW, warm-up, cosine).", rich_help_panel=RUN)
+    ] = 2e-3,
+    seed: Annotated[int, typer.Option(help="Weights, batches and random planes.", rich_help_panel=RUN)] = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations.", rich_help_panel=RUN)] = 50,
+    eval_sequences: Annotated[
+        int,
+        typer.Option(help="Held-out sequences per validation; the same for all runs.", rich_help_panel=RUN),
+    ] = 4,
+    save_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between checkpoints (at the latest every two minutes).", rich_help_panel=RUN
+        ),
+    ] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out exactly where its checkpoint is; other options may be left out.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+) -> None:
+    """Train a small byte-level GPT on any text, with dense or sparse attention.
+
+    A first run: **sparseflash train --data my.txt --attention hash-sparse --length 4096 --out runs/hash**
+
+    The same with dense attention, to compare log.csv: **... --attention dense --out runs/dense**
+
+    Ctrl-C saves and says how to go on; so does a kill, up to the last checkpoint.
+
+    Data parallel: **torchrun --nproc-per-node 2 -m sparseflash.cli train ...** (the batch is per process).
+    """
+    from sparseflash.train.attention import cli_options
+    from sparseflash.train.config import TrainConfig
+    from sparseflash.train.errors import TrainError
+    from sparseflash.train.session import train as run
+    from sparseflash.train.trainer import resume_config
+
+    given = {name: value for name, value in context.params.items() if _explicit(context, name)}
+    method = {
+        name: given.pop(name) for name in ("nb", "local_heads", "planes", "drop", "window") if name in given
+    }
+    for name in ("out", "device", "resume"):
+        given.pop(name, None)
+    if method:
+        given["options"] = cli_options(method)
+    if resume:
+        config = resume_config(out, given)
+    elif not data:
+        raise TrainError("no --data given; name a text file or a directory of text files")
+    else:
+        config = TrainConfig(**given)
+    raise typer.Exit(run(config, out, resume=resume, device=device))
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="The --out directory of a training run.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(help="Bytes to draw.")] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest byte; 1 samples the model as it is.")
+    ] = 0.8,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+) -> None:
+    """Continue a prompt with a model trained by **sparseflash train**."""
+    from sparseflash.train.sample import load_model
+    from sparseflash.train.sample import sample as draw
+
+    model, config = load_model(run)
+    text = prompt.encode()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    typer.echo(prompt, nl=False)
+    for byte in draw(model, text, tokens, length=config.length, temperature=temperature, seed=seed):
+        typer.echo(decoder.decode(bytes([byte])), nl=False)
+    typer.echo(decoder.decode(b"", final=True))
+
+
+def _explicit(context: Any, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+if __name__ == "__main__":
+    main()

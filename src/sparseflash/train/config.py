@@ -1,0 +1,117 @@
+"""What a training run is: one frozen dataclass, saved as JSON inside every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sparseflash.train.errors import TrainError
+
+DTYPES = ("fp32", "bf16")
+QK = ("untied", "tied")
+
+# What must not change when a run is resumed: the weights would not fit, or it would be another run.
+SHAPE = ("length", "layers", "width", "heads", "qk")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: data, model, attention, optimiser.
+
+    Parameters
+    ----------
+    data : str
+        A text file, or a directory that is searched for text files.
+    attention : str
+        ``"dense"`` (torch SDPA) or the slug of a trainable method, e.g. ``"hash-sparse"``.
+    options : dict
+        Hyper-parameters of the method, passed to ``sparseflash.methods.get(attention, **options)``.
+    length, batch, accumulate : int
+        Tokens (bytes) per sequence; sequences per forward pass and process; passes per optimiser step.
+    steps : int
+        Optimiser steps of the whole run; the cosine schedule ends there.
+    layers, width, heads : int
+        Model shape. ``width / heads`` is the head dimension and must be even (RoPE).
+    qk : str
+        ``"untied"``: separate, RMS-normalised q and k. ``"tied"``: ``k = q / |q|`` per head, as in the
+        sparse-causal-flash-attention paper.
+    dtype : str
+        ``"fp32"``, or ``"bf16"`` for autocast (weights and optimiser stay fp32).
+    lr, warmup, weight_decay, clip : float
+        Peak learning rate; warm-up as a fraction of ``steps``; decoupled decay of matrices;
+        gradient norm limit.
+    seed : int
+        Fixes initial weights, batches and the methods' random planes.
+    eval_every, eval_sequences, save_every : int
+        Steps between validations; held-out sequences per validation; steps between checkpoints.
+    """
+
+    data: str
+    attention: str = "dense"
+    options: dict[str, Any] = field(default_factory=dict)
+    length: int = 1024
+    batch: int = 1
+    accumulate: int = 1
+    steps: int = 200
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    qk: str = "untied"
+    dtype: str = "fp32"
+    lr: float = 2e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    eval_every: int = 50
+    eval_sequences: int = 4
+    save_every: int = 100
+
+    def __post_init__(self) -> None:
+        for broken, message in self._problems():
+            if broken:
+                raise TrainError(message)
+
+    def _problems(self) -> list[tuple[bool, str]]:
+        positive = ("length", "batch", "accumulate", "steps", "layers", "width", "heads")
+        positive += ("eval_every", "eval_sequences", "save_every")
+        table = [
+            (
+                getattr(self, name) < 1,
+                f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1",
+            )
+            for name in positive
+        ]
+        heads = max(self.heads, 1)
+        fitting = max(self.width // heads, 1) * heads
+        dim = self.width // heads
+        return table + [
+            (
+                self.width % heads != 0,
+                f"--width {self.width} is not divisible by --heads {self.heads}; "
+                f"use --width {fitting + heads}",
+            ),
+            (
+                dim % 2 != 0,
+                f"--width {self.width} / --heads {self.heads} gives head dimension {dim}, which is odd, "
+                f"and rotary positions need an even one; use --width {(dim + 1) * heads}",
+            ),
+            (self.qk not in QK, f"--qk {self.qk!r} is unknown; choose one of: {', '.join(QK)}"),
+            (
+                self.dtype not in DTYPES,
+                f"--dtype {self.dtype!r} is unknown; choose one of: {', '.join(DTYPES)}",
+            ),
+            (not self.lr > 0, f"--lr is {self.lr}; expected a positive number such as 0.002"),
+            (not 0 <= self.warmup <= 1, f"--warmup is {self.warmup}; expected a fraction of the run, 0 to 1"),
+        ]
+
+    def to_json(self) -> str:
+        """Write every field as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read what `to_json` wrote; fields of later versions are left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})

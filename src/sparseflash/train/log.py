@@ -1,0 +1,115 @@
+"""``log.csv``, one row a step, and the loss curves drawn from it."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseflash.train.errors import TrainError
+
+FILE = "log.csv"
+COLUMNS = ("step", "loss", "val_bpb", "ms_per_step", "tokens_per_s")
+
+
+@dataclass
+class Row:
+    """One optimiser step.
+
+    Attributes
+    ----------
+    step : int
+        Finished optimiser steps.
+    loss : float
+        Training loss before the step, nats per byte.
+    val_bpb : float or None
+        Validation bits per byte after the step, where measured.
+    ms_per_step, tokens_per_s : float
+        Wall time of the step without validation and saving.
+    """
+
+    step: int
+    loss: float
+    val_bpb: float | None
+    ms_per_step: float
+    tokens_per_s: float
+
+    def cells(self) -> list[str]:
+        """Format the columns of the CSV."""
+        # repr keeps every bit: a resumed run must write the same digits.
+        bpb = "" if self.val_bpb is None else repr(self.val_bpb)
+        return [str(self.step), repr(self.loss), bpb, f"{self.ms_per_step:.3f}", f"{self.tokens_per_s:.1f}"]
+
+
+class Log:
+    """Appends rows to ``directory/log.csv``; rows after `keep` steps are of a lost future and cut off."""
+
+    def __init__(self, directory: Path, keep: int = 0) -> None:
+        self.path = directory / FILE
+        self.rows = [row for row in read(directory) if row.step <= keep] if keep else []
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            with open(temporary, "w", newline="") as stream:
+                csv.writer(stream).writerows([COLUMNS, *(row.cells() for row in self.rows)])
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise TrainError(
+                f"cannot write {self.path}: {error.strerror}; make room or use another --out"
+            ) from None
+
+    def append(self, row: Row) -> None:
+        """Write one more row, at once."""
+        self.rows.append(row)
+        try:
+            with open(self.path, "a", newline="") as stream:
+                csv.writer(stream).writerow(row.cells())
+        except OSError as error:
+            raise TrainError(
+                f"cannot write {self.path}: {error.strerror}; make room, then continue with: "
+                f"sparseflash train --resume --out {self.path.parent}"
+            ) from None
+
+
+def read(directory: Path) -> list[Row]:
+    """Rows of ``directory/log.csv``; a last line cut short by a crash is left out."""
+    path = Path(directory) / FILE
+    if not path.is_file():
+        return []
+    with open(path, newline="") as stream:
+        lines = stream.read().split("\n")[:-1]
+    return [
+        Row(
+            int(r["step"]),
+            float(r["loss"]),
+            float(r["val_bpb"]) if r["val_bpb"] else None,
+            float(r["ms_per_step"]),
+            float(r["tokens_per_s"]),
+        )
+        for r in csv.DictReader(lines)
+    ]
+
+
+def plot(rows: Iterable[Row], path: Path, title: str = "") -> None:
+    """Training loss and validation bits per byte over steps, as a PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise TrainError(
+            "loss curves need matplotlib; install it with: pip install 'sparseflash[train]'"
+        ) from None
+    rows = list(rows)
+    measured = [row for row in rows if row.val_bpb is not None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    nats = 0.6931471805599453
+    axes.plot([r.step for r in rows], [r.loss / nats for r in rows], lw=1, alpha=0.6, label="training")
+    axes.plot([r.step for r in measured], [r.val_bpb for r in measured], "o-", ms=3, label="validation")
+    axes.set(xlabel="step", ylabel="bits per byte", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,126 @@
+"""A small GPT over bytes, written to be read in one go.
+
+Pre-norm blocks, RMSNorm without parameters, rotary positions, a GELU MLP four times as wide, no biases.
+Output projections start at zero, so every block starts as the identity and the first steps are well behaved.
+The attention is a plain callable ``(q, k, v) -> out``: the model does not know which method it runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparseflash.train.attention import Attention, build
+from sparseflash.train.config import TrainConfig
+
+VOCABULARY = 256
+
+
+def norm(x: Tensor) -> Tensor:
+    """Divide each vector by its root mean square."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotary_table(length: int, dim: int, base: float = 10_000.0) -> Tensor:
+    """Tabulate cos and sin of every (position, frequency): fp32 [2, length, dim / 2]."""
+    frequency = base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the two halves of each head of x [B, T, H, D] by its position."""
+    cos, sin = table[:, : x.shape[1], None]
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Projections around one attention callable."""
+
+    def __init__(self, config: TrainConfig, attention: Attention) -> None:
+        super().__init__()
+        self.heads, self.tied, self.attention = config.heads, config.qk == "tied", attention
+        self.project = nn.Linear(config.width, config.width * (2 if self.tied else 3), bias=False)
+        self.output = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """Mix along the sequence; x [B, T, width]."""
+        heads = self.project(x).unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))
+        if self.tied:
+            q, v = heads.unbind(2)
+            q = rotate(q, table)
+            k = F.normalize(q, dim=-1)
+        else:
+            q, k, v = heads.unbind(2)
+            q, k = norm(rotate(q, table)), norm(rotate(k, table))
+        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.output(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to its normalised input."""
+
+    def __init__(self, config: TrainConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, attention)
+        self.up = nn.Linear(config.width, 4 * config.width, bias=False)
+        self.down = nn.Linear(4 * config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """Transform x [B, T, width]."""
+        x = x + self.attention(norm(x), table)
+        return x + self.down(F.gelu(self.up(norm(x))))
+
+
+class GPT(nn.Module):
+    """The language model of ``sparseflash train``.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Shape, attention and seed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.train import GPT, TrainConfig
+    >>> model = GPT(TrainConfig(data="", layers=1, width=32, heads=2, length=16))
+    >>> model(torch.zeros(1, 16, dtype=torch.long)).shape
+    torch.Size([1, 16, 256])
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, config.width)
+        self.blocks = nn.ModuleList(
+            Block(config, build(config.attention, config.options, seed=config.seed * 1009 + layer))
+            for layer in range(config.layers)
+        )
+        self.head = nn.Linear(config.width, VOCABULARY, bias=False)
+        self.register_buffer(
+            "table", rotary_table(config.length, config.width // config.heads), persistent=False
+        )
+        self.reset(config.seed)
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """Fresh weights from `seed`, independent of the global random state."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith(("output.weight", "down.weight", "head.weight")):
+                weight.zero_()
+            else:
+                std = 1.0 if name == "embed.weight" else weight.shape[1] ** -0.5
+                weight.normal_(0.0, std, generator=generator)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Compute logits [B, T, 256] of the next byte, or with `targets` [B, T] the mean loss in nats."""
+        x = norm(self.embed(tokens))
+        for block in self.blocks:
+            x = block(x, self.table)
+        logits = self.head(norm(x)).float()
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

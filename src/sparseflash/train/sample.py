@@ -1,0 +1,46 @@
+"""Text from a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sparseflash.train import checkpoint
+from sparseflash.train.config import TrainConfig
+from sparseflash.train.errors import TrainError
+from sparseflash.train.model import GPT
+
+
+def load_model(directory: str | Path) -> tuple[GPT, TrainConfig]:
+    """Load the model of the run in `directory`, ready for use on the CPU."""
+    tensors, meta = checkpoint.load(Path(directory))
+    config = TrainConfig.from_json(meta["config"])
+    model = GPT(config)
+    checkpoint.restore(tensors, model)
+    return model.eval(), config
+
+
+@torch.no_grad()
+def sample(
+    model: GPT, prompt: bytes, tokens: int, *, length: int, temperature: float = 0.8, seed: int = 0
+) -> Iterator[int]:
+    """Draw `tokens` bytes after `prompt`, one at a time, seeing the last `length` bytes.
+
+    ``temperature=0`` always takes the likeliest byte.
+    """
+    if not prompt:
+        raise TrainError("--prompt is empty; give at least one character")
+    if temperature < 0:
+        raise TrainError(f"--temperature is {temperature}; expected 0 or more")
+    generator = torch.Generator().manual_seed(seed)
+    context = list(prompt)
+    for _ in range(tokens):
+        logits = model(torch.tensor([context[-length:]]))[0, -1]
+        if temperature == 0:
+            byte = int(logits.argmax())
+        else:
+            byte = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        context.append(byte)
+        yield byte

@@ -1,0 +1,259 @@
+"""The training loop: `Trainer.step` does one optimiser step, `Trainer.run` all of them, safely."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from sparseflash.train import checkpoint
+from sparseflash.train.config import SHAPE, TrainConfig
+from sparseflash.train.data import Corpus, load
+from sparseflash.train.errors import TrainError
+from sparseflash.train.log import FILE as LOG_FILE
+from sparseflash.train.log import Log, Row, plot
+from sparseflash.train.model import GPT
+from sparseflash.train.parallel import World
+
+SAVE_SECONDS = 120.0  # a run with slow steps never loses more than this
+
+
+class Trainer:
+    """A model, its optimiser and its data, one step at a time.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        What to train.
+    corpus : Corpus, optional
+        Data already in memory; by default ``config.data`` is read.
+    world : World, optional
+        Device and data-parallel group; by default one CPU process.
+
+    Examples
+    --------
+    >>> from sparseflash.train import Corpus, TrainConfig, Trainer
+    >>> corpus = Corpus([b"to be or not to be, that is the question. " * 50])
+    >>> config = TrainConfig(data="", length=32, layers=1, width=32, heads=2, steps=2)
+    >>> [row.step for row in (Trainer(config, corpus).step(), )]
+    [1]
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus | None = None, world: World | None = None) -> None:
+        self.config = config
+        self.world = world or World()
+        self.corpus = corpus or load(config.data)
+        self.corpus.check(config.length)
+        torch.manual_seed(config.seed)
+        self.model = GPT(config).to(self.world.device)
+        matrices = [p for n, p in self.model.named_parameters() if n != "embed.weight"]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": [self.model.embed.weight], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.parallel = self.world.wrap(self.model)
+        self.done = 0
+
+    def learning_rate(self, step: int) -> float:
+        """Warm up linearly, then follow a cosine down to a tenth."""
+        c = self.config
+        warm = max(1, round(c.warmup * c.steps))
+        if step < warm:
+            return c.lr * (step + 1) / warm
+        progress = (step - warm) / max(1, c.steps - warm)
+        return c.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Run the model in bf16 where the config asks for it."""
+        enabled = self.config.dtype == "bf16"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def step(self) -> Row:
+        """Take one optimiser step over ``world.size * accumulate * batch`` sequences."""
+        c, world, device = self.config, self.world, self.world.device
+        start = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.done)
+        total = torch.zeros((), device=device)
+        for part in range(c.accumulate):
+            first = (part * world.size + world.rank) * c.batch
+            rows = slice(first, first + c.batch)
+            tokens, targets = self.corpus.batch(
+                c.seed, self.done, rows, world.size * c.accumulate * c.batch, c.length
+            )
+            last = part == c.accumulate - 1
+            with contextlib.nullcontext() if last or world.size == 1 else self.parallel.no_sync():
+                with self.autocast():
+                    loss = self.parallel(tokens.to(device), targets.to(device)) / c.accumulate
+                loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+        mean = world.mean(total)
+        if not math.isfinite(mean):
+            raise TrainError(
+                f"the loss became {mean} at step {self.done + 1}; use a smaller --lr than {c.lr}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        seconds = time.perf_counter() - start
+        tokens_per_s = world.size * c.accumulate * c.batch * c.length / seconds
+        return Row(self.done, mean, None, seconds * 1e3, tokens_per_s)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Measure bits per byte on the held-out windows, the same ones for every run on this text."""
+        c, world = self.config, self.world
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        for number, (tokens, targets) in enumerate(self.corpus.validation(c.length, c.eval_sequences)):
+            if number % world.size == world.rank:
+                with self.autocast():
+                    loss = self.model(tokens.to(world.device), targets.to(world.device))
+                total += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
+        self.model.train()
+        nats, count = (world.total(part) for part in total)
+        return nats / count / math.log(2)
+
+    def save(self, directory: Path) -> None:
+        """Write the checkpoint (rank 0 only); weights, optimiser, random state, data position."""
+        if self.world.rank == 0:
+            meta = {
+                "step": self.done,
+                "position": self.done,
+                "data": self.corpus.fingerprint,
+                "config": self.config.to_json(),
+                "torch": torch.__version__,
+            }
+            checkpoint.save(directory, checkpoint.collect(self.model, self.optimizer), meta)
+
+    def load(self, directory: Path) -> None:
+        """Continue from the checkpoint in `directory`."""
+        tensors, meta = checkpoint.load(directory)
+        if meta["data"] != self.corpus.fingerprint:
+            raise TrainError(
+                f"{self.corpus.name} is not the text this run was started with; give the same --data, "
+                "or start a new run in another --out"
+            )
+        checkpoint.restore(tensors, self.model, self.optimizer)
+        self.done = int(meta["step"])
+
+    def run(
+        self,
+        directory: str | Path,
+        *,
+        resume: bool = False,
+        on_row: Callable[[Row], None] = lambda row: None,
+        on_notice: Callable[[str], None] = lambda text: None,
+    ) -> list[Row]:
+        """Train to the end, logging and saving into `directory`.
+
+        Ctrl-C (or a TERM signal) finishes the current step, saves, and raises `KeyboardInterrupt`.
+
+        Parameters
+        ----------
+        directory : path
+            Gets ``log.csv``, ``checkpoint.safetensors`` and ``curves.png``.
+        resume : bool
+            Continue the run in `directory` instead of starting one.
+        on_row, on_notice : callable
+            Called after every step, and with messages for the user.
+
+        Returns
+        -------
+        list of Row
+            The whole log.
+        """
+        directory = Path(directory)
+        c, main = self.config, self.world.rank == 0
+        refusal = _open(directory, resume) if main else None
+        if self.world.any(refusal is not None):  # every rank stops, the first one says why
+            raise refusal or TrainError(f"the first process refused --out {directory}")
+        if resume:
+            self.load(directory)
+        log = Log(directory, keep=self.done) if main else None
+        if not resume:
+            self.save(directory)
+        saved_at, saved_step = time.monotonic(), self.done
+        with _stop_requests(on_notice if main else lambda text: None) as stopped:
+            while self.done < c.steps:
+                row = self.step()
+                if self.done % c.eval_every == 0 or self.done == c.steps:
+                    row.val_bpb = self.validate()
+                if log:
+                    log.append(row)
+                on_row(row)
+                stop = self.world.any(bool(stopped))
+                due = self.done % c.save_every == 0 or time.monotonic() - saved_at > SAVE_SECONDS
+                if due or stop or self.done == c.steps:
+                    self.save(directory)
+                    saved_at, saved_step = time.monotonic(), self.done
+                if stop and self.done < c.steps:
+                    raise KeyboardInterrupt(saved_step)
+        if log:
+            plot(log.rows, directory / "curves.png", f"{c.attention}, T = {c.length}")
+            return log.rows
+        return []
+
+
+def resume_config(directory: str | Path, given: dict[str, object]) -> TrainConfig:
+    """Read the config of the run in `directory` and apply the explicitly `given` options.
+
+    Options that define the shape of the model cannot change.
+    """
+    saved = TrainConfig.from_json(checkpoint.read_meta(Path(directory))["config"])
+    for name in SHAPE:
+        if name in given and given[name] != getattr(saved, name):
+            raise TrainError(
+                f"the checkpoint in {directory} is of another shape: --{name} {getattr(saved, name)} there, "
+                f"{given[name]} given; leave --{name} out to resume, or use another --out"
+            )
+    return TrainConfig(**{**vars(saved), **given})
+
+
+def _open(directory: Path, resume: bool) -> TrainError | None:
+    """Make `directory` ready, or say why not."""
+    if resume:
+        try:
+            checkpoint.read_meta(directory)
+        except TrainError as error:
+            return error
+        return None
+    if (directory / checkpoint.FILE).exists() or (directory / LOG_FILE).exists():
+        return TrainError(
+            f"--out {directory} already holds a run; continue it with: "
+            f"sparseflash train --resume --out {directory}, or give another --out"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return TrainError(f"cannot create --out {directory}: {error.strerror}; give a writable directory")
+    return None
+
+
+@contextlib.contextmanager
+def _stop_requests(notice: Callable[[str], None]) -> Iterator[list[int]]:
+    """Collect INT and TERM signals in a list instead of breaking a step in two; the second one breaks it."""
+    received: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        notice("finishing this step, then saving (again to stop at once)")
+
+    try:
+        previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller handles signals
+        previous = {}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
