@@ -1,0 +1,19 @@
+"""Every sparse attention method, exact forward and backward, over one small set of fast kernels."""
+
+from .dispatch import backends
+from .errors import BackendError, PlanError, SparseFlashError
+from .ops import attention, attention_backward, merge
+from .plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "Plan",
+    "PlanError",
+    "SparseFlashError",
+    "attention",
+    "attention_backward",
+    "backends",
+    "merge",
+]

@@ -1,0 +1,134 @@
+"""The definition of every op: plain PyTorch, fp32 (fp64 for fp64 input), tile by tile so that memory stays O(T).
+
+Visits what the plan visits and nothing else. Runs on any device; this is what the fast backends are held to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from ..plan.flat import empty_like_layout
+from ..plan.lists import TileView, tile_view
+
+NAME = "reference"
+
+
+def status() -> tuple[bool, str]:
+    """Usable everywhere."""
+    return True, "plain PyTorch, any device and dtype; the definition, not fast"
+
+
+def refuse(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+    """Reasons why a call cannot run here: none."""
+    return []
+
+
+class _Rows:
+    """Rows of [B,H,T,D] tensors gathered and scattered by token number; -1 reads and writes nothing."""
+
+    def __init__(self, token: Tensor, heads: int):
+        batch, own = token.shape[:2]
+        self.token = token
+        self.batch = torch.arange(batch, device=token.device)[:, None, None]
+        self.head = (torch.arange(own, device=token.device) * heads // own)[None, :, None]
+        self.real = token >= 0
+
+    def read(self, x: Tensor, dtype: torch.dtype, alive: Tensor | None = None) -> Tensor:
+        rows = x[self.batch, self.head, self.token.clamp(min=0)].to(dtype)
+        alive = self.real if alive is None else alive
+        return torch.where(alive[..., None] if rows.dim() == 4 else alive, rows, 0)
+
+    def write(self, into: Tensor, rows: Tensor) -> None:
+        at = self.real.nonzero(as_tuple=True)
+        into[at[0], at[1], self.token[at]] = rows[at].to(into.dtype)
+
+    def add(self, into: Tensor, rows: Tensor) -> None:
+        T = into.shape[2]
+        flat = (self.batch * into.shape[1] + self.head) * T + self.token
+        real = self.real
+        into.view(-1, *into.shape[3:]).index_add_(0, flat[real], rows[real])
+
+
+def _logits(
+    q: Tensor, k: Tensor, view: TileView, scale: float, softcap: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Masked logits of a tile, and tanh of the capped score where there is a softcap."""
+    s = (q @ k.transpose(-1, -2)) * scale
+    bent = None
+    if softcap:
+        bent = torch.tanh(s / softcap)
+        s = bent * softcap
+    if bias is not None:
+        s = s + bias[..., None, :]
+    return s.masked_fill(~view.keep, float("-inf")), bent
+
+
+def _bias_rows(key_bias: Tensor | None, keys: _Rows, heads: int, dtype: torch.dtype) -> Tensor | None:
+    if key_bias is None:
+        return None
+    rows = _Rows(keys.token, key_bias.shape[1])
+    return rows.read(key_bias.expand(keys.token.shape[0], -1, -1), dtype)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 (fp64) [B,Hq,Tq]."""
+    B, H, Tq, _ = q.shape
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = empty_like_layout(q, v.shape[-1], out_dtype).zero_()
+    lse = torch.full((B, H, Tq), float("-inf"), dtype=work, device=q.device)
+    for r in range(plan.tiles):
+        view = tile_view(plan, r, B, H)
+        if not view.keep.shape[-1]:
+            continue
+        seen = view.keep.any(-2)  # keys nobody sees may hold anything
+        queries, keys, values = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1]), _Rows(view.k_token, v.shape[1])
+        s, _ = _logits(
+            queries.read(q, work), keys.read(k, work, seen), view, scale, softcap,
+            _bias_rows(key_bias, keys, H, work),
+        )
+        row_lse = s.logsumexp(-1)
+        p = torch.exp(s - torch.where(row_lse == float("-inf"), 0, row_lse)[..., None])
+        queries.write(out, p @ values.read(v, work, seen))
+        queries.write(lse, row_lse)
+    return out, lse
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, plan: Plan, *,
+    scale: float, softcap: float, key_bias: Tensor | None, grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32 (fp64), from the given lse."""
+    B, H, Tq, D = q.shape
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dq = torch.zeros(B, H, Tq, D, dtype=work, device=q.device)
+    dk, dv = (torch.zeros(x.shape, dtype=work, device=q.device) for x in (k, v))
+    dbias = torch.zeros(B, H, k.shape[2], dtype=work, device=q.device) if key_bias is not None else None
+    for r in range(plan.tiles):
+        view = tile_view(plan, r, B, H)
+        if not view.keep.shape[-1]:
+            continue
+        seen, live = view.keep.any(-2), view.keep.any(-1)
+        queries, keys, values = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1]), _Rows(view.k_token, v.shape[1])
+        qr, kr, vr = queries.read(q, work, live), keys.read(k, work, seen), values.read(v, work, seen)
+        do = queries.read(dout, work, live)
+        s, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work))
+        row_lse = queries.read(lse, work, live)
+        p = torch.where(view.keep, torch.exp(s - row_lse[..., None]), 0)
+        delta = (do * queries.read(out, work, live)).sum(-1)
+        if dlse is not None:
+            delta = delta - queries.read(dlse, work, live)
+        ds = p * (do @ vr.transpose(-1, -2) - delta[..., None])
+        values.add(dv, p.transpose(-1, -2) @ do)
+        if dbias is not None:
+            _Rows(view.k_token, H).add(dbias, ds.sum(-2))
+        if bent is not None:
+            ds = ds * (1 - bent * bent)
+        queries.write(dq, ds @ kr * scale)
+        keys.add(dk, ds.transpose(-1, -2) @ qr * scale)
+    wanted = grad_dtype or q.dtype
+    return dq.to(wanted), dk.to(wanted), dv.to(wanted), dbias

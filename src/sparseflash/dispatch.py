@@ -1,0 +1,99 @@
+"""Which backend runs a call: the protocol, the order of preference, and why a backend refuses."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import BackendError
+from .plan import Plan
+
+PREFERENCE = ("triton", "cpu", "reference")
+
+
+class Backend(Protocol):
+    """What a module under `backends/` offers."""
+
+    NAME: str
+
+    def status(self) -> tuple[bool, str]:
+        """Whether it can run on this machine, and what it is or why not."""
+        ...
+
+    def refuse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+        """Every reason why this call cannot run here; empty when it can."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Out and natural-log lse."""
+        ...
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
+        plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None, grad_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k, v and (per query head, full precision) key_bias."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run here, and what it is or why it cannot."""
+
+    name: str
+    usable: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'usable' if self.usable else 'not usable'} ({self.detail})"
+
+
+def _load(name: str) -> ModuleType | str:
+    try:
+        return importlib.import_module(f"sparseflash.backends.{name}")
+    except ImportError as error:
+        return f"not available: {error}"
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend with whether it is usable on this machine, and why not where it is not.
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> sf.backends()["reference"].usable
+    True
+    """
+    found = {}
+    for name in PREFERENCE:
+        module = _load(name)
+        usable, detail = (False, module) if isinstance(module, str) else module.status()
+        found[name] = BackendStatus(name, usable, detail)
+    return found
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, wanted: str) -> Backend:
+    """The first backend, in order of preference, that can run the call; or the wanted one, or an error."""
+    wanted = wanted or os.environ.get("SPARSEFLASH_BACKEND", "")
+    if wanted and wanted not in PREFERENCE:
+        raise BackendError(f"backend={wanted!r}: expected one of {', '.join(PREFERENCE)}, or None to choose")
+    said = []
+    for name in (wanted,) if wanted else PREFERENCE:
+        module = _load(name)
+        if isinstance(module, str):
+            said.append(f"{name}: {module}")
+            continue
+        reasons = module.refuse(q, k, v, plan)
+        if not reasons:
+            return module  # type: ignore[return-value]
+        said += [f"{name}: {reason}" for reason in reasons]
+    raise BackendError("no backend can run this call:\n  " + "\n  ".join(said))

@@ -1,0 +1,377 @@
+"""Constructors of `Plan`, on plain tensors: each returns the fields of a plan as a dictionary.
+
+None of them touches Tq x Tk (but `from_mask`, whose input already is that), and none loops over rows or
+heads. Positions, ranges and orders come from prefix sums and sorted searches, O(T log T) at most.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError, require
+
+Fields = dict[str, Any]
+Window = tuple[int | None, int | None]
+
+TILE = 128
+UNIT = 128
+
+
+def normal_window(window: Window | None) -> Window | None:
+    """Validate a window; `None` and -1 both mean unbounded on that side."""
+    if window is None:
+        return None
+    require(
+        (isinstance(window, (tuple, list)) and len(window) == 2, f"window={window!r}: expected (left, right)"),
+        error=PlanError,
+    )
+    sides = tuple(None if w is None or w == -1 else w for w in window)
+    for side in sides:
+        require(
+            (side is None or (isinstance(side, int) and side >= 0),
+             f"window={window!r}: distances are counts of tokens >= 0, or None (or -1) for unbounded"),
+            error=PlanError,
+        )
+    return None if sides == (None, None) else sides  # type: ignore[return-value]
+
+
+def spread_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat the head axis (dim 1) of a plan tensor to `heads`: list head = h * H // heads."""
+    own = x.shape[1]
+    if own == heads:
+        return x
+    if own == 1:
+        return x.expand(-1, heads, *x.shape[2:])
+    return x[:, torch.arange(heads, device=x.device) * own // heads]
+
+
+def common_heads(*tensors: Tensor) -> int:
+    """Smallest head count that every head axis (dim 1) divides."""
+    return math.lcm(*(t.shape[1] for t in tensors))
+
+
+def _pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool]) -> Fields:
+    """Write candidate ranges `[lo, hi)` of shape [B,H,R] as padded span lists, full ones first, empty ones out."""
+    first = torch.stack([x.expand_as(lo[0]) for x in lo], -1)
+    last = torch.stack([x.expand_as(lo[0]) for x in hi], -1)
+    width = len(lo)
+    is_full = torch.tensor(full, device=first.device).expand_as(first)
+    alive = last > first
+    rank = torch.where(alive, torch.where(is_full, 0, 1), 2)
+    order = torch.argsort(rank, dim=-1, stable=True)
+    pairs = torch.stack([first.gather(-1, order), last.gather(-1, order)], -1)
+    pairs = pairs * (rank.gather(-1, order) < 2)[..., None]
+    rows = first[..., 0].numel()
+    start = torch.arange(rows, device=first.device) * width
+    return {
+        "span_start": start.view(first.shape[:-1]),
+        "span_full": (alive & is_full).sum(-1, dtype=torch.int32),
+        "span_count": alive.sum(-1, dtype=torch.int32),
+        "spans": pairs.reshape(-1, 2).to(torch.int32),
+    }
+
+
+def _band(
+    first: Tensor, last: Tensor, low: Tensor | int, high: Tensor | int, *, causal: bool, window: Window | None,
+    sink: int, live: Tensor | None = None,
+) -> Fields:
+    """Spans of tiles whose rows sit at consecutive positions `first..last`, over keys at positions `low..high-1`.
+
+    Row p sees `[p-left, p+right]` (right = 0 at most when causal) and the sink; the union over the tile's
+    rows is visited, the intersection is full.
+    """
+    left, right = window or (None, None)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    low = torch.as_tensor(low, device=first.device).expand_as(first)
+    high = torch.as_tensor(high, device=first.device).expand_as(first)
+
+    def clamp(x: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x, low), high)
+
+    outer_lo = low if left is None else clamp(first - left)
+    inner_lo = low if left is None else clamp(last - left)
+    outer_hi = high if right is None else clamp(last + right + 1)
+    inner_hi = high if right is None else clamp(first + right + 1)
+    if live is not None:  # tiles without a real row visit nothing
+        outer_hi, inner_hi = torch.where(live, outer_hi, low), torch.where(live, inner_hi, low)
+        outer_lo, inner_lo = torch.where(live, outer_lo, low), torch.where(live, inner_lo, low)
+    whole = inner_lo < inner_hi  # otherwise no key is seen by all rows: one partial range
+    a, b = torch.where(whole, inner_lo, outer_hi), torch.where(whole, inner_hi, outer_hi)
+    lo, hi, full = [a, outer_lo, b], [b, a, outer_hi], [True, False, False]
+    if sink and window is not None:  # sinks outside the band: seen by every row, so full
+        edge = clamp(torch.full_like(low, sink))
+        lo, hi, full = [low, *lo], [torch.minimum(edge, outer_lo), *hi], [True, *full]
+        if not causal and right is not None:
+            lo, hi, full = [outer_hi, *lo], [edge, *hi], [True, *full]
+        if live is not None:
+            hi = [torch.where(live, x, low) for x in hi]
+    return _pack_spans(lo, hi, full)
+
+
+def dense(
+    Tq: int, Tk: int, *, causal: bool = False, window: Window | None = None, sink_tokens: int = 0,
+    q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT, device: torch.device | str | None = None,
+) -> Fields:
+    require(
+        (Tq >= 0 and Tk >= 0, f"Tq={Tq}, Tk={Tk}: lengths must be >= 0"),
+        (isinstance(sink_tokens, int) and sink_tokens >= 0, f"sink_tokens={sink_tokens!r}: expected an int >= 0"),
+        (isinstance(tile, int) and tile > 0, f"tile={tile!r}: expected a positive int"),
+        error=PlanError,
+    )
+    window = normal_window(window)
+    if isinstance(q_offset, Tensor):
+        device = q_offset.device if device is None else device
+        shift = q_offset.to(device=device, dtype=torch.int64).reshape(-1, 1, 1)
+    else:
+        shift = torch.full((1, 1, 1), q_offset, dtype=torch.int64, device=device)
+    row = torch.arange(0, Tq, tile, device=device)
+    first = row + shift
+    last = torch.clamp(row + tile, max=Tq) - 1 + shift
+    fields = _band(first, last, 0, Tk, causal=causal, window=window, sink=sink_tokens)
+    return {
+        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "window": window,
+        "sink": sink_tokens if window else 0, "q_offset": q_offset, **fields,
+    }
+
+
+def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Order that lists the kept tokens first, in time order (-1 behind them), and the exclusive prefix count."""
+    *lead, T = keep.shape
+    seen = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
+    token = torch.arange(T, device=keep.device, dtype=torch.int32).expand(keep.shape)
+    order = torch.full((*lead, T + 1), -1, dtype=torch.int32, device=keep.device)
+    order.scatter_(-1, torch.where(keep, seen[..., :-1], T), token)
+    order = order[..., :T]
+    if keep.device.type == "cpu":  # no host to wait for: cut the lanes that no head uses
+        order = order[..., : int(seen[..., -1].max()) if seen.numel() else 0].contiguous()
+    return order, seen
+
+
+def _as_keep(x: Tensor, name: str) -> Tensor:
+    require(
+        (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {_shape(x)}"),
+        (x.dtype in (torch.bool, torch.uint8),
+         f"{name} has dtype {x.dtype}: expected a bool (or uint8) mask, True = keep; try {name} = {name} > 0"),
+        error=PlanError,
+    )
+    return x.bool()
+
+
+def _shape(x: object) -> str:
+    return f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def _same_batch(a: Tensor, b: Tensor, names: str) -> int:
+    batch = max(a.shape[0], b.shape[0])
+    require(
+        (a.shape[0] in (1, batch) and b.shape[0] in (1, batch), f"{names}: batch sizes {a.shape[0]} and {b.shape[0]}"),
+        (a.device == b.device, f"{names} are on {a.device} and {b.device}: move them to one device"),
+        error=PlanError,
+    )
+    return batch
+
+
+def from_keep(
+    q_keep: Tensor, k_keep: Tensor, *, causal: bool = True, include_self: bool = True, tile: int = TILE,
+    unit: int = UNIT,
+) -> Fields:
+    q_keep, k_keep = _as_keep(q_keep, "q_keep"), _as_keep(k_keep, "k_keep")
+    batch = _same_batch(q_keep, k_keep, "q_keep, k_keep")
+    Tq, Tk = q_keep.shape[-1], k_keep.shape[-1]
+    q_order, _ = _compact(q_keep)
+    k_order, k_seen = _compact(k_keep)
+    heads = common_heads(q_keep, k_keep)
+    order = spread_heads(q_order, heads).expand(batch, -1, -1)
+    seen = spread_heads(k_seen, heads).expand(batch, -1, -1)
+    first, last, live = _tile_ends(order, tile)
+    total = seen[..., -1:].expand_as(first)
+    if causal:  # kept keys not later than a row: a prefix of the compact keys
+        reach = seen.gather(-1, (last + int(include_self)).clamp(0, Tk))
+        sure = seen.gather(-1, (first + int(include_self)).clamp(0, Tk))
+    else:
+        reach = total
+        sure = total if include_self else torch.zeros_like(total)
+    zero = torch.zeros_like(reach)
+    reach, sure = torch.where(live, reach, zero), torch.where(live, sure, zero)
+    return {
+        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "include_self": include_self,
+        "q_order": q_order, "k_order": k_order, **_pack_spans([zero, sure], [sure, reach], [True, False]),
+    }
+
+
+def _tile_ends(order: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token of the first and last real row of each tile of `order` [B,H,rows] (tokens ascend inside a tile)."""
+    *lead, rows = order.shape
+    padded = torch.nn.functional.pad(order, (0, -rows % tile), value=-1).view(*lead, -1, tile)
+    real = padded >= 0
+    last = padded.amax(-1).long()
+    first = torch.where(real, padded, torch.iinfo(torch.int32).max).amin(-1).long()
+    live = last >= 0
+    return torch.where(live, first, 0), torch.where(live, last, 0), live
+
+
+def _edge_rows(new_run: Tensor, tile: int) -> Tensor:
+    """Row of each sorted element when every run is padded to whole tiles. `new_run` [..., T] marks run starts."""
+    at = torch.arange(new_run.shape[-1], device=new_run.device).expand(new_run.shape)
+    begin = torch.where(new_run, at, 0).cummax(-1).values
+    before = torch.nn.functional.pad(begin[..., :-1], (1, 0))  # start of the run that ends here
+    gap = torch.where(new_run & (at > 0), -(at - before) % tile, 0)
+    return at + gap.cumsum(-1)
+
+
+def _as_bucket(x: Tensor, name: str) -> Tensor:
+    require(
+        (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {_shape(x)}"),
+        (not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool,
+         f"{name} has dtype {x.dtype}: expected integer bucket ids; try {name}.long() (NaN has no bucket)"),
+        error=PlanError,
+    )
+    return x
+
+
+def _rank_ids(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Bucket ids as int64 that fit 31 bits, so that (id, position) is one sortable integer."""
+    small = torch.int64 not in (q.dtype, k.dtype)
+    if not small and q.device.type == "cpu":
+        ends = [int(f()) for x in (q, k) if x.numel() for f in (x.amin, x.amax)]
+        small = all(-(2**31) <= e < 2**31 for e in ends)
+    if small:
+        return q.long(), k.long()
+    values, inverse = torch.unique(torch.cat([q.flatten(), k.flatten()]), return_inverse=True)
+    return inverse[: q.numel()].view(q.shape), inverse[q.numel() :].view(k.shape)
+
+
+def from_buckets(
+    q_bucket: Tensor, k_bucket: Tensor, *, causal: bool = True, include_self: bool = True, tile: int = TILE,
+    unit: int = UNIT, buckets: int | None = None,
+) -> Fields:
+    q_bucket, k_bucket = _as_bucket(q_bucket, "q_bucket"), _as_bucket(k_bucket, "k_bucket")
+    shared = q_bucket is k_bucket
+    batch = _same_batch(q_bucket, k_bucket, "q_bucket, k_bucket")
+    Tq, Tk = q_bucket.shape[-1], k_bucket.shape[-1]
+    q_id, k_id = _rank_ids(q_bucket, k_bucket)
+    # (id, position) as one integer: one plain sort gives bucket order with time order inside
+    token_q = torch.arange(Tq, device=q_id.device)
+    token_k = torch.arange(Tk, device=k_id.device)
+    q_sorted = ((q_id << 31) | token_q).sort(-1).values
+    k_sorted = q_sorted if shared else ((k_id << 31) | token_k).sort(-1).values
+    mask31 = (1 << 31) - 1
+    q_label, q_token = q_sorted >> 31, (q_sorted & mask31).int()
+    new_run = torch.nn.functional.pad(q_label[..., 1:] != q_label[..., :-1], (1, 0), value=True)[..., :Tq]
+    row = _edge_rows(new_run, tile)
+    if q_id.device.type == "cpu":
+        rows = int(row[..., -1].max()) + 1 if row.numel() else 0
+    elif buckets is not None:
+        rows = Tq + buckets * (tile - 1)
+    else:
+        rows = int(row[..., -1].max()) + 1 if row.numel() else 0
+    rows = -(-rows // tile) * tile
+    q_order = torch.full((*q_id.shape[:2], rows), -1, dtype=torch.int32, device=q_id.device)
+    q_order.scatter_(-1, row, q_token)
+    k_order = (k_sorted & mask31).int()
+
+    heads = common_heads(q_order, k_order)
+    label = torch.zeros((*q_id.shape[:2], rows // tile), dtype=torch.int64, device=q_id.device)
+    label.scatter_(-1, row // tile, q_label)  # all rows of a tile carry one label
+    first, last, live = (spread_heads(x, heads) for x in _tile_ends(q_order, tile))
+    label = spread_heads(label, heads).expand(batch, -1, -1).contiguous()
+    first, last, live = (x.expand(batch, -1, -1) for x in (first, last, live))
+    keys = spread_heads(k_sorted, heads).expand(batch, -1, -1).contiguous()
+    begin = torch.searchsorted(keys, label << 31)
+    if causal:
+        edge = "right" if include_self else "left"
+        reach = torch.searchsorted(keys, ((label << 31) | last).contiguous(), side=edge)
+        sure = torch.searchsorted(keys, ((label << 31) | first).contiguous(), side=edge)
+    else:
+        reach = torch.searchsorted(keys, (label + 1) << 31)
+        sure = reach if include_self else begin
+    begin, reach, sure = (torch.where(live, x, 0) for x in (begin, reach, sure))
+    return {
+        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "include_self": include_self,
+        "q_order": q_order, "k_order": k_order, **_pack_spans([begin, sure], [sure, reach], [True, False]),
+    }
+
+
+def from_documents(
+    cu_seqlens: Tensor, *, causal: bool = True, window: Window | None = None, tile: int = TILE, unit: int = UNIT,
+) -> Fields:
+    require(
+        (isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1,
+         f"cu_seqlens: expected a 1-d tensor [documents + 1], got {_shape(cu_seqlens)}"),
+        (not cu_seqlens.is_floating_point(), f"cu_seqlens has dtype {cu_seqlens.dtype}: expected integers"),
+        error=PlanError,
+    )
+    edges = cu_seqlens.long()
+    require(
+        (int(edges[0]) == 0, f"cu_seqlens starts at {int(edges[0])}: expected 0"),
+        (bool((edges[1:] >= edges[:-1]).all()), "cu_seqlens decreases: expected running totals of document lengths"),
+        error=PlanError,
+    )
+    window = normal_window(window)
+    T = int(edges[-1])
+    token = torch.arange(T, device=edges.device)
+    document = torch.searchsorted(edges, token, side="right") - 1  # empty documents own no token
+    begin, end = edges[document], edges[document + 1]
+    row = _edge_rows(token == begin, tile)
+    rows = -(-(int(row[-1]) + 1) // tile) * tile if T else 0
+    q_order = torch.full((rows,), -1, dtype=torch.int32, device=edges.device)
+    q_order[row] = token.int()
+    q_order = q_order.view(1, 1, -1)
+    first, last, live = _tile_ends(q_order, tile)
+    at = first.clamp(max=max(T - 1, 0))
+    low, high = (begin[at], end[at]) if T else (first, first)
+    fields = _band(first, last, low, high, causal=causal, window=window, sink=0, live=live)
+    return {"Tq": T, "Tk": T, "tile": tile, "unit": unit, "causal": causal, "window": window, "q_order": q_order,
+            **fields}
+
+
+def from_mask(mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Fields:
+    require(
+        (isinstance(mask, Tensor) and mask.dim() == 4, f"mask: expected bool [B|1, H|1, Tq, Tk], got {_shape(mask)}"),
+        (mask.dtype == torch.bool,
+         f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive mask converts by mask == 0"),
+        error=PlanError,
+    )
+    B, H, Tq, Tk = mask.shape
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    grid = torch.zeros(B, H, R * tile, C * unit, dtype=torch.bool, device=mask.device)
+    grid[:, :, :Tq, :Tk] = mask
+    cells = grid.view(B, H, R, tile, C, unit).transpose(3, 4)  # [B,H,R,C,tile,unit]
+    some = cells.flatten(-2).any(-1)
+    real_row = (torch.arange(R * tile, device=mask.device) < Tq).view(R, 1, tile, 1)
+    whole = (cells | ~real_row).flatten(-2).all(-1)
+    kind = torch.where(some, torch.where(whole, 0, 1), 2)
+    order = torch.argsort(kind, dim=-1, stable=True)
+    kind = kind.gather(-1, order)
+    count = (kind < 2).sum(-1, dtype=torch.int32)
+    full = (kind == 0).sum(-1, dtype=torch.int32)
+    partial = cells.gather(3, order[..., None, None].expand_as(cells))[kind == 1]  # [Np, tile, unit]
+    flat = count.flatten().long()
+    part = (count - full).flatten().long()
+    return {
+        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit,
+        "start": (flat.cumsum(0) - flat).view(count.shape), "full": full, "count": count,
+        "index": order[kind < 2].int(), "bits": pack_bits(partial),
+        "bits_start": (part.cumsum(0) - part).view(count.shape),
+    }
+
+
+def pack_bits(cells: Tensor) -> Tensor:
+    """Bool [N, tile, unit] to int32 words [N, tile, ceil(unit/32)], key j in bit j % 32 of word j // 32."""
+    N, tile, unit = cells.shape
+    words = -(-unit // 32)
+    padded = torch.nn.functional.pad(cells, (0, words * 32 - unit)).view(N, tile, words, 32)
+    weight = torch.ones(32, dtype=torch.int64, device=cells.device) << torch.arange(32, device=cells.device)
+    total = (padded * weight).sum(-1)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def unpack_bits(words: Tensor, unit: int) -> Tensor:
+    """Inverse of `pack_bits`."""
+    lane = torch.arange(unit, device=words.device)
+    return (words[..., lane // 32] >> (lane % 32)) & 1 != 0

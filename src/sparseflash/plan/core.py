@@ -1,0 +1,413 @@
+"""`Plan`: which keys each tile of queries sees. The one object between a method and a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import PlanError, require
+from . import build
+from .build import TILE, UNIT, Window
+
+ANY = -1
+"""Segment label that matches every segment."""
+NONE = -2
+"""Segment label of a lane that is no real token (padding)."""
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """The transpose of a plan's lists: for each group of keys, the query tiles that visit it.
+
+    Entries of group c of (batch, head) are `index[start : start + count]` (numbers of query tiles), the first
+    `full` of them need no element test; `source` names the span (or the unit entry) they come from.
+    """
+
+    start: Tensor
+    count: Tensor
+    full: Tensor
+    index: Tensor
+    source: Tensor
+    group: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """Which keys each tile of queries sees, in one softmax: contiguous spans and gathered units, then rules.
+
+    Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_documents`, `from_mask`) or from
+    the lists themselves. A query sees a key when an entry of its tile's lists covers the key and every rule
+    that is set holds (`docs/design.md` has the formula). All tensors are integer tensors; a batch axis is B or
+    1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
+
+    Parameters
+    ----------
+    Tq, Tk : int
+        Numbers of query and key tokens.
+    tile, unit : int
+        Consecutive rows that share one list; consecutive keys that one `index` entry names.
+    span_start, span_full, span_count : Tensor, [B, H, R]
+        Where a tile's ranges begin in `spans`, how many need no element test, how many there are.
+    spans : Tensor, [Ns, 2] int32
+        Key ranges `[lo, hi)` in row space.
+    start, full, count : Tensor, [B, H, R]
+        The same for gathered units.
+    index : Tensor, [Nu] int32
+        Unit numbers: unit u holds key rows `u * unit ... u * unit + unit - 1`.
+    bits, bits_start : Tensor
+        `[Nb, tile, ceil(unit / 32)]` int32 words of the partial units of a tile, in list order from
+        `bits_start [B, H, R]`.
+    q_order, k_order : Tensor, [B, H, rows] int32
+        Token of each row; -1 is an empty lane. Injective. None: rows are tokens.
+    q_offset : int or Tensor
+        Position of the first query (0-d or [B] int32 tensor); used where `q_pos` is None.
+    causal, include_self : bool
+        Keep `q_pos >= k_pos` (`>` without `include_self`; without `causal`, `!=`).
+    window : (left, right) or None
+        Inclusive distances, None = unbounded: keep `q_pos - left <= k_pos <= q_pos + right`.
+    sink : int
+        Keys at positions below it are exempt from the window (only).
+    q_pos, k_pos, k_end, q_seg, k_seg : Tensor, [B, H, T] int32, token space
+        Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is padding).
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> plan = sf.Plan.dense(512, 512, causal=True, window=(127, 0), sink_tokens=4)
+    >>> round(plan.density, 3)
+    1.0
+    """
+
+    Tq: int
+    Tk: int
+    tile: int = TILE
+    unit: int = UNIT
+    causal: bool = False
+    include_self: bool = True
+    window: Window | None = None
+    sink: int = 0
+    q_offset: int | Tensor = 0
+    span_start: Tensor | None = None
+    span_full: Tensor | None = None
+    span_count: Tensor | None = None
+    spans: Tensor | None = None
+    start: Tensor | None = None
+    full: Tensor | None = None
+    count: Tensor | None = None
+    index: Tensor | None = None
+    bits: Tensor | None = None
+    bits_start: Tensor | None = None
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+    k_end: Tensor | None = None
+    q_seg: Tensor | None = None
+    k_seg: Tensor | None = None
+    span_keys: KeyLists | None = None
+    unit_keys: KeyLists | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window", build.normal_window(self.window))
+        _check_shapes(self)
+
+    # ---------------------------------------------------------------- constructors
+
+    @classmethod
+    def dense(
+        cls, Tq: int, Tk: int, *, causal: bool = False, window: Window | None = None, sink_tokens: int = 0,
+        q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT, device: torch.device | str | None = None,
+    ) -> Plan:
+        """Every key within the rules: dense, causal, sliding window, window with attention sinks. O(R) memory.
+
+        Parameters
+        ----------
+        Tq, Tk : int
+            Numbers of query and key tokens; with `causal`, query i sits at position `i + q_offset`.
+        window : (left, right), optional
+            Inclusive distances; None (or -1) on a side is unbounded.
+        sink_tokens : int
+            The first keys, exempt from the window.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> sf.Plan.dense(4, 4, causal=True).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+        """
+        return cls(**build.dense(
+            Tq, Tk, causal=causal, window=window, sink_tokens=sink_tokens, q_offset=q_offset, tile=tile, unit=unit,
+            device=device,
+        ))
+
+    @classmethod
+    def from_keep(
+        cls, q_keep: Tensor, k_keep: Tensor, *, causal: bool = True, include_self: bool = True, tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Drop any queries and keys, per head (QK-sparse; SCFA, arXiv 2306.01160, section 3).
+
+        `q_keep [B|1, H|1, Tq]`, `k_keep [B|1, H|1, Tk]`: bool or uint8, True = kept. Causality is that of the
+        original token order. Kept counts may differ from head to head; nothing is padded to the longest.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> keep = torch.tensor([[[True, False, True]]])
+        >>> sf.Plan.from_keep(keep, keep).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
+        """
+        return cls(**build.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit))
+
+    @classmethod
+    def from_buckets(
+        cls, q_bucket: Tensor, k_bucket: Tensor, *, causal: bool = True, include_self: bool = True,
+        tile: int = TILE, unit: int = UNIT, buckets: int | None = None,
+    ) -> Plan:
+        """Queries see the keys of their own bucket, per head (hash-sparse; SCFA, arXiv 2306.01160, section 3).
+
+        `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
+        attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
+        `buckets` bounds the number of distinct ids, so that no value has to reach the host (accelerators).
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> bucket = torch.tensor([[[7, 3, 7]]])
+        >>> sf.Plan.from_buckets(bucket, bucket).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+        """
+        return cls(**build.from_buckets(
+            q_bucket, k_bucket, causal=causal, include_self=include_self, tile=tile, unit=unit, buckets=buckets
+        ))
+
+    @classmethod
+    def from_documents(
+        cls, cu_seqlens: Tensor, *, causal: bool = True, window: Window | None = None, tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Packed documents: tokens attend inside their own. `cu_seqlens [n+1]`: running totals, from 0.
+
+        Tiles end at document edges, so nothing (not even a NaN) crosses from one document into another.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> sf.Plan.from_documents(torch.tensor([0, 1, 3])).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+        """
+        return cls(**build.from_documents(cu_seqlens, causal=causal, window=window, tile=tile, unit=unit))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Plan:
+        """Any bool mask `[B|1, H|1, Tq, Tk]`, True = attends. Empty blocks cost nothing afterwards.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> mask = torch.rand(1, 2, 100, 100) < 0.3
+        >>> bool((sf.Plan.from_mask(mask).to_dense() == mask).all())
+        True
+        """
+        return cls(**build.from_mask(mask, tile=tile, unit=unit))
+
+    # ---------------------------------------------------------------- shape and identity
+
+    @property
+    def q_rows(self) -> int:
+        """Query rows, padded and dropped lanes counted: the length of `q_order`, or Tq."""
+        return self.Tq if self.q_order is None else self.q_order.shape[-1]
+
+    @property
+    def k_rows(self) -> int:
+        """Key rows: the length of `k_order`, or Tk."""
+        return self.Tk if self.k_order is None else self.k_order.shape[-1]
+
+    @property
+    def tiles(self) -> int:
+        """Number R of query tiles."""
+        return -(-self.q_rows // self.tile)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the plan's tensors live."""
+        return next(iter(self.tensors().values())).device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plan's own tensors by field name (derived data not included)."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: x for name, x in fields if isinstance(x, Tensor)}
+
+    def extent(self) -> tuple[int, int]:
+        """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""
+        laid = [x for n, x in self.tensors().items() if n not in _FLAT]
+        batch = max([1, *[x.shape[0] for x in laid]])
+        if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
+            batch = max(batch, self.q_offset.shape[0])
+        return batch, math.lcm(*[x.shape[1] for x in laid])
+
+    def _static(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return tuple(type(v).__name__ if isinstance(v, (Tensor, KeyLists)) else v for v in values)
+
+    def __hash__(self) -> int:
+        return hash(self._static())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan) or self._static() != other._static():
+            return False
+        mine, theirs = self.tensors(), other.tensors()
+        return all(mine[n].shape == theirs[n].shape and torch.equal(mine[n], theirs[n]) for n in mine)
+
+    def __repr__(self) -> str:
+        said = [f"Tq={self.Tq}", f"Tk={self.Tk}", f"tile={self.tile}", f"unit={self.unit}"]
+        said += [n for n in ("causal",) if getattr(self, n)]
+        said += [f"include_self={self.include_self}"] if not self.include_self else []
+        said += [f"window={self.window}"] if self.window else []
+        said += [f"sink={self.sink}"] if self.sink else []
+        said += [f"{n}{list(x.shape)}" for n, x in self.tensors().items() if n not in ("span_full", "full")]
+        return f"Plan({', '.join(said)})"
+
+    def __str__(self) -> str:
+        from .draw import draw
+
+        return draw(self)
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        return pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
+
+    # ---------------------------------------------------------------- figures
+
+    @property
+    def density(self) -> float:
+        """Visible pairs over the pairs of the dense plan with the same causal and window rules. Synchronises."""
+        from .lists import dense_pairs, visible_pairs
+
+        batch, heads = self.extent()
+        allowed = dense_pairs(self)
+        return visible_pairs(self) / (allowed * batch * heads) if allowed else 1.0
+
+    @property
+    def work(self) -> float:
+        """Visited area (tile rows x listed keys) over Tq x Tk. Synchronises."""
+        from .lists import visited_area
+
+        batch, heads = self.extent()
+        return visited_area(self) / (self.Tq * self.Tk * batch * heads) if self.Tq * self.Tk else 0.0
+
+    def to_dense(self) -> Tensor:
+        """The mask itself, bool `[B, H, Tq, Tk]` in token space. For tests and pictures: materialises Tq x Tk."""
+        from .lists import to_dense
+
+        return to_dense(self)
+
+    def check(self) -> Plan:
+        """Validate the values (ranges, uniqueness, disjointness, orders, full entries); returns the plan.
+
+        Raises
+        ------
+        PlanError
+            Naming the first violated rule, where it was found and how to mend it.
+        """
+        from .lists import check
+
+        check(self)
+        return self
+
+    def prepare(self, *, backward: bool = True, device: torch.device | str | None = None) -> Plan:
+        """The plan with derived data attached (transposed key lists), made once, reused by all layers and steps."""
+        from .lists import transpose_spans, transpose_units
+
+        plan = self if device is None else self.to(device)
+        if not backward or plan.span_keys is not None or plan.unit_keys is not None:
+            return plan
+        return dataclasses.replace(
+            plan,
+            span_keys=transpose_spans(plan) if plan.spans is not None else None,
+            unit_keys=transpose_units(plan) if plan.index is not None else None,
+        )
+
+
+_FLAT = {"spans", "index", "bits", "q_offset"}
+_LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
+_ORDERS = ("q_order", "k_order")
+_TOKENS = {"q_pos": "Tq", "q_seg": "Tq", "k_pos": "Tk", "k_end": "Tk", "k_seg": "Tk"}
+_INT64 = {"span_start", "start", "bits_start"}
+
+
+def _rules(p: Plan) -> Iterator[tuple[bool, str]]:
+    """Table of (condition, message): shapes, dtypes and devices. Values are checked by `Plan.check`."""
+    for name in ("Tq", "Tk"):
+        yield isinstance(getattr(p, name), (int, torch.SymInt)) and getattr(p, name) >= 0, f"{name} must be an int >= 0"
+    for name in ("tile", "unit"):
+        yield isinstance(getattr(p, name), int) and getattr(p, name) > 0, f"{name} must be a positive int"
+    yield (isinstance(p.sink, int) and p.sink >= 0), f"sink={p.sink!r}: expected an int >= 0"
+    for group in (("span_start", "span_full", "span_count", "spans"), ("start", "full", "count", "index")):
+        given = [n for n in group if getattr(p, n) is not None]
+        yield len(given) in (0, 4), f"{group} belong together; given: {given}"
+    yield (p.bits is None) == (p.bits_start is None), "bits and bits_start belong together"
+    yield p.bits is None or p.index is not None, "bits describe partial units: they need start, full, count, index"
+    for name, x in p.tensors().items():
+        yield not x.is_floating_point() and x.dtype != torch.bool, f"{name} has dtype {x.dtype}: expected int32"
+        wide = torch.int64 if name in _INT64 else torch.int32
+        yield x.dtype == wide or name == "q_offset", f"{name} has dtype {x.dtype}: expected {wide}"
+        yield x.device == p.device, f"{name} is on {x.device}, the plan on {p.device}: use plan.to(device)"
+        if name in _LISTS:
+            yield x.dim() == 3 and x.shape[2] == p.tiles, f"{name} {list(x.shape)}: expected [B, H, {p.tiles} tiles]"
+        elif name in _ORDERS:
+            yield x.dim() == 3, f"{name} {list(x.shape)}: expected [B, H, rows]"
+        elif name in _TOKENS:
+            T = getattr(p, _TOKENS[name])
+            yield x.dim() == 3 and x.shape[2] == T, f"{name} {list(x.shape)}: expected [B, H, {T} tokens]"
+    if p.spans is not None:
+        yield p.spans.dim() == 2 and p.spans.shape[1] == 2, f"spans {list(p.spans.shape)}: expected [Ns, 2]"
+    if p.index is not None:
+        yield p.index.dim() == 1, f"index {list(p.index.shape)}: expected [Nu]"
+    if p.bits is not None:
+        want = (p.tile, -(-p.unit // 32))
+        yield p.bits.dim() == 3 and tuple(p.bits.shape[1:]) == want, f"bits {list(p.bits.shape)}: expected [Nb, {want[0]}, {want[1]}]"
+    for group in (_LISTS[:3], _LISTS[3:]):
+        shapes = {tuple(x.shape) for n in group if (x := getattr(p, n)) is not None}
+        yield len(shapes) <= 1, f"{group} differ in shape: {sorted(shapes)}"
+    batches = {x.shape[0] for n, x in p.tensors().items() if n not in _FLAT} - {1}
+    yield len(batches) <= 1, f"batch axes {sorted(batches)}: expected 1 or one common size"
+
+
+def _check_shapes(plan: Plan) -> None:
+    for holds, message in _rules(plan):
+        require((holds, message), error=PlanError)
+
+
+def _flatten(plan: Plan) -> tuple[list[Any], Any]:
+    moving, fixed = [], []
+    for f in dataclasses.fields(plan):
+        value = getattr(plan, f.name)
+        tensor = isinstance(value, (Tensor, KeyLists))
+        moving.append(value if tensor else None)
+        fixed.append(None if tensor else value)
+    return moving, tuple(fixed)
+
+
+def _unflatten(moving: list[Any], fixed: Any) -> Plan:
+    names = [f.name for f in dataclasses.fields(Plan)]
+    plan = object.__new__(Plan)
+    for name, m, s in zip(names, moving, fixed, strict=True):
+        object.__setattr__(plan, name, s if m is None else m)
+    return plan
+
+
+pytree.register_pytree_node(Plan, _flatten, _unflatten, serialized_type_name="sparseflash.Plan")
+pytree.register_pytree_node(
+    KeyLists,
+    lambda k: ([k.start, k.count, k.full, k.index, k.source], k.group),
+    lambda xs, group: KeyLists(*xs, group),
+    serialized_type_name="sparseflash.KeyLists",
+)
