@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import sparseflash
+
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "src" / "sparseflash"
 
@@ -91,6 +93,13 @@ def test_every_direct_dependency_is_pinned():
     )
 
 
+def test_one_version_everywhere(wheel):
+    version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
+    assert sparseflash.__version__ == version
+    assert wheel.name == f"sparseflash-{version}-py3-none-any.whl"
+    assert f"\nversion: {version}\n" in (REPO / "CITATION.cff").read_text()
+
+
 ALONE = """
 import sys
 import torch
@@ -104,7 +113,8 @@ dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True
 torch.testing.assert_close(sparse, dense)
 for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (sparse, dense))):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-plan = sf.Plan.from_buckets(torch.arange(129) % 4, torch.arange(129) % 4)
+bucket = torch.arange(129).view(1, 1, 129) % 4
+plan = sf.Plan.from_buckets(bucket, bucket)
 mask = plan.to_dense().expand(1, 2, 129, 129)
 torch.testing.assert_close(
     sf.attention(q, k, v, plan), torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

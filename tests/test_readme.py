@@ -28,7 +28,7 @@ def test_the_readme_has_examples():
     assert len(BLOCK.findall((REPO / "README.md").read_text(encoding="utf-8"))) >= 3
 
 
-@pytest.mark.parametrize(("source", "name"), examples())
+@pytest.mark.parametrize(("source", "name"), list(examples()))
 def test_example_runs(source, name, tmp_path):
     """In a process and a folder of its own, with warnings of our own making as errors."""
     script = f"exec(compile({source!r}, {name!r}, 'exec'), {{'__name__': '__main__'}})"
