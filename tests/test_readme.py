@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import sparseflash
+
 REPO = Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -41,6 +43,12 @@ def test_example_runs(source, name, tmp_path):
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_table_of_methods_is_the_registry():
+    section = (REPO / "README.md").read_text(encoding="utf-8").split("## Methods")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE)
+    assert sorted(listed) == sorted(sparseflash.methods.names())
 
 
 def test_relative_links_of_the_pages_lead_somewhere():
