@@ -36,6 +36,8 @@ class _Rows:
         self.real = token >= 0
 
     def read(self, x: Tensor, dtype: torch.dtype, alive: Tensor | None = None) -> Tensor:
+        if not x.shape[2]:  # no tokens: all lanes are empty
+            return x.new_zeros((*self.token.shape, *x.shape[3:]), dtype=dtype)
         rows = x[self.batch, self.head, self.token.clamp(min=0)].to(dtype)
         alive = self.real if alive is None else alive
         return torch.where(alive[..., None] if rows.dim() == 4 else alive, rows, 0)

@@ -97,11 +97,11 @@ def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
     else:
         k_token = torch.where(covered, _at(plan.k_order, batch, heads).gather(-1, safe).long(), -1)
     keep = visible(plan, q_token, k_token)
-    if plan.bits is not None:
+    if plan.bits is not None and len(plan.bits):
         bit_row = torch.full((batch * heads, n), -1, dtype=torch.int64, device=device)
         bit_row[owner, column] = bits_row.flatten()[entry]
         lane = torch.zeros((batch * heads, n), dtype=torch.int64, device=device)
-        lane[owner, column] = inside
+        lane[owner, column] = torch.where(bits_row.flatten()[entry] >= 0, inside, 0)  # a span may be longer than bits
         bit_row, lane = bit_row.view(batch, heads, n), lane.view(batch, heads, n)
         words = plan.bits[bit_row.clamp(min=0), :, lane // 32][..., : q_token.shape[-1]].transpose(-1, -2)
         keep = keep & ((((words >> (lane % 32)[..., None, :]) & 1) != 0) | (bit_row < 0)[..., None, :])
@@ -114,6 +114,8 @@ def visible(plan: Plan, q_token: Tensor, k_token: Tensor) -> Tensor:
     batch, heads = q_token.shape[:2]
 
     def of(x: Tensor, token: Tensor) -> Tensor:
+        if not x.shape[-1]:  # no tokens: all lanes are empty
+            return torch.zeros_like(token)
         return _at(x, batch, heads).gather(-1, token.clamp(min=0)).long()
 
     keep = (q_token >= 0)[..., :, None] & (k_token >= 0)[..., None, :]
