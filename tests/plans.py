@@ -3,8 +3,8 @@
     example = plans.example(7, "buckets", batch=2, heads=4)
     example.plan, example.mask, example.line
 
-The mask never comes from the library: constructors are checked against one line of boolean algebra, plans made
-by hand against `by_definition`, which walks the lists of a plan as `docs/design.md` defines them.
+The mask never comes from the library: constructors are checked against one line of boolean algebra, plans
+made by hand against `by_definition`, which walks the lists of a plan as `docs/design.md` defines them.
 """
 
 from __future__ import annotations
@@ -434,7 +434,8 @@ def by_definition(plan: Plan) -> np.ndarray:
                         seen = sees[row, lo:hi]
                         if word is not None:
                             seen = seen & (word[row - r * plan.tile, lane // 32] >> (lane % 32) & 1 != 0)
-                        mask[b, h, q[row], k[lo:hi][seen]] = True
+                        if seen.any():
+                            mask[b, h, q[row], k[lo:hi][seen]] = True
     return mask
 
 

@@ -4,16 +4,16 @@ For an output x of a kernel that works in the precision of its inputs, element b
 
     |x - exact|  <=  factor * worst error of an eager run in the same row  +  band
 
-``exact`` is dense masked softmax attention in fp64, ``eager`` the same lines run in the dtype of the inputs,
-both written out below; factor is 2 for results and 3 for gradients. The row is the last axis (for ``lse``,
-``dbias`` and ``dsink``, one number a token or head, all of that axis), so a large early row excuses nothing in
-a small late one.
+``exact`` is dense masked softmax attention in fp64, ``eager`` the same lines run in the dtype of the
+inputs, both written out below; factor is 2 for results and 3 for gradients. The row is the last axis (for
+``lse``, ``dbias`` and ``dsink``, one number a token or head, all of that axis), so a large early row
+excuses nothing in a small late one.
 
 The band is what the roundings that a fused kernel must do cost even where the eager run happens to make no
-error at all (a row with one key: its softmax is exactly 1, its gradient exactly 0). With u the unit roundoff
-of the dtype, eps = 2 u its ``torch.finfo(dtype).eps``, e that of fp32 (fp64 for fp64 inputs), A.B the
-products below, and |.| of a sum the root of the sum of squares of its terms (independent roundings, of at most u of a
-term each, add up like that; eps = 2 u is then about five standard deviations of them):
+error at all (a row with one key: its softmax is exactly 1, its gradient exactly 0). With u the unit
+roundoff of the dtype, eps = 2 u its ``torch.finfo(dtype).eps``, e that of fp32 (fp64 for fp64 inputs), A.B
+the products below, and |.| of a sum the root of the sum of squares of its terms (independent roundings, of
+at most u of a term each, add up like that; eps = 2 u is then about five standard deviations of them):
 
 - a sum of n terms in fp32, in any order, also one after another: e * sqrt(n) * |terms| for each |.| below.
 - a logit is a sum of D terms, and is exponentiated relative to an fp32 lse. So p is off by a relative
