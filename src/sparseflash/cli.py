@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,7 +150,7 @@ def train(
 
     Ctrl-C saves and says how to go on; so does a kill, up to the last checkpoint.
 
-    Data parallel: **torchrun --nproc-per-node 2 -m sparseflash.cli train ...** (the batch is per process).
+    Data parallel: **torchrun --nproc-per-node 2 -m sparseflash train ...** (the batch is per process).
     """
     from sparseflash.train.attention import cli_options
     from sparseflash.train.config import TrainConfig
@@ -195,6 +196,179 @@ def sample(
     for byte in draw(model, text, tokens, length=config.length, temperature=temperature, seed=seed):
         typer.echo(decoder.decode(bytes([byte])), nl=False)
     typer.echo(decoder.decode(b"", final=True))
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        str, typer.Option(help="A text file or directory; by default Python's own library.")
+    ] = "",
+    minutes: Annotated[float, typer.Option(help="Time box of everything.")] = 6.0,
+    out: Annotated[Path, typer.Option(help="Directory of report.html and its CSV files.")] = Path("demo"),
+    length: Annotated[int, typer.Option(help="Bytes per training sequence.")] = 8192,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the CPU has AMX.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Weights, batches and random planes.")] = 0,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="Also train the paper's dense baseline, k = q / |q|.")
+    ] = False,
+) -> None:
+    """Watch a language model train with dense and with sparse attention, side by side, and get a report.
+
+    Three parts: runtime curves of attention, the same model trained dense and hash-sparse in turn, and
+    **report.html** with plots, tables and the plans that were used. It needs no network.
+    """
+    from sparseflash.bench import demo as demo_
+    from sparseflash.bench.machine import has_amx
+    from sparseflash.train.data import load, stdlib
+
+    if dtype == "auto":
+        dtype = "bf16" if has_amx() else "fp32"
+    if minutes <= 0:
+        raise SparseFlashError(f"--minutes is {minutes:g}; expected a positive number such as 6")
+    command = " ".join(["sparseflash", *map(shlex.quote, sys.argv[1:])])
+    demo_.run(
+        load(data) if data else stdlib(),
+        out,
+        minutes=minutes,
+        length=length,
+        dtype=dtype,
+        seed=seed,
+        tied=tied,
+        command=command,
+    )
+
+
+bench = typer.Typer(
+    invoke_without_command=True,
+    help="Measure on this machine; without a command, everything, into **benchmarks/results**.\n\n"
+    "All cases of a table run in turn, the figure is the median; machine and versions stand in every row.",
+)
+app.add_typer(bench, name="bench")
+RESULTS = Path("benchmarks/results")
+Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
+Minutes = Annotated[float, typer.Option(help="Time box; what does not fit is left out, and said.")]
+Lengths = Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")]
+Dtypes = Annotated[str, typer.Option(help="fp32, bf16 or both, separated by commas.")]
+Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.")]
+
+
+@bench.callback()
+def bench_everything(context: typer.Context) -> None:
+    """Run all benchmarks where none is named."""
+    if context.invoked_subcommand is None:
+        bench_curves()
+        bench_attention_table()
+        bench_step()
+
+
+@bench.command("curves")
+def bench_curves(
+    out: Out = RESULTS / "curves.csv",
+    minutes: Minutes = 5.0,
+    lengths: Lengths = "1024,2048,4096,8192,16384",
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Time attention forward + backward over the length: dense, naive, Reformer, hash- and QK-sparse."""
+    from sparseflash.bench import session
+
+    session.curves(out, minutes=minutes, lengths=_integers(lengths), heads=heads, dim=dim, dtype=dtype)
+
+
+@bench.command("attention-table")
+def bench_attention_table(
+    out: Out = RESULTS / "attention-table.csv",
+    length: Annotated[int, typer.Option(help="Sequence length.")] = 8192,
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 7,
+    minutes: Minutes = 5.0,
+) -> None:
+    """Compare our dense, hash-sparse and QK-sparse attention with torch SDPA on the same tensors."""
+    from sparseflash.bench import session
+
+    session.attention_table(out, length=length, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
+
+
+@bench.command("step")
+def bench_step(
+    out: Out = RESULTS / "step.csv",
+    data: Annotated[str, typer.Option(help="Text to train on; by default Python's own library.")] = "",
+    lengths: Lengths = "8192,16384",
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 5,
+    minutes: Minutes = 8.0,
+) -> None:
+    """Time whole training steps of the same model with dense, hash-sparse and QK-sparse attention."""
+    from sparseflash.bench import session
+
+    lengths_ = _integers(lengths)
+    session.step(out, data=data, lengths=lengths_, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is usable on this machine, and why the rest is not."""
+    from sparseflash.bench.machine import describe
+    from sparseflash.dispatch import backends
+
+    for name, value in describe().items():
+        if value and name != "backend":
+            typer.echo(f"{name:12} {value}")
+    for status in backends().values():
+        typer.echo(f"{status.name:12} {'usable' if status.usable else 'not usable'}: {status.detail}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: name, what a query sees, parameters."""
+    import sparseflash as sf
+
+    for name in sf.methods.names():
+        method = sf.methods.get(name)
+        typer.secho(name, bold=True)
+        typer.echo(f"  {(type(method).__doc__ or '').strip().splitlines()[0]}")
+        typer.echo(f"  {method!r}")
+
+
+@app.command()
+def show(
+    method: Annotated[str, typer.Argument(help="A name that `sparseflash methods` lists.")],
+    length: Annotated[int, typer.Option(help="Tokens.")] = 256,
+    heads: Annotated[int, typer.Option(help="Heads; the first one is drawn.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the random queries and keys.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write here instead of to the screen.")] = None,
+) -> None:
+    """Draw the plan a method makes for random queries and keys."""
+    import torch
+
+    from sparseflash.train.attention import build
+
+    chosen = build(method)
+    if not hasattr(chosen, "select"):
+        raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, heads, length, 64, generator=generator) for _ in range(2))
+    plan = chosen.select(q, k).plan
+    text = "\n\n".join(map(str, plan if isinstance(plan, tuple) else (plan,)))
+    if out is None:
+        typer.echo(text)
+        return
+    try:
+        out.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise SparseFlashError(f"{text!r} is no list of lengths; write them as 1024,2048,4096") from None
 
 
 def _explicit(context: Any, name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Measurements on this machine: runtime curves, the attention table, whole training steps, and the demo."""

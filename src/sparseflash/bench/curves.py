@@ -1,0 +1,118 @@
+"""Runtime curves, forward and backward, over the sequence length: the paper's figures on this machine.
+
+Selection, sorting, gathering and their backward are inside every timing. Beside the time stand the density
+(visible pairs over those of causal attention) and the recall (share of dense attention's mass on the visible
+pairs): time alone says nothing about a sparse method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sparseflash.bench.cases import Case, forward_backward, inputs
+from sparseflash.bench.results import Row
+from sparseflash.bench.timing import Box, interleave, predict, seconds
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+PROBE_LENGTH = 256
+QUALITY_LENGTH = 2048  # density and recall of random inputs hardly move with the length; measured up to here
+
+
+def measure(
+    cases: Sequence[Case],
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    minutes: float = 5.0,
+    rounds: int = 5,
+    batch: int = 1,
+    heads: int = 4,
+    dim: int = 64,
+    dtype: str = "fp32",
+    on_run: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Time every case at every length, shortest first, and leave out what does not fit in the box.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+        What to compare; the first one is the baseline of the ``speedup`` column.
+    lengths : sequence of int
+        Ascending sequence lengths.
+    minutes : float
+        Time box. A case whose next length is predicted not to fit is skipped, and its row says so.
+    rounds : int
+        Measured rounds per length, after one that warms up.
+
+    Returns
+    -------
+    list of dict
+        One row per case and length: ``ms`` (median), ``ms_min``, ``ms_max``, ``rounds``, ``speedup``,
+        ``density``, ``recall``, ``note``.
+    """
+    box = Box(minutes * 60)
+    history: dict[str, list[tuple[int, float]]] = {case.label: [] for case in cases}
+    shape = {"batch": batch, "heads": heads, "dim": dim, "dtype": dtype}
+    rows: list[Row] = []
+    probe = inputs(PROBE_LENGTH, **shape)
+    for case in cases:  # the first run compiles, the second predicts
+        on_run(case.label)
+        run = forward_backward(case.attention, *probe)
+        run()
+        history[case.label].append((PROBE_LENGTH, seconds(run)))
+    for length in lengths:
+        q, k, v, dout = inputs(length, **shape)
+        runs, notes = {}, {}
+        expected = {case.label: predict(history[case.label], length) for case in cases}
+        for case in sorted(cases, key=lambda case: expected[case.label]):
+            if case.longest is not None and length > case.longest:
+                notes[case.label] = f"not run beyond T = {case.longest}: needs a T x T mask"
+            elif box.left < 2 * sum(expected[label] for label in (*runs, case.label)):
+                notes[case.label] = (
+                    f"skipped: {expected[case.label]:.1f} s predicted, {max(box.left, 0):.0f} s left"
+                )
+            else:
+                runs[case.label] = forward_backward(case.attention, q, k, v, dout)
+        order = {case.label: runs[case.label] for case in cases if case.label in runs}
+        timings = interleave(
+            order, rounds=rounds, box=box, on_run=lambda name, t=length: on_run(f"T = {t}, {name}")
+        )
+        baseline = timings.get(cases[0].label)
+        for case in cases:
+            row: Row = {"bench": "curves", "case": case.label, "family": case.family, "T": length, **shape}
+            row["what"] = "forward+backward"
+            if timing := timings.get(case.label):
+                times = timing.times or [timing.warm_up]
+                history[case.label].append((length, timing.median))
+                row |= {"ms": timing.median * 1e3, "ms_min": min(times) * 1e3, "ms_max": max(times) * 1e3}
+                row |= {
+                    "rounds": len(timing.times),
+                    "speedup": baseline.median / timing.median if baseline else None,
+                }
+                measurable = length <= QUALITY_LENGTH and box.left > timing.median
+                row |= quality(case, q, k, v) if measurable else _known(rows, case)
+            row["note"] = notes.get(case.label, "")
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def quality(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Row:
+    """Density and recall of the pairs that `case` sees; empty where it has no plan."""
+    import sparseflash as sf
+
+    if case.family == "dense":
+        return {"density": 1.0, "recall": 1.0}
+    if not hasattr(case.attention, "select"):
+        return {}
+    plan = case.attention.select(q, k).plan
+    plans = plan if isinstance(plan, tuple) else (plan,)
+    _, all_mass = sf.attention(q, k, v, causal=True, return_lse=True)
+    _, mass = sf.attention(q, k, v, plan, return_lse=True)
+    return {"density": sum(p.density for p in plans), "recall": (mass - all_mass).exp().mean().item()}
+
+
+def _known(rows: Sequence[Row], case: Case) -> Row:
+    last = next((row for row in reversed(rows) if row["case"] == case.label), {})
+    return {name: last[name] for name in ("density", "recall") if name in last}

@@ -1,0 +1,280 @@
+"""The demo: runtime curves, the same model trained dense and sparse side by side, and a report of both.
+
+Everything fits in a time box. The number of training steps is what the box allows after one round was timed,
+and it is the same for every model.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseflash.bench import cases, curves, results
+from sparseflash.bench.machine import describe
+from sparseflash.bench.report import Drawing, Result, Run, comparison, verdict, write
+from sparseflash.bench.timing import seconds
+from sparseflash.train import Corpus, TrainConfig, Trainer
+
+CURVES_SHARE = 0.3  # of the box; the report takes a few seconds, training gets the rest
+VALIDATIONS = 8
+FEWEST, MOST = 8, 400  # steps
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model of the demo before it is trained."""
+
+    label: str
+    what: str
+    style: str
+    changes: dict[str, Any]
+
+
+DENSE = Contender(
+    "dense", "torch scaled_dot_product_attention, causal: every query sees all earlier keys", "dense", {}
+)
+LOCAL = Contender(
+    "hash-sparse + 1 local head",
+    "three heads see the earlier keys of their own hash bucket (16 buckets), one head sees a causal window",
+    "hash-2",
+    {"attention": "hash-sparse", "options": {"nb": 16, "causal_heads": 1}},
+)
+PURE = Contender(
+    "hash-sparse, pure",
+    "all heads see the earlier keys of their own hash bucket (16 buckets)",
+    "hash-1",
+    {"attention": "hash-sparse", "options": {"nb": 16, "causal_heads": 0}},
+)
+TIED = Contender("dense, tied q/k", "the paper's own baseline: k = q / |q| per head", "naive", {"qk": "tied"})
+
+
+def run(
+    corpus: Corpus,
+    out: Path,
+    *,
+    minutes: float = 6.0,
+    length: int = 8192,
+    dtype: str = "fp32",
+    seed: int = 0,
+    tied: bool = False,
+    command: str = "sparseflash demo",
+    shape: dict[str, int] | None = None,
+) -> Result:
+    """Run the demo within `minutes`; write ``report.html``, ``curves.csv`` and ``training.csv`` into `out`.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        What the models are trained on.
+    out : Path
+        Directory of the report.
+    minutes : float
+        Time box of the whole.
+    length, dtype, seed
+        Of the training part.
+    tied : bool
+        Also train the paper's dense baseline with tied q/k.
+    command : str
+        How the report says it was made.
+    shape : dict, optional
+        Changes to the model's layers, width, heads and batch.
+    """
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    start = time.monotonic()
+    machine = describe()
+    console.print(
+        f"[bold]sparseflash demo[/]: {machine['cpu']}, {machine['threads']} threads, {machine['backend']}"
+    )
+    console.print(f"{minutes:g} minutes; data: {corpus.name}, {len(corpus.train) / 1e6:.1f} MB\n")
+    rows = _curves(console, minutes * CURVES_SHARE, length)
+    results.write(out / "curves.csv", rows)
+    plans = [DENSE, LOCAL, PURE, *([TIED] if tied else [])]
+    base = TrainConfig(
+        "", length=length, dtype=dtype, seed=seed, eval_sequences=2, warmup=0.15, **(shape or {})
+    )
+    left = minutes * 60 - (time.monotonic() - start) - 10
+    trainers, runs, notes = _train(console, corpus, base, plans, left)
+    result = Result(
+        machine=machine,
+        data=corpus.name,
+        length=trainers[0].config.length,
+        dtype=dtype,
+        parameters=sum(p.numel() for p in trainers[0].model.parameters()),
+        runs=runs,
+        curves=rows,
+        drawings=_drawings(corpus, plans, trainers),
+        command=command,
+        notes=notes,
+    )
+    results.write(out / "training.csv", _training_rows(result))
+    write(result, out / "report.html")
+    console.print()
+    console.print(_table(result))
+    console.print(f"\n{verdict(result)}")
+    console.print(f"Report: [bold]{out / 'report.html'}[/] ({(time.monotonic() - start) / 60:.1f} minutes)")
+    return result
+
+
+def _curves(console: Any, minutes: float, longest: int) -> list[results.Row]:
+    lengths = [t for t in curves.LENGTHS if t <= max(2 * longest, curves.LENGTHS[0])]
+    with _progress(console) as bar:
+        task = bar.add_task("runtime curves", total=None)
+        rows = curves.measure(
+            cases.curves(),
+            lengths=lengths,
+            minutes=minutes,
+            rounds=3,
+            on_run=lambda text: bar.update(task, description=f"runtime curves: {text}"),
+        )
+        bar.update(task, description="runtime curves", total=1, completed=1)
+    return rows
+
+
+def _train(
+    console: Any, corpus: Corpus, base: TrainConfig, plans: list[Contender], left: float
+) -> tuple[list[Trainer], list[Run], list[str]]:
+    """Train all `plans` step by step in turn, as many equal steps as `left` seconds allow."""
+    started = time.monotonic()
+    base, notes = _fit(corpus, base, plans, left)
+    for note in notes:
+        console.print(note)
+    left -= time.monotonic() - started
+    while True:
+        started = time.monotonic()
+        trial = [Trainer(replace(base, steps=MOST, **plan.changes), corpus) for plan in plans]
+        step = sum(seconds(trainer.step) for trainer in trial)  # the first step of all also compiles
+        step = min(step, sum(seconds(trainer.step) for trainer in trial))
+        check = sum(seconds(trainer.validate) for trainer in trial)
+        left -= time.monotonic() - started
+        steps = int((left - VALIDATIONS * check) / (1.05 * step))
+        if steps >= FEWEST or base.length <= 512:
+            break
+        notes.append(_shorter(base.length, base.length // 2))
+        console.print(notes[-1])
+        base = replace(base, length=base.length // 2)
+    steps = min(max(steps, FEWEST), MOST)
+    every = max(1, steps // VALIDATIONS)
+    trainers = [Trainer(replace(base, steps=steps, **plan.changes), corpus) for plan in plans]
+    runs = [Run(plan.label, plan.what, plan.style) for plan in plans]
+    with _progress(console) as bar:
+        task = bar.add_task(f"training, T = {base.length}", total=steps)
+        for number in range(1, steps + 1):
+            for trainer, one in zip(trainers, runs, strict=True):
+                row = trainer.step()
+                if number % every == 0 or number == steps:
+                    row.val_bpb = trainer.validate()
+                one.rows.append(row)
+            text = ", ".join(f"{r.label} {r.rows[-1].loss:.2f}" for r in runs)
+            bar.update(task, completed=number, description=f"training, T = {base.length}: loss {text}")
+    return trainers, runs, notes
+
+
+def _fit(
+    corpus: Corpus, base: TrainConfig, plans: list[Contender], left: float
+) -> tuple[TrainConfig, list[str]]:
+    """Shorten the sequences where a short probe says that even a few steps would not fit."""
+    probe = replace(base, length=min(base.length, max(256, base.length // 16)))
+    trainers = [Trainer(replace(probe, **plan.changes), corpus) for plan in plans]
+    for trainer in trainers:
+        trainer.step()  # compiles
+    step = sum(seconds(trainer.step) for trainer in trainers)
+    length = base.length
+    # Quadratic growth is twice what a step really costs, hence half of the fewest steps.
+    while length > 512 and left / (step * (length / probe.length) ** 2) < FEWEST / 2:
+        length //= 2
+    if length == base.length:
+        return base, []
+    return replace(base, length=length), [_shorter(base.length, length)]
+
+
+def _shorter(wanted: int, length: int) -> str:
+    return (
+        f"T = {wanted:,} would take too long on this machine: the models are trained at T = {length:,}. "
+        "More minutes (--minutes), or a compiler for the native kernels (sparseflash doctor), change that."
+    )
+
+
+@torch.no_grad()
+def _drawings(
+    corpus: Corpus, plans: list[Contender], trainers: list[Trainer], size: int = 96
+) -> list[Drawing]:
+    """Draw what the first and last head of the trained models' second layer see on held-out text."""
+    drawings = []
+    tokens, _ = next(iter(corpus.validation(size, 1)))
+    for plan, trainer in zip(plans, trainers, strict=True):
+        layer = trainer.model.blocks[min(1, len(trainer.model.blocks) - 1)].attention
+        method = layer.attention
+        if not hasattr(method, "select"):
+            continue
+        seen: list[torch.Tensor] = []
+
+        def spy(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list = seen, method: Any = method
+        ) -> torch.Tensor:
+            seen[:] = q, k
+            return method(q, k, v)
+
+        layer.attention = spy
+        trainer.model(tokens)
+        layer.attention = method
+        selected = method.select(*seen).plan
+        parts = selected if isinstance(selected, tuple) else (selected,)
+        heads = seen[0].shape[1]
+        keep = sum(part.to_dense().expand(1, heads, size, size).int() for part in parts).bool()[0]
+        text = "\n\n".join(str(part) for part in parts)
+        for head in dict.fromkeys((0, heads - 1)):
+            drawings.append(Drawing(f"{plan.label}: layer 2, head {head + 1}", keep[head].tolist(), text))
+    return drawings
+
+
+def _training_rows(result: Result) -> list[results.Row]:
+    return [
+        {
+            "bench": "demo",
+            "case": run.label,
+            "T": result.length,
+            "dtype": result.dtype,
+            "step": row.step,
+            "loss": row.loss,
+            "val_bpb": row.val_bpb,
+            "ms": row.ms_per_step,
+        }
+        for run in result.runs
+        for row in run.rows
+    ]
+
+
+def _table(result: Result) -> Any:
+    from rich.table import Table
+
+    steps = len(result.runs[0].rows)
+    table = Table(title=f"{steps} equal steps at T = {result.length:,}, {result.dtype}", title_justify="left")
+    for number, name in enumerate(("model", "ms / step", "tokens / s", "speed-up", "validation bits / byte")):
+        table.add_column(name, justify="right" if number else "left")
+    for row in comparison(result):
+        cells = (
+            f"{row['ms']:,.0f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['bpb']:.4f}",
+        )
+        table.add_row(str(row["label"]), *cells)
+    return table
+
+
+def _progress(console: Any) -> Any:
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)

@@ -1,0 +1,42 @@
+"""Result rows as CSV: numbers are data, with the machine beside them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparseflash.bench.machine import describe
+from sparseflash.errors import SparseFlashError
+
+Row = dict[str, Any]
+
+
+def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write `rows` with the machine's columns appended, replacing the file at once."""
+    rows = [{**row, **describe()} for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns, restval="")
+            writer.writeheader()
+            writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SparseFlashError(f"cannot write --out {path}: {error.strerror}; give a writable path") from None
+
+
+def read(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a file written by `write`, as strings."""
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def cell(value: Any) -> str:
+    """Format one value: four significant digits, nothing for what was not measured."""
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,0 +1,99 @@
+"""The benchmarks in a terminal: progress, tables, CSV files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sparseflash.bench import cases, results
+from sparseflash.bench import curves as curves_
+from sparseflash.bench import steps as steps_
+from sparseflash.bench import table as table_
+from sparseflash.bench.machine import describe
+from sparseflash.errors import SparseFlashError
+from sparseflash.train.data import load, stdlib
+
+
+def curves(out: Path, *, minutes: float, lengths: Sequence[int], heads: int, dim: int, dtype: str) -> None:
+    """Measure the runtime curves into `out`."""
+    _known(dtype)
+    for length in lengths:
+        if length < 1:
+            raise SparseFlashError(
+                f"--lengths has {length}; expected positive numbers such as 1024,2048,4096"
+            )
+    rows = _watch(
+        "curves",
+        lambda on_run: curves_.measure(
+            cases.curves(),
+            lengths=sorted(lengths),
+            minutes=minutes,
+            heads=heads,
+            dim=dim,
+            dtype=dtype,
+            on_run=on_run,
+        ),
+    )
+    _finish(rows, out, ("case", "T", "ms", "speedup", "density", "recall", "note"))
+
+
+def attention_table(out: Path, *, length: int, dtypes: Sequence[str], rounds: int, minutes: float) -> None:
+    """Measure the attention table into `out`."""
+    _known(*dtypes)
+    rows = _watch(
+        "attention table",
+        lambda on_run: table_.measure(
+            length=length, dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run
+        ),
+    )
+    _finish(rows, out, ("case", "dtype", "ms_sdpa", "ms", "ratio", "rounds"))
+
+
+def step(
+    out: Path, *, data: str, lengths: Sequence[int], dtypes: Sequence[str], rounds: int, minutes: float
+) -> None:
+    """Measure whole training steps into `out`."""
+    _known(*dtypes)
+    corpus = load(data) if data else stdlib()
+    rows = _watch(
+        "training steps",
+        lambda on_run: steps_.measure(
+            corpus, lengths=lengths, dtypes=dtypes, rounds=rounds, minutes=minutes, on_run=on_run
+        ),
+    )
+    _finish(rows, out, ("case", "T", "dtype", "ms", "speedup", "tokens_per_s", "rounds"))
+
+
+def _known(*dtypes: str) -> None:
+    for dtype in dtypes:
+        if dtype not in cases.DTYPES:
+            raise SparseFlashError(f"--dtype {dtype!r} is unknown; choose from: {', '.join(cases.DTYPES)}")
+
+
+def _watch(title: str, measure: Callable[[Callable[[str], None]], list[results.Row]]) -> list[results.Row]:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
+        task = bar.add_task(title, total=None)
+        rows = measure(lambda text: bar.update(task, description=f"{title}: {text}"))
+        bar.update(task, description=title, total=1, completed=1)
+    return rows
+
+
+def _finish(rows: list[results.Row], out: Path, columns: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    results.write(out, rows)
+    machine = describe()
+    table = Table(
+        title=f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
+        title_justify="left",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("case", "note") else "right")
+    for row in rows:
+        table.add_row(*(results.cell(row.get(column)) for column in columns))
+    console = Console(soft_wrap=True)
+    console.print(table)
+    console.print(f"{out}: {len(rows)} rows")

@@ -1,0 +1,83 @@
+"""Interleaved timing inside a time box.
+
+All cases of a group run in turn, round after round, so that a busy moment of the machine hits every one of
+them; the figure of a case is the median of its rounds. The first round warms up and only predicts.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+class Box:
+    """A deadline that work can be checked against before it starts."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline; negative after it."""
+        return self.end - time.monotonic()
+
+
+@dataclass
+class Timing:
+    """Wall times of one case, seconds."""
+
+    warm_up: float
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Median of the measured rounds, or the warm-up where the box left room for nothing else."""
+        return statistics.median(self.times) if self.times else self.warm_up
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    box: Box,
+    on_run: Callable[[str], None] = lambda name: None,
+) -> dict[str, Timing]:
+    """Time every case `rounds` times in turn, fewer where the box closes first."""
+    timings = {}
+    for name, run in cases.items():
+        timings[name] = Timing(seconds(run))
+        on_run(name)
+    one_round = sum(t.warm_up for t in timings.values())
+    for _ in range(rounds):
+        if box.left < one_round:
+            break
+        for name, run in cases.items():
+            timings[name].times.append(seconds(run))
+            on_run(name)
+    return timings
+
+
+def predict(history: list[tuple[int, float]], length: int) -> float:
+    """Expected seconds at `length` from (length, seconds) of shorter ones.
+
+    Extrapolates the last growth rate, at least linear and at most a little above quadratic; a single point
+    counts as quadratic, which is the safe side.
+    """
+    if not history:
+        return 0.0
+    (last_length, last) = history[-1]
+    power = 2.0
+    if len(history) > 1:
+        (before_length, before) = history[-2]
+        power = math.log(last / before) / math.log(last_length / before_length)
+    return last * (length / last_length) ** min(max(power, 1.0), 2.2)
