@@ -1,5 +1,6 @@
 """Every sparse attention method, exact forward and backward, over one small set of fast kernels."""
 
+from . import backends as _backends  # the subpackage first: loading it later would take the function's name
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
 from .ops import attention, attention_backward, merge

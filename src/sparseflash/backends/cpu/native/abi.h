@@ -1,0 +1,50 @@
+// The C interface between Python and the kernels, and between the entry points and one instruction-set level.
+// Plain data only: no torch, no Python, so one library serves every version of both.
+#pragma once
+#include <stdint.h>
+
+enum SfDtype : int32_t { SF_F32 = 0, SF_BF16 = 1, SF_F16 = 2 };
+
+// A [B,H,T,D] tensor; strides in elements.
+struct SfView {
+    void *data;
+    int64_t batch, head, row, lane;
+};
+
+// A plan tensor [batch, heads, length...], contiguous; batch is B or 1, heads any divisor of Hq.
+struct SfTable {
+    const void *data;
+    int64_t batch, heads, length;
+};
+
+struct SfPlan {
+    int64_t q_rows, k_rows, tiles, tile, unit;
+    int64_t causal, include_self, windowed, left, right, sink, q_offset;
+    int64_t spans_size, index_size, bits_size;
+    SfTable span_start, span_full, span_count, start, full, count, bits_start;
+    SfTable q_order, k_order, q_shift, q_pos, k_pos, k_end, q_seg, k_seg;
+    const int32_t *spans, *index, *bits;
+};
+
+struct SfCall {
+    int64_t B, Hq, Hkv, Tq, Tk, D, Dv;
+    int32_t dtype, out_dtype, grad_dtype, threads;
+    float scale, softcap;
+    SfView q, k, v, out, dout, dq, dk, dv;
+    float *lse;         // [B,Hq,Tq] natural log; written by the forward, read by the backward
+    const float *dlse;  // [B,Hq,Tq] or null
+    SfTable key_bias;   // float [B|1,H,Tk] or null
+    float *dbias;       // [B,Hq,Tk] or null
+    SfPlan plan;
+};
+
+// Runs body(context, task, thread) for every task; threads share the tasks first come, first served.
+typedef void (*SfBody)(void *context, int64_t task, int thread);
+typedef void (*SfParallel)(int threads, int64_t tasks, SfBody body, void *context);
+
+// What one instruction-set level offers. 0: done; 1: out of memory; 2: dtype not for this level.
+struct SfLevel {
+    const char *name;
+    int (*forward)(const SfCall *call, SfParallel parallel);
+    int (*backward)(const SfCall *call, SfParallel parallel);
+};

@@ -1,0 +1,204 @@
+// Entry points: a thread pool, checks of every pointer and length, and the choice of a level.
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+#include "abi.h"
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
+#define SF_PUBLIC extern "C" __attribute__((visibility("default")))
+
+#define SF_DECLARE(level)                                                \
+    extern "C" int sf_forward_##level(const SfCall *, SfParallel);       \
+    extern "C" int sf_backward_##level(const SfCall *, SfParallel);
+SF_DECLARE(portable)
+SF_DECLARE(avx512)
+SF_DECLARE(avx512bf16)
+SF_DECLARE(amx)
+
+namespace {
+
+const SfLevel LEVELS[] = {
+#if SF_WITH_PORTABLE
+    {"portable", sf_forward_portable, sf_backward_portable},
+#endif
+#if SF_WITH_AVX512
+    {"avx512", sf_forward_avx512, sf_backward_avx512},
+#endif
+#if SF_WITH_AVX512BF16
+    {"avx512bf16", sf_forward_avx512bf16, sf_backward_avx512bf16},
+#endif
+#if SF_WITH_AMX
+    {"amx", sf_forward_amx, sf_backward_amx},
+#endif
+};
+constexpr int N_LEVELS = sizeof LEVELS / sizeof LEVELS[0];
+
+// Threads that outlive a call. One call uses them at a time; a second caller meanwhile runs its tasks alone, which
+// on a busy machine is the faster choice and cannot deadlock. After a fork the child starts a pool of its own.
+class Pool {
+    std::mutex turn, gate;
+    std::condition_variable wake, done;
+    std::vector<std::thread> workers;
+    std::atomic<int64_t> next{0};
+    std::atomic<uint64_t> round{0};
+    std::atomic<int> busy{0};
+    int64_t tasks = 0;
+    int wanted = 0;
+    SfBody body = nullptr;
+    void *context = nullptr;
+
+    void share(int thread) {
+        for (int64_t i; (i = next.fetch_add(1)) < tasks;) body(context, i, thread);
+    }
+    void live(int thread) {
+        for (uint64_t seen = 0;;) {
+            for (int spin = 0; spin < 2000 && round.load(std::memory_order_acquire) == seen; spin++)
+#if defined(__x86_64__) || defined(__i386__)
+                __builtin_ia32_pause();
+#else
+                std::this_thread::yield();
+#endif
+            {
+                std::unique_lock<std::mutex> hold(gate);
+                wake.wait(hold, [&] { return round.load() != seen; });
+                seen = round.load();
+                if (thread >= wanted) continue;
+            }
+            share(thread);
+            if (busy.fetch_sub(1) == 1) {
+                std::lock_guard<std::mutex> hold(gate);
+                done.notify_all();
+            }
+        }
+    }
+
+  public:
+    bool run(int threads, int64_t n, SfBody what, void *with) {
+        std::unique_lock<std::mutex> mine(turn, std::try_to_lock);
+        if (!mine.owns_lock()) return false;
+        try {
+            while ((int)workers.size() < threads - 1) {
+                int thread = (int)workers.size() + 1;
+                workers.emplace_back([this, thread] { live(thread); });
+            }
+        } catch (const std::system_error &) {  // no more threads to be had: use those there are
+        }
+        if ((int)workers.size() < threads - 1) threads = (int)workers.size() + 1;
+        {
+            std::lock_guard<std::mutex> hold(gate);
+            tasks = n;
+            body = what;
+            context = with;
+            wanted = threads;
+            next = 0;
+            busy = threads - 1;
+            round.fetch_add(1, std::memory_order_release);
+        }
+        wake.notify_all();
+        share(0);
+        for (int spin = 0; spin < 2000 && busy.load(std::memory_order_acquire); spin++)
+#if defined(__x86_64__) || defined(__i386__)
+            __builtin_ia32_pause();
+#else
+            std::this_thread::yield();
+#endif
+        std::unique_lock<std::mutex> hold(gate);
+        done.wait(hold, [&] { return busy.load() == 0; });
+        return true;
+    }
+};
+
+std::atomic<Pool *> current{nullptr};
+std::atomic<long> owner{0};
+
+Pool *pool() {
+#if defined(__unix__) || defined(__APPLE__)
+    long me = (long)getpid();
+#else
+    long me = 1;
+#endif
+    Pool *p = current.load(std::memory_order_acquire);
+    if (p && owner.load() == me) return p;
+    Pool *fresh = new Pool();  // never destroyed: its threads may outlive static destructors
+    if (current.compare_exchange_strong(p, fresh)) {
+        owner.store(me);
+        return fresh;
+    }
+    delete fresh;
+    return p;
+}
+
+void parallel(int threads, int64_t tasks, SfBody body, void *context) {
+    if (threads > tasks) threads = (int)tasks;
+    if (threads > 1 && pool()->run(threads, tasks, body, context)) return;
+    for (int64_t i = 0; i < tasks; i++) body(context, i, 0);
+}
+
+bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length) {
+    if (!t.data) return true;
+    return (t.batch == 1 || t.batch == c.B) && t.heads > 0 && heads % t.heads == 0 && t.length == length;
+}
+
+bool view_ok(const SfView &v) { return v.data != nullptr; }
+
+// Pointers, shapes and table lengths; values inside the tables are checked where they are used.
+bool call_ok(const SfCall &c, bool backward) {
+    const SfPlan &p = c.plan;
+    if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.Tq < 0 || c.Tk < 0) return false;
+    if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1) return false;
+    if (c.dtype < 0 || c.dtype > 2 || c.out_dtype < 0 || c.out_dtype > 2 || c.grad_dtype < 0 || c.grad_dtype > 2) return false;
+    if (p.tile < 1 || p.unit < 1 || p.q_rows < 0 || p.k_rows < 0) return false;
+    if (p.tiles != (p.q_rows + p.tile - 1) / p.tile) return false;
+    if (!p.q_order.data && p.q_rows != c.Tq) return false;
+    if (!p.k_order.data && p.k_rows != c.Tk) return false;
+    if (p.span_start.data && (!p.span_full.data || !p.span_count.data || (p.spans_size && !p.spans))) return false;
+    if (p.start.data && (!p.full.data || !p.count.data || (p.index_size && !p.index))) return false;
+    if (p.bits_start.data && (!p.start.data || (p.bits_size && !p.bits))) return false;
+    const SfTable *lists[] = {&p.span_start, &p.span_full, &p.span_count, &p.start, &p.full, &p.count, &p.bits_start};
+    for (const SfTable *t : lists) if (!table_ok(*t, c, c.Hq, p.tiles)) return false;
+    if (!table_ok(p.q_order, c, c.Hq, p.q_rows) || !table_ok(p.k_order, c, c.Hq, p.k_rows)) return false;
+    if (!table_ok(p.q_pos, c, c.Hq, c.Tq) || !table_ok(p.q_seg, c, c.Hq, c.Tq)) return false;
+    if (!table_ok(p.k_pos, c, c.Hq, c.Tk) || !table_ok(p.k_end, c, c.Hq, c.Tk) || !table_ok(p.k_seg, c, c.Hq, c.Tk)) return false;
+    if (!table_ok(c.key_bias, c, c.Hq, c.Tk)) return false;
+    if (p.q_shift.data && p.q_shift.batch != 1 && p.q_shift.batch != c.B) return false;
+    bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
+    if (some_q && (!view_ok(c.q) || !view_ok(c.out) || !c.lse)) return false;
+    if (some_k && (!view_ok(c.k) || !view_ok(c.v))) return false;
+    if (backward && ((some_q && (!view_ok(c.dout) || !view_ok(c.dq))) || (some_k && (!view_ok(c.dk) || !view_ok(c.dv))))) return false;
+    return true;
+}
+
+int run(const SfCall *call, int level, bool backward) {
+    if (!call || level < 0 || level >= N_LEVELS || !call_ok(*call, backward)) return 3;
+    if (call->B == 0) return 0;
+    try {
+        return backward ? LEVELS[level].backward(call, parallel) : LEVELS[level].forward(call, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
+}  // namespace
+
+SF_PUBLIC int64_t sf_call_size() { return (int64_t)sizeof(SfCall); }
+SF_PUBLIC int sf_levels() { return N_LEVELS; }
+SF_PUBLIC const char *sf_level_name(int level) { return level >= 0 && level < N_LEVELS ? LEVELS[level].name : ""; }
+SF_PUBLIC int sf_forward(const SfCall *call, int level) { return run(call, level, false); }
+SF_PUBLIC int sf_backward(const SfCall *call, int level) { return run(call, level, true); }
+
+// Asks the kernel for the AMX tile state; 0 when granted.
+SF_PUBLIC int sf_request_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+    return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */);
+#else
+    return -1;
+#endif
+}

@@ -1,0 +1,153 @@
+// C[M][N] (+)= A[M][K] B[K][N]: the products of attention, sized for the first-level cache.
+#pragma once
+#include "vec.h"
+
+namespace {
+
+// A(i,k) at a[i*ai + k*ak], broadcast; rows of B and C are whole vectors; MR x NV accumulators stay in registers.
+template <int MR, int NV>
+inline void block_f32(int64_t K, const float *a, int64_t ai, int64_t ak, const float *b, int64_t ldb, float *c,
+                      int64_t ldc, bool add) {
+    vf x[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) x[i][j] = add ? load(c + i * ldc + j * W) : (vf){};
+    for (int64_t k = 0; k < K; k++) {
+        vf y[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) y[j] = load(b + k * ldb + j * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            vf s = set1(a[i * ai + k * ak]);
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) x[i][j] += s * y[j];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, x[i][j]);
+}
+
+#ifndef SF_ROWS
+#define SF_ROWS (W == 16 ? 6 : 3)
+#endif
+
+template <int NV>
+inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b, int64_t ldb,
+                      float *c, int64_t ldc, bool add) {
+    constexpr int MR = NV == 4 ? SF_ROWS : NV == 3 ? 2 * SF_ROWS * 2 / 3 : NV == 2 ? 2 * SF_ROWS : 2 * SF_ROWS;
+    int64_t i = 0;
+    for (; i + MR <= M; i += MR) block_f32<MR, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
+    if (MR >= 8 && i + 4 <= M) { block_f32<4, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add); i += 4; }
+    for (; i + 2 <= M; i += 2) block_f32<2, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
+    if (i < M) block_f32<1, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
+}
+
+// N is a multiple of W.
+inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b,
+                     int64_t ldb, float *c, int64_t ldc, bool add) {
+    int64_t n = 0;
+    for (; n + 4 * W <= N; n += 4 * W) strip_f32<4>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
+    if (n + 3 * W <= N) { strip_f32<3>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 3 * W; }
+    if (n + 2 * W <= N) { strip_f32<2>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 2 * W; }
+    if (n + W <= N) strip_f32<1>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
+}
+
+#if SF_HAS_BF16
+
+// bf16: A row-major with pairs along K, B as [K/2][N][2]; fp32 accumulators.
+#if SF_AMX
+#if SF_AMX_EMULATED
+}  // namespace
+#include "amx_emulated.h"
+namespace {
+#endif
+constexpr int GRAIN = 32;                                    // M, N and K come in multiples of it
+
+struct alignas(64) TileConfig { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; };
+inline void prepare_thread() {
+    TileConfig t;
+    memset(&t, 0, sizeof t);
+    t.palette = 1;
+    for (int i = 0; i < 8; i++) { t.bytes[i] = 64; t.rows[i] = 16; }
+    _tile_loadconfig(&t);
+}
+
+inline void gemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb,
+                      float *c, int64_t ldc, bool add) {
+    int64_t sa = lda * 2, sb = ldb * 4, sc = ldc * 4;        // strides in bytes; ldb counts pairs
+    for (int64_t i = 0; i < M; i += 32)
+        for (int64_t j = 0; j < N; j += 32) {
+            float *p = c + i * ldc + j;
+            if (add) {
+                _tile_loadd(0, p, sc); _tile_loadd(1, p + 16, sc);
+                _tile_loadd(2, p + 16 * ldc, sc); _tile_loadd(3, p + 16 * ldc + 16, sc);
+            } else {
+                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            }
+            for (int64_t k = 0; k < K; k += 32) {
+                const uint16_t *x = a + i * lda + k, *y = b + (k / 2) * ldb * 2 + j * 2;
+                _tile_loadd(4, x, sa); _tile_loadd(5, x + 16 * lda, sa);
+                _tile_loadd(6, y, sb); _tile_loadd(7, y + 32, sb);
+                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, p, sc); _tile_stored(1, p + 16, sc);
+            _tile_stored(2, p + 16 * ldc, sc); _tile_stored(3, p + 16 * ldc + 16, sc);
+        }
+}
+#else
+constexpr int GRAIN = 2;
+inline void prepare_thread() {}
+
+template <int MR, int NV>
+inline void block_bf16(int64_t K2, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
+                       int64_t ldc, bool add) {
+    __m512 x[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) x[i][j] = add ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
+    for (int64_t k = 0; k < K2; k++) {
+        __m512i y[NV];
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) y[j] = _mm512_loadu_si512(b + (k * ldb + j * 16) * 2);
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            int32_t pair;
+            memcpy(&pair, a + i * lda + 2 * k, 4);
+            __m512i s = _mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) x[i][j] = _mm512_dpbf16_ps(x[i][j], (__m512bh)s, (__m512bh)y[j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * ldc + j * 16, x[i][j]);
+}
+
+template <int NV>
+inline void strip_bf16(int64_t M, int64_t K2, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
+                       int64_t ldc, bool add) {
+    constexpr int MR = NV == 4 ? 6 : NV == 3 ? 8 : 12;
+    int64_t i = 0;
+    for (; i + MR <= M; i += MR) block_bf16<MR, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    if (MR >= 8 && i + 4 <= M) { block_bf16<4, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add); i += 4; }
+    for (; i + 2 <= M; i += 2) block_bf16<2, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    if (i < M) block_bf16<1, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+}
+
+inline void gemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb,
+                      float *c, int64_t ldc, bool add) {
+    int64_t n = 0, K2 = K / 2;
+    for (; n + 64 <= N; n += 64) strip_bf16<4>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, add);
+    if (n + 48 <= N) { strip_bf16<3>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, add); n += 48; }
+    if (n + 32 <= N) { strip_bf16<2>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, add); n += 32; }
+    if (n + 16 <= N) strip_bf16<1>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, add);
+}
+#endif
+#endif  // SF_HAS_BF16
+
+}  // namespace

@@ -1,0 +1,5 @@
+// AMX tiles for bf16 products, AVX-512 for the rest. SF_AMX_EMULATED runs the tile instructions in C++ (tests).
+#define SF_HAS_BF16 1
+#define SF_AMX 1
+#include "kernel.h"
+SF_EXPORT(amx)

@@ -1,0 +1,4 @@
+// AVX-512: fp32 arithmetic, every storage type.
+#define SF_HAS_BF16 0
+#include "kernel.h"
+SF_EXPORT(avx512)

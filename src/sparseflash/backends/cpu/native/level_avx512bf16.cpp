@@ -1,0 +1,5 @@
+// AVX-512 with bf16 dot products.
+#define SF_HAS_BF16 1
+#define SF_AMX 0
+#include "kernel.h"
+SF_EXPORT(avx512bf16)

@@ -1,0 +1,200 @@
+// Reading a plan: the rows of a query block, the chunks of keys a tile visits, and the visibility formula.
+// Every index that comes from a table is checked here before it is used as an address.
+#pragma once
+#include "abi.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int BQ = 64;    // query rows of a block: the lanes of one bit mask
+constexpr int BK = 128;   // key rows of a chunk; chunks lie on a grid of BK rows
+constexpr int32_t ANY = -1, NONE = -2;
+
+inline int32_t saturate(int64_t x) { return (int32_t)least<int64_t>(most<int64_t>(x, INT32_MIN), INT32_MAX); }
+
+template <class T> inline const T *slice(const SfTable &t, int64_t b, int64_t h, int64_t heads) {
+    if (!t.data) return nullptr;
+    return (const T *)t.data + ((t.batch == 1 ? 0 : b) * t.heads + h * t.heads / heads) * t.length;
+}
+
+// The tables of one (batch, query head).
+struct Rules {
+    const SfPlan *p;
+    const int32_t *q_order, *k_order, *q_pos, *k_pos, *k_end, *q_seg, *k_seg;
+    int64_t q_offset, Tq, Tk;
+
+    Rules(const SfCall &c, int64_t b, int64_t h) : p(&c.plan), Tq(c.Tq), Tk(c.Tk) {
+        q_order = slice<int32_t>(p->q_order, b, h, c.Hq);
+        k_order = slice<int32_t>(p->k_order, b, h, c.Hq);
+        q_pos = slice<int32_t>(p->q_pos, b, h, c.Hq);
+        k_pos = slice<int32_t>(p->k_pos, b, h, c.Hq);
+        k_end = slice<int32_t>(p->k_end, b, h, c.Hq);
+        q_seg = slice<int32_t>(p->q_seg, b, h, c.Hq);
+        k_seg = slice<int32_t>(p->k_seg, b, h, c.Hq);
+        const int32_t *shift = (const int32_t *)p->q_shift.data;
+        q_offset = shift ? shift[p->q_shift.batch == 1 ? 0 : b] : p->q_offset;
+    }
+    int64_t key_token(int64_t row) const {
+        int64_t t = k_order ? k_order[row] : row;
+        return t < Tk ? t : -1;
+    }
+};
+
+struct Queries {
+    int64_t token[BQ];
+    int32_t pos[BQ], seg[BQ];
+    uint64_t real;
+    int lanes;            // one past the last real lane
+    int64_t row_in_tile;  // of lane 0
+
+    void load(const Rules &r, int64_t row, int64_t rows, int64_t row_in_tile_) {
+        real = 0;
+        lanes = 0;
+        row_in_tile = row_in_tile_;
+        for (int i = 0; i < BQ; i++) {
+            int64_t t = i < rows ? (r.q_order ? r.q_order[row + i] : row + i) : -1;
+            if (t < 0 || t >= r.Tq) t = -1;
+            token[i] = t;
+            pos[i] = t < 0 ? 0 : r.q_pos ? r.q_pos[t] : saturate(t + r.q_offset);
+            seg[i] = t < 0 || !r.q_seg ? ANY : r.q_seg[t];
+            if (t >= 0 && seg[i] != NONE) { real |= 1ull << i; lanes = i + 1; }
+        }
+    }
+};
+
+// The formula of visibility for one key: which of the block's queries see it, before bits.
+inline uint64_t seen_by(const Rules &r, const Queries &q, int64_t token) {
+    if (token < 0) return 0;
+    const SfPlan &p = *r.p;
+    uint64_t see = q.real;
+    int32_t at = r.k_pos ? r.k_pos[token] : (int32_t)token;
+    if (p.causal) see &= p.include_self ? lanes<GE>(q.pos, at) : lanes<GT>(q.pos, at);
+    else if (!p.include_self) see &= ~lanes<EQ>(q.pos, at);
+    if (p.windowed && at >= p.sink) {
+        if (p.left >= 0) see &= lanes<LE>(q.pos, saturate((int64_t)at + p.left));
+        if (p.right >= 0) see &= lanes<GE>(q.pos, saturate((int64_t)at - p.right));
+    }
+    if (r.k_end) see &= lanes<LT>(q.pos, r.k_end[token]);
+    int32_t s = r.k_seg ? r.k_seg[token] : ANY;
+    if (s == NONE) return 0;
+    if (s != ANY && r.q_seg) see &= lanes<EQ>(q.seg, s) | lanes<EQ>(q.seg, ANY);
+    return see;
+}
+
+// Keys base + [a,b), on the grid of BK rows; or `gather` lists b scattered rows (small units).
+struct Chunk {
+    int64_t base;
+    int a, b;
+    bool partial;
+    const int32_t *bits;    // words [tile][words] of the unit these keys belong to, or null
+    int64_t bits_lane;      // lane in that unit of key base + 0
+    const int64_t *gather;
+};
+
+template <class F> inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bits, F &f) {
+    for (int64_t x = lo; x < hi;) {
+        int64_t base = round_down(x, BK), end = least(hi, base + BK);
+        Chunk c = {base, (int)(x - base), (int)(end - base), partial, bits, base - lo, nullptr};
+        f(c);
+        x = end;
+    }
+}
+
+// Calls f(Chunk) for everything tile r of (b,h) visits: full entries first, then those that need element tests.
+template <class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
+    const SfPlan &p = c.plan;
+    constexpr int SMALL = 16;  // units below it are gathered unless they happen to be neighbours
+    const int64_t *ss = slice<int64_t>(p.span_start, b, h, c.Hq), *us = slice<int64_t>(p.start, b, h, c.Hq);
+    const int32_t *sf = slice<int32_t>(p.span_full, b, h, c.Hq), *sc = slice<int32_t>(p.span_count, b, h, c.Hq);
+    const int32_t *uf = slice<int32_t>(p.full, b, h, c.Hq), *uc = slice<int32_t>(p.count, b, h, c.Hq);
+    const int64_t *bs = slice<int64_t>(p.bits_start, b, h, c.Hq);
+    int64_t words = (p.unit + 31) / 32;
+    for (int pass = 0; pass < 2; pass++) {
+        bool partial = pass == 1;
+        if (ss) {
+            int64_t lo = ss[r] + (partial ? sf[r] : 0), hi = ss[r] + (partial ? sc[r] : sf[r]);
+            lo = most<int64_t>(lo, 0);
+            hi = least(hi, p.spans_size);
+            for (int64_t e = lo; e < hi; e++)
+                span_chunks(most<int64_t>(p.spans[2 * e], 0), least<int64_t>(p.spans[2 * e + 1], p.k_rows), partial, nullptr, f);
+        }
+        if (us) {
+            int64_t lo = us[r] + (partial ? uf[r] : 0), hi = us[r] + (partial ? uc[r] : uf[r]);
+            int64_t first = lo;
+            lo = most<int64_t>(lo, 0);
+            hi = least(hi, p.index_size);
+            int64_t rows[BK];
+            int held = 0;
+            auto flush = [&] {
+                if (!held) return;
+                Chunk g = {0, 0, held, partial, nullptr, 0, rows};
+                f(g);
+                held = 0;
+            };
+            for (int64_t e = lo; e < hi;) {
+                int64_t u = p.index[e], run = 1;
+                bool masked = partial && bs;
+                while (!masked && e + run < hi && p.index[e + run] == u + run) run++;
+                const int32_t *bits = nullptr;
+                if (masked) {
+                    int64_t at = bs[r] + (e - first);
+                    if (at < 0 || at >= p.bits_size) { e++; continue; }
+                    bits = p.bits + at * p.tile * words;
+                }
+                int64_t from = most<int64_t>(u, 0) * p.unit, to = least((u + run) * p.unit, p.k_rows);
+                if (u >= 0 && from < to) {
+                    if (to - from >= SMALL || masked) span_chunks(from, to, partial, bits, f);
+                    else
+                        for (int64_t x = from; x < to; x++) {
+                            rows[held++] = x;
+                            if (held == BK) flush();
+                        }
+                }
+                e += run;
+            }
+            flush();
+        }
+    }
+}
+
+// Visibility of a partial chunk: one bit mask per key; trims keys nobody sees off both ends.
+// Returns whether keys remain; `holes`: some key inside is seen by nobody.
+inline bool look(const Rules &r, const Queries &q, Chunk &c, uint64_t *see, bool &holes) {
+    const SfPlan &p = *r.p;
+    int first = c.b, last = c.a - 1, count = 0;
+    int64_t words = (p.unit + 31) / 32;
+    alignas(64) int32_t word[BQ];
+    int64_t loaded = -1;
+    for (int j = c.a; j < c.b; j++) {
+        int64_t row = c.gather ? c.gather[j] : c.base + j;
+        uint64_t m = seen_by(r, q, r.key_token(row));
+        if (m && c.bits) {
+            int64_t lane = c.bits_lane + j;
+            if (lane / 32 != loaded) {
+                loaded = lane / 32;
+                for (int i = 0; i < BQ; i++)
+                    word[i] = q.row_in_tile + i < p.tile ? c.bits[(q.row_in_tile + i) * words + loaded] : 0;
+            }
+            m &= lanes_with_bit(word, (int)(lane % 32));
+        }
+        see[j] = m;
+        if (m) {
+            first = least(first, j);
+            last = j;
+            count++;
+        }
+    }
+    c.a = first;
+    c.b = last + 1;
+    holes = count != c.b - c.a;
+    return count > 0;
+}
+
+// Work of a tile, in key rows.
+inline int64_t tile_cost(const SfCall &c, int64_t b, int64_t h, int64_t r) {
+    int64_t n = 0;
+    for_each_chunk(c, b, h, r, [&](const Chunk &k) { n += k.b - k.a; });
+    return n;
+}
+
+}  // namespace
