@@ -1,8 +1,11 @@
 """Every sparse attention method, exact forward and backward, over one small set of fast kernels."""
 
 from . import backends as _backends  # the subpackage first: loading it later would take the function's name
+from . import methods
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
+from .methods.training.hash_sparse import hash_sparse_attention
+from .methods.training.qk_sparse import qk_sparse_attention
 from .ops import attention, attention_backward, merge
 from .plan import Plan
 
@@ -16,5 +19,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "backends",
+    "hash_sparse_attention",
     "merge",
+    "methods",
+    "qk_sparse_attention",
 ]

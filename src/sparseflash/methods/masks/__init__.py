@@ -1,0 +1,1 @@
+"""Fixed masks: what is seen depends on positions alone."""

@@ -1,0 +1,75 @@
+"""Sliding window with attention sinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...errors import require
+from ...method import Context, Method, Selection
+from ...plan import Plan
+
+
+@dataclass(frozen=True)
+class SinkWindow(Method):
+    """Each query sees the last `window` keys, itself included, and the first `sink_tokens` of the sequence.
+
+    Models trained with dense attention rest surplus attention on the first tokens; a window that loses them
+    falls apart, one that keeps them does not. One `Plan.dense`: two spans a tile.
+
+    Paper: Xiao, Tian, Chen, Han, Lewis, "Efficient Streaming Language Models with Attention Sinks", arXiv
+    2309.17453, section 3.2. Positions are the original ones (the paper also renumbers them in its cache).
+
+    Parameters
+    ----------
+    window : int
+        Keys in sight, the query's own position included, >= 1: distances 0 .. window - 1 are seen.
+    sink_tokens : int
+        First tokens that every later query sees, >= 0.
+
+    Notes
+    -----
+    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 4, 32)
+    >>> method = sf.methods.SinkWindow(window=1, sink_tokens=1)
+    >>> method.select(q, k).plan.to_dense()[0, 0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
+    """
+
+    window: int = 512
+    sink_tokens: int = 4
+
+    paper = "arXiv 2309.17453"
+    phases = ("training", "prefill", "decode")
+    decodes = True
+
+    def __post_init__(self) -> None:
+        require(
+            (
+                isinstance(self.window, int) and self.window >= 1,
+                f"window={self.window!r}: expected an int >= 1",
+            ),
+            (
+                isinstance(self.sink_tokens, int) and self.sink_tokens >= 0,
+                f"sink_tokens={self.sink_tokens!r}: expected an int >= 0",
+            ),
+        )
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """One plan for all heads."""
+        return Selection(
+            Plan.dense(
+                q.shape[2],
+                k.shape[2],
+                causal=True,
+                window=(self.window - 1, 0),
+                sink_tokens=self.sink_tokens,
+                q_offset=(ctx or {}).get("q_offset", 0),
+                device=q.device,
+            )
+        )

@@ -1,0 +1,72 @@
+"""Sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...errors import require
+from ...method import Context, Method, Selection
+from ...plan import Plan
+
+
+@dataclass(frozen=True)
+class Window(Method):
+    """Each query sees the last `window` keys, itself included; or as many on both sides without `causal`.
+
+    The cheapest sparse attention, and a strong one where what matters is near. One `Plan.dense`: a span a
+    tile.
+
+    Paper: Beltagy, Peters, Cohan, "Longformer", arXiv 2004.05150, section 3.1 (causal: Mistral, arXiv
+    2310.06825).
+
+    Parameters
+    ----------
+    window : int
+        Keys in sight, the query's own position included, >= 1: distances 0 .. window - 1 are seen.
+    causal : bool
+        Look back only. Otherwise distances up to window - 1 on either side are seen.
+
+    Notes
+    -----
+    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 300, 32)
+    >>> sf.methods.Window(window=64)(q, k, v).shape
+    torch.Size([1, 2, 300, 32])
+    >>> sf.methods.Window(window=2).select(q[:, :, :4], k[:, :, :4]).plan.to_dense()[0, 0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+
+    window: int = 512
+    causal: bool = True
+
+    paper = "arXiv 2004.05150"
+    phases = ("training", "prefill", "decode")
+    decodes = True
+
+    def __post_init__(self) -> None:
+        require(
+            (
+                isinstance(self.window, int) and self.window >= 1,
+                f"window={self.window!r}: expected an int >= 1",
+            )
+        )
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """One plan for all heads."""
+        reach = self.window - 1
+        return Selection(
+            Plan.dense(
+                q.shape[2],
+                k.shape[2],
+                causal=self.causal,
+                window=(reach, 0 if self.causal else reach),
+                q_offset=(ctx or {}).get("q_offset", 0),
+                device=q.device,
+            )
+        )

@@ -1,0 +1,1 @@
+"""Methods for training (and prefill): the selection is part of the model."""

@@ -1,0 +1,234 @@
+"""Orders of tokens: locality-sensitive hashing, the orders it makes, and what they cover.
+
+Nothing here draws from, or disturbs, the global random state: every draw is a function of a seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import require
+from .plan import Plan
+from .plan.build import spread_heads
+from .plan.lists import tile_view, visible
+
+CHUNK = 1 << 22
+"""Projections held at a time by `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
+
+
+@functools.lru_cache(maxsize=256)
+def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(rounds, heads, dim, buckets // 2, generator=generator, dtype=torch.float64)
+    return (normal / normal.norm(dim=-2, keepdim=True)).float()
+
+
+def lsh_planes(
+    dim: int,
+    buckets: int,
+    *,
+    heads: int = 1,
+    rounds: int = 1,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Random directions of angular hashing: normal columns scaled to unit length (SCFA, arXiv 2306.01160).
+
+    Parameters
+    ----------
+    dim : int
+        Head dimension D.
+    buckets : int
+        Number of buckets, even.
+    heads, rounds : int
+        Independent draws along these axes.
+    seed : int
+        Fixes the planes, on every device and whatever else was drawn before.
+
+    Returns
+    -------
+    Tensor, [rounds, heads, D, buckets / 2] fp32
+
+    Examples
+    --------
+    >>> from sparseflash.order import lsh_planes
+    >>> lsh_planes(64, 16, heads=4, seed=1).shape
+    torch.Size([1, 4, 64, 8])
+    """
+    require(
+        (
+            isinstance(buckets, int) and buckets >= 2 and buckets % 2 == 0,
+            f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and its opposite)",
+        )
+    )
+    with torch.device("cpu"):
+        planes = _planes(dim, buckets, heads, rounds, seed)
+    return planes if device is None else planes.to(device)
+
+
+def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
+    """Bucket of each vector: `argmax [xR, -xR]`, in 0 .. 2 * columns - 1 (Reformer, arXiv 2001.04451).
+
+    Does not depend on the length of a vector, so q and its normalised copy agree (up to rounding in the
+    copy). Projections are fp32 whatever the input or autocast; the first of equal values wins; no
+    gradient.
+
+    Parameters
+    ----------
+    x : Tensor, [B, H, T, D]
+    planes : Tensor, [h, D, columns]
+        h any divisor of H: head n uses `planes[n * h // H]`.
+
+    Returns
+    -------
+    Tensor, [B, H, T] int32
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.order import lsh_buckets, lsh_planes
+    >>> x, planes = torch.randn(1, 2, 10, 32), lsh_planes(32, 8)[0]
+    >>> bool((lsh_buckets(x, planes) == lsh_buckets(3 * x, planes)).all())
+    True
+    >>> bool((lsh_buckets(x, planes) == lsh_buckets(-x, planes)).any())
+    False
+    """
+    B, H, T, _ = x.shape
+    columns = planes.shape[-1]
+    across = spread_heads(planes[None], H)[0].to(x.device, torch.float32).mT
+    rank = torch.arange(columns, 0, -1, dtype=torch.int32, device=x.device)[:, None]
+    step = max(1, CHUNK // max(B * H * columns, 1))
+    parts = []
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        for at in range(0, T, step):
+            # columns before tokens: reductions then run along memory, several times faster than an argmax
+            y = across @ x[:, :, at : at + step].float().mT
+            top, bottom = y.amax(-2, keepdim=True), y.amin(-2, keepdim=True)
+            upper = top >= -bottom
+            first = columns - torch.where(y == torch.where(upper, top, bottom), rank, 1).amax(-2)
+            parts.append(torch.where(upper[:, :, 0], first, first + columns))
+    return torch.cat(parts, -1) if parts else torch.zeros(B, H, 0, dtype=torch.int32, device=x.device)
+
+
+def sorted_order(bucket: Tensor) -> Tensor:
+    """Tokens sorted by bucket, in time order inside a bucket: int32, an order for `Plan`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.order import sorted_order
+    >>> sorted_order(torch.tensor([[[1, 0, 1, 0]]])).tolist()
+    [[[1, 3, 0, 2]]]
+    """
+    token = torch.arange(bucket.shape[-1], device=bucket.device)
+    key = (bucket.long() << 31) | token  # two keys in one: wide enough for any T and any number of buckets
+    return (key.sort(-1).values & ((1 << 31) - 1)).int()
+
+
+def coverage(
+    plan: Plan | Sequence[Plan], q_bucket: Tensor, k_bucket: Tensor, *, include_self: bool = False
+) -> float:
+    """Fraction of the causal pairs with equal buckets that a plan attends (SCFA, arXiv 2306.01160).
+
+    Walks the tiles of the exact plan, so memory is that of a tile and work that of the pairs in question:
+    nothing of size Tq x Tk. Synchronises; not for a forward.
+
+    Parameters
+    ----------
+    plan : Plan or tuple of Plan
+        A tuple covers what any of its plans covers (the rounds of Reformer).
+    q_bucket, k_bucket : Tensor
+        `[B|1, H|1, Tq]` and `[B|1, H|1, Tk]`, any integer ids.
+    include_self : bool
+        Whether a token's pair with itself counts.
+
+    Returns
+    -------
+    float
+        1.0 where every pair is attended (and where there is none).
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q = torch.nn.functional.normalize(torch.randn(1, 1, 512, 16) + 1, dim=-1)
+    >>> exact, chunked = sf.methods.HashSparse(nb=8), sf.methods.Reformer(bucket=64)
+    >>> buckets = exact.buckets(q, q)
+    >>> sf.methods.coverage(exact.select(q, q).plan, *buckets)
+    1.0
+    >>> sf.methods.coverage(chunked.select(q, q).plan, *buckets) < 1
+    True
+    """
+    plans = (plan,) if isinstance(plan, Plan) else tuple(plan)
+    target = Plan.from_buckets(q_bucket, k_bucket, include_self=include_self)
+    batch = max(target.extent()[0], *(p.extent()[0] for p in plans))
+    heads = math.lcm(*(p.extent()[1] for p in (target, *plans)))
+    rows = [_rows_of(p, batch, heads) for p in plans]
+    wanted = hit = 0
+    for r in range(target.tiles):
+        view = tile_view(target, r, batch, heads)
+        if not bool(view.keep.any()):
+            continue
+        met = torch.zeros_like(view.keep)
+        for p, (q_row, k_row) in zip(plans, rows, strict=True):
+            met |= _listed(p, view.q_token, view.k_token, q_row, k_row) & visible(
+                p, view.q_token, view.k_token
+            )
+        wanted += int(view.keep.sum())
+        hit += int((view.keep & met).sum())
+    return hit / wanted if wanted else 1.0
+
+
+def _rows_of(plan: Plan, batch: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Row of every query and key token, [B,H,T]; -1 for a token that has none."""
+    found = []
+    for order, T in ((plan.q_order, plan.Tq), (plan.k_order, plan.Tk)):
+        if order is None:
+            found.append(torch.arange(T, device=plan.device).expand(batch, heads, T))
+            continue
+        row = torch.full((*order.shape[:2], T + 1), -1, dtype=torch.int64, device=plan.device)
+        at = torch.arange(order.shape[-1], device=plan.device).expand(order.shape)
+        row.scatter_(-1, torch.where(order < 0, T, order).long(), at)
+        found.append(spread_heads(row[..., :T], heads).expand(batch, -1, -1))
+    return found[0], found[1]
+
+
+def _listed(plan: Plan, q_token: Tensor, k_token: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
+    """Whether the lists (and bits) of a plan name the pairs of q [B,H,m] and k [B,H,n]: bool [B,H,m,n]."""
+    batch, heads = q_token.shape[:2]
+
+    def row_of(row: Tensor, token: Tensor) -> Tensor:
+        return torch.where(token >= 0, row.gather(-1, token.clamp(min=0)), -1)
+
+    q, k = row_of(q_row, q_token), row_of(k_row, k_token)[:, :, None, :]
+    tile = q.clamp(min=0) // plan.tile
+    named = torch.zeros((*q.shape, k.shape[-1]), dtype=torch.bool, device=q.device)
+
+    def of_tile(name: str) -> Tensor:
+        return spread_heads(getattr(plan, name), heads).expand(batch, -1, -1).gather(-1, tile).long()
+
+    if plan.spans is not None:
+        start, count = of_tile("span_start"), of_tile("span_count")
+        for n in range(int(count.max()) if len(plan.spans) else 0):
+            lo, hi = plan.spans[torch.where(n < count, start + n, 0)].long().unbind(-1)
+            hi = torch.where(n < count, hi, lo)
+            named |= (lo[..., None] <= k) & (k < hi[..., None])
+    if plan.index is not None:
+        start, count, full = of_tile("start"), of_tile("count"), of_tile("full")
+        for n in range(int(count.max()) if len(plan.index) else 0):
+            unit = torch.where(n < count, plan.index[torch.where(n < count, start + n, 0)].long(), -1)
+            there = unit[..., None] == k // plan.unit
+            if plan.bits is not None and len(plan.bits):
+                partial = (n >= full) & (n < count)
+                word = plan.bits[
+                    torch.where(partial, of_tile("bits_start") + n - full, 0), q.clamp(min=0) % plan.tile
+                ]
+                lane = (k % plan.unit).expand(named.shape)
+                bit = word.gather(-1, lane // 32) >> (lane % 32) & 1
+                there = there & ((bit != 0) | ~partial[..., None])
+            named |= there
+    return named & (q >= 0)[..., None] & (k >= 0)
