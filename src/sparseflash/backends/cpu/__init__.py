@@ -129,6 +129,9 @@ def _table(x: Tensor, keep: list[Tensor]) -> Table:
         x = x.contiguous()
         keep.append(x)
     shape = x.shape
+    if not x.numel():  # a table of nothing is not a missing table: it needs an address
+        x = x.new_zeros(1)
+        keep.append(x)
     return Table(x.data_ptr(), shape[0], shape[1], shape[2])
 
 
