@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
 import shlex
 import sys
@@ -105,6 +106,14 @@ def train(
             help="qk-sparse: fraction of queries and keys dropped at random, 0 to 1.", rich_help_panel=METHOD
         ),
     ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other hyper-parameter of the method, as name=value; may be repeated.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option(
@@ -162,6 +171,7 @@ def train(
     method = {
         name: given.pop(name) for name in ("nb", "local_heads", "planes", "drop", "window") if name in given
     }
+    method |= dict(map(_setting, given.pop("options", None) or ()))
     for name in ("out", "device", "resume"):
         given.pop(name, None)
     if method:
@@ -309,23 +319,23 @@ def bench_step(
 @app.command()
 def doctor() -> None:
     """Say what is usable on this machine, and why the rest is not."""
+    import sparseflash as sf
     from sparseflash.bench.machine import describe
-    from sparseflash.dispatch import backends
 
     for name, value in describe().items():
         if value and name != "backend":
             typer.echo(f"{name:12} {value}")
-    for status in backends().values():
+    for status in sf.backends().values():
         typer.echo(f"{status.name:12} {'usable' if status.usable else 'not usable'}: {status.detail}")
 
 
 @app.command()
 def methods() -> None:
     """List the methods: name, what a query sees, parameters."""
-    import sparseflash as sf
+    from sparseflash import methods as registry
 
-    for name in sf.methods.names():
-        method = sf.methods.get(name)
+    for name in registry.names():
+        method = registry.get(name)
         typer.secho(name, bold=True)
         typer.echo(f"  {(type(method).__doc__ or '').strip().splitlines()[0]}")
         typer.echo(f"  {method!r}")
@@ -358,6 +368,16 @@ def show(
         out.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SparseFlashError(f"--set {text} has no value; write it as --set name=value")
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (SyntaxError, ValueError):
+        return name.strip(), value.strip()
 
 
 def _words(text: str) -> list[str]:

@@ -49,7 +49,11 @@ def curves() -> list[Case]:
         for nb in (4, 16, 64)
     ]
     cases += [
-        Case(f"qk-sparse, {drop:.0%} dropped", build("qk-sparse", {"drop": drop}), "qk-sparse")
+        Case(
+            f"qk-sparse, {drop:.0%} dropped",
+            build("qk-sparse", {"q_drop": drop, "k_drop": drop}),
+            "qk-sparse",
+        )
         for drop in (0.3, 0.5, 0.7)
     ]
     return cases

@@ -273,8 +273,8 @@ def _progress(console: Any) -> Any:
 
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TimeElapsedColumn(),
+        TextColumn("{task.description}"),
     )
     return Progress(*columns, console=console)

@@ -15,9 +15,8 @@ import torch
 def describe() -> dict[str, str]:
     """Processor, cores, threads and versions, as columns of a result file."""
     import sparseflash as sf
-    from sparseflash.dispatch import backends
 
-    backend = next((s for s in backends().values() if s.usable), None)
+    backend = next((s for s in sf.backends().values() if s.usable), None)
     return {
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),

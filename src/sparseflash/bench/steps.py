@@ -11,7 +11,7 @@ from sparseflash.train import Corpus, TrainConfig, Trainer
 ATTENTIONS = {
     "dense (torch SDPA)": ("dense", {}),
     "hash-sparse, 16 buckets": ("hash-sparse", {"nb": 16}),
-    "qk-sparse, 30% dropped": ("qk-sparse", {"drop": 0.3}),
+    "qk-sparse, 30% dropped": ("qk-sparse", {"q_drop": 0.3, "k_drop": 0.3}),
 }
 
 

@@ -50,7 +50,7 @@ def measure(
             "ours backward": _backward(ours, q, k, v, dout),
             "sdpa both": forward_backward(dense, q, k, v, dout),
             "hash": forward_backward(build("hash-sparse", {"nb": 16}), q, k, v, dout),
-            "qk": forward_backward(build("qk-sparse", {"drop": 0.5}), q, k, v, dout),
+            "qk": forward_backward(build("qk-sparse", {"q_drop": 0.5, "k_drop": 0.5}), q, k, v, dout),
         }
         box = Box(minutes * 60 / len(dtypes))
         timings = interleave(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseflash import methods
+from sparseflash.method import Method, Selection
 from sparseflash.train.errors import TrainError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-_FIELDS = {"local_heads": "causal_heads"}
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -20,19 +21,47 @@ def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A method together with the context its calls share, such as the step whose random masks it draws."""
+
+    method: Method
+    context: Mapping[str, Any]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Select and attend."""
+        return self.method(q, k, v, ctx=self.context)
+
+    def select(self, q: Tensor, k: Tensor) -> Selection:
+        """Select only."""
+        return self.method.select(q, k, self.context)
+
+
 def names() -> list[str]:
     """Everything ``--attention`` accepts."""
-    import sparseflash as sf
-
-    return ["dense", *sorted(sf.methods.names())]
+    return ["dense", *methods.names()]
 
 
 def cli_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Translate command-line options into the method's hyper-parameters."""
-    return {_FIELDS.get(name, name): value for name, value in given.items()}
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        for field in _FIELDS.get(name, (name,)):
+            options[field] = value
+    return options
 
 
-def build(name: str, options: Mapping[str, Any] | None = None, *, seed: int = 0) -> Attention:
+_FIELDS = {"local_heads": ("causal_heads",), "drop": ("q_drop", "k_drop")}
+
+
+def build(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    tied: bool = False,
+    context: Mapping[str, Any] | None = None,
+) -> Attention:
     """Make the attention of one layer.
 
     Parameters
@@ -42,17 +71,22 @@ def build(name: str, options: Mapping[str, Any] | None = None, *, seed: int = 0)
     options : mapping, optional
         Hyper-parameters of the method.
     seed : int
-        Layers get different seeds, hence different random planes.
+        For methods that have one and are not given one; other layers, other seeds, other random planes.
+    tied : bool
+        Whether k is q normalised. A token that saw itself would then see little else, so it does not.
+    context : mapping, optional
+        What the method may read at every call, such as the step.
     """
     options = dict(options or {})
     if name == "dense":
         if options:
             raise TrainError(f"dense attention takes no options; remove {', '.join(sorted(options))}")
         return dense
-    import sparseflash as sf
-
-    try:
-        method = sf.methods.get(name, **options)
-    except KeyError:
-        raise TrainError(f"--attention {name!r} is unknown; choose one of: {', '.join(names())}") from None
-    return method
+    if name not in names():
+        raise TrainError(f"--attention {name!r} is unknown; choose one of: {', '.join(names())}")
+    has = {field.name for field in dataclasses.fields(methods.find(name))}
+    if "seed" in has:
+        options.setdefault("seed", seed)
+    if tied and "include_self" in has:
+        options.setdefault("include_self", False)
+    return Sparse(methods.get(name, **options), {} if context is None else context)

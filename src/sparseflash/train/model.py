@@ -94,15 +94,17 @@ class GPT(nn.Module):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, config.width)
-        self.blocks = nn.ModuleList(
-            Block(config, build(config.attention, config.options, seed=config.seed * 1009 + layer))
-            for layer in range(config.layers)
-        )
+        self.context = {"step": 0}  # what the methods may know beside q, k and v
+        self.blocks = nn.ModuleList(Block(config, self._attention(config, n)) for n in range(config.layers))
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
         self.register_buffer(
             "table", rotary_table(config.length, config.width // config.heads), persistent=False
         )
         self.reset(config.seed)
+
+    def _attention(self, config: TrainConfig, layer: int) -> Attention:
+        seed, tied = config.seed * 1009 + layer, config.qk == "tied"
+        return build(config.attention, config.options, seed=seed, tied=tied, context=self.context)
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:

@@ -80,6 +80,7 @@ class Trainer:
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
+        self.model.context["step"] = self.done
         total = torch.zeros((), device=device)
         for part in range(c.accumulate):
             first = (part * world.size + world.rank) * c.batch
@@ -111,6 +112,7 @@ class Trainer:
         """Measure bits per byte on the held-out windows, the same ones for every run on this text."""
         c, world = self.config, self.world
         self.model.eval()
+        self.model.context["step"] = 0
         total = torch.zeros(2, dtype=torch.float64)
         for number, (tokens, targets) in enumerate(self.corpus.validation(c.length, c.eval_sequences)):
             if number % world.size == world.rank:

@@ -1,0 +1,152 @@
+"""The command line: what it teaches, and that every mistake is one line."""
+
+import re
+import sys
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("safetensors")
+
+from sparseflash import cli, methods
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script with arguments; its exit status, output and errors."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparseflash", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), ANSI.sub("", out), ANSI.sub("", err)
+
+    return call
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of {i * i % 13}\n" for i in range(300)))
+    return path
+
+
+TINY = ("--length", 16, "--layers", 1, "--width", 16, "--heads", 2, "--steps", 3, "--eval-sequences", 1)
+
+
+def test_help_names_every_command(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("train", "sample", "demo", "bench", "doctor", "methods", "show"):
+        assert re.search(rf"^\W*{command}\b", out, re.MULTILINE), command
+
+
+def commands(group, name=""):
+    for child, command in group.commands.items():
+        yield f"{name} {child}".strip(), command
+        if hasattr(command, "commands"):
+            yield from commands(command, child)
+
+
+def test_every_option_of_every_command_is_explained():
+    import typer
+
+    found = dict(commands(typer.main.get_command(cli.app)))
+    assert {"train", "bench curves"} <= found.keys()
+    assert [name for name, command in found.items() if not command.help] == []
+    self_evident = {"layers", "heads"}
+    options = [(name, p) for name, command in found.items() for p in command.params]
+    assert [(n, p.name) for n, p in options if not p.help and p.name not in self_evident] == []
+
+
+def test_a_run_can_be_trained_resumed_and_sampled(run, tmp_path, text_file):
+    out_dir = tmp_path / "run"
+    status, out, err = run("train", "--data", text_file, "--out", out_dir, *TINY)
+    assert status == 0, err
+    assert "validation" in out and "sparseflash sample" in out
+    assert sorted(p.name for p in out_dir.iterdir()) == ["checkpoint.safetensors", "curves.png", "log.csv"]
+    assert (out_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = run("train", "--resume", "--out", out_dir, "--steps", 5)
+    assert status == 0, err
+    assert [line.split(",")[0] for line in (out_dir / "log.csv").read_text().split()[1:]] == [
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+    ]
+    status, out, err = run("sample", out_dir, "--prompt", "line", "--tokens", 8)
+    assert status == 0 and out.startswith("line")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "{tmp}/a"], "no --data given"),
+        (["--data", "{tmp}/absent", "--out", "{tmp}/a"], "does not exist"),
+        (["--data", "{text}", "--out", "{tmp}/a", "--width", 30], "not divisible by --heads 4"),
+        (["--data", "{text}", "--out", "{tmp}/a", "--length", 100000], "use --length"),
+        (["--resume", "--out", "{tmp}/a"], "has no checkpoint"),
+        (
+            ["--data", "{text}", "--out", "{tmp}/a", "--length", 16, "--attention", "nonsense"],
+            "choose one of: dense, ",
+        ),
+        (
+            ["--data", "{text}", "--out", "{tmp}/a", "--length", 16, "--nb", 4],
+            "dense attention takes no options",
+        ),
+        (["--data", "{text}", "--out", "{tmp}/a", "--device", "tpu"], "choose one of: auto, cpu, cuda"),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, text_file, arguments, message):
+    filled = [str(a).format(tmp=tmp_path, text=text_file) for a in arguments]
+    status, _, err = run("train", *filled)
+    assert status == 1
+    assert err.startswith("error: ") and message in err
+    assert err.count("\n") == 1
+
+
+def test_unknown_options_and_wrong_types_are_usage_errors(run):
+    assert run("train", "--nonsense")[0] == 2
+    assert run("train", "--out", "x", "--steps", "many")[0] == 2
+
+
+def test_doctor_tells_what_is_usable_and_why_not(run):
+    status, out, _ = run("doctor")
+    assert status == 0
+    for name in ("triton", "cpu", "reference"):
+        assert re.search(rf"^{name} +(not )?usable: \S", out, re.MULTILINE)
+
+
+def test_methods_lists_the_registry(run):
+    status, out, _ = run("methods")
+    assert status == 0
+    for name in methods.names():
+        assert re.search(rf"^{name}$", out, re.MULTILINE)
+        assert repr(methods.get(name)) in out
+
+
+def test_show_draws_a_plan(run, tmp_path):
+    status, out, _ = run("show", "hash-sparse", "--length", 64)
+    assert status == 0 and out.startswith("Plan(")
+    assert run("show", "hash-sparse", "--length", 64, "--out", tmp_path / "plan.txt")[0] == 0
+    assert (tmp_path / "plan.txt").read_text() == out
+    status, _, err = run("show", "dense")
+    assert status == 1 and "has no plan to draw" in err
+
+
+def test_bench_writes_its_rows(run, tmp_path):
+    status, _, err = run(
+        "bench", "curves", "--out", tmp_path / "c.csv", "--lengths", "64", "--heads", 1, "--dim", 16
+    )
+    assert status == 0, err
+    header, *rows = (tmp_path / "c.csv").read_text().splitlines()
+    assert {"case", "T", "ms", "density", "recall", "cpu", "torch", "git"} <= set(header.split(","))
+    assert len(rows) == 9
+    status, _, err = run("bench", "curves", "--lengths", "1k")
+    assert status == 1 and "is no list of lengths" in err
+    status, _, err = run("bench", "step", "--dtypes", "fp8")
+    assert status == 1 and "choose from: fp32, bf16" in err
