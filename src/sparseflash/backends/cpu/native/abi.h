@@ -48,3 +48,7 @@ struct SfLevel {
     int (*forward)(const SfCall *call, SfParallel parallel);
     int (*backward)(const SfCall *call, SfParallel parallel);
 };
+
+// Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.
+extern "C" void *sf_acquire(int64_t bytes);
+extern "C" void sf_release(void *memory);

@@ -1,7 +1,9 @@
 // Entry points: a thread pool, checks of every pointer and length, and the choice of a level.
+#include <stdlib.h>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -186,7 +188,62 @@ int run(const SfCall *call, int level, bool backward) {
     }
 }
 
+// Released blocks wait here for the next call, up to KEPT bytes.
+struct Block { void *memory; int64_t bytes; };
+constexpr int64_t KEPT = 256 << 20;
+constexpr int64_t HEADER = 64;
+struct Shelf {
+    std::mutex gate;
+    std::vector<Block> blocks;
+    int64_t held = 0;
+};
+Shelf &shelf() {
+    static Shelf *s = new Shelf();
+    return *s;
+}
+
 }  // namespace
+
+extern "C" void *sf_acquire(int64_t bytes) {
+    bytes = (bytes + 4095) / 4096 * 4096;
+    Shelf &s = shelf();
+    std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);  // a fork may have left it locked: then allocate
+    if (mine.owns_lock()) {
+        size_t best = s.blocks.size();
+        for (size_t i = 0; i < s.blocks.size(); i++)
+            if (s.blocks[i].bytes >= bytes && s.blocks[i].bytes <= 2 * bytes + 65536 &&
+                (best == s.blocks.size() || s.blocks[i].bytes < s.blocks[best].bytes)) best = i;
+        if (best < s.blocks.size()) {
+            Block b = s.blocks[best];
+            s.blocks[best] = s.blocks.back();
+            s.blocks.pop_back();
+            s.held -= b.bytes;
+            return (char *)b.memory + HEADER;
+        }
+    }
+    void *p = aligned_alloc(64, (size_t)(bytes + HEADER));
+    if (!p) return nullptr;
+    *(int64_t *)p = bytes;
+    return (char *)p + HEADER;
+}
+
+extern "C" void sf_release(void *memory) {
+    if (!memory) return;
+    void *p = (char *)memory - HEADER;
+    int64_t bytes = *(int64_t *)p;
+    Shelf &s = shelf();
+    std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);
+    if (mine.owns_lock() && s.held + bytes <= KEPT && s.blocks.size() < 256) {
+        try {
+            s.blocks.push_back({p, bytes});
+            s.held += bytes;
+            return;
+        } catch (const std::bad_alloc &) {
+        }
+    }
+    if (mine.owns_lock()) mine.unlock();
+    free(p);
+}
 
 SF_PUBLIC int64_t sf_call_size() { return (int64_t)sizeof(SfCall); }
 SF_PUBLIC int sf_levels() { return N_LEVELS; }

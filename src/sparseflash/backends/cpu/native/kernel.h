@@ -6,7 +6,6 @@
 // locked, and shares are summed in a fixed order: results repeat bit for bit.
 #pragma once
 #include <math.h>
-#include <stdlib.h>
 #include <new>
 #include "gemm.h"
 #include "plan.h"
@@ -19,10 +18,10 @@ template <class T> struct Buffer {
     T *p = nullptr;
     Buffer() {}
     Buffer(const Buffer &) = delete;
-    ~Buffer() { free(p); }
+    ~Buffer() { sf_release(p); }
     bool make(int64_t n) {
-        free(p);
-        p = (T *)aligned_alloc(64, (size_t)round_up(most<int64_t>(n, 1) * (int64_t)sizeof(T), 64));
+        sf_release(p);
+        p = (T *)sf_acquire(most<int64_t>(n, 1) * (int64_t)sizeof(T));
         return p != nullptr;
     }
     T *operator+(int64_t i) const { return p + i; }
@@ -45,24 +44,57 @@ inline int64_t element(int32_t dtype) { return dtype == SF_F32 ? 4 : 2; }
 inline const char *row_of(const SfView &v, int64_t b, int64_t h, int64_t t, int32_t dtype) {
     return (const char *)v.data + (b * v.batch + h * v.head + t * v.row) * element(dtype);
 }
+template <class Read> inline void read_items(const void *src, int64_t lane, int64_t n, float *to, Read read) {
+    if (lane == 1) for (int64_t i = 0; i < n; i++) to[i] = read(src, i);
+    else for (int64_t i = 0; i < n; i++) to[i] = read(src, i * lane);
+}
 inline void read_row(const SfView &v, const char *src, int32_t dtype, int64_t n, float *to) {
-    if (dtype == SF_F32 && v.lane == 1) memcpy(to, src, n * 4);
-    else if (dtype == SF_F32) for (int64_t i = 0; i < n; i++) to[i] = ((const float *)src)[i * v.lane];
-    else if (dtype == SF_BF16) for (int64_t i = 0; i < n; i++) to[i] = from_bf16(((const bf *)src)[i * v.lane]);
-    else for (int64_t i = 0; i < n; i++) to[i] = from_f16(((const bf *)src)[i * v.lane]);
+    if (dtype == SF_F32) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return ((const float *)p)[i]; });
+    else if (dtype == SF_BF16) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_bf16(((const bf *)p)[i]); });
+    else read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_f16(((const bf *)p)[i]); });
 }
-inline void write_row(const SfView &v, int64_t b, int64_t h, int64_t t, int32_t dtype, int64_t n, const float *from) {
+// Writes factor * from.
+template <class Item, class Write>
+inline void write_items(Item *dst, int64_t lane, int64_t n, const float *from, float factor, Write write) {
+    if (lane == 1) for (int64_t i = 0; i < n; i++) dst[i] = write(from[i] * factor);
+    else for (int64_t i = 0; i < n; i++) dst[i * lane] = write(from[i] * factor);
+}
+inline void write_row(const SfView &v, int64_t b, int64_t h, int64_t t, int32_t dtype, int64_t n, const float *from,
+                      float factor) {
     char *dst = (char *)row_of(v, b, h, t, dtype);
-    if (dtype == SF_F32) for (int64_t i = 0; i < n; i++) ((float *)dst)[i * v.lane] = from[i];
-    else if (dtype == SF_BF16) for (int64_t i = 0; i < n; i++) ((bf *)dst)[i * v.lane] = to_bf16(from[i]);
-    else for (int64_t i = 0; i < n; i++) ((bf *)dst)[i * v.lane] = to_f16(from[i]);
+    if (dtype == SF_F32) write_items((float *)dst, v.lane, n, from, factor, [](float x) { return x; });
+    else if (dtype == SF_BF16) write_items((bf *)dst, v.lane, n, from, factor, to_bf16);
+    else write_items((bf *)dst, v.lane, n, from, factor, to_f16);
 }
-inline bool finite_bits(bf x) { return (x & 0x7f80u) != 0x7f80u; }
+inline bool all_finite(const bf *x, int64_t n) {
+    uint32_t odd = 0;
+    for (int64_t i = 0; i < n; i++) odd |= (uint32_t)((x[i] & 0x7f80u) == 0x7f80u);
+    return !odd;
+}
 inline bool finite_row(const float *x, int64_t n) {
     float z = 0;
     for (int64_t i = 0; i < n; i++) z += x[i] * 0.f;
     return z == 0;
 }
+
+#if SF_HAS_BF16
+// Two rows of fp32 to bf16: as pairs along rows [64][2], or each on its own.
+inline void store_pairs(bf *to, __m512 even, __m512 odd) {
+    alignas(64) static const uint16_t mix[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(mix), both));
+}
+// Two rows of 32 bf16 as pairs along rows [32][2].
+inline void mix_rows(bf *to, __m512i even, __m512i odd) {
+    alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
+                                                 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    alignas(64) static const uint16_t high[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                  24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, _mm512_load_si512(low), odd));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(even, _mm512_load_si512(high), odd));
+}
+#endif
 
 // ---------------------------------------------------------------- keys of a head, in row space
 
@@ -155,21 +187,21 @@ template <bool BF, bool BACKWARD> struct Packed {
                 int64_t t = row0 + j < c.plan.k_rows ? r.key_token(row0 + j) : -1;
                 src[j] = t >= 0 ? (const bf *)row_of(x, b, hkv, t, SF_BF16) : nullptr;
             }
-            // 16 x 16 patches keep both sides of the transposition in a few cache lines
-            for (int64_t j0 = 0; j0 < BK; j0 += 16)
-                for (int64_t d0 = 0; d0 < Dp; d0 += 16)
-                    for (int64_t j = j0; j < j0 + 16; j++) {
-                        const bf *s = src[j];
-                        int64_t n = s ? least<int64_t>(16, D - d0) : 0;
-                        uint32_t odd = 0;
-                        for (int64_t d = 0; d < n; d++) {
-                            bf y = s[(d0 + d) * x.lane];
-                            odd |= (uint32_t)!finite_bits(y);
-                            block[(d0 + d) * BK + j] = y;
-                        }
-                        for (int64_t d = most<int64_t>(n, 0); d < 16; d++) block[(d0 + d) * BK + j] = 0;
-                        fine &= !odd;
+#if SF_HAS_BF16
+            // 32 keys at a time: neighbours as pairs, then the pairs transposed
+            alignas(64) bf line[2][32 * 8], pair[16 * 64 * 8];
+            for (int64_t j0 = 0; j0 < BK; j0 += 32) {
+                for (int64_t j = 0; j < 32; j += 2) {
+                    for (int s = 0; s < 2; s++) {
+                        copy(src[j0 + j + s], x.lane, D, line[s], Dp);
+                        fine &= all_finite(line[s], Dp);
                     }
+                    for (int64_t d = 0; d < Dp; d += 32)
+                        mix_rows(pair + (j / 2) * 2 * Dp + 2 * d, _mm512_load_si512(line[0] + d), _mm512_load_si512(line[1] + d));
+                }
+                for (int64_t d = 0; d < Dp; d += 16) transpose16(pair + 2 * d, Dp, block + d * BK + j0, BK / 2);
+            }
+#endif
             if (!fine) __atomic_store_n(&wild[slot], (char)1, __ATOMIC_RELAXED);
         }
     }
@@ -206,7 +238,7 @@ template <bool BF> struct Scratch {
     Buffer<float> s, g, ot, qt, dot, qr, dor, kc, vc, keep;
     Buffer<bf> qtb, dotb, qrb, dorb, p, pr, dr, kcb, vcb, tc;
     uint64_t see[BK];
-    float bias[BK];
+    float bias[BK], sums[BK];
     float m[BQ], l[BQ], lse2[BQ], delta[BQ];
 
     bool make(const SfCall &c, bool backward) {
@@ -221,39 +253,47 @@ template <bool BF> struct Scratch {
     }
 };
 
-// Lanes whose bit is not in `alive` read as zero.
-inline void read_lanes(const SfCall &c, const SfView &v, int64_t b, int64_t h, const Queries &q, uint64_t alive,
-                       int lane, int64_t n, float *to) {
-    if (alive >> lane & 1) read_row(v, row_of(v, b, h, q.token[lane], c.dtype), c.dtype, n, to);
-    else memset(to, 0, n * 4);
-}
-
-// Query-side operands of a block: transposed [D][64] and, for the backward, row-major [64][padded D].
+// Query-side operands of a block; lanes whose bit is not in `alive` read as zero. fp32: rows [64][padded D], and
+// transposed [padded D][64].
 inline void pack_lanes(const SfCall &c, const SfView &v, int64_t b, int64_t h, const Queries &q, uint64_t alive,
-                       int64_t D, float *row, float *columns, float *rows) {
-    int64_t Dn = round_up(D, W);
+                       int64_t D, float *columns, float *rows) {
+    int64_t Dn = round_up(D, 16);
     for (int i = 0; i < BQ; i++) {
-        float *x = rows ? rows + i * Dn : row;
-        read_lanes(c, v, b, h, q, alive, i, D, x);
-        for (int64_t d = 0; d < D; d++) columns[d * BQ + i] = x[d];
-        if (rows) for (int64_t d = D; d < Dn; d++) x[d] = 0;
+        float *x = rows + i * Dn;
+        int64_t n = alive >> i & 1 ? D : 0;
+        if (n) read_row(v, row_of(v, b, h, q.token[i], c.dtype), c.dtype, D, x);
+        memset(x + n, 0, (Dn - n) * 4);
     }
+    for (int64_t d = 0; d < Dn; d += 16)
+        for (int i = 0; i < BQ; i += 16) transpose16(rows + i * Dn + d, Dn, columns + d * BQ + i, BQ);
 }
 #if SF_HAS_BF16
-// bf16: columns [D/2][64][2] (pairs along D) and rows [32][padded D][2] (pairs along queries).
+// bf16: columns [D/2][64][2] (pairs along D) and, for the backward, rows [32][padded D][2] (pairs along queries).
 inline void pack_lanes(const SfView &v, int64_t b, int64_t h, const Queries &q, uint64_t alive, int64_t D, bf *columns,
                        bf *rows) {
     int64_t Dp = round_up(D, 32);
-    for (int i = 0; i < BQ; i++) {
-        const bf *x = alive >> i & 1 ? (const bf *)row_of(v, b, h, q.token[i], SF_BF16) : nullptr;
-        for (int64_t d = 0; d < Dp; d++) {
-            bf y = x && d < D ? x[d * v.lane] : (bf)0;
-            columns[(d / 2) * BQ * 2 + i * 2 + (d & 1)] = y;
-            if (rows) rows[(i / 2) * Dp * 2 + d * 2 + (i & 1)] = y;
+    alignas(64) bf line[16 * 256];
+    for (int i0 = 0; i0 < BQ; i0 += 16) {
+        for (int i = 0; i < 16; i++) {
+            const bf *x = alive >> (i0 + i) & 1 ? (const bf *)row_of(v, b, h, q.token[i0 + i], SF_BF16) : nullptr;
+            Packed<true, true>::copy(x, v.lane, D, line + i * Dp, Dp);
         }
+        for (int64_t d = 0; d < Dp; d += 32) transpose16(line + d, Dp / 2, columns + d * BQ + 2 * i0, BQ);
+        if (!rows) continue;
+        for (int i = 0; i < 16; i += 2)
+            for (int64_t d = 0; d < Dp; d += 32)
+                mix_rows(rows + ((i0 + i) / 2) * Dp * 2 + 2 * d, _mm512_load_si512(line + i * Dp + d),
+                         _mm512_load_si512(line + (i + 1) * Dp + d));
     }
 }
 #endif
+
+// A transposed result [D][64] as rows [64][padded D].
+inline void lanes_to_rows(const float *columns, int64_t D, float *rows) {
+    int64_t Dn = round_up(D, 16);
+    for (int64_t d = 0; d < Dn; d += 16)
+        for (int i = 0; i < BQ; i += 16) transpose16(columns + d * BQ + i, BQ, rows + i * Dn + d, Dn);
+}
 
 // ---------------------------------------------------------------- one chunk of keys
 
@@ -368,15 +408,6 @@ inline void fill_rows(float *s, int from, int to, float with) {
     for (int64_t i = (int64_t)from * BQ; i < (int64_t)to * BQ; i++) s[i] = with;
 }
 
-#if SF_HAS_BF16
-// Two rows of fp32 to bf16: as pairs along rows [64][2], or each on its own.
-inline void store_pairs(bf *to, __m512 even, __m512 odd) {
-    alignas(64) static const uint16_t mix[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(mix), both));
-}
-#endif
 
 // Running max m and sum l (base 2) take in rows [a,b) of S; S becomes P (fp32 in place, or bf16 pairs in p).
 // The accumulator O^T [Dv][64] is rescaled only when some maximum grew.
@@ -472,7 +503,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             if (!packed) {
                 packed = true;
-                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.keep.p, w.qt.p, nullptr);
+                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
 #if SF_HAS_BF16
                 else pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
 #endif
@@ -507,14 +538,14 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, true);
 #endif
         });
-    float *out = w.keep.p;
+    const int64_t ld = round_up(c.Dv, 16);
+    if (packed) lanes_to_rows(w.ot.p, c.Dv, w.keep.p);
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
-        float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f;
-        float inverse = total == 0 ? 0.f : 1.f / total;
+        float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f, *out = w.keep + i * ld;
+        if (total == 0) memset(out, 0, ld * 4);
         c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = total == 0 ? -INF : (w.m[i] + log2f(total)) * LN2;
-        for (int64_t d = 0; d < c.Dv; d++) out[d] = total == 0 ? 0.f : w.ot[d * BQ + i] * inverse;
-        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out);
+        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : 1.f / total);
     }
 }
 
@@ -567,6 +598,78 @@ struct KeyGrads {
     }
 };
 
+// P and dS of one vector of queries: x is the score (in the softmax's base 2), y the entry of dP.
+struct Slopes {
+    const SfCall &c;
+    const Logits &logits;
+    const float *lse2, *delta;
+    const uint64_t *see;   // null where all is visible
+    const float *bias;
+    bool sums;
+
+    template <bool PLAIN, bool FINE>
+    inline void one(int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
+        p = exp2v<FINE>(x * logits.factor - load(lse2 + i));
+        ds = p * (y - load(delta + i));
+        if (PLAIN) return;
+        uint64_t m = see ? see[j] >> i : ~0ull;
+        p = pick(m, p, set1(0.f));
+        ds = pick(m, ds, set1(0.f));
+        if (sums) total += ds;
+        if (c.softcap > 0) {
+            vf t = (x - (c.key_bias.data ? bias[j] : 0.f)) / logits.outer;
+            ds = pick(m, ds * (1.f - t * t), set1(0.f));
+        }
+    }
+    template <bool PLAIN> void rows(const Chunk &k, int n, float *s, float *g, float *sums_) const {
+        for (int j = k.a; j < k.b; j++) {
+            vf total = {};
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i += W) {
+                vf p, ds;
+                one<PLAIN, true>(j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, total);
+                store(s + j * BQ + i, p);
+                store(g + j * BQ + i, ds);
+            }
+            if (!PLAIN && sums) sums_[j] = sum(total);
+        }
+    }
+#if SF_HAS_BF16
+    template <bool PLAIN>
+    void pairs(int a, int e, const Chunk &k, int n, const float *s, const float *g, bf *pr, bf *dr, bf *dp,
+               float *sums_) const {
+        for (int j = a; j < e; j += 2) {
+            vf t0 = {}, t1 = {};
+            bool in0 = j >= k.a && j < k.b, in1 = j + 1 >= k.a && j + 1 < k.b;
+            for (int i = 0; i < n; i += 32) {
+                vf p00, p01, p10, p11, d00, d01, d10, d11;
+                const float *x = s + j * BQ + i, *y = g + j * BQ + i;
+                if (PLAIN || in0) {
+                    one<PLAIN, false>(j, i, load(x), load(y), p00, d00, t0);
+                    one<PLAIN, false>(j, i + 16, load(x + 16), load(y + 16), p01, d01, t0);
+                } else p00 = p01 = d00 = d01 = set1(0.f);
+                if (PLAIN || in1) {
+                    one<PLAIN, false>(j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
+                    one<PLAIN, false>(j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
+                } else p10 = p11 = d10 = d11 = set1(0.f);
+                bf *p = pr + j * BQ + i, *d = dr + j * BQ + i, *both = dp + j * BQ + 2 * i;
+                _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)p01, (__m512)p00));
+                _mm512_storeu_si512(p + BQ, (__m512i)_mm512_cvtne2ps_pbh((__m512)p11, (__m512)p10));
+                __m512i even = (__m512i)_mm512_cvtne2ps_pbh((__m512)d01, (__m512)d00);
+                __m512i odd = (__m512i)_mm512_cvtne2ps_pbh((__m512)d11, (__m512)d10);
+                _mm512_storeu_si512(d, even);
+                _mm512_storeu_si512(d + BQ, odd);
+                mix_rows(both, even, odd);
+            }
+            if (!PLAIN && sums) {
+                if (in0) sums_[j] = sum(t0);
+                if (in1) sums_[j + 1] = sum(t1);
+            }
+        }
+    }
+#endif
+};
+
 // Adds a scratch tile, whose first row is chunk row `from`, to the rows it stands for.
 inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int64_t ld) {
     for (int j = k.a; j < k.b; j++) {
@@ -610,8 +713,8 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
                     w.lse2[i] = c.lse[head + t] * LOG2E;
                 }
                 if (!BF) {
-                    pack_lanes(c, c.q, b, h, q, alive, D, w.keep.p, w.qt.p, w.qr.p);
-                    pack_lanes(c, c.dout, b, h, q, alive, Dv, w.keep.p, w.dot.p, w.dor.p);
+                    pack_lanes(c, c.q, b, h, q, alive, D, w.qt.p, w.qr.p);
+                    pack_lanes(c, c.dout, b, h, q, alive, Dv, w.dot.p, w.dor.p);
                 } else {
 #if SF_HAS_BF16
                     pack_lanes(c.q, b, h, q, alive, D, w.qtb.p, w.qrb.p);
@@ -640,32 +743,25 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
                 logits.bias(rules, key_bias, k, w.bias);
                 logits.bend(c, k, w.bias, s);
             }
-            // P = exp2(S - lse), dS = P (dP - delta)
-            bool simple = !k.partial && !dbias && c.softcap == 0;
-            for (int j = k.a; j < k.b; j++) {
-                uint64_t m = k.partial ? w.see[j] : ~0ull;
-                vf sum_ds = {};
-                for (int i = 0; i < n; i += W) {
-                    vf x = load(s + j * BQ + i);
-                    vf p = exp2v<!BF>(x * logits.factor - load(w.lse2 + i));
-                    vf ds = p * (load(g + j * BQ + i) - load(w.delta + i));
-                    if (!simple) {
-                        p = pick(m >> i, p, set1(0.f));
-                        ds = pick(m >> i, ds, set1(0.f));
-                        sum_ds += ds;
-                        if (c.softcap > 0) {
-                            vf t = (x - (c.key_bias.data ? w.bias[j] : 0.f)) / logits.outer;
-                            ds = pick(m >> i, ds * (1.f - t * t), set1(0.f));
-                        }
-                    }
-                    store(s + j * BQ + i, p);
-                    store(g + j * BQ + i, ds);
-                }
-                if (dbias) {
-                    int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
-                    if (t >= 0) dbias[t] += sum(sum_ds);
-                }
+            // P = exp2(S - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
+            Slopes slopes = {c, logits, w.lse2, w.delta, k.partial ? w.see : nullptr, w.bias, dbias != nullptr};
+            bool plain = !k.partial && !dbias && c.softcap == 0;
+            if (!BF) {
+                if (plain) slopes.template rows<true>(k, n, s, g, nullptr);
+                else slopes.template rows<false>(k, n, s, g, w.sums);
+            } else {
+#if SF_HAS_BF16
+                fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
+                fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
+                if (plain) slopes.template pairs<true>(a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
+                else slopes.template pairs<false>(a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
+#endif
             }
+            if (dbias)
+                for (int j = k.a; j < k.b; j++) {
+                    int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
+                    if (t >= 0) dbias[t] += w.sums[j];
+                }
             if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
             else grads.touch(k.base);
             float *gk = grads.k + (k.base + k.a) * Dkn, *gv = grads.v + (k.base + k.a) * Dvn;
@@ -679,21 +775,6 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
                 gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, true);
             } else {
 #if SF_HAS_BF16
-                fill_rows(s, a, k.a, 0.f), fill_rows(s, k.b, e, 0.f);
-                fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
-                for (int j = a; j < e; j += 2)
-                    for (int i = 0; i < n; i += 32) {
-                        const float *x = s + j * BQ + i, *y = g + j * BQ + i;
-                        __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + 16);
-                        __m512 z0 = _mm512_loadu_ps(y + BQ), z1 = _mm512_loadu_ps(y + BQ + 16);
-                        bf *p0 = w.pr + j * BQ + i, *d0 = w.dr + j * BQ + i, *pairs = w.p + j * BQ + 2 * i;
-                        _mm512_storeu_si512(p0, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x)));
-                        _mm512_storeu_si512(p0 + BQ, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + BQ + 16), _mm512_loadu_ps(x + BQ)));
-                        _mm512_storeu_si512(d0, (__m512i)_mm512_cvtne2ps_pbh(y1, y0));
-                        _mm512_storeu_si512(d0 + BQ, (__m512i)_mm512_cvtne2ps_pbh(z1, z0));
-                        store_pairs(pairs, y0, z0);
-                        store_pairs(pairs + 32, y1, z1);
-                    }
                 int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
                 if (o.own_rows) {
                     gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, false);
@@ -708,12 +789,12 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
 #endif
             }
         });
-    float *dq = w.keep.p;
+    if (packed) lanes_to_rows(w.ot.p, D, w.keep.p);
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
-        bool some = packed && (alive >> i & 1);
-        for (int64_t d = 0; d < D; d++) dq[d] = some ? w.ot[d * BQ + i] * c.scale : 0.f;
-        write_row(c.dq, b, h, q.token[i], c.grad_dtype, D, dq);
+        float *dq = w.keep + i * round_up(D, 16);
+        if (!packed || !(alive >> i & 1)) memset(dq, 0, D * 4);
+        write_row(c.dq, b, h, q.token[i], c.grad_dtype, D, dq, c.scale);
     }
 }
 
@@ -743,7 +824,7 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
     if (packed.make(c, parallel)) return 1;
     const int64_t heads = packed.heads, group = c.Hq / heads, slots = c.B * heads, pairs = group * p.tiles;
     const int64_t rows = round_up(p.k_rows, BK), blocks = rows / BK;
-    const int64_t ldk = round_up(c.D, BF ? 32 : W), ldv = round_up(c.Dv, BF ? 32 : W);
+    const int64_t ldk = round_up(c.D, BF ? 32 : 16), ldv = round_up(c.Dv, BF ? 32 : 16);
 
     // cost of every (slot, query head of the group, tile): shares of a head are contiguous runs of equal cost
     Buffer<int64_t> cost, sum;
@@ -800,8 +881,7 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
                 const float *y = acc + (share * rows + row) * ld;
                 for (int64_t d = 0; d < ld; d += W) store(x + d, load(x + d) + load(y + d));
             }
-            if (!side) for (int64_t d = 0; d < n; d++) x[d] *= c.scale;
-            write_row(side ? c.dv : c.dk, b, hkv, t, c.grad_dtype, n, x);
+            write_row(side ? c.dv : c.dk, b, hkv, t, c.grad_dtype, n, x, side ? 1.f : c.scale);
         }
     };
 

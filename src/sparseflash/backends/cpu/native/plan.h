@@ -7,7 +7,10 @@
 namespace {
 
 constexpr int BQ = 64;    // query rows of a block: the lanes of one bit mask
-constexpr int BK = 128;   // key rows of a chunk; chunks lie on a grid of BK rows
+#ifndef SF_BK
+#define SF_BK 128
+#endif
+constexpr int BK = SF_BK;   // key rows of a chunk; chunks lie on a grid of BK rows
 constexpr int32_t ANY = -1, NONE = -2;
 
 inline int32_t saturate(int64_t x) { return (int32_t)least<int64_t>(most<int64_t>(x, INT32_MIN), INT32_MAX); }

@@ -153,8 +153,8 @@ inline vf pick(uint64_t bits, vf x, vf y) {
 inline float from_bf16(uint16_t x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
 inline uint16_t to_bf16(float f) {
     uint32_t u; memcpy(&u, &f, 4);
-    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40);
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 inline float from_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, part = h & 1023u, u;
@@ -175,6 +175,41 @@ inline uint16_t to_f16(float f) {
     }
     u += 0xc8000fffu + ((u >> 13) & 1u);
     return sign | (uint16_t)(u >> 13);
+}
+
+// to[j][i] = from[i][j] for 16 x 16 items of 32 bits; strides in items.
+inline void transpose16(const void *from, int64_t ld, void *to, int64_t ldt) {
+#if SF_AVX512
+    __m512 r[16], t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_ps((const float *)from + i * ld);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d a = (__m512d)t[4 * i], b = (__m512d)t[4 * i + 1], c = (__m512d)t[4 * i + 2], d = (__m512d)t[4 * i + 3];
+        r[4 * i] = (__m512)_mm512_unpacklo_pd(a, c);
+        r[4 * i + 1] = (__m512)_mm512_unpackhi_pd(a, c);
+        r[4 * i + 2] = (__m512)_mm512_unpacklo_pd(b, d);
+        r[4 * i + 3] = (__m512)_mm512_unpackhi_pd(b, d);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+        __m512 c = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+        float *x = (float *)to + i * ldt;
+        _mm512_storeu_ps(x, _mm512_shuffle_f32x4(a, c, 0x88));
+        _mm512_storeu_ps(x + 4 * ldt, _mm512_shuffle_f32x4(b, d, 0x88));
+        _mm512_storeu_ps(x + 8 * ldt, _mm512_shuffle_f32x4(a, c, 0xdd));
+        _mm512_storeu_ps(x + 12 * ldt, _mm512_shuffle_f32x4(b, d, 0xdd));
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) memcpy((char *)to + (j * ldt + i) * 4, (const char *)from + (i * ld + j) * 4, 4);
+#endif
 }
 
 }  // namespace
