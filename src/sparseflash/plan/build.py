@@ -19,6 +19,25 @@ Window = tuple[int | None, int | None]
 
 TILE = 128
 UNIT = 128
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def is_count(x: object, least: int = 0) -> bool:
+    """Whether x is an int (no bool) of at least that much; a symbolic size counts."""
+    return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x >= least
+
+
+def _check_options(**options: Any) -> None:
+    for name, x in options.items():
+        if name in ("tile", "unit"):
+            require((is_count(x, 1), f"{name}={x!r}: expected a positive int"), error=PlanError)
+        else:
+            require((isinstance(x, bool), f"{name}={x!r}: expected True or False"), error=PlanError)
+
+
+def host(x: Tensor) -> bool:
+    """Whether values may be looked at: they lie in main memory, and this is no trace of a later run."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def normal_window(window: Window | None) -> Window | None:
@@ -26,17 +45,38 @@ def normal_window(window: Window | None) -> Window | None:
     if window is None:
         return None
     require(
-        (isinstance(window, (tuple, list)) and len(window) == 2, f"window={window!r}: expected (left, right)"),
+        (
+            isinstance(window, (tuple, list)) and len(window) == 2,
+            f"window={window!r}: expected (left, right)",
+        ),
         error=PlanError,
     )
-    sides = tuple(None if w is None or w == -1 else w for w in window)
+    sides = tuple(None if w is None or (is_count(w, -1) and w == -1) else w for w in window)
     for side in sides:
         require(
-            (side is None or (isinstance(side, int) and side >= 0),
-             f"window={window!r}: distances are counts of tokens >= 0, or None (or -1) for unbounded"),
+            (
+                side is None or is_count(side),
+                f"window={window!r}: distances are counts of tokens >= 0, or None (or -1) for unbounded",
+            ),
             error=PlanError,
         )
     return None if sides == (None, None) else sides  # type: ignore[return-value]
+
+
+def normal_offset(q_offset: int | Tensor) -> int | Tensor:
+    """Validate a `q_offset`; a tensor becomes int32."""
+    if isinstance(q_offset, Tensor):
+        require(
+            (
+                q_offset.dtype in INTEGERS and q_offset.dim() <= 1,
+                f"q_offset: {_shape(q_offset)} {q_offset.dtype}; expected an int, or int32, 0-d or [B]",
+            ),
+            error=PlanError,
+        )
+        return q_offset.to(torch.int32)
+    fits = isinstance(q_offset, torch.SymInt) or (is_count(q_offset, -(2**31)) and q_offset < 2**31)
+    require((fits, f"q_offset={q_offset!r}: expected an int of 32 bits, or an int32 tensor"), error=PlanError)
+    return q_offset
 
 
 def spread_heads(x: Tensor, heads: int) -> Tensor:
@@ -55,7 +95,7 @@ def common_heads(*tensors: Tensor) -> int:
 
 
 def _pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool]) -> Fields:
-    """Write candidate ranges `[lo, hi)` of shape [B,H,R] as padded span lists, full ones first, empty ones out."""
+    """Candidate ranges `[lo, hi)` of shape [B,H,R] as padded lists, full ones first, empty ones out."""
     first = torch.stack([x.expand_as(lo[0]) for x in lo], -1)
     last = torch.stack([x.expand_as(lo[0]) for x in hi], -1)
     width = len(lo)
@@ -76,10 +116,17 @@ def _pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool]) -> Fields:
 
 
 def _band(
-    first: Tensor, last: Tensor, low: Tensor | int, high: Tensor | int, *, causal: bool, window: Window | None,
-    sink: int, live: Tensor | None = None,
+    first: Tensor,
+    last: Tensor,
+    low: Tensor | int,
+    high: Tensor | int,
+    *,
+    causal: bool,
+    window: Window | None,
+    sink: int,
+    live: Tensor | None = None,
 ) -> Fields:
-    """Spans of tiles whose rows sit at consecutive positions `first..last`, over keys at positions `low..high-1`.
+    """Spans of tiles whose rows sit at positions `first..last`, over keys at positions `low..high-1`.
 
     Row p sees `[p-left, p+right]` (right = 0 at most when causal) and the sink; the union over the tile's
     rows is visited, the intersection is full.
@@ -114,19 +161,30 @@ def _band(
 
 
 def dense(
-    Tq: int, Tk: int, *, causal: bool = False, window: Window | None = None, sink_tokens: int = 0,
-    q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT, device: torch.device | str | None = None,
+    Tq: int,
+    Tk: int,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    sink_tokens: int = 0,
+    q_offset: int | Tensor = 0,
+    tile: int = TILE,
+    unit: int = UNIT,
+    device: torch.device | str | None = None,
 ) -> Fields:
+    """Fields of `Plan.dense`."""
+    _check_options(causal=causal, tile=tile, unit=unit)
     require(
-        (Tq >= 0 and Tk >= 0, f"Tq={Tq}, Tk={Tk}: lengths must be >= 0"),
-        (isinstance(sink_tokens, int) and sink_tokens >= 0, f"sink_tokens={sink_tokens!r}: expected an int >= 0"),
-        (isinstance(tile, int) and tile > 0, f"tile={tile!r}: expected a positive int"),
+        (is_count(Tq) and is_count(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0"),
+        (is_count(sink_tokens), f"sink_tokens={sink_tokens!r}: expected an int >= 0"),
         error=PlanError,
     )
     window = normal_window(window)
+    q_offset = normal_offset(q_offset)
     if isinstance(q_offset, Tensor):
         device = q_offset.device if device is None else device
-        shift = q_offset.to(device=device, dtype=torch.int64).reshape(-1, 1, 1)
+        q_offset = q_offset.to(device)
+        shift = q_offset.to(torch.int64).reshape(-1, 1, 1)
     else:
         shift = torch.full((1, 1, 1), q_offset, dtype=torch.int64, device=device)
     row = torch.arange(0, Tq, tile, device=device)
@@ -134,29 +192,42 @@ def dense(
     last = torch.clamp(row + tile, max=Tq) - 1 + shift
     fields = _band(first, last, 0, Tk, causal=causal, window=window, sink=sink_tokens)
     return {
-        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "window": window,
-        "sink": sink_tokens if window else 0, "q_offset": q_offset, **fields,
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        "window": window,
+        "sink": sink_tokens if window else 0,
+        "q_offset": q_offset,
+        **fields,
     }
 
 
 def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Order that lists the kept tokens first, in time order (-1 behind them), and the exclusive prefix count."""
+    """Order that lists the kept tokens first, in time order (-1 behind), and the exclusive prefix count."""
     *lead, T = keep.shape
     seen = torch.nn.functional.pad(keep.cumsum(-1), (1, 0))
     token = torch.arange(T, device=keep.device, dtype=torch.int32).expand(keep.shape)
-    order = torch.full((*lead, T + 1), -1, dtype=torch.int32, device=keep.device)
-    order.scatter_(-1, torch.where(keep, seen[..., :-1], T), token)
-    order = order[..., :T]
-    if keep.device.type == "cpu":  # no host to wait for: cut the lanes that no head uses
-        order = order[..., : int(seen[..., -1].max()) if seen.numel() else 0].contiguous()
-    return order, seen
+    rows = T
+    if host(keep):  # no device to wait for: leave out the lanes that no head uses
+        rows = int(seen[..., -1].max()) if seen.numel() else 0
+    order = torch.full((*lead, rows + 1), -1, dtype=torch.int32, device=keep.device)
+    order.scatter_(-1, torch.where(keep, seen[..., :-1], rows), token)
+    order[..., rows] = -1  # whatever was dropped landed here
+    return order[..., :rows], seen
 
 
 def _as_keep(x: Tensor, name: str) -> Tensor:
     require(
         (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {_shape(x)}"),
-        (x.dtype in (torch.bool, torch.uint8),
-         f"{name} has dtype {x.dtype}: expected a bool (or uint8) mask, True = keep; try {name} = {name} > 0"),
+        error=PlanError,
+    )
+    require(
+        (
+            x.dtype in (torch.bool, torch.uint8),
+            f"{name} has dtype {x.dtype}: expected bool (or uint8), True = keep; try {name} = {name} > 0",
+        ),
         error=PlanError,
     )
     return x.bool()
@@ -167,9 +238,14 @@ def _shape(x: object) -> str:
 
 
 def _same_batch(a: Tensor, b: Tensor, names: str) -> int:
-    batch = max(a.shape[0], b.shape[0])
+    """The common batch size (0 of an empty batch) of two plan tensors on one device."""
+    batch = b.shape[0] if a.shape[0] == 1 else a.shape[0]
     require(
-        (a.shape[0] in (1, batch) and b.shape[0] in (1, batch), f"{names}: batch sizes {a.shape[0]} and {b.shape[0]}"),
+        (
+            a.shape[0] in (1, batch) and b.shape[0] in (1, batch),
+            f"{names}: batch sizes {a.shape[0]} and {b.shape[0]}; expected one size, or 1",
+        ),
+        (a.shape[1] > 0 and b.shape[1] > 0, f"{names}: {a.shape[1]} and {b.shape[1]} heads; expected some"),
         (a.device == b.device, f"{names} are on {a.device} and {b.device}: move them to one device"),
         error=PlanError,
     )
@@ -177,9 +253,16 @@ def _same_batch(a: Tensor, b: Tensor, names: str) -> int:
 
 
 def from_keep(
-    q_keep: Tensor, k_keep: Tensor, *, causal: bool = True, include_self: bool = True, tile: int = TILE,
+    q_keep: Tensor,
+    k_keep: Tensor,
+    *,
+    causal: bool = True,
+    include_self: bool = True,
+    tile: int = TILE,
     unit: int = UNIT,
 ) -> Fields:
+    """Fields of `Plan.from_keep`."""
+    _check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
     q_keep, k_keep = _as_keep(q_keep, "q_keep"), _as_keep(k_keep, "k_keep")
     batch = _same_batch(q_keep, k_keep, "q_keep, k_keep")
     Tq, Tk = q_keep.shape[-1], k_keep.shape[-1]
@@ -199,13 +282,20 @@ def from_keep(
     zero = torch.zeros_like(reach)
     reach, sure = torch.where(live, reach, zero), torch.where(live, sure, zero)
     return {
-        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "include_self": include_self,
-        "q_order": q_order, "k_order": k_order, **_pack_spans([zero, sure], [sure, reach], [True, False]),
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        "include_self": include_self,
+        "q_order": q_order,
+        "k_order": k_order,
+        **_pack_spans([zero, sure], [sure, reach], [True, False]),
     }
 
 
 def _tile_ends(order: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token of the first and last real row of each tile of `order` [B,H,rows] (tokens ascend inside a tile)."""
+    """Token of the first and last real row of each tile of `order` [B,H,rows]; tokens ascend in a tile."""
     *lead, rows = order.shape
     padded = torch.nn.functional.pad(order, (0, -rows % tile), value=-1).view(*lead, -1, tile)
     real = padded >= 0
@@ -216,7 +306,7 @@ def _tile_ends(order: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _edge_rows(new_run: Tensor, tile: int) -> Tensor:
-    """Row of each sorted element when every run is padded to whole tiles. `new_run` [..., T] marks run starts."""
+    """Row of each element when every run is padded to whole tiles; `new_run` [..., T] marks run starts."""
     at = torch.arange(new_run.shape[-1], device=new_run.device).expand(new_run.shape)
     begin = torch.where(new_run, at, 0).cummax(-1).values
     before = torch.nn.functional.pad(begin[..., :-1], (1, 0))  # start of the run that ends here
@@ -227,89 +317,139 @@ def _edge_rows(new_run: Tensor, tile: int) -> Tensor:
 def _as_bucket(x: Tensor, name: str) -> Tensor:
     require(
         (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {_shape(x)}"),
-        (not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool,
-         f"{name} has dtype {x.dtype}: expected integer bucket ids; try {name}.long() (NaN has no bucket)"),
+        error=PlanError,
+    )
+    require(
+        (
+            x.dtype in INTEGERS,
+            f"{name} has dtype {x.dtype}: expected integer bucket ids; try {name}.long() (NaN has no bucket)",
+        ),
         error=PlanError,
     )
     return x
 
 
-def _rank_ids(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Bucket ids as int64 that fit 31 bits, so that (id, position) is one sortable integer."""
-    small = torch.int64 not in (q.dtype, k.dtype)
-    if not small and q.device.type == "cpu":
-        ends = [int(f()) for x in (q, k) if x.numel() for f in (x.amin, x.amax)]
-        small = all(-(2**31) <= e < 2**31 for e in ends)
-    if small:
-        return q.long(), k.long()
-    values, inverse = torch.unique(torch.cat([q.flatten(), k.flatten()]), return_inverse=True)
-    return inverse[: q.numel()].view(q.shape), inverse[q.numel() :].view(k.shape)
+def _in_bucket_order(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids in ascending order and their tokens, in time order inside a bucket, along the last axis."""
+    *lead, T = x.shape
+    if host(x) and x.numel():
+        # all lists as one of small numbers: such a sort counts instead of comparing
+        low, high = (int(end) for end in torch.aminmax(x))
+        lists, width = x.numel() // T, high - low + 1
+        if lists * width < 2**62:
+            base = torch.arange(lists)[:, None]
+            key = (x.reshape(lists, T).long() - low + base * width).flatten()
+            values, at = (key.int() if lists * width < 2**31 else key).sort(stable=True)
+            label = values.view(lists, T).long() - (base * width - low)
+            return label.view(x.shape), (at.view(lists, T) - base * T).view(x.shape)
+    label, token = x.long().sort(dim=-1, stable=True)
+    return label, token
+
+
+def _begins(label: Tensor) -> Tensor:
+    """Where a run of equal labels begins, along the last axis."""
+    edge = label[..., 1:] != label[..., :-1]
+    return torch.nn.functional.pad(edge, (1, 0), value=True)[..., : label.shape[-1]]
 
 
 def from_buckets(
-    q_bucket: Tensor, k_bucket: Tensor, *, causal: bool = True, include_self: bool = True, tile: int = TILE,
-    unit: int = UNIT, buckets: int | None = None,
+    q_bucket: Tensor,
+    k_bucket: Tensor,
+    *,
+    causal: bool = True,
+    include_self: bool = True,
+    tile: int = TILE,
+    unit: int = UNIT,
+    buckets: int | None = None,
 ) -> Fields:
+    """Fields of `Plan.from_buckets`."""
     q_bucket, k_bucket = _as_bucket(q_bucket, "q_bucket"), _as_bucket(k_bucket, "k_bucket")
-    shared = q_bucket is k_bucket
+    _check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
+    require(
+        (buckets is None or is_count(buckets, 1), f"buckets={buckets!r}: expected a positive int, or None"),
+        error=PlanError,
+    )
     batch = _same_batch(q_bucket, k_bucket, "q_bucket, k_bucket")
     Tq, Tk = q_bucket.shape[-1], k_bucket.shape[-1]
-    q_id, k_id = _rank_ids(q_bucket, k_bucket)
-    # (id, position) as one integer: one plain sort gives bucket order with time order inside
-    token_q = torch.arange(Tq, device=q_id.device)
-    token_k = torch.arange(Tk, device=k_id.device)
-    q_sorted = ((q_id << 31) | token_q).sort(-1).values
-    k_sorted = q_sorted if shared else ((k_id << 31) | token_k).sort(-1).values
-    mask31 = (1 << 31) - 1
-    q_label, q_token = q_sorted >> 31, (q_sorted & mask31).int()
-    new_run = torch.nn.functional.pad(q_label[..., 1:] != q_label[..., :-1], (1, 0), value=True)[..., :Tq]
-    row = _edge_rows(new_run, tile)
-    if q_id.device.type == "cpu":
-        rows = int(row[..., -1].max()) + 1 if row.numel() else 0
-    elif buckets is not None:
+    q_label, q_token = _in_bucket_order(q_bucket)
+    k_label, k_token = (q_label, q_token) if q_bucket is k_bucket else _in_bucket_order(k_bucket)
+
+    # queries: every bucket begins a tile of its own
+    row = _edge_rows(_begins(q_label), tile)
+    if buckets is not None and not host(row):
         rows = Tq + buckets * (tile - 1)
     else:
         rows = int(row[..., -1].max()) + 1 if row.numel() else 0
     rows = -(-rows // tile) * tile
-    q_order = torch.full((*q_id.shape[:2], rows), -1, dtype=torch.int32, device=q_id.device)
-    q_order.scatter_(-1, row, q_token)
-    k_order = (k_sorted & mask31).int()
+    q_order = torch.full((*q_label.shape[:2], rows), -1, dtype=torch.int32, device=row.device)
+    q_order.scatter_(-1, row, q_token.int())
+    label = torch.zeros((*q_label.shape[:2], rows // tile), dtype=torch.int64, device=row.device)
+    label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)  # all rows of a tile carry one label
 
-    heads = common_heads(q_order, k_order)
-    label = torch.zeros((*q_id.shape[:2], rows // tile), dtype=torch.int64, device=q_id.device)
-    label.scatter_(-1, row // tile, q_label)  # all rows of a tile carry one label
-    first, last, live = (spread_heads(x, heads) for x in _tile_ends(q_order, tile))
-    label = spread_heads(label, heads).expand(batch, -1, -1).contiguous()
-    first, last, live = (x.expand(batch, -1, -1) for x in (first, last, live))
-    keys = spread_heads(k_sorted, heads).expand(batch, -1, -1).contiguous()
-    begin = torch.searchsorted(keys, label << 31)
+    # keys: the range of the label, cut at the last (first) row's position; (begin of its run, token) ascends
+    heads = math.lcm(q_order.shape[1], k_label.shape[1])
+
+    def wide(x: Tensor) -> Tensor:
+        return spread_heads(x, heads).expand(batch, -1, -1).contiguous()
+
+    first, last, live = (wide(x) for x in _tile_ends(q_order, tile))
+    label, labels = wide(label), wide(k_label)
+    begin, end = torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True)
     if causal:
-        edge = "right" if include_self else "left"
-        reach = torch.searchsorted(keys, ((label << 31) | last).contiguous(), side=edge)
-        sure = torch.searchsorted(keys, ((label << 31) | first).contiguous(), side=edge)
+        at = torch.arange(Tk, device=row.device)
+        run = torch.where(_begins(k_label), at, 0).cummax(-1).values if Tk else k_label
+        keys, side = wide(run << 31 | k_token), "right" if include_self else "left"
+        reach, sure = (
+            torch.minimum(torch.searchsorted(keys, begin << 31 | edge, side=side), end)
+            for edge in (last, first)
+        )
     else:
-        reach = torch.searchsorted(keys, (label + 1) << 31)
-        sure = reach if include_self else begin
+        reach, sure = end, end if include_self else begin
     begin, reach, sure = (torch.where(live, x, 0) for x in (begin, reach, sure))
     return {
-        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "include_self": include_self,
-        "q_order": q_order, "k_order": k_order, **_pack_spans([begin, sure], [sure, reach], [True, False]),
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        "include_self": include_self,
+        "q_order": q_order,
+        "k_order": k_token.int(),
+        **_pack_spans([begin, sure], [sure, reach], [True, False]),
     }
 
 
 def from_documents(
-    cu_seqlens: Tensor, *, causal: bool = True, window: Window | None = None, tile: int = TILE, unit: int = UNIT,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = True,
+    window: Window | None = None,
+    tile: int = TILE,
+    unit: int = UNIT,
 ) -> Fields:
+    """Fields of `Plan.from_documents`."""
+    _check_options(causal=causal, tile=tile, unit=unit)
     require(
-        (isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1,
-         f"cu_seqlens: expected a 1-d tensor [documents + 1], got {_shape(cu_seqlens)}"),
-        (not cu_seqlens.is_floating_point(), f"cu_seqlens has dtype {cu_seqlens.dtype}: expected integers"),
+        (
+            isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1,
+            f"cu_seqlens: expected a 1-d tensor [documents + 1], got {_shape(cu_seqlens)}",
+        ),
+        error=PlanError,
+    )
+    require(
+        (
+            cu_seqlens.dtype in INTEGERS,
+            f"cu_seqlens has dtype {cu_seqlens.dtype}: expected int32; try cu_seqlens.int()",
+        ),
         error=PlanError,
     )
     edges = cu_seqlens.long()
     require(
         (int(edges[0]) == 0, f"cu_seqlens starts at {int(edges[0])}: expected 0"),
-        (bool((edges[1:] >= edges[:-1]).all()), "cu_seqlens decreases: expected running totals of document lengths"),
+        (
+            bool((edges[1:] >= edges[:-1]).all()),
+            "cu_seqlens decreases: expected running totals of document lengths",
+        ),
         error=PlanError,
     )
     window = normal_window(window)
@@ -326,15 +466,33 @@ def from_documents(
     at = first.clamp(max=max(T - 1, 0))
     low, high = (begin[at], end[at]) if T else (first, first)
     fields = _band(first, last, low, high, causal=causal, window=window, sink=0, live=live)
-    return {"Tq": T, "Tk": T, "tile": tile, "unit": unit, "causal": causal, "window": window, "q_order": q_order,
-            **fields}
+    return {
+        "Tq": T,
+        "Tk": T,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        "window": window,
+        "q_order": q_order,
+        **fields,
+    }
 
 
 def from_mask(mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Fields:
+    """Fields of `Plan.from_mask`."""
+    _check_options(tile=tile, unit=unit)
     require(
-        (isinstance(mask, Tensor) and mask.dim() == 4, f"mask: expected bool [B|1, H|1, Tq, Tk], got {_shape(mask)}"),
-        (mask.dtype == torch.bool,
-         f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive mask converts by mask == 0"),
+        (
+            isinstance(mask, Tensor) and mask.dim() == 4,
+            f"mask: expected bool [B|1, H|1, Tq, Tk], got {_shape(mask)}",
+        ),
+        error=PlanError,
+    )
+    require(
+        (
+            mask.dtype == torch.bool,
+            f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive one is mask == 0",
+        ),
         error=PlanError,
     )
     B, H, Tq, Tk = mask.shape
@@ -350,13 +508,20 @@ def from_mask(mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Fields:
     kind = kind.gather(-1, order)
     count = (kind < 2).sum(-1, dtype=torch.int32)
     full = (kind == 0).sum(-1, dtype=torch.int32)
-    partial = cells.gather(3, order[..., None, None].expand_as(cells))[kind == 1]  # [Np, tile, unit]
+    *at, slot = (kind == 1).nonzero(as_tuple=True)
+    partial = cells[(*at, order[(*at, slot)])]  # [Np, tile, unit]
     flat = count.flatten().long()
     part = (count - full).flatten().long()
     return {
-        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit,
-        "start": (flat.cumsum(0) - flat).view(count.shape), "full": full, "count": count,
-        "index": order[kind < 2].int(), "bits": pack_bits(partial),
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "start": (flat.cumsum(0) - flat).view(count.shape),
+        "full": full,
+        "count": count,
+        "index": order[kind < 2].int(),
+        "bits": pack_bits(partial),
         "bits_start": (part.cumsum(0) - part).view(count.shape),
     }
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ class Plan:
 
     Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_documents`, `from_mask`) or from
     the lists themselves. A query sees a key when an entry of its tile's lists covers the key and every rule
-    that is set holds (`docs/design.md` has the formula). All tensors are integer tensors; a batch axis is B or
-    1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
+    that is set holds (`docs/design.md` has the formula). Tensors are int32, the three `start`s int64; a batch
+    axis is B or 1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
+    Out-of-range values are refused where they can be seen, in CPU tensors; `check` looks deeper, anywhere.
 
     Parameters
     ----------
@@ -75,7 +77,8 @@ class Plan:
     sink : int
         Keys at positions below it are exempt from the window (only).
     q_pos, k_pos, k_end, q_seg, k_seg : Tensor, [B, H, T] int32, token space
-        Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is padding).
+        Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is
+        padding).
 
     Examples
     --------
@@ -116,16 +119,39 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", build.normal_window(self.window))
-        _check_shapes(self)
+        object.__setattr__(self, "q_offset", build.normal_offset(self.q_offset))
+        for holds, message in _rules(self):
+            require((holds, message), error=PlanError)
+        if all(build.host(x) for x in self.tensors().values()):
+            from .lists import check_values
+
+            check_values(self)
+
+    @classmethod
+    def _made(cls, **fields: Any) -> Plan:
+        """A plan whose fields the library made itself: nothing is left to check."""
+        plan = object.__new__(cls)
+        for f in dataclasses.fields(cls):
+            object.__setattr__(plan, f.name, fields.get(f.name, f.default))
+        return plan
 
     # ---------------------------------------------------------------- constructors
 
     @classmethod
     def dense(
-        cls, Tq: int, Tk: int, *, causal: bool = False, window: Window | None = None, sink_tokens: int = 0,
-        q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT, device: torch.device | str | None = None,
+        cls,
+        Tq: int,
+        Tk: int,
+        *,
+        causal: bool = False,
+        window: Window | None = None,
+        sink_tokens: int = 0,
+        q_offset: int | Tensor = 0,
+        tile: int = TILE,
+        unit: int = UNIT,
+        device: torch.device | str | None = None,
     ) -> Plan:
-        """Every key within the rules: dense, causal, sliding window, window with attention sinks. O(R) memory.
+        """Every key within the rules: dense, causal, sliding window, with attention sinks. O(R) memory.
 
         Parameters
         ----------
@@ -142,14 +168,29 @@ class Plan:
         >>> sf.Plan.dense(4, 4, causal=True).to_dense()[0, 0].int().tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
         """
-        return cls(**build.dense(
-            Tq, Tk, causal=causal, window=window, sink_tokens=sink_tokens, q_offset=q_offset, tile=tile, unit=unit,
-            device=device,
-        ))
+        return cls._made(
+            **build.dense(
+                Tq,
+                Tk,
+                causal=causal,
+                window=window,
+                sink_tokens=sink_tokens,
+                q_offset=q_offset,
+                tile=tile,
+                unit=unit,
+                device=device,
+            )
+        )
 
     @classmethod
     def from_keep(
-        cls, q_keep: Tensor, k_keep: Tensor, *, causal: bool = True, include_self: bool = True, tile: int = TILE,
+        cls,
+        q_keep: Tensor,
+        k_keep: Tensor,
+        *,
+        causal: bool = True,
+        include_self: bool = True,
+        tile: int = TILE,
         unit: int = UNIT,
     ) -> Plan:
         """Drop any queries and keys, per head (QK-sparse; SCFA, arXiv 2306.01160, section 3).
@@ -164,14 +205,23 @@ class Plan:
         >>> sf.Plan.from_keep(keep, keep).to_dense()[0, 0].int().tolist()
         [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
         """
-        return cls(**build.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit))
+        return cls._made(
+            **build.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit)
+        )
 
     @classmethod
     def from_buckets(
-        cls, q_bucket: Tensor, k_bucket: Tensor, *, causal: bool = True, include_self: bool = True,
-        tile: int = TILE, unit: int = UNIT, buckets: int | None = None,
+        cls,
+        q_bucket: Tensor,
+        k_bucket: Tensor,
+        *,
+        causal: bool = True,
+        include_self: bool = True,
+        tile: int = TILE,
+        unit: int = UNIT,
+        buckets: int | None = None,
     ) -> Plan:
-        """Queries see the keys of their own bucket, per head (hash-sparse; SCFA, arXiv 2306.01160, section 3).
+        """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160, section 3).
 
         `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
         attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
@@ -184,13 +234,26 @@ class Plan:
         >>> sf.Plan.from_buckets(bucket, bucket).to_dense()[0, 0].int().tolist()
         [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
         """
-        return cls(**build.from_buckets(
-            q_bucket, k_bucket, causal=causal, include_self=include_self, tile=tile, unit=unit, buckets=buckets
-        ))
+        return cls._made(
+            **build.from_buckets(
+                q_bucket,
+                k_bucket,
+                causal=causal,
+                include_self=include_self,
+                tile=tile,
+                unit=unit,
+                buckets=buckets,
+            )
+        )
 
     @classmethod
     def from_documents(
-        cls, cu_seqlens: Tensor, *, causal: bool = True, window: Window | None = None, tile: int = TILE,
+        cls,
+        cu_seqlens: Tensor,
+        *,
+        causal: bool = True,
+        window: Window | None = None,
+        tile: int = TILE,
         unit: int = UNIT,
     ) -> Plan:
         """Packed documents: tokens attend inside their own. `cu_seqlens [n+1]`: running totals, from 0.
@@ -203,7 +266,9 @@ class Plan:
         >>> sf.Plan.from_documents(torch.tensor([0, 1, 3])).to_dense()[0, 0].int().tolist()
         [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
         """
-        return cls(**build.from_documents(cu_seqlens, causal=causal, window=window, tile=tile, unit=unit))
+        return cls._made(
+            **build.from_documents(cu_seqlens, causal=causal, window=window, tile=tile, unit=unit)
+        )
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Plan:
@@ -216,7 +281,7 @@ class Plan:
         >>> bool((sf.Plan.from_mask(mask).to_dense() == mask).all())
         True
         """
-        return cls(**build.from_mask(mask, tile=tile, unit=unit))
+        return cls._made(**build.from_mask(mask, tile=tile, unit=unit))
 
     # ---------------------------------------------------------------- shape and identity
 
@@ -238,7 +303,9 @@ class Plan:
     @property
     def device(self) -> torch.device:
         """Where the plan's tensors live."""
-        return next(iter(self.tensors().values())).device
+        lists = self.span_start if self.span_start is not None else self.start
+        assert lists is not None  # one of the two is always there
+        return lists.device
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's own tensors by field name (derived data not included)."""
@@ -248,10 +315,10 @@ class Plan:
     def extent(self) -> tuple[int, int]:
         """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""
         laid = [x for n, x in self.tensors().items() if n not in _FLAT]
-        batch = max([1, *[x.shape[0] for x in laid]])
+        sizes = {x.shape[0] for x in laid}
         if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
-            batch = max(batch, self.q_offset.shape[0])
-        return batch, math.lcm(*[x.shape[1] for x in laid])
+            sizes.add(self.q_offset.shape[0])
+        return next((n for n in sizes if n != 1), 1), math.lcm(*[x.shape[1] for x in laid])
 
     def _static(self) -> tuple[Any, ...]:
         values = (getattr(self, f.name) for f in dataclasses.fields(self))
@@ -264,7 +331,7 @@ class Plan:
         if not isinstance(other, Plan) or self._static() != other._static():
             return False
         mine, theirs = self.tensors(), other.tensors()
-        return all(mine[n].shape == theirs[n].shape and torch.equal(mine[n], theirs[n]) for n in mine)
+        return self.device == other.device and all(torch.equal(x, theirs[n]) for n, x in mine.items())
 
     def __repr__(self) -> str:
         said = [f"Tq={self.Tq}", f"Tk={self.Tk}", f"tile={self.tile}", f"unit={self.unit}"]
@@ -280,6 +347,27 @@ class Plan:
 
         return draw(self)
 
+    def plot(self, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
+        """Write a picture of one head: which cells all pairs of are visible, some, or none. Needs matplotlib.
+
+        Parameters
+        ----------
+        path : str or Path
+            A .png, .svg or .pdf file.
+        size : int
+            Cells along each side, at most; a cell of more than 16 x 16 pairs is sampled.
+
+        Examples
+        --------
+        >>> import sparseflash as sf, tempfile, pathlib
+        >>> plan = sf.Plan.dense(256, 256, causal=True, window=(63, 0))
+        >>> plan.plot(pathlib.Path(tempfile.mkdtemp()) / "window.png").name
+        'window.png'
+        """
+        from .draw import plot
+
+        return plot(self, path, batch=batch, head=head, size=size)
+
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
         return pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
@@ -288,12 +376,11 @@ class Plan:
 
     @property
     def density(self) -> float:
-        """Visible pairs over the pairs of the dense plan with the same causal and window rules. Synchronises."""
+        """Visible pairs over those of the dense plan with the same causal and window rules. Synchronises."""
         from .lists import dense_pairs, visible_pairs
 
-        batch, heads = self.extent()
         allowed = dense_pairs(self)
-        return visible_pairs(self) / (allowed * batch * heads) if allowed else 1.0
+        return visible_pairs(self) / allowed if allowed else 1.0
 
     @property
     def work(self) -> float:
@@ -301,10 +388,11 @@ class Plan:
         from .lists import visited_area
 
         batch, heads = self.extent()
-        return visited_area(self) / (self.Tq * self.Tk * batch * heads) if self.Tq * self.Tk else 0.0
+        area = self.Tq * self.Tk * batch * heads
+        return visited_area(self) / area if area else 0.0
 
     def to_dense(self) -> Tensor:
-        """The mask itself, bool `[B, H, Tq, Tk]` in token space. For tests and pictures: materialises Tq x Tk."""
+        """The mask, bool `[B, H, Tq, Tk]` in token space. For tests and pictures: materialises Tq x Tk."""
         from .lists import to_dense
 
         return to_dense(self)
@@ -323,67 +411,91 @@ class Plan:
         return self
 
     def prepare(self, *, backward: bool = True, device: torch.device | str | None = None) -> Plan:
-        """The plan with derived data attached (transposed key lists), made once, reused by all layers and steps."""
+        """The plan with its transposed key lists attached, made once, reused by all layers and steps."""
         from .lists import transpose_spans, transpose_units
 
         plan = self if device is None else self.to(device)
         if not backward or plan.span_keys is not None or plan.unit_keys is not None:
             return plan
-        return dataclasses.replace(
-            plan,
-            span_keys=transpose_spans(plan) if plan.spans is not None else None,
-            unit_keys=transpose_units(plan) if plan.index is not None else None,
-        )
+        fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+        fields["span_keys"] = transpose_spans(plan) if plan.spans is not None else None
+        fields["unit_keys"] = transpose_units(plan) if plan.index is not None else None
+        return Plan._made(**fields)
 
 
 _FLAT = {"spans", "index", "bits", "q_offset"}
 _LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
 _ORDERS = ("q_order", "k_order")
 _TOKENS = {"q_pos": "Tq", "q_seg": "Tq", "k_pos": "Tk", "k_end": "Tk", "k_seg": "Tk"}
+_TENSORS = ("spans", "index", "bits", *_LISTS, *_ORDERS, *_TOKENS)
 _INT64 = {"span_start", "start", "bits_start"}
 
 
 def _rules(p: Plan) -> Iterator[tuple[bool, str]]:
-    """Table of (condition, message): shapes, dtypes and devices. Values are checked by `Plan.check`."""
+    """Table of (condition, message): types, shapes, dtypes and devices; values come after."""
     for name in ("Tq", "Tk"):
-        yield isinstance(getattr(p, name), (int, torch.SymInt)) and getattr(p, name) >= 0, f"{name} must be an int >= 0"
+        yield build.is_count(getattr(p, name)), f"{name}={getattr(p, name)!r}: expected an int >= 0"
     for name in ("tile", "unit"):
-        yield isinstance(getattr(p, name), int) and getattr(p, name) > 0, f"{name} must be a positive int"
-    yield (isinstance(p.sink, int) and p.sink >= 0), f"sink={p.sink!r}: expected an int >= 0"
+        yield build.is_count(getattr(p, name), 1), f"{name}={getattr(p, name)!r}: expected a positive int"
+    for name in ("causal", "include_self"):
+        yield isinstance(getattr(p, name), bool), f"{name}={getattr(p, name)!r}: expected True or False"
+    yield build.is_count(p.sink), f"sink={p.sink!r}: expected an int >= 0"
+    for name in _TENSORS:
+        x = getattr(p, name)
+        yield (
+            x is None or isinstance(x, Tensor),
+            f"{name} is a {type(x).__name__}: expected a tensor, or None",
+        )
     for group in (("span_start", "span_full", "span_count", "spans"), ("start", "full", "count", "index")):
         given = [n for n in group if getattr(p, n) is not None]
-        yield len(given) in (0, 4), f"{group} belong together; given: {given}"
+        yield len(given) in (0, 4), f"{', '.join(group)} belong together; given: {', '.join(given)}"
+    yield p.spans is not None or p.index is not None, "a plan needs lists: spans, units (index), or both"
     yield (p.bits is None) == (p.bits_start is None), "bits and bits_start belong together"
-    yield p.bits is None or p.index is not None, "bits describe partial units: they need start, full, count, index"
+    yield (
+        p.bits is None or p.index is not None,
+        "bits describe partial units: they need start, full, count, index",
+    )
     for name, x in p.tensors().items():
-        yield not x.is_floating_point() and x.dtype != torch.bool, f"{name} has dtype {x.dtype}: expected int32"
         wide = torch.int64 if name in _INT64 else torch.int32
-        yield x.dtype == wide or name == "q_offset", f"{name} has dtype {x.dtype}: expected {wide}"
-        yield x.device == p.device, f"{name} is on {x.device}, the plan on {p.device}: use plan.to(device)"
-        if name in _LISTS:
-            yield x.dim() == 3 and x.shape[2] == p.tiles, f"{name} {list(x.shape)}: expected [B, H, {p.tiles} tiles]"
-        elif name in _ORDERS:
+        yield x.dtype == wide, f"{name} has dtype {x.dtype}: expected {wide}; try {name}.to({wide})"
+        yield (
+            x.device == p.device,
+            f"{name} is on {x.device}, the lists on {p.device}: move them to one device",
+        )
+        if name in _ORDERS:
             yield x.dim() == 3, f"{name} {list(x.shape)}: expected [B, H, rows]"
         elif name in _TOKENS:
             T = getattr(p, _TOKENS[name])
             yield x.dim() == 3 and x.shape[2] == T, f"{name} {list(x.shape)}: expected [B, H, {T} tokens]"
+    for name in _LISTS:
+        x = getattr(p, name)
+        if x is not None:
+            yield (
+                x.dim() == 3 and x.shape[2] == p.tiles,
+                f"{name} {list(x.shape)}: expected [B, H, {p.tiles} tiles]",
+            )
     if p.spans is not None:
         yield p.spans.dim() == 2 and p.spans.shape[1] == 2, f"spans {list(p.spans.shape)}: expected [Ns, 2]"
     if p.index is not None:
         yield p.index.dim() == 1, f"index {list(p.index.shape)}: expected [Nu]"
     if p.bits is not None:
         want = (p.tile, -(-p.unit // 32))
-        yield p.bits.dim() == 3 and tuple(p.bits.shape[1:]) == want, f"bits {list(p.bits.shape)}: expected [Nb, {want[0]}, {want[1]}]"
+        yield (
+            p.bits.dim() == 3 and tuple(p.bits.shape[1:]) == want,
+            f"bits {list(p.bits.shape)}: expected [Nb, tile={want[0]}, {want[1]} words of 32 keys]",
+        )
     for group in (_LISTS[:3], _LISTS[3:]):
         shapes = {tuple(x.shape) for n in group if (x := getattr(p, n)) is not None}
-        yield len(shapes) <= 1, f"{group} differ in shape: {sorted(shapes)}"
-    batches = {x.shape[0] for n, x in p.tensors().items() if n not in _FLAT} - {1}
-    yield len(batches) <= 1, f"batch axes {sorted(batches)}: expected 1 or one common size"
-
-
-def _check_shapes(plan: Plan) -> None:
-    for holds, message in _rules(plan):
-        require((holds, message), error=PlanError)
+        yield len(shapes) <= 1, f"{', '.join(group)} differ in shape: {sorted(shapes)}"
+    laid = {n: x for n, x in p.tensors().items() if n not in _FLAT}
+    batches = {n: x.shape[0] for n, x in laid.items()}
+    if isinstance(p.q_offset, Tensor) and p.q_offset.dim():
+        batches["q_offset"] = p.q_offset.shape[0]
+    yield len(set(batches.values()) - {1}) <= 1, f"batch axes {batches}: expected 1 or one common size"
+    yield (
+        all(x.shape[1] > 0 for x in laid.values()),
+        "a head axis of size 0: one list for all heads has size 1",
+    )
 
 
 def _flatten(plan: Plan) -> tuple[list[Any], Any]:

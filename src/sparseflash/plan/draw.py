@@ -1,32 +1,143 @@
-"""A plan as text."""
+"""A plan as text and as a picture. Sampled where it is large: the cost does not grow with Tq x Tk."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from .lists import tile_view
+from ..errors import PlanError, require
+from .lists import partial_area, ranges, sees
 
 if TYPE_CHECKING:
     from .core import Plan
 
 SHADES = " ░▒▓█"
+SAMPLES = 16
+"""Queries, and keys, that are looked at in each cell of a picture; a cell of at most that many is exact."""
+EXACT = 1 << 24
+"""Pairs in partial entries up to which a picture's title has the exact density."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Cells of one (batch, head): the share of visible pairs, and whether a listed range touches the cell."""
+
+    share: Tensor
+    touched: Tensor
+
+
+def picture(plan: Plan, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
+    """Queries downwards, keys to the right; at most `rows` x `columns` cells."""
+    rows, columns = min(rows, plan.Tq), min(columns, plan.Tk)
+    if not rows or not columns:
+        return Picture(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(0)
+    q, q_cell = _some(plan.Tq, rows, generator)
+    k, k_cell = _some(plan.Tk, columns, generator)
+    keep = sees(plan, q.to(plan.device), k.to(plan.device), batch=batch, head=head).float().cpu()
+    share = torch.zeros(rows, len(k)).index_add_(0, q_cell, keep)
+    share = torch.zeros(rows, columns).index_add_(1, k_cell, share)
+    looked = torch.bincount(q_cell, minlength=rows)[:, None] * torch.bincount(k_cell, minlength=columns)
+    return Picture(share / looked, (share > 0) | _touched(plan, rows, columns, batch, head))
+
+
+def _some(T: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Up to SAMPLES tokens of each of the cells that T tokens fall into, and their cells."""
+    edge = torch.arange(cells + 1) * T // cells
+    size = edge[1:] - edge[:-1]
+    if int(size.max()) <= SAMPLES:
+        token = torch.arange(T)
+        return token, torch.searchsorted(edge, token, right=True) - 1
+    slot = (torch.arange(SAMPLES) + torch.rand(cells, SAMPLES, generator=generator)) / SAMPLES
+    token = (edge[:-1, None] + (slot * size[:, None]).long().clamp(max=size[:, None] - 1)).flatten()
+    return token, torch.arange(cells).repeat_interleave(SAMPLES)
+
+
+def _touched(plan: Plan, rows: int, columns: int, batch: int, head: int) -> Tensor:
+    """Cells much larger than a tile that a listed range reaches: thin bands that samples may miss.
+
+    Only where rows are tokens: under an order, ranges of rows are no ranges of tokens.
+    """
+    marks = torch.zeros(rows, columns + 1, dtype=torch.int64)
+    coarse = max(plan.Tq / rows, plan.Tk / columns) > 2 * plan.tile
+    if plan.q_order is not None or plan.k_order is not None or not coarse:
+        return marks[:, :columns] > 0
+    heads = plan.extent()[1]
+    entries = ranges(plan)
+    own = (entries.cell // plan.tiles == batch * heads + head) & (entries.hi > entries.lo)
+    tile, lo, hi = (x[own].cpu() for x in (entries.cell % plan.tiles, entries.lo, entries.hi))
+    last_query = torch.minimum((tile + 1) * plan.tile, torch.tensor(plan.Tq)) - 1
+    one = torch.ones_like(tile)
+    for query in (tile * plan.tile, last_query):  # the row of cells where a tile begins and where it ends
+        place = query * rows // plan.Tq
+        marks.index_put_((place, lo * columns // plan.Tk), one, accumulate=True)
+        marks.index_put_((place, (hi - 1) * columns // plan.Tk + 1), -one, accumulate=True)
+    return marks.cumsum(-1)[:, :columns] > 0
+
+
+def _title(plan: Plan) -> str:
+    head = f"{plan.Tq:,} queries x {plan.Tk:,} keys"
+    if partial_area(plan) <= EXACT:
+        return f"{head}, density {plan.density:.3f}, work {plan.work:.3f}"
+    return f"{head}, work {plan.work:.3g}"
 
 
 def draw(plan: Plan, width: int = 48) -> str:
-    """Characters from empty to full by the share of visible pairs; the first batch and head; queries downwards."""
-    batch, heads = plan.extent()
-    rows, cols = max(1, min(width // 2, plan.Tq)), max(1, min(width, plan.Tk))
-    seen = torch.zeros(rows, cols, dtype=torch.int64)
-    for r in range(plan.tiles):
-        view = tile_view(plan, r, batch, heads)
-        q, k, keep = view.q_token[0, 0], view.k_token[0, 0], view.keep[0, 0]
-        pair = keep.nonzero()
-        cell = (q[pair[:, 0]] * rows // max(plan.Tq, 1)) * cols + k[pair[:, 1]] * cols // max(plan.Tk, 1)
-        seen += torch.bincount(cell.cpu(), minlength=rows * cols).view(rows, cols)
-    area = max(plan.Tq / rows * plan.Tk / cols, 1.0)
-    level = (seen / area * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
+    """Characters by the share of visible pairs; first batch and head; queries downwards."""
+    seen = picture(plan, max(1, width // 2), width)
+    level = (seen.share * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
+    level = torch.where(seen.touched, level.clamp(min=1), level)
     lines = ["".join(SHADES[x] for x in line) for line in level.tolist()]
-    title = f"{plan.Tq} queries x {plan.Tk} keys, density {plan.density:.3f}, work {plan.work:.3f}"
-    return "\n".join([repr(plan), title, *lines])
+    return "\n".join([repr(plan), _title(plan), *lines])
+
+
+def plot(plan: Plan, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
+    """Write the picture of a plan; see `Plan.plot`."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError:
+        raise PlanError("plan.plot() needs matplotlib; install: pip install 'sparseflash[train]'") from None
+    path = Path(path)
+    batches, heads = plan.extent()
+    require(
+        (
+            path.suffix.lower() in (".png", ".svg", ".pdf"),
+            f"path={str(path)!r}: expected a .png, .svg or .pdf file",
+        ),
+        (0 <= batch < max(batches, 1), f"batch={batch}: the plan has {batches}"),
+        (0 <= head < heads, f"head={head}: the plan has {heads}"),
+        error=PlanError,
+    )
+    seen = picture(plan, size, size, batch=batch, head=head)
+    empty, some, full = "#ffffff", ("#cfe3f1", "#5b9bd0"), "#0b3c68"
+    ramp = LinearSegmentedColormap.from_list("share", some)
+    shade = torch.from_numpy(ramp(seen.share.numpy())[..., :3])
+    colour = {c: torch.tensor([int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)]) for c in (empty, full)}
+    shade[seen.share >= 1] = colour[full].to(shade.dtype)
+    shade[~seen.touched & (seen.share == 0)] = colour[empty].to(shade.dtype)
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if shade.numel():
+        axes.imshow(shade.numpy(), extent=(0, plan.Tk, plan.Tq, 0), aspect="auto", interpolation="nearest")
+    axes.set_xlabel("key")
+    axes.set_ylabel("query")
+    axes.set_title(_title(plan), fontsize=10)
+    names = ((full, "all pairs"), (some[1], "some"), (empty, "none"))
+    axes.legend(
+        handles=[Patch(facecolor=c, edgecolor="#888888", label=n) for c, n in names],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=144)
+    return path

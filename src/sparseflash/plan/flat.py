@@ -14,10 +14,30 @@ from torch import Tensor
 from .core import KeyLists, Plan
 
 TENSORS = (
-    "span_start", "span_full", "span_count", "spans", "start", "full", "count", "index", "bits", "bits_start",
-    "q_order", "k_order", "q_offset", "q_pos", "k_pos", "k_end", "q_seg", "k_seg",
+    "span_start",
+    "span_full",
+    "span_count",
+    "spans",
+    "start",
+    "full",
+    "count",
+    "index",
+    "bits",
+    "bits_start",
+    "q_order",
+    "k_order",
+    "q_offset",
+    "q_pos",
+    "k_pos",
+    "k_end",
+    "q_seg",
+    "k_seg",
 )
-RESERVED = ("window_of_head", "sink_of_head", "overflow")  # per-head rules and capacity flags of later versions
+RESERVED = (
+    "window_of_head",
+    "sink_of_head",
+    "overflow",
+)  # per-head rules and capacity flags of later versions
 KEYS = ("start", "count", "full", "index", "source")
 TENSOR_SLOTS = len(TENSORS) + len(RESERVED) + 2 * len(KEYS)
 INT_SLOTS = 20  # 14 in use
@@ -25,7 +45,7 @@ UNBOUNDED = -1
 
 
 def flatten(plan: Plan) -> tuple[list[Tensor], list[int]]:
-    """The tensors that a plan has, in slot order, and its integers; the last integer is the mask of slots in use."""
+    """The tensors of a plan in slot order, and its integers; the last one is the mask of slots in use."""
     offset = plan.q_offset
     left, right = plan.window or (None, None)
     slots: list[Tensor | None] = [
@@ -35,8 +55,16 @@ def flatten(plan: Plan) -> tuple[list[Tensor], list[int]]:
     for keys in (plan.span_keys, plan.unit_keys):
         slots += [None if keys is None else getattr(keys, n) for n in KEYS]
     ints = [
-        plan.Tq, plan.Tk, plan.tile, plan.unit, int(plan.causal), int(plan.include_self), int(plan.window is not None),
-        UNBOUNDED if left is None else left, UNBOUNDED if right is None else right, plan.sink,
+        plan.Tq,
+        plan.Tk,
+        plan.tile,
+        plan.unit,
+        int(plan.causal),
+        int(plan.include_self),
+        int(plan.window is not None),
+        UNBOUNDED if left is None else left,
+        UNBOUNDED if right is None else right,
+        plan.sink,
         0 if isinstance(offset, Tensor) else offset,
         plan.span_keys.group if plan.span_keys is not None else 0,
         plan.unit_keys.group if plan.unit_keys is not None else 0,
@@ -49,11 +77,19 @@ def unflatten(tensors: Sequence[Tensor], ints: Sequence[int]) -> Plan:
     """Inverse of `flatten`, without validating again."""
     rest = iter(tensors)
     slots = [next(rest) if ints[-1] >> n & 1 else None for n in range(TENSOR_SLOTS)]
-    Tq, Tk, tile, unit, causal, include_self, windowed, left, right, sink, offset, span_group, unit_group = ints[:13]
+    Tq, Tk, tile, unit, causal, include_self, windowed, left, right, sink, offset, span_group, unit_group = (
+        ints[:13]
+    )
     values: dict[str, Any] = dict(zip(TENSORS, slots, strict=False))
     values |= {
-        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": bool(causal), "include_self": bool(include_self),
-        "window": (None if left < 0 else left, None if right < 0 else right) if windowed else None, "sink": sink,
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": bool(causal),
+        "include_self": bool(include_self),
+        "window": (None if left < 0 else left, None if right < 0 else right) if windowed else None,
+        "sink": sink,
     }
     if values["q_offset"] is None:
         values["q_offset"] = offset

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,10 +39,12 @@ def _at(x: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entries of tile r as ranges: lo, hi, is_full, bits row (-1: none), each [B,H,m]; unused ones are empty."""
+    """Entries of tile r as ranges: lo, hi, is_full, bits row (-1: none), each [B,H,m]; the rest empty."""
     parts = []
     if plan.spans is not None:
-        start, full, count = (_at(x[..., r], batch, heads) for x in (plan.span_start, plan.span_full, plan.span_count))
+        start, full, count = (
+            _at(x[..., r], batch, heads) for x in (plan.span_start, plan.span_full, plan.span_count)
+        )
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
         live = slot < count[..., None]
         pair = plan.spans[torch.where(live, start[..., None] + slot, 0)].long() if len(plan.spans) else None
@@ -101,7 +105,9 @@ def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
         bit_row = torch.full((batch * heads, n), -1, dtype=torch.int64, device=device)
         bit_row[owner, column] = bits_row.flatten()[entry]
         lane = torch.zeros((batch * heads, n), dtype=torch.int64, device=device)
-        lane[owner, column] = torch.where(bits_row.flatten()[entry] >= 0, inside, 0)  # a span may be longer than bits
+        lane[owner, column] = torch.where(
+            bits_row.flatten()[entry] >= 0, inside, 0
+        )  # a span may be longer than bits
         bit_row, lane = bit_row.view(batch, heads, n), lane.view(batch, heads, n)
         words = plan.bits[bit_row.clamp(min=0), :, lane // 32][..., : q_token.shape[-1]].transpose(-1, -2)
         keep = keep & ((((words >> (lane % 32)[..., None, :]) & 1) != 0) | (bit_row < 0)[..., None, :])
@@ -113,141 +119,455 @@ def visible(plan: Plan, q_token: Tensor, k_token: Tensor) -> Tensor:
     """The formula of visibility, for tokens q [B,H,m] and k [B,H,n] (-1 is no token): bool [B,H,m,n]."""
     batch, heads = q_token.shape[:2]
 
-    def of(x: Tensor, token: Tensor) -> Tensor:
-        if not x.shape[-1]:  # no tokens: all lanes are empty
-            return torch.zeros_like(token)
-        return _at(x, batch, heads).gather(-1, token.clamp(min=0)).long()
+    def q(x: Tensor) -> Tensor:
+        return _read(_at(x, batch, heads), q_token)[..., :, None]
 
-    keep = (q_token >= 0)[..., :, None] & (k_token >= 0)[..., None, :]
-    if plan.q_pos is not None:
-        q = of(plan.q_pos, q_token)
-    elif isinstance(plan.q_offset, Tensor):
-        q = q_token + plan.q_offset.long().reshape(-1, 1, 1)
-    else:
-        q = q_token + plan.q_offset
-    k = k_token if plan.k_pos is None else of(plan.k_pos, k_token)
-    q, k = q[..., :, None], k[..., None, :]
+    def k(x: Tensor) -> Tensor:
+        return _read(_at(x, batch, heads), k_token)[..., None, :]
+
+    shift = plan.q_offset.long().reshape(-1, 1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+    return _formula(plan, q_token[..., :, None], k_token[..., None, :], shift, q, k)
+
+
+def _read(x: Tensor, token: Tensor) -> Tensor:
+    if not x.shape[-1]:  # no tokens: all lanes are empty
+        return torch.zeros_like(token)
+    return x.gather(-1, token.clamp(min=0)).long()
+
+
+def _formula(
+    plan: Plan,
+    q_token: Tensor,
+    k_token: Tensor,
+    shift: Tensor | int,
+    of_q: Callable[[Tensor], Tensor],
+    of_k: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The one formula, for tokens that broadcast; `of_q` and `of_k` read a token tensor at them."""
+    keep = (q_token >= 0) & (k_token >= 0)
+    q = q_token + shift if plan.q_pos is None else of_q(plan.q_pos)
+    k = k_token if plan.k_pos is None else of_k(plan.k_pos)
     if plan.causal:
         keep = keep & ((q >= k) if plan.include_self else (q > k))
     elif not plan.include_self:
         keep = keep & (q != k)
     if plan.window is not None:
         left, right = plan.window
-        inside = torch.ones_like(keep)
-        if left is not None:
-            inside = inside & (q - k <= left)
-        if right is not None:
-            inside = inside & (k - q <= right)
-        keep = keep & (inside | (k < plan.sink))
+        outside = k >= plan.sink
+        if left is not None and right is not None:
+            outside = outside & ((q - k > left) | (k - q > right))
+        else:
+            outside = outside & ((k - q > right) if left is None else (q - k > left))  # type: ignore[operator]
+        keep = keep & ~outside
     if plan.k_end is not None:
-        keep = keep & (q < of(plan.k_end, k_token)[..., None, :])
+        keep = keep & (q < of_k(plan.k_end))
     if plan.q_seg is not None or plan.k_seg is not None:
-        blank = torch.full((), ANY, dtype=torch.int64, device=q.device)
-        a = blank if plan.q_seg is None else of(plan.q_seg, q_token)[..., :, None]
-        b = blank if plan.k_seg is None else of(plan.k_seg, k_token)[..., None, :]
+        blank = torch.full((), ANY, dtype=torch.int64, device=q_token.device)
+        a = blank if plan.q_seg is None else of_q(plan.q_seg)
+        b = blank if plan.k_seg is None else of_k(plan.k_seg)
         keep = keep & (a != NONE) & (b != NONE) & ((a == b) | (a == ANY) | (b == ANY))
     return keep
 
 
-def to_dense(plan: Plan) -> Tensor:
+# ---------------------------------------------------------------- all entries at once
+
+CELLS = 1 << 22
+"""Pairs of query and key that are looked at in one go."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Every listed range of every (batch, head, tile), flattened: `[lo, hi)` in key rows.
+
+    `cell` numbers the tiles through [B,H,R]; `bits` is a row of the plan's bits, -1 for none; `ragged` marks
+    units that the end of the keys cuts off.
+    """
+
+    cell: Tensor
+    lo: Tensor
+    hi: Tensor
+    full: Tensor
+    bits: Tensor
+    ragged: Tensor
+
+    def of(self, which: Tensor) -> Ranges:
+        """Some of them."""
+        return Ranges(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
+
+
+def ranges(plan: Plan) -> Ranges:
+    """All entries of a plan, spans and units."""
     batch, heads = plan.extent()
-    mask = torch.zeros(batch, heads, plan.Tq + 1, plan.Tk + 1, dtype=torch.bool, device=plan.device)
-    b = torch.arange(batch, device=plan.device)[:, None, None, None]
-    h = torch.arange(heads, device=plan.device)[None, :, None, None]
-    for r in range(plan.tiles):
-        view = tile_view(plan, r, batch, heads)
-        q = torch.where(view.q_token < 0, plan.Tq, view.q_token)
-        k = torch.where(view.k_token < 0, plan.Tk, view.k_token)
-        cell = (b, h, q[..., :, None], k[..., None, :])
-        mask[cell] = mask[cell] | view.keep
-    return mask[:, :, : plan.Tq, : plan.Tk]
+    parts = []
+    for pre, pool in (("span_", plan.spans), ("", plan.index)):
+        if pool is None:
+            continue
+        start, full, count = (
+            _at(getattr(plan, pre + n), batch, heads).reshape(-1).long() for n in ("start", "full", "count")
+        )
+        cell = torch.repeat_interleave(torch.arange(count.numel(), device=count.device), count)
+        slot = torch.arange(cell.numel(), device=cell.device) - (count.cumsum(0) - count)[cell]
+        is_full, entry = slot < full[cell], pool[start[cell] + slot].long()
+        bits, ragged = torch.full_like(cell, -1), torch.zeros_like(is_full)
+        if pre:
+            lo, hi = entry.unbind(-1)
+        else:
+            lo, hi = entry * plan.unit, (entry + 1) * plan.unit
+            ragged, hi = hi > plan.k_rows, hi.clamp(max=plan.k_rows)
+            if plan.bits is not None:
+                first = _at(plan.bits_start, batch, heads).reshape(-1)
+                bits = torch.where(is_full, -1, first[cell] + slot - full[cell])
+        parts.append((cell, lo, hi, is_full, bits, ragged))
+    return Ranges(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def query_tokens(plan: Plan) -> Tensor:
+    """Token of each row of each tile, -1 where there is none: [B,H,R,tile]."""
+    batch, heads = plan.extent()
+    if plan.q_order is None:
+        rows = torch.arange(plan.Tq, dtype=torch.int32, device=plan.device).view(1, 1, -1)
+    else:
+        rows = plan.q_order
+    rows = torch.nn.functional.pad(rows, (0, plan.tiles * plan.tile - plan.q_rows), value=-1)
+    return _at(rows, batch, heads).reshape(batch, heads, plan.tiles, plan.tile)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Lanes of some entries against the rows of their tiles: entry and key token [n], keep [n, tile]."""
+
+    entry: Tensor
+    batch: Tensor
+    head: Tensor
+    q_token: Tensor
+    k_token: Tensor
+    keep: Tensor
+
+
+def _lanes(plan: Plan, entries: Ranges, step: int) -> Iterator[tuple[Tensor, ...]]:
+    """Entry, place inside it, batch, head and token of every covered key row, `step` of them at a time."""
+    heads = plan.extent()[1]
+    size = entries.hi - entries.lo
+    ends = size.cumsum(0)
+    lanes = int(ends[-1]) if len(ends) else 0
+    for begin in range(0, lanes, step):
+        lane = torch.arange(begin, min(begin + step, lanes), device=ends.device)
+        entry = torch.searchsorted(ends, lane, right=True)
+        inside = lane - (ends - size)[entry]
+        cell = entries.cell[entry]
+        b, h = cell // plan.tiles // heads, cell // plan.tiles % heads
+        token = entries.lo[entry] + inside
+        if plan.k_order is not None:
+            token = _fetch(plan.k_order, b, h, token, heads)
+        yield entry, inside, b, h, token
+
+
+def _fetch(x: Tensor, b: Tensor, h: Tensor, at: Tensor, heads: int) -> Tensor:
+    """x [B|1,H',T] at (batch, head, place), int64; places below 0 read anything."""
+    if not x.shape[-1]:
+        return torch.zeros_like(at)
+    return x[b if x.shape[0] > 1 else torch.zeros_like(b), h * x.shape[1] // heads, at.clamp(min=0)].long()
+
+
+def cells(plan: Plan, entries: Ranges) -> Iterator[Cells]:
+    """Evaluate the formula on everything that entries cover, CELLS pairs at a time."""
+    heads = plan.extent()[1]
+    q_tokens = query_tokens(plan).reshape(-1, plan.tile)
+    for entry, inside, b, h, k_token in _lanes(plan, entries, max(1, CELLS // plan.tile)):
+        q_token = q_tokens[entries.cell[entry]].long()
+        shift: Tensor | int = plan.q_offset
+        if isinstance(plan.q_offset, Tensor):
+            each = plan.q_offset.long().reshape(-1)
+            shift = each[b if each.numel() > 1 else torch.zeros_like(b)][:, None]
+        rows, keys = (
+            (b[:, None], h[:, None], q_token, heads),
+            (b[:, None], h[:, None], k_token[:, None], heads),
+        )
+        keep = _formula(
+            plan,
+            q_token,
+            k_token[:, None],
+            shift,
+            lambda x, rows=rows: _fetch(x, *rows),
+            lambda x, keys=keys: _fetch(x, *keys),
+        )
+        if plan.bits is not None and len(plan.bits):
+            row = entries.bits[entry]
+            within = torch.where(row >= 0, inside, 0)
+            words = plan.bits[row.clamp(min=0), :, within // 32]
+            keep = keep & ((((words >> (within % 32)[:, None]) & 1) != 0) | (row < 0)[:, None])
+        yield Cells(entry, b, h, q_token, k_token, keep)
+
+
+def _inverse(order: Tensor, T: int) -> Tensor:
+    """Row of each token, -1 for a dropped one."""
+    row = torch.full((T + 1,), -1, dtype=torch.int64, device=order.device)
+    row[torch.where(order >= 0, order, T).long()] = torch.arange(len(order), device=order.device)
+    return row[:T]
+
+
+def sees(plan: Plan, q: Tensor, k: Tensor, *, batch: int = 0, head: int = 0) -> Tensor:
+    """Whether each of some query tokens sees each of some key tokens: bool [len(q), len(k)].
+
+    Looked up, pair by pair: linear in the lists and the pairs, not in the area.
+    """
+    heads = plan.extent()[1]
+
+    def own(x: Tensor) -> Tensor:
+        return x[batch if x.shape[0] > 1 else 0, head * x.shape[1] // heads]
+
+    q_row = q if plan.q_order is None else _inverse(own(plan.q_order), plan.Tq)[q]
+    k_row = k if plan.k_order is None else _inverse(own(plan.k_order), plan.Tk)[k]
+    entries = ranges(plan)
+    entries = entries.of((entries.cell // plan.tiles == batch * heads + head) & (entries.hi > entries.lo))
+    tile = entries.cell % plan.tiles
+    wide = plan.k_rows + 1
+    place = torch.argsort(tile * wide + entries.lo)
+    entries, tile = entries.of(place), tile[place]
+    keep = torch.zeros(len(q), len(k), dtype=torch.bool, device=plan.device)
+    if not len(tile) or not keep.numel():
+        return keep
+    # the last range of the query's tile that begins at or before the key
+    want = (q_row // plan.tile)[:, None] * wide + k_row
+    entry = torch.searchsorted(tile * wide + entries.lo, want, right=True) - 1
+    known = entry.clamp(min=0)
+    keep = (entry >= 0) & (tile[known] == (q_row // plan.tile)[:, None]) & (k_row < entries.hi[known])
+    keep = keep & (q_row >= 0)[:, None] & (k_row >= 0)
+    shift: Tensor | int = plan.q_offset
+    if isinstance(plan.q_offset, Tensor):
+        each = plan.q_offset.long().reshape(-1)
+        shift = each[batch if each.numel() > 1 else 0]
+    keep = keep & _formula(
+        plan,
+        q[:, None],
+        k[None],
+        shift,
+        lambda x: own(x)[q].long()[:, None],
+        lambda x: own(x)[k].long()[None],
+    )
+    if plan.bits is not None and len(plan.bits):
+        row = entries.bits[known]
+        lane = torch.where(row >= 0, k_row - entries.lo[known], 0).clamp(0, plan.unit - 1)
+        row_in_tile = (q_row.clamp(min=0) % plan.tile)[:, None]
+        word = plan.bits[row.clamp(min=0), row_in_tile, lane // 32]
+        keep = keep & ((((word >> (lane % 32)) & 1) != 0) | (row < 0))
+    return keep
+
+
+def real_rows(plan: Plan) -> Tensor:
+    """Rows of [B,H,R,tile] that hold a real token: bool."""
+    token = query_tokens(plan)
+    real = token >= 0
+    if plan.q_seg is not None and plan.Tq:
+        batch, heads = plan.extent()
+        label = _read(_at(plan.q_seg, batch, heads), token.reshape(batch, heads, -1).long())
+        real = real & (label != NONE).view(real.shape)
+    return real
+
+
+def to_dense(plan: Plan) -> Tensor:
+    """The mask, bool [B,H,Tq,Tk]."""
+    mask = torch.zeros(*plan.extent(), plan.Tq, plan.Tk, dtype=torch.bool, device=plan.device)
+    for part in cells(plan, ranges(plan)):
+        lane, row = part.keep.nonzero(as_tuple=True)
+        mask[part.batch[lane], part.head[lane], part.q_token[lane, row], part.k_token[lane]] = True
+    return mask
 
 
 def visible_pairs(plan: Plan) -> int:
-    batch, heads = plan.extent()
-    return sum(int(tile_view(plan, r, batch, heads).keep.sum()) for r in range(plan.tiles))
+    """Number of visible (query, key) pairs: full entries are counted, partial ones evaluated."""
+    entries = ranges(plan)
+    rows = real_rows(plan).flatten(0, 2).sum(-1)
+    sure = ((entries.hi - entries.lo) * rows[entries.cell])[entries.full].sum()
+    return int(sure) + sum(int(part.keep.sum()) for part in cells(plan, entries.of(~entries.full)))
+
+
+def partial_area(plan: Plan) -> int:
+    """Pairs in partial entries: what `visible_pairs` has to evaluate."""
+    entries = ranges(plan)
+    return int(((entries.hi - entries.lo) * ~entries.full).sum()) * plan.tile
 
 
 def visited_area(plan: Plan) -> int:
-    batch, heads = plan.extent()
-    area = 0
-    for r in range(plan.tiles):
-        lo, hi, _, _ = _entries(plan, r, batch, heads)
-        area += int((hi - lo).sum()) * min(plan.tile, plan.q_rows - r * plan.tile)
-    return area
+    """Tile rows x listed keys, over all tiles."""
+    entries = ranges(plan)
+    rows = (plan.q_rows - entries.cell % max(plan.tiles, 1) * plan.tile).clamp(max=plan.tile)
+    return int(((entries.hi - entries.lo) * rows).sum())
 
 
 def dense_pairs(plan: Plan) -> int:
-    """Pairs that causality and the window alone allow between the plan's positions (token indices)."""
-    q = torch.arange(plan.Tq, dtype=torch.int64)
-    offset = plan.q_offset
-    q = q + (int(offset.flatten()[0]) if isinstance(offset, Tensor) else offset)
+    """Pairs that causality and the window alone allow, over all batches and heads."""
+    batch, heads = plan.extent()
+    device = plan.device
+    if plan.q_pos is not None:
+        q = _at(plan.q_pos, batch, heads).long()
+    else:
+        shift = plan.q_offset.long().reshape(-1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+        q = (torch.arange(plan.Tq, device=device) + torch.as_tensor(shift, device=device)).expand(
+            batch, heads, -1
+        )
+    if plan.k_pos is not None:
+        k = _at(plan.k_pos, batch, heads).long().sort(-1).values
+    else:
+        k = torch.arange(plan.Tk, device=device).expand(batch, heads, -1)
+    q, k = q.contiguous(), k.contiguous()
+
+    def below(x: Tensor) -> Tensor:
+        """How many keys sit at positions below x."""
+        return torch.searchsorted(k, x.contiguous())
+
+    past = below(q + int(plan.include_self)) if plan.causal else torch.full_like(q, plan.Tk)
     left, right = plan.window or (None, None)
-    zero = torch.zeros_like(q)
-    lo = zero if left is None else q - left
-    hi = zero + plan.Tk if right is None else q + right + 1
-    past = q + 1 if plan.include_self else q
-    lo, hi = lo.clamp(0, plan.Tk), hi.clamp(0, plan.Tk)
-    if plan.causal:
-        hi = torch.minimum(hi, past.clamp(0, plan.Tk))
-    pairs = (hi - lo).clamp(min=0)
-    if plan.sink and plan.window:
-        reach = zero + plan.Tk
-        if plan.causal:
-            reach = past.clamp(0, plan.Tk)
-        pairs = pairs + torch.minimum(torch.minimum(zero + plan.sink, lo), reach).clamp(min=0)
-        if right is not None and not plan.causal:  # sinks beyond the right edge of the band
-            pairs = pairs + (torch.minimum(zero + plan.sink, reach) - hi).clamp(min=0)
+    lo = torch.zeros_like(q) if left is None else below(q - left)
+    hi = torch.full_like(q, plan.Tk) if right is None else below(q + right + 1)
+    lo, hi = torch.minimum(lo, past), torch.minimum(hi, past)
+    pairs = hi - lo
+    if plan.window is not None and plan.sink:  # the sink before and behind the window
+        sink = torch.minimum(below(torch.full_like(q, plan.sink)), past)
+        pairs = pairs + torch.minimum(sink, lo) + (sink - hi).clamp(min=0)
     if not plan.causal and not plan.include_self:
-        pairs = pairs - ((q >= lo) & (q < hi)).long()
+        pairs = pairs - (below(q + 1) - below(q))
     return int(pairs.sum())
+
+
+# ---------------------------------------------------------------- checks
 
 
 def _fail(message: str) -> None:
     raise PlanError(message)
 
 
-def check(plan: Plan) -> None:
-    batch, heads = plan.extent()
+def check_values(plan: Plan) -> None:
+    """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
     for name, T in (("q_order", plan.Tq), ("k_order", plan.Tk)):
         order = getattr(plan, name)
-        if order is None:
+        if order is None or not order.numel():
             continue
-        if order.numel() and (int(order.min()) < -1 or int(order.max()) >= T):
-            _fail(f"{name} holds {int(order.min())}..{int(order.max())}: tokens are 0..{T - 1}, -1 is an empty lane")
-        sorted_ = order.sort(-1).values
-        if bool(((sorted_[..., 1:] == sorted_[..., :-1]) & (sorted_[..., 1:] >= 0)).any()):
-            _fail(f"{name} names a token twice: an order is injective; use two plans (a tuple) for repeated tokens")
-    for kind, pool in (("span", plan.spans), ("", plan.index)):
+        low, high = (int(x) for x in torch.aminmax(order))
+        if low < -1 or high >= T:
+            _fail(f"{name} holds {low}..{high}: tokens are 0..{T - 1}, -1 is an empty lane")
+        lists = order.reshape(-1, order.shape[-1]).long()
+        token = (lists + T * torch.arange(len(lists), device=order.device)[:, None])[lists >= 0]
+        if token.numel() and int(torch.bincount(token).max()) > 1:
+            _fail(
+                f"{name} names a token twice: an order is injective; use a tuple of plans for repeated tokens"
+            )
+    for pre, pool, of in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
         if pool is None:
             continue
-        pre = f"{kind}_" if kind else ""
-        start, full, count = (getattr(plan, pre + n) for n in ("start", "full", "count"))
-        if bool((full < 0).any()) or bool((full > count).any()):
-            _fail(f"{pre}full must lie in 0..{pre}count")
-        if bool((start < 0).any()) or bool((start + count > len(pool)).any()):
-            _fail(f"{pre}start + {pre}count runs past the {len(pool)} entries of {'spans' if kind else 'index'}")
-    if plan.bits is not None:
-        partial = plan.count - plan.full
-        if bool((plan.bits_start < 0).any()) or bool((plan.bits_start + partial > len(plan.bits)).any()):
-            _fail(f"bits_start + partial units runs past the {len(plan.bits)} entries of bits")
-    for r in range(plan.tiles):
-        lo, hi, _, _ = _entries(plan, r, batch, heads)
-        bad = (lo < 0) | (hi > plan.k_rows) | (hi < lo)
+        start, full, count = (getattr(plan, pre + n).flatten().long() for n in ("start", "full", "count"))
+        _bounds(start, full, count, len(pool), pre, of)
+        edge = torch.zeros(len(pool) + 1, dtype=torch.int64, device=pool.device)
+        some = count > 0
+        one = torch.ones_like(start[some])
+        edge.index_add_(0, start[some], one).index_add_(0, (start + count)[some], -one)
+        live = edge.cumsum(0)[:-1] > 0  # entries that no list reaches may hold anything
+        if pre:
+            lo, hi = pool.unbind(-1)
+            bad = live & ((lo < 0) | (hi < lo) | (hi > plan.k_rows))
+            said = "a range [lo, hi) with 0 <= lo <= hi <= {} key rows"
+            most = plan.k_rows
+        else:
+            most = -(-plan.k_rows // plan.unit)
+            bad, said = live & ((pool < 0) | (pool >= most)), "unit numbers below {}"
         if bool(bad.any()):
-            at = bad.nonzero()[0].tolist()
-            _fail(f"tile {r} (batch {at[0]}, head {at[1]}) lists keys [{int(lo[tuple(at)])}, {int(hi[tuple(at)])}): "
-                  f"key rows are 0..{plan.k_rows - 1}")
-        begin, order = torch.where(hi > lo, lo, plan.k_rows + 1).sort(-1)
-        end = torch.where(hi > lo, hi, plan.k_rows + 1).gather(-1, order)
-        if bool(((begin[..., 1:] < end[..., :-1]) & (begin[..., 1:] <= plan.k_rows)).any()):
-            _fail(f"tile {r} lists a key twice: the entries of a row are disjoint")
-        view = tile_view(plan, r, batch, heads)
-        real = view.q_token >= 0
-        if plan.q_seg is not None:
-            real = real & (_at(plan.q_seg, batch, heads).gather(-1, view.q_token.clamp(min=0)) != NONE)
-        if bool((view.covered[..., None, :] & real[..., :, None] & ~view.keep).any()):
-            _fail(f"tile {r}: an entry marked full holds a pair that the rules hide; count it as partial")
+            at = int(bad.nonzero()[0])
+            _fail(f"{of}[{at}] = {pool[at].tolist()}: expected {said.format(most)}")
+    if plan.bits is not None:
+        assert plan.count is not None and plan.full is not None and plan.bits_start is not None
+        part = (plan.count - plan.full).flatten().long()
+        _bounds(plan.bits_start.flatten(), torch.zeros_like(part), part, len(plan.bits), "bits_", "bits")
+
+
+def _place(plan: Plan, cell: int) -> str:
+    heads = plan.extent()[1]
+    return (
+        f"tile {cell % plan.tiles} (batch {cell // plan.tiles // heads}, head {cell // plan.tiles % heads})"
+    )
+
+
+def _surely_full(plan: Plan, entries: Ranges) -> Tensor:
+    """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
+    if plan.k_end is not None or plan.q_seg is not None or plan.k_seg is not None:
+        return torch.zeros_like(entries.full)
+    batch, heads = plan.extent()
+    token = query_tokens(plan)
+    shift = plan.q_offset.long().reshape(-1, 1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+    if plan.q_pos is None:
+        q = token.long() + shift
+    else:
+        q = _read(_at(plan.q_pos, batch, heads), token.reshape(batch, heads, -1).long()).view(token.shape)
+    far = 1 << 40
+    q_low = torch.where(token >= 0, q, far).amin(-1).flatten()[entries.cell]
+    q_high = torch.where(token >= 0, q, -far).amax(-1).flatten()[entries.cell]
+    if plan.k_order is None and plan.k_pos is None:
+        k_low, k_high = entries.lo, entries.hi - 1
+    else:
+        k_low, k_high = torch.full_like(entries.lo, far), torch.full_like(entries.lo, -far)
+        for entry, _, b, h, key in _lanes(plan, entries, CELLS):
+            position = key if plan.k_pos is None else _fetch(plan.k_pos, b, h, key, heads)
+            hole = key < 0
+            k_low.scatter_reduce_(0, entry, torch.where(hole, -far, position), "amin")
+            k_high.scatter_reduce_(0, entry, torch.where(hole, far, position), "amax")
+    sure = (k_low > -far) & (k_high < far)
+    if plan.causal:
+        sure = sure & ((q_low >= k_high) if plan.include_self else (q_low > k_high))
+    elif not plan.include_self:
+        sure = sure & ((q_low > k_high) | (q_high < k_low))
+    if plan.window is not None:
+        left, right = plan.window
+        inside = torch.ones_like(sure)
+        if left is not None:
+            inside = inside & (q_high - k_low <= left)
+        if right is not None:
+            inside = inside & (k_high - q_low <= right)
+        sure = sure & (inside | (k_high < plan.sink))
+    return sure | (q_high == -far)  # a tile without a real row
+
+
+def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of: str) -> None:
+    if bool(((full < 0) | (full > count)).any()):
+        at = int(((full < 0) | (full > count)).nonzero()[0])
+        _fail(f"{pre}full = {int(full[at])} of {pre}count = {int(count[at])}: expected 0 <= full <= count")
+    bad = (count > 0) & ((start < 0) | (start + count > size))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        what = f"{pre}start = {int(start[at])} with {int(count[at])} entries"
+        _fail(f"{what} runs past {of}, which has {size}")
+
+
+def check(plan: Plan) -> None:
+    """`check_values`, and that the entries of a tile are disjoint and the full ones really full."""
+    check_values(plan)
+    entries = ranges(plan)
+    entries = entries.of(entries.hi > entries.lo)
+    by_place = torch.argsort(entries.cell * (plan.k_rows + 1) + entries.lo)
+    cell, lo, hi = (x[by_place] for x in (entries.cell, entries.lo, entries.hi))
+    twice = (cell[1:] == cell[:-1]) & (lo[1:] < hi[:-1])
+    if bool(twice.any()):
+        at = int(twice.nonzero()[0])
+        _fail(
+            f"{_place(plan, int(cell[at]))} lists key row {int(lo[at + 1])} twice, in [{int(lo[at])}, "
+            f"{int(hi[at])}) and [{int(lo[at + 1])}, {int(hi[at + 1])}): the entries of a tile are disjoint"
+        )
+    real = real_rows(plan).flatten(0, 2)
+    cut = entries.cell[entries.full & entries.ragged]
+    cut = cut[real[cut].any(-1)]
+    if len(cut):
+        _fail(
+            f"{_place(plan, int(cut[0]))}: the last unit is cut by the end of the keys: count it as partial"
+        )
+    doubt = entries.of(entries.full)
+    doubt = doubt.of(~_surely_full(plan, doubt))
+    for part in cells(plan, doubt):
+        owner = doubt.cell[part.entry]
+        hidden = real[owner] & ~part.keep
+        if bool(hidden.any()):
+            at = int(hidden.any(-1).nonzero()[0])
+            _fail(
+                f"{_place(plan, int(owner[at]))}: an entry marked full covers key {int(part.k_token[at])}, "
+                "which the rules hide from a query of the tile; count it as partial"
+            )
 
 
 def _owners(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +579,14 @@ def _owners(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _transpose(
-    plan: Plan, shape: torch.Size, row: Tensor, column: Tensor, full: Tensor, source: Tensor, columns: int, group: int
+    plan: Plan,
+    shape: torch.Size,
+    row: Tensor,
+    column: Tensor,
+    full: Tensor,
+    source: Tensor,
+    columns: int,
+    group: int,
 ) -> KeyLists:
     from .core import KeyLists
 
@@ -272,8 +599,12 @@ def _transpose(
     n_full = torch.bincount(cell[full], minlength=cells)
     lead = (shape[0], shape[1], columns)
     return KeyLists(
-        start=(count.cumsum(0) - count).view(lead), count=count.int().view(lead), full=n_full.int().view(lead),
-        index=(row % R)[order].int(), source=source[order], group=group,
+        start=(count.cumsum(0) - count).view(lead),
+        count=count.int().view(lead),
+        full=n_full.int().view(lead),
+        index=(row % R)[order].int(),
+        source=source[order],
+        group=group,
     )
 
 
@@ -302,7 +633,9 @@ def transpose_units(plan: Plan) -> KeyLists:
     row, source = _owners(plan.start, plan.count)
     is_full = source - plan.start.flatten()[row] < plan.full.flatten().long()[row]
     columns = -(-plan.k_rows // plan.unit)
-    return _transpose(plan, plan.count.shape, row, plan.index[source].long(), is_full, source, columns, plan.unit)
+    return _transpose(
+        plan, plan.count.shape, row, plan.index[source].long(), is_full, source, columns, plan.unit
+    )
 
 
 def unpack(plan: Plan) -> Tensor:
