@@ -1,4 +1,4 @@
-"""`attention`, `attention_backward` and `merge`: validation, autograd and registration. Kernels live in backends."""
+"""`attention`, `attention_backward`, `merge`: validation, autograd, registration. Backends have the kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .errors import SparseFlashError, require
+from .errors import PlanError, SparseFlashError, require
 from .plan import Plan
 from .plan.flat import INT_SLOTS, empty_like_layout, flatten_all, unflatten_all
 
@@ -21,20 +21,43 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # ---------------------------------------------------------------- the two custom ops
 
 
+def _sum(parts: Sequence[Tensor | None]) -> Tensor:
+    total = parts[0]
+    assert total is not None
+    for part in parts[1:]:
+        assert part is not None
+        total = total + part
+    return total
+
+
 def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("sparseflash::attention", mutates_args=())
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, sink_logits: Tensor | None,
-    plan_tensors: Sequence[Tensor], plan_ints: Sequence[int], scale: float, softcap: float, backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    scale: float,
+    softcap: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1 and sink_logits is None
     parts = [
         choose(q, k, v, plan, backend).forward(
-            q, k, v, plan, scale=scale, softcap=softcap, key_bias=key_bias,
+            q,
+            k,
+            v,
+            plan,
+            scale=scale,
+            softcap=softcap,
+            key_bias=key_bias,
             out_dtype=q.dtype if alone else _state_dtype(q),
         )
         for plan in plans
@@ -47,40 +70,84 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q: Any, k: Any, v: Any, key_bias: Any, sink_logits: Any, plan_tensors: Any, plan_ints: Any, scale: Any,
-      softcap: Any, backend: Any) -> tuple[Tensor, Tensor]:
+def _(
+    q: Any,
+    k: Any,
+    v: Any,
+    key_bias: Any,
+    sink_logits: Any,
+    plan_tensors: Any,
+    plan_ints: Any,
+    scale: Any,
+    softcap: Any,
+    backend: Any,
+) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_state_dtype(q))
 
 
 @torch.library.custom_op("sparseflash::attention_backward", mutates_args=())
 def _attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    key_bias: Tensor | None, plan_tensors: Sequence[Tensor], plan_ints: Sequence[int], scale: float,
-    softcap: float, backend: str,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    scale: float,
+    softcap: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1
-    total: list[Tensor | None] = []
-    for plan in plans:
-        grads = choose(q, k, v, plan, backend).backward(
-            dout, q, k, v, out, lse, dlse, plan, scale=scale, softcap=softcap, key_bias=key_bias,
-            grad_dtype=None if alone else _state_dtype(q),
+    state = _state_dtype(q)
+    parts = [
+        choose(q, k, v, plan, backend).backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dlse,
+            plan,
+            scale=scale,
+            softcap=softcap,
+            key_bias=key_bias,
+            grad_dtype=None if alone else state,
         )
-        total = list(grads) if not total else [a if b is None else a + b for a, b in zip(total, grads, strict=True)]
-    dq, dk, dv, dbias = total
-    B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
+        for plan in plans
+    ]
+    dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
-        dbias = q.new_empty(0, dtype=_state_dtype(q))
+        dbias = q.new_empty(0, dtype=state)
     else:  # heads and batch slots that share a row of the bias add up, in a fixed order
+        B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
         own_batch, own = key_bias.shape[:2]
-        dbias = dbias.view(B, own, H // own, Tk).sum(2)
-        dbias = dbias.sum(0, keepdim=True) if own_batch == 1 and B > 1 else dbias
+        dbias = _sum([part[3] for part in parts]).view(B, own, H // own, Tk).sum(2)
+        dbias = dbias.sum(0, keepdim=True) if own_batch == 1 and B != 1 else dbias
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias
 
 
 @_attention_backward.register_fake
-def _(dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, key_bias: Any, plan_tensors: Any,
-      plan_ints: Any, scale: Any, softcap: Any, backend: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    dout: Any,
+    dlse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    key_bias: Any,
+    plan_tensors: Any,
+    plan_ints: Any,
+    scale: Any,
+    softcap: Any,
+    backend: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias_shape = (0,) if key_bias is None else key_bias.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(bias_shape, dtype=_state_dtype(q))
@@ -93,13 +160,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, lse, *tensors)
 
 
-def _sink_gradient(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
+def _sink_gradient(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink_logits: Tensor
+) -> Tensor:
     """The sink is a key with value 0: d = sum over rows of p_sink * (dlse - delta)."""
     slope = -(dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         slope = slope + dlse
     share = torch.exp(sink_logits.to(lse.dtype)[:, None] - lse)
-    return (share * slope).nan_to_num(0.0).sum((0, 2)).to(sink_logits.dtype)
+    share = torch.where(lse == -math.inf, 0, share)  # a sink of -inf on a row that sees nothing
+    return (share * slope).sum((0, 2)).to(sink_logits.dtype)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
@@ -120,59 +190,112 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _describe(x: object) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 
-def _validate(
-    q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], scale: float, softcap: float, key_bias: Tensor | None,
-    sink_logits: Tensor | None,
-) -> None:
-    given = ", ".join(f"{n}: {_describe(x)}" for n, x in (("q", q), ("k", k), ("v", v)))
-    require(
-        (all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)),
-         f"{given}; expected 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]"),
+def _said(**given: object) -> str:
+    return ", ".join(f"{name}: {_describe(x)}" for name, x in given.items())
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
+
+
+def _as_plans(plan: object) -> tuple[Plan, ...]:
+    plans = plan if isinstance(plan, (tuple, list)) else (plan,)
+    for one in plans:
+        if not isinstance(one, Plan):
+            hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
+            raise SparseFlashError(f"plan is {_describe(one)}: expected a Plan, or a tuple of plans{hint}")
+    require((len(plans) > 0, "plan is an empty tuple: give at least one plan"))
+    return tuple(plans)
+
+
+def _as_scale(scale: object, D: int) -> float:
+    if scale is None:
+        return float(D**-0.5)
+    require((_is_number(scale), f"scale={scale!r}: expected a number, or None for 1/sqrt(D)"))
+    require((math.isfinite(scale), f"scale={scale!r}: expected a finite number, or None for 1/sqrt(D)"))  # type: ignore[arg-type]
+    return float(scale)  # type: ignore[arg-type]
+
+
+def _as_softcap(softcap: object) -> float:
+    if softcap is None:
+        return 0.0
+    good = _is_number(softcap) and math.isfinite(softcap) and softcap >= 0  # type: ignore[arg-type,operator]
+    require((good, f"softcap={softcap!r}: expected a positive number, or None for none"))
+    return float(softcap)  # type: ignore[arg-type]
+
+
+def _as_backend(backend: object) -> str:
+    require((backend is None or isinstance(backend, str), f"backend={backend!r}: expected a name, or None"))
+    return backend or ""  # type: ignore[return-value]
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Table of (condition, message) for q, k and v; each message follows what was given."""
+    good = all(isinstance(x, Tensor) and x.dim() == 4 and x.layout == torch.strided for x in (q, k, v))
+    rules: tuple[tuple[bool, str], ...] = (
+        (good, "expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]"),
     )
-    B, H, Tq, D = q.shape
-    require(
-        (q.dtype in DTYPES, f"{given}; expected fp32, fp16, bf16 (or fp64, reference only)"),
-        (q.dtype == k.dtype == v.dtype, f"{given}; expected one dtype: cast k and v to q's, or use autocast"),
-        (q.device == k.device == v.device, f"{given}; expected one device: use .to(q.device)"),
-        (k.shape[1] > 0 and k.shape[1] == v.shape[1], f"{given}; k and v need the same number of heads"),
-        (H % max(k.shape[1], 1) == 0, f"{given}; Hq={H} must be a multiple of Hkv={k.shape[1]} (GQA)"),
-        (k.shape[-1] == D, f"{given}; q and k need the same head dimension"),
-        (k.shape[2] == v.shape[2], f"{given}; k and v need the same number of tokens"),
-        (k.shape[0] == v.shape[0] == B, f"{given}; q, k and v need the same batch size"),
-        (1 <= D <= 256 and 1 <= v.shape[-1] <= 256, f"{given}; head dimensions 1..256 are supported"),
-        (math.isfinite(scale), f"scale={scale}: expected a finite number (default 1/sqrt(D))"),
-        (math.isfinite(softcap) and softcap >= 0, f"softcap={softcap}: expected a positive number, or None for none"),
-        (len(plans) > 0, "plan is an empty tuple: give at least one plan"),
+    if good:
+        (B, H, _, D), heads, Dv = q.shape, k.shape[1], v.shape[-1]
+        rules = (
+            (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
+            (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
+            (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
+            (k.shape[0] == v.shape[0] == B, "q, k and v need the same batch size"),
+            (heads == v.shape[1], "k and v need the same number of heads"),
+            (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
+            (k.shape[-1] == D, "q and k need the same head dimension"),
+            (k.shape[2] == v.shape[2], "k and v need the same number of tokens"),
+            (1 <= D <= 256 and 1 <= Dv <= 256, "head dimensions 1..256 are supported: use more heads"),
+        )
+    for holds, message in rules:
+        if not holds:
+            raise SparseFlashError(f"{_said(q=q, k=k, v=v)}; {message}")
+
+
+def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
+    B, H, Tq, _ = q.shape
+    batch, heads = plan.extent()
+    rules = (
+        (
+            plan.Tq == Tq and plan.Tk == k.shape[2],
+            "the plan is for {plan.Tq} x {plan.Tk} tokens, q and k hold {Tq} x {Tk}: make one for these",
+        ),
+        (batch in (1, B), "the plan has batch size {batch}, q has {B}: expected 1 or {B}"),
+        (H % heads == 0, "the plan has {heads} heads: expected a divisor of Hq={H}"),
+        (plan.device == q.device, "the plan is on {plan.device}, q on {q.device}: use plan.to(q.device)"),
     )
-    for plan in plans:
-        require(
-            (isinstance(plan, Plan), f"plan is a {type(plan).__name__}: expected a Plan or a tuple of plans"),
+    for holds, message in rules:
+        if not holds:
+            raise PlanError(
+                message.format(plan=plan, q=q, B=B, H=H, Tq=Tq, Tk=k.shape[2], batch=batch, heads=heads)
+            )
+
+
+def _check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
+    B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
+    good = isinstance(key_bias, Tensor) and key_bias.dim() == 3 and key_bias.is_floating_point()
+    if good:
+        assert isinstance(key_bias, Tensor)
+        batch, heads, length = key_bias.shape
+        good = (
+            batch in (1, B) and heads > 0 and H % heads == 0 and length == Tk and key_bias.device == q.device
         )
-        batch, heads = plan.extent()
-        require(
-            (plan.Tq == Tq and plan.Tk == k.shape[2],
-             f"the plan is for {plan.Tq} x {plan.Tk} tokens, the tensors hold {Tq} x {k.shape[2]}"),
-            (batch in (1, B), f"the plan has batch size {batch}, the tensors {B}: expected 1 or {B}"),
-            (H % heads == 0, f"the plan has {heads} heads: expected a divisor of Hq={H}"),
-            (plan.device == q.device, f"the plan is on {plan.device}, q on {q.device}: use plan.to(q.device)"),
+    if not good:
+        raise SparseFlashError(
+            f"key_bias: {_describe(key_bias)}; expected floating point [B|1, H, Tk={Tk}] on {q.device}, H "
+            f"dividing {H}: one number a key. A full [T,T] bias is not supported; what it hides goes into a plan"
         )
-    if key_bias is not None:
-        want = f"key_bias: {_describe(key_bias)}; expected floating point [B|1, H, Tk={k.shape[2]}], H dividing {H}"
-        require((isinstance(key_bias, Tensor) and key_bias.dim() == 3 and key_bias.is_floating_point(),
-                 want + "; a full [T,T] bias is not supported (see docs/design.md)"))
-        require(
-            (key_bias.shape[0] in (1, B) and H % max(key_bias.shape[1], 1) == 0 and key_bias.shape[2] == k.shape[2],
-             want),
-            (key_bias.device == q.device, want + f" on {q.device}"),
-        )
-    if sink_logits is not None:
-        require(
-            (isinstance(sink_logits, Tensor) and sink_logits.shape == (H,) and sink_logits.is_floating_point()
-             and sink_logits.device == q.device,
-             f"sink_logits: {_describe(sink_logits)}; expected floating point [Hq={H}] on {q.device}"),
+
+
+def _check_sink(sink_logits: object, q: Tensor) -> None:
+    good = isinstance(sink_logits, Tensor) and sink_logits.is_floating_point()
+    if not (good and sink_logits.shape == q.shape[1:2] and sink_logits.device == q.device):  # type: ignore[attr-defined]
+        raise SparseFlashError(
+            f"sink_logits: {_describe(sink_logits)}; expected floating point [Hq={q.shape[1]}] on {q.device}"
         )
 
 
@@ -189,28 +312,47 @@ _ELSEWHERE = {
 }
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    first = tensors[0]
-    kind = first.device.type if isinstance(first, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+def _autocast(*tensors: Any) -> list[Any]:
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
-    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype != torch.float64 else x for x in tensors]
+    able = (torch.float32, torch.float16, torch.bfloat16)
+    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in able else x for x in tensors]
 
 
 # ---------------------------------------------------------------- public
 
 
 @overload
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plans | None = None, *, return_lse: Literal[False] = False,
-              **options: Any) -> Tensor: ...
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: Plans | None = None, *, return_lse: Literal[True],
-              **options: Any) -> tuple[Tensor, Tensor]: ...
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plans | None = None, *, causal: bool = False, q_offset: int | Tensor = 0,
-    scale: float | None = None, key_bias: Tensor | None = None, sink_logits: Tensor | None = None,
-    softcap: float | None = None, return_lse: bool = False, deterministic: bool = True, backend: str | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plans | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plans | None = None, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plans | None = None,
+    *,
+    causal: bool = False,
+    q_offset: int | Tensor = 0,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str | None = None,
     **unsupported: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact softmax attention over the keys that a plan lets each query see, with exact gradients.
@@ -218,10 +360,10 @@ def attention(
     Parameters
     ----------
     q, k, v : Tensor
-        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16, bf16
-        (fp64 on the reference backend). D and Dv up to 256.
+        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16,
+        bf16 (fp64 on the reference backend). D and Dv up to 256.
     plan : Plan or tuple of Plan, optional
-        What is seen; a tuple of plans with disjoint visible sets is one softmax over their union. None: dense.
+        What is seen; a tuple of plans with disjoint visible sets is one softmax over all. None: dense.
     causal : bool
         Only without a plan: query i (at position `i + q_offset`) sees keys 0..i + q_offset.
     scale : float, optional
@@ -258,32 +400,52 @@ def attention(
     torch.Size([1, 2, 256, 64])
     """
     for name in unsupported:
-        raise SparseFlashError(f"attention() has no argument {name!r}: " + _ELSEWHERE.get(name, "see help(attention)"))
+        raise SparseFlashError(
+            f"attention() has no argument {name!r}: " + _ELSEWHERE.get(name, "see help(attention)")
+        )
+    require((isinstance(causal, bool), f"causal={causal!r}: expected True or False"))
     require(
-        (plan is None or not causal,
-         "plan together with causal=True: causality belongs to the plan, e.g. Plan.dense(Tq, Tk, causal=True)"),
-        (plan is None or (isinstance(q_offset, int) and q_offset == 0),
-         "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)"),
+        (
+            plan is None or not causal,
+            "plan together with causal=True: causality belongs to the plan: Plan.dense(Tq, Tk, causal=True)",
+        ),
+        (
+            plan is None or (isinstance(q_offset, int) and q_offset == 0),
+            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)",
+        ),
     )
+    require((isinstance(deterministic, bool), f"deterministic={deterministic!r}: expected True or False"))
     q, k, v = _autocast(q, k, v)
+    _check_inputs(q, k, v)
     if plan is None:
-        require((isinstance(q, Tensor) and q.dim() == 4 and isinstance(k, Tensor) and k.dim() == 4,
-                 f"q: {_describe(q)}, k: {_describe(k)}; expected [B,H,T,D]"))
         plan = Plan.dense(q.shape[2], k.shape[2], causal=causal, q_offset=q_offset, device=q.device)
-    plans = (plan,) if isinstance(plan, Plan) else tuple(plan)
-    scale = q.shape[-1] ** -0.5 if scale is None and isinstance(q, Tensor) else scale
-    require((isinstance(scale, (int, float)), f"scale={scale!r}: expected a number or None"))
-    cap = 0.0 if softcap is None else float(softcap)
-    _validate(q, k, v, plans, float(scale), cap, key_bias, sink_logits)
+    plans = _as_plans(plan)
+    for one in plans:
+        _check_plan(one, q, k)
+    if key_bias is not None:
+        _check_bias(key_bias, q, k)
+    if sink_logits is not None:
+        _check_sink(sink_logits, q)
+    factor, cap, name = _as_scale(scale, q.shape[-1]), _as_softcap(softcap), _as_backend(backend)
     tensors, ints = flatten_all(plans)
-    out, lse = _attention(q, k, v, key_bias, sink_logits, tensors, ints, float(scale), cap, backend or "")
+    out, lse = _attention(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
     return (out, lse) if return_lse else out
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plans, *,
-    dlse: Tensor | None = None, scale: float | None = None, key_bias: Tensor | None = None,
-    softcap: float | None = None, backend: str | None = None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plans,
+    *,
+    dlse: Tensor | None = None,
+    scale: float | None = None,
+    key_bias: Tensor | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and key_bias from the GLOBAL out and lse: for rings, cascades and chunks.
 
@@ -299,24 +461,52 @@ def attention_backward(
     >>> out, lse = sf.attention(q, k, v, plan, return_lse=True)
     >>> dq, dk, dv, _ = sf.attention_backward(dout, q, k, v, out, lse, plan)
     """
-    plans = (plan,) if isinstance(plan, Plan) else tuple(plan)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    cap = 0.0 if softcap is None else float(softcap)
-    _validate(q, k, v, plans, float(scale), cap, key_bias, None)
+    _check_inputs(q, k, v)
+    plans = _as_plans(plan)
+    for one in plans:
+        _check_plan(one, q, k)
+    if key_bias is not None:
+        _check_bias(key_bias, q, k)
+    factor, cap, name = _as_scale(scale, q.shape[-1]), _as_softcap(softcap), _as_backend(backend)
     want = (*q.shape[:3], v.shape[-1])
-    require(
-        (tuple(dout.shape) == want and tuple(out.shape) == want,
-         f"dout: {_describe(dout)}, out: {_describe(out)}; expected {list(want)}"),
-        (tuple(lse.shape) == want[:3], f"lse: {_describe(lse)}; expected {list(want[:3])}"),
-    )
+    for label, x, shape in (
+        ("dout", dout, want),
+        ("out", out, want),
+        ("lse", lse, want[:3]),
+        ("dlse", dlse, want[:3]),
+    ):
+        if label == "dlse" and x is None:
+            continue
+        good = (
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and tuple(x.shape) == shape
+            and x.device == q.device
+        )
+        require((good, f"{label}: {_describe(x)}; expected floating point {list(shape)} on {q.device}"))
+    state = _state_dtype(q)
     tensors, ints = flatten_all(plans)
     dq, dk, dv, dbias = _attention_backward(
-        dout, dlse, q, k, v, out, lse, key_bias, tensors, ints, float(scale), cap, backend or ""
+        dout.to(q.dtype),
+        None if dlse is None else dlse.to(state),
+        q,
+        k,
+        v,
+        out.to(q.dtype),
+        lse.to(state),
+        key_bias,
+        tensors,
+        ints,
+        factor,
+        cap,
+        name,
     )
     return dq, dk, dv, None if key_bias is None else dbias
 
 
-def _merge(parts: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _merge(
+    parts: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     lses = [lse for _, lse in parts]
     if sink_logits is not None:
         lses.append(sink_logits.to(lses[0].dtype)[None, :, None].expand_as(lses[0]))
@@ -355,10 +545,29 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     >>> torch.allclose(sf.merge([a, b])[0], sf.attention(q, k, v), atol=1e-5)
     True
     """
-    require((len(parts) > 0, "merge() of nothing: give at least one (out, lse)"))
-    for out, lse in parts:
-        require((out.shape[:-1] == lse.shape and out.shape == parts[0][0].shape,
-                 f"out: {_describe(out)}, lse: {_describe(lse)}; expected [B,H,T,Dv] and [B,H,T], alike in all parts"))
+    require(
+        (
+            isinstance(parts, (tuple, list)) and len(parts) > 0,
+            f"merge() of {_describe(parts)}: expected a list of (out, lse), at least one",
+        )
+    )
+    for part in parts:
+        good = isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(x, Tensor) for x in part)
+        require((good, "merge(): expected pairs (out, lse), as attention(..., return_lse=True) returns them"))
+        (out, lse), first = part, parts[0][0]
+        good = out.dim() == 4 and out.shape[:-1] == lse.shape and out.shape == first.shape
+        good = (
+            good
+            and out.is_floating_point()
+            and lse.is_floating_point()
+            and out.device == lse.device == first.device
+        )
+        require(
+            (
+                good,
+                f"out: {_describe(out)}, lse: {_describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
+            )
+        )
     out, lse = _merge(parts)
     return out.to(parts[0][0].dtype), lse
 
