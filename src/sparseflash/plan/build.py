@@ -297,7 +297,7 @@ def from_keep(
 def _tile_ends(order: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token of the first and last real row of each tile of `order` [B,H,rows]; tokens ascend in a tile."""
     *lead, rows = order.shape
-    padded = torch.nn.functional.pad(order, (0, -rows % tile), value=-1).view(*lead, -1, tile)
+    padded = torch.nn.functional.pad(order, (0, -rows % tile), value=-1).view(*lead, -(-rows // tile), tile)
     real = padded >= 0
     last = padded.amax(-1).long()
     first = torch.where(real, padded, torch.iinfo(torch.int32).max).amin(-1).long()

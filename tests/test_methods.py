@@ -1,0 +1,348 @@
+"""What every method promises, for each row of `cases.py`, on every backend that runs here."""
+
+import dataclasses
+import zlib
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import sparseflash as sf
+from cases import CASES, directions, mask_of, mass, needles
+from sparseflash.method import Method, Selection
+from tolerance import compare
+
+BACKENDS = [name for name, status in sf.backends().items() if status.usable]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def inputs(generator, T=129, B=2, Hq=4, Hkv=4, D=16, Dv=24, dtype=torch.float32):
+    """q, k, v in BSHD memory, requiring gradient, and a gradient for the output."""
+
+    def draw(H, dim):
+        x = torch.randn(B, T, H, dim, generator=generator).to(dtype).transpose(1, 2)
+        return x.requires_grad_()
+
+    q, k, v = draw(Hq, D), draw(Hkv, D), draw(Hkv, Dv)
+    dout = torch.randn(B, Hq, T, Dv, generator=generator).to(dtype)
+    return q, k, v, dout
+
+
+def run(method, q, k, v, dout, **options):
+    """Out, lse and gradients. Rows that see nothing get no gradient: what they return is a method's own."""
+    out, lse = method(q, k, v, return_lse=True, **options)
+    seen = lse > float("-inf")
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.where(seen[..., None], dout, 0))
+    out = torch.where(seen[..., None], out, 0)
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+# ---------------------------------------------------------------- exactness
+
+
+@every_case
+@every_backend
+@pytest.mark.parametrize("T", [1, 63, 129])
+def test_at_full_budget_a_method_is_dense(case, backend, T, generator):
+    q, k, v, dout = inputs(generator, T, Hkv=2)
+    mask = torch.ones(1, 1, T, T, dtype=torch.bool)
+    mask = {"causal": mask.tril(), "strict": mask.tril(-1), "all": mask}[case.full_mask]
+    got = run(sf.methods.get(case.slug, **case.full), q, k, v, dout, backend=backend)
+    compare(got, *(x.detach() for x in (q, k, v)), mask, dout=dout)
+
+
+@every_case
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_method_attends_exactly_what_it_selects(case, backend, dtype, generator):
+    q, k, v, dout = inputs(generator, 300, Hkv=2, dtype=dtype)
+    method = case.method()
+    mask = mask_of(method.select(q, k).plan)
+    got = run(method, q, k, v, dout, backend=backend)
+    compare(got, *(x.detach() for x in (q, k, v)), mask, dout=dout)
+
+
+@every_case
+def test_gradients_agree_with_finite_differences(case, generator):
+    q, k, v, _ = inputs(generator, 11, B=1, Hkv=2, D=3, Dv=2, dtype=torch.float64)
+    method = case.method()
+    selection = method.select(q, k)
+    assert torch.autograd.gradcheck(
+        lambda *x: method(*x, backend="reference", selection=selection), (q, k, v), fast_mode=True
+    )
+
+
+@every_case
+@every_backend
+@pytest.mark.parametrize(("B", "T"), [(0, 5), (2, 0), (0, 0)])
+def test_nothing_in_gives_nothing_out(case, backend, B, T):
+    q, k, v = (torch.zeros(B, 4, T, 16, requires_grad=True) for _ in range(3))
+    out = case.method()(q, k, v, backend=backend)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (B, 4, T, 16)
+
+
+# ---------------------------------------------------------------- what is selected
+
+
+@every_case
+def test_a_plan_is_valid_and_its_density_is_that_of_its_mask(case, generator):
+    q, k, *_ = inputs(generator, 200, Hkv=2)
+    plans = case.method().select(q, k).plan
+    T = q.shape[2]
+    gap = torch.arange(T)[:, None] - torch.arange(T)
+    for plan in (plans,) if isinstance(plans, sf.Plan) else plans:
+        plan.check()
+        mask = plan.to_dense()
+        allowed = torch.ones(T, T, dtype=torch.bool)
+        if plan.causal:
+            allowed = gap >= 0 if plan.include_self else gap > 0
+        if plan.window is not None:
+            left, right = plan.window
+            allowed &= ((gap <= left) & (gap >= -right)) | (torch.arange(T) < plan.sink)
+        assert plan.density == pytest.approx(
+            float(mask.sum() / (allowed.sum() * mask.shape[0] * mask.shape[1]))
+        )
+
+
+@every_case
+def test_density_is_within_budget_and_grows_with_it(case):
+    q, k = directions(1, 4, 512), directions(1, 4, 512, shift=7)
+
+    def density(**change):
+        mask = mask_of(case.method(**change).select(q, k).plan).expand(1, 4, -1, -1)
+        return float(mask.float().mean())
+
+    plan = case.method().select(q, k).plan
+    plan = plan if isinstance(plan, sf.Plan) else plan[0]
+    assert case.budget[0] <= plan.density <= case.budget[1]
+    seen = [density(**change) for change in case.budgets]
+    assert seen == sorted(seen) and len(set(seen)) == len(seen)
+
+
+@every_case
+def test_no_query_sees_the_future(case, generator):
+    """Given the plan, and where the method promises it, in the choice of the plan too."""
+    method, t = case.method(), 70
+    if case.full_mask == "all":
+        pytest.skip("looks ahead by design")
+    q, k, v, _ = inputs(generator, 129)
+    with torch.no_grad():
+        selection = method.select(q, k)
+        out = method(q, k, v, selection=selection)
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, t + 1 :], v2[:, :, t + 1 :] = 5.0, -7.0
+        later = method(q, k2, v2, selection=selection)
+        assert torch.equal(out[:, :, : t + 1], later[:, :, : t + 1])
+        if method.causal_selection:
+            q2 = torch.cat([q[:, :, : t + 1], torch.randn(2, 4, 129 - t - 1, 16, generator=generator)], 2)
+            before, after = (mask_of(method.select(*x).plan)[:, :, : t + 1] for x in ((q, k), (q2, k2)))
+            assert torch.equal(before, after)
+
+
+@every_case
+def test_the_plan_is_the_same_on_every_machine(case):
+    """Integers only: CRC-32 of the mask."""
+    mask = mask_of(case.method().select(directions(1, 4, 96), directions(1, 4, 96, shift=7)).plan)
+    found = zlib.crc32(bytes(mask.expand(1, 4, -1, -1).flatten().to(torch.uint8).tolist()))
+    assert found == case.golden
+
+
+@every_case
+def test_a_seed_fixes_the_plan_and_the_global_generator_is_left_alone(case, generator):
+    q, k, *_ = inputs(generator, 129)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = mask_of(case.method().select(q, k).plan)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(first, mask_of(case.method().select(q, k).plan))
+    if case.seeded:
+        assert not torch.equal(first, mask_of(case.method(seed=1).select(q, k).plan))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.recall], ids=str)
+def test_planted_needles_are_found_and_a_random_choice_does_not_find_them(case, generator):
+    q, k = needles(2, 4, 512, 32, generator)
+    mask = mask_of(case.method().select(q, k).plan)
+    strict = torch.ones(512, 512, dtype=torch.bool).tril(0 if case.full_mask == "causal" else -1)
+    mask = mask | ~strict  # a query that was told to look at itself has nothing to find
+    share = float((mask & strict).sum() / (strict.sum() * 8))
+    chance = (torch.rand(mask.shape, generator=generator) < share) & strict | ~strict
+    assert mass(q, k, mask) >= case.recall
+    assert mass(q, k, chance) < case.recall
+
+
+@every_case
+def test_where_a_method_decodes_one_token_at_a_time_is_the_whole_call(case, generator):
+    method = case.method()
+    q, k, v, _ = inputs(generator, 60, Hkv=2)
+    with torch.no_grad():
+        whole = method(q, k, v, backend="reference")
+        if not method.decodes or case.full_mask == "all":
+            assert "decode" not in method.phases or case.full_mask == "all"
+            return
+        for t in range(60):
+            now = k[:, :, : t + 1], v[:, :, : t + 1]
+            one = method(q[:, :, t : t + 1], *now, ctx={"q_offset": t}, backend="reference")
+            torch.testing.assert_close(one, whole[:, :, t : t + 1])
+
+
+# ---------------------------------------------------------------- symmetry
+
+
+@every_case
+@every_backend
+def test_layout_grouping_and_batch_do_not_matter(case, backend, generator):
+    q, k, v, _ = inputs(generator, 150, Hkv=2)
+    method = case.method()
+    with torch.no_grad():
+        whole = method(q, k, v, backend=backend)
+        assert torch.equal(whole, method(*(x.contiguous() for x in (q, k, v)), backend=backend))
+        wide = [torch.zeros(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x) for x in (q, k, v)]
+        assert torch.equal(whole, method(*wide, backend=backend))
+        selection = method.select(q, k)
+        repeated = (x.repeat_interleave(2, 1) for x in (k, v))
+        torch.testing.assert_close(whole, method(q, *repeated, backend=backend, selection=selection))
+        if case.slug != "qk-sparse":  # whose masks are drawn by batch slot
+            for b in range(2):
+                alone = method(*(x[b : b + 1] for x in (q, k, v)), backend=backend)
+                if backend == "reference":  # whose matrix products depend on the shape of the batch
+                    torch.testing.assert_close(alone, whole[b : b + 1])
+                else:
+                    assert torch.equal(alone, whole[b : b + 1])
+
+
+# ---------------------------------------------------------------- under PyTorch
+
+
+@every_case
+def test_checkpointing_changes_no_gradient(case, generator):
+    q, k, v, dout = inputs(generator, 129)
+    method = case.method()
+    plain = torch.autograd.grad(method(q, k, v), (q, k, v), dout)
+    torch.manual_seed(5)
+    again = torch.autograd.grad(checkpoint(method, q, k, v, use_reentrant=False), (q, k, v), dout)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@every_case
+def test_compiles_without_a_break_given_its_selection(case, generator):
+    q, k, v, dout = inputs(generator, 70)
+    method = case.method()
+    selection = method.select(q, k)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k, v: method(q, k, v, selection=selection), fullgraph=True, backend="aot_eager"
+    )
+    out = compiled(q, k, v)
+    assert torch.equal(out, method(q, k, v, selection=selection))
+    for a, b in zip(*(torch.autograd.grad(o, (q, k, v), dout) for o in (out, method(q, k, v))), strict=True):
+        assert torch.equal(a, b)
+
+
+@every_case
+def test_autocast_attends_in_bf16_and_selects_the_same(case, generator):
+    q, k, v, _ = inputs(generator, 129)
+    method = case.method()
+    plain = mask_of(method.select(q, k).plan)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(plain, mask_of(method.select(q, k).plan))
+        assert method(q, k, v).dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- the record, the registry
+
+
+@every_case
+def test_repr_is_the_record_of_the_experiment(case):
+    method = case.method()
+    assert eval(repr(method), vars(sf.methods)) == method
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.seed = 3
+
+
+def test_every_method_has_a_case_facts_and_a_name():
+    assert {c.slug for c in CASES} == set(sf.methods.names())
+    for name in sf.methods.names():
+        cls = sf.methods.find(name)
+        assert getattr(sf.methods, cls.__name__) is cls
+        assert cls.paper and set(cls.phases) <= {"training", "prefill", "decode", "diffusion"} and cls.phases
+        assert cls.paper.removeprefix("arXiv ") in cls.__doc__
+
+
+def test_an_unknown_name_says_which_exist():
+    with pytest.raises(sf.SparseFlashError, match=r"'hash_sparse': did you mean 'hash-sparse'\? .*window"):
+        sf.methods.get("hash_sparse")
+    with pytest.raises(sf.SparseFlashError, match="hash-sparse, qk-sparse"):
+        sf.methods.get("zzz")
+
+
+def test_an_unknown_hyper_parameter_says_which_exist():
+    with pytest.raises(sf.SparseFlashError, match=r"no hyper-parameter 'buckets'.*nb=16.*planes='per-head'"):
+        sf.methods.get("hash-sparse", buckets=4)
+
+
+@pytest.mark.parametrize(
+    ("slug", "wrong", "said"),
+    [
+        ("hash-sparse", {"nb": 5}, "nb=5: expected an even number"),
+        ("hash-sparse", {"nb": 0}, "nb=0"),
+        ("hash-sparse", {"nb": 4.0}, "nb=4.0"),
+        ("hash-sparse", {"planes": "own"}, "expected one of per-head, shared"),
+        ("hash-sparse", {"causal_heads": -1}, "causal_heads=-1"),
+        ("hash-sparse", {"window": 1, "include_self": False}, "window=1"),
+        ("qk-sparse", {"q_drop": 30}, "q_drop=30: expected a fraction"),
+        ("qk-sparse", {"k_drop": float("nan")}, "k_drop=nan"),
+        ("window", {"window": 0}, "window=0"),
+        ("sink-window", {"sink_tokens": -1}, "sink_tokens=-1"),
+        ("reformer", {"bucket": 0}, "bucket=0"),
+        ("reformer", {"rounds": 0}, "rounds=0"),
+        ("reformer", {"planes": ""}, "planes=''"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_when_the_method_is_made(slug, wrong, said):
+    with pytest.raises(sf.SparseFlashError, match=said):
+        sf.methods.get(slug, **wrong)
+
+
+@every_case
+def test_tensors_of_the_wrong_shape_are_named(case):
+    x = torch.zeros(1, 4, 8, 16)
+    with pytest.raises(sf.SparseFlashError, match="q: shape .*expected a 4-d tensor"):
+        case.method()(x[0], x, x)
+    with pytest.raises(sf.SparseFlashError, match="q has 3 heads, k 4"):
+        case.method()(x[:, :3], x, x)
+
+
+# ---------------------------------------------------------------- the base class
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Method):
+    """A method that learns: a bias on keys and a gate on queries."""
+
+    def select(self, q, k, ctx=None):
+        plan = sf.Plan.dense(q.shape[2], k.shape[2], causal=True)
+        return Selection(plan, key_bias=ctx["bias"], gate=ctx["gate"])
+
+
+def test_a_bias_and_a_gate_of_a_selection_take_part_and_learn(generator):
+    q, k, v, dout = inputs(generator, 40)
+    bias = torch.randn(1, 4, 40, generator=generator, requires_grad=True)
+    gate = torch.rand(2, 4, 40, generator=generator, requires_grad=True)
+    out = Weighted()(q, k, v, ctx={"bias": bias, "gate": gate})
+    scores = (q @ k.mT) / 4 + bias[:, :, None]
+    scores = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), float("-inf"))
+    want = scores.softmax(-1) @ v * gate[..., None]
+    torch.testing.assert_close(out, want)
+    leaves = (q, k, v, bias, gate)
+    got, exact = (torch.autograd.grad(o, leaves, dout) for o in (out, want))
+    torch.testing.assert_close(got, exact)
+
+
+def test_a_method_of_ones_own_stays_out_of_the_registry():
+    assert Weighted not in map(sf.methods.find, sf.methods.names())
+    with pytest.raises(NotImplementedError, match="Bare"):
+        type("Bare", (Method,), {})()(*[torch.zeros(1, 1, 2, 4)] * 3)
