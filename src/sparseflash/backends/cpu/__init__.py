@@ -40,6 +40,7 @@ _PLAN_TABLES = (
     "q_pos", "k_pos", "k_end", "q_seg", "k_seg",
 )
 _PLAN_FLAT = ("spans", "index", "bits")
+_PLAN_HEADS = ("head_window", "head_sink")
 _VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 
@@ -50,6 +51,7 @@ class NativePlan(ctypes.Structure):
         [(n, ctypes.c_int64) for n in _PLAN_INTS]
         + [(n, Table) for n in _PLAN_TABLES]
         + [(n, ctypes.c_void_p) for n in _PLAN_FLAT]
+        + [(n, Table) for n in _PLAN_HEADS]
     )
 
 
@@ -63,6 +65,8 @@ class Call(ctypes.Structure):
         + [(n, View) for n in _VIEWS]
         + [("lse", ctypes.c_void_p), ("dlse", ctypes.c_void_p), ("key_bias", Table), ("dbias", ctypes.c_void_p)]
         + [("plan", NativePlan)]
+        + [("Bk", ctypes.c_int64), ("over", ctypes.c_int32), ("peak", ctypes.c_int32), ("stat", ctypes.c_void_p)]
+        + [("stat_width", ctypes.c_int64), ("entry_width", ctypes.c_int64)]
     )
 
 
@@ -168,7 +172,7 @@ def _call(
 ) -> Call:
     c = Call()
     c.B, c.Hq, c.Tq, c.D = q.shape
-    c.Hkv, c.Tk, c.Dv = k.shape[1], k.shape[2], v.shape[3]
+    c.Bk, c.Hkv, c.Tk, c.Dv = k.shape[0], k.shape[1], k.shape[2], v.shape[3]
     c.dtype = c.out_dtype = c.grad_dtype = CODES[q.dtype]
     entries = 0 if plan.spans is None else plan.spans.shape[0]
     entries += 0 if plan.index is None else plan.index.shape[0]

@@ -24,6 +24,7 @@ struct SfPlan {
     SfTable span_start, span_full, span_count, start, full, count, bits_start;
     SfTable q_order, k_order, q_shift, q_pos, k_pos, k_end, q_seg, k_seg;
     const int32_t *spans, *index, *bits;
+    SfTable head_window, head_sink;  // [1,H,2] (left, right; -1 unbounded) and [1,H,1]: rules per head, or null
 };
 
 struct SfCall {
@@ -36,7 +37,13 @@ struct SfCall {
     SfTable key_bias;   // float [B|1,H,Tk] or null
     float *dbias;       // [B,Hq,Tk] or null
     SfPlan plan;
+    int64_t Bk;         // batch size of k and v: B, or 1 for a pool that all sequences share
+    int32_t over, peak; // statistics: what over (SfOver), and whether the largest instead of the sum
+    float *stat;        // [B,Hq,stat_width]
+    int64_t stat_width, entry_width;
 };
+
+enum SfOver : int32_t { SF_OVER_KEY = 0, SF_OVER_ROW = 1, SF_OVER_ENTRY = 2, SF_OVER_DIAGONAL = 3 };
 
 // Runs body(context, task, thread) for every task; threads share the tasks first come, first served.
 typedef void (*SfBody)(void *context, int64_t task, int thread);
@@ -47,6 +54,7 @@ struct SfLevel {
     const char *name;
     int (*forward)(const SfCall *call, SfParallel parallel);
     int (*backward)(const SfCall *call, SfParallel parallel);
+    int (*stats)(const SfCall *call, SfParallel parallel);
 };
 
 // Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.

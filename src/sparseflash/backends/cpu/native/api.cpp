@@ -17,9 +17,11 @@
 
 #define SF_PUBLIC extern "C" __attribute__((visibility("default")))
 
-#define SF_DECLARE(level)                                                \
-    extern "C" int sf_forward_##level(const SfCall *, SfParallel);       \
-    extern "C" int sf_backward_##level(const SfCall *, SfParallel);
+#define SF_DECLARE(level)                                          \
+    extern "C" int sf_forward_##level(const SfCall *, SfParallel);  \
+    extern "C" int sf_backward_##level(const SfCall *, SfParallel); \
+    extern "C" int sf_stats_##level(const SfCall *, SfParallel);
+#define SF_LEVEL(level) {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx512)
 SF_DECLARE(avx512bf16)
@@ -29,16 +31,16 @@ namespace {
 
 const SfLevel LEVELS[] = {
 #if SF_WITH_PORTABLE
-    {"portable", sf_forward_portable, sf_backward_portable},
+    SF_LEVEL(portable)
 #endif
 #if SF_WITH_AVX512
-    {"avx512", sf_forward_avx512, sf_backward_avx512},
+    SF_LEVEL(avx512)
 #endif
 #if SF_WITH_AVX512BF16
-    {"avx512bf16", sf_forward_avx512bf16, sf_backward_avx512bf16},
+    SF_LEVEL(avx512bf16)
 #endif
 #if SF_WITH_AMX
-    {"amx", sf_forward_amx, sf_backward_amx},
+    SF_LEVEL(amx)
 #endif
 };
 constexpr int N_LEVELS = sizeof LEVELS / sizeof LEVELS[0];
@@ -152,8 +154,12 @@ bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length) 
 bool view_ok(const SfView &v) { return v.data != nullptr; }
 
 // Pointers, shapes and table lengths; values inside the tables are checked where they are used.
-bool call_ok(const SfCall &c, bool backward) {
+enum Kind { FORWARD, BACKWARD, STATS };
+
+bool call_ok(const SfCall &c, Kind kind) {
+    const bool backward = kind == BACKWARD;
     const SfPlan &p = c.plan;
+    if (c.Bk != c.B && c.Bk != 1) return false;
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.Tq < 0 || c.Tk < 0) return false;
     if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1) return false;
     if (c.dtype < 0 || c.dtype > 2 || c.out_dtype < 0 || c.out_dtype > 2 || c.grad_dtype < 0 || c.grad_dtype > 2) return false;
@@ -170,19 +176,28 @@ bool call_ok(const SfCall &c, bool backward) {
     if (!table_ok(p.q_pos, c, c.Hq, c.Tq) || !table_ok(p.q_seg, c, c.Hq, c.Tq)) return false;
     if (!table_ok(p.k_pos, c, c.Hq, c.Tk) || !table_ok(p.k_end, c, c.Hq, c.Tk) || !table_ok(p.k_seg, c, c.Hq, c.Tk)) return false;
     if (!table_ok(c.key_bias, c, c.Hq, c.Tk)) return false;
+    if (!table_ok(p.head_window, c, c.Hq, 2) || !table_ok(p.head_sink, c, c.Hq, 1)) return false;
     if (p.q_shift.data && p.q_shift.batch != 1 && p.q_shift.batch != c.B) return false;
     bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
-    if (some_q && (!view_ok(c.q) || !view_ok(c.out) || !c.lse)) return false;
-    if (some_k && (!view_ok(c.k) || !view_ok(c.v))) return false;
+    if (some_q && (!view_ok(c.q) || !c.lse || (kind != STATS && !view_ok(c.out)))) return false;
+    if (some_k && (!view_ok(c.k) || (kind != STATS && !view_ok(c.v)))) return false;
+    if (kind == STATS) {
+        const int64_t widths[] = {c.Tk, c.Tq, p.tiles * c.entry_width, c.Tq + c.Tk - 1};
+        if (c.over < 0 || c.over > 3 || c.entry_width < 0 || c.stat_width != widths[c.over]) return false;
+        if (c.B * c.stat_width > 0 && !c.stat) return false;
+    }
     if (backward && ((some_q && (!view_ok(c.dout) || !view_ok(c.dq))) || (some_k && (!view_ok(c.dk) || !view_ok(c.dv))))) return false;
     return true;
 }
 
-int run(const SfCall *call, int level, bool backward) {
-    if (!call || level < 0 || level >= N_LEVELS || !call_ok(*call, backward)) return 3;
+int run(const SfCall *call, int level, Kind kind) {
+    if (!call || level < 0 || level >= N_LEVELS || !call_ok(*call, kind)) return 3;
     if (call->B == 0) return 0;
+    const SfLevel &l = LEVELS[level];
+    SfCall own = *call;
+    if (own.Bk == 1) own.k.batch = own.v.batch = 0;  // every sequence reads the pool
     try {
-        return backward ? LEVELS[level].backward(call, parallel) : LEVELS[level].forward(call, parallel);
+        return (kind == FORWARD ? l.forward : kind == BACKWARD ? l.backward : l.stats)(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -248,8 +263,9 @@ extern "C" void sf_release(void *memory) {
 SF_PUBLIC int64_t sf_call_size() { return (int64_t)sizeof(SfCall); }
 SF_PUBLIC int sf_levels() { return N_LEVELS; }
 SF_PUBLIC const char *sf_level_name(int level) { return level >= 0 && level < N_LEVELS ? LEVELS[level].name : ""; }
-SF_PUBLIC int sf_forward(const SfCall *call, int level) { return run(call, level, false); }
-SF_PUBLIC int sf_backward(const SfCall *call, int level) { return run(call, level, true); }
+SF_PUBLIC int sf_forward(const SfCall *call, int level) { return run(call, level, FORWARD); }
+SF_PUBLIC int sf_backward(const SfCall *call, int level) { return run(call, level, BACKWARD); }
+SF_PUBLIC int sf_stats(const SfCall *call, int level) { return run(call, level, STATS); }
 
 // Asks the kernel for the AMX tile state; 0 when granted.
 SF_PUBLIC int sf_request_amx() {

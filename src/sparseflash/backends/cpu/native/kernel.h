@@ -109,6 +109,7 @@ struct Keys {
 
 template <bool BF, bool BACKWARD> struct Packed {
     int64_t heads = 1, rows = 0, Dk = 0, Dv = 0;  // packed heads; rows rounded up to BK; padded dimensions
+    int64_t batches = 1;                          // 1 where all sequences read the same rows of one pool
     bool copy_k = false, copy_v = false;
     Buffer<float> k, v;
     Buffer<bf> kb, vb, vt, kt;
@@ -121,13 +122,14 @@ template <bool BF, bool BACKWARD> struct Packed {
         const SfPlan &p = c.plan;
         heads = p.k_order.data ? common_multiple(c.Hkv, p.k_order.heads) : c.Hkv;
         rows = round_up(p.k_rows, BK);
-        int64_t n = c.B * heads * rows;
+        batches = c.Bk == 1 && (!p.k_order.data || p.k_order.batch == 1) ? 1 : c.B;
+        int64_t n = batches * heads * rows;
         bool loose = p.k_order.data || c.dtype != (BF ? SF_BF16 : SF_F32);
         if (!BF) {
             Dk = c.D;
             Dv = c.Dv;
             copy_k = loose || c.k.lane != 1;
-            copy_v = loose || c.v.lane != 1;
+            copy_v = c.v.data && (loose || c.v.lane != 1);
             if (!copy_k && !copy_v) return 0;
             if ((copy_k && !k.make(n * Dk)) || (copy_v && !v.make(n * Dv))) return 1;
         } else {
@@ -142,16 +144,16 @@ template <bool BF, bool BACKWARD> struct Packed {
 #endif
             if (copy_k && !kb.make(n * Dk)) return 1;
             if (BACKWARD && copy_v && !vb.make(n * Dv)) return 1;
-            if (!(BACKWARD ? kt.make(n * round_up(c.D, 32)) : vt.make(n * Dv))) return 1;
-            if (!wild.make(c.B * heads)) return 1;
-            memset(wild.p, 0, c.B * heads);
+            if (!(BACKWARD ? kt.make(n * round_up(c.D, 32)) : vt.make(c.v.data ? n * Dv : 0))) return 1;
+            if (!wild.make(batches * heads)) return 1;
+            memset(wild.p, 0, batches * heads);
         }
         int64_t blocks = rows / BK;
         auto task = [&](int64_t i, int) {
             int64_t block = i % blocks, slot = i / blocks;
             fill(c, slot / heads, slot % heads, slot, block * BK);
         };
-        in_parallel(parallel, c.threads, c.B * heads * blocks, task);
+        in_parallel(parallel, c.threads, batches * heads * blocks, task);
         return 0;
     }
 
@@ -172,12 +174,13 @@ template <bool BF, bool BACKWARD> struct Packed {
                 }
             } else {
                 const bf *ks = t >= 0 ? (const bf *)row_of(c.k, b, hkv, t, SF_BF16) : nullptr;
-                const bf *vs = t >= 0 ? (const bf *)row_of(c.v, b, hkv, t, SF_BF16) : nullptr;
+                const bf *vs = BACKWARD && t >= 0 ? (const bf *)row_of(c.v, b, hkv, t, SF_BF16) : nullptr;
                 if (copy_k) copy(ks, c.k.lane, c.D, kb + at * Dk, Dk);
                 if (BACKWARD && copy_v) copy(vs, c.v.lane, c.Dv, vb + at * Dv, Dv);
             }
         }
-        if (BF) {
+#if SF_HAS_BF16
+        if (BF && (BACKWARD || c.v.data)) {
             bool fine = true;
             const SfView &x = BACKWARD ? c.k : c.v;
             int64_t D = BACKWARD ? c.D : c.Dv, Dp = round_up(D, 32);
@@ -187,7 +190,6 @@ template <bool BF, bool BACKWARD> struct Packed {
                 int64_t t = row0 + j < c.plan.k_rows ? r.key_token(row0 + j) : -1;
                 src[j] = t >= 0 ? (const bf *)row_of(x, b, hkv, t, SF_BF16) : nullptr;
             }
-#if SF_HAS_BF16
             // 32 keys at a time: neighbours as pairs, then the pairs transposed
             alignas(64) bf line[2][32 * 8], pair[16 * 64 * 8];
             for (int64_t j0 = 0; j0 < BK; j0 += 32) {
@@ -201,9 +203,9 @@ template <bool BF, bool BACKWARD> struct Packed {
                 }
                 for (int64_t d = 0; d < Dp; d += 16) transpose16(pair + 2 * d, Dp, block + d * BK + j0, BK / 2);
             }
-#endif
             if (!fine) __atomic_store_n(&wild[slot], (char)1, __ATOMIC_RELAXED);
         }
+#endif
     }
 
     static void copy(const bf *src, int64_t lane, int64_t n, bf *to, int64_t padded) {
@@ -214,13 +216,13 @@ template <bool BF, bool BACKWARD> struct Packed {
     }
 
     Keys keys(const SfCall &c, int64_t b, int64_t h) const {
-        int64_t hp = head(c, h), slot = b * heads + hp, hkv = hp * c.Hkv / heads, at = slot * rows;
+        int64_t hp = head(c, h), slot = (batches == 1 ? 0 : b) * heads + hp, hkv = hp * c.Hkv / heads, at = slot * rows;
         Keys x = {};
         x.ldk = copy_k ? Dk : c.k.row;
         x.ldv = copy_v ? Dv : c.v.row;
         if (!BF) {
             x.k = copy_k ? k + at * Dk : (const float *)row_of(c.k, b, hkv, 0, SF_F32);
-            x.v = copy_v ? v + at * Dv : (const float *)row_of(c.v, b, hkv, 0, SF_F32);
+            x.v = !c.v.data ? nullptr : copy_v ? v + at * Dv : (const float *)row_of(c.v, b, hkv, 0, SF_F32);
         } else {
             x.kb = copy_k ? kb + at * Dk : (const bf *)row_of(c.k, b, hkv, 0, SF_BF16);
             x.vb = BACKWARD ? (copy_v ? vb + at * Dv : (const bf *)row_of(c.v, b, hkv, 0, SF_BF16)) : nullptr;
@@ -315,7 +317,7 @@ inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool ho
         o.k = x.k + k.base * x.ldk;
         o.v = x.v + k.base * x.ldv;
         bool blank = false;
-        if (holes)
+        if (holes && x.v)
             for (int j = k.a; j < k.b && !blank; j++)
                 if (!see[j]) {
                     int64_t row = k.gather ? k.gather[j] : k.base + j;
@@ -326,7 +328,10 @@ inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool ho
                 int64_t row = k.gather ? k.gather[j] : k.base + j;
                 bool hide = holes && !see[j];
                 if (hide) memset(w.kc + j * c.D, 0, c.D * 4), memset(w.vc + j * c.Dv, 0, c.Dv * 4);
-                else memcpy(w.kc + j * c.D, x.k + row * x.ldk, c.D * 4), memcpy(w.vc + j * c.Dv, x.v + row * x.ldv, c.Dv * 4);
+                else {
+                    memcpy(w.kc + j * c.D, x.k + row * x.ldk, c.D * 4);
+                    if (x.v) memcpy(w.vc + j * c.Dv, x.v + row * x.ldv, c.Dv * 4);
+                }
             }
             o.k = w.kc.p; o.ldk = c.D;
             o.v = w.vc.p; o.ldv = c.Dv;
@@ -840,7 +845,7 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
     in_parallel(parallel, threads, slots, weigh);
     const int64_t splits = choose_splits(c, sum.p, slots, pairs), tasks = slots * splits;
     // A head's gradients are complete when its only task ends; otherwise shares wait and are summed in order.
-    const bool direct = splits == 1 && heads == c.Hkv;
+    const bool direct = splits == 1 && heads == c.Hkv && c.Bk == c.B;
     const int64_t held = direct ? threads : tasks;
 
     Buffer<float> acc_k, acc_v, bias;
@@ -868,20 +873,22 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
     };
     if (ok && p.k_order.data) in_parallel(parallel, threads, slots, invert);
 
-    // Writes token t of a KV head: the sum over its packed heads and shares, in that order.
-    auto write_token = [&](int64_t b, int64_t hkv, int64_t t, int64_t first, int64_t count, bool single, float *x) {
+    // Writes token t of a KV head: the sum over the sequences of a pool, packed heads and shares, in that order.
+    const int64_t of = heads / c.Hkv, sharers = c.Bk == c.B ? 1 : c.B;
+    auto write_token = [&](int64_t bk, int64_t hkv, int64_t t, int64_t only, float *x) {
         for (int side = 0; side < 2; side++) {
             int64_t ld = side ? ldv : ldk, n = side ? c.Dv : c.D;
             const Buffer<float> &acc = side ? acc_v : acc_k;
             for (int64_t d = 0; d < ld; d++) x[d] = 0;
-            for (int64_t i = 0; i < count; i++) {
-                int64_t share = single ? first : first * splits + i, slot = single ? b * heads + hkv : share / splits;
+            for (int64_t i = 0; i < sharers * of * splits; i++) {
+                int64_t b = sharers == 1 ? bk : i / (of * splits);
+                int64_t slot = b * heads + hkv * of + i / splits % of, share = only >= 0 ? only : slot * splits + i % splits;
                 int64_t row = p.k_order.data ? row_of_token[slot * c.Tk + t] : t;
                 if (row < 0 || !touched[share * blocks + row / BK]) continue;
                 const float *y = acc + (share * rows + row) * ld;
                 for (int64_t d = 0; d < ld; d += W) store(x + d, load(x + d) + load(y + d));
             }
-            write_row(side ? c.dv : c.dk, b, hkv, t, c.grad_dtype, n, x, side ? 1.f : c.scale);
+            write_row(side ? c.dv : c.dk, bk, hkv, t, c.grad_dtype, n, x, side ? 1.f : c.scale);
         }
     };
 
@@ -907,18 +914,18 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
                 backward_block<BF>(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), w, grads, dbias);
         }
         if (direct)
-            for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, 1, true, w.keep.p);
+            for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.keep.p);
     };
     if (ok) in_parallel(parallel, threads, tasks, task);
 
     if (ok && !direct) {
-        int64_t per = 256, parts = (c.Tk + per - 1) / per, of = heads / c.Hkv;
+        int64_t per = 256, parts = (c.Tk + per - 1) / per;
         auto reduce = [&](int64_t i, int thread) {
             int64_t part = i % parts, b = i / parts / c.Hkv, hkv = i / parts % c.Hkv;
             for (int64_t t = part * per; t < least(c.Tk, (part + 1) * per); t++)
-                write_token(b, hkv, t, b * heads + hkv * of, of * splits, false, scratch[thread].keep.p);
+                write_token(b, hkv, t, -1, scratch[thread].keep.p);
         };
-        in_parallel(parallel, threads, c.B * c.Hkv * parts, reduce);
+        in_parallel(parallel, threads, c.Bk * c.Hkv * parts, reduce);
     }
     if (ok && c.dbias)
         for (int64_t i = 0; i < c.B * c.Hq; i++)
@@ -933,12 +940,13 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
 
 }  // namespace
 
+#include "stats.h"
+
 #if SF_HAS_BF16
-#define SF_EXPORT(level)                                                                                      \
-    extern "C" int sf_forward_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? forward<true>(*c, p) : 2; } \
-    extern "C" int sf_backward_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? backward<true>(*c, p) : 2; }
+#define SF_RUN(kind, level) \
+    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? kind<true>(*c, p) : 2; }
 #else
-#define SF_EXPORT(level)                                                                  \
-    extern "C" int sf_forward_##level(const SfCall *c, SfParallel p) { return forward<false>(*c, p); } \
-    extern "C" int sf_backward_##level(const SfCall *c, SfParallel p) { return backward<false>(*c, p); }
+#define SF_RUN(kind, level) \
+    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return kind<false>(*c, p); }
 #endif
+#define SF_EXPORT(level) SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level)

@@ -24,7 +24,8 @@ template <class T> inline const T *slice(const SfTable &t, int64_t b, int64_t h,
 struct Rules {
     const SfPlan *p;
     const int32_t *q_order, *k_order, *q_pos, *k_pos, *k_end, *q_seg, *k_seg;
-    int64_t q_offset, Tq, Tk;
+    int64_t q_offset, Tq, Tk, left, right, sink;
+    bool windowed;
 
     Rules(const SfCall &c, int64_t b, int64_t h) : p(&c.plan), Tq(c.Tq), Tk(c.Tk) {
         q_order = slice<int32_t>(p->q_order, b, h, c.Hq);
@@ -36,6 +37,11 @@ struct Rules {
         k_seg = slice<int32_t>(p->k_seg, b, h, c.Hq);
         const int32_t *shift = (const int32_t *)p->q_shift.data;
         q_offset = shift ? shift[p->q_shift.batch == 1 ? 0 : b] : p->q_offset;
+        const int32_t *sides = slice<int32_t>(p->head_window, 0, h, c.Hq), *first = slice<int32_t>(p->head_sink, 0, h, c.Hq);
+        windowed = p->windowed || sides;
+        left = sides ? sides[0] : p->left;
+        right = sides ? sides[1] : p->right;
+        sink = first ? *first : p->sink;
     }
     int64_t key_token(int64_t row) const {
         int64_t t = k_order ? k_order[row] : row;
@@ -73,9 +79,9 @@ inline uint64_t seen_by(const Rules &r, const Queries &q, int64_t token) {
     int32_t at = r.k_pos ? r.k_pos[token] : (int32_t)token;
     if (p.causal) see &= p.include_self ? lanes<GE>(q.pos, at) : lanes<GT>(q.pos, at);
     else if (!p.include_self) see &= ~lanes<EQ>(q.pos, at);
-    if (p.windowed && at >= p.sink) {
-        if (p.left >= 0) see &= lanes<LE>(q.pos, saturate((int64_t)at + p.left));
-        if (p.right >= 0) see &= lanes<GE>(q.pos, saturate((int64_t)at - p.right));
+    if (r.windowed && at >= r.sink) {
+        if (r.left >= 0) see &= lanes<LE>(q.pos, saturate((int64_t)at + r.left));
+        if (r.right >= 0) see &= lanes<GE>(q.pos, saturate((int64_t)at - r.right));
     }
     if (r.k_end) see &= lanes<LT>(q.pos, r.k_end[token]);
     int32_t s = r.k_seg ? r.k_seg[token] : ANY;
@@ -92,19 +98,22 @@ struct Chunk {
     const int32_t *bits;    // words [tile][words] of the unit these keys belong to, or null
     int64_t bits_lane;      // lane in that unit of key base + 0
     const int64_t *gather;
+    int64_t entry;          // position in the tile's lists, spans before units; only where entries stay apart
 };
 
-template <class F> inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bits, F &f) {
+template <class F>
+inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bits, int64_t entry, F &f) {
     for (int64_t x = lo; x < hi;) {
         int64_t base = round_down(x, BK), end = least(hi, base + BK);
-        Chunk c = {base, (int)(x - base), (int)(end - base), partial, bits, base - lo, nullptr};
+        Chunk c = {base, (int)(x - base), (int)(end - base), partial, bits, base - lo, nullptr, entry};
         f(c);
         x = end;
     }
 }
 
 // Calls f(Chunk) for everything tile r of (b,h) visits: full entries first, then those that need element tests.
-template <class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
+// Neighbouring units join and scattered small ones are gathered, unless entries are to stay APART.
+template <bool APART = false, class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
     const SfPlan &p = c.plan;
     constexpr int SMALL = 16;  // units below it are gathered unless they happen to be neighbours
     const int64_t *ss = slice<int64_t>(p.span_start, b, h, c.Hq), *us = slice<int64_t>(p.start, b, h, c.Hq);
@@ -119,7 +128,7 @@ template <class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_
             lo = most<int64_t>(lo, 0);
             hi = least(hi, p.spans_size);
             for (int64_t e = lo; e < hi; e++)
-                span_chunks(most<int64_t>(p.spans[2 * e], 0), least<int64_t>(p.spans[2 * e + 1], p.k_rows), partial, nullptr, f);
+                span_chunks(most<int64_t>(p.spans[2 * e], 0), least<int64_t>(p.spans[2 * e + 1], p.k_rows), partial, nullptr, e - ss[r], f);
         }
         if (us) {
             int64_t lo = us[r] + (partial ? uf[r] : 0), hi = us[r] + (partial ? uc[r] : uf[r]);
@@ -130,14 +139,14 @@ template <class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_
             int held = 0;
             auto flush = [&] {
                 if (!held) return;
-                Chunk g = {0, 0, held, partial, nullptr, 0, rows};
+                Chunk g = {0, 0, held, partial, nullptr, 0, rows, -1};
                 f(g);
                 held = 0;
             };
             for (int64_t e = lo; e < hi;) {
                 int64_t u = p.index[e], run = 1;
                 bool masked = partial && bs;
-                while (!masked && e + run < hi && p.index[e + run] == u + run) run++;
+                while (!APART && !masked && e + run < hi && p.index[e + run] == u + run) run++;
                 const int32_t *bits = nullptr;
                 if (masked) {
                     int64_t at = bs[r] + (e - first);
@@ -146,7 +155,7 @@ template <class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_
                 }
                 int64_t from = most<int64_t>(u, 0) * p.unit, to = least((u + run) * p.unit, p.k_rows);
                 if (u >= 0 && from < to) {
-                    if (to - from >= SMALL || masked) span_chunks(from, to, partial, bits, f);
+                    if (APART || to - from >= SMALL || masked) span_chunks(from, to, partial, bits, (sc ? sc[r] : 0) + e - us[r], f);
                     else
                         for (int64_t x = from; x < to; x++) {
                             rows[held++] = x;
