@@ -12,6 +12,15 @@ from sparseflash.errors import SparseFlashError
 from sparseflash.train.attention import dense
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: waking a second thread costs more than it brings, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_cases_run_in_turn():
     order = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}

@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
@@ -11,6 +12,15 @@ pytest.importorskip("safetensors")
 from sparseflash import cli, methods
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: waking a second thread costs more than it brings, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -45,6 +45,15 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: waking a second thread costs more than it brings, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
@@ -147,6 +156,48 @@ def test_bf16_autocast_trains():
     assert losses[-1] < losses[0]
 
 
+# methods
+
+
+@pytest.mark.parametrize("name", ["hash-sparse", "qk-sparse", "window", "reformer"])
+def test_every_method_trains(name):
+    trainer = Trainer(tiny(attention=name, steps=40), Corpus([TEXT]))
+    losses = [trainer.step().loss for _ in range(40)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_full_budget_method_trains_like_dense():
+    corpus = Corpus([TEXT])
+    dense, sparse = (
+        Trainer(tiny(attention=name, options=options), corpus)
+        for name, options in (("dense", {}), ("hash-sparse", {"nb": 1}))
+    )
+    for _ in range(5):
+        assert dense.step().loss == pytest.approx(sparse.step().loss, rel=1e-5)
+
+
+def test_random_masks_change_with_the_step_and_not_between_validations():
+    trainer = Trainer(tiny(attention="qk-sparse"), Corpus([TEXT]))
+    sparse = trainer.model.blocks[0].attention.attention
+    seen = []
+    select = sparse.method.select
+    q = torch.randn(1, 2, 32, 16)
+    for _ in range(2):
+        trainer.step()
+        seen.append(select(q, q, sparse.context).plan.to_dense())
+        trainer.validate()
+        seen.append(select(q, q, sparse.context).plan.to_dense())
+    assert not torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[1], seen[3])
+
+
+def test_layers_hash_with_different_planes_and_tied_ones_leave_out_the_own_key():
+    untied, tied = (GPT(tiny(attention="hash-sparse", qk=qk)) for qk in ("untied", "tied"))
+    methods = [block.attention.attention.method for model in (untied, tied) for block in model.blocks]
+    assert len({m.seed for m in methods[:2]}) == 2
+    assert [m.include_self for m in methods] == [True, True, False, False]
+
+
 # data
 
 
@@ -236,10 +287,19 @@ def test_ctrl_c_saves_and_names_the_command_that_continues(tmp_path, text_file):
     assert "Traceback" not in stderr
 
 
-def test_resuming_in_one_process_equals_never_stopping(tmp_path):
+@pytest.mark.parametrize(
+    "attention, options",
+    [
+        ("dense", {}),
+        ("hash-sparse", {"nb": 4, "causal_heads": 1, "window": 8}),
+        ("qk-sparse", {"q_drop": 0.3, "k_drop": 0.3}),
+    ],
+)
+def test_resuming_in_one_process_equals_never_stopping(tmp_path, attention, options):
     corpus = Corpus([TEXT])
-    Trainer(tiny(), corpus).run(tmp_path / "a")
-    part = Trainer(tiny(), corpus)
+    config = tiny(attention=attention, options=options)
+    Trainer(config, corpus).run(tmp_path / "a")
+    part = Trainer(config, corpus)
     step, part.step = part.step, lambda: step() if part.done < 7 else stop()
 
     def stop():
@@ -248,7 +308,7 @@ def test_resuming_in_one_process_equals_never_stopping(tmp_path):
 
     with pytest.raises(RuntimeError):
         part.run(tmp_path / "b")
-    Trainer(tiny(), corpus).run(tmp_path / "b", resume=True)
+    Trainer(config, corpus).run(tmp_path / "b", resume=True)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 

@@ -128,7 +128,7 @@ def train(
     ] = "fp32",
     lr: Annotated[
         float, typer.Option(help="Peak learning rate (AdamW, warm-up, cosine).", rich_help_panel=RUN)
-    ] = 2e-3,
+    ] = 4e-3,
     seed: Annotated[int, typer.Option(help="Weights, batches and random planes.", rich_help_panel=RUN)] = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between validations.", rich_help_panel=RUN)] = 50,
     eval_sequences: Annotated[

@@ -59,7 +59,7 @@ class TrainConfig:
     heads: int = 4
     qk: str = "untied"
     dtype: str = "fp32"
-    lr: float = 2e-3
+    lr: float = 4e-3
     warmup: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0

@@ -114,7 +114,8 @@ class GPT(nn.Module):
             if name.endswith(("output.weight", "down.weight", "head.weight")):
                 weight.zero_()
             else:
-                std = 1.0 if name == "embed.weight" else weight.shape[1] ** -0.5
+                # The embedding is normalised right away: small ones turn quickly.
+                std = 0.02 if name == "embed.weight" else weight.shape[1] ** -0.5
                 weight.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
