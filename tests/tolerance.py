@@ -256,6 +256,8 @@ def compare(
         slack = torch.where(torch.isinf(y), 0, (rough[name].double() - y).abs().nan_to_num(0.0, posinf=0.0))
         slack = slack.amax(-1, keepdim=True)
         allowed = FACTOR.get(name, GRADIENT_FACTOR) * slack + band[name]
+        if torch.finfo(x.dtype).eps > torch.finfo(q.dtype).eps:  # dbias of an fp32 bias to fp64 inputs
+            allowed = allowed + torch.finfo(x.dtype).eps * torch.where(torch.isinf(y), 0, y.abs())
         if x.dtype in (torch.float16, torch.bfloat16):  # below the smallest normal, steps no longer shrink
             allowed = allowed + torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
         share = torch.where(error == 0, 0, error / allowed).nan_to_num(math.inf)

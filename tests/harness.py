@@ -1,0 +1,102 @@
+"""What the attention tests share: backends and dtypes that run here, inputs, one call with all gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+
+BACKENDS = [name for name, status in sf.backends().items() if status.usable]
+FAST = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = {"q": "dq", "k": "dk", "v": "dv", "key_bias": "dbias", "sink_logits": "dsink"}
+
+
+def _pairs(dtypes: dict[str, tuple[torch.dtype, ...]]) -> list[Any]:
+    return [
+        pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+        for name in BACKENDS
+        for dtype in dtypes.get(name, FAST)
+    ]
+
+
+EVERY = pytest.mark.parametrize("backend, dtype", _pairs({"reference": (*FAST, torch.float64)}))
+"""Every backend in every dtype that it takes."""
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+"""Every backend, in fp32."""
+
+
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers, rounded to dtype."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def inputs(
+    generator: torch.Generator,
+    Tq: int,
+    Tk: int | None = None,
+    *,
+    B: int = 2,
+    H: int = 4,
+    Hkv: int = 2,
+    D: int = 32,
+    Dv: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, dout and dlse."""
+    Tk, Dv = Tq if Tk is None else Tk, D if Dv is None else Dv
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        randn(generator, B, H, Tq, D, dtype=dtype),
+        randn(generator, B, Hkv, Tk, D, dtype=dtype),
+        randn(generator, B, Hkv, Tk, Dv, dtype=dtype),
+        randn(generator, B, H, Tq, Dv, dtype=dtype),
+        randn(generator, B, H, Tq, dtype=state),
+    )
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Any,
+    *,
+    backend: str | None = None,
+    dout: Tensor | None = None,
+    dlse: Tensor | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Out and lse, and with dout or dlse every gradient, under the names that `tolerance.compare` knows."""
+    leaves = {
+        "q": q,
+        "k": k,
+        "v": v,
+        **{n: options[n] for n in ("key_bias", "sink_logits") if options.get(n) is not None},
+    }
+    if dout is None and dlse is None:
+        out, lse = sf.attention(q, k, v, plan, return_lse=True, backend=backend, **options)
+        return {"out": out, "lse": lse}
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items()}
+    given = {**options, **{n: x for n, x in leaves.items() if n in options}}
+    out, lse = sf.attention(
+        leaves["q"], leaves["k"], leaves["v"], plan, return_lse=True, backend=backend, **given
+    )
+    ends = [(x, g) for x, g in ((out, dout), (lse, dlse)) if g is not None]
+    grads = torch.autograd.grad([x for x, _ in ends], list(leaves.values()), [g for _, g in ends])
+    found = {"out": out.detach(), "lse": lse.detach()}
+    return found | {NAMES[n]: g for n, g in zip(leaves, grads, strict=True)}
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor], names: str = "", note: str = "") -> None:
+    """Assert bitwise equality of all results, or of those named; NaN equals NaN."""
+    for name in names.split() or a:
+        x, y = a[name], b[name]
+        assert x.shape == y.shape and x.dtype == y.dtype, f"{name}: {x.shape} {x.dtype}, {y.shape} {y.dtype}"
+        equal = (x == y) | (x.isnan() & y.isnan())
+        assert bool(equal.all()), (
+            f"{name}: {int((~equal).sum())} of {equal.numel()} elements differ, by up to "
+            f"{float((x - y).abs().nan_to_num().max()):.3g}; {note}"
+        )

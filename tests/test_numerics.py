@@ -1,0 +1,188 @@
+"""Precision, determinism and memory; and that the tolerance itself can fail."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import tolerance
+from harness import EACH, EVERY, FAST, inputs, randn, run, same_bits
+from sparseflash import Plan
+
+CAUSAL = Plan.dense(129, 129, causal=True)
+
+
+def _result(generator, dtype, **options):
+    q, k, v, dout, dlse = inputs(generator, 129, D=64, dtype=dtype)
+    got = run(q, k, v, CAUSAL, backend="reference", dout=dout, dlse=dlse, **options)
+    return got, lambda got: tolerance.compare(
+        got, q, k, v, CAUSAL.to_dense(), dout=dout, dlse=dlse, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv"])
+def test_the_tolerance_refuses_an_error_of_a_few_roundings_in_one_element(dtype, name, generator):
+    got, judge = _result(generator, dtype)
+    judge(got)
+    wrong = got[name].clone()
+    wrong.view(-1)[-5] += 64 * torch.finfo(dtype).eps * wrong.abs().max()
+    with pytest.raises(AssertionError, match=name):
+        judge({**got, name: wrong})
+
+
+@pytest.mark.parametrize("dtype", FAST)
+def test_the_tolerance_refuses_one_key_too_many_or_too_few(dtype, generator):
+    q, k, v, dout, dlse = inputs(generator, 129, D=64, dtype=dtype)
+    mask = CAUSAL.to_dense().clone()
+    mask[..., 60, 20] = False
+    got = run(q, k, v, CAUSAL, backend="reference", dout=dout, dlse=dlse)
+    with pytest.raises(AssertionError, match="out"):
+        tolerance.compare({"out": got["out"]}, q, k, v, mask)
+    with pytest.raises(AssertionError, match="dq"):
+        tolerance.compare({"dq": got["dq"]}, q, k, v, mask, dout=dout, dlse=dlse)
+
+
+def test_the_tolerance_refuses_nan_and_a_gradient_where_nothing_is_seen(generator):
+    q, k, v, dout, _ = inputs(generator, 33)
+    mask = torch.ones(1, 1, 33, 33, dtype=torch.bool)
+    mask[..., 4, :] = False
+    got = run(q, k, v, Plan.from_mask(mask), backend="reference", dout=dout)
+    tolerance.compare(got, q, k, v, mask, dout=dout)
+    for name, value in (("out", math.nan), ("dq", 1e-30), ("lse", -1e30)):
+        wrong = got[name].clone()
+        wrong[:, :, 4] = value
+        with pytest.raises(AssertionError, match=name):
+            tolerance.compare({name: wrong}, q, k, v, mask, dout=dout)
+
+
+@EVERY
+def test_large_and_small_logits_neither_overflow_nor_vanish(backend, dtype, generator):
+    q, k, v, dout, dlse = inputs(generator, 129, D=64, dtype=dtype)
+    for factor in (1e-3, 30.0):
+        big = q * factor
+        got = run(big, k, v, CAUSAL, backend=backend, dout=dout, dlse=dlse)
+        tolerance.compare(got, big, k, v, CAUSAL.to_dense(), dout=dout, dlse=dlse, note=f"q * {factor}")
+
+
+@EVERY
+@pytest.mark.parametrize("shift", [-3000.0, 3000.0])
+def test_logits_far_from_zero_only_move_lse(backend, dtype, shift, generator):
+    q, k, v, dout, dlse = inputs(generator, 129, dtype=dtype)
+    bias = torch.full((1, 1, 129), shift)
+    got = run(q, k, v, CAUSAL, backend=backend, dout=dout, dlse=dlse, key_bias=bias)
+    tolerance.compare(got, q, k, v, CAUSAL.to_dense(), dout=dout, dlse=dlse, key_bias=bias)
+
+
+@EVERY
+def test_long_rows_are_summed_in_high_precision(backend, dtype, generator):
+    q, k, v, dout, dlse = inputs(generator, 3, 4097, B=1, H=2, Hkv=1, dtype=dtype)
+    plan = Plan.dense(3, 4097)
+    got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse)
+    mask = torch.ones(1, 1, 3, 4097, dtype=torch.bool)
+    tolerance.compare(got, q, k, v, mask, dout=dout, dlse=dlse)
+
+
+@EVERY
+def test_long_columns_are_summed_in_high_precision(backend, dtype, generator):
+    q, k, v, dout, dlse = inputs(generator, 4097, 3, B=1, H=2, Hkv=1, dtype=dtype)
+    plan = Plan.dense(4097, 3)
+    got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse)
+    mask = torch.ones(1, 1, 4097, 3, dtype=torch.bool)
+    tolerance.compare(got, q, k, v, mask, dout=dout, dlse=dlse)
+
+
+@EVERY
+def test_thirty_runs_give_the_same_bits_forward_and_backward(backend, dtype, generator):
+    T = 300
+    q, k, v, dout, dlse = inputs(generator, T, dtype=dtype)
+    bucket = torch.randint(0, 3, (1, 4, T), generator=generator)
+    bias, sink = randn(generator, 1, 2, T), randn(generator, 4)
+    for plan in (Plan.dense(T, T, causal=True), Plan.from_buckets(bucket, bucket)):
+        first = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, key_bias=bias, sink_logits=sink)
+        for _ in range(29):
+            again = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, key_bias=bias, sink_logits=sink)
+            same_bits(again, first)
+
+
+@EACH
+def test_the_number_of_threads_does_not_change_a_bit(backend, generator):
+    T = 300
+    q, k, v, dout, dlse = inputs(generator, T)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(run(q, k, v, Plan.dense(T, T, causal=True), backend=backend, dout=dout, dlse=dlse))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        same_bits(other, found[0])
+
+
+@EACH
+def test_calls_from_several_threads_at_once_do_not_disturb_one_another(backend, generator):
+    T = 200
+    q, k, v, dout, dlse = inputs(generator, T)
+    lengths = (3, 17, 64, 199)
+    made = [Plan.dense(T, T, causal=True, window=(n, 0)) for n in lengths]
+    want = [run(q, k, v, p, backend=backend, dout=dout, dlse=dlse) for p in made]
+    got = [None] * len(made)
+
+    def work(n):
+        for _ in range(5):
+            got[n] = run(q, k, v, made[n], backend=backend, dout=dout, dlse=dlse)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(len(made))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for a, b in zip(got, want, strict=True):
+        same_bits(a, b)
+
+
+@EVERY
+def test_prepared_plans_give_the_same_bits(backend, dtype, generator):
+    T = 300
+    q, k, v, dout, dlse = inputs(generator, T, dtype=dtype)
+    mask = torch.rand(1, 2, T, T, generator=generator) < 0.02
+    bucket = torch.randint(0, 3, (1, 4, T), generator=generator)
+    for plan in (Plan.from_mask(mask, unit=16), Plan.from_buckets(bucket, bucket)):
+        want, got = (run(q, k, v, p, backend=backend, dout=dout, dlse=dlse) for p in (plan, plan.prepare()))
+        same_bits(got, want)
+
+
+MEMORY = """
+import resource, sys, torch, sparseflash as sf
+torch.set_num_threads(1)
+def step(T):
+    q, k, v = (torch.randn(1, 1, T, 16).requires_grad_() for _ in range(3))
+    out = sf.attention(q, k, v, causal=True, backend={backend!r})
+    out.sum().backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+step(512)
+before = peak()
+step({T})
+print(peak() - before)
+"""
+
+
+@EACH
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no getrusage")
+def test_memory_stays_far_below_one_score_matrix(backend):
+    T = 8192
+    script = MEMORY.format(backend=backend, T=T)
+    extra = int(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    )
+    assert extra < T * T * 4 / 3, (
+        f"{extra / 2**20:.0f} MiB more at T = {T}; a score matrix has {T * T * 4 / 2**20:.0f}"
+    )
