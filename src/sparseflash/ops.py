@@ -1,4 +1,4 @@
-"""`attention`, `attention_backward`, `merge`: validation, autograd, registration. Backends have the kernels."""
+"""`attention`, `attention_backward`, `merge`: validation, autograd, registration. Backends have kernels."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
             (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
             (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
-            (k.shape[0] == v.shape[0] == B, "q, k and v need the same batch size"),
+            (k.shape[0] == v.shape[0] and k.shape[0] in (1, B), "k and v need the batch size of q, or 1 (a pool)"),
             (heads == v.shape[1], "k and v need the same number of heads"),
             (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
             (k.shape[-1] == D, "q and k need the same head dimension"),
@@ -287,7 +287,7 @@ def _check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
     if not good:
         raise SparseFlashError(
             f"key_bias: {_describe(key_bias)}; expected floating point [B|1, H, Tk={Tk}] on {q.device}, H "
-            f"dividing {H}: one number a key. A full [T,T] bias is not supported; what it hides goes into a plan"
+            f"dividing {H}: one number a key. A full [T,T] bias is not supported; what it hides is a plan"
         )
 
 

@@ -35,10 +35,13 @@ class _Rows:
         self.head = (torch.arange(own, device=token.device) * heads // own)[None, :, None]
         self.real = token >= 0
 
+    def _slot(self, x: Tensor) -> Tensor:
+        return self.batch if x.shape[0] > 1 else torch.zeros_like(self.batch)  # a pool serves all sequences
+
     def read(self, x: Tensor, dtype: torch.dtype, alive: Tensor | None = None) -> Tensor:
         if not x.shape[2]:  # no tokens: all lanes are empty
             return x.new_zeros((*self.token.shape, *x.shape[3:]), dtype=dtype)
-        rows = x[self.batch, self.head, self.token.clamp(min=0)].to(dtype)
+        rows = x[self._slot(x), self.head, self.token.clamp(min=0)].to(dtype)
         alive = self.real if alive is None else alive
         return torch.where(alive[..., None] if rows.dim() == 4 else alive, rows, 0)
 
@@ -48,7 +51,7 @@ class _Rows:
 
     def add(self, into: Tensor, rows: Tensor) -> None:
         T = into.shape[2]
-        flat = (self.batch * into.shape[1] + self.head) * T + self.token
+        flat = (self._slot(into) * into.shape[1] + self.head) * T + self.token
         real = self.real
         into.view(-1, *into.shape[3:]).index_add_(0, flat[real], rows[real])
 

@@ -63,6 +63,30 @@ def normal_window(window: Window | None) -> Window | None:
     return None if sides == (None, None) else sides  # type: ignore[return-value]
 
 
+def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | None, Tensor | None]:
+    """Split a window and a sink that may hold a tensor [H] into numbers, and tables [1,H,2] and [1,H,1]."""
+    sides = tuple(window) if isinstance(window, (tuple, list)) and len(window) == 2 else ()
+    given = [x for x in (*sides, sink) if isinstance(x, Tensor)]
+    if not given:
+        return normal_window(window), sink, None, None
+    for x in given:
+        require(
+            (x.dim() == 1 and x.shape[0] > 0 and x.dtype in INTEGERS,
+             f"window and sink per head: expected integers [H], got {_shape(x)} {x.dtype}"),
+            error=PlanError,
+        )
+    heads = math.lcm(*[x.shape[0] for x in given])
+
+    def table(x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return spread_heads(x[None].to(torch.int32), heads)
+        require((x is None or is_count(x, -1), f"{x!r}: expected a count, None or a tensor [H]"), error=PlanError)
+        return torch.full((1, heads), -1 if x is None else x, dtype=torch.int32, device=given[0].device)
+
+    pair = torch.stack([table(x) for x in (sides or (None, None))], -1)
+    return None, 0, pair, table(sink)[..., None]
+
+
 def normal_offset(q_offset: int | Tensor) -> int | Tensor:
     """Validate a `q_offset`; a tensor becomes int32."""
     if isinstance(q_offset, Tensor):
@@ -122,8 +146,8 @@ def _band(
     high: Tensor | int,
     *,
     causal: bool,
-    window: Window | None,
-    sink: int,
+    window: Any,
+    sink: int | Tensor,
     live: Tensor | None = None,
 ) -> Fields:
     """Spans of tiles whose rows sit at positions `first..last`, over keys at positions `low..high-1`.
@@ -133,7 +157,7 @@ def _band(
     """
     left, right = window or (None, None)
     if causal:
-        right = 0 if right is None else min(right, 0)
+        right = 0
     low = torch.as_tensor(low, device=first.device).expand_as(first)
     high = torch.as_tensor(high, device=first.device).expand_as(first)
 
@@ -150,8 +174,8 @@ def _band(
     whole = inner_lo < inner_hi  # otherwise no key is seen by all rows: one partial range
     a, b = torch.where(whole, inner_lo, outer_hi), torch.where(whole, inner_hi, outer_hi)
     lo, hi, full = [a, outer_lo, b], [b, a, outer_hi], [True, False, False]
-    if sink and window is not None:  # sinks outside the band: seen by every row, so full
-        edge = clamp(torch.full_like(low, sink))
+    if window is not None and (isinstance(sink, Tensor) or sink):  # sinks outside the band: all rows see them
+        edge = clamp(torch.as_tensor(sink, device=low.device).expand_as(low))
         lo, hi, full = [low, *lo], [torch.minimum(edge, outer_lo), *hi], [True, *full]
         if not causal and right is not None:
             lo, hi, full = [outer_hi, *lo], [edge, *hi], [True, *full]
@@ -165,8 +189,8 @@ def dense(
     Tk: int,
     *,
     causal: bool = False,
-    window: Window | None = None,
-    sink_tokens: int = 0,
+    window: Any = None,
+    sink_tokens: int | Tensor = 0,
     q_offset: int | Tensor = 0,
     tile: int = TILE,
     unit: int = UNIT,
@@ -176,11 +200,16 @@ def dense(
     _check_options(causal=causal, tile=tile, unit=unit)
     require(
         (is_count(Tq) and is_count(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0"),
-        (is_count(sink_tokens), f"sink_tokens={sink_tokens!r}: expected an int >= 0"),
+        (
+            isinstance(sink_tokens, Tensor) or is_count(sink_tokens),
+            f"sink_tokens={sink_tokens!r}: expected an int >= 0, or a tensor [H]",
+        ),
         error=PlanError,
     )
-    window = normal_window(window)
+    window, sink, head_window, head_sink = head_rules(window, sink_tokens)
     q_offset = normal_offset(q_offset)
+    if head_window is not None and device is None:
+        device = head_window.device
     if isinstance(q_offset, Tensor):
         device = q_offset.device if device is None else device
         q_offset = q_offset.to(device)
@@ -190,15 +219,23 @@ def dense(
     row = torch.arange(0, Tq, tile, device=device)
     first = row + shift
     last = torch.clamp(row + tile, max=Tq) - 1 + shift
-    fields = _band(first, last, 0, Tk, causal=causal, window=window, sink=sink_tokens)
+    band: Any = window
+    if head_window is not None and head_sink is not None:
+        head_window, head_sink = head_window.to(device), head_sink.to(device)
+        wide = torch.where(head_window < 0, 1 << 40, head_window.long())
+        band, sink = (wide[..., :1], wide[..., 1:]), head_sink.long()
+        first, last = (x.expand(-1, head_window.shape[1], -1) for x in (first, last))
+    fields = _band(first, last, 0, Tk, causal=causal, window=band, sink=sink)
     return {
+        "head_window": head_window,
+        "head_sink": head_sink,
         "Tq": Tq,
         "Tk": Tk,
         "tile": tile,
         "unit": unit,
         "causal": causal,
         "window": window,
-        "sink": sink_tokens if window else 0,
+        "sink": sink if window else 0,
         "q_offset": q_offset,
         **fields,
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import PlanError, require
-from . import build
+from . import build, listed
 from .build import TILE, UNIT, Window
 
 ANY = -1
@@ -76,6 +76,11 @@ class Plan:
         Inclusive distances, None = unbounded: keep `q_pos - left <= k_pos <= q_pos + right`.
     sink : int
         Keys at positions below it are exempt from the window (only).
+    head_window, head_sink : Tensor, [1, H, 2] and [1, H, 1] int32
+        Window (left, right; -1 = unbounded) and sink of each head; made of a `window` or `sink` that holds
+        tensors [H].
+    overflow : Tensor, int32
+        Not 0 when lists of a static capacity did not hold all entries (`check` says so).
     q_pos, k_pos, k_end, q_seg, k_seg : Tensor, [B, H, T] int32, token space
         Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is
         padding).
@@ -114,11 +119,19 @@ class Plan:
     k_end: Tensor | None = None
     q_seg: Tensor | None = None
     k_seg: Tensor | None = None
+    head_window: Tensor | None = None
+    head_sink: Tensor | None = None
+    overflow: Tensor | None = None
     span_keys: KeyLists | None = None
     unit_keys: KeyLists | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", build.normal_window(self.window))
+        window, sink, head_window, head_sink = build.head_rules(self.window, self.sink)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "sink", sink)
+        if head_window is not None:
+            object.__setattr__(self, "head_window", head_window)
+            object.__setattr__(self, "head_sink", head_sink)
         object.__setattr__(self, "q_offset", build.normal_offset(self.q_offset))
         for holds, message in _rules(self):
             require((holds, message), error=PlanError)
@@ -283,6 +296,140 @@ class Plan:
         """
         return cls._made(**build.from_mask(mask, tile=tile, unit=unit))
 
+    @classmethod
+    def from_blocks(
+        cls,
+        keep_blocks: Tensor,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = TILE,
+        unit: int = UNIT,
+        causal: bool = False,
+        capacity: int | None = None,
+    ) -> Plan:
+        """Blocks of `tile` queries x `unit` keys: bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`, True = attends.
+
+        With `causal` (queries at positions 0, 1, ...), blocks in the future are left out and those on the
+        diagonal masked. `capacity` bounds the blocks of a tile, so that shapes do not depend on values (the
+        default on accelerators is no bound); blocks beyond it are dropped and `overflow` is set.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> blocks = torch.eye(4, dtype=torch.bool)[None, None]
+        >>> sf.Plan.from_blocks(blocks, Tq=512, Tk=512).work
+        0.25
+        """
+        return cls._made(**listed.from_blocks(
+            keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, capacity=capacity
+        ))
+
+    @classmethod
+    def from_keys(
+        cls,
+        index: Tensor,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = 1,
+        unit: int = 1,
+        causal: bool = False,
+        unique: bool = False,
+        capacity: int | None = None,
+    ) -> Plan:
+        """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
+
+        Say `unique=True` where no list names a key twice; otherwise doubles are dropped.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> index = torch.tensor([[[[0, 3], [2, -1]]]])
+        >>> sf.Plan.from_keys(index, Tq=2, Tk=4).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 1], [0, 0, 1, 0]]
+        """
+        return cls._made(**listed.from_keys(
+            index, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, unique=unique, capacity=capacity
+        ))
+
+    @classmethod
+    def from_spans(
+        cls, spans: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False
+    ) -> Plan:
+        """Key ranges `[lo, hi)` of each tile: integers `[B|1, H|1, ceil(Tq/tile), m, 2]`, lo = hi is empty.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> spans = torch.tensor([[[[[0, 2], [5, 6]]]]])
+        >>> sf.Plan.from_spans(spans, Tq=1, Tk=6).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0, 0, 1]]
+        """
+        return cls._made(**listed.from_spans(spans, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal))
+
+    @classmethod
+    def from_block_mask(cls, block_mask: Any) -> Plan:
+        """A FlexAttention `BlockMask`; its mask function is evaluated on its partial blocks only."""
+        from . import flex
+
+        return cls._made(**flex.from_block_mask(block_mask))
+
+    def to_block_mask(self, block: int = 128) -> Any:
+        """The plan as a FlexAttention `BlockMask` (plans without row orders)."""
+        from . import flex
+
+        return flex.to_block_mask(self, block)
+
+    # ---------------------------------------------------------------- algebra
+
+    def retile(self, tile: int, unit: int | None = None) -> Plan:
+        """The same visible set with other tiles and units, exactly.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> plan = sf.Plan.dense(300, 300, causal=True)
+        >>> bool((plan.retile(64, 16).to_dense() == plan.to_dense()).all())
+        True
+        """
+        from . import algebra
+
+        return algebra.retile(self, tile, self.unit if unit is None else unit)
+
+    def __and__(self, other: Plan) -> Plan:
+        """Pairs that both plans let see, exactly."""
+        return self._with(other, "intersect")
+
+    def __sub__(self, other: Plan) -> Plan:
+        """Pairs of this plan that the other does not have, exactly."""
+        return self._with(other, "subtract")
+
+    def __or__(self, other: Plan) -> Plan | tuple[Plan, Plan]:
+        """Pairs of either plan: one plan where one holds the other, else two disjoint ones (one softmax)."""
+        return self._with(other, "unite")
+
+    def _with(self, other: Any, operation: str) -> Any:
+        if not isinstance(other, Plan):
+            given = "a tuple of plans" if isinstance(other, tuple) else f"a {type(other).__name__}"
+            raise PlanError(f"a plan combines with a plan, not with {given}: combine the plans of a tuple one by one")
+        from . import algebra
+
+        return getattr(algebra, operation)(self, other)
+
+    def explain(self) -> str:
+        """Rows, tiles, entries, density, work and memory, in words. Synchronises.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> print(sf.Plan.dense(256, 256, causal=True).explain().splitlines()[0])
+        256 queries x 256 keys, 1 list of 2 tiles (128 rows each)
+        """
+        from .draw import explain
+
+        return explain(self)
+
     # ---------------------------------------------------------------- shape and identity
 
     @property
@@ -423,11 +570,12 @@ class Plan:
         return Plan._made(**fields)
 
 
-_FLAT = {"spans", "index", "bits", "q_offset"}
+_FLAT = {"spans", "index", "bits", "q_offset", "overflow"}
 _LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
 _ORDERS = ("q_order", "k_order")
 _TOKENS = {"q_pos": "Tq", "q_seg": "Tq", "k_pos": "Tk", "k_end": "Tk", "k_seg": "Tk"}
-_TENSORS = ("spans", "index", "bits", *_LISTS, *_ORDERS, *_TOKENS)
+_HEADS = {"head_window": 2, "head_sink": 1}
+_TENSORS = ("spans", "index", "bits", "overflow", *_LISTS, *_ORDERS, *_TOKENS, *_HEADS)
 _INT64 = {"span_start", "start", "bits_start"}
 
 
@@ -467,6 +615,17 @@ def _rules(p: Plan) -> Iterator[tuple[bool, str]]:
         elif name in _TOKENS:
             T = getattr(p, _TOKENS[name])
             yield x.dim() == 3 and x.shape[2] == T, f"{name} {list(x.shape)}: expected [B, H, {T} tokens]"
+    for name, n in _HEADS.items():
+        x = getattr(p, name)
+        yield (
+            x is None or (x.dim() == 3 and x.shape[0] == 1 and x.shape[2] == n),
+            f"{name}: expected [1, H, {n}]",
+        )
+    yield (
+        p.head_window is None or p.window is None,
+        "window and head_window: give one (a tensor [H] in window makes head_window)",
+    )
+    yield p.head_sink is None or p.head_window is not None, "head_sink needs head_window"
     for name in _LISTS:
         x = getattr(p, name)
         if x is not None:

@@ -141,3 +141,25 @@ def plot(plan: Plan, path: str | Path, *, batch: int = 0, head: int = 0, size: i
     )
     figure.savefig(path, dpi=144)
     return path
+
+
+def explain(plan: Plan) -> str:
+    """`Plan.explain`."""
+    batch, heads = plan.extent()
+    entries = ranges(plan)
+    size = entries.hi - entries.lo
+    area = int(size.sum())
+    sure = int(size[entries.full].sum())
+    count = batch * heads
+    memory = sum(x.numel() * x.element_size() for x in plan.tensors().values())
+    per = len(entries.lo) / max(plan.tiles * count, 1)
+    lines = [
+        f"{plan.Tq} queries x {plan.Tk} keys, {count} list{'s' if count > 1 else ''} of {plan.tiles} tiles "
+        f"({plan.tile} rows each)",
+        f"rows: {plan.q_rows} of queries, {plan.k_rows} of keys"
+        + (", ordered" if plan.q_order is not None or plan.k_order is not None else ""),
+        f"entries: {len(entries.lo)} ({per:.1f} a tile); of the keys visited {sure / max(area, 1):.0%} need no element test",
+        f"density {plan.density:.4f} of what its causal and window rules allow; work {plan.work:.4f} of Tq x Tk",
+        f"memory {memory / 2**20:.2f} MiB",
+    ]
+    return "\n".join(lines)

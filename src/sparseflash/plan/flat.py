@@ -32,14 +32,12 @@ TENSORS = (
     "k_end",
     "q_seg",
     "k_seg",
-)
-RESERVED = (
-    "window_of_head",
-    "sink_of_head",
+    "head_window",
+    "head_sink",
     "overflow",
-)  # per-head rules and capacity flags of later versions
+)
 KEYS = ("start", "count", "full", "index", "source")
-TENSOR_SLOTS = len(TENSORS) + len(RESERVED) + 2 * len(KEYS)
+TENSOR_SLOTS = len(TENSORS) + 2 * len(KEYS)
 INT_SLOTS = 20  # 14 in use
 UNBOUNDED = -1
 
@@ -51,7 +49,6 @@ def flatten(plan: Plan) -> tuple[list[Tensor], list[int]]:
     slots: list[Tensor | None] = [
         None if n == "q_offset" and not isinstance(offset, Tensor) else getattr(plan, n) for n in TENSORS
     ]
-    slots += [None] * len(RESERVED)
     for keys in (plan.span_keys, plan.unit_keys):
         slots += [None if keys is None else getattr(keys, n) for n in KEYS]
     ints = [
@@ -93,7 +90,7 @@ def unflatten(tensors: Sequence[Tensor], ints: Sequence[int]) -> Plan:
     }
     if values["q_offset"] is None:
         values["q_offset"] = offset
-    at = len(TENSORS) + len(RESERVED)
+    at = len(TENSORS)
     for name, group in (("span_keys", span_group), ("unit_keys", unit_group)):
         values[name] = KeyLists(*slots[at : at + len(KEYS)], group) if group else None  # type: ignore[arg-type]
         at += len(KEYS)

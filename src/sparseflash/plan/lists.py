@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -159,6 +159,10 @@ def _formula(
         else:
             outside = outside & ((k - q > right) if left is None else (q - k > left))  # type: ignore[operator]
         keep = keep & ~outside
+    if plan.head_window is not None:
+        left, right, sink = (of_k(x) for x in _head_rules(plan))
+        outside = (left >= 0) & (q - k > left) | (right >= 0) & (k - q > right)
+        keep = keep & ~(outside & (k >= sink))
     if plan.k_end is not None:
         keep = keep & (q < of_k(plan.k_end))
     if plan.q_seg is not None or plan.k_seg is not None:
@@ -167,6 +171,14 @@ def _formula(
         b = blank if plan.k_seg is None else of_k(plan.k_seg)
         keep = keep & (a != NONE) & (b != NONE) & ((a == b) | (a == ANY) | (b == ANY))
     return keep
+
+
+def _head_rules(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Left, right and sink of each head, laid out like key tokens: [1,H,Tk] without memory of their own."""
+    pair, sink = plan.head_window, plan.head_sink
+    assert pair is not None
+    last = torch.zeros_like(pair[..., :1]) if sink is None else sink
+    return tuple(x.expand(-1, -1, plan.Tk) for x in (pair[..., :1], pair[..., 1:], last))  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------- all entries at once
@@ -239,6 +251,7 @@ class Cells:
     entry: Tensor
     batch: Tensor
     head: Tensor
+    k_row: Tensor
     q_token: Tensor
     k_token: Tensor
     keep: Tensor
@@ -296,7 +309,7 @@ def cells(plan: Plan, entries: Ranges) -> Iterator[Cells]:
             within = torch.where(row >= 0, inside, 0)
             words = plan.bits[row.clamp(min=0), :, within // 32]
             keep = keep & ((((words >> (within % 32)[:, None]) & 1) != 0) | (row < 0)[:, None])
-        yield Cells(entry, b, h, q_token, k_token, keep)
+        yield Cells(entry, b, h, entries.lo[entry] + inside, q_token, k_token, keep)
 
 
 def _inverse(order: Tensor, T: int) -> Tensor:
@@ -417,13 +430,20 @@ def dense_pairs(plan: Plan) -> int:
         return torch.searchsorted(k, x.contiguous())
 
     past = below(q + int(plan.include_self)) if plan.causal else torch.full_like(q, plan.Tk)
+    left: Any
+    right: Any
     left, right = plan.window or (None, None)
+    sinks: Any = plan.sink
+    if plan.head_window is not None:
+        table = _at(plan.head_window, batch, heads).long()
+        left, right = (torch.where(x < 0, 1 << 40, x) for x in (table[..., :1], table[..., 1:]))
+        sinks = 0 if plan.head_sink is None else _at(plan.head_sink, batch, heads).long()
     lo = torch.zeros_like(q) if left is None else below(q - left)
     hi = torch.full_like(q, plan.Tk) if right is None else below(q + right + 1)
     lo, hi = torch.minimum(lo, past), torch.minimum(hi, past)
     pairs = hi - lo
-    if plan.window is not None and plan.sink:  # the sink before and behind the window
-        sink = torch.minimum(below(torch.full_like(q, plan.sink)), past)
+    if (plan.window is not None and plan.sink) or plan.head_sink is not None:  # before and behind the window
+        sink = torch.minimum(below(torch.zeros_like(q) + sinks), past)
         pairs = pairs + torch.minimum(sink, lo) + (sink - hi).clamp(min=0)
     if not plan.causal and not plan.include_self:
         pairs = pairs - (below(q + 1) - below(q))
@@ -488,7 +508,7 @@ def _place(plan: Plan, cell: int) -> str:
 
 def _surely_full(plan: Plan, entries: Ranges) -> Tensor:
     """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
-    if plan.k_end is not None or plan.q_seg is not None or plan.k_seg is not None:
+    if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg, plan.head_window)):
         return torch.zeros_like(entries.full)
     batch, heads = plan.extent()
     token = query_tokens(plan)
@@ -539,6 +559,8 @@ def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of:
 def check(plan: Plan) -> None:
     """`check_values`, and that the entries of a tile are disjoint and the full ones really full."""
     check_values(plan)
+    if plan.overflow is not None and bool(plan.overflow.any()):
+        _fail("lists of a static capacity overflowed: entries were dropped; raise the capacity")
     entries = ranges(plan)
     entries = entries.of(entries.hi > entries.lo)
     by_place = torch.argsort(entries.cell * (plan.k_rows + 1) + entries.lo)

@@ -152,7 +152,7 @@ def _native_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
         into.q_shift = _table(flat, keep)
     else:
         into.q_offset = offset
-    for name in _PLAN_TABLES:
+    for name in (*_PLAN_TABLES, *_PLAN_HEADS):
         if name != "q_shift":
             x = getattr(plan, name)
             if x is not None:

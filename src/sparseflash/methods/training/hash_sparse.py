@@ -15,7 +15,6 @@ from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
 from ...plan.build import spread_heads
 
-_NEVER = 2**31 - 1
 _PLANES = ("per-head", "shared")
 
 
@@ -55,9 +54,9 @@ class HashSparse(Method):
     `ctx`: `q_bucket [B|1, H|1, Tq]` and `k_bucket [B|1, H|1, Tk]`, any integer ids (of all
     heads, if some are windows, whose ids are ignored), replace the hash.
 
-    A window head is not another plan: with `k_end = position + window` the one formula of visibility is a
-    causal window in those heads and no restriction in the others, so hashed and window heads run in one
-    kernel call.
+    A window head is not another plan: the rule `window` may differ from head to head, so hashed and window
+    heads run in one kernel call. (Two calls over the parts, concatenated, took 1.2 times as long; a tuple of
+    plans, merged, 1.5 times: T = 8192, 4 heads, CPU.)
 
     Examples
     --------

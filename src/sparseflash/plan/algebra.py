@@ -1,0 +1,338 @@
+"""Exact set algebra on plans: `&`, `-`, `|`, and the same set on another grid (`retile`).
+
+One mechanism: walk the pairs that one plan visits, look each up in the other, and write what remains as units,
+with bits where a unit is not all or nothing. Work and memory follow the visited area, never Tq x Tk. Plans of
+ranges only, whose rules join into one formula, take a shorter way that needs no bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError, require
+from .lists import _at, _fetch, _formula, cells, ranges, real_rows
+
+if TYPE_CHECKING:
+    from .core import Plan
+
+LIMIT = 2 << 30
+"""Bytes of bits that an operation may build before it refuses."""
+
+_LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
+_POSITIONS = ("q_pos", "k_pos")
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Lookup:
+    """Whether a plan of `heads` query heads lets query tokens see key tokens, pair by pair."""
+
+    def __init__(self, plan: Plan, heads: int) -> None:
+        self.plan, self.heads = plan, heads
+        self.batch, self.own = plan.extent()
+        entries = ranges(plan)
+        entries = entries.of(entries.hi > entries.lo)
+        self.wide = plan.k_rows + 1
+        key = entries.cell * self.wide + entries.lo
+        order = torch.argsort(key)
+        self.entries, self.key = entries.of(order), key[order]
+        self.q_row = None if plan.q_order is None else _inverse(plan.q_order, plan.Tq)
+        self.k_row = None if plan.k_order is None else _inverse(plan.k_order, plan.Tk)
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Broadcast batch, head, query and key tokens (-1: no token) to bool."""
+        plan, heads = self.plan, self.heads
+        b, h, q, k = torch.broadcast_tensors(b, h, q, k)
+        q_row = q if self.q_row is None else torch.where(q >= 0, _fetch(self.q_row, b, h, q, heads), -1)
+        k_row = k if self.k_row is None else torch.where(k >= 0, _fetch(self.k_row, b, h, k, heads), -1)
+        keep = (q_row >= 0) & (k_row >= 0)
+        if not len(self.key) or not plan.tiles:
+            return torch.zeros_like(keep)
+        own_b = b if self.batch > 1 else torch.zeros_like(b)
+        cell = (own_b * self.own + h * self.own // heads) * plan.tiles + q_row.clamp(min=0) // plan.tile
+        # the last range of the query's tile that begins at or before the key
+        at = torch.searchsorted(self.key, cell * self.wide + k_row.clamp(min=0), right=True) - 1
+        known = at.clamp(min=0)
+        keep = keep & (at >= 0) & (self.entries.cell[known] == cell) & (k_row < self.entries.hi[known])
+        shift: Tensor | int = plan.q_offset
+        if isinstance(plan.q_offset, Tensor):
+            each = plan.q_offset.long().reshape(-1)
+            shift = each[b if each.numel() > 1 else torch.zeros_like(b)]
+        keep = keep & _formula(
+            plan, q, k, shift, lambda x: _fetch(x, b, h, q, heads), lambda x: _fetch(x, b, h, k, heads)
+        )
+        if plan.bits is not None and len(plan.bits):
+            row = self.entries.bits[known]
+            lane = torch.where(row >= 0, k_row - self.entries.lo[known], 0).clamp(0, plan.unit - 1)
+            word = plan.bits[row.clamp(min=0), q_row.clamp(min=0) % plan.tile, lane // 32]
+            keep = keep & ((((word >> (lane % 32)) & 1) != 0) | (row < 0))
+        return keep
+
+
+def _inverse(order: Tensor, T: int) -> Tensor:
+    """Row of each token of an order [B,H,rows], -1 for a dropped one: [B,H,T]."""
+    row = torch.full((*order.shape[:2], T + 1), -1, dtype=torch.int64, device=order.device)
+    place = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    row.scatter_(-1, torch.where(order >= 0, order, T).long(), place)
+    return row[..., :T]
+
+
+def widen(plan: Plan, batch: int, heads: int) -> Plan:
+    """The same plan with lists of its own for every batch slot and head."""
+    lists = {n: _at(x, batch, heads).contiguous() for n in _LISTS if (x := getattr(plan, n)) is not None}
+    return dataclasses.replace(plan, span_keys=None, unit_keys=None, **lists)
+
+
+def _shared_extent(a: Plan, b: Plan) -> tuple[int, int]:
+    (ba, ha), (bb, hb) = a.extent(), b.extent()
+    require(
+        ((a.Tq, a.Tk) == (b.Tq, b.Tk), f"plans of {a.Tq} x {a.Tk} and {b.Tq} x {b.Tk} tokens do not combine"),
+        (ba == bb or 1 in (ba, bb), f"plans of batch size {ba} and {bb} do not combine"),
+        (a.device == b.device, f"plans on {a.device} and {b.device}: move them to one device"),
+        error=PlanError,
+    )
+    return max(ba, bb), math.lcm(ha, hb)
+
+
+def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple[int, int]) -> Plan:
+    """The plan's visible pairs that `keep(b, h, q, k)` lets through, as units of another grid.
+
+    `tile` must divide the plan's tile or be a multiple of it.
+    """
+    plan = widen(plan, *extent)
+    entries = ranges(plan)
+    entries = entries.of(entries.hi > entries.lo)
+    tiles, words = -(-plan.q_rows // tile), -(-unit // 32)
+    split, join = max(1, plan.tile // tile), max(1, tile // plan.tile)
+    columns = -(-plan.k_rows // unit)
+
+    # 1. the units touched: new tile and unit of every (entry, unit it overlaps)
+    first, last = entries.lo // unit, (entries.hi - 1) // unit + 1
+    n = last - first
+    pick = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
+    column = first[pick] + torch.arange(len(pick), device=n.device) - (n.cumsum(0) - n)[pick]
+    head, old = entries.cell[pick] // max(plan.tiles, 1), entries.cell[pick] % max(plan.tiles, 1)
+    part = torch.arange(split, device=n.device)
+    new = (old[:, None] * split + part) // join
+    touched = ((head[:, None] * tiles + new) * columns + column[:, None])[new < tiles]
+    slot = torch.unique(touched)
+    size = len(slot) * tile * words * 8
+    require(
+        (size <= LIMIT,
+         f"the result needs {size / 2**30:.1f} GiB of bits while it is built (limit {LIMIT / 2**30:.0f}): use a "
+         "tuple of disjoint plans, or larger units, or plans whose rules combine"),
+        error=PlanError,
+    )
+
+    # 2. their bits
+    bits = torch.zeros(len(slot) * words, tile, dtype=torch.int64, device=plan.device)
+    count = torch.zeros(len(slot), dtype=torch.int64, device=plan.device)
+    for c in cells(plan, entries):
+        seen = c.keep
+        if keep is not None:
+            seen = seen & keep(c.batch[:, None], c.head[:, None], c.q_token, c.k_token[:, None])
+        cell, row = entries.cell[c.entry], c.k_row
+        head, old = cell // plan.tiles, cell % plan.tiles
+        lane = row % unit
+        for s in range(split):
+            new = (old * split + s) // join
+            live = new < tiles
+            at = torch.searchsorted(slot, (head * tiles + new) * columns + row // unit)
+            mine = seen[:, s * tile : (s + 1) * tile] if split > 1 else seen
+            count.index_add_(0, at[live], mine[live].sum(1))
+            at = at * words + lane // 32
+            value = mine[live].long() << (lane[live] % 32)[:, None]
+            if join == 1:
+                bits.index_add_(0, at[live], value)
+            else:
+                offset = (old[live] % join) * plan.tile
+                place = offset[:, None] + torch.arange(plan.tile, device=at.device)
+                flat = (at[live][:, None] * tile + place).reshape(-1)
+                bits.view(-1).index_add_(0, flat, value.reshape(-1))
+    bits = bits.view(len(slot), words, tile).transpose(1, 2)
+
+    # 3. full, partial or gone
+    cell, column = slot // max(columns, 1), slot % max(columns, 1)
+    real = _real_rows(plan, tile, tiles)[cell] if len(slot) else slot
+    whole = (count == real * unit) & ((column + 1) * unit <= plan.k_rows)
+    kind = torch.where(count == 0, 2, torch.where(whole, 0, 1))
+    order = torch.argsort((cell * 3 + kind) * columns + column)
+    order = order[kind[order] < 2]
+    cell, column, kind = cell[order], column[order], kind[order]
+    lead = (*extent, tiles)
+    total = math.prod(lead)
+    per, full = torch.bincount(cell, minlength=total), torch.bincount(cell[kind == 0], minlength=total)
+    partial = per - full
+    packed = bits[order[kind == 1]]
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous()
+    return dataclasses.replace(
+        plan,
+        tile=tile,
+        unit=unit,
+        **dict.fromkeys(("span_start", "span_full", "span_count", "spans")),
+        start=(per.cumsum(0) - per).view(lead),
+        full=full.int().view(lead),
+        count=per.int().view(lead),
+        index=column.int(),
+        bits=packed,
+        bits_start=(partial.cumsum(0) - partial).view(lead),
+    )
+
+
+def _real_rows(plan: Plan, tile: int, tiles: int) -> Tensor:
+    """Rows with a real token of each tile of another grid, [B*H*tiles]."""
+    batch, heads = plan.extent()
+    real = real_rows(plan).reshape(batch, heads, -1)
+    short = tiles * tile - real.shape[-1]
+    real = torch.nn.functional.pad(real, (0, short)) if short > 0 else real[..., : tiles * tile]
+    return real.reshape(batch * heads * tiles, tile).sum(-1)
+
+
+def retile(plan: Plan, tile: int, unit: int) -> Plan:
+    """The same visible set with other tiles and units."""
+    for name, value in (("tile", tile), ("unit", unit)):
+        require(
+            (isinstance(value, int) and not isinstance(value, bool) and value > 0,
+             f"{name}={value!r}: expected a positive int"),
+            error=PlanError,
+        )
+    if tile == plan.tile and (unit == plan.unit or plan.index is None):
+        return plan if unit == plan.unit else dataclasses.replace(plan, unit=unit)
+    if plan.index is None and plan.tile % tile == 0:  # ranges of a tile serve each part of it
+        ratio, tiles = plan.tile // tile, -(-plan.q_rows // tile)
+        lists = {n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in _LISTS[:3]}
+        return dataclasses.replace(plan, tile=tile, unit=unit, span_keys=None, unit_keys=None, **lists)
+    if max(tile, plan.tile) % min(tile, plan.tile):
+        plan = retile(plan, math.gcd(tile, plan.tile), unit)
+    return refine(plan, None, tile=tile, unit=unit, extent=plan.extent())
+
+
+def intersect(a: Plan, b: Plan) -> Plan:
+    """`a & b`."""
+    extent = _shared_extent(a, b)
+    joined = _join_ranges(a, b, extent)
+    if joined is not None:
+        return joined
+    if _area(b) < _area(a):
+        a, b = b, a
+    return refine(a, Lookup(b, extent[1]), tile=a.tile, unit=a.unit, extent=extent)
+
+
+def subtract(a: Plan, b: Plan) -> Plan:
+    """`a - b`."""
+    extent = _shared_extent(a, b)
+    look = Lookup(b, extent[1])
+    return refine(a, lambda *at: ~look(*at), tile=a.tile, unit=a.unit, extent=extent)
+
+
+def unite(a: Plan, b: Plan) -> Plan | tuple[Plan, Plan]:
+    """`a | b`: one plan where one holds the other, else two disjoint ones."""
+    if _area(b) > _area(a):
+        a, b = b, a
+    rest = subtract(b, a)
+    return (a, rest) if rest.index is not None and len(rest.index) else a
+
+
+def _area(plan: Plan) -> float:
+    entries = ranges(plan)
+    batch, heads = plan.extent()
+    return float((entries.hi - entries.lo).sum()) * plan.tile / (batch * heads)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
+
+
+def _uses_positions(p: Plan) -> bool:
+    return p.causal or not p.include_self or p.window is not None or p.k_end is not None
+
+
+def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
+    """The rules of both in one formula, or None where one formula cannot say it."""
+    rules: dict[str, Any] = {"causal": a.causal or b.causal, "include_self": a.include_self and b.include_self}
+    placed = [p for p in (a, b) if _uses_positions(p)]
+    if len(placed) == 2:
+        if not all(_same(getattr(a, n), getattr(b, n)) for n in _POSITIONS):
+            return None
+        tensors = [p.q_offset for p in placed if isinstance(p.q_offset, Tensor)]
+        if tensors and not (len(tensors) == 2 and _same(*tensors)):
+            return None
+        if not tensors and a.q_offset != b.q_offset:
+            return None
+    if placed:
+        rules |= {n: getattr(placed[0], n) for n in (*_POSITIONS, "q_offset")}
+    if a.window is not None and b.window is not None:
+        if a.sink != b.sink:
+            return None
+        sides = zip(a.window, b.window, strict=True)
+        rules["window"] = tuple(min(x) if (x := [s for s in pair if s is not None]) else None for pair in sides)
+        rules["sink"] = a.sink
+    elif (windowed := a if a.window is not None else b).window is not None:
+        rules |= {"window": windowed.window, "sink": windowed.sink}
+    if a.k_end is not None and b.k_end is not None:
+        if a.k_end.shape != b.k_end.shape:
+            return None
+        rules["k_end"] = torch.minimum(a.k_end, b.k_end)
+    else:
+        rules["k_end"] = a.k_end if a.k_end is not None else b.k_end
+    labelled = [p for p in (a, b) if p.q_seg is not None or p.k_seg is not None]
+    if len(labelled) == 2 and not (_same(a.q_seg, b.q_seg) and _same(a.k_seg, b.k_seg)):
+        return None
+    if labelled:
+        rules |= {"q_seg": labelled[0].q_seg, "k_seg": labelled[0].k_seg}
+    return rules
+
+
+def _join_ranges(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
+    """Intersection of two plans of ranges in the same row space whose rules join; None where it is not that."""
+    if a.index is not None or b.index is not None or a.spans is None or b.spans is None:
+        return None
+    if not (_same(a.q_order, b.q_order) and _same(a.k_order, b.k_order)):
+        return None
+    if max(a.tile, b.tile) % min(a.tile, b.tile):
+        return None
+    rules = _join_rules(a, b)
+    if rules is None:
+        return None
+    tile = min(a.tile, b.tile)
+    a, b = (widen(retile(p, tile, p.unit), *extent) for p in (a, b))
+    (lo_a, hi_a, full_a), (lo_b, hi_b, full_b) = _padded(a), _padded(b)
+    width = lo_a.shape[-1] * lo_b.shape[-1]
+    if width > 64:
+        return None
+    lo = torch.maximum(lo_a[..., :, None], lo_b[..., None, :]).flatten(-2)
+    hi = torch.minimum(hi_a[..., :, None], hi_b[..., None, :]).flatten(-2)
+    full = (full_a[..., :, None] & full_b[..., None, :]).flatten(-2)
+    rank = torch.where(hi > lo, torch.where(full, 0, 1), 2)
+    order = torch.argsort(rank, dim=-1, stable=True)
+    rank = rank.gather(-1, order)
+    spans = torch.stack([lo.gather(-1, order), hi.gather(-1, order)], -1)[rank < 2]
+    count, n_full = (rank < 2).sum(-1), (rank == 0).sum(-1)
+    flat = count.flatten()
+    return dataclasses.replace(
+        a,
+        span_start=(flat.cumsum(0) - flat).view(count.shape),
+        span_full=n_full.int(),
+        span_count=count.int(),
+        spans=spans.int(),
+        **rules,
+    )
+
+
+def _padded(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """lo, hi, full of the ranges of each tile, [B,H,R,m], empty ones behind."""
+    require((plan.span_count is not None and plan.spans is not None, "no ranges"), error=PlanError)
+    count = plan.span_count
+    slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
+    live = slot < count[..., None]
+    place = torch.where(live, plan.span_start[..., None] + slot, 0)
+    if not len(plan.spans):
+        none = torch.zeros_like(place)
+        return none, none, none.bool()
+    pair = plan.spans[place].long()
+    return (*(torch.where(live, x, 0) for x in pair.unbind(-1)), slot < plan.span_full[..., None])
