@@ -375,11 +375,11 @@ inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool ho
 
 struct Logits {
     float factor;         // what the softmax multiplies scores with (base 2)
-    bool bent;            // scores are transformed before: softcap, bias or a negative scale
+    bool bent;            // scores are transformed before: softcap, bias, or a scale that is not positive
     float inner, outer;   // tanh(score * inner) * outer, with a softcap
 
     explicit Logits(const SfCall &c) {
-        bent = c.softcap > 0 || c.key_bias.data || c.scale < 0;
+        bent = c.softcap > 0 || c.key_bias.data || !(c.scale * LOG2E > 0);
         inner = c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E;
         outer = c.softcap * LOG2E;
         factor = bent ? 1.f : c.scale * LOG2E;
@@ -622,7 +622,9 @@ struct Slopes {
         ds = pick(m, ds, set1(0.f));
         if (sums) total += ds;
         if (c.softcap > 0) {
-            vf t = (x - (c.key_bias.data ? bias[j] : 0.f)) / logits.outer;
+            float shift = c.key_bias.data ? bias[j] : 0.f;
+            if (shift == -INF) return;  // p and ds are 0, and x does not tell the score
+            vf t = (x - shift) / logits.outer;
             ds = pick(m, ds * (1.f - t * t), set1(0.f));
         }
     }
