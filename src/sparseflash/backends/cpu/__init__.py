@@ -83,29 +83,43 @@ class Native:
 
 @functools.cache
 def native() -> Native | str:
-    """The native library, or the reason why there is none (said once as a warning)."""
+    """The native library, or the reason why there is none (said once as a warning).
+
+    Raises
+    ------
+    LevelError
+        When `SPARSEFLASH_CPU_LEVEL` asks for what cannot be: whoever names a level wants no other one.
+    """
+    failure = "no level runs here"
     try:
-        levels = build.choose_levels()
-        library, path = build.library(levels)
-        if library.sf_call_size() != ctypes.sizeof(Call):
-            raise build.BuildError(f"{path} does not match this version: delete it")
-        if levels[-1].name == "amx" and library.sf_request_amx() != 0:  # the kernel refuses tiles: do without
-            levels = [build.LEVELS["avx512"], build.LEVELS["avx512bf16"]]
-            library, path = build.library(levels)
+        for levels in build.choices():
+            try:
+                library, path = build.library(levels)
+            except build.CompilerFailed as error:  # too old for these instructions: there are simpler ones
+                failure = str(error)
+                continue
+            if library.sf_call_size() != ctypes.sizeof(Call):
+                raise build.BuildError(f"{path} does not match this version")
+            if levels[-1].name == "amx" and library.sf_request_amx() != 0:
+                continue  # the system refuses the tile registers
+            bf16 = next((i for i, level in enumerate(levels) if level.bf16), 0)
+            return Native(library, str(path), 0, bf16, tuple(level.name for level in levels))
     except (build.BuildError, OSError) as error:
-        warnings.warn(
-            f"sparseflash: the native CPU backend is not available, the slow reference runs instead: {error}",
-            RuntimeWarning, stacklevel=2,
-        )
-        return str(error)
-    names = tuple(level.name for level in levels)
-    bf16 = next((i for i, level in enumerate(levels) if level.bf16), 0)
-    return Native(library, str(path), 0, bf16, names)
+        failure = str(error)
+    warnings.warn(
+        f"sparseflash: the native CPU backend is not available, the slow reference runs instead: {failure}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return failure
 
 
 def status() -> tuple[bool, str]:
     """Whether the native library is there; which levels, or why not."""
-    found = native()
+    try:
+        found = native()
+    except build.LevelError as error:
+        return False, str(error)
     if isinstance(found, str):
         return False, found
     return True, f"fp32 and fp16: {found.names[found.fp32]}, bf16: {found.names[found.bf16]}, {found.path}"

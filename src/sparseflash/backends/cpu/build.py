@@ -1,30 +1,42 @@
-"""The native library: compiled on first use with the machine's own C++ compiler, kept in a private cache.
+"""The native library: compiled on first use with the machine's C++ compiler, kept in a private cache.
 
-One shared library with a plain C interface; it links neither torch nor Python. Compiling takes a few seconds and
-happens once per set of sources, flags and compiler.
+One shared library with a plain C interface; it links neither torch nor Python. Compiling takes a few seconds
+and happens once per set of sources, flags, compiler and kind of processor.
+
+Code is loaded from the cache: so a folder is used only if nobody else can write to it, and a library only if
+it is byte for byte the one that was built (a truncated one would end the process while loading).
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import errno
+import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from ...errors import BackendError
 
 NATIVE = Path(__file__).parent / "native"
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-w")
 AVX512 = ("-march=x86-64-v4", "-mtune=native")
-TIME_LIMIT = 240
+TIME_LIMIT = 240.0
+"""Seconds after which a compiler is given up."""
 
 
 @dataclass(frozen=True)
@@ -44,160 +56,269 @@ class Level:
 
 
 _512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "avx2"})
+_NATIVE = ("-march=native",) if platform.machine() in ("x86_64", "AMD64", "aarch64") else ()
 LEVELS = {
     level.name: level
     for level in (
-        Level("portable", ("-march=native",) if platform.machine() in ("x86_64", "AMD64", "aarch64") else (),
-              frozenset(), False),
+        Level("portable", _NATIVE, frozenset(), False),
         Level("avx512", AVX512, _512, False),
         Level("avx512bf16", (*AVX512, "-mavx512bf16"), _512 | {"avx512_bf16"}, True),
-        Level("amx", (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-              _512 | {"avx512_bf16", "amx_tile", "amx_bf16"}, True),
-        Level("amx-emulated", (*AVX512, "-mavx512bf16", "-DSF_AMX_EMULATED=1"), _512 | {"avx512_bf16"}, True, "amx"),
+        Level(
+            "amx",
+            (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+            _512 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+            True,
+        ),
+        Level(
+            "amx-emulated",
+            (*AVX512, "-mavx512bf16", "-DSF_AMX_EMULATED=1"),
+            _512 | {"avx512_bf16"},
+            True,
+            "amx",
+        ),
     )
 }
 """By name. `amx-emulated` runs the AMX kernels with the tile instructions in C++: for tests, slow."""
+
+
+PREFERENCE = (("avx512", "amx"), ("avx512", "avx512bf16"), ("avx512",), ("portable",))
 
 
 class BuildError(RuntimeError):
     """The library could not be built; the message is one line that names the log."""
 
 
+class CompilerFailed(BuildError):
+    """The compiler ended with an error: perhaps it is too old for these instructions."""
+
+
+class LevelError(BackendError):
+    """`SPARSEFLASH_CPU_LEVEL` names a level that there is not, or that this processor cannot run."""
+
+
+@functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this processor (Linux on x86; elsewhere none are known, and the portable level runs)."""
-    if platform.machine() not in ("x86_64", "AMD64") or not sys.platform.startswith("linux"):
+    """Instruction sets of this processor (on Linux; elsewhere none are known: the portable level)."""
+    if not sys.platform.startswith("linux"):
         return frozenset()
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
-    line = next((x for x in text.splitlines() if x.startswith("flags")), "")
+    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
     return frozenset(line.partition(":")[2].split())
 
 
-def choose_levels() -> list[Level]:
-    """The levels to build here: the best one for fp32 and, where there is one, the best for bf16.
+def choices() -> list[list[Level]]:
+    """What to build here, best first; in each the level for fp32 and, where there is one, that for bf16.
 
-    `SPARSEFLASH_CPU_LEVEL` names one to use instead (a bf16 level brings its fp32 companion).
+    The later ones are for compilers that are too old for the first. `SPARSEFLASH_CPU_LEVEL` names one to use
+    instead (a bf16 level brings its fp32 companion).
     """
     have = cpu_flags()
     asked = os.environ.get("SPARSEFLASH_CPU_LEVEL", "")
     if asked:
         if asked not in LEVELS:
-            raise BuildError(f"SPARSEFLASH_CPU_LEVEL={asked}: expected one of {', '.join(LEVELS)}")
+            raise LevelError(
+                f"SPARSEFLASH_CPU_LEVEL={asked}: expected one of {', '.join(LEVELS)}, or nothing"
+            )
         level = LEVELS[asked]
         missing = sorted(level.needs - have)
         if missing:
-            raise BuildError(f"SPARSEFLASH_CPU_LEVEL={asked}: this processor lacks {', '.join(missing)}")
-        return [LEVELS["avx512"], level] if level.bf16 else [level]
-    if not LEVELS["avx512"].needs <= have:
-        return [LEVELS["portable"]]
-    chosen = [LEVELS["avx512"]]
-    for name in ("amx", "avx512bf16"):
-        if LEVELS[name].needs <= have:
-            return [*chosen, LEVELS[name]]
-    return chosen
+            able = ", ".join(name for name, x in LEVELS.items() if x.needs <= have)
+            raise LevelError(
+                f"SPARSEFLASH_CPU_LEVEL={asked}: this processor lacks {', '.join(missing)}; it runs {able}"
+            )
+        return [[LEVELS["avx512"], level] if level.bf16 else [level]]
+    every = [[LEVELS[name] for name in names] for names in PREFERENCE]
+    return [levels for levels in every if all(level.needs <= have for level in levels)]
 
 
-def find_compiler() -> str | None:
-    """Path of the C++ compiler: `CXX`, else c++, g++ or clang++."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (found := shutil.which(name)):
-            return found
+def find_compiler() -> list[str] | None:
+    """The C++ compiler as a command: `CXX` (with arguments, if it has any), else c++, g++ or clang++."""
+    given = os.environ.get("CXX", "")
+    with contextlib.suppress(ValueError):  # an unbalanced quote
+        for words in ([given], shlex.split(given), ["c++"], ["g++"], ["clang++"]):
+            if words and words[0] and (found := shutil.which(words[0])):
+                return [found, *words[1:]]
     return None
 
 
-def _private(path: Path) -> bool:
-    """Whether a folder is ours alone to write: code is loaded from it."""
+# ---------------------------------------------------------------- the cache
+
+
+def _distrust(folder: Path) -> str:
+    """Why code must not be loaded from a folder; empty when it is ours alone to write."""
     if not hasattr(os, "getuid"):
-        return True
-    info = path.stat()
-    return info.st_uid == os.getuid() and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        return ""
+    info = folder.stat()
+    if info.st_uid != os.getuid():
+        return "belongs to another user"
+    return "is writable by other users" if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
 
 
-def cache_folder() -> Path:
-    """A private, writable folder: `SPARSEFLASH_CACHE`, else the user's cache, else a temporary one."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for base in (os.environ.get("SPARSEFLASH_CACHE"), os.path.join(home, "sparseflash")):
-        if not base:
-            continue
-        folder = Path(base)
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if _private(folder) and os.access(folder, os.W_OK):
-                return folder
-    return Path(tempfile.mkdtemp(prefix="sparseflash-"))
+def cache_folders() -> Iterator[Path]:
+    """Where the library may be: `SPARSEFLASH_CACHE`, else the user's cache, if private; then a fresh one."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    given = os.environ.get("SPARSEFLASH_CACHE")
+    folder = Path(given) if given else Path(base, "sparseflash")
+    try:
+        if not given and not folder.is_absolute():  # no home at all
+            raise NotADirectoryError(errno.ENOTDIR, "there is no home folder")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        why = _distrust(folder)
+    except OSError as error:
+        why = f"cannot be used: {error.strerror}"
+    if not why:
+        yield folder
+        why = "loads no libraries" if os.access(folder, os.W_OK) else "is not writable"
+    warnings.warn(
+        f"sparseflash: the cache folder {folder} {why}; compiling into a temporary one, "
+        "again in every process. Set SPARSEFLASH_CACHE to a private folder to compile once",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    yield _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    """A private folder that goes when the process ends, unless it holds the log of a failure."""
+    folder, owner = Path(tempfile.mkdtemp(prefix="sparseflash-")), os.getpid()
+
+    def clean() -> None:
+        if os.getpid() == owner and not any(folder.glob("*.log")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clean)
+    return folder
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file, so that processes that start together compile once."""
     with open(path, "w") as file:
-        try:
+        with contextlib.suppress(ImportError, OSError):  # no locks here: the final rename is atomic anyway
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            pass  # no advisory locks here: the final rename is atomic anyway
         yield
 
 
-def _run(command: list[str], log: Path) -> None:
+def _sum_file(target: Path) -> Path:
+    return target.with_suffix(".sha256")
+
+
+def _load(target: Path) -> ctypes.CDLL | str:
+    """The library in a file, or why not: it has to be whole, and the one that was built."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-        said, failed = done.stderr + done.stdout, done.returncode != 0
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said, failed = str(error), True
-    if failed:
-        with open(log, "a") as file:
-            file.write(" ".join(command) + "\n" + said + "\n")
-        raise BuildError(f"the C++ compiler failed; its output is in {log}")
+        if _sum_file(target).read_text() != hashlib.sha256(target.read_bytes()).hexdigest():
+            return f"{target} is damaged"
+        loaded = ctypes.CDLL(str(target))
+        loaded.sf_call_size.restype = ctypes.c_int64
+        loaded.sf_level_name.restype = ctypes.c_char_p
+        return loaded
+    except (OSError, UnicodeDecodeError, AttributeError) as error:
+        return str(error)
 
 
-def _compile(levels: list[Level], compiler: str, target: Path) -> None:
+# ---------------------------------------------------------------- the compiler
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a compiler and everything it started."""
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+
+
+def _run(commands: list[list[str]], work: Path, log: Path) -> None:
+    """Run commands side by side; whatever stops us, none of them stays behind."""
+    limit, started = time.monotonic() + TIME_LIMIT, []
+    try:
+        for n, command in enumerate(commands):
+            with open(work / f"{n}.txt", "wb") as said:
+                started.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+                    )
+                )
+        for n, process in enumerate(started):
+            process.wait(max(0.0, limit - time.monotonic()))
+            if process.returncode:
+                text = (work / f"{n}.txt").read_text(errors="replace")
+                log.write_text(f"{shlex.join(commands[n])}\nexit status {process.returncode}\n{text}")
+                raise CompilerFailed(f"the C++ compiler failed; its output is in {log}")
+    except subprocess.TimeoutExpired:
+        log.write_text("\n".join(map(shlex.join, commands)) + f"\nno end after {TIME_LIMIT:g} s\n")
+        raise BuildError(
+            f"the C++ compiler did not end within {TIME_LIMIT:g} s; its command is in {log}"
+        ) from None
+    except OSError as error:
+        raise BuildError(f"the C++ compiler could not be run: {error}") from error
+    finally:
+        for process in started:
+            if process.poll() is None:
+                _end(process)
+
+
+def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
     log = target.with_suffix(".log")
     log.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+    with tempfile.TemporaryDirectory(dir=target.parent) as made:
+        work = Path(made)
         have = [f"-DSF_WITH_{(x.source or x.name).upper()}=1" for x in levels]
-        jobs = [(NATIVE / "api.cpp", [*have])] + [(x.path, list(x.flags)) for x in levels]
-        objects = [os.path.join(work, f"{i}.o") for i in range(len(jobs))]
-
-        def one(i: int) -> None:
-            source, flags = jobs[i]
-            _run([compiler, *COMMON, *flags, "-c", str(source), "-o", objects[i]], log)
-
-        with ThreadPoolExecutor(max_workers=max(1, os.cpu_count() or 1)) as pool:
-            list(pool.map(one, range(len(jobs))))
-        built = os.path.join(work, "lib.so")
-        _run([compiler, "-shared", "-pthread", *objects, "-o", built], log)
+        jobs = [(NATIVE / "api.cpp", have), *((x.path, list(x.flags)) for x in levels)]
+        objects = [str(work / f"{n}.o") for n in range(len(jobs))]
+        _run(
+            [
+                [*compiler, *COMMON, *flags, "-c", str(source), "-o", name]
+                for (source, flags), name in zip(jobs, objects, strict=True)
+            ],
+            work,
+            log,
+        )
+        built = work / "lib.so"
+        _run([[*compiler, *COMMON, "-shared", "-pthread", *objects, "-o", str(built)]], work, log)
+        digest = work / "lib.sha256"
+        digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         os.replace(built, target)
+        os.replace(digest, _sum_file(target))
 
 
-def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
-    """The loaded library for these levels, built if need be (or rebuilt, if the cached one does not load)."""
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+def _name(levels: list[Level], compiler: list[str]) -> str:
+    """Says everything the library depends on, so that a stale one is never found."""
     about = hashlib.sha256()
     for file in sorted(NATIVE.iterdir()):
         if file.suffix in (".cpp", ".h"):
             about.update(file.name.encode() + file.read_bytes())
-    info = os.stat(compiler)
-    model = sorted(cpu_flags())
-    about.update(repr((levels, COMMON, compiler, info.st_size, info.st_mtime_ns, platform.machine(), model)).encode())
-    folder = cache_folder()
-    target = folder / f"native-{about.hexdigest()[:20]}.so"
-    with _locked(folder / f"{target.stem}.lock"):
-        for attempt in range(2):
-            if not target.exists():
-                _compile(levels, compiler, target)
-            try:
-                loaded = ctypes.CDLL(str(target))
-                loaded.sf_call_size.restype = ctypes.c_int64
-                loaded.sf_level_name.restype = ctypes.c_char_p
-                return loaded, target
-            except (OSError, AttributeError) as error:  # a torn or foreign file: build it again, once
-                target.unlink(missing_ok=True)
-                if attempt:
-                    raise BuildError(f"the library just built does not load: {error}") from error
-    raise AssertionError("unreachable")
+    info = os.stat(compiler[0])
+    tool = (compiler, info.st_size, info.st_mtime_ns, COMMON, levels)
+    about.update(repr((tool, platform.machine(), sorted(cpu_flags()))).encode())
+    return f"native-{about.hexdigest()[:20]}.so"
+
+
+def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
+    """The loaded library for these levels, built if need be (or again, where the cached one is damaged)."""
+    compiler = find_compiler()
+    if compiler is None:
+        given = os.environ.get("CXX")
+        found = f" (CXX={given} is none)" if given else ""
+        raise BuildError(f"no C++ compiler found{found}: install g++ or clang++, or set CXX")
+    name, why = _name(levels, compiler), ""
+    for folder in cache_folders():
+        target = folder / name
+        found = _load(target)
+        if isinstance(found, str) and os.access(folder, os.W_OK):
+            with _locked(target.with_suffix(".lock")):
+                found = _load(target)  # another process may have built it meanwhile
+                if isinstance(found, str):
+                    _compile(levels, compiler, target)
+                    found = _load(target)
+        if not isinstance(found, str):
+            return found, target
+        why = found
+    raise BuildError(f"the library just built does not load: {why}")

@@ -1,5 +1,6 @@
 // Entry points: a thread pool, checks of every pointer and length, and the choice of a level.
 #include <stdlib.h>
+#include <string.h>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -9,6 +10,7 @@
 #include <vector>
 #include "abi.h"
 #if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #include <unistd.h>
 #endif
 #if defined(__linux__)
@@ -46,7 +48,7 @@ const SfLevel LEVELS[] = {
 constexpr int N_LEVELS = sizeof LEVELS / sizeof LEVELS[0];
 
 // Threads that outlive a call. One call uses them at a time; a second caller meanwhile runs its tasks alone, which
-// on a busy machine is the faster choice and cannot deadlock. After a fork the child starts a pool of its own.
+// on a busy machine is the faster choice and cannot deadlock. A fork copies no threads: the child starts a pool anew.
 class Pool {
     std::mutex turn, gate;
     std::condition_variable wake, done;
@@ -121,21 +123,12 @@ class Pool {
 };
 
 std::atomic<Pool *> current{nullptr};
-std::atomic<long> owner{0};
 
 Pool *pool() {
-#if defined(__unix__) || defined(__APPLE__)
-    long me = (long)getpid();
-#else
-    long me = 1;
-#endif
     Pool *p = current.load(std::memory_order_acquire);
-    if (p && owner.load() == me) return p;
+    if (p) return p;
     Pool *fresh = new Pool();  // never destroyed: its threads may outlive static destructors
-    if (current.compare_exchange_strong(p, fresh)) {
-        owner.store(me);
-        return fresh;
-    }
+    if (current.compare_exchange_strong(p, fresh)) return fresh;
     delete fresh;
     return p;
 }
@@ -163,6 +156,8 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.Tq < 0 || c.Tk < 0) return false;
     if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1) return false;
     if (c.dtype < 0 || c.dtype > 2 || c.out_dtype < 0 || c.out_dtype > 2 || c.grad_dtype < 0 || c.grad_dtype > 2) return false;
+    const int64_t most = INT32_MAX;  // tokens, rows and positions have 32 bits
+    if (c.Tq > most || c.Tk > most || p.q_rows > most || p.k_rows > most || p.tile > most || p.unit > most) return false;
     if (p.tile < 1 || p.unit < 1 || p.q_rows < 0 || p.k_rows < 0) return false;
     if (p.tiles != (p.q_rows + p.tile - 1) / p.tile) return false;
     if (!p.q_order.data && p.q_rows != c.Tq) return false;
@@ -205,7 +200,11 @@ int run(const SfCall *call, int level, Kind kind) {
 
 // Released blocks wait here for the next call, up to KEPT bytes.
 struct Block { void *memory; int64_t bytes; };
-constexpr int64_t KEPT = 256 << 20;
+#if defined(__SANITIZE_ADDRESS__)  // blocks of their own size, so that one step too far is seen
+constexpr int64_t KEPT = 0, PAGE = 64;
+#else
+constexpr int64_t KEPT = 256 << 20, PAGE = 4096;
+#endif
 constexpr int64_t HEADER = 64;
 struct Shelf {
     std::mutex gate;
@@ -216,13 +215,30 @@ Shelf &shelf() {
     static Shelf *s = new Shelf();
     return *s;
 }
+std::atomic<bool> poison{false};
+
+void *handed_out(void *block, int64_t bytes) {
+    void *p = (char *)block + HEADER;
+    if (poison.load(std::memory_order_relaxed)) memset(p, 0xff, (size_t)bytes);  // NaN in every format
+    return p;
+}
+
+#if defined(__unix__) || defined(__APPLE__)
+// Around a fork: the shelf is at rest, and the child forgets the pool, whose threads it does not have.
+struct AtFork {
+    AtFork() {
+        pthread_atfork([] { shelf().gate.lock(); }, [] { shelf().gate.unlock(); },
+                       [] { shelf().gate.unlock(); current.store(nullptr); });
+    }
+} at_fork;
+#endif
 
 }  // namespace
 
 extern "C" void *sf_acquire(int64_t bytes) {
-    bytes = (bytes + 4095) / 4096 * 4096;
+    bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     Shelf &s = shelf();
-    std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);  // a fork may have left it locked: then allocate
+    std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);  // not worth waiting for
     if (mine.owns_lock()) {
         size_t best = s.blocks.size();
         for (size_t i = 0; i < s.blocks.size(); i++)
@@ -233,13 +249,14 @@ extern "C" void *sf_acquire(int64_t bytes) {
             s.blocks[best] = s.blocks.back();
             s.blocks.pop_back();
             s.held -= b.bytes;
-            return (char *)b.memory + HEADER;
+            mine.unlock();
+            return handed_out(b.memory, bytes);
         }
     }
     void *p = aligned_alloc(64, (size_t)(bytes + HEADER));
     if (!p) return nullptr;
     *(int64_t *)p = bytes;
-    return (char *)p + HEADER;
+    return handed_out(p, bytes);
 }
 
 extern "C" void sf_release(void *memory) {
@@ -266,6 +283,9 @@ SF_PUBLIC const char *sf_level_name(int level) { return level >= 0 && level < N_
 SF_PUBLIC int sf_forward(const SfCall *call, int level) { return run(call, level, FORWARD); }
 SF_PUBLIC int sf_backward(const SfCall *call, int level) { return run(call, level, BACKWARD); }
 SF_PUBLIC int sf_stats(const SfCall *call, int level) { return run(call, level, STATS); }
+
+// For tests: scratch is handed out full of NaN, so that reading it before writing shows.
+SF_PUBLIC void sf_poison(int on) { poison.store(on != 0); }
 
 // Asks the kernel for the AMX tile state; 0 when granted.
 SF_PUBLIC int sf_request_amx() {

@@ -36,11 +36,12 @@ struct Rules {
         q_seg = slice<int32_t>(p->q_seg, b, h, c.Hq);
         k_seg = slice<int32_t>(p->k_seg, b, h, c.Hq);
         const int32_t *shift = (const int32_t *)p->q_shift.data;
-        q_offset = shift ? shift[p->q_shift.batch == 1 ? 0 : b] : p->q_offset;
+        q_offset = shift ? shift[p->q_shift.batch == 1 ? 0 : b] : saturate(p->q_offset);
         const int32_t *sides = slice<int32_t>(p->head_window, 0, h, c.Hq), *first = slice<int32_t>(p->head_sink, 0, h, c.Hq);
         windowed = p->windowed || sides;
-        left = sides ? sides[0] : p->left;
-        right = sides ? sides[1] : p->right;
+        const int64_t far = (int64_t)1 << 40;
+        left = sides ? sides[0] : least(p->left, far);
+        right = sides ? sides[1] : least(p->right, far);
         sink = first ? *first : p->sink;
     }
     int64_t key_token(int64_t row) const {
@@ -111,6 +112,17 @@ inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bit
     }
 }
 
+// Positions [lo, hi) of the full or of the partial entries of a list, cut to those that there are.
+struct Entries {
+    int64_t lo = 0, hi = 0;
+    Entries(int64_t start, int32_t full, int32_t count, bool partial, int64_t size) {
+        if (start < 0 || start > size || count <= 0) return;
+        full = least(most(full, 0), count);
+        lo = start + (partial ? full : 0);
+        hi = least<int64_t>(start + (partial ? count : full), size);
+    }
+};
+
 // Calls f(Chunk) for everything tile r of (b,h) visits: full entries first, then those that need element tests.
 // Neighbouring units join and scattered small ones are gathered, unless entries are to stay APART.
 template <bool APART = false, class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
@@ -124,17 +136,12 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
     for (int pass = 0; pass < 2; pass++) {
         bool partial = pass == 1;
         if (ss) {
-            int64_t lo = ss[r] + (partial ? sf[r] : 0), hi = ss[r] + (partial ? sc[r] : sf[r]);
-            lo = most<int64_t>(lo, 0);
-            hi = least(hi, p.spans_size);
-            for (int64_t e = lo; e < hi; e++)
+            Entries own(ss[r], sf[r], sc[r], partial, p.spans_size);
+            for (int64_t e = own.lo; e < own.hi; e++)
                 span_chunks(most<int64_t>(p.spans[2 * e], 0), least<int64_t>(p.spans[2 * e + 1], p.k_rows), partial, nullptr, e - ss[r], f);
         }
         if (us) {
-            int64_t lo = us[r] + (partial ? uf[r] : 0), hi = us[r] + (partial ? uc[r] : uf[r]);
-            int64_t first = lo;
-            lo = most<int64_t>(lo, 0);
-            hi = least(hi, p.index_size);
+            Entries own(us[r], uf[r], uc[r], partial, p.index_size);
             int64_t rows[BK];
             int held = 0;
             auto flush = [&] {
@@ -143,14 +150,15 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
                 f(g);
                 held = 0;
             };
-            for (int64_t e = lo; e < hi;) {
+            for (int64_t e = own.lo; e < own.hi;) {
                 int64_t u = p.index[e], run = 1;
                 bool masked = partial && bs;
-                while (!APART && !masked && e + run < hi && p.index[e + run] == u + run) run++;
+                while (!APART && !masked && e + run < own.hi && p.index[e + run] == u + run) run++;
                 const int32_t *bits = nullptr;
                 if (masked) {
-                    int64_t at = bs[r] + (e - first);
-                    if (at < 0 || at >= p.bits_size) { e++; continue; }
+                    int64_t at = e - own.lo, room = p.bits_size - at;
+                    if (bs[r] < 0 || bs[r] >= room) { e++; continue; }
+                    at += bs[r];
                     bits = p.bits + at * p.tile * words;
                 }
                 int64_t from = most<int64_t>(u, 0) * p.unit, to = least((u + run) * p.unit, p.k_rows);

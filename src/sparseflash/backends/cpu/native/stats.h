@@ -75,7 +75,7 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                 else take(all, x);
             }
         }
-        if (c.over == SF_OVER_ENTRY && k.entry < c.entry_width) take(stat[tile * c.entry_width + k.entry], all);
+        if (c.over == SF_OVER_ENTRY && k.entry >= 0 && k.entry < c.entry_width) take(stat[tile * c.entry_width + k.entry], all);
     });
     if (c.over == SF_OVER_ROW)
         for (int i = 0; i < BQ; i++) if (alive >> i & 1) stat[q.token[i]] = w.m[i];
