@@ -218,10 +218,13 @@ def _fit(
 
 
 def _shorter(wanted: int, length: int) -> str:
-    return (
-        f"T = {wanted:,} would take too long on this machine: the models are trained at T = {length:,}. "
-        "More minutes (--minutes), or a compiler for the native kernels (sparseflash doctor), change that."
+    note = (
+        f"T = {wanted:,} would take too long on this machine in this time: the models are trained at "
+        f"T = {length:,}. More --minutes change that."
     )
+    if describe()["backend"].startswith("reference"):
+        note += " So does a C++ compiler: without one the slow reference runs (sparseflash doctor)."
+    return note
 
 
 @torch.no_grad()
