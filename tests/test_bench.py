@@ -6,9 +6,10 @@ import torch
 pytest.importorskip("safetensors")
 
 from sparseflash.bench import curves, machine, results
-from sparseflash.bench.cases import Case, forward_backward, inputs, naive
+from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
+from sparseflash.methods import HashSparse
 from sparseflash.train.attention import dense
 
 
@@ -57,27 +58,27 @@ def test_rows_come_back_with_the_machine_beside_them(tmp_path):
         results.write(tmp_path / "file" / "rows.csv", rows)
 
 
-def test_naive_masked_attention_is_the_masked_softmax():
-    q, k, v, dout = inputs(48, heads=2, dim=16)
-    out = naive(4)(q, k, v)
-    generator = torch.Generator().manual_seed(0)
-    planes = torch.randn(2, 16, 2, generator=generator)
-    planes = planes / planes.norm(dim=1, keepdim=True)
-    q_bucket, k_bucket = (torch.cat([x @ planes, -(x @ planes)], -1).argmax(-1) for x in (q, k))
-    for head in range(2):
-        for i in range(48):
-            seen = [j for j in range(i + 1) if k_bucket[0, head, j] == q_bucket[0, head, i]]
-            if not seen:
-                assert out[0, head, i].abs().max() == 0
-                continue
-            p = (k[0, head, seen] @ q[0, head, i] / 4).softmax(0)
-            torch.testing.assert_close(out[0, head, i], p @ v[0, head, seen])
-    grads = forward_backward(naive(4), q, k, v, dout)()
-    assert all(g.isfinite().all() for g in grads)
+def test_naive_masked_attention_equals_hash_sparse():
+    method = HashSparse(nb=4)
+    tensors = inputs(96, heads=2, dim=16)
+    torch.testing.assert_close(Naive(method)(*tensors[:3]), method(*tensors[:3]))
+    for ours, other in zip(forward_backward(method, *tensors)(), forward_backward(Naive(method), *tensors)()):
+        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
+
+
+def test_density_and_recall_are_those_of_the_mask():
+    q, k, v, _ = inputs(200, heads=2, dim=16)
+    case = Case("hash", HashSparse(nb=4), "hash-sparse")
+    measured = curves.quality(case, q, k, v)
+    keep = case.attention.select(q, k).plan.to_dense()
+    p = (q @ k.mT / 4).masked_fill(~torch.ones(200, 200).tril().bool(), -torch.inf).softmax(-1)
+    assert measured["density"] == pytest.approx(keep.sum().item() / (2 * 200 * 201 / 2))
+    assert measured["recall"] == pytest.approx((p * keep).sum(-1).mean().item(), abs=1e-5)
+    assert curves.quality(Case("dense", dense, "dense"), q, k, v) == {"density": 1.0, "recall": 1.0}
 
 
 def test_curves_have_a_row_for_every_case_and_length():
-    cases = [Case("base", dense, "dense"), Case("short", naive(4), "naive", longest=64)]
+    cases = [Case("base", dense, "dense"), Case("short", Naive(HashSparse(nb=4)), "naive", longest=64)]
     rows = curves.measure(cases, lengths=[32, 64, 128], rounds=1, heads=2, dim=16)
     assert [(r["case"], r["T"]) for r in rows] == [(c, t) for t in (32, 64, 128) for c in ("base", "short")]
     assert all(r["speedup"] == 1.0 for r in rows if r["case"] == "base")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseflash.method import Selection
+from sparseflash.methods import HashSparse
 from sparseflash.train.attention import Attention, build, dense
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,7 +43,7 @@ def curves() -> list[Case]:
     """Dense, naive, Reformer, hash-sparse and QK-sparse, as in the paper's runtime figures."""
     cases = [
         Case("dense (torch SDPA)", dense, "dense"),
-        Case("naive masked, 16 buckets", naive(16), "naive", longest=4096),
+        Case("naive masked, 16 buckets", Naive(HashSparse(nb=16)), "naive", longest=4096),
         Case("reformer", build("reformer"), "reformer"),
     ]
     cases += [
@@ -59,20 +61,24 @@ def curves() -> list[Case]:
     return cases
 
 
-def naive(nb: int, seed: int = 0) -> Attention:
-    """Hash-sparse attention the plain way: the same visible pairs as a boolean T x T mask for torch SDPA."""
+@dataclass(frozen=True)
+class Naive:
+    """Hash-sparse attention the plain way: what `method` sees as a boolean T x T mask for torch SDPA."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    method: HashSparse
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Hash, build the mask, attend."""
         with torch.no_grad():
-            generator = torch.Generator().manual_seed(seed)
-            planes = F.normalize(torch.randn(q.shape[1], q.shape[-1], nb // 2, generator=generator), dim=1)
-            bucket = [torch.cat([y, -y], -1).argmax(-1) for y in (x.float() @ planes for x in (q, k))]
-            keep = (bucket[0][..., :, None] == bucket[1][..., None, :]).tril_()
+            q_bucket, k_bucket = self.method.buckets(q, k)
+            keep = (q_bucket[..., :, None] == k_bucket[..., None, :]).tril_()
             empty = ~keep.any(-1, keepdim=True)  # a row without any visible key would be NaN
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep | empty)
         return out.masked_fill(empty, 0.0)
 
-    return attention
+    def select(self, q: Tensor, k: Tensor) -> Selection:
+        """Select what the mask shows, as a plan."""
+        return self.method.select(q, k)
 
 
 def inputs(

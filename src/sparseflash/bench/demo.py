@@ -16,7 +16,7 @@ import torch
 from sparseflash.bench import cases, curves, results
 from sparseflash.bench.machine import describe
 from sparseflash.bench.report import Drawing, Result, Run, comparison, verdict, write
-from sparseflash.bench.timing import seconds
+from sparseflash.bench.timing import predict, seconds
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer
 
@@ -202,15 +202,16 @@ def _train(
 def _fit(
     corpus: Corpus, base: TrainConfig, plans: list[Contender], left: float
 ) -> tuple[TrainConfig, list[str]]:
-    """Shorten the sequences where a short probe says that even a few steps would not fit."""
-    probe = replace(base, length=min(base.length, max(256, base.length // 16)))
-    trainers = [Trainer(replace(probe, **plan.changes), corpus) for plan in plans]
-    for trainer in trainers:
-        trainer.step()  # compiles
-    step = sum(seconds(trainer.step) for trainer in trainers)
+    """Shorten the sequences where short probes say that even a few steps would not fit."""
+    history: list[tuple[int, float]] = []
+    for probe in sorted({max(256, base.length // 16), max(256, base.length // 4)}):
+        if probe < base.length and 6 * predict(history, probe) < left:
+            trainers = [Trainer(replace(base, length=probe, **plan.changes), corpus) for plan in plans]
+            for trainer in trainers:
+                trainer.step()  # compiles
+            history.append((probe, sum(seconds(trainer.step) for trainer in trainers)))
     length = base.length
-    # Quadratic growth is twice what a step really costs, hence half of the fewest steps.
-    while length > 512 and left / (step * (length / probe.length) ** 2) < FEWEST / 2:
+    while length > 512 and left < FEWEST * predict(history, length):
         length //= 2
     if length == base.length:
         return base, []
