@@ -8,6 +8,7 @@ from .methods.training.hash_sparse import hash_sparse_attention
 from .methods.training.qk_sparse import qk_sparse_attention
 from .ops import attention, attention_backward, merge
 from .plan import Plan
+from .statistics import attention_stats
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "SparseFlashError",
     "attention",
     "attention_backward",
+    "attention_stats",
     "backends",
     "hash_sparse_attention",
     "merge",

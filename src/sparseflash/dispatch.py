@@ -44,6 +44,23 @@ class Backend(Protocol):
         """Gradients of q, k, v and (per query head, full precision) key_bias."""
         ...
 
+    def stats(
+        self,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        plan: Plan,
+        *,
+        over: str,
+        peak: bool,
+        scale: float,
+        softcap: float,
+        key_bias: Tensor | None,
+        width: int,
+    ) -> Tensor:
+        """Statistics of P = exp(S - lse), [B,Hq,width]."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendStatus:

@@ -137,3 +137,42 @@ def backward(
         keys.add(dk, ds.transpose(-1, -2) @ qr * scale)
     wanted = grad_dtype or q.dtype
     return dq.to(wanted), dk.to(wanted), dv.to(wanted), dbias
+
+
+def stats(
+    q: Tensor, k: Tensor, lse: Tensor, plan: Plan, *, over: str, peak: bool, scale: float, softcap: float,
+    key_bias: Tensor | None, width: int,
+) -> Tensor:
+    """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: [B,Hq,width]."""
+    B, H, Tq, _ = q.shape
+    Tk = k.shape[2]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    total = torch.zeros(B * H, width + 1, dtype=work, device=q.device)
+    owner = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
+    for r in range(plan.tiles):
+        view = tile_view(plan, r, B, H)
+        if not view.keep.shape[-1]:
+            continue
+        seen, live = view.keep.any(-2), view.keep.any(-1)
+        queries, keys = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1])
+        s, _ = _logits(
+            queries.read(q, work, live), keys.read(k, work, seen), view, scale, softcap,
+            _bias_rows(key_bias, keys, H, work),
+        )
+        row_lse = queries.read(lse, work, live)
+        known = view.keep & (row_lse > float("-inf"))[..., None]
+        p = torch.where(known, torch.exp(s - row_lse[..., None]), 0)
+        if over == "key":
+            place, p = view.k_token[..., None, :], (p.amax(-2) if peak else p.sum(-2))[..., None, :]
+        elif over == "row":
+            place, p = view.q_token[..., :, None], (p.amax(-1) if peak else p.sum(-1))[..., :, None]
+        elif over == "entry":
+            per = width // plan.tiles
+            place, p = torch.where(view.entry < 0, -1, r * per + view.entry)[..., None, :], (p.amax(-2) if peak else p.sum(-2))[..., None, :]
+        else:
+            place = view.q_token[..., :, None] - view.k_token[..., None, :] + Tk - 1
+            place = torch.where(known, place, width)
+        place = torch.where(place < 0, width, place).expand_as(p)
+        flat = (owner * (width + 1) + place).flatten()
+        total.view(-1).scatter_reduce_(0, flat, p.flatten().to(work), "amax" if peak else "sum")
+    return total[:, :width].view(B, H, width)

@@ -24,33 +24,34 @@ KEY_GROUP = 128
 class TileView:
     """The keys that one tile visits, for every (batch, head): tokens, and what each row sees of them.
 
-    q_token [B,H,tile] and k_token [B,H,n] are token numbers (-1: no token); keep [B,H,tile,n].
+    q_token [B,H,tile] and k_token [B,H,n] are token numbers (-1: no token); keep [B,H,tile,n]; entry [B,H,n] is
+    the place of a key's entry in the tile's lists, spans before units (-1: no key).
     """
 
     q_token: Tensor
     k_token: Tensor
     k_row: Tensor
     keep: Tensor
-    covered: Tensor
+    entry: Tensor
 
 
 def _at(x: Tensor, batch: int, heads: int) -> Tensor:
     return spread_heads(x, heads).expand(batch, -1, *x.shape[2:])
 
 
-def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entries of tile r as ranges: lo, hi, is_full, bits row (-1: none), each [B,H,m]; the rest empty."""
+def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
+    """Entries of tile r as ranges: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; rest empty."""
     parts = []
+    before: Tensor | int = 0
     if plan.spans is not None:
-        start, full, count = (
-            _at(x[..., r], batch, heads) for x in (plan.span_start, plan.span_full, plan.span_count)
-        )
+        start, count = (_at(x[..., r], batch, heads) for x in (plan.span_start, plan.span_count))
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
         live = slot < count[..., None]
         pair = plan.spans[torch.where(live, start[..., None] + slot, 0)].long() if len(plan.spans) else None
         if pair is not None and slot.numel():
             lo, hi = (torch.where(live, x, 0) for x in pair.unbind(-1))
-            parts.append((lo, hi, slot < full[..., None], torch.full_like(lo, -1)))
+            parts.append((lo, hi, torch.full_like(lo, -1), slot.expand_as(lo)))
+        before = count[..., None].long()
     if plan.index is not None and len(plan.index):
         start, full, count = (_at(x[..., r], batch, heads) for x in (plan.start, plan.full, plan.count))
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
@@ -64,17 +65,17 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, Tensor
         else:
             first = _at(plan.bits_start[..., r], batch, heads)[..., None]
             row = torch.where(live & ~is_full, first + slot - full[..., None], -1)
-        parts.append((lo, hi, is_full, row))
+        parts.append((lo, hi, row, before + slot.expand_as(lo)))
     if not parts:
         none = torch.zeros(batch, heads, 0, dtype=torch.int64, device=plan.device)
-        return none, none, none.bool(), none
-    return tuple(torch.cat(x, -1) for x in zip(*parts, strict=True))  # type: ignore[return-value]
+        return none, none, none, none
+    return tuple(torch.cat(x, -1) for x in zip(*parts, strict=True))
 
 
 def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
     """Everything tile r sees, by the formula, with the work and memory of what it visits."""
     device = plan.device
-    lo, hi, is_full, bits_row = _entries(plan, r, batch, heads)
+    lo, hi, bits_row, place = _entries(plan, r, batch, heads)
     size = hi - lo
     flat = size.flatten()
     entry = torch.repeat_interleave(torch.arange(flat.numel(), device=device), flat)
@@ -85,9 +86,9 @@ def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
     column = torch.arange(entry.numel(), device=device) - (total.cumsum(0) - total)[owner]
     k_row = torch.full((batch * heads, n), -1, dtype=torch.int64, device=device)
     k_row[owner, column] = lo.flatten()[entry] + inside
-    sure = torch.zeros((batch * heads, n), dtype=torch.bool, device=device)
-    sure[owner, column] = is_full.flatten()[entry]
-    k_row, sure = k_row.view(batch, heads, n), sure.view(batch, heads, n)
+    listed = torch.full_like(k_row, -1)
+    listed[owner, column] = place.flatten()[entry]
+    k_row, listed = k_row.view(batch, heads, n), listed.view(batch, heads, n)
 
     row = torch.arange(r * plan.tile, min((r + 1) * plan.tile, plan.q_rows), device=device)
     if plan.q_order is None:
@@ -112,7 +113,7 @@ def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
         words = plan.bits[bit_row.clamp(min=0), :, lane // 32][..., : q_token.shape[-1]].transpose(-1, -2)
         keep = keep & ((((words >> (lane % 32)[..., None, :]) & 1) != 0) | (bit_row < 0)[..., None, :])
     keep = keep & covered[..., None, :]
-    return TileView(q_token, k_token, k_row, keep, sure)
+    return TileView(q_token, k_token, k_row, keep, listed)
 
 
 def visible(plan: Plan, q_token: Tensor, k_token: Tensor) -> Tensor:

@@ -265,3 +265,23 @@ def backward(
         call.dbias = dbias.data_ptr()
     _run("sf_backward", call, q.dtype)
     return dq, dk, dv, dbias
+
+
+OVER = {"key": 0, "row": 1, "entry": 2, "diagonal": 3}
+
+
+def stats(
+    q: Tensor, k: Tensor, lse: Tensor, plan: Plan, *, over: str, peak: bool, scale: float, softcap: float,
+    key_bias: Tensor | None, width: int,
+) -> Tensor:
+    """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: fp32 [B,Hq,width]."""
+    keep: list[Tensor] = []
+    call = _call(q, k, k, plan, scale, softcap, key_bias, keep)
+    call.v = View()
+    lse = lse.to(torch.float32).contiguous()
+    found = torch.empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
+    call.lse, call.stat = lse.data_ptr(), found.data_ptr()
+    call.over, call.peak, call.stat_width = OVER[over], peak, width
+    call.entry_width = width // max(plan.tiles, 1) if over == "entry" else 0
+    _run("sf_stats", call, q.dtype)
+    return found

@@ -1,0 +1,123 @@
+"""`attention_stats`: what the softmax looked at, streamed, for methods that select by attention mass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .errors import require
+from .ops import _as_backend, _as_scale, _as_softcap, _check_bias, _check_inputs, _check_plan, _describe
+from .plan import Plan
+from .plan.flat import flatten, unflatten
+
+Over = Literal["key", "entry", "row", "diagonal"]
+
+
+@torch.library.custom_op("sparseflash::attention_stats", mutates_args=())
+def _stats(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    over: str,
+    peak: bool,
+    scale: float,
+    softcap: float,
+    width: int,
+    backend: str,
+) -> Tensor:
+    plan = unflatten(plan_tensors, plan_ints)
+    return choose(q, k, k, plan, backend).stats(
+        q, k, lse, plan, over=over, peak=peak, scale=scale, softcap=softcap, key_bias=key_bias, width=width
+    )
+
+
+@_stats.register_fake
+def _(q: Any, k: Any, lse: Any, key_bias: Any, plan_tensors: Any, plan_ints: Any, over: Any, peak: Any, scale: Any,
+      softcap: Any, width: Any, backend: Any) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((q.shape[0], q.shape[1], width), dtype=dtype)
+
+
+def attention_stats(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    *,
+    over: Over = "key",
+    reduce: Literal["sum", "max"] = "sum",
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sums or maxima of the attention weights `P = exp(S - lse)`, from a given lse, without forming P.
+
+    Memory is that of the result; no gradient.
+
+    Parameters
+    ----------
+    q, k : Tensor
+        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`.
+    lse : Tensor
+        `[B,Hq,Tq]`, natural log, of any softmax (that of a denser plan gives shares of its mass). Rows with
+        -inf count nothing.
+    plan : Plan
+        The pairs that are looked at.
+    over : "key", "row", "entry" or "diagonal"
+        What is left: each key `[B,Hq,Tk]`; each query `[B,Hq,Tq]`; each listed span or unit
+        `[B,Hq,tiles,n]`, spans before units in list order, n the longest list; each distance between query and
+        key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`.
+    reduce : "sum" or "max"
+    scale, softcap, key_bias, backend
+        As in `sparseflash.attention`.
+
+    Returns
+    -------
+    Tensor
+        fp32 (fp64 for fp64 input).
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 32)
+    >>> plan = sf.Plan.dense(100, 100, causal=True)
+    >>> out, lse = sf.attention(q, k, v, plan, return_lse=True)
+    >>> mass = sf.attention_stats(q, k, lse, plan, over="key")
+    >>> bool((mass.sum(-1) - 100).abs().max() < 1e-3)
+    True
+    """
+    require(
+        (over in ("key", "row", "entry", "diagonal"), f"over={over!r}: expected key, row, entry or diagonal"),
+        (reduce in ("sum", "max"), f"reduce={reduce!r}: expected sum or max"),
+        (isinstance(plan, Plan), f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)"),
+    )
+    _check_inputs(q, k, k)
+    _check_plan(plan, q, k)
+    if key_bias is not None:
+        _check_bias(key_bias, q, k)
+    require(
+        (
+            isinstance(lse, Tensor) and lse.shape == q.shape[:3] and lse.device == q.device,
+            f"lse: {_describe(lse)}; expected {list(q.shape[:3])} on {q.device}",
+        )
+    )
+    per = sum(int(n.max()) if n is not None and n.numel() else 0 for n in (plan.span_count, plan.count)) if (
+        over == "entry"
+    ) else 0
+    width = {
+        "key": k.shape[2], "row": q.shape[2], "entry": plan.tiles * per, "diagonal": max(q.shape[2] + k.shape[2] - 1, 0)
+    }[over]
+    tensors, ints = flatten(plan)
+    found = _stats(
+        q.detach(), k.detach(), lse.detach(), None if key_bias is None else key_bias.detach(), tensors, ints, over,
+        reduce == "max", _as_scale(scale, q.shape[-1]), _as_softcap(softcap), width, _as_backend(backend),
+    )
+    return found.view(*found.shape[:2], plan.tiles, per) if over == "entry" else found
