@@ -39,8 +39,20 @@ def _stats(
 
 
 @_stats.register_fake
-def _(q: Any, k: Any, lse: Any, key_bias: Any, plan_tensors: Any, plan_ints: Any, over: Any, peak: Any, scale: Any,
-      softcap: Any, width: Any, backend: Any) -> Tensor:
+def _(
+    q: Any,
+    k: Any,
+    lse: Any,
+    key_bias: Any,
+    plan_tensors: Any,
+    plan_ints: Any,
+    over: Any,
+    peak: Any,
+    scale: Any,
+    softcap: Any,
+    width: Any,
+    backend: Any,
+) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((q.shape[0], q.shape[1], width), dtype=dtype)
 
@@ -109,15 +121,30 @@ def attention_stats(
             f"lse: {_describe(lse)}; expected {list(q.shape[:3])} on {q.device}",
         )
     )
-    per = sum(int(n.max()) if n is not None and n.numel() else 0 for n in (plan.span_count, plan.count)) if (
-        over == "entry"
-    ) else 0
+    per = (
+        sum(int(n.max()) if n is not None and n.numel() else 0 for n in (plan.span_count, plan.count))
+        if (over == "entry")
+        else 0
+    )
     width = {
-        "key": k.shape[2], "row": q.shape[2], "entry": plan.tiles * per, "diagonal": max(q.shape[2] + k.shape[2] - 1, 0)
+        "key": k.shape[2],
+        "row": q.shape[2],
+        "entry": plan.tiles * per,
+        "diagonal": max(q.shape[2] + k.shape[2] - 1, 0),
     }[over]
     tensors, ints = flatten(plan)
     found = _stats(
-        q.detach(), k.detach(), lse.detach(), None if key_bias is None else key_bias.detach(), tensors, ints, over,
-        reduce == "max", _as_scale(scale, q.shape[-1]), _as_softcap(softcap), width, _as_backend(backend),
+        q.detach(),
+        k.detach(),
+        lse.detach(),
+        None if key_bias is None else key_bias.detach(),
+        tensors,
+        ints,
+        over,
+        reduce == "max",
+        _as_scale(scale, q.shape[-1]),
+        _as_softcap(softcap),
+        width,
+        _as_backend(backend),
     )
     return found.view(*found.shape[:2], plan.tiles, per) if over == "entry" else found

@@ -78,7 +78,14 @@ def _bias_rows(key_bias: Tensor | None, keys: _Rows, heads: int, dtype: torch.dt
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 (fp64) [B,Hq,Tq]."""
@@ -91,9 +98,17 @@ def forward(
         if not view.keep.shape[-1]:
             continue
         seen = view.keep.any(-2)  # keys nobody sees may hold anything
-        queries, keys, values = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1]), _Rows(view.k_token, v.shape[1])
+        queries, keys, values = (
+            _Rows(view.q_token, H),
+            _Rows(view.k_token, k.shape[1]),
+            _Rows(view.k_token, v.shape[1]),
+        )
         s, _ = _logits(
-            queries.read(q, work), keys.read(k, work, seen), view, scale, softcap,
+            queries.read(q, work),
+            keys.read(k, work, seen),
+            view,
+            scale,
+            softcap,
             _bias_rows(key_bias, keys, H, work),
         )
         row_lse = s.logsumexp(-1)
@@ -104,8 +119,19 @@ def forward(
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, plan: Plan, *,
-    scale: float, softcap: float, key_bias: Tensor | None, grad_dtype: torch.dtype | None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32 (fp64), from the given lse."""
     B, H, Tq, D = q.shape
@@ -118,12 +144,17 @@ def backward(
         if not view.keep.shape[-1]:
             continue
         seen, live = view.keep.any(-2), view.keep.any(-1)
-        queries, keys, values = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1]), _Rows(view.k_token, v.shape[1])
+        queries, keys, values = (
+            _Rows(view.q_token, H),
+            _Rows(view.k_token, k.shape[1]),
+            _Rows(view.k_token, v.shape[1]),
+        )
         qr, kr, vr = queries.read(q, work, live), keys.read(k, work, seen), values.read(v, work, seen)
         do = queries.read(dout, work, live)
         s, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work))
         row_lse = queries.read(lse, work, live)
-        p = torch.where(view.keep, torch.exp(s - row_lse[..., None]), 0)
+        known = view.keep & (row_lse > float("-inf"))[..., None]
+        p = torch.where(known, torch.exp(s - row_lse[..., None]), 0)
         delta = (do * queries.read(out, work, live)).sum(-1)
         if dlse is not None:
             delta = delta - queries.read(dlse, work, live)
@@ -140,8 +171,17 @@ def backward(
 
 
 def stats(
-    q: Tensor, k: Tensor, lse: Tensor, plan: Plan, *, over: str, peak: bool, scale: float, softcap: float,
-    key_bias: Tensor | None, width: int,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    *,
+    over: str,
+    peak: bool,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    width: int,
 ) -> Tensor:
     """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: [B,Hq,width]."""
     B, H, Tq, _ = q.shape
@@ -156,7 +196,11 @@ def stats(
         seen, live = view.keep.any(-2), view.keep.any(-1)
         queries, keys = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1])
         s, _ = _logits(
-            queries.read(q, work, live), keys.read(k, work, seen), view, scale, softcap,
+            queries.read(q, work, live),
+            keys.read(k, work, seen),
+            view,
+            scale,
+            softcap,
             _bias_rows(key_bias, keys, H, work),
         )
         row_lse = queries.read(lse, work, live)
@@ -168,7 +212,10 @@ def stats(
             place, p = view.q_token[..., :, None], (p.amax(-1) if peak else p.sum(-1))[..., :, None]
         elif over == "entry":
             per = width // plan.tiles
-            place, p = torch.where(view.entry < 0, -1, r * per + view.entry)[..., None, :], (p.amax(-2) if peak else p.sum(-2))[..., None, :]
+            place, p = (
+                torch.where(view.entry < 0, -1, r * per + view.entry)[..., None, :],
+                (p.amax(-2) if peak else p.sum(-2))[..., None, :],
+            )
         else:
             place = view.q_token[..., :, None] - view.k_token[..., None, :] + Tk - 1
             place = torch.where(known, place, width)

@@ -123,9 +123,11 @@ def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple
     slot = torch.unique(touched)
     size = len(slot) * tile * words * 8
     require(
-        (size <= LIMIT,
-         f"the result needs {size / 2**30:.1f} GiB of bits while it is built (limit {LIMIT / 2**30:.0f}): use a "
-         "tuple of disjoint plans, or larger units, or plans whose rules combine"),
+        (
+            size <= LIMIT,
+            f"the result needs {size / 2**30:.1f} GiB of bits while it is built (limit {LIMIT / 2**30:.0f}): use a "
+            "tuple of disjoint plans, or larger units, or plans whose rules combine",
+        ),
         error=PlanError,
     )
 
@@ -197,15 +199,19 @@ def retile(plan: Plan, tile: int, unit: int) -> Plan:
     """The same visible set with other tiles and units."""
     for name, value in (("tile", tile), ("unit", unit)):
         require(
-            (isinstance(value, int) and not isinstance(value, bool) and value > 0,
-             f"{name}={value!r}: expected a positive int"),
+            (
+                isinstance(value, int) and not isinstance(value, bool) and value > 0,
+                f"{name}={value!r}: expected a positive int",
+            ),
             error=PlanError,
         )
     if tile == plan.tile and (unit == plan.unit or plan.index is None):
         return plan if unit == plan.unit else dataclasses.replace(plan, unit=unit)
     if plan.index is None and plan.tile % tile == 0:  # ranges of a tile serve each part of it
         ratio, tiles = plan.tile // tile, -(-plan.q_rows // tile)
-        lists = {n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in _LISTS[:3]}
+        lists = {
+            n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in _LISTS[:3]
+        }
         return dataclasses.replace(plan, tile=tile, unit=unit, span_keys=None, unit_keys=None, **lists)
     if max(tile, plan.tile) % min(tile, plan.tile):
         plan = retile(plan, math.gcd(tile, plan.tile), unit)
@@ -254,7 +260,10 @@ def _uses_positions(p: Plan) -> bool:
 
 def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
     """The rules of both in one formula, or None where one formula cannot say it."""
-    rules: dict[str, Any] = {"causal": a.causal or b.causal, "include_self": a.include_self and b.include_self}
+    rules: dict[str, Any] = {
+        "causal": a.causal or b.causal,
+        "include_self": a.include_self and b.include_self,
+    }
     placed = [p for p in (a, b) if _uses_positions(p)]
     if len(placed) == 2:
         if not all(_same(getattr(a, n), getattr(b, n)) for n in _POSITIONS):
@@ -270,7 +279,9 @@ def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
         if a.sink != b.sink:
             return None
         sides = zip(a.window, b.window, strict=True)
-        rules["window"] = tuple(min(x) if (x := [s for s in pair if s is not None]) else None for pair in sides)
+        rules["window"] = tuple(
+            min(x) if (x := [s for s in pair if s is not None]) else None for pair in sides
+        )
         rules["sink"] = a.sink
     elif (windowed := a if a.window is not None else b).window is not None:
         rules |= {"window": windowed.window, "sink": windowed.sink}

@@ -22,8 +22,10 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     require(
-        (plan.q_order is None and plan.k_order is None,
-         "a BlockMask has no row orders: this plan permutes or drops tokens; gather q, k and v by its orders first"),
+        (
+            plan.q_order is None and plan.k_order is None,
+            "a BlockMask has no row orders: this plan permutes or drops tokens; gather q, k and v by its orders first",
+        ),
         error=PlanError,
     )
     p = plan.retile(block, block)
@@ -49,7 +51,9 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
     first = spread_heads(p.bits_start, heads).expand(batch, -1, -1)
     value = torch.where(live, first[..., None] + slot, -1)
     _put(ordinal, part.long(), value, live)
-    bits = p.bits if len(p.bits) else torch.zeros(1, block, -(-block // 32), dtype=torch.int32, device=p.device)
+    bits = (
+        p.bits if len(p.bits) else torch.zeros(1, block, -(-block // 32), dtype=torch.int32, device=p.device)
+    )
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         at = ordinal[b if batch > 1 else b * 0, h if heads > 1 else h * 0, q // block, k // block]
@@ -70,8 +74,10 @@ def _put(into: Tensor, at: Tensor, value: Tensor, live: Tensor) -> None:
 def from_block_mask(block_mask: Any) -> dict[str, Any]:
     """Fields of the plan of a BlockMask; its mask function is evaluated on partial blocks only."""
     require(
-        (hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod"),
-         f"block_mask is a {type(block_mask).__name__}: expected torch.nn.attention.flex_attention.BlockMask"),
+        (
+            hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod"),
+            f"block_mask is a {type(block_mask).__name__}: expected torch.nn.attention.flex_attention.BlockMask",
+        ),
         error=PlanError,
     )
     Tq, Tk = block_mask.seq_lengths
@@ -113,14 +119,28 @@ def from_block_mask(block_mask: Any) -> dict[str, Any]:
     within = torch.arange(len(order), device=part.device) - bits_start[cb, ch, cr]
     index[start[cb, ch, cr] + full[cb, ch, cr] + within] = column[order].int()
     return {
-        "Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "start": start, "full": full.int(), "count": count.int(),
-        "index": index, "bits": pack_bits(seen[order]), "bits_start": bits_start,
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "start": start,
+        "full": full.int(),
+        "count": count.int(),
+        "index": index,
+        "bits": pack_bits(seen[order]),
+        "bits_start": bits_start,
     }
 
 
 def _evaluate(
-    mask_mod: Callable[..., Tensor], b: Tensor, h: Tensor, r: Tensor, c: Tensor, given: Tensor,
-    lengths: tuple[int, int], size: tuple[int, int],
+    mask_mod: Callable[..., Tensor],
+    b: Tensor,
+    h: Tensor,
+    r: Tensor,
+    c: Tensor,
+    given: Tensor,
+    lengths: tuple[int, int],
+    size: tuple[int, int],
 ) -> Tensor:
     """The mask function on some blocks: bool [n, tile, unit]; `given` blocks are all visible."""
     (Tq, Tk), (tile, unit) = lengths, size

@@ -19,7 +19,9 @@ def _first_rows(Tq: int, tile: int, tiles: int, device: torch.device) -> Tensor:
     return (torch.arange(tiles, device=device) * tile).clamp(max=max(Tq - 1, 0))
 
 
-def _kinds(unit_id: Tensor, listed: Tensor, *, Tq: int, Tk: int, tile: int, unit: int, causal: bool) -> Tensor:
+def _kinds(
+    unit_id: Tensor, listed: Tensor, *, Tq: int, Tk: int, tile: int, unit: int, causal: bool
+) -> Tensor:
     """0 full, 1 partial, 2 not visited, for units [B,H,R,n] of causal or free tiles."""
     last = (unit_id + 1) * unit - 1
     whole = last < Tk
@@ -52,41 +54,77 @@ def _units(unit_id: Tensor, kind: Tensor, capacity: int | None) -> Fields:
 
 
 def from_blocks(
-    keep_blocks: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False,
+    keep_blocks: Tensor,
+    *,
+    Tq: int,
+    Tk: int,
+    tile: int = TILE,
+    unit: int = UNIT,
+    causal: bool = False,
     capacity: int | None = None,
 ) -> Fields:
     _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
     R, C = -(-Tq // tile), -(-Tk // unit)
     require(
-        (isinstance(keep_blocks, Tensor) and keep_blocks.dim() == 4 and tuple(keep_blocks.shape[2:]) == (R, C),
-         f"keep_blocks: {_shape(keep_blocks)}; expected bool [B|1, H|1, {R} tiles of {tile}, {C} units of {unit}]"),
-        (keep_blocks.dtype == torch.bool,
-         f"keep_blocks has dtype {keep_blocks.dtype}: expected bool, True = attends"),
-        (capacity is None or (isinstance(capacity, int) and capacity > 0), f"capacity={capacity!r}: expected an int > 0"),
+        (
+            isinstance(keep_blocks, Tensor)
+            and keep_blocks.dim() == 4
+            and tuple(keep_blocks.shape[2:]) == (R, C),
+            f"keep_blocks: {_shape(keep_blocks)}; expected bool [B|1, H|1, {R} tiles of {tile}, {C} units of {unit}]",
+        ),
+        (
+            keep_blocks.dtype == torch.bool,
+            f"keep_blocks has dtype {keep_blocks.dtype}: expected bool, True = attends",
+        ),
+        (
+            capacity is None or (isinstance(capacity, int) and capacity > 0),
+            f"capacity={capacity!r}: expected an int > 0",
+        ),
         error=PlanError,
     )
     unit_id = torch.arange(C, device=keep_blocks.device).expand(keep_blocks.shape)
     kind = _kinds(unit_id, keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal)
-    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **_units(unit_id, kind, capacity)}
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        **_units(unit_id, kind, capacity),
+    }
 
 
 def from_keys(
-    index: Tensor, *, Tq: int, Tk: int, tile: int = 1, unit: int = 1, causal: bool = False, unique: bool = False,
+    index: Tensor,
+    *,
+    Tq: int,
+    Tk: int,
+    tile: int = 1,
+    unit: int = 1,
+    causal: bool = False,
+    unique: bool = False,
     capacity: int | None = None,
 ) -> Fields:
     _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
     R, C = -(-Tq // tile), -(-Tk // unit)
     require(
-        (isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R,
-         f"index: {_shape(index)}; expected integers [B|1, H|1, {R} tiles of {tile}, n], -1 = none"),
-        (not index.is_floating_point() and index.dtype != torch.bool,
-         f"index has dtype {index.dtype}: expected integers"),
+        (
+            isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R,
+            f"index: {_shape(index)}; expected integers [B|1, H|1, {R} tiles of {tile}, n], -1 = none",
+        ),
+        (
+            not index.is_floating_point() and index.dtype != torch.bool,
+            f"index has dtype {index.dtype}: expected integers",
+        ),
         error=PlanError,
     )
     unit_id = index.long()
     if unit_id.device.type == "cpu" and unit_id.numel():
         low, high = int(unit_id.min()), int(unit_id.max())
-        require((low >= -1 and high < C, f"index holds {low}..{high}: units are 0..{C - 1}, -1 = none"), error=PlanError)
+        require(
+            (low >= -1 and high < C, f"index holds {low}..{high}: units are 0..{C - 1}, -1 = none"),
+            error=PlanError,
+        )
     listed = unit_id >= 0
     if not unique and unit_id.shape[-1] > 1:  # a key named twice is one key
         unit_id = unit_id.sort(-1).values
@@ -94,7 +132,14 @@ def from_keys(
             unit_id[..., 1:] != unit_id[..., :-1], (1, 0), value=True
         )
     kind = _kinds(unit_id, listed, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal)
-    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **_units(unit_id, kind, capacity)}
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        **_units(unit_id, kind, capacity),
+    }
 
 
 def from_spans(
@@ -103,19 +148,30 @@ def from_spans(
     _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
     R = -(-Tq // tile)
     require(
-        (isinstance(spans, Tensor) and spans.dim() == 5 and spans.shape[2] == R and spans.shape[4] == 2,
-         f"spans: {_shape(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2], lo = hi is empty"),
-        (not spans.is_floating_point() and spans.dtype != torch.bool, f"spans has dtype {spans.dtype}: expected integers"),
+        (
+            isinstance(spans, Tensor) and spans.dim() == 5 and spans.shape[2] == R and spans.shape[4] == 2,
+            f"spans: {_shape(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2], lo = hi is empty",
+        ),
+        (
+            not spans.is_floating_point() and spans.dtype != torch.bool,
+            f"spans has dtype {spans.dtype}: expected integers",
+        ),
         error=PlanError,
     )
     lo, hi = spans.long().unbind(-1)
     if spans.device.type == "cpu" and spans.numel():
         bad = (lo < 0) | (hi > Tk) | (hi < lo)
-        require((not bool(bad.any()), f"spans: every range [lo, hi) must lie in 0..{Tk} with lo <= hi"), error=PlanError)
+        require(
+            (not bool(bad.any()), f"spans: every range [lo, hi) must lie in 0..{Tk} with lo <= hi"),
+            error=PlanError,
+        )
         begin, order = torch.where(hi > lo, lo, Tk + 1).sort(-1)
         end = hi.gather(-1, order)
         overlap = (begin[..., 1:] < end[..., :-1]) & (begin[..., 1:] <= Tk) & (begin[..., :-1] <= Tk)
-        require((not bool(overlap.any()), "spans: the ranges of a tile must not overlap; join them"), error=PlanError)
+        require(
+            (not bool(overlap.any()), "spans: the ranges of a tile must not overlap; join them"),
+            error=PlanError,
+        )
     los, his, full = list(lo.unbind(-1)), list(hi.unbind(-1)), [True] * lo.shape[-1]
     if causal:  # keys up to the first row are seen by all, keys after the last by none
         first = _first_rows(Tq, tile, R, spans.device) + 1
