@@ -78,7 +78,7 @@ CASES = [
         {"nb": 4, "causal_heads": 2, "window": 40},
         {"nb": 1, "causal_heads": 2, "window": 256},
         [{"nb": 8, "window": 10}, {"nb": 8, "window": 100}, {"nb": 1, "window": 512}],
-        (0.1, 0.35),
+        (0.3, 0.45),
         3156198373,
         seeded=True,
         note="mixed",

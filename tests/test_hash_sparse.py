@@ -68,27 +68,27 @@ def test_buckets_per_query_head_per_kv_head_or_shared(q_heads, k_heads, backend,
     check(tensors(generator, 150, Hkv=2), q_bucket, k_bucket, backend=backend)
 
 
-def _hard(kind, generator, T=400):
-    """Buckets that look for trouble, [2, 4, T] for queries and keys."""
+def _hard(kind, generator, T=270):
+    """Buckets that look for trouble, [2, 2, T] for queries and keys."""
     t = torch.arange(T)
-    draw = torch.randint(6, (2, 4, T), generator=generator)
+    draw = torch.randint(6, (2, 2, T), generator=generator)
     match kind:
         case "disjoint":
             return draw, draw + 100
-        case "single":  # every token alone
-            return t.expand(2, 4, T), t.expand(2, 4, T)
+        case "single":  # the first tokens alone
+            return t.clamp(max=40).expand(2, 2, T), t.clamp(max=50).expand(2, 2, T)
         case "one":
-            return torch.zeros(2, 2, 4, T, dtype=torch.long).unbind()
+            return torch.zeros(2, 2, 2, T, dtype=torch.long).unbind()
         case "unequal":  # one bucket with nearly all, and heads with other numbers of buckets
             skew = (draw == 0).long()
-            skew[:, 1], skew[:, 2] = draw[:, 1], t // 3
+            skew[:, 1] = t // 3
             return skew, skew.flip(1)
         case "blocks":  # bucket edges at tile edges, and one past them
-            return (t // 128).expand(2, 4, T), ((t + 1) // 128).expand(2, 4, T)
+            return (t // 128).expand(2, 2, T), ((t + 1) // 128).expand(2, 2, T)
         case "late-keys":  # where queries of a bucket end, its keys begin
-            return (t % 2 + 2 * (t >= 200)).expand(2, 4, T), (t % 2 + 2 * (t < 200)).expand(2, 4, T)
+            return (t % 2 + 2 * (t >= T // 2)).expand(2, 2, T), (t % 2 + 2 * (t < T // 2)).expand(2, 2, T)
         case "descending":  # bucket order against time order
-            return ((T - t) // 50).expand(2, 4, T), ((T - t) // 70).expand(2, 4, T)
+            return ((T - t) // 50).expand(2, 2, T), ((T - t) // 70).expand(2, 2, T)
 
 
 @every_backend
@@ -98,7 +98,7 @@ def _hard(kind, generator, T=400):
 @pytest.mark.parametrize("include_self", [True, False])
 def test_buckets_that_look_for_trouble(kind, include_self, backend, generator):
     q_bucket, k_bucket = _hard(kind, generator)
-    got = check(tensors(generator, 400), q_bucket, k_bucket, include_self, backend=backend)
+    got = check(tensors(generator, 270, Hq=2, Hkv=2), q_bucket, k_bucket, include_self, backend=backend)
     if kind == "disjoint":
         assert all(got[name].abs().max() == 0 for name in ("out", "dq", "dk", "dv"))
 
@@ -140,7 +140,7 @@ def test_gradients_survive_a_query_block_that_is_too_early_for_its_keys(backend,
 @pytest.mark.parametrize("phase", [0.25, 0.5, 0.75])
 def test_gradients_survive_queries_and_keys_that_drift_apart(phase, backend, generator):
     """Buckets of both sides move with time, out of step: public kernels lose part of the gradients here."""
-    T, nb = 1024, 8
+    T, nb = 512, 8
     t = torch.arange(T) / T
     noise = 0.3 * torch.rand(2, T, generator=generator)
     q_bucket, k_bucket = (((t + x) * nb).long() % nb for x in (phase + noise[0], noise[1]))
@@ -291,10 +291,10 @@ def test_a_needle_is_always_reached_however_far(generator):
     ("Hq", "Hkv", "n"), [(4, 4, 1), (4, 2, 1), (4, 2, 2), (6, 2, 4), (2, 1, 2), (4, 4, 4)]
 )
 def test_the_last_heads_are_causal_windows(Hq, Hkv, n, include_self, backend, generator):
-    q, k, v, dout = tensors(generator, 300, Hq=Hq, Hkv=Hkv)
+    q, k, v, dout = tensors(generator, 150, B=1, Hq=Hq, Hkv=Hkv)
     method = sf.methods.HashSparse(nb=4, causal_heads=n, window=50, include_self=include_self)
     mask = dense_mask(*method.buckets(q, k), Hq, include_self)
-    gap = torch.arange(300)[:, None] - torch.arange(300)
+    gap = torch.arange(150)[:, None] - torch.arange(150)
     mask[:, Hq - n :] = (gap < 50) & (gap >= (0 if include_self else 1))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = method(*leaves, return_lse=True, backend=backend)

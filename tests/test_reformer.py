@@ -52,7 +52,7 @@ def chunked(q, k, v, buckets, size, across=True):
     ],
 )
 def test_it_is_the_chunked_algorithm_forward_and_backward(rounds, size, across, planes, generator):
-    q, k, v = tied(generator, 96)
+    q, k, v = tied(generator, 96, B=1, H=2)
     method = sf.methods.Reformer(size, rounds, seed=3, planes=planes, attend_across_buckets=across)
     buckets, k_buckets = method.buckets(q, k)
     assert torch.equal(buckets, k_buckets)
@@ -60,9 +60,9 @@ def test_it_is_the_chunked_algorithm_forward_and_backward(rounds, size, across, 
     want = torch.stack(
         [
             torch.stack(
-                [chunked(q[b, h], k[b, h], v[b, h], buckets[:, b, h], size, across) for h in range(4)]
+                [chunked(q[b, h], k[b, h], v[b, h], buckets[:, b, h], size, across) for h in range(2)]
             )
-            for b in range(2)
+            for b in range(1)
         ]
     )
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
