@@ -34,7 +34,7 @@ TENSORS = [
     ),
     ({"v": V[:, :1]}, ["[2, 1, 33, 8]", "same number of heads"]),
     ({"k": K[:, :0], "v": V[:, :0]}, ["[2, 0, 33, 16]", "multiple of Hkv"]),
-    ({"q": Q[:1]}, ["[1, 4, 33, 16]", "same batch size"]),
+    ({"q": Q[:1]}, ["[1, 4, 33, 16]", "batch size of q"]),
     ({"k": K[..., :8]}, ["[2, 2, 33, 8]", "same head dimension"]),
     ({"v": V[:, :, :20]}, ["[2, 2, 20, 8]", "same number of tokens"]),
     ({"q": Q.double()}, ["torch.float64", "torch.float32", "one dtype", "cast"]),
@@ -304,10 +304,7 @@ HAND = [
     ({"spans": None}, ["belong together", "given: span_start"]),
     ({"index": None, "start": None}, ["belong together", "given: full, count"]),
     (
-        {
-            n: None
-            for n in ("spans", "span_start", "span_full", "span_count", "start", "full", "count", "index")
-        },
+        dict.fromkeys(("spans", "span_start", "span_full", "span_count", "start", "full", "count", "index")),
         ["needs lists"],
     ),
     ({"span_start": _i32(0, 1).view(1, 1, 2)}, ["span_start", "torch.int32", "torch.int64"]),

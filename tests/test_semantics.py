@@ -1,4 +1,4 @@
-"""What every backend promises beyond numbers: empty rows, NaN where nobody looks, layouts, no leaks, packing."""
+"""What every backend promises beyond numbers: empty rows, unseen NaN, any layout, no leaks, packing."""
 
 from __future__ import annotations
 

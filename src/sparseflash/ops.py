@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -34,6 +35,14 @@ def _state_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
+def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
 @torch.library.custom_op("sparseflash::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -49,22 +58,23 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1 and sink_logits is None
-    parts = [
-        choose(q, k, v, plan, backend).forward(
-            q,
-            k,
-            v,
-            plan,
-            scale=scale,
-            softcap=softcap,
-            key_bias=key_bias,
-            out_dtype=q.dtype if alone else _state_dtype(q),
-        )
-        for plan in plans
-    ]
-    if alone:
-        return parts[0]
-    out, lse = _merge(parts, sink_logits)
+    with _own_precision(q):
+        parts = [
+            choose(q, k, v, plan, backend).forward(
+                q,
+                k,
+                v,
+                plan,
+                scale=scale,
+                softcap=softcap,
+                key_bias=key_bias,
+                out_dtype=q.dtype if alone else _state_dtype(q),
+            )
+            for plan in plans
+        ]
+        if alone:
+            return parts[0]
+        out, lse = _merge(parts, sink_logits)
     kept = empty_like_layout(q, v.shape[-1])
     return kept.copy_(out), lse
 
@@ -104,23 +114,24 @@ def _attention_backward(
     plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1
     state = _state_dtype(q)
-    parts = [
-        choose(q, k, v, plan, backend).backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dlse,
-            plan,
-            scale=scale,
-            softcap=softcap,
-            key_bias=key_bias,
-            grad_dtype=None if alone else state,
-        )
-        for plan in plans
-    ]
+    with _own_precision(q):
+        parts = [
+            choose(q, k, v, plan, backend).backward(
+                dout,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                dlse,
+                plan,
+                scale=scale,
+                softcap=softcap,
+                key_bias=key_bias,
+                grad_dtype=None if alone else state,
+            )
+            for plan in plans
+        ]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
         dbias = q.new_empty(0, dtype=state)
@@ -244,7 +255,10 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
             (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
             (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
             (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
-            (k.shape[0] == v.shape[0] and k.shape[0] in (1, B), "k and v need the batch size of q, or 1 (a pool)"),
+            (
+                k.shape[0] == v.shape[0] and k.shape[0] in (1, B),
+                "k and v need the batch size of q, or 1 (a pool)",
+            ),
             (heads == v.shape[1], "k and v need the same number of heads"),
             (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
             (k.shape[-1] == D, "q and k need the same head dimension"),

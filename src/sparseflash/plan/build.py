@@ -71,8 +71,10 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
         return normal_window(window), sink, None, None
     for x in given:
         require(
-            (x.dim() == 1 and x.shape[0] > 0 and x.dtype in INTEGERS,
-             f"window and sink per head: expected integers [H], got {_shape(x)} {x.dtype}"),
+            (
+                x.dim() == 1 and x.shape[0] > 0 and x.dtype in INTEGERS,
+                f"window and sink per head: expected integers [H], got {_shape(x)} {x.dtype}",
+            ),
             error=PlanError,
         )
     heads = math.lcm(*[x.shape[0] for x in given])
@@ -80,7 +82,9 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
     def table(x: Any) -> Tensor:
         if isinstance(x, Tensor):
             return spread_heads(x[None].to(torch.int32), heads)
-        require((x is None or is_count(x, -1), f"{x!r}: expected a count, None or a tensor [H]"), error=PlanError)
+        require(
+            (x is None or is_count(x, -1), f"{x!r}: expected a count, None or a tensor [H]"), error=PlanError
+        )
         return torch.full((1, heads), -1 if x is None else x, dtype=torch.int32, device=given[0].device)
 
     pair = torch.stack([table(x) for x in (sides or (None, None))], -1)
@@ -158,8 +162,8 @@ def _band(
     left, right = window or (None, None)
     if causal:
         right = 0
-    low = torch.as_tensor(low, device=first.device).expand_as(first)
-    high = torch.as_tensor(high, device=first.device).expand_as(first)
+    low = low.expand_as(first) if isinstance(low, Tensor) else torch.full_like(first, low)
+    high = high.expand_as(first) if isinstance(high, Tensor) else torch.full_like(first, high)
 
     def clamp(x: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(x, low), high)
@@ -198,8 +202,9 @@ def dense(
 ) -> Fields:
     """Fields of `Plan.dense`."""
     _check_options(causal=causal, tile=tile, unit=unit)
+    if not (is_count(Tq) and is_count(Tk)):  # said only on failure: a message would pin a symbolic length
+        raise PlanError(f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0")
     require(
-        (is_count(Tq) and is_count(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0"),
         (
             isinstance(sink_tokens, Tensor) or is_count(sink_tokens),
             f"sink_tokens={sink_tokens!r}: expected an int >= 0, or a tensor [H]",

@@ -144,8 +144,8 @@ class Plan:
     def _made(cls, **fields: Any) -> Plan:
         """A plan whose fields the library made itself: nothing is left to check."""
         plan = object.__new__(cls)
-        for f in dataclasses.fields(cls):
-            object.__setattr__(plan, f.name, fields.get(f.name, f.default))
+        for name, default in _DEFAULTS.items():
+            object.__setattr__(plan, name, fields.get(name, default))
         return plan
 
     # ---------------------------------------------------------------- constructors
@@ -321,9 +321,11 @@ class Plan:
         >>> sf.Plan.from_blocks(blocks, Tq=512, Tk=512).work
         0.25
         """
-        return cls._made(**listed.from_blocks(
-            keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, capacity=capacity
-        ))
+        return cls._made(
+            **listed.from_blocks(
+                keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, capacity=capacity
+            )
+        )
 
     @classmethod
     def from_keys(
@@ -349,9 +351,11 @@ class Plan:
         >>> sf.Plan.from_keys(index, Tq=2, Tk=4).to_dense()[0, 0].int().tolist()
         [[1, 0, 0, 1], [0, 0, 1, 0]]
         """
-        return cls._made(**listed.from_keys(
-            index, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, unique=unique, capacity=capacity
-        ))
+        return cls._made(
+            **listed.from_keys(
+                index, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, unique=unique, capacity=capacity
+            )
+        )
 
     @classmethod
     def from_spans(
@@ -412,7 +416,9 @@ class Plan:
     def _with(self, other: Any, operation: str) -> Any:
         if not isinstance(other, Plan):
             given = "a tuple of plans" if isinstance(other, tuple) else f"a {type(other).__name__}"
-            raise PlanError(f"a plan combines with a plan, not with {given}: combine the plans of a tuple one by one")
+            raise PlanError(
+                f"a plan combines with a plan, not with {given}: combine the plans of a tuple one by one"
+            )
         from . import algebra
 
         return getattr(algebra, operation)(self, other)
@@ -570,6 +576,7 @@ class Plan:
         return Plan._made(**fields)
 
 
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Plan)}
 _FLAT = {"spans", "index", "bits", "q_offset", "overflow"}
 _LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
 _ORDERS = ("q_order", "k_order")

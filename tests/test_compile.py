@@ -1,0 +1,222 @@
+"""torch.compile, opcheck, checkpointing, autocast: the ops are ordinary PyTorch operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import sparseflash as sf
+from harness import EACH, inputs, randn, run, same_bits
+from sparseflash import Plan
+from sparseflash.plan.flat import flatten_all
+
+T = 65
+
+
+def _plans(generator):
+    bucket = torch.randint(0, 3, (1, 4, T), generator=generator)
+    mask = torch.rand(2, 2, T, T, generator=generator) < 0.3
+    return {
+        "dense": Plan.dense(T, T, causal=True, window=(20, 0), sink_tokens=2, tile=32),
+        "offset": Plan.dense(T, T, causal=True, q_offset=torch.tensor([0, 5])),
+        "buckets": Plan.from_buckets(bucket, bucket),
+        "prepared": Plan.from_buckets(bucket, bucket).prepare(),
+        "mask": Plan.from_mask(mask, tile=32, unit=16),
+        "tuple": (Plan.from_mask(mask), Plan.from_mask(~mask, tile=16, unit=16)),
+    }
+
+
+NAMES = ("dense", "offset", "buckets", "prepared", "mask", "tuple")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@EACH
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ops_pass_opcheck(backend, name, generator):
+    plan = _plans(generator)[name]
+    tensors, ints = flatten_all(plan if isinstance(plan, tuple) else (plan,))
+    q, k, v, dout, dlse = inputs(generator, T, D=16, Dv=8)
+    for bias, sink in ((None, None), (randn(generator, 1, 2, T), randn(generator, 4))):
+        leaves = [x.detach().requires_grad_() if x is not None else None for x in (q, k, v, bias, sink)]
+        forward = (*leaves, tensors, ints, 0.25, 0.0, backend)
+        torch.library.opcheck(torch.ops.sparseflash.attention.default, forward)
+        out, lse = torch.ops.sparseflash.attention(q, k, v, bias, sink, tensors, ints, 0.25, 0.0, backend)
+        backward = (dout, dlse, q, k, v, out, lse, bias, tensors, ints, 0.25, 0.0, backend)
+        torch.library.opcheck(torch.ops.sparseflash.attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_the_fake_ops_have_the_strides_of_the_real_ones(layout, generator):
+    q, k, v, _, _ = inputs(generator, T, Dv=24)
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    tensors, ints = flatten_all((Plan.dense(T, T),))
+    arguments = (q, k, v, None, None, tensors, ints, 0.25, 0.0, "")
+    torch.library.opcheck(torch.ops.sparseflash.attention.default, arguments, test_utils="test_faketensor")
+
+
+def _loss(q, k, v, plan, dout, dlse, backend, **options):
+    out, lse = sf.attention(q * 1.5, k, v, plan, return_lse=True, backend=backend, **options)
+    return (out * dout).sum() + (lse.nan_to_num(neginf=0.0) * dlse).sum(), out
+
+
+@EACH
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", ["argument", "closure"])
+def test_a_full_graph_gives_what_eager_gives(backend, name, how, generator):
+    plan = _plans(generator)[name]
+    q, k, v, dout, dlse = inputs(generator, T)
+    bias, sink = randn(generator, 1, 4, T), randn(generator, 4)
+    leaves = [x.requires_grad_() for x in (q, k, v, bias, sink)]
+
+    def step(q, k, v, bias, sink, *given):
+        return _loss(
+            q, k, v, *(given or (plan,)), dout, dlse, backend, key_bias=bias, sink_logits=sink, softcap=9.0
+        )
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    given = (plan,) if how == "argument" else ()
+    results = []
+    for call in (step, compiled):
+        loss, out = call(*leaves, *given)
+        grads = torch.autograd.grad(loss, leaves)
+        results.append({"out": out.detach(), **{str(n): g for n, g in enumerate(grads)}})
+    same_bits(*results)
+
+
+@EACH
+def test_a_plan_may_be_made_inside_the_compiled_function(backend, generator):
+    q, k, v, _, _ = inputs(generator, T)
+
+    def step(q, k, v):
+        plan = Plan.dense(q.shape[2], k.shape[2], causal=True, window=(9, 0), sink_tokens=2)
+        return sf.attention(q, k, v, plan, backend=backend), sf.attention(
+            q, k, v, causal=True, backend=backend
+        )
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for want, got in zip(step(q, k, v), compiled(q, k, v), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_keep_and_bucket_plans_can_be_made_inside_the_compiled_function(generator):
+    q, k, v, _, _ = inputs(generator, T)
+    bucket = torch.randint(0, 3, (1, 4, T), generator=generator)
+
+    def step(q, k, v, bucket):
+        return (
+            sf.attention(q, k, v, Plan.from_buckets(bucket, bucket, buckets=3)),
+            sf.attention(q, k, v, Plan.from_keep(bucket > 0, bucket < 2)),
+        )
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for want, got in zip(step(q, k, v, bucket), compiled(q, k, v, bucket), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("made", ["outside", "inside"])
+def test_other_lengths_do_not_recompile_for_ever(made, generator):
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(q, k, v, plan):
+        plan = Plan.dense(q.shape[2], k.shape[2], causal=True) if plan is None else plan
+        return sf.attention(q, k, v, plan)
+
+    for length in (128, 192, 320, 448, 576, 704):
+        q, k, v, _, _ = inputs(generator, length, D=16)
+        plan = Plan.dense(length, length, causal=True)
+        got = step(q, k, v, plan if made == "outside" else None)
+        assert torch.equal(got, sf.attention(q, k, v, plan))
+    assert counter.frame_count <= 3
+
+
+def test_a_new_plan_of_the_same_kind_does_not_recompile(generator):
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(lambda q, k, v, plan: sf.attention(q, k, v, plan), backend=counter, fullgraph=True)
+    q, k, v, _, _ = inputs(generator, 300)
+    for _ in range(6):
+        bucket = torch.randint(0, 4, (1, 4, 300), generator=generator)
+        plan = Plan.from_buckets(bucket, bucket)
+        assert torch.equal(step(q, k, v, plan), sf.attention(q, k, v, plan))
+    assert counter.frame_count <= 2  # the number of tiles differs
+
+
+@EACH
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_bits(backend, reentrant, generator):
+    q, k, v, dout, _ = inputs(generator, T)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    plan = Plan.dense(T, T, causal=True)
+
+    def call(q, k, v):
+        return sf.attention(q, k, v, plan, backend=backend)
+
+    want = torch.autograd.grad(call(*leaves), leaves, dout)
+    out = checkpoint(call, *leaves, use_reentrant=reentrant)
+    out.backward(dout)
+    for leaf, grad in zip(leaves, want, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_inputs_own(backend, dtype, generator):
+    q, k, v, dout, _ = inputs(generator, T)
+    k, v = k.to(dtype), v.bfloat16()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with torch.autocast("cpu", dtype):
+        out = sf.attention(*leaves, causal=True, backend=backend)
+    assert out.dtype == dtype
+    grads = torch.autograd.grad(out, leaves, dout.to(dtype))
+    assert [g.dtype for g in grads] == [torch.float32, dtype, torch.bfloat16]
+    want = run(
+        *(x.detach().to(dtype) for x in leaves),
+        Plan.dense(T, T, causal=True),
+        backend=backend,
+        dout=dout.to(dtype),
+    )
+    assert torch.equal(out.detach(), want["out"]) and torch.equal(grads[0], want["dq"].float())
+
+
+def test_autocast_leaves_fp64_alone(generator):
+    q, k, v, _, _ = inputs(generator, T, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sf.attention(q, k, v).dtype == torch.float64
+
+
+@EACH
+def test_no_grad_and_inference_mode_work_and_frozen_inputs_get_no_gradient(backend, generator):
+    q, k, v, dout, _ = inputs(generator, T)
+    want = sf.attention(q, k, v, causal=True, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(sf.attention(q, k, v, causal=True, backend=backend), want)
+    k.requires_grad_()
+    sf.attention(q, k, v, causal=True, backend=backend).backward(dout)
+    assert q.grad is None and v.grad is None and k.grad is not None
+
+
+@EACH
+def test_a_second_derivative_is_refused_instead_of_wrong(backend, generator):
+    q, k, v, dout, _ = inputs(generator, T)
+    q.requires_grad_()
+    out = sf.attention(q, k, v, causal=True, backend=backend)
+    with pytest.raises(RuntimeError):
+        (first,) = torch.autograd.grad(out, q, dout, create_graph=True)
+        torch.autograd.grad(first.sum(), q)
+
+
+def test_dynamo_explains_no_graph_break(generator):
+    q, k, v, _, _ = inputs(generator, T)
+    plan = Plan.dense(T, T, causal=True)
+    report = torch._dynamo.explain(lambda q, k, v: sf.attention(q, k, v, plan))(q, k, v)
+    assert report.graph_break_count == 0
