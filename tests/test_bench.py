@@ -69,12 +69,12 @@ def test_naive_masked_attention_equals_hash_sparse():
 def test_density_and_recall_are_those_of_the_mask():
     q, k, v, _ = inputs(200, heads=2, dim=16)
     case = Case("hash", HashSparse(nb=4), "hash-sparse")
-    measured = curves.quality(case, q, k, v)
+    measured = curves.quality(case, q, k, v, curves.causal_mass(q, k, v))
     keep = case.attention.select(q, k).plan.to_dense()
     p = (q @ k.mT / 4).masked_fill(~torch.ones(200, 200).tril().bool(), -torch.inf).softmax(-1)
     assert measured["density"] == pytest.approx(keep.sum().item() / (2 * 200 * 201 / 2))
     assert measured["recall"] == pytest.approx((p * keep).sum(-1).mean().item(), abs=1e-5)
-    assert curves.quality(Case("dense", dense, "dense"), q, k, v) == {"density": 1.0, "recall": 1.0}
+    assert curves.quality(Case("dense", dense, "dense"), q, k, v, None) == {"density": 1.0, "recall": 1.0}
 
 
 def test_curves_have_a_row_for_every_case_and_length():

@@ -10,7 +10,6 @@ from pathlib import Path
 from string import Template
 
 from sparseflash.bench import chart
-from sparseflash.bench.curves import QUALITY_LENGTH
 from sparseflash.bench.results import Row
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Row as Step
@@ -140,7 +139,6 @@ def render(result: Result) -> str:
         by_time=_training(result, by_time=True),
         curves=_curves(result.curves),
         curve_table=_curve_table(result.curves),
-        quality_length=f"{QUALITY_LENGTH:,}",
         drawings=_drawings(result.drawings),
         machine="".join(
             f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in result.machine.items() if v
