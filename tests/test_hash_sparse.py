@@ -229,11 +229,12 @@ def test_planes_are_unit_columns_fixed_by_the_seed():
             lsh_planes(24, wrong)
 
 
+@pytest.mark.parametrize("nb", [2, 14, 600])
 @pytest.mark.parametrize(("H", "h"), [(4, 4), (4, 2), (4, 1), (1, 1)])
-def test_a_bucket_is_the_first_largest_of_both_signs(H, h, generator, monkeypatch):
+def test_a_bucket_is_the_first_largest_of_both_signs(H, h, nb, generator, monkeypatch):
     x = torch.randn(2, H, 70, 12, generator=generator)
     x[0, 0, :3], x[1, -1, 5] = 0.0, x[1, -1, 4] * 1000
-    planes = lsh_planes(12, 14, heads=h, seed=1)[0]
+    planes = lsh_planes(12, nb, heads=h, seed=1)[0]
     y = torch.einsum("bhtd,hdc->bhtc", x, planes.repeat_interleave(H // h, 0))
     want = torch.cat([y, -y], -1).argmax(-1)
     got = lsh_buckets(x, planes)
@@ -242,11 +243,11 @@ def test_a_bucket_is_the_first_largest_of_both_signs(H, h, generator, monkeypatc
     monkeypatch.setattr("sparseflash.order.CHUNK", 64)  # pieces of one token
     assert torch.equal(got, lsh_buckets(x, planes))
     ties = torch.ones(1, 1, 4, 12)
-    flat = torch.ones(1, 12, 7) / 12**0.5
+    flat = torch.ones(1, 12, nb // 2) / 12**0.5
     assert torch.equal(lsh_buckets(ties, flat), torch.zeros(1, 1, 4, dtype=torch.int32))
-    assert torch.equal(lsh_buckets(-ties, flat), torch.full((1, 1, 4), 7, dtype=torch.int32))
+    assert torch.equal(lsh_buckets(-ties, flat), torch.full((1, 1, 4), nb // 2, dtype=torch.int32))
     nan = torch.full((1, 1, 2, 12), float("nan"))
-    assert ((lsh_buckets(nan, planes[:1]) >= 0) & (lsh_buckets(nan, planes[:1]) < 14)).all()
+    assert ((lsh_buckets(nan, planes[:1]) >= 0) & (lsh_buckets(nan, planes[:1]) < nb)).all()
 
 
 def test_tied_queries_and_normalised_keys_share_their_buckets(generator):

@@ -101,7 +101,8 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     B, H, T, _ = x.shape
     columns = planes.shape[-1]
     across = spread_heads(planes[None], H)[0].to(x.device, torch.float32).mT
-    rank = torch.arange(columns, 0, -1, dtype=torch.int32, device=x.device)[:, None]
+    narrow = torch.uint8 if columns < 256 else torch.int32  # bytes go through the reduction fastest
+    rank = torch.arange(columns, 0, -1, dtype=narrow, device=x.device)[:, None]
     step = max(1, CHUNK // max(B * H * columns, 1))
     parts = []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -110,7 +111,8 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
             y = across @ x[:, :, at : at + step].float().mT
             top, bottom = y.amax(-2, keepdim=True), y.amin(-2, keepdim=True)
             upper = top >= -bottom
-            first = columns - torch.where(y == torch.where(upper, top, bottom), rank, 1).amax(-2)
+            found = ((y == torch.where(upper, top, bottom)) * rank).amax(-2).int()
+            first = columns - found.clamp(min=1)  # a NaN is equal to nothing
             parts.append(torch.where(upper[:, :, 0], first, first + columns))
     return torch.cat(parts, -1) if parts else torch.zeros(B, H, 0, dtype=torch.int32, device=x.device)
 
