@@ -137,10 +137,13 @@ def choices() -> list[list[Level]]:
 def find_compiler() -> list[str] | None:
     """The C++ compiler as a command: `CXX` (with arguments, if it has any), else c++, g++ or clang++."""
     given = os.environ.get("CXX", "")
-    with contextlib.suppress(ValueError):  # an unbalanced quote
-        for words in ([given], shlex.split(given), ["c++"], ["g++"], ["clang++"]):
-            if words and words[0] and (found := shutil.which(words[0])):
-                return [found, *words[1:]]
+    try:
+        words = shlex.split(given)
+    except ValueError:  # an unbalanced quote
+        words = []
+    for command in ([given], words, ["c++"], ["g++"], ["clang++"]):
+        if command and command[0] and (found := shutil.which(command[0])):
+            return [found, *command[1:]]
     return None
 
 
@@ -289,28 +292,33 @@ def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
         os.replace(digest, _sum_file(target))
 
 
-def _name(levels: list[Level], compiler: list[str]) -> str:
-    """Says everything the library depends on, so that a stale one is never found."""
-    about = hashlib.sha256()
+def _names(levels: list[Level], compiler: list[str] | None) -> tuple[str, str]:
+    """Say everything a library depends on, so that no stale one is found: sources and flags; compiler."""
+    about = hashlib.sha256(repr((COMMON, levels, platform.machine(), sorted(cpu_flags()))).encode())
     for file in sorted(NATIVE.iterdir()):
         if file.suffix in (".cpp", ".h"):
             about.update(file.name.encode() + file.read_bytes())
-    info = os.stat(compiler[0])
-    tool = (compiler, info.st_size, info.st_mtime_ns, COMMON, levels)
-    about.update(repr((tool, platform.machine(), sorted(cpu_flags()))).encode())
-    return f"native-{about.hexdigest()[:20]}.so"
+    tool = ""
+    if compiler is not None:
+        info = os.stat(compiler[0])
+        tool = hashlib.sha256(repr((compiler, info.st_size, info.st_mtime_ns)).encode()).hexdigest()[:8]
+    return f"native-{about.hexdigest()[:20]}", tool
 
 
 def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
-    """The loaded library for these levels, built if need be (or again, where the cached one is damaged)."""
-    compiler = find_compiler()
-    if compiler is None:
-        given = os.environ.get("CXX")
-        found = f" (CXX={given} is none)" if given else ""
-        raise BuildError(f"no C++ compiler found{found}: install g++ or clang++, or set CXX")
-    name, why = _name(levels, compiler), ""
+    """The loaded library for these levels, built if need be (or again, where the cached one is damaged).
+
+    Where there is no compiler any more, one that another compiler made of the same sources serves as well.
+    """
+    compiler, why = find_compiler(), ""
+    name, tool = _names(levels, compiler)
     for folder in cache_folders():
-        target = folder / name
+        target = folder / f"{name}-{tool}.so"
+        if compiler is None:
+            for target in sorted(folder.glob(f"{name}-*.so")):
+                if not isinstance(found := _load(target), str):
+                    return found, target
+            break
         found = _load(target)
         if isinstance(found, str) and os.access(folder, os.W_OK):
             with _locked(target.with_suffix(".lock")):
@@ -321,4 +329,8 @@ def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
         if not isinstance(found, str):
             return found, target
         why = found
+    if compiler is None:
+        given = os.environ.get("CXX")
+        hint = f" (CXX={given} is none)" if given else ""
+        raise BuildError(f"no C++ compiler found{hint}: install g++ or clang++, or set CXX")
     raise BuildError(f"the library just built does not load: {why}")
