@@ -41,6 +41,12 @@ _PLAN_TABLES = (
 )
 _PLAN_FLAT = ("spans", "index", "bits")
 _PLAN_HEADS = ("head_window", "head_sink")
+_PLAN_TENSORS = tuple(
+    (name, torch.int64 if name in ("span_start", "start", "bits_start") else torch.int32)
+    for name in (*_PLAN_TABLES, *_PLAN_HEADS)
+    if name != "q_shift"
+)
+_FAR = 1 << 40  # further than any position
 _VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 
@@ -142,42 +148,56 @@ def _view(x: Tensor) -> View:
     return View(x.data_ptr(), *x.stride())
 
 
-def _table(x: Tensor, keep: list[Tensor]) -> Table:
+def _misfit(name: str, x: Tensor, want: str) -> ValueError:
+    return ValueError(f"the plan's {name} is {list(x.shape)} {x.dtype}: expected {want} (plan.check() says more)")
+
+
+def _table(name: str, x: Tensor, dtype: torch.dtype, keep: list[Tensor]) -> Table:
+    if x.dtype is not dtype or x.dim() != 3:
+        raise _misfit(name, x, f"[B,H,length] {dtype}")
+    shape = x.shape
     if not x.is_contiguous():
         x = x.contiguous()
         keep.append(x)
-    shape = x.shape
     if not x.numel():  # a table of nothing is not a missing table: it needs an address
         x = x.new_zeros(1)
         keep.append(x)
-    return Table(x.data_ptr(), shape[0], shape[1], shape[2])
+    return Table(x.data_ptr(), *shape)
 
 
 def _native_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
-    left, right = plan.window or (None, None)
-    offset = plan.q_offset
-    into.q_rows, into.k_rows, into.tiles, into.tile, into.unit = plan.q_rows, plan.k_rows, plan.tiles, plan.tile, plan.unit
-    into.causal, into.include_self, into.windowed = plan.causal, plan.include_self, plan.window is not None
-    into.left, into.right = -1 if left is None else left, -1 if right is None else right
-    into.sink = plan.sink
+    into.q_rows, into.k_rows, into.tiles = plan.q_rows, plan.k_rows, plan.tiles
+    into.tile, into.unit = tile, unit = plan.tile, plan.unit
+    into.causal, into.include_self, into.sink = plan.causal, plan.include_self, min(plan.sink, _FAR)
+    if plan.window is not None:
+        left, right = plan.window
+        into.windowed = True
+        into.left = -1 if left is None else min(left, _FAR)
+        into.right = -1 if right is None else min(right, _FAR)
+    given = vars(plan)
+    offset = given["q_offset"]
     if isinstance(offset, Tensor):
         flat = offset.to(torch.int32).reshape(-1, 1, 1)
         keep.append(flat)
-        into.q_shift = _table(flat, keep)
+        into.q_shift = _table("q_offset", flat, torch.int32, keep)
     else:
         into.q_offset = offset
-    for name in (*_PLAN_TABLES, *_PLAN_HEADS):
-        if name != "q_shift":
-            x = getattr(plan, name)
-            if x is not None:
-                setattr(into, name, _table(x, keep))
-    for name in _PLAN_FLAT:
-        x = getattr(plan, name)
+    for name, dtype in _PLAN_TENSORS:
+        x = given[name]
         if x is not None:
-            x = x.contiguous()
-            keep.append(x)
+            setattr(into, name, _table(name, x, dtype, keep))
+    for name in _PLAN_FLAT:
+        x = given[name]
+        if x is not None:
+            if x.dtype is not torch.int32:
+                raise _misfit(name, x, "torch.int32")
+            if not x.is_contiguous():
+                x = x.contiguous()
+                keep.append(x)
+            # how many entries of their size the memory holds, whatever its shape says
+            words = 1 if name == "index" else 2 if name == "spans" else tile * -(-unit // 32)
             setattr(into, name, x.data_ptr())
-            setattr(into, name + "_size", x.shape[0])
+            setattr(into, name + "_size", x.numel() // words if words > 0 else 0)
 
 
 def _call(
@@ -197,7 +217,7 @@ def _call(
     if key_bias is not None:
         bias = key_bias.to(torch.float32).contiguous()
         keep.append(bias)
-        c.key_bias = _table(bias, keep)
+        c.key_bias = _table("key_bias", bias, torch.float32, keep)
     _native_plan(plan, c.plan, keep)
     return c
 
