@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ class BackendStatus:
         return f"{self.name}: {'usable' if self.usable else 'not usable'} ({self.detail})"
 
 
+@functools.cache
 def _load(name: str) -> ModuleType | str:
+    """The backend's module, or why there is none; asked on every call, so found once."""
     try:
         return importlib.import_module(f"sparseflash.backends.{name}")
     except ImportError as error:
