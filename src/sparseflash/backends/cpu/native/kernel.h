@@ -436,7 +436,8 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
         for (int g = 0; g < G; g++) {
             vf now = vmax(ref[g], top[g]);
             vf safe = now == -INF ? set1(0.f) : now;
-            shrink[g] = exp2v<true>(ref[g] - safe);
+            // exactly 1 where nothing grew: the polynomial is not, and other queries' keys would show in the last bit
+            shrink[g] = now == ref[g] ? set1(1.f) : exp2v<true>(ref[g] - safe);
             ref[g] = now;
             store(m + i0 + g * W, now);
             store(l + i0 + g * W, load(l + i0 + g * W) * shrink[g]);
