@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..plan import Plan
 from ..plan.flat import empty_like_layout
-from ..plan.lists import TileView, tile_view
+from ..plan.lists import TileView, tile_parts, tile_view
 
 NAME = "reference"
+STREAMED = 1 << 19
+"""Pairs whose weights `stats` holds at a time."""
 
 
 def status() -> tuple[bool, str]:
@@ -189,8 +191,9 @@ def stats(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = torch.zeros(B * H, width + 1, dtype=work, device=q.device)
     owner = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
-    for r in range(plan.tiles):
-        view = tile_view(plan, r, B, H)
+    most = max(1, STREAMED // max(B * H * plan.tile, 1))
+    views = ((r, view) for r in range(plan.tiles) for view in tile_parts(plan, r, B, H, most))
+    for r, view in views:
         if not view.keep.shape[-1]:
             continue
         seen, live = view.keep.any(-2), view.keep.any(-1)

@@ -136,7 +136,7 @@ class Plan:
         for holds, message in _rules(self):
             require((holds, message), error=PlanError)
         if all(build.host(x) for x in self.tensors().values()):
-            from .lists import check_values
+            from .checks import check_values
 
             check_values(self)
 
@@ -530,7 +530,7 @@ class Plan:
     @property
     def density(self) -> float:
         """Visible pairs over those of the dense plan with the same causal and window rules. Synchronises."""
-        from .lists import dense_pairs, visible_pairs
+        from .figures import dense_pairs, visible_pairs
 
         allowed = dense_pairs(self)
         return visible_pairs(self) / allowed if allowed else 1.0
@@ -538,7 +538,7 @@ class Plan:
     @property
     def work(self) -> float:
         """Visited area (tile rows x listed keys) over Tq x Tk. Synchronises."""
-        from .lists import visited_area
+        from .figures import visited_area
 
         batch, heads = self.extent()
         area = self.Tq * self.Tk * batch * heads
@@ -558,14 +558,14 @@ class Plan:
         PlanError
             Naming the first violated rule, where it was found and how to mend it.
         """
-        from .lists import check
+        from .checks import check
 
         check(self)
         return self
 
     def prepare(self, *, backward: bool = True, device: torch.device | str | None = None) -> Plan:
         """The plan with its transposed key lists attached, made once, reused by all layers and steps."""
-        from .lists import transpose_spans, transpose_units
+        from .transpose import transpose_spans, transpose_units
 
         plan = self if device is None else self.to(device)
         if not backward or plan.span_keys is not None or plan.unit_keys is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .lists import partial_area, ranges, sees
+from .figures import partial_area
+from .lists import ranges, sees
 
 if TYPE_CHECKING:
     from .core import Plan

@@ -1,31 +1,29 @@
-"""What can be read off a plan's lists: the keys of one tile, figures, checks, the transpose."""
+"""What a plan's lists say: the keys of one tile, all entries at once, single pairs, the mask."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
-from .build import spread_heads, unpack_bits
+from .build import spread_heads
 
 if TYPE_CHECKING:
-    from .core import KeyLists, Plan
+    from .core import Plan
 
 ANY, NONE = -1, -2
-KEY_GROUP = 128
 
 
 @dataclass(frozen=True)
 class TileView:
     """The keys that one tile visits, for every (batch, head): tokens, and what each row sees of them.
 
-    q_token [B,H,tile] and k_token [B,H,n] are token numbers (-1: no token); keep [B,H,tile,n]; entry [B,H,n] is
-    the place of a key's entry in the tile's lists, spans before units (-1: no key).
+    q_token [B,H,tile] and k_token [B,H,n] are token numbers (-1: no token); keep [B,H,tile,n]; entry [B,H,n]
+    is the place of a key's entry in the tile's lists, spans before units (-1: no key).
     """
 
     q_token: Tensor
@@ -40,7 +38,7 @@ def _at(x: Tensor, batch: int, heads: int) -> Tensor:
 
 
 def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
-    """Entries of tile r as ranges: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; rest empty."""
+    """Entries of tile r: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; the rest is empty."""
     parts = []
     before: Tensor | int = 0
     if plan.spans is not None:
@@ -74,6 +72,11 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
 
 def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
     """Everything tile r sees, by the formula, with the work and memory of what it visits."""
+    return next(tile_parts(plan, r, batch, heads, None))
+
+
+def tile_parts(plan: Plan, r: int, batch: int, heads: int, most: int | None) -> Iterator[TileView]:
+    """The view of tile r, at most so many keys at a time."""
     device = plan.device
     lo, hi, bits_row, place = _entries(plan, r, batch, heads)
     size = hi - lo
@@ -95,25 +98,35 @@ def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
         q_token = row.expand(batch, heads, -1)
     else:
         q_token = _at(plan.q_order[..., row], batch, heads).long()
+    bit_row = lane = None
+    if plan.bits is not None and len(plan.bits):
+        bit_row, lane = torch.full((2, batch * heads, n), -1, dtype=torch.int64, device=device)
+        bit_row[owner, column] = bits_row.flatten()[entry]
+        lane[owner, column] = torch.where(bits_row.flatten()[entry] >= 0, inside, 0)  # spans outgrow bits
+    for first in range(0, n, most) if most and n > most else (0,):
+        part = slice(first, first + most if most else n)
+        word = None if bit_row is None or lane is None else (bit_row[:, part], lane[:, part])
+        yield _view(plan, q_token, k_row[..., part], listed[..., part], word)
+
+
+def _view(
+    plan: Plan, q_token: Tensor, k_row: Tensor, listed: Tensor, word: tuple[Tensor, Tensor] | None
+) -> TileView:
+    batch, heads = q_token.shape[:2]
     covered = k_row >= 0
-    safe = k_row.clamp(min=0)
     if plan.k_order is None:
         k_token = k_row
     else:
-        k_token = torch.where(covered, _at(plan.k_order, batch, heads).gather(-1, safe).long(), -1)
+        rows = _at(plan.k_order, batch, heads)
+        k_token = torch.where(covered, rows.gather(-1, k_row.clamp(min=0)).long(), -1)
     keep = visible(plan, q_token, k_token)
-    if plan.bits is not None and len(plan.bits):
-        bit_row = torch.full((batch * heads, n), -1, dtype=torch.int64, device=device)
-        bit_row[owner, column] = bits_row.flatten()[entry]
-        lane = torch.zeros((batch * heads, n), dtype=torch.int64, device=device)
-        lane[owner, column] = torch.where(
-            bits_row.flatten()[entry] >= 0, inside, 0
-        )  # a span may be longer than bits
-        bit_row, lane = bit_row.view(batch, heads, n), lane.view(batch, heads, n)
-        words = plan.bits[bit_row.clamp(min=0), :, lane // 32][..., : q_token.shape[-1]].transpose(-1, -2)
-        keep = keep & ((((words >> (lane % 32)[..., None, :]) & 1) != 0) | (bit_row < 0)[..., None, :])
-    keep = keep & covered[..., None, :]
-    return TileView(q_token, k_token, k_row, keep, listed)
+    if word is not None and plan.bits is not None:
+        bit_row, lane = (x.reshape(k_row.shape) for x in word)
+        words = plan.bits[bit_row.clamp(min=0), :, lane.clamp(min=0) // 32]
+        words = words[..., : q_token.shape[-1]].transpose(-1, -2)
+        seen = (words >> (lane.clamp(min=0) % 32)[..., None, :]) & 1 != 0
+        keep = keep & (seen | (bit_row < 0)[..., None, :])
+    return TileView(q_token, k_token, k_row, keep & covered[..., None, :], listed)
 
 
 def visible(plan: Plan, q_token: Tensor, k_token: Tensor) -> Tensor:
@@ -174,6 +187,35 @@ def _formula(
     return keep
 
 
+FAR = 1 << 40
+"""A distance that no window reaches."""
+
+
+def band(plan: Plan, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Left and right reach (FAR where unbounded) and sink of the window rule, for some heads."""
+    if plan.head_window is None:
+        left, right = (FAR if x is None else x for x in plan.window or (None, None))
+        sink = plan.sink if plan.window is not None else 0
+        return torch.full_like(head, left), torch.full_like(head, right), torch.full_like(head, sink)
+    heads = plan.extent()[1]
+    pair = _at(plan.head_window, 1, heads)[0, head].long()
+    pair = torch.where(pair < 0, FAR, pair)
+    sinks = torch.zeros_like(pair[:, 0])
+    if plan.head_sink is not None:
+        sinks = _at(plan.head_sink, 1, heads)[0, head, 0].long()
+    return pair[:, 0], pair[:, 1], sinks
+
+
+def positions(plan: Plan, token: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """Positions of query tokens [n, tile] of (batch, head) [n]; of lanes without a token, anything."""
+    if plan.q_pos is not None:
+        return _fetch(plan.q_pos, b[:, None], h[:, None], token, plan.extent()[1])
+    if isinstance(plan.q_offset, Tensor):
+        each = plan.q_offset.long().reshape(-1)
+        return token + each[b if each.numel() > 1 else torch.zeros_like(b)][:, None]
+    return token + plan.q_offset
+
+
 def _head_rules(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Left, right and sink of each head, laid out like key tokens: [1,H,Tk] without memory of their own."""
     pair, sink = plan.head_window, plan.head_sink
@@ -203,7 +245,7 @@ class Ranges:
     bits: Tensor
     ragged: Tensor
 
-    def of(self, which: Tensor) -> Ranges:
+    def of(self, which: Tensor | slice) -> Ranges:
         """Some of them."""
         return Ranges(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
 
@@ -386,281 +428,3 @@ def to_dense(plan: Plan) -> Tensor:
         lane, row = part.keep.nonzero(as_tuple=True)
         mask[part.batch[lane], part.head[lane], part.q_token[lane, row], part.k_token[lane]] = True
     return mask
-
-
-def visible_pairs(plan: Plan) -> int:
-    """Number of visible (query, key) pairs: full entries are counted, partial ones evaluated."""
-    entries = ranges(plan)
-    rows = real_rows(plan).flatten(0, 2).sum(-1)
-    sure = ((entries.hi - entries.lo) * rows[entries.cell])[entries.full].sum()
-    return int(sure) + sum(int(part.keep.sum()) for part in cells(plan, entries.of(~entries.full)))
-
-
-def partial_area(plan: Plan) -> int:
-    """Pairs in partial entries: what `visible_pairs` has to evaluate."""
-    entries = ranges(plan)
-    return int(((entries.hi - entries.lo) * ~entries.full).sum()) * plan.tile
-
-
-def visited_area(plan: Plan) -> int:
-    """Tile rows x listed keys, over all tiles."""
-    entries = ranges(plan)
-    rows = (plan.q_rows - entries.cell % max(plan.tiles, 1) * plan.tile).clamp(max=plan.tile)
-    return int(((entries.hi - entries.lo) * rows).sum())
-
-
-def dense_pairs(plan: Plan) -> int:
-    """Pairs that causality and the window alone allow, over all batches and heads."""
-    batch, heads = plan.extent()
-    device = plan.device
-    if plan.q_pos is not None:
-        q = _at(plan.q_pos, batch, heads).long()
-    else:
-        shift = plan.q_offset.long().reshape(-1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
-        q = (torch.arange(plan.Tq, device=device) + torch.as_tensor(shift, device=device)).expand(
-            batch, heads, -1
-        )
-    if plan.k_pos is not None:
-        k = _at(plan.k_pos, batch, heads).long().sort(-1).values
-    else:
-        k = torch.arange(plan.Tk, device=device).expand(batch, heads, -1)
-    q, k = q.contiguous(), k.contiguous()
-
-    def below(x: Tensor) -> Tensor:
-        """How many keys sit at positions below x."""
-        return torch.searchsorted(k, x.contiguous())
-
-    past = below(q + int(plan.include_self)) if plan.causal else torch.full_like(q, plan.Tk)
-    left: Any
-    right: Any
-    left, right = plan.window or (None, None)
-    sinks: Any = plan.sink
-    if plan.head_window is not None:
-        table = _at(plan.head_window, batch, heads).long()
-        left, right = (torch.where(x < 0, 1 << 40, x) for x in (table[..., :1], table[..., 1:]))
-        sinks = 0 if plan.head_sink is None else _at(plan.head_sink, batch, heads).long()
-    lo = torch.zeros_like(q) if left is None else below(q - left)
-    hi = torch.full_like(q, plan.Tk) if right is None else below(q + right + 1)
-    lo, hi = torch.minimum(lo, past), torch.minimum(hi, past)
-    pairs = hi - lo
-    if (plan.window is not None and plan.sink) or plan.head_sink is not None:  # before and behind the window
-        sink = torch.minimum(below(torch.zeros_like(q) + sinks), past)
-        pairs = pairs + torch.minimum(sink, lo) + (sink - hi).clamp(min=0)
-    if not plan.causal and not plan.include_self:
-        pairs = pairs - (below(q + 1) - below(q))
-    return int(pairs.sum())
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _fail(message: str) -> None:
-    raise PlanError(message)
-
-
-def check_values(plan: Plan) -> None:
-    """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
-    for name, T in (("q_order", plan.Tq), ("k_order", plan.Tk)):
-        order = getattr(plan, name)
-        if order is None or not order.numel():
-            continue
-        low, high = (int(x) for x in torch.aminmax(order))
-        if low < -1 or high >= T:
-            _fail(f"{name} holds {low}..{high}: tokens are 0..{T - 1}, -1 is an empty lane")
-        lists = order.reshape(-1, order.shape[-1]).long()
-        token = (lists + T * torch.arange(len(lists), device=order.device)[:, None])[lists >= 0]
-        if token.numel() and int(torch.bincount(token).max()) > 1:
-            _fail(
-                f"{name} names a token twice: an order is injective; use a tuple of plans for repeated tokens"
-            )
-    for pre, pool, of in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
-        if pool is None:
-            continue
-        start, full, count = (getattr(plan, pre + n).flatten().long() for n in ("start", "full", "count"))
-        _bounds(start, full, count, len(pool), pre, of)
-        edge = torch.zeros(len(pool) + 1, dtype=torch.int64, device=pool.device)
-        some = count > 0
-        one = torch.ones_like(start[some])
-        edge.index_add_(0, start[some], one).index_add_(0, (start + count)[some], -one)
-        live = edge.cumsum(0)[:-1] > 0  # entries that no list reaches may hold anything
-        if pre:
-            lo, hi = pool.unbind(-1)
-            bad = live & ((lo < 0) | (hi < lo) | (hi > plan.k_rows))
-            said = "a range [lo, hi) with 0 <= lo <= hi <= {} key rows"
-            most = plan.k_rows
-        else:
-            most = -(-plan.k_rows // plan.unit)
-            bad, said = live & ((pool < 0) | (pool >= most)), "unit numbers below {}"
-        if bool(bad.any()):
-            at = int(bad.nonzero()[0])
-            _fail(f"{of}[{at}] = {pool[at].tolist()}: expected {said.format(most)}")
-    if plan.bits is not None:
-        assert plan.count is not None and plan.full is not None and plan.bits_start is not None
-        part = (plan.count - plan.full).flatten().long()
-        _bounds(plan.bits_start.flatten(), torch.zeros_like(part), part, len(plan.bits), "bits_", "bits")
-
-
-def _place(plan: Plan, cell: int) -> str:
-    heads = plan.extent()[1]
-    return (
-        f"tile {cell % plan.tiles} (batch {cell // plan.tiles // heads}, head {cell // plan.tiles % heads})"
-    )
-
-
-def _surely_full(plan: Plan, entries: Ranges) -> Tensor:
-    """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
-    if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg, plan.head_window)):
-        return torch.zeros_like(entries.full)
-    batch, heads = plan.extent()
-    token = query_tokens(plan)
-    shift = plan.q_offset.long().reshape(-1, 1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
-    if plan.q_pos is None:
-        q = token.long() + shift
-    else:
-        q = _read(_at(plan.q_pos, batch, heads), token.reshape(batch, heads, -1).long()).view(token.shape)
-    far = 1 << 40
-    q_low = torch.where(token >= 0, q, far).amin(-1).flatten()[entries.cell]
-    q_high = torch.where(token >= 0, q, -far).amax(-1).flatten()[entries.cell]
-    if plan.k_order is None and plan.k_pos is None:
-        k_low, k_high = entries.lo, entries.hi - 1
-    else:
-        k_low, k_high = torch.full_like(entries.lo, far), torch.full_like(entries.lo, -far)
-        for entry, _, b, h, key in _lanes(plan, entries, CELLS):
-            position = key if plan.k_pos is None else _fetch(plan.k_pos, b, h, key, heads)
-            hole = key < 0
-            k_low.scatter_reduce_(0, entry, torch.where(hole, -far, position), "amin")
-            k_high.scatter_reduce_(0, entry, torch.where(hole, far, position), "amax")
-    sure = (k_low > -far) & (k_high < far)
-    if plan.causal:
-        sure = sure & ((q_low >= k_high) if plan.include_self else (q_low > k_high))
-    elif not plan.include_self:
-        sure = sure & ((q_low > k_high) | (q_high < k_low))
-    if plan.window is not None:
-        left, right = plan.window
-        inside = torch.ones_like(sure)
-        if left is not None:
-            inside = inside & (q_high - k_low <= left)
-        if right is not None:
-            inside = inside & (k_high - q_low <= right)
-        sure = sure & (inside | (k_high < plan.sink))
-    return sure | (q_high == -far)  # a tile without a real row
-
-
-def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of: str) -> None:
-    if bool(((full < 0) | (full > count)).any()):
-        at = int(((full < 0) | (full > count)).nonzero()[0])
-        _fail(f"{pre}full = {int(full[at])} of {pre}count = {int(count[at])}: expected 0 <= full <= count")
-    bad = (count > 0) & ((start < 0) | (start + count > size))
-    if bool(bad.any()):
-        at = int(bad.nonzero()[0])
-        what = f"{pre}start = {int(start[at])} with {int(count[at])} entries"
-        _fail(f"{what} runs past {of}, which has {size}")
-
-
-def check(plan: Plan) -> None:
-    """`check_values`, and that the entries of a tile are disjoint and the full ones really full."""
-    check_values(plan)
-    if plan.overflow is not None and bool(plan.overflow.any()):
-        _fail("lists of a static capacity overflowed: entries were dropped; raise the capacity")
-    entries = ranges(plan)
-    entries = entries.of(entries.hi > entries.lo)
-    by_place = torch.argsort(entries.cell * (plan.k_rows + 1) + entries.lo)
-    cell, lo, hi = (x[by_place] for x in (entries.cell, entries.lo, entries.hi))
-    twice = (cell[1:] == cell[:-1]) & (lo[1:] < hi[:-1])
-    if bool(twice.any()):
-        at = int(twice.nonzero()[0])
-        _fail(
-            f"{_place(plan, int(cell[at]))} lists key row {int(lo[at + 1])} twice, in [{int(lo[at])}, "
-            f"{int(hi[at])}) and [{int(lo[at + 1])}, {int(hi[at + 1])}): the entries of a tile are disjoint"
-        )
-    real = real_rows(plan).flatten(0, 2)
-    cut = entries.cell[entries.full & entries.ragged]
-    cut = cut[real[cut].any(-1)]
-    if len(cut):
-        _fail(
-            f"{_place(plan, int(cut[0]))}: the last unit is cut by the end of the keys: count it as partial"
-        )
-    doubt = entries.of(entries.full)
-    doubt = doubt.of(~_surely_full(plan, doubt))
-    for part in cells(plan, doubt):
-        owner = doubt.cell[part.entry]
-        hidden = real[owner] & ~part.keep
-        if bool(hidden.any()):
-            at = int(hidden.any(-1).nonzero()[0])
-            _fail(
-                f"{_place(plan, int(owner[at]))}: an entry marked full covers key {int(part.k_token[at])}, "
-                "which the rules hide from a query of the tile; count it as partial"
-            )
-
-
-def _owners(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """(row number, entry number) of every listed entry, rows numbered through [B,H,R]."""
-    flat = count.flatten().long()
-    row = torch.repeat_interleave(torch.arange(flat.numel(), device=flat.device), flat)
-    inside = torch.arange(row.numel(), device=flat.device) - (flat.cumsum(0) - flat)[row]
-    return row, start.flatten()[row] + inside
-
-
-def _transpose(
-    plan: Plan,
-    shape: torch.Size,
-    row: Tensor,
-    column: Tensor,
-    full: Tensor,
-    source: Tensor,
-    columns: int,
-    group: int,
-) -> KeyLists:
-    from .core import KeyLists
-
-    R = shape[-1]
-    cell = row // R * columns + column
-    key = (cell * 2 + (~full).long()) * R + row % R
-    order = torch.argsort(key)
-    cells = shape[0] * shape[1] * columns
-    count = torch.bincount(cell, minlength=cells)
-    n_full = torch.bincount(cell[full], minlength=cells)
-    lead = (shape[0], shape[1], columns)
-    return KeyLists(
-        start=(count.cumsum(0) - count).view(lead),
-        count=count.int().view(lead),
-        full=n_full.int().view(lead),
-        index=(row % R)[order].int(),
-        source=source[order],
-        group=group,
-    )
-
-
-def transpose_spans(plan: Plan) -> KeyLists:
-    """For each group of KEY_GROUP key rows, the tiles whose spans touch it (partial where a span cuts it)."""
-    row, source = _owners(plan.span_start, plan.span_count)
-    local_full = plan.span_full.flatten().long()[row]
-    first_of_row = (plan.span_start.flatten())[row]
-    is_full = source - first_of_row < local_full
-    lo, hi = plan.spans[source].long().unbind(-1)
-    alive = hi > lo
-    row, source, is_full, lo, hi = (x[alive] for x in (row, source, is_full, lo, hi))
-    c0, c1 = lo // KEY_GROUP, (hi - 1) // KEY_GROUP + 1
-    n = c1 - c0
-    pick = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-    column = c0[pick] + torch.arange(pick.numel(), device=n.device) - (n.cumsum(0) - n)[pick]
-    row, source, lo, hi = row[pick], source[pick], lo[pick], hi[pick]
-    columns = -(-plan.k_rows // KEY_GROUP)
-    edge = ((column + 1) * KEY_GROUP).clamp(max=plan.k_rows)
-    whole = is_full[pick] & (lo <= column * KEY_GROUP) & (hi >= edge)
-    return _transpose(plan, plan.span_count.shape, row, column, whole, source, columns, KEY_GROUP)
-
-
-def transpose_units(plan: Plan) -> KeyLists:
-    """For each unit, the tiles that list it."""
-    row, source = _owners(plan.start, plan.count)
-    is_full = source - plan.start.flatten()[row] < plan.full.flatten().long()[row]
-    columns = -(-plan.k_rows // plan.unit)
-    return _transpose(
-        plan, plan.count.shape, row, plan.index[source].long(), is_full, source, columns, plan.unit
-    )
-
-
-def unpack(plan: Plan) -> Tensor:
-    """The bits of a plan's partial units as bool [Nb, tile, unit]."""
-    return unpack_bits(plan.bits, plan.unit)

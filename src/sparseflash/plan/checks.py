@@ -1,0 +1,149 @@
+"""Whether a plan's values are sound: nothing out of range, nothing listed twice, full entries really full."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from .lists import CELLS, Ranges, _at, _fetch, _lanes, _read, band, cells, query_tokens, ranges, real_rows
+
+if TYPE_CHECKING:
+    from .core import Plan
+
+
+def _fail(message: str) -> None:
+    raise PlanError(message)
+
+
+def check_values(plan: Plan) -> None:
+    """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
+    for name, T in (("q_order", plan.Tq), ("k_order", plan.Tk)):
+        order = getattr(plan, name)
+        if order is None or not order.numel():
+            continue
+        low, high = (int(x) for x in torch.aminmax(order))
+        if low < -1 or high >= T:
+            _fail(f"{name} holds {low}..{high}: tokens are 0..{T - 1}, -1 is an empty lane")
+        lists = order.reshape(-1, order.shape[-1]).long()
+        token = (lists + T * torch.arange(len(lists), device=order.device)[:, None])[lists >= 0]
+        if token.numel() and int(torch.bincount(token).max()) > 1:
+            _fail(
+                f"{name} names a token twice: an order is injective; use a tuple of plans for repeated tokens"
+            )
+    for pre, pool, of in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
+        if pool is None:
+            continue
+        start, full, count = (getattr(plan, pre + n).flatten().long() for n in ("start", "full", "count"))
+        _bounds(start, full, count, len(pool), pre, of)
+        edge = torch.zeros(len(pool) + 1, dtype=torch.int64, device=pool.device)
+        some = count > 0
+        one = torch.ones_like(start[some])
+        edge.index_add_(0, start[some], one).index_add_(0, (start + count)[some], -one)
+        live = edge.cumsum(0)[:-1] > 0  # entries that no list reaches may hold anything
+        if pre:
+            lo, hi = pool.unbind(-1)
+            bad = live & ((lo < 0) | (hi < lo) | (hi > plan.k_rows))
+            said = "a range [lo, hi) with 0 <= lo <= hi <= {} key rows"
+            most = plan.k_rows
+        else:
+            most = -(-plan.k_rows // plan.unit)
+            bad, said = live & ((pool < 0) | (pool >= most)), "unit numbers below {}"
+        if bool(bad.any()):
+            at = int(bad.nonzero()[0])
+            _fail(f"{of}[{at}] = {pool[at].tolist()}: expected {said.format(most)}")
+    if plan.bits is not None:
+        assert plan.count is not None and plan.full is not None and plan.bits_start is not None
+        part = (plan.count - plan.full).flatten().long()
+        _bounds(plan.bits_start.flatten(), torch.zeros_like(part), part, len(plan.bits), "bits_", "bits")
+
+
+def _place(plan: Plan, cell: int) -> str:
+    heads = plan.extent()[1]
+    return (
+        f"tile {cell % plan.tiles} (batch {cell // plan.tiles // heads}, head {cell // plan.tiles % heads})"
+    )
+
+
+def _surely_full(plan: Plan, entries: Ranges) -> Tensor:
+    """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
+    if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg)):
+        return torch.zeros_like(entries.full)
+    batch, heads = plan.extent()
+    token = query_tokens(plan)
+    shift = plan.q_offset.long().reshape(-1, 1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+    if plan.q_pos is None:
+        q = token.long() + shift
+    else:
+        q = _read(_at(plan.q_pos, batch, heads), token.reshape(batch, heads, -1).long()).view(token.shape)
+    far = 1 << 40
+    q_low = torch.where(token >= 0, q, far).amin(-1).flatten()[entries.cell]
+    q_high = torch.where(token >= 0, q, -far).amax(-1).flatten()[entries.cell]
+    if plan.k_order is None and plan.k_pos is None:
+        k_low, k_high = entries.lo, entries.hi - 1
+    else:
+        k_low, k_high = torch.full_like(entries.lo, far), torch.full_like(entries.lo, -far)
+        for entry, _, b, h, key in _lanes(plan, entries, CELLS):
+            position = key if plan.k_pos is None else _fetch(plan.k_pos, b, h, key, heads)
+            hole = key < 0
+            k_low.scatter_reduce_(0, entry, torch.where(hole, -far, position), "amin")
+            k_high.scatter_reduce_(0, entry, torch.where(hole, far, position), "amax")
+    sure = (k_low > -far) & (k_high < far)
+    if plan.causal:
+        sure = sure & ((q_low >= k_high) if plan.include_self else (q_low > k_high))
+    elif not plan.include_self:
+        sure = sure & ((q_low > k_high) | (q_high < k_low))
+    if plan.window is not None or plan.head_window is not None:
+        left, right, sink = band(plan, entries.cell // max(plan.tiles, 1) % heads)
+        inside = (q_high - k_low <= left) & (k_high - q_low <= right)
+        sure = sure & (inside | (k_high < sink))
+    return sure | (q_high == -far)  # a tile without a real row
+
+
+def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of: str) -> None:
+    if bool(((full < 0) | (full > count)).any()):
+        at = int(((full < 0) | (full > count)).nonzero()[0])
+        _fail(f"{pre}full = {int(full[at])} of {pre}count = {int(count[at])}: expected 0 <= full <= count")
+    bad = (count > 0) & ((start < 0) | (start + count > size))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        what = f"{pre}start = {int(start[at])} with {int(count[at])} entries"
+        _fail(f"{what} runs past {of}, which has {size}")
+
+
+def check(plan: Plan) -> None:
+    """`check_values`, and that the entries of a tile are disjoint and the full ones really full."""
+    check_values(plan)
+    if plan.overflow is not None and bool(plan.overflow.any()):
+        _fail("lists of a static capacity overflowed: entries were dropped; raise the capacity")
+    entries = ranges(plan)
+    entries = entries.of(entries.hi > entries.lo)
+    by_place = torch.argsort(entries.cell * (plan.k_rows + 1) + entries.lo)
+    cell, lo, hi = (x[by_place] for x in (entries.cell, entries.lo, entries.hi))
+    twice = (cell[1:] == cell[:-1]) & (lo[1:] < hi[:-1])
+    if bool(twice.any()):
+        at = int(twice.nonzero()[0])
+        _fail(
+            f"{_place(plan, int(cell[at]))} lists key row {int(lo[at + 1])} twice, in [{int(lo[at])}, "
+            f"{int(hi[at])}) and [{int(lo[at + 1])}, {int(hi[at + 1])}): the entries of a tile are disjoint"
+        )
+    real = real_rows(plan).flatten(0, 2)
+    cut = entries.cell[entries.full & entries.ragged]
+    cut = cut[real[cut].any(-1)]
+    if len(cut):
+        _fail(
+            f"{_place(plan, int(cut[0]))}: the last unit is cut by the end of the keys: count it as partial"
+        )
+    doubt = entries.of(entries.full)
+    doubt = doubt.of(~_surely_full(plan, doubt))
+    for part in cells(plan, doubt):
+        owner = doubt.cell[part.entry]
+        hidden = real[owner] & ~part.keep
+        if bool(hidden.any()):
+            at = int(hidden.any(-1).nonzero()[0])
+            _fail(
+                f"{_place(plan, int(owner[at]))}: an entry marked full covers key {int(part.k_token[at])}, "
+                "which the rules hide from a query of the tile; count it as partial"
+            )

@@ -1,0 +1,112 @@
+"""A plan's figures: how many pairs are visible, visited, and allowed by its rules alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .lists import CELLS, Ranges, _at, band, cells, positions, query_tokens, ranges, real_rows
+
+if TYPE_CHECKING:
+    from .core import Plan
+
+
+def visible_pairs(plan: Plan) -> int:
+    """Number of visible (query, key) pairs: full entries are counted, partial ones evaluated."""
+    entries = ranges(plan)
+    rows = real_rows(plan).flatten(0, 2).sum(-1)
+    sure = ((entries.hi - entries.lo) * rows[entries.cell])[entries.full].sum()
+    rest = entries.of(~entries.full)
+    if _by_position(plan):
+        return int(sure) + _count_by_position(plan, rest)
+    return int(sure) + sum(int(part.keep.sum()) for part in cells(plan, rest))
+
+
+def _by_position(plan: Plan) -> bool:
+    """Whether a key's row is its position and nothing but positions decides: a row counts in closed form."""
+    told = (plan.k_order, plan.k_pos, plan.k_end, plan.q_seg, plan.k_seg, plan.bits)
+    return all(x is None for x in told)
+
+
+def _count_by_position(plan: Plan, entries: Ranges) -> int:
+    """Visible pairs of some entries: the length of what the rules leave of each range, row by row."""
+    batch, heads = plan.extent()
+    tokens = query_tokens(plan).reshape(-1, plan.tile)
+    head = torch.arange(len(tokens), device=plan.device) // max(plan.tiles, 1) % heads
+    left, right, sink = band(plan, head)
+    total = 0
+    step = max(1, CELLS // plan.tile)
+    for at in range(0, len(entries.lo), step):
+        part = entries.of(slice(at, at + step))
+        token = tokens[part.cell].long()
+        lo, hi = part.lo[:, None], part.hi[:, None]
+        own = part.cell // max(plan.tiles, 1)
+        q = positions(plan, token, own // heads, own % heads)
+        if plan.causal:
+            hi = torch.minimum(hi, q + int(plan.include_self))
+        a, b, s = q - left[part.cell, None], q + right[part.cell, None] + 1, sink[part.cell, None]
+        near = (torch.minimum(hi, b) - torch.maximum(lo, a)).clamp(min=0)
+        before = (torch.minimum(torch.minimum(hi, s), a) - lo).clamp(min=0)
+        behind = (torch.minimum(hi, s) - torch.maximum(lo, b)).clamp(min=0)
+        seen = near + before + behind
+        if not plan.causal and not plan.include_self:
+            seen = seen - ((q >= lo) & (q < hi)).long()
+        total += int((seen * (token >= 0)).sum())
+    return total
+
+
+def partial_area(plan: Plan) -> int:
+    """Pairs in partial entries: what `visible_pairs` has to evaluate."""
+    entries = ranges(plan)
+    return int(((entries.hi - entries.lo) * ~entries.full).sum()) * plan.tile
+
+
+def visited_area(plan: Plan) -> int:
+    """Tile rows x listed keys, over all tiles."""
+    entries = ranges(plan)
+    rows = (plan.q_rows - entries.cell % max(plan.tiles, 1) * plan.tile).clamp(max=plan.tile)
+    return int(((entries.hi - entries.lo) * rows).sum())
+
+
+def dense_pairs(plan: Plan) -> int:
+    """Pairs that causality and the window alone allow, over all batches and heads."""
+    batch, heads = plan.extent()
+    device = plan.device
+    if plan.q_pos is not None:
+        q = _at(plan.q_pos, batch, heads).long()
+    else:
+        shift = plan.q_offset.long().reshape(-1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+        q = (torch.arange(plan.Tq, device=device) + torch.as_tensor(shift, device=device)).expand(
+            batch, heads, -1
+        )
+    if plan.k_pos is not None:
+        k = _at(plan.k_pos, batch, heads).long().sort(-1).values
+    else:
+        k = torch.arange(plan.Tk, device=device).expand(batch, heads, -1)
+    q, k = q.contiguous(), k.contiguous()
+
+    def below(x: Tensor) -> Tensor:
+        """How many keys sit at positions below x."""
+        return torch.searchsorted(k, x.contiguous())
+
+    past = below(q + int(plan.include_self)) if plan.causal else torch.full_like(q, plan.Tk)
+    left: Any
+    right: Any
+    left, right = plan.window or (None, None)
+    sinks: Any = plan.sink
+    if plan.head_window is not None:
+        table = _at(plan.head_window, batch, heads).long()
+        left, right = (torch.where(x < 0, 1 << 40, x) for x in (table[..., :1], table[..., 1:]))
+        sinks = 0 if plan.head_sink is None else _at(plan.head_sink, batch, heads).long()
+    lo = torch.zeros_like(q) if left is None else below(q - left)
+    hi = torch.full_like(q, plan.Tk) if right is None else below(q + right + 1)
+    lo, hi = torch.minimum(lo, past), torch.minimum(hi, past)
+    pairs = hi - lo
+    if (plan.window is not None and plan.sink) or plan.head_sink is not None:  # before and behind the window
+        sink = torch.minimum(below(torch.zeros_like(q) + sinks), past)
+        pairs = pairs + torch.minimum(sink, lo) + (sink - hi).clamp(min=0)
+    if not plan.causal and not plan.include_self:
+        pairs = pairs - (below(q + 1) - below(q))
+    return int(pairs.sum())
