@@ -228,17 +228,18 @@ def test_checkpointing_changes_no_gradient(case, generator):
 
 
 @every_case
-def test_compiles_without_a_break_given_its_selection(case, generator):
+@pytest.mark.parametrize("given", [False, True], ids=["selecting", "given-its-selection"])
+def test_compiles_without_a_break(case, given, generator):
     q, k, v, dout = inputs(generator, 70)
     method = case.method()
-    selection = method.select(q, k)
+    selection = method.select(q, k) if given else None
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda q, k, v: method(q, k, v, selection=selection), fullgraph=True, backend="aot_eager"
     )
-    out = compiled(q, k, v)
-    assert torch.equal(out, method(q, k, v, selection=selection))
-    for a, b in zip(*(torch.autograd.grad(o, (q, k, v), dout) for o in (out, method(q, k, v))), strict=True):
+    out, plain = compiled(q, k, v), method(q, k, v)
+    assert torch.equal(out, plain)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), dout) for x in (out, plain)), strict=True):
         assert torch.equal(a, b)
 
 

@@ -22,10 +22,21 @@ CHUNK = 1 << 22
 
 
 @functools.lru_cache(maxsize=256)
-def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
+def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(rounds, heads, dim, buckets // 2, generator=generator, dtype=torch.float64)
+    normal = torch.randn(
+        rounds, heads, dim, buckets // 2, generator=generator, dtype=torch.float64, device="cpu"
+    )
     return (normal / normal.norm(dim=-2, keepdim=True)).float()
+
+
+def _planes(*key: int) -> Tensor:
+    return _draw_planes(*key)
+
+
+# A generator cannot be traced, and need not be: this is torch.compiler.assume_constant_result without the
+# import of the whole compiler that it brings.
+_planes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def lsh_planes(
@@ -66,8 +77,7 @@ def lsh_planes(
             f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and its opposite)",
         )
     )
-    with torch.device("cpu"):
-        planes = _planes(dim, buckets, heads, rounds, seed)
+    planes = _planes(dim, buckets, heads, rounds, seed)
     return planes if device is None else planes.to(device)
 
 
