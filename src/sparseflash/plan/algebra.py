@@ -1,8 +1,9 @@
 """Exact set algebra on plans: `&`, `-`, `|`, and the same set on another grid (`retile`).
 
-One mechanism: walk the pairs that one plan visits, look each up in the other, and write what remains as units,
-with bits where a unit is not all or nothing. Work and memory follow the visited area, never Tq x Tk. Plans of
-ranges only, whose rules join into one formula, take a shorter way that needs no bits.
+One mechanism: walk the pairs that one plan visits, look each up in the other, and write what remains as
+units, with bits where a unit is not all or nothing. Work and memory follow the visited area, never Tq x Tk. Two
+shorter ways need no bits: a plan that is nothing but its rules (a window, say) hands them to the other plan,
+and ranges in the same row space are cut where their rules join into one formula.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
+from .checks import surely_full
+from .figures import by_position, dense_pairs, visible_pairs
 from .lists import _at, _fetch, _formula, cells, ranges, real_rows
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ LIMIT = 2 << 30
 """Bytes of bits that an operation may build before it refuses."""
 
 _LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
+_ROWS = ("spans", "index", "bits", "unit", "q_order", "k_order")
 _POSITIONS = ("q_pos", "k_pos")
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -125,8 +129,8 @@ def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple
     require(
         (
             size <= LIMIT,
-            f"the result needs {size / 2**30:.1f} GiB of bits while it is built (limit {LIMIT / 2**30:.0f}): use a "
-            "tuple of disjoint plans, or larger units, or plans whose rules combine",
+            f"the result needs {size / 2**30:.2g} GiB of bits while it is built (limit {LIMIT / 2**30:.2g}): "
+            "use a tuple of disjoint plans, or larger units, or plans whose rules combine",
         ),
         error=PlanError,
     )
@@ -221,11 +225,14 @@ def retile(plan: Plan, tile: int, unit: int) -> Plan:
 def intersect(a: Plan, b: Plan) -> Plan:
     """`a & b`."""
     extent = _shared_extent(a, b)
-    joined = _join_ranges(a, b, extent)
-    if joined is not None:
-        return joined
     if _area(b) < _area(a):
         a, b = b, a
+    overflow = _overflow(a, b)
+    for short in (_join_ranges, _hand_rules):
+        found = short(a, b, extent)
+        if found is not None:
+            return dataclasses.replace(found, overflow=overflow)
+    a = dataclasses.replace(a, overflow=overflow)
     return refine(a, Lookup(b, extent[1]), tile=a.tile, unit=a.unit, extent=extent)
 
 
@@ -233,6 +240,7 @@ def subtract(a: Plan, b: Plan) -> Plan:
     """`a - b`."""
     extent = _shared_extent(a, b)
     look = Lookup(b, extent[1])
+    a = dataclasses.replace(a, overflow=_overflow(a, b))
     return refine(a, lambda *at: ~look(*at), tile=a.tile, unit=a.unit, extent=extent)
 
 
@@ -242,6 +250,12 @@ def unite(a: Plan, b: Plan) -> Plan | tuple[Plan, Plan]:
         a, b = b, a
     rest = subtract(b, a)
     return (a, rest) if rest.index is not None and len(rest.index) else a
+
+
+def _overflow(a: Plan, b: Plan) -> Tensor | None:
+    """What lists of either plan have lost, their combination lacks."""
+    given = [p.overflow for p in (a, b) if p.overflow is not None]
+    return torch.stack([x.reshape(-1).amax() for x in given]).amax() if given else None
 
 
 def _area(plan: Plan) -> float:
@@ -255,7 +269,8 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _uses_positions(p: Plan) -> bool:
-    return p.causal or not p.include_self or p.window is not None or p.k_end is not None
+    windowed = p.window is not None or p.head_window is not None
+    return p.causal or not p.include_self or windowed or p.k_end is not None
 
 
 def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
@@ -275,16 +290,22 @@ def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
             return None
     if placed:
         rules |= {n: getattr(placed[0], n) for n in (*_POSITIONS, "q_offset")}
-    if a.window is not None and b.window is not None:
-        if a.sink != b.sink:
+    windowed = [p for p in (a, b) if p.window is not None or p.head_window is not None]
+    if len(windowed) == 2:
+        if a.head_window is not None or b.head_window is not None:
+            if not (_same(a.head_window, b.head_window) and _same(a.head_sink, b.head_sink)):
+                return None
+            rules |= {"head_window": a.head_window, "head_sink": a.head_sink}
+        elif a.sink != b.sink:
             return None
-        sides = zip(a.window, b.window, strict=True)
-        rules["window"] = tuple(
-            min(x) if (x := [s for s in pair if s is not None]) else None for pair in sides
-        )
-        rules["sink"] = a.sink
-    elif (windowed := a if a.window is not None else b).window is not None:
-        rules |= {"window": windowed.window, "sink": windowed.sink}
+        else:
+            sides = zip(a.window or (), b.window or (), strict=True)
+            rules["window"] = tuple(
+                min(x) if (x := [s for s in pair if s is not None]) else None for pair in sides
+            )
+            rules["sink"] = a.sink
+    elif windowed:
+        rules |= {n: getattr(windowed[0], n) for n in ("window", "sink", "head_window", "head_sink")}
     if a.k_end is not None and b.k_end is not None:
         if a.k_end.shape != b.k_end.shape:
             return None
@@ -300,7 +321,7 @@ def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
 
 
 def _join_ranges(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
-    """Intersection of two plans of ranges in the same row space whose rules join; None where it is not that."""
+    """Intersection of two plans of ranges in one row space whose rules join; None where it is not that."""
     if a.index is not None or b.index is not None or a.spans is None or b.spans is None:
         return None
     if not (_same(a.q_order, b.q_order) and _same(a.k_order, b.k_order)):
@@ -333,6 +354,53 @@ def _join_ranges(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
         spans=spans.int(),
         **rules,
     )
+
+
+def _hand_rules(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
+    """Intersection where one plan is nothing but its rules: the other one's lists under the rules of both."""
+    for listed, ruling in ((a, b), (b, a)):
+        rules = _join_rules(listed, ruling) if _only_rules(ruling) else None
+        if rules is None:
+            continue
+        listed = widen(listed, *extent)
+        own = (f.name for f in dataclasses.fields(listed) if f.name in (*_LISTS, *_ROWS))
+        probe = dataclasses.replace(ruling, tile=listed.tile, **{n: getattr(listed, n) for n in own})
+        found = _demote(listed, surely_full(probe, ranges(probe)))
+        if found is not None:
+            return dataclasses.replace(found, **rules)
+    return None
+
+
+def _only_rules(plan: Plan) -> bool:
+    """Whether the lists hide nothing that the rules on positions let see."""
+    if plan.q_order is not None or not by_position(plan):
+        return False
+    return visible_pairs(plan) == dense_pairs(plan)
+
+
+def _demote(plan: Plan, sure: Tensor) -> Plan | None:
+    """The plan with only those entries full that stay so; None where bits would have to be written."""
+    changed: dict[str, Tensor] = {}
+    at = 0
+    for pre, pool, name in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
+        if pool is None:
+            continue
+        start, full, count = (getattr(plan, pre + n) for n in ("start", "full", "count"))
+        flat = count.reshape(-1).long()
+        cell = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
+        slot = torch.arange(len(cell), device=flat.device) - (flat.cumsum(0) - flat)[cell]
+        still = slot < full.reshape(-1)[cell]
+        if not pre and plan.bits is not None and bool((still & ~sure[at : at + len(cell)]).any()):
+            return None
+        still = still & sure[at : at + len(cell)]
+        at += len(cell)
+        order = torch.argsort(cell * 2 + (~still).long(), stable=True)
+        changed |= {
+            pre + "start": (flat.cumsum(0) - flat).view(count.shape),
+            pre + "full": torch.bincount(cell[still], minlength=len(flat)).int().view(count.shape),
+            name: pool[start.reshape(-1)[cell] + slot][order],
+        }
+    return dataclasses.replace(plan, **changed)
 
 
 def _padded(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:

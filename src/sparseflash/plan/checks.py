@@ -67,7 +67,7 @@ def _place(plan: Plan, cell: int) -> str:
     )
 
 
-def _surely_full(plan: Plan, entries: Ranges) -> Tensor:
+def surely_full(plan: Plan, entries: Ranges) -> Tensor:
     """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
     if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg)):
         return torch.zeros_like(entries.full)
@@ -137,7 +137,7 @@ def check(plan: Plan) -> None:
             f"{_place(plan, int(cut[0]))}: the last unit is cut by the end of the keys: count it as partial"
         )
     doubt = entries.of(entries.full)
-    doubt = doubt.of(~_surely_full(plan, doubt))
+    doubt = doubt.of(~surely_full(plan, doubt))
     for part in cells(plan, doubt):
         owner = doubt.cell[part.entry]
         hidden = real[owner] & ~part.keep

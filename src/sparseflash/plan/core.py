@@ -308,7 +308,7 @@ class Plan:
         causal: bool = False,
         capacity: int | None = None,
     ) -> Plan:
-        """Blocks of `tile` queries x `unit` keys: bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`, True = attends.
+        """Blocks of `tile` queries x `unit` keys, True = attends: bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`.
 
         With `causal` (queries at positions 0, 1, ...), blocks in the future are left out and those on the
         diagonal masked. `capacity` bounds the blocks of a tile, so that shapes do not depend on values (the

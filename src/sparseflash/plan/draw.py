@@ -159,8 +159,10 @@ def explain(plan: Plan) -> str:
         f"({plan.tile} rows each)",
         f"rows: {plan.q_rows} of queries, {plan.k_rows} of keys"
         + (", ordered" if plan.q_order is not None or plan.k_order is not None else ""),
-        f"entries: {len(entries.lo)} ({per:.1f} a tile); of the keys visited {sure / max(area, 1):.0%} need no element test",
-        f"density {plan.density:.4f} of what its causal and window rules allow; work {plan.work:.4f} of Tq x Tk",
+        f"entries: {len(entries.lo)} ({per:.1f} a tile); "
+        f"of the keys visited {sure / max(area, 1):.0%} need no element test",
+        f"density {plan.density:.4f} of what its causal and window rules allow; "
+        f"work {plan.work:.4f} of Tq x Tk",
         f"memory {memory / 2**20:.2f} MiB",
     ]
     return "\n".join(lines)

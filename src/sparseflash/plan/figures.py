@@ -19,12 +19,12 @@ def visible_pairs(plan: Plan) -> int:
     rows = real_rows(plan).flatten(0, 2).sum(-1)
     sure = ((entries.hi - entries.lo) * rows[entries.cell])[entries.full].sum()
     rest = entries.of(~entries.full)
-    if _by_position(plan):
+    if by_position(plan):
         return int(sure) + _count_by_position(plan, rest)
     return int(sure) + sum(int(part.keep.sum()) for part in cells(plan, rest))
 
 
-def _by_position(plan: Plan) -> bool:
+def by_position(plan: Plan) -> bool:
     """Whether a key's row is its position and nothing but positions decides: a row counts in closed form."""
     told = (plan.k_order, plan.k_pos, plan.k_end, plan.q_seg, plan.k_seg, plan.bits)
     return all(x is None for x in told)

@@ -18,13 +18,14 @@ CHUNK = 64  # blocks of a mask function evaluated at a time
 
 
 def to_block_mask(plan: Plan, block: int = 128) -> Any:
-    """The plan as a BlockMask: its blocks as FlexAttention lists them, its partial ones as a lookup in bits."""
+    """The plan as a BlockMask: blocks as FlexAttention lists them, partial ones as a lookup in bits."""
     from torch.nn.attention.flex_attention import BlockMask
 
     require(
         (
             plan.q_order is None and plan.k_order is None,
-            "a BlockMask has no row orders: this plan permutes or drops tokens; gather q, k and v by its orders first",
+            "a BlockMask has no row orders: this plan permutes or drops tokens; "
+            "gather q, k and v by its orders first",
         ),
         error=PlanError,
     )
@@ -76,7 +77,8 @@ def from_block_mask(block_mask: Any) -> dict[str, Any]:
     require(
         (
             hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod"),
-            f"block_mask is a {type(block_mask).__name__}: expected torch.nn.attention.flex_attention.BlockMask",
+            f"block_mask is a {type(block_mask).__name__}: expected a BlockMask of "
+            "torch.nn.attention.flex_attention",
         ),
         error=PlanError,
     )

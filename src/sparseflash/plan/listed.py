@@ -1,12 +1,24 @@
-"""Constructors from what a method has already listed: blocks, keys, ranges. Static shapes: nothing reaches the host."""
+"""Constructors from what a method has already listed: blocks, keys, ranges.
+
+On the host lists are compact. On accelerators and inside compiled functions their shapes are static, so that
+no value has to be looked at.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .build import TILE, UNIT, Fields, _check_options, _pack_spans, _shape, is_count
+from .build import INTEGERS, TILE, UNIT, Fields, _check_options, _pack_spans, _shape, host, is_count
+
+Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
+CHUNK = 1 << 20
+"""Candidates that are looked at in one go."""
 
 
 def _sizes(Tq: int, Tk: int, **options: object) -> None:
@@ -19,38 +31,88 @@ def _first_rows(Tq: int, tile: int, tiles: int, device: torch.device) -> Tensor:
     return (torch.arange(tiles, device=device) * tile).clamp(max=max(Tq - 1, 0))
 
 
-def _kinds(
-    unit_id: Tensor, listed: Tensor, *, Tq: int, Tk: int, tile: int, unit: int, causal: bool
-) -> Tensor:
-    """0 full, 1 partial, 2 not visited, for units [B,H,R,n] of causal or free tiles."""
-    last = (unit_id + 1) * unit - 1
-    whole = last < Tk
-    gone = ~listed
-    if causal:
-        first = _first_rows(Tq, tile, unit_id.shape[2], unit_id.device)[:, None]
-        whole = whole & (last <= first)
-        gone = gone | (unit_id * unit > (first + tile - 1).clamp(max=Tq - 1))
-    return torch.where(gone, 2, torch.where(whole, 0, 1))
+@dataclass(frozen=True)
+class _Grid:
+    """Tiles of queries against units of keys."""
+
+    Tq: int
+    Tk: int
+    tile: int
+    unit: int
+    causal: bool
+
+    def kinds(self, unit_id: Tensor, listed: Tensor, r: Tensor) -> Tensor:
+        """0 full, 1 partial, 2 not visited: units [..., n] of the tiles r [...]."""
+        last = (unit_id + 1) * self.unit - 1
+        whole = last < self.Tk
+        gone = ~listed
+        if self.causal:
+            first = (r * self.tile).clamp(max=max(self.Tq - 1, 0))[..., None]
+            whole = whole & (last <= first)
+            gone = gone | (unit_id * self.unit > (first + self.tile - 1).clamp(max=self.Tq - 1))
+        return torch.where(gone, 2, torch.where(whole, 0, 1))
 
 
-def _units(unit_id: Tensor, kind: Tensor, capacity: int | None) -> Fields:
-    """Unit lists from candidates [B,H,R,n]: full ones first, compact on the host, padded on accelerators."""
+def _lists(given: Tensor, candidates: Candidates, grid: _Grid, capacity: int | None) -> Fields:
+    """Unit lists from `given` [B,H,R,n], full units first: compact on the host, else of a static width."""
+    if capacity is None and host(given):
+        return _compact(given, candidates, grid)
+    *lead, width = given.shape
+    r = torch.arange(lead[2], device=given.device).expand(lead)
+    unit_id, listed = candidates(given)
+    kind = grid.kinds(unit_id, listed, r)
     order = torch.argsort(kind, dim=-1, stable=True)
     kind, unit_id = kind.gather(-1, order), unit_id.gather(-1, order)
     count, full = (kind < 2).sum(-1), (kind == 0).sum(-1)
-    width = unit_id.shape[-1]
-    if capacity is not None or unit_id.device.type != "cpu":
-        if capacity is not None and capacity < width:
-            width = capacity
-        over = (count > width).any()
-        start = (torch.arange(count.numel(), device=count.device) * width).view(count.shape)
-        index = torch.where(kind < 2, unit_id, 0)[..., :width]
-        fields: Fields = {"index": index.flatten().int(), "overflow": over.int()}
-        count, full = count.clamp(max=width), full.clamp(max=width)
-    else:
-        flat = count.flatten()
-        start, fields = (flat.cumsum(0) - flat).view(count.shape), {"index": unit_id[kind < 2].int()}
-    return {"start": start, "full": full.int(), "count": count.int(), **fields}
+    if capacity is not None and capacity < width:
+        width = capacity
+    start = torch.arange(count.numel(), device=count.device) * width
+    return {
+        "start": start.view(count.shape),
+        "full": full.clamp(max=width).int(),
+        "count": count.clamp(max=width).int(),
+        "index": torch.where(kind < 2, unit_id, 0)[..., :width].flatten().int(),
+        "overflow": (count > width).any().int(),
+    }
+
+
+def _compact(given: Tensor, candidates: Candidates, grid: _Grid) -> Fields:
+    """The lists behind one another, made so many at a time that they outweigh whatever making them takes."""
+    *lead, n = given.shape
+    total, R = math.prod(lead), lead[2]
+    flat = given.reshape(total, n)
+    count, full = torch.zeros(2, total, dtype=torch.int32)
+    index = torch.empty(flat.numel(), dtype=torch.int32)  # pages that stay untouched cost nothing
+    used, step = 0, max(1, CHUNK // max(n, 1))
+    for at in range(0, total if n else 0, step):
+        part = flat[at : at + step]
+        unit_id, listed = candidates(part)
+        kind = grid.kinds(unit_id, listed, torch.arange(at, at + len(part)) % R)
+        visited, sure = kind < 2, kind == 0
+        own, first = visited.sum(-1, dtype=torch.int32), sure.sum(-1, dtype=torch.int32)
+        count[at : at + step], full[at : at + step] = own, first
+        piece = unit_id[visited].int()
+        if bool(((first > 0) & (first < own)).any()):  # full ones first
+            place = torch.where(sure, sure.cumsum(-1), first[:, None] + (kind == 1).cumsum(-1)) - 1
+            place = place + (own.cumsum(0) - own)[:, None]
+            piece = torch.empty_like(piece).scatter_(0, place[visited], piece)
+        index[used : used + len(piece)] = piece
+        used += len(piece)
+    spare = len(index) - used
+    small = len(index) < CHUNK or spare > len(index) // 4
+    index = index[:used].clone() if spare and small else index[:used]
+    start = (count.cumsum(0) - count).view(lead)
+    return {"start": start, "full": full.view(lead), "count": count.view(lead), "index": index}
+
+
+def _check_capacity(capacity: int | None) -> None:
+    require(
+        (
+            capacity is None or is_count(capacity, 1),
+            f"capacity={capacity!r}: expected a positive int, or None",
+        ),
+        error=PlanError,
+    )
 
 
 def from_blocks(
@@ -63,35 +125,33 @@ def from_blocks(
     causal: bool = False,
     capacity: int | None = None,
 ) -> Fields:
+    """Fields of `Plan.from_blocks`."""
     _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
+    _check_capacity(capacity)
     R, C = -(-Tq // tile), -(-Tk // unit)
+    expected = f"bool [B|1, H|1, {R} tiles of {tile}, {C} units of {unit}]"
     require(
         (
             isinstance(keep_blocks, Tensor)
             and keep_blocks.dim() == 4
-            and tuple(keep_blocks.shape[2:]) == (R, C),
-            f"keep_blocks: {_shape(keep_blocks)}; expected bool [B|1, H|1, {R} tiles of {tile}, {C} units of {unit}]",
+            and tuple(keep_blocks.shape[2:]) == (R, C)
+            and keep_blocks.shape[1] > 0,
+            f"keep_blocks: {_shape(keep_blocks)}; expected {expected}",
         ),
+        error=PlanError,
+    )
+    require(
         (
             keep_blocks.dtype == torch.bool,
             f"keep_blocks has dtype {keep_blocks.dtype}: expected bool, True = attends",
         ),
-        (
-            capacity is None or (isinstance(capacity, int) and capacity > 0),
-            f"capacity={capacity!r}: expected an int > 0",
-        ),
         error=PlanError,
     )
-    unit_id = torch.arange(C, device=keep_blocks.device).expand(keep_blocks.shape)
-    kind = _kinds(unit_id, keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal)
-    return {
-        "Tq": Tq,
-        "Tk": Tk,
-        "tile": tile,
-        "unit": unit,
-        "causal": causal,
-        **_units(unit_id, kind, capacity),
-    }
+    units = torch.arange(C, device=keep_blocks.device)
+    fields = _lists(
+        keep_blocks, lambda x: (units.expand(x.shape), x), _Grid(Tq, Tk, tile, unit, causal), capacity
+    )
+    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
 
 
 def from_keys(
@@ -105,64 +165,69 @@ def from_keys(
     unique: bool = False,
     capacity: int | None = None,
 ) -> Fields:
-    _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
+    """Fields of `Plan.from_keys`."""
+    _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal, unique=unique)
+    _check_capacity(capacity)
     R, C = -(-Tq // tile), -(-Tk // unit)
     require(
         (
-            isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R,
+            isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R and index.shape[1] > 0,
             f"index: {_shape(index)}; expected integers [B|1, H|1, {R} tiles of {tile}, n], -1 = none",
-        ),
-        (
-            not index.is_floating_point() and index.dtype != torch.bool,
-            f"index has dtype {index.dtype}: expected integers",
         ),
         error=PlanError,
     )
-    unit_id = index.long()
-    if unit_id.device.type == "cpu" and unit_id.numel():
-        low, high = int(unit_id.min()), int(unit_id.max())
+    require(
+        (index.dtype in INTEGERS, f"index has dtype {index.dtype}: expected integers; try index.int()"),
+        error=PlanError,
+    )
+    if host(index) and index.numel():
+        low, high = (int(x) for x in torch.aminmax(index))
         require(
             (low >= -1 and high < C, f"index holds {low}..{high}: units are 0..{C - 1}, -1 = none"),
             error=PlanError,
         )
-    listed = unit_id >= 0
-    if not unique and unit_id.shape[-1] > 1:  # a key named twice is one key
-        unit_id = unit_id.sort(-1).values
-        listed = (unit_id >= 0) & torch.nn.functional.pad(
-            unit_id[..., 1:] != unit_id[..., :-1], (1, 0), value=True
-        )
-    kind = _kinds(unit_id, listed, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal)
-    return {
-        "Tq": Tq,
-        "Tk": Tk,
-        "tile": tile,
-        "unit": unit,
-        "causal": causal,
-        **_units(unit_id, kind, capacity),
-    }
+
+    def candidates(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.long()
+        if unique or x.shape[-1] < 2:
+            return x, x >= 0
+        x = x.sort(-1).values  # a key named twice is one key
+        fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
+        return x, (x >= 0) & fresh
+
+    fields = _lists(index, candidates, _Grid(Tq, Tk, tile, unit, causal), capacity)
+    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
 
 
 def from_spans(
     spans: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False
 ) -> Fields:
+    """Fields of `Plan.from_spans`."""
     _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
     R = -(-Tq // tile)
     require(
         (
-            isinstance(spans, Tensor) and spans.dim() == 5 and spans.shape[2] == R and spans.shape[4] == 2,
-            f"spans: {_shape(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2], lo = hi is empty",
-        ),
-        (
-            not spans.is_floating_point() and spans.dtype != torch.bool,
-            f"spans has dtype {spans.dtype}: expected integers",
+            isinstance(spans, Tensor)
+            and spans.dim() == 5
+            and spans.shape[2] == R
+            and spans.shape[4] == 2
+            and spans.shape[1] > 0,
+            f"spans: {_shape(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2]",
         ),
         error=PlanError,
     )
+    require(
+        (spans.dtype in INTEGERS, f"spans has dtype {spans.dtype}: expected integers; try spans.int()"),
+        error=PlanError,
+    )
     lo, hi = spans.long().unbind(-1)
-    if spans.device.type == "cpu" and spans.numel():
+    if host(spans) and spans.numel():
         bad = (lo < 0) | (hi > Tk) | (hi < lo)
         require(
-            (not bool(bad.any()), f"spans: every range [lo, hi) must lie in 0..{Tk} with lo <= hi"),
+            (
+                not bool(bad.any()),
+                f"spans hold {lo.min()}..{hi.max()}: expected [lo, hi) with 0 <= lo <= hi <= {Tk} keys",
+            ),
             error=PlanError,
         )
         begin, order = torch.where(hi > lo, lo, Tk + 1).sort(-1)
