@@ -23,8 +23,14 @@ def _pairs(dtypes: dict[str, tuple[torch.dtype, ...]]) -> list[Any]:
     ]
 
 
-EVERY = pytest.mark.parametrize("backend, dtype", _pairs({"reference": (*FAST, torch.float64)}))
+EVERY = pytest.mark.parametrize(
+    "backend, dtype", _pairs({"reference": (torch.float32, torch.bfloat16, torch.float64)})
+)
 """Every backend in every dtype that it takes."""
+MAIN = pytest.mark.parametrize(
+    "backend, dtype", _pairs({"reference": (torch.float32,), "cpu": (torch.float32, torch.bfloat16)})
+)
+"""Every backend in the dtypes that take a path of their own: for what does not depend on rounding."""
 EACH = pytest.mark.parametrize("backend", BACKENDS)
 """Every backend, in fp32."""
 

@@ -10,7 +10,7 @@ import torch
 import plans
 import sparseflash as sf
 import tolerance
-from harness import EACH, EVERY, inputs, randn, run
+from harness import EACH, EVERY, MAIN, inputs, randn, run
 from sparseflash import Plan
 
 SIZES = (0, 1, 7, 33, 63, 129)
@@ -56,7 +56,7 @@ def _conformance(backend, dtype, kind, seeds):
 @pytest.mark.parametrize("kind", plans.KINDS)
 def test_random_plans_give_the_exact_result_and_gradients(backend, dtype, kind, seed):
     first = seed % 1_000_000
-    _conformance(backend, dtype, kind, range(first, first + 4))
+    _conformance(backend, dtype, kind, range(first, first + (2 if backend == "reference" else 4)))
 
 
 @pytest.mark.slow
@@ -79,7 +79,7 @@ def test_every_head_dimension_is_exact(backend, dtype, D, Dv, generator):
     tolerance.compare(got, q, k, v, plan.to_dense(), dout=dout, dlse=dlse)
 
 
-@EVERY
+@MAIN
 @pytest.mark.parametrize(
     "Tq, Tk",
     [
@@ -107,8 +107,8 @@ def test_every_length_is_exact(backend, dtype, Tq, Tk, causal, generator):
     tolerance.compare(got, q, k, v, mask, dout=dout, dlse=dlse)
 
 
-@EVERY
-@pytest.mark.parametrize("H, Hkv", [(1, 1), (6, 6), (6, 3), (6, 2), (6, 1), (5, 1)])
+@MAIN
+@pytest.mark.parametrize("H, Hkv", [(6, 6), (6, 2), (5, 1)])
 def test_every_head_ratio_is_exact_with_one_list_for_all_for_each_group_and_for_each_head(
     backend, dtype, H, Hkv, generator
 ):
@@ -119,7 +119,7 @@ def test_every_head_ratio_is_exact_with_one_list_for_all_for_each_group_and_for_
         tolerance.compare(got, q, k, v, mask, dout=dout, dlse=dlse, note=f"{own} lists")
 
 
-@EVERY
+@MAIN
 def test_an_empty_batch_gives_empty_results(backend, dtype, generator):
     q, k, v, dout, dlse = inputs(generator, 33, B=0, dtype=dtype)
     bias, sink = randn(generator, 1, 2, 33), randn(generator, 4)
@@ -132,7 +132,7 @@ def test_an_empty_batch_gives_empty_results(backend, dtype, generator):
         assert torch.equal(got["dbias"], torch.zeros(1, 2, 33)) and torch.equal(got["dsink"], torch.zeros(4))
 
 
-@EVERY
+@MAIN
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_key_bias_is_exact_shared_per_group_and_per_head(backend, dtype, batch, heads, generator):

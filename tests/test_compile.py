@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import sparseflash as sf
-from harness import EACH, inputs, randn, run, same_bits
+from harness import BACKENDS, EACH, inputs, randn, run, same_bits
 from sparseflash import Plan
 from sparseflash.plan.flat import flatten_all
 
@@ -38,9 +38,10 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@EACH
-@pytest.mark.parametrize("name", NAMES)
-def test_both_ops_pass_opcheck(backend, name, generator):
+@pytest.mark.parametrize(
+    "name, backend", [("offset", "reference"), *((n, b) for n in ("prepared", "tuple") for b in BACKENDS[:1])]
+)
+def test_both_ops_pass_opcheck(name, backend, generator):
     plan = _plans(generator)[name]
     tensors, ints = flatten_all(plan if isinstance(plan, tuple) else (plan,))
     q, k, v, dout, dlse = inputs(generator, T, D=16, Dv=8)
@@ -69,8 +70,9 @@ def _loss(q, k, v, plan, dout, dlse, backend, **options):
 
 
 @EACH
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("how", ["argument", "closure"])
+@pytest.mark.parametrize(
+    "name, how", [*((n, "argument") for n in NAMES), ("dense", "closure"), ("tuple", "closure")]
+)
 def test_a_full_graph_gives_what_eager_gives(backend, name, how, generator):
     plan = _plans(generator)[name]
     q, k, v, dout, dlse = inputs(generator, T)

@@ -384,7 +384,7 @@ JUNK = st.one_of(
 )
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(
     st.dictionaries(
         st.sampled_from(
@@ -435,7 +435,7 @@ GOOD = {
 }
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.data())
 def test_whatever_is_given_a_constructor_works_or_raises_its_own_error(data):
     name = data.draw(st.sampled_from(sorted(CONSTRUCTORS)))
@@ -451,7 +451,7 @@ def test_whatever_is_given_a_constructor_works_or_raises_its_own_error(data):
         plan.check()
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), data=st.data())
 def test_lists_with_any_values_are_refused_or_stay_inside_their_tensors(seed, data):
     example = plans.example(seed, "lists", heads=2, Tq=20, Tk=30, tile=7, unit=16)

@@ -16,7 +16,7 @@ UNIT = st.sampled_from([1, 2, 4, 16, 64, 128])
 SIDE = st.one_of(st.none(), st.integers(0, 26))
 WINDOW = st.one_of(st.none(), st.tuples(SIDE, SIDE))
 SEED = st.integers(0, 2**32 - 1)
-MANY = settings(max_examples=250)
+MANY = settings(max_examples=120)
 
 
 def _whole(mask, plan):
@@ -136,7 +136,7 @@ def test_masks_come_back_as_they_were(Tq, Tk, tile, unit, seed, p, axes):
     _holds(Plan.from_mask(mask, tile=tile, unit=unit), mask)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     seed=SEED,
     Tq=st.integers(0, 20),

@@ -16,8 +16,9 @@ the products below, and |.| of a sum the root of the sum of squares of its terms
 at most u of a term each, add up like that; eps = 2 u is then about five standard deviations of them):
 
 - a sum of n terms in fp32, in any order, also one after another: e * sqrt(n) * |terms| for each |.| below.
-- a logit is a sum of D terms, and is exponentiated relative to an fp32 lse. So p is off by a relative
-  c = e * (1 + sqrt(D) * |q.k| + |bias| + |lse|), worst over the keys of the row; and lse by c.
+- a logit is a sum of D terms, and is exponentiated relative to an lse that is a sum over n keys. So p is off
+  by a relative c = e * (1 + sqrt(D) * |q.k| + |bias| + |lse| + sqrt(n)), worst over the keys of the row;
+  lse by c.
 - out = p.v: p or the product is rounded to the dtype, and so is the result; what is common to a row (its lse,
   its normaliser, the final rounding) does not average out:   (eps + c) * (|p.v| + abs(out)).
 - g = p (do.v - delta + dlse), delta = do.out. The difference cancels, its terms do not, and out itself was
@@ -171,10 +172,10 @@ def bands(
     worst = torch.where(keep, size, 0).amax(-1) if keep.shape[-1] else torch.zeros_like(safe)
     if sink_logits is not None:
         worst = torch.maximum(worst, sink_logits.double().abs()[None, :, None].expand_as(worst))
-    c = torch.where(alive, fine * (1 + D**0.5 * worst + safe.abs()), 0)
-    many = fine * keep.sum(-1).sqrt()  # keys of a row
-    both = eps + c + many
-    both_of_key = (eps + c)[..., None] + fine * keep.sum(-2).sum(1, keepdim=True).sqrt()[..., None, :]
+    many = keep.sum(-1).sqrt()  # keys of a row
+    c = torch.where(alive, fine * (1 + D**0.5 * worst + safe.abs() + many), 0)
+    both = eps + c
+    both_of_key = both[..., None] + fine * keep.sum(-2).sum(1, keepdim=True).sqrt()[..., None, :]
 
     def root(x: Tensor, y: Tensor) -> Tensor:
         return (x**2 @ y**2).sqrt()
@@ -182,7 +183,7 @@ def bands(
     def per_kv(x: Tensor) -> Tensor:
         return (x**2).view(B, kv_heads, H // kv_heads, *x.shape[2:]).sum(2).sqrt()
 
-    found = {"out": both[..., None] * (root(p, vd) + want["out"].abs()), "lse": c + many}
+    found = {"out": both[..., None] * (root(p, vd) + want["out"].abs()), "lse": c}
     if dout is None and dlse is None:
         return found
     do = torch.zeros_like(want["out"]) if dout is None else torch.where(alive[..., None], dout.double(), 0)
