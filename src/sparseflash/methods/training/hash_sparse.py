@@ -55,7 +55,7 @@ class HashSparse(Method):
     heads, if some are windows, whose ids are ignored), replace the hash.
 
     A window head is not another plan: the rule `window` may differ from head to head, so hashed and window
-    heads run in one kernel call. That was cheaper than two calls whose outputs are concatenated, and than a
+    heads run in one kernel call: no slower than two calls whose outputs are concatenated, and faster than a
     tuple of plans, whose parts are merged in fp32 over all heads.
 
     Examples
