@@ -1,6 +1,7 @@
 """Every sparse attention method, exact forward and backward, over one small set of fast kernels."""
 
-from . import backends as _backends  # the subpackage first: loading it later would take the function's name
+# The subpackage first: loading it later would take the function's name.
+from . import backends as _backends  # noqa: F401
 from . import methods
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError

@@ -32,15 +32,35 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        softcap: float,
+        key_bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         """Out and natural-log lse."""
         ...
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None,
-        plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None, grad_dtype: torch.dtype | None,
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None,
+        plan: Plan,
+        *,
+        scale: float,
+        softcap: float,
+        key_bias: Tensor | None,
+        grad_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and (per query head, full precision) key_bias."""
         ...
@@ -114,6 +134,6 @@ def choose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, wanted: str) -> Backend:
             continue
         reasons = module.refuse(q, k, v, plan)
         if not reasons:
-            return module  # type: ignore[return-value]
+            return module
         said += [f"{name}: {reason}" for reason in reasons]
     raise BackendError("no backend can run this call:\n  " + "\n  ".join(said))

@@ -85,8 +85,8 @@ def attention_stats(
         The pairs that are looked at.
     over : "key", "row", "entry" or "diagonal"
         What is left: each key `[B,Hq,Tk]`; each query `[B,Hq,Tq]`; each listed span or unit
-        `[B,Hq,tiles,n]`, spans before units in list order, n the longest list; each distance between query and
-        key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`.
+        `[B,Hq,tiles,n]`, spans before units in list order, n the longest list; each distance between query
+        and key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`.
     reduce : "sum" or "max"
     scale, softcap, key_bias, backend
         As in `sparseflash.attention`.

@@ -1,0 +1,1 @@
+"""Where plans run: one module or package each, which only `dispatch` knows."""

@@ -1,4 +1,4 @@
-"""The definition of every op: plain PyTorch, fp32 (fp64 for fp64 input), tile by tile so that memory stays O(T).
+"""The definition of every op: plain PyTorch in fp32 (fp64 for fp64), tile by tile so that memory stays O(T).
 
 Visits what the plan visits and nothing else. Runs on any device; this is what the fast backends are held to.
 """
@@ -135,7 +135,7 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32 (fp64), from the given lse."""
+    """Gradients for a given lse: dq, dk, dv (in `grad_dtype`), dbias [B,Hq,Tk] fp32|fp64."""
     B, H, Tq, D = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = torch.zeros(B, H, Tq, D, dtype=work, device=q.device)

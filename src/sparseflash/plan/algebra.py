@@ -1,9 +1,9 @@
 """Exact set algebra on plans: `&`, `-`, `|`, and the same set on another grid (`retile`).
 
 One mechanism: walk the pairs that one plan visits, look each up in the other, and write what remains as
-units, with bits where a unit is not all or nothing. Work and memory follow the visited area, never Tq x Tk. Two
-shorter ways need no bits: a plan that is nothing but its rules (a window, say) hands them to the other plan,
-and ranges in the same row space are cut where their rules join into one formula.
+units, with bits where a unit is not all or nothing. Work and memory follow the visited area, never Tq x Tk.
+Two shorter ways need no bits: a plan that is nothing but its rules (a window, say) hands them to the other
+plan, and ranges in the same row space are cut where their rules join into one formula.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Lookup:
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Broadcast batch, head, query and key tokens (-1: no token) to bool."""
         plan, heads = self.plan, self.heads
-        b, h, q, k = torch.broadcast_tensors(b, h, q, k)
+        b, h, q, k = torch.broadcast_tensors(b, h, q, k)  # type: ignore[no-untyped-call]
         q_row = q if self.q_row is None else torch.where(q >= 0, _fetch(self.q_row, b, h, q, heads), -1)
         k_row = k if self.k_row is None else torch.where(k >= 0, _fetch(self.k_row, b, h, k, heads), -1)
         keep = (q_row >= 0) & (k_row >= 0)
@@ -88,7 +88,9 @@ def _inverse(order: Tensor, T: int) -> Tensor:
 
 def widen(plan: Plan, batch: int, heads: int) -> Plan:
     """The same plan with lists of its own for every batch slot and head."""
-    lists = {n: _at(x, batch, heads).contiguous() for n in _LISTS if (x := getattr(plan, n)) is not None}
+    lists: dict[str, Any] = {
+        n: _at(x, batch, heads).contiguous() for n in _LISTS if (x := getattr(plan, n)) is not None
+    }
     return dataclasses.replace(plan, span_keys=None, unit_keys=None, **lists)
 
 
@@ -180,7 +182,10 @@ def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple
         plan,
         tile=tile,
         unit=unit,
-        **dict.fromkeys(("span_start", "span_full", "span_count", "spans")),
+        span_start=None,
+        span_full=None,
+        span_count=None,
+        spans=None,
         start=(per.cumsum(0) - per).view(lead),
         full=full.int().view(lead),
         count=per.int().view(lead),
@@ -380,7 +385,7 @@ def _only_rules(plan: Plan) -> bool:
 
 def _demote(plan: Plan, sure: Tensor) -> Plan | None:
     """The plan with only those entries full that stay so; None where bits would have to be written."""
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, Any] = {}
     at = 0
     for pre, pool, name in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
         if pool is None:
@@ -405,13 +410,14 @@ def _demote(plan: Plan, sure: Tensor) -> Plan | None:
 
 def _padded(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """lo, hi, full of the ranges of each tile, [B,H,R,m], empty ones behind."""
-    require((plan.span_count is not None and plan.spans is not None, "no ranges"), error=PlanError)
-    count = plan.span_count
+    start, full, count, spans = plan.span_start, plan.span_full, plan.span_count, plan.spans
+    if start is None or full is None or count is None or spans is None:
+        raise PlanError("no ranges")
     slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
     live = slot < count[..., None]
-    place = torch.where(live, plan.span_start[..., None] + slot, 0)
-    if not len(plan.spans):
+    place = torch.where(live, start[..., None] + slot, 0)
+    if not len(spans):
         none = torch.zeros_like(place)
         return none, none, none.bool()
-    pair = plan.spans[place].long()
-    return (*(torch.where(live, x, 0) for x in pair.unbind(-1)), slot < plan.span_full[..., None])
+    lo, hi = (torch.where(live, x, 0) for x in spans[place].long().unbind(-1))
+    return lo, hi, slot < full[..., None]

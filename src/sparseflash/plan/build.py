@@ -225,12 +225,13 @@ def dense(
     first = row + shift
     last = torch.clamp(row + tile, max=Tq) - 1 + shift
     band: Any = window
+    exempt: int | Tensor = sink
     if head_window is not None and head_sink is not None:
         head_window, head_sink = head_window.to(device), head_sink.to(device)
         wide = torch.where(head_window < 0, 1 << 40, head_window.long())
-        band, sink = (wide[..., :1], wide[..., 1:]), head_sink.long()
+        band, exempt = (wide[..., :1], wide[..., 1:]), head_sink.long()
         first, last = (x.expand(-1, head_window.shape[1], -1) for x in (first, last))
-    fields = _band(first, last, 0, Tk, causal=causal, window=band, sink=sink)
+    fields = _band(first, last, 0, Tk, causal=causal, window=band, sink=exempt)
     return {
         "head_window": head_window,
         "head_sink": head_sink,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,8 +308,9 @@ class Plan:
         causal: bool = False,
         capacity: int | None = None,
     ) -> Plan:
-        """Blocks of `tile` queries x `unit` keys, True = attends: bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`.
+        """Blocks of `tile` queries x `unit` keys, True = attends.
 
+        `keep_blocks` is bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`.
         With `causal` (queries at positions 0, 1, ...), blocks in the future are left out and those on the
         diagonal masked. `capacity` bounds the blocks of a tile, so that shapes do not depend on values (the
         default on accelerators is no bound); blocks beyond it are dropped and `overflow` is set.
@@ -403,15 +404,18 @@ class Plan:
 
     def __and__(self, other: Plan) -> Plan:
         """Pairs that both plans let see, exactly."""
-        return self._with(other, "intersect")
+        both: Plan = self._with(other, "intersect")
+        return both
 
     def __sub__(self, other: Plan) -> Plan:
         """Pairs of this plan that the other does not have, exactly."""
-        return self._with(other, "subtract")
+        rest: Plan = self._with(other, "subtract")
+        return rest
 
     def __or__(self, other: Plan) -> Plan | tuple[Plan, Plan]:
         """Pairs of either plan: one plan where one holds the other, else two disjoint ones (one softmax)."""
-        return self._with(other, "unite")
+        union: Plan | tuple[Plan, Plan] = self._with(other, "unite")
+        return union
 
     def _with(self, other: Any, operation: str) -> Any:
         if not isinstance(other, Plan):
@@ -523,7 +527,8 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
-        return pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
+        moved: Plan = pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
+        return moved
 
     # ---------------------------------------------------------------- figures
 
@@ -650,9 +655,10 @@ def _rules(p: Plan) -> Iterator[tuple[bool, str]]:
             p.bits.dim() == 3 and tuple(p.bits.shape[1:]) == want,
             f"bits {list(p.bits.shape)}: expected [Nb, tile={want[0]}, {want[1]} words of 32 keys]",
         )
-    for group in (_LISTS[:3], _LISTS[3:]):
-        shapes = {tuple(x.shape) for n in group if (x := getattr(p, n)) is not None}
-        yield len(shapes) <= 1, f"{', '.join(group)} differ in shape: {sorted(shapes)}"
+    alike: tuple[tuple[str, ...], ...] = (_LISTS[:3], _LISTS[3:])
+    for names in alike:
+        shapes = {tuple(x.shape) for n in names if (x := getattr(p, n)) is not None}
+        yield len(shapes) <= 1, f"{', '.join(names)} differ in shape: {sorted(shapes)}"
     laid = {n: x for n, x in p.tensors().items() if n not in _FLAT}
     batches = {n: x.shape[0] for n, x in laid.items()}
     if isinstance(p.q_offset, Tensor) and p.q_offset.dim():
@@ -674,7 +680,7 @@ def _flatten(plan: Plan) -> tuple[list[Any], Any]:
     return moving, tuple(fixed)
 
 
-def _unflatten(moving: list[Any], fixed: Any) -> Plan:
+def _unflatten(moving: Iterable[Any], fixed: Any) -> Plan:
     names = [f.name for f in dataclasses.fields(Plan)]
     plan = object.__new__(Plan)
     for name, m, s in zip(names, moving, fixed, strict=True):
@@ -682,10 +688,11 @@ def _unflatten(moving: list[Any], fixed: Any) -> Plan:
     return plan
 
 
+_KEYS = ("start", "count", "full", "index", "source")
 pytree.register_pytree_node(Plan, _flatten, _unflatten, serialized_type_name="sparseflash.Plan")
 pytree.register_pytree_node(
     KeyLists,
-    lambda k: ([k.start, k.count, k.full, k.index, k.source], k.group),
-    lambda xs, group: KeyLists(*xs, group),
+    lambda k: ([getattr(k, n) for n in _KEYS], k.group),
+    lambda xs, group: KeyLists(**dict(zip(_KEYS, xs, strict=True)), group=group),
     serialized_type_name="sparseflash.KeyLists",
 )

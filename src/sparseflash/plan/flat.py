@@ -92,7 +92,7 @@ def unflatten(tensors: Sequence[Tensor], ints: Sequence[int]) -> Plan:
         values["q_offset"] = offset
     at = len(TENSORS)
     for name, group in (("span_keys", span_group), ("unit_keys", unit_group)):
-        values[name] = KeyLists(*slots[at : at + len(KEYS)], group) if group else None  # type: ignore[arg-type]
+        values[name] = KeyLists(**dict(zip(KEYS, slots[at:], strict=False)), group=group) if group else None  # type: ignore[arg-type]
         at += len(KEYS)
     plan = object.__new__(Plan)
     for name, value in values.items():

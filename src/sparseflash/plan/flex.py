@@ -36,25 +36,28 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
         p = refine(p, None, tile=block, unit=block, extent=p.extent())
     batch, heads = p.extent()
     C = max(-(-p.Tk // block), 1)
-    start, full, count = (spread_heads(x, heads).expand(batch, -1, -1) for x in (p.start, p.full, p.count))
+    index, own_bits, bits_start = p.index, p.bits, p.bits_start
+    assert index is not None and own_bits is not None and bits_start is not None
+    start, full, count = (
+        spread_heads(getattr(p, n), heads).expand(batch, -1, -1) for n in ("start", "full", "count")
+    )
     slot = torch.arange(C, device=p.device)
 
     def listed(first: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         live = slot < n[..., None]
         place = torch.where(live, first[..., None] + slot, 0)
-        units = p.index[place] if len(p.index) else torch.zeros_like(place)
+        units = index[place] if len(index) else torch.zeros_like(place)
         return n.int(), torch.where(live, units, 0).int().contiguous()
 
     n_part, part = listed(start + full, count - full)
     n_full, whole = listed(start, full)
     ordinal = torch.full((batch, heads, p.tiles, C), -1, dtype=torch.int64, device=p.device)
     live = slot < n_part[..., None]
-    first = spread_heads(p.bits_start, heads).expand(batch, -1, -1)
+    first = spread_heads(bits_start, heads).expand(batch, -1, -1)
     value = torch.where(live, first[..., None] + slot, -1)
     _put(ordinal, part.long(), value, live)
-    bits = (
-        p.bits if len(p.bits) else torch.zeros(1, block, -(-block // 32), dtype=torch.int32, device=p.device)
-    )
+    none = torch.zeros(1, block, -(-block // 32), dtype=torch.int32, device=p.device)
+    bits = own_bits if len(own_bits) else none
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         at = ordinal[b if batch > 1 else b * 0, h if heads > 1 else h * 0, q // block, k // block]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,7 +43,7 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
     parts = []
     before: Tensor | int = 0
     if plan.spans is not None:
-        start, count = (_at(x[..., r], batch, heads) for x in (plan.span_start, plan.span_count))
+        start, count = (_at(getattr(plan, n)[..., r], batch, heads) for n in ("span_start", "span_count"))
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
         live = slot < count[..., None]
         pair = plan.spans[torch.where(live, start[..., None] + slot, 0)].long() if len(plan.spans) else None
@@ -51,7 +52,7 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
             parts.append((lo, hi, torch.full_like(lo, -1), slot.expand_as(lo)))
         before = count[..., None].long()
     if plan.index is not None and len(plan.index):
-        start, full, count = (_at(x[..., r], batch, heads) for x in (plan.start, plan.full, plan.count))
+        start, full, count = (_at(getattr(plan, n)[..., r], batch, heads) for n in ("start", "full", "count"))
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
         live = slot < count[..., None]
         unit = plan.index[torch.where(live, start[..., None] + slot, 0)].long()
@@ -61,6 +62,7 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
         if plan.bits is None:
             row = torch.full_like(lo, -1)
         else:
+            assert plan.bits_start is not None
             first = _at(plan.bits_start[..., r], batch, heads)[..., None]
             row = torch.where(live & ~is_full, first + slot - full[..., None], -1)
         parts.append((lo, hi, row, before + slot.expand_as(lo)))
@@ -174,8 +176,8 @@ def _formula(
             outside = outside & ((k - q > right) if left is None else (q - k > left))  # type: ignore[operator]
         keep = keep & ~outside
     if plan.head_window is not None:
-        left, right, sink = (of_k(x) for x in _head_rules(plan))
-        outside = (left >= 0) & (q - k > left) | (right >= 0) & (k - q > right)
+        before, after, sink = (of_k(x) for x in _head_rules(plan))
+        outside = (before >= 0) & (q - k > before) | (after >= 0) & (k - q > after)
         keep = keep & ~(outside & (k >= sink))
     if plan.k_end is not None:
         keep = keep & (q < of_k(plan.k_end))
@@ -270,6 +272,7 @@ def ranges(plan: Plan) -> Ranges:
             lo, hi = entry * plan.unit, (entry + 1) * plan.unit
             ragged, hi = hi > plan.k_rows, hi.clamp(max=plan.k_rows)
             if plan.bits is not None:
+                assert plan.bits_start is not None
                 first = _at(plan.bits_start, batch, heads).reshape(-1)
                 bits = torch.where(is_full, -1, first[cell] + slot - full[cell])
         parts.append((cell, lo, hi, is_full, bits, ragged))
@@ -335,17 +338,13 @@ def cells(plan: Plan, entries: Ranges) -> Iterator[Cells]:
         if isinstance(plan.q_offset, Tensor):
             each = plan.q_offset.long().reshape(-1)
             shift = each[b if each.numel() > 1 else torch.zeros_like(b)][:, None]
-        rows, keys = (
-            (b[:, None], h[:, None], q_token, heads),
-            (b[:, None], h[:, None], k_token[:, None], heads),
-        )
         keep = _formula(
             plan,
             q_token,
             k_token[:, None],
             shift,
-            lambda x, rows=rows: _fetch(x, *rows),
-            lambda x, keys=keys: _fetch(x, *keys),
+            functools.partial(_fetch, b=b[:, None], h=h[:, None], at=q_token, heads=heads),
+            functools.partial(_fetch, b=b[:, None], h=h[:, None], at=k_token[:, None], heads=heads),
         )
         if plan.bits is not None and len(plan.bits):
             row = entries.bits[entry]

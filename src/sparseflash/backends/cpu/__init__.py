@@ -32,12 +32,38 @@ class Table(ctypes.Structure):
 
 
 _PLAN_INTS = (
-    "q_rows", "k_rows", "tiles", "tile", "unit", "causal", "include_self", "windowed", "left", "right", "sink",
-    "q_offset", "spans_size", "index_size", "bits_size",
+    "q_rows",
+    "k_rows",
+    "tiles",
+    "tile",
+    "unit",
+    "causal",
+    "include_self",
+    "windowed",
+    "left",
+    "right",
+    "sink",
+    "q_offset",
+    "spans_size",
+    "index_size",
+    "bits_size",
 )
 _PLAN_TABLES = (
-    "span_start", "span_full", "span_count", "start", "full", "count", "bits_start", "q_order", "k_order", "q_shift",
-    "q_pos", "k_pos", "k_end", "q_seg", "k_seg",
+    "span_start",
+    "span_full",
+    "span_count",
+    "start",
+    "full",
+    "count",
+    "bits_start",
+    "q_order",
+    "k_order",
+    "q_shift",
+    "q_pos",
+    "k_pos",
+    "k_end",
+    "q_seg",
+    "k_seg",
 )
 _PLAN_FLAT = ("spans", "index", "bits")
 _PLAN_HEADS = ("head_window", "head_sink")
@@ -69,9 +95,19 @@ class Call(ctypes.Structure):
         + [(n, ctypes.c_int32) for n in ("dtype", "out_dtype", "grad_dtype", "threads")]
         + [(n, ctypes.c_float) for n in ("scale", "softcap")]
         + [(n, View) for n in _VIEWS]
-        + [("lse", ctypes.c_void_p), ("dlse", ctypes.c_void_p), ("key_bias", Table), ("dbias", ctypes.c_void_p)]
+        + [
+            ("lse", ctypes.c_void_p),
+            ("dlse", ctypes.c_void_p),
+            ("key_bias", Table),
+            ("dbias", ctypes.c_void_p),
+        ]
         + [("plan", NativePlan)]
-        + [("Bk", ctypes.c_int64), ("over", ctypes.c_int32), ("peak", ctypes.c_int32), ("stat", ctypes.c_void_p)]
+        + [
+            ("Bk", ctypes.c_int64),
+            ("over", ctypes.c_int32),
+            ("peak", ctypes.c_int32),
+            ("stat", ctypes.c_void_p),
+        ]
         + [("stat_width", ctypes.c_int64), ("entry_width", ctypes.c_int64)]
     )
 
@@ -149,7 +185,9 @@ def _view(x: Tensor) -> View:
 
 
 def _misfit(name: str, x: Tensor, want: str) -> ValueError:
-    return ValueError(f"the plan's {name} is {list(x.shape)} {x.dtype}: expected {want} (plan.check() says more)")
+    return ValueError(
+        f"the plan's {name} is {list(x.shape)} {x.dtype}: expected {want} (plan.check() says more)"
+    )
 
 
 def _table(name: str, x: Tensor, dtype: torch.dtype, keep: list[Tensor]) -> Table:
@@ -201,7 +239,13 @@ def _native_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float, key_bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
     keep: list[Tensor],
 ) -> Call:
     c = Call()
@@ -242,7 +286,14 @@ def _run(name: str, call: Call, dtype: torch.dtype) -> None:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float, softcap: float, key_bias: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
@@ -260,8 +311,19 @@ def forward(
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, plan: Plan, *,
-    scale: float, softcap: float, key_bias: Tensor | None, grad_dtype: torch.dtype | None,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     keep: list[Tensor] = []
@@ -291,8 +353,17 @@ OVER = {"key": 0, "row": 1, "entry": 2, "diagonal": 3}
 
 
 def stats(
-    q: Tensor, k: Tensor, lse: Tensor, plan: Plan, *, over: str, peak: bool, scale: float, softcap: float,
-    key_bias: Tensor | None, width: int,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    *,
+    over: str,
+    peak: bool,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    width: int,
 ) -> Tensor:
     """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: fp32 [B,Hq,width]."""
     keep: list[Tensor] = []
