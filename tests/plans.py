@@ -22,7 +22,7 @@ from torch import Tensor
 from sparseflash import Plan
 
 ANY, NONE = -1, -2
-UNITS = (16, 64, 128)
+UNITS = (1, 16, 64, 128)
 TILES = (1, 5, 7, 16, 32, 33, 64, 96, 128)
 LENGTHS = (0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 100, 127, 128, 129, 200, 257)
 
@@ -34,6 +34,8 @@ class Example:
     plan: Plan
     formula: Callable[[], Tensor]
     line: str
+    pool: bool = False
+    """Whether all batch slots share one set of keys: k and v have batch size 1."""
 
     @cached_property
     def mask(self) -> Tensor:
@@ -204,6 +206,138 @@ def _mask(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: i
     return Plan.from_mask(mask, tile=tile, unit=unit), lambda: mask
 
 
+# ---------------------------------------------------------------- listed
+
+
+def _blocks(
+    d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int
+) -> tuple[Plan, Callable]:
+    """Blocks as booleans or as indices, these with doubles and gaps; with room to spare, or compact."""
+    causal = d.chance(0.5)
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    keep = d.coins(d.pick((0.0, 0.1, 0.5, 1.0)), *d.axes(batch, heads), R, C)
+    capacity = d.pick((None, None, C + 2 if C else 1))
+    size = {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, "capacity": capacity}
+    if d.chance(0.5):
+        plan = Plan.from_blocks(keep, **size)
+    else:
+        unique = d.chance(0.5)
+        index = torch.where(keep, torch.arange(C), -1).to(d.pick((torch.int32, torch.int64)))
+        index = index if unique else torch.cat([index, index], -1)
+        index = index[..., torch.randperm(index.shape[-1], generator=d.torch)]
+        if not unique and capacity is not None:
+            size["capacity"] = 2 * capacity
+        plan = Plan.from_keys(index, unique=unique, **size)
+
+    def formula() -> Tensor:
+        mask = keep.repeat_interleave(tile, 2).repeat_interleave(unit, 3)[:, :, :Tq, :Tk]
+        return mask & rules(torch.arange(Tq)[:, None], torch.arange(Tk)[None], causal=causal)
+
+    return plan, formula
+
+
+def _spans(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int) -> tuple[Plan, Callable]:
+    causal, R = d.chance(0.5), -(-Tq // tile)
+    edges = d.ints(0, Tk, *d.axes(batch, heads), R, 2 * d.int(0, 4)).sort(-1).values
+    spans = edges.unflatten(-1, (-1, 2)) if edges.shape[-1] else edges[..., None].expand(*edges.shape, 2)
+    spans = spans[..., torch.randperm(spans.shape[3], generator=d.torch), :]
+    plan = Plan.from_spans(spans, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal)
+
+    def formula() -> Tensor:
+        k = torch.arange(Tk)
+        inside = ((k >= spans[..., :1]) & (k < spans[..., 1:])).any(3)
+        mask = inside.repeat_interleave(tile, 2)[:, :, :Tq]
+        return mask & rules(torch.arange(Tq)[:, None], k[None], causal=causal)
+
+    return plan, formula
+
+
+def _head_rules(d: _Draw, heads: int) -> tuple[Any, Any]:
+    """A window and a sink, at least one of them per head."""
+    side = d.pick((None, 0, 5, d.ints(-1, 40, d.axes(1, heads)[1])))
+    window = (d.ints(-1, 70, d.axes(1, heads)[1]), side)
+    return window[:: d.pick((1, -1))], d.pick((0, 3, d.ints(0, 20, d.axes(1, heads)[1])))
+
+
+def _heads(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int) -> tuple[Plan, Callable]:
+    """A window and a sink of its own for every head."""
+    causal = d.chance(0.6)
+    window, sink = _head_rules(d, heads)
+    offset = d.pick((0, Tk - Tq, d.ints(-3, Tk, batch)))
+    plan = Plan.dense(
+        Tq, Tk, causal=causal, window=window, sink_tokens=sink, q_offset=offset, tile=tile, unit=unit
+    )
+
+    def formula() -> Tensor:
+        def of(x: Any, h: int) -> Any:
+            x = x[h * len(x) // heads].item() if isinstance(x, Tensor) else x
+            return x
+
+        q = torch.arange(Tq)[:, None] + torch.as_tensor(offset).long().reshape(-1, 1, 1)
+        each = []
+        for h in range(heads):
+            sides = [None if (w := of(x, h)) is None or w < 0 else w for x in window]
+            own = {"causal": causal, "window": tuple(sides), "sink": of(sink, h)}
+            each.append(rules(q, torch.arange(Tk)[None], **own))
+        return torch.stack(each, 1)
+
+    return plan, formula
+
+
+def _pool(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int) -> tuple[Plan, Callable]:
+    """A paged cache: a shared prefix as a span, pages of each sequence as units, positions per slot."""
+    pages = -(-Tk // unit)
+    shared = d.int(0, pages) if pages else 0
+    own = d.ints(-1, batch - 1, pages)  # -1: a free page, that may hold anything
+    own[:shared] = -2
+    position = torch.arange(Tk, dtype=torch.int32)
+    lists = []
+    for b in range(batch):
+        mine = [p for p in range(shared, pages) if int(own[p]) == b]
+        d.random.shuffle(mine)
+        lists.append(mine)
+        for n, p in enumerate(mine):
+            lanes = range(p * unit, min((p + 1) * unit, Tk))
+            position[list(lanes)] = torch.arange(len(lanes), dtype=torch.int32) + (shared + n) * unit
+    offset = d.ints(-2, Tk + 3, batch)
+    left = d.pick((None, None, 9))
+    end = d.ints(0, 2 * Tk + 3, 1, 1, Tk) if d.chance(0.3) else None
+    R = -(-Tq // tile)
+    counts = torch.tensor([len(x) for x in lists], dtype=torch.int32)
+    wide = torch.zeros(batch, 1, R, dtype=torch.int32)
+    prefix = min(shared * unit, Tk)
+    plan = Plan(
+        Tq=Tq,
+        Tk=Tk,
+        tile=tile,
+        unit=unit,
+        causal=True,
+        window=None if left is None else (left, 0),
+        q_offset=offset,
+        k_pos=position.view(1, 1, -1),
+        k_end=end,
+        span_start=torch.zeros(1, 1, R, dtype=torch.int64),
+        span_full=torch.zeros(1, 1, R, dtype=torch.int32),
+        span_count=torch.ones(1, 1, R, dtype=torch.int32),
+        spans=torch.tensor([[0, prefix]], dtype=torch.int32),
+        start=(counts.cumsum(0) - counts).view(-1, 1, 1) + wide.long(),
+        full=wide,
+        count=counts.view(-1, 1, 1) + wide,
+        index=torch.tensor(sum(lists, []), dtype=torch.int32),
+    )
+
+    def formula() -> Tensor:
+        owner = own.repeat_interleave(unit)[:Tk]
+        visible = (owner == -2) | (owner == torch.arange(batch)[:, None])
+        q = (torch.arange(Tq) + offset[:, None])[:, :, None]
+        mask = visible[:, None] & rules(q, position, causal=True, window=None if left is None else (left, 0))
+        if end is not None:
+            mask = mask & (q < end[0, 0])
+        return mask[:, None]
+
+    return plan, formula
+
+
 # ---------------------------------------------------------------- by hand
 
 
@@ -261,8 +395,11 @@ def _by_hand(
 ) -> tuple[Plan, Callable]:
     fields: dict[str, Any] = {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit}
     fields["causal"], fields["include_self"] = d.chance(0.5), d.chance(0.75)
-    if d.chance(0.3):
-        fields["window"], fields["sink"] = _window(d), d.pick((0, 1, 5))
+    if d.chance(0.4):
+        by_head = d.chance(0.4)
+        fields["window"], fields["sink"] = (
+            _head_rules(d, heads) if by_head else (_window(d), d.pick((0, 1, 5)))
+        )
     if d.chance(0.3):
         fields["q_offset"] = d.pick(
             (d.int(-9, 9), torch.tensor(d.int(-9, 9), dtype=torch.int32), d.ints(-9, 9, batch))
@@ -397,6 +534,10 @@ def _formula(plan: Plan, q: np.ndarray, k: np.ndarray, b: int, h: int) -> tuple[
     if plan.window is not None:
         left, right = (2**40 if w is None else w for w in plan.window)
         sees &= ((q_pos - k_pos <= left) & (k_pos - q_pos <= right)) | (k_pos < plan.sink)
+    if plan.head_window is not None:
+        left, right = (2**40 if w < 0 else w for w in _of(plan.head_window, b, h, heads))
+        sink = 0 if plan.head_sink is None else int(_of(plan.head_sink, b, h, heads)[0])
+        sees &= ((q_pos - k_pos <= left) & (k_pos - q_pos <= right)) | (k_pos < sink)
     if plan.k_end is not None:
         sees &= q_pos < at(plan.k_end, k, 0)[None]
     sees &= (q_seg[:, None] == k_seg[None]) | (q_seg[:, None] == ANY) | (k_seg[None] == ANY)
@@ -450,6 +591,10 @@ KINDS: dict[str, Callable[..., tuple[Plan, Callable]]] = {
     "buckets": _buckets,
     "documents": _documents,
     "mask": _mask,
+    "blocks": _blocks,
+    "spans": _spans,
+    "heads": _heads,
+    "pool": _pool,
     "lists": _by_hand,
 }
 
@@ -485,4 +630,4 @@ def example(
     unit = d.pick(UNITS) if unit is None else unit
     plan, formula = KINDS[kind](d, batch, heads, Tq, Tk, tile, unit)
     line = f"plans.example({seed}, {kind!r}, {batch=}, {heads=}, {Tq=}, {Tk=}, {tile=}, {unit=})"
-    return Example(plan, formula, line)
+    return Example(plan, formula, line, kind == "pool")

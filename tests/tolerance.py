@@ -175,13 +175,16 @@ def bands(
     many = keep.sum(-1).sqrt()  # keys of a row
     c = torch.where(alive, fine * (1 + D**0.5 * worst + safe.abs() + many), 0)
     both = eps + c
-    both_of_key = both[..., None] + fine * keep.sum(-2).sum(1, keepdim=True).sqrt()[..., None, :]
+    pool = k.shape[0] == 1  # one set of keys, summed over all sequences
+    readers = keep.sum((0, 1, 2)) if pool else keep.sum(-2).sum(1, keepdim=True)[..., None, :]
+    both_of_key = both[..., None] + fine * readers.sqrt()
 
     def root(x: Tensor, y: Tensor) -> Tensor:
         return (x**2 @ y**2).sqrt()
 
     def per_kv(x: Tensor) -> Tensor:
-        return (x**2).view(B, kv_heads, H // kv_heads, *x.shape[2:]).sum(2).sqrt()
+        total = (x**2).view(B, kv_heads, H // kv_heads, *x.shape[2:]).sum(2)
+        return (total.sum(0, keepdim=True) if pool else total).sqrt()
 
     found = {"out": both[..., None] * (root(p, vd) + want["out"].abs()), "lse": c}
     if dout is None and dlse is None:
