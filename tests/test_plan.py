@@ -209,6 +209,8 @@ def test_density_and_work_are_those_of_the_mask_and_of_the_lists(seed):
         include_self=plan.include_self,
         window=plan.window,
         sink=plan.sink,
+        head_window=plan.head_window,
+        head_sink=plan.head_sink,
         q_offset=plan.q_offset,
         q_pos=plan.q_pos,
         k_pos=plan.k_pos,
