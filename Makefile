@@ -68,7 +68,7 @@ demo: $(READY)
 	$(BIN)/sparseflash demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .

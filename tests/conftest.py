@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("sparseflash")
 
 
 def pytest_configure(config):
-    """Two threads, or one for each of the workers of pytest-xdist."""
+    """One thread for each worker of pytest-xdist, two without; what needs threads sets them itself."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // workers))
 

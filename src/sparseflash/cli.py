@@ -117,7 +117,7 @@ def train(
     window: Annotated[
         int | None,
         typer.Option(
-            help="window (and local heads): how many earlier tokens a query sees.", rich_help_panel=METHOD
+            help="window (and local heads): how many keys a query sees, its own included.", rich_help_panel=METHOD
         ),
     ] = None,
     dtype: Annotated[

@@ -206,7 +206,7 @@ class Plan:
         tile: int = TILE,
         unit: int = UNIT,
     ) -> Plan:
-        """Drop any queries and keys, per head (QK-sparse; SCFA, arXiv 2306.01160, section 3).
+        """Drop any queries and keys, per head (QK-sparse; SCFA, arXiv 2306.01160).
 
         `q_keep [B|1, H|1, Tq]`, `k_keep [B|1, H|1, Tk]`: bool or uint8, True = kept. Causality is that of the
         original token order. Kept counts may differ from head to head; nothing is padded to the longest.
@@ -234,7 +234,7 @@ class Plan:
         unit: int = UNIT,
         buckets: int | None = None,
     ) -> Plan:
-        """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160, section 3).
+        """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160).
 
         `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
         attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
