@@ -117,7 +117,8 @@ def train(
     window: Annotated[
         int | None,
         typer.Option(
-            help="window (and local heads): how many keys a query sees, its own included.", rich_help_panel=METHOD
+            help="window (and local heads): how many keys a query sees, its own included.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     dtype: Annotated[
@@ -347,7 +348,9 @@ def show(
     length: Annotated[int, typer.Option(help="Tokens.")] = 256,
     heads: Annotated[int, typer.Option(help="Heads; the first one is drawn.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the random queries and keys.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write here instead of to the screen.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write here: a picture if it ends in .png, .svg or .pdf, else text.")
+    ] = None,
 ) -> None:
     """Draw the plan a method makes for random queries and keys."""
     import torch
@@ -360,12 +363,18 @@ def show(
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, heads, length, 64, generator=generator) for _ in range(2))
     plan = chosen.select(q, k).plan
-    text = "\n\n".join(map(str, plan if isinstance(plan, tuple) else (plan,)))
+    plans = plan if isinstance(plan, tuple) else (plan,)
+    text = "\n\n".join(f"{one}\n{one.explain()}" for one in plans)
     if out is None:
         typer.echo(text)
         return
     try:
-        out.write_text(text + "\n", encoding="utf-8")
+        if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+            out.write_text(text + "\n", encoding="utf-8")
+            return
+        for n, one in enumerate(plans):  # the plans of a tuple: name.svg, name-2.svg, ...
+            one.plot(out.with_stem(f"{out.stem}-{n + 1}") if n else out)
+        typer.echo("\n\n".join(one.explain() for one in plans))
     except OSError as error:
         raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
 
