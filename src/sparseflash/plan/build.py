@@ -27,10 +27,15 @@ def is_count(x: object, least: int = 0) -> bool:
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x >= least
 
 
+def is_length(x: object, least: int = 0) -> bool:
+    """Whether x counts tokens: all tensors of a plan are int32."""
+    return is_count(x, least) and x < 2**31  # type: ignore[operator]
+
+
 def _check_options(**options: Any) -> None:
     for name, x in options.items():
         if name in ("tile", "unit"):
-            require((is_count(x, 1), f"{name}={x!r}: expected a positive int"), error=PlanError)
+            require((is_length(x, 1), f"{name}={x!r}: expected a positive int of 32 bits"), error=PlanError)
         else:
             require((isinstance(x, bool), f"{name}={x!r}: expected True or False"), error=PlanError)
 
@@ -202,8 +207,8 @@ def dense(
 ) -> Fields:
     """Fields of `Plan.dense`."""
     _check_options(causal=causal, tile=tile, unit=unit)
-    if not (is_count(Tq) and is_count(Tk)):  # said only on failure: a message would pin a symbolic length
-        raise PlanError(f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0")
+    if not (is_length(Tq) and is_length(Tk)):  # said only on failure: a message would pin a symbolic length
+        raise PlanError(f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits")
     require(
         (
             isinstance(sink_tokens, Tensor) or is_count(sink_tokens),

@@ -594,9 +594,13 @@ _INT64 = {"span_start", "start", "bits_start"}
 def _rules(p: Plan) -> Iterator[tuple[bool, str]]:
     """Table of (condition, message): types, shapes, dtypes and devices; values come after."""
     for name in ("Tq", "Tk"):
-        yield build.is_count(getattr(p, name)), f"{name}={getattr(p, name)!r}: expected an int >= 0"
+        yield (
+            build.is_length(getattr(p, name)),
+            f"{name}={getattr(p, name)!r}: expected an int >= 0 of 32 bits",
+        )
     for name in ("tile", "unit"):
-        yield build.is_count(getattr(p, name), 1), f"{name}={getattr(p, name)!r}: expected a positive int"
+        fits = build.is_length(getattr(p, name), 1)
+        yield fits, f"{name}={getattr(p, name)!r}: expected a positive int of 32 bits"
     for name in ("causal", "include_self"):
         yield isinstance(getattr(p, name), bool), f"{name}={getattr(p, name)!r}: expected True or False"
     yield build.is_count(p.sink), f"sink={p.sink!r}: expected an int >= 0"

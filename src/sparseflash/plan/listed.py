@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .build import INTEGERS, TILE, UNIT, Fields, _check_options, _pack_spans, _shape, host, is_count
+from .build import (
+    INTEGERS,
+    TILE,
+    UNIT,
+    Fields,
+    _check_options,
+    _pack_spans,
+    _shape,
+    host,
+    is_count,
+    is_length,
+)
 
 Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
 CHUNK = 1 << 20
@@ -23,7 +34,10 @@ CHUNK = 1 << 20
 
 def _sizes(Tq: int, Tk: int, **options: object) -> None:
     _check_options(**options)
-    require((is_count(Tq) and is_count(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0"), error=PlanError)
+    require(
+        (is_length(Tq) and is_length(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits"),
+        error=PlanError,
+    )
 
 
 def _first_rows(Tq: int, tile: int, tiles: int, device: torch.device) -> Tensor:
