@@ -14,6 +14,7 @@ from .build import pack_bits, spread_heads
 if TYPE_CHECKING:
     from .core import Plan
 
+_FULL = -2
 CHUNK = 64  # blocks of a mask function evaluated at a time
 
 
@@ -56,6 +57,8 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
     first = spread_heads(bits_start, heads).expand(batch, -1, -1)
     value = torch.where(live, first[..., None] + slot, -1)
     _put(ordinal, part.long(), value, live)
+    sure = slot < n_full[..., None]
+    _put(ordinal, whole.long(), torch.full_like(value, _FULL), sure)
     none = torch.zeros(1, block, -(-block // 32), dtype=torch.int32, device=p.device)
     bits = own_bits if len(own_bits) else none
 
@@ -63,7 +66,8 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
         at = ordinal[b if batch > 1 else b * 0, h if heads > 1 else h * 0, q // block, k // block]
         lane = k % block
         word = bits[at.clamp(min=0), q % block, lane // 32]
-        return (at >= 0) & (((word >> (lane % 32)) & 1) != 0)
+        # without a compiler FlexAttention asks for every pair, those of full blocks too
+        return (at == _FULL) | (at >= 0) & (((word >> (lane % 32)) & 1) != 0)
 
     return BlockMask.from_kv_blocks(
         n_part, part, n_full, whole, BLOCK_SIZE=(block, block), mask_mod=mask_mod, seq_lengths=(p.Tq, p.Tk)
