@@ -317,6 +317,19 @@ def bench_step(
     session.step(out, data=data, lengths=lengths_, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
 
 
+@bench.command("plan-costs")
+def bench_plan_costs(
+    out: Out = RESULTS / "plan_costs.csv",
+    length: Annotated[int, typer.Option(help="Sequence length.")] = 16384,
+    rounds: Rounds = 3,
+    minutes: Minutes = 3.0,
+) -> None:
+    """Time making, preparing and using plans: lists against the dense path, spans against units."""
+    from sparseflash.bench import session
+
+    session.plan_costs(out, length=length, rounds=rounds, minutes=minutes)
+
+
 @app.command()
 def doctor() -> None:
     """Say what is usable on this machine, and why the rest is not."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparseflash.bench import cases, results
 from sparseflash.bench import curves as curves_
+from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
 from sparseflash.bench import table as table_
 from sparseflash.bench.machine import describe
@@ -47,6 +48,15 @@ def attention_table(out: Path, *, length: int, dtypes: Sequence[str], rounds: in
         ),
     )
     _finish(rows, out, ("case", "dtype", "ms_sdpa", "ms", "ratio", "rounds"))
+
+
+def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:
+    """Measure what plans cost into `out`."""
+    rows = _watch(
+        "plan costs",
+        lambda on_run: plan_costs_.measure(length=length, rounds=rounds, minutes=minutes, on_run=on_run),
+    )
+    _finish(rows, out, ("case", "ms", "ms_make", "ms_make_and_prepare", "share", "against", "ratio"))
 
 
 def step(
