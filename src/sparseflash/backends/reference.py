@@ -225,4 +225,4 @@ def stats(
         place = torch.where(place < 0, width, place).expand_as(p)
         flat = (owner * (width + 1) + place).flatten()
         total.view(-1).scatter_reduce_(0, flat, p.flatten().to(work), "amax" if peak else "sum")
-    return total[:, :width].reshape(B, H, width)
+    return total[:, :width].contiguous().view(B, H, width)
