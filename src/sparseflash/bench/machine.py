@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,8 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "sparseflash": sf.__version__,
         "git": git_hash(),
-        "backend": f"{backend.name}: {backend.detail}" if backend else "none",
+        # without the library's place: a result file is no one's home folder
+        "backend": re.sub(r", [^,]*\.so$", "", f"{backend.name}: {backend.detail}") if backend else "none",
     }
 
 
