@@ -319,7 +319,7 @@ def bench_step(
 
 @bench.command("plan-costs")
 def bench_plan_costs(
-    out: Out = RESULTS / "plan_costs.csv",
+    out: Out = RESULTS / "plan-costs.csv",
     length: Annotated[int, typer.Option(help="Sequence length.")] = 16384,
     rounds: Rounds = 3,
     minutes: Minutes = 3.0,
