@@ -2,6 +2,8 @@
 
 import os
 import random
+import signal
+import threading
 import zlib
 from pathlib import Path
 
@@ -18,6 +20,9 @@ hypothesis.settings.load_profile("sparseflash")
 
 def pytest_configure(config):
     """One thread for each worker of pytest-xdist, two without; what needs threads sets them itself."""
+    if threading.current_thread() is threading.main_thread():
+        # a job started in the background may ignore Ctrl-C, and its children then too; the tests send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // workers))
 
