@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    cpu.SMALL = 0  # threads even for the smallest call
+    cpu.call.SMALL = 0  # threads even for the smallest call
     if given.sanitize:
         extra = (
             "-O1",

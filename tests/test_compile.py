@@ -222,3 +222,26 @@ def test_dynamo_explains_no_graph_break(generator):
     plan = Plan.dense(T, T, causal=True)
     report = torch._dynamo.explain(lambda q, k, v: sf.attention(q, k, v, plan))(q, k, v)
     assert report.graph_break_count == 0
+
+
+def test_a_call_that_nobody_watches_skips_the_dispatcher_and_a_mode_still_sees_the_op():
+    """The short way is for speed alone: same bits, and whatever listens to PyTorch's ops hears this one."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    heard = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            heard.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = torch.randn(3, 1, 2, 70, 16)
+    plan = sf.Plan.dense(70, 70, causal=True)
+    short = sf.attention(q, k, v, plan)
+    with Listen():
+        long = sf.attention(q, k, v, plan)
+    assert any("sparseflash.attention" in name for name in heard)
+    assert torch.equal(short, long)
+    with torch.profiler.profile() as profile:
+        sf.attention(q, k, v, plan)
+    assert not any("sparseflash::attention" in event.key for event in profile.key_averages())

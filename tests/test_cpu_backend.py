@@ -373,9 +373,9 @@ def test_the_entry_refuses_what_does_not_fit():
 
     def code(change) -> int:
         keep: list[torch.Tensor] = []
-        call = cpu._call(q, k, v, plan, 0.25, 0.0, None, keep)
+        call = cpu.call_of(q, k, v, plan, 0.25, 0.0, None, keep)
         out, lse = torch.empty_like(q), torch.empty(2, 2, 70)
-        call.out, call.lse = cpu._view(out), lse.data_ptr()
+        call.out, call.lse = cpu.view(out), lse.data_ptr()
         change(call)
         return found.library.sf_forward(ctypes.byref(call), found.fp32)
 
@@ -413,7 +413,7 @@ def test_the_entry_refuses_what_does_not_fit():
     for name in ("index", "bits"):
         assert code(lambda c, n=name: setattr(c.plan, n, None)) == 3, name
     assert found.library.sf_forward(None, found.fp32) == 3
-    assert found.library.sf_forward(ctypes.byref(cpu.Call()), 99) == 3
+    assert found.library.sf_forward(ctypes.byref(cpu.call.Call()), 99) == 3
 
 
 def test_plan_tensors_of_another_dtype_or_shape_are_refused():

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "sparseflash"
 # Each part of the package, and every part it may import. What is not listed here may not exist: a new file
 # takes its place in the picture of docs/design.md first. `*` stands for all.
 CORE = ("errors", "plan")
-OPS = (*CORE, "dispatch", "ops")
+OPS = (*CORE, "dispatch", "inputs", "ops")
 METHOD = (*OPS, "select", "order", "cache", "method")
 MAY_IMPORT = {
     "errors": (),
@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "order": CORE,
     "cache": CORE,
     "dispatch": (*CORE, "backends"),
-    "ops": (*CORE, "dispatch"),
-    "statistics": OPS,
+    "inputs": CORE,
+    "ops": (*CORE, "dispatch", "inputs"),
+    "statistics": (*CORE, "dispatch", "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),
     "methods": METHOD,
     "calibrate": (*METHOD, "methods"),

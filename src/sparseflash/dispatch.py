@@ -27,8 +27,8 @@ class Backend(Protocol):
         """Whether it can run on this machine, and what it is or why not."""
         ...
 
-    def refuse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
-        """Every reason why this call cannot run here; empty when it can."""
+    def refuse(self, *tensors: Tensor) -> list[str]:
+        """Every reason why an op on these tensors cannot run here; empty when it can."""
         ...
 
     def forward(
@@ -121,8 +121,8 @@ def backends() -> dict[str, BackendStatus]:
     return found
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, wanted: str) -> Backend:
-    """The first backend, in order of preference, that can run the call; or the wanted one, or an error."""
+def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
+    """The first backend by preference that has the op and can run it on these tensors, or the wanted one."""
     wanted = wanted or os.environ.get("SPARSEFLASH_BACKEND", "")
     if wanted and wanted not in PREFERENCE:
         raise BackendError(f"backend={wanted!r}: expected one of {', '.join(PREFERENCE)}, or None to choose")
@@ -132,7 +132,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, plan: Plan, wanted: str) -> Backend:
         if isinstance(module, str):
             said.append(f"{name}: {module}")
             continue
-        reasons = module.refuse(q, k, v, plan)
+        reasons = module.refuse(*tensors) if hasattr(module, op) else [f"has no {op}"]
         if not reasons:
             return module
         said += [f"{name}: {reason}" for reason in reasons]

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, overload
 from torch import Tensor
 
 from .errors import PlanError, SparseFlashError, require
-from .ops import Plans, attention
+from .inputs import Plans
+from .ops import attention
 
 Context = Mapping[str, Any]
 

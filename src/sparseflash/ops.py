@@ -11,13 +11,25 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .errors import PlanError, SparseFlashError, require
+from .errors import SparseFlashError, require
+from .inputs import (
+    Plans,
+    as_backend,
+    as_plans,
+    as_scale,
+    as_softcap,
+    autocast,
+    check_bias,
+    check_inputs,
+    check_plan,
+    check_sink,
+    describe,
+    is_real,
+    state_dtype,
+    unwatched,
+)
 from .plan import Plan
-from .plan.flat import INT_SLOTS, empty_like_layout, flatten_all, unflatten_all
-
-Plans = Plan | Sequence[Plan]
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
+from .plan.flat import empty_like_layout, flatten_all, unflatten_all
 
 # ---------------------------------------------------------------- the two custom ops
 
@@ -31,16 +43,45 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def _state_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
 def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
     kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    plans: Sequence[Plan],
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    alone = len(plans) == 1 and sink_logits is None
+    with _own_precision(q):
+        parts = [
+            choose("forward", backend, q, k, v).forward(
+                q,
+                k,
+                v,
+                plan,
+                scale=scale,
+                softcap=softcap,
+                key_bias=key_bias,
+                out_dtype=q.dtype if alone else state_dtype(q),
+            )
+            for plan in plans
+        ]
+        if alone:
+            return parts[0]
+        out, lse = _merge(parts, sink_logits)
+    kept = empty_like_layout(q, v.shape[-1])
+    return kept.copy_(out), lse
 
 
 @torch.library.custom_op("sparseflash::attention", mutates_args=())
@@ -57,26 +98,7 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
-    alone = len(plans) == 1 and sink_logits is None
-    with _own_precision(q):
-        parts = [
-            choose(q, k, v, plan, backend).forward(
-                q,
-                k,
-                v,
-                plan,
-                scale=scale,
-                softcap=softcap,
-                key_bias=key_bias,
-                out_dtype=q.dtype if alone else _state_dtype(q),
-            )
-            for plan in plans
-        ]
-        if alone:
-            return parts[0]
-        out, lse = _merge(parts, sink_logits)
-    kept = empty_like_layout(q, v.shape[-1])
-    return kept.copy_(out), lse
+    return _forward(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
 
 
 @_attention.register_fake
@@ -92,7 +114,7 @@ def _(
     softcap: Any,
     backend: Any,
 ) -> tuple[Tensor, Tensor]:
-    return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_state_dtype(q))
+    return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
 @torch.library.custom_op("sparseflash::attention_backward", mutates_args=())
@@ -113,10 +135,10 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1
-    state = _state_dtype(q)
+    state = state_dtype(q)
     with _own_precision(q):
         parts = [
-            choose(q, k, v, plan, backend).backward(
+            choose("backward", backend, q, k, v).backward(
                 dout,
                 q,
                 k,
@@ -161,7 +183,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias_shape = (0,) if key_bias is None else key_bias.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(bias_shape, dtype=_state_dtype(q))
+    return dq, dk, dv, q.new_empty(bias_shape, dtype=state_dtype(q))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,120 +219,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# ---------------------------------------------------------------- validation
-
-
-def _describe(x: object) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-
-
-def _said(**given: object) -> str:
-    return ", ".join(f"{name}: {_describe(x)}" for name, x in given.items())
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
-
-
-def _as_plans(plan: object) -> tuple[Plan, ...]:
-    plans = plan if isinstance(plan, (tuple, list)) else (plan,)
-    for one in plans:
-        if not isinstance(one, Plan):
-            hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
-            raise SparseFlashError(f"plan is {_describe(one)}: expected a Plan, or a tuple of plans{hint}")
-    require((len(plans) > 0, "plan is an empty tuple: give at least one plan"))
-    return tuple(plans)
-
-
-def _as_scale(scale: object, D: int) -> float:
-    if scale is None:
-        return float(D**-0.5)
-    require((_is_number(scale), f"scale={scale!r}: expected a number, or None for 1/sqrt(D)"))
-    require((math.isfinite(scale), f"scale={scale!r}: expected a finite number, or None for 1/sqrt(D)"))  # type: ignore[arg-type]
-    return float(scale)  # type: ignore[arg-type]
-
-
-def _as_softcap(softcap: object) -> float:
-    if softcap is None:
-        return 0.0
-    good = _is_number(softcap) and math.isfinite(softcap) and softcap >= 0  # type: ignore[arg-type,operator]
-    require((good, f"softcap={softcap!r}: expected a positive number, or None for none"))
-    return float(softcap)  # type: ignore[arg-type]
-
-
-def _as_backend(backend: object) -> str:
-    require((backend is None or isinstance(backend, str), f"backend={backend!r}: expected a name, or None"))
-    return backend or ""  # type: ignore[return-value]
-
-
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Table of (condition, message) for q, k and v; each message follows what was given."""
-    good = all(isinstance(x, Tensor) and x.dim() == 4 and x.layout == torch.strided for x in (q, k, v))
-    rules: tuple[tuple[bool, str], ...] = (
-        (good, "expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]"),
-    )
-    if good:
-        (B, H, _, D), heads, Dv = q.shape, k.shape[1], v.shape[-1]
-        rules = (
-            (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
-            (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
-            (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
-            (
-                k.shape[0] == v.shape[0] and k.shape[0] in (1, B),
-                "k and v need the batch size of q, or 1 (a pool)",
-            ),
-            (heads == v.shape[1], "k and v need the same number of heads"),
-            (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
-            (k.shape[-1] == D, "q and k need the same head dimension"),
-            (k.shape[2] == v.shape[2], "k and v need the same number of tokens"),
-            (1 <= D <= 256 and 1 <= Dv <= 256, "head dimensions 1..256 are supported: use more heads"),
-        )
-    for holds, message in rules:
-        if not holds:
-            raise SparseFlashError(f"{_said(q=q, k=k, v=v)}; {message}")
-
-
-def _check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
-    B, H, Tq, _ = q.shape
-    batch, heads = plan.extent()
-    rules = (
-        (
-            plan.Tq == Tq and plan.Tk == k.shape[2],
-            "the plan is for {plan.Tq} x {plan.Tk} tokens, q and k hold {Tq} x {Tk}: make one for these",
-        ),
-        (batch in (1, B), "the plan has batch size {batch}, q has {B}: expected 1 or {B}"),
-        (H % heads == 0, "the plan has {heads} heads: expected a divisor of Hq={H}"),
-        (plan.device == q.device, "the plan is on {plan.device}, q on {q.device}: use plan.to(q.device)"),
-    )
-    for holds, message in rules:
-        if not holds:
-            raise PlanError(
-                message.format(plan=plan, q=q, B=B, H=H, Tq=Tq, Tk=k.shape[2], batch=batch, heads=heads)
-            )
-
-
-def _check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
-    B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
-    good = isinstance(key_bias, Tensor) and key_bias.dim() == 3 and key_bias.is_floating_point()
-    if good:
-        assert isinstance(key_bias, Tensor)
-        batch, heads, length = key_bias.shape
-        good = (
-            batch in (1, B) and heads > 0 and H % heads == 0 and length == Tk and key_bias.device == q.device
-        )
-    if not good:
-        raise SparseFlashError(
-            f"key_bias: {_describe(key_bias)}; expected floating point [B|1, H, Tk={Tk}] on {q.device}, H "
-            f"dividing {H}: one number a key. A full [T,T] bias is not supported; what it hides is a plan"
-        )
-
-
-def _check_sink(sink_logits: object, q: Tensor) -> None:
-    good = isinstance(sink_logits, Tensor) and sink_logits.is_floating_point()
-    if not (good and sink_logits.shape == q.shape[1:2] and sink_logits.device == q.device):  # type: ignore[attr-defined]
-        raise SparseFlashError(
-            f"sink_logits: {_describe(sink_logits)}; expected floating point [Hq={q.shape[1]}] on {q.device}"
-        )
+# ---------------------------------------------------------------- public
 
 
 _ELSEWHERE = {
@@ -324,18 +233,6 @@ _ELSEWHERE = {
     "window_size": "give a window as plan=Plan.dense(Tq, Tk, causal=True, window=(left, right))",
     "enable_gqa": "GQA needs no switch: give k and v with fewer heads",
 }
-
-
-def _autocast(*tensors: Any) -> list[Any]:
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    able = (torch.float32, torch.float16, torch.bfloat16)
-    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in able else x for x in tensors]
-
-
-# ---------------------------------------------------------------- public
 
 
 @overload
@@ -429,20 +326,23 @@ def attention(
         ),
     )
     require((isinstance(deterministic, bool), f"deterministic={deterministic!r}: expected True or False"))
-    q, k, v = _autocast(q, k, v)
-    _check_inputs(q, k, v)
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
     if plan is None:
         plan = Plan.dense(q.shape[2], k.shape[2], causal=causal, q_offset=q_offset, device=q.device)
-    plans = _as_plans(plan)
+    plans = as_plans(plan)
     for one in plans:
-        _check_plan(one, q, k)
+        check_plan(one, q, k)
     if key_bias is not None:
-        _check_bias(key_bias, q, k)
+        check_bias(key_bias, q, k)
     if sink_logits is not None:
-        _check_sink(sink_logits, q)
-    factor, cap, name = _as_scale(scale, q.shape[-1]), _as_softcap(softcap), _as_backend(backend)
-    tensors, ints = flatten_all(plans)
-    out, lse = _attention(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
+        check_sink(sink_logits, q)
+    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
+    if unwatched(q, k, v, key_bias, sink_logits):
+        out, lse = _forward(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
+    else:
+        tensors, ints = flatten_all(plans)
+        out, lse = _attention(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
     return (out, lse) if return_lse else out
 
 
@@ -475,13 +375,13 @@ def attention_backward(
     >>> out, lse = sf.attention(q, k, v, plan, return_lse=True)
     >>> dq, dk, dv, _ = sf.attention_backward(dout, q, k, v, out, lse, plan)
     """
-    _check_inputs(q, k, v)
-    plans = _as_plans(plan)
+    check_inputs(q, k, v)
+    plans = as_plans(plan)
     for one in plans:
-        _check_plan(one, q, k)
+        check_plan(one, q, k)
     if key_bias is not None:
-        _check_bias(key_bias, q, k)
-    factor, cap, name = _as_scale(scale, q.shape[-1]), _as_softcap(softcap), _as_backend(backend)
+        check_bias(key_bias, q, k)
+    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
     want = (*q.shape[:3], v.shape[-1])
     for label, x, shape in (
         ("dout", dout, want),
@@ -491,14 +391,9 @@ def attention_backward(
     ):
         if label == "dlse" and x is None:
             continue
-        good = (
-            isinstance(x, Tensor)
-            and x.is_floating_point()
-            and tuple(x.shape) == shape
-            and x.device == q.device
-        )
-        require((good, f"{label}: {_describe(x)}; expected floating point {list(shape)} on {q.device}"))
-    state = _state_dtype(q)
+        good = is_real(x, shape, q.device)
+        require((good, f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"))
+    state = state_dtype(q)
     tensors, ints = flatten_all(plans)
     dq, dk, dv, dbias = _attention_backward(
         dout.to(q.dtype),
@@ -562,7 +457,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     require(
         (
             isinstance(parts, (tuple, list)) and len(parts) > 0,
-            f"merge() of {_describe(parts)}: expected a list of (out, lse), at least one",
+            f"merge() of {describe(parts)}: expected a list of (out, lse), at least one",
         )
     )
     for part in parts:
@@ -579,11 +474,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         require(
             (
                 good,
-                f"out: {_describe(out)}, lse: {_describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
+                f"out: {describe(out)}, lse: {describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
             )
         )
     out, lse = _merge(parts)
     return out.to(parts[0][0].dtype), lse
-
-
-__all__ = ["INT_SLOTS", "Plans", "attention", "attention_backward", "merge"]

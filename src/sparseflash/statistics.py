@@ -10,7 +10,16 @@ from torch import Tensor
 
 from .dispatch import choose
 from .errors import require
-from .ops import _as_backend, _as_scale, _as_softcap, _check_bias, _check_inputs, _check_plan, _describe
+from .inputs import (
+    as_backend,
+    as_scale,
+    as_softcap,
+    check_bias,
+    check_inputs,
+    check_plan,
+    describe,
+    state_dtype,
+)
 from .plan import Plan
 from .plan.flat import flatten, unflatten
 
@@ -33,7 +42,7 @@ def _stats(
     backend: str,
 ) -> Tensor:
     plan = unflatten(plan_tensors, plan_ints)
-    return choose(q, k, k, plan, backend).stats(
+    return choose("stats", backend, q, k, k).stats(
         q, k, lse, plan, over=over, peak=peak, scale=scale, softcap=softcap, key_bias=key_bias, width=width
     )
 
@@ -53,8 +62,7 @@ def _(
     width: Any,
     backend: Any,
 ) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((q.shape[0], q.shape[1], width), dtype=dtype)
+    return q.new_empty((q.shape[0], q.shape[1], width), dtype=state_dtype(q))
 
 
 def attention_stats(
@@ -111,14 +119,14 @@ def attention_stats(
         (reduce in ("sum", "max"), f"reduce={reduce!r}: expected sum or max"),
         (isinstance(plan, Plan), f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)"),
     )
-    _check_inputs(q, k, k)
-    _check_plan(plan, q, k)
+    check_inputs(q, k, k)
+    check_plan(plan, q, k)
     if key_bias is not None:
-        _check_bias(key_bias, q, k)
+        check_bias(key_bias, q, k)
     require(
         (
             isinstance(lse, Tensor) and lse.shape == q.shape[:3] and lse.device == q.device,
-            f"lse: {_describe(lse)}; expected {list(q.shape[:3])} on {q.device}",
+            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}",
         )
     )
     per = (
@@ -142,9 +150,9 @@ def attention_stats(
         ints,
         over,
         reduce == "max",
-        _as_scale(scale, q.shape[-1]),
-        _as_softcap(softcap),
+        as_scale(scale, q.shape[-1]),
+        as_softcap(softcap),
         width,
-        _as_backend(backend),
+        as_backend(backend),
     )
     return found.view(*found.shape[:2], plan.tiles, per) if over == "entry" else found

@@ -22,7 +22,7 @@ def status() -> tuple[bool, str]:
     return True, "plain PyTorch, any device and dtype; the definition, not fast"
 
 
-def refuse(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> list[str]:
+def refuse(*tensors: Tensor) -> list[str]:
     """Reasons why a call cannot run here: none."""
     return []
 

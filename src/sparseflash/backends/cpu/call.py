@@ -1,0 +1,196 @@
+"""Tensors and plans as the C structures of `native/abi.h`: addresses, strides, sizes; nothing is copied."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SMALL = 3_000_000  # multiply-adds below which waking other threads costs more than it brings
+
+
+class View(ctypes.Structure):
+    """SfView: a [B,H,T,D] tensor."""
+
+    _fields_ = [("data", ctypes.c_void_p)] + [(n, ctypes.c_int64) for n in ("batch", "head", "row", "lane")]
+
+
+class Table(ctypes.Structure):
+    """SfTable: a plan tensor [batch, heads, length]."""
+
+    _fields_ = [("data", ctypes.c_void_p)] + [(n, ctypes.c_int64) for n in ("batch", "heads", "length")]
+
+
+_PLAN_INTS = (
+    "q_rows",
+    "k_rows",
+    "tiles",
+    "tile",
+    "unit",
+    "causal",
+    "include_self",
+    "windowed",
+    "left",
+    "right",
+    "sink",
+    "q_offset",
+    "spans_size",
+    "index_size",
+    "bits_size",
+)
+_PLAN_TABLES = (
+    "span_start",
+    "span_full",
+    "span_count",
+    "start",
+    "full",
+    "count",
+    "bits_start",
+    "q_order",
+    "k_order",
+    "q_shift",
+    "q_pos",
+    "k_pos",
+    "k_end",
+    "q_seg",
+    "k_seg",
+)
+_PLAN_FLAT = ("spans", "index", "bits")
+_PLAN_HEADS = ("head_window", "head_sink")
+_PLAN_TENSORS = tuple(
+    (name, torch.int64 if name in ("span_start", "start", "bits_start") else torch.int32)
+    for name in (*_PLAN_TABLES, *_PLAN_HEADS)
+    if name != "q_shift"
+)
+_FAR = 1 << 40  # further than any position
+_VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+
+
+class NativePlan(ctypes.Structure):
+    """SfPlan."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in _PLAN_INTS]
+        + [(n, Table) for n in _PLAN_TABLES]
+        + [(n, ctypes.c_void_p) for n in _PLAN_FLAT]
+        + [(n, Table) for n in _PLAN_HEADS]
+    )
+
+
+class Call(ctypes.Structure):
+    """SfCall."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("B", "Hq", "Hkv", "Tq", "Tk", "D", "Dv")]
+        + [(n, ctypes.c_int32) for n in ("dtype", "out_dtype", "grad_dtype", "threads")]
+        + [(n, ctypes.c_float) for n in ("scale", "softcap")]
+        + [(n, View) for n in _VIEWS]
+        + [
+            ("lse", ctypes.c_void_p),
+            ("dlse", ctypes.c_void_p),
+            ("key_bias", Table),
+            ("dbias", ctypes.c_void_p),
+        ]
+        + [("plan", NativePlan)]
+        + [
+            ("Bk", ctypes.c_int64),
+            ("over", ctypes.c_int32),
+            ("peak", ctypes.c_int32),
+            ("stat", ctypes.c_void_p),
+        ]
+        + [("stat_width", ctypes.c_int64), ("entry_width", ctypes.c_int64)]
+    )
+
+
+def view(x: Tensor) -> View:
+    """Address and strides of a [B,H,T,D] tensor."""
+    return View(x.data_ptr(), *x.stride())
+
+
+def _misfit(name: str, x: Tensor, want: str) -> ValueError:
+    return ValueError(
+        f"the plan's {name} is {list(x.shape)} {x.dtype}: expected {want} (plan.check() says more)"
+    )
+
+
+def table(name: str, x: Tensor, dtype: torch.dtype, keep: list[Tensor]) -> Table:
+    """A contiguous [batch,heads,length] tensor; what had to be copied for it is added to `keep`."""
+    if x.dtype is not dtype or x.dim() != 3:
+        raise _misfit(name, x, f"[B,H,length] {dtype}")
+    shape = x.shape
+    if not x.is_contiguous():
+        x = x.contiguous()
+        keep.append(x)
+    if not x.numel():  # a table of nothing is not a missing table: it needs an address
+        x = x.new_zeros(1)
+        keep.append(x)
+    return Table(x.data_ptr(), *shape)
+
+
+def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
+    """Write a plan into its C structure."""
+    into.q_rows, into.k_rows, into.tiles = plan.q_rows, plan.k_rows, plan.tiles
+    into.tile, into.unit = tile, unit = plan.tile, plan.unit
+    into.causal, into.include_self, into.sink = plan.causal, plan.include_self, min(plan.sink, _FAR)
+    if plan.window is not None:
+        left, right = plan.window
+        into.windowed = True
+        into.left = -1 if left is None else min(left, _FAR)
+        into.right = -1 if right is None else min(right, _FAR)
+    given = vars(plan)
+    offset = given["q_offset"]
+    if isinstance(offset, Tensor):
+        flat = offset.to(torch.int32).reshape(-1, 1, 1)
+        keep.append(flat)
+        into.q_shift = table("q_offset", flat, torch.int32, keep)
+    else:
+        into.q_offset = offset
+    for name, dtype in _PLAN_TENSORS:
+        x = given[name]
+        if x is not None:
+            setattr(into, name, table(name, x, dtype, keep))
+    for name in _PLAN_FLAT:
+        x = given[name]
+        if x is not None:
+            if x.dtype is not torch.int32:
+                raise _misfit(name, x, "torch.int32")
+            if not x.is_contiguous():
+                x = x.contiguous()
+                keep.append(x)
+            # how many entries of their size the memory holds, whatever its shape says
+            words = 1 if name == "index" else 2 if name == "spans" else tile * -(-unit // 32)
+            setattr(into, name, x.data_ptr())
+            setattr(into, name + "_size", x.numel() // words if words > 0 else 0)
+
+
+def call_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    keep: list[Tensor],
+) -> Call:
+    """What every op over a plan hands over; results are still to be named. `keep` must outlive the call."""
+    c = Call()
+    c.B, c.Hq, c.Tq, c.D = q.shape
+    c.Bk, c.Hkv, c.Tk, c.Dv = k.shape[0], k.shape[1], k.shape[2], v.shape[3]
+    c.dtype = c.out_dtype = c.grad_dtype = CODES[q.dtype]
+    entries = 0 if plan.spans is None else plan.spans.shape[0]
+    entries += 0 if plan.index is None else plan.index.shape[0]
+    work = c.B * c.Hq * c.Tq * c.D * min(c.Tk, 64 * max(entries, 1))
+    c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
+    c.scale, c.softcap = scale, softcap
+    c.q, c.k, c.v = view(q), view(k), view(v)
+    if key_bias is not None:
+        bias = key_bias.to(torch.float32).contiguous()
+        keep.append(bias)
+        c.key_bias = table("key_bias", bias, torch.float32, keep)
+    fill_plan(plan, c.plan, keep)
+    return c

@@ -1,0 +1,77 @@
+"""The loaded native library: which levels it has, and how an entry point of it is called."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from . import build
+from .call import Call
+
+
+@dataclass(frozen=True)
+class Native:
+    """The loaded library and which of its levels runs which dtype."""
+
+    library: ctypes.CDLL
+    path: str
+    fp32: int
+    bf16: int
+    names: tuple[str, ...]
+
+
+@functools.cache
+def native() -> Native | str:
+    """The native library, or the reason why there is none (said once as a warning).
+
+    Raises
+    ------
+    LevelError
+        When `SPARSEFLASH_CPU_LEVEL` asks for what cannot be: whoever names a level wants no other one.
+    """
+    failure = "no level runs here"
+    try:
+        for levels in build.choices():
+            try:
+                library, path = build.library(levels)
+            except build.CompilerFailed as error:  # too old for these instructions: there are simpler ones
+                failure = str(error)
+                continue
+            if library.sf_call_size() != ctypes.sizeof(Call):
+                raise build.BuildError(f"{path} does not match this version")
+            if levels[-1].name == "amx" and library.sf_request_amx() != 0:
+                continue  # the system refuses the tile registers
+            bf16 = next((i for i, level in enumerate(levels) if level.bf16), 0)
+            return Native(library, str(path), 0, bf16, tuple(level.name for level in levels))
+    except (build.BuildError, OSError) as error:
+        failure = str(error)
+    warnings.warn(
+        f"sparseflash: the native CPU backend is not available, the slow reference runs instead: {failure}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return failure
+
+
+_FAILURES = {
+    1: (MemoryError, "not enough memory for the scratch of this call"),
+    2: (RuntimeError, "this level does not run the dtype"),
+    3: (ValueError, "the plan does not fit the tensors (plan.check() says where)"),
+    4: (RuntimeError, "an exception inside the native code"),
+}
+
+
+def run(name: str, call: ctypes.Structure, dtype: torch.dtype) -> None:
+    """Call an entry point at the level that runs the dtype; a failure code becomes the error it means."""
+    found = native()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    level = found.bf16 if dtype == torch.bfloat16 else found.fp32
+    code = getattr(found.library, name)(ctypes.byref(call), level)
+    if code:
+        kind, why = _FAILURES.get(code, (RuntimeError, f"code {code}"))
+        raise kind(f"sparseflash native {name}: {why}")

@@ -1,0 +1,184 @@
+"""What every op takes: the checks of its arguments, and the messages where one does not fit.
+
+Each message says what was given, what was expected, and how to get there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .errors import PlanError, SparseFlashError, require
+from .plan import Plan
+
+Plans = Plan | Sequence[Plan]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def describe(x: object) -> str:
+    """A tensor by shape, dtype and device, anything else by its type."""
+    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def _said(**given: object) -> str:
+    return ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
+
+
+def is_finite(x: object) -> TypeGuard[float]:
+    """Whether x is a number (a traced one too, but no bool) and finite."""
+    known = isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
+    return known and math.isfinite(x)  # type: ignore[arg-type]  # traced numbers are floats to math
+
+
+def is_real(x: object, shape: Sequence[int], device: torch.device) -> bool:
+    """Whether x is a floating point tensor of this shape on this device."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and tuple(x.shape) == tuple(shape)
+        and x.device == device
+    )
+
+
+def as_plans(plan: object) -> tuple[Plan, ...]:
+    """A plan, or a tuple or list of them, as a tuple of at least one."""
+    plans = plan if isinstance(plan, (tuple, list)) else (plan,)
+    for one in plans:
+        if not isinstance(one, Plan):
+            hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
+            raise SparseFlashError(f"plan is {describe(one)}: expected a Plan, or a tuple of plans{hint}")
+    require((len(plans) > 0, "plan is an empty tuple: give at least one plan"))
+    return tuple(plans)
+
+
+def as_scale(scale: object, D: int) -> float:
+    """The factor of the scores; 1/sqrt(D) for None."""
+    if scale is None:
+        return float(D**-0.5)
+    if not is_finite(scale):
+        raise SparseFlashError(f"scale={scale!r}: expected a finite number, or None for 1/sqrt(D)")
+    return float(scale)
+
+
+def as_softcap(softcap: object) -> float:
+    """The softcap; 0 stands for none."""
+    if softcap is None:
+        return 0.0
+    if not (is_finite(softcap) and softcap >= 0):
+        raise SparseFlashError(f"softcap={softcap!r}: expected a positive number, or None for none")
+    return float(softcap)
+
+
+def as_backend(backend: object) -> str:
+    """The name of the wanted backend; empty for any."""
+    if backend is None:
+        return ""
+    if not isinstance(backend, str):
+        raise SparseFlashError(f"backend={backend!r}: expected a name, or None")
+    return backend
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Table of (condition, message) for q, k and v; each message follows what was given."""
+    good = all(isinstance(x, Tensor) and x.dim() == 4 and x.layout == torch.strided for x in (q, k, v))
+    rules: tuple[tuple[bool, str], ...] = (
+        (good, "expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]"),
+    )
+    if good:
+        (B, H, _, D), heads, Dv = q.shape, k.shape[1], v.shape[-1]
+        rules = (
+            (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
+            (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
+            (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
+            (
+                k.shape[0] == v.shape[0] and k.shape[0] in (1, B),
+                "k and v need the batch size of q, or 1 (a pool)",
+            ),
+            (heads == v.shape[1], "k and v need the same number of heads"),
+            (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
+            (k.shape[-1] == D, "q and k need the same head dimension"),
+            (k.shape[2] == v.shape[2], "k and v need the same number of tokens"),
+            (1 <= D <= 256 and 1 <= Dv <= 256, "head dimensions 1..256 are supported: use more heads"),
+        )
+    for holds, message in rules:
+        if not holds:
+            raise SparseFlashError(f"{_said(q=q, k=k, v=v)}; {message}")
+
+
+def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
+    """Whether a plan is for tensors of these shapes, on this device."""
+    B, H, Tq, _ = q.shape
+    batch, heads = plan.extent()
+    rules = (
+        (
+            plan.Tq == Tq and plan.Tk == k.shape[2],
+            "the plan is for {plan.Tq} x {plan.Tk} tokens, q and k hold {Tq} x {Tk}: make one for these",
+        ),
+        (batch in (1, B), "the plan has batch size {batch}, q has {B}: expected 1 or {B}"),
+        (H % heads == 0, "the plan has {heads} heads: expected a divisor of Hq={H}"),
+        (plan.device == q.device, "the plan is on {plan.device}, q on {q.device}: use plan.to(q.device)"),
+    )
+    for holds, message in rules:
+        if not holds:
+            raise PlanError(
+                message.format(plan=plan, q=q, B=B, H=H, Tq=Tq, Tk=k.shape[2], batch=batch, heads=heads)
+            )
+
+
+def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
+    """Whether key_bias holds one number a key."""
+    B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
+    good = isinstance(key_bias, Tensor) and key_bias.dim() == 3 and key_bias.is_floating_point()
+    if good:
+        assert isinstance(key_bias, Tensor)
+        batch, heads, length = key_bias.shape
+        good = (
+            batch in (1, B) and heads > 0 and H % heads == 0 and length == Tk and key_bias.device == q.device
+        )
+    if not good:
+        raise SparseFlashError(
+            f"key_bias: {describe(key_bias)}; expected floating point [B|1, H, Tk={Tk}] on {q.device}, H "
+            f"dividing {H}: one number a key. A full [T,T] bias is not supported; what it hides is a plan"
+        )
+
+
+def check_sink(sink_logits: object, q: Tensor) -> None:
+    """Whether sink_logits holds one number a query head."""
+    if not is_real(sink_logits, q.shape[1:2], q.device):
+        raise SparseFlashError(
+            f"sink_logits: {describe(sink_logits)}; expected floating point [Hq={q.shape[1]}] on {q.device}"
+        )
+
+
+def autocast(*tensors: Any) -> list[Any]:
+    """The tensors as autocast, where it is on, wants a matrix product to see them."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    able = (torch.float32, torch.float16, torch.bfloat16)
+    return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in able else x for x in tensors]
+
+
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nothing but the result of an op is wanted: no gradient, no trace, no subclass, no mode.
+
+    Then its body may run without the dispatcher, whose share of a short call is larger than the kernel's.
+    """
+    if torch.compiler.is_compiling() or _modes():
+        return False
+    learns = torch.is_grad_enabled()
+    given = [x for x in tensors if x is not None]
+    return all(type(x) in (Tensor, torch.nn.Parameter) and not (learns and x.requires_grad) for x in given)
