@@ -30,13 +30,15 @@ def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> 
     return (normal / normal.norm(dim=-2, keepdim=True)).float()
 
 
-def _planes(*key: int) -> Tensor:
-    return _draw_planes(*key)
+@torch.library.custom_op("sparseflash::lsh_planes", mutates_args=())
+def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
+    """An op of its own because a generator cannot be traced; a compiled graph calls it."""
+    return _draw_planes(dim, buckets, heads, rounds, seed).clone()
 
 
-# A generator cannot be traced, and need not be: this is torch.compiler.assume_constant_result without the
-# import of the whole compiler that it brings.
-_planes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@_planes.register_fake
+def _(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
+    return torch.empty(rounds, heads, dim, buckets // 2)
 
 
 def lsh_planes(
