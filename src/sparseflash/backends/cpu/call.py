@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ...plan import Plan
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SMALL = 3_000_000  # multiply-adds below which waking other threads costs more than it brings
+SMALL = 1_500_000  # multiply-adds of S = Q K^T below which waking other threads costs more than it brings
 
 
 class View(ctypes.Structure):
@@ -167,6 +168,26 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
             setattr(into, name + "_size", x.numel() // words if words > 0 else 0)
 
 
+_known: dict[int, tuple[weakref.ref[Plan], NativePlan]] = {}
+
+
+def _native(plan: Plan, keep: list[Tensor]) -> NativePlan:
+    """The plan as a C structure; kept with the plan where it only points into the plan's tensors."""
+    at = id(plan)
+    if at in _known and _known[at][0]() is plan:
+        return _known[at][1]
+    made, copies = NativePlan(), len(keep)
+    fill_plan(plan, made, keep)
+    if len(keep) == copies:
+        _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made)
+    return made
+
+
+def _forget(at: int, gone: weakref.ref[Plan]) -> None:
+    if at in _known and _known[at][0] is gone:
+        del _known[at]
+
+
 def call_of(
     q: Tensor,
     k: Tensor,
@@ -182,9 +203,9 @@ def call_of(
     c.B, c.Hq, c.Tq, c.D = q.shape
     c.Bk, c.Hkv, c.Tk, c.Dv = k.shape[0], k.shape[1], k.shape[2], v.shape[3]
     c.dtype = c.out_dtype = c.grad_dtype = CODES[q.dtype]
-    entries = 0 if plan.spans is None else plan.spans.shape[0]
-    entries += 0 if plan.index is None else plan.index.shape[0]
-    work = c.B * c.Hq * c.Tq * c.D * min(c.Tk, 64 * max(entries, 1))
+    keys = plan.Tk if plan.spans is not None else 0
+    keys += 0 if plan.index is None else plan.index.shape[0] * plan.unit
+    work = c.B * c.Hq * c.Tq * c.D * min(c.Tk, keys)
     c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
     c.scale, c.softcap = scale, softcap
     c.q, c.k, c.v = view(q), view(k), view(v)
@@ -192,5 +213,5 @@ def call_of(
         bias = key_bias.to(torch.float32).contiguous()
         keep.append(bias)
         c.key_bias = table("key_bias", bias, torch.float32, keep)
-    fill_plan(plan, c.plan, keep)
+    c.plan = _native(plan, keep)
     return c
