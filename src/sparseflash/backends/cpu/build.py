@@ -34,6 +34,7 @@ from ...errors import BackendError
 
 NATIVE = Path(__file__).parent / "native"
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-w")
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mtune=native")
 AVX512 = ("-march=x86-64-v4", "-mtune=native")
 TIME_LIMIT = 240.0
 """Seconds after which a compiler is given up."""
@@ -55,12 +56,13 @@ class Level:
         return NATIVE / f"level_{self.source or self.name}.cpp"
 
 
-_512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "avx2"})
+_512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "fma", "avx2", "f16c"})
 _NATIVE = ("-march=native",) if platform.machine() in ("x86_64", "AMD64", "aarch64") else ()
 LEVELS = {
     level.name: level
     for level in (
         Level("portable", _NATIVE, frozenset(), False),
+        Level("avx2", AVX2, frozenset({"avx2", "fma", "f16c"}), False),
         Level("avx512", AVX512, _512, False),
         Level("avx512bf16", (*AVX512, "-mavx512bf16"), _512 | {"avx512_bf16"}, True),
         Level(
@@ -81,7 +83,7 @@ LEVELS = {
 """By name. `amx-emulated` runs the AMX kernels with the tile instructions in C++: for tests, slow."""
 
 
-PREFERENCE = (("avx512", "amx"), ("avx512", "avx512bf16"), ("avx512",), ("portable",))
+PREFERENCE = (("avx512", "amx"), ("avx512", "avx512bf16"), ("avx512",), ("avx2",), ("portable",))
 
 
 class BuildError(RuntimeError):

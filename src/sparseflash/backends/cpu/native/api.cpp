@@ -25,6 +25,8 @@
     extern "C" int sf_stats_##level(const SfCall *, SfParallel);
 #define SF_LEVEL(level) {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level},
 SF_DECLARE(portable)
+SF_DECLARE(avx2)
+SF_DECLARE(neon)
 SF_DECLARE(avx512)
 SF_DECLARE(avx512bf16)
 SF_DECLARE(amx)
@@ -34,6 +36,12 @@ namespace {
 const SfLevel LEVELS[] = {
 #if SF_WITH_PORTABLE
     SF_LEVEL(portable)
+#endif
+#if SF_WITH_AVX2
+    SF_LEVEL(avx2)
+#endif
+#if SF_WITH_NEON
+    SF_LEVEL(neon)
 #endif
 #if SF_WITH_AVX512
     SF_LEVEL(avx512)

@@ -30,14 +30,14 @@ inline void block_f32(int64_t K, const float *a, int64_t ai, int64_t ak, const f
         for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, x[i][j]);
 }
 
-#ifndef SF_ROWS
-#define SF_ROWS (W == 16 ? 6 : 3)
-#endif
+// Columns and rows of a block: with B and a broadcast they fill the registers.
+constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2;
+template <int NV> constexpr int ROWS = NV == COLUMNS ? 6 : NV == 3 ? 8 : 12;
 
 template <int NV>
 inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b, int64_t ldb,
                       float *c, int64_t ldc, bool add) {
-    constexpr int MR = NV == 4 ? SF_ROWS : NV == 3 ? 2 * SF_ROWS * 2 / 3 : NV == 2 ? 2 * SF_ROWS : 2 * SF_ROWS;
+    constexpr int MR = ROWS<NV>;
     int64_t i = 0;
     for (; i + MR <= M; i += MR) block_f32<MR, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
     if (MR >= 8 && i + 4 <= M) { block_f32<4, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add); i += 4; }
@@ -48,10 +48,13 @@ inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t ai, int64_t 
 // N is a multiple of W.
 inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b,
                      int64_t ldb, float *c, int64_t ldc, bool add) {
+    constexpr int NV = COLUMNS;
     int64_t n = 0;
-    for (; n + 4 * W <= N; n += 4 * W) strip_f32<4>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
-    if (n + 3 * W <= N) { strip_f32<3>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 3 * W; }
-    if (n + 2 * W <= N) { strip_f32<2>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 2 * W; }
+    for (; n + NV * W <= N; n += NV * W) strip_f32<NV>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
+    if constexpr (NV > 2) {
+        if (n + 3 * W <= N) { strip_f32<3>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 3 * W; }
+        if (n + 2 * W <= N) { strip_f32<2>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 2 * W; }
+    }
     if (n + W <= N) strip_f32<1>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
 }
 

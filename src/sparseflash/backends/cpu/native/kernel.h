@@ -51,6 +51,7 @@ template <class Read> inline void read_items(const void *src, int64_t lane, int6
 inline void read_row(const SfView &v, const char *src, int32_t dtype, int64_t n, float *to) {
     if (dtype == SF_F32) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return ((const float *)p)[i]; });
     else if (dtype == SF_BF16) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_bf16(((const bf *)p)[i]); });
+    else if (v.lane == 1) halves((const bf *)src, n, to);
     else read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_f16(((const bf *)p)[i]); });
 }
 // Writes factor * from.
@@ -64,6 +65,7 @@ inline void write_row(const SfView &v, int64_t b, int64_t h, int64_t t, int32_t 
     char *dst = (char *)row_of(v, b, h, t, dtype);
     if (dtype == SF_F32) write_items((float *)dst, v.lane, n, from, factor, [](float x) { return x; });
     else if (dtype == SF_BF16) write_items((bf *)dst, v.lane, n, from, factor, to_bf16);
+    else if (v.lane == 1) to_halves(from, factor, n, (bf *)dst);
     else write_items((bf *)dst, v.lane, n, from, factor, to_f16);
 }
 inline bool all_finite(const bf *x, int64_t n) {
