@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("safetensors")
 
-from sparseflash.bench import curves, machine, results
+from sparseflash.bench import curves, kernels, machine, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
@@ -92,3 +92,27 @@ def test_a_case_that_does_not_fit_the_box_is_left_out_and_said():
     )
     assert len(rows) == 2
     assert all("ms" not in row and row["note"].startswith("skipped") for row in rows)
+
+
+def test_blocks_and_tokens_keep_the_share_they_name():
+    blocks = kernels.Blocks(16, 16, 0.25)(256, 2).to_dense()
+    kept = blocks.unflatten(2, (16, 16)).unflatten(4, (16, 16)).any(5).any(3)
+    share = (torch.arange(1, 17) * 0.25).round().clamp_min(1)
+    assert (kept.sum(-1) == share).all() and kept.diagonal(dim1=2, dim2=3).all()
+    assert (blocks[:, 0] != blocks[:, 1]).any()
+    small = kernels.Blocks(32, 16, 0.5)(256, 1).to_dense()
+    assert (small[0, 0, 31::32].sum(-1) == torch.arange(1, 9) * 16).all()
+    tokens = kernels.Tokens(16, 0.25)(256, 2).to_dense()
+    assert (tokens[0, :, 15::16].sum(-1) == torch.arange(4, 65, 4)).all()  # the last query of a tile sees all
+    few = kernels.Tokens(1, most=10)(64, 1).to_dense()
+    assert (few.sum(-1) == torch.arange(1, 65).clamp_max(10)).all()
+
+
+def test_the_kernel_table_has_both_directions_of_every_case_over_one_baseline():
+    shape = kernels.Shape(64, 2, 16, {"dense": kernels.causal, "keys": kernels.Tokens(16, 0.5)})
+    rows = kernels.measure(shapes=[shape], dtypes=("fp32",), rounds=1)
+    names = [f"{case}, {kind}" for kind in ("forward", "backward") for case in ("dense", "keys")]
+    assert [row["case"] for row in rows] == names
+    assert len({row["ms_sdpa"] for row in rows}) == 2
+    assert all(row["ratio"] == row["ms_sdpa"] / row["ms"] for row in rows)
+    assert rows[0]["density"] == 1.0 > rows[1]["density"] > 0.4

@@ -269,6 +269,7 @@ def bench_everything(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         bench_curves()
         bench_attention_table()
+        bench_kernel_table()
         bench_step()
 
 
@@ -299,6 +300,19 @@ def bench_attention_table(
     from sparseflash.bench import session
 
     session.attention_table(out, length=length, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
+
+
+@bench.command("kernel-table")
+def bench_kernel_table(
+    out: Out = RESULTS / "kernel-table.csv",
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 5,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Compare the kernels under given plans (dense, blocks, single keys) with dense torch SDPA."""
+    from sparseflash.bench import session
+
+    session.kernel_table(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
 
 
 @bench.command("step")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparseflash.bench import cases, results
 from sparseflash.bench import curves as curves_
+from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
 from sparseflash.bench import table as table_
@@ -48,6 +49,16 @@ def attention_table(out: Path, *, length: int, dtypes: Sequence[str], rounds: in
         ),
     )
     _finish(rows, out, ("case", "dtype", "ms_sdpa", "ms", "ratio", "rounds"))
+
+
+def kernel_table(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: float) -> None:
+    """Measure the kernel table into `out`."""
+    _known(*dtypes)
+    rows = _watch(
+        "kernel table",
+        lambda on_run: kernels_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
+    )
+    _finish(rows, out, ("case", "dtype", "T", "heads", "dim", "density", "ms_sdpa", "ms", "ratio"))
 
 
 def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:

@@ -44,10 +44,10 @@ def measure(
             return sf.attention(q, k, v, causal=True)
 
         runs = {
-            "sdpa forward": _forward(dense, q, k, v),
-            "ours forward": _forward(ours, q, k, v),
-            "sdpa backward": _backward(dense, q, k, v, dout),
-            "ours backward": _backward(ours, q, k, v, dout),
+            "sdpa forward": forward(dense, q, k, v),
+            "ours forward": forward(ours, q, k, v),
+            "sdpa backward": backward(dense, q, k, v, dout),
+            "ours backward": backward(ours, q, k, v, dout),
             "sdpa both": forward_backward(dense, q, k, v, dout),
             "hash": forward_backward(build("hash-sparse", {"nb": 16}), q, k, v, dout),
             "qk": forward_backward(build("qk-sparse", {"q_drop": 0.5, "k_drop": 0.5}), q, k, v, dout),
@@ -64,7 +64,9 @@ def measure(
     return rows
 
 
-def _forward(attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
+def forward(attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
+    """A call that runs `attention` forward only."""
+
     def run() -> object:
         with torch.no_grad():
             return attention(q, k, v)
@@ -72,8 +74,9 @@ def _forward(attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     return run
 
 
-def _backward(
+def backward(
     attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
-) -> Callable:
+) -> Callable[[], object]:
+    """A call that runs the backward of `attention`, whose forward has run once."""
     out = attention(q, k, v)
     return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
