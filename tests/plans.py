@@ -179,20 +179,37 @@ def _buckets(
 def _documents(
     d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int
 ) -> tuple[Plan, Callable]:
-    causal, window = d.chance(0.7), d.pick((None, _window(d)))
+    causal, window, itself = d.chance(0.7), d.pick((None, _window(d))), d.chance(0.7)
+    itself = itself or not causal
     cuts = sorted(d.int(0, Tq) for _ in range(d.int(0, 5)))
     edges = [0, *cuts, *cuts[:1] * d.int(0, 1), Tq]  # with empty documents
+    edges = sorted(edges)
+    edges_k = edges
+    if Tk != Tq or d.chance(0.3):
+        edges_k = sorted([0, *(d.int(0, Tk) for _ in edges[2:]), Tk])
     plan = Plan.from_documents(
-        torch.tensor(sorted(edges)), causal=causal, window=window, tile=tile, unit=unit
+        torch.tensor(edges),
+        None if edges_k is edges else torch.tensor(edges_k),
+        causal=causal,
+        include_self=itself,
+        window=window,
+        tile=tile,
+        unit=unit,
     )
 
     def formula() -> Tensor:
-        document = torch.tensor([sum(e <= i for e in edges) for i in range(Tq)], dtype=torch.int64)
-        i = torch.arange(Tq)
-        inside = document[:, None] == document[None]
-        return (inside & rules(i[:, None], i[None], causal=causal, window=window))[None, None]
+        return documents(edges, edges_k, causal=causal, include_self=itself, window=window)[None, None]
 
     return plan, formula
+
+
+def documents(edges: list[int], edges_k: list[int], **options: Any) -> Tensor:
+    """What packed documents see, bool [Tq, Tk]: each its own keys, their last tokens at one position."""
+    mask = torch.zeros(edges[-1], edges_k[-1], dtype=torch.bool)
+    for lo, hi, k_lo, k_hi in zip(edges, edges[1:], edges_k, edges_k[1:]):
+        q, k = torch.arange(hi - lo)[:, None] + (k_hi - k_lo) - (hi - lo), torch.arange(k_hi - k_lo)[None]
+        mask[lo:hi, k_lo:k_hi] = rules(q, k, **options)
+    return mask
 
 
 def _mask(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int) -> tuple[Plan, Callable]:
@@ -619,13 +636,12 @@ def example(
     batch, heads : int
         Batch size and query heads of the tensors it is for; the plan's own axes are 1, a divisor, or those.
     Tq, Tk, tile, unit : int, optional
-        As in `Plan`. Documents have Tk = Tq.
+        As in `Plan`.
     """
     d = _Draw(seed)
     kind = d.pick(tuple(KINDS)) if kind is None else kind
     Tq = d.pick(LENGTHS) if Tq is None else Tq
     Tk = (Tq if d.chance(0.5) else d.pick(LENGTHS)) if Tk is None else Tk
-    Tk = Tq if kind == "documents" else Tk
     tile = d.pick(TILES) if tile is None else tile
     unit = d.pick(UNITS) if unit is None else unit
     plan, formula = KINDS[kind](d, batch, heads, Tq, Tk, tile, unit)

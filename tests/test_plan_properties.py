@@ -111,14 +111,25 @@ def test_queries_see_the_keys_of_their_bucket(Tq, Tk, tile, causal, self_too, se
 
 
 @MANY
-@given(lengths=st.lists(st.integers(0, 9), max_size=7), tile=TILE, causal=st.booleans(), window=WINDOW)
-def test_documents_see_themselves(lengths, tile, causal, window):
-    edges = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
-    plan = Plan.from_documents(torch.tensor(edges), causal=causal, window=window, tile=tile)
-    document = torch.tensor([n for n, length in enumerate(lengths) for _ in range(length)], dtype=torch.int64)
-    at = torch.arange(edges[-1])
-    mask = (document[:, None] == document) & plans.rules(at[:, None], at[None], causal=causal, window=window)
-    _holds(plan, mask[None, None])
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=7),
+    alike=st.booleans(),
+    spare=st.integers(0, 3),
+    tile=TILE,
+    causal=st.booleans(),
+    itself=st.booleans(),
+    window=WINDOW,
+)
+def test_documents_see_themselves(lengths, alike, spare, tile, causal, itself, window):
+    itself = itself or not causal
+    q, k = ([sum(pair[i] for pair in lengths[:n]) for n in range(len(lengths) + 1)] for i in (0, not alike))
+    rules = {"causal": causal, "include_self": itself, "window": window}
+    given_k = None if alike else torch.tensor(k)
+    plan = Plan.from_documents(
+        torch.tensor(q), given_k, Tq=q[-1] + spare, Tk=k[-1] + spare, tile=tile, **rules
+    )
+    mask = plans.documents(q, k, **rules)
+    _holds(plan, torch.nn.functional.pad(mask, (0, spare, 0, spare))[None, None])
 
 
 @MANY

@@ -157,16 +157,17 @@ def _band(
     causal: bool,
     window: Any,
     sink: int | Tensor,
+    include_self: bool = True,
     live: Tensor | None = None,
 ) -> Fields:
     """Spans of tiles whose rows sit at positions `first..last`, over keys at positions `low..high-1`.
 
-    Row p sees `[p-left, p+right]` (right = 0 at most when causal) and the sink; the union over the tile's
-    rows is visited, the intersection is full.
+    Row p sees `[p-left, p+right]` (right = 0 when causal, -1 without itself) and the sink; the union over the
+    tile's rows is visited, the intersection is full.
     """
     left, right = window or (None, None)
     if causal:
-        right = 0
+        right = 0 if include_self else -1
     low = low.expand_as(first) if isinstance(low, Tensor) else torch.full_like(first, low)
     high = high.expand_as(first) if isinstance(high, Tensor) else torch.full_like(first, high)
 
@@ -464,65 +465,6 @@ def from_buckets(
         "q_order": q_order,
         "k_order": k_token.int(),
         **_pack_spans([begin, sure], [sure, reach], [True, False]),
-    }
-
-
-def from_documents(
-    cu_seqlens: Tensor,
-    *,
-    causal: bool = True,
-    window: Window | None = None,
-    tile: int = TILE,
-    unit: int = UNIT,
-) -> Fields:
-    """Fields of `Plan.from_documents`."""
-    _check_options(causal=causal, tile=tile, unit=unit)
-    require(
-        (
-            isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1,
-            f"cu_seqlens: expected a 1-d tensor [documents + 1], got {_shape(cu_seqlens)}",
-        ),
-        error=PlanError,
-    )
-    require(
-        (
-            cu_seqlens.dtype in INTEGERS,
-            f"cu_seqlens has dtype {cu_seqlens.dtype}: expected int32; try cu_seqlens.int()",
-        ),
-        error=PlanError,
-    )
-    edges = cu_seqlens.long()
-    require(
-        (int(edges[0]) == 0, f"cu_seqlens starts at {int(edges[0])}: expected 0"),
-        (
-            bool((edges[1:] >= edges[:-1]).all()),
-            "cu_seqlens decreases: expected running totals of document lengths",
-        ),
-        error=PlanError,
-    )
-    window = normal_window(window)
-    T = int(edges[-1])
-    token = torch.arange(T, device=edges.device)
-    document = torch.searchsorted(edges, token, side="right") - 1  # empty documents own no token
-    begin, end = edges[document], edges[document + 1]
-    row = _edge_rows(token == begin, tile)
-    rows = -(-(int(row[-1]) + 1) // tile) * tile if T else 0
-    q_order = torch.full((rows,), -1, dtype=torch.int32, device=edges.device)
-    q_order[row] = token.int()
-    q_order = q_order.view(1, 1, -1)
-    first, last, live = _tile_ends(q_order, tile)
-    at = first.clamp(max=max(T - 1, 0))
-    low, high = (begin[at], end[at]) if T else (first, first)
-    fields = _band(first, last, low, high, causal=causal, window=window, sink=0, live=live)
-    return {
-        "Tq": T,
-        "Tk": T,
-        "tile": tile,
-        "unit": unit,
-        "causal": causal,
-        "window": window,
-        "q_order": q_order,
-        **fields,
     }
 
 

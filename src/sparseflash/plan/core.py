@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import PlanError, require
-from . import build, listed
+from . import build, documents, listed
 from .build import TILE, UNIT, Window
 
 ANY = -1
@@ -263,8 +263,12 @@ class Plan:
     def from_documents(
         cls,
         cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None = None,
         *,
+        Tq: int | None = None,
+        Tk: int | None = None,
         causal: bool = True,
+        include_self: bool = True,
         window: Window | None = None,
         tile: int = TILE,
         unit: int = UNIT,
@@ -273,14 +277,39 @@ class Plan:
 
         Tiles end at document edges, so nothing (not even a NaN) crosses from one document into another.
 
+        Parameters
+        ----------
+        cu_seqlens, cu_seqlens_k : Tensor
+            Integers `[n+1]`: document i holds queries `cu_seqlens[i]` to `cu_seqlens[i+1] - 1`, and the keys
+            that `cu_seqlens_k` says (the same by default). Documents may be empty. With other lengths of keys
+            than of queries, the last query of a document sits at the position of its last key.
+        Tq, Tk : int, optional
+            Tokens of the tensors, where they hold more than the documents (the rest sees nothing). On an
+            accelerator: say them, and no value has to reach the host.
+        causal, include_self, window
+            As in `Plan`; distances are counted inside the document.
+
         Examples
         --------
         >>> import torch, sparseflash as sf
         >>> sf.Plan.from_documents(torch.tensor([0, 1, 3])).to_dense()[0, 0].int().tolist()
         [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+        >>> edges, edges_k = torch.tensor([0, 1, 3]), torch.tensor([0, 2, 4])
+        >>> sf.Plan.from_documents(edges, edges_k).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
         """
         return cls._made(
-            **build.from_documents(cu_seqlens, causal=causal, window=window, tile=tile, unit=unit)
+            **documents.from_documents(
+                cu_seqlens,
+                cu_seqlens_k,
+                Tq=Tq,
+                Tk=Tk,
+                causal=causal,
+                include_self=include_self,
+                window=window,
+                tile=tile,
+                unit=unit,
+            )
         )
 
     @classmethod
