@@ -4,10 +4,11 @@
 
 namespace {
 
-// A(i,k) at a[i*ai + k*ak], broadcast; rows of B and C are whole vectors; MR x NV accumulators stay in registers.
-template <int MR, int NV>
-inline void block_f32(int64_t K, const float *a, int64_t ai, int64_t ak, const float *b, int64_t ldb, float *c,
-                      int64_t ldc, bool add) {
+// A[M][K], or with ACROSS its transpose, broadcast; rows of B and C are whole vectors; MR x NV accumulators stay in
+// registers. One stride of A is known to be 1: with two unknown ones half the time goes into addresses.
+template <bool ACROSS, int MR, int NV>
+inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
+                      bool add) {
     vf x[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -19,7 +20,7 @@ inline void block_f32(int64_t K, const float *a, int64_t ai, int64_t ak, const f
         for (int j = 0; j < NV; j++) y[j] = load(b + k * ldb + j * W);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-            vf s = set1(a[i * ai + k * ak]);
+            vf s = set1(ACROSS ? a[k * lda + i] : a[i * lda + k]);
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) x[i][j] += s * y[j];
         }
@@ -34,28 +35,35 @@ inline void block_f32(int64_t K, const float *a, int64_t ai, int64_t ak, const f
 constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2;
 template <int NV> constexpr int ROWS = NV == COLUMNS ? 6 : NV == 3 ? 8 : 12;
 
-template <int NV>
-inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b, int64_t ldb,
-                      float *c, int64_t ldc, bool add) {
+template <bool ACROSS, int NV>
+inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
+                      int64_t ldc, bool add) {
     constexpr int MR = ROWS<NV>;
+    const int64_t ai = ACROSS ? 1 : lda;
     int64_t i = 0;
-    for (; i + MR <= M; i += MR) block_f32<MR, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
-    if (MR >= 8 && i + 4 <= M) { block_f32<4, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add); i += 4; }
-    for (; i + 2 <= M; i += 2) block_f32<2, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
-    if (i < M) block_f32<1, NV>(K, a + i * ai, ai, ak, b, ldb, c + i * ldc, ldc, add);
+    for (; i + MR <= M; i += MR) block_f32<ACROSS, MR, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, add);
+    if (MR >= 8 && i + 4 <= M) { block_f32<ACROSS, 4, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, add); i += 4; }
+    for (; i + 2 <= M; i += 2) block_f32<ACROSS, 2, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, add);
+    if (i < M) block_f32<ACROSS, 1, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, add);
 }
-
-// N is a multiple of W.
-inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b,
-                     int64_t ldb, float *c, int64_t ldc, bool add) {
+template <bool ACROSS>
+inline void strips_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
+                       float *c, int64_t ldc, bool add) {
     constexpr int NV = COLUMNS;
     int64_t n = 0;
-    for (; n + NV * W <= N; n += NV * W) strip_f32<NV>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
+    for (; n + NV * W <= N; n += NV * W) strip_f32<ACROSS, NV>(M, K, a, lda, b + n, ldb, c + n, ldc, add);
     if constexpr (NV > 2) {
-        if (n + 3 * W <= N) { strip_f32<3>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 3 * W; }
-        if (n + 2 * W <= N) { strip_f32<2>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add); n += 2 * W; }
+        if (n + 3 * W <= N) { strip_f32<ACROSS, 3>(M, K, a, lda, b + n, ldb, c + n, ldc, add); n += 3 * W; }
+        if (n + 2 * W <= N) { strip_f32<ACROSS, 2>(M, K, a, lda, b + n, ldb, c + n, ldc, add); n += 2 * W; }
     }
-    if (n + W <= N) strip_f32<1>(M, K, a, ai, ak, b + n, ldb, c + n, ldc, add);
+    if (n + W <= N) strip_f32<ACROSS, 1>(M, K, a, lda, b + n, ldb, c + n, ldc, add);
+}
+
+// A(i,k) at a[i*ai + k*ak], where one of the strides is 1; N is a multiple of W.
+inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b,
+                     int64_t ldb, float *c, int64_t ldc, bool add) {
+    if (ak == 1) strips_f32<false>(M, N, K, a, ai, b, ldb, c, ldc, add);
+    else strips_f32<true>(M, N, K, a, ak, b, ldb, c, ldc, add);
 }
 
 #if SF_HAS_BF16
