@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "inputs": CORE,
     "ops": (*CORE, "dispatch", "inputs"),
     "statistics": (*CORE, "dispatch", "inputs"),
+    "varlen": OPS,
     "method": (*OPS, "statistics", "select", "order", "cache"),
     "methods": METHOD,
     "calibrate": (*METHOD, "methods"),

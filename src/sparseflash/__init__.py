@@ -10,6 +10,7 @@ from .methods.training.qk_sparse import qk_sparse_attention
 from .ops import attention, attention_backward, merge
 from .plan import Plan
 from .statistics import attention_stats
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_stats",
+    "attention_varlen",
     "backends",
     "hash_sparse_attention",
     "merge",

@@ -1,0 +1,198 @@
+"""`attention_varlen`: packed documents with FlashAttention's names and semantics."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .errors import SparseFlashError, require
+from .inputs import describe
+from .ops import attention
+from .plan import Plan
+
+_ELSEWHERE = {
+    "dropout_p": "attention dropout is not supported: use dropout on the residual stream",
+    "alibi_slopes": "ALiBi is not supported: use window_size, or RoPE",
+    "return_attn_probs": "the probabilities are never formed: return_lse=True returns the log-sum-exp, and "
+    "attention_stats() sums or maxima of the probabilities",
+    "block_table": "paged keys are a plan over a pool: attention(q, k, v, Plan.from_keys(...))",
+    "seqused_k": "say the lengths in cu_seqlens_k",
+    "scale": "the argument is called softmax_scale, as in FlashAttention",
+    "window": "the argument is called window_size, as in FlashAttention",
+    "learnable_sink": "the argument is called sink_logits",
+}
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    *,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    plan: Plan | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str | None = None,
+    **unsupported: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention inside each of many packed documents, forward and backward, without padding.
+
+    What `flash_attn_varlen_func` does, on every backend. The inputs are used where they lie; documents never
+    see one another, not even through a NaN.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        `[total_q, Hq, D]`, `[total_k, Hkv, D]`, `[total_k, Hkv, Dv]`, any strides; `Hq` a multiple of `Hkv`.
+    cu_seqlens_q, cu_seqlens_k : Tensor
+        Integers `[documents + 1]`: running totals of the lengths, from 0. Keys have those of the queries
+        where none are given. Documents may be empty; tokens behind the last document get 0.
+    max_seqlen_q, max_seqlen_k : int, optional
+        Taken so that calls need no change; nothing depends on them.
+    causal : bool
+        The last query of a document sees all its keys, the one before all but the last, and so on.
+    window_size : (left, right)
+        Inclusive distances inside the document, -1 = unbounded.
+    softmax_scale : float, optional
+        Factor of the scores, 1/sqrt(D) by default.
+    softcap : float
+        c in `c * tanh(score / c)`; 0 is none.
+    sink_logits : Tensor, optional
+        `[Hq]`: the logit of an extra key with value 0, with gradient.
+    plan : Plan, optional
+        `Plan.from_documents(...)`, made once for all layers and steps, in place of the lengths, `causal` and
+        `window_size`.
+    return_lse : bool
+        Also return the natural-log sum of exponentials, fp32 `[Hq, total_q]`, differentiable.
+    deterministic : bool
+        Bitwise repeatable results. All present backends always are.
+    backend : str, optional
+        As in `sparseflash.attention`.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        out `[total_q, Hq, Dv]`: 0 (lse -inf) for a query that sees nothing.
+
+    Raises
+    ------
+    SparseFlashError
+        Lengths that decrease, do not start at 0, exceed the tokens, or differ in number (looked at where that
+        waits for no accelerator), or arguments that are not supported; the message says what to use instead.
+
+    References
+    ----------
+    Dao, FlashAttention-2 (https://arxiv.org/abs/2307.08691); Kundu et al., Enhancing training efficiency
+    using packing with Flash Attention (https://arxiv.org/abs/2407.09105).
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 300, 4, 64)  # three documents of 100, 150 and 50 tokens
+    >>> cu_seqlens = torch.tensor([0, 100, 250, 300], dtype=torch.int32)
+    >>> out = sf.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, causal=True)
+    >>> first = [x[None, :100].transpose(1, 2) for x in (q, k, v)]
+    >>> torch.allclose(out[None, :100].transpose(1, 2), sf.attention(*first, causal=True), atol=1e-5)
+    True
+    """
+    for name, value in unsupported.items():
+        neutral = not isinstance(value, Tensor) and value in (None, False, 0)
+        if name not in _ELSEWHERE or not neutral:
+            raise SparseFlashError(
+                f"attention_varlen() has no argument {name!r}: "
+                + _ELSEWHERE.get(name, "see help(sparseflash.attention_varlen)")
+            )
+    good = all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
+    require(
+        (
+            good,
+            f"q: {describe(q)}, k: {describe(k)}, v: {describe(v)}; expected packed tensors "
+            "q [total_q,Hq,D], k [total_k,Hkv,D], v [total_k,Hkv,Dv]; padded ones go to attention()",
+        ),
+        (isinstance(deterministic, bool), f"deterministic={deterministic!r}: expected True or False"),
+    )
+    for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        fits = most is None or (isinstance(most, (int, torch.SymInt, Tensor)) and not isinstance(most, bool))
+        require((fits, f"{name}={most!r}: expected the longest length, or None"))
+    window = _window(window_size)
+    if plan is None:
+        require(
+            (
+                cu_seqlens_q is not None,
+                "attention_varlen() needs cu_seqlens_q (or a plan): running totals of the lengths, as in "
+                "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
+            ),
+        )
+        assert cu_seqlens_q is not None
+        plan = Plan.from_documents(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            Tq=q.shape[0],
+            Tk=k.shape[0],
+            causal=causal,
+            window=window,
+        )
+    else:
+        alone = cu_seqlens_q is None and cu_seqlens_k is None and causal is False
+        require(
+            (
+                alone and window == (-1, -1),
+                "plan together with cu_seqlens, causal or window_size: these belong to the plan: "
+                "Plan.from_documents(cu_seqlens, causal=True, window=(left, right))",
+            )
+        )
+    out, lse = attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        plan,
+        scale=softmax_scale,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        return_lse=True,
+        backend=backend,
+    )
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
+
+
+def _window(window_size: Any) -> tuple[int, int]:
+    if isinstance(window_size, (tuple, list)) and len(window_size) == 2:
+        return tuple(window_size)
+    raise SparseFlashError(f"window_size={window_size!r}: expected (left, right), -1 = unbounded")
