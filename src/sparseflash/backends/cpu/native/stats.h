@@ -1,5 +1,6 @@
 // Statistics of P = exp(S - lse) for a given lse, streamed: sums or maxima over each key, row, list entry or diagonal.
 #pragma once
+#include "forward.h"
 
 namespace {
 
@@ -89,16 +90,8 @@ template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
     const int64_t heads = c.B * c.Hq, runs = most<int64_t>(1, least(RUNS, p.tiles)), width = c.stat_width;
     Packed<BF, false> packed;
     Buffer<float> part;
-    Buffer<char> room;
-    int threads = most(c.threads, 1);
-    if (packed.make(c, parallel) || !part.make(heads * runs * width) || !room.make(threads * (int64_t)sizeof(Scratch<BF>)))
-        return 1;
-    Scratch<BF> *scratch = (Scratch<BF> *)room.p;
-    bool ok = true;
-    for (int t = 0; t < threads; t++) {
-        new (scratch + t) Scratch<BF>();
-        ok = scratch[t].make(c, false) && ok;
-    }
+    Desks<BF> scratch;
+    if (packed.make(c, parallel) || !part.make(heads * runs * width) || !scratch.make(c, false)) return 1;
     Logits logits(c);
     auto task = [&](int64_t i, int thread) {
 #if SF_HAS_BF16
@@ -125,10 +118,9 @@ template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
             c.stat[i * width + j] = x;
         }
     };
-    if (ok) in_parallel(parallel, threads, heads * runs, task);
-    if (ok) in_parallel(parallel, threads, heads, gather);
-    for (int t = 0; t < threads; t++) scratch[t].~Scratch<BF>();
-    return ok ? 0 : 1;
+    in_parallel(parallel, c.threads, heads * runs, task);
+    in_parallel(parallel, c.threads, heads, gather);
+    return 0;
 }
 
 }  // namespace

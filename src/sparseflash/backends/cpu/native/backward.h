@@ -1,0 +1,356 @@
+// The backward pass. Query blocks in the outer loop add dK and dV into memory private to a task (one head, or a share
+// of its tiles): five products suffice, nothing is locked, and shares are summed in a fixed order.
+#pragma once
+#include "forward.h"
+
+namespace {
+
+// Gradients of the keys of one packed head (or of a share of its tiles), fp32 in row space. Blocks of BK rows are
+// cleared when first touched, so untouched ones cost nothing.
+struct KeyGrads {
+    float *k, *v;
+    char *touched;
+    int64_t ldk, ldv;
+
+    void touch(int64_t row) {
+        int64_t block = row / BK;
+        if (touched[block]) return;
+        touched[block] = 1;
+        memset(k + block * BK * ldk, 0, BK * ldk * 4);
+        memset(v + block * BK * ldv, 0, BK * ldv * 4);
+    }
+};
+
+// P and dS of one vector of queries: x is the score (in the softmax's base 2), y the entry of dP.
+struct Slopes {
+    const SfCall &c;
+    const Logits &logits;
+    const float *lse2, *delta;
+    const uint64_t *see;   // null where all is visible
+    const float *bias;
+    bool sums;
+
+    template <bool PLAIN, bool FINE>
+    inline void one(int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
+        p = exp2v<FINE>(x * logits.factor - load(lse2 + i));
+        ds = p * (y - load(delta + i));
+        if (PLAIN) return;
+        uint64_t m = see ? see[j] >> i : ~0ull;
+        p = pick(m, p, set1(0.f));
+        ds = pick(m, ds, set1(0.f));
+        if (sums) total += ds;
+        if (c.softcap > 0) {
+            float shift = c.key_bias.data ? bias[j] : 0.f;
+            if (shift == -INF) return;  // p and ds are 0, and x does not tell the score
+            vf t = (x - shift) / logits.outer;
+            ds = pick(m, ds * (1.f - t * t), set1(0.f));
+        }
+    }
+    template <bool PLAIN> void rows(const Chunk &k, int n, float *s, float *g, float *sums_) const {
+        for (int j = k.a; j < k.b; j++) {
+            vf total = {};
+#pragma GCC unroll 4
+            for (int i = 0; i < n; i += W) {
+                vf p, ds;
+                one<PLAIN, true>(j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, total);
+                store(s + j * BQ + i, p);
+                store(g + j * BQ + i, ds);
+            }
+            if (!PLAIN && sums) sums_[j] = sum(total);
+        }
+    }
+#if SF_HAS_BF16
+    template <bool PLAIN>
+    void pairs(int a, int e, const Chunk &k, int n, const float *s, const float *g, bf *pr, bf *dr, bf *dp,
+               float *sums_) const {
+        for (int j = a; j < e; j += 2) {
+            vf t0 = {}, t1 = {};
+            bool in0 = j >= k.a && j < k.b, in1 = j + 1 >= k.a && j + 1 < k.b;
+            for (int i = 0; i < n; i += 32) {
+                vf p00, p01, p10, p11, d00, d01, d10, d11;
+                const float *x = s + j * BQ + i, *y = g + j * BQ + i;
+                if (PLAIN || in0) {
+                    one<PLAIN, false>(j, i, load(x), load(y), p00, d00, t0);
+                    one<PLAIN, false>(j, i + 16, load(x + 16), load(y + 16), p01, d01, t0);
+                } else p00 = p01 = d00 = d01 = set1(0.f);
+                if (PLAIN || in1) {
+                    one<PLAIN, false>(j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
+                    one<PLAIN, false>(j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
+                } else p10 = p11 = d10 = d11 = set1(0.f);
+                bf *p = pr + j * BQ + i, *d = dr + j * BQ + i, *both = dp + j * BQ + 2 * i;
+                _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)p01, (__m512)p00));
+                _mm512_storeu_si512(p + BQ, (__m512i)_mm512_cvtne2ps_pbh((__m512)p11, (__m512)p10));
+                __m512i even = (__m512i)_mm512_cvtne2ps_pbh((__m512)d01, (__m512)d00);
+                __m512i odd = (__m512i)_mm512_cvtne2ps_pbh((__m512)d11, (__m512)d10);
+                _mm512_storeu_si512(d, even);
+                _mm512_storeu_si512(d + BQ, odd);
+                mix_rows(both, even, odd);
+            }
+            if (!PLAIN && sums) {
+                if (in0) sums_[j] = sum(t0);
+                if (in1) sums_[j + 1] = sum(t1);
+            }
+        }
+    }
+#endif
+};
+
+// Adds a scratch tile, whose first row is chunk row `from`, to the rows it stands for.
+inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int64_t ld) {
+    for (int j = k.a; j < k.b; j++) {
+        float *x = to + (k.gather ? k.gather[j] : k.base + j) * ld;
+        const float *y = tile + (j - from) * ld;
+        for (int64_t d = 0; d < ld; d += W) store(x + d, load(x + d) + load(y + d));
+    }
+}
+
+template <bool BF>
+void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+                    int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+    Queries q;
+    q.load(rules, row, rows, row - tile * c.plan.tile);
+    const int64_t head = (b * c.Hq + h) * c.Tq;
+    const int64_t D = c.D, Dv = c.Dv, Dkn = grads.ldk, Dvn = grads.ldv;
+    uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
+    for (int i = 0; i < BQ; i++)
+        if ((q.real >> i & 1) && c.lse[head + q.token[i]] != -INF) alive |= 1ull << i;
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    int n = columns(q, BF);
+    bool packed = false;
+    if (alive)
+        for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
+            Chunk k = given;
+            bool holes = false;
+            if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            if (!packed) {
+                packed = true;
+                float *dout = w.keep.p, *out = w.keep + round_up(Dv, 32);
+                for (int i = 0; i < BQ; i++) {
+                    w.delta[i] = 0;
+                    w.lse2[i] = INF;  // exp2(x - inf) = 0
+                    if (!(alive >> i & 1)) continue;
+                    int64_t t = q.token[i];
+                    read_row(c.dout, row_of(c.dout, b, h, t, c.dtype), c.dtype, Dv, dout);
+                    read_row(c.out, row_of(c.out, b, h, t, c.out_dtype), c.out_dtype, Dv, out);
+                    float x = 0;
+                    for (int64_t d = 0; d < Dv; d++) x += dout[d] * out[d];
+                    w.delta[i] = x - (c.dlse ? c.dlse[head + t] : 0.f);
+                    w.lse2[i] = c.lse[head + t] * LOG2E;
+                }
+                if (!BF) {
+                    pack_lanes(c, c.q, b, h, q, alive, D, w.qt.p, w.qr.p);
+                    pack_lanes(c, c.dout, b, h, q, alive, Dv, w.dot.p, w.dor.p);
+                } else {
+#if SF_HAS_BF16
+                    pack_lanes(c.q, b, h, q, alive, D, w.qtb.p, w.qrb.p);
+                    pack_lanes(c.dout, b, h, q, alive, Dv, w.dotb.p, w.dorb.p);
+#endif
+                }
+                memset(w.ot.p, 0, round_up(D, 32) * BQ * 4);
+            }
+            Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
+            int a = k.a, e = k.b;
+            float *s = w.s.p, *g = w.g.p;
+            // S^T = K Q^T and dP^T = V dO^T
+            if (!BF) {
+                gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + a * BQ, BQ, false);
+                gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, w.dot.p, BQ, g + a * BQ, BQ, false);
+            } else {
+#if SF_HAS_BF16
+                a = (int)round_down(k.a, GRAIN);
+                e = (int)round_up(k.b, GRAIN);
+                int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b, unit = GRAIN;
+                gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, false);
+                gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, g + from * BQ, BQ, false);
+#endif
+            }
+            if (logits.bent) {
+                logits.bias(rules, key_bias, k, w.bias);
+                logits.bend(c, k, w.bias, s);
+            }
+            // P = exp2(S - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
+            Slopes slopes = {c, logits, w.lse2, w.delta, k.partial ? w.see : nullptr, w.bias, dbias != nullptr};
+            bool plain = !k.partial && !dbias && c.softcap == 0;
+            if (!BF) {
+                if (plain) slopes.template rows<true>(k, n, s, g, nullptr);
+                else slopes.template rows<false>(k, n, s, g, w.sums);
+            } else {
+#if SF_HAS_BF16
+                fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
+                fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
+                if (plain) slopes.template pairs<true>(a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
+                else slopes.template pairs<false>(a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
+#endif
+            }
+            if (dbias)
+                for (int j = k.a; j < k.b; j++) {
+                    int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
+                    if (t >= 0) dbias[t] += w.sums[j];
+                }
+            if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
+            else grads.touch(k.base);
+            float *gk = grads.k + (k.base + k.a) * Dkn, *gv = grads.v + (k.base + k.a) * Dvn;
+            // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
+            if (!BF) {
+                if (k.gather) gk = gv = w.keep.p;
+                gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, w.dor.p, Dvn, gv, Dvn, !k.gather);
+                if (k.gather) add_rows(k, k.a, gv, grads.v, Dvn);
+                gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, w.qr.p, Dkn, gk, Dkn, !k.gather);
+                if (k.gather) add_rows(k, k.a, gk, grads.k, Dkn);
+                gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, true);
+            } else {
+#if SF_HAS_BF16
+                int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
+                if (o.own_rows) {
+                    gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, false);
+                    add_rows(k, from, w.keep.p, grads.v, Dvn);
+                    gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, w.qrb.p, Dkn, w.keep.p, Dkn, false);
+                    add_rows(k, from, w.keep.p, grads.k, Dkn);
+                } else {
+                    gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, w.dorb.p, Dvn, gv, Dvn, true);
+                    gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, w.qrb.p, Dkn, gk, Dkn, true);
+                }
+                gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, true);
+#endif
+            }
+        });
+    if (packed) lanes_to_rows(w.ot.p, D, w.keep.p);
+    for (int i = 0; i < BQ; i++) {
+        if (q.token[i] < 0) continue;
+        float *dq = w.keep + i * round_up(D, 16);
+        if (!packed || !(alive >> i & 1)) memset(dq, 0, D * 4);
+        write_row(c.dq, b, h, q.token[i], c.grad_dtype, D, dq, c.scale);
+    }
+}
+
+// Splits of every head, so that no thread waits long for the last one: the tasks' costs are dealt out greedily.
+inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads, int64_t tiles) {
+    int64_t total = 0, biggest = 0;
+    for (int64_t i = 0; i < heads; i++) total += cost[i], biggest = most(biggest, cost[i]);
+    int64_t limit = most<int64_t>(1, least<int64_t>(tiles, 4 * (int64_t)c.threads));
+    for (int64_t splits = 1; splits < limit; splits *= 2) {
+        int64_t load[64] = {}, busiest = 0;
+        int threads = least(c.threads, 64);
+        for (int64_t i = 0; i < heads * splits; i++) {
+            int idle = 0;
+            for (int t = 1; t < threads; t++) if (load[t] < load[idle]) idle = t;
+            load[idle] += cost[i / splits] / splits;
+            busiest = most(busiest, load[idle]);
+        }
+        if (busiest * threads <= total + total / 12) return splits;
+    }
+    return limit;
+}
+
+template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
+    const SfPlan &p = c.plan;
+    int threads = most(c.threads, 1);
+    Packed<BF, true> packed;
+    if (packed.make(c, parallel)) return 1;
+    const int64_t heads = packed.heads, group = c.Hq / heads, slots = c.B * heads, pairs = group * p.tiles;
+    const int64_t rows = round_up(p.k_rows, BK), blocks = rows / BK;
+    const int64_t ldk = round_up(c.D, BF ? 32 : 16), ldv = round_up(c.Dv, BF ? 32 : 16);
+
+    // cost of every (slot, query head of the group, tile): shares of a head are contiguous runs of equal cost
+    Buffer<int64_t> cost, sum;
+    if (!cost.make(slots * pairs) || !sum.make(slots)) return 1;
+    auto weigh = [&](int64_t s, int) {
+        sum[s] = 0;
+        for (int64_t i = 0; i < pairs; i++) {
+            int64_t x = tile_cost(c, s / heads, s % heads * group + i / p.tiles, i % p.tiles);
+            sum[s] += x;
+            cost[s * pairs + i] = sum[s];  // running total
+        }
+    };
+    in_parallel(parallel, threads, slots, weigh);
+    const int64_t splits = choose_splits(c, sum.p, slots, pairs), tasks = slots * splits;
+    // A head's gradients are complete when its only task ends; otherwise shares wait and are summed in order.
+    const bool direct = splits == 1 && heads == c.Hkv && c.Bk == c.B;
+    const int64_t held = direct ? threads : tasks;
+
+    Buffer<float> acc_k, acc_v, bias;
+    Buffer<char> touched;
+    Desks<BF> scratch;
+    Buffer<int32_t> row_of_token;
+    bool ok = acc_k.make(held * rows * ldk) && acc_v.make(held * rows * ldv) && touched.make(held * blocks) &&
+              scratch.make(c, true) && (!c.dbias || bias.make(c.B * c.Hq * splits * c.Tk)) &&
+              (!p.k_order.data || row_of_token.make(slots * c.Tk));
+    if (!ok) return 1;
+    if (c.dbias) memset(bias.p, 0, c.B * c.Hq * splits * c.Tk * 4);
+    Logits logits(c);
+
+    auto invert = [&](int64_t s, int) {
+        Rules r(c, s / heads, s % heads * group);
+        for (int64_t t = 0; t < c.Tk; t++) row_of_token[s * c.Tk + t] = -1;
+        for (int64_t row = 0; row < p.k_rows; row++) {
+            int64_t t = r.key_token(row);
+            if (t >= 0) row_of_token[s * c.Tk + t] = (int32_t)row;
+        }
+    };
+    if (p.k_order.data) in_parallel(parallel, threads, slots, invert);
+
+    // Writes token t of a KV head: the sum over the sequences of a pool, packed heads and shares, in that order.
+    const int64_t of = heads / c.Hkv, sharers = c.Bk == c.B ? 1 : c.B;
+    auto write_token = [&](int64_t bk, int64_t hkv, int64_t t, int64_t only, float *x) {
+        for (int side = 0; side < 2; side++) {
+            int64_t ld = side ? ldv : ldk, n = side ? c.Dv : c.D;
+            const Buffer<float> &acc = side ? acc_v : acc_k;
+            for (int64_t d = 0; d < ld; d++) x[d] = 0;
+            for (int64_t i = 0; i < sharers * of * splits; i++) {
+                int64_t b = sharers == 1 ? bk : i / (of * splits);
+                int64_t slot = b * heads + hkv * of + i / splits % of, share = only >= 0 ? only : slot * splits + i % splits;
+                int64_t row = p.k_order.data ? row_of_token[slot * c.Tk + t] : t;
+                if (row < 0 || !touched[share * blocks + row / BK]) continue;
+                const float *y = acc + (share * rows + row) * ld;
+                for (int64_t d = 0; d < ld; d += W) store(x + d, load(x + d) + load(y + d));
+            }
+            write_row(side ? c.dv : c.dk, bk, hkv, t, c.grad_dtype, n, x, side ? 1.f : c.scale);
+        }
+    };
+
+    auto task = [&](int64_t i, int thread) {
+        Scratch<BF> &w = scratch[thread];
+#if SF_HAS_BF16
+        if (BF) prepare_thread();
+#endif
+        int64_t slot = i / splits, share = i % splits, b = slot / heads, hp = slot % heads, at = direct ? thread : i;
+        KeyGrads grads = {acc_k + at * rows * ldk, acc_v + at * rows * ldv, touched + at * blocks, ldk, ldv};
+        memset(grads.touched, 0, blocks);
+        const int64_t *run = cost + slot * pairs, whole = sum[slot];
+        for (int64_t j = 0; j < pairs; j++) {
+            int64_t before = j ? run[j - 1] : 0;  // the share that holds the pair's midpoint does it
+            int64_t owner = whole ? least(splits - 1, (before + run[j]) * splits / (2 * whole)) : 0;
+            if (owner != share) continue;
+            int64_t h = hp * group + j / p.tiles, r = j % p.tiles;
+            Rules rules(c, b, h);
+            Keys keys = packed.keys(c, b, h);
+            float *dbias = c.dbias ? bias + ((b * c.Hq + h) * splits + share) * c.Tk : nullptr;
+            int64_t end = least(p.q_rows, (r + 1) * p.tile);
+            for (int64_t row = r * p.tile; row < end; row += BQ)
+                backward_block<BF>(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), w, grads, dbias);
+        }
+        if (direct)
+            for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.keep.p);
+    };
+    in_parallel(parallel, threads, tasks, task);
+
+    if (!direct) {
+        int64_t per = 256, parts = (c.Tk + per - 1) / per;
+        auto reduce = [&](int64_t i, int thread) {
+            int64_t part = i % parts, b = i / parts / c.Hkv, hkv = i / parts % c.Hkv;
+            for (int64_t t = part * per; t < least(c.Tk, (part + 1) * per); t++)
+                write_token(b, hkv, t, -1, scratch[thread].keep.p);
+        };
+        in_parallel(parallel, threads, c.Bk * c.Hkv * parts, reduce);
+    }
+    if (c.dbias)
+        for (int64_t i = 0; i < c.B * c.Hq; i++)
+            for (int64_t t = 0; t < c.Tk; t++) {
+                float x = 0;
+                for (int64_t s = 0; s < splits; s++) x += bias[(i * splits + s) * c.Tk + t];
+                c.dbias[i * c.Tk + t] = x;
+            }
+    return 0;
+}
+
+}  // namespace

@@ -1,0 +1,99 @@
+// The forward pass: one query block after the other, each over the chunks of its tile.
+#pragma once
+#include "chunk.h"
+#include "softmax.h"
+
+namespace {
+
+// Columns of S that hold queries, as the products need them.
+inline int columns(const Queries &q, bool pairs) { return (int)round_up(q.lanes, pairs ? 32 : W); }
+
+template <bool BF>
+void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+                   int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
+    Queries q;
+    q.load(rules, row, rows, row - tile * c.plan.tile);
+    uint64_t any_lane = 0;
+    for (int i = 0; i < BQ; i++) any_lane |= (uint64_t)(q.token[i] >= 0) << i;
+    if (!any_lane) return;
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    int n = columns(q, BF);
+    int64_t Dv = BF ? round_up(c.Dv, 32) : c.Dv;
+    bool packed = false;
+    if (q.real)
+        for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
+            Chunk k = given;
+            bool holes = false;
+            if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            if (!packed) {
+                packed = true;
+                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
+#if SF_HAS_BF16
+                else pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
+#endif
+                memset(w.ot.p, 0, Dv * BQ * 4);
+                for (int i = 0; i < BQ; i++) w.m[i] = -INF, w.l[i] = 0;
+            }
+            Operands o = operands<BF, false>(c, keys, k, holes, w.see, w);
+            int a = k.a, e = k.b;
+            if (!BF) {
+                gemm_f32(e - a, n, c.D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, w.s + a * BQ, BQ, false);
+            } else {
+#if SF_HAS_BF16
+                a = (int)round_down(k.a, GRAIN);
+                e = (int)round_up(k.b, GRAIN);
+                int64_t depth = GRAIN > 2 ? round_up(c.D, 32) : round_up(c.D, 2);
+                int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
+                gemm_bf16(to - from, n, depth, o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, w.s + from * BQ, BQ, false);
+#endif
+            }
+            if (logits.bent) {
+                logits.bias(rules, key_bias, k, w.bias);
+                logits.bend(c, k, w.bias, w.s.p);
+            }
+            if (k.partial) hide(k, w.see, w.s.p, -INF);
+            if (BF) {
+                fill_rows(w.s.p, a, k.a, -INF);
+                fill_rows(w.s.p, k.b, e, -INF);
+            }
+            online_softmax<BF>(w.s.p, a, e, logits.factor, w.m, w.l, w.ot.p, Dv, n, w.p.p);
+            if (!BF) gemm_f32(c.Dv, n, e - a, o.v + a * o.ldv, 1, o.ldv, w.s + a * BQ, BQ, w.ot.p, BQ, true);
+#if SF_HAS_BF16
+            else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, true);
+#endif
+        });
+    const int64_t ld = round_up(c.Dv, 16);
+    if (packed) lanes_to_rows(w.ot.p, c.Dv, w.keep.p);
+    for (int i = 0; i < BQ; i++) {
+        if (q.token[i] < 0) continue;
+        float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f, *out = w.keep + i * ld;
+        if (total == 0) memset(out, 0, ld * 4);
+        c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = total == 0 ? -INF : (w.m[i] + log2f(total)) * LN2;
+        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : 1.f / total);
+    }
+}
+
+template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
+    const SfPlan &p = c.plan;
+    Packed<BF, false> packed;
+    if (packed.make(c, parallel)) return 1;
+    Desks<BF> scratch;
+    if (!scratch.make(c, false)) return 1;
+    Logits logits(c);
+    auto task = [&](int64_t i, int thread) {
+        Scratch<BF> &w = scratch[thread];
+#if SF_HAS_BF16
+        if (BF) prepare_thread();
+#endif
+        int64_t slot = i / p.tiles, r = p.tiles - 1 - i % p.tiles, b = slot / c.Hq, h = slot % c.Hq;  // long rows first
+        Rules rules(c, b, h);
+        Keys keys = packed.keys(c, b, h);
+        int64_t end = least(p.q_rows, (r + 1) * p.tile);
+        for (int64_t row = r * p.tile; row < end; row += BQ)
+            forward_block<BF>(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), w);
+    };
+    in_parallel(parallel, c.threads, c.B * c.Hq * p.tiles, task);
+    return 0;
+}
+
+}  // namespace

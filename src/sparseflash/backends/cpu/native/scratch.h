@@ -1,0 +1,61 @@
+// Memory of a call and of its threads, and running tasks on them.
+#pragma once
+#include <new>
+#include "plan.h"
+#include "rows.h"
+
+namespace {
+
+template <class T> struct Buffer {
+    T *p = nullptr;
+    Buffer() {}
+    Buffer(const Buffer &) = delete;
+    ~Buffer() { sf_release(p); }
+    bool make(int64_t n) {
+        sf_release(p);
+        p = (T *)sf_acquire(most<int64_t>(n, 1) * (int64_t)sizeof(T));
+        return p != nullptr;
+    }
+    T *operator+(int64_t i) const { return p + i; }
+    T &operator[](int64_t i) const { return p[i]; }
+};
+
+template <class F> inline void in_parallel(SfParallel parallel, int threads, int64_t tasks, F &f) {
+    parallel(threads, tasks, [](void *x, int64_t task, int thread) { (*(F *)x)(task, thread); }, &f);
+}
+
+template <bool BF> struct Scratch {
+    Buffer<float> s, g, ot, qt, dot, qr, dor, kc, vc, keep;
+    Buffer<bf> qtb, dotb, qrb, dorb, p, pr, dr, kcb, vcb, tc;
+    uint64_t see[BK];
+    float bias[BK], sums[BK];
+    float m[BQ], l[BQ], lse2[BQ], delta[BQ];
+
+    bool make(const SfCall &c, bool backward) {
+        int64_t D = round_up(c.D, 32), Dv = round_up(c.Dv, 32), top = most(D, Dv);
+        bool ok = s.make(BK * BQ) && ot.make(top * BQ) && keep.make(top + BK * top);
+        if (BF) ok = ok && qtb.make(D * BQ) && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
+        else ok = ok && qt.make(D * BQ) && kc.make(BK * c.D) && vc.make(BK * c.Dv);
+        if (!backward) return ok;
+        ok = ok && g.make(BK * BQ);
+        if (BF) return ok && dotb.make(Dv * BQ) && qrb.make(D * BQ) && dorb.make(Dv * BQ) && pr.make(BK * BQ) && dr.make(BK * BQ);
+        return ok && dot.make(Dv * BQ) && qr.make(D * BQ) && dor.make(Dv * BQ);
+    }
+};
+
+// A Scratch for every thread of a call.
+template <bool BF> struct Desks {
+    Buffer<char> room;
+    int made = 0;
+
+    bool make(const SfCall &c, bool backward) {
+        int threads = most(c.threads, 1);
+        bool ok = room.make(threads * (int64_t)sizeof(Scratch<BF>));
+        for (; ok && made < threads; made++) ok = (new (&(*this)[made]) Scratch<BF>())->make(c, backward);
+        return ok;
+    }
+    ~Desks() { while (made > 0) (*this)[--made].~Scratch<BF>(); }
+    Scratch<BF> &operator[](int thread) { return ((Scratch<BF> *)room.p)[thread]; }
+};
+
+}  // namespace

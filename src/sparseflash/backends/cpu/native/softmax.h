@@ -1,0 +1,119 @@
+// From scores to weights: scale, softcap and bias, hidden keys, and the online softmax of a block.
+#pragma once
+#include <math.h>
+#include "scratch.h"
+
+namespace {
+
+struct Logits {
+    float factor;         // what the softmax multiplies scores with (base 2)
+    bool bent;            // scores are transformed before: softcap, bias, or a scale that is not positive
+    float inner, outer;   // tanh(score * inner) * outer, with a softcap
+
+    explicit Logits(const SfCall &c) {
+        bent = c.softcap > 0 || c.key_bias.data || !(c.scale * LOG2E > 0);
+        inner = c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E;
+        outer = c.softcap * LOG2E;
+        factor = bent ? 1.f : c.scale * LOG2E;
+    }
+    void bias(const Rules &r, const float *key_bias, const Chunk &k, float *to) const {
+        if (key_bias)
+            for (int j = k.a; j < k.b; j++) {
+                int64_t t = r.key_token(k.gather ? k.gather[j] : k.base + j);
+                to[j] = t < 0 ? 0.f : key_bias[t] * LOG2E;
+            }
+    }
+    void bend(const SfCall &c, const Chunk &k, const float *bias, float *s) const {
+        for (int j = k.a; j < k.b; j++)
+            for (int i = 0; i < BQ; i += W) {
+                vf x = load(s + j * BQ + i) * inner;
+                if (c.softcap > 0) x = tanhv(x) * outer;
+                if (c.key_bias.data) x += bias[j];
+                store(s + j * BQ + i, x);
+            }
+    }
+};
+
+inline void hide(const Chunk &k, const uint64_t *see, float *s, float with) {
+    for (int j = k.a; j < k.b; j++) {
+        uint64_t m = see[j];
+        if (m == ~0ull) continue;
+        for (int i = 0; i < BQ; i += W) store(s + j * BQ + i, pick(m >> i, load(s + j * BQ + i), set1(with)));
+    }
+}
+inline void fill_rows(float *s, int from, int to, float with) {
+    for (int64_t i = (int64_t)from * BQ; i < (int64_t)to * BQ; i++) s[i] = with;
+}
+
+// Running max m and sum l (base 2) take in rows [a,b) of S; S becomes P (fp32 in place, or bf16 pairs in p).
+// The accumulator O^T [Dv][64] is rescaled only when some maximum grew.
+template <bool BF, int G>
+inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv,
+                          [[maybe_unused]] bf *p) {
+    vf top[G];
+    for (int g = 0; g < G; g++) top[g] = set1(-INF);
+    for (int j = a; j < b; j++)
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++) top[g] = vmax(top[g], load(s + j * BQ + i0 + g * W));
+    vf ref[G];
+    bool grew = false;
+    for (int g = 0; g < G; g++) {
+        top[g] = top[g] * factor;
+        ref[g] = load(m + i0 + g * W);
+        grew |= any_greater(top[g], ref[g]);
+    }
+    if (grew) {
+        vf shrink[G];
+        for (int g = 0; g < G; g++) {
+            vf now = vmax(ref[g], top[g]);
+            vf safe = now == -INF ? set1(0.f) : now;
+            // exactly 1 where nothing grew: the polynomial is not, and other queries' keys would show in the last bit
+            shrink[g] = now == ref[g] ? set1(1.f) : exp2v<true>(ref[g] - safe);
+            ref[g] = now;
+            store(m + i0 + g * W, now);
+            store(l + i0 + g * W, load(l + i0 + g * W) * shrink[g]);
+        }
+        for (int64_t d = 0; d < Dv; d++)
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+                float *o = ot + d * BQ + i0 + g * W;
+                store(o, load(o) * shrink[g]);
+            }
+    }
+    vf total[G];
+    for (int g = 0; g < G; g++) {
+        ref[g] = ref[g] == -INF ? set1(0.f) : ref[g];
+        total[g] = load(l + i0 + g * W);
+    }
+    if (!BF) {
+        for (int j = a; j < b; j++)
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+                float *x = s + j * BQ + i0 + g * W;
+                vf e = exp2v<true>(load(x) * factor - ref[g]);
+                total[g] += e;
+                store(x, e);
+            }
+    } else {
+#if SF_HAS_BF16
+        for (int j = a; j < b; j += 2)
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) {
+                const float *x = s + j * BQ + i0 + g * W;
+                vf e = exp2v<false>(load(x) * factor - ref[g]), f = exp2v<false>(load(x + BQ) * factor - ref[g]);
+                total[g] += e + f;
+                store_pairs(p + j * BQ + 2 * (i0 + g * W), (__m512)e, (__m512)f);
+            }
+#endif
+    }
+    for (int g = 0; g < G; g++) store(l + i0 + g * W, total[g]);
+}
+template <bool BF>
+inline void online_softmax(float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv, int lanes,
+                           bf *p) {
+    int i = 0;
+    for (; i + 4 * W <= lanes; i += 4 * W) softmax_lanes<BF, 4>(i, s, a, b, factor, m, l, ot, Dv, p);
+    for (; i < lanes; i += W) softmax_lanes<BF, 1>(i, s, a, b, factor, m, l, ot, Dv, p);
+}
+
+}  // namespace
