@@ -8,6 +8,7 @@ from .errors import BackendError, PlanError, SparseFlashError
 from .methods.training.hash_sparse import hash_sparse_attention
 from .methods.training.qk_sparse import qk_sparse_attention
 from .ops import attention, attention_backward, merge
+from .packing import PackingCollator, cu_seqlens_of
 from .plan import Plan
 from .statistics import attention_stats
 from .varlen import attention_varlen
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "PackingCollator",
     "Plan",
     "PlanError",
     "SparseFlashError",
@@ -24,6 +26,7 @@ __all__ = [
     "attention_stats",
     "attention_varlen",
     "backends",
+    "cu_seqlens_of",
     "hash_sparse_attention",
     "merge",
     "methods",

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparseflash import ops
+from sparseflash.plan import Plan
 from sparseflash.train.attention import Attention, build
 from sparseflash.train.config import TrainConfig
 
@@ -30,8 +32,8 @@ def rotary_table(length: int, dim: int, base: float = 10_000.0) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the two halves of each head of x [B, T, H, D] by its position."""
-    cos, sin = table[:, : x.shape[1], None]
+    """Rotate the two halves of each head of x [B, T, H, D] by its position; table [2, (B,) T, D / 2]."""
+    cos, sin = table[..., None, :]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
@@ -45,8 +47,8 @@ class SelfAttention(nn.Module):
         self.project = nn.Linear(config.width, config.width * (2 if self.tied else 3), bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """Mix along the sequence; x [B, T, width]."""
+    def forward(self, x: Tensor, table: Tensor, plan: Plan | None = None) -> Tensor:
+        """Mix along the sequence, as the plan says where there is one; x [B, T, width]."""
         heads = self.project(x).unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))
         if self.tied:
             q, v = heads.unbind(2)
@@ -55,7 +57,8 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = heads.unbind(2)
             q, k = norm(rotate(q, table)), norm(rotate(k, table))
-        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        out = self.attention(q, k, v) if plan is None else ops.attention(q, k, v, plan)
         return self.output(out.transpose(1, 2).flatten(2))
 
 
@@ -68,9 +71,9 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, plan: Plan | None = None) -> Tensor:
         """Transform x [B, T, width]."""
-        x = x + self.attention(norm(x), table)
+        x = x + self.attention(norm(x), table, plan)
         return x + self.down(F.gelu(self.up(norm(x))))
 
 
@@ -118,11 +121,23 @@ class GPT(nn.Module):
                 std = 0.02 if name == "embed.weight" else weight.shape[1] ** -0.5
                 weight.normal_(0.0, std, generator=generator)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Compute logits [B, T, 256] of the next byte, or with `targets` [B, T] the mean loss in nats."""
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        plan: Plan | None = None,
+    ) -> Tensor:
+        """Compute logits [B, T, 256] of the next byte, or with `targets` [B, T] the mean loss in nats.
+
+        Targets of -100 do not count. For packed documents: `positions` [B, T] restart with each, and a `plan`
+        (in place of the model's attention) keeps them apart.
+        """
         x = norm(self.embed(tokens))
+        table = self.table[:, : tokens.shape[1]] if positions is None else self.table[:, positions]
         for block in self.blocks:
-            x = block(x, self.table)
+            x = block(x, table, plan)
         logits = self.head(norm(x)).float()
         if targets is None:
             return logits
