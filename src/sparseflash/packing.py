@@ -117,7 +117,7 @@ def cu_seqlens_of(position_ids: Tensor) -> Tensor:
     require(
         (
             row,
-            f"position_ids: {describe(position_ids)}; expected one packed row, integers [total] or [1, total]",
+            f"position_ids: {describe(position_ids)}; expected one packed row of integers [total]",
         )
     )
     flat = position_ids.reshape(-1)
