@@ -153,15 +153,15 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
             float *s = w.s.p, *g = w.g.p;
             // S^T = K Q^T and dP^T = V dO^T
             if (!BF) {
-                gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + a * BQ, BQ, false);
-                gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, w.dot.p, BQ, g + a * BQ, BQ, false);
+                gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + a * BQ, BQ, SET);
+                gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, w.dot.p, BQ, g + a * BQ, BQ, SET);
             } else {
 #if SF_HAS_BF16
                 a = (int)round_down(k.a, GRAIN);
                 e = (int)round_up(k.b, GRAIN);
                 int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b, unit = GRAIN;
-                gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, false);
-                gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, g + from * BQ, BQ, false);
+                gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
+                gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, g + from * BQ, BQ, SET);
 #endif
             }
             if (logits.bent) {
@@ -193,24 +193,24 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
             // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
             if (!BF) {
                 if (k.gather) gk = gv = w.keep.p;
-                gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, w.dor.p, Dvn, gv, Dvn, !k.gather);
+                gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, w.dor.p, Dvn, gv, Dvn, k.gather ? SET : ADD_FAR);
                 if (k.gather) add_rows(k, k.a, gv, grads.v, Dvn);
-                gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, w.qr.p, Dkn, gk, Dkn, !k.gather);
+                gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, w.qr.p, Dkn, gk, Dkn, k.gather ? SET : ADD_FAR);
                 if (k.gather) add_rows(k, k.a, gk, grads.k, Dkn);
-                gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, true);
+                gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, ADD);
             } else {
 #if SF_HAS_BF16
                 int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
                 if (o.own_rows) {
-                    gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, false);
+                    gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, SET);
                     add_rows(k, from, w.keep.p, grads.v, Dvn);
-                    gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, w.qrb.p, Dkn, w.keep.p, Dkn, false);
+                    gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, w.qrb.p, Dkn, w.keep.p, Dkn, SET);
                     add_rows(k, from, w.keep.p, grads.k, Dkn);
                 } else {
-                    gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, w.dorb.p, Dvn, gv, Dvn, true);
-                    gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, w.qrb.p, Dkn, gk, Dkn, true);
+                    gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, w.dorb.p, Dvn, gv, Dvn, ADD_FAR);
+                    gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, w.qrb.p, Dkn, gk, Dkn, ADD_FAR);
                 }
-                gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, true);
+                gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
 #endif
             }
         });

@@ -37,14 +37,14 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             Operands o = operands<BF, false>(c, keys, k, holes, w.see, w);
             int a = k.a, e = k.b;
             if (!BF) {
-                gemm_f32(e - a, n, c.D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, w.s + a * BQ, BQ, false);
+                gemm_f32(e - a, n, c.D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, w.s + a * BQ, BQ, SET);
             } else {
 #if SF_HAS_BF16
                 a = (int)round_down(k.a, GRAIN);
                 e = (int)round_up(k.b, GRAIN);
                 int64_t depth = GRAIN > 2 ? round_up(c.D, 32) : round_up(c.D, 2);
                 int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
-                gemm_bf16(to - from, n, depth, o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, w.s + from * BQ, BQ, false);
+                gemm_bf16(to - from, n, depth, o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, w.s + from * BQ, BQ, SET);
 #endif
             }
             if (logits.bent) {
@@ -57,9 +57,9 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
                 fill_rows(w.s.p, k.b, e, -INF);
             }
             online_softmax<BF>(w.s.p, a, e, logits.factor, w.m, w.l, w.ot.p, Dv, n, w.p.p);
-            if (!BF) gemm_f32(c.Dv, n, e - a, o.v + a * o.ldv, 1, o.ldv, w.s + a * BQ, BQ, w.ot.p, BQ, true);
+            if (!BF) gemm_f32(c.Dv, n, e - a, o.v + a * o.ldv, 1, o.ldv, w.s + a * BQ, BQ, w.ot.p, BQ, ADD);
 #if SF_HAS_BF16
-            else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, true);
+            else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
 #endif
         });
     const int64_t ld = round_up(c.Dv, 16);

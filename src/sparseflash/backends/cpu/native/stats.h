@@ -38,11 +38,11 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         Operands o = operands<BF, false>(c, keys, k, false, w.see, w);
         float *s = w.s.p;
         if (!BF) {
-            gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + k.a * BQ, BQ, false);
+            gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + k.a * BQ, BQ, SET);
         } else {
 #if SF_HAS_BF16
             int from = GRAIN > 2 ? (int)round_down(k.a, GRAIN) : k.a, to = GRAIN > 2 ? (int)round_up(k.b, GRAIN) : k.b;
-            gemm_bf16(to - from, n, round_up(c.D, GRAIN), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, false);
+            gemm_bf16(to - from, n, round_up(c.D, GRAIN), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
 #endif
         }
         if (logits.bent) {
