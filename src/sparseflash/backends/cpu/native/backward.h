@@ -46,54 +46,58 @@ struct Slopes {
             ds = pick(m, ds * (1.f - t * t), set1(0.f));
         }
     }
-    template <bool PLAIN> void rows(const Chunk &k, int n, float *s, float *g, float *sums_) const {
-        for (int j = k.a; j < k.b; j++) {
-            vf total = {};
-#pragma GCC unroll 4
-            for (int i = 0; i < n; i += W) {
-                vf p, ds;
-                one<PLAIN, true>(j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, total);
-                store(s + j * BQ + i, p);
-                store(g + j * BQ + i, ds);
-            }
-            if (!PLAIN && sums) sums_[j] = sum(total);
-        }
-    }
-#if SF_HAS_BF16
-    template <bool PLAIN>
-    void pairs(int a, int e, const Chunk &k, int n, const float *s, const float *g, bf *pr, bf *dr, bf *dp,
-               float *sums_) const {
-        for (int j = a; j < e; j += 2) {
-            vf t0 = {}, t1 = {};
-            bool in0 = j >= k.a && j < k.b, in1 = j + 1 >= k.a && j + 1 < k.b;
-            for (int i = 0; i < n; i += 32) {
-                vf p00, p01, p10, p11, d00, d01, d10, d11;
-                const float *x = s + j * BQ + i, *y = g + j * BQ + i;
-                if (PLAIN || in0) {
-                    one<PLAIN, false>(j, i, load(x), load(y), p00, d00, t0);
-                    one<PLAIN, false>(j, i + 16, load(x + 16), load(y + 16), p01, d01, t0);
-                } else p00 = p01 = d00 = d01 = set1(0.f);
-                if (PLAIN || in1) {
-                    one<PLAIN, false>(j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
-                    one<PLAIN, false>(j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
-                } else p10 = p11 = d10 = d11 = set1(0.f);
-                bf *p = pr + j * BQ + i, *d = dr + j * BQ + i, *both = dp + j * BQ + 2 * i;
-                _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)p01, (__m512)p00));
-                _mm512_storeu_si512(p + BQ, (__m512i)_mm512_cvtne2ps_pbh((__m512)p11, (__m512)p10));
-                __m512i even = (__m512i)_mm512_cvtne2ps_pbh((__m512)d01, (__m512)d00);
-                __m512i odd = (__m512i)_mm512_cvtne2ps_pbh((__m512)d11, (__m512)d10);
-                _mm512_storeu_si512(d, even);
-                _mm512_storeu_si512(d + BQ, odd);
-                mix_rows(both, even, odd);
-            }
-            if (!PLAIN && sums) {
-                if (in0) sums_[j] = sum(t0);
-                if (in1) sums_[j + 1] = sum(t1);
-            }
-        }
-    }
-#endif
 };
+
+// The weights and slopes of a chunk, as a law (Slopes) gives them: fp32 in place of S and dP.
+template <bool PLAIN, class Law>
+inline void weigh_rows(const Law &law, const Chunk &k, int n, float *s, float *g, float *sums) {
+    for (int j = k.a; j < k.b; j++) {
+        vf total = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i += W) {
+            vf p, ds;
+            law.template one<PLAIN, true>(j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, total);
+            store(s + j * BQ + i, p);
+            store(g + j * BQ + i, ds);
+        }
+        if (!PLAIN && law.sums) sums[j] = sum(total);
+    }
+}
+#if SF_HAS_BF16
+// The same in bf16: both in rows of queries, and dS in pairs of keys.
+template <bool PLAIN, class Law>
+inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, const float *s, const float *g, bf *pr,
+                        bf *dr, bf *dp, float *sums) {
+    for (int j = a; j < e; j += 2) {
+        vf t0 = {}, t1 = {};
+        bool in0 = j >= k.a && j < k.b, in1 = j + 1 >= k.a && j + 1 < k.b;
+        for (int i = 0; i < n; i += 32) {
+            vf p00, p01, p10, p11, d00, d01, d10, d11;
+            const float *x = s + j * BQ + i, *y = g + j * BQ + i;
+            if (PLAIN || in0) {
+                law.template one<PLAIN, false>(j, i, load(x), load(y), p00, d00, t0);
+                law.template one<PLAIN, false>(j, i + 16, load(x + 16), load(y + 16), p01, d01, t0);
+            } else p00 = p01 = d00 = d01 = set1(0.f);
+            if (PLAIN || in1) {
+                law.template one<PLAIN, false>(j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
+                law.template one<PLAIN, false>(j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
+            } else p10 = p11 = d10 = d11 = set1(0.f);
+            bf *p = pr + j * BQ + i, *d = dr + j * BQ + i, *both = dp + j * BQ + 2 * i;
+            _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)p01, (__m512)p00));
+            _mm512_storeu_si512(p + BQ, (__m512i)_mm512_cvtne2ps_pbh((__m512)p11, (__m512)p10));
+            __m512i even = (__m512i)_mm512_cvtne2ps_pbh((__m512)d01, (__m512)d00);
+            __m512i odd = (__m512i)_mm512_cvtne2ps_pbh((__m512)d11, (__m512)d10);
+            _mm512_storeu_si512(d, even);
+            _mm512_storeu_si512(d + BQ, odd);
+            mix_rows(both, even, odd);
+        }
+        if (!PLAIN && law.sums) {
+            if (in0) sums[j] = sum(t0);
+            if (in1) sums[j + 1] = sum(t1);
+        }
+    }
+}
+#endif
 
 // Adds a scratch tile, whose first row is chunk row `from`, to the rows it stands for.
 inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int64_t ld) {
@@ -104,13 +108,71 @@ inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int
     }
 }
 
+// Rows of a chunk that its products cover: k.a to k.b, and for bf16 what fills the last group.
+struct Extent { int a, e; };
+
+// S^T = K Q^T and dP^T = V dO^T.
+template <bool BF>
+inline Extent scores(const SfCall &c, const Chunk &k, const Operands &o, int n, Scratch<BF> &w) {
+    const int64_t D = c.D, Dv = c.Dv;
+    int a = k.a, e = k.b;
+    float *s = w.s.p, *g = w.g.p;
+    if (!BF) {
+        gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + a * BQ, BQ, SET);
+        gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, w.dot.p, BQ, g + a * BQ, BQ, SET);
+    } else {
+#if SF_HAS_BF16
+        a = (int)round_down(k.a, GRAIN);
+        e = (int)round_up(k.b, GRAIN);
+        int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b, unit = GRAIN;
+        gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
+        gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, g + from * BQ, BQ, SET);
+#endif
+    }
+    return {a, e};
+}
+
+// dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
+template <bool BF>
+inline void add_products(const SfCall &c, const Chunk &k, const Operands &o, Extent x, int n, Scratch<BF> &w,
+                         KeyGrads &grads) {
+    const int64_t D = c.D, Dkn = grads.ldk, Dvn = grads.ldv;
+    const int a = x.a, e = x.e;
+    [[maybe_unused]] float *s = w.s.p, *g = w.g.p;
+    if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
+    else grads.touch(k.base);
+    float *gk = grads.k + (k.base + k.a) * Dkn, *gv = grads.v + (k.base + k.a) * Dvn;
+    if (!BF) {
+        if (k.gather) gk = gv = w.keep.p;
+        gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, w.dor.p, Dvn, gv, Dvn, k.gather ? SET : ADD_FAR);
+        if (k.gather) add_rows(k, k.a, gv, grads.v, Dvn);
+        gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, w.qr.p, Dkn, gk, Dkn, k.gather ? SET : ADD_FAR);
+        if (k.gather) add_rows(k, k.a, gk, grads.k, Dkn);
+        gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, ADD);
+    } else {
+#if SF_HAS_BF16
+        int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
+        if (o.own_rows) {
+            gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, SET);
+            add_rows(k, from, w.keep.p, grads.v, Dvn);
+            gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, w.qrb.p, Dkn, w.keep.p, Dkn, SET);
+            add_rows(k, from, w.keep.p, grads.k, Dkn);
+        } else {
+            gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, w.dorb.p, Dvn, gv, Dvn, ADD_FAR);
+            gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, w.qrb.p, Dkn, gk, Dkn, ADD_FAR);
+        }
+        gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
+#endif
+    }
+}
+
 template <bool BF>
 void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
                     int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     const int64_t head = (b * c.Hq + h) * c.Tq;
-    const int64_t D = c.D, Dv = c.Dv, Dkn = grads.ldk, Dvn = grads.ldv;
+    const int64_t D = c.D, Dv = c.Dv;
     uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
     for (int i = 0; i < BQ; i++)
         if ((q.real >> i & 1) && c.lse[head + q.token[i]] != -INF) alive |= 1ull << i;
@@ -149,21 +211,9 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
                 memset(w.ot.p, 0, round_up(D, 32) * BQ * 4);
             }
             Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-            int a = k.a, e = k.b;
+            Extent x = scores<BF>(c, k, o, n, w);
             float *s = w.s.p, *g = w.g.p;
-            // S^T = K Q^T and dP^T = V dO^T
-            if (!BF) {
-                gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + a * BQ, BQ, SET);
-                gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, w.dot.p, BQ, g + a * BQ, BQ, SET);
-            } else {
-#if SF_HAS_BF16
-                a = (int)round_down(k.a, GRAIN);
-                e = (int)round_up(k.b, GRAIN);
-                int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b, unit = GRAIN;
-                gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
-                gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, g + from * BQ, BQ, SET);
-#endif
-            }
+            [[maybe_unused]] int a = x.a, e = x.e;
             if (logits.bent) {
                 logits.bias(rules, key_bias, k, w.bias);
                 logits.bend(c, k, w.bias, s);
@@ -172,14 +222,14 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
             Slopes slopes = {c, logits, w.lse2, w.delta, k.partial ? w.see : nullptr, w.bias, dbias != nullptr};
             bool plain = !k.partial && !dbias && c.softcap == 0;
             if (!BF) {
-                if (plain) slopes.template rows<true>(k, n, s, g, nullptr);
-                else slopes.template rows<false>(k, n, s, g, w.sums);
+                if (plain) weigh_rows<true>(slopes, k, n, s, g, nullptr);
+                else weigh_rows<false>(slopes, k, n, s, g, w.sums);
             } else {
 #if SF_HAS_BF16
                 fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
                 fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
-                if (plain) slopes.template pairs<true>(a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
-                else slopes.template pairs<false>(a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
+                if (plain) weigh_pairs<true>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
+                else weigh_pairs<false>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
 #endif
             }
             if (dbias)
@@ -187,32 +237,7 @@ void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const
                     int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
                     if (t >= 0) dbias[t] += w.sums[j];
                 }
-            if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
-            else grads.touch(k.base);
-            float *gk = grads.k + (k.base + k.a) * Dkn, *gv = grads.v + (k.base + k.a) * Dvn;
-            // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
-            if (!BF) {
-                if (k.gather) gk = gv = w.keep.p;
-                gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, w.dor.p, Dvn, gv, Dvn, k.gather ? SET : ADD_FAR);
-                if (k.gather) add_rows(k, k.a, gv, grads.v, Dvn);
-                gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, w.qr.p, Dkn, gk, Dkn, k.gather ? SET : ADD_FAR);
-                if (k.gather) add_rows(k, k.a, gk, grads.k, Dkn);
-                gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, ADD);
-            } else {
-#if SF_HAS_BF16
-                int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
-                if (o.own_rows) {
-                    gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, SET);
-                    add_rows(k, from, w.keep.p, grads.v, Dvn);
-                    gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, w.qrb.p, Dkn, w.keep.p, Dkn, SET);
-                    add_rows(k, from, w.keep.p, grads.k, Dkn);
-                } else {
-                    gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, w.dorb.p, Dvn, gv, Dvn, ADD_FAR);
-                    gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, w.qrb.p, Dkn, gk, Dkn, ADD_FAR);
-                }
-                gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
-#endif
-            }
+            add_products<BF>(c, k, o, x, n, w, grads);
         });
     if (packed) lanes_to_rows(w.ot.p, D, w.keep.p);
     for (int i = 0; i < BQ; i++) {
@@ -242,7 +267,8 @@ inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads
     return limit;
 }
 
-template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
+// Runs a block function over every query block of every head, and sums what the shares add to dK, dV and dbias.
+template <bool BF, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block) {
     const SfPlan &p = c.plan;
     int threads = most(c.threads, 1);
     Packed<BF, true> packed;
@@ -277,7 +303,6 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
               (!p.k_order.data || row_of_token.make(slots * c.Tk));
     if (!ok) return 1;
     if (c.dbias) memset(bias.p, 0, c.B * c.Hq * splits * c.Tk * 4);
-    Logits logits(c);
 
     auto invert = [&](int64_t s, int) {
         Rules r(c, s / heads, s % heads * group);
@@ -327,7 +352,7 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
             float *dbias = c.dbias ? bias + ((b * c.Hq + h) * splits + share) * c.Tk : nullptr;
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
             for (int64_t row = r * p.tile; row < end; row += BQ)
-                backward_block<BF>(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), w, grads, dbias);
+                block(keys, rules, b, h, r, row, least<int64_t>(BQ, end - row), w, grads, dbias);
         }
         if (direct)
             for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.keep.p);
@@ -351,6 +376,15 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
                 c.dbias[i * c.Tk + t] = x;
             }
     return 0;
+}
+
+template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
+    Logits logits(c);
+    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+                     Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+        backward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
+    };
+    return backward_over<BF>(c, parallel, block);
 }
 
 }  // namespace

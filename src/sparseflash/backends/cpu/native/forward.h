@@ -73,13 +73,13 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
     }
 }
 
-template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
+// Runs a block function over every query block of every head.
+template <bool BF, class Block> int forward_over(const SfCall &c, SfParallel parallel, Block block) {
     const SfPlan &p = c.plan;
     Packed<BF, false> packed;
     if (packed.make(c, parallel)) return 1;
     Desks<BF> scratch;
     if (!scratch.make(c, false)) return 1;
-    Logits logits(c);
     auto task = [&](int64_t i, int thread) {
         Scratch<BF> &w = scratch[thread];
 #if SF_HAS_BF16
@@ -90,10 +90,17 @@ template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
         Keys keys = packed.keys(c, b, h);
         int64_t end = least(p.q_rows, (r + 1) * p.tile);
         for (int64_t row = r * p.tile; row < end; row += BQ)
-            forward_block<BF>(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), w);
+            block(keys, rules, b, h, r, row, least<int64_t>(BQ, end - row), w);
     };
     in_parallel(parallel, c.threads, c.B * c.Hq * p.tiles, task);
     return 0;
+}
+
+template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
+    Logits logits(c);
+    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+                     Scratch<BF> &w) { forward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w); };
+    return forward_over<BF>(c, parallel, block);
 }
 
 }  // namespace
