@@ -27,7 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import BackendError
@@ -62,6 +62,7 @@ LEVELS = {
     level.name: level
     for level in (
         Level("portable", _NATIVE, frozenset(), False),
+        Level("neon", ("-march=armv8-a", "-mtune=native"), frozenset({"asimd"}), False),
         Level("avx2", AVX2, frozenset({"avx2", "fma", "f16c"}), False),
         Level("avx512", AVX512, _512, False),
         Level("avx512bf16", (*AVX512, "-mavx512bf16"), _512 | {"avx512_bf16"}, True),
@@ -83,7 +84,7 @@ LEVELS = {
 """By name. `amx-emulated` runs the AMX kernels with the tile instructions in C++: for tests, slow."""
 
 
-PREFERENCE = (("avx512", "amx"), ("avx512", "avx512bf16"), ("avx512",), ("avx2",), ("portable",))
+PREFERENCE = (("avx512", "amx"), ("avx512", "avx512bf16"), ("avx512",), ("avx2",), ("neon",), ("portable",))
 
 
 class BuildError(RuntimeError):
@@ -100,22 +101,26 @@ class LevelError(BackendError):
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this processor (on Linux; elsewhere none are known: the portable level)."""
-    if not sys.platform.startswith("linux"):
-        return frozenset()
-    try:
+    """Instruction sets of this processor, by their names on Linux; none are known where nobody says."""
+    if sys.platform == "darwin":
+        if platform.machine() == "arm64":
+            return frozenset({"asimd"})
+        ask = ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            said = subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout
+            return frozenset(said.lower().split())
+    with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())
+        line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
+        return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 def choices() -> list[list[Level]]:
     """What to build here, best first; in each the level for fp32 and, where there is one, that for bf16.
 
-    The later ones are for compilers that are too old for the first. `SPARSEFLASH_CPU_LEVEL` names one to use
-    instead (a bf16 level brings its fp32 companion).
+    The later ones are for compilers that are too old for the first; the last asks for no instructions at all.
+    `SPARSEFLASH_CPU_LEVEL` names a level to use instead (a bf16 level brings its fp32 companion).
     """
     have = cpu_flags()
     asked = os.environ.get("SPARSEFLASH_CPU_LEVEL", "")
@@ -131,9 +136,12 @@ def choices() -> list[list[Level]]:
             raise LevelError(
                 f"SPARSEFLASH_CPU_LEVEL={asked}: this processor lacks {', '.join(missing)}; it runs {able}"
             )
-        return [[LEVELS["avx512"], level] if level.bf16 else [level]]
-    every = [[LEVELS[name] for name in names] for names in PREFERENCE]
-    return [levels for levels in every if all(level.needs <= have for level in levels)]
+        every = [["avx512", asked] if level.bf16 else [asked]]
+    else:
+        every = [list(names) for names in PREFERENCE]
+    found = [[LEVELS[name] for name in names] for names in every]
+    able = [levels for levels in found if all(level.needs <= have for level in levels)]
+    return able + [[replace(level, flags=())] for level in able[-1] if level.name == "portable"]
 
 
 def find_compiler() -> list[str] | None:

@@ -43,14 +43,10 @@ inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, in
         for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, x[i][j]);
 }
 
-// Columns and rows of a block: with B and a broadcast they fill the registers.
-constexpr int COLUMNS = REGISTERS == 32 ? 4 : 2;
-template <int NV> constexpr int ROWS = NV == COLUMNS ? 6 : NV == 3 ? 8 : 12;
-
 template <bool ACROSS, int NV>
 inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
                       int64_t ldc, Into into) {
-    constexpr int MR = ROWS<NV>;
+    constexpr int MR = ROWS[NV];
     const int64_t ai = ACROSS ? 1 : lda;
     int64_t i = 0;
     for (; i + MR <= M; i += MR) block_f32<ACROSS, MR, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into);

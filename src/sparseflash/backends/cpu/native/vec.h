@@ -1,6 +1,8 @@
 // Vectors of floats. What every level computes alike is here, in vector extensions of GCC and Clang; what its
 // instructions say better is in the level's own vec_*.h, each of which offers the same few functions:
 //   W, vf, vi                    lanes of a vector; floats, integers
+//   COLUMNS, ROWS                blocks of products: vectors across, and rows for 1, 2, .. vectors, so that all of it and
+//                                what it is made of stay in registers
 //   vmax, vmin                   the second operand where one is NaN, or NaN
 //   any_greater                  whether a > b in some lane
 //   floorv                       (or fraction and times_power2, where there are instructions for them)

@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int W = 8, REGISTERS = 16;
+constexpr int W = 8, COLUMNS = 2, ROWS[] = {0, 12, 6};
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int W = 16, REGISTERS = 32;
+constexpr int W = 16, COLUMNS = 4, ROWS[] = {0, 12, 12, 8, 6};
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 

@@ -4,11 +4,11 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16, REGISTERS = 32;
+constexpr int W = 16, COLUMNS = 4, ROWS[] = {0, 12, 12, 8, 6};
 #elif defined(__AVX__)
-constexpr int W = 8, REGISTERS = 16;
+constexpr int W = 8, COLUMNS = 2, ROWS[] = {0, 12, 6};
 #else
-constexpr int W = 4, REGISTERS = sizeof(void *) == 8 && !defined(__SSE__) ? 32 : 16;
+constexpr int W = 4, COLUMNS = 2, ROWS[] = {0, 8, 4};  // sixteen registers, and a product needs one of its own
 #endif
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));

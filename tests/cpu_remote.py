@@ -1,0 +1,122 @@
+"""The native library in a process of its own, perhaps of another architecture under an emulator.
+
+`Remote` has the entry points of the library that `backends.cpu` calls. It sends the C structure of a call and all
+the memory it points to through a pipe to cpu_driver.cpp, and writes what comes back where it belongs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparseflash.backends.cpu import build, call
+
+DRIVER = Path(__file__).with_name("cpu_driver.cpp")
+KINDS = {"sf_forward": 0, "sf_backward": 1, "sf_stats": 2}
+
+
+def make(folder: Path, level: str, compiler: list[str], flags: tuple[str, ...] | None = None) -> Path:
+    """Build the driver with one level, its sources as they are shipped; all libraries inside."""
+    found = build.LEVELS[level]
+    program = folder / f"driver-{level}"
+    have = f"-DSF_WITH_{(found.source or found.name).upper()}=1"
+    sources = (("api.cpp", build.NATIVE / "api.cpp", (have,)), ("driver", DRIVER, (f"-I{build.NATIVE}",)))
+    jobs = [*sources, ("level", found.path, found.flags if flags is None else flags)]
+    objects = [str(folder / f"{name}.o") for name, _, _ in jobs]
+    running = [
+        subprocess.Popen([*compiler, *build.COMMON, *extra, "-c", str(source), "-o", to])
+        for (_, source, extra), to in zip(jobs, objects, strict=True)
+    ]
+    assert not any([process.wait() for process in running])
+    subprocess.run([*compiler, "-static", "-pthread", *objects, "-o", str(program)], check=True)
+    return program
+
+
+def _extent(view: Any, *shape: int) -> int:
+    """Elements from the first to the last of a view."""
+    if 0 in shape:
+        return 0
+    strides = (view.batch, view.head, view.row, view.lane)
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
+    """Of all memory that a call names: offset of the pointer in the structure, address, bytes."""
+    size = [4, 2, 2]
+    plan, at = c.plan, call.Call.plan.offset
+    q, k = (c.B, c.Hq, c.Tq), (c.Bk, c.Hkv, c.Tk)
+    views = {
+        "q": ((*q, c.D), c.dtype), "k": ((*k, c.D), c.dtype), "v": ((*k, c.Dv), c.dtype),
+        "out": ((*q, c.Dv), c.out_dtype), "dout": ((*q, c.Dv), c.dtype),
+        "dq": ((*q, c.D), c.grad_dtype), "dk": ((*k, c.D), c.grad_dtype), "dv": ((*k, c.Dv), c.grad_dtype),
+    }  # fmt: skip
+    for name, (shape, dtype) in views.items():
+        x = getattr(c, name)
+        yield getattr(call.Call, name).offset, x.data, _extent(x, *shape) * size[dtype]
+    rows = c.B * c.Hq * c.Tq
+    for name, items in (("lse", rows), ("dlse", rows), ("dbias", c.B * c.Hq * c.Tk)):
+        yield getattr(call.Call, name).offset, getattr(c, name), 4 * items
+    yield call.Call.stat.offset, c.stat, 4 * c.B * c.Hq * c.stat_width
+    tables = [(call.Call.key_bias.offset, c.key_bias, 4)]
+    for name in (*call._PLAN_TABLES, *call._PLAN_HEADS):
+        wide = 8 if name in ("span_start", "start", "bits_start") else 4
+        tables.append((at + getattr(call.NativePlan, name).offset, getattr(plan, name), wide))
+    for offset, x, wide in tables:
+        yield offset, x.data, wide * x.batch * x.heads * x.length
+    words = plan.tile * -(-plan.unit // 32)
+    for name, items in (("spans", 2 * plan.spans_size), ("index", plan.index_size), ("bits", words * plan.bits_size)):
+        yield at + getattr(call.NativePlan, name).offset, getattr(plan, name), 4 * items
+
+
+class Remote:
+    """The library's entry points, in a process that `command` starts."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._read(8) == struct.pack("<q", ctypes.sizeof(call.Call))
+
+    def _read(self, n: int) -> bytes:
+        assert self.process.stdout is not None
+        data = self.process.stdout.read(n)
+        assert len(data) == n, f"the driver ended with {self.process.wait()}"
+        return data
+
+    def _write(self, *parts: bytes) -> None:
+        assert self.process.stdin is not None
+        for part in parts:
+            self.process.stdin.write(part)
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+    def sf_poison(self, on: int) -> None:
+        self._write(struct.pack("<qq", 3, on))
+
+    def __getattr__(self, name: str) -> Any:
+        kind = KINDS[name]
+
+        def enter(pointer: Any, level: int) -> int:
+            c = pointer._obj
+            parts = [x for x in _segments(c) if x[1]]
+            self._write(
+                struct.pack("<qq", kind, len(parts)),
+                *(struct.pack("<qq", offset, size) for offset, _, size in parts),
+                bytes(c),
+                *(ctypes.string_at(address, size) for _, address, size in parts),
+            )
+            (code,) = struct.unpack("<q", self._read(8))
+            for _, address, size in parts:
+                data = self._read(size)
+                if ctypes.string_at(address, size) != data:  # inputs may be read-only, and are the same
+                    ctypes.memmove(address, data, size)
+            return code
+
+        return enter
