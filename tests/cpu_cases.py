@@ -5,10 +5,13 @@ SPARSEFLASH_CPU_LEVEL=portable python tests/cpu_cases.py --seeds 0 40
 
 import argparse
 import contextlib
+import itertools
 import random
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ import plans
 import sparseflash as sf
 import tolerance
 from sparseflash.backends import cpu
+from sparseflash.backends.cpu.library import Native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 2, 15, 63, 64, 65, 100, 129, 200)
@@ -24,6 +28,16 @@ DIMS = (1, 17, 32, 40, 64, 64, 80, 128)
 HEADS = ((1, 1), (2, 2), (4, 2), (6, 3), (8, 1))
 LAYOUTS = ("bhsd", "bshd", "lanes apart", "shifted", "one row for all")
 SCALES = (None, None, None, 0.3, -0.2, 0.0)
+
+
+@contextlib.contextmanager
+def using(found: Native) -> Iterator[None]:
+    """The backend computes with this library instead of the one it would choose."""
+    with (
+        mock.patch.object(cpu.library, "native", lambda: found),
+        mock.patch.object(cpu, "native", lambda: found),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -143,8 +157,35 @@ def check(c: Case) -> dict[str, float]:
         torch.set_num_threads(threads)
 
 
-def sharp() -> list[dict[str, Any]]:
-    """Cases that random drawing might miss: each kind, dtype and unit, at shapes that no block divides."""
+def check_stats(c: Case) -> None:
+    """Sums and maxima of the weights, for an lse that is the case's own, against the reference in fp64."""
+    q, k, v = (x.double() for x in (c.q, c.k, c.v))
+    _, lse = sf.attention(q, k, v, c.plan, return_lse=True, backend="reference", **c.options)
+    for over, reduce in itertools.product(("key", "row", "entry", "diagonal"), ("sum", "max")):
+        want, got = (
+            sf.attention_stats(*x, lse, c.plan, over=over, reduce=reduce, backend=backend, **c.options)
+            for backend, x in (("reference", (q, k)), ("cpu", (c.q, c.k)))
+        )
+        error = (got.double() - want.double()).abs()
+        assert bool((error <= 2e-5 * (1 + want)).all()), (
+            f"{over} {reduce}: off by {error.max():.3g}, {c.line}"
+        )
+
+
+def hold(cases: Iterable[tuple[int, dict[str, Any]]]) -> tuple[int, list[str]]:
+    """Check cases by seed and what is fixed; how many there were, and what was wrong."""
+    wrong, n = [], 0
+    for seed, fixed in cases:
+        n += 1
+        try:
+            check(case(seed, **fixed))
+        except AssertionError as error:
+            wrong.append(str(error))
+    return n, wrong
+
+
+def sharp() -> list[tuple[int, dict[str, Any]]]:
+    """Cases that random drawing might miss, as seeds and what is fixed: every kind and dtype, odd shapes."""
     kinds, units = tuple(plans.KINDS), (1, 16, 40, 64)
     found = []
     for n, (Tq, D, Dv) in enumerate(((1, 17, 64), (63, 40, 17), (129, 64, 64), (129, 80, 40))):
@@ -168,7 +209,7 @@ def sharp() -> list[dict[str, Any]]:
     found += [{"kind": "dense", "Tq": 129, "D": 64, "scale": 0.0, "dtype": x} for x in DTYPES]
     found += [{"kind": kind, "Tq": 0} for kind in ("dense", "keep", "lists")]
     found += [{"kind": "dense", "Tq": 5, "Tk": 0}, {"kind": "buckets", "B": 0, "Tq": 9}]
-    return found
+    return [(1000 + n, fixed) for n, fixed in enumerate(found)]
 
 
 def main() -> None:
@@ -178,17 +219,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    cases = [(1000 + n, fixed) for n, fixed in enumerate(sharp())]
-    cases += [(seed, {}) for seed in range(*given.seeds)]
-    failed = 0
-    for seed, fixed in cases:
-        try:
-            check(case(seed, **fixed))
-        except AssertionError as error:
-            failed += 1
-            print(f"{error}\n", file=sys.stderr)
-    print(f"{len(cases) - failed} of {len(cases)} cases right, {cpu.status()[1]}")
-    sys.exit(failed > 0)
+    n, wrong = hold([*sharp(), *((seed, {}) for seed in range(*given.seeds))])
+    print("\n\n".join(wrong), file=sys.stderr)
+    print(f"{n - len(wrong)} of {n} cases right, {cpu.status()[1]}")
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The native library in a process of its own, perhaps of another architecture under an emulator.
 
-`Remote` has the entry points of the library that `backends.cpu` calls. It sends the C structure of a call and all
-the memory it points to through a pipe to cpu_driver.cpp, and writes what comes back where it belongs.
+`Remote` has the entry points of the library that `backends.cpu` calls. It sends the C structure of a call
+and all the memory it points to through a pipe to cpu_driver.cpp, and writes what comes back where it belongs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def make(folder: Path, level: str, compiler: list[str], flags: tuple[str, ...] |
         subprocess.Popen([*compiler, *build.COMMON, *extra, "-c", str(source), "-o", to])
         for (_, source, extra), to in zip(jobs, objects, strict=True)
     ]
-    assert not any([process.wait() for process in running])
+    assert [process.wait() for process in running] == [0, 0, 0]
     subprocess.run([*compiler, "-static", "-pthread", *objects, "-o", str(program)], check=True)
     return program
 
@@ -68,7 +68,11 @@ def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
     for offset, x, wide in tables:
         yield offset, x.data, wide * x.batch * x.heads * x.length
     words = plan.tile * -(-plan.unit // 32)
-    for name, items in (("spans", 2 * plan.spans_size), ("index", plan.index_size), ("bits", words * plan.bits_size)):
+    for name, items in (
+        ("spans", 2 * plan.spans_size),
+        ("index", plan.index_size),
+        ("bits", words * plan.bits_size),
+    ):
         yield at + getattr(call.NativePlan, name).offset, getattr(plan, name), 4 * items
 
 

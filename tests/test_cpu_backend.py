@@ -472,7 +472,7 @@ def sanitizer(name: str) -> str:
     return os.path.realpath(path)
 
 
-SANITIZED = ("portable", "avx512", "avx512bf16", "amx-emulated")
+SANITIZED = ("portable", "avx2", "avx512", "avx512bf16", "amx-emulated")
 
 
 @pytest.mark.slow

@@ -130,6 +130,16 @@ def test_a_damaged_library_is_built_again(fresh, copying, damage):
     assert library.sf_levels() == 1 and target.read_bytes() == whole
 
 
+def test_every_process_looks_for_the_same_library():
+    script = (
+        "from sparseflash.backends.cpu import build\n"
+        "print([build._names([level], ['/bin/sh']) for level in build.LEVELS.values()])"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(sf.__file__).parent.parent)}
+    run = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str([build._names([x], ["/bin/sh"]) for x in build.LEVELS.values()])
+
+
 def test_other_sources_flags_or_compilers_mean_another_library(fresh, monkeypatch, tmp_path):
     name, tool = build._names(PORTABLE, ["/bin/sh"])
     assert build._names([build.LEVELS["avx512"]], ["/bin/sh"])[0] != name
@@ -333,7 +343,7 @@ def test_cxx_may_hold_spaces_or_arguments(fresh, tool, monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "flags", "said"),
     [
-        ("avx9000", None, "expected one of portable, avx2, avx512, avx512bf16, amx, amx-emulated"),
+        ("avx9000", None, "expected one of portable, neon, avx2, avx512, avx512bf16, amx, amx-emulated"),
         ("amx", frozenset(), "this processor lacks amx_bf16, amx_tile,.*it runs portable$"),
     ],
 )
@@ -357,8 +367,46 @@ def test_levels_follow_the_processor(monkeypatch):
         monkeypatch.setattr(build, "cpu_flags", lambda: frozenset(flags))
         return [[level.name for level in levels] for levels in build.choices()]
 
-    assert names(full) == [["avx512", "amx"], ["avx512", "avx512bf16"], ["avx512"], ["avx2"], ["portable"]]
+    portable = [["portable"], ["portable"]]  # for this processor, and for any
+    assert names(full) == [["avx512", "amx"], ["avx512", "avx512bf16"], ["avx512"], ["avx2"], *portable]
     assert names(full - {"amx_tile"})[0] == ["avx512", "avx512bf16"]
-    assert names(build.LEVELS["avx512"].needs) == [["avx512"], ["avx2"], ["portable"]]
-    assert names({"avx2", "fma", "f16c"}) == [["avx2"], ["portable"]]
-    assert names({"avx2", "fma"}) == [["portable"]]
+    assert names(build.LEVELS["avx512"].needs) == [["avx512"], ["avx2"], *portable]
+    assert names({"avx2", "fma", "f16c"}) == [["avx2"], *portable]
+    assert names({"asimd"}) == [["neon"], *portable]
+    assert names({"avx2", "fma"}) == names({}) == portable
+    assert build.choices()[-1][0].flags == ()
+
+
+@pytest.mark.parametrize("name", build.LEVELS)
+def test_every_level_can_be_asked_for(monkeypatch, name):
+    level = build.LEVELS[name]
+    monkeypatch.setattr(build, "cpu_flags", lambda: level.needs)
+    monkeypatch.setenv("SPARSEFLASH_CPU_LEVEL", name)
+    first = build.choices()[0]
+    assert first == ([build.LEVELS["avx512"], level] if level.bf16 else [level])
+
+
+@pytest.mark.parametrize(
+    ("machine", "said", "chosen"),
+    [
+        ("arm64", "", "neon"),
+        ("x86_64", "FPU SSE AVX1.0 FMA F16C\nSMEP AVX2 BMI1\n", "avx2"),
+        ("x86_64", "", "portable"),
+    ],
+)
+def test_macs_are_asked_what_they_are(monkeypatch, machine, said, chosen):
+    monkeypatch.delenv("SPARSEFLASH_CPU_LEVEL", raising=False)
+    monkeypatch.setattr(build.sys, "platform", "darwin")
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said))
+    monkeypatch.setattr(build, "cpu_flags", build.cpu_flags.__wrapped__)
+    assert build.choices()[0][0].name == chosen
+
+
+def test_a_compiler_that_knows_no_native_builds_for_any_processor(fresh, tool, monkeypatch):
+    monkeypatch.setattr(build, "cpu_flags", frozenset)
+    tool('case "$*" in *-march=*) echo "unknown architecture" >&2; exit 1;; esac\nexec "$cxx" "$@" -O0')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cpu.native().names == ("portable",)
+    right()

@@ -1,49 +1,103 @@
-"""Every instruction-set level of the native backend against fp64, each in a process of its own."""
+"""Every instruction-set level of the native backend against fp64; other compilers, other processors."""
 
+import functools
 import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
-import sparseflash
+import cpu_cases
+import cpu_remote
 from sparseflash.backends.cpu import build
+from sparseflash.backends.cpu.library import Native
 
-CASES = Path(__file__).with_name("cpu_cases.py")
+pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler here")
 SEED = int(os.environ.get("SPARSEFLASH_SEED", "0"))
+RUNNABLE = [level for level in build.LEVELS.values() if level.needs <= build.cpu_flags()]
 
 
-def hold(level: str, seeds: tuple[int, int], **env: str) -> str:
-    """What cpu_cases.py says about a level; skips where the processor or the compiler cannot."""
-    missing = sorted(build.LEVELS[level].needs - build.cpu_flags())
+@functools.cache
+def libraries() -> dict[str, Native]:
+    """Levels that run here, out of two libraries: the one every program uses, and one of all the rest."""
+    first = build.choices()[0]
+    found = {}
+    for levels in (first, [level for level in RUNNABLE if level not in first]):
+        library, path = build.library(levels)
+        names = [library.sf_level_name(i).decode() for i in range(library.sf_levels())]
+        for level in levels:
+            at = names.index(level.source or level.name)
+            found[level.name] = Native(library, str(path), at, at, tuple(names))
+    return found
+
+
+def native(name: str) -> Native:
+    """A level by its name; skips where the processor lacks something."""
+    missing = sorted(build.LEVELS[name].needs - build.cpu_flags())
     if missing:
         pytest.skip(f"this processor lacks {', '.join(missing)}")
-    if build.find_compiler() is None:
-        pytest.skip("no C++ compiler here")
-    run = subprocess.run(
-        [sys.executable, str(CASES), "--seeds", *map(str, seeds)],
-        env={
-            **os.environ,
-            "SPARSEFLASH_CPU_LEVEL": level,
-            "PYTHONPATH": str(Path(sparseflash.__file__).parent.parent),
-            **env,
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-6000:]
-    return run.stdout
+    return libraries()[name]
 
 
-@pytest.mark.parametrize("level", build.LEVELS)
-def test_a_level_agrees_with_fp64(level):
-    said = hold(level, (100 * SEED, 100 * SEED + 12))
-    name = "amx" if level == "amx-emulated" else level
-    assert f"bf16: {level}," in said or f"bf16: {name}," in said, said
+def hold(found: Native, random_cases: range, *, bf16: bool = False) -> None:
+    """Hold a level to the sharp cases and to random ones; one with bf16 products runs only bf16."""
+    own = {"dtype": torch.bfloat16} if bf16 else {}
+    cases = [*cpu_cases.sharp(), *((seed, {}) for seed in random_cases)]
+    with cpu_cases.using(found):
+        _, wrong = cpu_cases.hold((seed, fixed | own) for seed, fixed in cases)
+    assert not wrong, "\n\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", build.LEVELS)
+def test_a_level_agrees_with_fp64(name):
+    hold(native(name), range(100 * SEED, 100 * SEED + 12), bf16=build.LEVELS[name].bf16)
+
+
+@pytest.mark.parametrize("name", build.LEVELS)
+def test_a_level_gives_the_statistics_of_the_weights(name):
+    dtype = torch.bfloat16 if build.LEVELS[name].bf16 else torch.float16
+    with cpu_cases.using(native(name)):
+        for seed, kind in enumerate(("lists", "buckets")):
+            cpu_cases.check_stats(
+                cpu_cases.case(seed, kind=kind, Tq=70, D=40, B=1, heads=(2, 1), dtype=dtype)
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", build.LEVELS)
-def test_a_level_agrees_with_fp64_over_many_cases(level):
-    hold(level, (10_000 + 1000 * SEED, 10_400 + 1000 * SEED))
+@pytest.mark.parametrize("name", build.LEVELS)
+def test_a_level_agrees_with_fp64_over_many_cases(name):
+    first = 10_000 + 1000 * SEED
+    hold(native(name), range(first, first + 400), bf16=build.LEVELS[name].bf16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_another_compiler_builds_the_same_levels(compiler, monkeypatch, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here: install it to try it")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("SPARSEFLASH_CACHE", str(tmp_path))
+    plain = replace(build.LEVELS["portable"], flags=())
+    for levels in ([plain], [level for level in RUNNABLE if level.name != "amx-emulated"]):
+        library, path = build.library(levels)
+        for at, level in enumerate(levels):
+            hold(Native(library, str(path), at, at, (level.name,)), range(SEED, SEED), bf16=level.bf16)
+
+
+@pytest.mark.slow
+def test_neon_agrees_with_fp64_on_an_emulated_processor(tmp_path):
+    """The shipped sources, compiled for AArch64, in a process of their own."""
+    compiler, emulator = (shutil.which(x) for x in ("aarch64-linux-gnu-g++", "qemu-aarch64"))
+    if not compiler or not emulator:
+        pytest.skip(
+            "needs a cross compiler and an emulator; on Debian: apt install g++-aarch64-linux-gnu qemu-user"
+        )
+    program = cpu_remote.make(tmp_path, "neon", [compiler], flags=("-march=armv8-a",))
+    remote = cpu_remote.Remote([emulator, str(program)])
+    found = Native(remote, str(program), 0, 0, ("neon",))
+    hold(found, range(20_000 + 100 * SEED, 20_060 + 100 * SEED))
+    with cpu_cases.using(found):
+        for seed, kind in enumerate(("lists", "buckets", "mask", "window")):
+            cpu_cases.check_stats(cpu_cases.case(seed, kind=kind, Tq=129, D=40, dtype=torch.float16))
+    remote.close()

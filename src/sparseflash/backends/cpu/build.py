@@ -304,7 +304,8 @@ def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
 
 def _names(levels: list[Level], compiler: list[str] | None) -> tuple[str, str]:
     """Say everything a library depends on, so that no stale one is found: sources and flags; compiler."""
-    about = hashlib.sha256(repr((COMMON, levels, platform.machine(), sorted(cpu_flags()))).encode())
+    made_of = [(level.name, level.source, level.flags) for level in levels]  # a set has no fixed order
+    about = hashlib.sha256(repr((COMMON, made_of, platform.machine(), sorted(cpu_flags()))).encode())
     for file in sorted(NATIVE.iterdir()):
         if file.suffix in (".cpp", ".h"):
             about.update(file.name.encode() + file.read_bytes())
