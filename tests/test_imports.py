@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "inputs": CORE,
     "ops": (*CORE, "dispatch", "inputs"),
     "statistics": (*CORE, "dispatch", "inputs"),
+    "linear": (*CORE, "dispatch", "inputs"),
     "varlen": OPS,
     "packing": (*CORE, "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),

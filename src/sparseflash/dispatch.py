@@ -82,6 +82,27 @@ class Backend(Protocol):
         """Statistics of P = exp(S - lse), [B,Hq,width]."""
         ...
 
+    def linear_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Out and the state after the last token."""
+        ...
+
+    def linear_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rate: Tensor | None,
+        initial: Tensor | None,
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v and the initial state."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendStatus:

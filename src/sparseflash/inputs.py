@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -167,6 +168,14 @@ def autocast(*tensors: Any) -> list[Any]:
     dtype = torch.get_autocast_dtype(kind)
     able = (torch.float32, torch.float16, torch.bfloat16)
     return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in able else x for x in tensors]
+
+
+def own_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)

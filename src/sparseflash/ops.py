@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -25,6 +24,7 @@ from .inputs import (
     check_sink,
     describe,
     is_real,
+    own_precision,
     state_dtype,
     unwatched,
 )
@@ -43,14 +43,6 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
-    kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -63,7 +55,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     alone = len(plans) == 1 and sink_logits is None
-    with _own_precision(q):
+    with own_precision(q):
         parts = [
             choose("forward", backend, q, k, v).forward(
                 q,
@@ -136,7 +128,7 @@ def _attention_backward(
     plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1
     state = state_dtype(q)
-    with _own_precision(q):
+    with own_precision(q):
         parts = [
             choose("backward", backend, q, k, v).backward(
                 dout,

@@ -10,6 +10,19 @@ from ...plan.flat import empty_like_layout
 from . import build
 from .call import CODES, View, call_of, view
 from .library import native, run
+from .linear import linear_backward, linear_forward
+
+__all__ = [
+    "NAME",
+    "backward",
+    "forward",
+    "linear_backward",
+    "linear_forward",
+    "native",
+    "refuse",
+    "stats",
+    "status",
+]
 
 NAME = "cpu"
 

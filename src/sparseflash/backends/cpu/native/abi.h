@@ -45,6 +45,18 @@ struct SfCall {
 
 enum SfOver : int32_t { SF_OVER_KEY = 0, SF_OVER_ROW = 1, SF_OVER_ENTRY = 2, SF_OVER_DIAGONAL = 3 };
 
+// Linear attention: B, Hq, T, D, Dv as above; a state is [B,Hq,D,Dv], fp32 and contiguous.
+struct SfLinear {
+    int64_t size;                      // of this structure, as the caller knows it
+    int64_t B, Hq, Hkv, T, D, Dv;
+    int32_t dtype, threads;
+    float scale;
+    SfView q, k, v, out, dout, dq, dk, dv;
+    const float *rate;                 // [Hq]: s in exp(-s * distance), or null
+    const float *first, *dlast;        // initial state, gradient of the final one; or null
+    float *last, *dfirst;              // final state (forward), gradient of the initial one (backward)
+};
+
 // Runs body(context, task, thread) for every task; threads share the tasks first come, first served.
 typedef void (*SfBody)(void *context, int64_t task, int thread);
 typedef void (*SfParallel)(int threads, int64_t tasks, SfBody body, void *context);
@@ -55,6 +67,8 @@ struct SfLevel {
     int (*forward)(const SfCall *call, SfParallel parallel);
     int (*backward)(const SfCall *call, SfParallel parallel);
     int (*stats)(const SfCall *call, SfParallel parallel);
+    int (*linear_forward)(const SfLinear *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
+    int (*linear_backward)(const SfLinear *call, SfParallel parallel);
 };
 
 // Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.

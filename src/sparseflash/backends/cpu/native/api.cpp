@@ -22,8 +22,12 @@
 #define SF_DECLARE(level)                                          \
     extern "C" int sf_forward_##level(const SfCall *, SfParallel);  \
     extern "C" int sf_backward_##level(const SfCall *, SfParallel); \
-    extern "C" int sf_stats_##level(const SfCall *, SfParallel);
-#define SF_LEVEL(level) {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level},
+    extern "C" int sf_stats_##level(const SfCall *, SfParallel);    \
+    extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
+    extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel);
+#define SF_LEVEL(level)                                                        \
+    {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, \
+     sf_linear_forward_##level, sf_linear_backward_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -206,6 +210,27 @@ int run(const SfCall *call, int level, Kind kind) {
     }
 }
 
+bool linear_ok(const SfLinear &c, bool backward) {
+    if (c.size != (int64_t)sizeof c) return false;
+    if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.T < 0 || c.T > INT32_MAX) return false;
+    if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    if (c.B == 0) return true;
+    if (!(backward ? c.dfirst : c.last)) return false;
+    if (c.T == 0) return true;
+    if (!view_ok(c.q) || !view_ok(c.k) || !view_ok(c.v)) return false;
+    return backward ? view_ok(c.dout) && view_ok(c.dq) && view_ok(c.dk) && view_ok(c.dv) : view_ok(c.out);
+}
+
+int run_linear(const SfLinear *call, int level, bool backward) {
+    if (!call || level < 0 || level >= N_LEVELS || !linear_ok(*call, backward)) return 3;
+    if (call->B == 0) return 0;
+    try {
+        return (backward ? LEVELS[level].linear_backward : LEVELS[level].linear_forward)(call, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
 // Released blocks wait here for the next call, up to KEPT bytes.
 struct Block { void *memory; int64_t bytes; };
 #if defined(__SANITIZE_ADDRESS__)  // blocks of their own size, so that one step too far is seen
@@ -291,6 +316,8 @@ SF_PUBLIC const char *sf_level_name(int level) { return level >= 0 && level < N_
 SF_PUBLIC int sf_forward(const SfCall *call, int level) { return run(call, level, FORWARD); }
 SF_PUBLIC int sf_backward(const SfCall *call, int level) { return run(call, level, BACKWARD); }
 SF_PUBLIC int sf_stats(const SfCall *call, int level) { return run(call, level, STATS); }
+SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_linear(call, level, false); }
+SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 
 // For tests: scratch is handed out full of NaN, so that reading it before writing shows.
 SF_PUBLIC void sf_poison(int on) { poison.store(on != 0); }

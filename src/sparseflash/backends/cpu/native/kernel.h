@@ -6,12 +6,21 @@
 #include "backward.h"
 #include "forward.h"
 #include "stats.h"
+#if !SF_HAS_BF16
+#include "linear.h"
+#endif
 
 #if SF_HAS_BF16
 #define SF_RUN(kind, level) \
     extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? kind<true>(*c, p) : 2; }
+#define SF_RUN_FP32(kind, call, level) \
+    extern "C" int sf_##kind##_##level(const call *, SfParallel) { return 2; }
 #else
 #define SF_RUN(kind, level) \
     extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return kind<false>(*c, p); }
+#define SF_RUN_FP32(kind, call, level) \
+    extern "C" int sf_##kind##_##level(const call *c, SfParallel p) { return kind(*c, p); }
 #endif
-#define SF_EXPORT(level) SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level)
+#define SF_EXPORT(level)                                          \
+    SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level) \
+    SF_RUN_FP32(linear_forward, SfLinear, level) SF_RUN_FP32(linear_backward, SfLinear, level)

@@ -1,61 +1,17 @@
-"""The definition of every op: plain PyTorch in fp32 (fp64 for fp64), tile by tile so that memory stays O(T).
-
-Visits what the plan visits and nothing else. Runs on any device; this is what the fast backends are held to.
-"""
+"""Softmax attention over a plan, its gradients and its statistics."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..plan import Plan
-from ..plan.flat import empty_like_layout
-from ..plan.lists import TileView, tile_parts, tile_view
+from ...plan import Plan
+from ...plan.flat import empty_like_layout
+from ...plan.lists import TileView, tile_parts, tile_view
+from .rows import Rows
 
-NAME = "reference"
 STREAMED = 1 << 19
 """Pairs whose weights `stats` holds at a time."""
-
-
-def status() -> tuple[bool, str]:
-    """Usable everywhere."""
-    return True, "plain PyTorch, any device and dtype; the definition, not fast"
-
-
-def refuse(*tensors: Tensor) -> list[str]:
-    """Reasons why a call cannot run here: none."""
-    return []
-
-
-class _Rows:
-    """Rows of [B,H,T,D] tensors gathered and scattered by token number; -1 reads and writes nothing."""
-
-    def __init__(self, token: Tensor, heads: int):
-        batch, own = token.shape[:2]
-        self.token = token
-        self.batch = torch.arange(batch, device=token.device)[:, None, None]
-        self.head = (torch.arange(own, device=token.device) * heads // own)[None, :, None]
-        self.real = token >= 0
-
-    def _slot(self, x: Tensor) -> Tensor:
-        return self.batch if x.shape[0] > 1 else torch.zeros_like(self.batch)  # a pool serves all sequences
-
-    def read(self, x: Tensor, dtype: torch.dtype, alive: Tensor | None = None) -> Tensor:
-        if not x.shape[2]:  # no tokens: all lanes are empty
-            return x.new_zeros((*self.token.shape, *x.shape[3:]), dtype=dtype)
-        rows = x[self._slot(x), self.head, self.token.clamp(min=0)].to(dtype)
-        alive = self.real if alive is None else alive
-        return torch.where(alive[..., None] if rows.dim() == 4 else alive, rows, 0)
-
-    def write(self, into: Tensor, rows: Tensor) -> None:
-        at = self.real.nonzero(as_tuple=True)
-        into[at[0], at[1], self.token[at]] = rows[at].to(into.dtype)
-
-    def add(self, into: Tensor, rows: Tensor) -> None:
-        T = into.shape[2]
-        flat = (self._slot(into) * into.shape[1] + self.head) * T + self.token
-        real = self.real
-        into.view(-1, *into.shape[3:]).index_add_(0, flat[real], rows[real])
 
 
 def _logits(
@@ -72,10 +28,10 @@ def _logits(
     return s.masked_fill(~view.keep, float("-inf")), bent
 
 
-def _bias_rows(key_bias: Tensor | None, keys: _Rows, heads: int, dtype: torch.dtype) -> Tensor | None:
+def _bias_rows(key_bias: Tensor | None, keys: Rows, heads: int, dtype: torch.dtype) -> Tensor | None:
     if key_bias is None:
         return None
-    rows = _Rows(keys.token, key_bias.shape[1])
+    rows = Rows(keys.token, key_bias.shape[1])
     return rows.read(key_bias.expand(keys.token.shape[0], -1, -1), dtype)
 
 
@@ -101,9 +57,9 @@ def forward(
             continue
         seen = view.keep.any(-2)  # keys nobody sees may hold anything
         queries, keys, values = (
-            _Rows(view.q_token, H),
-            _Rows(view.k_token, k.shape[1]),
-            _Rows(view.k_token, v.shape[1]),
+            Rows(view.q_token, H),
+            Rows(view.k_token, k.shape[1]),
+            Rows(view.k_token, v.shape[1]),
         )
         s, _ = _logits(
             queries.read(q, work),
@@ -147,9 +103,9 @@ def backward(
             continue
         seen, live = view.keep.any(-2), view.keep.any(-1)
         queries, keys, values = (
-            _Rows(view.q_token, H),
-            _Rows(view.k_token, k.shape[1]),
-            _Rows(view.k_token, v.shape[1]),
+            Rows(view.q_token, H),
+            Rows(view.k_token, k.shape[1]),
+            Rows(view.k_token, v.shape[1]),
         )
         qr, kr, vr = queries.read(q, work, live), keys.read(k, work, seen), values.read(v, work, seen)
         do = queries.read(dout, work, live)
@@ -163,7 +119,7 @@ def backward(
         ds = p * (do @ vr.transpose(-1, -2) - delta[..., None])
         values.add(dv, p.transpose(-1, -2) @ do)
         if dbias is not None:
-            _Rows(view.k_token, H).add(dbias, ds.sum(-2))
+            Rows(view.k_token, H).add(dbias, ds.sum(-2))
         if bent is not None:
             ds = ds * (1 - bent * bent)
         queries.write(dq, ds @ kr * scale)
@@ -197,7 +153,7 @@ def stats(
         if not view.keep.shape[-1]:
             continue
         seen, live = view.keep.any(-2), view.keep.any(-1)
-        queries, keys = _Rows(view.q_token, H), _Rows(view.k_token, k.shape[1])
+        queries, keys = Rows(view.q_token, H), Rows(view.k_token, k.shape[1])
         s, _ = _logits(
             queries.read(q, work, live),
             keys.read(k, work, seen),

@@ -1,0 +1,85 @@
+"""Linear attention on the CPU: `native/linear.h`, fp32 arithmetic whatever the storage type."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...plan.flat import empty_like_layout
+from .call import CODES, SMALL, View, view
+from .library import run
+
+
+class Call(ctypes.Structure):
+    """SfLinear."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "B", "Hq", "Hkv", "T", "D", "Dv")]
+        + [("dtype", ctypes.c_int32), ("threads", ctypes.c_int32), ("scale", ctypes.c_float)]
+        + [(n, View) for n in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")]
+        + [(n, ctypes.c_void_p) for n in ("rate", "first", "dlast", "last", "dfirst")]
+    )
+
+
+def _address(x: Tensor | None, keep: list[Tensor]) -> int | None:
+    """Where a tensor lies as contiguous fp32; what had to be copied for it is added to `keep`."""
+    if x is None:
+        return None
+    x = x.detach().to(torch.float32).contiguous()
+    keep.append(x)
+    return x.data_ptr()
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    keep: list[Tensor],
+) -> Call:
+    c = Call(size=ctypes.sizeof(Call), dtype=CODES[q.dtype], scale=scale, q=view(q), k=view(k), v=view(v))
+    (c.B, c.Hq, c.T, c.D), c.Hkv, c.Dv = q.shape, k.shape[1], v.shape[3]
+    work = c.B * c.Hq * c.T * (c.D + c.Dv) * 64
+    c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
+    c.rate, c.first = _address(rate, keep), _address(initial, keep)
+    return c
+
+
+def linear_forward(
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [B,Hq,T,Dv] and the state after the last token, fp32 [B,Hq,D,Dv]."""
+    keep: list[Tensor] = []
+    call = _call(q, k, v, rate, initial, scale, keep)
+    out = empty_like_layout(q, v.shape[3])
+    last = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    call.out, call.last = view(out), last.data_ptr()
+    run("sf_linear_forward", call, torch.float32)
+    return out, last
+
+
+def linear_backward(
+    dout: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor | None,
+    initial: Tensor | None,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtype of the inputs, and the gradient of the initial state in fp32."""
+    keep: list[Tensor] = []
+    call = _call(q, k, v, rate, initial, scale, keep)
+    dout = dout.to(q.dtype)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dinitial = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
+    call.dlast, call.dfirst = _address(dstate, keep), dinitial.data_ptr()
+    run("sf_linear_backward", call, torch.float32)
+    return dq, dk, dv, dinitial

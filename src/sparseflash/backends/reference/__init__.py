@@ -1,0 +1,23 @@
+"""The definition of every op: plain PyTorch, fp32 (fp64 for fp64), in pieces so that memory stays O(T).
+
+Visits what the plan visits and nothing else. Runs on any device; this is what the fast backends are held to.
+"""
+
+from torch import Tensor
+
+from .linear import linear_backward, linear_forward
+from .softmax import backward, forward, stats
+
+__all__ = ["NAME", "backward", "forward", "linear_backward", "linear_forward", "refuse", "stats", "status"]
+
+NAME = "reference"
+
+
+def status() -> tuple[bool, str]:
+    """Usable everywhere."""
+    return True, "plain PyTorch, any device and dtype; the definition, not fast"
+
+
+def refuse(*tensors: Tensor) -> list[str]:
+    """Reasons why a call cannot run here: none."""
+    return []

@@ -1,0 +1,197 @@
+"""`linear_attention`: causal attention without a softmax, with a decay per head and a state to carry on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .errors import SparseFlashError, require
+from .inputs import (
+    as_backend,
+    autocast,
+    check_inputs,
+    describe,
+    is_finite,
+    is_real,
+    own_precision,
+    state_dtype,
+    unwatched,
+)
+from .plan.flat import empty_like_layout
+
+
+def _check_rates(rate: Tensor | None) -> None:
+    """Values, where looking at them costs no synchronisation."""
+    if rate is not None and rate.device.type == "cpu" and not bool((rate.isfinite() & (rate >= 0)).all()):
+        raise SparseFlashError(
+            f"decay_rate={rate.tolist()}: expected finite numbers >= 0: s in exp(-s * distance), not the "
+            "factor and not its logarithm"
+        )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check_rates(rate)
+    run = choose("linear_forward", backend, q, k, v).linear_forward
+    with own_precision(q):
+        return run(q, k, v, rate, initial, scale=scale)
+
+
+_linear = torch.library.custom_op("sparseflash::linear_attention", _forward, mutates_args=())
+
+
+@_linear.register_fake
+def _(q: Any, k: Any, v: Any, rate: Any, initial: Any, scale: Any, backend: Any) -> tuple[Tensor, Tensor]:
+    state = q.new_empty((q.shape[0], q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q))
+    return empty_like_layout(q, v.shape[-1]), state
+
+
+@torch.library.custom_op("sparseflash::linear_attention_backward", mutates_args=())
+def _linear_backward(
+    dout: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = choose("linear_backward", backend, q, k, v).linear_backward
+    with own_precision(q):
+        dq, dk, dv, dinitial = run(dout, dstate, q, k, v, rate, initial, scale=scale)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dinitial
+
+
+@_linear_backward.register_fake
+def _(
+    dout: Any, dstate: Any, q: Any, k: Any, v: Any, rate: Any, initial: Any, scale: Any, backend: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=state_dtype(q))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, rate, initial, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, rate, initial)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, rate, initial = ctx.saved_tensors
+    dout = q.new_zeros(*q.shape[:3], v.shape[3]) if dout is None else dout
+    dq, dk, dv, dinitial = _linear_backward(dout, dstate, q, k, v, rate, initial, ctx.scale, ctx.backend)
+    return dq, dk, dv, None, None if initial is None else dinitial, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay_rate: Tensor | None = None,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal linear attention with a decay per head: no softmax, constant time and memory per token.
+
+    `out[t] = scale * sum over j <= t of exp(-s (t - j)) (q[t].k[j]) v[j]`: the attention of TransNormerLLM
+    and RetNet, computed as in Lightning Attention-2 (Qin et al. 2024, arXiv 2401.04658, algorithms 1 and 2).
+    There is no denominator: models normalise the output, and usually put SiLU on q and k. Exact, in chunks:
+    a masked product inside a chunk, a state [D,Dv] from chunk to chunk; time is linear in T.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        `[B,Hq,T,D]`, `[B,Hkv,T,D]`, `[B,Hkv,T,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16, bf16
+        (fp64 on the reference backend). D and Dv up to 256.
+    decay_rate : Tensor, optional
+        `[Hq]`, s >= 0 per token and head: a pair n tokens apart counts exp(-s n). None is 0, no decay. A
+        constant, without gradient.
+    scale : float
+        Factor of the scores: 1, as in the paper (softmax attention divides by sqrt(D) instead).
+    initial_state : Tensor, optional
+        `[B,Hq,D,Dv]`: the state that earlier tokens left, with gradient.
+    return_state : bool
+        Also return the state after the last token: `sum over j of exp(-s (T - 1 - j)) k[j] v[j]^T`, fp32
+        `[B,Hq,D,Dv]`, differentiable. Given to the next call it makes chunks, or single tokens, chain.
+    backend : str, optional
+        "reference" or "cpu"; None chooses the fastest usable one.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        out `[B,Hq,T,Dv]`, and the state.
+
+    Raises
+    ------
+    SparseFlashError
+        Saying what was given, what was expected and how to mend it.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 4, 300, 32)
+    >>> slow = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    >>> out = sf.linear_attention(q, k, v, decay_rate=slow)
+    >>> past = [x[:, :, :299] for x in (q, k, v)]
+    >>> _, state = sf.linear_attention(*past, decay_rate=slow, return_state=True)
+    >>> last = [x[:, :, 299:] for x in (q, k, v)]
+    >>> step = sf.linear_attention(*last, decay_rate=slow, initial_state=state)
+    >>> torch.testing.assert_close(step, out[:, :, 299:], atol=1e-4, rtol=1e-4)
+    """
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
+    (B, H, T, D), Dv = q.shape, v.shape[3]
+    require(
+        (
+            k.shape[2] == T,
+            f"q has {T} tokens, k and v {k.shape[2]}: expected as many; earlier keys are a state",
+        ),
+        (
+            k.shape[0] == B,
+            f"q has batch size {B}, k and v {k.shape[0]}: expected the same (there are no pools)",
+        ),
+        (is_finite(scale), f"scale={scale!r}: expected a finite number"),
+        (isinstance(return_state, bool), f"return_state={return_state!r}: expected True or False"),
+    )
+    if decay_rate is not None:
+        require(
+            (
+                is_real(decay_rate, (H,), q.device),
+                f"decay_rate: {describe(decay_rate)}; expected floating point [Hq={H}] on {q.device}",
+            )
+        )
+        require(
+            (
+                not (decay_rate.requires_grad and torch.is_grad_enabled()),
+                "decay_rate requires a gradient and there is none for it: give decay_rate.detach()",
+            )
+        )
+    if initial_state is not None:
+        require(
+            (
+                is_real(initial_state, (B, H, D, Dv), q.device),
+                f"initial_state: {describe(initial_state)}; expected floating point [B={B}, Hq={H}, D={D}, "
+                f"Dv={Dv}] on {q.device}, as return_state=True gives it",
+            )
+        )
+        initial_state = initial_state.to(state_dtype(q))
+    run = _forward if unwatched(q, k, v, decay_rate, initial_state) else _linear
+    out, state = run(q, k, v, decay_rate, initial_state, float(scale), as_backend(backend))
+    return (out, state) if return_state else out
