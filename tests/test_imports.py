@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "ops": (*CORE, "dispatch", "inputs"),
     "statistics": (*CORE, "dispatch", "inputs"),
     "linear": (*CORE, "dispatch", "inputs"),
+    "pointwise": (*CORE, "dispatch", "inputs"),
     "varlen": OPS,
     "packing": (*CORE, "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),

@@ -11,6 +11,7 @@ from .methods.training.qk_sparse import qk_sparse_attention
 from .ops import attention, attention_backward, merge
 from .packing import PackingCollator, cu_seqlens_of
 from .plan import Plan
+from .pointwise import pointwise_attention
 from .statistics import attention_stats
 from .varlen import attention_varlen
 
@@ -32,5 +33,6 @@ __all__ = [
     "linear_attention",
     "merge",
     "methods",
+    "pointwise_attention",
     "qk_sparse_attention",
 ]

@@ -103,6 +103,37 @@ class Backend(Protocol):
         """Gradients of q, k, v and the initial state."""
         ...
 
+    def pointwise_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        *,
+        activation: str,
+        scale: float,
+        out_scale: float,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Out."""
+        ...
+
+    def pointwise_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        *,
+        activation: str,
+        scale: float,
+        out_scale: float,
+        grad_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendStatus:

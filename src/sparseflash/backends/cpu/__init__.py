@@ -11,6 +11,7 @@ from . import build
 from .call import CODES, View, call_of, view
 from .library import native, run
 from .linear import linear_backward, linear_forward
+from .pointwise import pointwise_backward, pointwise_forward
 
 __all__ = [
     "NAME",
@@ -19,6 +20,8 @@ __all__ = [
     "linear_backward",
     "linear_forward",
     "native",
+    "pointwise_backward",
+    "pointwise_forward",
     "refuse",
     "stats",
     "status",

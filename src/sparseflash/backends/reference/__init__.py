@@ -6,9 +6,21 @@ Visits what the plan visits and nothing else. Runs on any device; this is what t
 from torch import Tensor
 
 from .linear import linear_backward, linear_forward
+from .pointwise import pointwise_backward, pointwise_forward
 from .softmax import backward, forward, stats
 
-__all__ = ["NAME", "backward", "forward", "linear_backward", "linear_forward", "refuse", "stats", "status"]
+__all__ = [
+    "NAME",
+    "backward",
+    "forward",
+    "linear_backward",
+    "linear_forward",
+    "pointwise_backward",
+    "pointwise_forward",
+    "refuse",
+    "stats",
+    "status",
+]
 
 NAME = "reference"
 

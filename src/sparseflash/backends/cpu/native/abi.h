@@ -41,7 +41,11 @@ struct SfCall {
     int32_t over, peak; // statistics: what over (SfOver), and whether the largest instead of the sum
     float *stat;        // [B,Hq,stat_width]
     int64_t stat_width, entry_width;
+    int32_t weights;    // what a score becomes (SfWeights); other than a softmax: no lse, bias or softcap
+    float out_scale;    // factor of the weights that are no softmax
 };
+
+enum SfWeights : int32_t { SF_SOFTMAX = 0, SF_SILU = 1, SF_RELU2 = 2 };
 
 enum SfOver : int32_t { SF_OVER_KEY = 0, SF_OVER_ROW = 1, SF_OVER_ENTRY = 2, SF_OVER_DIAGONAL = 3 };
 

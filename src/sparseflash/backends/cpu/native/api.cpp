@@ -185,8 +185,12 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (!table_ok(c.key_bias, c, c.Hq, c.Tk)) return false;
     if (!table_ok(p.head_window, c, c.Hq, 2) || !table_ok(p.head_sink, c, c.Hq, 1)) return false;
     if (p.q_shift.data && p.q_shift.batch != 1 && p.q_shift.batch != c.B) return false;
+    if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
+    const bool softmax = c.weights == SF_SOFTMAX;
+    if (!softmax && (kind == STATS || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
-    if (some_q && (!view_ok(c.q) || !c.lse || (kind != STATS && !view_ok(c.out)))) return false;
+    if (some_q && (!view_ok(c.q) || (softmax && !c.lse))) return false;
+    if (some_q && kind != STATS && (softmax || !backward) && !view_ok(c.out)) return false;
     if (some_k && (!view_ok(c.k) || (kind != STATS && !view_ok(c.v)))) return false;
     if (kind == STATS) {
         const int64_t widths[] = {c.Tk, c.Tq, p.tiles * c.entry_width, c.Tq + c.Tk - 1};

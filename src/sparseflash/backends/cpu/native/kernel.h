@@ -5,19 +5,32 @@
 #pragma once
 #include "backward.h"
 #include "forward.h"
+#include "pointwise.h"
 #include "stats.h"
 #if !SF_HAS_BF16
 #include "linear.h"
 #endif
 
+namespace {
+
+template <bool BF> int run_forward(const SfCall &c, SfParallel parallel) {
+    return c.weights == SF_SOFTMAX ? forward<BF>(c, parallel) : pointwise_forward<BF>(c, parallel);
+}
+template <bool BF> int run_backward(const SfCall &c, SfParallel parallel) {
+    return c.weights == SF_SOFTMAX ? backward<BF>(c, parallel) : pointwise_backward<BF>(c, parallel);
+}
+template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return stats<BF>(c, parallel); }
+
+}  // namespace
+
 #if SF_HAS_BF16
 #define SF_RUN(kind, level) \
-    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? kind<true>(*c, p) : 2; }
+    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? run_##kind<true>(*c, p) : 2; }
 #define SF_RUN_FP32(kind, call, level) \
     extern "C" int sf_##kind##_##level(const call *, SfParallel) { return 2; }
 #else
 #define SF_RUN(kind, level) \
-    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return kind<false>(*c, p); }
+    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return run_##kind<false>(*c, p); }
 #define SF_RUN_FP32(kind, call, level) \
     extern "C" int sf_##kind##_##level(const call *c, SfParallel p) { return kind(*c, p); }
 #endif

@@ -1,0 +1,62 @@
+"""Pointwise attention on the native library: the kernels of attention with another weight for a score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+from ...plan.flat import empty_like_layout
+from .call import CODES, call_of, view
+from .library import run
+
+WEIGHTS = {"silu": 1, "relu2": 2}
+
+
+def pointwise_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    activation: str,
+    scale: float,
+    out_scale: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """out [B,Hq,Tq,Dv] of `out_dtype`."""
+    keep: list[Tensor] = []
+    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    out = empty_like_layout(q, v.shape[-1], out_dtype)
+    if plan.q_order is not None:  # tokens that no row names see nothing
+        out.zero_()
+    call.weights, call.out_scale = WEIGHTS[activation], out_scale
+    call.out_dtype, call.out = CODES[out_dtype], view(out)
+    run("sf_forward", call, q.dtype)
+    return out
+
+
+def pointwise_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    activation: str,
+    scale: float,
+    out_scale: float,
+    grad_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `grad_dtype`."""
+    keep: list[Tensor] = []
+    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    dout = dout.to(q.dtype)
+    make = torch.empty if plan.q_order is None else torch.zeros
+    dq = make(q.shape, dtype=grad_dtype)
+    dk, dv = torch.empty(k.shape, dtype=grad_dtype), torch.empty(v.shape, dtype=grad_dtype)
+    call.weights, call.out_scale = WEIGHTS[activation], out_scale
+    call.grad_dtype, call.dout = CODES[grad_dtype], view(dout)
+    call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
+    run("sf_backward", call, q.dtype)
+    return dq, dk, dv

@@ -1,0 +1,205 @@
+"""`pointwise_attention`: a weight for every visible pair, without a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .errors import SparseFlashError, require
+from .inputs import (
+    Plans,
+    as_backend,
+    as_plans,
+    as_scale,
+    autocast,
+    check_inputs,
+    check_plan,
+    is_finite,
+    own_precision,
+    state_dtype,
+)
+from .plan import Plan
+from .plan.flat import empty_like_layout, flatten_all, unflatten_all
+
+Activation = Literal["silu", "relu2"]
+
+
+@torch.library.custom_op("sparseflash::pointwise_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    activation: str,
+    scale: float,
+    out_scale: float,
+    backend: str,
+) -> Tensor:
+    plans = unflatten_all(plan_tensors, plan_ints)
+    wide = q.dtype if len(plans) == 1 else state_dtype(q)
+    with own_precision(q):
+        total, *parts = (
+            choose("pointwise_forward", backend, q, k, v).pointwise_forward(
+                q, k, v, plan, activation=activation, scale=scale, out_scale=out_scale, out_dtype=wide
+            )
+            for plan in plans
+        )
+    for part in parts:
+        total += part
+    return total.to(q.dtype)
+
+
+@_forward.register_fake
+def _(
+    q: Any,
+    k: Any,
+    v: Any,
+    plan_tensors: Any,
+    plan_ints: Any,
+    activation: Any,
+    scale: Any,
+    out_scale: Any,
+    backend: Any,
+) -> Tensor:
+    return empty_like_layout(q, v.shape[-1])
+
+
+@torch.library.custom_op("sparseflash::pointwise_attention_backward", mutates_args=())
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    activation: str,
+    scale: float,
+    out_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plans = unflatten_all(plan_tensors, plan_ints)
+    wide = q.dtype if len(plans) == 1 else state_dtype(q)
+    with own_precision(q):
+        total, *parts = (
+            choose("pointwise_backward", backend, q, k, v).pointwise_backward(
+                dout, q, k, v, plan, activation=activation, scale=scale, out_scale=out_scale, grad_dtype=wide
+            )
+            for plan in plans
+        )
+    for part in parts:
+        for x, y in zip(total, part, strict=True):
+            x += y
+    dq, dk, dv = (x.to(q.dtype) for x in total)
+    return dq, dk, dv
+
+
+@_gradients.register_fake
+def _(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    plan_tensors: Any,
+    plan_ints: Any,
+    activation: Any,
+    scale: Any,
+    out_scale: Any,
+    backend: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, tensors, ctx.ints, *ctx.options = inputs
+    ctx.slots = len(tensors)
+    ctx.save_for_backward(q, k, v, *tensors)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    q, k, v, *tensors = ctx.saved_tensors
+    grads = _gradients(dout, q, k, v, tensors, ctx.ints, *ctx.options)
+    return (*grads, [None] * ctx.slots, None, None, None, None, None)
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def pointwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plans | None = None,
+    *,
+    activation: Activation = "silu",
+    causal: bool = False,
+    scale: float | None = None,
+    out_scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Attention whose weights are a function of their own score: `O = out_scale * sum of f(scale * q k) v`.
+
+    No softmax, so no weight depends on another: what recommenders attend with (HSTU: silu), and a known
+    replacement of the softmax (squared ReLU). Same plans, kernels and promises as `sparseflash.attention`.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, as in `sparseflash.attention`.
+    plan : Plan or tuple of Plan, optional
+        What is seen; the results of several plans add up. None: dense.
+    activation : "silu" or "relu2"
+        f: `x / (1 + exp(-x))`, or `max(x, 0)^2`.
+    causal : bool
+        Only without a plan: query i sees keys 0..i.
+    scale : float, optional
+        Factor of the scores, 1/sqrt(D) by default.
+    out_scale : float
+        Factor of the weights, applied before any rounding; HSTU has 1 / longest length.
+    backend : str, optional
+        As in `sparseflash.attention`.
+
+    Returns
+    -------
+    Tensor
+        `[B,Hq,Tq,Dv]`: 0 for a query that sees nothing.
+
+    References
+    ----------
+    Zhai et al., Actions speak louder than words (https://arxiv.org/abs/2402.17152); Hua et al., Transformer
+    quality in linear time (https://arxiv.org/abs/2202.10447).
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 100, 32)
+    >>> out = sf.pointwise_attention(q, k, v, causal=True, out_scale=1 / 100)
+    >>> weights = torch.nn.functional.silu(q @ k.mT / 32**0.5).tril()
+    >>> torch.allclose(out, weights @ v / 100, atol=1e-5)
+    True
+    """
+    require(
+        (activation in ("silu", "relu2"), f"activation={activation!r}: expected 'silu' or 'relu2'"),
+        (isinstance(causal, bool), f"causal={causal!r}: expected True or False"),
+        (
+            plan is None or not causal,
+            "plan together with causal=True: causality belongs to the plan: Plan.dense(Tq, Tk, causal=True)",
+        ),
+    )
+    if not is_finite(out_scale):
+        raise SparseFlashError(f"out_scale={out_scale!r}: expected a finite number")
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
+    if plan is None:
+        plan = Plan.dense(q.shape[2], k.shape[2], causal=causal, device=q.device)
+    plans = as_plans(plan)
+    for one in plans:
+        check_plan(one, q, k)
+    tensors, ints = flatten_all(plans)
+    factor, name = as_scale(scale, q.shape[-1]), as_backend(backend)
+    out: Tensor = _forward(q, k, v, tensors, ints, activation, factor, float(out_scale), name)
+    return out
