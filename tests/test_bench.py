@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("safetensors")
 
-from sparseflash.bench import curves, kernels, machine, results
+from sparseflash.backends.cpu import build
+from sparseflash.bench import curves, kernels, levels, machine, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
@@ -116,3 +117,15 @@ def test_the_kernel_table_has_both_directions_of_every_case_over_one_baseline():
     assert len({row["ms_sdpa"] for row in rows}) == 2
     assert all(row["ratio"] == row["ms_sdpa"] / row["ms"] for row in rows)
     assert rows[0]["density"] == 1.0 > rows[1]["density"] > 0.4
+
+
+@pytest.mark.slow
+def test_each_level_is_measured_at_its_own_instructions():
+    names = levels.runnable()[:2]
+    rows = levels.measure_levels(names, shapes=[(64, 16)], rounds=1)
+    kinds = ("dense, forward", "dense, backward")
+    assert [(row["level"], row["case"]) for row in rows] == [(name, kind) for name in names for kind in kinds]
+    assert all(row["ratio"] == pytest.approx(row["ms_sdpa"] / row["ms"]) for row in rows)
+    lacking = next(name for name, x in build.LEVELS.items() if not x.needs <= build.cpu_flags())
+    with pytest.raises(SparseFlashError, match=f"level {lacking}: .*this processor lacks"):
+        levels.measure_levels([lacking], shapes=[(64, 16)])

@@ -315,6 +315,21 @@ def bench_kernel_table(
     session.kernel_table(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
 
 
+@bench.command("levels")
+def bench_levels(
+    out: Out = RESULTS / "levels.csv",
+    levels: Annotated[
+        str, typer.Option(help="Names with commas between; by default all that run here.")
+    ] = "",
+    rounds: Rounds = 3,
+    minutes: Minutes = 5.0,
+) -> None:
+    """Compare each instruction-set level of the CPU backend with torch SDPA held to the same instructions."""
+    from sparseflash.bench import session
+
+    session.levels(out, names=_words(levels), rounds=rounds, minutes=minutes)
+
+
 @bench.command("step")
 def bench_step(
     out: Out = RESULTS / "step.csv",

@@ -106,15 +106,16 @@ SHAPES = (
 def measure(
     *,
     shapes: Sequence[Shape] = SHAPES,
-    dtypes: tuple[str, ...] = ("fp32", "bf16"),
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    scaling: bool = True,
     rounds: int = 7,
     minutes: float = 5.0,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Measure ``ms_sdpa / ms`` forward and backward; ``density`` is that of the plan.
 
-    The last rows compare the dense kernels on one thread with the same on all: there, ``ms_sdpa`` is empty
-    and ``ratio`` is the speed-up.
+    With `scaling`, the last rows of the first shape compare the dense kernels on one thread with the same on
+    all: there, ``ms_sdpa`` is empty and ``ratio`` is the speed-up.
     """
     rows: list[Row] = []
     groups = [(shape, dtype) for shape in shapes for dtype in dtypes]
@@ -126,7 +127,7 @@ def measure(
             ours = _of(plan)
             runs[f"{label}, forward"] = forward(ours, q, k, v)
             runs[f"{label}, backward"] = backward(ours, q, k, v, dout)
-        alone = shape is shapes[0] and "dense" in plans and torch.get_num_threads() > 1
+        alone = scaling and shape is shapes[0] and "dense" in plans and torch.get_num_threads() > 1
         if alone:
             ours = _of(causal(shape.length, shape.heads))
             runs["one thread, forward"] = _alone(forward(ours, q, k, v))

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparseflash.bench import cases, results
 from sparseflash.bench import curves as curves_
 from sparseflash.bench import kernels as kernels_
+from sparseflash.bench import levels as levels_
 from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
 from sparseflash.bench import table as table_
@@ -59,6 +60,19 @@ def kernel_table(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: floa
         lambda on_run: kernels_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "dtype", "T", "heads", "dim", "density", "ms_sdpa", "ms", "ratio"))
+
+
+def levels(out: Path, *, names: Sequence[str], rounds: int, minutes: float) -> None:
+    """Measure the instruction-set levels into `out`."""
+    able = levels_.runnable()
+    for name in names:
+        if name not in able:
+            raise SparseFlashError(f"--levels {name!r} does not run here; choose from: {', '.join(able)}")
+    rows = _watch(
+        "levels",
+        lambda on_run: levels_.measure_levels(names or able, rounds=rounds, minutes=minutes, on_run=on_run),
+    )
+    _finish(rows, out, ("level", "case", "dtype", "T", "dim", "ms_sdpa", "ms", "ratio"))
 
 
 def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:
