@@ -185,6 +185,8 @@ def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
             said.append(f"{name}: {module}")
             continue
         reasons = module.refuse(*tensors) if hasattr(module, op) else [f"has no {op}"]
+        if not wanted and not reasons and (caution := getattr(module, "CAUTION", "")):
+            reasons = [caution]
         if not reasons:
             return module
         said += [f"{name}: {reason}" for reason in reasons]

@@ -1,0 +1,168 @@
+"""Triton backend: exact flash attention over any plan, for NVIDIA and AMD GPUs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...plan import Plan
+from ...plan.flat import empty_like_layout
+from .columns import columns_kernel
+from .common import INTERPRETED
+from .launch import Arguments, column_blocks, found, power_of_two, row_blocks, unit_readers
+from .rows import rows_kernel
+
+NAME = "triton"
+CAUTION = "has been checked in the interpreter, but not yet on a card: ask for it with backend='triton'"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def status() -> tuple[bool, str]:
+    """Whether there is a GPU (or the interpreter stands in for one)."""
+    if INTERPRETED.value:
+        return True, f"Triton {triton.__version__}, interpreted on the CPU: for tests, slow"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA or ROCm device"
+    return True, f"Triton {triton.__version__}, {torch.cuda.get_device_name()}"
+
+
+def refuse(*tensors: Tensor) -> list[str]:
+    """Reasons why an op on these tensors cannot run here."""
+    q, reasons = tensors[0], []
+    if INTERPRETED.value:
+        if q.device.type != "cpu":
+            reasons.append(f"tensors are on {q.device}, and TRITON_INTERPRET=1 runs kernels on the CPU")
+        if q.dtype == torch.bfloat16:
+            reasons.append("the interpreter gets bf16 wrong (it truncates): use fp32 or fp16 there")
+    elif q.device.type != "cuda":
+        reasons.append(f"tensors are on {q.device}")
+    if q.dtype not in DTYPES:
+        reasons.append(f"dtype {q.dtype} (fp32, bf16, fp16 run here)")
+    return reasons
+
+
+def _launch_rows(a: Arguments, plan: Plan, programs: int, backward: bool) -> None:
+    """Run the kernel over query rows; `programs` pairs of batch and head."""
+    q = a.named["Q"]
+    blocks = row_blocks(max(a.switches["BD"], a.switches["BDV"]), q.element_size())
+    rows = min(blocks.rows, power_of_two(plan.tile))
+    parts = -(-plan.tile // rows)
+    grid = (programs * plan.tiles * parts,)
+    if grid[0]:
+        rows_kernel[grid](
+            **a.named, blocks=parts, BACKWARD=backward, F=a.flags(blocks, rows),
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
+    B, H, Tq, _ = q.shape
+    out = empty_like_layout(q, v.shape[-1], out_dtype)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    if plan.q_order is not None or not plan.tiles:  # tokens that no row names see nothing
+        out.zero_()
+        lse.fill_(float("-inf"))
+    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
+    a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
+    for name in "o", "d":
+        a.strides(a.named, name, out)
+    _launch_rows(a, plan, B * H, False)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
+    wanted, dout = grad_dtype or q.dtype, dout.to(q.dtype)
+    delta = (dout.float() * out.float()).sum(-1)
+    if dlse is not None:
+        delta = delta - torch.where(lse == float("-inf"), 0, dlse.float())
+    dq = torch.zeros_like(q, dtype=wanted)
+    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
+    a.named |= {"OUT": dq, "LSE": lse.float().contiguous(), "DOUT": dout, "DELTA": delta.contiguous()}
+    a.strides(a.named, "o", dq)
+    a.strides(a.named, "d", dout)
+    _launch_rows(a, plan, q.shape[0] * q.shape[1], True)
+    dk, dv, dbias = _launch_columns(a, plan, k, v, wanted)
+    return dq, dk, dv, dbias
+
+
+def _launch_columns(
+    a: Arguments, plan: Plan, k: Tensor, v: Tensor, wanted: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the kernel over keys; where heads or sequences share a key, their parts are added in order."""
+    q, heads = a.named["Q"], a.keys.k.shape[1]
+    (B, H), (Bk, Hkv, Tk, _) = q.shape[:2], k.shape
+    direct = heads == Hkv and Bk == B
+    dk, dv = (
+        torch.zeros((B, heads, Tk, x.shape[3]), dtype=wanted if direct else torch.float32, device=q.device)
+        for x in (k, v)
+    )
+    dbias = torch.zeros((B, H, Tk), dtype=torch.float32, device=q.device) if a.switches["BIAS"] else None
+    blocks = column_blocks(max(a.switches["BD"], a.switches["BDV"]), q.element_size())
+    rows = min(blocks.rows, power_of_two(plan.tile))
+    named = {n: x for n, x in a.named.items() if n in columns_kernel.arg_names}
+    named |= {"DK": dk, "DV": dv, "DBIAS": dk if dbias is None else dbias}
+    for name, x in (("dk", dk), ("dv", dv)):
+        a.strides(named, name, x)
+    ready = plan.prepare()
+    spanned, group, nothing = ready.span_keys, blocks.keys, a.named["SPANS"]
+    if spanned is not None:
+        group = spanned.group
+        lists = (spanned.start, spanned.full, spanned.count, spanned.index, spanned.source)
+        named |= dict(
+            zip(("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_SOURCE"), lists, strict=True)
+        )
+        named["spanned_batch"], named["spanned_heads"] = found(spanned.count)
+        named["spanned_columns"] = spanned.count.shape[-1]
+    else:
+        named |= dict.fromkeys(
+            ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_SOURCE"), nothing
+        )
+        named |= {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}
+    if a.switches["UNITS"]:
+        readers = unit_readers(plan, blocks.keys)
+        named |= {"UNIT_BEGIN": readers.begin, "UNIT_READERS": readers.count, "UNIT_TILE": readers.tile}
+        named["UNIT_MEMBERS"] = readers.members
+        named["united_batch"], named["united_heads"] = found(readers.count)
+        named["united_columns"] = readers.count.shape[-1]
+    else:
+        named |= dict.fromkeys(("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS"), nothing)
+        named |= {"united_batch": 0, "united_heads": 1, "united_columns": 1}
+    columns = -(-plan.k_rows // blocks.keys)
+    grid = (B * heads * columns,)
+    if grid[0]:
+        columns_kernel[grid](
+            **named, blocks=-(-plan.tile // rows), columns=columns, GROUP=group, F=a.flags(blocks, rows),
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    if not direct:
+        dk, dv = (x.view(B, Hkv, heads // Hkv, Tk, -1).sum(2) for x in (dk, dv))
+        if Bk != B:
+            dk, dv = (x.sum(0, keepdim=True) for x in (dk, dv))
+    return dk.to(wanted), dv.to(wanted), dbias

@@ -1,0 +1,201 @@
+"""The kernel over keys: dK, dV and the gradient of key_bias. A program has BN key rows of one head.
+
+It walks the query tiles that visit its keys, head by head of the group that shares them, in the order of the
+transposed lists: nothing is added from two places, so no atomics, no locks, and results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .common import (
+    ALWAYS,
+    LOG2E,
+    NEVER,
+    Keys,
+    Rule,
+    Tokens,
+    dot,
+    key_facts,
+    load_rows,
+    logits,
+    place,
+    query_facts,
+    rule_of,
+    store_rows,
+    visible,
+)
+
+
+class Queries(NamedTuple):
+    """Where the queries of a head lie, and what the backward knows of them."""
+
+    q: Any
+    q_row: Any
+    q_lane: Any
+    do: Any
+    do_row: Any
+    do_lane: Any
+    lse: Any
+    delta: Any
+
+
+class Columns(NamedTuple):
+    """A program's keys: matrices [BN, BD] and [BN, BDV], and what the rules ask of them."""
+
+    k: Any
+    v: Any
+    n: Any
+    token: Any
+    pos: Any
+    end: Any
+    seg: Any
+    bias: Any
+
+
+@triton.jit
+def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside, Tq, rows,
+         RULES: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):  # fmt: skip
+    """What BM rows of a tile give to the keys: S^T, so that dK and dV are plain products."""
+    within = part * F.BM + tl.arange(0, F.BM)
+    real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
+    lse = tl.load(Q.lse + token, mask=real, other=NEVER)
+    real = real & (lse != NEVER)
+    lse = tl.where(real, lse * LOG2E, ALWAYS)
+    delta = tl.load(Q.delta + token, mask=real, other=0.0)
+    at = token.to(tl.int64)
+    q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
+    do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
+    x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
+    keep = real[None, :] & (C.n >= 0)[:, None]
+    if RULES:
+        keep = keep & (live & (C.token >= 0))[:, None]
+        if BITS:
+            W: tl.constexpr = (F.UNIT + 31) // 32
+            tested = live & (word >= 0)
+            place_of = (word[:, None] * F.TILE + within[None, :]) * W + (inside // 32)[:, None]
+            bits = tl.load(WORDS + place_of, mask=tested[:, None] & real[None, :], other=-1)
+            keep = keep & (((bits >> (inside % 32)[:, None]) & 1) != 0)
+        keep = visible(
+            keep, pos[None, :], seg[None, :], C.pos[:, None], C.end[:, None], C.seg[:, None], R, F
+        )  # fmt: skip
+    p = tl.where(keep, tl.exp2(x - lse[None, :]), 0.0)
+    dv = dot(p.to(do.dtype), do, dv)
+    ds = tl.where(keep, p * (dot(C.v, tl.trans(do)) - delta[None, :]), 0.0)
+    if F.BIAS:
+        db += tl.sum(ds, 1)
+    if F.SOFTCAP:
+        ds = tl.where(keep, ds * (1.0 - bent * bent), 0.0)
+    dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv, db
+
+
+@triton.jit
+def columns_kernel(
+    Q, K, V, DOUT, LSE, DELTA, DK, DV, DBIAS,
+    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
+    d_batch, d_head, d_row, d_lane, dk_batch, dk_head, dk_row, dk_lane, dv_batch, dv_head, dv_row, dv_lane,
+    SPANS, SPAN_BEGIN, SPAN_WHOLE, SPAN_READERS, SPAN_TILE, SPAN_SOURCE, spanned_batch, spanned_heads,
+    spanned_columns,
+    FULL, WORDS_START, WORDS, unit_batch, unit_heads,
+    UNIT_BEGIN, UNIT_READERS, UNIT_TILE, UNIT_MEMBERS, united_batch, united_heads, united_columns,
+    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
+    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
+    SHIFT, shift_batch,
+    scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks, columns,
+    GROUP: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them."""
+    pid = tl.program_id(0)
+    column, bk = pid % columns, pid // columns
+    b, kv = bk // KV, bk % KV
+    BN: tl.constexpr = F.BN
+    BD: tl.constexpr = F.BD
+    BDV: tl.constexpr = F.BDV
+    MEMBERS: tl.constexpr = (F.BN + F.UNIT - 1) // F.UNIT
+    lane = tl.arange(0, BN)
+    n = column * BN + lane
+    live = n < k_rows
+    b64, kv64 = b.to(tl.int64), kv.to(tl.int64)
+    first_head, heads = kv * (H // KV), H // KV
+    keys = place(b, first_head, H, key_heads, key_batch, k_rows)
+    head = Keys(
+        K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head, k_row, k_lane, v_row, v_lane,
+        K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, BIAS, k_rows,
+    )  # fmt: skip
+    at = n.to(tl.int64)
+    k = load_rows(head.k, at, k_row, k_lane, live, F.D, F.BD, True)
+    v = load_rows(head.v, at, v_row, v_lane, live, F.DV, F.BDV, True)
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BDV], tl.float32)
+    tokens = Tokens(
+        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
+        q_seg_heads,
+        SHIFT, shift_batch, offset,
+    )  # fmt: skip
+    own, _, _, _ = key_facts(head, n, live, F)
+    for i in range(0, heads):
+        h = first_head + i
+        h64 = h.to(tl.int64)
+        facts = place(b, h, H, key_heads, key_batch, k_rows)
+        of_head = Keys(head.k, head.v, k_row, k_lane, v_row, v_lane,
+                       K_ORDER + facts, K_POS + facts, K_END + facts, K_SEG + facts, BIAS,
+                       k_rows)  # fmt: skip
+        token, pos, end, seg = key_facts(of_head, n, live, F)
+        R = rule_of(Rule(factor, cap, left, right, sink), RULE, rule_heads, h, H, F)
+        bias = R.factor
+        if F.BIAS:
+            base = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
+            bias = tl.load(base + token, mask=token >= 0, other=0.0)[:, None]
+        C = Columns(k, v, n, token, pos, end, seg, bias)
+        state = (b64 * H + h64) * Tq
+        queries = Queries(
+            Q + b64 * q_batch + h64 * q_head, q_row, q_lane, DOUT + b64 * d_batch + h64 * d_head, d_row,
+            d_lane,
+            LSE + state, DELTA + state,
+        )  # fmt: skip
+        db = tl.zeros([BN], tl.float32)
+        if F.SPANS:
+            cell = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + column * BN // GROUP
+            first = tl.load(SPAN_BEGIN + cell)
+            whole, last = first + tl.load(SPAN_WHOLE + cell), first + tl.load(SPAN_READERS + cell)
+            for p in tl.range(first * blocks, whole * blocks, num_stages=F.STAGES):
+                tile = tl.load(SPAN_TILE + p // blocks)
+                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks, live, WORDS,
+                                  n, n, Tq, q_rows, False, False, F)  # fmt: skip
+            for p in tl.range(whole * blocks, last * blocks, num_stages=1):
+                tile = tl.load(SPAN_TILE + p // blocks)
+                span = SPANS + 2 * tl.load(SPAN_SOURCE + p // blocks)
+                inside = live & (n >= tl.load(span)) & (n < tl.load(span + 1))
+                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks, inside, WORDS,
+                                  n, n, Tq, q_rows, True, False, F)  # fmt: skip
+        if F.UNITS:
+            group = column * BN // (MEMBERS * F.UNIT)
+            cell = place(b, h, H, united_heads, united_batch, united_columns) + group
+            first = tl.load(UNIT_BEGIN + cell)
+            last = first + tl.load(UNIT_READERS + cell)
+            lists = place(b, h, H, unit_heads, unit_batch, tiles)
+            for p in tl.range(first * blocks, last * blocks, num_stages=1):
+                reader = p // blocks
+                tile = tl.load(UNIT_TILE + reader)
+                member = tl.load(
+                    UNIT_MEMBERS + reader.to(tl.int64) * MEMBERS + lane * MEMBERS // BN
+                )  # place in the list, or -1
+                word = member
+                if F.BITS:
+                    full = tl.load(FULL + lists + tile)
+                    word = tl.where(
+                        member >= full, member - full + tl.load(WORDS_START + lists + tile).to(tl.int32), -1
+                    )
+                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks,
+                                  live & (member >= 0), WORDS, word, n % F.UNIT,
+                                  Tq, q_rows, True, F.BITS, F)  # fmt: skip
+        if F.BIAS:
+            tl.store(DBIAS + (b64 * H + h64) * Tk + token, db, mask=token >= 0)
+    stored = live & (own >= 0)
+    to = tl.where(stored, own, 0).to(tl.int64)
+    store_rows(DK + b64 * dk_batch + kv64 * dk_head, to, dk_row, dk_lane, stored, dk * scale, F.D, F.BD)
+    store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, stored, dv, F.DV, F.BDV)

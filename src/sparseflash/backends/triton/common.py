@@ -1,0 +1,244 @@
+"""What all kernels share: the product, the logits, the formula of visibility, and how tensors are found.
+
+A plan's table is `[batch, heads, length]` with batch B or 1 and any divisor of Hq as heads: a kernel gets its
+pointer, its heads and the stride of its batch (0 where it is shared), and `place` finds the row of (b, h).
+Logits are base 2: scores are multiplied by log2(e) once, and exponentials are `exp2`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether kernels run in Triton's interpreter, which multiplies the bit patterns of bf16 as integers."""
+
+ANY = tl.constexpr(-1)
+NONE = tl.constexpr(-2)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(float("-inf"))
+ALWAYS = tl.constexpr(float("inf"))
+
+
+class Flags(NamedTuple):
+    """What a plan and a call have: switches at compile time, and the sizes of a program's blocks."""
+
+    D: int
+    DV: int
+    BD: int
+    """D rounded up to a power of two; BDV likewise."""
+    BDV: int
+    BM: int
+    BN: int
+    STAGES: int
+    TILE: int
+    UNIT: int
+    SPANS: bool
+    UNITS: bool
+    BITS: bool
+    CAUSAL: bool
+    SELF: bool
+    WINDOW: bool
+    HEAD_RULES: bool
+    END: bool
+    QUERY_ORDER: bool
+    KEY_ORDER: bool
+    QUERY_POS: bool
+    KEY_POS: bool
+    QUERY_SEG: bool
+    KEY_SEG: bool
+    SHIFT: bool
+    BIAS: bool
+    SOFTCAP: bool
+
+
+class Rows(NamedTuple):
+    """The query rows of a program: vectors of BM, matrices [BM, BD] and [BM, BDV]."""
+
+    q: Any
+    do: Any
+    delta: Any
+    real: Any
+    pos: Any
+    seg: Any
+    within: Any
+    """Place in the tile."""
+
+
+class Tokens(NamedTuple):
+    """Where the facts about query tokens lie."""
+
+    order: Any
+    order_batch: Any
+    order_heads: Any
+    pos: Any
+    pos_batch: Any
+    pos_heads: Any
+    seg: Any
+    seg_batch: Any
+    seg_heads: Any
+    shift: Any
+    shift_batch: Any
+    offset: Any
+
+
+class Keys(NamedTuple):
+    """Where the keys of a program's head lie; order, pos, end and seg are in row space."""
+
+    k: Any
+    v: Any
+    k_row: Any
+    k_lane: Any
+    v_row: Any
+    v_lane: Any
+    order: Any
+    pos: Any
+    end: Any
+    seg: Any
+    bias: Any
+    rows: Any
+    """How many."""
+
+
+class Rule(NamedTuple):
+    """Numbers of the logits (factor is scale * log2(e); scale / cap under a softcap) and of the window."""
+
+    factor: Any
+    cap: Any
+    left: Any
+    right: Any
+    sink: Any
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a @ b (+ acc) in fp32; the operands' own precision, never TF32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def place(b, h, H, heads, batch, length):
+    """Where the row of (b, query head h) begins in a table."""
+    return b.to(tl.int64) * batch + (h * heads // H).to(tl.int64) * length
+
+
+@triton.jit
+def load_rows(base, row, stride, lane, some, N: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of a [T, N] matrix as [rows, BLOCK]; those not in `some`, and columns from N on, read as 0.
+
+    Row numbers of 64 bits are for rows that lie anywhere; a block of neighbours moves the base instead.
+    """
+    d = tl.arange(0, BLOCK)
+    at = base + row[:, None] * stride + d[None, :] * lane
+    if MASKED:
+        if N < BLOCK:
+            return tl.load(at, mask=some[:, None] & (d < N)[None, :], other=0.0)
+        return tl.load(at, mask=some[:, None], other=0.0)
+    if N < BLOCK:
+        return tl.load(at, mask=(d < N)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_rows(base, row, stride, lane, some, x, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Write [rows, BLOCK] to the rows of a [T, N] matrix that are in `some`, in its dtype."""
+    d = tl.arange(0, BLOCK)
+    at = base + row.to(tl.int64)[:, None] * stride + d[None, :] * lane
+    tl.store(at, x.to(base.dtype.element_ty), mask=some[:, None] & (d < N)[None, :])
+
+
+@triton.jit
+def tanh(x):
+    """The odd series near 0, 1 - 2 / (e^2x + 1) elsewhere: absolute error below 2e-7."""
+    y = x * x
+    series = x * (1.0 + y * (-0.333333333 + y * (0.133333333 + y * (-0.053968254 + y * 0.021869489))))
+    far = 1.0 - 2.0 / (tl.exp2(tl.minimum(tl.maximum(x, -15.0), 15.0) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(y < 0.06, series, far)
+
+
+@triton.jit
+def visible(real, q_pos, q_seg, k_pos, k_end, k_seg, R, F: tl.constexpr):
+    """The one formula; values of queries and values of keys broadcast against each other, in either order."""
+    keep = real
+    if F.CAUSAL:
+        keep = keep & ((q_pos >= k_pos) if F.SELF else (q_pos > k_pos))
+    elif not F.SELF:
+        keep = keep & (q_pos != k_pos)
+    if F.WINDOW:
+        distance = q_pos - k_pos
+        inside = ((R.left < 0) | (distance <= R.left)) & ((R.right < 0) | (-distance <= R.right))
+        keep = keep & (inside | (k_pos < R.sink))
+    if F.END:
+        keep = keep & (q_pos < k_end)
+    if F.QUERY_SEG or F.KEY_SEG:
+        keep = keep & ((q_seg == k_seg) | (q_seg == ANY) | (k_seg == ANY)) & (q_seg != NONE) & (k_seg != NONE)
+    return keep
+
+
+@triton.jit
+def query_facts(T, b, h, H, tile, within, Tq, rows, F: tl.constexpr):
+    """Which lanes hold a query, and its token (0 where none), position and segment."""
+    row = tile * F.TILE + within
+    real = (within < F.TILE) & (row < rows)
+    token = row
+    if F.QUERY_ORDER:
+        token = tl.load(
+            T.order + place(b, h, H, T.order_heads, T.order_batch, rows) + row, mask=real, other=-1
+        )
+        real = real & (token >= 0)
+    token = tl.where(real, token, 0)
+    pos = token + T.offset
+    if F.SHIFT:
+        pos = token + tl.load(T.shift + b * T.shift_batch)
+    if F.QUERY_POS:
+        pos = tl.load(T.pos + place(b, h, H, T.pos_heads, T.pos_batch, Tq) + token, mask=real, other=0)
+    seg = token * 0 - 1
+    if F.QUERY_SEG:
+        seg = tl.load(T.seg + place(b, h, H, T.seg_heads, T.seg_batch, Tq) + token, mask=real, other=-2)
+    return real, token, pos, seg
+
+
+@triton.jit
+def rule_of(R, RULE, rule_heads, h, H, F: tl.constexpr):
+    """The rule with the window of head h, where heads differ."""
+    left, right, sink = R.left, R.right, R.sink
+    if F.HEAD_RULES:
+        at = RULE + 3 * (h * rule_heads // H)
+        left, right, sink = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return Rule(R.factor, R.cap, left, right, sink)
+
+
+@triton.jit
+def logits(s, k_bias, R, F: tl.constexpr):
+    """Base-2 logits of scores, and the tanh of the softcap (else the scores)."""
+    x = s * R.factor
+    bent = x
+    if F.SOFTCAP:
+        bent = tanh(x)
+        x = bent * R.cap
+    if F.BIAS:
+        x += k_bias * LOG2E
+    return x, bent
+
+
+@triton.jit
+def key_facts(K, n, live, F: tl.constexpr):
+    """Token, position, expiry and segment of key rows n; a lane that is not live is no token (-1)."""
+    token = tl.where(live, n, -1)
+    if F.KEY_ORDER:
+        token = tl.load(K.order + n, mask=live, other=-1)
+    pos, end, seg = token, token, token * 0 - 1
+    if F.KEY_POS:
+        pos = tl.load(K.pos + n, mask=live, other=0)
+    if F.END:
+        end = tl.load(K.end + n, mask=live, other=0)
+    if F.KEY_SEG:
+        seg = tl.load(K.seg + n, mask=live, other=-2)
+    return token, pos, end, seg

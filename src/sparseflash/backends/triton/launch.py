@@ -1,0 +1,218 @@
+"""From tensors and a plan to the arguments of the kernels, and the sizes of their blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ...plan import Plan
+from ...plan.build import spread_heads
+from .common import LOG2E, Flags
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows and keys of a program, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Which tiles list the units of each block of keys: `members` has the list place of each unit, or -1."""
+
+    begin: Tensor
+    count: Tensor
+    tile: Tensor
+    members: Tensor
+
+
+def unit_readers(plan: Plan, keys: int) -> Readers:
+    """The transposed unit lists for blocks of `keys` key rows (or of one unit, where that is larger)."""
+    assert plan.start is not None and plan.count is not None and plan.index is not None
+    R, per = plan.tiles, max(1, keys // plan.unit)
+    lists, groups = plan.count[..., 0].numel() if R else 0, -(-plan.k_rows // (per * plan.unit))
+    count = plan.count.flatten().long()
+    cell = torch.repeat_interleave(torch.arange(len(count), device=plan.device), count)
+    place = torch.arange(len(cell), device=plan.device) - (count.cumsum(0) - count)[cell]
+    unit = plan.index[plan.start.flatten()[cell] + place].long()
+    key = (cell // max(R, 1) * groups + unit // per) * max(R, 1) + cell % max(R, 1)
+    found, at = torch.unique(key, return_inverse=True)
+    members = torch.full((max(len(found), 1), per), -1, dtype=torch.int32, device=plan.device)
+    members[at, unit % per] = place.int()
+    read = torch.bincount(found // max(R, 1), minlength=lists * groups)
+    shape = (*plan.count.shape[:2], groups)
+    return Readers(
+        (read.cumsum(0) - read).view(shape), read.int().view(shape), (found % max(R, 1)).int(), members
+    )
+
+
+def row_blocks(dim: int, size: int) -> Blocks:
+    """For the kernel over query rows: by the padded head dimension and the bytes of an element."""
+    if size == 4:
+        return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(32, 16, 4, 2)
+    if dim <= 64:
+        return Blocks(128, 64, 8, 3)
+    return Blocks(128, 64, 8, 2) if dim <= 128 else Blocks(64, 32, 4, 2)
+
+
+def column_blocks(dim: int, size: int) -> Blocks:
+    """For the kernel over keys."""
+    if size == 4:
+        return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(16, 16, 4, 1)
+    if dim <= 64:
+        return Blocks(64, 64, 4, 2)
+    return Blocks(64, 64, 8, 2) if dim <= 128 else Blocks(32, 32, 4, 1)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 16: what a product needs."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def found(x: Tensor | None) -> tuple[int, int]:
+    """Stride of the batch (0 where shared) and heads of a table [B|1, H, n]; kernels get it contiguous."""
+    return (0, 1) if x is None else (x.shape[1] * x.shape[2] if x.shape[0] > 1 else 0, x.shape[1])
+
+
+def _common(tables: Iterable[Tensor | None]) -> tuple[int, int]:
+    given = [x for x in tables if x is not None]
+    return max((x.shape[0] for x in given), default=1), math.lcm(*(x.shape[1] for x in given))
+
+
+def alike(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tables that a kernel finds by one offset: spread to a common batch and common heads, contiguous."""
+    batch, heads = _common(tables)
+    return tuple(
+        None if x is None else spread_heads(x, heads).expand(batch, -1, *x.shape[2:]).contiguous()
+        for x in tables
+    )
+
+
+@dataclass(frozen=True)
+class KeyRows:
+    """K and V in row space, and the row-space tables of their tokens."""
+
+    k: Tensor
+    v: Tensor
+    order: Tensor | None
+    pos: Tensor | None
+    end: Tensor | None
+    seg: Tensor | None
+
+
+def key_rows(k: Tensor, v: Tensor, plan: Plan) -> KeyRows:
+    """Keys as the kernels read them: gathered once where the plan has an order, else where they lie."""
+    order = plan.k_order
+    if order is None:
+        return KeyRows(k, v, None, *alike(plan.k_pos, plan.k_end, plan.k_seg))
+    batch, heads = max(k.shape[0], order.shape[0]), math.lcm(k.shape[1], order.shape[1])
+    at = spread_heads(order, heads).expand(batch, -1, -1).clamp(min=0).long()
+    b = torch.arange(batch, device=k.device)[:, None, None] if k.shape[0] > 1 else 0
+    h = (torch.arange(heads, device=k.device) * k.shape[1] // heads)[:, None]
+    tables = alike(order, plan.k_pos, plan.k_end, plan.k_seg)
+    row = tables[0].clamp(min=0).long()  # type: ignore[union-attr]
+    by_row = [None if x is None else x.gather(-1, row) for x in tables[1:]]
+    return KeyRows(k[b, h, at], v[b, h, at], tables[0], *by_row)
+
+
+def head_rules(plan: Plan) -> Tensor | None:
+    """[H, 3] int32: left, right (-1: unbounded) and sink of each head, where they differ."""
+    if plan.head_window is None:
+        return None
+    window, sink = plan.head_window, plan.head_sink
+    if sink is None:
+        sink = window.new_full((1, 1, 1), plan.sink)
+    window, sink = alike(window, sink)  # type: ignore[assignment]
+    return torch.cat([window[0], sink[0]], -1).int().contiguous()  # type: ignore[index]
+
+
+class Arguments:
+    """What every kernel over a plan is given, by name."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        scale: float,
+        softcap: float,
+        key_bias: Tensor | None,
+    ):
+        B, H, Tq, D = q.shape
+        Tk, Dv = k.shape[2], v.shape[3]
+        self.keys = keys = key_rows(k, v, plan)
+        none = plan.spans if plan.spans is not None else plan.index
+        span = alike(plan.span_start, plan.span_full, plan.span_count)
+        unit = alike(plan.start, plan.full, plan.count, plan.bits_start)
+        rules = head_rules(plan)
+        shift = plan.q_offset.int() if isinstance(plan.q_offset, Tensor) else None
+        left, right = plan.window or (None, None)
+        bias = None if key_bias is None else key_bias.float().contiguous()
+        first = next((x for x in (keys.order, keys.pos, keys.end, keys.seg) if x is not None), None)
+
+        def p(x: Tensor | None) -> Tensor:  # something must stand there; what is absent is never read
+            return x.contiguous() if x is not None else q if none is None else none
+
+        named: dict[str, Any] = {
+            "SPAN_START": p(span[0]), "SPAN_FULL": p(span[1]), "SPAN_COUNT": p(span[2]),
+            "SPANS": p(plan.spans),
+            "START": p(unit[0]), "FULL": p(unit[1]), "COUNT": p(unit[2]), "INDEX": p(plan.index),
+            "WORDS_START": p(unit[3]), "WORDS": p(plan.bits),
+            "Q_ORDER": p(plan.q_order), "Q_POS": p(plan.q_pos), "Q_SEG": p(plan.q_seg),
+            "K_ORDER": p(keys.order), "K_POS": p(keys.pos), "K_END": p(keys.end), "K_SEG": p(keys.seg),
+            "BIAS": p(bias), "RULE": p(rules), "SHIFT": p(shift),
+            "rule_heads": 1 if rules is None else rules.shape[0],
+            "shift_batch": 1 if shift is not None and shift.dim() else 0,
+        }  # fmt: skip
+        for name, table in (
+            ("span", span[0]), ("unit", unit[0]), ("q_order", plan.q_order), ("q_pos", plan.q_pos),
+            ("q_seg", plan.q_seg), ("key", first), ("bias", bias),
+        ):  # fmt: skip
+            named[f"{name}_batch"], named[f"{name}_heads"] = found(table)
+        for name, x in (("q", q), ("k", keys.k), ("v", keys.v)):
+            self.strides(named, name, x)
+        if keys.k.shape[0] == 1 and B > 1:
+            named["k_batch"] = named["v_batch"] = 0
+        named |= {
+            "Q": q, "K": keys.k, "V": keys.v, "scale": scale,
+            "factor": scale / softcap if softcap else scale * LOG2E.value, "cap": softcap * LOG2E.value,
+            "offset": 0 if shift is not None else plan.q_offset,
+            "left": -1 if left is None else left, "right": -1 if right is None else right, "sink": plan.sink,
+            "H": H, "KV": keys.k.shape[1], "Tq": Tq, "Tk": Tk, "q_rows": plan.q_rows, "k_rows": plan.k_rows,
+            "tiles": plan.tiles,
+        }  # fmt: skip
+        self.named = named
+        self.switches = {
+            "D": D, "DV": Dv, "BD": power_of_two(D), "BDV": power_of_two(Dv), "TILE": plan.tile,
+            "UNIT": plan.unit,
+            "SPANS": plan.spans is not None and plan.spans.shape[0] > 0,
+            "UNITS": plan.index is not None and plan.index.shape[0] > 0,
+            "BITS": plan.bits is not None and plan.bits.shape[0] > 0,
+            "CAUSAL": plan.causal, "SELF": plan.include_self,
+            "WINDOW": plan.window is not None or rules is not None, "HEAD_RULES": rules is not None,
+            "END": plan.k_end is not None,
+            "QUERY_ORDER": plan.q_order is not None, "KEY_ORDER": plan.k_order is not None,
+            "QUERY_POS": plan.q_pos is not None, "KEY_POS": plan.k_pos is not None,
+            "QUERY_SEG": plan.q_seg is not None, "KEY_SEG": plan.k_seg is not None,
+            "SHIFT": shift is not None, "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
+        }  # fmt: skip
+
+    @staticmethod
+    def strides(named: dict[str, Any], name: str, x: Tensor) -> None:
+        """Add the four strides of x [B,H,T,D] under its name."""
+        named |= dict(zip((f"{name}_{n}" for n in ("batch", "head", "row", "lane")), x.stride(), strict=True))
+
+    def flags(self, blocks: Blocks, rows: int) -> Flags:
+        """The switches of a kernel of these blocks whose programs have so many rows."""
+        return Flags(**self.switches, BM=rows, BN=blocks.keys, STAGES=blocks.stages)

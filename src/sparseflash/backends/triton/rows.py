@@ -1,0 +1,214 @@
+"""The kernel over query rows: the forward, and dQ of the backward. A program has BM rows of one tile.
+
+It walks the tile's keys, spans before units, one chunk of BN keys at a time. A chunk of full entries needs no
+test; the others, and what is left of full ones, look at every rule that the plan has. What a plan does not
+have is a compile-time switch that is off.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import (
+    ALWAYS,
+    LN2,
+    LOG2E,
+    NEVER,
+    Keys,
+    Rows,
+    Rule,
+    Tokens,
+    dot,
+    key_facts,
+    load_rows,
+    logits,
+    place,
+    query_facts,
+    rule_of,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
+          BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
+    """Take in key rows base + lane: the online softmax, or with the final lse (in m) their share of dQ."""
+    n = base + lane
+    if RULES or F.BIAS:
+        token, pos, end, seg = key_facts(K, n, live, F)
+    if RULES:
+        real = Q.real[:, None] & (token >= 0)[None, :] & (bits != 0)
+        keep = visible(real, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
+        live = tl.max(keep.to(tl.int32), 0) > 0  # a key that no row sees may hold anything: it is not read
+    if NEAR:
+        at = base * tl.full([], 1, tl.int64)
+        k = load_rows(K.k + at * K.k_row, lane, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
+        v = load_rows(K.v + at * K.v_row, lane, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+    else:
+        at = n.to(tl.int64)
+        k = load_rows(K.k, at, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
+        v = load_rows(K.v, at, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+    bias = R.factor
+    if F.BIAS:
+        bias = tl.load(K.bias + token, mask=token >= 0, other=0.0)[None, :]
+    x, bent = logits(dot(Q.q, tl.trans(k)), bias, R, F)
+    if RULES:
+        x = tl.where(keep, x, NEVER)
+    if BACKWARD:
+        p = tl.exp2(x - m[:, None])
+        ds = p * (dot(Q.do, tl.trans(v)) - Q.delta[:, None])
+        if F.SOFTCAP:
+            ds *= 1.0 - bent * bent
+        acc = dot(ds.to(k.dtype), k, acc)
+    else:
+        now = tl.maximum(m, tl.max(x, 1))
+        level = now
+        if RULES or F.BIAS:
+            level = tl.where(now == NEVER, 0.0, now)
+        p = tl.exp2(x - level[:, None])
+        shrink = tl.exp2(m - level)
+        mass = mass * shrink + tl.sum(p, 1)
+        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        m = now
+    return acc, m, mass
+
+
+@triton.jit
+def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, BACKWARD: tl.constexpr, F: tl.constexpr):
+    """Spans first..last, those before `full` without a test as far as whole chunks go."""
+    BN: tl.constexpr = F.BN
+    lane = tl.arange(0, BN)
+    for s in range(first, full):
+        # whatever a plan says, nothing outside of the keys is read
+        lo = tl.maximum(tl.load(SPANS + 2 * s), 0)
+        hi = tl.minimum(tl.load(SPANS + 2 * s + 1), K.rows)
+        for t in tl.range(lo, lo + (hi - lo) // BN * BN, BN, num_stages=F.STAGES):
+            acc, m, mass = chunk(acc, m, mass, Q, K, R, t, lane, lane >= 0, 1, False, True, BACKWARD, F)
+    for s in range(first, last):
+        lo = tl.maximum(tl.load(SPANS + 2 * s), 0)
+        hi = tl.minimum(tl.load(SPANS + 2 * s + 1), K.rows)
+        lo = tl.where(s < full, lo + tl.maximum(hi - lo, 0) // BN * BN, lo)
+        for t in tl.range(lo, hi, BN, num_stages=F.STAGES):
+            acc, m, mass = chunk(acc, m, mass, Q, K, R, t, lane, t + lane < hi, 1, True, True, BACKWARD, F)
+    return acc, m, mass
+
+
+@triton.jit
+def unit_rows(INDEX, p, last, rows, F: tl.constexpr):
+    """Chunk p of a list of units (several, or a part of one): list entries, places in the unit, rows."""
+    PARTS: tl.constexpr = (F.UNIT + F.BN - 1) // F.BN
+    BN: tl.constexpr = F.BN
+    lane = tl.arange(0, BN)
+    slot = p // PARTS + lane // F.UNIT
+    inside = p % PARTS * BN + lane % F.UNIT
+    if F.UNIT >= BN:
+        base = tl.load(INDEX + p // PARTS) * F.UNIT + p % PARTS * BN
+    else:
+        base = tl.load(INDEX + slot, mask=slot < last, other=0) * F.UNIT + lane % F.UNIT - lane
+    n = base + lane
+    return slot, inside, base, lane, (slot < last) & (n >= 0) & (n < rows)
+
+
+@triton.jit
+def over_units(
+    acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, BACKWARD: tl.constexpr, F: tl.constexpr
+):
+    """Units first..last of the index, those before `full` without a test as far as whole chunks go."""
+    PARTS: tl.constexpr = (F.UNIT + F.BN - 1) // F.BN
+    PER: tl.constexpr = (F.BN + F.UNIT - 1) // F.UNIT
+    W: tl.constexpr = (F.UNIT + 31) // 32
+    NEAR: tl.constexpr = F.UNIT >= F.BN
+    BN: tl.constexpr = F.BN
+    whole = first + (full - first) // PER * PER
+    for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
+        slot, inside, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F)
+        base = tl.maximum(tl.minimum(base, K.rows - (BN if NEAR else 1 + lane)), 0 if NEAR else -lane)
+        acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, 1, False, NEAR, BACKWARD, F)
+    for p in tl.range(whole * PARTS, last * PARTS, PER, num_stages=F.STAGES):
+        slot, inside, base, lane, live = unit_rows(INDEX, p, last, K.rows, F)
+        bits = 1
+        if F.BITS:
+            tested = live & (slot >= full)
+            at = ((slot - full)[None, :] * F.TILE + Q.within[:, None]) * W + (inside // 32)[None, :]
+            word = tl.load(WORDS + at, mask=tested[None, :] & Q.real[:, None], other=-1)
+            bits = (word >> (inside % 32)[None, :]) & 1
+        acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, bits, True, NEAR, BACKWARD, F)
+    return acc, m, mass
+
+
+@triton.jit
+def rows_kernel(
+    Q, K, V, OUT, LSE, DOUT, DELTA,
+    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
+    o_batch, o_head, o_row, o_lane, d_batch, d_head, d_row, d_lane,
+    SPAN_START, SPAN_FULL, SPAN_COUNT, SPANS, span_batch, span_heads,
+    START, FULL, COUNT, INDEX, WORDS_START, WORDS, unit_batch, unit_heads,
+    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
+    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
+    SHIFT, shift_batch,
+    scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks,
+    BACKWARD: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """OUT and LSE of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given LSE and DELTA."""
+    pid = tl.program_id(0)
+    bh, at = pid // (tiles * blocks), tiles * blocks - 1 - pid % (tiles * blocks)  # the longest rows first
+    tile = at // blocks
+    b, h = bh // H, bh % H
+    within = at % blocks * F.BM + tl.arange(0, F.BM)
+    tokens = Tokens(
+        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
+        q_seg_heads,
+        SHIFT, shift_batch, offset,
+    )  # fmt: skip
+    real, token, pos, seg = query_facts(tokens, b, h, H, tile, within, Tq, q_rows, F)
+    R = rule_of(Rule(factor, cap, left, right, sink), RULE, rule_heads, h, H, F)
+
+    b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
+    state = bh.to(tl.int64) * Tq + token
+    q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
+    BM: tl.constexpr = F.BM
+    WIDTH: tl.constexpr = F.BD if BACKWARD else F.BDV
+    acc = tl.zeros([BM, WIDTH], tl.float32)
+    m = tl.full([BM], NEVER, tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    do, delta = q, mass
+    if BACKWARD:
+        lse = tl.load(LSE + state, mask=real, other=NEVER)
+        seen = real & (lse != NEVER)
+        m = tl.where(seen, lse * LOG2E, ALWAYS)  # a row that saw nothing takes nothing
+        do = load_rows(
+            DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane, seen, F.DV, F.BDV, True
+        )
+        delta = tl.load(DELTA + state, mask=seen, other=0.0)
+    keys = place(b, h, H, key_heads, key_batch, k_rows)
+    bias = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
+    rows = Rows(q, do, delta, real, pos, seg, within)
+    head = Keys(
+        K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
+        K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, bias, k_rows,
+    )  # fmt: skip
+
+    if F.SPANS:
+        cell = place(b, h, H, span_heads, span_batch, tiles) + tile
+        first = tl.load(SPAN_START + cell)
+        full, last = first + tl.load(SPAN_FULL + cell), first + tl.load(SPAN_COUNT + cell)
+        acc, m, mass = over_spans(acc, m, mass, rows, head, R, SPANS, first, full, last, BACKWARD, F)
+    if F.UNITS:
+        cell = place(b, h, H, unit_heads, unit_batch, tiles) + tile
+        first = tl.load(START + cell)
+        full, last = first + tl.load(FULL + cell), first + tl.load(COUNT + cell)
+        words = WORDS
+        if F.BITS:
+            words = WORDS + tl.load(WORDS_START + cell) * (F.TILE * ((F.UNIT + 31) // 32))
+        acc, m, mass = over_units(acc, m, mass, rows, head, R, INDEX, words, first, full, last, BACKWARD, F)
+
+    base = OUT + b64 * o_batch + h64 * o_head
+    if BACKWARD:
+        store_rows(base, token, o_row, o_lane, real, acc * scale, F.D, F.BD)
+    else:
+        some = mass > 0
+        total = tl.where(some, mass, 1.0)
+        store_rows(base, token, o_row, o_lane, real, acc / total[:, None], F.DV, F.BDV)
+        tl.store(LSE + state, tl.where(some, (m + tl.log2(total)) * LN2, NEVER), mask=real)

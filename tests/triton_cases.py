@@ -1,0 +1,69 @@
+"""The Triton backend in Triton's interpreter against fp64; run in a process of its own by test_triton.py.
+
+TRITON_INTERPRET=1 python tests/triton_cases.py --seeds 0 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+
+import torch
+
+import plans
+import sparseflash as sf
+import tolerance
+from harness import inputs, run
+
+
+def hold(seed: int, kind: str) -> str:
+    """One random plan of a kind, forward and backward, with whatever options its seed draws."""
+    draw, generator = random.Random(f"{seed}{kind}"), torch.Generator().manual_seed(seed)
+    Tq, Tk = draw.choice((1, 15, 33)), draw.choice((16, 31, 40))
+    example = plans.example(seed, kind, batch=2, heads=4, Tq=Tq, Tk=Tk)
+    plan = example.plan
+    dtype = draw.choice((torch.float32, torch.float16))
+    q, k, v, dout, dlse = inputs(generator, plan.Tq, plan.Tk, D=draw.choice((16, 40)), Dv=24, dtype=dtype)
+    k, v = (k[:1], v[:1]) if example.pool else (k, v)
+    options = {
+        "softcap": draw.choice((None, 3.0)),
+        "scale": draw.choice((None, 0.3)),
+        "key_bias": draw.choice((None, torch.randn(1, 2, plan.Tk, generator=generator))),
+        "sink_logits": draw.choice((None, torch.randn(4, generator=generator))),
+    }
+    note = f"{example.line}; {dtype}, " + ", ".join(n for n, x in options.items() if x is not None)
+    options = {n: x for n, x in options.items() if x is not None}
+    got = run(q, k, v, plan, backend="triton", dout=dout, dlse=dlse, **options)
+    shares = tolerance.compare(got, q, k, v, example.mask, dout=dout, dlse=dlse, note=note, **options)
+    return f"{max(shares.values()):.2f} of what is allowed; {note}"
+
+
+def poisoned() -> str:
+    """Keys that nobody sees hold NaN, values too: no result knows."""
+    q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 33, 33, D=16)
+    mask = torch.rand(1, 1, 33, 33, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[..., 7], mask[..., 20:24] = False, False
+    plan = sf.Plan.from_mask(mask, tile=16, unit=16)
+    clean = run(q, k, v, plan, backend="triton", dout=dout)
+    for x in (k, v):
+        x[:, :, 7], x[:, :, 20:24] = torch.nan, torch.inf
+    dirty = run(q, k, v, plan, backend="triton", dout=dout)
+    assert all(torch.equal(clean[n], dirty[n]) for n in clean)
+    return "the same bits with NaN in keys that nobody sees"
+
+
+def main() -> None:
+    """Every kind of plan for every seed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1))
+    first, last = parser.parse_args().seeds
+    for seed in range(first, last):
+        for kind in plans.KINDS:
+            began = time.perf_counter()
+            print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
+    print(poisoned(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
