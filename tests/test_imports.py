@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "linear": (*CORE, "dispatch", "inputs"),
     "pointwise": (*CORE, "dispatch", "inputs"),
     "varlen": OPS,
+    "jagged": (*OPS, "pointwise"),
     "packing": (*CORE, "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),
     "methods": METHOD,

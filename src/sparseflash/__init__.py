@@ -5,6 +5,7 @@ from . import backends as _backends  # noqa: F401
 from . import methods
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
+from .jagged import jagged_attention
 from .linear import linear_attention
 from .methods.training.hash_sparse import hash_sparse_attention
 from .methods.training.qk_sparse import qk_sparse_attention
@@ -30,6 +31,7 @@ __all__ = [
     "backends",
     "cu_seqlens_of",
     "hash_sparse_attention",
+    "jagged_attention",
     "linear_attention",
     "merge",
     "methods",

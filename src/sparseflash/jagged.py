@@ -1,0 +1,218 @@
+"""`jagged_attention`: attention over `torch.nested` batches, without padding in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import SparseFlashError, require
+from .inputs import describe, is_finite
+from .ops import attention
+from .plan import Plan
+from .plan.build import Window, host, is_count
+from .plan.documents import from_ranges
+from .pointwise import Activation, pointwise_attention
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One argument as packed rows [1,H,total,D], and where the tokens of each sample lie in them."""
+
+    given: Any
+    axis: int  # of tokens: 1 as in [B,T,H,D], 2 as in [B,H,T,D]
+    rows: Tensor
+    begin: Tensor
+    end: Tensor
+
+    def like(self, out: Tensor) -> Tensor:
+        """Results [1,H,total,Dv] in the form of this argument."""
+        x = self.given
+        flat = out[0] if self.axis == 2 else out[0].transpose(0, 1)
+        flat = flat.squeeze(1) if x.dim() == 3 else flat
+        if x.is_nested:
+            made: Tensor = torch.nested.nested_tensor_from_jagged(
+                flat, offsets=x.offsets(), lengths=x.lengths(), jagged_dim=self.axis
+            )
+            return made
+        flat = flat.unflatten(self.axis - 1, (x.shape[0], x.shape[self.axis]))
+        return flat.transpose(0, 1) if self.axis == 2 else flat
+
+
+def _side(x: Any, axis: int) -> _Side:
+    if x.is_nested:
+        edges, lengths = x.offsets().long(), x.lengths()
+        flat, begin = x.values(), edges[:-1]
+        end = edges[1:] if lengths is None else begin + lengths
+    else:
+        B, T = x.shape[0], x.shape[axis]
+        flat = x.flatten(0, 1) if axis == 1 else x.transpose(0, 1).flatten(1, 2)
+        begin = torch.arange(B, device=x.device) * T
+        end = begin + T
+    flat = flat.unsqueeze(1) if x.dim() == 3 else flat  # one head
+    return _Side(x, axis, flat[None] if axis == 2 else flat.transpose(0, 1)[None], begin, end)
+
+
+def jagged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    activation: Literal["softmax"] | Activation = "softmax",
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    out_scale: float = 1.0,
+    post_mask: Literal["upper"] | None = None,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Exact attention inside each sample of a jagged batch, forward and backward, without padding.
+
+    Time and memory follow the sum of the lengths. An argument may be dense instead: dense queries pool a
+    jagged history (jagged-dense attention), jagged queries read a dense memory.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        `torch.nested` tensors of `layout=torch.jagged`: `[B, j, H, D]`, its transpose `[B, H, j, D]` as
+        `scaled_dot_product_attention` takes it, or `[B, j, D]` for one head; or dense tensors of that shape.
+        k and v share their lengths; k and v may have fewer heads than q.
+    activation : "softmax", "silu" or "relu2"
+        What a score becomes; the others than a softmax are `pointwise_attention` (silu: HSTU).
+    causal : bool
+        The last query of a sample sees all its keys, the one before all but the last, and so on.
+    window : (left, right), optional
+        Inclusive distances inside the sample; None (or -1) on a side is unbounded.
+    scale : float, optional
+        Factor of the scores, 1/sqrt(D) by default.
+    out_scale : float
+        Factor of the result. With `scale=1.0` and 1 / longest length: the convention of FBGEMM.
+    post_mask : "upper", optional
+        Which weights count, after the softmax over all keys and without renormalising: those of keys not
+        before the query.
+    max_length : int, optional
+        Tokens of a sample behind so many are left out: they give and get nothing.
+    backend : str, optional
+        As in `sparseflash.attention`.
+
+    Returns
+    -------
+    Tensor
+        In the form of q, with its lengths: 0 for a query that sees nothing (a sample without keys).
+
+    Raises
+    ------
+    SparseFlashError
+        Saying what was given, what was expected and how to mend it.
+
+    References
+    ----------
+    Xu et al., Enhancing performance and scalability of large-scale recommendation systems with Jagged Flash
+    Attention (https://arxiv.org/abs/2409.15373).
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> history = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (5, 0, 9)], layout=torch.jagged)
+    >>> sf.jagged_attention(history, history, history, causal=True).offsets().tolist()
+    [0, 5, 5, 14]
+    >>> seeds = torch.randn(3, 4, 2, 16)  # four queries a sample
+    >>> pooled = sf.jagged_attention(seeds, history, history)
+    >>> pooled.shape, bool(pooled[1].any())
+    (torch.Size([3, 4, 2, 16]), False)
+    """
+    axis = _check(q, k, v)
+    require(
+        (
+            activation in ("softmax", "silu", "relu2"),
+            f"activation={activation!r}: expected 'softmax', 'silu' or 'relu2'",
+        ),
+        (post_mask in (None, "upper"), f"post_mask={post_mask!r}: expected 'upper', or None"),
+        (
+            post_mask is None or (causal is False and window is None),
+            "post_mask together with causal or window: the softmax before it is over all keys of a sample",
+        ),
+        (is_finite(out_scale), f"out_scale={out_scale!r}: expected a finite number"),
+        (
+            max_length is None or is_count(max_length),
+            f"max_length={max_length!r}: expected a number of tokens >= 0, or None",
+        ),
+    )
+    sides = [_side(x, axis) for x in (q, k, v)]
+    ranges = _ranges(*sides, max_length=max_length)
+    q, k, v = (side.rows for side in sides)
+    options: dict[str, Any] = {"scale": scale, "backend": backend}
+
+    def plan(**rules: Any) -> Plan:
+        return Plan._made(**from_ranges(*ranges, Tq=q.shape[2], Tk=k.shape[2], **rules))
+
+    seen: dict[str, Any] = {"causal": causal, "window": window}
+    if post_mask is not None:
+        seen = {"window": (0, None)}  # keys not before the query
+    if activation != "softmax":
+        out = pointwise_attention(
+            q, k, v, plan(**seen), activation=activation, out_scale=out_scale, **options
+        )
+        return sides[0].like(out)
+    out, lse = attention(q, k, v, plan(**seen), return_lse=True, **options)
+    if post_mask is not None:
+        rest = plan(causal=True, include_self=False)
+        # nothing but its share of the softmax is wanted: one lane of v will do
+        _, lse_rest = attention(q, k, v[..., :1], rest, return_lse=True, **options)
+        alive = lse > float("-inf")
+        share = torch.sigmoid(torch.where(alive, lse, 0) - torch.where(alive, lse_rest, 0))
+        out = (out * share[..., None]).to(out.dtype)
+    return sides[0].like(out if out_scale == 1 else out * out_scale)
+
+
+def _ragged_axis(x: Tensor) -> int:
+    """The axis whose length differs from sample to sample."""
+    return next(n for n, size in enumerate(x.shape) if not isinstance(size, int))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """The axis of tokens; raises where the arguments do not belong together."""
+    given = {"q": q, "k": k, "v": v}
+    form = (
+        "expected nested tensors [B,j,H,D] or [B,H,j,D], or [B,j,D] for one head (or dense ones beside them)"
+    )
+    for name, x in given.items():
+        if isinstance(x, Tensor) and x.is_nested and x.layout != torch.jagged:
+            raise SparseFlashError(f"{name} is nested with layout={x.layout}: expected layout=torch.jagged")
+    said = ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
+    tensors = all(isinstance(x, Tensor) for x in given.values())
+    require((tensors, f"{said}; {form}"))
+    nested = [x for x in given.values() if x.is_nested]
+    require(
+        (len(nested) > 0, f"{said}; none is nested: dense tensors go to attention()"),
+        (len({x.dim() for x in given.values()}) == 1 and q.dim() in (3, 4), f"{said}; {form}"),
+        (
+            len({x.shape[0] for x in given.values()}) == 1,
+            f"{said}; expected one number of samples (a sample without tokens has length 0)",
+        ),
+    )
+    axes = {_ragged_axis(x) for x in nested}
+    good = len(axes) == 1 and axes <= ({1} if q.dim() == 3 else {1, 2})
+    require((good, f"{said}; tokens lie along different axes: {form}; transpose(1, 2) helps"))
+    return axes.pop()
+
+
+def _ranges(q: _Side, k: _Side, v: _Side, *, max_length: int | None) -> list[Tensor]:
+    """Begin and end of the queries of each sample, and of the keys where these are others."""
+
+    def alike(a: Any, b: Any) -> bool:
+        nested = a.is_nested and b.is_nested
+        return nested and a.offsets() is b.offsets() and a.lengths() is b.lengths()
+
+    if not alike(k.given, v.given) and host(k.begin):
+        same = torch.equal(k.begin, v.begin) and torch.equal(k.end, v.end)
+        said = f"k: {describe(k.given)}, v: {describe(v.given)}"
+        require((same, f"{said}; expected samples of the same lengths"))
+    found = []
+    for side in (q,) if alike(q.given, k.given) else (q, k):
+        longest = side.end if max_length is None else side.begin + max_length
+        found += [side.begin, torch.minimum(side.end, longest)]
+    return found
