@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparseflash.backends.cpu import build, call
+from sparseflash.backends.cpu import build, call, linear
 
 DRIVER = Path(__file__).with_name("cpu_driver.cpp")
-KINDS = {"sf_forward": 0, "sf_backward": 1, "sf_stats": 2}
+ENTRIES = ("sf_forward", "sf_backward", "sf_stats", "sf_linear_forward", "sf_linear_backward")
+ITEM = (4, 2, 2)  # bytes, by the code of a dtype
 
 
 def make(folder: Path, level: str, compiler: list[str], flags: tuple[str, ...] | None = None) -> Path:
@@ -44,9 +45,24 @@ def _extent(view: Any, *shape: int) -> int:
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
 
+def _linear_segments(c: Any) -> Iterator[tuple[int, int, int]]:
+    """Of all memory that a call of linear attention names: offset of its pointer, address, bytes."""
+    q, k = (c.B, c.Hq, c.T), (c.B, c.Hkv, c.T)
+    for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
+        x = getattr(c, name)
+        wide = c.D if name in ("q", "k", "dq", "dk") else c.Dv
+        shape = (*(k if name in ("k", "v", "dk", "dv") else q), wide)
+        yield getattr(linear.Call, name).offset, x.data, _extent(x, *shape) * ITEM[c.dtype]
+    yield linear.Call.rate.offset, c.rate, 4 * c.Hq
+    for name in ("first", "dlast", "last", "dfirst"):
+        yield getattr(linear.Call, name).offset, getattr(c, name), 4 * c.B * c.Hq * c.D * c.Dv
+
+
 def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
     """Of all memory that a call names: offset of the pointer in the structure, address, bytes."""
-    size = [4, 2, 2]
+    if isinstance(c, linear.Call):
+        yield from _linear_segments(c)
+        return
     plan, at = c.plan, call.Call.plan.offset
     q, k = (c.B, c.Hq, c.Tq), (c.Bk, c.Hkv, c.Tk)
     views = {
@@ -56,7 +72,7 @@ def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
     }  # fmt: skip
     for name, (shape, dtype) in views.items():
         x = getattr(c, name)
-        yield getattr(call.Call, name).offset, x.data, _extent(x, *shape) * size[dtype]
+        yield getattr(call.Call, name).offset, x.data, _extent(x, *shape) * ITEM[dtype]
     rows = c.B * c.Hq * c.Tq
     for name, items in (("lse", rows), ("dlse", rows), ("dbias", c.B * c.Hq * c.Tk)):
         yield getattr(call.Call, name).offset, getattr(c, name), 4 * items
@@ -81,7 +97,6 @@ class Remote:
 
     def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._read(8) == struct.pack("<q", ctypes.sizeof(call.Call))
 
     def _read(self, n: int) -> bytes:
         assert self.process.stdout is not None
@@ -102,16 +117,16 @@ class Remote:
         assert self.process.wait(60) == 0
 
     def sf_poison(self, on: int) -> None:
-        self._write(struct.pack("<qq", 3, on))
+        self._write(struct.pack("<qqq", -1, on, 0))
 
     def __getattr__(self, name: str) -> Any:
-        kind = KINDS[name]
+        entry = ENTRIES.index(name)
 
         def enter(pointer: Any, level: int) -> int:
             c = pointer._obj
             parts = [x for x in _segments(c) if x[1]]
             self._write(
-                struct.pack("<qq", kind, len(parts)),
+                struct.pack("<qqq", entry, len(parts), ctypes.sizeof(c)),
                 *(struct.pack("<qq", offset, size) for offset, _, size in parts),
                 bytes(c),
                 *(ctypes.string_at(address, size) for _, address, size in parts),

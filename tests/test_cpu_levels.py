@@ -10,6 +10,8 @@ import torch
 
 import cpu_cases
 import cpu_remote
+import test_linear
+import test_pointwise
 from sparseflash.backends.cpu import build
 from sparseflash.backends.cpu.library import Native
 
@@ -49,19 +51,30 @@ def hold(found: Native, random_cases: range, *, bf16: bool = False) -> None:
     assert not wrong, "\n\n".join(wrong)
 
 
+def hold_other_ops(found: Native, dtype: torch.dtype) -> None:
+    """Statistics of the weights, and the ops that are no softmax, a case or two each."""
+    fresh = torch.Generator
+    with cpu_cases.using(found):
+        for seed, kind in enumerate(("lists", "buckets")):
+            cpu_cases.check_stats(
+                cpu_cases.case(seed, kind=kind, Tq=70, D=40, B=1, heads=(2, 1), dtype=dtype)
+            )
+        for name in test_pointwise.F:
+            test_pointwise.test_odd_shapes_and_strides("cpu", dtype, name, 63, 80, 80, fresh())
+        if found.names[found.fp32] not in ("avx512bf16", "amx"):  # they have no fp32 arithmetic of their own
+            test_linear.test_results_and_gradients_are_those_of_the_sum_over_pairs(
+                "cpu", dtype, 129, 64, 80, fresh()
+            )
+
+
 @pytest.mark.parametrize("name", build.LEVELS)
 def test_a_level_agrees_with_fp64(name):
     hold(native(name), range(100 * SEED, 100 * SEED + 12), bf16=build.LEVELS[name].bf16)
 
 
 @pytest.mark.parametrize("name", build.LEVELS)
-def test_a_level_gives_the_statistics_of_the_weights(name):
-    dtype = torch.bfloat16 if build.LEVELS[name].bf16 else torch.float16
-    with cpu_cases.using(native(name)):
-        for seed, kind in enumerate(("lists", "buckets")):
-            cpu_cases.check_stats(
-                cpu_cases.case(seed, kind=kind, Tq=70, D=40, B=1, heads=(2, 1), dtype=dtype)
-            )
+def test_a_level_runs_the_other_ops(name):
+    hold_other_ops(native(name), torch.bfloat16 if build.LEVELS[name].bf16 else torch.float16)
 
 
 @pytest.mark.slow
@@ -112,7 +125,6 @@ def test_neon_agrees_with_fp64_on_an_emulated_processor(tmp_path):
     remote = cpu_remote.Remote([emulator, str(program)])
     found = Native(remote, str(program), 0, 0, ("neon",))
     hold(found, range(20_000 + 100 * SEED, 20_060 + 100 * SEED))
-    with cpu_cases.using(found):
-        for seed, kind in enumerate(("lists", "buckets", "mask", "window")):
-            cpu_cases.check_stats(cpu_cases.case(seed, kind=kind, Tq=129, D=40, dtype=torch.float16))
+    for dtype in cpu_cases.DTYPES:
+        hold_other_ops(found, dtype)
     remote.close()

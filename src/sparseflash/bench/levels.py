@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sparseflash.backends.cpu import build
 from sparseflash.bench.kernels import Shape, causal, measure
+from sparseflash.bench.machine import describe
 from sparseflash.bench.results import Row
 from sparseflash.errors import SparseFlashError
 
@@ -65,7 +66,8 @@ def _measure_here(shapes: Sequence[tuple[int, int]], **options: object) -> list[
     """Measure the level of this process."""
     dense = [Shape(length, 4, dim, {"dense": causal}) for length, dim in shapes]
     rows = measure(shapes=dense, scaling=False, **options)  # type: ignore[arg-type]
-    return [{name: x for name, x in row.items() if name != "bench"} for row in rows]
+    own = {"backend": describe()["backend"]}
+    return [{name: x for name, x in row.items() if name != "bench"} | own for row in rows]
 
 
 if __name__ == "__main__":

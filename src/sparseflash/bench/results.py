@@ -15,8 +15,8 @@ Row = dict[str, Any]
 
 
 def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` with the machine's columns appended, replacing the file at once."""
-    rows = [{**row, **describe()} for row in rows]
+    """Write `rows` with the machine's columns appended where they have none, replacing the file at once."""
+    rows = [{**row, **{name: x for name, x in describe().items() if name not in row}} for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
