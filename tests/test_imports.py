@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "statistics": (*CORE, "dispatch", "inputs"),
     "linear": (*CORE, "dispatch", "inputs"),
     "pointwise": (*CORE, "dispatch", "inputs"),
+    "stick_breaking": (*CORE, "dispatch", "inputs"),
     "varlen": OPS,
     "jagged": (*OPS, "pointwise"),
     "packing": (*CORE, "inputs"),

@@ -14,6 +14,7 @@ from .packing import PackingCollator, cu_seqlens_of
 from .plan import Plan
 from .pointwise import pointwise_attention
 from .statistics import attention_stats
+from .stick_breaking import stick_breaking
 from .varlen import attention_varlen
 
 __version__ = "0.1.0"
@@ -37,4 +38,5 @@ __all__ = [
     "methods",
     "pointwise_attention",
     "qk_sparse_attention",
+    "stick_breaking",
 ]

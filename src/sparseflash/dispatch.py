@@ -134,6 +134,26 @@ class Backend(Protocol):
         """Gradients of q, k and v."""
         ...
 
+    def stick_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Out and what is left of the sticks."""
+        ...
+
+    def stick_backward(
+        self,
+        dout: Tensor,
+        drem: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
 
 @dataclass(frozen=True)
 class BackendStatus:

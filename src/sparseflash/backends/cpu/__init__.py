@@ -12,6 +12,7 @@ from .call import CODES, View, call_of, view
 from .library import native, run
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
+from .stick import stick_backward, stick_forward
 
 __all__ = [
     "NAME",
@@ -25,6 +26,8 @@ __all__ = [
     "refuse",
     "stats",
     "status",
+    "stick_backward",
+    "stick_forward",
 ]
 
 NAME = "cpu"

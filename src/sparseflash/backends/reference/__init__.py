@@ -8,6 +8,7 @@ from torch import Tensor
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
 from .softmax import backward, forward, stats
+from .stick import stick_backward, stick_forward
 
 __all__ = [
     "NAME",
@@ -20,6 +21,8 @@ __all__ = [
     "refuse",
     "stats",
     "status",
+    "stick_backward",
+    "stick_forward",
 ]
 
 NAME = "reference"

@@ -73,6 +73,8 @@ struct SfLevel {
     int (*stats)(const SfCall *call, SfParallel parallel);
     int (*linear_forward)(const SfLinear *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
     int (*linear_backward)(const SfLinear *call, SfParallel parallel);
+    int (*stick_forward)(const SfCall *call, SfParallel parallel);     // `lse` is what is left of the stick, `dlse` its
+    int (*stick_backward)(const SfCall *call, SfParallel parallel);    // gradient; no softcap, no bias
 };
 
 // Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.

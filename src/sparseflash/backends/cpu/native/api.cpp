@@ -24,10 +24,12 @@
     extern "C" int sf_backward_##level(const SfCall *, SfParallel); \
     extern "C" int sf_stats_##level(const SfCall *, SfParallel);    \
     extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
-    extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel);
+    extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel); \
+    extern "C" int sf_stick_forward_##level(const SfCall *, SfParallel);     \
+    extern "C" int sf_stick_backward_##level(const SfCall *, SfParallel);
 #define SF_LEVEL(level)                                                        \
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, \
-     sf_linear_forward_##level, sf_linear_backward_##level},
+     sf_linear_forward_##level, sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -159,10 +161,10 @@ bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length) 
 bool view_ok(const SfView &v) { return v.data != nullptr; }
 
 // Pointers, shapes and table lengths; values inside the tables are checked where they are used.
-enum Kind { FORWARD, BACKWARD, STATS };
+enum Kind { FORWARD, BACKWARD, STATS, STICK_FORWARD, STICK_BACKWARD };
 
 bool call_ok(const SfCall &c, Kind kind) {
-    const bool backward = kind == BACKWARD;
+    const bool backward = kind == BACKWARD || kind == STICK_BACKWARD;
     const SfPlan &p = c.plan;
     if (c.Bk != c.B && c.Bk != 1) return false;
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.Tq < 0 || c.Tk < 0) return false;
@@ -189,8 +191,10 @@ bool call_ok(const SfCall &c, Kind kind) {
     const bool softmax = c.weights == SF_SOFTMAX;
     if (!softmax && (kind == STATS || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
-    if (some_q && (!view_ok(c.q) || (softmax && !c.lse))) return false;
-    if (some_q && kind != STATS && (softmax || !backward) && !view_ok(c.out)) return false;
+    const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
+    if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;
+    if (some_q && (!view_ok(c.q) || (softmax && !again && !c.lse))) return false;
+    if (some_q && kind != STATS && (softmax ? !again : !backward) && !view_ok(c.out)) return false;
     if (some_k && (!view_ok(c.k) || (kind != STATS && !view_ok(c.v)))) return false;
     if (kind == STATS) {
         const int64_t widths[] = {c.Tk, c.Tq, p.tiles * c.entry_width, c.Tq + c.Tk - 1};
@@ -208,7 +212,9 @@ int run(const SfCall *call, int level, Kind kind) {
     SfCall own = *call;
     if (own.Bk == 1) own.k.batch = own.v.batch = 0;  // every sequence reads the pool
     try {
-        return (kind == FORWARD ? l.forward : kind == BACKWARD ? l.backward : l.stats)(&own, parallel);
+        auto entry = kind == FORWARD ? l.forward : kind == BACKWARD ? l.backward : kind == STATS ? l.stats
+                     : kind == STICK_FORWARD ? l.stick_forward : l.stick_backward;
+        return entry(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -320,6 +326,8 @@ SF_PUBLIC const char *sf_level_name(int level) { return level >= 0 && level < N_
 SF_PUBLIC int sf_forward(const SfCall *call, int level) { return run(call, level, FORWARD); }
 SF_PUBLIC int sf_backward(const SfCall *call, int level) { return run(call, level, BACKWARD); }
 SF_PUBLIC int sf_stats(const SfCall *call, int level) { return run(call, level, STATS); }
+SF_PUBLIC int sf_stick_forward(const SfCall *call, int level) { return run(call, level, STICK_FORWARD); }
+SF_PUBLIC int sf_stick_backward(const SfCall *call, int level) { return run(call, level, STICK_BACKWARD); }
 SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_linear(call, level, false); }
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 

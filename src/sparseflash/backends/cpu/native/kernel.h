@@ -9,6 +9,7 @@
 #include "stats.h"
 #if !SF_HAS_BF16
 #include "linear.h"
+#include "stick.h"
 #endif
 
 namespace {
@@ -36,4 +37,5 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
 #endif
 #define SF_EXPORT(level)                                          \
     SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level) \
-    SF_RUN_FP32(linear_forward, SfLinear, level) SF_RUN_FP32(linear_backward, SfLinear, level)
+    SF_RUN_FP32(linear_forward, SfLinear, level) SF_RUN_FP32(linear_backward, SfLinear, level) \
+    SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level)

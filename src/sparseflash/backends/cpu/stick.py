@@ -1,0 +1,43 @@
+"""Stick-breaking attention on the CPU: `native/stick.h`, fp32 arithmetic whatever the storage type."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+from ...plan.flat import empty_like_layout
+from .call import call_of, view
+from .library import run
+
+
+def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+    """out [B,Hq,Tq,Dv] and rem, fp32 [B,Hq,Tq]."""
+    keep: list[Tensor] = []
+    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    out = empty_like_layout(q, v.shape[-1])
+    rem = torch.empty(q.shape[:3], dtype=torch.float32)
+    if plan.q_order is not None:  # tokens that no row names see nothing
+        out.zero_()
+        rem.fill_(1)
+    call.out, call.lse = view(out), rem.data_ptr()
+    run("sf_stick_forward", call, torch.float32)
+    return out, rem
+
+
+def stick_backward(
+    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtype of the inputs."""
+    keep: list[Tensor] = []
+    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    dout = dout.to(q.dtype)
+    make = torch.empty if plan.q_order is None else torch.zeros
+    dq = make(q.shape, dtype=q.dtype)
+    dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
+    if drem is not None:
+        drem = drem.to(torch.float32).contiguous()
+        call.dlse = drem.data_ptr()
+    run("sf_stick_backward", call, torch.float32)
+    return dq, dk, dv
