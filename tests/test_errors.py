@@ -250,7 +250,7 @@ BUILD = [
     (lambda: Plan.from_documents(EDGES + 1), ["starts at 1", "expected 0"]),
     (lambda: Plan.from_documents(torch.tensor([0, 5, 3])), ["decreases", "running totals"]),
     (lambda: Plan.from_documents(EDGES, window="x"), ["window='x'"]),
-    (lambda: Plan.from_mask(MASK[0]), ["[1, 8, 8]", "[B|1, H|1, Tq, Tk]"]),
+    (lambda: Plan.from_mask(MASK[0, 0, 0]), ["[8]", "[B, H, Tq, Tk]"]),
     (lambda: Plan.from_mask(MASK.float()), ["torch.float32", "True = attends", "mask == 0"]),
     (lambda: Plan.from_mask("mask"), ["str"]),
     (lambda: Plan.from_mask(MASK, tile=0), ["tile=0"]),
@@ -421,7 +421,9 @@ CONSTRUCTORS = {
     "from_keep": (("q_keep", "k_keep"), ("causal", "include_self", "tile", "unit")),
     "from_buckets": (("q_bucket", "k_bucket"), ("causal", "include_self", "tile", "unit", "buckets")),
     "from_documents": (("cu_seqlens",), ("causal", "window", "tile", "unit")),
-    "from_mask": (("mask",), ("tile", "unit")),
+    "from_mask": (("mask",), ("Tq", "Tk", "tile", "unit")),
+    "from_intervals": (("lo", "hi", "Tk"), ("tile", "unit")),
+    "from_expiry": (("k_end",), ("Tq", "q_offset", "tile", "unit")),
 }
 GOOD = {
     "Tq": 8,
@@ -432,6 +434,9 @@ GOOD = {
     "k_bucket": BUCKET,
     "cu_seqlens": EDGES,
     "mask": MASK,
+    "lo": BUCKET % 4,
+    "hi": BUCKET % 4 + 2,
+    "k_end": BUCKET,
 }
 
 

@@ -60,6 +60,7 @@ THIRD_PARTY = {
     "safetensors": {"train": False},
     "rich": {"train": False, "bench": False, "cli": False},
     "typer": {"cli": False},
+    "scipy": {"plan": True},
     "matplotlib": {"plan": True, "train": True, "bench": True},
 }
 

@@ -1,7 +1,7 @@
 """Constructors of `Plan`, on plain tensors: each returns the fields of a plan as a dictionary.
 
-None of them touches Tq x Tk (but `from_mask`, whose input already is that), and none loops over rows or
-heads. Positions, ranges and orders come from prefix sums and sorted searches, O(T log T) at most.
+None of them touches Tq x Tk, and none loops over rows or heads.
+Positions, ranges and orders come from prefix sums and sorted searches, O(T log T) at most.
 """
 
 from __future__ import annotations
@@ -468,62 +468,19 @@ def from_buckets(
     }
 
 
-def from_mask(mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Fields:
-    """Fields of `Plan.from_mask`."""
-    _check_options(tile=tile, unit=unit)
-    require(
-        (
-            isinstance(mask, Tensor) and mask.dim() == 4,
-            f"mask: expected bool [B|1, H|1, Tq, Tk], got {_shape(mask)}",
-        ),
-        error=PlanError,
-    )
-    require(
-        (
-            mask.dtype == torch.bool,
-            f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive one is mask == 0",
-        ),
-        error=PlanError,
-    )
-    B, H, Tq, Tk = mask.shape
-    R, C = -(-Tq // tile), -(-Tk // unit)
-    grid = torch.zeros(B, H, R * tile, C * unit, dtype=torch.bool, device=mask.device)
-    grid[:, :, :Tq, :Tk] = mask
-    cells = grid.view(B, H, R, tile, C, unit).transpose(3, 4)  # [B,H,R,C,tile,unit]
-    some = cells.flatten(-2).any(-1)
-    real_row = (torch.arange(R * tile, device=mask.device) < Tq).view(R, 1, tile, 1)
-    whole = (cells | ~real_row).flatten(-2).all(-1)
-    kind = torch.where(some, torch.where(whole, 0, 1), 2)
-    order = torch.argsort(kind, dim=-1, stable=True)
-    kind = kind.gather(-1, order)
-    count = (kind < 2).sum(-1, dtype=torch.int32)
-    full = (kind == 0).sum(-1, dtype=torch.int32)
-    *at, slot = (kind == 1).nonzero(as_tuple=True)
-    partial = cells[(*at, order[(*at, slot)])]  # [Np, tile, unit]
-    flat = count.flatten().long()
-    part = (count - full).flatten().long()
-    return {
-        "Tq": Tq,
-        "Tk": Tk,
-        "tile": tile,
-        "unit": unit,
-        "start": (flat.cumsum(0) - flat).view(count.shape),
-        "full": full,
-        "count": count,
-        "index": order[kind < 2].int(),
-        "bits": pack_bits(partial),
-        "bits_start": (part.cumsum(0) - part).view(count.shape),
-    }
-
-
 def pack_bits(cells: Tensor) -> Tensor:
     """Bool [N, tile, unit] to int32 words [N, tile, ceil(unit/32)], key j in bit j % 32 of word j // 32."""
-    N, tile, unit = cells.shape
-    words = -(-unit // 32)
-    padded = torch.nn.functional.pad(cells, (0, words * 32 - unit)).view(N, tile, words, 32)
-    weight = torch.ones(32, dtype=torch.int64, device=cells.device) << torch.arange(32, device=cells.device)
-    total = (padded * weight).sum(-1)
-    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+    wide = torch.nn.functional.pad(cells, (0, -cells.shape[-1] % 32))
+    return pack_words(wide.contiguous().view(torch.uint8).view(torch.int64).clone())
+
+
+_GATHER = 0x0102040810204080  # takes bit 8 i of a word to bit 56 + i; no two bits meet
+
+
+def pack_words(words: Tensor) -> Tensor:
+    """`pack_bits` of words of eight keys: int64 [N, tile, 4 n], overwritten, to int32 [N, tile, n]."""
+    packed = words.mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+    return packed.view(torch.int32)
 
 
 def unpack_bits(words: Tensor, unit: int) -> Tensor:

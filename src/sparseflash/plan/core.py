@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import PlanError, require
-from . import build, documents, listed
+from . import build, documents, intervals, listed, masks, sparse
 from .build import TILE, UNIT, Window
 
 ANY = -1
@@ -43,7 +43,7 @@ class KeyLists:
 class Plan:
     """Which keys each tile of queries sees, in one softmax: contiguous spans and gathered units, then rules.
 
-    Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_documents`, `from_mask`) or from
+    Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_mask`, ...) or from
     the lists themselves. A query sees a key when an entry of its tile's lists covers the key and every rule
     that is set holds (`docs/design.md` has the formula). Tensors are int32, the three `start`s int64; a batch
     axis is B or 1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
@@ -313,8 +313,26 @@ class Plan:
         )
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, tile: int = TILE, unit: int = UNIT) -> Plan:
-        """Any bool mask `[B|1, H|1, Tq, Tk]`, True = attends. Empty blocks cost nothing afterwards.
+    def from_mask(
+        cls,
+        mask: Tensor,
+        *,
+        Tq: int | None = None,
+        Tk: int | None = None,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Any bool mask, True = attends: what `scaled_dot_product_attention` takes. Empty tiles cost nothing.
+
+        The mask is read once. Full tiles become ranges, mixed ones keep their bits (arXiv 2409.15097).
+
+        Parameters
+        ----------
+        mask : Tensor
+            Bool `[B|1, H|1, Tq, Tk]`, `[H, Tq, Tk]` or `[Tq, Tk]`.
+        Tq, Tk : int, optional
+            Numbers of tokens where the mask's axis has size 1 and stands for all: with `Tq`, a mask
+            `[B, 1, 1, Tk]` of the keys that are no padding.
 
         Examples
         --------
@@ -323,7 +341,73 @@ class Plan:
         >>> bool((sf.Plan.from_mask(mask).to_dense() == mask).all())
         True
         """
-        return cls._made(**build.from_mask(mask, tile=tile, unit=unit))
+        return cls._made(**masks.from_mask(mask, Tq=Tq, Tk=Tk, tile=tile, unit=unit))
+
+    @classmethod
+    def from_sparse(cls, mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Plan:
+        """The pairs that a sparse matrix stores; nothing of size Tq x Tk is made. O(n log n) of n pairs.
+
+        `mask` is a SciPy sparse matrix `[Tq, Tk]`, or a sparse tensor (COO, CSR, CSC) of that shape, or COO
+        of shape `[B|1, H|1, Tq, Tk]`. Stored zeros are no pairs, whatever else is stored is one.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> mask = torch.eye(3).flip(0).to_sparse()
+        >>> sf.Plan.from_sparse(mask).to_dense()[0, 0].int().tolist()
+        [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+        """
+        return cls._made(**sparse.from_sparse(mask, tile=tile, unit=unit))
+
+    @classmethod
+    def from_intervals(
+        cls, lo: Tensor | None, hi: Tensor, *, Tk: int, tile: int = TILE, unit: int = UNIT
+    ) -> Plan:
+        """Each query sees keys `lo ... hi - 1`: any mask whose rows are a few ranges, without the mask.
+
+        Parameters
+        ----------
+        lo, hi : Tensor
+            Integers `[B|1, H|1, Tq]`, or `[B|1, H|1, Tq, m]` for m ranges a query (they may overlap; `hi <=
+            lo` is empty). `lo` of None begins at key 0 and needs no bits: a prefix of every query's own.
+        Tk : int
+            Number of keys.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> lo, hi = torch.tensor([[[0, 1, 0]]]), torch.tensor([[[2, 3, 0]]])
+        >>> sf.Plan.from_intervals(lo, hi, Tk=4).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+        """
+        return cls._made(**intervals.from_intervals(lo, hi, Tk=Tk, tile=tile, unit=unit))
+
+    @classmethod
+    def from_expiry(
+        cls,
+        k_end: Tensor,
+        *,
+        Tq: int | None = None,
+        q_offset: int | Tensor = 0,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Key j is seen from position j up to, not including, position `k_end[j]`: caches that evict, trees.
+
+        Parameters
+        ----------
+        k_end : Tensor
+            Integers `[B|1, H|1, Tk]`. Tokens of a tree in depth-first order expire where their subtree ends.
+        Tq, q_offset
+            Number of queries (Tk by default) and position of the first.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> sf.Plan.from_expiry(torch.tensor([[[3, 2, 3]]])).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+        """
+        return cls._made(**intervals.from_expiry(k_end, Tq=Tq, q_offset=q_offset, tile=tile, unit=unit))
 
     @classmethod
     def from_blocks(
@@ -430,6 +514,28 @@ class Plan:
         from . import algebra
 
         return algebra.retile(self, tile, self.unit if unit is None else unit)
+
+    def reordered(self) -> Plan:
+        """The same visible set with its tokens in another order, where that visits less. Needs SciPy.
+
+        Reverse Cuthill-McKee brings the pairs of a scattered mask close to a diagonal. Results do not change,
+        only the tiles they are computed in; a plan that would gain nothing is returned as it is. Work and
+        memory follow the visible pairs, so make it once, on the host, and use it in all layers and steps.
+
+        Source: Sharma and Geiping, arXiv 2409.15097, section on extremely sparse masks.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> token = torch.randperm(1024)
+        >>> band = (token[:, None] - token).abs() < 8
+        >>> plan = sf.Plan.from_mask(band)
+        >>> plan.work, plan.reordered().work < 0.4  # doctest: +SKIP
+        (1.0, True)
+        """
+        from . import reorder
+
+        return reorder.reordered(self)
 
     def __and__(self, other: Plan) -> Plan:
         """Pairs that both plans let see, exactly."""

@@ -31,7 +31,7 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
         error=PlanError,
     )
     p = plan.retile(block, block)
-    if p.index is None:
+    if p.index is None or p.bits is None or p.spans is not None:  # as units, with bits
         from .algebra import refine
 
         p = refine(p, None, tile=block, unit=block, extent=p.extent())

@@ -28,6 +28,7 @@ from .build import (
 )
 
 Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
+Kinds = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 1 << 20
 """Candidates that are looked at in one go."""
 
@@ -67,14 +68,14 @@ class _Grid:
         return torch.where(gone, 2, torch.where(whole, 0, 1))
 
 
-def _lists(given: Tensor, candidates: Candidates, grid: _Grid, capacity: int | None) -> Fields:
+def _lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
     """Unit lists from `given` [B,H,R,n], full units first: compact on the host, else of a static width."""
     if capacity is None and host(given):
-        return _compact(given, candidates, grid)
+        return _compact(given, candidates, kinds)
     *lead, width = given.shape
     r = torch.arange(lead[2], device=given.device).expand(lead)
     unit_id, listed = candidates(given)
-    kind = grid.kinds(unit_id, listed, r)
+    kind = kinds(unit_id, listed, r)
     order = torch.argsort(kind, dim=-1, stable=True)
     kind, unit_id = kind.gather(-1, order), unit_id.gather(-1, order)
     count, full = (kind < 2).sum(-1), (kind == 0).sum(-1)
@@ -90,7 +91,7 @@ def _lists(given: Tensor, candidates: Candidates, grid: _Grid, capacity: int | N
     }
 
 
-def _compact(given: Tensor, candidates: Candidates, grid: _Grid) -> Fields:
+def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
     """The lists behind one another, made so many at a time that they outweigh whatever making them takes."""
     *lead, n = given.shape
     total, R = math.prod(lead), lead[2]
@@ -101,7 +102,7 @@ def _compact(given: Tensor, candidates: Candidates, grid: _Grid) -> Fields:
     for at in range(0, total if n else 0, step):
         part = flat[at : at + step]
         unit_id, listed = candidates(part)
-        kind = grid.kinds(unit_id, listed, torch.arange(at, at + len(part)) % R)
+        kind = kinds(unit_id, listed, torch.arange(at, at + len(part)) % R)
         visited, sure = kind < 2, kind == 0
         own, first = visited.sum(-1, dtype=torch.int32), sure.sum(-1, dtype=torch.int32)
         count[at : at + step], full[at : at + step] = own, first
@@ -163,7 +164,7 @@ def from_blocks(
     )
     units = torch.arange(C, device=keep_blocks.device)
     fields = _lists(
-        keep_blocks, lambda x: (units.expand(x.shape), x), _Grid(Tq, Tk, tile, unit, causal), capacity
+        keep_blocks, lambda x: (units.expand(x.shape), x), _Grid(Tq, Tk, tile, unit, causal).kinds, capacity
     )
     return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
 
@@ -209,7 +210,7 @@ def from_keys(
         fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
         return x, (x >= 0) & fresh
 
-    fields = _lists(index, candidates, _Grid(Tq, Tk, tile, unit, causal), capacity)
+    fields = _lists(index, candidates, _Grid(Tq, Tk, tile, unit, causal).kinds, capacity)
     return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
 
 

@@ -1,0 +1,190 @@
+"""Plans of ranges that every query, or every key, brings along. Memory follows the tiles that are visited.
+
+Where all ranges of the queries begin at key 0, or all those of the keys at their own position, they are one
+rule of the plan (a position, an expiry) and need no bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import PlanError, require
+from .build import (
+    INTEGERS,
+    TILE,
+    UNIT,
+    Fields,
+    _check_options,
+    _pack_spans,
+    _shape,
+    host,
+    is_length,
+    normal_offset,
+)
+from .listed import _lists
+from .masks import bit_lists, runs, span_lists
+
+LANES = 1 << 22
+"""Words of bits, times ranges of a query, that are made in one go."""
+
+
+def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
+    if not (isinstance(x, Tensor) and x.dim() in dims and x.shape[1] > 0):
+        raise PlanError(f"{name}: {_shape(x)}; expected integers {said}")
+    require(
+        (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
+        error=PlanError,
+    )
+    return x
+
+
+def from_intervals(lo: Tensor | None, hi: Tensor, *, Tk: int, tile: int = TILE, unit: int = UNIT) -> Fields:
+    """Fields of `Plan.from_intervals`."""
+    _check_options(tile=tile, unit=unit)
+    require((is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"), error=PlanError)
+    hi = _numbers(hi, "hi", (3, 4), "[B|1, H|1, Tq], or [B|1, H|1, Tq, m] for m ranges a query")
+    if lo is not None:
+        lo = _numbers(lo, "lo", (hi.dim(),), f"like hi {list(hi.shape)}, or None: from the first key on")
+        require(
+            (lo.shape[2:] == hi.shape[2:], f"lo {list(lo.shape)} and hi {list(hi.shape)} differ in shape"),
+            (lo.device == hi.device, f"lo is on {lo.device}, hi on {hi.device}: move them to one device"),
+            error=PlanError,
+        )
+        lo, hi = (x[..., None] if x.dim() == 3 else x for x in torch.broadcast_tensors(lo, hi))  # type: ignore[no-untyped-call]
+    ends = [x for x in (lo, hi) if x is not None and x.numel()]
+    if ends and all(map(host, ends)):
+        low, high = min(int(x.min()) for x in ends), max(int(x.max()) for x in ends)
+        require(
+            (
+                low >= 0 and high <= Tk,
+                f"lo and hi hold {low}..{high}: expected ranges [lo, hi) with 0 <= lo and hi <= Tk = {Tk} "
+                "(hi <= lo is empty)",
+            ),
+            error=PlanError,
+        )
+    fields = {"Tq": hi.shape[2], "Tk": Tk, "tile": tile, "unit": unit}
+    if lo is None:
+        reach = hi if hi.dim() == 3 else hi.amax(-1) if hi.shape[-1] else hi.sum(-1)
+        return fields | _prefixes(reach, tile)
+    return fields | _ranges(lo.long(), hi.long(), Tk, tile, unit)
+
+
+def _prefixes(reach: Tensor, tile: int) -> Fields:
+    """Queries that see the first `reach` keys [B,H,Tq] each: causality, with positions to suit."""
+    *lead, Tq = reach.shape
+    R = -(-Tq // tile)
+    rows = pad(reach.long(), (0, R * tile - Tq)).view(*lead, R, tile)
+    last = rows.amax(-1)
+    real = torch.arange(R * tile, device=reach.device).view(R, tile) < Tq
+    first = torch.where(real, rows, torch.iinfo(torch.int64).max).amin(-1)
+    zero = torch.zeros_like(first)
+    return {
+        "causal": True,
+        "q_pos": reach.int() - 1,
+        **_pack_spans([zero, first], [first, last], [True, False]),
+    }
+
+
+def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:
+    """Any ranges [B,H,Tq,m]: a sweep along the keys of each tile counts the rows that see them."""
+    lo, order = torch.where(hi > lo, lo, Tk).sort(-1)  # those of one row become disjoint
+    hi = hi.gather(-1, order).cummax(-1).values if hi.shape[-1] else hi
+    lo = torch.maximum(lo, pad(hi[..., :-1], (1, 0)))
+    hi = torch.maximum(lo, hi)
+    B, H, Tq, m = lo.shape
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    lead = (B, H, R)
+    lo, hi = (pad(x, (0, 0, 0, R * tile - Tq)).reshape(B * H * R, tile, m) for x in (lo, hi))
+    rows = (Tq - torch.arange(R, device=lo.device) * tile).clamp(max=tile).repeat(B * H)
+
+    # 1. between two neighbouring ends of ranges, all keys are seen by the same rows
+    at = torch.arange(B * H * R, device=lo.device)[:, None, None] * (Tk + 1)
+    some = hi > lo
+    place, order = torch.cat([(at + lo)[some], (at + hi)[some]]).sort()
+    n = int(some.sum())
+    seen = torch.where(order < n, 1, -1).cumsum(0)
+    a, b, seen = place[:-1], place[1:], seen[:-1]
+    live = (seen > 0) & (b > a)
+    a, b, seen = a[live], b[live], seen[live]
+    cell = a // (Tk + 1)
+    a, b = a - cell * (Tk + 1), b - cell * (Tk + 1)
+
+    # 2. units that some rows see and others not
+    mixed = seen < rows[cell]
+    first, last = a[mixed] // unit, (b[mixed] - 1) // unit + 1
+    owner = torch.repeat_interleave(torch.arange(len(first), device=lo.device), last - first)
+    inside = torch.arange(len(owner), device=lo.device) - ((last - first).cumsum(0) - (last - first))[owner]
+    slot = torch.unique_consecutive(cell[mixed][owner] * C + first[owner] + inside)
+
+    # 3. what all rows see, up to those units
+    span_cell, spans = runs(cell[~mixed], a[~mixed], b[~mixed])
+    begin, end = spans.unbind(-1)
+    begin = torch.where(_among(span_cell * C + begin // unit, slot), -(-begin // unit) * unit, begin)
+    end = torch.where(_among(span_cell * C + (end - 1) // unit, slot), end // unit * unit, end)
+    # a range that ends inside a mixed unit gives it up, and one that begins there too
+    left = begin < end
+    return {
+        **span_lists(span_cell[left], torch.stack([begin, end], -1)[left], lead),
+        **bit_lists(slot // max(C, 1), slot % max(C, 1), _bits(lo, hi, slot, C, tile, unit), lead),
+    }
+
+
+def _among(x: Tensor, ascending: Tensor) -> Tensor:
+    if not len(ascending):
+        return torch.zeros_like(x, dtype=torch.bool)
+    return ascending[torch.searchsorted(ascending, x).clamp(max=len(ascending) - 1)] == x
+
+
+def _bits(lo: Tensor, hi: Tensor, slot: Tensor, C: int, tile: int, unit: int) -> list[Tensor]:
+    """Bits of the slots (cell * C + unit) from the ranges [cells, tile, m] of their rows."""
+    words, m = -(-unit // 32), lo.shape[-1]
+    parts = []
+    for piece in torch.split(slot, max(1, LANES // max(tile * words * m, 1))):
+        cell, column = piece // C, piece % C
+        begin = (column * unit)[:, None] + torch.arange(words, device=lo.device) * 32  # [n, words]
+        stop = torch.minimum(begin + 32, ((column + 1) * unit)[:, None])
+        begin, stop = begin[:, None, :, None], stop[:, None, :, None]
+        a, b = (torch.minimum(torch.maximum(x[cell][:, :, None], begin), stop) - begin for x in (lo, hi))
+        one = torch.ones_like(a)
+        parts.append(((one << b) - (one << a)).sum(-1).to(torch.int32))
+    return parts
+
+
+def from_expiry(
+    k_end: Tensor, *, Tq: int | None = None, q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT
+) -> Fields:
+    """Fields of `Plan.from_expiry`."""
+    _check_options(tile=tile, unit=unit)
+    k_end = _numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]").to(torch.int32)
+    Tk = k_end.shape[-1]
+    Tq = Tk if Tq is None else Tq
+    require((is_length(Tq), f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)
+    q_offset = normal_offset(q_offset)
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    shift = q_offset.long().reshape(-1, 1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
+    first = torch.arange(R, device=k_end.device)[:, None] * tile
+    last = (first + (tile - 1)).clamp(max=Tq - 1) + shift
+    first = first + shift
+    column = torch.arange(C, device=k_end.device)
+    begin = column * unit
+
+    def ends(fill: int) -> Tensor:
+        return pad(k_end, (0, C * unit - Tk), value=fill).view(*k_end.shape[:2], 1, C, unit)
+
+    limits = torch.iinfo(torch.int32)
+    latest, earliest = ends(limits.min).amax(-1), ends(limits.max).amin(-1)
+    visited = (begin <= last) & (latest > first)
+    whole = (begin + unit <= Tk) & (begin + (unit - 1) <= first) & (earliest > last)
+    kind = torch.where(visited, torch.where(whole, 0, 1), 2)
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": True,
+        "q_offset": q_offset,
+        "k_end": k_end,
+        **_lists(kind, lambda x: (column.expand(x.shape), x), lambda _, kind, __: kind, None),
+    }

@@ -1,0 +1,154 @@
+"""Plans of boolean masks: the mask is read once, tile by tile, and only its mixed tiles are kept, as bits.
+
+A tile of queries against a unit of keys is empty (nowhere to be found afterwards), full (part of a span: runs
+of full units are one range) or partial (a unit with bits). Bytes are counted eight at a time: as the words
+of eight keys that they are, the rows of a tile add up without a carry, and one product packs a word into
+eight bits. So reading a mask costs little more than touching its bytes.
+
+Source: Sharma and Geiping, "Efficiently Dispatching Flash Attention for Partially Filled Attention Masks",
+arXiv 2409.15097 (binary block masking; full tiles need not be neighbours here).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError, require
+from .build import TILE, UNIT, Fields, _check_options, _shape, is_length, pack_words
+
+SLAB = 1 << 22
+"""Bytes of a mask that are looked at in one go: small enough to stay in a cache while they are."""
+CARRY = 255
+"""Rows whose bytes add up without a carry."""
+
+
+def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
+    """A bool mask as scaled dot product attention takes it, as [B|1, H|1, Tq, Tk] without copies."""
+    wanted = "expected bool [Tq, Tk], [H, Tq, Tk] or [B, H, Tq, Tk], where B and H may be 1"
+    require(
+        (isinstance(mask, Tensor) and 2 <= mask.dim() <= 4, f"mask: {_shape(mask)}; {wanted}"),
+        error=PlanError,
+    )
+    require(
+        (
+            mask.dtype == torch.bool,
+            f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive one (0 where seen) is "
+            "mask == 0, integers are mask != 0; a bias that is learned is no mask (key_bias=)",
+        ),
+        *(
+            (T is None or is_length(T), f"{name}={T!r}: expected an int >= 0 of 32 bits")
+            for name, T in (("Tq", Tq), ("Tk", Tk))
+        ),
+        error=PlanError,
+    )
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    for axis, name, T in ((2, "Tq", Tq), (3, "Tk", Tk)):
+        own = mask.shape[axis]
+        require(
+            (T is None or own in (1, T), f"mask: {_shape(mask)} with {name}={T}: expected {T}, or 1, there"),
+            error=PlanError,
+        )
+    require((mask.shape[1] > 0, f"mask: {_shape(mask)} has no heads; {wanted}"), error=PlanError)
+    for axis in (0, 1):  # an expanded axis is one list
+        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    return mask.expand(-1, -1, -1 if Tq is None else Tq, -1 if Tk is None else Tk)
+
+
+def from_mask(
+    mask: Tensor, *, Tq: int | None = None, Tk: int | None = None, tile: int = TILE, unit: int = UNIT
+) -> Fields:
+    """Fields of `Plan.from_mask`."""
+    _check_options(tile=tile, unit=unit)
+    mask = as_mask(mask, Tq, Tk)
+    B, H, Tq, Tk = mask.shape
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    rows = (Tq - torch.arange(R, device=mask.device) * tile).clamp(max=tile)
+    keys = (Tk - torch.arange(C, device=mask.device) * unit).clamp(max=unit)
+    area = rows[:, None] * keys
+    lists = mask.flatten(0, 1)
+    size = max(1, tile * C * unit)
+    tiles = max(1, min(R, SLAB // size))
+    heads = max(1, SLAB // (size * R)) if tiles == R else 1
+    full, part, bits = [], [], []
+    for h in range(0, B * H, heads):
+        for r in range(0, R, tiles):
+            words = _words(lists[h : h + heads, r * tile : (r + tiles) * tile], tile, unit)
+            count = _count(words)
+            own = area[r : r + tiles].repeat(count.shape[0] // max(len(area[r : r + tiles]), 1), 1)
+            full.append(count == own)
+            part.append((count > 0) & (count < own))
+            cell, column = part[-1].nonzero(as_tuple=True)
+            bits.append(pack_words(words[cell, :, column]))
+    none = torch.zeros(0, C, dtype=torch.bool, device=mask.device)
+    cell, column = torch.cat([none, *full]).nonzero(as_tuple=True)
+    span_cell, spans = runs(cell, column * unit, (column + 1) * unit)
+    cell, column = torch.cat([none, *part]).nonzero(as_tuple=True)
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        **span_lists(span_cell, spans.clamp(max=Tk), (B, H, R)),
+        **bit_lists(cell, column, bits, (B, H, R)),
+    }
+
+
+def _words(slab: Tensor, tile: int, unit: int) -> Tensor:
+    """A slab [n, rows, Tk] as words of eight keys, int64 [tiles, tile, C, words]; what is not there is 0."""
+    n, rows, Tk = slab.shape
+    s, C, lanes = -(-rows // tile), -(-Tk // unit), -(-unit // 32) * 32
+    whole = rows % tile == 0 and Tk % unit == 0 and lanes == unit
+    if not (whole and slab.is_contiguous() and slab.storage_offset() % 8 == 0):
+        wide = torch.zeros(n, s * tile, C * unit, dtype=torch.bool, device=slab.device)
+        wide[:, :rows, :Tk] = slab
+        slab = torch.nn.functional.pad(wide.view(n, s * tile, C, unit), (0, lanes - unit))
+    return slab.reshape(-1).view(torch.uint8).view(torch.int64).view(n * s, tile, C, lanes // 8)
+
+
+def _count(words: Tensor) -> Tensor:
+    """Visible pairs of each tile and unit, [tiles, C]."""
+    sums = [rows.sum(1).view(torch.uint8).sum(-1, dtype=torch.int64) for rows in torch.split(words, CARRY, 1)]
+    return torch.stack(sums).sum(0)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def runs(cell: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    """Join ranges `[lo, hi)` of one cell that touch; sorted by cell and place. Cells, and int64 [n, 2]."""
+    begins = torch.ones_like(cell, dtype=torch.bool)
+    begins[1:] = (cell[1:] != cell[:-1]) | (lo[1:] != hi[:-1])
+    ends = torch.ones_like(begins)
+    ends[:-1] = begins[1:]
+    return cell[begins], torch.stack([lo[begins], hi[ends]], -1)
+
+
+def span_lists(cell: Tensor, spans: Tensor, lead: tuple[int, int, int]) -> Fields:
+    """Lists of full ranges [n, 2], sorted by the cell (place in [B,H,R]) that they belong to."""
+    count = torch.bincount(cell, minlength=math.prod(lead))
+    return {
+        "span_start": (count.cumsum(0) - count).view(lead),
+        "span_full": count.int().view(lead),
+        "span_count": count.int().view(lead),
+        "spans": spans.int(),
+    }
+
+
+def bit_lists(cell: Tensor, column: Tensor, bits: list[Tensor], lead: tuple[int, int, int]) -> Fields:
+    """Lists of partial units with their bits, sorted by cell; nothing where there are none."""
+    if not len(cell):
+        return {}
+    count = torch.bincount(cell, minlength=math.prod(lead))
+    start = (count.cumsum(0) - count).view(lead)
+    return {
+        "start": start,
+        "full": torch.zeros(lead, dtype=torch.int32, device=cell.device),
+        "count": count.int().view(lead),
+        "index": column.int(),
+        "bits": bits[0] if len(bits) == 1 else torch.cat(bits),
+        "bits_start": start,
+    }

@@ -1,0 +1,90 @@
+"""Tokens in another order: what is scattered over many tiles comes together in few. Imported when used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from .figures import visited_area
+from .lists import cells, ranges
+from .sparse import of_pairs
+
+if TYPE_CHECKING:
+    from .core import Plan
+
+
+def reordered(plan: Plan) -> Plan:
+    """`Plan.reordered`."""
+    head, q, k = _pairs(plan)
+    batch, heads = plan.extent()
+    square = plan.Tq == plan.Tk
+    q_order, k_order = _cuthill_mckee(head, q, k, (batch, heads, plan.Tq, plan.Tk), square=square)
+    q_row, k_row = (torch.argsort(x, dim=-1) for x in (q_order, k_order))
+    lists = of_pairs(
+        head,
+        q_row[head, q],
+        k_row[head, k],
+        (batch, heads),
+        Tq=plan.Tq,
+        Tk=plan.Tk,
+        tile=plan.tile,
+        unit=plan.unit,
+    )
+    moved = type(plan)(
+        plan.Tq,
+        plan.Tk,
+        plan.tile,
+        plan.unit,
+        q_order=q_order.view(batch, heads, -1).int(),
+        k_order=k_order.view(batch, heads, -1).int(),
+        **lists,
+    )
+    device = plan.device
+    return moved.to(device) if visited_area(moved) < visited_area(plan) else plan
+
+
+def _pairs(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """List, query token and key token of every visible pair, in main memory."""
+    heads = plan.extent()[1]
+    found: list[tuple[Tensor, ...]] = []
+    entries = ranges(plan)
+    for part in cells(plan, entries.of(entries.hi > entries.lo)):
+        lane, row = part.keep.nonzero(as_tuple=True)
+        list_ = (part.batch * heads + part.head)[lane]
+        found.append((list_.cpu(), part.q_token[lane, row].cpu(), part.k_token[lane].cpu()))
+    none = torch.zeros(0, dtype=torch.int64)
+    head, q, k = (torch.cat([none, *x]) for x in (zip(*found, strict=True) if found else ((), (), ())))
+    return head, q, k
+
+
+def _cuthill_mckee(
+    head: Tensor, q: Tensor, k: Tensor, shape: tuple[int, int, int, int], *, square: bool
+) -> tuple[Tensor, Tensor]:
+    """Tokens of each list in reverse Cuthill-McKee order, queries [B*H,Tq] and keys [B*H,Tk].
+
+    All lists are one graph whose components are ordered one after another. With as many queries as keys a
+    token is one vertex and the edges count both ways (M or its transpose); otherwise queries and keys are the
+    two sides of a bipartite graph.
+    """
+    try:
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import reverse_cuthill_mckee
+    except ImportError:
+        raise PlanError("plan.reordered() needs SciPy; install: pip install 'sparseflash[masks]'") from None
+    batch, heads, Tq, Tk = shape
+    lists, wide = batch * heads, Tq if square else Tq + Tk
+    n = lists * wide
+    a, b = head * wide + q, head * wide + k + (0 if square else Tq)
+    ones = torch.ones(2 * len(a), dtype=torch.int8)
+    pair = torch.cat([a, b]).int().numpy(), torch.cat([b, a]).int().numpy()
+    graph = coo_array((ones.numpy(), pair), shape=(n, n)).tocsr()
+    vertex = torch.from_numpy(reverse_cuthill_mckee(graph, symmetric_mode=True).copy()).long()
+    vertex = vertex[torch.argsort(vertex // wide, stable=True)].view(lists, wide) % max(wide, 1)
+    if square:
+        return vertex, vertex
+    first = torch.argsort((vertex >= Tq).int(), dim=-1, stable=True)
+    vertex = vertex.gather(1, first)
+    return vertex[:, :Tq], vertex[:, Tq:] - Tq
