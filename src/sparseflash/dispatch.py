@@ -193,13 +193,18 @@ def backends() -> dict[str, BackendStatus]:
     return found
 
 
+def _order(x: Tensor) -> tuple[str, ...]:
+    """What to ask first: for tensors in main memory not what would only load a GPU's packages to refuse."""
+    return ("cpu", "reference", "triton") if x.device.type == "cpu" else PREFERENCE
+
+
 def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
     """The first backend by preference that has the op and can run it on these tensors, or the wanted one."""
     wanted = wanted or os.environ.get("SPARSEFLASH_BACKEND", "")
     if wanted and wanted not in PREFERENCE:
         raise BackendError(f"backend={wanted!r}: expected one of {', '.join(PREFERENCE)}, or None to choose")
     said = []
-    for name in (wanted,) if wanted else PREFERENCE:
+    for name in (wanted,) if wanted else _order(tensors[0]):
         module = _load(name)
         if isinstance(module, str):
             said.append(f"{name}: {module}")

@@ -606,11 +606,15 @@ class Plan:
 
     def extent(self) -> tuple[int, int]:
         """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""
-        laid = [x for n, x in self.tensors().items() if n not in _FLAT]
-        sizes = {x.shape[0] for x in laid}
-        if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
-            sizes.add(self.q_offset.shape[0])
-        return next((n for n in sizes if n != 1), 1), math.lcm(*[x.shape[1] for x in laid])
+        found: tuple[int, int] | None = getattr(self, "_extent", None)
+        if found is None:  # every call of attention asks
+            laid = [x for n, x in self.tensors().items() if n not in _FLAT]
+            sizes = {x.shape[0] for x in laid}
+            if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
+                sizes.add(self.q_offset.shape[0])
+            found = next((n for n in sizes if n != 1), 1), math.lcm(*[x.shape[1] for x in laid])
+            object.__setattr__(self, "_extent", found)
+        return found
 
     def _static(self) -> tuple[Any, ...]:
         values = (getattr(self, f.name) for f in dataclasses.fields(self))
