@@ -12,6 +12,7 @@ TORCH_ARGS  ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+GPU_ARGS    ?=
 
 BIN   := .venv/bin
 PY    := $(BIN)/python
@@ -21,7 +22,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test check bench gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -29,6 +30,7 @@ help:
 	@echo 'make test    the default tests: no GPU, no network, two cores'
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
+	@echo 'make gpu     check and measure the Triton kernels on this machine'"'"'s GPU'
 	@echo
 	@echo 'Each target does its own set-up: a fresh clone needs only `make demo` or `make test`.'
 	@echo 'The head of the Makefile lists what can be passed, for example: make test PYTEST_ARGS="-k plan -x"'
@@ -78,3 +80,6 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/sparseflash bench $(BENCH_ARGS)
+
+gpu: $(READY)
+	$(PY) benchmarks/gpu.py $(GPU_ARGS)

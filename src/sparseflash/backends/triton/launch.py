@@ -61,8 +61,8 @@ def row_blocks(dim: int, size: int) -> Blocks:
     if size == 4:
         return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(32, 16, 4, 2)
     if dim <= 64:
-        return Blocks(128, 64, 8, 3)
-    return Blocks(128, 64, 8, 2) if dim <= 128 else Blocks(64, 32, 4, 2)
+        return Blocks(128, 64, 8, 2)
+    return Blocks(128, 32, 8, 3) if dim <= 128 else Blocks(64, 32, 4, 2)
 
 
 def column_blocks(dim: int, size: int) -> Blocks:
@@ -70,7 +70,7 @@ def column_blocks(dim: int, size: int) -> Blocks:
     if size == 4:
         return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(16, 16, 4, 1)
     if dim <= 64:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 64, 8, 2)
     return Blocks(64, 64, 8, 2) if dim <= 128 else Blocks(32, 32, 4, 1)
 
 
