@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from sparseflash.backends.cpu import build
-from sparseflash.bench import curves, kernels, levels, machine, results
+from sparseflash.bench import curves, kernels, levels, machine, ops, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
@@ -129,3 +129,13 @@ def test_each_level_is_measured_at_its_own_instructions():
     lacking = next(name for name, x in build.LEVELS.items() if not x.needs <= build.cpu_flags())
     with pytest.raises(SparseFlashError, match=f"level {lacking}: .*this processor lacks"):
         levels.measure_levels([lacking], shapes=[(64, 16)])
+
+
+def test_the_plain_twins_compute_what_the_ops_do():
+    q, k, v, _ = inputs(192, heads=2, dim=16)
+    for ours, plain in ((ops.linear, ops.chunked), (ops.stick, ops.sticks)):
+        torch.testing.assert_close(ours(q, k, v), plain(q, k, v), atol=1e-4, rtol=1e-4)
+    tiny = ops.Op("linear", ops.linear, ops.chunked, length=128, heads=1, shift=-2.0)
+    rows = ops.measure(ops=(tiny,), dtypes=("fp32",), dim=16, rounds=1)
+    assert [row["case"] for row in rows] == ["linear, forward", "linear, backward"]
+    assert all(row["ratio"] > 0 and row["ratio_torch"] > 0 and row["rounds"] == 1 for row in rows)

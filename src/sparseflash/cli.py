@@ -270,6 +270,7 @@ def bench_everything(context: typer.Context) -> None:
         bench_curves()
         bench_attention_table()
         bench_kernel_table()
+        bench_ops()
         bench_step()
 
 
@@ -313,6 +314,19 @@ def bench_kernel_table(
     from sparseflash.bench import session
 
     session.kernel_table(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
+
+
+@bench.command("ops")
+def bench_ops(
+    out: Out = RESULTS / "ops.csv",
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 5,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Compare linear attention and stick-breaking with dense torch SDPA and with plain torch."""
+    from sparseflash.bench import session
+
+    session.ops(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
 
 
 @bench.command("levels")

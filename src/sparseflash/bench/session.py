@@ -9,6 +9,7 @@ from sparseflash.bench import cases, results
 from sparseflash.bench import curves as curves_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
+from sparseflash.bench import ops as ops_
 from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
 from sparseflash.bench import table as table_
@@ -73,6 +74,16 @@ def levels(out: Path, *, names: Sequence[str], rounds: int, minutes: float) -> N
         lambda on_run: levels_.measure_levels(names or able, rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("level", "case", "dtype", "T", "dim", "ms_sdpa", "ms", "ratio"))
+
+
+def ops(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: float) -> None:
+    """Measure linear attention and stick-breaking into `out`."""
+    _known(*dtypes)
+    rows = _watch(
+        "ops",
+        lambda on_run: ops_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
+    )
+    _finish(rows, out, ("case", "dtype", "T", "heads", "ms_sdpa", "ms_torch", "ms", "ratio", "ratio_torch"))
 
 
 def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:
