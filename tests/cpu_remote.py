@@ -16,7 +16,10 @@ from typing import Any
 from sparseflash.backends.cpu import build, call, linear
 
 DRIVER = Path(__file__).with_name("cpu_driver.cpp")
-ENTRIES = ("sf_forward", "sf_backward", "sf_stats", "sf_linear_forward", "sf_linear_backward")
+ENTRIES = (
+    *("sf_forward", "sf_backward", "sf_stats"),
+    *("sf_linear_forward", "sf_linear_backward", "sf_stick_forward", "sf_stick_backward"),
+)
 ITEM = (4, 2, 2)  # bytes, by the code of a dtype
 
 

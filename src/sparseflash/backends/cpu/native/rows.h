@@ -16,7 +16,8 @@ template <class Read> inline void read_items(const void *src, int64_t lane, int6
     else for (int64_t i = 0; i < n; i++) to[i] = read(src, i * lane);
 }
 inline void read_row(const SfView &v, const char *src, int32_t dtype, int64_t n, float *to) {
-    if (dtype == SF_F32) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return ((const float *)p)[i]; });
+    if (dtype == SF_F32 && v.lane == 1) memcpy(to, src, n * 4);
+    else if (dtype == SF_F32) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return ((const float *)p)[i]; });
     else if (dtype == SF_BF16) read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_bf16(((const bf *)p)[i]); });
     else if (v.lane == 1) halves((const bf *)src, n, to);
     else read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_f16(((const bf *)p)[i]); });
