@@ -48,7 +48,7 @@ inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool ho
         const bf *t = BACKWARD ? x.kt : x.vt;
         o.kb = x.kb + k.base * x.ldk;
         o.vb = BACKWARD ? x.vb + k.base * x.ldv : nullptr;
-        o.t = t + k.base * Dt;
+        o.t = t ? t + k.base * Dt : nullptr;  // statistics have no V
         if (k.gather) {
             int64_t nk = least(Dk, x.ldk == c.k.row ? c.D : x.ldk), nv = least(Dv, x.ldv == c.v.row ? c.Dv : x.ldv);
             memset(w.tc.p, 0, BK * Dt * 2);

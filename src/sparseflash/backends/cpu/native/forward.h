@@ -1,4 +1,4 @@
-// The forward pass: one query block after the other, each over the chunks of its tile.
+// The forward pass of one query block over the chunks of its tile.
 #pragma once
 #include "chunk.h"
 #include "softmax.h"
@@ -71,36 +71,6 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
         c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = total == 0 ? -INF : (w.m[i] + log2f(total)) * LN2;
         write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : 1.f / total);
     }
-}
-
-// Runs a block function over every query block of every head.
-template <bool BF, class Block> int forward_over(const SfCall &c, SfParallel parallel, Block block) {
-    const SfPlan &p = c.plan;
-    Packed<BF, false> packed;
-    if (packed.make(c, parallel)) return 1;
-    Desks<BF> scratch;
-    if (!scratch.make(c, false)) return 1;
-    auto task = [&](int64_t i, int thread) {
-        Scratch<BF> &w = scratch[thread];
-#if SF_HAS_BF16
-        if (BF) prepare_thread();
-#endif
-        int64_t slot = i / p.tiles, r = p.tiles - 1 - i % p.tiles, b = slot / c.Hq, h = slot % c.Hq;  // long rows first
-        Rules rules(c, b, h);
-        Keys keys = packed.keys(c, b, h);
-        int64_t end = least(p.q_rows, (r + 1) * p.tile);
-        for (int64_t row = r * p.tile; row < end; row += BQ)
-            block(keys, rules, b, h, r, row, least<int64_t>(BQ, end - row), w);
-    };
-    in_parallel(parallel, c.threads, c.B * c.Hq * p.tiles, task);
-    return 0;
-}
-
-template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
-    Logits logits(c);
-    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
-                     Scratch<BF> &w) { forward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w); };
-    return forward_over<BF>(c, parallel, block);
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 // Everything is transposed: S^T = K Q^T has keys as rows and 64 queries as columns, so max, exp and sum are vertical
 // and no horizontal reduction appears; O^T = V^T P^T.
 #pragma once
-#include "backward.h"
-#include "forward.h"
+#include "few.h"
 #include "pointwise.h"
 #include "stats.h"
 #if !SF_HAS_BF16

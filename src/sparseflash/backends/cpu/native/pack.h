@@ -33,6 +33,7 @@ inline int64_t common_multiple(int64_t a, int64_t b) {
 
 // fp32: rows of K and V, in the user's memory where its layout allows, else packed. bf16: rows of K (and V for the
 // backward), V^T (forward) or K^T (backward) in blocks [BK keys]: [D][BK]. Lanes and rows are padded with zeros.
+// ROWS_ONLY: rows of both and no more, for tiles of few queries.
 struct Keys {
     const float *k, *v;
     const bf *kb, *vb, *vt, *kt;
@@ -40,10 +41,16 @@ struct Keys {
     bool tame;  // no inf or NaN anywhere (known for packed bf16 only): then 0 * x is 0
 };
 
+#if SF_AMX
+constexpr bool WHOLE_TILES = true;  // of padded rows
+#else
+constexpr bool WHOLE_TILES = false;
+#endif
+
 template <bool BF, bool BACKWARD> struct Packed {
     int64_t heads = 1, rows = 0, Dk = 0, Dv = 0;  // packed heads; rows rounded up to BK; padded dimensions
     int64_t batches = 1;                          // 1 where all sequences read the same rows of one pool
-    bool copy_k = false, copy_v = false;
+    bool copy_k = false, copy_v = false, v_rows = false, columns = false;
     Buffer<float> k, v;
     Buffer<bf> kb, vb, vt, kt;
     Buffer<char> wild;
@@ -51,7 +58,7 @@ template <bool BF, bool BACKWARD> struct Packed {
     // Packed head of a query head: the pair of its KV head and its head of k_order.
     int64_t head(const SfCall &c, int64_t h) const { return h * heads / c.Hq; }
 
-    int make(const SfCall &c, SfParallel parallel) {
+    int make(const SfCall &c, SfParallel parallel, bool rows_only = false) {
         const SfPlan &p = c.plan;
         heads = p.k_order.data ? common_multiple(c.Hkv, p.k_order.heads) : c.Hkv;
         rows = round_up(p.k_rows, BK);
@@ -68,16 +75,15 @@ template <bool BF, bool BACKWARD> struct Packed {
         } else {
             Dk = round_up(c.D, 32);
             Dv = round_up(c.Dv, 32);
-#if SF_AMX
-            copy_k = copy_v = true;
-#else
-            copy_k = loose || c.k.lane != 1 || c.D % 2;
-            copy_v = loose || c.v.lane != 1 || c.Dv % 2;
-            if (!copy_k) Dk = c.D;  // contraction length; columns of products are padded where they are stored
-#endif
+            columns = !rows_only && (BACKWARD || c.v.data);
+            v_rows = BACKWARD || rows_only;
+            bool tiles = WHOLE_TILES && !rows_only;
+            copy_k = loose || tiles || c.k.lane != 1 || (!rows_only && c.D % 2);
+            copy_v = loose || tiles || c.v.lane != 1 || (!rows_only && c.Dv % 2);
+            if (!copy_k && !copy_v && !columns) return 0;
             if (copy_k && !kb.make(n * Dk)) return 1;
-            if (BACKWARD && copy_v && !vb.make(n * Dv)) return 1;
-            if (!(BACKWARD ? kt.make(n * round_up(c.D, 32)) : vt.make(c.v.data ? n * Dv : 0))) return 1;
+            if (v_rows && copy_v && !vb.make(n * Dv)) return 1;
+            if (columns && !(BACKWARD ? kt.make(n * Dk) : vt.make(n * Dv))) return 1;
             if (!wild.make(batches * heads)) return 1;
             memset(wild.p, 0, batches * heads);
         }
@@ -107,13 +113,13 @@ template <bool BF, bool BACKWARD> struct Packed {
                 }
             } else {
                 const bf *ks = t >= 0 ? (const bf *)row_of(c.k, b, hkv, t, SF_BF16) : nullptr;
-                const bf *vs = BACKWARD && t >= 0 ? (const bf *)row_of(c.v, b, hkv, t, SF_BF16) : nullptr;
+                const bf *vs = v_rows && t >= 0 ? (const bf *)row_of(c.v, b, hkv, t, SF_BF16) : nullptr;
                 if (copy_k) copy(ks, c.k.lane, c.D, kb + at * Dk, Dk);
-                if (BACKWARD && copy_v) copy(vs, c.v.lane, c.Dv, vb + at * Dv, Dv);
+                if (v_rows && copy_v) copy(vs, c.v.lane, c.Dv, vb + at * Dv, Dv);
             }
         }
 #if SF_HAS_BF16
-        if (BF && (BACKWARD || c.v.data)) {
+        if (BF && columns) {
             bool fine = true;
             const SfView &x = BACKWARD ? c.k : c.v;
             int64_t D = BACKWARD ? c.D : c.Dv, Dp = round_up(D, 32);
@@ -158,10 +164,10 @@ template <bool BF, bool BACKWARD> struct Packed {
             x.v = !c.v.data ? nullptr : copy_v ? v + at * Dv : (const float *)row_of(c.v, b, hkv, 0, SF_F32);
         } else {
             x.kb = copy_k ? kb + at * Dk : (const bf *)row_of(c.k, b, hkv, 0, SF_BF16);
-            x.vb = BACKWARD ? (copy_v ? vb + at * Dv : (const bf *)row_of(c.v, b, hkv, 0, SF_BF16)) : nullptr;
-            x.vt = BACKWARD ? nullptr : vt + at * Dv;
-            x.kt = BACKWARD ? kt + at * round_up(c.D, 32) : nullptr;
-            x.tame = !wild[slot];
+            x.vb = v_rows ? (copy_v ? vb + at * Dv : (const bf *)row_of(c.v, b, hkv, 0, SF_BF16)) : nullptr;
+            x.vt = columns && !BACKWARD ? vt + at * Dv : nullptr;
+            x.kt = columns && BACKWARD ? kt + at * Dk : nullptr;
+            x.tame = !columns || !wild[slot];
         }
         return x;
     }

@@ -61,13 +61,14 @@ struct Queries {
         real = 0;
         lanes = 0;
         row_in_tile = row_in_tile_;
-        for (int i = 0; i < BQ; i++) {
-            int64_t t = i < rows ? (r.q_order ? r.q_order[row + i] : row + i) : -1;
-            if (t < 0 || t >= r.Tq) t = -1;
+        for (int i = 0; i < BQ; i++) token[i] = -1, pos[i] = 0, seg[i] = ANY;
+        for (int i = 0; i < rows; i++) {
+            int64_t t = r.q_order ? r.q_order[row + i] : row + i;
+            if (t < 0 || t >= r.Tq) continue;
             token[i] = t;
-            pos[i] = t < 0 ? 0 : r.q_pos ? r.q_pos[t] : saturate(t + r.q_offset);
-            seg[i] = t < 0 || !r.q_seg ? ANY : r.q_seg[t];
-            if (t >= 0 && seg[i] != NONE) { real |= 1ull << i; lanes = i + 1; }
+            pos[i] = r.q_pos ? r.q_pos[t] : saturate(t + r.q_offset);
+            if (r.q_seg) seg[i] = r.q_seg[t];
+            if (seg[i] != NONE) { real |= 1ull << i; lanes = i + 1; }
         }
     }
 };
@@ -132,7 +133,7 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
     const int32_t *sf = slice<int32_t>(p.span_full, b, h, c.Hq), *sc = slice<int32_t>(p.span_count, b, h, c.Hq);
     const int32_t *uf = slice<int32_t>(p.full, b, h, c.Hq), *uc = slice<int32_t>(p.count, b, h, c.Hq);
     const int64_t *bs = slice<int64_t>(p.bits_start, b, h, c.Hq);
-    int64_t words = (p.unit + 31) / 32;
+    const int64_t words = (p.unit + 31) / 32, join = (SMALL + p.unit - 1) / p.unit;
     for (int pass = 0; pass < 2; pass++) {
         bool partial = pass == 1;
         if (ss) {
@@ -150,10 +151,25 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
                 f(g);
                 held = 0;
             };
+            const bool masked = partial && bs;
             for (int64_t e = own.lo; e < own.hi;) {
+                if (!APART && !masked && p.unit == 1) {  // single keys up to the next run, without ceremony
+                    const int32_t *index = p.index;
+                    const int64_t end = own.hi, runs = end - join, k_rows = p.k_rows;
+                    int n = held;
+                    for (; e < end && n < BK; e++) {
+                        int64_t u = index[e];
+                        if (e <= runs && index[e + join - 1] == u + join - 1) break;
+                        rows[n] = u;
+                        n += (uint64_t)u < (uint64_t)k_rows;
+                    }
+                    held = n;
+                    if (held == BK) flush();
+                    if (e == own.hi) break;
+                }
                 int64_t u = p.index[e], run = 1;
-                bool masked = partial && bs;
-                while (!APART && !masked && e + run < own.hi && p.index[e + run] == u + run) run++;
+                if (!APART && !masked && (join == 1 || (e + join <= own.hi && p.index[e + join - 1] == u + join - 1)))
+                    while (e + run < own.hi && p.index[e + run] == u + run) run++;
                 const int32_t *bits = nullptr;
                 if (masked) {
                     int64_t at = e - own.lo, room = p.bits_size - at;
@@ -212,9 +228,16 @@ inline bool look(const Rules &r, const Queries &q, Chunk &c, uint64_t *see, bool
 
 // Work of a tile, in key rows.
 inline int64_t tile_cost(const SfCall &c, int64_t b, int64_t h, int64_t r) {
-    int64_t n = 0;
-    for_each_chunk(c, b, h, r, [&](const Chunk &k) { n += k.b - k.a; });
-    return n;
+    const SfPlan &p = c.plan;
+    const int64_t *ss = slice<int64_t>(p.span_start, b, h, c.Hq);
+    const int32_t *sc = slice<int32_t>(p.span_count, b, h, c.Hq), *uc = slice<int32_t>(p.count, b, h, c.Hq);
+    int64_t n = uc ? least<int64_t>(most(uc[r], 0), p.k_rows) * least(p.unit, p.k_rows) : 0;
+    if (ss) {
+        Entries all(ss[r], 0, sc[r], true, p.spans_size);
+        for (int64_t e = all.lo; e < all.hi; e++)
+            n += most<int64_t>(least<int64_t>(p.spans[2 * e + 1], p.k_rows) - most<int64_t>(p.spans[2 * e], 0), 0);
+    }
+    return least(n, p.k_rows);
 }
 
 }  // namespace

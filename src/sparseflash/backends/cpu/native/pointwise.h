@@ -1,6 +1,6 @@
 // Pointwise attention: every pair has the weight f(scale * S), whatever its neighbours are; no row statistics.
 #pragma once
-#include "backward.h"
+#include "drive.h"
 
 namespace {
 

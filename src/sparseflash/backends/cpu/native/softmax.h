@@ -23,13 +23,15 @@ struct Logits {
                 to[j] = t < 0 ? 0.f : key_bias[t] * LOG2E;
             }
     }
+    vf bend(const SfCall &c, vf x) const {
+        x *= inner;
+        return c.softcap > 0 ? tanhv(x) * outer : x;
+    }
     void bend(const SfCall &c, const Chunk &k, const float *bias, float *s) const {
         for (int j = k.a; j < k.b; j++)
             for (int i = 0; i < BQ; i += W) {
-                vf x = load(s + j * BQ + i) * inner;
-                if (c.softcap > 0) x = tanhv(x) * outer;
-                if (c.key_bias.data) x += bias[j];
-                store(s + j * BQ + i, x);
+                vf x = bend(c, load(s + j * BQ + i));
+                store(s + j * BQ + i, c.key_bias.data ? x + bias[j] : x);
             }
     }
 };

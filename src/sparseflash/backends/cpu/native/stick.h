@@ -7,7 +7,7 @@
 // relative errors only. Where nothing is left of any stick (0 in fp32), older chunks would add exact zeros: they are
 // not visited.
 #pragma once
-#include "backward.h"
+#include "drive.h"
 
 namespace {
 

@@ -73,6 +73,21 @@ inline float sum(vf a) {
     return x[0];
 }
 
+#if !SF_MASKS
+// The first n < W floats, and zeros.
+inline vf load_first(const float *p, int64_t n) {
+    vf x = {};
+    memcpy(&x, p, n * sizeof(float));
+    return x;
+}
+// Lane i: the sum of x[i].
+inline vf sums(const vf *x) {
+    vf y;
+    for (int i = 0; i < W; i++) y[i] = sum(x[i]);
+    return y;
+}
+#endif
+
 #if !SF_SCALES_BY_POWERS
 // x = floor(x) + fraction. The power of two goes into the exponent by adding a number whose last bit counts ones, with
 // 24 to spare that the last factor takes back: so results below the normal range lose bits one by one and end at 0.

@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #define SF_SCALES_BY_POWERS 1
+#define SF_MASKS 1
 
 namespace {
 
@@ -36,6 +37,26 @@ inline uint64_t lanes_with_bit(const int32_t *words, int bit) {
 }
 // x where the bit of the lane is set, else y (bits of lanes 0..W-1).
 inline vf pick(uint64_t bits, vf x, vf y) { return (vf)_mm512_mask_mov_ps((__m512)y, (__mmask16)bits, (__m512)x); }
+
+// The first n < W floats, and zeros.
+inline vf load_first(const float *p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+
+// Lane i: the sum of x[i]. Each step adds halves of two vectors into one, as a transposition would move them.
+inline vf sums(const vf *x) {
+    __m512 t[8], u[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        __m512 a = (__m512)x[2 * i], b = (__m512)x[2 * i + 1];
+        t[i] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
+        u[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    }
+    auto add = [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
+    return (vf)add(add(u[0], u[1]), add(u[2], u[3]));
+}
 
 inline void halves(const uint16_t *from, int64_t n, float *to) {
     int64_t i = 0;

@@ -1,0 +1,166 @@
+// Whole passes: tasks for the threads, and the order in which the gradients of keys are summed.
+//
+// The backward adds dK and dV into memory private to a task (one head, or a share of its tiles). So nothing is locked,
+// shares are summed in a fixed order, and results repeat bit for bit.
+#pragma once
+#include "backward.h"
+
+namespace {
+
+// Runs a block function over every query block of every head. ROWS_ONLY: it reads rows of keys, and no columns.
+template <bool BF, class Block> int forward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
+    const SfPlan &p = c.plan;
+    Packed<BF, false> packed;
+    if (packed.make(c, parallel, rows_only)) return 1;
+    Desks<BF> scratch;
+    if (!scratch.make(c, false)) return 1;
+    const int64_t per = most<int64_t>(BQ / p.tile, 1), runs = (p.tiles + per - 1) / per;  // tiles of a task; tasks of a head
+    auto task = [&](int64_t i, int thread) {
+        Scratch<BF> &w = scratch[thread];
+#if SF_HAS_BF16
+        if (BF) prepare_thread();
+#endif
+        int64_t slot = i / runs, b = slot / c.Hq, h = slot % c.Hq, last = p.tiles - i % runs * per;  // long rows first
+        Rules rules(c, b, h);
+        Keys keys = packed.keys(c, b, h);
+        for (int64_t r = most<int64_t>(last - per, 0); r < last; r++) {
+            int64_t end = least(p.q_rows, (r + 1) * p.tile);
+            for (int64_t row = r * p.tile; row < end; row += BQ)
+                block(keys, rules, b, h, r, row, least<int64_t>(BQ, end - row), w);
+        }
+    };
+    in_parallel(parallel, c.threads, c.B * c.Hq * runs, task);
+    return 0;
+}
+
+// Splits of every head, so that no thread waits long for the last one: the tasks' costs are dealt out greedily.
+inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads, int64_t tiles) {
+    int64_t total = 0, biggest = 0;
+    for (int64_t i = 0; i < heads; i++) total += cost[i], biggest = most(biggest, cost[i]);
+    int64_t limit = most<int64_t>(1, least<int64_t>(tiles, 4 * (int64_t)c.threads));
+    for (int64_t splits = 1; splits < limit; splits *= 2) {
+        int64_t load[64] = {}, busiest = 0;
+        int threads = least(c.threads, 64);
+        for (int64_t i = 0; i < heads * splits; i++) {
+            int idle = 0;
+            for (int t = 1; t < threads; t++) if (load[t] < load[idle]) idle = t;
+            load[idle] += cost[i / splits] / splits;
+            busiest = most(busiest, load[idle]);
+        }
+        if (busiest * threads <= total + total / 12) return splits;
+    }
+    return limit;
+}
+
+// Runs a block function over every query block of every head, and sums what the shares add to dK, dV and dbias.
+template <bool BF, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
+    const SfPlan &p = c.plan;
+    int threads = most(c.threads, 1);
+    Packed<BF, true> packed;
+    if (packed.make(c, parallel, rows_only)) return 1;
+    const int64_t heads = packed.heads, group = c.Hq / heads, slots = c.B * heads, pairs = group * p.tiles;
+    const int64_t rows = round_up(p.k_rows, BK), blocks = rows / BK;
+    const int64_t ldk = round_up(c.D, BF ? 32 : 16), ldv = round_up(c.Dv, BF ? 32 : 16);
+
+    // cost of every (slot, query head of the group, tile): shares of a head are contiguous runs of equal cost
+    Buffer<int64_t> cost, sum;
+    if (!cost.make(slots * pairs) || !sum.make(slots)) return 1;
+    auto weigh = [&](int64_t s, int) {
+        sum[s] = 0;
+        for (int64_t i = 0; i < pairs; i++) {
+            int64_t x = tile_cost(c, s / heads, s % heads * group + i / p.tiles, i % p.tiles);
+            sum[s] += x;
+            cost[s * pairs + i] = sum[s];  // running total
+        }
+    };
+    in_parallel(parallel, threads, slots, weigh);
+    const int64_t splits = choose_splits(c, sum.p, slots, pairs), tasks = slots * splits;
+    // A head's gradients are complete when its only task ends; otherwise shares wait and are summed in order.
+    const bool direct = splits == 1 && heads == c.Hkv && c.Bk == c.B;
+    const int64_t held = direct ? threads : tasks;
+
+    Buffer<float> acc_k, acc_v, bias;
+    Buffer<char> touched;
+    Desks<BF> scratch;
+    Buffer<int32_t> row_of_token;
+    bool ok = acc_k.make(held * rows * ldk) && acc_v.make(held * rows * ldv) && touched.make(held * blocks) &&
+              scratch.make(c, true) && (!c.dbias || bias.make(c.B * c.Hq * splits * c.Tk)) &&
+              (!p.k_order.data || row_of_token.make(slots * c.Tk));
+    if (!ok) return 1;
+    if (c.dbias) memset(bias.p, 0, c.B * c.Hq * splits * c.Tk * 4);
+
+    auto invert = [&](int64_t s, int) {
+        Rules r(c, s / heads, s % heads * group);
+        for (int64_t t = 0; t < c.Tk; t++) row_of_token[s * c.Tk + t] = -1;
+        for (int64_t row = 0; row < p.k_rows; row++) {
+            int64_t t = r.key_token(row);
+            if (t >= 0) row_of_token[s * c.Tk + t] = (int32_t)row;
+        }
+    };
+    if (p.k_order.data) in_parallel(parallel, threads, slots, invert);
+
+    // Writes token t of a KV head: the sum over the sequences of a pool, packed heads and shares, in that order.
+    const int64_t of = heads / c.Hkv, sharers = c.Bk == c.B ? 1 : c.B;
+    auto write_token = [&](int64_t bk, int64_t hkv, int64_t t, int64_t only, float *x) {
+        for (int side = 0; side < 2; side++) {
+            int64_t ld = side ? ldv : ldk, n = side ? c.Dv : c.D;
+            const Buffer<float> &acc = side ? acc_v : acc_k;
+            for (int64_t d = 0; d < ld; d++) x[d] = 0;
+            for (int64_t i = 0; i < sharers * of * splits; i++) {
+                int64_t b = sharers == 1 ? bk : i / (of * splits);
+                int64_t slot = b * heads + hkv * of + i / splits % of, share = only >= 0 ? only : slot * splits + i % splits;
+                int64_t row = p.k_order.data ? row_of_token[slot * c.Tk + t] : t;
+                if (row < 0 || !touched[share * blocks + row / BK]) continue;
+                const float *y = acc + (share * rows + row) * ld;
+                for (int64_t d = 0; d < ld; d += W) store(x + d, load(x + d) + load(y + d));
+            }
+            write_row(side ? c.dv : c.dk, bk, hkv, t, c.grad_dtype, n, x, side ? 1.f : c.scale);
+        }
+    };
+
+    auto task = [&](int64_t i, int thread) {
+        Scratch<BF> &w = scratch[thread];
+#if SF_HAS_BF16
+        if (BF) prepare_thread();
+#endif
+        int64_t slot = i / splits, share = i % splits, b = slot / heads, hp = slot % heads, at = direct ? thread : i;
+        KeyGrads grads = {acc_k + at * rows * ldk, acc_v + at * rows * ldv, touched + at * blocks, ldk, ldv};
+        memset(grads.touched, 0, blocks);
+        const int64_t *run = cost + slot * pairs, whole = sum[slot];
+        for (int64_t j = 0; j < pairs; j++) {
+            int64_t before = j ? run[j - 1] : 0;  // the share that holds the pair's midpoint does it
+            int64_t owner = whole ? least(splits - 1, (before + run[j]) * splits / (2 * whole)) : 0;
+            if (owner != share) continue;
+            int64_t h = hp * group + j / p.tiles, r = j % p.tiles;
+            Rules rules(c, b, h);
+            Keys keys = packed.keys(c, b, h);
+            float *dbias = c.dbias ? bias + ((b * c.Hq + h) * splits + share) * c.Tk : nullptr;
+            int64_t end = least(p.q_rows, (r + 1) * p.tile);
+            for (int64_t row = r * p.tile; row < end; row += BQ)
+                block(keys, rules, b, h, r, row, least<int64_t>(BQ, end - row), w, grads, dbias);
+        }
+        if (direct)
+            for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.keep.p);
+    };
+    in_parallel(parallel, threads, tasks, task);
+
+    if (!direct) {
+        int64_t per = 256, parts = (c.Tk + per - 1) / per;
+        auto reduce = [&](int64_t i, int thread) {
+            int64_t part = i % parts, b = i / parts / c.Hkv, hkv = i / parts % c.Hkv;
+            for (int64_t t = part * per; t < least(c.Tk, (part + 1) * per); t++)
+                write_token(b, hkv, t, -1, scratch[thread].keep.p);
+        };
+        in_parallel(parallel, threads, c.Bk * c.Hkv * parts, reduce);
+    }
+    if (c.dbias)
+        for (int64_t i = 0; i < c.B * c.Hq; i++)
+            for (int64_t t = 0; t < c.Tk; t++) {
+                float x = 0;
+                for (int64_t s = 0; s < splits; s++) x += bias[(i * splits + s) * c.Tk + t];
+                c.dbias[i * c.Tk + t] = x;
+            }
+    return 0;
+}
+
+}  // namespace

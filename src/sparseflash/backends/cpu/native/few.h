@@ -1,0 +1,278 @@
+// Tiles of few queries: lists of keys for every query, or a few new tokens. Instead of products, one query at a time
+// over the rows of the keys it sees: W scores are W dot products, and what follows are vectors along the head
+// dimension. Keys are read where they lie, and what a query does not see is not touched.
+#pragma once
+#include "drive.h"
+
+namespace {
+
+constexpr int FEW = 8;  // query rows of a tile
+
+inline bool few_queries(const SfCall &c) { return least(c.plan.tile, c.plan.q_rows) <= FEW; }
+
+// Floats d..d+W of a row, zero from its end on.
+inline vf part(const float *row, int64_t d, int64_t end) {
+    return d + W <= end ? load(row + d) : load_first(row + d, end - d);
+}
+// Scores of W rows; x is padded with zeros.
+inline vf dots(const float *x, const float *const *rows, int64_t D) {
+    vf each[W] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 4) {
+        const float *r[4] = {rows[i], rows[i + 1], rows[i + 2], rows[i + 3]};
+        int64_t d = 0;
+        for (; d + W <= D; d += W)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) each[i + j] += load(x + d) * load(r[j] + d);
+        if (d < D)
+            for (int j = 0; j < 4; j++) each[i + j] += load(x + d) * part(r[j], d, D);
+    }
+    return sums(each);
+}
+#if SF_HAS_BF16
+inline vf part(const bf *row, int64_t d, int64_t end) {
+    __mmask16 m = d + 16 <= end ? 0xffff : (__mmask16)((1u << (end - d)) - 1);
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row + d)), 16);
+}
+inline vf dots(const bf *x, const bf *const *rows, int64_t D) {
+    vf each[W] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < W; i += 4) {
+        const bf *r[4] = {rows[i], rows[i + 1], rows[i + 2], rows[i + 3]};
+        for (int64_t d = 0; d < D; d += 32) {
+            __mmask32 m = d + 32 <= D ? ~0u : (1u << (D - d)) - 1;
+            __m512bh y = (__m512bh)_mm512_loadu_si512(x + d);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                each[i + j] = (vf)_mm512_dpbf16_ps((__m512)each[i + j], (__m512bh)_mm512_maskz_loadu_epi16(m, r[j] + d), y);
+        }
+    }
+    return sums(each);
+}
+#endif
+
+template <bool BF> struct Item { typedef float type; };
+template <> struct Item<true> { typedef bf type; };
+
+// The keys of a chunk that one query sees.
+template <bool BF> struct Seen {
+    typedef typename Item<BF>::type T;
+    int n;
+    int64_t row[BK + 1];
+    const T *k[BK + W], *v[BK + W];
+    float bias[BK + W];
+
+    void find(const Rules &rules, const Keys &x, const Chunk &c, const uint64_t *see, int lane, const float *key_bias) {
+        const T *keys = BF ? (const T *)x.kb : (const T *)x.k, *values = BF ? (const T *)x.vb : (const T *)x.v;
+        n = 0;
+        for (int j = c.a; j < c.b; j++) {
+            row[n] = c.gather ? c.gather[j] : c.base + j;
+            n += c.partial ? (int)(see[j] >> lane & 1) : 1;
+        }
+        for (int j = 0; j < n; j++) k[j] = keys + row[j] * x.ldk, v[j] = values + row[j] * x.ldv;
+        for (int j = n; j < round_up(n, W); j++) k[j] = k[0], v[j] = v[0], bias[j] = 0;
+        if (key_bias)
+            for (int j = 0; j < n; j++) {
+                int64_t t = rules.key_token(row[j]);
+                bias[j] = t < 0 ? 0.f : key_bias[t] * LOG2E;
+            }
+    }
+};
+
+// A query and what is summed up for it.
+template <bool BF> struct Query {
+    alignas(64) float q[256], dout[256], sum[256];
+    alignas(64) bf qb[256], doutb[256];
+    float m, l, lse2, delta;
+
+    void take(const SfCall &c, const SfView &v, int64_t b, int64_t h, int64_t t, int64_t D, float *x, bf *xb) {
+        const char *row = row_of(v, b, h, t, c.dtype);
+        memset(x, 0, sizeof q);
+        read_row(v, row, c.dtype, D, x);
+        if (BF) Packed<true, true>::copy((const bf *)row, v.lane, D, xb, round_up(D, 32));
+    }
+    // x . rows, for all keys seen
+    template <class T> static void score(const float *x, const bf *xb, const T *const *rows, int n, int64_t D, float *to) {
+        for (int j = 0; j < n; j += W) {
+            if constexpr (BF) store(to + j, dots(xb, rows + j, D));
+            else store(to + j, dots(x, rows + j, D));
+        }
+    }
+};
+
+// sum[d] += p[j] * row j, NV vectors of the head dimension from d on.
+template <int NV, class T>
+inline void add_weighted(const float *p, const T *const *rows, int n, int64_t d, int64_t D, float *sum) {
+    vf x[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) x[i] = load(sum + d + i * W);
+    for (int j = 0; j < n; j++)
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; i++) x[i] += p[j] * part(rows[j], d + i * W, D);
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) store(sum + d + i * W, x[i]);
+}
+// to[row[j]][d] += p[j] * x[d], the same.
+template <int NV> inline void add_outer(const float *p, const int64_t *row, int n, int64_t d, const float *x, float *to, int64_t ld) {
+    vf y[NV];
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; i++) y[i] = load(x + d + i * W);
+    for (int j = 0; j < n; j++) {
+        float *z = to + row[j] * ld + d;
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; i++) store(z + i * W, load(z + i * W) + p[j] * y[i]);
+    }
+}
+template <class F4, class F1> inline void by_vectors(int64_t D, F4 four, F1 one) {
+    int64_t d = 0;
+    for (; d + 4 * W <= D + W - 1; d += 4 * W) four(d);
+    for (; d < D; d += W) one(d);
+}
+
+template <bool BF>
+void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+                 int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
+    Queries q;
+    q.load(rules, row, rows, row - tile * c.plan.tile);
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    Query<BF> query[FEW];
+    Seen<BF> seen;
+    for (int i = 0; i < rows; i++) {
+        Query<BF> &x = query[i];
+        x.m = -INF, x.l = 0;
+        memset(x.sum, 0, sizeof x.sum);
+        if (q.real >> i & 1) x.take(c, c.q, b, h, q.token[i], c.D, x.q, x.qb);
+    }
+    float *s = w.s.p;
+    if (q.real)
+        for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
+            Chunk k = given;
+            bool holes = false;
+            if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            for (int i = 0; i < q.lanes; i++) {
+                if (!(q.real >> i & 1)) continue;
+                Query<BF> &x = query[i];
+                if (k.partial || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
+                if (!seen.n) continue;
+                x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
+                vf top = set1(-INF);
+                for (int j = 0; j < seen.n; j += W) {
+                    vf y = load(s + j);
+                    if (logits.bent) y = logits.bend(c, y);
+                    if (key_bias) y += load(seen.bias + j);
+                    y = y * logits.factor;
+                    if (j + W > seen.n) y = pick((1ull << (seen.n - j)) - 1, y, set1(-INF));
+                    store(s + j, y);
+                    top = vmax(top, y);
+                }
+                float m = x.m;
+                for (int j = 0; j < W; j++) m = most(m, (float)top[j]);
+                if (m > x.m) {
+                    vf shrink = exp2v<true>(set1(x.m - m));  // -inf - m: 0
+                    x.l *= shrink[0];
+                    for (int64_t d = 0; d < c.Dv; d += W) store(x.sum + d, load(x.sum + d) * shrink);
+                    x.m = m;
+                }
+                vf total = {}, safe = set1(m == -INF ? 0.f : m);
+                for (int j = 0; j < seen.n; j += W) {
+                    vf p = exp2v<true>(load(s + j) - safe);
+                    total += p;
+                    store(s + j, p);
+                }
+                x.l += sum(total);
+                by_vectors(c.Dv, [&](int64_t d) { add_weighted<4>(s, seen.v, seen.n, d, c.Dv, x.sum); },
+                           [&](int64_t d) { add_weighted<1>(s, seen.v, seen.n, d, c.Dv, x.sum); });
+            }
+        });
+    for (int i = 0; i < rows; i++) {
+        if (q.token[i] < 0) continue;
+        Query<BF> &x = query[i];
+        c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = x.l == 0 ? -INF : (x.m + log2f(x.l)) * LN2;
+        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, x.sum, x.l == 0 ? 0.f : 1.f / x.l);
+    }
+}
+
+template <bool BF>
+void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+                  int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+    Queries q;
+    q.load(rules, row, rows, row - tile * c.plan.tile);
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq), *lse = c.lse + (b * c.Hq + h) * c.Tq;
+    Query<BF> query[FEW];
+    Seen<BF> seen;
+    uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
+    for (int i = 0; i < rows; i++) {
+        Query<BF> &x = query[i];
+        int64_t t = q.token[i];
+        memset(x.sum, 0, sizeof x.sum);
+        if (!(q.real >> i & 1) || lse[t] == -INF) continue;
+        alive |= 1ull << i;
+        x.take(c, c.q, b, h, t, c.D, x.q, x.qb);
+        x.take(c, c.dout, b, h, t, c.Dv, x.dout, x.doutb);
+        x.delta = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
+        x.lse2 = lse[t] * LOG2E;
+    }
+    float *s = w.s.p, *g = w.g.p;
+    if (alive)
+        for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
+            Chunk k = given;
+            bool holes = false;
+            if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            for (int i = 0; i < q.lanes; i++) {
+                if (!(alive >> i & 1)) continue;
+                Query<BF> &x = query[i];
+                if (k.partial || !(alive & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
+                if (!seen.n) continue;
+                x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
+                x.score(x.dout, x.doutb, seen.v, seen.n, c.Dv, g);
+                for (int j = 0; j < seen.n; j += W) {
+                    vf y = load(s + j), slope = set1(1.f);
+                    if (logits.bent) y = logits.bend(c, y);
+                    if (c.softcap > 0) slope -= (y / logits.outer) * (y / logits.outer);
+                    if (key_bias) y += load(seen.bias + j);
+                    vf p = exp2v<true>(y * logits.factor - x.lse2), ds = p * (load(g + j) - x.delta);
+                    store(s + j, p);
+                    store(g + j, ds);
+                    if (dbias)
+                        for (int i = j; i < least(j + W, seen.n); i++) {
+                            int64_t t = rules.key_token(seen.row[i]);
+                            if (t >= 0) dbias[t] += g[i];
+                        }
+                    store(g + j, ds * slope);
+                }
+                for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);
+                by_vectors(c.Dv, [&](int64_t d) { add_outer<4>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); },
+                           [&](int64_t d) { add_outer<1>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); });
+                by_vectors(c.D, [&](int64_t d) { add_outer<4>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); },
+                           [&](int64_t d) { add_outer<1>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); });
+                by_vectors(c.D, [&](int64_t d) { add_weighted<4>(g, seen.k, seen.n, d, c.D, x.sum); },
+                           [&](int64_t d) { add_weighted<1>(g, seen.k, seen.n, d, c.D, x.sum); });
+            }
+        });
+    for (int i = 0; i < rows; i++)
+        if (q.token[i] >= 0) write_row(c.dq, b, h, q.token[i], c.grad_dtype, c.D, query[i].sum, c.scale);
+}
+
+template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
+    Logits logits(c);
+    const bool few = few_queries(c);
+    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+                     Scratch<BF> &w) {
+        if (few) few_forward<BF>(c, keys, rules, logits, b, h, tile, row, rows, w);
+        else forward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w);
+    };
+    return forward_over<BF>(c, parallel, block, few);
+}
+
+template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
+    Logits logits(c);
+    const bool few = few_queries(c);
+    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+                     Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+        if (few) few_backward<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
+        else backward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
+    };
+    return backward_over<BF>(c, parallel, block, few);
+}
+
+}  // namespace
