@@ -27,6 +27,8 @@ class Case:
         Density of `hyper` over 512 tokens of `directions` lies within these two figures.
     recall
         Least attention mass that `hyper` finds on planted needles; None where the method is blind to content.
+    slow
+        Whether its tests are left to the slow ones: a variant of a method that has another case.
     golden
         CRC-32 of the mask that `hyper` selects on `directions(1, 4, 96)`.
     """
@@ -40,6 +42,7 @@ class Case:
     full_mask: str = "causal"
     recall: float | None = None
     seeded: bool = False
+    slow: bool = False
     note: str = field(default="", compare=False)
 
     def method(self, **change: Any):
@@ -117,6 +120,127 @@ CASES = [
         [{"window": 1}, {"window": 100}, {"window": 511}],
         (1.0, 1.0),
         3413991746,
+    ),
+    Case(
+        "window",
+        {"window": 40, "causal": False, "ahead": 3},
+        {"window": 256, "causal": False, "ahead": 256},
+        [{"ahead": 0}, {"ahead": 100}, {"window": 200, "ahead": 300}],
+        (1.0, 1.0),
+        3107830470,
+        full_mask="all",
+        slow=True,
+        note="ahead",
+    ),
+    Case(
+        "dilated",
+        {"window": 20, "dilation": 3},
+        {"window": 256, "dilation": 1},
+        [{"dilation": 100}, {"window": 9}, {"window": 20}, {"window": 50}],
+        (0.33, 0.35),
+        2834898726,
+    ),
+    Case(
+        "dilated",
+        {"window": 10, "dilation": 5, "causal": False},
+        {"window": 256, "dilation": 1, "causal": False},
+        [{"window": 1}, {"window": 3}, {"window": 90}],
+        (0.2, 0.21),
+        2719316829,
+        full_mask="all",
+        slow=True,
+        note="two-sided",
+    ),
+    Case(
+        "strided",
+        {"block": 16, "local": 2, "stride": 4},
+        {"block": 16, "local": 1, "stride": 1},
+        [{"stride": 100}, {"stride": 8}, {"stride": 4}, {"stride": 4, "dense_heads": 1}, {"local": 99}],
+        (0.3, 0.4),
+        2952396430,
+    ),
+    Case(
+        "bigbird",
+        {"block": 16, "global_blocks": 1, "random_blocks": 2},
+        {"block": 16, "global_blocks": 16},
+        [{"random_blocks": 0}, {"random_blocks": 2}, {"random_blocks": 9}, {"global_blocks": 32}],
+        (0.2, 0.25),
+        4004845234,
+        full_mask="all",
+        seeded=True,
+    ),
+    Case(
+        "bigbird",
+        {"block": 8, "global_blocks": 2, "window_blocks": 2, "random_blocks": 3, "causal": True},
+        {"block": 8, "global_blocks": 32, "causal": True},
+        [{"random_blocks": 0}, {"random_blocks": 2}, {"random_blocks": 9}, {"global_blocks": 64}],
+        (0.2, 0.3),
+        132231971,
+        seeded=True,
+        slow=True,
+        note="causal",
+    ),
+    Case(
+        "prefix-lm",
+        {"prefix": 40},
+        {"prefix": 256},
+        [{"prefix": 0}, {"prefix": 40}, {"prefix": 512}],
+        (1.0, 1.0),
+        2607371042,
+        full_mask="all",
+    ),
+    Case(
+        "block-causal",
+        {"block": 20},
+        {"block": 256},
+        [{"block": 1}, {"block": 20}, {"block": 512}],
+        (1.0, 1.0),
+        4161908862,
+        full_mask="all",
+    ),
+    Case(
+        "documents",
+        {"length": 60},
+        {"length": 256},
+        [{"length": 1}, {"length": 60, "window": 30}, {"length": 60}, {"length": 512}],
+        (0.1, 0.13),
+        1508620368,
+    ),
+    Case(
+        "tree",
+        {"branching": 2},
+        {"branching": 1},
+        [{"branching": 9}, {"branching": 3}, {"branching": 2}, {"branching": 1}],
+        (0.03, 0.05),
+        1623112131,
+    ),
+    Case(
+        "grid-window",
+        {"window": (4, 6), "grid": (-1, 16)},
+        {"window": (256, 256), "grid": (-1, 16)},
+        [{"window": (1, 2)}, {"window": (3, 4)}, {"window": (20, 9)}, {"window": (99, 99)}],
+        (0.03, 0.06),
+        2130225077,
+        full_mask="all",
+    ),
+    Case(
+        "grid-window",
+        {"window": (2, 3, 4), "grid": (-1, 6, 8), "shift": (1, 1, 2), "causal": True},
+        {"window": (256, 6, 8), "grid": (-1, 6, 8), "causal": True},
+        [{"window": (1, 1, 2)}, {"window": (2, 2, 4)}, {"window": (9, 6, 8), "shift": None}],
+        (0.02, 0.04),
+        4263135996,
+        slow=True,
+        note="video",
+    ),
+    Case(
+        "cycle-scan",
+        {"window": 40},
+        {"window": 256},
+        [{"window": 1}, {"window": 100}, {"window": 512}],
+        (1.0, 1.0),
+        1147172401,
+        full_mask="all",
     ),
     Case(
         "reformer",

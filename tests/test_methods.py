@@ -13,7 +13,9 @@ from sparseflash.method import Method, Selection
 from tolerance import compare
 
 BACKENDS = [name for name, status in sf.backends().items() if status.usable]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c.slow else c for c in CASES], ids=str
+)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -91,18 +93,20 @@ def test_a_plan_is_valid_and_its_density_is_that_of_its_mask(case, generator):
     q, k, *_ = inputs(generator, 200, Hkv=2)
     plans = case.method().select(q, k).plan
     T = q.shape[2]
-    gap = torch.arange(T)[:, None] - torch.arange(T)
     for plan in (plans,) if isinstance(plans, sf.Plan) else plans:
         plan.check()
         mask = plan.to_dense()
+        at_q = torch.arange(T) + plan.q_offset if plan.q_pos is None else plan.q_pos[0, 0]
+        at_k = torch.arange(T) if plan.k_pos is None else plan.k_pos[0, 0]
+        gap = at_q[:, None] - at_k
         windows = [plan.window or (None, None)] * mask.shape[1]
         if plan.head_window is not None:
             windows = [[None if x < 0 else x for x in pair] for pair in plan.head_window[0].tolist()]
         pairs = 0
         for left, right in windows:
-            near = (gap <= (T if left is None else left)) & (gap >= -(T if right is None else right))
-            past = gap >= (0 if plan.include_self else 1) if plan.causal else gap < T
-            pairs += int(((near | (torch.arange(T) < plan.sink)) & past).sum())
+            near = (gap <= (2 * T if left is None else left)) & (gap >= -(2 * T if right is None else right))
+            past = gap >= (0 if plan.include_self else 1) if plan.causal else gap < 2 * T
+            pairs += int(((near | (at_k < plan.sink)) & past).sum())
         assert plan.density == pytest.approx(int(mask.sum()) / (pairs * mask.shape[0]))
 
 
@@ -276,7 +280,7 @@ def test_every_method_has_a_case_facts_and_a_name():
 def test_an_unknown_name_says_which_exist():
     with pytest.raises(sf.SparseFlashError, match=r"'hash_sparse': did you mean 'hash-sparse'\? .*window"):
         sf.methods.get("hash_sparse")
-    with pytest.raises(sf.SparseFlashError, match="hash-sparse, qk-sparse"):
+    with pytest.raises(sf.SparseFlashError, match="hash-sparse, .*qk-sparse"):
         sf.methods.get("zzz")
 
 
@@ -297,6 +301,20 @@ def test_an_unknown_hyper_parameter_says_which_exist():
         ("qk-sparse", {"q_drop": 30}, "q_drop=30: expected a fraction"),
         ("qk-sparse", {"k_drop": float("nan")}, "k_drop=nan"),
         ("window", {"window": 0}, "window=0"),
+        ("window", {"ahead": 3}, "ahead=3: expected .* causal=False"),
+        ("dilated", {"dilation": 0}, "dilation=0"),
+        ("strided", {"local": 0}, "local=0"),
+        ("bigbird", {"random_blocks": -1}, "random_blocks=-1"),
+        ("prefix-lm", {"prefix": -1}, "prefix=-1"),
+        ("block-causal", {"block": 0}, "block=0"),
+        ("documents", {"window": -4}, "window=-4"),
+        ("cycle-scan", {"window": -1}, "window=-1"),
+        ("grid-window", {"window": (8, -8)}, "window=.8, -8.: expected a tuple of ints >= 1"),
+        ("grid-window", {"grid": (8, -1)}, "only the first may be -1"),
+        ("grid-window", {"shift": (1,)}, "shift=.1,.: expected 2"),
+        ("tree", {"branching": 0}, "branching=0"),
+        ("tree", {"parents": (-1, 2, 1)}, "node 1 is on a cycle"),
+        ("tree", {"parents": (-1, 3)}, "parents hold -1..3: nodes are 0..1"),
         ("sink-window", {"sink_tokens": -1}, "sink_tokens=-1"),
         ("reformer", {"bucket": 0}, "bucket=0"),
         ("reformer", {"rounds": 0}, "rounds=0"),

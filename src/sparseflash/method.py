@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import PlanError, SparseFlashError, require
 from .inputs import Plans
 from .ops import attention
+from .plan.build import is_count
 
 Context = Mapping[str, Any]
 
@@ -206,6 +207,20 @@ def check_tokens(name: str, x: object, T: int, q: Tensor) -> None:
     require((fits, f"{given}; {want}"), error=PlanError)
 
 
+def check_counts(method: Method, least: int, *names: str) -> None:
+    """Check hyper-parameters that count something: ints of at least that much."""
+    for name in names:
+        x = getattr(method, name)
+        require((is_count(x, least), f"{name}={x!r}: expected an int >= {least}"))
+
+
+def check_square(method: Method, q: Tensor, k: Tensor) -> int:
+    """The number of tokens, for methods whose queries are the keys' own."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    require((Tq == Tk, f"{type(method).__name__}: {Tq} queries and {Tk} keys; expected as many"))
+    return Tq
+
+
 # ---------------------------------------------------------------- registry
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -264,7 +279,7 @@ def get(name: str, /, **hyperparameters: Any) -> Method:
     --------
     >>> import sparseflash as sf
     >>> sf.methods.get("window", window=256)
-    Window(window=256, causal=True)
+    Window(window=256, causal=True, ahead=None)
     """
     cls = find(name)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -277,4 +292,16 @@ def get(name: str, /, **hyperparameters: Any) -> Method:
     return cls(**hyperparameters)
 
 
-__all__ = ["Context", "Method", "Selection", "check_qk", "check_tokens", "find", "get", "names", "slug"]
+__all__ = [
+    "Context",
+    "Method",
+    "Selection",
+    "check_counts",
+    "check_qk",
+    "check_square",
+    "check_tokens",
+    "find",
+    "get",
+    "names",
+    "slug",
+]

@@ -13,7 +13,7 @@ from ...plan import Plan
 
 @dataclass(frozen=True)
 class Window(Method):
-    """Each query sees the last `window` keys, itself included; or as many on both sides without `causal`.
+    """Each query sees the last `window` keys, its own included; without `causal`, keys ahead too.
 
     The cheapest sparse attention, and a strong one where what matters is near. One `Plan.dense`: a span a
     tile.
@@ -26,7 +26,9 @@ class Window(Method):
     window : int
         Keys in sight, the query's own position included, >= 1: distances 0 .. window - 1 are seen.
     causal : bool
-        Look back only. Otherwise distances up to window - 1 on either side are seen.
+        Look back only.
+    ahead : int, optional
+        Without `causal`: keys in sight after the query's own, >= 0; window - 1 by default.
 
     Notes
     -----
@@ -44,6 +46,7 @@ class Window(Method):
 
     window: int = 512
     causal: bool = True
+    ahead: int | None = None
 
     paper = "arXiv 2004.05150"
     phases = ("training", "prefill", "decode")
@@ -54,18 +57,23 @@ class Window(Method):
             (
                 isinstance(self.window, int) and self.window >= 1,
                 f"window={self.window!r}: expected an int >= 1",
-            )
+            ),
+            (
+                self.ahead is None or (isinstance(self.ahead, int) and self.ahead >= 0 and not self.causal),
+                f"ahead={self.ahead!r}: expected an int >= 0, and causal=False (got causal={self.causal})",
+            ),
         )
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """One plan for all heads."""
         reach = self.window - 1
+        ahead = reach if self.ahead is None else self.ahead
         return Selection(
             Plan.dense(
                 q.shape[2],
                 k.shape[2],
                 causal=self.causal,
-                window=(reach, 0 if self.causal else reach),
+                window=(reach, 0 if self.causal else ahead),
                 q_offset=(ctx or {}).get("q_offset", 0),
                 device=q.device,
             )

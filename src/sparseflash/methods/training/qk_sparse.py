@@ -10,16 +10,8 @@ from torch import Tensor
 from ...errors import require
 from ...method import Context, Method, Selection, check_qk, check_tokens
 from ...ops import attention
+from ...order import random_bits
 from ...plan import Plan
-
-_MASK32 = (1 << 32) - 1
-
-
-def _scramble(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (held in int64) whose every output bit depends on every input bit."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
 
 
 def random_keep(
@@ -45,13 +37,8 @@ def random_keep(
     >>> round(random_keep(1, 4, 10_000, 0.3, seed=0).float().mean().item(), 2)
     0.7
     """
-    key = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
-    for number in (seed & _MASK32, (seed >> 32) & _MASK32, step & _MASK32, stream):
-        key = _scramble(key ^ number) + 0x9E3779B9 & _MASK32
-    for size, shape in ((B, (-1, 1, 1)), (H, (1, -1, 1)), (T, (1, 1, -1))):
-        counter = torch.arange(size, device=device).view(shape)
-        key = _scramble((key + counter * 0x9E3779B1) & _MASK32)
-    return key >= round(drop * 2**32)
+    bits = random_bits(B, H, T, seed=seed, streams=(step, stream), device=device)
+    return bits >= round(drop * 2**32)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""Global, window and random blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...method import Context, Method, Selection, check_counts, check_square
+from ...order import random_bits
+from ...plan import Plan
+
+
+@dataclass(frozen=True)
+class BigBird(Method):
+    """Each block of queries sees the global blocks, its neighbours and some blocks drawn at random.
+
+    The first blocks of the sequence are global: they see, and are seen by, everything. Two hops then join any
+    two tokens, and random links shorten the way between distant ones. The links of a block are those of its
+    number, whatever the length of the sequence; every KV head has its own.
+
+    Papers: Zaheer et al., "Big Bird: Transformers for Longer Sequences", arXiv 2007.14062, section 2 (its
+    internal construction); with blocks of one token, the feature attention of Orion-MSP, arXiv 2511.02818
+    (`window_blocks=0` is what its released code computes, where the window has no effect).
+
+    Parameters
+    ----------
+    block : int
+        Tokens per block.
+    global_blocks, window_blocks, random_blocks : int
+        Blocks at the start that all see; neighbours on each side; blocks drawn for each block of queries
+        (never global or neighbouring ones; fewer where no more are left).
+    causal : bool
+        Keep keys that are not later than the query; random blocks are earlier ones.
+    seed : int
+        Fixes the links together with the number of the KV head and of the block, and nothing else.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 6, 32)
+    >>> method = sf.methods.BigBird(block=1, global_blocks=1, window_blocks=1, random_blocks=1)
+    >>> method.select(q, k).plan.to_dense()[0, 0].sum(-1).tolist()
+    [6, 4, 5, 5, 5, 4]
+    """
+
+    block: int = 64
+    global_blocks: int = 2
+    window_blocks: int = 1
+    random_blocks: int = 3
+    causal: bool = False
+    seed: int = 0
+
+    paper = "arXiv 2007.14062"
+    phases = ("training", "prefill")
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "block")
+        check_counts(self, 0, "global_blocks", "window_blocks", "random_blocks")
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """Ranges for what is near or global, shared by all heads; units for the links of each KV head."""
+        T, b, device = check_square(self, q, k), self.block, q.device
+        blocks = -(-T // b)
+        own = torch.arange(blocks, device=device)
+        head = min(self.global_blocks, blocks)
+        everything = own < head
+        lo = (own - self.window_blocks).clamp(min=head)
+        hi = (own + self.window_blocks + 1).clamp(max=blocks)
+        zero, lo, hi = torch.zeros_like(own), torch.where(everything, 0, lo), torch.where(everything, 0, hi)
+        first = torch.where(everything, blocks, head)
+        spans = (torch.stack([zero, first, lo, hi], -1) * b).clamp(max=T).view(1, 1, -1, 2, 2)
+        near = Plan.from_spans(spans, Tq=T, Tk=T, tile=b, unit=b, causal=self.causal)
+        if not self.random_blocks or not blocks:
+            return Selection(near)
+
+        left = lo - head if self.causal else blocks - head - (hi - lo)  # blocks to draw from
+        left = torch.where(everything, 0, left).expand(1, k.shape[1], -1)
+        pick = self._draw(left) + head
+        if not self.causal:
+            pick = torch.where(pick >= lo[:, None], pick + (hi - lo)[:, None], pick)
+        count = left.clamp(max=self.random_blocks).int()
+        live = torch.arange(self.random_blocks, device=device) < count[..., None]
+        cut = (
+            (live & ((pick + 1) * b > T)).sum(-1).int()
+        )  # the last block may be short, and is the last drawn
+        start = torch.arange(0, pick.numel(), self.random_blocks, device=device)
+        return Selection(
+            replace(
+                near,
+                start=start.view(count.shape),
+                full=count - cut,
+                count=count,
+                index=torch.where(live, pick, 0).flatten().int(),
+            )
+        )
+
+    def _draw(self, left: Tensor) -> Tensor:
+        """Different numbers below `left [1,H,R]`, ascending: [1,H,R,random_blocks]; none is large."""
+        bits = random_bits(*left.shape[1:], self.random_blocks, seed=self.seed, device=left.device)
+        none = torch.iinfo(torch.int32).max
+        picks = torch.zeros(*left.shape, 0, dtype=torch.int64, device=left.device)
+        for n in range(self.random_blocks):  # the x-th of the numbers that are still free
+            x = bits[None, ..., n] % (left - n).clamp(min=1)
+            for taken in picks.unbind(-1):
+                x = x + (x >= taken)
+            x = torch.where(left > n, x, none)
+            picks = torch.cat([picks, x[..., None]], -1).sort(-1).values
+        return picks

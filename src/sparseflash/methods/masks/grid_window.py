@@ -1,0 +1,114 @@
+"""Windows of an image or a video."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...errors import require
+from ...method import Context, Method, Selection, check_square
+from ...plan import Plan
+from ...plan.build import is_count
+
+
+@dataclass(frozen=True)
+class GridWindow(Method):
+    """Tokens of a grid attend inside their window: 2-D for images, 3-D for video, plain or shifted.
+
+    The windows are cut from the grid and laid behind one another, each a segment of that order. A shift moves
+    the cuts, so that layers in turn (`for_layer`) join neighbouring windows; windows at the border are then
+    smaller, and no token meets one from the other side.
+
+    Papers: Liu et al., "Swin Transformer", arXiv 2103.14030, section 3.2; Huang et al., "HRSAM", arXiv
+    2407.02109 (plain and shifted windows, the border cut by padding; its pad tokens do not exist here).
+
+    Parameters
+    ----------
+    window : tuple of int
+        Sizes of a window, outermost axis first: (rows, columns), or (frames, rows, columns).
+    grid : tuple of int
+        Sizes of the grid; tokens are in raster order. The first may be -1: as many as the tokens fill.
+    shift : tuple of int, optional
+        Tokens by which the cuts move along each axis; none by default.
+    causal : bool
+        Keep keys that are not later in the raster.
+
+    Notes
+    -----
+    `ctx`: `grid`, replaces the one of the method.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> x = torch.randn(1, 1, 16, 32)
+    >>> method = sf.methods.GridWindow(window=(2, 2), grid=(4, 4))
+    >>> method.select(x, x).plan.to_dense()[0, 0, 0].nonzero().flatten().tolist()
+    [0, 1, 4, 5]
+    >>> method.for_layer(1).select(x, x).plan.to_dense()[0, 0, 5].nonzero().flatten().tolist()
+    [5, 6, 9, 10]
+    """
+
+    window: tuple[int, ...] = (16, 16)
+    grid: tuple[int, ...] = (-1, 64)
+    shift: tuple[int, ...] | None = None
+    causal: bool = False
+
+    paper = "arXiv 2103.14030"
+    phases = ("training", "prefill", "diffusion")
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("shift", 0)):
+            sizes = getattr(self, name)
+            if sizes is not None:
+                fits = isinstance(sizes, tuple) and sizes and all(is_count(x, least) for x in sizes)
+                require((bool(fits), f"{name}={sizes!r}: expected a tuple of ints >= {least}, one an axis"))
+        self._check_grid(self.grid)
+        require(
+            (
+                self.shift is None or len(self.shift) == len(self.window),
+                f"shift={self.shift!r}: expected {len(self.window)} numbers, as window={self.window!r} has",
+            )
+        )
+
+    def _check_grid(self, grid: tuple[int, ...]) -> None:
+        fits = isinstance(grid, (tuple, list)) and len(grid) == len(self.window)
+        fits = fits and all(is_count(x, 1) for x in grid[1:]) and (grid[0] == -1 or is_count(grid[0], 0))
+        require(
+            (
+                bool(fits),
+                f"grid={grid!r}: expected {len(self.window)} sizes, as window={self.window!r} has; "
+                "only the first may be -1",
+            )
+        )
+
+    def for_layer(self, layer: int) -> GridWindow:
+        """The method for a layer of a stack: plain for even numbers, shifted by half a window for odd."""
+        return replace(self, shift=tuple(w // 2 for w in self.window) if layer % 2 else None)
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """One plan for all heads: a bucket for each window."""
+        T = check_square(self, q, k)
+        grid = (ctx or {}).get("grid", self.grid)
+        self._check_grid(grid)
+        rest = math.prod(grid[1:])
+        require(
+            (
+                grid[0] == -1 or T == grid[0] * rest,
+                f"grid={tuple(grid)!r} is not {T} tokens; one size may be -1",
+            )
+        )
+        sizes = (-(-T // rest), *grid[1:])
+        label = torch.zeros(T, dtype=torch.int64, device=q.device)
+        place, below, windows = torch.arange(T, device=q.device), T, 1
+        for axis, (size, w) in enumerate(zip(sizes, self.window, strict=True)):
+            below = math.prod(sizes[axis + 1 :])
+            skip = -(self.shift[axis] if self.shift else 0) % w  # cells of the first window that lie outside
+            at = (place.div(below, rounding_mode="floor") + skip).div(w, rounding_mode="floor")
+            n = max(-(-(size + skip) // w), 1)
+            label, place, windows = label * n + at, place % below, windows * n
+        bucket = label.view(1, 1, -1)
+        tile = 64 if math.prod(self.window) <= 64 else 128
+        return Selection(Plan.from_buckets(bucket, bucket, causal=self.causal, tile=tile, buckets=windows))

@@ -1,0 +1,128 @@
+"""Local blocks and a stride of blocks, another for each head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import require
+from ...method import Context, Method, Selection, check_counts
+from ...plan import Plan
+
+
+@dataclass(frozen=True)
+class Strided(Method):
+    """Each query sees the last `local` blocks of keys and every `stride`-th block before them.
+
+    Which of the earlier blocks depends on the KV head, so that together the heads reach every token (where
+    there are at least `stride` KV heads). Blocks are counted from the start of the sequence, not from the
+    query: a block that has left the window of a head that does not keep it is never needed again, and a cache
+    may drop it. The lists are prefixes of one list a head.
+
+    Paper: Ge, Lin, Zhang, Han, Peng, "A Little Goes a Long Way: Efficient Long Context Training and Inference
+    with Partial Contexts" (LongGen), arXiv 2410.01485.
+
+    Parameters
+    ----------
+    block : int
+        Tokens per block.
+    local : int
+        Blocks in the window, the query's own included, >= 1.
+    stride : int
+        Of the blocks behind the window, one in so many is seen; 1 is dense.
+    offset : int
+        Turns which head keeps which blocks: head h keeps block J if `(J + h * step + offset) % stride == 0`,
+        where `step = ceil(stride / KV heads)`.
+    shared : bool
+        Keep the same blocks in all heads.
+    dense_heads : int
+        So many KV heads, the last ones, see everything.
+
+    Notes
+    -----
+    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 6, 32)
+    >>> plan = sf.methods.Strided(block=1, local=1, stride=2).select(q, k).plan
+    >>> plan.to_dense()[0, :, 5].int().tolist()
+    [[1, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1]]
+    """
+
+    block: int = 64
+    local: int = 16
+    stride: int = 16
+    offset: int = 0
+    shared: bool = False
+    dense_heads: int = 0
+
+    paper = "arXiv 2410.01485"
+    phases = ("training", "prefill", "decode")
+    decodes = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "block", "local", "stride")
+        check_counts(self, 0, "offset", "dense_heads")
+
+    def residues(self, heads: int) -> list[int]:
+        """Remainder modulo `stride` of the blocks that each KV head keeps."""
+        step = 0 if self.shared else -(-self.stride // heads)
+        return [-(h * step + self.offset) % self.stride for h in range(heads)]
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """Lists per KV head."""
+        heads, device, b, v = k.shape[1], q.device, self.block, self.stride
+        Tq, Tk = q.shape[2], k.shape[2]
+        require((self.dense_heads <= heads, f"dense_heads={self.dense_heads}: k has {heads} heads"))
+        q_offset = (ctx or {}).get("q_offset", 0)
+        order, first = self._aligned(Tq, q_offset, device)  # first: [B|1, 1, R], block of each tile
+        lead = (first.shape[0], heads, first.shape[2])
+
+        head = torch.arange(heads, device=device).view(1, -1, 1)
+        window = torch.where(head < heads - self.dense_heads, first - (self.local - 1), 0).clamp(min=0)
+        lo, own, end = ((x * b).clamp(max=Tk).expand(lead) for x in (window, first, first + 1))
+        pair = torch.arange(0, 2 * own.numel(), 2, device=device).view(lead)  # full range, own block
+
+        residue = torch.tensor(self.residues(heads), device=device)
+        units = -(-Tk // b)
+        strip = residue[:, None] + torch.arange(0, units, v, device=device)
+
+        def before(last: Tensor) -> Tensor:
+            """How many blocks of the strip are at most `last`."""
+            n = (last - residue.view(1, -1, 1)).div(v, rounding_mode="floor") + 1
+            return n.clamp(min=0).int().expand(lead).contiguous()
+
+        return Selection(
+            Plan(
+                Tq,
+                Tk,
+                tile=b,
+                unit=b,
+                causal=True,
+                q_offset=q_offset,
+                q_order=order,
+                span_start=pair,
+                span_full=torch.ones_like(pair, dtype=torch.int32),
+                span_count=torch.full_like(pair, 2, dtype=torch.int32),
+                spans=torch.stack([lo, own, own, end], -1).view(-1, 2).int(),
+                start=(head * strip.shape[1]).expand(lead).contiguous(),
+                full=before((window - 1).clamp(max=Tk // b - 1)),
+                count=before((window - 1).clamp(max=units - 1)),
+                index=strip.clamp(max=max(units - 1, 0)).flatten().int(),
+            )
+        )
+
+    def _aligned(self, Tq: int, q_offset: int | Tensor, device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """Rows such that tiles begin at block edges, where positions do not; and the block of each tile."""
+        b = self.block
+        if isinstance(q_offset, int) and q_offset % b == 0:
+            return None, torch.arange(-(-Tq // b), device=device).view(1, 1, -1) + q_offset // b
+        begin = torch.as_tensor(q_offset, device=device).long().view(-1, 1, 1)
+        token = torch.arange(Tq + b - 1, device=device) - begin % b
+        order = torch.where((token >= 0) & (token < Tq), token, -1).int()
+        tiles = -(-order.shape[-1] // b)
+        return order, torch.arange(tiles, device=device) + begin.div(b, rounding_mode="floor")

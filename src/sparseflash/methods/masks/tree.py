@@ -1,0 +1,140 @@
+"""Trees of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...errors import PlanError, require
+from ...method import Context, Method, Selection, check_counts
+from ...plan import Plan
+from ...plan.build import INTEGERS, host
+
+
+@dataclass(frozen=True)
+class Tree(Method):
+    """Tokens are the nodes of a tree: each sees the context, its ancestors and itself.
+
+    Drafts of speculative decoding that share prefixes, or rollouts that branch, checked or trained in one
+    pass. In depth-first order the descendants of a node are the tokens right behind it: a key that expires
+    where its subtree ends is one rule of the plan, no bits.
+
+    Papers: Miao et al., "SpecInfer", arXiv 2305.09781 (topology-aware causal mask); Cai et al., "Medusa",
+    arXiv 2401.10774 (tree attention).
+
+    Parameters
+    ----------
+    parents : tuple of int, optional
+        Parent of each node, -1 for a root, in any order of nodes; their number is that of the queries. Keys
+        before the last so many are the context.
+    branching : int
+        Without parents: children of each node of a balanced tree, numbered level by level; 1 is a chain.
+
+    Notes
+    -----
+    `ctx`: `parents`, integers [n], or [B, n] for a tree of each sequence, replaces the one of the method.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k = torch.randn(1, 2, 4, 32), torch.randn(1, 2, 6, 32)
+    >>> sf.methods.Tree(parents=(-1, 0, 0, 1)).select(q, k).plan.to_dense()[0, 0].int().tolist()
+    [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1]]
+    """
+
+    parents: tuple[int, ...] | None = None
+    branching: int = 2
+
+    paper = "arXiv 2305.09781"
+    phases = ("training", "prefill")
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "branching")
+        if self.parents is not None:
+            fits = isinstance(self.parents, tuple) and all(isinstance(x, int) for x in self.parents)
+            require((fits, f"parents={self.parents!r}: expected a tuple of ints; a tensor goes into ctx"))
+            depth_first(torch.tensor(self.parents, dtype=torch.int64).view(1, -1))
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """One plan for all heads; a batch axis where trees differ."""
+        n, Tk, device = q.shape[2], k.shape[2], q.device
+        context = Tk - n
+        parents = self._parents(q, (ctx or {}).get("parents"))
+        require(
+            (context >= 0, f"a tree of {n} queries over {Tk} keys: expected the keys of its nodes, at least")
+        )
+        rank, end = (x[:, None] + context for x in depth_first(parents))
+        node = torch.argsort(rank, dim=-1)
+        before = torch.arange(context, device=device).expand(rank.shape[0], 1, -1)
+        forever = torch.full_like(before, torch.iinfo(torch.int32).max)
+        in_order = Plan.from_expiry(torch.cat([forever, end.gather(-1, node)], -1), Tq=n, q_offset=context)
+        token_space = {
+            "q_order": node,
+            "k_order": torch.cat([before, node + context], -1),
+            "q_pos": rank,
+            "k_pos": torch.cat([before, rank], -1),
+            "k_end": torch.cat([forever, end], -1),
+        }
+        return Selection(replace(in_order, q_offset=0, **{n: x.int() for n, x in token_space.items()}))
+
+    def _parents(self, q: Tensor, given: Tensor | None) -> Tensor:
+        """Parents of the nodes, int64 [B|1, n]."""
+        B, n = q.shape[0], q.shape[2]
+        if given is None and self.parents is None:
+            return (torch.arange(n, device=q.device)[None] - 1).div(self.branching, rounding_mode="floor")
+        x = torch.tensor(self.parents, device=q.device) if given is None else given
+        fits = isinstance(x, Tensor) and x.dtype in INTEGERS and x.shape in ((n,), (1, n), (B, n))
+        said = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        require(
+            (fits, f"parents: {said}; expected integers [{n}] or [{B}, {n}], one a query"), error=PlanError
+        )
+        return x.long().view(-1, n)
+
+
+def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Place of each node in depth-first order, and the place where its subtree ends; int64 [B, n] each.
+
+    `parents [B, n]`: -1 is a root; siblings keep their order. The walk around the trees is a linked list of
+    entries and exits; where everything stands in it follows from doubling the links: no loop over nodes.
+
+    Raises
+    ------
+    PlanError
+        For a parent that is no node, and for nodes that are their own ancestors.
+    """
+    B, n = parents.shape
+    if host(parents) and parents.numel():
+        low, high = (int(x) for x in torch.aminmax(parents))
+        require(
+            (low >= -1 and high < n, f"parents hold {low}..{high}: nodes are 0..{n - 1}, -1 is a root"),
+            error=PlanError,
+        )
+    root = B * n  # above all roots
+    node = torch.arange(root, device=parents.device)
+    shift = torch.arange(B, device=parents.device)[:, None] * n
+    up = torch.where(parents < 0, root, parents + shift).flatten()
+    steps = range(max(root, 1).bit_length() + 1)
+    if host(parents):
+        top = pad(up, (0, 1), value=root)
+        for _ in steps:
+            top = top[top]
+        stuck = (top[:-1] != root).nonzero().flatten() % max(n, 1)
+        if len(stuck):
+            raise PlanError(f"parents: node {int(stuck[0])} is on a cycle, or below one; expected a tree")
+    # the walk: enter a node, then its first child or leave; leave a node, then its next sibling or its parent
+    none = root + 1
+    child = torch.full((root + 1,), none, device=up.device).scatter_reduce_(0, up, node, "amin")
+    family, order = up.sort(stable=True)
+    follows = torch.where(family[1:] == family[:-1], order[1:], none)
+    sibling = torch.full((root + 1,), none, device=up.device).scatter_(0, order[:-1], follows)
+    leave = torch.arange(root + 1, device=up.device) + root + 1
+    after = torch.where(sibling < none, sibling, leave[pad(up, (0, 1), value=root)])
+    link = torch.cat([torch.where(child < none, child, leave), after])
+    entries = (torch.arange(len(link), device=up.device) <= root).long()  # still to come, from here on
+    for _ in range(len(link).bit_length()):
+        entries, link = entries + entries[link], link[link]
+    place = root - entries
+    return place[:root].view(B, n) - shift, place[root + 1 : -1].view(B, n) - shift
