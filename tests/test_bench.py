@@ -6,11 +6,12 @@ import torch
 pytest.importorskip("safetensors")
 
 from sparseflash.backends.cpu import build
-from sparseflash.bench import curves, kernels, levels, machine, ops, results
+from sparseflash.bench import curves, documents, kernels, levels, machine, ops, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
 from sparseflash.methods import HashSparse
+from sparseflash.train import Corpus
 from sparseflash.train.attention import dense
 
 
@@ -139,3 +140,27 @@ def test_the_plain_twins_compute_what_the_ops_do():
     rows = ops.measure(ops=(tiny,), dtypes=("fp32",), dim=16, rounds=1)
     assert [row["case"] for row in rows] == ["linear, forward", "linear, backward"]
     assert all(row["ratio"] > 0 and row["ratio_torch"] > 0 and row["rounds"] == 1 for row in rows)
+
+
+def test_documents_are_those_of_the_text_and_every_way_to_run_them_is_measured():
+    text = b"".join(b"%d words of a section\n\n%s\n\n\n" % (n, b"x" * (20 + n % 40)) for n in range(100))
+    corpus = Corpus([text])
+    mixes = documents.mixes(corpus, tokens=256, longest=50)
+    assert list(mixes) == ["50 each", "paragraphs", "sections"]
+    assert all(sum(map(len, batch)) <= 256 for batch in mixes.values())
+    pieces = bytes(mixes["sections"][0]), bytes(mixes["paragraphs"][0])
+    assert all(piece in text for piece in pieces)
+    assert b"\n\n" in pieces[0] and b"\n\n" not in pieces[1]
+    rows = documents.measure(corpus, tokens=64, longest=32, dtypes=("fp32",), rounds=1)
+    cases = ("padded, SDPA", "padded", "packed")
+    assert [(r["what"], r["mix"], r["case"]) for r in rows] == [
+        (what, mix, case)
+        for what in ("attention", "model")
+        for mix in ("32 each", "paragraphs", "sections")
+        for case in cases
+    ]
+    for row, base in zip(rows, [rows[n] for n in range(0, len(rows), 3) for _ in cases]):
+        assert row["over_sdpa"] == pytest.approx(row["tokens_per_s"] / base["tokens_per_s"])
+        assert row["padding"] == pytest.approx(1 - row["tokens"] / row["longest"] / row["documents"])
+    with pytest.raises(SparseFlashError, match="fewer than two paragraphs"):
+        documents.mixes(Corpus([b"no sections here at all " * 20]), tokens=64, longest=64)

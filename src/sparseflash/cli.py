@@ -360,6 +360,25 @@ def bench_step(
     session.step(out, data=data, lengths=lengths_, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
 
 
+@bench.command("documents")
+def bench_documents(
+    out: Out = RESULTS / "documents.csv",
+    data: Annotated[str, typer.Option(help="Text to pack; by default Python's own library.")] = "",
+    tokens: Annotated[int, typer.Option(help="Bytes of text in a batch, at most.")] = 8192,
+    longest: Annotated[int, typer.Option(help="Longer documents are cut here.")] = 2048,
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 5,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Time packed documents against the same padded to the longest: attention alone, and the small GPT."""
+    from sparseflash.bench import session
+
+    words = _words(dtypes)
+    session.documents(
+        out, data=data, tokens=tokens, longest=longest, dtypes=words, rounds=rounds, minutes=minutes
+    )
+
+
 @bench.command("plan-costs")
 def bench_plan_costs(
     out: Out = RESULTS / "plan-costs.csv",

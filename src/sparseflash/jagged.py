@@ -30,7 +30,8 @@ class _Side:
     def like(self, out: Tensor) -> Tensor:
         """Results [1,H,total,Dv] in the form of this argument."""
         x = self.given
-        flat = out[0] if self.axis == 2 else out[0].transpose(0, 1)
+        flat = out.squeeze(0)  # not out[0], whose gradient is a copy
+        flat = flat if self.axis == 2 else flat.transpose(0, 1)
         flat = flat.squeeze(1) if x.dim() == 3 else flat
         if x.is_nested:
             made: Tensor = torch.nested.nested_tensor_from_jagged(

@@ -188,8 +188,8 @@ def attention_varlen(
         return_lse=True,
         backend=backend,
     )
-    out = out[0].transpose(0, 1)
-    return (out, lse[0]) if return_lse else out
+    out = out.squeeze(0).transpose(0, 1)  # not out[0], whose gradient is a copy
+    return (out, lse.squeeze(0)) if return_lse else out
 
 
 def _window(window_size: Any) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparseflash.bench import cases, results
 from sparseflash.bench import curves as curves_
+from sparseflash.bench import documents as documents_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
 from sparseflash.bench import ops as ops_
@@ -108,6 +109,34 @@ def step(
         ),
     )
     _finish(rows, out, ("case", "T", "dtype", "ms", "speedup", "tokens_per_s", "rounds"))
+
+
+def documents(
+    out: Path, *, data: str, tokens: int, longest: int, dtypes: Sequence[str], rounds: int, minutes: float
+) -> None:
+    """Measure packed against padded documents into `out`."""
+    _known(*dtypes)
+    if tokens < 2 * longest or longest < documents_.SHORTEST:
+        raise SparseFlashError(
+            f"--tokens {tokens} --longest {longest}: expected --longest of at least {documents_.SHORTEST}, "
+            "and --tokens of at least twice that"
+        )
+    corpus = load(data) if data else stdlib()
+    rows = _watch(
+        "documents",
+        lambda on_run: documents_.measure(
+            corpus,
+            tokens=tokens,
+            longest=longest,
+            dtypes=dtypes,
+            rounds=rounds,
+            minutes=minutes,
+            on_run=on_run,
+        ),
+    )
+    _finish(
+        rows, out, ("what", "mix", "dtype", "case", "padding", "tokens_per_s", "over_sdpa", "over_padded")
+    )
 
 
 def _known(*dtypes: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from . import build
-from .call import CODES, View, call_of, view
+from .call import CODES, View, call_of, names_all, view
 from .library import native, run
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
@@ -73,7 +73,7 @@ def forward(
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    if plan.q_order is not None:  # tokens that no row names see nothing
+    if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
         lse.fill_(float("-inf"))
     call.out_dtype = CODES[out_dtype]
@@ -103,7 +103,7 @@ def backward(
     wanted = grad_dtype or q.dtype
     dout, out = dout.to(q.dtype), out if out.dtype in CODES else out.to(q.dtype)
     lse = lse.to(torch.float32).contiguous()
-    make = torch.empty if plan.q_order is None else torch.zeros
+    make = torch.empty if names_all(plan) else torch.zeros
     dq = make(q.shape, dtype=wanted)
     dk, dv = torch.empty(k.shape, dtype=wanted), torch.empty(v.shape, dtype=wanted)
     call.out_dtype, call.grad_dtype = CODES[out.dtype], CODES[wanted]

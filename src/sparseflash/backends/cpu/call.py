@@ -169,6 +169,12 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
             setattr(into, name + "_size", x.numel() // words if words > 0 else 0)
 
 
+def names_all(plan: Plan) -> bool:
+    """Whether every query token has a row: then kernels write all results, and nothing has to be cleared."""
+    order = plan.q_order
+    return order is None or bool(((order >= 0).sum(-1) == plan.Tq).all())
+
+
 _known: dict[int, tuple[weakref.ref[Plan], NativePlan]] = {}
 
 

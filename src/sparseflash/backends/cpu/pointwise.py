@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from .call import CODES, call_of, view
+from .call import CODES, call_of, names_all, view
 from .library import run
 
 WEIGHTS = {"silu": 1, "relu2": 2}
@@ -28,7 +28,7 @@ def pointwise_forward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
-    if plan.q_order is not None:  # tokens that no row names see nothing
+    if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
     call.weights, call.out_scale = WEIGHTS[activation], out_scale
     call.out_dtype, call.out = CODES[out_dtype], view(out)
@@ -52,7 +52,7 @@ def pointwise_backward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     dout = dout.to(q.dtype)
-    make = torch.empty if plan.q_order is None else torch.zeros
+    make = torch.empty if names_all(plan) else torch.zeros
     dq = make(q.shape, dtype=grad_dtype)
     dk, dv = torch.empty(k.shape, dtype=grad_dtype), torch.empty(v.shape, dtype=grad_dtype)
     call.weights, call.out_scale = WEIGHTS[activation], out_scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from .call import call_of, view
+from .call import call_of, names_all, view
 from .library import run
 
 
@@ -17,7 +17,7 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) 
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     out = empty_like_layout(q, v.shape[-1])
     rem = torch.empty(q.shape[:3], dtype=torch.float32)
-    if plan.q_order is not None:  # tokens that no row names see nothing
+    if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
         rem.fill_(1)
     call.out, call.lse = view(out), rem.data_ptr()
@@ -32,7 +32,7 @@ def stick_backward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     dout = dout.to(q.dtype)
-    make = torch.empty if plan.q_order is None else torch.zeros
+    make = torch.empty if names_all(plan) else torch.zeros
     dq = make(q.shape, dtype=q.dtype)
     dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
     call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
