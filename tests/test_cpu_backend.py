@@ -364,7 +364,7 @@ def test_scratch_is_given_back_and_used_again(generator):
 
 @pytest.mark.parametrize("kind", ["dense", "units"])
 def test_memory_grows_with_the_length_alone(generator, kind):
-    """Forward and backward at 16k and 32k tokens take a few [T,D] tensors; one bit a pair would be 128 MiB."""
+    """Forward and backward at 16k and 32k tokens take a few [T,D] tensors; a bit a pair were 128 MiB."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
 
