@@ -4,10 +4,13 @@
 //   O = (Q K^T * M) V + before * (Q S)      M[i][j] = l^(i-j) for j <= i;  before[i] = l^(i+1)
 //   S' = l^n S + (after * K)^T V            after[j] = l^(n-1-j), of the n tokens of the chunk
 //
-// Three passes: what each chunk adds to the state; the scan that turns sums into states, in place; outputs. The
-// first and the last run over all chunks at once, so a single head keeps every thread busy, and no result depends on
-// how many there are. Sums and states are fp32 for every storage type; powers of l come from exponents, never from
-// quotients.
+// The gradients are the same sum with other operands: dQ is it of (dO, V, K); dK of (V, dO, Q) and dV of (K, Q, dO) with
+// time reversed, which swaps `before` and `after` and transposes M. So one sweep does everything.
+//
+// A sweep takes some chunks of every head at a time, as many as have their states in the second cache level: what each
+// adds to the state, the scan that turns sums into states, outputs. Chunks run side by side, so one head keeps every
+// thread busy, and no result depends on how many there are. Sums and states are fp32 for every storage type; powers of l
+// come from exponents, never from quotients.
 #pragma once
 #include <math.h>
 #include "gemm.h"
@@ -15,258 +18,162 @@
 
 namespace {
 
-// Sizes, the powers of every head, and products with a triangle of a chunk.
-struct Chunks {
+// A user tensor: view, number of heads, dimension.
+struct Rows {
+    const SfView &view;
+    int64_t heads, dim;
+    int64_t wide() const { return round_up(dim, 16); }
+};
+
+template <bool BACK> struct Sweep {
     const SfLinear &c;
-    int64_t D, Dv, C, n;  // padded dimensions; tokens of a chunk; chunks
-    int64_t state;        // floats of one state
-    Buffer<float> table;  // of each head: l^C .. l^1 l^0 and zeros, so that a row of M is read in order
+    Rows x, y, z, o;           // o = sum of l^|distance| (x.y) z, over the heads that share one of o
+    const float *first;        // state [x.dim][z.dim] at the open end, or null
+    int64_t row, lane;         // its strides
+    float *last;               // takes the state at the other end, or null
+    float z_factor, o_factor;
 
-    static constexpr int64_t STRIP = 32;  // rows of a triangle that share one length
-    static constexpr int64_t PART = 16;   // rows of a state that one task scans
+    static constexpr int64_t STRIP = 32;      // rows of a triangle that share one length
+    static constexpr int64_t PART = 16;       // rows of a state that one task scans
+    static constexpr int64_t HELD = 1 << 17;  // floats of states at a time, if not one of each head is more
 
-    explicit Chunks(const SfLinear &call) : c(call) {
-        D = round_up(c.D, 16);
-        Dv = round_up(c.Dv, 16);
-        C = most(D, Dv) > 64 ? 128 : 64;  // the states of a sequence take no more than its values, up to D = 128
-        n = (c.T + C - 1) / C;
-        state = D * Dv;
-    }
-    int64_t width() const { return C + 1 + STRIP + W; }
-    bool make() {
-        if (!table.make(c.Hq * width())) return false;
+    int64_t X = x.wide(), Z = z.wide();
+    int64_t C = most(X, Z) > 64 ? 128 : 64, n = (c.T + C - 1) / C, state = X * Z;
+    int64_t blank = STRIP + W, width = 2 * (C + 1) + blank;
+    Buffer<float> table = {};  // of each head: l^C .. l^0, zeros, l^0 .. l^C: rows of M and of its transpose
+
+    float power(int64_t h, int64_t i) const { return table[h * width + C - i]; }
+    int64_t tokens(int64_t chunk) const { return least(C, c.T - chunk * C); }
+    static int64_t shared(const Rows &r, int64_t h, int64_t heads) { return h * r.heads / heads; }
+
+    bool make_table() {
+        if (!table.make(c.Hq * width)) return false;
+        memset(table.p, 0, c.Hq * width * 4);
         for (int64_t h = 0; h < c.Hq; h++)
-            for (int64_t i = 0; i < width(); i++)
-                table[h * width() + i] = i > C ? 0.f : (float)exp(-(c.rate ? (double)c.rate[h] : 0.) * (double)(C - i));
+            for (int64_t i = 0; i <= C; i++)
+                table[h * width + C - i] = table[h * width + C + 1 + blank + i] = (float)exp(-(c.rate ? c.rate[h] : 0.) * (double)i);
         return true;
     }
-    float power(int64_t h, int64_t i) const { return table[h * width() + C - i]; }
-    int64_t tokens(int64_t chunk) const { return least(C, c.T - chunk * C); }
 
-    // Rows of a chunk as fp32 [C][padded], zeros behind them and below.
-    void read(const SfView &v, int64_t b, int64_t h, int64_t chunk, int64_t d, float *to) const {
-        int64_t dp = round_up(d, 16), m = tokens(chunk);
+    // Rows of a chunk as fp32 [C][wide], zeros behind them and below.
+    void read(const Rows &r, int64_t b, int64_t h, int64_t chunk, float *to) const {
+        const int64_t m = tokens(chunk), wide = r.wide();
         for (int64_t i = 0; i < m; i++) {
-            read_row(v, row_of(v, b, h, chunk * C + i, c.dtype), c.dtype, d, to + i * dp);
-            memset(to + i * dp + d, 0, (dp - d) * 4);
+            read_row(r.view, row_of(r.view, b, shared(r, h, c.Hq), chunk * C + i, c.dtype), c.dtype, r.dim, to + i * wide);
+            if (wide > r.dim) memset(to + i * wide + r.dim, 0, (wide - r.dim) * 4);
         }
-        memset(to + m * dp, 0, (C - m) * dp * 4);
+        memset(to + m * wide, 0, (C - m) * wide * 4);
     }
-    static void transpose(const float *rows, int64_t m, int64_t d, float *to) {
-        for (int64_t i = 0; i < m; i += 16)
-            for (int64_t j = 0; j < d; j += 16) transpose16(rows + i * d + j, d, to + j * m + i, m);
+    // Rows times what the decay leaves between them and the state they read (or, ADDING, the one they add to).
+    template <bool ADDING> void fade(int64_t h, int64_t m, int64_t wide, float factor, float *rows) const {
+        for (int64_t i = 0; i < m; i++) {
+            float by = power(h, ADDING == BACK ? i + 1 : m - 1 - i) * factor;
+            for (int64_t d = 0; d < wide; d += W) store(rows + i * wide + d, load(rows + i * wide + d) * by);
+        }
     }
-    static void multiply(float *rows, int64_t d, int64_t i, float by) {
-        for (int64_t x = 0; x < d; x += W) store(rows + i * d + x, load(rows + i * d + x) * by);
-    }
-    void multiply_before(int64_t h, int64_t m, int64_t d, float *rows) const {
-        for (int64_t i = 0; i < m; i++) multiply(rows, d, i, power(h, i + 1));
-    }
-    void multiply_after(int64_t h, int64_t m, int64_t d, float *rows) const {
-        for (int64_t i = 0; i < m; i++) multiply(rows, d, i, power(h, m - 1 - i));
-    }
-
-    // A = (X Y^T) * M for rows X [C][d] and columns Y^T [d][C]; in each strip up to its end.
-    void triangle(int64_t h, int64_t m, int64_t d, const float *x, const float *yt, float *a) const {
-        const float *falling = table + h * width();
+    // A = (X Y^T) * M (BACK: its transpose), in strips of rows up to (from) the diagonal.
+    void triangle(int64_t h, int64_t m, const float *xr, const float *yt, float *a) const {
+        const float *decay = table + h * width + (BACK ? C + 1 + blank : C);  // of distance 0
         for (int64_t i0 = 0; i0 < m; i0 += STRIP) {
-            int64_t rows = least(STRIP, m - i0), end = i0 + STRIP;
-            gemm_f32(rows, end, d, x + i0 * d, d, 1, yt, C, a + i0 * C, C, SET);
-            for (int64_t i = i0; i < i0 + rows; i++)
-                for (int64_t j = 0; j < end; j += W) {
-                    uint64_t past = i - j >= 63 ? ~0ull : i < j ? 0 : (2ull << (i - j)) - 1;
-                    float *y = a + i * C + j;
-                    store(y, pick(past, load(y) * load(falling + C - i + j), set1(0.f)));
+            const int64_t from = BACK ? i0 : 0, to = BACK ? C : i0 + STRIP, end = least(m, i0 + STRIP);
+            gemm_f32(end - i0, to - from, X, xr + i0 * X, X, 1, yt + from, C, a + i0 * C + from, C, SET);
+            for (int64_t i = i0; i < end; i++)
+                for (int64_t j = from; j < to; j += W) {
+                    const int64_t apart = i - j;
+                    uint64_t seen = BACK ? (apart <= 0 ? ~0ull : ~0ull << apart)
+                                         : (apart >= 63 ? ~0ull : apart < 0 ? 0 : (2ull << apart) - 1);
+                    float *s = a + i * C + j;
+                    store(s, pick(seen, load(s) * load(decay - apart), set1(0.f)));
                 }
         }
     }
-    // O (+)= A Y and O += A^T Y, for rows Y [C][d].
-    void times(int64_t m, int64_t d, const float *a, const float *y, float *o, Into into) const {
-        for (int64_t i = 0; i < m; i += STRIP)
-            gemm_f32(least(STRIP, m - i), d, least(m, i + STRIP), a + i * C, C, 1, y, d, o + i * d, d, into);
-    }
-    void times_across(int64_t m, int64_t d, const float *a, const float *y, float *o) const {
-        for (int64_t j = 0; j < m; j += STRIP)
-            gemm_f32(least(STRIP, m - j), d, m - j, a + j * C + j, 1, C, y + j * d, d, o + j * d, d, ADD);
-    }
-    // X^T Y of a chunk: what it adds to a state.
-    void sum(int64_t m, const float *x, const float *y, float *to) const {
-        gemm_f32(D, Dv, m, x, 1, D, y, Dv, to, Dv, SET);
-    }
-
-    // Turns the sums of all chunks of a head into the states before each (BACK: after each, from the last chunk on),
-    // PART rows of them. `first` [D][Dv] is the state at the open end, `last` takes the one at the other; or null.
-    template <bool BACK>
-    void scan(int64_t h, float *sums, int64_t row, const float *first, float *last, float *now) const {
-        const int64_t rows = least(PART, c.D - row);
-        memset(now, 0, PART * Dv * 4);
-        for (int64_t d = 0; first && d < rows; d++) memcpy(now + d * Dv, first + (row + d) * c.Dv, c.Dv * 4);
-        for (int64_t i = 0; i < n; i++) {
-            int64_t chunk = BACK ? n - 1 - i : i;
-            float keep = power(h, tokens(chunk)), *x = sums + chunk * state + row * Dv;
-            for (int64_t e = 0; e < PART * Dv; e += W) {
-                vf s = load(now + e), own = load(x + e);
-                store(x + e, s);
-                store(now + e, s * keep + own);
-            }
+    void times(int64_t m, const float *a, const float *zr, float *out, Into into) const {
+        for (int64_t i = 0; i < m; i += STRIP) {
+            const int64_t from = BACK ? i : 0, to = BACK ? m : least(m, i + STRIP);
+            gemm_f32(least(STRIP, m - i), Z, to - from, a + i * C + from, C, 1, zr + from * Z, Z, out + i * Z, Z, into);
         }
-        for (int64_t d = 0; last && d < rows; d++) memcpy(last + (row + d) * c.Dv, now + d * Dv, c.Dv * 4);
     }
-    // A state the other way round, [Dv][D].
-    void turn(const float *s, float *to) const {
-        for (int64_t d = 0; d < D; d += 16)
-            for (int64_t e = 0; e < Dv; e += 16) transpose16(s + d * Dv + e, Dv, to + e * D + d, D);
+
+    int run(SfParallel parallel) {
+        const int64_t heads = c.B * c.Hq, most_at_once = most<int64_t>(1, least(n, HELD / (heads * state)));
+        const int64_t desk = C * (2 * X + 2 * Z + C);
+        Buffer<float> states, carried, desks;
+        if (!make_table() || !states.make(heads * most_at_once * state) || !carried.make(heads * state) ||
+            !desks.make(c.threads * desk))
+            return 1;
+        memset(carried.p, 0, heads * state * 4);
+        for (int64_t i = 0; first && i < heads * x.dim; i++) {
+            const float *from = first + i / x.dim * x.dim * z.dim + i % x.dim * row;
+            float *to = carried + i / x.dim * state + i % x.dim * Z;
+            for (int64_t e = 0; e < z.dim; e++) to[e] = from[e * lane];
+        }
+        int64_t low = 0, held = 0;  // chunks at hand
+        auto add_up = [&](int64_t i, int thread) {
+            const int64_t chunk = low + i % held, b = i / held / c.Hq, h = i / held % c.Hq, m = tokens(chunk);
+            float *yr = desks + thread * desk, *zr = yr + C * X;
+            read(y, b, h, chunk, yr);
+            read(z, b, h, chunk, zr);
+            fade<true>(h, m, X, z_factor, yr);
+            gemm_f32(X, Z, m, yr, 1, X, zr, Z, states + i * state, Z, SET);
+        };
+        auto scan = [&](int64_t i, int) {
+            const int64_t at = i / (X / PART), part = i % (X / PART) * PART * Z;
+            float *now = carried + at * state + part;
+            for (int64_t k = 0; k < held; k++) {
+                const int64_t local = BACK ? held - 1 - k : k;
+                const float keep = power(at % c.Hq, tokens(low + local));
+                float *s = states + (at * held + local) * state + part;
+                for (int64_t e = 0; e < PART * Z; e += W) {
+                    vf before = load(now + e), own = load(s + e);
+                    store(s + e, before);
+                    store(now + e, before * keep + own);
+                }
+            }
+        };
+        auto emit = [&](int64_t i, int thread) {
+            const int64_t chunk = low + i % held, b = i / held / o.heads, ho = i / held % o.heads, m = tokens(chunk);
+            const int64_t group = c.Hq / o.heads;
+            float *xr = desks + thread * desk, *yt = xr + C * X, *zr = yt + C * X, *out = zr + C * Z, *a = out + C * Z;
+            for (int64_t h = ho * group; h < (ho + 1) * group; h++) {
+                read(y, b, h, chunk, xr);
+                for (int64_t t = 0; t < C; t += 16)
+                    for (int64_t d = 0; d < X; d += 16) transpose16(xr + t * X + d, X, yt + d * C + t, C);
+                read(x, b, h, chunk, xr);
+                read(z, b, h, chunk, zr);
+                if (z_factor != 1)
+                    for (int64_t e = 0; e < m * Z; e += W) store(zr + e, load(zr + e) * z_factor);
+                triangle(h, m, xr, yt, a);
+                times(m, a, zr, out, h == ho * group ? SET : ADD);
+                if (!first && chunk == (BACK ? n - 1 : 0)) continue;  // nothing came before
+                fade<false>(h, m, X, 1.f, xr);
+                gemm_f32(m, Z, x.dim, xr, X, 1, states + ((b * c.Hq + h) * held + i % held) * state, Z, out, Z, ADD);
+            }
+            for (int64_t t = 0; t < m; t++) write_row(o.view, b, ho, chunk * C + t, c.dtype, z.dim, out + t * Z, o_factor);
+        };
+        for (int64_t done = 0; done < n; done += held) {
+            held = least(most_at_once, n - done);
+            low = BACK ? n - done - held : done;
+            in_parallel(parallel, c.threads, heads * held, add_up);
+            in_parallel(parallel, c.threads, heads * (X / PART), scan);
+            in_parallel(parallel, c.threads, c.B * o.heads * held, emit);
+        }
+        for (int64_t i = 0; last && i < heads * x.dim; i++)
+            memcpy(last + i * z.dim, carried + i / x.dim * state + i % x.dim * Z, z.dim * 4);
+        return 0;
     }
 };
-
-// Arrays of floats for each thread.
-struct Desk {
-    Buffer<float> room;
-    int64_t size = 0;
-    bool make(int threads, int64_t floats) { return room.make(threads * (size = round_up(floats, 16))); }
-    float *take(int thread) const { return room + thread * size; }
-};
-
-// Floats of the states that are held at a time (but those of one KV head at least): they stay in a cache.
-constexpr int64_t HELD = 4 << 20;
 
 inline int linear_forward(const SfLinear &c, SfParallel parallel) {
-    Chunks k(c);
-    const int64_t heads = c.B * c.Hq, C = k.C, Dn = k.D, Dv = k.Dv, n = k.n, parts = Dn / k.PART;
-    const int64_t per = least(heads, most<int64_t>(1, HELD / most<int64_t>(1, n * k.state)));
-    Buffer<float> states;
-    Desk desk;
-    if (!k.make() || !states.make(per * n * k.state) || !desk.make(c.threads, C * (2 * Dn + 2 * Dv + C)))
-        return 1;
-    int64_t base = 0;
-    auto add_up = [&](int64_t i, int thread) {
-        int64_t chunk = i % n, b = (base + i / n) / c.Hq, h = (base + i / n) % c.Hq, hkv = h * c.Hkv / c.Hq, m = k.tokens(chunk);
-        float *keys = desk.take(thread), *values = keys + C * Dn;
-        k.read(c.k, b, hkv, chunk, c.D, keys);
-        k.read(c.v, b, hkv, chunk, c.Dv, values);
-        k.multiply_after(h, m, Dn, keys);
-        k.sum(m, keys, values, states + i * k.state);
-    };
-    auto carry = [&](int64_t i, int thread) {
-        int64_t at = base + i / parts, row = i % parts * k.PART, place = at * c.D * c.Dv;
-        float *sums = states + i / parts * n * k.state;
-        k.scan<false>(at % c.Hq, sums, row, c.first ? c.first + place : nullptr, c.last + place, desk.take(thread));
-    };
-    auto emit = [&](int64_t i, int thread) {
-        int64_t chunk = i % n, b = (base + i / n) / c.Hq, h = (base + i / n) % c.Hq, hkv = h * c.Hkv / c.Hq, m = k.tokens(chunk);
-        float *queries = desk.take(thread), *columns = queries + C * Dn, *values = columns + C * Dn;
-        float *out = values + C * Dv, *scores = out + C * Dv;
-        k.read(c.k, b, hkv, chunk, c.D, queries);
-        k.transpose(queries, C, Dn, columns);
-        k.read(c.q, b, h, chunk, c.D, queries);
-        k.read(c.v, b, hkv, chunk, c.Dv, values);
-        const bool past = chunk || c.first;
-        if (past) {
-            gemm_f32(m, Dv, c.D, queries, Dn, 1, states + i * k.state, Dv, out, Dv, SET);
-            k.multiply_before(h, m, Dv, out);
-        }
-        k.triangle(h, m, Dn, queries, columns, scores);
-        k.times(m, Dv, scores, values, out, past ? ADD : SET);
-        for (int64_t t = 0; t < m; t++)
-            write_row(c.out, b, h, chunk * C + t, c.dtype, c.Dv, out + t * Dv, c.scale);
-    };
-    for (; base < heads; base += per) {
-        int64_t own = least(per, heads - base);
-        in_parallel(parallel, c.threads, own * n, add_up);
-        in_parallel(parallel, c.threads, own * parts, carry);
-        in_parallel(parallel, c.threads, own * n, emit);
-    }
-    return 0;
+    Rows q = {c.q, c.Hq, c.D}, k = {c.k, c.Hkv, c.D}, v = {c.v, c.Hkv, c.Dv}, out = {c.out, c.Hq, c.Dv};
+    return Sweep<false>{c, q, k, v, out, c.first, c.Dv, 1, c.last, 1.f, c.scale}.run(parallel);
 }
 
-// dQ = W K + before * (dO S^T)    dK = W^T Q + after * (V G^T)    dV = A^T dO + after * (K G)
-//
-// with A as above, W = (dO V^T) * M, S the states before and G the gradients of the states after each chunk:
-// G' = l^n G + (before * Q)^T dO, from the last chunk to the first. The scale is in dO.
 inline int linear_backward(const SfLinear &c, SfParallel parallel) {
-    Chunks k(c);
-    const int64_t group = c.Hq / c.Hkv, slots = c.B * c.Hkv, C = k.C, Dn = k.D, Dv = k.Dv, n = k.n;
-    const int64_t parts = Dn / k.PART, top = most(Dn, Dv);
-    const int64_t per = least(slots, most<int64_t>(1, HELD / most<int64_t>(1, 2 * group * n * k.state)));
-    Buffer<float> states, slopes;
-    Desk desk;
-    if (!k.make() || !states.make(per * group * n * k.state) || !slopes.make(per * group * n * k.state) ||
-        !desk.make(c.threads, C * (10 * top + 2 * C) + Dn * Dv))
-        return 1;
-    int64_t base = 0;  // first of the KV heads at hand
-    auto add_up = [&](int64_t i, int thread) {
-        int64_t at = base * group + i / n, chunk = i % n, b = at / c.Hq, h = at % c.Hq, hkv = h / group, m = k.tokens(chunk);
-        float *x = desk.take(thread), *y = x + C * top;
-        k.read(c.k, b, hkv, chunk, c.D, x);
-        k.read(c.v, b, hkv, chunk, c.Dv, y);
-        k.multiply_after(h, m, Dn, x);
-        k.sum(m, x, y, states + i * k.state);
-        k.read(c.q, b, h, chunk, c.D, x);
-        k.read(c.dout, b, h, chunk, c.Dv, y);
-        for (int64_t t = 0; t < m; t++) k.multiply(x, Dn, t, k.power(h, t + 1) * c.scale);
-        k.sum(m, x, y, slopes + i * k.state);
-    };
-    auto carry = [&](int64_t i, int thread) {
-        int64_t local = i / parts * n * k.state, at = base * group + i / parts, row = i % parts * k.PART;
-        int64_t h = at % c.Hq, place = at * c.D * c.Dv;
-        float *now = desk.take(thread);
-        k.scan<false>(h, states + local, row, c.first ? c.first + place : nullptr, nullptr, now);
-        k.scan<true>(h, slopes + local, row, c.dlast ? c.dlast + place : nullptr, c.dfirst + place, now);
-    };
-    auto emit = [&](int64_t i, int thread) {
-        int64_t slot = base + i / n, chunk = i % n, b = slot / c.Hkv, hkv = slot % c.Hkv, m = k.tokens(chunk);
-        float *at = desk.take(thread);
-        auto next = [&](int64_t floats) { float *x = at; at += floats; return x; };
-        float *q = next(C * top), *keys = next(C * top), *v = next(C * top), *g = next(C * top);
-        float *kt = next(C * top), *vt = next(C * top), *weighed = next(C * top);
-        float *dq = next(C * top), *dk = next(C * top), *dv = next(C * top);
-        float *a = next(C * C), *w = next(C * C), *turned = next(Dn * Dv);
-        k.read(c.k, b, hkv, chunk, c.D, keys);
-        k.read(c.v, b, hkv, chunk, c.Dv, v);
-        k.transpose(keys, C, Dn, kt);
-        k.transpose(v, C, Dv, vt);
-        memset(dk, 0, C * Dn * 4);
-        memset(dv, 0, C * Dv * 4);
-        for (int64_t r = 0; r < group; r++) {
-            int64_t h = hkv * group + r, place = ((i / n * group + r) * n + chunk) * k.state;
-            const float *s = states + place, *slope = slopes + place;
-            k.read(c.q, b, h, chunk, c.D, q);
-            k.read(c.dout, b, h, chunk, c.Dv, g);
-            for (int64_t t = 0; t < m; t++) k.multiply(g, Dv, t, c.scale);
-            k.triangle(h, m, Dn, q, kt, a);
-            k.triangle(h, m, Dv, g, vt, w);
-            const bool past = chunk || c.first, future = chunk < n - 1 || c.dlast;
-            if (past) {
-                k.turn(s, turned);
-                gemm_f32(m, Dn, c.Dv, g, Dv, 1, turned, Dn, dq, Dn, SET);
-                k.multiply_before(h, m, Dn, dq);
-            }
-            k.times(m, Dn, w, keys, dq, past ? ADD : SET);
-            k.times_across(m, Dn, w, q, dk);
-            k.times_across(m, Dv, a, g, dv);
-            if (future) {
-                memcpy(weighed, v, m * Dv * 4);
-                k.multiply_after(h, m, Dv, weighed);
-                k.turn(slope, turned);
-                gemm_f32(m, Dn, c.Dv, weighed, Dv, 1, turned, Dn, dk, Dn, ADD);
-                memcpy(weighed, keys, m * Dn * 4);
-                k.multiply_after(h, m, Dn, weighed);
-                gemm_f32(m, Dv, c.D, weighed, Dn, 1, slope, Dv, dv, Dv, ADD);
-            }
-            for (int64_t t = 0; t < m; t++) write_row(c.dq, b, h, chunk * C + t, c.dtype, c.D, dq + t * Dn, 1.f);
-        }
-        for (int64_t t = 0; t < m; t++) {
-            write_row(c.dk, b, hkv, chunk * C + t, c.dtype, c.D, dk + t * Dn, 1.f);
-            write_row(c.dv, b, hkv, chunk * C + t, c.dtype, c.Dv, dv + t * Dv, 1.f);
-        }
-    };
-    for (; base < slots; base += per) {
-        int64_t own = least(per, slots - base);
-        in_parallel(parallel, c.threads, own * group * n, add_up);
-        in_parallel(parallel, c.threads, own * group * parts, carry);
-        in_parallel(parallel, c.threads, own * n, emit);
-    }
-    return 0;
+    Rows q = {c.q, c.Hq, c.D}, k = {c.k, c.Hkv, c.D}, v = {c.v, c.Hkv, c.Dv}, g = {c.dout, c.Hq, c.Dv};
+    Rows dq = {c.dq, c.Hq, c.D}, dk = {c.dk, c.Hkv, c.D}, dv = {c.dv, c.Hkv, c.Dv};
+    int code = Sweep<false>{c, g, v, k, dq, c.first, 1, c.Dv, nullptr, 1.f, c.scale}.run(parallel);
+    if (!code) code = Sweep<true>{c, v, g, q, dk, c.dlast, 1, c.Dv, nullptr, c.scale, 1.f}.run(parallel);
+    return code ? code : Sweep<true>{c, k, q, g, dv, c.dlast, c.Dv, 1, c.dfirst, c.scale, 1.f}.run(parallel);
 }
 
 }  // namespace
