@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from sparseflash.backends.cpu import build
-from sparseflash.bench import curves, documents, kernels, levels, machine, ops, results
+from sparseflash.bench import curves, documents, kernels, levels, machine, masks, ops, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
@@ -164,3 +164,14 @@ def test_documents_are_those_of_the_text_and_every_way_to_run_them_is_measured()
         assert row["padding"] == pytest.approx(1 - row["tokens"] / row["longest"] / row["documents"])
     with pytest.raises(SparseFlashError, match="fewer than two paragraphs"):
         documents.mixes(Corpus([b"no sections here at all " * 20]), tokens=64, longest=64)
+
+
+def test_the_mask_table_has_the_masks_it_names():
+    full, tiles, pairs = (masks.CASES[n](1280) for n in ("full", "10 % of the tiles", "1 % of the pairs"))
+    assert (masks.filled(full), masks.filled(tiles), masks.filled(pairs)) == (1.0, pytest.approx(0.1), 1.0)
+    assert torch.equal(masks.packed(300), masks.packed(300).tril())
+    tree = masks.tree(200)
+    assert tree.diagonal().all() and tree[:, 0].all() and (tree.int() @ tree.int() > 0).eq(tree).all()
+    rows = masks.measure(lengths=(256,), cases=("full", "tree"), heads=1, dim=16, rounds=1, flex=False)
+    assert [(row["case"], row["T"]) for row in rows] == [("full", 256), ("tree", 256)]
+    assert all(row["ratio"] == row["ms_sdpa"] / row["ms"] and row["ms_build"] > 0 for row in rows)

@@ -379,6 +379,30 @@ def bench_documents(
     )
 
 
+@bench.command("masks")
+def bench_masks(
+    out: Out = RESULTS / "masks.csv",
+    lengths: Lengths = "2048,4096,8192,16384",
+    cases: Annotated[str, typer.Option(help="Masks, separated by commas; by default all.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    rounds: Rounds = 3,
+    minutes: Minutes = 12.0,
+    flex: Annotated[bool, typer.Option(help="Also run compiled FlexAttention.")] = True,
+) -> None:
+    """Compare attention under boolean masks with torch SDPA and FlexAttention, making the plans included."""
+    from sparseflash.bench import session
+
+    session.masks(
+        out,
+        lengths=_integers(lengths),
+        names=_words(cases),
+        dtype=dtype,
+        rounds=rounds,
+        minutes=minutes,
+        flex=flex,
+    )
+
+
 @bench.command("plan-costs")
 def bench_plan_costs(
     out: Out = RESULTS / "plan-costs.csv",

@@ -10,6 +10,7 @@ from sparseflash.bench import curves as curves_
 from sparseflash.bench import documents as documents_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
+from sparseflash.bench import masks as masks_
 from sparseflash.bench import ops as ops_
 from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
@@ -94,6 +95,37 @@ def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:
         lambda on_run: plan_costs_.measure(length=length, rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "ms", "ms_make", "ms_make_and_prepare", "share", "against", "ratio"))
+
+
+def masks(
+    out: Path,
+    *,
+    lengths: Sequence[int],
+    names: Sequence[str],
+    dtype: str,
+    rounds: int,
+    minutes: float,
+    flex: bool,
+) -> None:
+    """Measure boolean masks into `out`."""
+    _known(dtype)
+    for name in names:
+        if name not in masks_.CASES:
+            raise SparseFlashError(f"--cases has {name!r}; choose from: {', '.join(masks_.CASES)}")
+    rows = _watch(
+        "masks",
+        lambda on_run: masks_.measure(
+            lengths=lengths,
+            cases=names or tuple(masks_.CASES),
+            dtype=dtype,
+            rounds=rounds,
+            minutes=minutes,
+            flex=flex,
+            on_run=on_run,
+        ),
+    )
+    columns = ("case", "T", "tiles", "ms_sdpa", "ms", "ratio", "over_dense", "ms_build", "ratio_flex")
+    _finish(rows, out, (*columns, "build_share", "note"))
 
 
 def step(

@@ -91,7 +91,7 @@ class Tree(Method):
         require(
             (fits, f"parents: {said}; expected integers [{n}] or [{B}, {n}], one a query"), error=PlanError
         )
-        return x.long().view(-1, n)
+        return x.long() if x.dim() == 2 else x.long()[None]
 
 
 def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
