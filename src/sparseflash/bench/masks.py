@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -162,11 +163,7 @@ def measure(
 def _builder(name: str, mask: Tensor) -> Callable[[], Plan] | None:
     if not name.endswith("reordered"):
         return lambda: Plan.from_mask(mask)
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        return None
-    return lambda: Plan.from_mask(mask).reordered()
+    return (lambda: Plan.from_mask(mask).reordered()) if find_spec("scipy") else None
 
 
 def _sdpa(mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
