@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "pointwise": (*CORE, "dispatch", "inputs"),
     "stick_breaking": (*CORE, "dispatch", "inputs"),
     "varlen": OPS,
+    "decode": OPS,
     "jagged": (*OPS, "pointwise"),
     "packing": (*CORE, "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),

@@ -3,6 +3,7 @@
 # The subpackage first: loading it later would take the function's name.
 from . import backends as _backends  # noqa: F401
 from . import methods
+from .decode import decode
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
 from .jagged import jagged_attention
@@ -30,6 +31,7 @@ __all__ = [
     "attention_stats",
     "attention_varlen",
     "backends",
+    "decode",
     "cu_seqlens_of",
     "hash_sparse_attention",
     "jagged_attention",

@@ -46,6 +46,21 @@ class Backend(Protocol):
         """Out and natural-log lse."""
         ...
 
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        *,
+        scale: float,
+        softcap: float,
+        key_bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, for few queries over many keys."""
+        ...
+
     def backward(
         self,
         dout: Tensor,

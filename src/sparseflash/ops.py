@@ -43,7 +43,7 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def _forward(
+def one_softmax(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -53,11 +53,15 @@ def _forward(
     scale: float,
     softcap: float,
     backend: str,
+    op: Literal["forward", "decode"] = "forward",
 ) -> tuple[Tensor, Tensor]:
+    """Out and lse over all plans, by a backend's op; plans and sinks are merged here."""
+    chosen = choose(op, backend, q, k, v)
+    kernel = chosen.forward if op == "forward" else chosen.decode
     alone = len(plans) == 1 and sink_logits is None
     with own_precision(q):
         parts = [
-            choose("forward", backend, q, k, v).forward(
+            kernel(
                 q,
                 k,
                 v,
@@ -90,7 +94,7 @@ def _attention(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
-    return _forward(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
+    return one_softmax(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
 
 
 @_attention.register_fake
@@ -331,7 +335,7 @@ def attention(
         check_sink(sink_logits, q)
     factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
     if unwatched(q, k, v, key_bias, sink_logits):
-        out, lse = _forward(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
+        out, lse = one_softmax(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
     else:
         tensors, ints = flatten_all(plans)
         out, lse = _attention(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)

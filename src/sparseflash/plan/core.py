@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import PlanError, require
-from . import build, documents, intervals, listed, masks, sparse
+from . import build, caches, documents, intervals, listed, masks, sparse
 from .build import TILE, UNIT, Window
 
 ANY = -1
@@ -485,6 +485,56 @@ class Plan:
         [[1, 1, 0, 0, 0, 1]]
         """
         return cls._made(**listed.from_spans(spans, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal))
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Plan:
+        """The last Tq queries of each sequence over a cache whose first `lengths` keys are in use.
+
+        Query i of sequence b sits at position `lengths[b] - Tq + i` and sees the keys up to there; where that
+        is negative, none.
+
+        Parameters
+        ----------
+        lengths : Tensor
+            Integers `[B]` (or `[1]` for all sequences), 0 to Tk.
+        Tk, Tq : int
+            Keys that the cache has room for; queries.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> sf.Plan.from_lengths(torch.tensor([3, 1]), Tk=4).to_dense()[:, 0, 0].int().tolist()
+        [[1, 1, 1, 0], [1, 0, 0, 0]]
+        """
+        return cls._made(**caches.from_lengths(lengths, Tk=Tk, Tq=Tq))
+
+    @classmethod
+    def from_pages(
+        cls, block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int, Tq: int = 1
+    ) -> Plan:
+        """The last Tq queries of each sequence over a paged cache: k and v are one pool, of batch size 1.
+
+        A cache `[pages, page_size, Hkv, D]` is the pool `cache.view(1, -1, Hkv, D).transpose(1, 2)`, without
+        a copy. Sequences may share pages where they begin alike (a page stands at one place in all of them).
+
+        Parameters
+        ----------
+        block_table : Tensor
+            Integers `[B, n]`: the pages of each sequence, in order; anything beyond its length.
+        lengths : Tensor
+            Integers `[B]`: keys in use.
+        page_size, Tk, Tq : int
+            Keys of a page; keys of the whole pool; queries of a sequence, its last ones.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> table = torch.tensor([[2, 0], [1, -1]])
+        >>> plan = sf.Plan.from_pages(table, torch.tensor([3, 2]), page_size=2, Tk=6)
+        >>> plan.to_dense()[:, 0, 0].int().tolist()
+        [[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]
+        """
+        return cls._made(**caches.from_pages(block_table, lengths, page_size=page_size, Tk=Tk, Tq=Tq))
 
     @classmethod
     def from_block_mask(cls, block_mask: Any) -> Plan:

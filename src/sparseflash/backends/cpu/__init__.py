@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,8 @@ def refuse(*tensors: Tensor) -> list[str]:
     return [found] if isinstance(found, str) else []
 
 
-def forward(
+def _softmax(
+    entry: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -68,7 +71,7 @@ def forward(
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
+    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq], by an entry point of the library."""
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
@@ -78,8 +81,13 @@ def forward(
         lse.fill_(float("-inf"))
     call.out_dtype = CODES[out_dtype]
     call.out, call.lse = view(out), lse.data_ptr()
-    run("sf_forward", call, q.dtype)
+    run(entry, call, q.dtype)
     return out, lse
+
+
+forward = functools.partial(_softmax, "sf_forward")
+decode = functools.partial(_softmax, "sf_decode")
+"""The same for few queries over many keys: every key is read once, where it lies (`native/decode.h`)."""
 
 
 def backward(

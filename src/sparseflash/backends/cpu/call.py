@@ -147,7 +147,8 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
     offset = given["q_offset"]
     if isinstance(offset, Tensor):
         flat = offset.to(torch.int32).reshape(-1, 1, 1)
-        keep.append(flat)
+        if flat.data_ptr() != offset.data_ptr():
+            keep.append(flat)
         into.q_shift = table("q_offset", flat, torch.int32, keep)
     else:
         into.q_offset = offset

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
-from .softmax import backward, forward, stats
+from .softmax import backward, decode, forward, stats
 from .stick import stick_backward, stick_forward
 
 __all__ = [
     "NAME",
     "backward",
+    "decode",
     "forward",
     "linear_backward",
     "linear_forward",

@@ -76,6 +76,10 @@ def forward(
     return out, lse
 
 
+decode = forward
+"""Decoding is the same attention; only how fast backends read their keys differs."""
+
+
 def backward(
     dout: Tensor,
     q: Tensor,

@@ -75,6 +75,7 @@ struct SfLevel {
     int (*linear_backward)(const SfLinear *call, SfParallel parallel);
     int (*stick_forward)(const SfCall *call, SfParallel parallel);     // `lse` is what is left of the stick, `dlse` its
     int (*stick_backward)(const SfCall *call, SfParallel parallel);    // gradient; no softcap, no bias
+    int (*decode)(const SfCall *call, SfParallel parallel);
 };
 
 // Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.

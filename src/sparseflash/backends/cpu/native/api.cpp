@@ -23,13 +23,14 @@
     extern "C" int sf_forward_##level(const SfCall *, SfParallel);  \
     extern "C" int sf_backward_##level(const SfCall *, SfParallel); \
     extern "C" int sf_stats_##level(const SfCall *, SfParallel);    \
+    extern "C" int sf_decode_##level(const SfCall *, SfParallel);   \
     extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
     extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel); \
     extern "C" int sf_stick_forward_##level(const SfCall *, SfParallel);     \
     extern "C" int sf_stick_backward_##level(const SfCall *, SfParallel);
 #define SF_LEVEL(level)                                                        \
-    {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, \
-     sf_linear_forward_##level, sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level},
+    {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
+     sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -161,7 +162,7 @@ bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length) 
 bool view_ok(const SfView &v) { return v.data != nullptr; }
 
 // Pointers, shapes and table lengths; values inside the tables are checked where they are used.
-enum Kind { FORWARD, BACKWARD, STATS, STICK_FORWARD, STICK_BACKWARD };
+enum Kind { FORWARD, BACKWARD, STATS, DECODE, STICK_FORWARD, STICK_BACKWARD };
 
 bool call_ok(const SfCall &c, Kind kind) {
     const bool backward = kind == BACKWARD || kind == STICK_BACKWARD;
@@ -189,7 +190,7 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (p.q_shift.data && p.q_shift.batch != 1 && p.q_shift.batch != c.B) return false;
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
     const bool softmax = c.weights == SF_SOFTMAX;
-    if (!softmax && (kind == STATS || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
+    if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;
@@ -213,7 +214,7 @@ int run(const SfCall *call, int level, Kind kind) {
     if (own.Bk == 1) own.k.batch = own.v.batch = 0;  // every sequence reads the pool
     try {
         auto entry = kind == FORWARD ? l.forward : kind == BACKWARD ? l.backward : kind == STATS ? l.stats
-                     : kind == STICK_FORWARD ? l.stick_forward : l.stick_backward;
+                     : kind == STICK_FORWARD ? l.stick_forward : kind == STICK_BACKWARD ? l.stick_backward : l.decode;
         return entry(&own, parallel);
     } catch (...) {
         return 4;
@@ -330,6 +331,7 @@ SF_PUBLIC int sf_stick_forward(const SfCall *call, int level) { return run(call,
 SF_PUBLIC int sf_stick_backward(const SfCall *call, int level) { return run(call, level, STICK_BACKWARD); }
 SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_linear(call, level, false); }
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
+SF_PUBLIC int sf_decode(const SfCall *call, int level) { return run(call, level, DECODE); }
 
 // For tests: scratch is handed out full of NaN, so that reading it before writing shows.
 SF_PUBLIC void sf_poison(int on) { poison.store(on != 0); }

@@ -3,6 +3,7 @@
 // Everything is transposed: S^T = K Q^T has keys as rows and 64 queries as columns, so max, exp and sum are vertical
 // and no horizontal reduction appears; O^T = V^T P^T.
 #pragma once
+#include "decode.h"
 #include "few.h"
 #include "pointwise.h"
 #include "stats.h"
@@ -19,6 +20,7 @@ template <bool BF> int run_forward(const SfCall &c, SfParallel parallel) {
 template <bool BF> int run_backward(const SfCall &c, SfParallel parallel) {
     return c.weights == SF_SOFTMAX ? backward<BF>(c, parallel) : pointwise_backward<BF>(c, parallel);
 }
+template <bool BF> int run_decode(const SfCall &c, SfParallel parallel) { return decode<BF>(c, parallel); }
 template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return stats<BF>(c, parallel); }
 
 }  // namespace
@@ -35,6 +37,6 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
     extern "C" int sf_##kind##_##level(const call *c, SfParallel p) { return kind(*c, p); }
 #endif
 #define SF_EXPORT(level)                                          \
-    SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level) \
+    SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level) SF_RUN(decode, level) \
     SF_RUN_FP32(linear_forward, SfLinear, level) SF_RUN_FP32(linear_backward, SfLinear, level) \
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level)

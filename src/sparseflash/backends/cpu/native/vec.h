@@ -10,6 +10,7 @@
 //   pick                         a vector by the bits of a mask
 //   transpose16                  a 16 x 16 block of 32-bit items
 //   halves, to_halves            rows of fp16 to fp32 and back
+//   sums                         of W vectors, each across its lanes (where SF_SUMS_LANES says so)
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -80,6 +81,8 @@ inline vf load_first(const float *p, int64_t n) {
     memcpy(&x, p, n * sizeof(float));
     return x;
 }
+#endif
+#if !SF_SUMS_LANES
 // Lane i: the sum of x[i].
 inline vf sums(const vf *x) {
     vf y;

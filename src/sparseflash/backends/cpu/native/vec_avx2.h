@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: eight lanes, sixteen registers.
 #pragma once
 #include <immintrin.h>
+#define SF_SUMS_LANES 1
 
 namespace {
 
@@ -40,6 +41,15 @@ inline uint64_t lanes_with_bit(const int32_t *words, int bit) {
 inline vf pick(uint64_t bits, vf x, vf y) {
     __m256i up = _mm256_sllv_epi32(_mm256_set1_epi32((int32_t)bits), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
     return (vf)_mm256_blendv_ps((__m256)y, (__m256)x, (__m256)up);
+}
+
+// Sum of each of eight vectors, in its lane.
+inline vf sums(const vf *x) {
+    __m256 a[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) a[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
+    __m256 low = _mm256_hadd_ps(a[0], a[1]), high = _mm256_hadd_ps(a[2], a[3]);
+    return (vf)(_mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 inline void halves(const uint16_t *from, int64_t n, float *to) {

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #define SF_SCALES_BY_POWERS 1
 #define SF_MASKS 1
+#define SF_SUMS_LANES 1
 
 namespace {
 

@@ -1,0 +1,179 @@
+"""`decode`: few queries of each sequence over its key cache. Inference only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .errors import SparseFlashError, require
+from .inputs import (
+    Plans,
+    as_backend,
+    as_plans,
+    as_scale,
+    as_softcap,
+    autocast,
+    check_bias,
+    check_inputs,
+    check_plan,
+    check_sink,
+    describe,
+    state_dtype,
+    unwatched,
+)
+from .ops import one_softmax
+from .plan import Plan
+from .plan.flat import empty_like_layout, flatten_all, unflatten_all
+
+
+@torch.library.custom_op("sparseflash::decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    plans = unflatten_all(plan_tensors, plan_ints)
+    return one_softmax(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend, "decode")
+
+
+@_decode.register_fake
+def _(
+    q: Any,
+    k: Any,
+    v: Any,
+    key_bias: Any,
+    sink_logits: Any,
+    plan_tensors: Any,
+    plan_ints: Any,
+    scale: Any,
+    softcap: Any,
+    backend: Any,
+) -> tuple[Tensor, Tensor]:
+    return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
+
+
+def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
+    (B, _, Tq, _), Tk = q.shape, k.shape[2]
+    if given is None:
+        given = torch.full((1,), Tk, dtype=torch.int32, device=q.device)
+    elif isinstance(given, Tensor) and given.dtype != torch.bool:
+        require(
+            (
+                given.dim() == 1 and len(given) in (1, B) and given.device == q.device,
+                f"lengths: {describe(given)}; expected integers [B={B}] on {q.device}, the keys in use of "
+                "each sequence",
+            )
+        )
+    else:
+        return as_plans(given)
+    return (Plan.from_lengths(given, Tk=Tk, Tq=Tq),)
+
+
+@overload
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_or_lengths: Plans | Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_or_lengths: Plans | Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan_or_lengths: Plans | Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention of the last few tokens of each sequence over its key cache, as fast as memory allows.
+
+    The same result as `sparseflash.attention` under the same plan. Keys are read once, where they lie, for
+    all heads of a group and for all sequences that share them; the work is cut into equal pieces however much
+    the lengths differ, and the result does not depend on how many threads there are. No gradients.
+
+    Parameters
+    ----------
+    q : Tensor
+        `[B,Hq,Tq,D]`: the last Tq tokens of each sequence; any Tq is right, up to 16 is what this is for.
+    k, v : Tensor
+        The cache, `[B,Hkv,Tk,D]` and `[B,Hkv,Tk,Dv]`, any strides; or a pool of batch size 1. fp32, fp16,
+        bf16 (fp64 on the reference backend).
+    plan_or_lengths : Tensor, Plan or tuple of Plan, optional
+        Integers `[B]`: how many keys of each sequence are in use; query i sits at position
+        `length - Tq + i` and sees the keys up to there. Or what is seen, as plans: `Plan.from_pages` for a
+        paged cache, `(prefix, own)` with a prefix of batch size 1 that all sequences share, or any other;
+        made once, they serve all layers of a step. None: all Tk keys are in use.
+    scale, softcap, key_bias, sink_logits, return_lse, backend
+        As in `sparseflash.attention`.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        out `[B,Hq,Tq,Dv]`, and lse fp32 `[B,Hq,Tq]`: 0 and -inf for a query that sees nothing.
+
+    Raises
+    ------
+    SparseFlashError
+        Saying what was given, what was expected and how to mend it; where gradients are wanted, too.
+
+    References
+    ----------
+    LeanAttention (arXiv 2405.10480), section IV: equal shares of all key tiles, merged exactly. Bifurcated
+    attention (arXiv 2403.08845), section 4: one product for the prefix that samples share.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, cache_k, cache_v = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 512, 64), torch.randn(2, 2, 512, 64)
+    >>> sf.decode(q, cache_k, cache_v, torch.tensor([17, 512])).shape
+    torch.Size([2, 8, 1, 64])
+    """
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
+    given = [x for x in (q, k, v, key_bias, sink_logits) if isinstance(x, Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise SparseFlashError(
+            "decode() has no gradients, but an input requires some: use sparseflash.attention (it takes the "
+            "same plans; lengths become one by Plan.from_lengths), or call it under torch.no_grad()"
+        )
+    plans = _plans_of(plan_or_lengths, q, k)
+    for one in plans:
+        check_plan(one, q, k)
+    if key_bias is not None:
+        check_bias(key_bias, q, k)
+    if sink_logits is not None:
+        check_sink(sink_logits, q)
+    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
+    if unwatched(q, k, v, key_bias, sink_logits):
+        out, lse = one_softmax(q, k, v, key_bias, sink_logits, plans, factor, cap, name, "decode")
+    else:
+        tensors, ints = flatten_all(plans)
+        out, lse = _decode(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
+    return (out, lse) if return_lse else out

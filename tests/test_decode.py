@@ -1,0 +1,227 @@
+"""Few queries over key caches: contiguous, ragged, paged, with a shared prefix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import plans
+import sparseflash as sf
+import tolerance
+from harness import BACKENDS, EACH, EVERY, FAST, MAIN, inputs, same_bits
+from sparseflash import Plan, PlanError, SparseFlashError
+
+
+def decode(q, k, v, plan=None, **options):
+    out, lse = sf.decode(q, k, v, plan, return_lse=True, **options)
+    return {"out": out, "lse": lse}
+
+
+def seen(lengths, Tq, Tk):
+    """The mask of the last Tq queries of each sequence: [B,1,Tq,Tk]."""
+    last = lengths.view(-1, 1, 1, 1) - Tq + torch.arange(Tq)[:, None]
+    return torch.arange(Tk) <= last
+
+
+SHAPES = (
+    # Tq, Tk, H, Hkv, D, Dv
+    (1, 1, 4, 2, 40, 40),
+    (1, 63, 2, 2, 80, 40),
+    (1, 700, 8, 1, 128, 128),
+    (3, 129, 6, 2, 40, 80),
+    (2, 600, 7, 1, 33, 7),
+    (16, 300, 4, 4, 64, 64),
+    (150, 300, 2, 1, 32, 32),
+)
+
+
+@EVERY
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_sequence_sees_its_own_length_and_nothing_behind_it(shape, backend, dtype, generator):
+    Tq, Tk, H, Hkv, D, Dv = shape
+    q, k, v, _, _ = inputs(generator, Tq, Tk, B=3, H=H, Hkv=Hkv, D=D, Dv=Dv, dtype=dtype)
+    lengths = torch.tensor([0, (Tk + 1) // 2, Tk])
+    mask = seen(lengths, Tq, Tk)
+    assert torch.equal(Plan.from_lengths(lengths, Tk=Tk, Tq=Tq).check().to_dense(), mask)
+    unused = (torch.arange(Tk) >= lengths[:, None])[:, None, :, None]
+    got = decode(
+        q, k.masked_fill(unused, torch.nan), v.masked_fill(unused, torch.nan), lengths, backend=backend
+    )
+    assert not got["out"][0].any() and (got["lse"][0] == -torch.inf).all()
+    tolerance.compare(got, q, k, v, mask)
+
+
+@MAIN
+def test_bias_softcap_sinks_and_scale_are_those_of_attention(backend, dtype, generator):
+    q, k, v, _, _ = inputs(generator, 2, 400, dtype=dtype)
+    lengths = torch.tensor([400, 77])
+    bias = torch.randn(2, 4, 400, generator=generator)
+    options = {
+        "key_bias": bias,
+        "softcap": 3.0,
+        "scale": -0.3,
+        "sink_logits": torch.randn(4, generator=generator),
+    }
+    got = decode(q, k, v, lengths, backend=backend, **options)
+    tolerance.compare(got, q, k, v, seen(lengths, 2, 400), **options)
+
+
+@MAIN
+def test_any_plan_decodes(backend, dtype, seed):
+    """Spans, units, bits, orders, segments, windows, pools: random plans, NaN in keys that nobody sees."""
+    for n in range(8):
+        pool = n % 2 == 0
+        example = plans.example(seed + n, "pool" if pool else None, batch=2, heads=4)
+        generator = torch.Generator().manual_seed(seed + n)
+        q, k, v, _, _ = inputs(generator, example.plan.Tq, example.plan.Tk, D=40, dtype=dtype)
+        hidden = ~example.mask.any(-2).any(1).expand(2, -1)
+        if pool:
+            k, v, hidden = k[:1], v[:1], hidden.all(0, keepdim=True)
+        nan = [x.masked_fill(hidden[:, None, :, None], torch.nan) for x in (k, v)]
+        got = decode(q, *nan, example.plan, backend=backend)
+        tolerance.compare(got, q, k, v, example.mask, note=example.line)
+
+
+def paged(generator, lengths, page, spare, Tq=1, shared=0, **sizes):
+    """A pool whose pages are shuffled, the first `shared` pages common to all; q, k, v, table, mask."""
+    B, n = len(lengths), -(-int(lengths.max()) // page)
+    pages = shared + B * (n - shared) + spare
+    order = torch.randperm(pages, generator=generator)
+    own = order[shared : shared + B * (n - shared)].view(B, n - shared)
+    table = torch.cat([order[:shared].expand(B, -1), own], 1)
+    q, k, v, _, _ = inputs(generator, Tq, pages * page, B=B, **sizes)
+    mask = torch.zeros(B, 1, Tq, pages * page, dtype=torch.bool)
+    inside = seen(lengths, Tq, n * page)
+    slot = (table[..., None] * page + torch.arange(page)).view(B, 1, 1, n * page).expand(-1, -1, Tq, -1)
+    mask.scatter_(-1, slot, inside)
+    return q, k[:1].clone(), v[:1].clone(), table, mask
+
+
+@EVERY
+def test_a_paged_cache_with_pages_in_common(backend, dtype, generator):
+    lengths = torch.tensor([40, 95, 33])
+    q, k, v, table, mask = paged(generator, lengths, 16, 3, Tq=2, shared=2, dtype=dtype)
+    free = ~mask.any(0).any(0).any(0)
+    plan = Plan.from_pages(table, lengths, page_size=16, Tk=k.shape[2], Tq=2)
+    assert torch.equal(plan.check().to_dense(), mask)
+    nan = [x.masked_fill(free[:, None], torch.nan) for x in (k, v)]
+    tolerance.compare(decode(q, *nan, plan, backend=backend), q, k, v, mask)
+
+
+@MAIN
+def test_a_prefix_that_all_sequences_share_is_one_list(backend, dtype, generator):
+    """A prefix of batch size 1 and what each sequence has of its own; more rows than one pass takes."""
+    B, prefix, each = 11, 320, 24
+    q, k, v, _, _ = inputs(generator, 1, prefix + B * each, B=B, H=8, Hkv=2, dtype=dtype)
+    k, v = k[:1], v[:1]
+    start = prefix + each * torch.arange(B)
+    ends = torch.stack([start, start + each], -1).view(B, 1, 1, 1, 2)
+    common = Plan.from_spans(torch.tensor([0, prefix]).view(1, 1, 1, 1, 2), Tq=1, Tk=k.shape[2])
+    own = Plan.from_spans(ends, Tq=1, Tk=k.shape[2])
+    mask = common.to_dense() | own.to_dense()
+    tolerance.compare(decode(q, k, v, (common, own), backend=backend), q, k, v, mask)
+
+
+@EACH
+def test_one_token_at_a_time_gives_the_rows_of_the_prefill(backend, generator):
+    q, k, v, _, _ = inputs(generator, 70)
+    whole = dict(zip(("out", "lse"), sf.attention(q, k, v, causal=True, return_lse=True, backend=backend)))
+    for t in (0, 1, 63, 69):
+        got = decode(q[:, :, t : t + 1], k, v, torch.full((2,), t + 1), backend=backend)
+        for name, x in got.items():
+            torch.testing.assert_close(x, whole[name][:, :, t : t + 1], atol=2e-6, rtol=2e-6)
+
+
+@MAIN
+def test_order_of_the_batch_and_layout_of_the_cache_do_not_show(backend, dtype, generator):
+    q, k, v, _, _ = inputs(generator, 2, 600, B=3, D=40, dtype=dtype)
+    lengths, swap = torch.tensor([600, 5, 259]), torch.tensor([2, 0, 1])
+    want = decode(q, k, v, lengths, backend=backend)
+    got = decode(q[swap], k[swap], v[swap], lengths[swap], backend=backend)
+    same_bits(got, {n: x[swap] for n, x in want.items()})
+    for to, back in (((0, 2, 1, 3), (0, 2, 1, 3)), ((0, 3, 1, 2), (0, 2, 3, 1))):  # BSHD, and lanes far apart
+        laid = [x.permute(to).contiguous().permute(back) for x in (q, k, v)]
+        same_bits(decode(*laid, lengths, backend=backend), want)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no native library here")
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_the_number_of_threads_does_not_show(dtype, generator):
+    q, k, v, _, _ = inputs(generator, 1, 3000, B=3, H=8, D=64, dtype=dtype)
+    lengths = torch.tensor([3000, 1, 1200])
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(decode(q, k, v, lengths, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for got in found[1:]:
+        same_bits(got, found[0])
+
+
+def test_it_is_an_op_that_compiles(generator):
+    q, k, v, _, _ = inputs(generator, 1, 64)
+    lengths = torch.tensor([64, 9])
+
+    def step(q, k, v, lengths):
+        return sf.decode(q, k, v, lengths)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, lengths), step(q, k, v, lengths))
+    from sparseflash.plan.flat import flatten
+
+    tensors, ints = flatten(Plan.from_lengths(lengths, Tk=64))
+    torch.library.opcheck(
+        torch.ops.sparseflash.decode.default, (q, k, v, None, None, tensors, ints, 0.1, 0.0, "")
+    )
+
+
+@pytest.mark.parametrize(
+    "lengths, said",
+    [
+        (torch.tensor([65, 1]), "0..64"),
+        (torch.tensor([-1, 1]), "0..64"),
+        (torch.tensor([1.0, 2.0]), "expected integers"),
+        (torch.tensor([True, False]), "expected a Plan"),
+        (torch.tensor([1, 2, 3]), "B=2"),
+        (torch.tensor([[1], [2]]), "B=2"),
+        ([1, 2], "expected a Plan"),
+        (Plan.dense(1, 63), "make one for these"),
+    ],
+    ids=str,
+)
+def test_lengths_that_make_no_sense_are_refused(lengths, said, generator):
+    q, k, v, _, _ = inputs(generator, 1, 64)
+    with pytest.raises(SparseFlashError, match=said):
+        sf.decode(q, k, v, lengths)
+
+
+@pytest.mark.parametrize(
+    "table, lengths, sizes, said",
+    [
+        ([[0, 4]], [3], {}, "pages 0..4"),
+        ([[0, -1]], [3], {}, "pages -1..0"),
+        ([[0, 1]], [5], {}, "0..4"),
+        ([[0, 0]], [3], {}, "different places"),
+        ([[0, 1], [1, 2]], [3, 3], {}, "different places"),
+        ([[0, 1]], [3, 3], {}, "1 sequences, lengths for 2"),
+        ([[0, 1]], [3], {"Tk": 7}, "multiple of page_size"),
+        ([[0, 1]], [3], {"page_size": 0}, "page_size=0"),
+        ([[0.0, 1.0]], [3], {}, "expected integers"),
+        ([0, 1], [3], {}, "expected integers"),
+    ],
+    ids=str,
+)
+def test_page_tables_that_make_no_sense_are_refused(table, lengths, sizes, said):
+    sizes = {"page_size": 2, "Tk": 8} | sizes
+    with pytest.raises(PlanError, match=said):
+        Plan.from_pages(torch.tensor(table), torch.tensor(lengths), **sizes)
+
+
+def test_gradients_are_asked_of_attention(generator):
+    q, k, v, _, _ = inputs(generator, 1, 8)
+    with pytest.raises(SparseFlashError, match="sparseflash.attention"):
+        sf.decode(q.requires_grad_(), k, v)
+    with torch.no_grad():
+        assert not sf.decode(q, k, v).requires_grad
