@@ -420,7 +420,10 @@ CONSTRUCTORS = {
     "dense": (("Tq", "Tk"), ("causal", "window", "sink_tokens", "q_offset", "tile", "unit")),
     "from_keep": (("q_keep", "k_keep"), ("causal", "include_self", "tile", "unit")),
     "from_buckets": (("q_bucket", "k_bucket"), ("causal", "include_self", "tile", "unit", "buckets")),
-    "from_documents": (("cu_seqlens",), ("causal", "window", "tile", "unit")),
+    "from_documents": (
+        ("cu_seqlens",),
+        ("cu_seqlens_k", "Tq", "Tk", "causal", "include_self", "window", "tile", "unit"),
+    ),
     "from_mask": (("mask",), ("Tq", "Tk", "tile", "unit")),
     "from_intervals": (("lo", "hi", "Tk"), ("tile", "unit")),
     "from_expiry": (("k_end",), ("Tq", "q_offset", "tile", "unit")),

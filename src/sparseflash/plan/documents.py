@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .build import INTEGERS, TILE, UNIT, Fields, Window, _band, _check_options, _shape, host, normal_window
+from .build import (
+    INTEGERS,
+    TILE,
+    UNIT,
+    Fields,
+    Window,
+    _band,
+    _check_options,
+    _shape,
+    host,
+    is_length,
+    normal_window,
+)
 
 
 def edges_of(x: object, name: str, total: int | None = None) -> Tensor:
@@ -54,6 +66,9 @@ def from_documents(
     unit: int = UNIT,
 ) -> Fields:
     """Fields of `Plan.from_documents`."""
+    for name, total in (("Tq", Tq), ("Tk", Tk)):
+        if not (total is None or is_length(total)):  # said only on failure: it would pin a symbolic length
+            raise PlanError(f"{name}={total!r}: expected an int >= 0 of 32 bits, or None")
     q = edges_of(cu_seqlens, "cu_seqlens", Tq)
     Tq = int(q[-1]) if Tq is None else Tq
     if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens:
