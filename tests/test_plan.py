@@ -306,11 +306,21 @@ def test_transposed_lists_name_exactly_the_tiles_that_visit_each_group_of_keys(s
         found = set()
         for b, h, c in torch.cartesian_prod(*map(torch.arange, keys.start.shape)).tolist():
             at, full, count = (int(x[b, h, c]) for x in (keys.start, keys.full, keys.count))
-            listed = [(int(keys.index[n]), int(keys.source[n]), n - at < full) for n in range(at, at + count)]
-            assert listed == sorted(listed, key=lambda x: (not x[2], x[0])), example.line
-            found |= {(b, h, c, *entry) for entry in listed}
+            listed = [_readers(plan, keys, b, h, n, n - at < full) for n in range(at, at + count)]
+            assert listed == sorted(listed, key=lambda x: (not x[0][2], x[0][0])), example.line
+            named = [(b, h, c, *entry) for entries in listed for entry in entries]
+            assert len(named) == len(set(named)), example.line
+            found |= set(named)
         assert found == visits(keys.group), example.line
     assert ready.prepare() is ready
+
+
+def _readers(plan, keys, b, h, n, full):
+    """(tile, entry of its list, full) of every tile that entry n of the transposed lists names."""
+    first, source = int(keys.index[n]), int(keys.source[n])
+    if keys.until is None:
+        return [(first, source, full)]
+    return [(r, int(plan.span_start[b, h, r]) + source, full) for r in range(first, int(keys.until[n]))]
 
 
 def _span_visits(plan):

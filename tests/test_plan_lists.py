@@ -221,8 +221,8 @@ def test_dense_plans_of_a_million_tokens_have_lists_of_the_size_of_their_tiles()
         assert sum(x.numel() for x in plan.tensors().values()) <= (2 * most + 3) * plan.tiles
         assert plan.density == 1.0
     assert causal.work == pytest.approx(0.5, rel=1e-3)
-    ready = window.prepare()
-    assert len(ready.span_keys.index) <= (4096 // 128 + 3) * window.tiles
+    for plan, most in ((causal, 3), (window, 6)):  # ranges of tiles, not each tile of each group
+        assert len(plan.prepare().span_keys.index) <= most * plan.tiles
 
 
 @linux

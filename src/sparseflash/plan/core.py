@@ -27,8 +27,10 @@ NONE = -2
 class KeyLists:
     """The transpose of a plan's lists: for each group of keys, the query tiles that visit it.
 
-    Entries of group c of (batch, head) are `index[start : start + count]` (numbers of query tiles), the first
-    `full` of them need no element test; `source` names the span (or the unit entry) they come from.
+    Entries of group c of (batch, head) are `start` to `start + count - 1`; the first `full` of them need no
+    element test. Entry n names the query tiles `index[n]` to `until[n] - 1`; units have no `until`: there it
+    is tile `index[n]` alone. `source[n]` says where it comes from: for spans the place in the list of each of
+    these tiles, for units the number of the list entry.
     """
 
     start: Tensor
@@ -36,6 +38,7 @@ class KeyLists:
     full: Tensor
     index: Tensor
     source: Tensor
+    until: Tensor | None
     group: int
 
 
@@ -881,7 +884,7 @@ def _unflatten(moving: Iterable[Any], fixed: Any) -> Plan:
     return plan
 
 
-_KEYS = ("start", "count", "full", "index", "source")
+_KEYS = ("start", "count", "full", "index", "source", "until")
 pytree.register_pytree_node(Plan, _flatten, _unflatten, serialized_type_name="sparseflash.Plan")
 pytree.register_pytree_node(
     KeyLists,

@@ -36,7 +36,7 @@ TENSORS = (
     "head_sink",
     "overflow",
 )
-KEYS = ("start", "count", "full", "index", "source")
+KEYS = ("start", "count", "full", "index", "source", "until")
 TENSOR_SLOTS = len(TENSORS) + 2 * len(KEYS)
 INT_SLOTS = 20  # 14 in use
 UNBOUNDED = -1

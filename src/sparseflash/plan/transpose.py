@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,55 +11,83 @@ if TYPE_CHECKING:
     from .core import KeyLists, Plan
 
 KEY_GROUP = 128
-Groups = Callable[["Plan", Tensor, Tensor], tuple[Tensor | None, Tensor, Tensor]]
+FAR = 1 << 32
+"""More than any row number."""
 ENTRIES = 1 << 22
 """Entries that are transposed in one go, where one (batch, head) has no more."""
 
 
 def transpose_spans(plan: Plan) -> KeyLists:
-    """For each group of KEY_GROUP key rows, the tiles whose spans touch it (partial where a span cuts it)."""
+    """For each group of KEY_GROUP key rows, the tiles whose spans touch it, as ranges of tiles.
+
+    Spans at one place of the lists of neighbouring tiles form a run while both their ends only move to the
+    right and each touches the one before: causal, window, bucket and document plans are a few runs a list.
+    Within a run, the tiles that touch a group are neighbours, and so are those that cover it; sorted searches
+    find both. So dense causal attention over R tiles takes O(R) entries, not the R^2 / 2 of single tiles.
+    """
+    from .core import KeyLists
+
     assert plan.span_start is not None and plan.span_full is not None
     assert plan.span_count is not None and plan.spans is not None
-    lists = plan.span_start, plan.span_full, plan.span_count
-    return _transpose(plan, *lists, len(plan.spans), KEY_GROUP, _groups_of_spans)
+    batch, heads, R = plan.span_count.shape
+    columns, lists, device = -(-plan.k_rows // KEY_GROUP), batch * heads, plan.device
+    slot = torch.arange(int(plan.span_count.max()) if plan.span_count.numel() else 0, device=device)
+    live = slot[:, None] < plan.span_count[..., None, :]
+    if len(plan.spans):
+        pairs = plan.spans[torch.where(live, plan.span_start[..., None, :] + slot[:, None], 0)].long()
+        live = live & (pairs[..., 1] > pairs[..., 0])
+    else:
+        pairs, live = live.new_zeros((*live.shape, 2), dtype=torch.int64), torch.zeros_like(live)
+    at = live.flatten().nonzero()[:, 0]  # by list, place in the list, tile
+    lo, hi = pairs.flatten(0, -2)[at].unbind(-1)
+    tile, place, of_list = at % max(R, 1), at // max(R, 1) % max(len(slot), 1), at // max(R * len(slot), 1)
+    full = place < plan.span_full.flatten()[of_list * R + tile]
+
+    fresh = torch.ones_like(full)
+    fresh[1:] = (at[1:] != at[:-1] + 1) | (tile[1:] == 0) | (full[1:] != full[:-1])
+    fresh[1:] |= (lo[1:] < lo[:-1]) | (hi[1:] < hi[:-1]) | (lo[1:] > hi[:-1])
+    begin, run = fresh.nonzero()[:, 0], fresh.cumsum(0) - 1
+    end = torch.cat([begin[1:], begin.new_full((1,), len(at))])[: len(begin)]
+    first = lo[begin] // KEY_GROUP
+    n = (hi[end - 1] - 1) // KEY_GROUP + 1 - first
+    own = torch.repeat_interleave(torch.arange(len(begin), device=device), n)
+    column = torch.arange(len(own), device=device) - (n.cumsum(0) - n - first)[own]
+    left, right = column * KEY_GROUP, (column + 1) * KEY_GROUP
+
+    def search(keys: Tensor, value: Tensor, after: bool) -> Tensor:
+        return torch.searchsorted(run * FAR + keys, own * FAR + value, right=after)
+
+    a, b = search(hi, left, True), search(lo, right, False)  # the group is touched
+    s, e = search(hi, right.clamp(max=plan.k_rows), False), search(lo, left, True)  # and covered
+    covered = full[begin][own] & (torch.maximum(s, a) < e)
+    s, e = torch.where(covered, torch.maximum(s, a), b), torch.where(covered, e, b)
+    froms, ends, partial = torch.cat([s, a, e]), torch.cat([e, s, b]), torch.arange(3, device=device) > 0
+    some = (ends > froms).nonzero()[:, 0]
+    froms, ends = froms[some], ends[some]
+    group = (of_list[begin][own] * columns + column).repeat(3)[some]
+    order = ((group * 2 + partial.repeat_interleave(len(own))[some]) * max(R, 1) + tile[froms]).argsort()
+    listed = torch.bincount(group, minlength=lists * columns)
+    lead = (batch, heads, columns)
+    return KeyLists(
+        start=(listed.cumsum(0) - listed).view(lead),
+        count=listed.int().view(lead),
+        full=torch.bincount(group[some < len(own)], minlength=lists * columns).int().view(lead),
+        index=tile[froms][order].int(),
+        source=place[froms][order].int(),
+        until=(tile[ends - 1] + 1)[order].int(),
+        group=KEY_GROUP,
+    )
 
 
 def transpose_units(plan: Plan) -> KeyLists:
     """For each unit, the tiles that list it."""
-    assert plan.start is not None and plan.full is not None
-    assert plan.count is not None and plan.index is not None
-    lists = plan.start, plan.full, plan.count
-    return _transpose(plan, *lists, len(plan.index), plan.unit, _groups_of_units)
-
-
-def _groups_of_units(plan: Plan, source: Tensor, full: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    assert plan.index is not None
-    return None, plan.index[source], full
-
-
-def _groups_of_spans(plan: Plan, source: Tensor, full: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """(entry, group, whether the group is covered and full) of every group that a span touches."""
-    assert plan.spans is not None
-    lo, hi = plan.spans[source].unbind(-1)
-    first, last = lo // KEY_GROUP, (hi - 1) // KEY_GROUP + 1
-    n = torch.where(hi > lo, last - first, 0)
-    pick = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32, device=n.device), n)
-    ends = n.cumsum(0)
-    at = torch.arange(len(pick), dtype=ends.dtype, device=n.device)
-    group = (at - (ends - n - first)[pick]).int()
-    edge = ((group + 1) * KEY_GROUP).clamp(max=plan.k_rows)
-    return pick, group, full[pick] & (lo[pick] <= group * KEY_GROUP) & (hi[pick] >= edge)
-
-
-def _transpose(
-    plan: Plan, start: Tensor, full: Tensor, count: Tensor, size: int, group: int, groups_of: Groups
-) -> KeyLists:
-    """Entries are met in the order of their tiles; a stable sort by (key group, partial) keeps that order."""
     from .core import KeyLists
 
-    batch, heads, R = count.shape
-    columns, lists = -(-plan.k_rows // group), batch * heads
-    starts, fulls, counts = (x.reshape(lists, R) for x in (start, full, count))
+    assert plan.start is not None and plan.full is not None
+    assert plan.count is not None and plan.index is not None
+    batch, heads, R = plan.count.shape
+    columns, lists = -(-plan.k_rows // plan.unit), batch * heads
+    starts, fulls, counts = (x.reshape(lists, R) for x in (plan.start, plan.full, plan.count))
     most = int(counts.sum(-1).max()) if lists and R else 0
     step = max(1, min(ENTRIES // max(most, 1), 2**29 // max(columns, 1)))
     found: list[tuple[Tensor, ...]] = []
@@ -68,16 +95,12 @@ def _transpose(
         n, first, sure = (x[at : at + step].flatten() for x in (counts, starts, fulls))
         cell = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32, device=n.device), n)
         slot = torch.arange(len(cell), device=n.device) - (n.cumsum(0) - n)[cell]
-        source = (first[cell] + slot).to(torch.int32 if size < 2**31 else torch.int64)
-        whole = slot < sure[cell]
-        del slot
-        pick, column, whole = groups_of(plan, source, whole)
-        if pick is not None:
-            cell, source = cell[pick], source[pick]
+        source = (first[cell] + slot).to(torch.int32 if len(plan.index) < 2**31 else torch.int64)
+        partial = (slot >= sure[cell]).int()
         total = counts[at : at + step].shape[0] * columns
-        key = ((cell // max(R, 1) * columns + column) * 2).int() + (~whole).int()
+        key = ((cell // max(R, 1) * columns + plan.index[source]) * 2 + partial).int()
         met = torch.bincount(key, minlength=2 * total).view(total, 2)
-        order = key.sort(stable=True).indices
+        order = _by_key(key, cell % max(R, 1), 2 * total, R)
         found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
     lead = (batch, heads, columns)
@@ -87,5 +110,15 @@ def _transpose(
         full=n_full.int().view(lead),
         index=index.int(),
         source=sources,
-        group=group,
+        until=None,
+        group=plan.unit,
     )
+
+
+def _by_key(key: Tensor, tile: Tensor, keys: int, tiles: int) -> Tensor:
+    """The order of entries by (key, tile); no pair occurs twice, and entries come in the order of tiles."""
+    if keys * tiles > 64 * len(key):  # few: sorting beats walking the grid
+        return key.sort(stable=True).indices
+    grid = torch.full((keys * tiles,), -1, dtype=torch.int32, device=key.device)
+    grid[key.long() * tiles + tile] = torch.arange(len(key), dtype=torch.int32, device=key.device)
+    return grid[grid >= 0].long()

@@ -16,6 +16,7 @@ from .rows import rows_kernel
 NAME = "triton"
 CAUTION = "has been checked in the interpreter, but not yet on a card: ask for it with backend='triton'"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL", "SPAN_SOURCE")
 
 
 def status() -> tuple[bool, str]:
@@ -134,16 +135,12 @@ def _launch_columns(
     spanned, group, nothing = ready.span_keys, blocks.keys, a.named["SPANS"]
     if spanned is not None:
         group = spanned.group
-        lists = (spanned.start, spanned.full, spanned.count, spanned.index, spanned.source)
-        named |= dict(
-            zip(("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_SOURCE"), lists, strict=True)
-        )
+        lists = (spanned.start, spanned.full, spanned.count, spanned.index, spanned.until, spanned.source)
+        named |= dict(zip(_SPANNED, lists, strict=True))
         named["spanned_batch"], named["spanned_heads"] = found(spanned.count)
         named["spanned_columns"] = spanned.count.shape[-1]
     else:
-        named |= dict.fromkeys(
-            ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_SOURCE"), nothing
-        )
+        named |= dict.fromkeys(_SPANNED, nothing)
         named |= {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}
     if a.switches["UNITS"]:
         readers = unit_readers(plan, blocks.keys)

@@ -98,8 +98,8 @@ def columns_kernel(
     Q, K, V, DOUT, LSE, DELTA, DK, DV, DBIAS,
     q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
     d_batch, d_head, d_row, d_lane, dk_batch, dk_head, dk_row, dk_lane, dv_batch, dv_head, dv_row, dv_lane,
-    SPANS, SPAN_BEGIN, SPAN_WHOLE, SPAN_READERS, SPAN_TILE, SPAN_SOURCE, spanned_batch, spanned_heads,
-    spanned_columns,
+    SPANS, SPAN_START, span_batch, span_heads, SPAN_BEGIN, SPAN_WHOLE, SPAN_READERS, SPAN_TILE, SPAN_UNTIL,
+    SPAN_SOURCE, spanned_batch, spanned_heads, spanned_columns,
     FULL, WORDS_START, WORDS, unit_batch, unit_heads,
     UNIT_BEGIN, UNIT_READERS, UNIT_TILE, UNIT_MEMBERS, united_batch, united_heads, united_columns,
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
@@ -162,22 +162,25 @@ def columns_kernel(
             cell = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + column * BN // GROUP
             first = tl.load(SPAN_BEGIN + cell)
             whole, last = first + tl.load(SPAN_WHOLE + cell), first + tl.load(SPAN_READERS + cell)
-            for p in tl.range(first * blocks, whole * blocks, num_stages=F.STAGES):
-                tile = tl.load(SPAN_TILE + p // blocks)
-                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks, live, WORDS,
-                                  n, n, Tq, q_rows, False, False, F)  # fmt: skip
-            for p in tl.range(whole * blocks, last * blocks, num_stages=1):
-                tile = tl.load(SPAN_TILE + p // blocks)
-                span = SPANS + 2 * tl.load(SPAN_SOURCE + p // blocks)
-                inside = live & (n >= tl.load(span)) & (n < tl.load(span + 1))
-                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks, inside, WORDS,
-                                  n, n, Tq, q_rows, True, False, F)  # fmt: skip
+            for e in range(first, whole):
+                tile, until = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e)
+                for p in tl.range(tile * blocks, until * blocks, num_stages=F.STAGES):
+                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // blocks, p % blocks,
+                                      live, WORDS, n, n, Tq, q_rows, False, False, F)  # fmt: skip
+            lists = SPAN_START + place(b, h, H, span_heads, span_batch, tiles)
+            for e in range(whole, last):
+                tile, until, at = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e), tl.load(SPAN_SOURCE + e)
+                for p in tl.range(tile * blocks, until * blocks, num_stages=1):
+                    span = SPANS + 2 * (tl.load(lists + p // blocks) + at)
+                    inside = live & (n >= tl.load(span)) & (n < tl.load(span + 1))
+                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // blocks, p % blocks,
+                                      inside, WORDS, n, n, Tq, q_rows, True, False, F)  # fmt: skip
         if F.UNITS:
             group = column * BN // (MEMBERS * F.UNIT)
             cell = place(b, h, H, united_heads, united_batch, united_columns) + group
             first = tl.load(UNIT_BEGIN + cell)
             last = first + tl.load(UNIT_READERS + cell)
-            lists = place(b, h, H, unit_heads, unit_batch, tiles)
+            units = place(b, h, H, unit_heads, unit_batch, tiles)
             for p in tl.range(first * blocks, last * blocks, num_stages=1):
                 reader = p // blocks
                 tile = tl.load(UNIT_TILE + reader)
@@ -186,9 +189,9 @@ def columns_kernel(
                 )  # place in the list, or -1
                 word = member
                 if F.BITS:
-                    full = tl.load(FULL + lists + tile)
+                    full = tl.load(FULL + units + tile)
                     word = tl.where(
-                        member >= full, member - full + tl.load(WORDS_START + lists + tile).to(tl.int32), -1
+                        member >= full, member - full + tl.load(WORDS_START + units + tile).to(tl.int32), -1
                     )
                 dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks,
                                   live & (member >= 0), WORDS, word, n % F.UNIT,
