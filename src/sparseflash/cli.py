@@ -450,13 +450,17 @@ def show(
     out: Annotated[
         Path | None, typer.Option(help="Write here: a picture if it ends in .png, .svg or .pdf, else text.")
     ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter of the method, as name=value; may be repeated."),
+    ] = None,
 ) -> None:
     """Draw the plan a method makes for random queries and keys."""
     import torch
 
     from sparseflash.train.attention import build
 
-    chosen = build(method)
+    chosen = build(method, dict(map(_setting, options or ())))
     if not hasattr(chosen, "select"):
         raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")
     generator = torch.Generator().manual_seed(seed)
