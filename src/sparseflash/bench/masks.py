@@ -133,7 +133,7 @@ def measure(
             continue
         q, k, v, dout = inputs(T, heads=heads, dim=dim, dtype=dtype)
         plan = make()
-        other, first = _flex(mask, q, k, v) if flex else ({}, None)
+        other, row["ms_flex_first"], row["note"] = _flex(mask, q, k, v) if flex else ({}, None, None)
         runs = {
             "ms": forward_backward(lambda q, k, v, plan=plan: sf.attention(q, k, v, plan), q, k, v, dout),
             "ms_sdpa": forward_backward(_sdpa(mask), q, k, v, dout),
@@ -155,7 +155,6 @@ def measure(
                 row["ms_forward"] + row["ms_build"]
             )
             row["build_share"] = row["ms_build"] / row["ms_flex_build"]
-            row["ms_flex_first"] = first
         row["rounds"] = len(timings["ms"].times)
     return rows
 
@@ -173,17 +172,16 @@ def _sdpa(mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _forward(
     attention: Callable[[Tensor, Tensor, Tensor], Any], q: Tensor, k: Tensor, v: Tensor
 ) -> Callable[[], Any]:
-    def run() -> Any:
-        with torch.no_grad():
-            return attention(q, k, v)
-
-    return run
+    tensors = [x.detach() for x in (q, k, v)]
+    return lambda: attention(*tensors)
 
 
-def _flex(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Callable[[], Any]], float | None]:
+def _flex(
+    mask: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[dict[str, Callable[[], Any]], float | None, str | None]:
     """FlexAttention, compiled, and its mask, and the milliseconds of its first mask.
 
-    Nothing where it does not compile.
+    Where it does not compile: nothing, and why.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -199,6 +197,6 @@ def _flex(mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Call
         block_mask = build()
         run = _forward(lambda q, k, v: attend(q, k, v, block_mask=block_mask), q, k, v)
         seconds(run)
-    except Exception:  # whatever its compiler raises
-        return {}, None
-    return {"ms_flex": run, "ms_flex_build": build}, first
+    except Exception as error:  # whatever its compiler raises
+        return {}, None, f"FlexAttention: {str(error).strip().splitlines()[0]}"
+    return {"ms_flex": run, "ms_flex_build": build}, first, None
