@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import PlanError, require
 from .checks import surely_full
+from .fields import LISTS
 from .figures import by_position, dense_pairs, visible_pairs
 from .lists import _at, _fetch, _formula, cells, ranges, real_rows
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 LIMIT = 2 << 30
 """Bytes of bits that an operation may build before it refuses."""
 
-_LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
 _ROWS = ("spans", "index", "bits", "unit", "q_order", "k_order")
 _POSITIONS = ("q_pos", "k_pos")
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -89,7 +89,7 @@ def _inverse(order: Tensor, T: int) -> Tensor:
 def widen(plan: Plan, batch: int, heads: int) -> Plan:
     """The same plan with lists of its own for every batch slot and head."""
     lists: dict[str, Any] = {
-        n: _at(x, batch, heads).contiguous() for n in _LISTS if (x := getattr(plan, n)) is not None
+        n: _at(x, batch, heads).contiguous() for n in LISTS if (x := getattr(plan, n)) is not None
     }
     return dataclasses.replace(plan, span_keys=None, unit_keys=None, **lists)
 
@@ -219,7 +219,7 @@ def retile(plan: Plan, tile: int, unit: int) -> Plan:
     if plan.index is None and plan.tile % tile == 0:  # ranges of a tile serve each part of it
         ratio, tiles = plan.tile // tile, -(-plan.q_rows // tile)
         lists = {
-            n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in _LISTS[:3]
+            n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in LISTS[:3]
         }
         return dataclasses.replace(plan, tile=tile, unit=unit, span_keys=None, unit_keys=None, **lists)
     if max(tile, plan.tile) % min(tile, plan.tile):
@@ -368,7 +368,7 @@ def _hand_rules(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
         if rules is None:
             continue
         listed = widen(listed, *extent)
-        own = (f.name for f in dataclasses.fields(listed) if f.name in (*_LISTS, *_ROWS))
+        own = (f.name for f in dataclasses.fields(listed) if f.name in (*LISTS, *_ROWS))
         probe = dataclasses.replace(ruling, tile=listed.tile, **{n: getattr(listed, n) for n in own})
         found = _demote(listed, surely_full(probe, ranges(probe)))
         if found is not None:

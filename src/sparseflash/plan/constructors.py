@@ -1,0 +1,420 @@
+"""Everything a plan can be made of: one class method each, with its example.
+
+The work is done next door, on plain tensors: `build` (dense, keep, buckets), `documents`, `masks`, `sparse`,
+`intervals`, `listed` (blocks, keys, spans), `caches` (decoding) and `flex`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import build, caches, documents, intervals, listed, masks, sparse
+from .build import TILE, UNIT, Window
+
+if TYPE_CHECKING:
+    from .core import Plan
+
+
+class Constructors:
+    """The class methods of `Plan` that make one."""
+
+    @classmethod
+    def _made(cls, **fields: Any) -> Plan:
+        """A plan whose fields the library made itself: nothing is left to check."""
+        raise NotImplementedError
+
+    @classmethod
+    def dense(
+        cls,
+        Tq: int,
+        Tk: int,
+        *,
+        causal: bool = False,
+        window: Window | None = None,
+        sink_tokens: int = 0,
+        q_offset: int | Tensor = 0,
+        tile: int = TILE,
+        unit: int = UNIT,
+        device: torch.device | str | None = None,
+    ) -> Plan:
+        """Every key within the rules: dense, causal, sliding window, with attention sinks. O(R) memory.
+
+        Parameters
+        ----------
+        Tq, Tk : int
+            Numbers of query and key tokens; with `causal`, query i sits at position `i + q_offset`.
+        window : (left, right), optional
+            Inclusive distances; None (or -1) on a side is unbounded.
+        sink_tokens : int
+            The first keys, exempt from the window.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> sf.Plan.dense(4, 4, causal=True).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+        """
+        return cls._made(
+            **build.dense(
+                Tq,
+                Tk,
+                causal=causal,
+                window=window,
+                sink_tokens=sink_tokens,
+                q_offset=q_offset,
+                tile=tile,
+                unit=unit,
+                device=device,
+            )
+        )
+
+    @classmethod
+    def from_keep(
+        cls,
+        q_keep: Tensor,
+        k_keep: Tensor,
+        *,
+        causal: bool = True,
+        include_self: bool = True,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Drop any queries and keys, per head (QK-sparse; SCFA, arXiv 2306.01160).
+
+        `q_keep [B|1, H|1, Tq]`, `k_keep [B|1, H|1, Tk]`: bool or uint8, True = kept. Causality is that of the
+        original token order. Kept counts may differ from head to head; nothing is padded to the longest.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> keep = torch.tensor([[[True, False, True]]])
+        >>> sf.Plan.from_keep(keep, keep).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
+        """
+        return cls._made(
+            **build.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit)
+        )
+
+    @classmethod
+    def from_buckets(
+        cls,
+        q_bucket: Tensor,
+        k_bucket: Tensor,
+        *,
+        causal: bool = True,
+        include_self: bool = True,
+        tile: int = TILE,
+        unit: int = UNIT,
+        buckets: int | None = None,
+    ) -> Plan:
+        """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160).
+
+        `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
+        attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
+        `buckets` bounds the number of distinct ids, so that no value has to reach the host (accelerators).
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> bucket = torch.tensor([[[7, 3, 7]]])
+        >>> sf.Plan.from_buckets(bucket, bucket).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+        """
+        return cls._made(
+            **build.from_buckets(
+                q_bucket,
+                k_bucket,
+                causal=causal,
+                include_self=include_self,
+                tile=tile,
+                unit=unit,
+                buckets=buckets,
+            )
+        )
+
+    @classmethod
+    def from_documents(
+        cls,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        *,
+        Tq: int | None = None,
+        Tk: int | None = None,
+        causal: bool = True,
+        include_self: bool = True,
+        window: Window | None = None,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Packed documents: tokens attend inside their own. `cu_seqlens [n+1]`: running totals, from 0.
+
+        Tiles end at document edges, so nothing (not even a NaN) crosses from one document into another.
+
+        Parameters
+        ----------
+        cu_seqlens, cu_seqlens_k : Tensor
+            Integers `[n+1]`: document i holds queries `cu_seqlens[i]` to `cu_seqlens[i+1] - 1`, and the keys
+            that `cu_seqlens_k` says (the same by default). Documents may be empty. With other lengths of keys
+            than of queries, the last query of a document sits at the position of its last key.
+        Tq, Tk : int, optional
+            Tokens of the tensors, where they hold more than the documents (the rest sees nothing). On an
+            accelerator: say them, and no value has to reach the host.
+        causal, include_self, window
+            As in `Plan`; distances are counted inside the document.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> sf.Plan.from_documents(torch.tensor([0, 1, 3])).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+        >>> edges, edges_k = torch.tensor([0, 1, 3]), torch.tensor([0, 2, 4])
+        >>> sf.Plan.from_documents(edges, edges_k).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+        """
+        return cls._made(
+            **documents.from_documents(
+                cu_seqlens,
+                cu_seqlens_k,
+                Tq=Tq,
+                Tk=Tk,
+                causal=causal,
+                include_self=include_self,
+                window=window,
+                tile=tile,
+                unit=unit,
+            )
+        )
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        *,
+        Tq: int | None = None,
+        Tk: int | None = None,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Any bool mask, True = attends: what `scaled_dot_product_attention` takes. Empty tiles cost nothing.
+
+        The mask is read once. Full tiles become ranges, mixed ones keep their bits (arXiv 2409.15097).
+
+        Parameters
+        ----------
+        mask : Tensor
+            Bool `[B|1, H|1, Tq, Tk]`, `[H, Tq, Tk]` or `[Tq, Tk]`.
+        Tq, Tk : int, optional
+            Numbers of tokens where the mask's axis has size 1 and stands for all: with `Tq`, a mask
+            `[B, 1, 1, Tk]` of the keys that are no padding.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> mask = torch.rand(1, 2, 100, 100) < 0.3
+        >>> bool((sf.Plan.from_mask(mask).to_dense() == mask).all())
+        True
+        """
+        return cls._made(**masks.from_mask(mask, Tq=Tq, Tk=Tk, tile=tile, unit=unit))
+
+    @classmethod
+    def from_sparse(cls, mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Plan:
+        """The pairs that a sparse matrix stores; nothing of size Tq x Tk is made. O(n log n) of n pairs.
+
+        `mask` is a SciPy sparse matrix `[Tq, Tk]`, or a sparse tensor (COO, CSR, CSC) of that shape, or COO
+        of shape `[B|1, H|1, Tq, Tk]`. Stored zeros are no pairs, whatever else is stored is one.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> mask = torch.eye(3).flip(0).to_sparse()
+        >>> sf.Plan.from_sparse(mask).to_dense()[0, 0].int().tolist()
+        [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+        """
+        return cls._made(**sparse.from_sparse(mask, tile=tile, unit=unit))
+
+    @classmethod
+    def from_intervals(
+        cls, lo: Tensor | None, hi: Tensor, *, Tk: int, tile: int = TILE, unit: int = UNIT
+    ) -> Plan:
+        """Each query sees keys `lo ... hi - 1`: any mask whose rows are a few ranges, without the mask.
+
+        Parameters
+        ----------
+        lo, hi : Tensor
+            Integers `[B|1, H|1, Tq]`, or `[B|1, H|1, Tq, m]` for m ranges a query (they may overlap; `hi <=
+            lo` is empty). `lo` of None begins at key 0 and needs no bits: a prefix of every query's own.
+        Tk : int
+            Number of keys.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> lo, hi = torch.tensor([[[0, 1, 0]]]), torch.tensor([[[2, 3, 0]]])
+        >>> sf.Plan.from_intervals(lo, hi, Tk=4).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
+        """
+        return cls._made(**intervals.from_intervals(lo, hi, Tk=Tk, tile=tile, unit=unit))
+
+    @classmethod
+    def from_expiry(
+        cls,
+        k_end: Tensor,
+        *,
+        Tq: int | None = None,
+        q_offset: int | Tensor = 0,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Plan:
+        """Key j is seen from position j up to, not including, position `k_end[j]`: caches that evict, trees.
+
+        Parameters
+        ----------
+        k_end : Tensor
+            Integers `[B|1, H|1, Tk]`. Tokens of a tree in depth-first order expire where their subtree ends.
+        Tq, q_offset
+            Number of queries (Tk by default) and position of the first.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> sf.Plan.from_expiry(torch.tensor([[[3, 2, 3]]])).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+        """
+        return cls._made(**intervals.from_expiry(k_end, Tq=Tq, q_offset=q_offset, tile=tile, unit=unit))
+
+    @classmethod
+    def from_blocks(
+        cls,
+        keep_blocks: Tensor,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = TILE,
+        unit: int = UNIT,
+        causal: bool = False,
+        capacity: int | None = None,
+    ) -> Plan:
+        """Blocks of `tile` queries x `unit` keys, True = attends.
+
+        `keep_blocks` is bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`.
+        With `causal` (queries at positions 0, 1, ...), blocks in the future are left out and those on the
+        diagonal masked. `capacity` bounds the blocks of a tile, so that shapes do not depend on values (the
+        default on accelerators is no bound); blocks beyond it are dropped and `overflow` is set.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> blocks = torch.eye(4, dtype=torch.bool)[None, None]
+        >>> sf.Plan.from_blocks(blocks, Tq=512, Tk=512).work
+        0.25
+        """
+        return cls._made(
+            **listed.from_blocks(
+                keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, capacity=capacity
+            )
+        )
+
+    @classmethod
+    def from_keys(
+        cls,
+        index: Tensor,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = 1,
+        unit: int = 1,
+        causal: bool = False,
+        unique: bool = False,
+        capacity: int | None = None,
+    ) -> Plan:
+        """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
+
+        Say `unique=True` where no list names a key twice; otherwise doubles are dropped.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> index = torch.tensor([[[[0, 3], [2, -1]]]])
+        >>> sf.Plan.from_keys(index, Tq=2, Tk=4).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 1], [0, 0, 1, 0]]
+        """
+        return cls._made(
+            **listed.from_keys(
+                index, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, unique=unique, capacity=capacity
+            )
+        )
+
+    @classmethod
+    def from_spans(
+        cls, spans: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False
+    ) -> Plan:
+        """Key ranges `[lo, hi)` of each tile: integers `[B|1, H|1, ceil(Tq/tile), m, 2]`, lo = hi is empty.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> spans = torch.tensor([[[[[0, 2], [5, 6]]]]])
+        >>> sf.Plan.from_spans(spans, Tq=1, Tk=6).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0, 0, 1]]
+        """
+        return cls._made(**listed.from_spans(spans, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal))
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Plan:
+        """The last Tq queries of each sequence over a cache whose first `lengths` keys are in use.
+
+        Query i of sequence b sits at position `lengths[b] - Tq + i` and sees the keys up to there; where that
+        is negative, none.
+
+        Parameters
+        ----------
+        lengths : Tensor
+            Integers `[B]` (or `[1]` for all sequences), 0 to Tk.
+        Tk, Tq : int
+            Keys that the cache has room for; queries.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> sf.Plan.from_lengths(torch.tensor([3, 1]), Tk=4).to_dense()[:, 0, 0].int().tolist()
+        [[1, 1, 1, 0], [1, 0, 0, 0]]
+        """
+        return cls._made(**caches.from_lengths(lengths, Tk=Tk, Tq=Tq))
+
+    @classmethod
+    def from_pages(
+        cls, block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int, Tq: int = 1
+    ) -> Plan:
+        """The last Tq queries of each sequence over a paged cache: k and v are one pool, of batch size 1.
+
+        A cache `[pages, page_size, Hkv, D]` is the pool `cache.view(1, -1, Hkv, D).transpose(1, 2)`, without
+        a copy. Sequences may share pages where they begin alike (a page stands at one place in all of them).
+
+        Parameters
+        ----------
+        block_table : Tensor
+            Integers `[B, n]`: the pages of each sequence, in order; anything beyond its length.
+        lengths : Tensor
+            Integers `[B]`: keys in use.
+        page_size, Tk, Tq : int
+            Keys of a page; keys of the whole pool; queries of a sequence, its last ones.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> table = torch.tensor([[2, 0], [1, -1]])
+        >>> plan = sf.Plan.from_pages(table, torch.tensor([3, 2]), page_size=2, Tk=6)
+        >>> plan.to_dense()[:, 0, 0].int().tolist()
+        [[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]
+        """
+        return cls._made(**caches.from_pages(block_table, lengths, page_size=page_size, Tk=Tk, Tq=Tq))
+
+    @classmethod
+    def from_block_mask(cls, block_mask: Any) -> Plan:
+        """A FlexAttention `BlockMask`; its mask function is evaluated on its partial blocks only."""
+        from . import flex
+
+        return cls._made(**flex.from_block_mask(block_mask))
