@@ -54,6 +54,24 @@ def test_and_minus_or_are_those_of_the_masks(seed, kinds, Tq, Tk):
     assert torch.equal(*torch.broadcast_tensors(total > 0, plans._spread(x | y, heads))), note
 
 
+@settings(max_examples=30)
+@given(seed=SEED, causal=st.tuples(st.booleans(), st.booleans()), T=LENGTH, heads=st.sampled_from([1, 2]))
+def test_units_of_one_grid(seed, causal, T, heads):
+    """The short way: lists are joined entry by entry, rules by rules, and no bit is written."""
+    generator = torch.Generator().manual_seed(seed)
+    R, C = -(-T // 8), -(-T // 16)
+    blocks = torch.rand(2, 1, heads, R, C, generator=generator) < 0.5
+    options = {"Tq": T, "Tk": T, "tile": 8, "unit": 16}
+    a, b = (Plan.from_blocks(x, causal=c, **options) for x, c in zip(blocks, causal))
+    x, y = a.to_dense(), b.to_dense()
+    _equal(a & b, x & y, "&")
+    _equal(a - b, x & ~y, "-")
+    assert (a & b).bits is None and (causal[0] != causal[1] or (a - b).bits is None)
+    union = a | b
+    parts = union if isinstance(union, tuple) else (union,)
+    assert torch.equal(sum(_dense(p, heads).int() for p in parts), (x | y).int())
+
+
 @settings(max_examples=20)
 @given(seed=SEED, kind=KIND, Tq=LENGTH, Tk=LENGTH)
 def test_a_plan_with_itself(seed, kind, Tq, Tk):

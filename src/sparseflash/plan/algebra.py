@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -233,7 +234,7 @@ def intersect(a: Plan, b: Plan) -> Plan:
     if _area(b) < _area(a):
         a, b = b, a
     overflow = _overflow(a, b)
-    for short in (_join_ranges, _hand_rules):
+    for short in (_join_ranges, _join_units, _hand_rules):
         found = short(a, b, extent)
         if found is not None:
             return dataclasses.replace(found, overflow=overflow)
@@ -244,8 +245,11 @@ def intersect(a: Plan, b: Plan) -> Plan:
 def subtract(a: Plan, b: Plan) -> Plan:
     """`a - b`."""
     extent = _shared_extent(a, b)
-    look = Lookup(b, extent[1])
     a = dataclasses.replace(a, overflow=_overflow(a, b))
+    if _one_grid(a, b) and _alike(a, b):  # what both list, both see alike: the rest is the difference
+        mine, theirs = (_units(widen(p, *extent)) for p in (a, b))
+        return _of_units(widen(a, *extent), mine.of(~torch.isin(mine.key, theirs.key)))
+    look = Lookup(b, extent[1])
     return refine(a, lambda *at: ~look(*at), tile=a.tile, unit=a.unit, extent=extent)
 
 
@@ -359,6 +363,75 @@ def _join_ranges(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
         spans=spans.int(),
         **rules,
     )
+
+
+@dataclass(frozen=True)
+class _Units:
+    """Listed units: tile and unit as one key, and whether they need no test."""
+
+    key: Tensor
+    full: Tensor
+
+    def of(self, some: Tensor) -> _Units:
+        return _Units(self.key[some], self.full[some])
+
+
+def _units(plan: Plan) -> _Units:
+    assert plan.start is not None and plan.full is not None
+    assert plan.count is not None and plan.index is not None
+    count = plan.count.flatten().long()
+    cell = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
+    slot = torch.arange(len(cell), device=count.device) - (count.cumsum(0) - count)[cell]
+    unit = plan.index[plan.start.flatten()[cell] + slot]
+    return _Units(cell * -(-plan.k_rows // plan.unit) + unit, slot < plan.full.flatten()[cell])
+
+
+def _of_units(plan: Plan, units: _Units, **rules: Any) -> Plan:
+    """The plan with these units as its lists, full ones first."""
+    columns = max(-(-plan.k_rows // plan.unit), 1)
+    cell = units.key // columns
+    order = torch.argsort(cell * 2 + (~units.full).long(), stable=True)
+    count = torch.bincount(cell, minlength=plan.tiles * math.prod(plan.extent()))
+    full = torch.bincount(cell[units.full], minlength=len(count))
+    lead = (*plan.extent(), plan.tiles)
+    return dataclasses.replace(
+        plan,
+        start=(count.cumsum(0) - count).view(lead),
+        full=full.int().view(lead),
+        count=count.int().view(lead),
+        index=(units.key % columns)[order].int(),
+        **rules,
+    )
+
+
+def _one_grid(a: Plan, b: Plan) -> bool:
+    """Whether both plans are lists of units of one grid, and nothing but lists and rules."""
+    listed = all(p.index is not None and p.spans is None and p.bits is None for p in (a, b))
+    rows = _same(a.q_order, b.q_order) and _same(a.k_order, b.k_order)
+    return listed and rows and (a.tile, a.unit) == (b.tile, b.unit)
+
+
+def _alike(a: Plan, b: Plan) -> bool:
+    """Whether both plans have the same rules."""
+    if isinstance(a.q_offset, Tensor) or isinstance(b.q_offset, Tensor):
+        return False
+    numbers = ("causal", "include_self", "window", "sink", "q_offset")
+    tensors = ("head_window", "head_sink", "q_pos", "k_pos", "k_end", "q_seg", "k_seg")
+    equal = all(getattr(a, n) == getattr(b, n) for n in numbers)
+    return equal and all(_same(getattr(a, n), getattr(b, n)) for n in tensors)
+
+
+def _join_units(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
+    """Intersection of two plans of units of one grid whose rules join; None where it is not that."""
+    rules = _join_rules(a, b) if _one_grid(a, b) else None
+    if rules is None:
+        return None
+    a, b = widen(a, *extent), widen(b, *extent)
+    mine, theirs = _units(a), _units(b)
+    theirs = theirs.of(torch.argsort(theirs.key))
+    mine = mine.of(torch.isin(mine.key, theirs.key))
+    at = torch.searchsorted(theirs.key, mine.key)
+    return _of_units(a, _Units(mine.key, mine.full & theirs.full[at]), **rules)
 
 
 def _hand_rules(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
