@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,3 +111,25 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor], names: str = "", note:
             f"{name}: {int((~equal).sum())} of {equal.numel()} elements differ, by up to "
             f"{float((x - y).abs().nan_to_num().max()):.3g}; {note}"
         )
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Bytes that `call` takes at its peak beyond what is in use before; skips where Linux does not say.
+
+    Free memory goes back to the system first, so that nothing is hidden in what earlier tests left behind.
+    """
+
+    def now(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    gc.collect()
+    try:
+        with contextlib.suppress(AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+    except OSError as error:
+        pytest.skip(f"the peak of memory cannot be measured: {error}")
+    before = now("VmRSS")
+    call()
+    return now("VmHWM") - before
