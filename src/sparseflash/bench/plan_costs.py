@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sparseflash as sf
 from sparseflash import Plan
@@ -24,6 +25,16 @@ def plans(length: int, heads: int) -> dict[str, tuple[str, Callable[[], Plan]]]:
     wide = torch.stack([torch.zeros_like(some, dtype=torch.int64), some * 128], -1)
     bucket = torch.randint(0, 16, (1, heads, length), generator=generator)
     keep = torch.rand(1, heads, length, generator=generator) < 0.5
+    edges = torch.arange(0, length + 1, 512)
+
+    def listed(tile: int, unit: int, share: int) -> Tensor:
+        """Distinct units for every tile, one of `share`, in random order."""
+        shape = (1, heads, -(-length // tile), -(-length // unit))
+        return (
+            torch.rand(shape, generator=generator).argsort(-1)[..., : shape[-1] // share].int().contiguous()
+        )
+
+    units, tokens = listed(128, 64, 4), listed(64, 1, 16)
     return {
         "dense causal": ("", lambda: Plan.dense(length, length, causal=True)),
         "all blocks, causal": (
@@ -37,6 +48,19 @@ def plans(length: int, heads: int) -> dict[str, tuple[str, Callable[[], Plan]]]:
         "a quarter of the blocks": ("dense causal", lambda: Plan.from_blocks(some, Tq=length, Tk=length)),
         "16 buckets": ("dense causal", lambda: Plan.from_buckets(bucket, bucket)),
         "half the tokens kept": ("dense causal", lambda: Plan.from_keep(keep, keep)),
+        "window and sinks": (
+            "dense causal",
+            lambda: Plan.dense(length, length, causal=True, window=(1023, 0), sink_tokens=4),
+        ),
+        "documents of 512": ("dense causal", lambda: Plan.from_documents(edges)),
+        "a quarter of the units of 64": (
+            "dense causal",
+            lambda: Plan.from_keys(units, Tq=length, Tk=length, tile=128, unit=64, causal=True),
+        ),
+        "a sixteenth of the keys, listed for 64 queries": (
+            "dense causal",
+            lambda: Plan.from_keys(tokens, Tq=length, Tk=length, tile=64, unit=1, causal=True, unique=True),
+        ),
     }
 
 

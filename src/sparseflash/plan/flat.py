@@ -1,6 +1,7 @@
 """A plan as flat lists of tensors and integers: the schema of the custom ops, fixed once for all of a plan.
 
-Slots are only ever appended, so that compiled graphs and backends of an older version keep their meaning.
+From the first release on slots are only appended, so that compiled graphs of an older version keep their
+meaning.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def transpose_units(plan: Plan) -> KeyLists:
         total = counts[at : at + step].shape[0] * columns
         key = ((cell // max(R, 1) * columns + plan.index[source]) * 2 + partial).int()
         met = torch.bincount(key, minlength=2 * total).view(total, 2)
-        order = _by_key(key, cell % max(R, 1), 2 * total, R)
+        order = key.sort(stable=True).indices  # entries are met in the order of their tiles, and keep it
         found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
     lead = (batch, heads, columns)
@@ -113,12 +113,3 @@ def transpose_units(plan: Plan) -> KeyLists:
         until=None,
         group=plan.unit,
     )
-
-
-def _by_key(key: Tensor, tile: Tensor, keys: int, tiles: int) -> Tensor:
-    """The order of entries by (key, tile); no pair occurs twice, and entries come in the order of tiles."""
-    if keys * tiles > 64 * len(key):  # few: sorting beats walking the grid
-        return key.sort(stable=True).indices
-    grid = torch.full((keys * tiles,), -1, dtype=torch.int32, device=key.device)
-    grid[key.long() * tiles + tile] = torch.arange(len(key), dtype=torch.int32, device=key.device)
-    return grid[grid >= 0].long()
