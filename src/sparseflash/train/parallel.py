@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+# Its functions keep, as a default, the group there is when they are defined. The optimiser imports it, so it
+# comes here, before any group is made: one that is kept keeps gloo's threads, and a thread that lets go of a
+# tensor while the interpreter ends aborts the process.
+import torch.distributed.nn
 from torch import Tensor, nn
 
 from sparseflash.train.errors import TrainError
@@ -43,9 +48,16 @@ class World:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Make the module to call in training, which averages gradients over the world."""
-        return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
+    def average_gradients(self, model: nn.Module) -> None:
+        """Make every rank's gradients their mean over the world, in one collective."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def mean(self, value: Tensor) -> float:
         """Average a scalar over all ranks (their shares are equal)."""

@@ -57,7 +57,6 @@ class Trainer:
             {"params": [self.model.embed.weight], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-        self.parallel = self.world.wrap(self.model)
         self.done = 0
 
     def learning_rate(self, step: int) -> float:
@@ -88,12 +87,11 @@ class Trainer:
             tokens, targets = self.corpus.batch(
                 c.seed, self.done, rows, world.size * c.accumulate * c.batch, c.length
             )
-            last = part == c.accumulate - 1
-            with contextlib.nullcontext() if last or world.size == 1 else self.parallel.no_sync():
-                with self.autocast():
-                    loss = self.parallel(tokens.to(device), targets.to(device)) / c.accumulate
-                loss.backward()
+            with self.autocast():
+                loss = self.model(tokens.to(device), targets.to(device)) / c.accumulate
+            loss.backward()
             total += loss.detach()
+        world.average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         mean = world.mean(total)
         if not math.isfinite(mean):
