@@ -5,67 +5,39 @@ import torch
 
 import sparseflash as sf
 from cases import mass, needles
+from harness import EACH
+from selected import Selected, tensors
 from sparseflash.order import lsh_buckets, lsh_planes
 from tolerance import compare
 
-BACKENDS = [name for name, status in sf.backends().items() if status.usable]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def tensors(generator, Tq, Tk=None, B=2, Hq=4, Hkv=4, D=16, Dv=8, dtype=torch.float32):
-    Tk = Tq if Tk is None else Tk
-    shapes = ((B, Hq, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), (B, Hq, Tq, Dv))
-    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
-
-
-def dense_mask(q_bucket, k_bucket, Hq, include_self=True):
-    """The definition: equal ids, and not later. [B, Hq, Tq, Tk]."""
-    q_bucket, k_bucket = (x.repeat_interleave(Hq // x.shape[1], 1).long() for x in (q_bucket, k_bucket))
-    i, j = torch.arange(q_bucket.shape[-1])[:, None], torch.arange(k_bucket.shape[-1])
-    return (q_bucket[..., :, None] == k_bucket[..., None, :]) & ((i >= j) if include_self else (i > j))
-
-
-def run(q, k, v, dout, q_bucket, k_bucket, **options):
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out, lse = sf.hash_sparse_attention(*leaves, q_bucket, k_bucket, return_lse=True, **options)
-    grads = torch.autograd.grad(out, leaves, dout)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
-
-
-def check(given, q_bucket, k_bucket, include_self=True, **options):
-    q, k, v, dout = given
-    mask = dense_mask(q_bucket, k_bucket, q.shape[1], include_self)
-    got = run(q, k, v, dout, q_bucket, k_bucket, include_self=include_self, **options)
-    options.pop("backend", None)
-    compare(got, q, k, v, mask.expand(q.shape[0], -1, -1, -1), dout=dout, **options)
-    return got
+SELECTED = Selected(sf.hash_sparse_attention, sees=lambda a, b: a == b)
 
 
 # ---------------------------------------------------------------- forward and backward
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize("T", [1, 63, 129, 300])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_random_buckets_of_any_length(T, include_self, backend, generator):
     q_bucket, k_bucket = torch.randint(5, (2, 2, 4, T), generator=generator)
-    check(tensors(generator, T), q_bucket, k_bucket, include_self, backend=backend)
+    SELECTED.check(tensors(generator, T), q_bucket, k_bucket, include_self, backend=backend)
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize(("Tq", "Tk"), [(40, 200), (200, 40), (1, 130), (130, 1)])
 def test_queries_and_keys_of_different_lengths(Tq, Tk, backend, generator):
     q_bucket = torch.randint(3, (2, 4, Tq), generator=generator)
     k_bucket = torch.randint(3, (2, 4, Tk), generator=generator)
-    check(tensors(generator, Tq, Tk), q_bucket, k_bucket, backend=backend)
+    SELECTED.check(tensors(generator, Tq, Tk), q_bucket, k_bucket, backend=backend)
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize(("q_heads", "k_heads"), [(4, 2), (1, 1), (2, 4), (4, 1)])
 def test_buckets_per_query_head_per_kv_head_or_shared(q_heads, k_heads, backend, generator):
     q_bucket = torch.randint(4, (1, q_heads, 150), generator=generator)
     k_bucket = torch.randint(4, (2, k_heads, 150), generator=generator)
-    check(tensors(generator, 150, Hkv=2), q_bucket, k_bucket, backend=backend)
+    SELECTED.check(tensors(generator, 150, Hkv=2), q_bucket, k_bucket, backend=backend)
 
 
 def _hard(kind, generator, T=270):
@@ -91,14 +63,16 @@ def _hard(kind, generator, T=270):
             return ((T - t) // 50).expand(2, 2, T), ((T - t) // 70).expand(2, 2, T)
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize(
     "kind", ["disjoint", "single", "one", "unequal", "blocks", "late-keys", "descending"]
 )
 @pytest.mark.parametrize("include_self", [True, False])
 def test_buckets_that_look_for_trouble(kind, include_self, backend, generator):
     q_bucket, k_bucket = _hard(kind, generator)
-    got = check(tensors(generator, 270, Hq=2, Hkv=2), q_bucket, k_bucket, include_self, backend=backend)
+    got = SELECTED.check(
+        tensors(generator, 270, Hq=2, Hkv=2), q_bucket, k_bucket, include_self, backend=backend
+    )
     if kind == "disjoint":
         assert all(got[name].abs().max() == 0 for name in ("out", "dq", "dk", "dv"))
 
@@ -124,7 +98,7 @@ def pairs_lost_by_one_start(q_bucket, k_bucket, block):
     return lost
 
 
-@every_backend
+@EACH
 def test_gradients_survive_a_query_block_that_is_too_early_for_its_keys(backend, generator):
     """A block of keys holds the tail of bucket 0 and the head of 1; the queries of 1 all come first."""
     T = 512
@@ -132,11 +106,11 @@ def test_gradients_survive_a_query_block_that_is_too_early_for_its_keys(backend,
     q_bucket = torch.where(t < 256, 1, 0)
     k_bucket = torch.where(t < 128, 2, torch.where(t < 128 + 192, 0, 1))
     assert pairs_lost_by_one_start(q_bucket, k_bucket, 128) > 0
-    got = check(tensors(generator, T), q_bucket[None, None], k_bucket[None, None], backend=backend)
+    got = SELECTED.check(tensors(generator, T), q_bucket[None, None], k_bucket[None, None], backend=backend)
     assert got["dv"].abs().max() > 0
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize("phase", [0.25, 0.5, 0.75])
 def test_gradients_survive_queries_and_keys_that_drift_apart(phase, backend, generator):
     """Buckets of both sides move with time, out of step: public kernels lose part of the gradients here."""
@@ -146,50 +120,50 @@ def test_gradients_survive_queries_and_keys_that_drift_apart(phase, backend, gen
     q_bucket, k_bucket = (((t + x) * nb).long() % nb for x in (phase + noise[0], noise[1]))
     assert pairs_lost_by_one_start(q_bucket, k_bucket, 16) > 0
     given = tensors(generator, T, B=1, Hq=2, Hkv=1)
-    check(given, q_bucket[None, None], k_bucket[None, None], backend=backend)
+    SELECTED.check(given, q_bucket[None, None], k_bucket[None, None], backend=backend)
 
 
 # ---------------------------------------------------------------- invariance
 
 
-@every_backend
+@EACH
 def test_names_of_buckets_do_not_matter(backend, generator):
     given = tensors(generator, 300)
     q_bucket, k_bucket = torch.randint(6, (2, 2, 4, 300), generator=generator)
-    plain = run(*given, q_bucket, k_bucket, backend=backend)
+    plain = SELECTED.run(*given, q_bucket, k_bucket, backend=backend)
     for ids in (
         torch.randperm(6, generator=generator),
         torch.tensor([-(2**31), 2**31 - 1, 10**9, -1, -2, 0]),
         torch.tensor([2**62, -(2**62), 2**31, 2**33 + 1, 2**33 + 2, -5]),
     ):
-        named = run(*given, ids[q_bucket], ids[k_bucket], backend=backend)
+        named = SELECTED.run(*given, ids[q_bucket], ids[k_bucket], backend=backend)
         for name, x in plain.items():  # rows move to other tiles: sums over a tile's keys may round otherwise
             torch.testing.assert_close(named[name], x)
-    small = run(*given, q_bucket.to(torch.uint8), k_bucket.to(torch.int16), backend=backend)
+    small = SELECTED.run(*given, q_bucket.to(torch.uint8), k_bucket.to(torch.int16), backend=backend)
     assert all(torch.equal(small[n], plain[n]) for n in plain)
 
 
-@every_backend
+@EACH
 def test_another_bucket_may_hold_anything(backend, generator):
     q, k, v, dout = tensors(generator, 300)
     q_bucket, k_bucket = torch.randint(4, (2, 2, 4, 300), generator=generator)
-    clean = run(q, k, v, dout, q_bucket, k_bucket, backend=backend)
+    clean = SELECTED.run(q, k, v, dout, q_bucket, k_bucket, backend=backend)
     for poison in (float("nan"), float("inf")):
         k2, v2 = (torch.where((k_bucket == 2)[..., None], poison, x) for x in (k, v))
         q2, dout2 = (torch.where((q_bucket == 2)[..., None], poison, x) for x in (q, dout))
-        dirty = run(q2, k2, v2, dout2, q_bucket, k_bucket, backend=backend)
+        dirty = SELECTED.run(q2, k2, v2, dout2, q_bucket, k_bucket, backend=backend)
         for name in clean:
             other = (k_bucket if name in ("dk", "dv") else q_bucket) != 2
             assert torch.equal(clean[name][other], dirty[name][other]), name
 
 
-@every_backend
+@EACH
 def test_heads_and_batch_slots_commute(backend, generator):
     q, k, v, dout = tensors(generator, 200)
     q_bucket, k_bucket = torch.randint(4, (2, 2, 4, 200), generator=generator)
-    plain = run(q, k, v, dout, q_bucket, k_bucket, backend=backend)
+    plain = SELECTED.run(q, k, v, dout, q_bucket, k_bucket, backend=backend)
     heads, slots = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 0])
-    moved = run(*(x[slots][:, heads] for x in (q, k, v, dout, q_bucket, k_bucket)), backend=backend)
+    moved = SELECTED.run(*(x[slots][:, heads] for x in (q, k, v, dout, q_bucket, k_bucket)), backend=backend)
     for name, x in plain.items():
         torch.testing.assert_close(moved[name], x[slots][:, heads])
 
@@ -286,7 +260,7 @@ def test_a_needle_is_always_reached_however_far(generator):
 # ---------------------------------------------------------------- window heads beside hashed ones
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "n"), [(4, 4, 1), (4, 2, 1), (4, 2, 2), (6, 2, 4), (2, 1, 2), (4, 4, 4)]
@@ -294,7 +268,7 @@ def test_a_needle_is_always_reached_however_far(generator):
 def test_the_last_heads_are_causal_windows(Hq, Hkv, n, include_self, backend, generator):
     q, k, v, dout = tensors(generator, 150, B=1, Hq=Hq, Hkv=Hkv)
     method = sf.methods.HashSparse(nb=4, causal_heads=n, window=50, include_self=include_self)
-    mask = dense_mask(*method.buckets(q, k), Hq, include_self)
+    mask = SELECTED.mask(*method.buckets(q, k), Hq, include_self)
     gap = torch.arange(150)[:, None] - torch.arange(150)
     mask[:, Hq - n :] = (gap < 50) & (gap >= (0 if include_self else 1))
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -312,7 +286,7 @@ def test_window_heads_ignore_given_buckets(generator):
     k_bucket = torch.randint(5, (2, 4, 150), generator=generator)
     method = sf.methods.HashSparse(causal_heads=2, window=30)
     plan = method.select(q, k, {"q_bucket": q_bucket, "k_bucket": k_bucket}).plan.check()
-    mask = dense_mask(q_bucket, k_bucket, 4).expand(2, -1, -1, -1).clone()
+    mask = SELECTED.mask(q_bucket, k_bucket, 4).expand(2, -1, -1, -1).clone()
     gap = torch.arange(200)[:, None] - torch.arange(150)
     mask[:, 2:] = (gap < 30) & (gap >= 0)
     assert torch.equal(plan.to_dense(), mask)
@@ -332,7 +306,7 @@ def test_little_of_the_visited_area_is_masked(nb, least, generator):
 
 
 def brute_coverage(mask, q_bucket, k_bucket, include_self=False):
-    target = dense_mask(q_bucket, k_bucket, mask.shape[1], include_self).expand_as(mask)
+    target = SELECTED.mask(q_bucket, k_bucket, mask.shape[1], include_self).expand_as(mask)
     return int((mask & target).sum()) / int(target.sum())
 
 

@@ -4,77 +4,48 @@ import pytest
 import torch
 
 import sparseflash as sf
+from harness import EACH
+from selected import Selected, tensors
 from sparseflash.methods.training.qk_sparse import random_keep
-from tolerance import compare
 
-BACKENDS = [name for name, status in sf.backends().items() if status.usable]
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+SELECTED = Selected(sf.qk_sparse_attention, sees=lambda a, b: a & b)
 
 
-def tensors(generator, Tq, Tk=None, B=2, Hq=4, Hkv=4, D=16, Dv=8, dtype=torch.float32):
-    Tk = Tq if Tk is None else Tk
-    shapes = ((B, Hq, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), (B, Hq, Tq, Dv))
-    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
-
-
-def dense_mask(q_keep, k_keep, Hq, include_self=True):
-    """The definition: both kept, and not later. [B, Hq, Tq, Tk]."""
-    q_keep, k_keep = (x.repeat_interleave(Hq // x.shape[1], 1).bool() for x in (q_keep, k_keep))
-    i, j = torch.arange(q_keep.shape[-1])[:, None], torch.arange(k_keep.shape[-1])
-    return q_keep[..., :, None] & k_keep[..., None, :] & ((i >= j) if include_self else (i > j))
-
-
-def run(q, k, v, dout, q_keep, k_keep, **options):
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out, lse = sf.qk_sparse_attention(*leaves, q_keep, k_keep, return_lse=True, **options)
-    grads = torch.autograd.grad(out, leaves, dout)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
-
-
-def check(given, q_keep, k_keep, include_self=True, **options):
-    q, k, v, dout = given
-    mask = dense_mask(q_keep, k_keep, q.shape[1], include_self)
-    got = run(q, k, v, dout, q_keep, k_keep, include_self=include_self, **options)
-    options.pop("backend", None)
-    compare(got, q, k, v, mask.expand(q.shape[0], -1, -1, -1), dout=dout, **options)
-    return got
-
-
-@every_backend
+@EACH
 @pytest.mark.parametrize("T", [1, 63, 129, 300])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_random_masks_of_any_length(T, include_self, backend, generator):
     q_keep, k_keep = torch.rand(2, 2, 4, T, generator=generator) > 0.4
-    check(tensors(generator, T), q_keep, k_keep, include_self, backend=backend)
+    SELECTED.check(tensors(generator, T), q_keep, k_keep, include_self, backend=backend)
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize(("Tq", "Tk"), [(40, 200), (200, 40), (1, 130), (130, 1)])
 def test_queries_and_keys_of_different_lengths(Tq, Tk, backend, generator):
     q_keep = torch.rand(2, 4, Tq, generator=generator) > 0.3
     k_keep = torch.rand(2, 4, Tk, generator=generator) > 0.3
-    check(tensors(generator, Tq, Tk), q_keep, k_keep, backend=backend)
+    SELECTED.check(tensors(generator, Tq, Tk), q_keep, k_keep, backend=backend)
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize(("q_heads", "k_heads"), [(4, 2), (1, 1), (2, 4), (4, 1)])
 def test_masks_per_query_head_per_kv_head_or_shared(q_heads, k_heads, backend, generator):
     q_keep = torch.rand(1, q_heads, 150, generator=generator) > 0.3
     k_keep = torch.rand(2, k_heads, 150, generator=generator) > 0.3
-    check(tensors(generator, 150, Hkv=2), q_keep, k_keep, backend=backend)
+    SELECTED.check(tensors(generator, 150, Hkv=2), q_keep, k_keep, backend=backend)
 
 
-@every_backend
+@EACH
 def test_counts_that_differ_from_head_to_head_and_one_head_dropped(backend, generator):
     rate = torch.tensor([0.0, 0.02, 0.5, 1.0])[:, None]
     q_keep = torch.rand(2, 4, 300, generator=generator) < rate
     k_keep = torch.rand(2, 4, 300, generator=generator) < rate.flip(0)
     q_keep[0, 1], k_keep[1, 2] = False, False
-    got = check(tensors(generator, 300), q_keep, k_keep, backend=backend)
+    got = SELECTED.check(tensors(generator, 300), q_keep, k_keep, backend=backend)
     assert got["out"][:, 0].abs().max() == 0 and got["dq"][:, 0].abs().max() == 0
 
 
-@every_backend
+@EACH
 @pytest.mark.parametrize("what", ["queries", "keys", "both", "later"])
 def test_where_nothing_is_seen_all_is_zero(what, backend, generator):
     q_keep, k_keep = torch.ones(2, 1, 1, 150, dtype=torch.bool)
@@ -84,39 +55,39 @@ def test_where_nothing_is_seen_all_is_zero(what, backend, generator):
         k_keep = ~k_keep
     if what == "later":  # every kept key comes after every kept query
         q_keep, k_keep = torch.arange(150)[None, None] < 70, torch.arange(150)[None, None] >= 70
-    got = run(*tensors(generator, 150), q_keep, k_keep, backend=backend)
+    got = SELECTED.run(*tensors(generator, 150), q_keep, k_keep, backend=backend)
     assert torch.equal(got.pop("lse"), torch.full((2, 4, 150), float("-inf")))
     assert all(x.abs().max() == 0 for x in got.values())
 
 
-@every_backend
+@EACH
 def test_a_dropped_key_may_hold_anything(backend, generator):
     q, k, v, dout = tensors(generator, 200, Hkv=2)
     q_keep = torch.rand(2, 4, 200, generator=generator) > 0.3
     k_keep = torch.rand(2, 2, 200, generator=generator) > 0.5
-    clean = run(q, k, v, dout, q_keep, k_keep, backend=backend)
+    clean = SELECTED.run(q, k, v, dout, q_keep, k_keep, backend=backend)
     for poison in (float("nan"), float("inf")):
         k2, v2 = (torch.where(k_keep[..., None], x, poison) for x in (k, v))
         q2, dout2 = (torch.where(q_keep[..., None], x, poison) for x in (q, dout))
-        dirty = run(q2, k2, v2, dout2, q_keep, k_keep, backend=backend)
+        dirty = SELECTED.run(q2, k2, v2, dout2, q_keep, k_keep, backend=backend)
         assert all(torch.equal(clean[n], dirty[n]) for n in clean)
 
 
-@every_backend
+@EACH
 def test_heads_and_batch_slots_commute(backend, generator):
     q, k, v, dout = tensors(generator, 200)
     q_keep, k_keep = torch.rand(2, 2, 4, 200, generator=generator) > 0.4
-    plain = run(q, k, v, dout, q_keep, k_keep, backend=backend)
+    plain = SELECTED.run(q, k, v, dout, q_keep, k_keep, backend=backend)
     heads, slots = torch.tensor([2, 0, 3, 1]), torch.tensor([1, 0])
-    moved = run(*(x[slots][:, heads] for x in (q, k, v, dout, q_keep, k_keep)), backend=backend)
+    moved = SELECTED.run(*(x[slots][:, heads] for x in (q, k, v, dout, q_keep, k_keep)), backend=backend)
     for name, x in plain.items():
         torch.testing.assert_close(moved[name], x[slots][:, heads])
 
 
-@every_backend
+@EACH
 def test_scale_and_kept_everything_is_causal(backend, generator):
     keep = torch.ones(1, 1, 200, dtype=torch.uint8)
-    check(tensors(generator, 200), keep, keep, scale=0.5, backend=backend)
+    SELECTED.check(tensors(generator, 200), keep, keep, scale=0.5, backend=backend)
 
 
 def test_the_mask_dtypes_and_shapes_that_are_refused(generator):
