@@ -15,9 +15,12 @@ roundoff of the dtype, eps = 2 u its ``torch.finfo(dtype).eps``, e that of fp32 
 the products below, and |.| of a sum the root of the sum of squares of its terms (independent roundings, of
 at most u of a term each, add up like that; eps = 2 u is then about five standard deviations of them):
 
-- a sum of n terms in fp32, in any order, also one after another: e * sqrt(n) * |terms| for each |.| below.
+- a sum of n terms in fp32, in any order, also one after another: each step rounds what is summed so far:
+  up to |terms| where signs are mixed, up to the result where they are not. So e * sqrt(n) * |terms| for each |.|
+  below, and e * sqrt(n) * abs(result).
 - a logit is a sum of D terms, and is exponentiated relative to an lse that is a sum over n keys. So p is off
-  by a relative c = e * (1 + sqrt(D) * |q.k| + |bias| + |lse| + sqrt(n)), worst over the keys of the row;
+  by a relative c = e * (1 + sqrt(D) * |q.k| + |bias| + |lse| + sqrt(n)), worst over the keys of the row, and
+  by eps^2, since a p that is rounded to the dtype (or multiplied with what was) needs no better exponential;
   lse by c.
 - out = p.v: p or the product is rounded to the dtype, and so is the result; what is common to a row (its lse,
   its normaliser, the final rounding) does not average out:   (eps + c) * (|p.v| + abs(out)).
@@ -25,7 +28,7 @@ at most u of a term each, add up like that; eps = 2 u is then about five standar
   rounded: |g| = p (|do.v| + |do.out| + |dlse|). Common to a row are its lse and its delta:
   dq: (eps + c) * (scale * |g.k| + scale * |do.out| * abs(p.k) + abs(dq)).
 - dk: (eps + c) * scale * |g.q|, dv: (eps + c) * |p.do|, dbias: (eps + c) * |g|, dsink alike; each
-  + eps * abs(result), the final rounding.
+  + eps * abs(result), the final rounding, and e * sqrt(n) * abs(result) for its n terms.
 
 Where nothing is seen all terms are 0: there the result has to be exact.
 """
@@ -173,11 +176,12 @@ def bands(
     if sink_logits is not None:
         worst = torch.maximum(worst, sink_logits.double().abs()[None, :, None].expand_as(worst))
     many = keep.sum(-1).sqrt()  # keys of a row
-    c = torch.where(alive, fine * (1 + D**0.5 * worst + safe.abs() + many), 0)
+    c = torch.where(alive, fine * (1 + D**0.5 * worst + safe.abs() + many) + eps**2, 0)
     both = eps + c
     pool = k.shape[0] == 1  # one set of keys, summed over all sequences
-    readers = keep.sum((0, 1, 2)) if pool else keep.sum(-2).sum(1, keepdim=True)[..., None, :]
-    both_of_key = both[..., None] + fine * readers.sqrt()
+    readers = keep.sum((1, 2))  # queries that see a key, [B, Tk]: the terms of its gradients
+    steps = fine * (readers.sum(0, keepdim=True) if pool else readers).sqrt()[:, None, :, None]
+    both_of_key = both[..., None] + steps.transpose(-1, -2)
 
     def root(x: Tensor, y: Tensor) -> Tensor:
         return (x**2 @ y**2).sqrt()
@@ -207,9 +211,9 @@ def bands(
         share = torch.where(alive, torch.exp(sink_logits.double()[None, :, None] - safe), 0)
         term = (eps + c + fine * c.numel() ** 0.5) * share * (delta[..., 0] + dl)
         found["dsink"] = (term**2).sum((0, 2)).sqrt()
-    for name in ("dk", "dv", "dbias", "dsink"):
-        if name in found:
-            found[name] = found[name] + eps * want[name].abs()
+    long = {"dk": steps, "dv": steps, "dbias": fine * readers.sum(0).sqrt(), "dsink": fine * c.numel() ** 0.5}
+    for name in long.keys() & found.keys():
+        found[name] = found[name] + (eps + long[name]) * want[name].abs()
     return found
 
 
