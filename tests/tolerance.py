@@ -15,8 +15,8 @@ roundoff of the dtype, eps = 2 u its ``torch.finfo(dtype).eps``, e that of fp32 
 the products below, and |.| of a sum the root of the sum of squares of its terms (independent roundings, of
 at most u of a term each, add up like that; eps = 2 u is then about five standard deviations of them):
 
-- a sum of n terms in fp32, in any order, also one after another: each step rounds what is summed so far:
-  up to |terms| where signs are mixed, up to the result where they are not. So e * sqrt(n) * |terms| for each |.|
+- a sum of n terms in fp32, in any order, also one after another: each step rounds what is summed so far, at
+  most |terms| where signs are mixed and the result where they are not. So e * sqrt(n) * |terms| for each |.|
   below, and e * sqrt(n) * abs(result).
 - a logit is a sum of D terms, and is exponentiated relative to an lse that is a sum over n keys. So p is off
   by a relative c = e * (1 + sqrt(D) * |q.k| + |bias| + |lse| + sqrt(n)), worst over the keys of the row, and
