@@ -81,7 +81,7 @@ def test_density_and_recall_are_those_of_the_mask():
 
 def test_curves_have_a_row_for_every_case_and_length():
     cases = [Case("base", dense, "dense"), Case("short", Naive(HashSparse(nb=4)), "naive", longest=64)]
-    rows = curves.measure(cases, lengths=[32, 64, 128], rounds=1, heads=2, dim=16)
+    rows = list(curves.measure(cases, lengths=[32, 64, 128], rounds=1, heads=2, dim=16))
     assert [(r["case"], r["T"]) for r in rows] == [(c, t) for t in (32, 64, 128) for c in ("base", "short")]
     assert all(r["speedup"] == 1.0 for r in rows if r["case"] == "base")
     assert "ms" not in rows[-1] and "not run beyond T = 64" in rows[-1]["note"]
@@ -89,8 +89,8 @@ def test_curves_have_a_row_for_every_case_and_length():
 
 
 def test_a_case_that_does_not_fit_the_box_is_left_out_and_said():
-    rows = curves.measure(
-        [Case("base", dense, "dense")], lengths=[32, 64], minutes=-1, rounds=1, heads=1, dim=8
+    rows = list(
+        curves.measure([Case("base", dense, "dense")], lengths=[32, 64], minutes=-1, rounds=1, heads=1, dim=8)
     )
     assert len(rows) == 2
     assert all("ms" not in row and row["note"].startswith("skipped") for row in rows)
@@ -112,7 +112,7 @@ def test_blocks_and_tokens_keep_the_share_they_name():
 
 def test_the_kernel_table_has_both_directions_of_every_case_over_one_baseline():
     shape = kernels.Shape(64, 2, 16, {"dense": kernels.causal, "keys": kernels.Tokens(16, 0.5)})
-    rows = kernels.measure(shapes=[shape], dtypes=("fp32",), rounds=1)
+    rows = list(kernels.measure(shapes=[shape], dtypes=("fp32",), rounds=1))
     names = [f"{case}, {kind}" for kind in ("forward", "backward") for case in ("dense", "keys")]
     assert [row["case"] for row in rows] == names
     assert len({row["ms_sdpa"] for row in rows}) == 2
@@ -123,13 +123,13 @@ def test_the_kernel_table_has_both_directions_of_every_case_over_one_baseline():
 @pytest.mark.slow
 def test_each_level_is_measured_at_its_own_instructions():
     names = levels.runnable()[:2]
-    rows = levels.measure_levels(names, shapes=[(64, 16)], rounds=1)
+    rows = list(levels.measure_levels(names, shapes=[(64, 16)], rounds=1))
     kinds = ("dense, forward", "dense, backward")
     assert [(row["level"], row["case"]) for row in rows] == [(name, kind) for name in names for kind in kinds]
     assert all(row["ratio"] == pytest.approx(row["ms_sdpa"] / row["ms"]) for row in rows)
     lacking = next(name for name, x in build.LEVELS.items() if not x.needs <= build.cpu_flags())
     with pytest.raises(SparseFlashError, match=f"level {lacking}: .*this processor lacks"):
-        levels.measure_levels([lacking], shapes=[(64, 16)])
+        list(levels.measure_levels([lacking], shapes=[(64, 16)]))
 
 
 def test_the_plain_twins_compute_what_the_ops_do():
@@ -137,7 +137,7 @@ def test_the_plain_twins_compute_what_the_ops_do():
     for ours, plain in ((ops.linear, ops.chunked), (ops.stick, ops.sticks)):
         torch.testing.assert_close(ours(q, k, v), plain(q, k, v), atol=1e-4, rtol=1e-4)
     tiny = ops.Op("linear", ops.linear, ops.chunked, length=128, heads=1, shift=-2.0)
-    rows = ops.measure(ops=(tiny,), dtypes=("fp32",), dim=16, rounds=1)
+    rows = list(ops.measure(ops=(tiny,), dtypes=("fp32",), dim=16, rounds=1))
     assert [row["case"] for row in rows] == ["linear, forward", "linear, backward"]
     assert all(row["ratio"] > 0 and row["ratio_torch"] > 0 and row["rounds"] == 1 for row in rows)
 
@@ -151,7 +151,7 @@ def test_documents_are_those_of_the_text_and_every_way_to_run_them_is_measured()
     pieces = bytes(mixes["sections"][0]), bytes(mixes["paragraphs"][0])
     assert all(piece in text for piece in pieces)
     assert b"\n\n" in pieces[0] and b"\n\n" not in pieces[1]
-    rows = documents.measure(corpus, tokens=64, longest=32, dtypes=("fp32",), rounds=1)
+    rows = list(documents.measure(corpus, tokens=64, longest=32, dtypes=("fp32",), rounds=1))
     cases = ("padded, SDPA", "padded", "packed")
     assert [(r["what"], r["mix"], r["case"]) for r in rows] == [
         (what, mix, case)
@@ -172,6 +172,6 @@ def test_the_mask_table_has_the_masks_it_names():
     assert torch.equal(masks.packed(300), masks.packed(300).tril())
     tree = masks.tree(200)
     assert tree.diagonal().all() and tree[:, 0].all() and (tree.int() @ tree.int() > 0).eq(tree).all()
-    rows = masks.measure(lengths=(256,), cases=("full", "tree"), heads=1, dim=16, rounds=1, flex=False)
+    rows = list(masks.measure(lengths=(256,), cases=("full", "tree"), heads=1, dim=16, rounds=1, flex=False))
     assert [(row["case"], row["T"]) for row in rows] == [("full", 256), ("tree", 256)]
     assert all(row["ratio"] == row["ms_sdpa"] / row["ms"] and row["ms_build"] > 0 for row in rows)

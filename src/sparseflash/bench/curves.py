@@ -7,7 +7,7 @@ pairs): time alone says nothing about a sparse method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def measure(
     dim: int = 64,
     dtype: str = "fp32",
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Time every case at every length, shortest first, and leave out what does not fit in the box.
 
     Parameters
@@ -46,16 +46,15 @@ def measure(
     rounds : int
         Measured rounds per length, after one that warms up.
 
-    Returns
-    -------
-    list of dict
+    Yields
+    ------
+    dict
         One row per case and length: ``ms`` (median), ``ms_min``, ``ms_max``, ``rounds``, ``speedup``,
         ``density``, ``recall``, ``note``.
     """
     box = Box(minutes * 60)
     history: dict[str, list[tuple[int, float]]] = {case.label: [] for case in cases}
     shape = {"batch": batch, "heads": heads, "dim": dim, "dtype": dtype}
-    rows: list[Row] = []
     probe = inputs(PROBE_LENGTH, **shape)
     for case in cases:  # the first run compiles, the second predicts
         on_run(case.label)
@@ -98,8 +97,7 @@ def measure(
                     mass = mass if mass is not None else causal_mass(q, k, v)
                     row |= quality(case, q, k, v, mass)
             row["note"] = notes.get(case.label, "")
-            rows.append(row)
-    return rows
+            yield row
 
 
 @torch.no_grad()

@@ -140,13 +140,15 @@ def _curves(console: Any, minutes: float, longest: int, dtype: str) -> list[resu
     lengths = [t for t in curves.LENGTHS if t <= max(2 * longest, curves.LENGTHS[0])]
     with _progress(console) as bar:
         task = bar.add_task("runtime curves", total=None)
-        rows = curves.measure(
-            cases.curves(),
-            lengths=lengths,
-            minutes=minutes,
-            rounds=3,
-            dtype=dtype,
-            on_run=lambda text: bar.update(task, description=f"runtime curves: {text}"),
+        rows = list(
+            curves.measure(
+                cases.curves(),
+                lengths=lengths,
+                minutes=minutes,
+                rounds=3,
+                dtype=dtype,
+                on_run=lambda text: bar.update(task, description=f"runtime curves: {text}"),
+            )
         )
         bar.update(task, description="runtime curves", total=1, completed=1)
     return rows

@@ -6,7 +6,7 @@ Plans are made beforehand: what is timed is the kernels. `plan-costs` times the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,13 +111,12 @@ def measure(
     rounds: int = 7,
     minutes: float = 5.0,
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure ``ms_sdpa / ms`` forward and backward; ``density`` is that of the plan.
 
     With `scaling`, the last rows of the first shape compare the dense kernels on one thread with the same on
     all: there, ``ms_sdpa`` is empty and ``ratio`` is the speed-up.
     """
-    rows: list[Row] = []
     groups = [(shape, dtype) for shape in shapes for dtype in dtypes]
     for shape, dtype in groups:
         q, k, v, dout = inputs(shape.length, heads=shape.heads, dim=shape.dim, dtype=dtype)
@@ -144,7 +143,7 @@ def measure(
                 own = timings[f"{label}, {kind}"].median * 1e3
                 row: Row = {"bench": "kernel-table", "case": f"{label}, {kind}", "dtype": dtype, **about}
                 row |= {"density": plan.density, "ms_sdpa": base, "ms": own, "ratio": base / own}
-                rows.append(row | {"rounds": len(timings[kind].times)})
+                yield row | {"rounds": len(timings[kind].times)}
         if alone:
             for kind in ("forward", "backward"):
                 one, all_ = (timings[f"{x}, {kind}"].median * 1e3 for x in ("one thread", "dense"))
@@ -154,8 +153,7 @@ def measure(
                     "dtype": dtype,
                 }
                 row |= about | {"density": 1.0, "ms": all_, "ratio": one / all_}
-                rows.append(row | {"rounds": len(timings[kind].times)})
-    return rows
+                yield row | {"rounds": len(timings[kind].times)}
 
 
 def _of(plan: Plan) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sparseflash.backends.cpu import build
 from sparseflash.bench.kernels import Shape, causal, measure
@@ -40,12 +40,11 @@ def measure_levels(
     rounds: int = 3,
     minutes: float = 5.0,
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure ``ms_sdpa / ms`` of dense causal attention in fp32, or bf16 where a level has products of it.
 
     A process each, since both libraries choose their instructions once.
     """
-    rows: list[Row] = []
     for level in levels:
         on_run(level)
         what = {"shapes": shapes, "rounds": rounds, "minutes": minutes / len(levels)}
@@ -58,14 +57,14 @@ def measure_levels(
         )
         if run.returncode:
             raise SparseFlashError(f"level {level}: {run.stderr.strip().rpartition(chr(10))[2]}")
-        rows += [{"bench": "levels", "level": level, **row} for row in json.loads(run.stdout)]
-    return rows
+        for row in json.loads(run.stdout):
+            yield {"bench": "levels", "level": level, **row}
 
 
 def _measure_here(shapes: Sequence[tuple[int, int]], **options: object) -> list[Row]:
     """Measure the level of this process."""
     dense = [Shape(length, 4, dim, {"dense": causal}) for length, dim in shapes]
-    rows = measure(shapes=dense, scaling=False, **options)  # type: ignore[arg-type]
+    rows = list(measure(shapes=dense, scaling=False, **options))  # type: ignore[arg-type]
     own = {"backend": describe()["backend"]}
     return [{name: x for name, x in row.items() if name != "bench"} | own for row in rows]
 

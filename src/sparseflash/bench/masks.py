@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -108,7 +108,7 @@ def measure(
     minutes: float = 10.0,
     flex: bool = True,
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure every mask at every length.
 
     `ms` and `ms_sdpa` are forward + backward, with the plan at hand and with the mask; `ms_dense` is SDPA
@@ -116,20 +116,18 @@ def measure(
     and `ms_flex_build` are what a mask costs (a second one: compiling, which `ms_flex_first` holds, is not
     counted); `ratio_flex` counts them.
     """
-    rows: list[Row] = []
     box = Box(minutes * 60)
     groups = [(T, name) for T in lengths for name in cases]
     for number, (T, name) in enumerate(groups):
         mask = CASES[name](T)
         row: Row = {"bench": "masks", "case": name, "T": T, "heads": heads, "dim": dim, "dtype": dtype}
         row["tiles"] = filled(mask)
-        rows.append(row)
         if box.left < 0:
-            row["note"] = "skipped: the box is closed"
+            yield row | {"note": "skipped: the box is closed"}
             continue
         make = _builder(name, mask)
         if make is None:
-            row["note"] = "skipped: needs SciPy"
+            yield row | {"note": "skipped: needs SciPy"}
             continue
         q, k, v, dout = inputs(T, heads=heads, dim=dim, dtype=dtype)
         plan = make()
@@ -155,8 +153,7 @@ def measure(
                 row["ms_forward"] + row["ms_build"]
             )
             row["build_share"] = row["ms_build"] / row["ms_flex_build"]
-        row["rounds"] = len(timings["ms"].times)
-    return rows
+        yield row | {"rounds": len(timings["ms"].times)}
 
 
 def _builder(name: str, mask: Tensor) -> Callable[[], Plan] | None:

@@ -6,7 +6,7 @@ after some hundred keys, and on inputs whose logits lie around -6, so that every
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -96,9 +96,8 @@ def measure(
     rounds: int = 5,
     minutes: float = 6.0,
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure ``ms_sdpa / ms_ours`` and ``ms_torch / ms_ours`` of every op, forward and backward."""
-    rows: list[Row] = []
     groups = [(op, dtype) for op in ops for dtype in dtypes]
     box = Box(minutes * 60)
     for number, (op, dtype) in enumerate(groups):
@@ -124,5 +123,4 @@ def measure(
             row |= {"ms_sdpa": ms["sdpa"], "ms_torch": ms.get("torch"), "ms": ms["ours"]}
             row |= {"ratio": ms["sdpa"] / ms["ours"]}
             row |= {"ratio_torch": ms["torch"] / ms["ours"] if "torch" in ms else None}
-            rows.append(row | {"rounds": len(timings[f"ours {way}"].times)})
-    return rows
+            yield row | {"rounds": len(timings[f"ours {way}"].times)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def measure(
     rounds: int = 3,
     minutes: float = 3.0,
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure making, preparing and using each plan; `share` is what making takes of forward + backward."""
     q, k, v, dout = inputs(length, heads=heads, dim=dim)
     cases = plans(length, heads)
@@ -89,7 +89,6 @@ def measure(
     def ms(name: str) -> float:
         return timings[name].median * 1e3
 
-    rows: list[Row] = []
     for name, (base, _) in cases.items():
         use, make, ready = (ms(f"{name}: {what}") for what in ("use", "make", "prepare"))
         row: Row = {"bench": "plan-costs", "case": name, "T": length, "heads": heads, "dim": dim}
@@ -101,5 +100,4 @@ def measure(
             "share": ready / use,
         }
         row |= {"against": base, "ratio": use / ms(f"{base}: use") if base else 1.0}
-        rows.append(row | {"rounds": len(timings[f"{name}: use"].times)})
-    return rows
+        yield row | {"rounds": len(timings[f"{name}: use"].times)}

@@ -31,6 +31,18 @@ def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise SparseFlashError(f"cannot write --out {path}: {error.strerror}; give a writable path") from None
 
 
+class Sheet:
+    """Rows that are in their file as soon as they are finished: a killed run keeps what it measured."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.rows = Path(path), list[Row]()
+
+    def append(self, row: Row) -> None:
+        """Add a row; the file is whole at every moment."""
+        self.rows.append(row)
+        write(self.path, self.rows)
+
+
 def read(path: str | Path) -> list[dict[str, str]]:
     """Rows of a file written by `write`, as strings."""
     with open(path, newline="") as stream:

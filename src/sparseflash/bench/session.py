@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from sparseflash.bench import cases, results
@@ -30,6 +30,7 @@ def curves(out: Path, *, minutes: float, lengths: Sequence[int], heads: int, dim
             )
     rows = _watch(
         "curves",
+        out,
         lambda on_run: curves_.measure(
             cases.curves(),
             lengths=sorted(lengths),
@@ -48,6 +49,7 @@ def attention_table(out: Path, *, length: int, dtypes: Sequence[str], rounds: in
     _known(*dtypes)
     rows = _watch(
         "attention table",
+        out,
         lambda on_run: table_.measure(
             length=length, dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run
         ),
@@ -60,6 +62,7 @@ def kernel_table(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: floa
     _known(*dtypes)
     rows = _watch(
         "kernel table",
+        out,
         lambda on_run: kernels_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "dtype", "T", "heads", "dim", "density", "ms_sdpa", "ms", "ratio"))
@@ -73,6 +76,7 @@ def levels(out: Path, *, names: Sequence[str], rounds: int, minutes: float) -> N
             raise SparseFlashError(f"--levels {name!r} does not run here; choose from: {', '.join(able)}")
     rows = _watch(
         "levels",
+        out,
         lambda on_run: levels_.measure_levels(names or able, rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("level", "case", "dtype", "T", "dim", "ms_sdpa", "ms", "ratio"))
@@ -83,6 +87,7 @@ def ops(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: float) -> Non
     _known(*dtypes)
     rows = _watch(
         "ops",
+        out,
         lambda on_run: ops_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "dtype", "T", "heads", "ms_sdpa", "ms_torch", "ms", "ratio", "ratio_torch"))
@@ -92,6 +97,7 @@ def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:
     """Measure what plans cost into `out`."""
     rows = _watch(
         "plan costs",
+        out,
         lambda on_run: plan_costs_.measure(length=length, rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "ms", "ms_make", "ms_make_and_prepare", "share", "against", "ratio"))
@@ -114,6 +120,7 @@ def masks(
             raise SparseFlashError(f"--cases has {name!r}; choose from: {', '.join(masks_.CASES)}")
     rows = _watch(
         "masks",
+        out,
         lambda on_run: masks_.measure(
             lengths=lengths,
             cases=names or tuple(masks_.CASES),
@@ -136,6 +143,7 @@ def step(
     corpus = load(data) if data else stdlib()
     rows = _watch(
         "training steps",
+        out,
         lambda on_run: steps_.measure(
             corpus, lengths=lengths, dtypes=dtypes, rounds=rounds, minutes=minutes, on_run=on_run
         ),
@@ -156,6 +164,7 @@ def documents(
     corpus = load(data) if data else stdlib()
     rows = _watch(
         "documents",
+        out,
         lambda on_run: documents_.measure(
             corpus,
             tokens=tokens,
@@ -177,21 +186,25 @@ def _known(*dtypes: str) -> None:
             raise SparseFlashError(f"--dtype {dtype!r} is unknown; choose from: {', '.join(cases.DTYPES)}")
 
 
-def _watch(title: str, measure: Callable[[Callable[[str], None]], list[results.Row]]) -> list[results.Row]:
+def _watch(
+    title: str, out: Path, measure: Callable[[Callable[[str], None]], Iterable[results.Row]]
+) -> list[results.Row]:
+    """Measure behind a spinner; each row is in the file `out` as soon as it is there."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    sheet = results.Sheet(out)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
         task = bar.add_task(title, total=None)
-        rows = measure(lambda text: bar.update(task, description=f"{title}: {text}"))
+        for row in measure(lambda text: bar.update(task, description=f"{title}: {text}")):
+            sheet.append(row)
         bar.update(task, description=title, total=1, completed=1)
-    return rows
+    return sheet.rows
 
 
 def _finish(rows: list[results.Row], out: Path, columns: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    results.write(out, rows)
     machine = describe()
     table = Table(
         title=f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
@@ -200,7 +213,8 @@ def _finish(rows: list[results.Row], out: Path, columns: Sequence[str]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "note") else "right")
     for row in rows:
-        table.add_row(*(results.cell(row.get(column)) for column in columns))
+        red = "red" if str(row.get("conformance", "")).startswith("FAILED") else None
+        table.add_row(*(results.cell(row.get(column)) for column in columns), style=red)
     console = Console(soft_wrap=True)
     console.print(table)
     console.print(f"{out}: {len(rows)} rows")

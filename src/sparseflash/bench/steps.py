@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
@@ -24,12 +24,11 @@ def measure(
     minutes: float = 8.0,
     on_run: Callable[[str], None] = lambda text: None,
     **shape: int,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure milliseconds per optimiser step and the speed-up over dense attention.
 
     `shape` may change layers (4), width (256), heads (4) and batch (1).
     """
-    rows: list[Row] = []
     box = Box(minutes * 60)
     groups = [(length, dtype) for length in lengths for dtype in dtypes]
     for number, (length, dtype) in enumerate(groups):
@@ -48,5 +47,4 @@ def measure(
         for label, timing in timings.items():
             row: Row = {"bench": "step", "case": label, "dtype": dtype, "T": length, **shape}
             row |= {"ms": timing.median * 1e3, "speedup": dense / timing.median, "rounds": len(timing.times)}
-            rows.append(row | {"tokens_per_s": config.batch * length / timing.median})
-    return rows
+            yield row | {"tokens_per_s": config.batch * length / timing.median}

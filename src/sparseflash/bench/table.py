@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,13 +30,12 @@ def measure(
     rounds: int = 7,
     minutes: float = 5.0,
     on_run: Callable[[str], None] = lambda text: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Measure ``ms_sdpa / ms_ours`` of dense, hash-sparse and QK-sparse attention.
 
     Everything a method does (hashing, sorting, gathering, and their backward) is inside its timing. All cases
     of a data type run in turn in one loop; the ratio is that of the medians.
     """
-    rows: list[Row] = []
     for dtype in dtypes:
         q, k, v, dout = inputs(length, batch=batch, heads=heads, dim=dim, dtype=dtype)
 
@@ -60,8 +59,7 @@ def measure(
             base_ms, own_ms = timings[base].median * 1e3, timings[own].median * 1e3
             row: Row = {"bench": "attention-table", "case": name, "dtype": dtype, "T": length}
             row |= {"batch": batch, "heads": heads, "dim": dim, "ms_sdpa": base_ms, "ms": own_ms}
-            rows.append(row | {"ratio": base_ms / own_ms, "rounds": len(timings[own].times)})
-    return rows
+            yield row | {"ratio": base_ms / own_ms, "rounds": len(timings[own].times)}
 
 
 def forward(attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
