@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparseflash.backends.cpu import build, call, linear
+from sparseflash.backends.cpu import build, call, indexer, linear
 
 DRIVER = Path(__file__).with_name("cpu_driver.cpp")
 ENTRIES = (
     *("sf_forward", "sf_backward", "sf_stats"),
     *("sf_linear_forward", "sf_linear_backward", "sf_stick_forward", "sf_stick_backward"),
+    "sf_indexer",
 )
 ITEM = (4, 2, 2)  # bytes, by the code of a dtype
 
@@ -61,10 +62,24 @@ def _linear_segments(c: Any) -> Iterator[tuple[int, int, int]]:
         yield getattr(linear.Call, name).offset, getattr(c, name), 4 * c.B * c.Hq * c.D * c.Dv
 
 
+def _indexer_segments(c: Any) -> Iterator[tuple[int, int, int]]:
+    """The same for an indexer's choice."""
+    for name, shape in (("q", (c.B, c.H, c.Tq, c.D)), ("k", (c.B, 1, c.Tk, c.D))):
+        x = getattr(c, name)
+        yield getattr(indexer.Call, name).offset, x.data, _extent(x, *shape) * ITEM[c.dtype]
+    rows = c.B * c.Tq
+    items = {"weights": 4 * rows * c.H, "low": 4 * rows, "high": 4 * rows, "keep": c.B * c.Tk}
+    for name, size in (items | {"index": 4 * rows * c.topk, "scores": 4 * rows * c.topk}).items():
+        yield getattr(indexer.Call, name).offset, getattr(c, name), size
+
+
 def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
     """Of all memory that a call names: offset of the pointer in the structure, address, bytes."""
     if isinstance(c, linear.Call):
         yield from _linear_segments(c)
+        return
+    if isinstance(c, indexer.Call):
+        yield from _indexer_segments(c)
         return
     plan, at = c.plan, call.Call.plan.offset
     q, k = (c.B, c.Hq, c.Tq), (c.Bk, c.Hkv, c.Tk)

@@ -10,6 +10,7 @@ import torch
 
 import cpu_cases
 import cpu_remote
+import test_indexer
 import test_linear
 import test_pointwise
 import test_stick_breaking
@@ -60,6 +61,8 @@ def hold_other_ops(found: Native, dtype: torch.dtype) -> None:
             cpu_cases.check_stats(
                 cpu_cases.case(seed, kind=kind, Tq=70, D=40, B=1, heads=(2, 1), dtype=dtype)
             )
+        test_indexer.test_what_is_chosen_beats_what_is_not("cpu", dtype, 129, 80, 70, 33, fresh())
+        test_indexer.test_ranges_padding_and_offsets("cpu", dtype, fresh())
         for name in test_pointwise.F:
             test_pointwise.test_odd_shapes_and_strides("cpu", dtype, name, 63, 80, 80, fresh())
         if found.names[found.fp32] not in ("avx512bf16", "amx"):  # they have no fp32 arithmetic of their own

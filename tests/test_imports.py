@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "inputs": CORE,
     "ops": (*CORE, "dispatch", "inputs"),
     "statistics": (*CORE, "dispatch", "inputs"),
+    "indexer": (*CORE, "dispatch", "inputs"),
     "linear": (*CORE, "dispatch", "inputs"),
     "pointwise": (*CORE, "dispatch", "inputs"),
     "stick_breaking": (*CORE, "dispatch", "inputs"),

@@ -6,6 +6,7 @@ from . import methods
 from .decode import decode
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
+from .indexer import indexer_topk
 from .jagged import jagged_attention
 from .linear import linear_attention
 from .methods.training.hash_sparse import hash_sparse_attention
@@ -34,6 +35,7 @@ __all__ = [
     "decode",
     "cu_seqlens_of",
     "hash_sparse_attention",
+    "indexer_topk",
     "jagged_attention",
     "linear_attention",
     "merge",

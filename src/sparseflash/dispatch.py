@@ -97,6 +97,21 @@ class Backend(Protocol):
         """Statistics of P = exp(S - lse), [B,Hq,width]."""
         ...
 
+    def indexer_topk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
+        low: Tensor,
+        high: Tensor,
+        keep: Tensor | None,
+        *,
+        topk: int,
+        scored: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The keys that each query chooses, and their scores."""
+        ...
+
     def linear_forward(
         self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
     ) -> tuple[Tensor, Tensor]:

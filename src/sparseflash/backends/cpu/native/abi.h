@@ -61,6 +61,19 @@ struct SfLinear {
     float *last, *dfirst;              // final state (forward), gradient of the initial one (backward)
 };
 
+// A learned indexer's choice of keys: q is [B,H,Tq,D], k [B,1,Tk,D].
+struct SfIndexer {
+    int64_t size;                      // of this structure, as the caller knows it
+    int64_t B, H, Tq, Tk, D, topk;
+    int32_t dtype, threads;
+    SfView q, k;
+    const float *weights;              // [B,Tq,H]
+    const int32_t *low, *high;         // [B,Tq]: each query chooses among the keys low .. high - 1
+    const uint8_t *keep;               // [B,Tk]: which keys there are; or null
+    int32_t *index;                    // [B,Tq,topk]: ascending, -1 where there are no more
+    float *scores;                     // [B,Tq,topk], or null
+};
+
 // Runs body(context, task, thread) for every task; threads share the tasks first come, first served.
 typedef void (*SfBody)(void *context, int64_t task, int thread);
 typedef void (*SfParallel)(int threads, int64_t tasks, SfBody body, void *context);
@@ -76,6 +89,7 @@ struct SfLevel {
     int (*stick_forward)(const SfCall *call, SfParallel parallel);     // `lse` is what is left of the stick, `dlse` its
     int (*stick_backward)(const SfCall *call, SfParallel parallel);    // gradient; no softcap, no bias
     int (*decode)(const SfCall *call, SfParallel parallel);
+    int (*indexer)(const SfIndexer *call, SfParallel parallel);
 };
 
 // Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.

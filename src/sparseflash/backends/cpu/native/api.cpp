@@ -24,13 +24,15 @@
     extern "C" int sf_backward_##level(const SfCall *, SfParallel); \
     extern "C" int sf_stats_##level(const SfCall *, SfParallel);    \
     extern "C" int sf_decode_##level(const SfCall *, SfParallel);   \
+    extern "C" int sf_indexer_##level(const SfIndexer *, SfParallel); \
     extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
     extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel); \
     extern "C" int sf_stick_forward_##level(const SfCall *, SfParallel);     \
     extern "C" int sf_stick_backward_##level(const SfCall *, SfParallel);
 #define SF_LEVEL(level)                                                        \
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
-     sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level},
+     sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level, \
+     sf_indexer_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -242,6 +244,24 @@ int run_linear(const SfLinear *call, int level, bool backward) {
     }
 }
 
+bool indexer_ok(const SfIndexer &c) {
+    if (c.size != (int64_t)sizeof c) return false;
+    if (c.B < 0 || c.H < 1 || c.H > 1024 || c.Tq < 0 || c.Tq > INT32_MAX || c.Tk < 0 || c.Tk > INT32_MAX) return false;
+    if (c.D < 1 || c.D > 256 || c.topk < 1 || c.topk > INT32_MAX || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    if (c.B * c.Tq == 0) return true;
+    return view_ok(c.q) && (view_ok(c.k) || c.Tk == 0) && c.weights && c.low && c.high && c.index;
+}
+
+int run_indexer(const SfIndexer *call, int level) {
+    if (!call || level < 0 || level >= N_LEVELS || !indexer_ok(*call)) return 3;
+    if (call->B * call->Tq == 0) return 0;
+    try {
+        return LEVELS[level].indexer(call, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
 // Released blocks wait here for the next call, up to KEPT bytes.
 struct Block { void *memory; int64_t bytes; };
 #if defined(__SANITIZE_ADDRESS__)  // blocks of their own size, so that one step too far is seen
@@ -331,6 +351,7 @@ SF_PUBLIC int sf_stick_forward(const SfCall *call, int level) { return run(call,
 SF_PUBLIC int sf_stick_backward(const SfCall *call, int level) { return run(call, level, STICK_BACKWARD); }
 SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_linear(call, level, false); }
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
+SF_PUBLIC int sf_indexer(const SfIndexer *call, int level) { return run_indexer(call, level); }
 SF_PUBLIC int sf_decode(const SfCall *call, int level) { return run(call, level, DECODE); }
 
 // For tests: scratch is handed out full of NaN, so that reading it before writing shows.

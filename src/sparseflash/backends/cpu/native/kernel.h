@@ -5,6 +5,7 @@
 #pragma once
 #include "decode.h"
 #include "few.h"
+#include "indexer.h"
 #include "pointwise.h"
 #include "stats.h"
 #if !SF_HAS_BF16
@@ -26,17 +27,18 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
 }  // namespace
 
 #if SF_HAS_BF16
-#define SF_RUN(kind, level) \
-    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return c->dtype == SF_BF16 ? run_##kind<true>(*c, p) : 2; }
+#define SF_RUN(kind, call, level) \
+    extern "C" int sf_##kind##_##level(const call *c, SfParallel p) { return c->dtype == SF_BF16 ? run_##kind<true>(*c, p) : 2; }
 #define SF_RUN_FP32(kind, call, level) \
     extern "C" int sf_##kind##_##level(const call *, SfParallel) { return 2; }
 #else
-#define SF_RUN(kind, level) \
-    extern "C" int sf_##kind##_##level(const SfCall *c, SfParallel p) { return run_##kind<false>(*c, p); }
+#define SF_RUN(kind, call, level) \
+    extern "C" int sf_##kind##_##level(const call *c, SfParallel p) { return run_##kind<false>(*c, p); }
 #define SF_RUN_FP32(kind, call, level) \
     extern "C" int sf_##kind##_##level(const call *c, SfParallel p) { return kind(*c, p); }
 #endif
 #define SF_EXPORT(level)                                          \
-    SF_RUN(forward, level) SF_RUN(backward, level) SF_RUN(stats, level) SF_RUN(decode, level) \
+    SF_RUN(forward, SfCall, level) SF_RUN(backward, SfCall, level) SF_RUN(stats, SfCall, level) \
+    SF_RUN(decode, SfCall, level) SF_RUN(indexer, SfIndexer, level) \
     SF_RUN_FP32(linear_forward, SfLinear, level) SF_RUN_FP32(linear_backward, SfLinear, level) \
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level)

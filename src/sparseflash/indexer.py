@@ -1,0 +1,238 @@
+"""`indexer_topk`: which keys a learned indexer chooses for each query, without its scores ever in memory."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+from .errors import SparseFlashError, require
+from .inputs import DTYPES, as_backend, autocast, describe, is_finite, own_precision, state_dtype, unwatched
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    low: Tensor,
+    high: Tensor,
+    keep: Tensor | None,
+    topk: int,
+    scored: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    run = choose("indexer_topk", backend, q, k).indexer_topk
+    with own_precision(q):
+        return run(q, k, weights, low, high, keep, topk=topk, scored=scored)
+
+
+_indexer_topk = torch.library.custom_op("sparseflash::indexer_topk", _choose, mutates_args=())
+
+
+@_indexer_topk.register_fake
+def _(
+    q: Any, k: Any, weights: Any, low: Any, high: Any, keep: Any, topk: Any, scored: Any, backend: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (q.shape[0], q.shape[2], topk)
+    return (
+        q.new_empty(shape, dtype=torch.int32),
+        q.new_empty(shape if scored else (0,), dtype=state_dtype(q)),
+    )
+
+
+def check_indexer(q_index: Tensor, k_index: Tensor, weights: Tensor, scale: float) -> None:
+    """Shapes, dtypes and devices of what an indexer scores with."""
+    given = {"q_index": q_index, "k_index": k_index, "weights": weights}
+    said = ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
+    good = all(isinstance(x, Tensor) for x in given.values()) and (
+        (q_index.dim(), k_index.dim(), weights.dim()) == (4, 3, 3)
+    )
+    require((good, f"{said}; expected tensors q_index [B,H,Tq,D], k_index [B,Tk,D], weights [B,H,Tq]"))
+    B, H, Tq, D = q_index.shape
+    require(
+        (q_index.dtype in DTYPES, f"{said}; expected fp32, fp16, bf16 (or fp64, reference only)"),
+        (
+            q_index.dtype == k_index.dtype and weights.is_floating_point(),
+            f"{said}; expected one dtype for q_index and k_index, and floating point weights",
+        ),
+        (q_index.device == k_index.device == weights.device, f"{said}; expected one device"),
+        (
+            k_index.shape[0] == B and k_index.shape[2] == D and tuple(weights.shape) == (B, H, Tq),
+            f"{said}; expected q_index [B,H,Tq,D], k_index [B,Tk,D] and weights [B,H,Tq]: heads come before "
+            "tokens (transpose(1, 2) where a model has them after), and share one key",
+        ),
+        (H >= 1 and 1 <= D <= 256, f"{said}; expected at least one head, and D of 1..256"),
+        (is_finite(scale) and scale > 0, f"scale={scale!r}: expected a positive number"),
+    )
+
+
+def check_keep(k_keep: Tensor | None, k_index: Tensor) -> None:
+    """A padding mask."""
+    if k_keep is not None:
+        good = (
+            isinstance(k_keep, Tensor)
+            and k_keep.dtype == torch.bool
+            and k_keep.shape == k_index.shape[:2]
+            and k_keep.device == k_index.device
+        )
+        require(
+            (
+                good,
+                f"k_keep: {describe(k_keep)}; expected bool [B, Tk] = {list(k_index.shape[:2])} on "
+                f"{k_index.device}, True = a real key",
+            )
+        )
+
+
+def ranges(
+    B: int,
+    Tq: int,
+    Tk: int,
+    causal: bool,
+    q_offset: int | Tensor,
+    first_key: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The keys low .. high - 1 that each query may see, int32 [B,Tq] both."""
+    require((isinstance(causal, bool), f"causal={causal!r}: expected True or False"))
+    if isinstance(q_offset, Tensor):
+        require(
+            (
+                not q_offset.is_floating_point() and q_offset.numel() in (1, B) and q_offset.device == device,
+                f"q_offset: {describe(q_offset)}; expected an int, or integers [B={B}] on {device}",
+            )
+        )
+        q_offset = q_offset.reshape(-1, 1).to(torch.int32)
+    elif not isinstance(q_offset, (int, torch.SymInt)) or isinstance(q_offset, bool):
+        raise SparseFlashError(f"q_offset={q_offset!r}: expected an int, or a tensor of them")
+    low = torch.zeros((B, Tq), dtype=torch.int32, device=device)
+    high = torch.full_like(low, Tk)
+    if causal:
+        at = torch.arange(1, Tq + 1, dtype=torch.int32, device=device)
+        high = (at[None] + q_offset).clamp(0, Tk).to(torch.int32).expand(B, Tq)
+    if first_key is not None:
+        good = (
+            isinstance(first_key, Tensor)
+            and not first_key.is_floating_point()
+            and first_key.dim() == 2
+            and first_key.shape[0] in (1, B)
+            and first_key.shape[1] == Tq
+            and first_key.device == device
+        )
+        require(
+            (
+                good,
+                f"first_key: {describe(first_key)}; expected integers [B|1, Tq={Tq}] on {device}: where the "
+                "document of each query begins",
+            )
+        )
+        low = first_key.clamp(0, Tk).to(torch.int32).expand(B, Tq)
+    return low.contiguous(), high.contiguous()
+
+
+@overload
+def indexer_topk(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    topk: int,
+    *,
+    return_scores: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def indexer_topk(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    topk: int,
+    *,
+    return_scores: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+def indexer_topk(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    topk: int,
+    *,
+    causal: bool = True,
+    q_offset: int | Tensor = 0,
+    first_key: Tensor | None = None,
+    k_keep: Tensor | None = None,
+    scale: float = 1.0,
+    return_scores: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The keys that a learned ("lightning") indexer chooses for each query: the `topk` with the best scores.
+
+    `score[s, t] = sum over h of weights[h, s] * relu(scale * q_index[h, s] . k_index[t])`: DeepSeek-V3.2
+    (arXiv 2512.02556, equation 1). Scores are streamed: memory is that of the result, and of K once more,
+    where the plain formula holds `H * Tq * Tk` numbers. The choice has no gradient; `indexer_kl_loss` trains
+    the indexer.
+
+    Parameters
+    ----------
+    q_index : Tensor
+        `[B,H,Tq,D]`, any strides; fp32, fp16, bf16 (fp64 on the reference backend). D up to 256.
+    k_index : Tensor
+        `[B,Tk,D]`: one key that all heads share.
+    weights : Tensor
+        `[B,H,Tq]`, any floating point: what a head counts for a query, of either sign.
+    topk : int
+        Keys a query chooses, at most.
+    causal : bool
+        Query i, at position `q_offset + i`, sees keys up to its own.
+    q_offset : int or Tensor
+        Position of the first query; integers `[B]` where sequences differ.
+    first_key : Tensor, optional
+        Integers `[B|1,Tq]`: the first key that each query sees: where its document begins.
+    k_keep : Tensor, optional
+        bool `[B,Tk]`, True = a real key: padding is never chosen, and may hold anything.
+    scale : float
+        Factor of the products, > 0.
+    return_scores : bool
+        Also return the scores of what is chosen.
+    backend : str, optional
+        "reference" or "cpu"; None chooses the fastest usable one.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        index int32 `[B,Tq,min(topk,Tk)]`, ascending, -1 behind the last where a query sees fewer keys. Of equal
+        scores the lower index is chosen (a ReLU leaves many zeros); NaN ranks last. And the scores, fp32 of the
+        same shape, -inf where there is no key.
+
+    Raises
+    ------
+    SparseFlashError
+        Saying what was given, what was expected and how to mend it.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, weights = torch.randn(1, 4, 100, 32), torch.randn(1, 100, 32), torch.rand(1, 4, 100)
+    >>> index = sf.indexer_topk(q, k, weights, 16)
+    >>> plan = sf.Plan.from_keys(index[:, None], Tq=100, Tk=100, unique=True)
+    >>> out = sf.attention(*torch.randn(3, 1, 8, 100, 64), plan)
+    """
+    q_index, k_index = autocast(q_index, k_index)
+    check_indexer(q_index, k_index, weights, scale)
+    check_keep(k_keep, k_index)
+    require(
+        (
+            isinstance(topk, (int, torch.SymInt)) and not isinstance(topk, bool) and topk >= 1,
+            f"topk={topk!r}: expected a positive int",
+        ),
+        (isinstance(return_scores, bool), f"return_scores={return_scores!r}: expected True or False"),
+    )
+    B, _, Tq, _ = q_index.shape
+    Tk = k_index.shape[1]
+    low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q_index.device)
+    q, k, weights = q_index.detach(), k_index.detach(), weights.detach()
+    weights = weights.to(state_dtype(q)) * scale
+    run = _choose if unwatched(q, k, weights) else _indexer_topk
+    index, scores = run(q, k, weights, low, high, k_keep, min(topk, Tk), return_scores, as_backend(backend))
+    return (index, scores) if return_scores else index
