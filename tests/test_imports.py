@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "ops": (*CORE, "dispatch", "inputs"),
     "statistics": (*CORE, "dispatch", "inputs"),
     "indexer": (*CORE, "dispatch", "inputs"),
+    "indexer_loss": (*CORE, "inputs", "indexer", "statistics"),
     "linear": (*CORE, "dispatch", "inputs"),
     "pointwise": (*CORE, "dispatch", "inputs"),
     "stick_breaking": (*CORE, "dispatch", "inputs"),

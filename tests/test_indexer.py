@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparseflash as sf
-from harness import BACKENDS, EACH, EVERY, MAIN, randn
+from harness import BACKENDS, EACH, EVERY, MAIN, peak_memory, randn
 
 SHAPES = [(1, 16, 3, 1), (63, 40, 5, 16), (129, 80, 64, 33), (300, 128, 70, 200)]
 
@@ -194,3 +194,15 @@ def test_the_c_entry_refuses_what_does_not_fit():
     assert enter(ctypes.byref(call), 99) == 3
     call.size -= 8
     assert enter(ctypes.byref(call), 0) == 3
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not available here")
+def test_memory_is_that_of_the_result(generator):
+    def extra(T):
+        q, k, weights = _inputs(generator, T, B=1, H=16, D=16)
+        return peak_memory(lambda: sf.indexer_topk(q, k, weights, 64, backend="cpu"))
+
+    extra(512)
+    small, large = extra(2048), extra(8192)
+    assert large < 8192 * (64 + 16 + 8) * 4 + (8 << 20), "index, K once more, and what does not grow"
+    assert large < 4 * small + (1 << 20)

@@ -7,6 +7,7 @@ from .decode import decode
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
 from .indexer import indexer_topk
+from .indexer_loss import indexer_kl_loss
 from .jagged import jagged_attention
 from .linear import linear_attention
 from .methods.training.hash_sparse import hash_sparse_attention
@@ -35,6 +36,7 @@ __all__ = [
     "decode",
     "cu_seqlens_of",
     "hash_sparse_attention",
+    "indexer_kl_loss",
     "indexer_topk",
     "jagged_attention",
     "linear_attention",

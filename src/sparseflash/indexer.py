@@ -202,8 +202,8 @@ def indexer_topk(
     -------
     Tensor or (Tensor, Tensor)
         index int32 `[B,Tq,min(topk,Tk)]`, ascending, -1 behind the last where a query sees fewer keys. Of
-        equal scores the lower index is chosen (a ReLU leaves many zeros); NaN ranks last. And the scores, fp32
-        of the same shape, -inf where there is no key.
+        equal scores the lower index is chosen (a ReLU leaves many zeros); NaN ranks last. The scores are fp32
+        (fp64) of the same shape, -inf where there is no key.
 
     Raises
     ------

@@ -1,0 +1,256 @@
+"""`indexer_kl_loss`: how far a learned indexer is from the attention it stands in for, and its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import require
+from .indexer import check_indexer, check_keep, ranges
+from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
+from .plan import Plan
+from .statistics import attention_stats
+
+HELD = 1 << 21
+"""Numbers of one kind that are held at a time."""
+
+
+def _unique(index: Tensor, none: int) -> Tensor:
+    """Lists of keys in ascending order, `none` in place of repetitions, behind the last."""
+    index = index.sort(-1).values
+    again = torch.nn.functional.pad(index[..., 1:] == index[..., :-1], (1, 0))
+    return index.masked_fill(again, none).sort(-1).values
+
+
+def _lists(
+    index: Tensor | None, low: Tensor, high: Tensor, keep: Tensor | None, Tk: int, step: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some queries at a time, with the keys that each of them compares: [B,n,m], Tk behind the last."""
+    B, Tq = low.shape
+    for first in range(0, Tq, step):
+        rows = slice(first, min(first + step, Tq))
+        lo, hi = low[:, rows, None], high[:, rows, None]
+        if index is None:
+            top = max(1, int(hi.max())) if hi.device.type == "cpu" else Tk
+            at = torch.arange(top, device=low.device).expand(B, hi.shape[1], top)
+        else:
+            at = index[:, rows].long()
+        at = at.masked_fill((at < lo) | (at >= hi), Tk)  # also what is -1
+        if keep is not None:
+            at = at.masked_fill(
+                ~keep[:, None].expand(-1, at.shape[1], -1).gather(-1, at.clamp(max=Tk - 1)), Tk
+            )
+        yield rows, _unique(at, Tk)
+
+
+def _target(
+    q: Tensor, k: Tensor, lse: Tensor, at: Tensor, scale: float, softcap: float, backend: str
+) -> Tensor:
+    """What all heads together attend to of the listed keys [B,n,m]: rows sum to 1, or 0 where none is."""
+    Tk, m = k.shape[2], at.shape[-1]
+    plan = Plan.from_keys(at.masked_fill(at == Tk, -1)[:, None], Tq=at.shape[1], Tk=Tk, unique=True)
+    p = attention_stats(
+        q, k, lse, plan, over="entry", scale=scale, softcap=softcap or None, backend=backend or None
+    )
+    p = torch.nn.functional.pad(p.sum(1), (0, m - p.shape[-1]))
+    return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+
+
+@torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
+def _loss(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    index: Tensor | None,
+    low: Tensor,
+    high: Tensor,
+    keep: Tensor | None,
+    index_scale: float,
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, H, Tq, D), Tk, work = q_index.shape, k_index.shape[1], state_dtype(q_index)
+    total = torch.zeros((), dtype=work, device=q.device)
+    dq = torch.zeros((B, Tq, H, D), dtype=work, device=q.device)
+    dw = torch.zeros((B, Tq, H), dtype=work, device=q.device)
+    dk = torch.zeros((B, Tk + 1, D), dtype=work, device=q.device)  # the last takes what is no key
+    keys = torch.nn.functional.pad(k_index.to(work), (0, 0, 0, 1))
+    keys[:, :-1].masked_fill_((~keep if keep is not None else keys.new_zeros(B, Tk).bool())[..., None], 0)
+    width = Tk if index is None else index.shape[-1]
+    step = max(1, HELD // max(1, B * width * max(H, q.shape[1], 1 if index is None else D)))
+    b = torch.arange(B, device=q.device)[:, None, None]
+    for rows, at in _lists(index, low, high, keep, Tk, step) if Tk and width else ():
+        with own_precision(q):
+            p = _target(q[:, :, rows], k, lse[:, :, rows], at, scale, softcap, backend).to(work)
+            if index is None:  # all keys side by side: one product for all queries
+                place = torch.arange(min(at.shape[-1], Tk) + 1, device=at.device)
+                place[-1] = Tk
+                p = p.new_zeros(*p.shape[:2], Tk + 1).scatter_add_(-1, at, p)[..., place]
+                seen = torch.zeros(*at.shape[:2], Tk + 1, dtype=torch.bool, device=at.device)
+                seen = seen.scatter_(-1, at, at < Tk)[..., place]
+                own = keys[:, None, place]
+            else:
+                seen, own = at < Tk, keys[b, at]
+            x, w = q_index[:, :, rows].transpose(1, 2).to(work), weights[:, :, rows].transpose(1, 2).to(work)
+            products = (x @ own.transpose(-1, -2) * index_scale).relu()  # [B,n,H,m]
+            score = (w[..., None, :] @ products)[..., 0, :].masked_fill(~seen, -math.inf)
+            some = seen.any(-1, keepdim=True)
+            log = torch.where(seen, score.masked_fill(~some, 0).log_softmax(-1), 0)
+            total += (torch.xlogy(p, p) - p * log).sum()
+            slope = torch.where(seen, log.exp() - p, 0)[..., None, :]  # of the loss by the score, [B,n,1,m]
+            dw[:, rows] = (products @ slope.transpose(-1, -2))[..., 0]
+            slope = slope * (w[..., None] * index_scale) * (products > 0)
+            dq[:, rows] = slope @ own
+            if index is None:
+                dk[:, place] += torch.einsum("bnhm,bnhd->bmd", slope, x)
+            else:
+                share = slope.transpose(-1, -2) @ x
+                for i in range(B):
+                    dk[i].index_add_(0, at[i].flatten(), share[i].flatten(0, 1))
+    return total, dq.transpose(1, 2).contiguous(), dk[:, :-1].contiguous(), dw.transpose(1, 2).contiguous()
+
+
+@_loss.register_fake
+def _(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    work = state_dtype(q_index)
+    dq, dk, dw = (x.new_empty(x.shape, dtype=work) for x in (q_index, k_index, weights))
+    return q_index.new_empty((), dtype=work), dq, dk, dw
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = [x.dtype for x in inputs[:3]]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
+    grads = ((dtotal * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    return (*grads, *(None,) * 11)
+
+
+_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def indexer_kl_loss(
+    q_index: Tensor,
+    k_index: Tensor,
+    weights: Tensor,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    index: Tensor | None = None,
+    *,
+    causal: bool = True,
+    q_offset: int | Tensor = 0,
+    first_key: Tensor | None = None,
+    k_keep: Tensor | None = None,
+    index_scale: float = 1.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """KL divergence of an indexer's softmax from the attention that all heads together pay: what trains it.
+
+    For a query, `sum over keys of p (log p - log softmax(score))`: p is the attention summed over heads, as a
+    distribution over the keys compared, and score is that of `indexer_topk` (DeepSeek-V3.2, arXiv 2512.02556,
+    equations 3 and 4). Without `index` all visible keys are compared: the warm-up, in which the indexer
+    learns from dense attention. With `index`, those it chose: the sparse stage. Queries are taken some at a
+    time, and their gradients computed on the way, so extra memory is that of the gradients. The attention is
+    a constant: gradients reach `q_index`, `k_index` and `weights` only.
+
+    Parameters
+    ----------
+    q_index, k_index, weights : Tensor
+        `[B,H,Tq,D]`, `[B,Tk,D]`, `[B,H,Tq]`, as `indexer_topk` takes them.
+    q, k : Tensor
+        `[B,Hq,Tq,Dm]`, `[B,Hkv,Tk,Dm]`: those of the attention.
+    lse : Tensor
+        `[B,Hq,Tq]`: the attention's, as `attention(..., return_lse=True)` gives it: of the dense one in the
+        warm-up, of the sparse one over `index` in the sparse stage. A head counts by its mass on the keys
+        that are compared.
+    index : Tensor, optional
+        Integers `[B,Tq,n]`: keys of each query; -1, repeated ones and ones out of its range count nothing.
+    causal, q_offset, first_key, k_keep
+        As in `indexer_topk`.
+    index_scale : float
+        Factor of the indexer's products (`scale` of `indexer_topk`).
+    scale, softcap
+        Those of the attention.
+    reduction : "mean" or "sum"
+        Over the queries that see a key.
+    backend : str, optional
+        "reference" or "cpu" for the attention's statistics; None chooses the fastest usable one.
+
+    Returns
+    -------
+    Tensor
+        A number, fp32 (fp64 for fp64 input).
+
+    Raises
+    ------
+    SparseFlashError
+        Saying what was given, what was expected and how to mend it.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 8, 100, 32)
+    >>> out, lse = sf.attention(q, k, v, causal=True, return_lse=True)
+    >>> q_index = torch.randn(1, 4, 100, 16, requires_grad=True)
+    >>> k_index, weights = torch.randn(1, 100, 16), torch.rand(1, 4, 100)
+    >>> loss = sf.indexer_kl_loss(q_index, k_index, weights, q, k, lse)
+    >>> loss.backward()
+    """
+    check_indexer(q_index, k_index, weights, index_scale)
+    check_keep(k_keep, k_index)
+    check_inputs(q, k, k)
+    B, _, Tq, _ = q_index.shape
+    Tk = k_index.shape[1]
+    good = q.shape[0] == k.shape[0] == B and q.shape[2] == Tq and k.shape[2] == Tk
+    require(
+        (
+            good and q.device == q_index.device,
+            f"q: {describe(q)}, k: {describe(k)}; expected the tokens and device of the indexer: q [B={B},Hq,"
+            f"Tq={Tq},D], k [B={B},Hkv,Tk={Tk},D] on {q_index.device}",
+        ),
+        (
+            isinstance(lse, Tensor) and lse.shape == q.shape[:3] and lse.device == q.device,
+            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}, from return_lse=True",
+        ),
+        (
+            index is None
+            or (isinstance(index, Tensor) and not index.is_floating_point() and index.shape[:2] == (B, Tq))
+            and index.dim() == 3,
+            f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none",
+        ),
+        (reduction in ("mean", "sum"), f"reduction={reduction!r}: expected mean or sum"),
+    )
+    low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q.device)
+    total, *_ = _loss(
+        q_index,
+        k_index,
+        weights,
+        q.detach(),
+        k.detach(),
+        lse.detach(),
+        index,
+        low,
+        high,
+        k_keep,
+        index_scale,
+        as_scale(scale, q.shape[-1]),
+        as_softcap(softcap),
+        as_backend(backend),
+    )
+    if reduction == "sum":
+        return total
+    return total / (high > low).sum().clamp(min=1)
