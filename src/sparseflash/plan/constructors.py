@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import build, caches, documents, intervals, listed, masks, sparse
+from . import build, caches, choice, documents, intervals, listed, masks, sparse
 from .build import TILE, UNIT, Window
 
 if TYPE_CHECKING:
@@ -327,12 +327,14 @@ class Constructors:
         tile: int = 1,
         unit: int = 1,
         causal: bool = False,
+        q_offset: int = 0,
         unique: bool = False,
         capacity: int | None = None,
     ) -> Plan:
         """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
 
-        Say `unique=True` where no list names a key twice; otherwise doubles are dropped.
+        Say `unique=True` where no list names a key twice; otherwise doubles are dropped. With `causal` the
+        first query sits at position `q_offset`.
 
         Examples
         --------
@@ -343,7 +345,64 @@ class Constructors:
         """
         return cls._made(
             **listed.from_keys(
-                index, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, unique=unique, capacity=capacity
+                index,
+                Tq=Tq,
+                Tk=Tk,
+                tile=tile,
+                unit=unit,
+                causal=causal,
+                q_offset=q_offset,
+                unique=unique,
+                capacity=capacity,
+            )
+        )
+
+    @classmethod
+    def from_choice(
+        cls,
+        index: Tensor,
+        *,
+        Tk: int,
+        unit: int = 1,
+        causal: bool = True,
+        q_offset: int | Tensor = 0,
+        k_keep: Tensor | None = None,
+        tile: int | None = None,
+    ) -> Plan:
+        """Keys, or blocks of `unit` keys, that each query chose for itself: a learned indexer's choice.
+
+        A query's own list is the least work, but a gathered pair costs about three of a tile's: where the
+        choices of 64 neighbours overlap enough, they share tiles in which bits say who sees what.
+
+        Parameters
+        ----------
+        index : Tensor
+            Integers `[B|1,Tq,n]` for all heads, or `[B|1,H,Tq,n]`: keys (blocks where `unit` > 1), -1 = none,
+            in any order; doubles count once, and keys of the future (stock indexers name some) are dropped.
+        Tk : int
+            How many keys there are.
+        unit : int
+            Keys of a block; block i is the keys from `i * unit` on.
+        causal : bool
+            Query i, at position `q_offset + i`, sees keys up to its own.
+        q_offset : int or Tensor
+            Position of the first query; integers `[B]` where sequences differ.
+        k_keep : Tensor, optional
+            bool `[B,Tk]`, True = a real key.
+        tile : int, optional
+            Queries that share a list: 1, or tiles with bits. None takes what is less work (1 on accelerators,
+            where finding out would synchronise).
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> index = torch.tensor([[[0, 1], [1, -1], [0, 2]]])
+        >>> sf.Plan.from_choice(index, Tk=3).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
+        """
+        return cls._made(
+            **choice.from_choice(
+                index, Tk=Tk, unit=unit, causal=causal, q_offset=q_offset, k_keep=k_keep, tile=tile
             )
         )
 

@@ -55,6 +55,7 @@ class _Grid:
     tile: int
     unit: int
     causal: bool
+    q_offset: int = 0
 
     def kinds(self, unit_id: Tensor, listed: Tensor, r: Tensor) -> Tensor:
         """0 full, 1 partial, 2 not visited: units [..., n] of the tiles r [...]."""
@@ -63,8 +64,9 @@ class _Grid:
         gone = ~listed
         if self.causal:
             first = (r * self.tile).clamp(max=max(self.Tq - 1, 0))[..., None]
-            whole = whole & (last <= first)
-            gone = gone | (unit_id * self.unit > (first + self.tile - 1).clamp(max=self.Tq - 1))
+            newest = (first + self.tile - 1).clamp(max=self.Tq - 1) + self.q_offset
+            whole = whole & (last <= first + self.q_offset)
+            gone = gone | (unit_id * self.unit > newest)
         return torch.where(gone, 2, torch.where(whole, 0, 1))
 
 
@@ -177,6 +179,7 @@ def from_keys(
     tile: int = 1,
     unit: int = 1,
     causal: bool = False,
+    q_offset: int = 0,
     unique: bool = False,
     capacity: int | None = None,
 ) -> Fields:
@@ -210,8 +213,9 @@ def from_keys(
         fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
         return x, (x >= 0) & fresh
 
-    fields = _lists(index, candidates, _Grid(Tq, Tk, tile, unit, causal).kinds, capacity)
-    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
+    fields = _lists(index, candidates, _Grid(Tq, Tk, tile, unit, causal, q_offset).kinds, capacity)
+    own = {"tile": tile, "unit": unit, "causal": causal, "q_offset": q_offset}
+    return {"Tq": Tq, "Tk": Tk, **own, **fields}
 
 
 def from_spans(

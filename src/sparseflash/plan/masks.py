@@ -12,6 +12,7 @@ arXiv 2409.15097 (binary block masking; full tiles need not be neighbours here).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -64,26 +65,39 @@ def from_mask(
     """Fields of `Plan.from_mask`."""
     _check_options(tile=tile, unit=unit)
     mask = as_mask(mask, Tq, Tk)
-    B, H, Tq, Tk = mask.shape
-    R, C = -(-Tq // tile), -(-Tk // unit)
-    rows = (Tq - torch.arange(R, device=mask.device) * tile).clamp(max=tile)
-    keys = (Tk - torch.arange(C, device=mask.device) * unit).clamp(max=unit)
-    area = rows[:, None] * keys
     lists = mask.flatten(0, 1)
+    return from_rows(lambda of, rows: lists[of, rows], tuple(mask.shape), mask.device, tile=tile, unit=unit)
+
+
+def from_rows(
+    slab_of: Callable[[slice, slice], Tensor],
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    tile: int,
+    unit: int,
+) -> Fields:
+    """Fields of a mask [B,H,Tq,Tk] whose parts `slab_of(lists, rows)`, bool [n,rows,Tk], are made when needed."""
+    B, H, Tq, Tk = shape
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    rows = (Tq - torch.arange(R, device=device) * tile).clamp(max=tile)
+    keys = (Tk - torch.arange(C, device=device) * unit).clamp(max=unit)
+    area = rows[:, None] * keys
     size = max(1, tile * C * unit)
     tiles = max(1, min(R, SLAB // size))
     heads = max(1, SLAB // (size * R)) if tiles == R else 1
     full, part, bits = [], [], []
     for h in range(0, B * H, heads):
         for r in range(0, R, tiles):
-            words = _words(lists[h : h + heads, r * tile : (r + tiles) * tile], tile, unit)
+            slab = slab_of(slice(h, h + heads), slice(r * tile, (r + tiles) * tile))
+            words = _words(slab, tile, unit)
             count = _count(words)
             own = area[r : r + tiles].repeat(count.shape[0] // max(len(area[r : r + tiles]), 1), 1)
             full.append(count == own)
             part.append((count > 0) & (count < own))
             cell, column = part[-1].nonzero(as_tuple=True)
             bits.append(pack_words(words[cell, :, column]))
-    none = torch.zeros(0, C, dtype=torch.bool, device=mask.device)
+    none = torch.zeros(0, C, dtype=torch.bool, device=device)
     cell, column = torch.cat([none, *full]).nonzero(as_tuple=True)
     span_cell, spans = runs(cell, column * unit, (column + 1) * unit)
     cell, column = torch.cat([none, *part]).nonzero(as_tuple=True)

@@ -1,0 +1,123 @@
+"""Plans of what each query chose for itself: the lists of a learned indexer, gathered or shared by tiles."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError, require
+from .build import INTEGERS, TILE, UNIT, Fields, _check_options, _shape, host, is_length, normal_offset
+from .listed import from_keys
+from .masks import from_rows
+
+GATHERED = 3
+"""What a pair of a query's own list costs, in pairs of a tile: measured with AVX-512, forward and backward."""
+
+
+def from_choice(
+    index: Tensor,
+    *,
+    Tk: int,
+    unit: int = 1,
+    causal: bool = True,
+    q_offset: int | Tensor = 0,
+    k_keep: Tensor | None = None,
+    tile: int | None = None,
+) -> Fields:
+    """Fields of `Plan.from_choice`."""
+    _check_options(causal=causal, unit=unit, **({} if tile is None else {"tile": tile}))
+    require(
+        (
+            isinstance(index, Tensor) and index.dim() in (3, 4) and index.dtype in INTEGERS,
+            f"index: {_shape(index)}; expected integers [B|1, Tq, n] or [B|1, H, Tq, n], -1 = none",
+        ),
+        (is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"),
+        error=PlanError,
+    )
+    index = index[:, None] if index.dim() == 3 else index
+    offset = normal_offset(q_offset)
+    at = torch.arange(index.shape[2], device=index.device) + (
+        offset.to(index.device).view(-1, 1, 1) if isinstance(offset, Tensor) else offset
+    )  # positions of the queries, [Tq] or [B,1,Tq]
+    batch = max(index.shape[0], at.shape[0] if at.dim() == 3 else 1)
+    if k_keep is not None:
+        require(
+            (
+                isinstance(k_keep, Tensor)
+                and k_keep.dtype == torch.bool
+                and k_keep.dim() == 2
+                and k_keep.shape[1] == Tk
+                and batch in (1, k_keep.shape[0]),
+                f"k_keep: {_shape(k_keep)}; expected bool [B, Tk={Tk}], True = a real key",
+            ),
+            error=PlanError,
+        )
+        batch = k_keep.shape[0]
+    require(
+        (
+            index.shape[0] in (1, batch) and (at.dim() == 1 or at.shape[0] in (1, batch)),
+            f"index: {_shape(index)}, q_offset: {_shape(q_offset)}; expected one batch size, or 1",
+        ),
+        error=PlanError,
+    )
+    chosen = index.expand(batch, -1, -1, -1)
+    if causal:
+        chosen = chosen.masked_fill(chosen * unit > at[..., None], -1)
+    by_rule = isinstance(offset, int) and k_keep is None  # what `from_keys` says itself of a block's keys
+    if unit == 1:
+        if k_keep is not None and Tk:
+            real = k_keep[:, None, None].expand(-1, *chosen.shape[1:3], -1)
+            chosen = chosen.masked_fill(~real.gather(-1, chosen.clamp(0, Tk - 1).long()), -1)
+        causal, by_rule = False, True
+    if tile is None:
+        tile = _tile(chosen, Tk, unit) if host(chosen) else 1
+        tile = tile if by_rule else TILE
+    if tile == 1 and by_rule:
+        first = offset if causal and isinstance(offset, int) else 0
+        return from_keys(chosen, Tq=index.shape[2], Tk=Tk, tile=1, unit=unit, causal=causal, q_offset=first)
+    return _tiles(chosen, at if causal else None, k_keep, Tk, unit, tile)
+
+
+def _tile(chosen: Tensor, Tk: int, unit: int) -> int:
+    """Whether tiles of all that their queries chose are less work than the queries' own lists."""
+    B, H, Tq, n = chosen.shape
+    R, C = -(-Tq // TILE), -(-Tk // unit // 64) * 64 + 64
+    if Tq < TILE or not n or B * H == 0:
+        return 1
+    wide = max(1, UNIT // unit)  # entries that one unit of a tile covers
+    unions = torch.zeros(B * H, R, C, dtype=torch.bool)
+    units = torch.where(chosen < 0, C - 1, chosen // wide).long().flatten(0, 1)
+    units = torch.nn.functional.pad(units, (0, 0, 0, R * TILE - Tq), value=C - 1)
+    unions.scatter_(-1, units.view(B * H, R, TILE * n), True)
+    gathered = int((chosen >= 0).sum()) * unit
+    shared = int(unions[..., :-1].sum()) * TILE * max(UNIT, unit)
+    return TILE if shared < GATHERED * gathered else 1
+
+
+def _tiles(chosen: Tensor, at: Tensor | None, k_keep: Tensor | None, Tk: int, unit: int, tile: int) -> Fields:
+    """Tiles with bits, some rows at a time."""
+    (B, H, Tq, _), C = chosen.shape, -(-Tk // unit)
+    keys = torch.arange(Tk, device=chosen.device)
+    lists = chosen.flatten(0, 1)
+    position = None if at is None else at.expand(B, H, Tq).flatten(0, 1)
+    if host(chosen) and chosen.numel():
+        low, high = (int(x) for x in torch.aminmax(chosen))
+        require(
+            (low >= -1 and high < C, f"index holds {low}..{high}: expected 0..{C - 1}, -1 = none"),
+            error=PlanError,
+        )
+
+    def slab(of: slice, rows: slice) -> Tensor:
+        own = lists[of, rows].long()
+        hit = torch.zeros(*own.shape[:2], C + 1, dtype=torch.bool, device=own.device)
+        hit = hit.scatter_(-1, torch.where(own < 0, C, own), True)[..., :C]
+        if unit > 1:
+            hit = hit.repeat_interleave(unit, -1)[..., :Tk]
+            if position is not None:
+                hit = hit & (keys <= position[of, rows, None])
+            if k_keep is not None:
+                hit = hit & k_keep.repeat_interleave(H, 0)[of, None]
+        return hit
+
+    own = from_rows(slab, (B, H, Tq, Tk), chosen.device, tile=tile, unit=UNIT)
+    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": UNIT, **own}
