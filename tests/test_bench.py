@@ -8,6 +8,7 @@ pytest.importorskip("safetensors")
 from sparseflash.backends.cpu import build
 from sparseflash.bench import curves, documents, kernels, levels, machine, masks, ops, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
+from sparseflash.bench.quality import Dense
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
 from sparseflash.methods import HashSparse
@@ -71,7 +72,7 @@ def test_naive_masked_attention_equals_hash_sparse():
 def test_density_and_recall_are_those_of_the_mask():
     q, k, v, _ = inputs(200, heads=2, dim=16)
     case = Case("hash", HashSparse(nb=4), "hash-sparse")
-    measured = curves.quality(case, q, k, v, curves.causal_mass(q, k, v))
+    measured = curves.quality(case, q, k, v, Dense.of(q, k, v))
     keep = case.attention.select(q, k).plan.to_dense()
     p = (q @ k.mT / 4).masked_fill(~torch.ones(200, 200).tril().bool(), -torch.inf).softmax(-1)
     assert measured["density"] == pytest.approx(keep.sum().item() / (2 * 200 * 201 / 2))

@@ -62,7 +62,10 @@ THIRD_PARTY = {
     "numpy": {"train": False, "bench": False},
     "safetensors": {"train": False},
     "rich": {"train": False, "bench": False, "cli": False},
-    "typer": {"cli": False},
+    "typer": {"cli": False, "bench.commands": False},
+    "pynvml": {"bench": True},
+    "attn_gym": {"bench": True},
+    "fla": {"bench": True},
     "scipy": {"plan": True},
     "matplotlib": {"plan": True, "train": True, "bench": True},
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import codecs
 import shlex
 import sys
@@ -16,6 +15,7 @@ except ModuleNotFoundError:
         "sparseflash: the commands need typer and rich; install: pip install 'sparseflash[train]'"
     ) from None
 
+from sparseflash.bench.commands import bench, setting
 from sparseflash.errors import SparseFlashError
 
 app = typer.Typer(
@@ -172,7 +172,7 @@ def train(
     method = {
         name: given.pop(name) for name in ("nb", "local_heads", "planes", "drop", "window") if name in given
     }
-    method |= dict(map(_setting, given.pop("options", None) or ()))
+    method |= dict(map(setting, given.pop("options", None) or ()))
     for name in ("out", "device", "resume"):
         given.pop(name, None)
     if method:
@@ -249,171 +249,7 @@ def demo(
     )
 
 
-bench = typer.Typer(
-    invoke_without_command=True,
-    help="Measure on this machine; without a command, everything, into **benchmarks/results**.\n\n"
-    "All cases of a table run in turn, the figure is the median; machine and versions stand in every row.",
-)
 app.add_typer(bench, name="bench")
-RESULTS = Path("benchmarks/results")
-Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
-Minutes = Annotated[float, typer.Option(help="Time box; what does not fit is left out, and said.")]
-Lengths = Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")]
-Dtypes = Annotated[str, typer.Option(help="fp32, bf16 or both, separated by commas.")]
-Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.")]
-
-
-@bench.callback()
-def bench_everything(context: typer.Context) -> None:
-    """Run all benchmarks where none is named."""
-    if context.invoked_subcommand is None:
-        bench_curves()
-        bench_attention_table()
-        bench_kernel_table()
-        bench_ops()
-        bench_step()
-
-
-@bench.command("curves")
-def bench_curves(
-    out: Out = RESULTS / "curves.csv",
-    minutes: Minutes = 5.0,
-    lengths: Lengths = "1024,2048,4096,8192,16384",
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-) -> None:
-    """Time attention forward + backward over the length: dense, naive, Reformer, hash- and QK-sparse."""
-    from sparseflash.bench import session
-
-    session.curves(out, minutes=minutes, lengths=_integers(lengths), heads=heads, dim=dim, dtype=dtype)
-
-
-@bench.command("attention-table")
-def bench_attention_table(
-    out: Out = RESULTS / "attention-table.csv",
-    length: Annotated[int, typer.Option(help="Sequence length.")] = 8192,
-    dtypes: Dtypes = "fp32,bf16",
-    rounds: Rounds = 7,
-    minutes: Minutes = 5.0,
-) -> None:
-    """Compare our dense, hash-sparse and QK-sparse attention with torch SDPA on the same tensors."""
-    from sparseflash.bench import session
-
-    session.attention_table(out, length=length, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
-
-
-@bench.command("kernel-table")
-def bench_kernel_table(
-    out: Out = RESULTS / "kernel-table.csv",
-    dtypes: Dtypes = "fp32,bf16",
-    rounds: Rounds = 5,
-    minutes: Minutes = 6.0,
-) -> None:
-    """Compare the kernels under given plans (dense, blocks, single keys) with dense torch SDPA."""
-    from sparseflash.bench import session
-
-    session.kernel_table(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
-
-
-@bench.command("ops")
-def bench_ops(
-    out: Out = RESULTS / "ops.csv",
-    dtypes: Dtypes = "fp32,bf16",
-    rounds: Rounds = 5,
-    minutes: Minutes = 6.0,
-) -> None:
-    """Compare linear attention and stick-breaking with dense torch SDPA and with plain torch."""
-    from sparseflash.bench import session
-
-    session.ops(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
-
-
-@bench.command("levels")
-def bench_levels(
-    out: Out = RESULTS / "levels.csv",
-    levels: Annotated[
-        str, typer.Option(help="Names with commas between; by default all that run here.")
-    ] = "",
-    rounds: Rounds = 3,
-    minutes: Minutes = 5.0,
-) -> None:
-    """Compare each instruction-set level of the CPU backend with torch SDPA held to the same instructions."""
-    from sparseflash.bench import session
-
-    session.levels(out, names=_words(levels), rounds=rounds, minutes=minutes)
-
-
-@bench.command("step")
-def bench_step(
-    out: Out = RESULTS / "step.csv",
-    data: Annotated[str, typer.Option(help="Text to train on; by default Python's own library.")] = "",
-    lengths: Lengths = "8192,16384",
-    dtypes: Dtypes = "fp32,bf16",
-    rounds: Rounds = 5,
-    minutes: Minutes = 8.0,
-) -> None:
-    """Time whole training steps of the same model with dense, hash-sparse and QK-sparse attention."""
-    from sparseflash.bench import session
-
-    lengths_ = _integers(lengths)
-    session.step(out, data=data, lengths=lengths_, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
-
-
-@bench.command("documents")
-def bench_documents(
-    out: Out = RESULTS / "documents.csv",
-    data: Annotated[str, typer.Option(help="Text to pack; by default Python's own library.")] = "",
-    tokens: Annotated[int, typer.Option(help="Bytes of text in a batch, at most.")] = 8192,
-    longest: Annotated[int, typer.Option(help="Longer documents are cut here.")] = 2048,
-    dtypes: Dtypes = "fp32,bf16",
-    rounds: Rounds = 5,
-    minutes: Minutes = 6.0,
-) -> None:
-    """Time packed documents against the same padded to the longest: attention alone, and the small GPT."""
-    from sparseflash.bench import session
-
-    words = _words(dtypes)
-    session.documents(
-        out, data=data, tokens=tokens, longest=longest, dtypes=words, rounds=rounds, minutes=minutes
-    )
-
-
-@bench.command("masks")
-def bench_masks(
-    out: Out = RESULTS / "masks.csv",
-    lengths: Lengths = "2048,4096,8192,16384",
-    cases: Annotated[str, typer.Option(help="Masks, separated by commas; by default all.")] = "",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    rounds: Rounds = 3,
-    minutes: Minutes = 12.0,
-    flex: Annotated[bool, typer.Option(help="Also run compiled FlexAttention.")] = True,
-) -> None:
-    """Compare attention under boolean masks with torch SDPA and FlexAttention, making the plans included."""
-    from sparseflash.bench import session
-
-    session.masks(
-        out,
-        lengths=_integers(lengths),
-        names=_words(cases),
-        dtype=dtype,
-        rounds=rounds,
-        minutes=minutes,
-        flex=flex,
-    )
-
-
-@bench.command("plan-costs")
-def bench_plan_costs(
-    out: Out = RESULTS / "plan-costs.csv",
-    length: Annotated[int, typer.Option(help="Sequence length.")] = 16384,
-    rounds: Rounds = 3,
-    minutes: Minutes = 3.0,
-) -> None:
-    """Time making, preparing and using plans: lists against the dense path, spans against units."""
-    from sparseflash.bench import session
-
-    session.plan_costs(out, length=length, rounds=rounds, minutes=minutes)
 
 
 @app.command()
@@ -460,7 +296,7 @@ def show(
 
     from sparseflash.train.attention import build
 
-    chosen = build(method, dict(map(_setting, options or ())))
+    chosen = build(method, dict(map(setting, options or ())))
     if not hasattr(chosen, "select"):
         raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")
     generator = torch.Generator().manual_seed(seed)
@@ -480,27 +316,6 @@ def show(
         typer.echo("\n\n".join(one.explain() for one in plans))
     except OSError as error:
         raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SparseFlashError(f"--set {text} has no value; write it as --set name=value")
-    try:
-        return name.strip(), ast.literal_eval(value.strip())
-    except (SyntaxError, ValueError):
-        return name.strip(), value.strip()
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise SparseFlashError(f"{text!r} is no list of lengths; write them as 1024,2048,4096") from None
 
 
 def _explicit(context: Any, name: str) -> bool:

@@ -82,12 +82,20 @@ class Naive:
 
 
 def inputs(
-    length: int, *, batch: int = 1, heads: int = 4, dim: int = 64, dtype: str = "fp32", seed: int = 0
+    length: int,
+    *,
+    batch: int = 1,
+    heads: int = 4,
+    dim: int = 64,
+    dtype: str = "fp32",
+    seed: int = 0,
+    device: str = "cpu",
 ) -> list[Tensor]:
     """Independent normal q, k, v and dout [batch, heads, length, dim]; q, k, v require gradients."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v, dout = (
-        torch.randn(batch, heads, length, dim, generator=generator).to(DTYPES[dtype]) for _ in range(4)
+        torch.randn(batch, heads, length, dim, generator=generator).to(device, DTYPES[dtype])
+        for _ in range(4)
     )
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout]
 
@@ -97,3 +105,28 @@ def forward_backward(
 ) -> Callable[[], Any]:
     """A call that runs `attention` forward and backward."""
     return lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), dout)
+
+
+def forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
+    """A call that runs `attention` forward only, on tensors that want no gradients."""
+    tensors = [x.detach() for x in (q, k, v)]
+
+    def run() -> Any:
+        with torch.no_grad():
+            return attention(*tensors)
+
+    return run
+
+
+def backward(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Any]:
+    """A call that runs the backward of `attention`, whose forward has run once."""
+    out = attention(q, k, v)
+    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+
+DIRECTIONS: dict[str, Callable[..., Callable[[], Any]]] = {
+    "forward": lambda attention, q, k, v, dout: forward(attention, q, k, v),
+    "backward": backward,
+    "both": forward_backward,
+}
+"""Direction to a function of (attention, q, k, v, dout) that returns the call to time."""

@@ -77,6 +77,58 @@ def lines(
     return "".join([*parts, "</svg>"])
 
 
+def bars(
+    values: Sequence[tuple[str, float]],
+    *,
+    x_label: str,
+    mark: float | None = None,
+    x_format: Callable[[float], str] = "{:.3g}".format,
+) -> str:
+    """Draw horizontal bars with their values behind them; `mark` is a line across all."""
+    if not values:
+        return "<p>Nothing was measured.</p>"
+    left, step, tail = 330, 22, 60
+    height = step * len(values) + 30
+    axis = _Axis(0.0, max(mark or 0.0, *(x for _, x in values)) or 1.0, left, WIDTH - tail, log=False)
+    name = html.escape(x_label)
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{name}">']
+    for row, (label, value) in enumerate(values):
+        y = row * step + 4
+        parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{html.escape(label)}</text>')
+        parts.append(
+            f'<g style="--c:var(--hash-2)"><rect class="bar" x="{left}" y="{y}" '
+            f'width="{max(axis(value) - left, 0.5):.1f}" height="{step - 6}"/>'
+            f'<text x="{axis(value) + 6:.1f}" y="{y + 12}">{x_format(value)}</text></g>'
+        )
+    if mark is not None:
+        at = f"{axis(mark):.1f}"
+        parts.append(f'<line class="grid mark" x1="{at}" x2="{at}" y1="0" y2="{height - 26}"/>')
+    middle = (left + WIDTH - tail) / 2
+    parts.append(f'<text x="{middle}" y="{height - 6}" text-anchor="middle">{name}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def alone(svg: str) -> str:
+    """A chart as a file of its own, with the colours that a page would give it."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        ">", f"><style>{_STYLE}</style>", 1
+    )
+
+
+_STYLE = (
+    "svg{--soft:#5b6675;--rule:#e3e5e8;--dense:#334155;--naive:#a0aab8;--reformer:#d97706;"
+    "--hash-1:#8ab8fb;--hash-2:#3b82f6;--hash-3:#1e40af;--qk-1:#7ad8b0;--qk-2:#10a874;--qk-3:#04694b;"
+    "font:12px system-ui,sans-serif}"
+    "@media(prefers-color-scheme:dark){svg{--soft:#97a3b3;--rule:#2a323d;--dense:#e2e8f0;--naive:#66758a;"
+    "--reformer:#f5b546;--hash-1:#2f62c9;--hash-2:#6aa5f8;--hash-3:#bcd7fe;--qk-1:#0d8059;--qk-2:#3fd19b;"
+    "--qk-3:#b0f3d6}}"
+    "text{fill:var(--soft)}.grid{stroke:var(--rule)}.mark{stroke:var(--soft);stroke-dasharray:3 3}"
+    ".line{fill:none;stroke:var(--c);stroke-width:2.2;stroke-linejoin:round}"
+    ".stem{fill:none;stroke:var(--c);stroke-width:.7;opacity:.6}"
+    "circle,.bar{fill:var(--c)}g text{fill:var(--c)}"
+)
+
+
 def mask(keep: Sequence[Sequence[bool]], title: str) -> str:
     """Draw visible pairs as filled cells; queries downwards, keys to the right."""
     size = len(keep)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-import sparseflash as sf
 from sparseflash.bench.cases import Case, forward_backward, inputs
+from sparseflash.bench.quality import Dense, density
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave, predict, seconds
 
@@ -81,7 +80,7 @@ def measure(
             order, rounds=rounds, box=share, on_run=lambda name, t=length: on_run(f"T = {t}, {name}")
         )
         baseline = timings.get(cases[0].label)
-        mass = None
+        yardstick = None
         for case in cases:
             row: Row = {"bench": "curves", "case": case.label, "family": case.family, "T": length, **shape}
             row["what"] = "forward+backward"
@@ -94,29 +93,17 @@ def measure(
                     "speedup": baseline.median / timing.median if baseline else None,
                 }
                 if box.left > timing.median:
-                    mass = mass if mass is not None else causal_mass(q, k, v)
-                    row |= quality(case, q, k, v, mass)
+                    yardstick = yardstick or Dense.of(q, k, v)
+                    row |= quality(case, q, k, v, yardstick)
             row["note"] = notes.get(case.label, "")
             yield row
 
 
-@torch.no_grad()
-def causal_mass(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Sum the exponentials over all earlier keys: the natural logarithm, [B, H, T]."""
-    return sf.attention(q, k, v, causal=True, return_lse=True)[1]
-
-
-@torch.no_grad()
-def quality(case: Case, q: Tensor, k: Tensor, v: Tensor, mass: Tensor) -> Row:
-    """Density and recall of the pairs that `case` sees; empty where it has no plan.
-
-    `mass` is that of dense attention over the same q and k, from `causal_mass`.
-    """
+def quality(case: Case, q: Tensor, k: Tensor, v: Tensor, yardstick: Dense | None) -> Row:
+    """Density and recall of the pairs that `case` sees; empty where it has no plan."""
     if case.family == "dense":
         return {"density": 1.0, "recall": 1.0}
-    if not hasattr(case.attention, "select"):
+    if yardstick is None or not hasattr(case.attention, "select"):
         return {}
     plan = case.attention.select(q, k).plan
-    plans = plan if isinstance(plan, tuple) else (plan,)
-    own = sf.attention(q, k, v, plan, return_lse=True)[1]
-    return {"density": sum(p.density for p in plans), "recall": (own - mass).exp().mean().item()}
+    return {"density": density(plan), "recall": yardstick.recall(q, k, v, plan)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sparseflash as sf
 from sparseflash import Plan
-from sparseflash.bench.cases import forward_backward, inputs
+from sparseflash.bench.cases import forward, forward_backward, inputs
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave, seconds
 from sparseflash.methods.masks.tree import depth_first
@@ -136,7 +136,7 @@ def measure(
             "ms": forward_backward(lambda q, k, v, plan=plan: sf.attention(q, k, v, plan), q, k, v, dout),
             "ms_sdpa": forward_backward(_sdpa(mask), q, k, v, dout),
             "ms_dense": forward_backward(_sdpa(None), q, k, v, dout),
-            "ms_forward": _forward(lambda q, k, v, plan=plan: sf.attention(q, k, v, plan), q, k, v),
+            "ms_forward": forward(lambda q, k, v, plan=plan: sf.attention(q, k, v, plan), q, k, v),
             "ms_build": make,
             **other,
         }
@@ -166,13 +166,6 @@ def _sdpa(mask: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _forward(
-    attention: Callable[[Tensor, Tensor, Tensor], Any], q: Tensor, k: Tensor, v: Tensor
-) -> Callable[[], Any]:
-    tensors = [x.detach() for x in (q, k, v)]
-    return lambda: attention(*tensors)
-
-
 def _flex(
     mask: Tensor, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[dict[str, Callable[[], Any]], float | None, str | None]:
@@ -192,7 +185,7 @@ def _flex(
     try:
         first = seconds(build) * 1e3
         block_mask = build()
-        run = _forward(lambda q, k, v: attend(q, k, v, block_mask=block_mask), q, k, v)
+        run = forward(lambda q, k, v: attend(q, k, v, block_mask=block_mask), q, k, v)
         seconds(run)
     except Exception as error:  # whatever its compiler raises
         return {}, None, f"FlexAttention: {str(error).strip().splitlines()[0]}"

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.bench.cases import inputs
+from sparseflash.bench.cases import backward, forward, inputs
 from sparseflash.bench.results import Row
-from sparseflash.bench.table import backward, forward
 from sparseflash.bench.timing import Box, interleave
 from sparseflash.train.attention import Attention, dense
 

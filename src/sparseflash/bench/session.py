@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from sparseflash.bench import cases, results
+from sparseflash.bench import cases, figures, harness, results
+from sparseflash.bench import compare as compare_
 from sparseflash.bench import curves as curves_
 from sparseflash.bench import documents as documents_
+from sparseflash.bench import energy as energy_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
 from sparseflash.bench import masks as masks_
@@ -23,11 +25,7 @@ from sparseflash.train.data import load, stdlib
 def curves(out: Path, *, minutes: float, lengths: Sequence[int], heads: int, dim: int, dtype: str) -> None:
     """Measure the runtime curves into `out`."""
     _known(dtype)
-    for length in lengths:
-        if length < 1:
-            raise SparseFlashError(
-                f"--lengths has {length}; expected positive numbers such as 1024,2048,4096"
-            )
+    _positive(lengths)
     rows = _watch(
         "curves",
         out,
@@ -42,6 +40,67 @@ def curves(out: Path, *, minutes: float, lengths: Sequence[int], heads: int, dim
         ),
     )
     _finish(rows, out, ("case", "T", "ms", "speedup", "density", "recall", "note"))
+
+
+def attention(settings: harness.Settings, out: Path) -> None:
+    """Measure methods against baselines into ``attention.csv`` of a directory, a picture beside it."""
+    _known(settings.dtype)
+    if settings.direction not in cases.DIRECTIONS:
+        raise SparseFlashError(
+            f"--direction {settings.direction!r} is unknown; choose from: {', '.join(cases.DIRECTIONS)}"
+        )
+    _positive(settings.lengths)
+    settings.subjects(min(settings.lengths))  # an unknown name is told before anything runs
+    file = out / "attention.csv"
+    rows = _watch("attention", file, lambda on_run: harness.measure(settings, on_run=on_run))
+    over = [x for x in rows[-1] if x.startswith("over ") and not x.startswith("over naive")][:2]
+    columns = ("case", "T", "conformance", "ms", "ms_select", *over, "density", "recall", "error", "peak_mb")
+    _finish(rows, file, (*columns, *(("joules_net",) if settings.energy else ()), "note"))
+    for picture in figures.redraw(file):
+        print(picture)
+
+
+def plot(directory: Path, out: Path | None) -> None:
+    """Redraw every picture of a directory."""
+    figures.redraw(directory, out, on_file=print)
+
+
+def compare(before: Path, after: Path) -> bool:
+    """Print what changed between two result files or directories; whether nothing became slower."""
+    from rich.console import Console
+    from rich.table import Table
+
+    pairs = [(before, after)]
+    if before.is_dir() and after.is_dir():
+        pairs = [(x, after / x.name) for x in sorted(before.glob("*.csv")) if (after / x.name).is_file()]
+    for path in (x for pair in pairs or [(before, after)] for x in pair):
+        if not path.is_file():
+            raise SparseFlashError(f"{path}: no result file; name two CSV files, or two directories of them")
+    changes = [x for a, b in pairs for x in compare_.compare(results.read(a), results.read(b))]
+    worse = [x for x in changes if x.regression]
+    console = Console(soft_wrap=True)
+    if worse:
+        table = Table("row", "figure", "before", "after", "slower by")
+        for x in worse:
+            table.add_row(x.row, x.column, f"{x.before:.4g}", f"{x.after:.4g}", f"{x.slower - 1:.0%}")
+        console.print(table)
+    console.print(f"{len(changes)} figures compared, {len(worse)} slower by more than {compare_.LIMIT:.0%}")
+    return not worse
+
+
+def energy() -> bool:
+    """Test the energy counter of this machine; whether it measures."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    meter, why = energy_.counter(device)
+    if meter is None:
+        print(f"energy: null ({why})")
+        return False
+    x = torch.randn(1024, 1024, device=device)
+    wrong = energy_.self_test(lambda: x @ x, meter)
+    print(f"energy: {meter.name}: " + ("; ".join(wrong) or "linear in time, idle is idle"))
+    return not wrong
 
 
 def attention_table(out: Path, *, length: int, dtypes: Sequence[str], rounds: int, minutes: float) -> None:
@@ -184,6 +243,14 @@ def _known(*dtypes: str) -> None:
     for dtype in dtypes:
         if dtype not in cases.DTYPES:
             raise SparseFlashError(f"--dtype {dtype!r} is unknown; choose from: {', '.join(cases.DTYPES)}")
+
+
+def _positive(lengths: Sequence[int]) -> None:
+    for length in lengths or (0,):
+        if length < 1:
+            raise SparseFlashError(
+                f"--lengths has {length}; expected positive numbers such as 1024,2048,4096"
+            )
 
 
 def _watch(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import sparseflash as sf
-from sparseflash.bench.cases import forward_backward, inputs
+from sparseflash.bench.cases import backward, forward, forward_backward, inputs
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
 from sparseflash.train.attention import build, dense
@@ -60,21 +60,3 @@ def measure(
             row: Row = {"bench": "attention-table", "case": name, "dtype": dtype, "T": length}
             row |= {"batch": batch, "heads": heads, "dim": dim, "ms_sdpa": base_ms, "ms": own_ms}
             yield row | {"ratio": base_ms / own_ms, "rounds": len(timings[own].times)}
-
-
-def forward(attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], object]:
-    """A call that runs `attention` forward only."""
-
-    def run() -> object:
-        with torch.no_grad():
-            return attention(q, k, v)
-
-    return run
-
-
-def backward(
-    attention: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
-) -> Callable[[], object]:
-    """A call that runs the backward of `attention`, whose forward has run once."""
-    out = attention(q, k, v)
-    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 
 class Box:
     """A deadline that work can be checked against before it starts."""
@@ -37,12 +39,32 @@ class Timing:
         """Median of the measured rounds, or the warm-up where the box left room for nothing else."""
         return statistics.median(self.times) if self.times else self.warm_up
 
+    def percentile(self, share: float) -> float:
+        """The time that this share of the rounds stays below, between neighbours linearly."""
+        times = sorted(self.times or [self.warm_up])
+        at = share * (len(times) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(times) - 1)
+        return times[low] + (at - low) * (times[high] - times[low])
+
+    def over(self, other: Timing) -> float:
+        """How many times longer this takes than the other: the median over rounds that ran in turn."""
+        pairs = list(zip(self.times, other.times)) or [(self.warm_up, other.warm_up)]
+        return statistics.median(own / twin for own, twin in pairs)
+
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
+    """Wall time of one call, what it leaves running on a GPU included."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
+    wait()
     start = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - start
+
+
+def _nothing() -> None:
+    """Wait for nobody."""
 
 
 def interleave(

@@ -1,0 +1,56 @@
+"""Two result files, row by row: what became slower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from sparseflash.errors import SparseFlashError
+
+KEY = ("bench", "what", "mix", "level", "case", "direction", "T", "batch", "heads", "dim", "dtype", "device")
+"""Columns that name a row."""
+RATIOS = ("ratio", "speedup", "over sdpa", "over_sdpa")
+"""What is compared where both have it: a ratio of one run, in which the machine's moods cancel."""
+LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of one row in both files; `slower` is the factor by which the second is."""
+
+    row: str
+    column: str
+    before: float
+    after: float
+    slower: float
+
+    @property
+    def regression(self) -> bool:
+        """Whether it is slower by more than 5 %."""
+        return self.slower > 1 + LIMIT
+
+
+def compare(before: Iterable[Mapping[str, str]], after: Iterable[Mapping[str, str]]) -> list[Change]:
+    """Match rows by what they measured; worst first.
+
+    Raises
+    ------
+    SparseFlashError
+        If no row is in both.
+    """
+    old = {_key(row): row for row in before}
+    changes = []
+    for row in after:
+        twin = old.get(_key(row), {})
+        column = next((x for x in RATIOS if row.get(x) and twin.get(x)), "ms")
+        if row.get(column) and twin.get(column):
+            was, now = float(twin[column]), float(row[column])
+            slower = now / was if column == "ms" else was / now
+            changes.append(Change(", ".join(filter(None, _key(row))), column, was, now, slower))
+    if not changes:
+        raise SparseFlashError(f"the files have no row in common (rows are matched by {', '.join(KEY)})")
+    return sorted(changes, key=lambda x: -x.slower)
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row.get(x) or "" for x in KEY)

@@ -1,0 +1,116 @@
+"""Pictures as a function of result files alone: what is drawn follows from the column `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseflash.bench import chart, results
+from sparseflash.errors import SparseFlashError
+
+Cells = Mapping[str, str]
+STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "hash-1", "qk-1")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """One line for every value of `label`, of `y` over `x`; one picture for every value of `split`."""
+
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    label: str = "case"
+    split: tuple[str, ...] = ()
+    log: bool = True
+
+    def draw(self, rows: list[Cells]) -> str:
+        """Draw the rows that have both figures."""
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row.get(self.x) and row.get(self.y):
+                series.setdefault(row[self.label], []).append((float(row[self.x]), float(row[self.y])))
+        lines = [
+            chart.Line(name, sorted(points), STYLES[n % len(STYLES)], dashed=n >= len(STYLES))
+            for n, (name, points) in enumerate(series.items())
+        ]
+        return chart.lines(lines, x_label=self.x_label, y_label=self.y_label, log=self.log)
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar a row: `value`, labelled by the cells of `labels`."""
+
+    value: str
+    x_label: str
+    labels: tuple[str, ...] = ("case", "dtype")
+    split: tuple[str, ...] = ()
+    mark: float | None = 1.0
+
+    def draw(self, rows: list[Cells]) -> str:
+        """Draw the rows that have the figure."""
+        values = [
+            (", ".join(row[x] for x in self.labels if row.get(x)), float(row[self.value]))
+            for row in rows
+            if row.get(self.value)
+        ]
+        return chart.bars(values, x_label=self.x_label, mark=self.mark)
+
+
+TIMES = "milliseconds"
+OVER_SDPA = "times faster than torch SDPA"
+RECIPES: dict[str, Lines | Bars] = {
+    "attention": Lines("T", "ms", "tokens", TIMES, split=("direction", "dtype")),
+    "curves": Lines("T", "ms", "tokens", f"{TIMES}, forward + backward", split=("dtype",)),
+    "attention-table": Bars("ratio", OVER_SDPA),
+    "kernel-table": Bars("ratio", OVER_SDPA, labels=("case", "T", "dim"), split=("dtype",)),
+    "ops": Bars("ratio", OVER_SDPA),
+    "levels": Bars("ratio", OVER_SDPA, labels=("level", "case", "T", "dim")),
+    "step": Bars("speedup", "times faster than dense, a training step", labels=("case", "T", "dtype")),
+    "documents": Bars(
+        "over_sdpa", "token rate over padded SDPA", labels=("mix", "case"), split=("what", "dtype")
+    ),
+    "masks": Bars("ratio", "times faster than torch SDPA with the mask", labels=("case",), split=("T",)),
+    "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
+}
+"""How the rows of a benchmark are drawn, by their column `bench`."""
+
+
+def draw(rows: Iterable[Cells], stem: str) -> dict[str, str]:
+    """Pictures of rows: file name to SVG."""
+    groups: dict[str, tuple[Lines | Bars, list[Cells]]] = {}
+    for row in rows:
+        recipe = RECIPES.get(row.get("bench", ""))
+        if recipe is not None:
+            parts = [row[x] for x in recipe.split if row.get(x)]
+            name = "-".join([stem, *parts]).replace(" ", "-") + ".svg"
+            groups.setdefault(name, (recipe, []))[1].append(row)
+    found = {name: recipe.draw(rows) for name, (recipe, rows) in groups.items()}
+    return {name: chart.alone(svg) + "\n" for name, svg in found.items() if svg.startswith("<svg")}
+
+
+def redraw(
+    directory: Path, out: Path | None = None, on_file: Callable[[Path], None] = lambda path: None
+) -> list[Path]:
+    """Draw every result file of a directory, or one file, beside it or into `out`.
+
+    Raises
+    ------
+    SparseFlashError
+        Where there is no result file.
+    """
+    files = sorted(directory.glob("*.csv")) if directory.is_dir() else [directory]
+    if not files or not files[0].is_file():
+        raise SparseFlashError(
+            f"{directory}: no result file (*.csv) there; run: sparseflash bench --out {directory}"
+        )
+    written = []
+    for file in files:
+        for name, svg in draw(results.read(file), file.stem).items():
+            path = (out or file.parent) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(svg, encoding="utf-8")
+            written.append(path)
+            on_file(path)
+    return written
