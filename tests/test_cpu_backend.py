@@ -144,6 +144,18 @@ def test_several_python_threads_at_once(generator, threads):
         assert all(pool.map(work, range(12), timeout=100))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc here")
+def test_native_code_runs_on_the_threads_of_torch(generator, threads):
+    """A second set would wait for the cores that torch's threads keep busy after their last work."""
+    threads(11)
+    x = torch.ones(1 << 20)
+    x += x  # torch has its threads now
+    before = len(os.listdir("/proc/self/task"))
+    given = inputs(generator, T=2048)
+    everything(*given, sf.Plan.dense(2048, 2048, causal=True))
+    assert len(os.listdir("/proc/self/task")) == before >= 11
+
+
 # ---------------------------------------------------------------- forks and signals
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +24,13 @@ class Native:
     fp32: int
     bf16: int
     names: tuple[str, ...]
+
+
+def borrow_threads(library: ctypes.CDLL) -> None:
+    """Run on the threads of torch's OpenMP, where it has one: two sets would fight for the cores."""
+    with contextlib.suppress(OSError, AttributeError):
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.sf_borrow_threads(ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p))
 
 
 @functools.cache
@@ -45,6 +54,7 @@ def native() -> Native | str:
                 raise build.BuildError(f"{path} does not match this version")
             if levels[-1].name == "amx" and library.sf_request_amx() != 0:
                 continue  # the system refuses the tile registers
+            borrow_threads(library)
             bf16 = next((i for i, level in enumerate(levels) if level.bf16), 0)
             return Native(library, str(path), 0, bf16, tuple(level.name for level in levels))
     except (build.BuildError, OSError) as error:

@@ -1,6 +1,7 @@
 // Entry points: a thread pool, checks of every pointer and length, and the choice of a level.
 #include <stdlib.h>
 #include <string.h>
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -150,9 +151,38 @@ Pool *pool() {
     return p;
 }
 
+// The threads of an OpenMP runtime that the process has anyway, by its entry point GOMP_parallel. They keep a core busy
+// for milliseconds after their last work, waiting for more: with threads of our own next to them, every call after an op
+// of torch would wait for a core. Null: the pool.
+typedef void (*Team)(void (*)(void *), void *, unsigned threads, unsigned flags);
+std::atomic<Team> team{nullptr};
+
+// A whole team is asked for even where few have work: OpenMP ends threads that a smaller team does without.
+bool run_by_team(Team lent, int threads, int64_t tasks, SfBody body, void *context) {
+    static std::mutex turn;
+    std::unique_lock<std::mutex> mine(turn, std::try_to_lock);
+    if (!mine.owns_lock()) return false;
+    struct Work {
+        const int64_t tasks;
+        const SfBody body;
+        void *const context;
+        std::atomic<int> threads{0};
+        std::atomic<int64_t> next{0};
+    } work{tasks, body, context};
+    lent([](void *x) {
+        Work &w = *(Work *)x;
+        const int thread = w.threads.fetch_add(1);
+        for (int64_t i; (i = w.next.fetch_add(1)) < w.tasks;) w.body(w.context, i, thread);
+    }, &work, (unsigned)threads, 0);
+    return true;
+}
+
 void parallel(int threads, int64_t tasks, SfBody body, void *context) {
-    if (threads > tasks) threads = (int)tasks;
-    if (threads > 1 && pool()->run(threads, tasks, body, context)) return;
+    if (threads > 1 && tasks > 1) {
+        Team lent = team.load(std::memory_order_acquire);
+        if (lent ? run_by_team(lent, threads, tasks, body, context)
+                 : pool()->run((int)std::min<int64_t>(threads, tasks), tasks, body, context)) return;
+    }
     for (int64_t i = 0; i < tasks; i++) body(context, i, 0);
 }
 
@@ -288,11 +318,11 @@ void *handed_out(void *block, int64_t bytes) {
 }
 
 #if defined(__unix__) || defined(__APPLE__)
-// Around a fork: the shelf is at rest, and the child forgets the pool, whose threads it does not have.
+// Around a fork: the shelf is at rest, and the child forgets the threads, which it does not have.
 struct AtFork {
     AtFork() {
         pthread_atfork([] { shelf().gate.lock(); }, [] { shelf().gate.unlock(); },
-                       [] { shelf().gate.unlock(); current.store(nullptr); });
+                       [] { shelf().gate.unlock(); current.store(nullptr); team.store(nullptr); });
     }
 } at_fork;
 #endif
@@ -353,6 +383,15 @@ SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_li
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 SF_PUBLIC int sf_indexer(const SfIndexer *call, int level) { return run_indexer(call, level); }
 SF_PUBLIC int sf_decode(const SfCall *call, int level) { return run(call, level, DECODE); }
+
+// Takes an OpenMP runtime's GOMP_parallel, whose threads then run all tasks; null gives them back to the pool.
+SF_PUBLIC void sf_borrow_threads(void *gomp_parallel) {
+#if !defined(__SANITIZE_THREAD__)  // which does not see the locks of a library that it did not compile
+    team.store((Team)gomp_parallel, std::memory_order_release);
+#else
+    (void)gomp_parallel;
+#endif
+}
 
 // For tests: scratch is handed out full of NaN, so that reading it before writing shows.
 SF_PUBLIC void sf_poison(int on) { poison.store(on != 0); }
