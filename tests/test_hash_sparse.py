@@ -77,6 +77,17 @@ def test_buckets_that_look_for_trouble(kind, include_self, backend, generator):
         assert all(got[name].abs().max() == 0 for name in ("out", "dq", "dk", "dv"))
 
 
+@pytest.mark.parametrize("causal_heads", [0, 1, 4])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_queries_that_begin_later_are_the_last_rows_of_all(include_self, causal_heads, generator):
+    q, k, *_ = tensors(generator, 200)
+    method = sf.methods.HashSparse(nb=4, include_self=include_self, causal_heads=causal_heads, window=20)
+    whole = method.select(q, k).plan.to_dense().expand(2, 4, -1, -1)
+    for begin in (130, torch.tensor(130)):
+        plan = method.select(q[:, :, 130:], k, {"q_offset": begin}).plan.check()
+        assert torch.equal(plan.to_dense().expand(2, 4, -1, -1), whole[:, :, 130:])
+
+
 def pairs_lost_by_one_start(q_bucket, k_bucket, block):
     """Visible pairs that a backward loses which takes time to rise from block to block of the sorted queries:
     for each block of sorted keys it begins behind the last query block that lies wholly before them."""

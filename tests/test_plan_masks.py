@@ -129,6 +129,18 @@ def test_ranges_of_a_query_may_overlap_be_empty_and_end_anywhere(Tq, Tk, m, tile
     assert prefix.bits is None
 
 
+@pytest.mark.parametrize("Tq, Tk, tile", [(1, 70, 128), (63, 129, 1), (129, 200, 16), (300, 300, 128)])
+def test_ranges_that_move_forward_need_no_bits(Tq, Tk, tile, generator):
+    lo, hi = torch.randint(Tk + 1, (2, 2, 3, Tq), generator=generator).sort(-1).values
+    plan = Plan.from_intervals(lo, hi, Tk=Tk, moving=True, tile=tile).check()
+    key = torch.arange(Tk)
+    assert torch.equal(plan.to_dense(), (key >= lo[..., None]) & (key < hi[..., None]))
+    assert plan.bits is None
+    if Tq > 1:
+        with pytest.raises(PlanError, match="decreases"):
+            Plan.from_intervals(lo.flip(-1), hi, Tk=Tk, moving=True)
+
+
 def test_what_all_queries_of_a_tile_see_needs_no_bits_wherever_it_begins():
     lo, hi = torch.full((1, 1, 128), 37), torch.full((1, 1, 128), 555)
     plan = Plan.from_intervals(lo, hi, Tk=700)

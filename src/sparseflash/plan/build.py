@@ -410,8 +410,10 @@ def from_buckets(
     tile: int = TILE,
     unit: int = UNIT,
     buckets: int | None = None,
+    q_offset: int | Tensor = 0,
 ) -> Fields:
     """Fields of `Plan.from_buckets`."""
+    q_offset = normal_offset(q_offset)
     q_bucket, k_bucket = _as_bucket(q_bucket, "q_bucket"), _as_bucket(k_bucket, "k_bucket")
     _check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
     require(
@@ -448,8 +450,10 @@ def from_buckets(
         at = torch.arange(Tk, device=row.device)
         run = torch.where(_begins(k_label), at, 0).cummax(-1).values if Tk else k_label
         keys, side = wide(run << 31 | k_token), "right" if include_self else "left"
+        shift = q_offset.long().reshape(-1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
+        first, last = ((edge + shift).clamp(-1, 2**31 - 1) for edge in (first, last))
         reach, sure = (
-            torch.minimum(torch.searchsorted(keys, begin << 31 | edge, side=side), end)
+            torch.minimum(torch.searchsorted(keys, (begin << 31) + edge, side=side), end)
             for edge in (last, first)
         )
     else:
@@ -462,6 +466,7 @@ def from_buckets(
         "unit": unit,
         "causal": causal,
         "include_self": include_self,
+        "q_offset": q_offset,
         "q_order": q_order,
         "k_order": k_token.int(),
         **_pack_spans([begin, sure], [sure, reach], [True, False]),

@@ -109,12 +109,14 @@ class Constructors:
         tile: int = TILE,
         unit: int = UNIT,
         buckets: int | None = None,
+        q_offset: int | Tensor = 0,
     ) -> Plan:
         """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160).
 
         `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
         attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
         `buckets` bounds the number of distinct ids, so that no value has to reach the host (accelerators).
+        `q_offset` is the position of the first query (int, or a tensor, 0-d or [B]).
 
         Examples
         --------
@@ -132,6 +134,7 @@ class Constructors:
                 tile=tile,
                 unit=unit,
                 buckets=buckets,
+                q_offset=q_offset,
             )
         )
 
@@ -237,7 +240,14 @@ class Constructors:
 
     @classmethod
     def from_intervals(
-        cls, lo: Tensor | None, hi: Tensor, *, Tk: int, tile: int = TILE, unit: int = UNIT
+        cls,
+        lo: Tensor | None,
+        hi: Tensor,
+        *,
+        Tk: int,
+        moving: bool = False,
+        tile: int = TILE,
+        unit: int = UNIT,
     ) -> Plan:
         """Each query sees keys `lo ... hi - 1`: any mask whose rows are a few ranges, without the mask.
 
@@ -248,6 +258,9 @@ class Constructors:
             lo` is empty). `lo` of None begins at key 0 and needs no bits: a prefix of every query's own.
         Tk : int
             Number of keys.
+        moving : bool
+            A promise, for one range a query: neither `lo` nor `hi` decreases from a query to the next
+            (windows, documents, chunks, padding). The plan then needs no bits, and no value reaches the host.
 
         Examples
         --------
@@ -256,7 +269,7 @@ class Constructors:
         >>> sf.Plan.from_intervals(lo, hi, Tk=4).to_dense()[0, 0].int().tolist()
         [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
         """
-        return cls._made(**intervals.from_intervals(lo, hi, Tk=Tk, tile=tile, unit=unit))
+        return cls._made(**intervals.from_intervals(lo, hi, Tk=Tk, moving=moving, tile=tile, unit=unit))
 
     @classmethod
     def from_expiry(

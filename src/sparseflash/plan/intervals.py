@@ -40,7 +40,9 @@ def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
     return x
 
 
-def from_intervals(lo: Tensor | None, hi: Tensor, *, Tk: int, tile: int = TILE, unit: int = UNIT) -> Fields:
+def from_intervals(
+    lo: Tensor | None, hi: Tensor, *, Tk: int, moving: bool = False, tile: int = TILE, unit: int = UNIT
+) -> Fields:
     """Fields of `Plan.from_intervals`."""
     _check_options(tile=tile, unit=unit)
     require((is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"), error=PlanError)
@@ -65,6 +67,8 @@ def from_intervals(lo: Tensor | None, hi: Tensor, *, Tk: int, tile: int = TILE, 
             error=PlanError,
         )
     fields = {"Tq": hi.shape[2], "Tk": Tk, "tile": tile, "unit": unit}
+    if moving:
+        return fields | _moving(lo, hi, Tk, tile)
     if lo is None:
         reach = hi if hi.dim() == 3 else hi.amax(-1) if hi.shape[-1] else hi.sum(-1)
         return fields | _prefixes(reach, tile)
@@ -85,6 +89,28 @@ def _prefixes(reach: Tensor, tile: int) -> Fields:
         "q_pos": reach.int() - 1,
         **_pack_spans([zero, first], [first, last], [True, False]),
     }
+
+
+def _moving(lo: Tensor | None, hi: Tensor, Tk: int, tile: int) -> Fields:
+    """One range a query whose ends never move back: rows `k_pos ... k_end - 1` see a key, which is a rule."""
+    hi = hi.flatten(2)
+    lo = torch.zeros_like(hi) if lo is None else lo.flatten(2)
+    if host(lo) and host(hi):
+        still = all(bool((x[..., 1:] >= x[..., :-1]).all()) for x in (lo, hi))
+        require((still, "moving=True: lo or hi decreases from one query to the next"), error=PlanError)
+    Tq = hi.shape[-1]
+    first = torch.arange(0, Tq, tile, device=hi.device)
+    last = (first + (tile - 1)).clamp(max=Tq - 1)
+    left, right = lo[..., first], hi[..., last]
+    inner_left, inner_right = lo[..., last], hi[..., first]
+    whole = inner_left < inner_right  # otherwise no key is seen by all rows: one partial range
+    a, b = torch.where(whole, inner_left, right), torch.where(whole, inner_right, right)
+    spans = _pack_spans([a, left, b], [b, a, right], [True, False, False])
+    if tile == 1 or (isinstance(Tq, int) and Tq == 1):
+        return spans
+    key = torch.arange(Tk, dtype=hi.dtype, device=hi.device).expand(*hi.shape[:-1], -1).contiguous()
+    k_pos, k_end = (torch.searchsorted(x.contiguous(), key, right=True, out_int32=True) for x in (hi, lo))
+    return {"causal": True, "k_pos": k_pos, "k_end": k_end, **spans}
 
 
 def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:

@@ -52,7 +52,8 @@ class HashSparse(Method):
     Notes
     -----
     `ctx`: `q_bucket [B|1, H|1, Tq]` and `k_bucket [B|1, H|1, Tk]`, any integer ids (of all
-    heads, if some are windows, whose ids are ignored), replace the hash.
+    heads, if some are windows, whose ids are ignored), replace the hash; `q_offset`, the position of the
+    first query (int, or a tensor, 0-d or [B]), 0 by default.
 
     A window head is not another plan: the rule `window` may differ from head to head, so hashed and window
     heads run in one kernel call: no slower than two calls whose outputs are concatenated, and faster than a
@@ -117,8 +118,9 @@ class HashSparse(Method):
             (self.causal_heads <= q.shape[1], f"causal_heads={self.causal_heads}: q has {q.shape[1]} heads")
         )
         hashed = q.shape[1] - self.causal_heads
+        q_offset = ctx.get("q_offset", 0)
         if not hashed:
-            return Selection(self._windows(q, k))
+            return Selection(self._windows(q, k, q_offset))
         if given:
             q_bucket, k_bucket, bound = ctx["q_bucket"], ctx["k_bucket"], None
             check_tokens("q_bucket", q_bucket, q.shape[2], q)
@@ -126,7 +128,7 @@ class HashSparse(Method):
         else:
             (q_bucket, k_bucket), bound = self.buckets(q, k), self.nb
         if not self.causal_heads:
-            return Selection(self._bucket_plan(q_bucket, k_bucket, bound))
+            return Selection(self._bucket_plan(q_bucket, k_bucket, bound, q_offset))
         # the sorted keys of a KV head serve its whole group, unless windows begin inside the group
         Hq, Hkv = q.shape[1], k.shape[1]
         whole = self.causal_heads % (Hq // Hkv) == 0 and Hkv % k_bucket.shape[1] == 0
@@ -135,13 +137,18 @@ class HashSparse(Method):
             spread_heads(q_bucket, Hq)[:, :hashed],
             spread_heads(k_bucket, k_heads)[:, : hashed * k_heads // Hq],
             bound,
+            q_offset,
         )
-        return Selection(self._beside(plan, self._windows(q, k), Hq, k_heads))
+        return Selection(self._beside(plan, self._windows(q, k, q_offset), Hq, k_heads))
 
-    def _bucket_plan(self, q_bucket: Tensor, k_bucket: Tensor, bound: int | None) -> Plan:
-        return Plan.from_buckets(q_bucket, k_bucket, include_self=self.include_self, buckets=bound)
+    def _bucket_plan(
+        self, q_bucket: Tensor, k_bucket: Tensor, bound: int | None, q_offset: int | Tensor
+    ) -> Plan:
+        return Plan.from_buckets(
+            q_bucket, k_bucket, include_self=self.include_self, buckets=bound, q_offset=q_offset
+        )
 
-    def _windows(self, q: Tensor, k: Tensor) -> Plan:
+    def _windows(self, q: Tensor, k: Tensor, q_offset: int | Tensor) -> Plan:
         """A causal window. Without the self pair: seen from one position earlier."""
         strict = int(not self.include_self)
         return Plan.dense(
@@ -149,7 +156,7 @@ class HashSparse(Method):
             k.shape[2],
             causal=True,
             window=(self.window - 1 - strict, 0),
-            q_offset=-strict,
+            q_offset=q_offset - strict,
             device=q.device,
         )
 
