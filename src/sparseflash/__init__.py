@@ -1,5 +1,8 @@
 """Every sparse attention method, exact forward and backward, over one small set of fast kernels."""
 
+import importlib
+from typing import Any
+
 # The subpackage first: loading it later would take the function's name.
 from . import backends as _backends  # noqa: F401
 from . import methods
@@ -21,6 +24,14 @@ from .stick_breaking import stick_breaking
 from .varlen import attention_varlen
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`sf.transformers`, loaded when it is first asked for: it imports Transformers."""
+    if name == "transformers":
+        return importlib.import_module("sparseflash.integrations.transformers")
+    raise AttributeError(f"module 'sparseflash' has no attribute {name!r}")
+
 
 __all__ = [
     "BackendError",

@@ -1,0 +1,25 @@
+"""Transformers models on these kernels: `attn_implementation="sparse"`, exact, and methods on top of it.
+
+Importing this package registers an attention function and a mask function under that name, in the two public
+registries. Nothing else of Transformers is touched.
+"""
+
+from __future__ import annotations
+
+from ...errors import SparseFlashError
+
+try:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+except ImportError as missing:
+    raise SparseFlashError(
+        f"Transformers 5 or newer is needed ({missing}): pip install 'sparseflash[transformers]'"
+    ) from missing
+
+from .attention import sparse_attention
+from .mask import SparseMask, sparse_mask
+
+AttentionInterface.register("sparse", sparse_attention)
+AttentionMaskInterface.register("sparse", sparse_mask)
+
+__all__ = ["SparseMask", "sparse_attention", "sparse_mask"]

@@ -1,0 +1,199 @@
+"""The attention function registered as "sparse"."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...decode import decode
+from ...errors import SparseFlashError
+from ...ops import attention
+from ...plan import Plan
+from .mask import SparseMask
+
+FEW = 16
+"""Up to so many queries, without gradients, `decode` is faster than `attention`."""
+
+SETTING = "_sparseflash"
+"""Name of the attribute of an attention module that holds what `sparse(...)` set for it."""
+
+# What models and trainers hand down that changes no attention. Anything else that is not None is refused.
+HARMLESS = frozenset(
+    (
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "max_length_q",
+        "max_length_k",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "logits_to_keep",
+        "labels",
+        "deterministic",
+        "target_dtype",
+        "layer_idx",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "position_embeddings",
+        "seq_idx",
+        "implementation",
+    )
+)
+
+_REFUSED = {
+    "position_bias": "a bias for every pair (T5) is not supported: keep 'sdpa' for this model",
+    "cache": "continuous batching gives a paged cache, which 'sparse' does not read: use generate()",
+    "head_mask": "masks of whole heads are not supported: multiply the output of the heads instead",
+    "output_attentions": "attention weights are never formed: set_attn_implementation('eager') forms them",
+}
+
+
+def sparse_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: SparseMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Exact attention of one layer: dense, or what `sparse(...)` set for this module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer that calls.
+    query, key, value : Tensor
+        `[B,Hq,S,D]`, `[B,Hkv,T,D]`, `[B,Hkv,T,Dv]`.
+    attention_mask : SparseMask, Tensor or None
+        What the model made of the registered mask function, or a 4-d mask of the user's own.
+    dropout, scaling, is_causal, sliding_window, softcap, s_aux, cu_seq_lens_q, cu_seq_lens_k
+        As models give them; `s_aux [Hq]` are sink logits.
+
+    Returns
+    -------
+    (Tensor, None)
+        out `[B,S,Hq,Dv]`; weights are never formed.
+
+    Raises
+    ------
+    SparseFlashError
+        For arguments that would change the result and are not supported. Nothing is ignored in silence.
+    """
+    _refuse(module, dropout, kwargs)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    mask = _as_mask(module, query, key, attention_mask, causal, sliding_window, cu_seq_lens_q, cu_seq_lens_k)
+    if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, one set for all
+        query = query.expand(mask.shape[0], -1, -1, -1)
+    options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    setting = getattr(module, SETTING, None)
+    if setting is not None:
+        out = setting(module, query, key, value, mask, options)
+    else:
+        out = exact(query, key, value, mask.plan, options)
+    return out.transpose(1, 2), None
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, plan: Any, options: dict[str, Any]) -> Tensor:
+    """Attention over a plan, by `decode` where queries are few and nothing learns."""
+    learns = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, options["sink_logits"])
+    )
+    return (decode if q.shape[2] <= FEW and not learns else attention)(q, k, v, plan, **options)
+
+
+def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise SparseFlashError(
+            f"{type(module).__name__}: attention dropout {dropout} is not supported: set attention_dropout=0 "
+            "in the model's config (or call model.eval()), and use dropout on the residual stream"
+        )
+    for name, given in kwargs.items():
+        if name in HARMLESS or given is None or given is False:
+            continue
+        why = _REFUSED.get(
+            name,
+            "it is not known to attn_implementation='sparse'. If it changes nothing, add its name to "
+            "sparseflash.integrations.transformers.HARMLESS.add(...)",
+        )
+        raise SparseFlashError(f"{type(module).__name__} gives {name!r}: {why}")
+
+
+def _as_mask(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    given: SparseMask | Tensor | None,
+    causal: bool,
+    window: int | None,
+    edges: Tensor | None,
+    edges_k: Tensor | None,
+) -> SparseMask:
+    (B, _, S, _), T = query.shape, key.shape[2]
+    B = max(B, key.shape[0])
+    if edges is not None and (given is None or (isinstance(given, SparseMask) and given.plain)):
+        sides = None if window is None else (window - 1, 0 if causal else window - 1)
+        plan = Plan.from_documents(
+            edges, edges_k, Tq=S, Tk=T, causal=causal, window=sides if causal else None
+        )
+        return SparseMask(plan, B, causal=causal)
+    if isinstance(given, SparseMask):
+        if given.shape[2:] != (S, T):
+            raise SparseFlashError(
+                f"{type(module).__name__}: the mask is for {list(given.shape[2:])} tokens, queries and keys "
+                f"are {[S, T]}: the model built it for another cache or length"
+            )
+        return given
+    if given is not None:
+        return _of_tensor(module, given, B, S, T)
+    if causal and S == 1:  # the last token of what the cache holds
+        causal = False
+    if causal and S != T:
+        raise SparseFlashError(
+            f"{type(module).__name__}: causal, {S} queries, {T} keys and no mask: where the queries stand "
+            "among the keys is not known. Give the model an attention_mask"
+        )
+    sides = None if window is None or not causal else (window - 1, 0)
+    plan = Plan.dense(S, T, causal=causal, window=sides, device=query.device)
+    return SparseMask(plan, B, causal=causal, plain=sides is None)
+
+
+_last: list[Any] = [lambda: None, -1, None]
+"""The tensor mask that was read last (a weak reference), its version, and what it became."""
+
+
+def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> SparseMask:
+    """A 4-d mask of the user's, bool or 0 and -inf; read once for all layers."""
+    if _last[0]() is mask and _last[1] == mask._version:
+        return _last[2]
+    keep = mask
+    if mask.dim() != 4 or mask.shape[-2] not in (1, S) or mask.shape[-1] < T:
+        raise SparseFlashError(
+            f"{type(module).__name__}: attention_mask {list(mask.shape)}; expected [B|1, H|1, {S}, {T}]"
+        )
+    if mask.is_floating_point():
+        keep = mask == 0
+        hidden = mask <= -1e4
+        if not bool((keep | hidden).all()):
+            raise SparseFlashError(
+                f"{type(module).__name__}: attention_mask holds numbers that are neither 0 (seen) nor below "
+                "-1e4 (hidden). A bias for every pair is not supported: keep 'sdpa' for this model"
+            )
+    plan = Plan.from_mask(keep[..., :T].bool(), Tq=S, Tk=T)
+    own = torch.arange(S, device=mask.device)[:, None] + (T - S)
+    later = torch.arange(T, device=mask.device) > own
+    made = SparseMask(plan, B, causal=not bool((keep[..., :T] & later).any()), offset=T - S)
+    _last[:] = [weakref.ref(mask), mask._version, made]
+    return made
