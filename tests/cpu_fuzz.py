@@ -78,6 +78,29 @@ def attempt(seed: int) -> bool:
     return True
 
 
+def make_lists(seed: int) -> None:
+    """Read a mask, list units of any numbers, transpose lists of any values: all of it or a refusal."""
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    Tq, Tk, tile, unit = (r.choice((1, 2, 20, 63, 64, 65, 128, 300)) for _ in range(4))
+    mask = torch.rand(2, 1, Tq, Tk, generator=g) < r.choice((0.01, 0.5, 0.99))
+    cpu.lists.read_mask(r.choice((mask, mask.mT.contiguous().mT, mask[:, :, :1].expand_as(mask))), tile, unit)
+    grid = {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": r.random() < 0.5}
+    shape = (2, 1, -(-Tq // tile))
+    listed = torch.rand(*shape, -(-Tk // unit), generator=g) < 0.5
+    cpu.lists.list_units(listed, **grid, unique=True)
+    units = torch.randint(-1, listed.shape[-1], (*shape, 7), generator=g).to(
+        r.choice((torch.int32, torch.int64))
+    )
+    units = garbage(r, g, units) if r.random() < 0.3 else units
+    try:
+        made = cpu.lists.list_units(units, **grid, unique=r.random() < 0.5)
+        lists = [made[n].reshape(2, -1) for n in ("start", "full", "count")]
+        spoiled = [garbage(r, g, x) if r.random() < 0.2 else x for x in (*lists, made["index"])]
+        cpu.lists.transpose(*spoiled, listed.shape[-1])
+    except (ValueError, RuntimeError):  # RuntimeError: counts that make no size
+        return
+
+
 def callers() -> None:
     """Several Python threads, each with the pool or alone, forward and backward."""
     g = torch.Generator().manual_seed(0)
@@ -119,6 +142,8 @@ def main() -> None:
         cpu.build.COMMON = (*cpu.build.COMMON, *extra)
     ran = sum(attempt(seed) for seed in range(given.first, given.last))
     total = given.last - given.first
+    for seed in range(given.first, given.last):
+        make_lists(seed)
     print(f"{total} plans of garbage, {ran} of them run, none harmful, by {cpu.status()[1]}")
     if given.sanitize:
         import cpu_cases

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import BackendError
-from .plan import Plan
+from .plan import Plan, builders
 
 PREFERENCE = ("triton", "cpu", "reference")
 
@@ -246,3 +246,14 @@ def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
             return module
         said += [f"{name}: {reason}" for reason in reasons]
     raise BackendError("no backend can run this call:\n  " + "\n  ".join(said))
+
+
+def _builders() -> builders.Builders | None:
+    """Who makes lists in main memory: the CPU backend, if it runs here and no other one is wanted."""
+    if os.environ.get("SPARSEFLASH_BACKEND", "") not in ("", "cpu"):
+        return None
+    module = _load("cpu")
+    return module.lists if not isinstance(module, str) and module.status()[0] else None
+
+
+builders.offer(_builders)

@@ -6,6 +6,7 @@ no value has to be looked at.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from .build import (
     is_count,
     is_length,
 )
+from .builders import builders
 
 Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
 Kinds = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,6 +70,16 @@ class _Grid:
             whole = whole & (last <= first + self.q_offset)
             gone = gone | (unit_id * self.unit > newest)
         return torch.where(gone, 2, torch.where(whole, 0, 1))
+
+    def lists(
+        self, given: Tensor, candidates: Candidates, capacity: int | None, *, unique: bool = True
+    ) -> Fields:
+        """Unit lists of what is given for each tile, by whoever makes them fastest."""
+        able = capacity is None and isinstance(self.q_offset, int)
+        native = builders(given.numel(), given) if able else None
+        if native is None:
+            return _lists(given, candidates, self.kinds, capacity)
+        return native.list_units(given, **dataclasses.asdict(self), unique=unique)
 
 
 def _lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
@@ -164,10 +176,8 @@ def from_blocks(
         ),
         error=PlanError,
     )
-    units = torch.arange(C, device=keep_blocks.device)
-    fields = _lists(
-        keep_blocks, lambda x: (units.expand(x.shape), x), _Grid(Tq, Tk, tile, unit, causal).kinds, capacity
-    )
+    grid, units = _Grid(Tq, Tk, tile, unit, causal), torch.arange(C, device=keep_blocks.device)
+    fields = grid.lists(keep_blocks, lambda x: (units.expand(x.shape), x), capacity)
     return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
 
 
@@ -213,7 +223,8 @@ def from_keys(
         fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
         return x, (x >= 0) & fresh
 
-    fields = _lists(index, candidates, _Grid(Tq, Tk, tile, unit, causal, q_offset).kinds, capacity)
+    grid = _Grid(Tq, Tk, tile, unit, causal, q_offset)
+    fields = grid.lists(index, candidates, capacity, unique=unique)
     own = {"tile": tile, "unit": unit, "causal": causal, "q_offset": q_offset}
     return {"Tq": Tq, "Tk": Tk, **own, **fields}
 

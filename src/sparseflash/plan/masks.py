@@ -19,11 +19,14 @@ from torch import Tensor
 
 from ..errors import PlanError, require
 from .build import TILE, UNIT, Fields, _check_options, _shape, is_length, pack_words
+from .builders import builders
 
 SLAB = 1 << 22
 """Bytes of a mask that are looked at in one go: small enough to stay in a cache while they are."""
 CARRY = 255
 """Rows whose bytes add up without a carry."""
+PARTIAL, FULL = 1, 2
+"""What a tile sees of a unit: some, all; 0 is nothing."""
 
 
 def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
@@ -65,6 +68,8 @@ def from_mask(
     """Fields of `Plan.from_mask`."""
     _check_options(tile=tile, unit=unit)
     mask = as_mask(mask, Tq, Tk)
+    if native := builders(mask.numel(), mask):
+        return _fields(*native.read_mask(mask, tile, unit), tuple(mask.shape), tile, unit)
     lists = mask.flatten(0, 1)
     return from_rows(lambda of, rows: lists[of, rows], tuple(mask.shape), mask.device, tile=tile, unit=unit)
 
@@ -77,38 +82,50 @@ def from_rows(
     tile: int,
     unit: int,
 ) -> Fields:
-    """Fields of a mask [B,H,Tq,Tk] whose parts `slab_of(lists, rows)`, bool [n,rows,Tk], are made when needed."""
+    """Fields of a mask [B,H,Tq,Tk] whose parts `slab_of(lists, rows)`, bool [n,rows,Tk], are made on demand."""
     B, H, Tq, Tk = shape
     R, C = -(-Tq // tile), -(-Tk // unit)
-    rows = (Tq - torch.arange(R, device=device) * tile).clamp(max=tile)
-    keys = (Tk - torch.arange(C, device=device) * unit).clamp(max=unit)
-    area = rows[:, None] * keys
     size = max(1, tile * C * unit)
     tiles = max(1, min(R, SLAB // size))
     heads = max(1, SLAB // (size * R)) if tiles == R else 1
-    full, part, bits = [], [], []
+    kinds, bits = [torch.zeros(0, C, dtype=torch.uint8, device=device)], []
     for h in range(0, B * H, heads):
         for r in range(0, R, tiles):
             slab = slab_of(slice(h, h + heads), slice(r * tile, (r + tiles) * tile))
-            words = _words(slab, tile, unit)
-            count = _count(words)
-            own = area[r : r + tiles].repeat(count.shape[0] // max(len(area[r : r + tiles]), 1), 1)
-            full.append(count == own)
-            part.append((count > 0) & (count < own))
-            cell, column = part[-1].nonzero(as_tuple=True)
-            bits.append(pack_words(words[cell, :, column]))
-    none = torch.zeros(0, C, dtype=torch.bool, device=device)
-    cell, column = torch.cat([none, *full]).nonzero(as_tuple=True)
+            native = builders(slab.numel(), slab)
+            kind, own = native.read_mask(slab[None], tile, unit) if native else _read(slab, tile, unit)
+            kinds.append(kind)
+            bits += own
+    return _fields(torch.cat(kinds), bits, shape, tile, unit)
+
+
+def _fields(kind: Tensor, bits: list[Tensor], shape: tuple[int, ...], tile: int, unit: int) -> Fields:
+    """Fields of what was read (`Builders.read_mask`)."""
+    B, H, Tq, Tk = shape
+    lead = (B, H, -(-Tq // tile))
+    cell, column = (kind == FULL).nonzero(as_tuple=True)
     span_cell, spans = runs(cell, column * unit, (column + 1) * unit)
-    cell, column = torch.cat([none, *part]).nonzero(as_tuple=True)
+    cell, column = (kind == PARTIAL).nonzero(as_tuple=True)
     return {
         "Tq": Tq,
         "Tk": Tk,
         "tile": tile,
         "unit": unit,
-        **span_lists(span_cell, spans.clamp(max=Tk), (B, H, R)),
-        **bit_lists(cell, column, bits, (B, H, R)),
+        **span_lists(span_cell, spans.clamp(max=Tk), lead),
+        **bit_lists(cell, column, bits, lead),
     }
+
+
+def _read(slab: Tensor, tile: int, unit: int) -> tuple[Tensor, list[Tensor]]:
+    """`Builders.read_mask` of a slab [n,rows,Tk], in PyTorch."""
+    n, Tq, Tk = slab.shape
+    rows = (Tq - torch.arange(0, Tq, tile, device=slab.device)).clamp(max=tile)
+    keys = (Tk - torch.arange(0, Tk, unit, device=slab.device)).clamp(max=unit)
+    words = _words(slab, tile, unit)
+    count = _count(words)
+    kind = (count > 0).to(torch.uint8) + (count == (rows[:, None] * keys).repeat(n, 1))
+    cell, column = (kind == PARTIAL).nonzero(as_tuple=True)
+    return kind, [pack_words(words[cell, :, column])]
 
 
 def _words(slab: Tensor, tile: int, unit: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .builders import builders
+
 if TYPE_CHECKING:
     from .core import KeyLists, Plan
 
@@ -88,6 +90,26 @@ def transpose_units(plan: Plan) -> KeyLists:
     batch, heads, R = plan.count.shape
     columns, lists = -(-plan.k_rows // plan.unit), batch * heads
     starts, fulls, counts = (x.reshape(lists, R) for x in (plan.start, plan.full, plan.count))
+    native = builders(len(plan.index), plan.index, plan.count)
+    transpose = _transpose if native is None else native.transpose
+    start, count, full, index, source = transpose(starts, fulls, counts, plan.index, columns)
+    lead = (batch, heads, columns)
+    return KeyLists(
+        start=start.view(lead),
+        count=count.view(lead),
+        full=full.view(lead),
+        index=index,
+        source=source,
+        until=None,
+        group=plan.unit,
+    )
+
+
+def _transpose(
+    starts: Tensor, fulls: Tensor, counts: Tensor, units: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Builders.transpose` in PyTorch."""
+    lists, R = counts.shape
     most = int(counts.sum(-1).max()) if lists and R else 0
     step = max(1, min(ENTRIES // max(most, 1), 2**29 // max(columns, 1)))
     found: list[tuple[Tensor, ...]] = []
@@ -95,21 +117,12 @@ def transpose_units(plan: Plan) -> KeyLists:
         n, first, sure = (x[at : at + step].flatten() for x in (counts, starts, fulls))
         cell = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32, device=n.device), n)
         slot = torch.arange(len(cell), device=n.device) - (n.cumsum(0) - n)[cell]
-        source = (first[cell] + slot).to(torch.int32 if len(plan.index) < 2**31 else torch.int64)
+        source = (first[cell] + slot).to(torch.int32 if len(units) < 2**31 else torch.int64)
         partial = (slot >= sure[cell]).int()
         total = counts[at : at + step].shape[0] * columns
-        key = ((cell // max(R, 1) * columns + plan.index[source]) * 2 + partial).int()
+        key = ((cell // max(R, 1) * columns + units[source]) * 2 + partial).int()
         met = torch.bincount(key, minlength=2 * total).view(total, 2)
         order = key.sort(stable=True).indices  # entries are met in the order of their tiles, and keep it
         found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
-    lead = (batch, heads, columns)
-    return KeyLists(
-        start=(listed.cumsum(0) - listed).view(lead),
-        count=listed.int().view(lead),
-        full=n_full.int().view(lead),
-        index=index.int(),
-        source=sources,
-        until=None,
-        group=plan.unit,
-    )
+    return listed.cumsum(0) - listed, listed.int(), n_full.int(), index.int(), sources

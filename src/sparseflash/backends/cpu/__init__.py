@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from . import build
+from . import build, lists
 from .call import CODES, View, call_of, names_all, view
 from .indexer import indexer_topk
 from .library import native, run
@@ -24,6 +24,7 @@ __all__ = [
     "indexer_topk",
     "linear_backward",
     "linear_forward",
+    "lists",
     "native",
     "pointwise_backward",
     "pointwise_forward",

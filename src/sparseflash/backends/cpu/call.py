@@ -67,7 +67,7 @@ _PLAN_TENSORS = tuple(
     for name in (*_PLAN_TABLES, *_PLAN_HEADS)
     if name != "q_shift"
 )
-_FAR = 1 << 40  # further than any position
+FAR = 1 << 40  # further than any position
 _VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 
@@ -137,12 +137,12 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
     """Write a plan into its C structure."""
     into.q_rows, into.k_rows, into.tiles = plan.q_rows, plan.k_rows, plan.tiles
     into.tile, into.unit = tile, unit = plan.tile, plan.unit
-    into.causal, into.include_self, into.sink = plan.causal, plan.include_self, min(plan.sink, _FAR)
+    into.causal, into.include_self, into.sink = plan.causal, plan.include_self, min(plan.sink, FAR)
     if plan.window is not None:
         left, right = plan.window
         into.windowed = True
-        into.left = -1 if left is None else min(left, _FAR)
-        into.right = -1 if right is None else min(right, _FAR)
+        into.left = -1 if left is None else min(left, FAR)
+        into.right = -1 if right is None else min(right, FAR)
     given = vars(plan)
     offset = given["q_offset"]
     if isinstance(offset, Tensor):

@@ -74,6 +74,47 @@ struct SfIndexer {
     float *scores;                     // [B,Tq,topk], or null
 };
 
+// Making lists (`lists.h`). A cell is a tile of queries of one (batch, head), numbered in the order [B,H,R].
+
+// A boolean mask [B,H,Tq,Tk], any strides, in bytes; cells `first` to `first + cells - 1` of it are read.
+struct SfMask {
+    int64_t size;                      // of this structure, as the caller knows it
+    const uint8_t *data;
+    int64_t batch, head, row, lane;
+    int64_t B, H, Tq, Tk, tile, unit, first, cells;
+    uint8_t *kind;                     // [cells, units]: 0 nothing is seen, 1 some, 2 all
+    int32_t *partial;                  // [cells]: how many units see some
+    int32_t *bits;                     // [bits_size, tile, words]: theirs, those of a cell from cell * units on
+    int64_t bits_size;
+    int32_t threads;
+};
+
+// Units named for each cell. Without `index` they are counted, with it they are written, full ones first.
+struct SfUnits {
+    int64_t size;
+    const void *given;                 // [cells, width]: unit numbers of 4 or 8 bytes (-1: none), or a byte for every unit
+    int64_t cells, width, tiles, Tq, Tk, tile, unit, q_offset;
+    int32_t id_bytes, causal, unique, threads;  // not unique: named twice is once, and they are sorted
+    int32_t *full, *count;             // [cells]
+    const int64_t *start;              // [cells]
+    int32_t *index;
+    int64_t index_size;
+};
+
+// The transpose of lists of units: entries of (batch, head) l are written at base[l] to base[l + 1] - 1.
+struct SfTranspose {
+    int64_t size;
+    const int64_t *start, *base;       // [lists, tiles], [lists + 1]
+    const int32_t *full, *count;       // [lists, tiles]
+    const int32_t *index;
+    int64_t lists, tiles, columns, index_size, entries;
+    int64_t *to;                       // [lists, columns]: where the entries of a unit begin,
+    int32_t *listed, *sure;            // how many there are, how many of them are full
+    int32_t *met;                      // [entries]: tile
+    void *source;                      // [entries]: place in `index`, of 8 bytes if wide, else of 4
+    int32_t wide, threads;
+};
+
 // Runs body(context, task, thread) for every task; threads share the tasks first come, first served.
 typedef void (*SfBody)(void *context, int64_t task, int thread);
 typedef void (*SfParallel)(int threads, int64_t tasks, SfBody body, void *context);
@@ -90,6 +131,9 @@ struct SfLevel {
     int (*stick_backward)(const SfCall *call, SfParallel parallel);    // gradient; no softcap, no bias
     int (*decode)(const SfCall *call, SfParallel parallel);
     int (*indexer)(const SfIndexer *call, SfParallel parallel);
+    int (*read_mask)(const SfMask *call, SfParallel parallel);  // lists: not at a bf16 level
+    int (*list_units)(const SfUnits *call, SfParallel parallel);
+    int (*transpose)(const SfTranspose *call, SfParallel parallel);
 };
 
 // Scratch memory, 64-byte aligned and uninitialised; kept between calls, since fresh pages cost as much as the work.

@@ -29,11 +29,14 @@
     extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
     extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel); \
     extern "C" int sf_stick_forward_##level(const SfCall *, SfParallel);     \
-    extern "C" int sf_stick_backward_##level(const SfCall *, SfParallel);
+    extern "C" int sf_stick_backward_##level(const SfCall *, SfParallel);    \
+    extern "C" int sf_read_mask_##level(const SfMask *, SfParallel);         \
+    extern "C" int sf_list_units_##level(const SfUnits *, SfParallel);       \
+    extern "C" int sf_transpose_##level(const SfTranspose *, SfParallel);
 #define SF_LEVEL(level)                                                        \
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
      sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level, \
-     sf_indexer_##level},
+     sf_indexer_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -292,6 +295,16 @@ int run_indexer(const SfIndexer *call, int level) {
     }
 }
 
+// Lists, whose pointers, lengths and values `lists.h` checks.
+template <class C> int run_lists(const C *call, int level, int (*SfLevel::*entry)(const C *, SfParallel)) {
+    if (!call || level < 0 || level >= N_LEVELS || call->size != (int64_t)sizeof *call) return 3;
+    try {
+        return (LEVELS[level].*entry)(call, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
 // Released blocks wait here for the next call, up to KEPT bytes.
 struct Block { void *memory; int64_t bytes; };
 #if defined(__SANITIZE_ADDRESS__)  // blocks of their own size, so that one step too far is seen
@@ -383,6 +396,9 @@ SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_li
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 SF_PUBLIC int sf_indexer(const SfIndexer *call, int level) { return run_indexer(call, level); }
 SF_PUBLIC int sf_decode(const SfCall *call, int level) { return run(call, level, DECODE); }
+SF_PUBLIC int sf_read_mask(const SfMask *call, int level) { return run_lists(call, level, &SfLevel::read_mask); }
+SF_PUBLIC int sf_list_units(const SfUnits *call, int level) { return run_lists(call, level, &SfLevel::list_units); }
+SF_PUBLIC int sf_transpose(const SfTranspose *call, int level) { return run_lists(call, level, &SfLevel::transpose); }
 
 // Takes an OpenMP runtime's GOMP_parallel, whose threads then run all tasks; null gives them back to the pool.
 SF_PUBLIC void sf_borrow_threads(void *gomp_parallel) {

@@ -7,6 +7,7 @@
 //   any_greater                  whether a > b in some lane
 //   floorv                       (or fraction and times_power2, where there are instructions for them)
 //   lanes<OP>, lanes_with_bit    tests of 64 integers as 64 bits
+//   nonzero64                    which of 64 bytes are not 0, as 64 bits
 //   pick                         a vector by the bits of a mask
 //   transpose16                  a 16 x 16 block of 32-bit items
 //   halves, to_halves            rows of fp16 to fp32 and back

@@ -37,6 +37,14 @@ inline uint64_t lanes_with_bit(const int32_t *words, int bit) {
         bits |= sign_bits(_mm256_sll_epi32(_mm256_loadu_si256((const __m256i *)(words + 8 * i)), up)) << (8 * i);
     return bits;
 }
+inline uint64_t nonzero64(const uint8_t *p) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 2; i++) {
+        __m256i x = _mm256_loadu_si256((const __m256i *)(p + 32 * i));
+        bits |= (uint64_t)(uint32_t)~_mm256_movemask_epi8(_mm256_cmpeq_epi8(x, _mm256_setzero_si256())) << (32 * i);
+    }
+    return bits;
+}
 // x where the bit of the lane is set, else y (bits of lanes 0..W-1).
 inline vf pick(uint64_t bits, vf x, vf y) {
     __m256i up = _mm256_sllv_epi32(_mm256_set1_epi32((int32_t)bits), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));

@@ -36,6 +36,10 @@ inline uint64_t lanes_with_bit(const int32_t *words, int bit) {
         bits |= (uint64_t)_mm512_test_epi32_mask(_mm512_loadu_si512(words + 16 * i), y) << (16 * i);
     return bits;
 }
+inline uint64_t nonzero64(const uint8_t *p) {
+    __m512i x = _mm512_loadu_si512(p);
+    return (uint64_t)_mm512_test_epi8_mask(x, x);
+}
 // x where the bit of the lane is set, else y (bits of lanes 0..W-1).
 inline vf pick(uint64_t bits, vf x, vf y) { return (vf)_mm512_mask_mov_ps((__m512)y, (__mmask16)bits, (__m512)x); }
 

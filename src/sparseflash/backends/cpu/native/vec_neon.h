@@ -13,19 +13,24 @@ inline vf vmin(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b
 inline vf floorv(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
 inline bool any_greater(vf a, vf b) { return vmaxvq_u32(vcgtq_f32((float32x4_t)a, (float32x4_t)b)) != 0; }
 
-// Bit i says whether yes(vector of lanes 4i'..) holds in lane i: masks become bytes, bytes bits, neighbours are added up.
-template <class Yes> inline uint64_t bits_of_64(const int32_t *q, Yes yes) {
+// 64 bytes, each all ones or 0, as bits: neighbours are added up.
+inline uint64_t bits_of_bytes(const uint8x16_t *x) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull));
+    uint8x16_t low = vpaddq_u8(vandq_u8(x[0], bit), vandq_u8(x[1], bit));
+    uint8x16_t sum = vpaddq_u8(low, vpaddq_u8(vandq_u8(x[2], bit), vandq_u8(x[3], bit)));
+    return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(sum, sum)), 0);
+}
+// Bit i says whether yes(vector of lanes 4i'..) holds in lane i: masks become bytes, bytes bits.
+template <class Yes> inline uint64_t bits_of_64(const int32_t *q, Yes yes) {
     uint8x16_t part[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         const int32_t *x = q + 16 * i;
         uint16x8_t low = vcombine_u16(vmovn_u32(yes(vld1q_s32(x))), vmovn_u32(yes(vld1q_s32(x + 4))));
         uint16x8_t high = vcombine_u16(vmovn_u32(yes(vld1q_s32(x + 8))), vmovn_u32(yes(vld1q_s32(x + 12))));
-        part[i] = vandq_u8(vcombine_u8(vmovn_u16(low), vmovn_u16(high)), bit);
+        part[i] = vcombine_u8(vmovn_u16(low), vmovn_u16(high));
     }
-    uint8x16_t sum = vpaddq_u8(vpaddq_u8(part[0], part[1]), vpaddq_u8(part[2], part[3]));
-    return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(sum, sum)), 0);
+    return bits_of_bytes(part);
 }
 template <Compare OP> inline uint64_t lanes(const int32_t *q, int32_t x) {
     const int32x4_t y = vdupq_n_s32(x);
@@ -37,6 +42,15 @@ template <Compare OP> inline uint64_t lanes(const int32_t *q, int32_t x) {
 inline uint64_t lanes_with_bit(const int32_t *words, int bit) {
     const int32x4_t y = vdupq_n_s32((int32_t)(1u << bit));
     return bits_of_64(words, [y](int32x4_t z) { return vtstq_s32(z, y); });
+}
+inline uint64_t nonzero64(const uint8_t *p) {
+    uint8x16_t part[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        uint8x16_t x = vld1q_u8(p + 16 * i);
+        part[i] = vtstq_u8(x, x);
+    }
+    return bits_of_bytes(part);
 }
 // x where the bit of the lane is set, else y (bits of lanes 0..W-1).
 inline vf pick(uint64_t bits, vf x, vf y) {

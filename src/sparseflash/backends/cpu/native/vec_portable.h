@@ -39,6 +39,11 @@ inline uint64_t lanes_with_bit(const int32_t *words, int bit) {
     for (int i = 0; i < 64; i++) bits |= (uint64_t)(((uint32_t)words[i] >> bit) & 1u) << i;
     return bits;
 }
+inline uint64_t nonzero64(const uint8_t *p) {
+    uint64_t bits = 0;
+    for (int i = 0; i < 64; i++) bits |= (uint64_t)(p[i] != 0) << i;
+    return bits;
+}
 // x where the bit of the lane is set, else y (bits of lanes 0..W-1).
 inline vf pick(uint64_t bits, vf x, vf y) {
     static const int32_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
