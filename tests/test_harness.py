@@ -116,7 +116,7 @@ def test_names_that_are_none_are_told_with_the_nearest():
 
 
 class Meter:
-    """A counter of a machine that takes 5 W, and 20 W more while something runs; time stands still otherwise."""
+    """A counter of a machine that takes 5 W, and 20 W more while something runs."""
 
     name, now, energy = "fake", 0.0, 0.0
 

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "decode": OPS,
     "jagged": (*OPS, "pointwise"),
     "packing": (*CORE, "inputs"),
+    "explain": (*CORE, "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),
     "methods": METHOD,
     "calibrate": (*METHOD, "methods"),

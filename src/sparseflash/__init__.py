@@ -9,6 +9,7 @@ from . import methods
 from .decode import decode
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
+from .explain import explain
 from .indexer import indexer_topk
 from .indexer_loss import indexer_kl_loss
 from .jagged import jagged_attention
@@ -46,6 +47,7 @@ __all__ = [
     "backends",
     "decode",
     "cu_seqlens_of",
+    "explain",
     "hash_sparse_attention",
     "indexer_kl_loss",
     "indexer_topk",

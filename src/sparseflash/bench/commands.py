@@ -258,6 +258,42 @@ def bench_masks(
     )
 
 
+@bench.command("breakeven")
+def bench_breakeven(
+    out: Out = RESULTS / "breakeven.csv",
+    lengths: Lengths = "512,1024,2048,4096",
+    dims: Annotated[str, typer.Option(help="Dimensions of a head, separated by commas.")] = "32,64,128",
+    dtypes: Dtypes = "fp32",
+    rounds: Rounds = 5,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Find the densities below which sparse beats dense here, and the costs for sparseflash.explain."""
+    from sparseflash.bench import session
+
+    session.breakeven(
+        out,
+        lengths=_integers(lengths),
+        dims=_integers(dims),
+        dtypes=_words(dtypes),
+        rounds=rounds,
+        minutes=minutes,
+    )
+
+
+@bench.command("mqar")
+def bench_mqar(
+    out: Out = RESULTS / "mqar.csv",
+    cases: Annotated[str, typer.Option(help="Attentions, separated by semicolons; by default all.")] = "",
+    steps: Annotated[int, typer.Option(help="Optimiser steps at most, for every learning rate.")] = 400,
+    seed: Annotated[int, typer.Option(help="Weights, rows and random planes.")] = 0,
+) -> None:
+    """Train on associative recall: what can look up, and what cannot. Exit status 1 if the gate fails."""
+    from sparseflash.bench import session
+
+    names = [name.strip() for name in cases.split(";") if name.strip()]
+    raise typer.Exit(0 if session.mqar(out, names=names, steps=steps, seed=seed) else 1)
+
+
 @bench.command("plan-costs")
 def bench_plan_costs(
     out: Out = RESULTS / "plan-costs.csv",

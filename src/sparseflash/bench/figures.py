@@ -72,6 +72,14 @@ RECIPES: dict[str, Lines | Bars] = {
         "over_sdpa", "token rate over padded SDPA", labels=("mix", "case"), split=("what", "dtype")
     ),
     "masks": Bars("ratio", "times faster than torch SDPA with the mask", labels=("case",), split=("T",)),
+    "mqar": Bars("accuracy", "questions answered right, unseen rows", labels=("case", "lr"), mark=0.99),
+    "breakeven": Lines(
+        "density",
+        "gain",
+        "visible share",
+        "times faster than torch SDPA",
+        split=("direction", "dtype", "dim"),
+    ),
     "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
 }
 """How the rows of a benchmark are drawn, by their column `bench`."""

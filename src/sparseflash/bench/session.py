@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from sparseflash.bench import breakeven as breakeven_
 from sparseflash.bench import cases, figures, harness, results
 from sparseflash.bench import compare as compare_
 from sparseflash.bench import curves as curves_
@@ -13,6 +14,7 @@ from sparseflash.bench import energy as energy_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
 from sparseflash.bench import masks as masks_
+from sparseflash.bench import mqar as mqar_
 from sparseflash.bench import ops as ops_
 from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
@@ -100,6 +102,62 @@ def energy() -> bool:
     x = torch.randn(1024, 1024, device=device)
     wrong = energy_.self_test(lambda: x @ x, meter)
     print(f"energy: {meter.name}: " + ("; ".join(wrong) or "linear in time, idle is idle"))
+    return not wrong
+
+
+def breakeven(
+    out: Path,
+    *,
+    lengths: Sequence[int],
+    dims: Sequence[int],
+    dtypes: Sequence[str],
+    rounds: int,
+    minutes: float,
+) -> None:
+    """Measure where sparse beats dense into `out`, and leave the costs that `explain` reads."""
+    _known(*dtypes)
+    _positive(lengths)
+    rows = _watch(
+        "breakeven",
+        out,
+        lambda on_run: breakeven_.measure(
+            lengths=lengths, dims=dims, dtypes=dtypes, rounds=rounds, minutes=minutes, on_run=on_run
+        ),
+    )
+    costs = breakeven_.fitted(rows)
+    rows = list(breakeven_.predicted(rows, costs))
+    results.write(out, rows)
+    edges = breakeven_.edges(rows)
+    results.write(out.with_stem(f"{out.stem}-edges"), edges)
+    _finish(edges, out, ("case", "T", "direction", "dtype", "edge", "note"))
+    figures.redraw(out)
+    off = sorted(abs(row["off"]) for row in rows if row["held_out"])
+    middle, close = off[len(off) // 2], sum(x <= 0.25 for x in off) / len(off)
+    print(
+        f"gain predicted for {len(off)} points left out of the fit: off by {middle:.0%} in the median, "
+        f"{close:.0%} of them by at most 25 %, {off[-1]:.0%} at most"
+    )
+    print(f"{costs.save()}: costs for sparseflash.explain")
+
+
+def mqar(out: Path, *, names: Sequence[str], steps: int, seed: int) -> bool:
+    """Train on associative recall into `out`; whether what has to solve it does, and nothing else."""
+    for name in names:
+        if name not in mqar_.ATTENTIONS:
+            raise SparseFlashError(f"--cases has {name!r}; choose from: {'; '.join(mqar_.ATTENTIONS)}")
+    rows = _watch(
+        "mqar",
+        out,
+        lambda on_run: mqar_.measure(
+            attentions=names or tuple(mqar_.ATTENTIONS), steps=steps, seed=seed, on_run=on_run
+        ),
+    )
+    _finish(rows, out, ("case", "lr", "accuracy", "best", "steps", "seconds", "density"))
+    figures.redraw(out)
+    wrong = mqar_.verdict(rows)
+    print(
+        "; ".join(wrong) or "as it has to be: " + ", ".join(mqar_.MUST_SOLVE) + " solve it, nothing else does"
+    )
     return not wrong
 
 
