@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -45,21 +46,25 @@ def features(plan: Plans, q: Tensor, k: Tensor) -> list[float]:
 
 
 def fit(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Costs, none negative, that minimise the sum of squared relative errors."""
+    """Costs, none negative, that minimise the sum of squared relative errors.
+
+    There are few terms, so every choice of those that are not 0 is solved for.
+    """
     y = torch.tensor(seconds, dtype=torch.float64)
     x = torch.tensor(points, dtype=torch.float64) / y[:, None]
-    size = x.abs().amax(0).clamp_min(1e-300)
-    chosen = [n for n in range(x.shape[1]) if bool(x[:, n].any())]
-    while chosen:
-        cost = torch.linalg.lstsq(x[:, chosen] / size[chosen], torch.ones(len(y), 1, dtype=x.dtype)).solution
-        worst = int(cost.argmin())
-        if cost[worst] >= 0:
-            break
-        del chosen[worst]
-    found = [0.0] * x.shape[1]
-    for n, value in zip(chosen, (cost[:, 0] / size[chosen]).tolist() if chosen else ()):
-        found[n] = value
-    return found
+    size = x.abs().amax(0)
+    x, one = x / size.clamp_min(1e-300), torch.ones(len(y), 1, dtype=torch.float64)
+    used = [n for n in range(x.shape[1]) if size[n] > 0]
+    best, least = [0.0] * x.shape[1], float(len(y))
+    for count in range(1, len(used) + 1):
+        for chosen in map(list, combinations(used, count)):
+            cost = torch.linalg.lstsq(x[:, chosen], one, driver="gelsd").solution
+            error = float((x[:, chosen] @ cost - one).square().sum())
+            if error < least and bool((cost >= 0).all()):
+                best, least = [0.0] * x.shape[1], error
+                for n, value in zip(chosen, (cost[:, 0] / size[chosen]).tolist()):
+                    best[n] = value
+    return best
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,8 @@ class Explanation:
         return (
             f"{self.gain:.2g} x dense: {self.seconds * 1e3:.3g} ms expected, "
             f"{self.dense_seconds * 1e3:.3g} ms for torch SDPA; {wins} wins. Most of it is "
-            f"{what[self.dominates]} ({self.shares[self.dominates]:.0%}). {self.visited:.0%} of the causal area is visited; {when}."
+            f"{what[self.dominates]} ({self.shares[self.dominates]:.0%}). "
+            f"{self.visited:.0%} of the causal area is visited; {when}."
         )
 
 
