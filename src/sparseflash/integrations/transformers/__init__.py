@@ -16,10 +16,20 @@ except ImportError as missing:
         f"Transformers 5 or newer is needed ({missing}): pip install 'sparseflash[transformers]'"
     ) from missing
 
-from .attention import sparse_attention
+from .attention import HARMLESS, sparse_attention
+from .control import sparse
+from .layers import Layer, attention_layers
 from .mask import SparseMask, sparse_mask
 
 AttentionInterface.register("sparse", sparse_attention)
 AttentionMaskInterface.register("sparse", sparse_mask)
 
-__all__ = ["SparseMask", "sparse_attention", "sparse_mask"]
+__all__ = [
+    "HARMLESS",
+    "Layer",
+    "SparseMask",
+    "attention_layers",
+    "sparse",
+    "sparse_attention",
+    "sparse_mask",
+]

@@ -143,12 +143,14 @@ def _as_mask(
 ) -> SparseMask:
     (B, _, S, _), T = query.shape, key.shape[2]
     B = max(B, key.shape[0])
-    if edges is not None and (given is None or (isinstance(given, SparseMask) and given.plain)):
+    if edges is not None and (
+        given is None or (isinstance(given, SparseMask) and given.plain and given.first is None)
+    ):
         sides = None if window is None else (window - 1, 0 if causal else window - 1)
         plan = Plan.from_documents(
             edges, edges_k, Tq=S, Tk=T, causal=causal, window=sides if causal else None
         )
-        return SparseMask(plan, B, causal=causal)
+        return SparseMask(plan, B, causal=causal, documents=len(edges) > 2)
     if isinstance(given, SparseMask):
         if given.shape[2:] != (S, T):
             raise SparseFlashError(

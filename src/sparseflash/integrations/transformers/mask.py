@@ -37,7 +37,13 @@ class SparseMask:
     offset : int or Tensor
         Position of the first query, counted from the first key.
     plain : bool
-        Whether causality (or, without it, nothing) is all there is: no padding, documents or windows.
+        Whether causality (or, without it, nothing) is all there is beside padding at the ends: no documents,
+        windows or holes.
+    first : Tensor, optional
+        `[B]`: where the tokens of each sequence begin behind padding on the left.
+    documents : bool or None
+        Whether some query is the first of a document or chunk, and sees nothing before itself. None: not
+        known, in a trace.
     """
 
     ndim = 4
@@ -45,9 +51,18 @@ class SparseMask:
     is_floating_point = staticmethod(lambda: False)
 
     def __init__(
-        self, plan: Plan, batch: int, *, causal: bool, offset: int | Tensor = 0, plain: bool = False
+        self,
+        plan: Plan,
+        batch: int,
+        *,
+        causal: bool,
+        offset: int | Tensor = 0,
+        plain: bool = False,
+        first: Tensor | None = None,
+        documents: bool | None = False,
     ) -> None:
-        self.plan, self.causal, self.offset, self.plain = plan, causal, offset, plain
+        self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
+        self.documents = documents
         self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
 
     @property
@@ -72,9 +87,15 @@ class SparseMask:
         device = torch._C._nn._parse_to(*args, **options)[0]
         if device is None or device == self.device:
             return self
-        offset = self.offset.to(device) if isinstance(self.offset, Tensor) else self.offset
+        offset, first = (x.to(device) if isinstance(x, Tensor) else x for x in (self.offset, self.first))
         return SparseMask(
-            self.plan.to(device), self.shape[0], causal=self.causal, offset=offset, plain=self.plain
+            self.plan.to(device),
+            self.shape[0],
+            causal=self.causal,
+            offset=offset,
+            plain=self.plain,
+            first=first,
+            documents=self.documents,
         )
 
     def to_dense(self) -> Tensor:
@@ -128,11 +149,10 @@ def sparse_mask(
     padding = _padding(attention_mask, kv_length, kv_offset)
     causal = mask_function is causal_mask_function
     offset = q_offset - kv_offset
+    if isinstance(offset, Tensor):
+        offset = int(offset) if _host(offset) else offset.to(torch.int32)
     if padding is None and (causal or mask_function is bidirectional_mask_function):
-        offset_of = offset.to(torch.int32) if isinstance(offset, Tensor) else offset
-        plan = Plan.dense(
-            q_length, kv_length, causal=causal, q_offset=offset_of if causal else 0, device=device
-        )
+        plan = Plan.dense(q_length, kv_length, causal=causal, q_offset=offset if causal else 0, device=device)
         return SparseMask(plan, batch_size, causal=causal, offset=offset, plain=True)
 
     query = torch.arange(q_length, device=device) + offset  # counted from the first key
@@ -148,6 +168,7 @@ def sparse_mask(
         found = mask_function(batch, head, at, key[:, None] + kv_offset)
         return found.expand(batch_size, 1, q_length, key.shape[-1])[:, 0]
 
+    simple = causal or mask_function is bidirectional_mask_function
     if causal:
         lo, hi = torch.zeros_like(query)[None], (query + 1).clamp(0, kv_length)[None]
     else:
@@ -160,8 +181,14 @@ def sparse_mask(
                 mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device
             )
             return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset)
-    plan = _padded(lo, hi, padding, kv_length)
-    return SparseMask(plan, batch_size, causal=causal, offset=offset)
+    documents = None if torch.compiler.is_compiling() else False
+    if not simple and documents is not None:
+        documents = bool(((lo == query) & (hi > lo) & (query > 0)).any())
+    plan, first = _padded(lo, hi, padding, kv_length)
+    plain = simple and first is not None
+    return SparseMask(
+        plan, batch_size, causal=causal, offset=offset, plain=plain, first=first, documents=documents
+    )
 
 
 def _host(x: Tensor) -> bool:
@@ -232,10 +259,10 @@ def _hold(sees: Sees, lo: Tensor, hi: Tensor, batch: int, Tk: int) -> bool:
     return bool((sees(key) == inside).all())
 
 
-def _padded(lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int) -> Plan:
-    """Ranges [B|1, S] without the keys that are padding [B, Tk]."""
+def _padded(lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int) -> tuple[Plan, Tensor | None]:
+    """Ranges [B|1, S] without padding [B, Tk]; and the first key, where padding is at the ends alone."""
     if padding is None:
-        return Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
+        return Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True), None
     key = torch.arange(Tk, device=padding.device)
     first = torch.where(padding, key, Tk).amin(-1, keepdim=True)
     last = torch.where(padding, key + 1, 0).amax(-1, keepdim=True)
@@ -244,15 +271,16 @@ def _padded(lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int) -> Plan:
     plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
     solid = padding.sum(-1, keepdim=True) == (last - first).clamp(min=0)
     if _host(solid) and bool(solid.all()):
-        return plan
+        return plan, torch.minimum(first, last)[:, 0]
     # padding between tokens: a label for each key, and a test of each pair where there is some
     assert plan.span_full is not None
-    return dataclasses.replace(
+    holed = dataclasses.replace(
         plan,
         k_seg=torch.where(padding, ANY, NONE).int()[:, None],
         q_seg=torch.full((1, 1, plan.Tq), ANY, dtype=torch.int32, device=padding.device),
         span_full=torch.where(solid[..., None], plan.span_full, 0).int(),
     )
+    return holed, None
 
 
 def _any_plan(

@@ -1,0 +1,286 @@
+"""`sparse(model, ...)`: methods for chosen layers and phases of a model, for as long as a block runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...decode import decode as decode_op
+from ...errors import SparseFlashError
+from ...method import Method
+from ...ops import attention
+from .attention import FEW, SETTING, exact
+from .layers import Layer, chosen
+from .mask import SparseMask
+
+Heads = Sequence[Method | None]
+Choice = Method | Heads | Mapping[int, Any] | None
+
+PHASES = {"prefill": ("prefill", "training"), "decode": ("decode",)}
+"""What a method must be for, to serve a phase of a model."""
+
+
+@contextmanager
+def sparse(
+    model: nn.Module,
+    prefill: Choice = None,
+    decode: Choice = None,
+    layers: Iterable[int | str] | int | str | None = None,
+) -> Iterator[nn.Module]:
+    """Let methods decide what chosen layers of a Transformers model see; everything is as before afterwards.
+
+    Inside the block the model runs on `attn_implementation="sparse"`: exactly as before where no method is
+    set. Blocks nest: the inner one decides for its layers. A backward pass belongs inside the block where
+    layers are checkpointed, since it computes them again.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any model whose layers use Transformers' attention registry.
+    prefill : Method, sequence or mapping, optional
+        For calls of several queries: prompts, chunks of them, training. A method; a sequence with a method
+        (or None: dense) for each query head; or a mapping from the number of a layer to either, whose other
+        layers stay dense.
+    decode : likewise, optional
+        For calls of one query over a cache. None: dense.
+    layers : int, str or iterable, optional
+        Layers by number or by name (`*` matches anything). None: all that have no window of their own.
+
+    Yields
+    ------
+    PreTrainedModel
+        The model.
+
+    Raises
+    ------
+    SparseFlashError
+        For a model without the registry, a layer that is not there, a method that is not for a phase; and
+        when the model runs, for a method that is not defined for its attention.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> window = sf.methods.SinkWindow(window=16)
+    >>> with sf.transformers.sparse(model, prefill=sf.methods.HashSparse(nb=4), decode=window):
+    ...     logits = model(torch.arange(3, 40)[None]).logits
+    >>> logits.shape
+    torch.Size([1, 37, 32000])
+    """
+    named = [x for x in (prefill, decode) if isinstance(x, Mapping)]
+    if layers is None and named and all(x is None or isinstance(x, Mapping) for x in (prefill, decode)):
+        layers = sorted(set().union(*named))
+    picked = chosen(model, layers)
+    numbers = [layer.index for layer in picked]
+    for choice in named:
+        if strange := set(choice) - set(numbers):
+            raise SparseFlashError(f"methods for the layers {sorted(strange)}, which are not among {numbers}")
+    settings = [_setting(layer, prefill, decode) for layer in picked]
+    with on_sparse(model), attached(picked, settings):
+        yield model
+
+
+@contextmanager
+def attached(layers: Sequence[Layer], settings: Sequence[Any]) -> Iterator[None]:
+    """Settings on the modules of layers, and what was there before afterwards."""
+    before = [getattr(layer.module, SETTING, None) for layer in layers]
+    try:
+        for layer, setting in zip(layers, settings):
+            setattr(layer.module, SETTING, setting)
+        yield
+    finally:
+        for layer, old in zip(layers, before):
+            setattr(layer.module, SETTING, old)
+
+
+@contextmanager
+def on_sparse(model: Any) -> Iterator[None]:
+    """The model on `attn_implementation="sparse"`, and on its own again afterwards."""
+    config = model.config
+    parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
+    before = {"": config._attn_implementation} | {key: x._attn_implementation for key, x in parts.items()}
+    try:
+        if set(before.values()) != {"sparse"}:
+            model.set_attn_implementation("sparse")
+        if config._attn_implementation != "sparse":
+            raise SparseFlashError(
+                f"{type(model).__name__} keeps attn_implementation={config._attn_implementation!r}: its "
+                "class does not follow Transformers' attention registry. Use one that calls "
+                "ALL_ATTENTION_FUNCTIONS"
+            )
+        yield
+    finally:
+        if set(before.values()) != {"sparse"}:
+            model.set_attn_implementation(before if parts else before[""])
+
+
+def _setting(layer: Layer, prefill: Choice, decode: Choice) -> Setting:
+    own = [x.get(layer.index) if isinstance(x, Mapping) else x for x in (prefill, decode)]
+    for (phase, able), choice in zip(PHASES.items(), own):
+        for method in choice if isinstance(choice, Sequence) else [choice]:
+            if method is None:
+                continue
+            if not isinstance(method, Method):
+                raise SparseFlashError(
+                    f"{phase}={method!r}: expected a method, such as sf.methods.SinkWindow(window=512), a "
+                    "sequence with one for each head, or a mapping from layer numbers to them"
+                )
+            if method.phases and not set(able) & set(method.phases):
+                raise SparseFlashError(
+                    f"{phase}={method!r}: this method is for {', '.join(method.phases)}, not for {phase}"
+                )
+    return Setting(layer, *own)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+    """What one layer does in each phase; the attention function calls it."""
+
+    layer: Layer
+    prefill: Method | Heads | None = None
+    decode: Method | Heads | None = None
+    watch: Callable[..., None] | None = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: SparseMask,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Attention of this layer, out `[B,Hq,S,Dv]`."""
+        choice = self.decode if q.shape[2] == 1 and k.shape[2] > 1 else self.prefill
+        if isinstance(choice, Sequence):
+            return self._by_head(choice, q, k, v, mask, options)
+        return self._attend(choice, q, k, v, mask, options, range(q.shape[1]))
+
+    def _by_head(
+        self,
+        choice: Heads,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: SparseMask,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """One call for all heads that share a method."""
+        H, group = q.shape[1], q.shape[1] // k.shape[1]
+        if len(choice) != H:
+            raise SparseFlashError(f"{self.layer.name}: {len(choice)} methods for {H} query heads")
+        parts, order = [], []
+        for method in dict.fromkeys(choice):
+            heads = [h for h in range(H) if choice[h] == method]
+            at = torch.tensor(heads, device=q.device)
+            sinks = options["sink_logits"]
+            own = {**options, "sink_logits": None if sinks is None else sinks[at]}
+            kv = at // group
+            parts.append(self._attend(method, q[:, at], k[:, kv], v[:, kv], mask, own, heads))
+            order += heads
+        return torch.cat(parts, 1)[:, torch.tensor(order, device=q.device).argsort()]
+
+    def _attend(
+        self,
+        method: Method | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: SparseMask,
+        options: dict[str, Any],
+        heads: Sequence[int],
+    ) -> Tensor:
+        plan: Any = mask.plan
+        if method is None:
+            if self.watch is not None:
+                self.watch(self.layer, heads, q, k, plan, plan, options)
+            return exact(q, k, v, plan, options)
+        self._check(method, mask)
+        offset = mask.offset
+        if mask.first is not None:  # keys of padding on the left go behind all others, where nobody sees them
+            k, v = (_forward(x, mask.first) for x in (k, v))
+            offset = (mask.offset - mask.first).int()
+        ctx = {"v": v, "q_offset": offset, "layer": self.layer.index}
+        try:
+            selection = method.select(q, k, ctx)
+        except SparseFlashError as fault:
+            raise SparseFlashError(f"{self.layer.name}, {method!r}: {fault}") from fault
+        plan = tuple(self._within(method, one, mask, offset) for one in _plans(selection.plan))
+        if self.watch is not None:
+            self.watch(self.layer, heads, q, k, plan, self._dense(mask, q, k, offset), options)
+        if selection.key_bias is not None:
+            options = {**options, "key_bias": selection.key_bias}
+        given = [x for x in (q, k, v, *options.values()) if isinstance(x, Tensor)]
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+        op: Any = decode_op if q.shape[2] <= FEW and not learns else attention
+        out, lse = method.finish(*op(q, k, v, plan, return_lse=True, **options), v)
+        return out if selection.gate is None else out * selection.gate[..., None].to(out.dtype)
+
+    def _dense(self, mask: SparseMask, q: Tensor, k: Tensor, offset: int | Tensor) -> Any:
+        """All that the model lets this layer see, for keys that were moved to the front."""
+        if mask.first is None:
+            return mask.plan
+        return type(mask.plan).dense(
+            q.shape[2], k.shape[2], causal=mask.causal, q_offset=offset, device=q.device
+        )
+
+    def _check(self, method: Method, mask: SparseMask) -> None:
+        if mask.documents is None:
+            raise SparseFlashError(
+                f"{self.layer.name}: {method!r} under torch.compile, with a mask whose values are not known "
+                "while it traces: compile the dense model, or run methods without compiling"
+            )
+        if mask.documents:
+            raise SparseFlashError(
+                f"{self.layer.name}: {method!r} on packed documents or chunks: what a method means there is "
+                "not defined. Give it one document a row (padded on either side), or leave this layer dense"
+            )
+        if mask.first is not None and not mask.causal:
+            raise SparseFlashError(
+                f"{self.layer.name}: {method!r} on a bidirectional layer with padding: give it rows of one "
+                "length"
+            )
+
+    def _within(self, method: Method, plan: Any, mask: SparseMask, offset: int | Tensor) -> Any:
+        """The plan without what the model hides."""
+        if plan.causal and not mask.causal:
+            raise SparseFlashError(
+                f"{self.layer.name} is bidirectional (or attends to another sequence), {method!r} is causal: "
+                "choose other layers, or a method with causal=False"
+            )
+        if plan.causal and plan.q_pos is None and not _same(plan.q_offset, offset):
+            raise SparseFlashError(
+                f"{self.layer.name}: {method!r} does not take queries that begin behind a cache "
+                "(ctx['q_offset']): give it whole prompts without padding on the left"
+            )
+        if mask.plain and plan.causal == mask.causal:
+            return plan
+        return plan & mask.plan
+
+
+def _plans(plan: Any) -> tuple[Any, ...]:
+    return tuple(plan) if isinstance(plan, (tuple, list)) else (plan,)
+
+
+def _same(a: int | Tensor, b: int | Tensor) -> bool:
+    """Whether two offsets are equal, as far as that can be seen without waiting for a device."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    given = [x for x in (a, b) if isinstance(x, Tensor)]
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in given):
+        return len(given) == 2
+    return bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+
+
+def _forward(x: Tensor, first: Tensor) -> Tensor:
+    """Keys or values `[B,H,T,D]` with the token `first [B]` in front, and what was before it behind."""
+    T = x.shape[2]
+    at = (torch.arange(T, device=x.device) + first[:, None]) % T
+    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,216 @@
+"""`sparse(model, ...)`: methods in chosen layers, phases and heads of a model, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+hf = pytest.importorskip("transformers")
+
+import sparseflash as sf  # noqa: E402
+from sparseflash.method import Method, Selection  # noqa: E402
+from test_transformers import T, close, model, padded, tokens  # noqa: E402
+from transformer_models import FAMILIES, tiny  # noqa: E402
+
+WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)
+HASHED = sf.methods.HashSparse(nb=4, causal_heads=2, window=16)
+FULL = (sf.methods.HashSparse(nb=1), sf.methods.SinkWindow(window=1 << 20))
+
+
+def logits(one, **inputs):
+    with torch.no_grad():
+        return one(**inputs).logits
+
+
+def own(family):
+    """The family's model, on its own attention."""
+    one = model(family)
+    one.set_attn_implementation(FAMILIES[family][3])
+    return one
+
+
+def positions(mask):
+    """The positions that generate() gives padded sequences."""
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def prefilled(one, method, ids, **inputs):
+    with sf.transformers.sparse(one, prefill=method):
+        return logits(one, input_ids=ids, **inputs)
+
+
+@pytest.mark.parametrize("method", FULL, ids=repr)
+@pytest.mark.parametrize("family", ["llama", "gpt-oss", "deepseek-v3", "gemma2"])
+def test_a_full_budget_is_the_model_itself(family, method):
+    one = own(family)
+    for inputs in ({}, {"attention_mask": padded("left")}):
+        want = logits(one, input_ids=tokens(), **inputs)
+        at = inputs["attention_mask"].bool() if inputs else None
+        close(prefilled(one, method, tokens(), **inputs), want, at)
+
+
+def test_a_method_sees_what_a_mask_of_it_lets_see():
+    one = own("llama")
+    mask = WINDOW.select(torch.zeros(1, 4, T, 16), torch.zeros(1, 2, T, 16)).plan.to_dense()
+    want = logits(one, input_ids=tokens(), attention_mask=mask.expand(2, 1, -1, -1))
+    close(prefilled(one, WINDOW, tokens()), want)
+    assert float((want - logits(one, input_ids=tokens())).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("method", [WINDOW, HASHED], ids=["sink-window", "hash-sparse"])
+def test_padding_changes_nothing(method):
+    one, mask = own("llama"), padded("left")
+    got = prefilled(one, method, tokens(), **positions(mask))
+    close(got[0], prefilled(one, method, tokens())[0])
+    close(got[1:, T - 87 :], prefilled(one, method, tokens()[1:, T - 87 :]))
+    right = prefilled(one, method, tokens(), attention_mask=padded("right"))
+    close(right[1:, :87], prefilled(one, method, tokens()[1:, :87]))
+
+
+@pytest.mark.parametrize("method", [WINDOW, HASHED], ids=["sink-window", "hash-sparse"])
+def test_a_prompt_in_chunks_is_the_whole_prompt(method):
+    one, ids, mask, cache, parts = model("llama"), tokens(), padded("left"), hf.DynamicCache(), []
+    with sf.transformers.sparse(one, prefill=method):
+        want = logits(one, input_ids=ids, attention_mask=mask)
+        for a, b in ((0, 64), (64, 150)):
+            inputs = {"input_ids": ids[:, a:b], "attention_mask": mask[:, :b], "past_key_values": cache}
+            parts.append(logits(one, **inputs))
+    close(torch.cat(parts, 1), want, mask.bool())
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_decoding_continues_what_prefill_began(how):
+    """Token by token over a cache, left padding included, is what one call over all tokens gives."""
+    one, ids = model("llama"), tokens()
+    with sf.transformers.sparse(one, prefill=WINDOW, decode=WINDOW):
+        out = one.generate(
+            ids,
+            attention_mask=padded("left"),
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            disable_compile=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **how,
+        )
+        if "num_beams" in how:
+            return
+        mask = torch.nn.functional.pad(padded("left"), (0, 6), value=1)
+        want = logits(one, input_ids=out.sequences, **positions(mask))
+    close(torch.stack(out.logits, 1), want[:, T - 1 : -1])
+
+
+def test_training_under_a_method_has_exact_gradients():
+    """Against autograd through the stock model under the dense mask of the method; checkpointed too."""
+    one, ids = tiny("llama").train(), tokens()
+    mask = WINDOW.select(torch.zeros(1, 4, T, 16), torch.zeros(1, 2, T, 16)).plan.to_dense()
+
+    def gradients(**inputs):
+        one.zero_grad()
+        one(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
+        return {n: x.grad.clone() for n, x in one.named_parameters()}
+
+    want = gradients(attention_mask=mask.expand(2, 1, -1, -1))
+    for checkpointed in (False, True):
+        if checkpointed:
+            one.gradient_checkpointing_enable()
+        with sf.transformers.sparse(one, prefill=WINDOW):
+            got = gradients()
+        for name, x in want.items():
+            close(got[name], x, what=name)
+
+
+def test_layers_and_heads_have_methods_of_their_own():
+    one, ids = own("llama"), tokens()
+    dense, all_of_it = logits(one, input_ids=ids), prefilled(one, WINDOW, ids)
+    with sf.transformers.sparse(one, prefill=WINDOW, layers=[]):
+        close(logits(one, input_ids=ids), dense)
+    with sf.transformers.sparse(one, prefill={0: WINDOW, 1: [WINDOW] * 4}):
+        close(logits(one, input_ids=ids), all_of_it)
+    with sf.transformers.sparse(one, prefill=WINDOW, layers="*layers.1.*"):
+        by_name = logits(one, input_ids=ids)
+    with sf.transformers.sparse(one, prefill={1: WINDOW}):
+        close(logits(one, input_ids=ids), by_name)
+    assert float((by_name - all_of_it).abs().max()) > 0.1 < float((by_name - dense).abs().max())
+
+    q, k, v = torch.randn(1, 4, 90, 16), *torch.randn(2, 1, 2, 90, 16)
+    layer = sf.transformers.attention_layers(one)[0].module
+    with sf.transformers.sparse(one, prefill=[WINDOW, None, sf.methods.HashSparse(nb=4), None]):
+        got = sf.transformers.sparse_attention(layer, q, k, v, None)[0].transpose(1, 2)
+    plain = sf.attention(q, k, v, causal=True)
+    close(got[:, [1, 3]], plain[:, [1, 3]])
+    close(got[:, :1], WINDOW(q, k, v)[:, :1])
+
+
+def test_everything_is_restored():
+    one = tiny("llama")
+    before = {name: vars(m).copy() for name, m in one.named_modules()}
+
+    def untouched():
+        for name, m in one.named_modules():
+            left = {n: x for n, x in vars(m).items() if x is not None or n in before[name]}
+            assert left.keys() == before[name].keys(), name
+        return one.config._attn_implementation == "sdpa"
+
+    with sf.transformers.sparse(one, prefill=WINDOW):
+        outer = logits(one, input_ids=tokens())
+        with sf.transformers.sparse(one, prefill=HASHED, layers=[1]):
+            assert float((logits(one, input_ids=tokens()) - outer).abs().max()) > 0.1
+        close(logits(one, input_ids=tokens()), outer)
+    assert untouched()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with sf.transformers.sparse(one, prefill=WINDOW):
+            raise RuntimeError("on purpose")
+    assert untouched()
+    with pytest.raises(sf.SparseFlashError):
+        with sf.transformers.sparse(one, prefill=WINDOW, layers=[7]):
+            pass
+    assert untouched()
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOffset(Method):
+    """A method that does not know of caches."""
+
+    def select(self, q, k, ctx=None):
+        return Selection(sf.Plan.dense(q.shape[2], k.shape[2], causal=True))
+
+
+def test_what_is_not_defined_is_refused():
+    def refuses(message, one, prefill=None, inputs=None, **options):
+        with pytest.raises(sf.SparseFlashError, match=message):
+            with sf.transformers.sparse(one, prefill=prefill, **options):
+                logits(one, **(inputs or {"input_ids": tokens()}))
+
+    llama = model("llama")
+    refuses("for training, prefill, not for decode", llama, decode=HASHED)
+    refuses("expected a method", llama, prefill=7)
+    refuses("9 is none of LlamaForCausalLM: it has .0, 1.", llama, prefill=WINDOW, layers=[9])
+    refuses(re.escape("the layers [1], which are not among [0]"), llama, prefill={1: WINDOW}, layers=0)
+    refuses("3 methods for 4 query heads", llama, prefill=[WINDOW] * 3)
+    refuses("has a window of its own", model("mistral"), prefill=WINDOW)
+    refuses(
+        "does not take queries that begin behind",
+        llama,
+        NoOffset(),
+        {"input_ids": tokens(), "attention_mask": padded("left")},
+    )
+    packed = {"input_ids": tokens(1), "position_ids": torch.arange(T)[None] % 50, "use_cache": False}
+    refuses("packed documents", llama, WINDOW, packed)
+    bert = model("bert")
+    with pytest.raises(sf.SparseFlashError, match="layer.0.*bidirectional.*causal=False"):
+        with sf.transformers.sparse(bert, prefill=WINDOW):
+            bert(input_ids=tokens())
+    bloom = hf.BloomModel(hf.BloomConfig(hidden_size=32, n_head=2, n_layer=1, vocab_size=97))
+    refuses("BloomAttention compute attention themselves", bloom, prefill=WINDOW)
+
+
+def test_a_windowed_layer_keeps_its_window():
+    one, window = model("gemma2"), sf.methods.SinkWindow(window=40, sink_tokens=0)
+    got = prefilled(one, {0: window}, tokens())  # layer 0 has a window of 24 and softcap
+    one.set_attn_implementation("sparse")
+    close(got, logits(one, input_ids=tokens()))
