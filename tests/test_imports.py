@@ -57,11 +57,11 @@ BY_NAME = ("import_module", "__import__")
 # Third-party packages other than torch, and where they may be imported: (place, inside a function only?).
 THIRD_PARTY = {
     "triton": {"backends.triton": False, "fusion": False},
-    "transformers": {"integrations.transformers": False},
+    "transformers": {"integrations.transformers": False, "bench.session": True},
     "diffusers": {"integrations.diffusers": False},
     "vllm": {"integrations.vllm": False},
     "numpy": {"train": False, "bench": False},
-    "safetensors": {"train": False},
+    "safetensors": {"train": False, "bench.capture": False},
     "rich": {"train": False, "bench": False, "cli": False},
     "typer": {"cli": False, "bench.commands": False},
     "pynvml": {"bench": True},

@@ -55,6 +55,10 @@ def bench_attention(
     rounds: Rounds = 9,
     minutes: Minutes = 5.0,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    capture: Annotated[
+        Path | None, typer.Option(help="q, k and v of a model (sparseflash bench capture), not normal ones.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Of the capture; by default the middle one.")] = None,
     options: Annotated[
         list[str] | None,
         typer.Option("--set", help="A hyper-parameter, as method.field=value; may be repeated."),
@@ -78,6 +82,13 @@ def bench_attention(
         if not dot:
             raise SparseFlashError(f"--set {name}: whose? write it as --set method.{name}=value")
         chosen.setdefault(method, {})[field] = value
+    real = None
+    if capture is not None:
+        from sparseflash.bench.capture import inputs
+        from sparseflash.bench.cases import DTYPES
+
+        real = inputs(capture, layer=layer, dtype=DTYPES.get(dtype, DTYPES["fp32"]))
+        heads, head_dim = real(1)[0].shape[1::2]
     settings = harness.Settings(
         methods=_words(methods),
         baselines=_words(baselines),
@@ -95,8 +106,24 @@ def bench_attention(
         energy=energy,
         memory=not quick,
         seed=seed,
+        capture=real,
     )
     session.attention(settings, out)
+
+
+@bench.command("capture")
+def bench_capture(
+    out: Annotated[Path, typer.Option(help="Safetensors file, 8 MB at most.")],
+    model: Annotated[str, typer.Option(help="A causal model of Transformers: name or directory.")] = "",
+    run: Annotated[Path | None, typer.Option(help="Or the --out of a dense sparseflash train.")] = None,
+    data: Annotated[str, typer.Option(help="Text to run it on; by default Python's own library.")] = "",
+    length: Annotated[int, typer.Option(help="Bytes of text.")] = 2048,
+    layers: Annotated[str, typer.Option(help="Attention layers, separated by commas; by default all.")] = "",
+) -> None:
+    """Keep the queries, keys and values of a real model, as input for bench --capture."""
+    from sparseflash.bench import session
+
+    session.capture(out, model=model, run=run, data=data, length=length, layers=_integers(layers))
 
 
 @bench.command("plot")

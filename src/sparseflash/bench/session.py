@@ -62,6 +62,35 @@ def attention(settings: harness.Settings, out: Path) -> None:
         print(picture)
 
 
+def capture(
+    out: Path, *, model: str, run: Path | None, data: str, length: int, layers: Sequence[int]
+) -> None:
+    """Capture q, k, v of a model over the first held-out bytes of a text into `out`."""
+    import torch
+
+    from sparseflash.bench import capture as capture_
+
+    if bool(model) == (run is not None):
+        raise SparseFlashError("name one model: --model of Transformers, or --run of sparseflash train")
+    corpus = load(data) if data else stdlib()
+    text = next(iter(corpus.validation(length, 1)))[0]
+    if run is not None:
+        from sparseflash.train.sample import load_model
+
+        own, _ = load_model(run)
+        found = capture_.capture(lambda: own(text), layers)
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        theirs = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa").eval()
+        said = bytes(text[0].to(torch.uint8).tolist()).decode("utf-8", "replace")
+        tokens = AutoTokenizer.from_pretrained(model)(said, return_tensors="pt").input_ids
+        found = capture_.capture(lambda: theirs(tokens), layers)
+    about = {"model": model or f"sparseflash train, {run}", "text": corpus.name, "git": describe()["git"]}
+    size = capture_.save(found, out, about)
+    print(f"{out}: {len(found) // 3} layers of {list(next(iter(found.values())).shape)}, {size:.1f} MB")
+
+
 def plot(directory: Path, out: Path | None) -> None:
     """Redraw every picture of a directory."""
     figures.redraw(directory, out, on_file=print)
