@@ -97,7 +97,7 @@ def make_lists(seed: int) -> None:
         lists = [made[n].reshape(2, -1) for n in ("start", "full", "count")]
         spoiled = [garbage(r, g, x) if r.random() < 0.2 else x for x in (*lists, made["index"])]
         cpu.lists.transpose(*spoiled, listed.shape[-1])
-    except (ValueError, RuntimeError):  # RuntimeError: counts that make no size
+    except ValueError:
         return
 
 

@@ -118,11 +118,16 @@ def transpose(
     base = torch.nn.functional.pad(count.sum(-1).cumsum(0), (1, 0))
     to = torch.empty((lists, columns), dtype=torch.int64)
     listed, sure = torch.empty((2, lists, columns), dtype=torch.int32)
-    met = torch.empty(int(base[-1]), dtype=torch.int32)
+    entries = int(base[-1])
+    if not 0 <= entries <= lists * tiles * columns:
+        raise ValueError(
+            f"{entries} entries: {lists * tiles} tiles list {columns} units (plan.check() says more)"
+        )
+    met = torch.empty(entries, dtype=torch.int32)
     wide = len(index) >= 2**31
-    source = torch.empty(len(met), dtype=torch.int64 if wide else torch.int32)
+    source = torch.empty(entries, dtype=torch.int64 if wide else torch.int32)
     call = Transpose(lists=lists, tiles=tiles, columns=columns, wide=wide)
-    call.index_size, call.entries = len(index), len(met)
+    call.index_size, call.entries = len(index), entries
     call.start, call.full, call.count, call.index, call.base = (
         x.data_ptr() for x in (start, full, count, index, base)
     )
