@@ -46,14 +46,14 @@ def refuse(*tensors: Tensor) -> list[str]:
 def _launch_rows(a: Arguments, plan: Plan, programs: int, backward: bool) -> None:
     """Run the kernel over query rows; `programs` pairs of batch and head."""
     q = a.named["Q"]
-    blocks = row_blocks(max(a.switches["BD"], a.switches["BDV"]), q.element_size())
+    blocks = row_blocks(a.dim, q.element_size(), backward, a.heavy)
     rows = min(blocks.rows, power_of_two(plan.tile))
     parts = -(-plan.tile // rows)
     grid = (programs * plan.tiles * parts,)
     if grid[0]:
         rows_kernel[grid](
-            **a.named, blocks=parts, BACKWARD=backward, F=a.flags(blocks, rows),
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            **a.named, blocks=parts, BACKWARD=backward, F=a.flags(blocks, rows, min(32, blocks.keys)),
+            **blocks.options(),
         )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _launch_columns(
         for x in (k, v)
     )
     dbias = torch.zeros((B, H, Tk), dtype=torch.float32, device=q.device) if a.switches["BIAS"] else None
-    blocks = column_blocks(max(a.switches["BD"], a.switches["BDV"]), q.element_size())
+    blocks = column_blocks(a.dim, q.element_size(), a.heavy)
     rows = min(blocks.rows, power_of_two(plan.tile))
     named = {n: x for n, x in a.named.items() if n in columns_kernel.arg_names}
     named |= {"DK": dk, "DV": dv, "DBIAS": dk if dbias is None else dbias}
@@ -155,8 +155,8 @@ def _launch_columns(
     grid = (B * heads * columns,)
     if grid[0]:
         columns_kernel[grid](
-            **named, blocks=-(-plan.tile // rows), columns=columns, GROUP=group, F=a.flags(blocks, rows),
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            **named, columns=columns, GROUP=group, F=a.flags(blocks, rows, min(32, rows)),
+            **blocks.options(),
         )  # fmt: skip
     if not direct:
         dk, dv = (x.view(B, Hkv, heads // Hkv, Tk, -1).sum(2) for x in (dk, dv))

@@ -59,8 +59,9 @@ class Columns(NamedTuple):
 @triton.jit
 def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside, Tq, rows,
          RULES: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """What BM rows of a tile give to the keys: S^T, so that dK and dV are plain products."""
-    within = part * F.BM + tl.arange(0, F.BM)
+    """What BM rows of a tile (CUT with RULES) give to the keys: S^T, so that dK and dV are plain products."""
+    BM: tl.constexpr = F.CUT if RULES else F.BM
+    within = part * BM + tl.arange(0, BM)
     real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
     lse = tl.load(Q.lse + token, mask=real, other=NEVER)
     real = real & (lse != NEVER)
@@ -70,9 +71,9 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
     do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
-    keep = real[None, :] & (C.n >= 0)[:, None]
+    p = tl.exp2(x - lse[None, :])  # 0 in lanes without a query
     if RULES:
-        keep = keep & (live & (C.token >= 0))[:, None]
+        keep = real[None, :] & (live & (C.token >= 0))[:, None]
         if BITS:
             W: tl.constexpr = (F.UNIT + 31) // 32
             tested = live & (word >= 0)
@@ -82,13 +83,17 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
         keep = visible(
             keep, pos[None, :], seg[None, :], C.pos[:, None], C.end[:, None], C.seg[:, None], R, F
         )  # fmt: skip
-    p = tl.where(keep, tl.exp2(x - lse[None, :]), 0.0)
+        p = tl.where(keep, p, 0.0)
     dv = dot(p.to(do.dtype), do, dv)
-    ds = tl.where(keep, p * (dot(C.v, tl.trans(do)) - delta[None, :]), 0.0)
+    ds = p * (dot(C.v, tl.trans(do)) - delta[None, :])
+    if RULES:
+        ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
     if F.BIAS:
         db += tl.sum(ds, 1)
     if F.SOFTCAP:
-        ds = tl.where(keep, ds * (1.0 - bent * bent), 0.0)
+        ds *= 1.0 - bent * bent
+        if RULES:
+            ds = tl.where(p == 0.0, 0.0, ds)
     dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv, db
 
@@ -105,7 +110,7 @@ def columns_kernel(
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
-    scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks, columns,
+    scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, columns,
     GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them."""
@@ -116,6 +121,8 @@ def columns_kernel(
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV
     MEMBERS: tl.constexpr = (F.BN + F.UNIT - 1) // F.UNIT
+    PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
+    CUTS: tl.constexpr = (F.TILE + F.CUT - 1) // F.CUT
     lane = tl.arange(0, BN)
     n = column * BN + lane
     live = n < k_rows
@@ -164,16 +171,17 @@ def columns_kernel(
             whole, last = first + tl.load(SPAN_WHOLE + cell), first + tl.load(SPAN_READERS + cell)
             for e in range(first, whole):
                 tile, until = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e)
-                for p in tl.range(tile * blocks, until * blocks, num_stages=F.STAGES):
-                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // blocks, p % blocks,
+                for p in tl.range(tile * PARTS, until * PARTS, num_stages=F.STAGES):
+                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // PARTS, p % PARTS,
                                       live, WORDS, n, n, Tq, q_rows, False, False, F)  # fmt: skip
             lists = SPAN_START + place(b, h, H, span_heads, span_batch, tiles)
             for e in range(whole, last):
-                tile, until, at = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e), tl.load(SPAN_SOURCE + e)
-                for p in tl.range(tile * blocks, until * blocks, num_stages=1):
-                    span = SPANS + 2 * (tl.load(lists + p // blocks) + at)
+                tile, until = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e)
+                source = tl.load(SPAN_SOURCE + e)
+                for p in tl.range(tile * CUTS, until * CUTS, num_stages=1):
+                    span = SPANS + 2 * (tl.load(lists + p // CUTS) + source)
                     inside = live & (n >= tl.load(span)) & (n < tl.load(span + 1))
-                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // blocks, p % blocks,
+                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // CUTS, p % CUTS,
                                       inside, WORDS, n, n, Tq, q_rows, True, False, F)  # fmt: skip
         if F.UNITS:
             group = column * BN // (MEMBERS * F.UNIT)
@@ -181,8 +189,8 @@ def columns_kernel(
             first = tl.load(UNIT_BEGIN + cell)
             last = first + tl.load(UNIT_READERS + cell)
             units = place(b, h, H, unit_heads, unit_batch, tiles)
-            for p in tl.range(first * blocks, last * blocks, num_stages=1):
-                reader = p // blocks
+            for p in tl.range(first * CUTS, last * CUTS, num_stages=1):
+                reader = p // CUTS
                 tile = tl.load(UNIT_TILE + reader)
                 member = tl.load(
                     UNIT_MEMBERS + reader.to(tl.int64) * MEMBERS + lane * MEMBERS // BN
@@ -193,7 +201,7 @@ def columns_kernel(
                     word = tl.where(
                         member >= full, member - full + tl.load(WORDS_START + units + tile).to(tl.int32), -1
                     )
-                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % blocks,
+                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % CUTS,
                                   live & (member >= 0), WORDS, word, n % F.UNIT,
                                   Tq, q_rows, True, F.BITS, F)  # fmt: skip
         if F.BIAS:

@@ -34,6 +34,8 @@ class Flags(NamedTuple):
     BDV: int
     BM: int
     BN: int
+    CUT: int
+    """Keys of a chunk whose elements are tested: fewer, because the tests take registers."""
     STAGES: int
     TILE: int
     UNIT: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.build import spread_heads
-from .common import LOG2E, Flags
+from .common import INTERPRETED, LOG2E, Flags
+
+MAX_DIM = 256
+_HEAVY = ("BITS", "HEAD_RULES", "SHIFT", "BIAS", "SOFTCAP")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,15 @@ class Blocks:
     keys: int
     warps: int
     stages: int
+    registers: int = 255
+    """At most, of a thread. Unless told, NVIDIA's assembler spills a few to make room for more programs."""
+
+    def options(self) -> dict[str, int]:
+        """What a launch is given."""
+        card, _ = target()
+        if card == "hip":  # warps of 64 threads
+            return {"num_warps": self.warps // 2, "num_stages": self.stages}
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -56,22 +69,50 @@ def unit_readers(plan: Plan, keys: int) -> Readers:
     )
 
 
-def row_blocks(dim: int, size: int) -> Blocks:
-    """For the kernel over query rows: by the padded head dimension and the bytes of an element."""
-    if size == 4:
-        return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(32, 16, 4, 2)
-    if dim <= 64:
-        return Blocks(128, 64, 8, 2)
-    return Blocks(128, 32, 8, 3) if dim <= 128 else Blocks(64, 32, 4, 2)
+HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
+    "rows": {
+        (64, 2): Blocks(128, 64, 8, 2), (128, 2): Blocks(128, 32, 8, 3), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
+    "columns": {
+        (64, 2): Blocks(64, 64, 8, 2), (128, 2): Blocks(32, 64, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
+}  # fmt: skip
+OTHERS = {  # whose products take their operands from registers, or that have less shared memory
+    "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
+    "columns": HOPPER["columns"] | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1)},
+}
 
 
-def column_blocks(dim: int, size: int) -> Blocks:
+@functools.cache
+def target() -> tuple[str, int]:
+    """Whose card this is, and which generation (0 for AMD's): ("cuda", 90)."""
+    if INTERPRETED.value:
+        return "interpreter", 0
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch if found.backend == "cuda" else 0
+
+
+def _of(kernel: str, dim: int, size: int) -> Blocks:
+    table = HOPPER if target()[1] in (90, 100) else OTHERS
+    return table[kernel][next(d for d in (64, 128, MAX_DIM) if dim <= d), size]
+
+
+def row_blocks(dim: int, size: int, backward: bool, heavy: bool) -> Blocks:
+    """For the kernel over query rows: by the padded head dimension, the bytes of an element and the plan."""
+    blocks = _of("rows", dim, size)
+    if heavy:
+        return replace(blocks, keys=16) if size == 4 else blocks
+    if blocks.stages > 1 and dim <= 64 and not backward:
+        return replace(blocks, registers=128)  # two programs fit side by side
+    return blocks
+
+
+def column_blocks(dim: int, size: int, heavy: bool) -> Blocks:
     """For the kernel over keys."""
-    if size == 4:
-        return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(16, 16, 4, 1)
-    if dim <= 64:
-        return Blocks(64, 64, 8, 2)
-    return Blocks(64, 64, 8, 2) if dim <= 128 else Blocks(32, 32, 4, 1)
+    blocks = _of("columns", dim, size)
+    return replace(blocks, keys=32, stages=1) if heavy and size == 2 else blocks
 
 
 def power_of_two(n: int) -> int:
@@ -208,11 +249,22 @@ class Arguments:
             "SHIFT": shift is not None, "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
         }  # fmt: skip
 
+    @property
+    def dim(self) -> int:
+        """The larger of D and Dv, padded."""
+        return max(self.switches["BD"], self.switches["BDV"])
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the call has what takes many registers."""
+        has = self.switches
+        return any(has[name] for name in _HEAVY) or (has["SPANS"] and has["UNITS"])
+
     @staticmethod
     def strides(named: dict[str, Any], name: str, x: Tensor) -> None:
         """Add the four strides of x [B,H,T,D] under its name."""
         named |= dict(zip((f"{name}_{n}" for n in ("batch", "head", "row", "lane")), x.stride(), strict=True))
 
-    def flags(self, blocks: Blocks, rows: int) -> Flags:
+    def flags(self, blocks: Blocks, rows: int, cut: int) -> Flags:
         """The switches of a kernel of these blocks whose programs have so many rows."""
-        return Flags(**self.switches, BM=rows, BN=blocks.keys, STAGES=blocks.stages)
+        return Flags(**self.switches, BM=rows, BN=blocks.keys, CUT=cut, STAGES=blocks.stages)

@@ -36,12 +36,6 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
           BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Take in key rows base + lane: the online softmax, or with the final lse (in m) their share of dQ."""
     n = base + lane
-    if RULES or F.BIAS:
-        token, pos, end, seg = key_facts(K, n, live, F)
-    if RULES:
-        real = Q.real[:, None] & (token >= 0)[None, :] & (bits != 0)
-        keep = visible(real, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
-        live = tl.max(keep.to(tl.int32), 0) > 0  # a key that no row sees may hold anything: it is not read
     if NEAR:
         at = base * tl.full([], 1, tl.int64)
         k = load_rows(K.k + at * K.k_row, lane, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
@@ -50,17 +44,29 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         at = n.to(tl.int64)
         k = load_rows(K.k, at, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
         v = load_rows(K.v, at, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+    if RULES or F.BIAS:
+        token, pos, end, seg = key_facts(K, n, live, F)
     bias = R.factor
     if F.BIAS:
         bias = tl.load(K.bias + token, mask=token >= 0, other=0.0)[None, :]
     x, bent = logits(dot(Q.q, tl.trans(k)), bias, R, F)
     if RULES:
+        real = Q.real[:, None] & (token >= 0)[None, :] & (bits != 0)
+        keep = visible(real, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
         x = tl.where(keep, x, NEVER)
+        # a key that no row sees may hold anything: 0 times that must be 0
+        seen = (tl.max(x, 0) != NEVER)[:, None]
+        if BACKWARD:
+            k = tl.where(seen, k, 0.0)
+        else:
+            v = tl.where(seen, v, 0.0)
     if BACKWARD:
         p = tl.exp2(x - m[:, None])
         ds = p * (dot(Q.do, tl.trans(v)) - Q.delta[:, None])
         if F.SOFTCAP:
             ds *= 1.0 - bent * bent
+        if RULES:
+            ds = tl.where(p == 0.0, 0.0, ds)
         acc = dot(ds.to(k.dtype), k, acc)
     else:
         now = tl.maximum(m, tl.max(x, 1))
@@ -77,29 +83,29 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
 
 @triton.jit
 def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, BACKWARD: tl.constexpr, F: tl.constexpr):
-    """Spans first..last, those before `full` without a test as far as whole chunks go."""
+    """Spans first..last: those before `full` in whole chunks without a test, then the rest, CUT at a time."""
     BN: tl.constexpr = F.BN
-    lane = tl.arange(0, BN)
+    CUT: tl.constexpr = F.CUT
+    wide, lane = tl.arange(0, BN), tl.arange(0, CUT)
     for s in range(first, full):
         # whatever a plan says, nothing outside of the keys is read
         lo = tl.maximum(tl.load(SPANS + 2 * s), 0)
         hi = tl.minimum(tl.load(SPANS + 2 * s + 1), K.rows)
         for t in tl.range(lo, lo + (hi - lo) // BN * BN, BN, num_stages=F.STAGES):
-            acc, m, mass = chunk(acc, m, mass, Q, K, R, t, lane, lane >= 0, 1, False, True, BACKWARD, F)
+            acc, m, mass = chunk(acc, m, mass, Q, K, R, t, wide, wide >= 0, 1, False, True, BACKWARD, F)
     for s in range(first, last):
         lo = tl.maximum(tl.load(SPANS + 2 * s), 0)
         hi = tl.minimum(tl.load(SPANS + 2 * s + 1), K.rows)
         lo = tl.where(s < full, lo + tl.maximum(hi - lo, 0) // BN * BN, lo)
-        for t in tl.range(lo, hi, BN, num_stages=F.STAGES):
+        for t in tl.range(lo, hi, CUT, num_stages=1):
             acc, m, mass = chunk(acc, m, mass, Q, K, R, t, lane, t + lane < hi, 1, True, True, BACKWARD, F)
     return acc, m, mass
 
 
 @triton.jit
-def unit_rows(INDEX, p, last, rows, F: tl.constexpr):
+def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr):
     """Chunk p of a list of units (several, or a part of one): list entries, places in the unit, rows."""
-    PARTS: tl.constexpr = (F.UNIT + F.BN - 1) // F.BN
-    BN: tl.constexpr = F.BN
+    PARTS: tl.constexpr = (F.UNIT + BN - 1) // BN
     lane = tl.arange(0, BN)
     slot = p // PARTS + lane // F.UNIT
     inside = p % PARTS * BN + lane % F.UNIT
@@ -115,26 +121,35 @@ def unit_rows(INDEX, p, last, rows, F: tl.constexpr):
 def over_units(
     acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, BACKWARD: tl.constexpr, F: tl.constexpr
 ):
-    """Units first..last of the index, those before `full` without a test as far as whole chunks go."""
-    PARTS: tl.constexpr = (F.UNIT + F.BN - 1) // F.BN
-    PER: tl.constexpr = (F.BN + F.UNIT - 1) // F.UNIT
-    W: tl.constexpr = (F.UNIT + 31) // 32
-    NEAR: tl.constexpr = F.UNIT >= F.BN
+    """Units first..last of the index: those before `full` in whole chunks without a test, then the rest."""
     BN: tl.constexpr = F.BN
+    CUT: tl.constexpr = F.CUT
+    PARTS: tl.constexpr = (F.UNIT + BN - 1) // BN
+    PER: tl.constexpr = (BN + F.UNIT - 1) // F.UNIT
+    NEAR: tl.constexpr = F.UNIT >= BN
     whole = first + (full - first) // PER * PER
     for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
-        slot, inside, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F)
+        _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN)
         base = tl.maximum(tl.minimum(base, K.rows - (BN if NEAR else 1 + lane)), 0 if NEAR else -lane)
         acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, 1, False, NEAR, BACKWARD, F)
-    for p in tl.range(whole * PARTS, last * PARTS, PER, num_stages=F.STAGES):
-        slot, inside, base, lane, live = unit_rows(INDEX, p, last, K.rows, F)
+    CUTS: tl.constexpr = (F.UNIT + CUT - 1) // CUT
+    PER_CUT: tl.constexpr = (CUT + F.UNIT - 1) // F.UNIT
+    ONE: tl.constexpr = F.UNIT >= CUT
+    W: tl.constexpr = (F.UNIT + 31) // 32
+    for p in tl.range(whole * CUTS, last * CUTS, PER_CUT, num_stages=1):
+        slot, inside, base, lane, live = unit_rows(INDEX, p, last, K.rows, F, CUT)
         bits = 1
         if F.BITS:
-            tested = live & (slot >= full)
-            at = ((slot - full)[None, :] * F.TILE + Q.within[:, None]) * W + (inside // 32)[None, :]
-            word = tl.load(WORDS + at, mask=tested[None, :] & Q.real[:, None], other=-1)
+            if ONE and CUT <= 32:  # a row's bits for the whole chunk are in one word
+                entry = p // CUTS
+                at = ((entry - full) * F.TILE + Q.within) * W + p % CUTS * CUT // 32
+                word = tl.load(WORDS + at, mask=(entry >= full) & Q.real, other=-1)[:, None]
+            else:
+                tested = live & (slot >= full)
+                at = ((slot - full)[None, :] * F.TILE + Q.within[:, None]) * W + (inside // 32)[None, :]
+                word = tl.load(WORDS + at, mask=tested[None, :] & Q.real[:, None], other=-1)
             bits = (word >> (inside % 32)[None, :]) & 1
-        acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, bits, True, NEAR, BACKWARD, F)
+        acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, bits, True, ONE, BACKWARD, F)
     return acc, m, mass
 
 
