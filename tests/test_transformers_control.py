@@ -214,3 +214,37 @@ def test_a_windowed_layer_keeps_its_window():
     got = prefilled(one, {0: window}, tokens())  # layer 0 has a window of 24 and softcap
     one.set_attn_implementation("sparse")
     close(got, logits(one, input_ids=tokens()))
+
+
+def test_a_report_has_density_recall_and_time_of_every_head():
+    one, ids = own("llama"), tokens()
+    with sf.transformers.sparse(one, prefill=[WINDOW, WINDOW, None, FULL[0]], layers=[1]):
+        found = sf.transformers.report(one, input_ids=ids)
+    assert [row.index for row in found] == [0, 1]
+    dense, row = found
+    assert set(dense.methods) == {"dense"} and dense.density == dense.recall == (1.0,) * 4
+    pairs = sum(min(i + 1, 20) + min(max(i - 19, 0), 3) for i in range(T)) / (T * (T + 1) / 2)
+    for head, want in enumerate((pairs, pairs, 1, 1)):
+        assert row.density[head] == pytest.approx(want, rel=1e-6)
+    assert 0.05 < min(row.recall[:2]) <= max(row.recall[:2]) < 0.95
+    assert row.recall[2:] == pytest.approx((1, 1), abs=1e-5)
+    assert min(row.seconds, row.dense_seconds) > 0 and "SinkWindow" in str(found)
+
+    with sf.transformers.sparse(one, prefill=WINDOW, layers=[1]):  # padding counts for nothing
+        (_, padded_row) = sf.transformers.report(one, **positions(padded("left")), input_ids=ids)
+    short = sum(min(i + 1, 20) + min(max(i - 19, 0), 3) for i in range(87))
+    share = (short + pairs * T * (T + 1) / 2) / (87 * 88 / 2 + T * (T + 1) / 2)
+    assert padded_row.density[0] == pytest.approx(share, rel=1e-6)
+
+
+def test_verify_names_the_first_layer_that_differs():
+    one, inputs = own("gemma2"), {"input_ids": tokens(), "attention_mask": padded("left")}
+    assert len(sf.transformers.verify(one, **inputs)) == 2
+    assert len(sf.transformers.verify(one, prefill=FULL[0], layers=[1], **inputs)) == 2
+    with pytest.raises(
+        sf.SparseFlashError, match=r"layers\.1\.self_attn is the first layer .* 1 layers before"
+    ):
+        sf.transformers.verify(one, prefill=WINDOW, layers=[1], **inputs)
+    assert one.config._attn_implementation == "eager"
+    with sf.transformers.sparse(one, prefill=WINDOW):  # what is set elsewhere does not matter
+        sf.transformers.verify(one, **inputs)

@@ -20,6 +20,8 @@ from .attention import HARMLESS, sparse_attention
 from .control import sparse
 from .layers import Layer, attention_layers
 from .mask import SparseMask, sparse_mask
+from .report import Report, report
+from .verify import verify
 
 AttentionInterface.register("sparse", sparse_attention)
 AttentionMaskInterface.register("sparse", sparse_mask)
@@ -27,9 +29,12 @@ AttentionMaskInterface.register("sparse", sparse_mask)
 __all__ = [
     "HARMLESS",
     "Layer",
+    "Report",
     "SparseMask",
     "attention_layers",
+    "report",
     "sparse",
     "sparse_attention",
     "sparse_mask",
+    "verify",
 ]

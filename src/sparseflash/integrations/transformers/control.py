@@ -200,7 +200,7 @@ class Setting:
         plan: Any = mask.plan
         if method is None:
             if self.watch is not None:
-                self.watch(self.layer, heads, q, k, plan, plan, options)
+                self.watch(None, heads, q, k, plan, plan)
             return exact(q, k, v, plan, options)
         self._check(method, mask)
         offset = mask.offset
@@ -214,7 +214,7 @@ class Setting:
             raise SparseFlashError(f"{self.layer.name}, {method!r}: {fault}") from fault
         plan = tuple(self._within(method, one, mask, offset) for one in _plans(selection.plan))
         if self.watch is not None:
-            self.watch(self.layer, heads, q, k, plan, self._dense(mask, q, k, offset), options)
+            self.watch(method, heads, q, k, plan, self._dense(mask, q, k, offset))
         if selection.key_bias is not None:
             options = {**options, "key_bias": selection.key_bias}
         given = [x for x in (q, k, v, *options.values()) if isinstance(x, Tensor)]

@@ -1,0 +1,172 @@
+"""`report(model, ...)`: what each layer and head of a model sees, its share of the attention, and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import attention
+from ...statistics import attention_stats
+from .attention import SETTING, exact
+from .control import Setting, attached, on_sparse
+from .layers import Layer, attention_layers
+from .mask import SparseMask
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer in one call.
+
+    Parameters
+    ----------
+    layer, index : str, int
+        Name and number of the layer.
+    methods : tuple of str
+        What decides, by head; "dense" where nothing does.
+    density : tuple of float
+        Visible pairs over those that the model lets see, by query head.
+    recall : tuple of float
+        Share of the dense softmax's mass on visible pairs, by query head, mean over queries.
+    seconds, dense_seconds : float
+        The call as it is, selection included; and dense attention of the same tensors.
+    """
+
+    layer: str
+    index: int
+    methods: tuple[str, ...]
+    density: tuple[float, ...]
+    recall: tuple[float, ...]
+    seconds: float
+    dense_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The rows of all calls, in order; `print` shows a line for each."""
+
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<28} {'density':>18} {'recall':>18} {'ms':>8} {'dense ms':>9}  method"]
+        for row in self.rows:
+            names = " | ".join(dict.fromkeys(row.methods))
+            lines.append(
+                f"{row.layer[-28:]:<28} {_span(row.density):>18} {_span(row.recall):>18} "
+                f"{row.seconds * 1e3:>8.2f} {row.dense_seconds * 1e3:>9.2f}  {names}"
+            )
+        return "\n".join(lines)
+
+
+def _span(x: Sequence[float]) -> str:
+    return f"{sum(x) / len(x):.3f} ({min(x):.2f}-{max(x):.2f})"
+
+
+def report(model: Any, **inputs: Any) -> Report:
+    """Run a model once and measure every attention layer: density, recall, time.
+
+    Inside `sparse(model, ...)` it reports what is set there. Needs several times the time of a call, and no
+    memory beyond O(S); gradients are off.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    **inputs
+        What the model's forward takes.
+
+    Returns
+    -------
+    Report
+        A row for each call of an attention layer.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> with sf.transformers.sparse(model, prefill=sf.methods.SinkWindow(window=16), layers=[0]):
+    ...     found = sf.transformers.report(model, input_ids=torch.arange(200)[None])
+    >>> [max(row.density) < 0.3 for row in found]
+    [True, False]
+    """
+    layers = attention_layers(model)
+    rows: list[Row] = []
+    probes = [_Probe(layer, getattr(layer.module, SETTING, None) or Setting(layer), rows) for layer in layers]
+    with torch.no_grad(), on_sparse(model), attached(layers, probes):
+        model(**inputs)
+    return Report(tuple(rows))
+
+
+class _Probe:
+    """Stands in for the setting of a layer: times it, then asks it what it sees."""
+
+    def __init__(self, layer: Layer, setting: Setting, rows: list[Row]) -> None:
+        self.layer, self.setting, self.rows = layer, setting, rows
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: SparseMask, options: dict[str, Any]
+    ) -> Tensor:
+        out, seconds = _timed(lambda: self.setting(module, q, k, v, mask, options), q)
+        _, dense = _timed(lambda: exact(q, k, v, mask.plan, options), q)
+        H = q.shape[1]
+        names, density, recall = ["dense"] * H, [1.0] * H, [1.0] * H
+
+        def watch(method: Any, heads: Sequence[int], q: Tensor, k: Tensor, plan: Any, full: Any) -> None:
+            if method is None:
+                return
+            shares = _density(q, k, plan) / _density(q, k, full).clamp(min=1)
+            caught = _recall(q, k, plan, full, options)
+            for place, head in enumerate(heads):
+                names[head] = repr(method)
+                density[head], recall[head] = float(shares[place]), float(caught[place])
+
+        dataclasses.replace(self.setting, watch=watch)(module, q, k, v, mask, options)
+        self.rows.append(
+            Row(
+                self.layer.name,
+                self.layer.index,
+                tuple(names),
+                tuple(density),
+                tuple(recall),
+                seconds,
+                dense,
+            )
+        )
+        return out
+
+
+def _timed(call: Any, q: Tensor) -> tuple[Any, float]:
+    wait = (lambda: None) if q.device.type == "cpu" else torch.accelerator.synchronize
+    call()  # what a first call builds is not its time
+    wait()
+    start = time.perf_counter()
+    out = call()
+    wait()
+    return out, time.perf_counter() - start
+
+
+def _density(q: Tensor, k: Tensor, plan: Any) -> Tensor:
+    """Visible pairs of each head [Hq]: weights of exp(0), summed."""
+    q, k, lse = torch.zeros_like(q), torch.zeros_like(k), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    parts = plan if isinstance(plan, tuple) else (plan,)
+    return sum(attention_stats(q, k, lse, one, over="row").sum((0, 2), dtype=torch.float64) for one in parts)
+
+
+def _recall(q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> Tensor:
+    """Mean over queries of the share of the dense softmax that a plan keeps, [Hq]; sinks left aside."""
+    same = {name: options[name] for name in ("scale", "softcap")}
+    part, whole = (attention(q, k, k, x, return_lse=True, **same)[1] for x in (plan, full))
+    real = whole > float("-inf")
+    share = torch.where(real, torch.exp(part - torch.where(real, whole, 0)), 0)
+    return share.sum((0, 2), dtype=torch.float64) / real.sum((0, 2)).clamp(min=1)

@@ -1,0 +1,117 @@
+"""`verify(model, ...)`: whether a model computes on these kernels what it computes by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import SparseFlashError
+from .control import Choice, attached, sparse
+from .layers import attention_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far the outputs of one layer are apart, as a share of their size (Frobenius norms)."""
+
+    layer: str
+    error: float
+    allowed: float
+
+
+def verify(
+    model: Any,
+    prefill: Choice = None,
+    layers: Iterable[int | str] | int | str | None = None,
+    against: str | None = None,
+    **inputs: Any,
+) -> list[Difference]:
+    """Run a model on its own attention and on "sparse", and compare every attention layer.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        As for `sparse`; its settings are left aside while this runs.
+    prefill, layers
+        A method at full budget, such as `HashSparse(nb=1)`, in the layers that `sparse` would put it into.
+        None: dense.
+    against : str, optional
+        The implementation to compare with; None: the one that is set, "eager" where that is "sparse".
+    **inputs
+        What the model's forward takes. With a 2-d `attention_mask`, only tokens are compared.
+
+    Returns
+    -------
+    list of Difference
+        One for each attention layer, in the order of their calls: all within half the digits of their dtype.
+
+    Raises
+    ------
+    SparseFlashError
+        Naming the first layer that differs.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> found = sf.transformers.verify(model, input_ids=torch.arange(100)[None])
+    >>> [x.layer for x in found]
+    ['model.layers.0.self_attn', 'model.layers.1.self_attn']
+    """
+    before = model.config._attn_implementation
+    stock = against or ("eager" if before == "sparse" else before)
+    every = attention_layers(model)
+    with attached(every, [None] * len(every)):
+        try:
+            model.set_attn_implementation(stock)
+            want = _outputs(model, inputs)
+        finally:
+            model.set_attn_implementation(before)
+        with sparse(model, prefill=prefill, layers=layers if prefill is not None else "*"):
+            got = _outputs(model, inputs)
+    found = []
+    for (name, a), (_, b) in zip(got, want, strict=True):
+        error = float((a - b).norm() / b.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        found.append(Difference(name, error, torch.finfo(_dtype(model)).eps ** 0.5))
+        if not found[-1].error <= found[-1].allowed:
+            raise SparseFlashError(
+                f"{name} is the first layer that differs from {stock!r}: by {error:.2g} of its output's "
+                f"size, allowed are {found[-1].allowed:.2g}; {len(found) - 1} layers before it agree"
+            )
+    return found
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """The coarsest floating point dtype of the parameters."""
+    kinds = {x.dtype for x in model.parameters() if x.is_floating_point()}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+
+@torch.no_grad()
+def _outputs(model: Any, inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """What each attention layer returns, in the order of the calls, at tokens alone."""
+    found: list[tuple[str, Tensor]] = []
+    mask = inputs.get("attention_mask")
+
+    def keep(name: str) -> Any:
+        def hook(_: Any, __: Any, out: Any) -> None:
+            x = (out[0] if isinstance(out, tuple) else out).detach().float()
+            if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[:2] == x.shape[:2]:
+                x = x[mask.bool()]
+            found.append((name, x))
+
+        return hook
+
+    hooks = [x.module.register_forward_hook(keep(x.name)) for x in attention_layers(model)]
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
