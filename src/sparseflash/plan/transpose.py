@@ -33,17 +33,17 @@ def transpose_spans(plan: Plan) -> KeyLists:
     assert plan.span_count is not None and plan.spans is not None
     batch, heads, R = plan.span_count.shape
     columns, lists, device = -(-plan.k_rows // KEY_GROUP), batch * heads, plan.device
-    slot = torch.arange(int(plan.span_count.max()) if plan.span_count.numel() else 0, device=device)
-    live = slot[:, None] < plan.span_count[..., None, :]
-    if len(plan.spans):
-        pairs = plan.spans[torch.where(live, plan.span_start[..., None, :] + slot[:, None], 0)].long()
-        live = live & (pairs[..., 1] > pairs[..., 0])
-    else:
-        pairs, live = live.new_zeros((*live.shape, 2), dtype=torch.int64), torch.zeros_like(live)
-    at = live.flatten().nonzero()[:, 0]  # by list, place in the list, tile
-    lo, hi = pairs.flatten(0, -2)[at].unbind(-1)
-    tile, place, of_list = at % max(R, 1), at // max(R, 1) % max(len(slot), 1), at // max(R * len(slot), 1)
-    full = place < plan.span_full.flatten()[of_list * R + tile]
+    count = plan.span_count.flatten()
+    cell = torch.repeat_interleave(torch.arange(len(count), device=device), count)
+    place = torch.arange(len(cell), device=device) - (count.cumsum(0) - count)[cell]
+    lo, hi = plan.spans[plan.span_start.flatten()[cell] + place].long().unbind(-1)
+    some = hi > lo
+    cell, place, lo, hi = (x[some] for x in (cell, place, lo, hi))
+    widest = int(count.max()) if len(count) else 0
+    at, order = ((cell // max(R, 1) * widest + place) * R + cell % max(R, 1)).sort()
+    cell, place, lo, hi = (x[order] for x in (cell, place, lo, hi))  # by list, place in the list, tile
+    tile, of_list = cell % max(R, 1), cell // max(R, 1)
+    full = place < plan.span_full.flatten()[cell]
 
     fresh = torch.ones_like(full)
     fresh[1:] = (at[1:] != at[:-1] + 1) | (tile[1:] == 0) | (full[1:] != full[:-1])
