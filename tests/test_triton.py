@@ -1,5 +1,6 @@
 """The Triton backend without a GPU: its kernels run in Triton's interpreter, in a process of their own."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -46,6 +47,29 @@ def test_what_the_interpreter_gets_wrong_is_refused():
         "except sf.BackendError as error: print(error)\n"
     )
     assert "bf16" in interpreted("-c", code).stdout
+
+
+def test_no_kernel_adds_from_two_places():
+    """Atomics and locks make sums depend on timing; loads, stores and reductions of a program do not."""
+    folder = Path(sf.__file__).with_name("backends") / "triton"
+    used = {
+        (path.name, node.attr)
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tl"
+    }
+    assert ("rows.py", "store") in used
+    assert not {
+        (name, call) for name, call in used if "atomic" in call or "lock" in call or "barrier" in call
+    }
+
+
+def test_a_head_that_is_too_wide_is_refused_with_every_other_reason():
+    from sparseflash.backends import triton as backend
+
+    wide = torch.empty(1, 1, 2, 320, dtype=torch.float64)
+    reasons = "; ".join(backend.refuse(wide, wide, wide))
+    assert "head dimension 320 (up to 256" in reasons and "float64" in reasons and "on cpu" in reasons
 
 
 def test_without_a_gpu_the_backend_says_why_it_does_not_run():

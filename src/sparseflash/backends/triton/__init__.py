@@ -10,7 +10,7 @@ from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from .columns import columns_kernel
 from .common import INTERPRETED
-from .launch import Arguments, column_blocks, found, power_of_two, row_blocks, unit_readers
+from .launch import MAX_DIM, Arguments, column_blocks, found, power_of_two, row_blocks, unit_readers
 from .rows import rows_kernel
 
 NAME = "triton"
@@ -40,6 +40,8 @@ def refuse(*tensors: Tensor) -> list[str]:
         reasons.append(f"tensors are on {q.device}")
     if q.dtype not in DTYPES:
         reasons.append(f"dtype {q.dtype} (fp32, bf16, fp16 run here)")
+    if (largest := max(x.shape[-1] for x in tensors)) > MAX_DIM:
+        reasons.append(f"head dimension {largest} (up to {MAX_DIM} run here)")
     return reasons
 
 

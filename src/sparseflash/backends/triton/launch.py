@@ -31,12 +31,12 @@ class Blocks:
     registers: int = 255
     """At most, of a thread. Unless told, NVIDIA's assembler spills a few to make room for more programs."""
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | bool]:
         """What a launch is given."""
-        card, _ = target()
-        if card == "hip":  # warps of 64 threads
-            return {"num_warps": self.warps // 2, "num_stages": self.stages}
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+        both: dict[str, int | bool] = {"num_stages": self.stages, "enable_fp_fusion": True}
+        if target()[0] == "hip":  # warps of 64 threads
+            return both | {"num_warps": self.warps // 2}
+        return both | {"num_warps": self.warps, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
 }  # fmt: skip
 OTHERS = {  # whose products take their operands from registers, or that have less shared memory
     "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
-    "columns": HOPPER["columns"] | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1)},
-}
+    "columns": HOPPER["columns"]
+    | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
+}  # fmt: skip
 
 
 @functools.cache
@@ -112,7 +113,7 @@ def row_blocks(dim: int, size: int, backward: bool, heavy: bool) -> Blocks:
 def column_blocks(dim: int, size: int, heavy: bool) -> Blocks:
     """For the kernel over keys."""
     blocks = _of("columns", dim, size)
-    return replace(blocks, keys=32, stages=1) if heavy and size == 2 else blocks
+    return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
 
 
 def power_of_two(n: int) -> int:
