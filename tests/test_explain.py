@@ -12,7 +12,7 @@ from sparseflash.bench import breakeven
 from sparseflash.errors import SparseFlashError
 from sparseflash.explain import TERMS, Costs, explain, features, fit, machine
 
-TRUE = [2e-5, 3e-4, 0.0, 4e-5, 5e-4, 6e-6]
+TRUE = [2e-5, 3e-4, 1e-4, 0.0, 4e-5, 5e-4, 6e-6]
 
 
 def a_plan(T, w):
@@ -27,12 +27,15 @@ def test_features_count_what_is_visited():
     assert found["rows"] == pytest.approx((2 * 4 + 2 * 2) * 300 * 16 / 1e6)
     assert found["pairs"] == pytest.approx(8 * sum(r * c for r, c in tiles) / 1e6)
     assert found["dots"] == pytest.approx(found["pairs"] * 16)
-    assert 0 < found["tests"] < found["pairs"]
+    assert 0 < found["tests"] < found["pairs"] and found["sorted"] == 0
+    ids = torch.randint(4, (1, 4, 300))
+    found = dict(zip(TERMS, features(sf.Plan.from_buckets(ids, ids), q, k)))
+    assert found["sorted"] == pytest.approx(found["rows"])
 
 
 def test_costs_come_back_from_times_made_of_them_and_none_is_negative():
     torch.manual_seed(0)
-    points = torch.rand(60, 6).pow(2).tolist()
+    points = torch.rand(60, 7).pow(2).tolist()
     times = [sum(n * cost for n, cost in zip(x, TRUE)) for x in points]
     assert fit(points, times) == pytest.approx(TRUE, rel=1e-6, abs=1e-12)
     wild = [t * (0.5 + torch.rand(1).item()) for t in times]

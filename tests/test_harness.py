@@ -9,7 +9,17 @@ import torch
 pytest.importorskip("safetensors")
 
 import sparseflash as sf
-from sparseflash.bench import compare, conformance, energy, figures, harness, memory, results, subjects
+from sparseflash.bench import (
+    compare,
+    conformance,
+    coverage,
+    energy,
+    figures,
+    harness,
+    memory,
+    results,
+    subjects,
+)
 from sparseflash.errors import SparseFlashError
 from sparseflash.train.attention import dense
 
@@ -214,3 +224,12 @@ def test_compare_names_what_became_slower():
     assert changes[0].slower == pytest.approx(2 / 1.8)
     with pytest.raises(SparseFlashError, match="no row in common"):
         compare.compare(old, [{"bench": "y", "ms": "1"}])
+
+
+def test_coverage_is_whole_for_hashing_and_not_for_chunks_of_unequal_buckets():
+    rows = list(coverage.measure(lengths=[256], buckets=[8]))
+    found = {(row["inputs"], row["case"]): row["coverage"] for row in rows}
+    assert [x for (_, case), x in found.items() if case == "hash-sparse"] == [1.0, 1.0]
+    assert (
+        found["clustered", "reformer, chunks of T / nb"] < found["normal", "reformer, chunks of T / nb"] <= 1
+    )

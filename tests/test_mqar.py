@@ -1,11 +1,14 @@
-"""Associative recall: the rows are those of the paper, the gate tells who can look up."""
+"""Associative recall and pixels: the rows are those of the paper, the gate tells who can look up."""
+
+import gzip
 
 import pytest
 import torch
 
 pytest.importorskip("safetensors")
 
-from sparseflash.bench import mqar
+from sparseflash.bench import mqar, pixels
+from sparseflash.errors import SparseFlashError
 
 TASK = mqar.Task()
 
@@ -86,3 +89,19 @@ def test_training_learns_and_says_how_far():
 def test_dense_and_hash_attention_recall_and_a_window_does_not():
     names = ["dense", "hash-sparse, 4 buckets", "window of 4"]
     assert mqar.verdict(list(mqar.measure(attentions=names, rates=[1e-2], steps=400))) == []
+
+
+def test_images_are_read_and_every_attention_learns_from_them(tmp_path):
+    head = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (20, 4, 4))
+    stripes = bytes(255 * (n % 2) for n in range(16)) * 20
+    (tmp_path / "images").write_bytes(head + stripes)
+    (tmp_path / "images.gz").write_bytes(gzip.compress(head + stripes))
+    images = pixels.read_idx(tmp_path / "images.gz")
+    assert images.shape == (20, 16) and torch.equal(images, pixels.read_idx(tmp_path / "images"))
+    rows = list(pixels.measure(images, steps=30, batch=4, layers=1, width=16, heads=2, test=2))
+    assert [row["case"] for row in rows] == list(pixels.ATTENTIONS)
+    assert max(row["perplexity"] for row in rows) < 20  # of 256, before the first step
+    (tmp_path / "short").write_bytes(head + stripes[:-1])
+    for name, said in (("none", "give an IDX file"), ("short", "its head says")):
+        with pytest.raises(SparseFlashError, match=said):
+            pixels.read_idx(tmp_path / name)

@@ -23,26 +23,28 @@ from .inputs import Plans
 from .plan import Plan
 from .plan.lists import ranges
 
-TERMS = ("call", "rows", "pairs", "dots", "tests", "entries")
-"""Costs: of a call, a row x dim, a visited pair, a pair x dim, a pair that is tested, an entry."""
+TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "entries")
+"""Costs: of a call, a row x dim (once more if sorted), a pair, a pair x dim, a tested pair, an entry."""
 DIRECTIONS = ("forward", "both")
 
 
 def features(plan: Plans, q: Tensor, k: Tensor) -> list[float]:
     """How many of each of `TERMS` a call has. Synchronises with an accelerator."""
-    B, H, Tq, D = q.shape
-    found = [1.0, (B * H * Tq + B * k.shape[1] * k.shape[2]) * D / 1e6, 0.0, 0.0, 0.0, 0.0]
+    B, H, _, D = q.shape
+    q_size, k_size = (x.numel() / 1e6 for x in (q, k))
+    count = dict.fromkeys(TERMS, 0.0) | {"call": 1.0, "rows": q_size + k_size}
     for one in plan if isinstance(plan, tuple) else (plan,):
         batch, heads = one.extent()
         entries, times = ranges(one), B * H / (batch * heads)
         rows = (one.q_rows - entries.cell % max(one.tiles, 1) * one.tile).clamp(max=one.tile)
         area = (entries.hi - entries.lo) * rows
         pairs = float(area.sum()) * times / 1e6
-        found[2] += pairs
-        found[3] += pairs * D
-        found[4] += float(area[~entries.full].sum()) * times / 1e6
-        found[5] += len(entries.lo) * times / 1e3
-    return found
+        count["pairs"] += pairs
+        count["dots"] += pairs * D
+        count["tests"] += float(area[~entries.full].sum()) * times / 1e6
+        count["entries"] += len(entries.lo) * times / 1e3
+        count["sorted"] += (one.q_order is not None) * q_size + (one.k_order is not None) * k_size
+    return [count[term] for term in TERMS]
 
 
 def fit(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -159,6 +161,7 @@ class Explanation:
         what = {
             "call": "the call itself",
             "rows": "reading and writing rows",
+            "sorted": "sorting rows into their order",
             "pairs": "weights of visited pairs",
             "dots": "products over visited pairs",
             "tests": "tests of single pairs",
@@ -208,7 +211,7 @@ def explain(
     >>> import torch, sparseflash as sf
     >>> from sparseflash.explain import Costs, explain
     >>> q = torch.empty(1, 4, 4096, 64)
-    >>> made_up = [1e-5, 1e-4, 1e-4, 1e-5, 1e-4, 1e-6]
+    >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-6]
     >>> costs = Costs("a machine", {"both fp32": made_up}, {"both fp32": made_up})
     >>> plan = sf.Plan.dense(4096, 4096, causal=True, window=(255, 0))
     >>> said = explain(plan, q, q, costs=costs)
@@ -223,8 +226,9 @@ def explain(
     own, dense = features(plan, q, k), features(Plan.dense(Tq, Tk, causal=True), q, k)
     parts = [n * cost for n, cost in zip(own, costs.ours[key])]
     seconds, other = sum(parts), sum(n * cost for n, cost in zip(dense, costs.dense[key]))
-    fixed = parts[0] + parts[1]  # what does not shrink with the pairs
-    visited = own[2] / dense[2] if dense[2] else 1.0
+    fixed = sum(parts[:3])  # what does not shrink with the pairs
+    pairs = TERMS.index("pairs")
+    visited = own[pairs] / dense[pairs] if dense[pairs] else 1.0
     slope = (seconds - fixed) / visited if visited else 0.0
     edge = max(0.0, (other - fixed) / slope) if slope else 1.0
     shares = {name: part / seconds for name, part in zip(TERMS, parts)}

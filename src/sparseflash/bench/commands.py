@@ -291,7 +291,7 @@ def bench_breakeven(
     lengths: Lengths = "512,1024,2048,4096",
     dims: Annotated[str, typer.Option(help="Dimensions of a head, separated by commas.")] = "32,64,128",
     dtypes: Dtypes = "fp32",
-    rounds: Rounds = 5,
+    rounds: Rounds = 7,
     minutes: Minutes = 6.0,
 ) -> None:
     """Find the densities below which sparse beats dense here, and the costs for sparseflash.explain."""
@@ -305,6 +305,31 @@ def bench_breakeven(
         rounds=rounds,
         minutes=minutes,
     )
+
+
+@bench.command("coverage")
+def bench_coverage(
+    out: Out = RESULTS / "coverage.csv",
+    lengths: Lengths = "512,1024,2048,4096",
+    capture: Annotated[Path | None, typer.Option(help="Also on the queries of a capture.")] = None,
+) -> None:
+    """Measure which share of the equal-bucket pairs hash-sparse attention and Reformer attend."""
+    from sparseflash.bench import session
+
+    session.coverage(out, lengths=_integers(lengths), capture=capture)
+
+
+@bench.command("pixels")
+def bench_pixels(
+    images: Annotated[Path, typer.Option(help="Images in IDX format, such as MNIST's; .gz is read too.")],
+    out: Out = RESULTS / "pixels.csv",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of every attention.")] = 150,
+    seed: Annotated[int, typer.Option(help="Weights, batches and random planes.")] = 0,
+) -> None:
+    """Train on images pixel after pixel: dense, hash-sparse and Reformer at equal steps."""
+    from sparseflash.bench import session
+
+    session.pixels(out, images=images, steps=steps, seed=seed)
 
 
 @bench.command("mqar")

@@ -72,6 +72,9 @@ RECIPES: dict[str, Lines | Bars] = {
         "over_sdpa", "token rate over padded SDPA", labels=("mix", "case"), split=("what", "dtype")
     ),
     "masks": Bars("ratio", "times faster than torch SDPA with the mask", labels=("case",), split=("T",)),
+    "coverage": Lines(
+        "T", "coverage", "tokens", "equal-bucket pairs attended", split=("inputs", "nb"), log=False
+    ),
     "mqar": Bars("accuracy", "questions answered right, unseen rows", labels=("case", "lr"), mark=0.99),
     "breakeven": Lines(
         "density",
@@ -80,6 +83,7 @@ RECIPES: dict[str, Lines | Bars] = {
         "times faster than torch SDPA",
         split=("direction", "dtype", "dim"),
     ),
+    "pixels": Bars("perplexity", "perplexity of a held-out pixel", labels=("case",), mark=None),
     "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
 }
 """How the rows of a benchmark are drawn, by their column `bench`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparseflash.bench import breakeven as breakeven_
 from sparseflash.bench import cases, figures, harness, results
 from sparseflash.bench import compare as compare_
+from sparseflash.bench import coverage as coverage_
 from sparseflash.bench import curves as curves_
 from sparseflash.bench import documents as documents_
 from sparseflash.bench import energy as energy_
@@ -16,6 +17,7 @@ from sparseflash.bench import levels as levels_
 from sparseflash.bench import masks as masks_
 from sparseflash.bench import mqar as mqar_
 from sparseflash.bench import ops as ops_
+from sparseflash.bench import pixels as pixels_
 from sparseflash.bench import plan_costs as plan_costs_
 from sparseflash.bench import steps as steps_
 from sparseflash.bench import table as table_
@@ -167,6 +169,33 @@ def breakeven(
         f"{close:.0%} of them by at most 25 %, {off[-1]:.0%} at most"
     )
     print(f"{costs.save()}: costs for sparseflash.explain")
+
+
+def coverage(out: Path, *, lengths: Sequence[int], capture: Path | None) -> None:
+    """Measure which equal-bucket pairs are attended into `out`."""
+    _positive(lengths)
+    captured = None
+    if capture is not None:
+        import torch
+
+        from sparseflash.bench.capture import inputs
+
+        captured = inputs(capture, dtype=torch.float32)
+    rows = _watch(
+        "coverage",
+        out,
+        lambda on_run: coverage_.measure(lengths=sorted(lengths), captured=captured, on_run=on_run),
+    )
+    _finish(rows, out, ("case", "inputs", "T", "nb", "coverage"))
+    figures.redraw(out)
+
+
+def pixels(out: Path, *, images: Path, steps: int, seed: int) -> None:
+    """Train on images, pixel after pixel, into `out`."""
+    read = pixels_.read_idx(images)
+    rows = _watch("pixels", out, lambda on_run: pixels_.measure(read, steps=steps, seed=seed, on_run=on_run))
+    _finish(rows, out, ("case", "perplexity", "bits", "steps", "s_per_step"))
+    figures.redraw(out)
 
 
 def mqar(out: Path, *, names: Sequence[str], steps: int, seed: int) -> bool:
