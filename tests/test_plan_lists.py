@@ -234,15 +234,20 @@ def test_a_window_with_sinks_over_a_million_tokens_takes_a_few_megabytes():
 
 @pytest.mark.slow
 @linux
-def test_a_5_percent_block_plan_of_32_heads_and_a_million_tokens_fits_a_gigabyte_with_its_indices():
-    """107 million blocks: 409 MiB of indices given, as many in the plan."""
-    code = """
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_5_percent_block_plan_of_32_heads_and_a_million_tokens_fits_a_gigabyte_with_its_indices(causal):
+    """107 million blocks: 409 MiB of indices given, as many in the plan, or half of them."""
+    code = (
+        f"causal = {causal}"
+        + """
 R = T // 128
 index = torch.randint(0, 20, (1, 32, R, 409), dtype=torch.int32)
 index += torch.arange(409, dtype=torch.int32) * 20
-plan = Plan.from_keys(index, Tq=T, Tk=T, tile=128, unit=128, unique=True)
-assert len(plan.index) == index.numel()
+plan = Plan.from_keys(index, Tq=T, Tk=T, tile=128, unit=128, causal=causal, unique=True)
+share = len(plan.index) / index.numel()
+assert 0.49 < share < 0.51 if causal else share == 1
 """
+    )
     assert _megabytes(code) < 1000
 
 
