@@ -11,7 +11,7 @@ from .listed import from_keys
 from .masks import from_rows
 
 GATHERED = 3
-"""What a pair of a query's own list costs, in pairs of a tile: measured with AVX-512, forward and backward."""
+"""What a pair of a query's own list costs, in pairs of a tile (measured: AVX-512, forward and backward)."""
 
 
 def from_choice(
@@ -22,10 +22,11 @@ def from_choice(
     causal: bool = True,
     q_offset: int | Tensor = 0,
     k_keep: Tensor | None = None,
+    unique: bool = False,
     tile: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_choice`."""
-    _check_options(causal=causal, unit=unit, **({} if tile is None else {"tile": tile}))
+    _check_options(causal=causal, unit=unit, unique=unique, **({} if tile is None else {"tile": tile}))
     require(
         (
             isinstance(index, Tensor) and index.dim() in (3, 4) and index.dtype in INTEGERS,
@@ -74,7 +75,9 @@ def from_choice(
         tile = tile if by_rule else TILE
     if tile == 1 and by_rule:
         first = offset if causal and isinstance(offset, int) else 0
-        return from_keys(chosen, Tq=index.shape[2], Tk=Tk, tile=1, unit=unit, causal=causal, q_offset=first)
+        return from_keys(
+            chosen, Tq=index.shape[2], Tk=Tk, tile=1, unit=unit, causal=causal, q_offset=first, unique=unique
+        )
     return _tiles(chosen, at if causal else None, k_keep, Tk, unit, tile)
 
 

@@ -380,6 +380,7 @@ class Constructors:
         causal: bool = True,
         q_offset: int | Tensor = 0,
         k_keep: Tensor | None = None,
+        unique: bool = False,
         tile: int | None = None,
     ) -> Plan:
         """Keys, or blocks of `unit` keys, that each query chose for itself: a learned indexer's choice.
@@ -402,6 +403,8 @@ class Constructors:
             Position of the first query; integers `[B]` where sequences differ.
         k_keep : Tensor, optional
             bool `[B,Tk]`, True = a real key.
+        unique : bool
+            Whether no query names a key twice, as `indexer_topk` promises; otherwise lists are sorted first.
         tile : int, optional
             Queries that share a list: 1, or tiles with bits. None takes what is less work (1 on accelerators,
             where finding out would synchronise).
@@ -415,7 +418,14 @@ class Constructors:
         """
         return cls._made(
             **choice.from_choice(
-                index, Tk=Tk, unit=unit, causal=causal, q_offset=q_offset, k_keep=k_keep, tile=tile
+                index,
+                Tk=Tk,
+                unit=unit,
+                causal=causal,
+                q_offset=q_offset,
+                k_keep=k_keep,
+                unique=unique,
+                tile=tile,
             )
         )
 
