@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("safetensors")
 
+import sparseflash as sf
 from sparseflash.backends.cpu import build
-from sparseflash.bench import curves, documents, kernels, levels, machine, masks, ops, results
+from sparseflash.bench import curves, documents, indexer, kernels, levels, machine, masks, ops, results
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.quality import Dense
 from sparseflash.bench.timing import Box, interleave, predict
@@ -176,3 +177,23 @@ def test_the_mask_table_has_the_masks_it_names():
     rows = list(masks.measure(lengths=(256,), cases=("full", "tree"), heads=1, dim=16, rounds=1, flex=False))
     assert [(row["case"], row["T"]) for row in rows] == [("full", 256), ("tree", 256)]
     assert all(row["ratio"] == row["ms_sdpa"] / row["ms"] and row["ms_build"] > 0 for row in rows)
+
+
+def test_the_plain_formulas_of_learned_attention_are_ours():
+    q, k, weights = indexer.tensors(192, torch.float32, 24, 16)
+    index = sf.indexer_topk(q, k, weights, 40)
+    plain = indexer.choice(q, k, weights, 40)  # names keys of the future where there are no others
+    past = torch.where(plain <= torch.arange(192)[:, None], plain, 192).sort(-1).values
+    assert torch.equal(past, torch.where(index < 0, 192, index).long())
+    rows = list(
+        indexer.measure(
+            lengths=(192,), dtypes=("fp32",), topk=16, rounds=1, heads=4, dim=16, shape=(4, 2, 16)
+        )
+    )
+    assert [row["case"].split(",")[0] for row in rows] == [
+        "choice",
+        "attention",
+        "attention",
+        "loss with its gradient",
+    ]
+    assert all(row["ratio"] > 0 and row["mb"] >= 0 for row in rows)

@@ -346,6 +346,28 @@ def bench_mqar(
     raise typer.Exit(0 if session.mqar(out, names=names, steps=steps, seed=seed) else 1)
 
 
+@bench.command("indexer")
+def bench_indexer(
+    out: Out = RESULTS / "indexer.csv",
+    lengths: Lengths = "1024,2048,4096,8192",
+    dtypes: Dtypes = "fp32,bf16",
+    topk: Annotated[int, typer.Option(help="Keys that each query chooses.")] = 512,
+    rounds: Rounds = 3,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Time learned sparse attention and its memory: choice, attention, loss, against the plain formulas."""
+    from sparseflash.bench import session
+
+    session.indexer(
+        out,
+        lengths=_integers(lengths),
+        dtypes=_words(dtypes),
+        topk=topk,
+        rounds=rounds,
+        minutes=minutes,
+    )
+
+
 @bench.command("plan-costs")
 def bench_plan_costs(
     out: Out = RESULTS / "plan-costs.csv",

@@ -12,6 +12,7 @@ from sparseflash.bench import coverage as coverage_
 from sparseflash.bench import curves as curves_
 from sparseflash.bench import documents as documents_
 from sparseflash.bench import energy as energy_
+from sparseflash.bench import indexer as indexer_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
 from sparseflash.bench import masks as masks_
@@ -266,6 +267,23 @@ def ops(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: float) -> Non
         lambda on_run: ops_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "dtype", "T", "heads", "ms_sdpa", "ms_torch", "ms", "ratio", "ratio_torch"))
+
+
+def indexer(
+    out: Path, *, lengths: Sequence[int], dtypes: Sequence[str], topk: int, rounds: int, minutes: float
+) -> None:
+    """Measure learned sparse attention into `out`."""
+    _known(*dtypes)
+    _positive(lengths)
+    rows = _watch(
+        "indexer",
+        out,
+        lambda on_run: indexer_.measure(
+            lengths=lengths, dtypes=dtypes, topk=topk, rounds=rounds, minutes=minutes, on_run=on_run
+        ),
+    )
+    columns = ("case", "dtype", "T", "topk", "ms_plain", "ms", "ratio", "mb_plain", "mb", "mb_ratio", "note")
+    _finish(rows, out, columns)
 
 
 def plan_costs(out: Path, *, length: int, rounds: int, minutes: float) -> None:

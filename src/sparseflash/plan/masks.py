@@ -82,7 +82,7 @@ def from_rows(
     tile: int,
     unit: int,
 ) -> Fields:
-    """Fields of a mask [B,H,Tq,Tk] whose parts `slab_of(lists, rows)`, bool [n,rows,Tk], are made on demand."""
+    """Fields of a mask [B,H,Tq,Tk] whose parts, bool [n,rows,Tk], `slab_of(lists, rows)` makes."""
     B, H, Tq, Tk = shape
     R, C = -(-Tq // tile), -(-Tk // unit)
     size = max(1, tile * C * unit)
