@@ -18,6 +18,7 @@ except ImportError as missing:
 
 from .attention import HARMLESS, sparse_attention
 from .control import sparse
+from .indexer import StreamedIndexer, streamed
 from .layers import Layer, attention_layers
 from .mask import SparseMask, sparse_mask
 from .report import Report, report
@@ -31,10 +32,12 @@ __all__ = [
     "Layer",
     "Report",
     "SparseMask",
+    "StreamedIndexer",
     "attention_layers",
     "report",
     "sparse",
     "sparse_attention",
     "sparse_mask",
+    "streamed",
     "verify",
 ]

@@ -12,6 +12,7 @@ from ...decode import decode
 from ...errors import SparseFlashError
 from ...ops import attention
 from ...plan import Plan
+from .learned import learned_plan
 from .mask import SparseMask
 
 FEW = 16
@@ -67,6 +68,8 @@ def sparse_attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Exact attention of one layer: dense, or what `sparse(...)` set for this module.
@@ -81,6 +84,8 @@ def sparse_attention(
         What the model made of the registered mask function, or a 4-d mask of the user's own.
     dropout, scaling, is_causal, sliding_window, softcap, s_aux, cu_seq_lens_q, cu_seq_lens_k
         As models give them; `s_aux [Hq]` are sink logits.
+    indices, block_indices : Tensor, optional
+        `[B,S,topk]` and `[B,Hkv,S,topk]`: keys, or blocks of them, that the model's own indexer chose.
 
     Returns
     -------
@@ -99,7 +104,14 @@ def sparse_attention(
         query = query.expand(mask.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
     setting = getattr(module, SETTING, None)
-    if setting is not None:
+    if indices is not None or block_indices is not None:
+        if setting is not None:
+            raise SparseFlashError(
+                f"{type(module).__name__} chooses its keys by an indexer of its own, and a method was set "
+                "for it: leave this layer out (layers=)"
+            )
+        out = exact(query, key, value, learned_plan(module, mask, indices, block_indices), options)
+    elif setting is not None:
         out = setting(module, query, key, value, mask, options)
     else:
         out = exact(query, key, value, mask.plan, options)

@@ -44,6 +44,8 @@ class SparseMask:
     documents : bool or None
         Whether some query is the first of a document or chunk, and sees nothing before itself. None: not
         known, in a trace.
+    padding : Tensor, optional
+        bool `[B, T]`, True = token, where causality (or nothing) and this are all there is.
     """
 
     ndim = 4
@@ -60,10 +62,16 @@ class SparseMask:
         plain: bool = False,
         first: Tensor | None = None,
         documents: bool | None = False,
+        padding: Tensor | None = None,
     ) -> None:
         self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
-        self.documents = documents
+        self.documents, self.padding = documents, padding
         self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether `causal`, `offset` and `padding` say all of it."""
+        return self.padding is not None or (self.plain and self.first is None)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +95,8 @@ class SparseMask:
         device = torch._C._nn._parse_to(*args, **options)[0]
         if device is None or device == self.device:
             return self
-        offset, first = (x.to(device) if isinstance(x, Tensor) else x for x in (self.offset, self.first))
+        given = (self.offset, self.first, self.padding)
+        offset, first, padding = (x.to(device) if isinstance(x, Tensor) else x for x in given)
         return SparseMask(
             self.plan.to(device),
             self.shape[0],
@@ -96,17 +105,47 @@ class SparseMask:
             plain=self.plain,
             first=first,
             documents=self.documents,
+            padding=padding,
         )
 
     def to_dense(self) -> Tensor:
         """The bool tensor `[B, 1, S, T]`: for models that compute with their mask. Materialises S x T."""
         return self.plan.to_dense().expand(self.shape)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.to_dense()[index]
+    def __getitem__(self, index: Any) -> Any:
+        rows = (slice(None), 0, slice(None), slice(None))  # what models with an indexer hand to it
+        return MaskRows(self) if index == rows else self.to_dense()[index]
 
     def __repr__(self) -> str:
         return f"SparseMask({list(self.shape)}, {self.plan!r})"
+
+
+class MaskRows:
+    """`mask[:, 0, :, :]`, bool [B, S, T]: made when something computes with it, and not before."""
+
+    ndim = 3
+    dtype = torch.bool
+
+    def __init__(self, mask: SparseMask) -> None:
+        self.mask = mask
+        self.shape = torch.Size((mask.shape[0], *mask.shape[2:]))
+
+    def to_dense(self) -> Tensor:
+        """The tensor. Materialises S x T."""
+        return self.mask.to_dense()[:, 0]
+
+    def __invert__(self) -> Tensor:
+        return ~self.to_dense()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.to_dense()[index]
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, given: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        given = tuple(x.to_dense() if isinstance(x, MaskRows) else x for x in given)
+        return function(*given, **(options or {}))
 
 
 def sparse_mask(
@@ -187,7 +226,14 @@ def sparse_mask(
     plan, first = _padded(lo, hi, padding, kv_length)
     plain = simple and first is not None
     return SparseMask(
-        plan, batch_size, causal=causal, offset=offset, plain=plain, first=first, documents=documents
+        plan,
+        batch_size,
+        causal=causal,
+        offset=offset,
+        plain=plain,
+        first=first,
+        documents=documents,
+        padding=padding if simple else None,
     )
 
 

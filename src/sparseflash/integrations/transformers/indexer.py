@@ -1,0 +1,140 @@
+"""Indexers of learned sparse models with their scores streamed: same weights, same choice, linear memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import SparseFlashError
+from ...indexer import indexer_topk
+from .mask import MaskRows, SparseMask
+
+PAIRS = {"DeepseekV32Indexer": False, "AXK2Indexer": False, "GlmMoeDsaIndexer": True}
+"""Indexers that differ in one thing: whether rotary dimensions are neighbours, or halves apart."""
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    """Rotary embedding of [B,S,h,D]; cos and sin [B,S,D] hold their first half twice."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    a, b = (x[..., 0::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class StreamedIndexer(nn.Module):
+    """A model's indexer whose scores are never in memory; takes its place and uses its weights.
+
+    The stock module holds `heads * S * T` fp32 scores (8 GiB for one layer of DeepSeek-V3.2 at 4096 tokens).
+    Masks other than causality and padding are given to the stock module.
+
+    Parameters
+    ----------
+    stock : nn.Module
+        An indexer of DeepSeek-V3.2, GLM-DSA or A.X-K2.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        name = type(stock).__name__
+        if name not in PAIRS:
+            raise SparseFlashError(
+                f"{name} is not known as an indexer: expected one of {', '.join(PAIRS)}. Its choice also "
+                "runs as it is, with attn_implementation='sparse'"
+            )
+        self.stock, self.pairs = stock, PAIRS[name]
+
+    def project(
+        self, hidden_states: Tensor, q_resid: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q_index `[B,H,S,D]`, k_index `[B,S,D]` and weights `[B,H,S]`, with gradients.
+
+        As `indexer_topk` and `indexer_kl_loss` take them, with `scale` (`index_scale`)
+        `stock.softmax_scale`.
+        """
+        own: Any = self.stock
+        q = own.wq_b(q_resid).unflatten(-1, (own.n_heads, own.head_dim))
+        k = own.k_norm(own.wk(hidden_states))[:, :, None]
+        width = own.qk_rope_head_dim
+        q, k = (
+            torch.cat([_rotate(x[..., :width], *position_embeddings, self.pairs), x[..., width:]], -1)
+            for x in (q, k)
+        )
+        weights = own.weights_proj(hidden_states.to(own.weights_proj.weight.dtype)).float()
+        return q.transpose(1, 2), k[:, :, 0], (weights * own.n_heads**-0.5).transpose(1, 2)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states: Tensor,
+        q_resid: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        """The choice, int32 `[B,S,topk]`; -1 where a query sees fewer keys."""
+        own: Any = self.stock
+        mask = attention_mask.mask if isinstance(attention_mask, MaskRows) else None
+        if not isinstance(mask, SparseMask) or not mask.by_rule:
+            return own(
+                hidden_states,
+                q_resid,
+                position_embeddings,
+                attention_mask,
+                position_ids,
+                past_key_values=past_key_values,
+            )
+        q, k, weights = self.project(hidden_states, q_resid, position_embeddings)
+        if past_key_values is not None:
+            k = past_key_values.update_indexer(k, own.layer_idx)
+        return indexer_topk(
+            q,
+            k.to(q.dtype),
+            weights,
+            own.index_topk,
+            causal=mask.causal,
+            q_offset=mask.offset,
+            k_keep=mask.padding,
+            scale=own.softmax_scale,
+        )
+
+
+@contextmanager
+def streamed(model: nn.Module) -> Iterator[nn.Module]:
+    """Let a model's indexers stream their scores inside the block; the stock ones are back after it.
+
+    Examples
+    --------
+    ::
+
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sparse")
+        with sf.transformers.streamed(model):
+            model.generate(**inputs)
+
+    Raises
+    ------
+    SparseFlashError
+        Where the model has no indexer that is known.
+    """
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child).__name__ in PAIRS
+    ]
+    if not found:
+        raise SparseFlashError(
+            f"{type(model).__name__} has no indexer among {', '.join(PAIRS)}: its own choice runs as it is, "
+            "with attn_implementation='sparse'"
+        )
+    try:
+        for parent, name, child in found:
+            setattr(parent, name, StreamedIndexer(child))
+        yield model
+    finally:
+        for parent, name, child in found:
+            setattr(parent, name, child)

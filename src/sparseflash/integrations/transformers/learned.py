@@ -1,0 +1,76 @@
+"""Learned sparse models: the keys that their own indexers chose, as plans.
+
+DeepSeek-V3.2, GLM-DSA and their relatives hand `indices` [B,S,topk] to a registered attention function,
+MiniMax-M3 `block_indices` [B,Hkv,S,topk]; -1 is none. All layers that share a choice share its plan.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import SparseFlashError
+from ...plan import Plan
+from .mask import SparseMask
+
+_last: list[Any] = [lambda: None, -1, lambda: None, None]
+"""The choice that was read last (a weak reference), its version, its mask, and the plan."""
+
+
+def learned_plan(
+    module: nn.Module, mask: SparseMask, indices: Tensor | None, block_indices: Tensor | None
+) -> Plan:
+    """The plan of an indexer's choice, under what the mask lets each query see.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention layer; `module.indexer.block_size` says how many keys a block has.
+    mask : SparseMask
+        What each query may see.
+    indices : Tensor, optional
+        Integers `[B,S,topk]`: keys, for all heads.
+    block_indices : Tensor, optional
+        Integers `[B,Hkv,S,topk]`: blocks of keys, for each KV head.
+    """
+    if indices is not None and block_indices is not None:
+        raise SparseFlashError(
+            f"{type(module).__name__} gives both indices and block_indices: expected one of them"
+        )
+    chosen = indices if indices is not None else block_indices
+    assert chosen is not None
+    if _last[0]() is chosen and _last[1] == chosen._version and _last[2]() is mask:
+        return _last[3]
+    unit = 1
+    if block_indices is not None:
+        size = getattr(getattr(module, "indexer", None), "block_size", None)
+        if not isinstance(size, int):
+            raise SparseFlashError(
+                f"{type(module).__name__} gives block_indices, but has no indexer.block_size: how many keys "
+                "a block has is not known"
+            )
+        unit = size
+    Tk = mask.shape[3]
+    if mask.by_rule:
+        plan = Plan.from_choice(
+            chosen, Tk=Tk, unit=unit, causal=mask.causal, q_offset=mask.offset, k_keep=mask.padding
+        )
+    else:
+        plan = Plan.from_choice(_visible(chosen, mask, unit), Tk=Tk, causal=False)
+    _last[:] = [weakref.ref(chosen), chosen._version, weakref.ref(mask), plan]
+    return plan
+
+
+def _visible(chosen: Tensor, mask: SparseMask, unit: int) -> Tensor:
+    """Keys of a choice that the mask shows, -1 for others: documents, windows, a mask of the user's."""
+    chosen = chosen if chosen.dim() == 4 else chosen[:, None]
+    if unit > 1:
+        lanes = torch.arange(unit, device=chosen.device)
+        chosen = torch.where(chosen[..., None] < 0, -1, chosen[..., None] * unit + lanes).flatten(-2)
+    Tk = mask.shape[3]
+    chosen = torch.where(chosen < Tk, chosen, -1)
+    keep = mask.to_dense().expand(-1, chosen.shape[1], -1, -1)
+    return torch.where(keep.gather(-1, chosen.clamp(min=0).long()), chosen, -1)
