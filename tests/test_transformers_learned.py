@@ -114,7 +114,7 @@ def test_logits_and_gradients_are_the_stock_ones(name, dtype, generator):
         torch.testing.assert_close(own[n] / size, g / size, **CLOSE[dtype], msg=lambda m, n=n: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "minimax-m3"])
 def test_padding_and_caches(name, generator):
     stock, ours = pair(name, torch.float64)
     ids, keep = tokens(generator, 2, 45), torch.ones(2, 45, dtype=torch.long)
