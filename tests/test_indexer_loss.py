@@ -146,6 +146,7 @@ def test_errors_say_what_to_do(given, said):
         sf.indexer_kl_loss(**(good | given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["warm-up", "sparse"])
 def test_memory_does_not_hold_the_scores(stage, generator):
     given = _inputs(generator, 2048, B=1, H=8, D=32)

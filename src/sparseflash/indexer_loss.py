@@ -19,45 +19,51 @@ HELD = 1 << 21
 """Numbers of one kind that are held at a time."""
 
 
-def _unique(index: Tensor, none: int) -> Tensor:
-    """Lists of keys in ascending order, `none` in place of repetitions, behind the last."""
-    index = index.sort(-1).values
-    again = torch.nn.functional.pad(index[..., 1:] == index[..., :-1], (1, 0))
-    return index.masked_fill(again, none).sort(-1).values
-
-
-def _lists(
+def _pieces(
     index: Tensor | None, low: Tensor, high: Tensor, keep: Tensor | None, Tk: int, step: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some queries at a time, with the keys that each of them compares: [B,n,m], Tk behind the last."""
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some queries at a time: which, keys to compare [B|1,1|n,m], and whether a query sees them [B,n,m]."""
     B, Tq = low.shape
     for first in range(0, Tq, step):
         rows = slice(first, min(first + step, Tq))
         lo, hi = low[:, rows, None], high[:, rows, None]
         if index is None:
             top = max(1, int(hi.max())) if hi.device.type == "cpu" else Tk
-            at = torch.arange(top, device=low.device).expand(B, hi.shape[1], top)
+            at = torch.arange(top, device=low.device)[None, None]
+            seen = (at >= lo) & (at < hi)
         else:
-            at = index[:, rows].long()
-        at = at.masked_fill((at < lo) | (at >= hi), Tk)  # also what is -1
+            at = index[:, rows].long().sort(-1).values
+            seen = (at >= lo) & (at < hi)  # not what is -1
+            seen[..., 1:] &= at[..., 1:] != at[..., :-1]
+            at = at.clamp(0, Tk - 1)
         if keep is not None:
-            at = at.masked_fill(
-                ~keep[:, None].expand(-1, at.shape[1], -1).gather(-1, at.clamp(max=Tk - 1)), Tk
-            )
-        yield rows, _unique(at, Tk)
+            real = keep[:, None].expand(-1, at.shape[1], -1)
+            seen = seen & real.gather(-1, at.expand(B, -1, -1))
+        yield rows, at, seen
 
 
-def _target(
-    q: Tensor, k: Tensor, lse: Tensor, at: Tensor, scale: float, softcap: float, backend: str
+def _dense_target(
+    q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float, work: torch.dtype
 ) -> Tensor:
-    """What all heads together attend to of the listed keys [B,n,m]: rows sum to 1, or 0 where none is."""
-    Tk, m = k.shape[2], at.shape[-1]
-    plan = Plan.from_keys(at.masked_fill(at == Tk, -1)[:, None], Tq=at.shape[1], Tk=Tk, unique=True)
+    """What all heads together attend to, of all keys [B,n,m]: a product, since nothing is left out."""
+    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+    s = (q.to(work) @ k.to(work).transpose(-1, -2)) * scale
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    s = s.unflatten(2, (-1, lse.shape[2])).flatten(1, 2)
+    return (s - lse[..., None].to(work)).exp_().sum(1)
+
+
+def _listed_target(
+    q: Tensor, k: Tensor, lse: Tensor, at: Tensor, seen: Tensor, scale: float, softcap: float, backend: str
+) -> Tensor:
+    """The same, of the keys that are listed and seen [B,n,m]."""
+    none = torch.where(seen, at, -1)
+    plan = Plan.from_keys(none[:, None], Tq=at.shape[1], Tk=k.shape[2], unique=True)
     p = attention_stats(
         q, k, lse, plan, over="entry", scale=scale, softcap=softcap or None, backend=backend or None
-    )
-    p = torch.nn.functional.pad(p.sum(1), (0, m - p.shape[-1]))
-    return p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+    ).sum(1)
+    place = (seen.cumsum(-1) - 1).clamp(0, max(p.shape[-1] - 1, 0))  # lists are compact
+    return p.gather(-1, place) if p.shape[-1] else p.new_zeros(at.shape)
 
 
 @torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
@@ -81,24 +87,24 @@ def _loss(
     total = torch.zeros((), dtype=work, device=q.device)
     dq = torch.zeros((B, Tq, H, D), dtype=work, device=q.device)
     dw = torch.zeros((B, Tq, H), dtype=work, device=q.device)
-    dk = torch.zeros((B, Tk + 1, D), dtype=work, device=q.device)  # the last takes what is no key
-    keys = torch.nn.functional.pad(k_index.to(work), (0, 0, 0, 1))
-    keys[:, :-1].masked_fill_((~keep if keep is not None else keys.new_zeros(B, Tk).bool())[..., None], 0)
+    dk = torch.zeros((B, Tk, D), dtype=work, device=q.device)
+    keys = k_index.to(work)
+    if keep is not None:
+        keys = keys.masked_fill(~keep[..., None], 0)
     width = Tk if index is None else index.shape[-1]
     step = max(1, HELD // max(1, B * width * max(H, q.shape[1], 1 if index is None else D)))
     b = torch.arange(B, device=q.device)[:, None, None]
-    for rows, at in _lists(index, low, high, keep, Tk, step) if Tk and width else ():
+    for rows, at, seen in _pieces(index, low, high, keep, Tk, step) if Tk and width else ():
         with own_precision(q):
-            p = _target(q[:, :, rows], k, lse[:, :, rows], at, scale, softcap, backend).to(work)
-            if index is None:  # all keys side by side: one product for all queries
-                place = torch.arange(min(at.shape[-1], Tk) + 1, device=at.device)
-                place[-1] = Tk
-                p = p.new_zeros(*p.shape[:2], Tk + 1).scatter_add_(-1, at, p)[..., place]
-                seen = torch.zeros(*at.shape[:2], Tk + 1, dtype=torch.bool, device=at.device)
-                seen = seen.scatter_(-1, at, at < Tk)[..., place]
-                own = keys[:, None, place]
+            given, m = (q[:, :, rows], k, lse[:, :, rows]), at.shape[-1]
+            if index is None:
+                p = _dense_target(given[0], k[:, :, :m], given[2], scale, softcap, work)
+                own = keys[:, None, :m]
             else:
-                seen, own = at < Tk, keys[b, at]
+                p = _listed_target(*given, at, seen, scale, softcap, backend).to(work)
+                own = keys[b, at]
+            p = p.masked_fill(~seen, 0)
+            p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(work).tiny)
             x, w = q_index[:, :, rows].transpose(1, 2).to(work), weights[:, :, rows].transpose(1, 2).to(work)
             products = (x @ own.transpose(-1, -2) * index_scale).relu()  # [B,n,H,m]
             score = (w[..., None, :] @ products)[..., 0, :].masked_fill(~seen, -math.inf)
@@ -110,12 +116,12 @@ def _loss(
             slope = slope * (w[..., None] * index_scale) * (products > 0)
             dq[:, rows] = slope @ own
             if index is None:
-                dk[:, place] += torch.einsum("bnhm,bnhd->bmd", slope, x)
+                dk[:, :m] += slope.flatten(1, 2).transpose(-1, -2) @ x.flatten(1, 2)
             else:
                 share = slope.transpose(-1, -2) @ x
                 for i in range(B):
                     dk[i].index_add_(0, at[i].flatten(), share[i].flatten(0, 1))
-    return total, dq.transpose(1, 2).contiguous(), dk[:, :-1].contiguous(), dw.transpose(1, 2).contiguous()
+    return total, dq.transpose(1, 2).contiguous(), dk, dw.transpose(1, 2).contiguous()
 
 
 @_loss.register_fake
