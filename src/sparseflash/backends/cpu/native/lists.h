@@ -131,12 +131,9 @@ inline int read_mask(const SfMask &c, SfParallel parallel) {
 struct BitSet {
     uint64_t *word, *busy;
 
-    bool add(int64_t x) {
-        uint64_t bit = 1ull << (x % 64), &at = word[x / 64];
+    void add(int64_t x) {
+        word[x / 64] |= 1ull << (x % 64);
         busy[x / 4096] |= 1ull << (x / 64 % 64);
-        bool fresh = !(at & bit);
-        at |= bit;
-        return fresh;
     }
     template <class F> void drain(int64_t most, F f) {
         for (int64_t b = 0; b * 4096 < most; b++)
