@@ -22,7 +22,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu
+.PHONY: help setup demo test check bench figures gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -30,6 +30,7 @@ help:
 	@echo 'make test    the default tests: no GPU, no network, two cores'
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
+	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
 	@echo 'make gpu     check and measure the Triton kernels on this machine'"'"'s GPU'
 	@echo
 	@echo 'Each target does its own set-up: a fresh clone needs only `make demo` or `make test`.'
@@ -80,6 +81,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/sparseflash bench $(BENCH_ARGS)
+
+figures: $(READY)
+	$(PY) docs/make_figures.py
 
 gpu: $(READY)
 	$(PY) benchmarks/gpu.py $(GPU_ARGS)

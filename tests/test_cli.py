@@ -156,6 +156,21 @@ def test_bench_writes_its_rows(run, tmp_path):
     header, *rows = (tmp_path / "c.csv").read_text().splitlines()
     assert {"case", "T", "ms", "density", "recall", "cpu", "torch", "git"} <= set(header.split(","))
     assert len(rows) == 9
+    tiny = ("--lengths", "32", "--heads", 1, "--head-dim", 16, "--quick", "--out", tmp_path)
+    status, out, err = run(
+        "bench", "--methods", "window", "--baselines", "sdpa", "--set", "window.window=8", *tiny
+    )
+    assert status == 0, err
+    assert "2 rows" in out and "Window(window=8" in (tmp_path / "attention.csv").read_text()
+    assert (tmp_path / "attention-both-fp32.svg").is_file()
+    assert run("bench", "compare", tmp_path / "attention.csv", tmp_path / "attention.csv")[0] == 0
+    for given, said in (
+        (("--methods", "hash"), "did you mean 'hash-sparse'"),
+        (("--baselines", "sdpa", "--direction", "up"), "choose from: forward, backward, both"),
+        (("--methods", "window", "--set", "window=8"), "write it as --set method.window"),
+    ):
+        status, _, err = run("bench", *given, *tiny)
+        assert status == 1 and said in err, err
     status, _, err = run("bench", "curves", "--lengths", "1k")
     assert status == 1 and "is no list of lengths" in err
     status, _, err = run("bench", "step", "--dtypes", "fp8")

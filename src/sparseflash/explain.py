@@ -21,10 +21,11 @@ from torch import Tensor
 from .errors import SparseFlashError, require
 from .inputs import Plans
 from .plan import Plan
-from .plan.lists import ranges
+from .plan.lists import _at, ranges
 
-TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "entries")
-"""Costs: of a call, a row x dim (once more if sorted), a pair, a pair x dim, a tested pair, an entry."""
+TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "gathered", "entries")
+"""Costs: of a call, a row x dim (once more if sorted), a pair (x dim), a tested pair, a gathered
+key x dim, an entry."""
 DIRECTIONS = ("forward", "both")
 
 
@@ -42,6 +43,9 @@ def features(plan: Plans, q: Tensor, k: Tensor) -> list[float]:
         count["pairs"] += pairs
         count["dots"] += pairs * D
         count["tests"] += float(area[~entries.full].sum()) * times / 1e6
+        if one.index is not None:
+            spans = 0 if one.span_count is None else int(_at(one.span_count, batch, heads).sum())
+            count["gathered"] += float((entries.hi - entries.lo)[spans:].sum()) * times * D / 1e6
         count["entries"] += len(entries.lo) * times / 1e3
         count["sorted"] += (one.q_order is not None) * q_size + (one.k_order is not None) * k_size
     return [count[term] for term in TERMS]
@@ -165,6 +169,7 @@ class Explanation:
             "pairs": "weights of visited pairs",
             "dots": "products over visited pairs",
             "tests": "tests of single pairs",
+            "gathered": "gathering keys",
             "entries": "walking the lists",
         }
         wins = "sparse" if self.gain > 1 else "dense"
@@ -211,7 +216,7 @@ def explain(
     >>> import torch, sparseflash as sf
     >>> from sparseflash.explain import Costs, explain
     >>> q = torch.empty(1, 4, 4096, 64)
-    >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-6]
+    >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4, 1e-6]
     >>> costs = Costs("a machine", {"both fp32": made_up}, {"both fp32": made_up})
     >>> plan = sf.Plan.dense(4096, 4096, causal=True, window=(255, 0))
     >>> said = explain(plan, q, q, costs=costs)

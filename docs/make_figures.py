@@ -1,0 +1,205 @@
+"""Every measured figure of README and docs, from benchmarks/results: python docs/make_figures.py.
+
+A table stands between `<!-- measured: name -->` and `<!-- end -->`; a picture is docs/images/bench/name.svg.
+With --check nothing is written, and what is stale is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from sparseflash.bench import figures
+from sparseflash.bench.results import read
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md")
+PICTURES = DOCS / "images" / "bench"
+DRAWN = {
+    "attention-table": "attention-table",
+    "breakeven": "breakeven-both-fp32-64",
+    "coverage": "coverage-clustered-16",
+    "mqar": "mqar",
+}
+"""Result file to the one of its pictures that a page shows."""
+DTYPES = ("fp32", "bf16")
+
+Cell = Callable[[str], str]
+
+
+@cache
+def rows(name: str) -> list[dict[str, str]]:
+    """The rows of a result file."""
+    return read(RESULTS / f"{name}.csv")
+
+
+def figure(name: str, column: str, **wanted: str) -> float:
+    """A cell of the one row that has the wanted ones."""
+    found = [row for row in rows(name) if all(row[x] == value for x, value in wanted.items())]
+    if len(found) != 1:
+        raise SystemExit(f"{name}.csv: {len(found)} rows with {wanted}; expected one")
+    return float(found[0][column])
+
+
+def times(name: str, *cases: str, column: str = "ratio", **wanted: str) -> Cell:
+    """Ratios of cases, `1.3x / 1.4x`, for a data type."""
+    return lambda dtype: " / ".join(
+        f"{figure(name, column, case=case, dtype=dtype, **wanted):.2g}x" for case in cases
+    )
+
+
+def both(name: str, case: str, **wanted: str) -> Cell:
+    """Ratios of a case forward and backward."""
+    return times(name, f"{case}, forward", f"{case}, backward", **wanted)
+
+
+def steps(case: str) -> Cell:
+    """Speed-ups of a training step at both lengths."""
+    return lambda dtype: " / ".join(
+        times("step", case, column="speedup", T=T)(dtype) for T in ("8192", "16384")
+    )
+
+
+BRINGS: dict[str, Cell] = {
+    "dense forward / backward": times("attention-table", "dense forward", "dense backward"),
+    "hash-sparse, 16 buckets, forward + backward": times(
+        "attention-table", "hash-sparse, 16 buckets, forward + backward"
+    ),
+    "QK-sparse, half of queries and keys dropped, forward + backward": times(
+        "attention-table", "qk-sparse, half dropped on both sides, forward + backward"
+    ),
+    "a quarter of the 128 x 128 blocks at random, forward / backward": both(
+        "kernel-table", "blocks of 128, 25 %", T="8192", heads="4", dim="64"
+    ),
+    "a quarter of the keys at random for every 64 queries, forward / backward": both(
+        "kernel-table", "keys a tile of 64, 25 %", T="8192", heads="4", dim="64"
+    ),
+    "stick-breaking, every key in reach, forward / backward": both(
+        "ops", "stick-breaking, every key counts", T="8192"
+    ),
+    "whole training step of a small GPT, hash-sparse, 8k / 16k tokens": steps("hash-sparse, 16 buckets"),
+    "whole training step, 30 % of queries and keys dropped, 8k / 16k tokens": steps("qk-sparse, 30% dropped"),
+}
+
+
+def brings() -> str:
+    """What the library brings over SDPA."""
+    body = [[what, *(cell(dtype) for dtype in DTYPES)] for what, cell in BRINGS.items()]
+    return table(["", *DTYPES], body)
+
+
+def mqar() -> str:
+    """Recall at every learning rate."""
+    rates = list(dict.fromkeys(row["lr"] for row in rows("mqar")))
+    cases = dict.fromkeys((row["case"], row["density"]) for row in rows("mqar") if row["best"])
+    body = []
+    for case, density in cases:
+        found = [figure("mqar", "accuracy", case=case, lr=lr) for lr in rates]
+        body.append([case, f"{float(density):.2f}", *(f"{x:.1%}" for x in found)])
+    return table(["attention", "density", *(f"lr {x}" for x in rates)], body)
+
+
+def breakeven() -> str:
+    """Gain of every kind of plan over density and length, and where it ends."""
+    found = [row for row in rows("breakeven") if row["dim"] == "64" and row["direction"] == "both"]
+    lengths = list(dict.fromkeys(row["T"] for row in found))
+    body = []
+    for kind, share in dict.fromkeys((row["kind"], row["share"]) for row in found):
+        wanted = {"kind": kind, "share": share, "dim": "64", "direction": "both"}
+        cells = [figure("breakeven", "gain", T=T, **wanted) for T in lengths]
+        body.append([kind, f"{float(share):.3g}", *(f"{x:.2g}x" for x in cells)])
+    lost = [row for row in rows("breakeven") if float(row["gain"]) < 1]
+    where = "; ".join(f"{x['case']}, D = {x['dim']}, {x['direction']}, density {x['density']}" for x in lost)
+    said = (
+        f"Of all {len(rows('breakeven'))} points, forward alone among them, dense was faster on {len(lost)}"
+    )
+    said += f" ({where})." if lost else "."
+    return table(["plan", "density", *(f"T = {T}" for T in lengths)], body) + "\n\n" + said
+
+
+def coverage() -> str:
+    """Equal-bucket pairs attended, 16 buckets."""
+    lengths = list(dict.fromkeys(row["T"] for row in rows("coverage")))
+    body = []
+    for inputs, case in dict.fromkeys((row["inputs"], row["case"]) for row in rows("coverage")):
+        cells = [figure("coverage", "coverage", inputs=inputs, case=case, T=T, nb="16") for T in lengths]
+        body.append([inputs, case, *(f"{x:.1%}" for x in cells)])
+    return table(["tokens", "attention", *(f"T = {T}" for T in lengths)], body)
+
+
+def pixels() -> str:
+    """Perplexity after equal steps."""
+    body = [[row["case"], row["perplexity"], row["steps"]] for row in rows("pixels")]
+    return table(["attention", "perplexity of a held-out pixel", "steps"], body)
+
+
+def prediction() -> str:
+    """How far `explain` is off on the points that its fit has not seen."""
+    off = sorted(abs(float(row["off"])) for row in rows("breakeven") if row["held_out"])
+    close = sum(x <= 0.25 for x in off) / len(off)
+    return (
+        f"On {len(off)} points left out of the fit it was off by {off[len(off) // 2]:.0%} in the median, "
+        f"by at most 25 % on {close:.0%} of them (worst: {off[-1]:.0%})."
+    )
+
+
+BLOCKS = {
+    "brings": brings,
+    "mqar": mqar,
+    "breakeven": breakeven,
+    "coverage": coverage,
+    "pixels": pixels,
+    "prediction": prediction,
+}
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+
+
+def made() -> dict[Path, str]:
+    """Every page and picture as it has to be."""
+    found = {}
+    for page in PAGES:
+        found[page] = re.sub(
+            r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)",
+            lambda at: f"{at[1]}{BLOCKS[at[2]]()}\n{at[3]}",
+            page.read_text(encoding="utf-8"),
+            flags=re.DOTALL,
+        )
+    for name, picture in DRAWN.items():
+        found[PICTURES / f"{picture}.svg"] = figures.draw(rows(name), name)[f"{picture}.svg"]
+    return found
+
+
+def stale() -> list[str]:
+    """Pages and pictures that are not what the results say."""
+    return [
+        str(path.relative_to(DOCS.parent))
+        for path, text in made().items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+
+
+def main() -> None:
+    """Write what is stale, or with --check name it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    old = stale()
+    if parser.parse_args().check:
+        raise SystemExit(f"stale, run make figures: {', '.join(old)}" if old else 0)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for path, text in made().items():
+        path.write_text(text, encoding="utf-8")
+    sys.stdout.write("\n".join(old or ["nothing was stale"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
