@@ -15,6 +15,7 @@ import plans
 import sparseflash as sf
 import tolerance
 from harness import inputs, run
+from sparseflash.backends.triton.launch import shares
 
 
 def hold(seed: int, kind: str) -> str:
@@ -39,6 +40,19 @@ def hold(seed: int, kind: str) -> str:
     return f"{max(shares.values()):.2f} of what is allowed; {note}"
 
 
+def decoded(seed: int, kind: str) -> int:
+    """One random plan of a kind, its keys shared by several programs: by how many."""
+    draw, generator = random.Random(f"{seed}{kind}"), torch.Generator().manual_seed(seed)
+    example = plans.example(seed, kind, batch=2, heads=4, Tq=draw.choice((1, 3)), Tk=100)
+    plan = example.plan
+    q, k, v, *_ = inputs(generator, plan.Tq, plan.Tk, D=40, Dv=24)
+    k, v = (k[:1], v[:1]) if example.pool else (k, v)
+    bias = torch.randn(1, 2, plan.Tk, generator=generator)
+    out, lse = sf.decode(q, k, v, plan, key_bias=bias, return_lse=True, backend="triton")
+    tolerance.compare({"out": out, "lse": lse}, q, k, v, example.mask, key_bias=bias, note=example.line)
+    return shares(q, plan, 8)
+
+
 def poisoned() -> str:
     """Keys that nobody sees hold NaN, values too: no result knows."""
     q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 33, 33, D=16)
@@ -58,6 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1))
     first, last = parser.parse_args().seeds
+    shared = [decoded(seed, kind) for seed in range(first, last) for kind in plans.KINDS]
+    assert sum(n > 1 for n in shared) > len(shared) // 2, f"hardly any plan was shared: {shared}"
+    print(f"decode: {shared} programs share the keys of a row", flush=True)
     for seed in range(first, last):
         for kind in plans.KINDS:
             began = time.perf_counter()

@@ -10,7 +10,16 @@ from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from .columns import columns_kernel
 from .common import INTERPRETED
-from .launch import MAX_DIM, Arguments, column_blocks, found, power_of_two, row_blocks, unit_readers
+from .launch import (
+    MAX_DIM,
+    Arguments,
+    column_blocks,
+    found,
+    power_of_two,
+    row_blocks,
+    shares,
+    unit_readers,
+)
 from .rows import rows_kernel
 
 NAME = "triton"
@@ -45,17 +54,20 @@ def refuse(*tensors: Tensor) -> list[str]:
     return reasons
 
 
-def _launch_rows(a: Arguments, plan: Plan, programs: int, backward: bool) -> None:
-    """Run the kernel over query rows; `programs` pairs of batch and head."""
+def _launch_rows(a: Arguments, plan: Plan, programs: int, backward: bool, pieces: int = 0) -> None:
+    """Run the kernel over query rows; `programs` pairs of batch and head, each row by `pieces` programs."""
     q = a.named["Q"]
     blocks = row_blocks(a.dim, q.element_size(), backward, a.heavy)
     rows = min(blocks.rows, power_of_two(plan.tile))
     parts = -(-plan.tile // rows)
-    grid = (programs * plan.tiles * parts,)
+    grid = (programs * plan.tiles * parts * max(pieces, 1),)
+    out, lse = a.named["OUT"], a.named["LSE"]
+    steps = (out.stride(0), lse.stride(0)) if pieces else (0, 0)
+    shared = {"pieces": pieces, "piece_out": steps[0], "piece_lse": steps[1], "SPLIT": pieces > 0}
     if grid[0]:
         rows_kernel[grid](
-            **a.named, blocks=parts, BACKWARD=backward, F=a.flags(blocks, rows, min(32, blocks.keys)),
-            **blocks.options(),
+            **a.named, **shared, blocks=parts, BACKWARD=backward,
+            F=a.flags(blocks, rows, min(32, blocks.keys)), **blocks.options(),
         )  # fmt: skip
 
 
@@ -83,6 +95,39 @@ def forward(
         a.strides(a.named, name, out)
     _launch_rows(a, plan, B * H, False)
     return out, lse
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """What `forward` returns, for few queries over many keys: programs share the keys of a row.
+
+    Every span and every list is cut into equal pieces, so that there are two programs for a multiprocessor
+    however few rows there are, and the pieces are merged in their order. Shapes alone say how many there are.
+    """
+    (B, H, Tq, _), Dv = q.shape, v.shape[3]
+    pieces = shares(q, plan, B * H)
+    if pieces == 1:
+        how = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
+        return forward(q, k, v, plan, **how, out_dtype=out_dtype)
+    out = torch.zeros((pieces, B, H, Tq, Dv), dtype=torch.float32, device=q.device)
+    lse = torch.full((pieces, B, H, Tq), float("-inf"), device=q.device)
+    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
+    a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
+    for name in "o", "d":
+        a.strides(a.named, name, out[0])
+    _launch_rows(a, plan, B * H, False, pieces)
+    total = torch.logsumexp(lse, 0)
+    weight = torch.where(lse == float("-inf"), 0, torch.exp(lse - total))
+    return (weight[..., None] * out).sum(0).to(out_dtype), total
 
 
 def backward(

@@ -82,20 +82,30 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
 
 
 @triton.jit
-def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, BACKWARD: tl.constexpr, F: tl.constexpr):
+def span_at(SPANS, s, rows, piece, pieces, SPLIT: tl.constexpr, BN: tl.constexpr):
+    """Span s, or of a row that several programs share this one's piece: whole chunks, but for the last."""
+    # whatever a plan says, nothing outside of the keys is read
+    lo, hi = tl.maximum(tl.load(SPANS + 2 * s), 0), tl.minimum(tl.load(SPANS + 2 * s + 1), rows)
+    if SPLIT:
+        share = (tl.maximum(hi - lo, 0) + pieces * BN - 1) // (pieces * BN) * BN
+        lo += piece * share
+        hi = tl.minimum(hi, lo + share)
+    return lo, hi
+
+
+@triton.jit
+def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, piece, pieces,
+               SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Spans first..last: those before `full` in whole chunks without a test, then the rest, CUT at a time."""
     BN: tl.constexpr = F.BN
     CUT: tl.constexpr = F.CUT
     wide, lane = tl.arange(0, BN), tl.arange(0, CUT)
     for s in range(first, full):
-        # whatever a plan says, nothing outside of the keys is read
-        lo = tl.maximum(tl.load(SPANS + 2 * s), 0)
-        hi = tl.minimum(tl.load(SPANS + 2 * s + 1), K.rows)
+        lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         for t in tl.range(lo, lo + (hi - lo) // BN * BN, BN, num_stages=F.STAGES):
             acc, m, mass = chunk(acc, m, mass, Q, K, R, t, wide, wide >= 0, 1, False, True, BACKWARD, F)
     for s in range(first, last):
-        lo = tl.maximum(tl.load(SPANS + 2 * s), 0)
-        hi = tl.minimum(tl.load(SPANS + 2 * s + 1), K.rows)
+        lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         lo = tl.where(s < full, lo + tl.maximum(hi - lo, 0) // BN * BN, lo)
         for t in tl.range(lo, hi, CUT, num_stages=1):
             acc, m, mass = chunk(acc, m, mass, Q, K, R, t, lane, t + lane < hi, 1, True, True, BACKWARD, F)
@@ -118,16 +128,21 @@ def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def over_units(
-    acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, BACKWARD: tl.constexpr, F: tl.constexpr
-):
+def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pieces,
+               SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Units first..last of the index: those before `full` in whole chunks without a test, then the rest."""
     BN: tl.constexpr = F.BN
     CUT: tl.constexpr = F.CUT
     PARTS: tl.constexpr = (F.UNIT + BN - 1) // BN
     PER: tl.constexpr = (BN + F.UNIT - 1) // F.UNIT
     NEAR: tl.constexpr = F.UNIT >= BN
-    whole = first + (full - first) // PER * PER
+    sure = full
+    if SPLIT:
+        share = (last - first + pieces - 1) // pieces
+        first += piece * share
+        last = tl.minimum(last, first + share)
+        sure = tl.maximum(tl.minimum(full, last), first)
+    whole = first + (sure - first) // PER * PER
     for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
         _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN)
         base = tl.maximum(tl.minimum(base, K.rows - (BN if NEAR else 1 + lane)), 0 if NEAR else -lane)
@@ -164,10 +179,17 @@ def rows_kernel(
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
     scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks,
-    BACKWARD: tl.constexpr, F: tl.constexpr,
+    pieces, piece_out, piece_lse, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """OUT and LSE of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given LSE and DELTA."""
-    pid = tl.program_id(0)
+    """OUT and LSE of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given LSE and DELTA.
+
+    With SPLIT `pieces` programs share the keys of the rows, and each has an OUT and an LSE of its own.
+    """
+    pid, piece = tl.program_id(0), 0
+    if SPLIT:
+        pid, piece = pid // pieces, pid % pieces
+        OUT += piece.to(tl.int64) * piece_out
+        LSE += piece.to(tl.int64) * piece_lse
     bh, at = pid // (tiles * blocks), tiles * blocks - 1 - pid % (tiles * blocks)  # the longest rows first
     tile = at // blocks
     b, h = bh // H, bh % H
@@ -209,7 +231,8 @@ def rows_kernel(
         cell = place(b, h, H, span_heads, span_batch, tiles) + tile
         first = tl.load(SPAN_START + cell)
         full, last = first + tl.load(SPAN_FULL + cell), first + tl.load(SPAN_COUNT + cell)
-        acc, m, mass = over_spans(acc, m, mass, rows, head, R, SPANS, first, full, last, BACKWARD, F)
+        acc, m, mass = over_spans(acc, m, mass, rows, head, R, SPANS, first, full, last, piece, pieces,
+                                  SPLIT, BACKWARD, F)  # fmt: skip
     if F.UNITS:
         cell = place(b, h, H, unit_heads, unit_batch, tiles) + tile
         first = tl.load(START + cell)
@@ -217,7 +240,8 @@ def rows_kernel(
         words = WORDS
         if F.BITS:
             words = WORDS + tl.load(WORDS_START + cell) * (F.TILE * ((F.UNIT + 31) // 32))
-        acc, m, mass = over_units(acc, m, mass, rows, head, R, INDEX, words, first, full, last, BACKWARD, F)
+        acc, m, mass = over_units(acc, m, mass, rows, head, R, INDEX, words, first, full, last, piece, pieces,
+                                  SPLIT, BACKWARD, F)  # fmt: skip
 
     base = OUT + b64 * o_batch + h64 * o_head
     if BACKWARD:
