@@ -105,7 +105,7 @@ def measure(settings: Settings, *, on_run: Callable[[str], None] = lambda text: 
                 rows[subject.name] |= {"conformance": said}
                 able.append(subject)
         share = Box(box.left / (len(settings.lengths) - number))
-        yield from _at(settings, length, able, rows, share, box, history, on_run)
+        yield from _at(settings, length, able, rows, share, history, on_run)
 
 
 def _at(
@@ -114,7 +114,6 @@ def _at(
     able: list[Subject],
     rows: dict[str, Row],
     box: Box,
-    whole: Box,
     history: dict[str, list[tuple[int, float]]],
     on_run: Callable[[str], None],
 ) -> Iterator[Row]:
@@ -146,7 +145,7 @@ def _at(
             row |= _quality(subject, q, k, v, yardstick)
             row["gflop"] = _gflop(settings, q, row["density"])
             on_run(f"T = {length}, {name}: memory")
-            row |= _memory(settings, subject, length, whole)
+            row |= _memory(settings, subject, length, box)
             row |= _energy(settings, runs[name], lambda text, name=name: on_run(f"{name}: {text}"))
             row["note"] = "; ".join(filter(None, (row.pop("memory_note", ""), row.pop("energy_note", ""))))
         yield row
