@@ -7,7 +7,18 @@ pytest.importorskip("safetensors")
 
 import sparseflash as sf
 from sparseflash.backends.cpu import build
-from sparseflash.bench import curves, documents, indexer, kernels, levels, machine, masks, ops, results
+from sparseflash.bench import (
+    curves,
+    decode,
+    documents,
+    indexer,
+    kernels,
+    levels,
+    machine,
+    masks,
+    ops,
+    results,
+)
 from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
 from sparseflash.bench.quality import Dense
 from sparseflash.bench.timing import Box, interleave, predict
@@ -132,6 +143,19 @@ def test_each_level_is_measured_at_its_own_instructions():
     lacking = next(name for name, x in build.LEVELS.items() if not x.needs <= build.cpu_flags())
     with pytest.raises(SparseFlashError, match=f"level {lacking}: .*this processor lacks"):
         list(levels.measure_levels([lacking], shapes=[(64, 16)]))
+
+
+@pytest.mark.parametrize("layout", decode.LAYOUTS)
+def test_the_alternatives_to_decode_compute_the_same(layout):
+    tokens, ours, other = decode.LAYOUTS[layout](2048, 2, 16, torch.float32)
+    assert tokens == 2048
+    torch.testing.assert_close(ours(), other(), atol=1e-5, rtol=1e-5)
+
+
+def test_decode_is_measured_in_bytes_a_second():
+    options = {"mib": 1, "layouts": ["ragged"], "groups": [2], "dims": [16], "dtypes": ["bf16"], "rounds": 1}
+    (row,) = decode.measure(**options)
+    assert row["mib"] == 1 and row["gbs"] == pytest.approx(2**20 / row["ms"] / 1e6)
 
 
 def test_the_plain_twins_compute_what_the_ops_do():

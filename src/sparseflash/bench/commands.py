@@ -211,6 +211,20 @@ def bench_ops(
     session.ops(out, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
 
 
+@bench.command("decode")
+def bench_decode(
+    out: Out = RESULTS / "decode.csv",
+    mib: Annotated[int, typer.Option(help="Keys and values in use, MiB.")] = 64,
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 5,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Compare how fast decode reads its cache with a plain read, and its time with torch SDPA."""
+    from sparseflash.bench import session
+
+    session.decode(out, mib=mib, dtypes=_words(dtypes), rounds=rounds, minutes=minutes)
+
+
 @bench.command("levels")
 def bench_levels(
     out: Out = RESULTS / "levels.csv",

@@ -10,6 +10,7 @@ from sparseflash.bench import cases, figures, harness, results
 from sparseflash.bench import compare as compare_
 from sparseflash.bench import coverage as coverage_
 from sparseflash.bench import curves as curves_
+from sparseflash.bench import decode as decode_
 from sparseflash.bench import documents as documents_
 from sparseflash.bench import energy as energy_
 from sparseflash.bench import indexer as indexer_
@@ -267,6 +268,20 @@ def ops(out: Path, *, dtypes: Sequence[str], rounds: int, minutes: float) -> Non
         lambda on_run: ops_.measure(dtypes=tuple(dtypes), rounds=rounds, minutes=minutes, on_run=on_run),
     )
     _finish(rows, out, ("case", "dtype", "T", "heads", "ms_sdpa", "ms_torch", "ms", "ratio", "ratio_torch"))
+
+
+def decode(out: Path, *, mib: int, dtypes: Sequence[str], rounds: int, minutes: float) -> None:
+    """Measure how fast decode reads its cache into `out`."""
+    _known(*dtypes)
+    _positive([mib])
+    rows = _watch(
+        "decode",
+        out,
+        lambda on_run: decode_.measure(mib=mib, dtypes=dtypes, rounds=rounds, minutes=minutes, on_run=on_run),
+    )
+    _finish(
+        rows, out, ("case", "dtype", "group", "dim", "gbs_read", "gbs", "share", "ms_sdpa", "ms", "ratio")
+    )
 
 
 def indexer(

@@ -1,0 +1,135 @@
+"""`decode` over the bandwidth of memory: how fast K and V are read, against a plain read of as many bytes.
+
+The plain read is `torch.sum` over one fp32 tensor, on all threads. It runs in turn with decode, and with what
+a user would write instead: SDPA with `enable_gqa`, under a mask where lengths differ, after gathering where
+K and V lie in pages or a prefix is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sparseflash as sf
+from sparseflash.bench.cases import DTYPES
+from sparseflash.bench.results import Row
+from sparseflash.bench.timing import Box, interleave
+from sparseflash.plan import Plan
+
+Runs = tuple[int, Callable[[], Tensor], Callable[[], Tensor]]
+"""Tokens that are read (of each KV head), ours, and the alternative."""
+
+BATCH, HKV = 4, 4
+
+
+def contiguous(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
+    """Sequences of equal lengths, each in a row of its own."""
+    q, k, v = _cache(BATCH, tokens // BATCH, group, dim, dtype)
+    return tokens, lambda: sf.decode(q, k, v), lambda: _sdpa(q, k, v)
+
+
+def ragged(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
+    """Lengths as 1 : 3 : 5 : 7, padded to the longest."""
+    lengths = torch.arange(1, 2 * BATCH, 2) * (tokens // BATCH**2)
+    q, k, v = _cache(BATCH, int(lengths.max()), group, dim, dtype)
+    plan = Plan.from_lengths(lengths, Tk=k.shape[2])
+    seen = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
+    return int(lengths.sum()), lambda: sf.decode(q, k, v, plan), lambda: _sdpa(q, k, v, seen)
+
+
+def paged(tokens: int, group: int, dim: int, dtype: torch.dtype, *, page: int) -> Runs:
+    """Shuffled pages of a pool `[pages, page, Hkv, D]`; the alternative gathers each sequence first."""
+    n = tokens // BATCH // page
+    table = torch.randperm(BATCH * n).view(BATCH, n)
+    q, *pools = _cache(BATCH, n * page, group, dim, dtype)
+    pools = [x.reshape(BATCH * n, page, HKV, dim) for x in pools]
+    k, v = (x.view(1, -1, HKV, dim).transpose(1, 2) for x in pools)
+    plan = Plan.from_pages(table, torch.full((BATCH,), n * page), page_size=page, Tk=k.shape[2])
+
+    def gather() -> Tensor:
+        return _sdpa(q, *(x[table].flatten(1, 2).transpose(1, 2) for x in pools))
+
+    return BATCH * n * page, lambda: sf.decode(q, k, v, plan), gather
+
+
+def shared_prefix(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
+    """Half of the bytes are a prefix of all sequences; the alternative copies it to each."""
+    prefix, own = tokens // 2, tokens // 2 // BATCH
+    q, k, v = _cache(1, prefix + BATCH * own, group, dim, dtype, queries=BATCH)
+    start = prefix + own * torch.arange(BATCH)
+    ends = torch.stack([start, start + own], -1).view(BATCH, 1, 1, 1, 2)
+    common = torch.tensor([0, prefix]).view(1, 1, 1, 1, 2)
+    plans = tuple(Plan.from_spans(x, Tq=1, Tk=k.shape[2]) for x in (common, ends))
+
+    def copy(x: Tensor) -> Tensor:
+        first, rest = x.split([prefix, BATCH * own], 2)
+        return torch.cat(
+            [first.expand(BATCH, -1, -1, -1), rest[0].unflatten(1, (BATCH, own)).transpose(0, 1)], 2
+        )
+
+    return k.shape[2], lambda: sf.decode(q, k, v, plans), lambda: _sdpa(q, copy(k), copy(v))
+
+
+LAYOUTS: dict[str, Callable[[int, int, int, torch.dtype], Runs]] = {
+    "contiguous": contiguous,
+    "ragged": ragged,
+    "pages of 16": lambda *x: paged(*x, page=16),
+    "pages of 64": lambda *x: paged(*x, page=64),
+    "pages of 256": lambda *x: paged(*x, page=256),
+    "shared prefix": shared_prefix,
+}
+
+
+def measure(
+    *,
+    mib: int = 64,
+    layouts: Sequence[str] = tuple(LAYOUTS),
+    groups: Sequence[int] = (1, 4, 8),
+    dims: Sequence[int] = (64, 128),
+    dtypes: Sequence[str] = ("fp32", "bf16"),
+    rounds: int = 5,
+    minutes: float = 6.0,
+    on_run: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Measure GB/s of decode and its ratios: over the plain read, and over the alternative's time."""
+    shapes = [(a, g, d, t) for a in layouts for t in dtypes for d in dims for g in groups]
+    box = Box(minutes * 60)
+    for number, (layout, group, dim, dtype) in enumerate(shapes):
+        each = 2 * HKV * dim * DTYPES[dtype].itemsize  # bytes of a token
+        tokens, ours, other = LAYOUTS[layout](mib * 2**20 // each, group, dim, DTYPES[dtype])
+        plain = torch.ones(tokens * each // 4)
+        share = Box(box.left / (len(shapes) - number))
+        watch = f"{layout}, {dtype}, D {dim}, group {group}"
+        timings = interleave(
+            {"read": plain.sum, "decode": ours, "sdpa": other},
+            rounds=rounds,
+            box=share,
+            on_run=lambda name, w=watch: on_run(f"{w}, {name}"),
+        )
+        read, mine, sdpa = (timings[name] for name in ("read", "decode", "sdpa"))
+        row: Row = {
+            "bench": "decode",
+            "case": layout,
+            "dtype": dtype,
+            "T": tokens,
+            "group": group,
+            "dim": dim,
+        }
+        row |= {"mib": tokens * each / 2**20, "gbs_read": tokens * each / read.median / 1e9}
+        row |= {"gbs": tokens * each / mine.median / 1e9, "share": 1 / mine.over(read)}
+        row |= {"ms_sdpa": sdpa.median * 1e3, "ms": mine.median * 1e3, "ratio": sdpa.over(mine)}
+        yield row | {"rounds": len(mine.times)}
+
+
+def _cache(
+    batch: int, length: int, group: int, dim: int, dtype: torch.dtype, queries: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(queries or batch, HKV * group, 1, dim).to(dtype)
+    return q, torch.randn(batch, HKV, length, dim).to(dtype), torch.randn(batch, HKV, length, dim).to(dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
