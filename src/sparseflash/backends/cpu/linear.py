@@ -1,4 +1,4 @@
-"""Linear attention on the CPU: `native/linear.h`, fp32 arithmetic whatever the storage type."""
+"""Linear attention on the CPU: `native/linear.h`, sums and states in fp32 whatever the storage type."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def linear_forward(
     out = empty_like_layout(q, v.shape[3])
     last = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.out, call.last = view(out), last.data_ptr()
-    run("sf_linear_forward", call, torch.float32)
+    run("sf_linear_forward", call, q.dtype)
     return out, last
 
 
@@ -81,5 +81,5 @@ def linear_backward(
     dinitial = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
     call.dlast, call.dfirst = _address(dstate, keep), dinitial.data_ptr()
-    run("sf_linear_backward", call, torch.float32)
+    run("sf_linear_backward", call, q.dtype)
     return dq, dk, dv, dinitial

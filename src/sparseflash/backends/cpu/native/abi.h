@@ -125,10 +125,10 @@ struct SfLevel {
     int (*forward)(const SfCall *call, SfParallel parallel);
     int (*backward)(const SfCall *call, SfParallel parallel);
     int (*stats)(const SfCall *call, SfParallel parallel);
-    int (*linear_forward)(const SfLinear *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
+    int (*linear_forward)(const SfLinear *call, SfParallel parallel);
     int (*linear_backward)(const SfLinear *call, SfParallel parallel);
-    int (*stick_forward)(const SfCall *call, SfParallel parallel);     // `lse` is what is left of the stick, `dlse` its
-    int (*stick_backward)(const SfCall *call, SfParallel parallel);    // gradient; no softcap, no bias
+    int (*stick_forward)(const SfCall *call, SfParallel parallel);   // fp32 arithmetic: not at a bf16 level. `lse` is what
+    int (*stick_backward)(const SfCall *call, SfParallel parallel);  // is left of the stick, `dlse` its gradient
     int (*decode)(const SfCall *call, SfParallel parallel);
     int (*indexer)(const SfIndexer *call, SfParallel parallel);
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // lists: not at a bf16 level

@@ -6,10 +6,10 @@
 #include "decode.h"
 #include "few.h"
 #include "indexer.h"
+#include "linear.h"
 #include "pointwise.h"
 #include "stats.h"
 #if !SF_HAS_BF16
-#include "linear.h"
 #include "lists.h"
 #include "stick.h"
 #endif
@@ -41,6 +41,6 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
 #define SF_EXPORT(level)                                          \
     SF_RUN(forward, SfCall, level) SF_RUN(backward, SfCall, level) SF_RUN(stats, SfCall, level) \
     SF_RUN(decode, SfCall, level) SF_RUN(indexer, SfIndexer, level) \
-    SF_RUN_FP32(linear_forward, SfLinear, level) SF_RUN_FP32(linear_backward, SfLinear, level) \
+    SF_RUN(linear_forward, SfLinear, level) SF_RUN(linear_backward, SfLinear, level) \
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level) \
     SF_RUN_FP32(read_mask, SfMask, level) SF_RUN_FP32(list_units, SfUnits, level) SF_RUN_FP32(transpose, SfTranspose, level)

@@ -11,10 +11,14 @@
 // adds to the state, the scan that turns sums into states, outputs. Chunks run side by side, so one head keeps every
 // thread busy, and no result depends on how many there are. Sums and states are fp32 for every storage type; powers of l
 // come from exponents, never from quotients.
+//
+// In products of bf16 one factor is rounded, never two: K on its way to the state, the state on its way to an output
+// (`before` is applied to Q S, in fp32), and Q K^T * M.
 #pragma once
 #include <math.h>
+#include <type_traits>
 #include "gemm.h"
-#include "scratch.h"
+#include "pack.h"
 
 namespace {
 
@@ -22,10 +26,31 @@ namespace {
 struct Rows {
     const SfView &view;
     int64_t heads, dim;
-    int64_t wide() const { return round_up(dim, 16); }
 };
 
-template <bool BACK> struct Sweep {
+// C (+)= A B for either kind of operand: B in rows, or (bf16) in pairs of rows.
+inline void product(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
+                    int64_t ldc, Into into) {
+    gemm_f32(M, N, K, a, lda, 1, b, ldb, c, ldc, into);
+}
+#if SF_HAS_BF16
+inline void product(int64_t M, int64_t N, int64_t K, const bf *a, int64_t lda, const bf *b, int64_t ldb, float *c,
+                    int64_t ldc, Into into) {
+    gemm_bf16(round_up(M, GRAIN), N, round_up(K, GRAIN), a, lda, b, ldb, c, ldc, into);
+}
+inline __m512i times(__m512i row, float factor) {  // 32 bf16
+    auto half = [&](__m256i x) {
+        return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16) * _mm512_set1_ps(factor);
+    };
+    __m512 low = half(_mm512_castsi512_si256(row)), high = half(_mm512_extracti64x4_epi64(row, 1));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+#endif
+
+template <bool BF, bool BACK> struct Sweep {
+    typedef std::conditional_t<BF, bf, float> Item;
+    struct Matrix { const Item *p; int64_t ld; };
+
     const SfLinear &c;
     Rows x, y, z, o;           // o = sum of l^|distance| (x.y) z, over the heads that share one of o
     const float *first;        // state [x.dim][z.dim] at the open end, or null
@@ -33,11 +58,12 @@ template <bool BACK> struct Sweep {
     float *last;               // takes the state at the other end, or null
     float z_factor, o_factor;
 
+    static constexpr int64_t PER = BF ? 2 : 1, LANES = 16 * PER;  // items in 32 bits; in a vector
     static constexpr int64_t STRIP = 32;      // rows of a triangle that share one length
     static constexpr int64_t PART = 16;       // rows of a state that one task scans
     static constexpr int64_t HELD = 1 << 17;  // floats of states at a time, if not one of each head is more
 
-    int64_t X = x.wide(), Z = z.wide();
+    int64_t X = round_up(x.dim, LANES), Z = round_up(z.dim, LANES);
     int64_t C = most(X, Z) > 64 ? 128 : 64, n = (c.T + C - 1) / C, state = X * Z;
     int64_t blank = STRIP + W, width = 2 * (C + 1) + blank;
     Buffer<float> table = {};  // of each head: l^C .. l^0, zeros, l^0 .. l^C: rows of M and of its transpose
@@ -45,6 +71,9 @@ template <bool BACK> struct Sweep {
     float power(int64_t h, int64_t i) const { return table[h * width + C - i]; }
     int64_t tokens(int64_t chunk) const { return least(C, c.T - chunk * C); }
     static int64_t shared(const Rows &r, int64_t h, int64_t heads) { return h * r.heads / heads; }
+    // What the decay leaves between row i of m and the state it adds to; and the one it reads.
+    float after(int64_t h, int64_t m, int64_t i) const { return power(h, BACK ? i + 1 : m - 1 - i); }
+    float before(int64_t h, int64_t m, int64_t i) const { return power(h, BACK ? m - 1 - i : i + 1); }
 
     bool make_table() {
         if (!table.make(c.Hq * width)) return false;
@@ -55,51 +84,87 @@ template <bool BACK> struct Sweep {
         return true;
     }
 
-    // Rows of a chunk as fp32 [C][wide], zeros behind them and below.
-    void read(const Rows &r, int64_t b, int64_t h, int64_t chunk, float *to) const {
-        const int64_t m = tokens(chunk), wide = r.wide();
+    // Rows of a chunk: where they lie if they can be read there, else copied, with zeros behind them and below.
+    Matrix rows(const Rows &r, int64_t wide, int64_t b, int64_t h, int64_t chunk, Item *desk) const {
+        const int64_t m = tokens(chunk);
+        auto from = [&](int64_t i) { return row_of(r.view, b, shared(r, h, c.Hq), chunk * C + i, c.dtype); };
+        if (c.dtype == (BF ? SF_BF16 : SF_F32) && m == C && r.dim == wide && r.view.lane == 1 && r.view.row % PER == 0)
+            return {(const Item *)from(0), r.view.row};
         for (int64_t i = 0; i < m; i++) {
-            read_row(r.view, row_of(r.view, b, shared(r, h, c.Hq), chunk * C + i, c.dtype), c.dtype, r.dim, to + i * wide);
-            if (wide > r.dim) memset(to + i * wide + r.dim, 0, (wide - r.dim) * 4);
+            Item *to = desk + i * wide;
+            if constexpr (BF) Packed<true, true>::copy((const bf *)from(i), r.view.lane, r.dim, to, wide);
+            else {
+                read_row(r.view, from(i), c.dtype, r.dim, to);
+                memset(to + r.dim, 0, (wide - r.dim) * 4);
+            }
         }
-        memset(to + m * wide, 0, (C - m) * wide * 4);
+        memset(desk + m * wide, 0, (C - m) * wide * sizeof(Item));
+        return {desk, wide};
     }
-    // Rows times what the decay leaves between them and the state they read (or, ADDING, the one they add to).
-    template <bool ADDING> void fade(int64_t h, int64_t m, int64_t wide, float factor, float *rows) const {
-        for (int64_t i = 0; i < m; i++) {
-            float by = power(h, ADDING == BACK ? i + 1 : m - 1 - i) * factor;
-            for (int64_t d = 0; d < wide; d += W) store(rows + i * wide + d, load(rows + i * wide + d) * by);
+    // The transpose [items][lines] of 32 bits each.
+    static void across(const Item *from, int64_t ld, int64_t lines, int64_t items, Item *to) {
+        for (int64_t t = 0; t < lines; t += 16)
+            for (int64_t d = 0; d < items; d += 16)
+                transpose16(from + (t * ld + d) * PER, ld, to + (d * lines + t) * PER, lines);
+    }
+#if SF_HAS_BF16
+    // Pairs of rows [C/2][wide][2]; row i times factor(i).
+    template <class Factor> void pairs(Matrix r, int64_t wide, bf *to, Factor factor) const {
+        for (int64_t i = 0; i < C; i += 2)
+            for (int64_t d = 0; d < wide; d += 32) {
+                const bf *at = r.p + i * r.ld + d;
+                __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + r.ld);
+                mix_rows(to + i * wide + 2 * d, factor(even, i), factor(odd, i + 1));
+            }
+    }
+#endif
+    // Z as the second operand of a product.
+    Matrix below(Matrix zr, [[maybe_unused]] Item *desk) const {
+#if SF_HAS_BF16
+        if constexpr (BF) {
+            pairs(zr, Z, desk, [](__m512i row, int64_t) { return row; });
+            return {desk, Z};
         }
+#endif
+        return zr;
     }
-    // A = (X Y^T) * M (BACK: its transpose), in strips of rows up to (from) the diagonal.
-    void triangle(int64_t h, int64_t m, const float *xr, const float *yt, float *a) const {
+    // A = (X Y^T) * M (BACK: its transpose), in strips of rows up to (from) the diagonal. `sums` may be `a` itself.
+    void triangle(int64_t h, int64_t m, Matrix xr, const Item *yt, float *sums, Item *a) const {
         const float *decay = table + h * width + (BACK ? C + 1 + blank : C);  // of distance 0
         for (int64_t i0 = 0; i0 < m; i0 += STRIP) {
             const int64_t from = BACK ? i0 : 0, to = BACK ? C : i0 + STRIP, end = least(m, i0 + STRIP);
-            gemm_f32(end - i0, to - from, X, xr + i0 * X, X, 1, yt + from, C, a + i0 * C + from, C, SET);
+            product(end - i0, to - from, X, xr.p + i0 * xr.ld, xr.ld, yt + from * PER, C, sums + i0 * C + from, C, SET);
+            auto seen = [&](int64_t i, int64_t j) {
+                const int64_t apart = i - j;
+                uint64_t bits = BACK ? (apart <= 0 ? ~0ull : ~0ull << apart)
+                                     : (apart >= 63 ? ~0ull : apart < 0 ? 0 : (2ull << apart) - 1);
+                return pick(bits, load(sums + i * C + j) * load(decay - apart) * z_factor, set1(0.f));
+            };
             for (int64_t i = i0; i < end; i++)
-                for (int64_t j = from; j < to; j += W) {
-                    const int64_t apart = i - j;
-                    uint64_t seen = BACK ? (apart <= 0 ? ~0ull : ~0ull << apart)
-                                         : (apart >= 63 ? ~0ull : apart < 0 ? 0 : (2ull << apart) - 1);
-                    float *s = a + i * C + j;
-                    store(s, pick(seen, load(s) * load(decay - apart), set1(0.f)));
+                for (int64_t j = from; j < to; j += W * PER) {
+#if SF_HAS_BF16
+                    if constexpr (BF)
+                        _mm512_storeu_si512(a + i * C + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)seen(i, j + W), (__m512)seen(i, j)));
+#endif
+                    if constexpr (!BF) store(a + i * C + j, seen(i, j));
                 }
         }
     }
-    void times(int64_t m, const float *a, const float *zr, float *out, Into into) const {
+    // out (+)= A Z
+    void weigh(int64_t m, const Item *a, Matrix zr, float *out, Into into) const {
         for (int64_t i = 0; i < m; i += STRIP) {
             const int64_t from = BACK ? i : 0, to = BACK ? m : least(m, i + STRIP);
-            gemm_f32(least(STRIP, m - i), Z, to - from, a + i * C + from, C, 1, zr + from * Z, Z, out + i * Z, Z, into);
+            product(least(STRIP, m - i), Z, to - from, a + i * C + from, C, zr.p + from * zr.ld, zr.ld, out + i * Z, Z, into);
         }
     }
 
     int run(SfParallel parallel) {
         const int64_t heads = c.B * c.Hq, most_at_once = most<int64_t>(1, least(n, HELD / (heads * state)));
-        const int64_t desk = C * (2 * X + 2 * Z + C);
-        Buffer<float> states, carried, desks;
+        const int64_t desk = C * (2 * X + 2 * Z + C), sheet = C * (Z + C);  // items; floats
+        Buffer<float> states, carried, sheets;
+        Buffer<Item> desks;
         if (!make_table() || !states.make(heads * most_at_once * state) || !carried.make(heads * state) ||
-            !desks.make(c.threads * desk))
+            !desks.make(c.threads * desk) || !sheets.make(c.threads * sheet))
             return 1;
         memset(carried.p, 0, heads * state * 4);
         for (int64_t i = 0; first && i < heads * x.dim; i++) {
@@ -110,12 +175,26 @@ template <bool BACK> struct Sweep {
         int64_t low = 0, held = 0;  // chunks at hand
         auto add_up = [&](int64_t i, int thread) {
             const int64_t chunk = low + i % held, b = i / held / c.Hq, h = i / held % c.Hq, m = tokens(chunk);
-            float *yr = desks + thread * desk, *zr = yr + C * X;
-            read(y, b, h, chunk, yr);
-            read(z, b, h, chunk, zr);
-            fade<true>(h, m, X, z_factor, yr);
-            gemm_f32(X, Z, m, yr, 1, X, zr, Z, states + i * state, Z, SET);
+            Item *yr = desks + thread * desk, *zr = yr + C * X, *yt = zr + C * Z;
+            const Matrix from = rows(y, X, b, h, chunk, yr), other = rows(z, Z, b, h, chunk, zr);
+#if SF_HAS_BF16
+            if constexpr (BF) {
+                bf *zp = yt + C * X;
+                prepare_thread();
+                auto fade = [&](__m512i row, int64_t t) { return t < m ? times(row, after(h, m, t) * z_factor) : row; };
+                pairs(from, X, yt, fade);
+                across(yt, X, C / 2, X, yr);
+                product(X, Z, m, yr, C, below(other, zp).p, Z, states + i * state, Z, SET);
+            }
+#endif
+            if constexpr (!BF) {
+                for (int64_t t = 0; t < m; t++)
+                    for (int64_t d = 0; d < X; d += W)
+                        store(yt + t * X + d, load(from.p + t * from.ld + d) * (after(h, m, t) * z_factor));
+                gemm_f32(X, Z, m, yt, 1, X, other.p, other.ld, states + i * state, Z, SET);
+            }
         };
+        // Turns what each chunk adds into the state before it; for bf16 in pairs of rows, each in place of the first.
         auto scan = [&](int64_t i, int) {
             const int64_t at = i / (X / PART), part = i % (X / PART) * PART * Z;
             float *now = carried + at * state + part;
@@ -123,30 +202,45 @@ template <bool BACK> struct Sweep {
                 const int64_t local = BACK ? held - 1 - k : k;
                 const float keep = power(at % c.Hq, tokens(low + local));
                 float *s = states + (at * held + local) * state + part;
-                for (int64_t e = 0; e < PART * Z; e += W) {
-                    vf before = load(now + e), own = load(s + e);
-                    store(s + e, before);
-                    store(now + e, before * keep + own);
-                }
+                auto step = [&](int64_t e) {
+                    vf old = load(now + e);
+                    store(now + e, old * keep + load(s + e));
+                    return old;
+                };
+                for (int64_t r = 0; r < PART; r += PER)
+                    for (int64_t e = r * Z; e < (r + 1) * Z; e += W) {
+                        vf one = step(e);
+#if SF_HAS_BF16
+                        if constexpr (BF) store_pairs((bf *)(s + e), (__m512)one, (__m512)step(e + Z));
+#endif
+                        if constexpr (!BF) store(s + e, one);
+                    }
             }
         };
         auto emit = [&](int64_t i, int thread) {
             const int64_t chunk = low + i % held, b = i / held / o.heads, ho = i / held % o.heads, m = tokens(chunk);
             const int64_t group = c.Hq / o.heads;
-            float *xr = desks + thread * desk, *yt = xr + C * X, *zr = yt + C * X, *out = zr + C * Z, *a = out + C * Z;
+            const bool alone = !first && chunk == (BACK ? n - 1 : 0);  // nothing came before
+            Item *xr = desks + thread * desk, *yt = xr + C * X, *zr = yt + C * X, *zp = zr + C * Z, *a = zp + C * Z;
+            float *out = sheets + thread * sheet, *sums = out + C * Z;
+#if SF_HAS_BF16
+            if constexpr (BF) prepare_thread();
+#endif
             for (int64_t h = ho * group; h < (ho + 1) * group; h++) {
-                read(y, b, h, chunk, xr);
-                for (int64_t t = 0; t < C; t += 16)
-                    for (int64_t d = 0; d < X; d += 16) transpose16(xr + t * X + d, X, yt + d * C + t, C);
-                read(x, b, h, chunk, xr);
-                read(z, b, h, chunk, zr);
-                if (z_factor != 1)
-                    for (int64_t e = 0; e < m * Z; e += W) store(zr + e, load(zr + e) * z_factor);
-                triangle(h, m, xr, yt, a);
-                times(m, a, zr, out, h == ho * group ? SET : ADD);
-                if (!first && chunk == (BACK ? n - 1 : 0)) continue;  // nothing came before
-                fade<false>(h, m, X, 1.f, xr);
-                gemm_f32(m, Z, x.dim, xr, X, 1, states + ((b * c.Hq + h) * held + i % held) * state, Z, out, Z, ADD);
+                const Matrix other = rows(y, X, b, h, chunk, xr);
+                across(other.p, other.ld / PER, C, X / PER, yt);
+                const Matrix own = rows(x, X, b, h, chunk, xr);
+                Into into = h == ho * group ? SET : ADD;
+                if (!alone) {
+                    const Item *held_state = (const Item *)(states + ((b * c.Hq + h) * held + i % held) * state);
+                    product(m, Z, X, own.p, own.ld, held_state, PER * Z, sums, Z, SET);
+                    for (int64_t t = 0; t < m; t++)
+                        for (int64_t e = t * Z; e < (t + 1) * Z; e += W)
+                            store(out + e, load(sums + e) * before(h, m, t) + (into ? load(out + e) : set1(0.f)));
+                    into = ADD;
+                }
+                triangle(h, m, own, yt, sums, a);
+                weigh(m, a, below(rows(z, Z, b, h, chunk, zr), zp), out, into);
             }
             for (int64_t t = 0; t < m; t++) write_row(o.view, b, ho, chunk * C + t, c.dtype, z.dim, out + t * Z, o_factor);
         };
@@ -163,17 +257,17 @@ template <bool BACK> struct Sweep {
     }
 };
 
-inline int linear_forward(const SfLinear &c, SfParallel parallel) {
+template <bool BF> int run_linear_forward(const SfLinear &c, SfParallel parallel) {
     Rows q = {c.q, c.Hq, c.D}, k = {c.k, c.Hkv, c.D}, v = {c.v, c.Hkv, c.Dv}, out = {c.out, c.Hq, c.Dv};
-    return Sweep<false>{c, q, k, v, out, c.first, c.Dv, 1, c.last, 1.f, c.scale}.run(parallel);
+    return Sweep<BF, false>{c, q, k, v, out, c.first, c.Dv, 1, c.last, 1.f, c.scale}.run(parallel);
 }
 
-inline int linear_backward(const SfLinear &c, SfParallel parallel) {
+template <bool BF> int run_linear_backward(const SfLinear &c, SfParallel parallel) {
     Rows q = {c.q, c.Hq, c.D}, k = {c.k, c.Hkv, c.D}, v = {c.v, c.Hkv, c.Dv}, g = {c.dout, c.Hq, c.Dv};
     Rows dq = {c.dq, c.Hq, c.D}, dk = {c.dk, c.Hkv, c.D}, dv = {c.dv, c.Hkv, c.Dv};
-    int code = Sweep<false>{c, g, v, k, dq, c.first, 1, c.Dv, nullptr, 1.f, c.scale}.run(parallel);
-    if (!code) code = Sweep<true>{c, v, g, q, dk, c.dlast, 1, c.Dv, nullptr, c.scale, 1.f}.run(parallel);
-    return code ? code : Sweep<true>{c, k, q, g, dv, c.dlast, c.Dv, 1, c.dfirst, c.scale, 1.f}.run(parallel);
+    int code = Sweep<BF, false>{c, g, v, k, dq, c.first, 1, c.Dv, nullptr, 1.f, c.scale}.run(parallel);
+    if (!code) code = Sweep<BF, true>{c, v, g, q, dk, c.dlast, 1, c.Dv, nullptr, c.scale, 1.f}.run(parallel);
+    return code ? code : Sweep<BF, true>{c, k, q, g, dv, c.dlast, c.Dv, 1, c.dfirst, c.scale, 1.f}.run(parallel);
 }
 
 }  // namespace
