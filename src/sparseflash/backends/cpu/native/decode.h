@@ -14,7 +14,6 @@
 namespace {
 
 constexpr int ROWS_AT_ONCE = 32;  // query rows whose scores of a piece are held
-constexpr int AHEAD = 64;         // rows that are asked for before they are needed
 constexpr int KEYS_AT_ONCE = 32;  // rows of V that stay in the first cache level while all queries read them
 
 // ---------------------------------------------------------------- the work list
@@ -112,7 +111,8 @@ template <class F> inline void for_each_piece(const SfCall &c, const Packs &pack
 
 // The keys of a piece that some query sees, and who sees them.
 template <class Item> struct PieceKeys {
-    const Item *k[SPLIT + W], *v[SPLIT + W];
+    const Item *rows[2 * (SPLIT + W) + AHEAD];  // of K, of V, and where those of the next piece may be
+    const Item *v[SPLIT];
     int64_t token[SPLIT];
     uint64_t see[SPLIT];
     int n;
@@ -131,7 +131,7 @@ template <class Item> struct PieceKeys {
             all = all && by == q.real;
             token[n] = t;
             see[n] = by;
-            k[n] = keys + t * c.k.row;
+            rows[n] = keys + t * c.k.row;
             v[n++] = values + t * c.v.row;
         };
         Listed entries = piece.units ? list.units(c) : list.spans(c);
@@ -144,8 +144,15 @@ template <class Item> struct PieceKeys {
             left -= most<int64_t>(0, to - from);
             if (lo < 0) continue;
             to = least(to, p.k_rows);
-            if (e < entries.full) {
-                for (int64_t x = from; x < to; x++) take(x, q.real);
+            if (e < entries.full && q.real) {
+                for (int64_t x = from; x < to; x++) {
+                    const int64_t t = rules.key_token(x);
+                    if (t < 0) continue;
+                    token[n] = t;
+                    see[n] = q.real;
+                    rows[n] = keys + t * c.k.row;
+                    v[n++] = values + t * c.v.row;
+                }
                 continue;
             }
             const int32_t *bits = nullptr;
@@ -183,18 +190,6 @@ template <class T> struct DecodeScratch {
         return ok;
     }
 };
-
-// Asks for rows [j, j + n) of K, and of V where those of K end: the products jump between rows, which hides from the
-// processor that memory is read from one end to the other.
-template <class Item> inline void ask_for(const PieceKeys<Item> &x, int64_t D, int64_t Dv, int j, int n) {
-    constexpr int64_t LINE = 64 / sizeof(Item);
-    for (int i = j; i < j + n; i++) {
-        const bool keys = i < x.n;
-        if (!keys && i - x.n >= x.n) return;
-        const Item *row = keys ? x.k[i] : x.v[i - x.n];
-        for (int64_t d = 0; d < (keys ? D : Dv); d += LINE) __builtin_prefetch(row + d, 0, 2);
-    }
-}
 
 template <class Item> inline void side_by_side(const Item **rows, int n, int64_t lane, int64_t D, Item *own) {
     for (int j = 0; j < n; j++, own += D) {
@@ -249,9 +244,12 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
         return;
     }
     const int n = (int)round_up(x.n, W);
-    if (c.k.lane != 1) side_by_side(x.k, x.n, c.k.lane, c.D, w.own_k.p);
+    if (c.k.lane != 1) side_by_side(x.rows, x.n, c.k.lane, c.D, w.own_k.p);
     if (c.v.lane != 1) side_by_side(x.v, x.n, c.v.lane, c.Dv, w.own_v.p);
-    for (int j = x.n; j < n; j++) x.k[j] = x.v[j] = nothing;
+    const Item **k = x.rows, **v = k + n, *last = k[x.n - 1];
+    for (int j = x.n; j < n; j++) k[j] = nothing;
+    for (int j = 0; j < n; j++) v[j] = j < x.n ? x.v[j] : nothing;
+    for (int j = 0; j < AHEAD; j++) v[n + j] = last + (j + 1) * c.k.row;  // a guess, never read
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
         const int some = (int)least<int64_t>(ROWS_AT_ONCE, rows - first);
         // row = (sequence, head, query)
@@ -265,11 +263,11 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
             T::operand(w.line.p, ldq, w.q + i * ldq);
         }
         for (int j = 0; j < n; j += W) {
-            if (!first) ask_for(x, c.D, c.Dv, j + AHEAD, W);
             in_rows(some, [&](int r, auto count) {
                 constexpr int ROWS = decltype(count)::value;
                 for (int i = j; i < j + W; i += W / ROWS)
-                    scores<T, ROWS>(x.k + i, c.D, w.q + r * ldq, ldq, w.s + r * SPLIT + i);
+                    if (first + r == 0) scores<T, ROWS, true>(k + i, c.D, w.q.p, ldq, w.s.p + i);
+                    else scores<T, ROWS, false>(k + i, c.D, w.q + r * ldq, ldq, w.s + r * SPLIT + i);
             });
         }
         for (int i = 0; i < some; i++) {
@@ -293,11 +291,14 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
         float *o = parts.o + (at * parts.rows + first) * ldo;
         memset(o, 0, some * ldo * 4);
         for (int j = 0; j < n; j += KEYS_AT_ONCE) {
-            if (!first) ask_for(x, c.D, c.Dv, n + j + AHEAD, KEYS_AT_ONCE);
+            const int keys = least(KEYS_AT_ONCE, n - j);
             for (int64_t d = 0; d < c.Dv; d += STRIP)
                 in_rows(some, [&](int r, auto count) {
-                    weigh<T, decltype(count)::value>(x.v + j, least(KEYS_AT_ONCE, n - j), d, c.Dv - d,
-                                                     w.p + r * SPLIT + j, o + r * ldo + d, ldo);
+                    constexpr int ROWS = decltype(count)::value;
+                    const auto *p = w.p + r * SPLIT + j;
+                    float *to = o + r * ldo + d;
+                    if (first + r == 0) weigh<T, ROWS, true>(v + j, keys, d, c.Dv - d, p, to, ldo);
+                    else weigh<T, ROWS, false>(v + j, keys, d, c.Dv - d, p, to, ldo);
                 });
         }
     }

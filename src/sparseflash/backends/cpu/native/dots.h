@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int SPLIT = 256;          // keys whose scores a row holds
+constexpr int AHEAD = 64;           // rows that are asked for before they are needed
 constexpr int STRIP = COLUMNS * W;  // lanes of O in registers
 
 // W items of storage as floats, or the first n with zeros behind.
@@ -82,27 +83,30 @@ struct InBf16 {
 
 // (The lambdas below are inlined by force: else the accumulators that they share would live in memory.)
 
-// Scores of ROWS queries with W / ROWS keys: s[row][key].
-template <class T, int ROWS>
+// Asks for the line that x[i] lies in, AHEAD rows before its turn. Into the second cache level: the first is busy.
+template <class Item> inline void ask(const Item *const *x, int64_t i) { __builtin_prefetch(x[AHEAD] + i, 0, 2); }
+
+// Scores of ROWS queries with W / ROWS keys: s[row][key]. Key after key, so that memory is read from one end to the
+// other, and with it, if ASK, what is AHEAD.
+template <class T, int ROWS, bool ASK>
 inline void scores(const typename T::Item *const *k, int64_t D, const typename T::Operand *q, int64_t ldq, float *s) {
     constexpr int KEYS = W / ROWS;
     vf x[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) x[i] = (vf){};
-    auto step = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-        vf y[ROWS];
+    auto key = [&](int j) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-        for (int r = 0; r < ROWS; r++) y[r] = T::query(q + r * ldq + d);
-#pragma GCC unroll 16
-        for (int j = 0; j < KEYS; j++) {
-            vf key = T::key(k[j] + d, n);
+        for (int r = 0; r < ROWS; r++) x[r * KEYS + j] = (vf){};
+        auto step = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
+            if (ASK) ask(k + j, d);
+            vf y = T::key(k[j] + d, n);
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) x[r * KEYS + j] = T::dot(x[r * KEYS + j], key, y[r]);
-        }
+            for (int r = 0; r < ROWS; r++) x[r * KEYS + j] = T::dot(x[r * KEYS + j], y, T::query(q + r * ldq + d));
+        };
+        int64_t d = 0;
+        for (; d + T::STEP <= D; d += T::STEP) step(d, T::STEP);
+        if (d < D) step(d, D - d);
     };
-    int64_t d = 0;
-    for (; d + T::STEP <= D; d += T::STEP) step(d, T::STEP);
-    if (d < D) step(d, D - d);
+#pragma GCC unroll 16
+    for (int j = 0; j < KEYS; j++) key(j);
     float total[W];
     store(total, sums(x));
 #pragma GCC unroll 4
@@ -110,9 +114,10 @@ inline void scores(const typename T::Item *const *k, int64_t D, const typename T
 }
 
 // A strip of ROWS rows of O takes in n keys, weighted.
-template <class T, int ROWS>
+template <class T, int ROWS, bool ASK>
 inline void weigh(const typename T::Item *const *v, int n, int64_t d, int64_t items, const typename T::Operand *p,
                   float *o, int64_t ldo) {
+    constexpr int64_t LINE = 64 / sizeof(typename T::Item);
     vf x[ROWS][COLUMNS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
@@ -120,6 +125,11 @@ inline void weigh(const typename T::Item *const *v, int n, int64_t d, int64_t it
         for (int i = 0; i < COLUMNS; i++) x[r][i] = load(o + r * ldo + i * W);
     auto keys = [&](int64_t items) __attribute__((always_inline)) {
         for (int j = 0; j < n; j += T::PAIR) {
+            if (ASK)
+#pragma GCC unroll 2
+                for (int i = 0; i < T::PAIR; i++)
+#pragma GCC unroll 4
+                    for (int64_t at = 0; at < items; at += LINE) ask(v + j + i, d + at);
             vf y[COLUMNS];
             T::values(v + j, d, items, y);
 #pragma GCC unroll 4
