@@ -65,9 +65,9 @@ def shared_prefix(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs
     plans = tuple(Plan.from_spans(x, Tq=1, Tk=k.shape[2]) for x in (common, ends))
 
     def copy(x: Tensor) -> Tensor:
-        first, rest = x.split([prefix, BATCH * own], 2)
+        first, rest = x[:, :, :prefix], x[:, :, prefix:]
         return torch.cat(
-            [first.expand(BATCH, -1, -1, -1), rest[0].unflatten(1, (BATCH, own)).transpose(0, 1)], 2
+            [first.expand(BATCH, -1, -1, -1), rest.reshape(HKV, BATCH, own, dim).transpose(0, 1)], 2
         )
 
     return k.shape[2], lambda: sf.decode(q, k, v, plans), lambda: _sdpa(q, copy(k), copy(v))
@@ -102,12 +102,16 @@ def measure(
         tokens, ours, other = LAYOUTS[layout](mib * 2**20 // each, group, dim, DTYPES[dtype])
         plain = torch.ones(tokens * each // 4)
         share = Box(box.left / (len(shapes) - number))
-        watch = f"{layout}, {dtype}, D {dim}, group {group}"
+
+        def watch(name: str, case: str = f"{layout}, {dtype}, D {dim}, group {group}") -> None:
+            on_run(f"{case}, {name}")
+
+        runs: dict[str, Callable[[], object]] = {"read": plain.sum, "decode": ours, "sdpa": other}
         timings = interleave(
-            {"read": plain.sum, "decode": ours, "sdpa": other},
+            runs,
             rounds=rounds,
             box=share,
-            on_run=lambda name, w=watch: on_run(f"{w}, {name}"),
+            on_run=watch,
         )
         read, mine, sdpa = (timings[name] for name in ("read", "decode", "sdpa"))
         row: Row = {
