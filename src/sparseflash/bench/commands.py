@@ -360,6 +360,43 @@ def bench_mqar(
     raise typer.Exit(0 if session.mqar(out, names=names, steps=steps, seed=seed) else 1)
 
 
+@bench.command("long-run")
+def bench_long_run(
+    out: Out = RESULTS / "long-run.csv",
+    data: Annotated[str, typer.Option(help="Text to train on; by default Python's own library.")] = "",
+    runs: Annotated[
+        Path, typer.Option(help="Directory of checkpoints and logs; a run that stopped goes on from there.")
+    ] = Path("runs/long-run"),
+    cases: Annotated[str, typer.Option(help="Attentions, separated by semicolons; by default all.")] = "",
+    rates: Annotated[str, typer.Option(help="Peak learning rates, separated by commas.")] = "8e-3",
+    seeds: Annotated[str, typer.Option(help="Of weights, batches and planes; with commas between.")] = "0",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of 16,384 bytes.")] = 1500,
+    length: Annotated[int, typer.Option(help="Bytes in a sequence.")] = 4096,
+    rounds: Annotated[int, typer.Option(help="Rounds of the step times at the end; 0: none.")] = 5,
+    minutes: Annotated[float, typer.Option(help="Time box of the step times.")] = 3.0,
+    models: Annotated[Path | None, typer.Option(help="Directory to keep weights in, bf16.")] = None,
+) -> None:
+    """Train one language model under every attention and two controls: equal steps, equal time. Hours.
+
+    Runs that OUT holds to the end are not trained again: name a few cases at a time.
+    """
+    from sparseflash.bench import session
+
+    session.long_run(
+        out,
+        data=data,
+        runs=runs,
+        cases=[name.strip() for name in cases.split(";") if name.strip()],
+        rates=_floats(rates),
+        seeds=_integers(seeds),
+        steps=steps,
+        length=length,
+        rounds=rounds,
+        minutes=minutes,
+        models=models,
+    )
+
+
 @bench.command("indexer")
 def bench_indexer(
     out: Out = RESULTS / "indexer.csv",
@@ -415,3 +452,10 @@ def _integers(text: str) -> list[int]:
         return [int(word) for word in _words(text)]
     except ValueError:
         raise SparseFlashError(f"{text!r} is no list of lengths; write them as 1024,2048,4096") from None
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise SparseFlashError(f"{text!r} is no list of numbers; write them as 4e-3,8e-3") from None

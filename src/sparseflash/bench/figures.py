@@ -15,7 +15,10 @@ STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "has
 
 @dataclass(frozen=True)
 class Lines:
-    """One line for every value of `label`, of `y` over `x`; one picture for every value of `split`."""
+    """One line for every value of `label`, of `y` over `x`; one picture for every value of `split`.
+
+    `keep` says which rows are drawn.
+    """
 
     x: str
     y: str
@@ -24,12 +27,13 @@ class Lines:
     label: str = "case"
     split: tuple[str, ...] = ()
     log: bool = True
+    keep: Callable[[Cells], bool] = lambda row: True
 
     def draw(self, rows: list[Cells]) -> str:
         """Draw the rows that have both figures."""
         series: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
-            if row.get(self.x) and row.get(self.y):
+            if row.get(self.x) and row.get(self.y) and self.keep(row):
                 series.setdefault(row[self.label], []).append((float(row[self.x]), float(row[self.y])))
         lines = [
             chart.Line(name, sorted(points), STYLES[n % len(STYLES)], dashed=n >= len(STYLES))
@@ -58,9 +62,16 @@ class Bars:
         return chart.bars(values, x_label=self.x_label, mark=self.mark)
 
 
+def _late(row: Cells) -> bool:
+    """The first seed, once the steepest part of the curve is over."""
+    return row["seed"] == "0" and 5 * int(row["step"]) >= int(row["steps"])
+
+
+BITS = "held-out bits per byte"
 TIMES = "milliseconds"
 OVER_SDPA = "times faster than torch SDPA"
 RECIPES: dict[str, Lines | Bars] = {
+    "long-run": Lines("step", "bpb", "step", BITS, log=False, keep=_late),
     "attention": Lines("T", "ms", "tokens", TIMES, split=("direction", "dtype")),
     "curves": Lines("T", "ms", "tokens", f"{TIMES}, forward + backward", split=("dtype",)),
     "attention-table": Bars("ratio", OVER_SDPA),
@@ -87,15 +98,21 @@ RECIPES: dict[str, Lines | Bars] = {
     "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
 }
 """How the rows of a benchmark are drawn, by their column `bench`."""
+AGAIN: dict[str, tuple[str, Lines | Bars]] = {
+    "long-run": ("time", Lines("minutes", "bpb", "minutes of training", BITS, log=False, keep=_late)),
+}
+"""A second picture of the same rows, and what its name ends in."""
 
 
 def draw(rows: Iterable[Cells], stem: str) -> dict[str, str]:
     """Pictures of rows: file name to SVG."""
     groups: dict[str, tuple[Lines | Bars, list[Cells]]] = {}
     for row in rows:
-        recipe = RECIPES.get(row.get("bench", ""))
-        if recipe is not None:
-            parts = [row[x] for x in recipe.split if row.get(x)]
+        bench = row.get("bench", "")
+        for suffix, recipe in (("", RECIPES.get(bench)), AGAIN.get(bench, ("", None))):
+            if recipe is None:
+                continue
+            parts = [row[x] for x in recipe.split if row.get(x)] + [suffix] * bool(suffix)
             name = "-".join([stem, *parts]).replace(" ", "-") + ".svg"
             groups.setdefault(name, (recipe, []))[1].append(row)
     found = {name: recipe.draw(rows) for name, (recipe, rows) in groups.items()}

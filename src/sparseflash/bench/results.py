@@ -32,10 +32,13 @@ def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 class Sheet:
-    """Rows that are in their file as soon as they are finished: a killed run keeps what it measured."""
+    """Rows that are in their file as soon as they are finished: a killed run keeps what it measured.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path, self.rows = Path(path), list[Row]()
+    `kept` are rows to put before them, such as the file's own.
+    """
+
+    def __init__(self, path: str | Path, kept: Iterable[Row] = ()) -> None:
+        self.path, self.rows = Path(path), list(kept)
 
     def append(self, row: Row) -> None:
         """Add a row; the file is whole at every moment."""

@@ -16,6 +16,7 @@ from sparseflash.bench import energy as energy_
 from sparseflash.bench import indexer as indexer_
 from sparseflash.bench import kernels as kernels_
 from sparseflash.bench import levels as levels_
+from sparseflash.bench import long_run as long_run_
 from sparseflash.bench import masks as masks_
 from sparseflash.bench import mqar as mqar_
 from sparseflash.bench import ops as ops_
@@ -221,6 +222,53 @@ def mqar(out: Path, *, names: Sequence[str], steps: int, seed: int) -> bool:
     return not wrong
 
 
+def long_run(
+    out: Path,
+    *,
+    data: str,
+    runs: Path,
+    cases: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    length: int,
+    rounds: int,
+    minutes: float,
+    models: Path | None,
+    **shape: int,
+) -> None:
+    """Train what `out` does not hold yet, time a step of every case, and keep the weights in `models`."""
+    _positive([length, steps])
+    for name in cases:
+        if name not in long_run_.CONTENDERS:
+            raise SparseFlashError(f"--cases has {name!r}; choose from: {'; '.join(long_run_.CONTENDERS)}")
+    corpus = load(data) if data else stdlib()
+    wanted = long_run_.plan_runs(
+        cases or tuple(long_run_.CONTENDERS), rates=rates, seeds=seeds, steps=steps, length=length, **shape
+    )
+    known = list(results.read(out)) if out.is_file() else []
+    todo = long_run_.unfinished(wanted, known)
+    keys = {run.key for run in todo}
+    kept = [row for row in known if long_run_.key(row) not in keys]
+    rows = _watch("long run", out, lambda on_run: long_run_.measure(todo, corpus, runs, on_run=on_run), kept)
+    if rounds:
+        timed = _watch(
+            "step times",
+            out.with_stem(f"{out.stem}-step"),
+            lambda on_run: long_run_.step_times(
+                wanted, corpus, rounds=rounds, minutes=minutes, on_run=on_run
+            ),
+        )
+        rows = long_run_.with_minutes(rows, timed)
+        results.write(out, rows)
+    last = [row for row in rows if str(row["step"]) == str(row["steps"])]
+    _finish(last, out, ("case", "lr", "seed", "steps", "bpb", "bpb_train", "minutes"))
+    figures.redraw(out)
+    for run in wanted if models else ():
+        if (runs / run.directory).is_dir() and not long_run_.CONTENDERS[run.case].chance:
+            print(long_run_.keep_weights(run, runs, models))
+
+
 def attention_table(out: Path, *, length: int, dtypes: Sequence[str], rounds: int, minutes: float) -> None:
     """Measure the attention table into `out`."""
     _known(*dtypes)
@@ -403,12 +451,15 @@ def _positive(lengths: Sequence[int]) -> None:
 
 
 def _watch(
-    title: str, out: Path, measure: Callable[[Callable[[str], None]], Iterable[results.Row]]
+    title: str,
+    out: Path,
+    measure: Callable[[Callable[[str], None]], Iterable[results.Row]],
+    kept: Iterable[results.Row] = (),
 ) -> list[results.Row]:
-    """Measure behind a spinner; each row is in the file `out` as soon as it is there."""
+    """Measure behind a spinner; each row is in `out`, behind the `kept` ones, as soon as it is there."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    sheet = results.Sheet(out)
+    sheet = results.Sheet(out, kept)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
         task = bar.add_task(title, total=None)
         for row in measure(lambda text: bar.update(task, description=f"{title}: {text}")):

@@ -82,6 +82,14 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return json.loads(metadata["meta"])
 
 
+def export(directory: Path, out: Path) -> None:
+    """Write the weights alone, in bf16, as a checkpoint of another directory: to sample, not to resume."""
+    tensors, meta = load(directory)
+    weights = {name: t.bfloat16() for name, t in tensors.items() if name.startswith("model.")}
+    out.mkdir(parents=True, exist_ok=True)
+    save(out, weights, meta)
+
+
 def collect(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Everything that must survive, as flat named tensors."""
     tensors = {f"model.{name}": weight for name, weight in model.state_dict().items()}
@@ -110,6 +118,11 @@ def restore(
     model.load_state_dict(weights)
     if optimizer is None:
         return
+    if "rng.cpu" not in tensors:
+        raise TrainError(
+            "the checkpoint holds weights alone: it can be sampled from, not resumed; "
+            "resume the run that it came from"
+        )
     for name, weight in model.named_parameters():
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
