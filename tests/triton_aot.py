@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from sparseflash import Plan
 from sparseflash.backends import triton as backend
-from sparseflash.backends.triton import launch
+from sparseflash.backends.triton import blocks
 
 GOLDEN = Path(__file__).with_suffix(".csv")
 KIB = 1024
@@ -208,7 +208,7 @@ def table(
         get_current_stream=lambda device: 0,
     )
     driver.set_active(named)
-    launch.target.cache_clear()
+    blocks.target.cache_clear()
     if target != "sm_90":  # fewer elsewhere: the plainest and the fullest
         names = [name for name in names if name in ("dense", "everything")]
     for i, (name, dtype, dim, run) in enumerate(runs(dims, dtypes, names)):

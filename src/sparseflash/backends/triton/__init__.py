@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
+from ...plan.transpose import transpose_spans
+from .blocks import MAX_DIM, Blocks, fitting
 from .columns import columns_kernel
 from .common import INTERPRETED
-from .launch import (
-    MAX_DIM,
-    Arguments,
-    column_blocks,
-    found,
-    power_of_two,
-    row_blocks,
-    shares,
-    unit_readers,
-)
+from .launch import Arguments, found, power_of_two, shares, unit_readers
 from .rows import rows_kernel
 
 NAME = "triton"
 CAUTION = "has been checked in the interpreter, but not yet on a card: ask for it with backend='triton'"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL", "SPAN_SOURCE")
+_UNITED = ("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS")
 
 
 def status() -> tuple[bool, str]:
@@ -56,19 +52,21 @@ def refuse(*tensors: Tensor) -> list[str]:
 
 def _launch_rows(a: Arguments, plan: Plan, programs: int, backward: bool, pieces: int = 0) -> None:
     """Run the kernel over query rows; `programs` pairs of batch and head, each row by `pieces` programs."""
-    q = a.named["Q"]
-    blocks = row_blocks(a.dim, q.element_size(), backward, a.heavy)
-    rows = min(blocks.rows, power_of_two(plan.tile))
-    parts = -(-plan.tile // rows)
-    grid = (programs * plan.tiles * parts * max(pieces, 1),)
     out, lse = a.named["OUT"], a.named["LSE"]
     steps = (out.stride(0), lse.stride(0)) if pieces else (0, 0)
     shared = {"pieces": pieces, "piece_out": steps[0], "piece_lse": steps[1], "SPLIT": pieces > 0}
-    if grid[0]:
-        rows_kernel[grid](
+
+    def start(blocks: Blocks) -> None:
+        rows = min(blocks.rows, power_of_two(plan.tile))
+        parts = -(-plan.tile // rows)
+        rows_kernel[(programs * plan.tiles * parts * max(pieces, 1),)](
             **a.named, **shared, blocks=parts, BACKWARD=backward,
             F=a.flags(blocks, rows, min(32, blocks.keys)), **blocks.options(),
         )  # fmt: skip
+
+    if programs * plan.tiles:
+        name = "rows, backward" if backward else "rows"
+        fitting(name, a.blocks(name), start)
 
 
 def forward(
@@ -172,41 +170,48 @@ def _launch_columns(
         for x in (k, v)
     )
     dbias = torch.zeros((B, H, Tk), dtype=torch.float32, device=q.device) if a.switches["BIAS"] else None
-    blocks = column_blocks(a.dim, q.element_size(), a.heavy)
-    rows = min(blocks.rows, power_of_two(plan.tile))
     named = {n: x for n, x in a.named.items() if n in columns_kernel.arg_names}
     named |= {"DK": dk, "DV": dv, "DBIAS": dk if dbias is None else dbias}
     for name, x in (("dk", dk), ("dv", dv)):
         a.strides(named, name, x)
-    ready = plan.prepare()
-    spanned, group, nothing = ready.span_keys, blocks.keys, a.named["SPANS"]
-    if spanned is not None:
-        group = spanned.group
-        lists = (spanned.start, spanned.full, spanned.count, spanned.index, spanned.until, spanned.source)
-        named |= dict(zip(_SPANNED, lists, strict=True))
-        named["spanned_batch"], named["spanned_heads"] = found(spanned.count)
-        named["spanned_columns"] = spanned.count.shape[-1]
-    else:
-        named |= dict.fromkeys(_SPANNED, nothing)
-        named |= {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}
-    if a.switches["UNITS"]:
-        readers = unit_readers(plan, blocks.keys)
-        named |= {"UNIT_BEGIN": readers.begin, "UNIT_READERS": readers.count, "UNIT_TILE": readers.tile}
-        named["UNIT_MEMBERS"] = readers.members
-        named["united_batch"], named["united_heads"] = found(readers.count)
-        named["united_columns"] = readers.count.shape[-1]
-    else:
-        named |= dict.fromkeys(("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS"), nothing)
-        named |= {"united_batch": 0, "united_heads": 1, "united_columns": 1}
-    columns = -(-plan.k_rows // blocks.keys)
-    grid = (B * heads * columns,)
-    if grid[0]:
-        columns_kernel[grid](
-            **named, columns=columns, GROUP=group, F=a.flags(blocks, rows, min(32, rows)),
-            **blocks.options(),
+    spans, group = _span_readers(a, plan)
+
+    def start(blocks: Blocks) -> None:
+        rows = min(blocks.rows, power_of_two(plan.tile))
+        columns = -(-plan.k_rows // blocks.keys)
+        columns_kernel[(B * heads * columns,)](
+            **named, **spans, **_unit_readers(a, plan, blocks.keys), columns=columns,
+            GROUP=group or blocks.keys, F=a.flags(blocks, rows, min(32, rows)), **blocks.options(),
         )  # fmt: skip
+
+    if B * heads * plan.k_rows:
+        fitting("columns", a.blocks("columns"), start)
     if not direct:
         dk, dv = (x.view(B, Hkv, heads // Hkv, Tk, -1).sum(2) for x in (dk, dv))
         if Bk != B:
             dk, dv = (x.sum(0, keepdim=True) for x in (dk, dv))
     return dk.to(wanted), dv.to(wanted), dbias
+
+
+def _span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
+    """Which tiles visit each group of keys by their spans, as arguments, and how many keys a group has."""
+    if not a.switches["SPANS"]:
+        none: dict[str, Any] = dict.fromkeys(_SPANNED, a.named["SPANS"])
+        return none | {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}, 0
+    keys = plan.span_keys or transpose_spans(plan)
+    lists = (keys.start, keys.full, keys.count, keys.index, keys.until, keys.source)
+    named: dict[str, Any] = dict(zip(_SPANNED, lists, strict=True))
+    named["spanned_batch"], named["spanned_heads"] = found(keys.count)
+    return named | {"spanned_columns": keys.count.shape[-1]}, keys.group
+
+
+def _unit_readers(a: Arguments, plan: Plan, keys: int) -> dict[str, Any]:
+    """Which tiles list the units of each block of keys, as arguments."""
+    if not a.switches["UNITS"]:
+        none: dict[str, Any] = dict.fromkeys(_UNITED, a.named["SPANS"])
+        return none | {"united_batch": 0, "united_heads": 1, "united_columns": 1}
+    readers = unit_readers(plan, keys)
+    lists = (readers.begin, readers.count, readers.tile, readers.members)
+    named: dict[str, Any] = dict(zip(_UNITED, lists, strict=True))
+    named["united_batch"], named["united_heads"] = found(readers.count)
+    return named | {"united_columns": readers.count.shape[-1]}

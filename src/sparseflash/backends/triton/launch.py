@@ -1,11 +1,10 @@
-"""From tensors and a plan to the arguments of the kernels, and the sizes of their blocks."""
+"""From tensors and a plan to the arguments of the kernels, whatever their blocks."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,29 +13,10 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.build import spread_heads
+from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags
 
-MAX_DIM = 256
 _HEAVY = ("BITS", "HEAD_RULES", "SHIFT", "BIAS", "SOFTCAP")
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Rows and keys of a program, and how it is compiled."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int = 255
-    """At most, of a thread. Unless told, NVIDIA's assembler spills a few to make room for more programs."""
-
-    def options(self) -> dict[str, int | bool]:
-        """What a launch is given."""
-        both: dict[str, int | bool] = {"num_stages": self.stages, "enable_fp_fusion": True}
-        if target()[0] == "hip":  # warps of 64 threads
-            return both | {"num_warps": self.warps // 2}
-        return both | {"num_warps": self.warps, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -67,53 +47,6 @@ def unit_readers(plan: Plan, keys: int) -> Readers:
     return Readers(
         (read.cumsum(0) - read).view(shape), read.int().view(shape), (found % max(R, 1)).int(), members
     )
-
-
-HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
-    "rows": {
-        (64, 2): Blocks(128, 64, 8, 2), (128, 2): Blocks(128, 32, 8, 3), (256, 2): Blocks(32, 32, 8, 1),
-        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
-    },
-    "columns": {
-        (64, 2): Blocks(64, 64, 8, 2), (128, 2): Blocks(32, 64, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
-        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
-    },
-}  # fmt: skip
-OTHERS = {  # whose products take their operands from registers, or that have less shared memory
-    "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
-    "columns": HOPPER["columns"]
-    | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
-}  # fmt: skip
-
-
-@functools.cache
-def target() -> tuple[str, int]:
-    """Whose card this is, and which generation (0 for AMD's): ("cuda", 90)."""
-    if INTERPRETED.value:
-        return "interpreter", 0
-    found = triton.runtime.driver.active.get_current_target()
-    return found.backend, found.arch if found.backend == "cuda" else 0
-
-
-def _of(kernel: str, dim: int, size: int) -> Blocks:
-    table = HOPPER if target()[1] in (90, 100) else OTHERS
-    return table[kernel][next(d for d in (64, 128, MAX_DIM) if dim <= d), size]
-
-
-def row_blocks(dim: int, size: int, backward: bool, heavy: bool) -> Blocks:
-    """For the kernel over query rows: by the padded head dimension, the bytes of an element and the plan."""
-    blocks = _of("rows", dim, size)
-    if heavy:
-        return replace(blocks, keys=16) if size == 4 else blocks
-    if blocks.stages > 1 and dim <= 64 and not backward:
-        return replace(blocks, registers=128)  # two programs fit side by side
-    return blocks
-
-
-def column_blocks(dim: int, size: int, heavy: bool) -> Blocks:
-    """For the kernel over keys."""
-    blocks = _of("columns", dim, size)
-    return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
 
 
 def shares(q: Tensor, plan: Plan, programs: int) -> int:
@@ -261,6 +194,12 @@ class Arguments:
     def dim(self) -> int:
         """The larger of D and Dv, padded."""
         return max(self.switches["BD"], self.switches["BDV"])
+
+    def blocks(self, kernel: str) -> Blocks:
+        """The blocks of a kernel for this call."""
+        unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
+        dtype = str(self.named["Q"].dtype).removeprefix("torch.")
+        return choose(Case(kernel, self.dim, unit, dtype), self.heavy)
 
     @property
     def heavy(self) -> bool:

@@ -1,0 +1,180 @@
+"""How large the blocks of a kernel are: measured where `tuned.csv` has a row, else a default that fits.
+
+`make gpu` measures the table (`python -m benchmarks.gpu tune`, then `--write-table`). Nothing is searched
+while a program runs: the same call on the same card is always the same kernel.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from ...errors import BackendError
+from .common import INTERPRETED
+
+MAX_DIM = 256
+TABLE = Path(__file__).with_name("tuned.csv")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows and keys of a program, and how it is compiled."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int = 255
+    """At most, of a thread. Unless told, NVIDIA's assembler spills a few to make room for more programs."""
+
+    def options(self) -> dict[str, int | bool]:
+        """What a launch is given."""
+        both: dict[str, int | bool] = {"num_stages": self.stages, "enable_fp_fusion": True}
+        if target()[0] == "hip":  # warps of 64 threads
+            return both | {"num_warps": self.warps // 2}
+        return both | {"num_warps": self.warps, "maxnreg": self.registers}
+
+    def smaller(self) -> Iterator[Blocks]:
+        """These blocks, and then those to fall back on where a card has less shared memory."""
+        found = self
+        yield found
+        if found.stages > 1:
+            found = replace(found, stages=1)
+            yield found
+        while max(found.rows, found.keys) > 16:
+            side = "rows" if found.rows > found.keys else "keys"
+            found = replace(found, **{side: getattr(found, side) // 2})
+            yield found
+
+
+class Case(NamedTuple):
+    """What a row of the table is for."""
+
+    kernel: str
+    """"rows", "rows, backward" or "columns"."""
+    dim: int
+    """The larger of D and Dv, padded to a power of two."""
+    unit: int
+    """Keys of a unit; 0 for plans of spans alone."""
+    dtype: str
+
+
+HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
+    "rows": {
+        (64, 2): Blocks(128, 64, 8, 2), (128, 2): Blocks(128, 32, 8, 3), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
+    "columns": {
+        (64, 2): Blocks(64, 64, 8, 2), (128, 2): Blocks(32, 64, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
+}  # fmt: skip
+OTHERS = {  # whose products take their operands from registers, or that have less shared memory
+    "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
+    "columns": HOPPER["columns"]
+    | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
+}  # fmt: skip
+
+
+@functools.cache
+def target() -> tuple[str, int]:
+    """Whose card this is, and which generation (0 for AMD's): ("cuda", 90)."""
+    if INTERPRETED.value:
+        return "interpreter", 0
+    found = triton.runtime.driver.active.get_current_target()
+    return found.backend, found.arch if found.backend == "cuda" else 0
+
+
+def architecture() -> str:
+    """What a row of the table calls this card: "sm_90"."""
+    if target()[0] != "hip":
+        return f"sm_{target()[1]}"
+    return str(triton.runtime.driver.active.get_current_target().arch)
+
+
+@functools.cache
+def tuned(path: Path = TABLE) -> dict[tuple[str, Case], Blocks]:
+    """The committed table: (architecture, case) to what was fastest there."""
+    names, found = [f.name for f in fields(Blocks)], {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            case = Case(row["kernel"], int(row["dim"]), int(row["unit"]), row["dtype"])
+            found[row["architecture"], case] = Blocks(*(int(row[name]) for name in names))
+    return found
+
+
+def write_tuned(rows: dict[tuple[str, Case], Blocks], path: Path = TABLE) -> None:
+    """Write the table, in order."""
+    columns = ["architecture", *Case._fields, *(f.name for f in fields(Blocks))]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for (name, case), blocks in sorted(rows.items()):
+            writer.writerow({"architecture": name, **case._asdict(), **asdict(blocks)})
+    tuned.cache_clear()
+
+
+_trial: dict[str, Blocks] = {}
+
+
+@contextmanager
+def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
+    """Launch a kernel with these blocks, whatever table and default say: for tuning."""
+    _trial[kernel] = blocks
+    try:
+        yield
+    finally:
+        del _trial[kernel]
+
+
+def choose(case: Case, heavy: bool) -> Blocks:
+    """The blocks for a case; `heavy` calls have what takes many registers, and were not tuned for."""
+    if case.kernel in _trial:
+        return _trial[case.kernel]
+    if not heavy and (known := tuned().get((architecture(), case))):
+        return known
+    return _default(case, heavy)
+
+
+def _default(case: Case, heavy: bool) -> Blocks:
+    size = getattr(torch, case.dtype).itemsize
+    kernel, _, backward = case.kernel.partition(", ")
+    table = HOPPER if target()[1] in (90, 100) else OTHERS
+    blocks = table[kernel][next(d for d in (64, 128, MAX_DIM) if case.dim <= d), size]
+    if kernel == "columns":
+        return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
+    if heavy:
+        return replace(blocks, keys=16) if size == 4 else blocks
+    if blocks.stages > 1 and case.dim <= 64 and not backward:
+        return replace(blocks, registers=128)  # two programs fit side by side
+    return blocks
+
+
+_fits: dict[tuple[str, Blocks], Blocks] = {}
+
+
+def fitting(kernel: str, blocks: Blocks, start: Callable[[Blocks], None]) -> None:
+    """Start a kernel, with smaller blocks where the card has too little shared memory for these."""
+    for one in _fits.get((kernel, blocks), blocks).smaller():
+        try:
+            start(one)
+        except OutOfResources as error:
+            if kernel in _trial:  # a candidate that does not fit is none
+                raise
+            lacking = error
+        else:
+            _fits[kernel, blocks] = one
+            return
+    raise BackendError(
+        f"kernel {kernel!r} needs {lacking.required} of {lacking.name} in its smallest blocks, this card has "
+        f"{lacking.limit}: use a smaller head dimension, or backend='reference'"
+    )
