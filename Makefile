@@ -31,7 +31,7 @@ help:
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
-	@echo 'make gpu     check and measure the Triton kernels on this machine'"'"'s GPU'
+	@echo 'make gpu     check, measure and tune the Triton kernels on this machine'"'"'s GPU'
 	@echo
 	@echo 'Each target does its own set-up: a fresh clone needs only `make demo` or `make test`.'
 	@echo 'The head of the Makefile lists what can be passed, for example: make test PYTEST_ARGS="-k plan -x"'
@@ -86,4 +86,4 @@ figures: $(READY)
 	$(PY) docs/make_figures.py
 
 gpu: $(READY)
-	$(PY) benchmarks/gpu.py $(GPU_ARGS)
+	$(PY) -m benchmarks.gpu $(GPU_ARGS)

@@ -51,7 +51,9 @@ def git_hash() -> str:
         top = _git(here, "rev-parse", "--show-toplevel")
         if not (Path(top) / "src" / "sparseflash").is_dir():
             return ""
-        dirty = _git(here, "status", "--porcelain", "--untracked-files=no")
+        # results are what a run writes, not what it runs
+        changed = ("--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        dirty = _git(here, "status", *changed)
         return _git(here, "rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return ""

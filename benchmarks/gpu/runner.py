@@ -1,0 +1,122 @@
+"""What a stage is, and how it goes on where it was cut off."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparseflash.bench.results import Row, cell, read, write
+
+from .device import DRY, machine
+
+SAME = ("gpu", "torch", "triton", "git")
+"""Columns in which a row has to agree with this run to count as done."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of a stage: `key` tells it from the others and stands in each of its rows."""
+
+    key: Row
+    run: Callable[[], Iterable[Row]]
+
+    def rows(self) -> list[Row]:
+        """What was measured; where that failed one row that says why."""
+        try:
+            return [self.key | row for row in self.run()]
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            return [self.key | {"error": " ".join(said.split())[:600]}]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks in their order. `parallel`: nothing is timed, so they may run (mostly: compile) side by side."""
+
+    tasks: Callable[[], list[Task]]
+    minutes: int
+    about: str
+    parallel: bool = False
+
+
+def _worker(name: str, number: int) -> list[Row]:
+    from .stages import STAGES
+
+    return STAGES[name].tasks()[number].rows()
+
+
+class Run:
+    """One call of the program: where results go, and when to stop."""
+
+    def __init__(
+        self, out: Path, *, minutes: float | None = None, again: bool = False, retry: bool = False
+    ) -> None:
+        self.out, self.again, self.retry = out, again, retry
+        self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self.about = machine()
+
+    def path(self, name: str) -> Path:
+        """Where a stage's rows are."""
+        return self.out / f"gpu-{name}.csv"
+
+    def kept(self, name: str) -> list[Row]:
+        """Rows of an earlier call that still hold."""
+        if self.again or not self.path(name).exists():
+            return []
+        rows: list[Row] = list(read(self.path(name)))
+        rows = [row for row in rows if all(row.get(n) == self.about[n] for n in SAME)]
+        return [row for row in rows if not (self.retry and row.get("error"))]
+
+    def missing(self, name: str, tasks: list[Task]) -> list[int]:
+        """Numbers of the tasks that have no row."""
+        rows = self.kept(name)
+
+        def done(key: Row) -> bool:
+            return any(all(row.get(n) == cell(x) for n, x in key.items()) for row in rows)
+
+        return [n for n, task in enumerate(tasks) if not done(task.key)]
+
+    def state(self, name: str, stage: Stage) -> str:
+        """A line about a stage."""
+        tasks = stage.tasks()
+        left = self.missing(name, tasks)
+        following = f", next: {_said(tasks[left[0]].key)}" if left else ""
+        return f"{name}: {len(tasks) - len(left)} of {len(tasks)} tasks done{following}"
+
+    def stage(self, name: str, stage: Stage) -> bool:
+        """Run what is missing of a stage; whether it is complete now."""
+        print(self.state(name, stage), flush=True)
+        tasks = stage.tasks()
+        left = self.missing(name, tasks)
+        rows, done = self.kept(name), 0
+        for found in self._results(name, stage, tasks, left):
+            rows += [row | self.about for row in found]
+            write(self.path(name), rows)
+            done += 1
+            for row in found:
+                print(f"  {name}: {_said(row)}", flush=True)
+        return done == len(left)
+
+    def _results(self, name: str, stage: Stage, tasks: list[Task], left: list[int]) -> Iterator[list[Row]]:
+        if not stage.parallel or DRY:
+            for n in left:
+                if time.monotonic() > self.end:
+                    return
+                yield tasks[n].rows()
+            return
+        workers = min(8, os.cpu_count() or 1)
+        # a process that uses a GPU must not be forked
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            for at in range(0, len(left), workers):
+                if time.monotonic() > self.end:
+                    return
+                yield from pool.map(_worker, [name] * workers, left[at : at + workers])
+
+
+def _said(row: Row) -> str:
+    return ", ".join(f"{name} {cell(x)}" for name, x in row.items())
