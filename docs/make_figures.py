@@ -138,6 +138,23 @@ def pixels() -> str:
     return table(["attention", "perplexity of a held-out pixel", "steps"], body)
 
 
+def masks() -> str:
+    """Attention under boolean masks over SDPA with them, and what making a plan of the longest costs."""
+    lengths = list(dict.fromkeys(row["T"] for row in rows("masks")))
+    body = []
+    for case in dict.fromkeys(row["case"] for row in rows("masks")):
+        cells = [f"{figure('masks', 'ratio', case=case, T=T):.3g}x" for T in lengths]
+        build, compiled, eager = (
+            figure("masks", x, case=case, T=lengths[-1])
+            for x in ("ms_build", "ms_flex_build", "ms_flex_eager")
+        )
+        body.append([case, *cells, f"{build:,.1f}", f"{compiled:,.0f}", f"{eager:,.0f}"])
+    return table(
+        ["mask", *(f"T = {T}" for T in lengths), "plan, ms", "block mask compiled, ms", "block mask, ms"],
+        body,
+    )
+
+
 def prediction() -> str:
     """How far `explain` is off on the points that its fit has not seen."""
     off = sorted(abs(float(row["off"])) for row in rows("breakeven") if row["held_out"])
@@ -155,6 +172,7 @@ BLOCKS = {
     "coverage": coverage,
     "pixels": pixels,
     "prediction": prediction,
+    "masks": masks,
 }
 
 

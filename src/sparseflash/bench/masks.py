@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -114,7 +115,7 @@ def measure(
     `ms` and `ms_sdpa` are forward + backward, with the plan at hand and with the mask; `ms_dense` is SDPA
     without one. FlexAttention has no backward on the CPU: `ms_flex` stands against `ms_forward`. `ms_build`
     and `ms_flex_build` are what a mask costs (a second one: compiling, which `ms_flex_first` holds, is not
-    counted); `ratio_flex` counts them.
+    counted); `ratio_flex` counts them. `ms_flex_eager` is `create_block_mask` as it is without compiling it.
     """
     box = Box(minutes * 60)
     groups = [(T, name) for T in lengths for name in cases]
@@ -153,6 +154,7 @@ def measure(
                 row["ms_forward"] + row["ms_build"]
             )
             row["build_share"] = row["ms_build"] / row["ms_flex_build"]
+            row["build_share_eager"] = row["ms_build"] / row["ms_flex_eager"]
         yield row | {"rounds": len(timings["ms"].times)}
 
 
@@ -177,9 +179,9 @@ def _flex(
 
     T = len(mask)
     torch._dynamo.reset()
-    create, attend = torch.compile(create_block_mask), torch.compile(flex_attention)
+    compiled, attend = torch.compile(create_block_mask), torch.compile(flex_attention)
 
-    def build() -> Any:
+    def build(create: Callable[..., Any] = compiled) -> Any:
         return create(lambda b, h, q, k: mask[q, k], None, None, T, T, device="cpu")
 
     try:
@@ -189,4 +191,5 @@ def _flex(
         seconds(run)
     except Exception as error:  # whatever its compiler raises
         return {}, None, f"FlexAttention: {str(error).strip().splitlines()[0]}"
-    return {"ms_flex": run, "ms_flex_build": build}, first, None
+    eager = functools.partial(build, create_block_mask)
+    return {"ms_flex": run, "ms_flex_build": build, "ms_flex_eager": eager}, first, None

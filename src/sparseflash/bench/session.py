@@ -388,7 +388,7 @@ def masks(
         ),
     )
     columns = ("case", "T", "tiles", "ms_sdpa", "ms", "ratio", "over_dense", "ms_build", "ratio_flex")
-    _finish(rows, out, (*columns, "build_share", "note"))
+    _finish(rows, out, (*columns, "build_share", "build_share_eager", "note"))
 
 
 def step(
