@@ -221,3 +221,22 @@ def test_the_plain_formulas_of_learned_attention_are_ours():
         "loss with its gradient",
     ]
     assert all(row["ratio"] > 0 and row["mb"] >= 0 for row in rows)
+
+
+def test_layers_of_models_are_measured_against_the_stock_ones():
+    pytest.importorskip("transformers")
+    from sparseflash.bench import models
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    chosen = {"4 buckets": sf.methods.HashSparse(nb=4)}
+    subjects = {
+        "small": models.Subject("Qwen2", sizes, chosen),
+        "too large": models.Subject("Qwen2", sizes, chosen, held=2.0**20),
+    }
+    wanted = [("small", "fp32", what, 300) for what in models.WHAT] + [("too large", "fp32", "prefill", 256)]
+    *rows, last = models.measure(wanted, rounds=2, subjects=subjects)
+    assert [row["what"] for row in rows] == list(models.WHAT)
+    for row in rows:
+        assert row["density"] == pytest.approx(0.25, abs=0.1) and row["rounds"] == 2
+        assert min(row["ms"], row["ms_stock"], row["ratio"], row["mb"]) > 0
+    assert "not run" in last["note"] and "ms_stock" not in last and last["ms"] > 0

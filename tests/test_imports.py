@@ -57,7 +57,7 @@ BY_NAME = ("import_module", "__import__")
 # Third-party packages other than torch, and where they may be imported: (place, inside a function only?).
 THIRD_PARTY = {
     "triton": {"backends.triton": False, "fusion": False},
-    "transformers": {"integrations.transformers": False, "bench.session": True},
+    "transformers": {"integrations.transformers": False, "bench": True},
     "diffusers": {"integrations.diffusers": False},
     "vllm": {"integrations.vllm": False},
     "numpy": {"train": False, "bench": False},

@@ -419,6 +419,33 @@ def bench_indexer(
     )
 
 
+@bench.command("transformers")
+def bench_transformers(
+    out: Out = RESULTS / "transformers.csv",
+    models: Annotated[str, typer.Option(help="Layers, separated by semicolons; by default all.")] = "",
+    what: Annotated[str, typer.Option(help="prefill; training step; by default both.")] = "",
+    lengths: Lengths = "1024,2048,4096,8192",
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 3,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Time layers of Transformers models at their real size, and their memory: stock against "sparse".
+
+    Other rows of OUT stay: measure a few at a time.
+    """
+    from sparseflash.bench import session
+
+    session.models(
+        out,
+        names=[name.strip() for name in models.split(";") if name.strip()],
+        what=[name.strip() for name in what.split(";") if name.strip()],
+        lengths=_integers(lengths),
+        dtypes=_words(dtypes),
+        rounds=rounds,
+        minutes=minutes,
+    )
+
+
 @bench.command("plan-costs")
 def bench_plan_costs(
     out: Out = RESULTS / "plan-costs.csv",

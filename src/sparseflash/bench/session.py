@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -346,6 +347,39 @@ def indexer(
         ),
     )
     columns = ("case", "dtype", "T", "topk", "ms_plain", "ms", "ratio", "mb_plain", "mb", "mb_ratio", "note")
+    _finish(rows, out, columns)
+
+
+def models(
+    out: Path,
+    *,
+    names: Sequence[str],
+    what: Sequence[str],
+    lengths: Sequence[int],
+    dtypes: Sequence[str],
+    rounds: int,
+    minutes: float,
+) -> None:
+    """Measure layers of Transformers models into `out`, whose other rows stay."""
+    from sparseflash.bench import models as models_
+
+    _known(*dtypes)
+    _positive(lengths)
+    for option, given, known in (("models", names, models_.SUBJECTS), ("what", what, models_.WHAT)):
+        for name in given:
+            if name not in known:
+                raise SparseFlashError(f"--{option} has {name!r}; choose from: {'; '.join(known)}")
+    wanted = list(itertools.product(names or models_.SUBJECTS, dtypes, what or models_.WHAT, lengths))
+    keys = {tuple(map(str, key)) for key in wanted}
+    known_rows = results.read(out) if out.is_file() else []
+    kept = [row for row in known_rows if (row["model"], row["dtype"], row["what"], row["T"]) not in keys]
+    rows = _watch(
+        "transformers",
+        out,
+        lambda on_run: models_.measure(wanted, rounds=rounds, minutes=minutes, on_run=on_run),
+        kept,
+    )
+    columns = ("model", "what", "method", "dtype", "T", "ms_stock", "ms", "ratio", "mb_stock", "mb", "note")
     _finish(rows, out, columns)
 
 
