@@ -58,42 +58,43 @@ def _entries(plan, p, b, h, peak):
     return found
 
 
+def hold(backend, kind, seed, lengths, keys, over=OVER):
+    """All statistics of one random plan of a kind against those of the dense weights."""
+    d = plans._Draw(seed)
+    example = plans.example(seed, kind, batch=2, heads=4, Tq=d.pick(lengths), Tk=d.pick(keys))
+    plan, Tq, Tk = example.plan, example.plan.Tq, example.plan.Tk
+    q, k, v, _, _ = inputs(d.torch, Tq, Tk)
+    k = k[:1] if example.pool else k
+    options = d.pick(({}, {"scale": 0.3, "softcap": 2.0}, {"key_bias": randn(d.torch, 1, 2, Tk)}))
+    _, lse = sf.attention(q, k, k, plan, return_lse=True, backend="reference", **options)
+    lse = lse + d.pick((0.0, 1.0))  # that of a denser plan is larger
+    p = _dense(q, k, lse, example.mask, **options)
+    at = torch.arange(Tq)[:, None] - torch.arange(Tk) + Tk - 1
+    for what in over:
+        for reduce in ("sum", "max"):
+            got = sf.attention_stats(q, k, lse, plan, over=what, reduce=reduce, backend=backend, **options)
+            if what == "key":
+                want = p.sum(-2) if reduce == "sum" else p.amax(-2)
+            elif what == "row":
+                want = p.sum(-1) if reduce == "sum" else p.amax(-1)
+            elif what == "diagonal":
+                want = torch.zeros(2, 4, Tq + Tk - 1, dtype=torch.float64)
+                flat = at.flatten().expand(2, 4, -1)
+                want.scatter_reduce_(-1, flat, p.flatten(-2), "sum" if reduce == "sum" else "amax")
+            else:
+                each = [_entries(plan, p, b, h, reduce == "max") for b in range(2) for h in range(4)]
+                want = torch.stack(each).view(2, 4, *each[0].shape)
+            assert got.dtype == torch.float32 and got.shape == want.shape, example.line
+            note = f"{what} {reduce}: {example.line}"
+            error = (got.double() - want).abs()
+            assert bool((error <= 2e-5 * (1 + want)).all()), f"{note}: off by {float(error.max()):.3g}"
+
+
 @EACH
 @pytest.mark.parametrize("kind", plans.KINDS)
 def test_statistics_are_those_of_the_dense_weights(backend, kind, seed):
     for n in range(2):
-        d = plans._Draw(seed + n)
-        example = plans.example(
-            seed + n, kind, batch=2, heads=4, Tq=d.pick((1, 33, 65)), Tk=d.pick((1, 33, 100))
-        )
-        plan, Tq, Tk = example.plan, example.plan.Tq, example.plan.Tk
-        q, k, v, _, _ = inputs(d.torch, Tq, Tk)
-        k = k[:1] if example.pool else k
-        options = d.pick(({}, {"scale": 0.3, "softcap": 2.0}, {"key_bias": randn(d.torch, 1, 2, Tk)}))
-        _, lse = sf.attention(q, k, k, plan, return_lse=True, backend="reference", **options)
-        lse = lse + d.pick((0.0, 1.0))  # that of a denser plan is larger
-        p = _dense(q, k, lse, example.mask, **options)
-        at = torch.arange(Tq)[:, None] - torch.arange(Tk) + Tk - 1
-        for over in OVER:
-            for reduce in ("sum", "max"):
-                got = sf.attention_stats(
-                    q, k, lse, plan, over=over, reduce=reduce, backend=backend, **options
-                )
-                if over == "key":
-                    want = p.sum(-2) if reduce == "sum" else p.amax(-2)
-                elif over == "row":
-                    want = p.sum(-1) if reduce == "sum" else p.amax(-1)
-                elif over == "diagonal":
-                    want = torch.zeros(2, 4, Tq + Tk - 1, dtype=torch.float64)
-                    flat = at.flatten().expand(2, 4, -1)
-                    want.scatter_reduce_(-1, flat, p.flatten(-2), "sum" if reduce == "sum" else "amax")
-                else:
-                    each = [_entries(plan, p, b, h, reduce == "max") for b in range(2) for h in range(4)]
-                    want = torch.stack(each).view(2, 4, *each[0].shape)
-                assert got.dtype == torch.float32 and got.shape == want.shape, example.line
-                note = f"{over} {reduce}: {example.line}"
-                error = (got.double() - want).abs()
-                assert bool((error <= 2e-5 * (1 + want)).all()), f"{note}: off by {float(error.max()):.3g}"
+        hold(backend, kind, seed + n, (1, 33, 65), (1, 33, 100))
 
 
 @EACH

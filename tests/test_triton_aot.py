@@ -46,8 +46,10 @@ def compiled(cache: Path, *given: object, path: str = "") -> list[Row]:
 
 
 def test_the_kernels_for_a_hopper_card_take_what_the_table_says(tmp_path):
-    rows = compiled(tmp_path, "--plans", "dense", "everything", "--dims", 64, "--dtypes", "bf16")
-    assert len(rows) == 6
+    given = ("--dims", 64, "--dtypes", "bf16", "--ops")
+    rows = compiled(tmp_path, "--plans", "dense", "everything", *given, "attention")
+    rows += compiled(tmp_path, "--plans", "dense", *given, "statistics")
+    assert len(rows) == 6 + 4
     assert not faults(rows)
 
 
@@ -78,7 +80,7 @@ def test_one_source_compiles_with_other_versions_of_triton(version, tmp_path):
         pytest.skip(f"triton {version} cannot be installed here: {done.stderr.strip()[-200:]}")
     rows = compiled(
         tmp_path / "cache", "--expect", version, "--plans", "dense", "blocks", "everything",
-        "--dims", 64, 128, "--dtypes", "bf16", "fp32", path=str(place),
+        "--dims", 64, 128, "--dtypes", "bf16", "fp32", "--ops", "attention", path=str(place),
     )  # fmt: skip
     assert len(rows) == 3 * 2 * 2 * 3
     assert not faults([replace(row, registers=0) for row in rows])  # allocation differs; the limits do not

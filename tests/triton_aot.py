@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import triton
@@ -46,6 +46,19 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIMS = (16, 32, 64, 128, 256)
 T, HEADS = 512, 4
 PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
+
+
+PLAINEST_AND_FULLEST = ("dense", "everything")
+"""Plans that are enough where every kernel is compiled for every plan elsewhere."""
+
+
+class Run(NamedTuple):
+    """A call of the backend: under which plan, in which dtype and head dimension."""
+
+    plan: str
+    dtype: str
+    dim: int
+    call: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -146,15 +159,29 @@ def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> No
     backend.backward(out, q, q, q, out, lse, None, plan, **how, grad_dtype=None)
 
 
-def runs(dims: list[int], dtypes: list[str], names: list[str]) -> Iterator[tuple[str, str, int, Callable]]:
-    """Everything the backend launches: the plan's name, dtype, D, and a call."""
+def statistics(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
+    """What is summed over rows, keys, entries and diagonals."""
+    cap = named == "everything"
+    how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0, "peak": False}
+    how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
+    for over, width in (("row", T), ("key", T), ("entry", 2 * plan.tiles), ("diagonal", 2 * T - 1)):
+        backend.stats(q, q, q[..., 0], plan, over=over, width=width, **how)
+
+
+OPS = {"attention": attention, "statistics": statistics}
+
+
+def runs(dims: list[int], dtypes: list[str], names: list[str], ops: list[str]) -> Iterator[Run]:
+    """Everything the backend launches."""
     made = plans()
-    for name in names:
+    for op, name in ((op, name) for op in ops for name in names):
+        if op != "attention" and name not in PLAINEST_AND_FULLEST:
+            continue
         plan = made[name]().prepare()
         for dtype in dtypes:
             for dim in dims:
                 q = torch.zeros(1, HEADS, T, dim, dtype=DTYPES[dtype])
-                yield name, dtype, dim, partial(attention, plan, name, q, DTYPES[dtype])
+                yield Run(name, dtype, dim, partial(OPS[op], plan, name, q, DTYPES[dtype]))
 
 
 def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
@@ -164,8 +191,10 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
-        name = self.__name__.removesuffix("_kernel")
-        found.append((f"{name}, backward" if kwargs.get("BACKWARD") else name, kernel))
+        name = "diagonals" if kwargs.get("BAND") else self.__name__.removesuffix("_kernel")
+        name += ", backward" if kwargs.get("BACKWARD") else ""
+        name += ", statistics" if kwargs["F"].STATS else ""
+        found.append((name, kernel))
         return kernel
 
     JITFunction.run = compile_only
@@ -199,7 +228,7 @@ def measured(kernel: Any) -> dict[str, int]:
 
 
 def table(
-    target: str, dims: list[int], dtypes: list[str], names: list[str], share: tuple[int, int]
+    target: str, dims: list[int], dtypes: list[str], names: list[str], ops: list[str], share: tuple[int, int]
 ) -> Iterator[Row]:
     """The rows of a target; `share` (i, n) is every n-th of its runs from i on."""
     named = SimpleNamespace(
@@ -210,11 +239,11 @@ def table(
     driver.set_active(named)
     blocks.target.cache_clear()
     if target != "sm_90":  # fewer elsewhere: the plainest and the fullest
-        names = [name for name in names if name in ("dense", "everything")]
-    for i, (name, dtype, dim, run) in enumerate(runs(dims, dtypes, names)):
+        names = [name for name in names if name in PLAINEST_AND_FULLEST]
+    for i, run in enumerate(runs(dims, dtypes, names, ops)):
         if i % share[1] == share[0]:
-            for kernel, made in compiled_by(run):
-                yield Row(target, kernel, name, dtype, dim, **measured(made))
+            for kernel, made in compiled_by(run.call):
+                yield Row(target, kernel, run.plan, run.dtype, run.dim, **measured(made))
 
 
 def main() -> None:
@@ -224,6 +253,7 @@ def main() -> None:
     parser.add_argument("--dims", nargs="+", type=int, default=DIMS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--plans", nargs="+", choices=plans(), default=[*plans()])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=[*OPS])
     parser.add_argument("--share", type=int, nargs=2, default=(0, 1))
     parser.add_argument("--expect", help="the version of Triton that this must be")
     given = parser.parse_args()
@@ -232,7 +262,7 @@ def main() -> None:
     writer = csv.DictWriter(sys.stdout, [f.name for f in fields(Row)])
     writer.writeheader()
     for target in given.targets:
-        for row in table(target, given.dims, given.dtypes, given.plans, given.share):
+        for row in table(target, given.dims, given.dtypes, given.plans, given.ops, given.share):
             writer.writerow(asdict(row))
             sys.stdout.flush()
 

@@ -13,6 +13,7 @@ import torch
 
 import plans
 import sparseflash as sf
+import test_stats
 import tolerance
 from harness import inputs, run
 from sparseflash.backends.triton.launch import shares
@@ -75,6 +76,10 @@ def main() -> None:
     shared = [decoded(seed, kind) for seed in range(first, last) for kind in plans.KINDS]
     assert sum(n > 1 for n in shared) > len(shared) // 2, f"hardly any plan was shared: {shared}"
     print(f"decode: {shared} programs share the keys of a row", flush=True)
+    for seed in range(first, last):
+        for n, kind in enumerate(plans.KINDS):
+            test_stats.hold("triton", kind, seed, (1, 17), (16, 31), (test_stats.OVER[(n + seed) % 4],))
+    print("statistics: those of the dense weights", flush=True)
     for seed in range(first, last):
         for kind in plans.KINDS:
             began = time.perf_counter()

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
-from ...plan import Plan
-from ...plan.flat import empty_like_layout
-from ...plan.transpose import transpose_spans
-from .blocks import MAX_DIM, Blocks, fitting
-from .columns import columns_kernel
+from .blocks import MAX_DIM
 from .common import INTERPRETED
-from .launch import Arguments, found, power_of_two, shares, unit_readers
-from .rows import rows_kernel
+from .softmax import backward, decode, forward
+from .statistics import stats
+
+__all__ = ["CAUTION", "DTYPES", "NAME", "backward", "decode", "forward", "refuse", "stats", "status"]
 
 NAME = "triton"
 CAUTION = "has been checked in the interpreter, but not yet on a card: ask for it with backend='triton'"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL", "SPAN_SOURCE")
-_UNITED = ("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS")
 
 
 def status() -> tuple[bool, str]:
@@ -48,170 +42,3 @@ def refuse(*tensors: Tensor) -> list[str]:
     if (largest := max(x.shape[-1] for x in tensors)) > MAX_DIM:
         reasons.append(f"head dimension {largest} (up to {MAX_DIM} run here)")
     return reasons
-
-
-def _launch_rows(a: Arguments, plan: Plan, programs: int, backward: bool, pieces: int = 0) -> None:
-    """Run the kernel over query rows; `programs` pairs of batch and head, each row by `pieces` programs."""
-    out, lse = a.named["OUT"], a.named["LSE"]
-    steps = (out.stride(0), lse.stride(0)) if pieces else (0, 0)
-    shared = {"pieces": pieces, "piece_out": steps[0], "piece_lse": steps[1], "SPLIT": pieces > 0}
-
-    def start(blocks: Blocks) -> None:
-        rows = min(blocks.rows, power_of_two(plan.tile))
-        parts = -(-plan.tile // rows)
-        rows_kernel[(programs * plan.tiles * parts * max(pieces, 1),)](
-            **a.named, **shared, blocks=parts, BACKWARD=backward,
-            F=a.flags(blocks, rows, min(32, blocks.keys)), **blocks.options(),
-        )  # fmt: skip
-
-    if programs * plan.tiles:
-        name = "rows, backward" if backward else "rows"
-        fitting(name, a.blocks(name), start)
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    softcap: float,
-    key_bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
-    B, H, Tq, _ = q.shape
-    out = empty_like_layout(q, v.shape[-1], out_dtype)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if plan.q_order is not None or not plan.tiles:  # tokens that no row names see nothing
-        out.zero_()
-        lse.fill_(float("-inf"))
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
-    a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
-    for name in "o", "d":
-        a.strides(a.named, name, out)
-    _launch_rows(a, plan, B * H, False)
-    return out, lse
-
-
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    softcap: float,
-    key_bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """What `forward` returns, for few queries over many keys: programs share the keys of a row.
-
-    Every span and every list is cut into equal pieces, so that there are two programs for a multiprocessor
-    however few rows there are, and the pieces are merged in their order. Shapes alone say how many there are.
-    """
-    (B, H, Tq, _), Dv = q.shape, v.shape[3]
-    pieces = shares(q, plan, B * H)
-    if pieces == 1:
-        how = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
-        return forward(q, k, v, plan, **how, out_dtype=out_dtype)
-    out = torch.zeros((pieces, B, H, Tq, Dv), dtype=torch.float32, device=q.device)
-    lse = torch.full((pieces, B, H, Tq), float("-inf"), device=q.device)
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
-    a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
-    for name in "o", "d":
-        a.strides(a.named, name, out[0])
-    _launch_rows(a, plan, B * H, False, pieces)
-    total = torch.logsumexp(lse, 0)
-    weight = torch.where(lse == float("-inf"), 0, torch.exp(lse - total))
-    return (weight[..., None] * out).sum(0).to(out_dtype), total
-
-
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dlse: Tensor | None,
-    plan: Plan,
-    *,
-    scale: float,
-    softcap: float,
-    key_bias: Tensor | None,
-    grad_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
-    wanted, dout = grad_dtype or q.dtype, dout.to(q.dtype)
-    delta = (dout.float() * out.float()).sum(-1)
-    if dlse is not None:
-        delta = delta - torch.where(lse == float("-inf"), 0, dlse.float())
-    dq = torch.zeros_like(q, dtype=wanted)
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
-    a.named |= {"OUT": dq, "LSE": lse.float().contiguous(), "DOUT": dout, "DELTA": delta.contiguous()}
-    a.strides(a.named, "o", dq)
-    a.strides(a.named, "d", dout)
-    _launch_rows(a, plan, q.shape[0] * q.shape[1], True)
-    dk, dv, dbias = _launch_columns(a, plan, k, v, wanted)
-    return dq, dk, dv, dbias
-
-
-def _launch_columns(
-    a: Arguments, plan: Plan, k: Tensor, v: Tensor, wanted: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the kernel over keys; where heads or sequences share a key, their parts are added in order."""
-    q, heads = a.named["Q"], a.keys.k.shape[1]
-    (B, H), (Bk, Hkv, Tk, _) = q.shape[:2], k.shape
-    direct = heads == Hkv and Bk == B
-    dk, dv = (
-        torch.zeros((B, heads, Tk, x.shape[3]), dtype=wanted if direct else torch.float32, device=q.device)
-        for x in (k, v)
-    )
-    dbias = torch.zeros((B, H, Tk), dtype=torch.float32, device=q.device) if a.switches["BIAS"] else None
-    named = {n: x for n, x in a.named.items() if n in columns_kernel.arg_names}
-    named |= {"DK": dk, "DV": dv, "DBIAS": dk if dbias is None else dbias}
-    for name, x in (("dk", dk), ("dv", dv)):
-        a.strides(named, name, x)
-    spans, group = _span_readers(a, plan)
-
-    def start(blocks: Blocks) -> None:
-        rows = min(blocks.rows, power_of_two(plan.tile))
-        columns = -(-plan.k_rows // blocks.keys)
-        columns_kernel[(B * heads * columns,)](
-            **named, **spans, **_unit_readers(a, plan, blocks.keys), columns=columns,
-            GROUP=group or blocks.keys, F=a.flags(blocks, rows, min(32, rows)), **blocks.options(),
-        )  # fmt: skip
-
-    if B * heads * plan.k_rows:
-        fitting("columns", a.blocks("columns"), start)
-    if not direct:
-        dk, dv = (x.view(B, Hkv, heads // Hkv, Tk, -1).sum(2) for x in (dk, dv))
-        if Bk != B:
-            dk, dv = (x.sum(0, keepdim=True) for x in (dk, dv))
-    return dk.to(wanted), dv.to(wanted), dbias
-
-
-def _span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
-    """Which tiles visit each group of keys by their spans, as arguments, and how many keys a group has."""
-    if not a.switches["SPANS"]:
-        none: dict[str, Any] = dict.fromkeys(_SPANNED, a.named["SPANS"])
-        return none | {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}, 0
-    keys = plan.span_keys or transpose_spans(plan)
-    lists = (keys.start, keys.full, keys.count, keys.index, keys.until, keys.source)
-    named: dict[str, Any] = dict(zip(_SPANNED, lists, strict=True))
-    named["spanned_batch"], named["spanned_heads"] = found(keys.count)
-    return named | {"spanned_columns": keys.count.shape[-1]}, keys.group
-
-
-def _unit_readers(a: Arguments, plan: Plan, keys: int) -> dict[str, Any]:
-    """Which tiles list the units of each block of keys, as arguments."""
-    if not a.switches["UNITS"]:
-        none: dict[str, Any] = dict.fromkeys(_UNITED, a.named["SPANS"])
-        return none | {"united_batch": 0, "united_heads": 1, "united_columns": 1}
-    readers = unit_readers(plan, keys)
-    lists = (readers.begin, readers.count, readers.tile, readers.members)
-    named: dict[str, Any] = dict(zip(_UNITED, lists, strict=True))
-    named["united_batch"], named["united_heads"] = found(readers.count)
-    return named | {"united_columns": readers.count.shape[-1]}

@@ -60,7 +60,7 @@ class Case(NamedTuple):
     """What a row of the table is for."""
 
     kernel: str
-    """"rows", "rows, backward" or "columns"."""
+    """"rows", "rows, backward", "columns" or "entries"."""
     dim: int
     """The larger of D and Dv, padded to a power of two."""
     unit: int
@@ -77,11 +77,16 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
         (64, 2): Blocks(64, 64, 8, 2), (128, 2): Blocks(32, 64, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
+    "entries": {
+        (64, 2): Blocks(64, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 16, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
 }  # fmt: skip
 OTHERS = {  # whose products take their operands from registers, or that have less shared memory
     "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
     "columns": HOPPER["columns"]
     | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
+    "entries": HOPPER["entries"],
 }  # fmt: skip
 
 
@@ -152,6 +157,8 @@ def _default(case: Case, heavy: bool) -> Blocks:
     blocks = table[kernel][next(d for d in (64, 128, MAX_DIM) if case.dim <= d), size]
     if kernel == "columns":
         return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
+    if kernel != "rows":
+        return blocks
     if heavy:
         return replace(blocks, keys=16) if size == 4 else blocks
     if blocks.stages > 1 and case.dim <= 64 and not backward:

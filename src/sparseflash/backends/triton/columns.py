@@ -1,4 +1,4 @@
-"""The kernel over keys: dK, dV and the gradient of key_bias. A program has BN key rows of one head.
+"""The kernel over keys: dK, dV, the gradient of key_bias, statistics. A program has BN key rows of one head.
 
 It walks the query tiles that visit its keys, head by head of the group that shares them, in the order of the
 transposed lists: nothing is added from two places, so no atomics, no locks, and results repeat bit for bit.
@@ -19,6 +19,7 @@ from .common import (
     Rule,
     Tokens,
     dot,
+    gathered,
     key_facts,
     load_rows,
     logits,
@@ -59,17 +60,21 @@ class Columns(NamedTuple):
 @triton.jit
 def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside, Tq, rows,
          RULES: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """What BM rows of a tile (CUT with RULES) give to the keys: S^T, so that dK and dV are plain products."""
+    """What BM rows of a tile (CUT with RULES) give to the keys: S^T, so that dK and dV are plain products.
+
+    With STATS their weights join db.
+    """
     BM: tl.constexpr = F.CUT if RULES else F.BM
     within = part * BM + tl.arange(0, BM)
     real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
     lse = tl.load(Q.lse + token, mask=real, other=NEVER)
     real = real & (lse != NEVER)
     lse = tl.where(real, lse * LOG2E, ALWAYS)
-    delta = tl.load(Q.delta + token, mask=real, other=0.0)
     at = token.to(tl.int64)
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
-    do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
+    if not F.STATS:
+        delta = tl.load(Q.delta + token, mask=real, other=0.0)
+        do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
     p = tl.exp2(x - lse[None, :])  # 0 in lanes without a query
     if RULES:
@@ -84,17 +89,20 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
             keep, pos[None, :], seg[None, :], C.pos[:, None], C.end[:, None], C.seg[:, None], R, F
         )  # fmt: skip
         p = tl.where(keep, p, 0.0)
-    dv = dot(p.to(do.dtype), do, dv)
-    ds = p * (dot(C.v, tl.trans(do)) - delta[None, :])
-    if RULES:
-        ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
-    if F.BIAS:
-        db += tl.sum(ds, 1)
-    if F.SOFTCAP:
-        ds *= 1.0 - bent * bent
+    if F.STATS:
+        db = gathered(db, p, 1, F)
+    else:
+        dv = dot(p.to(do.dtype), do, dv)
+        ds = p * (dot(C.v, tl.trans(do)) - delta[None, :])
         if RULES:
-            ds = tl.where(p == 0.0, 0.0, ds)
-    dk = dot(ds.to(q.dtype), q, dk)
+            ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
+        if F.BIAS:
+            db += tl.sum(ds, 1)
+        if F.SOFTCAP:
+            ds *= 1.0 - bent * bent
+            if RULES:
+                ds = tl.where(p == 0.0, 0.0, ds)
+        dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv, db
 
 
@@ -113,7 +121,10 @@ def columns_kernel(
     scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, columns,
     GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them."""
+    """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them.
+
+    With STATS only DBIAS, and that is the sum or maximum of the weights on each key.
+    """
     pid = tl.program_id(0)
     column, bk = pid % columns, pid // columns
     b, kv = bk // KV, bk % KV
@@ -135,7 +146,7 @@ def columns_kernel(
     )  # fmt: skip
     at = n.to(tl.int64)
     k = load_rows(head.k, at, k_row, k_lane, live, F.D, F.BD, True)
-    v = load_rows(head.v, at, v_row, v_lane, live, F.DV, F.BDV, True)
+    v = k if F.STATS else load_rows(head.v, at, v_row, v_lane, live, F.DV, F.BDV, True)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
     tokens = Tokens(
@@ -204,9 +215,10 @@ def columns_kernel(
                 dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % CUTS,
                                   live & (member >= 0), WORDS, word, n % F.UNIT,
                                   Tq, q_rows, True, F.BITS, F)  # fmt: skip
-        if F.BIAS:
+        if F.BIAS or F.STATS:
             tl.store(DBIAS + (b64 * H + h64) * Tk + token, db, mask=token >= 0)
-    stored = live & (own >= 0)
-    to = tl.where(stored, own, 0).to(tl.int64)
-    store_rows(DK + b64 * dk_batch + kv64 * dk_head, to, dk_row, dk_lane, stored, dk * scale, F.D, F.BD)
-    store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, stored, dv, F.DV, F.BDV)
+    if not F.STATS:
+        stored = live & (own >= 0)
+        to = tl.where(stored, own, 0).to(tl.int64)
+        store_rows(DK + b64 * dk_batch + kv64 * dk_head, to, dk_row, dk_lane, stored, dk * scale, F.D, F.BD)
+        store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, stored, dv, F.DV, F.BDV)

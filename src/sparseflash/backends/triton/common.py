@@ -56,6 +56,9 @@ class Flags(NamedTuple):
     SHIFT: bool
     BIAS: bool
     SOFTCAP: bool
+    STATS: bool = False
+    """Whether sums (with PEAK maxima) of the weights are wanted, under a given lse, instead of results."""
+    PEAK: bool = False
 
 
 class Rows(NamedTuple):
@@ -231,6 +234,14 @@ def logits(s, k_bias, R, F: tl.constexpr):
 
 
 @triton.jit
+def gathered(total, p, axis: tl.constexpr, F: tl.constexpr):
+    """A statistic with the weights p along an axis taken in."""
+    if F.PEAK:
+        return tl.maximum(total, tl.max(p, axis))
+    return total + tl.sum(p, axis)
+
+
+@triton.jit
 def key_facts(K, n, live, F: tl.constexpr):
     """Token, position, expiry and segment of key rows n; a lane that is not live is no token (-1)."""
     token = tl.where(live, n, -1)
@@ -244,3 +255,38 @@ def key_facts(K, n, live, F: tl.constexpr):
     if F.KEY_SEG:
         seg = tl.load(K.seg + n, mask=live, other=-2)
     return token, pos, end, seg
+
+
+@triton.jit
+def rows_of(T, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, rows, BM: tl.constexpr,
+            F: tl.constexpr):  # fmt: skip
+    """Part `part` of a tile, BM rows with their queries, and their tokens."""
+    within = part * BM + tl.arange(0, BM)
+    real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
+    base = Q + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head
+    q = load_rows(base, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
+    return Rows(q, q, q, real, pos, seg, within), token
+
+
+@triton.jit
+def pairs(Q, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
+    """Base-2 logits of rows and key rows base + lane, whether they see each other, and the keys (K, tokens).
+
+    `word` is the entry's place among the bits (-1: it has none), `origin` its first key row.
+    """
+    at = base * tl.full([], 1, tl.int64)
+    k = load_rows(K.k + at * K.k_row, lane, K.k_row, K.k_lane, live, F.D, F.BD, True)
+    token, pos, end, seg = key_facts(K, base + lane, live, F)
+    bias = R.factor
+    if F.BIAS:
+        bias = tl.load(K.bias + token, mask=token >= 0, other=0.0)[None, :]
+    x, _ = logits(dot(Q.q, tl.trans(k)), bias, R, F)
+    keep = Q.real[:, None] & (token >= 0)[None, :]
+    if F.BITS:
+        W: tl.constexpr = (F.UNIT + 31) // 32
+        inside = base - origin + lane
+        from_row = (tl.maximum(word, 0) * F.TILE + Q.within)[:, None] * W + (inside // 32)[None, :]
+        bits = tl.load(WORDS + from_row, mask=keep & (word >= 0), other=-1)
+        keep = keep & (((bits >> (inside % 32)[None, :]) & 1) != 0)
+    keep = visible(keep, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
+    return x, keep, k, token

@@ -1,4 +1,4 @@
-"""The kernel over query rows: the forward, and dQ of the backward. A program has BM rows of one tile.
+"""The kernel over query rows: the forward, dQ, and statistics of rows. A program has BM rows of one tile.
 
 It walks the tile's keys, spans before units, one chunk of BN keys at a time. A chunk of full entries needs no
 test; the others, and what is left of full ones, look at every rule that the plan has. What a plan does not
@@ -20,6 +20,7 @@ from .common import (
     Rule,
     Tokens,
     dot,
+    gathered,
     key_facts,
     load_rows,
     logits,
@@ -34,16 +35,21 @@ from .common import (
 @triton.jit
 def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
           BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Take in key rows base + lane: the online softmax, or with the final lse (in m) their share of dQ."""
+    """Take in key rows base + lane: the online softmax, or with the final lse (in m) their share of dQ.
+
+    With STATS, m the given lse, their weights join `mass`.
+    """
     n = base + lane
     if NEAR:
         at = base * tl.full([], 1, tl.int64)
         k = load_rows(K.k + at * K.k_row, lane, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
-        v = load_rows(K.v + at * K.v_row, lane, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+        if not F.STATS:
+            v = load_rows(K.v + at * K.v_row, lane, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
     else:
         at = n.to(tl.int64)
         k = load_rows(K.k, at, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
-        v = load_rows(K.v, at, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+        if not F.STATS:
+            v = load_rows(K.v, at, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
     if RULES or F.BIAS:
         token, pos, end, seg = key_facts(K, n, live, F)
     bias = R.factor
@@ -58,9 +64,11 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         seen = (tl.max(x, 0) != NEVER)[:, None]
         if BACKWARD:
             k = tl.where(seen, k, 0.0)
-        else:
+        elif not F.STATS:
             v = tl.where(seen, v, 0.0)
-    if BACKWARD:
+    if F.STATS:
+        mass = gathered(mass, tl.exp2(x - m[:, None]), 1, F)
+    elif BACKWARD:
         p = tl.exp2(x - m[:, None])
         ds = p * (dot(Q.do, tl.trans(v)) - Q.delta[:, None])
         if F.SOFTCAP:
@@ -183,6 +191,7 @@ def rows_kernel(
 ):  # fmt: skip
     """OUT and LSE of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given LSE and DELTA.
 
+    With STATS the sum or maximum of their weights (in OUT, [B,H,Tq]) under the given LSE.
     With SPLIT `pieces` programs share the keys of the rows, and each has an OUT and an LSE of its own.
     """
     pid, piece = tl.program_id(0), 0
@@ -206,15 +215,16 @@ def rows_kernel(
     state = bh.to(tl.int64) * Tq + token
     q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
     BM: tl.constexpr = F.BM
-    WIDTH: tl.constexpr = F.BD if BACKWARD else F.BDV
+    WIDTH: tl.constexpr = 16 if F.STATS else F.BD if BACKWARD else F.BDV
     acc = tl.zeros([BM, WIDTH], tl.float32)
     m = tl.full([BM], NEVER, tl.float32)
     mass = tl.zeros([BM], tl.float32)
     do, delta = q, mass
-    if BACKWARD:
+    if BACKWARD or F.STATS:
         lse = tl.load(LSE + state, mask=real, other=NEVER)
         seen = real & (lse != NEVER)
         m = tl.where(seen, lse * LOG2E, ALWAYS)  # a row that saw nothing takes nothing
+    if BACKWARD:
         do = load_rows(
             DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane, seen, F.DV, F.BDV, True
         )
@@ -244,7 +254,9 @@ def rows_kernel(
                                   SPLIT, BACKWARD, F)  # fmt: skip
 
     base = OUT + b64 * o_batch + h64 * o_head
-    if BACKWARD:
+    if F.STATS:
+        tl.store(OUT + state, mass, mask=real)
+    elif BACKWARD:
         store_rows(base, token, o_row, o_lane, real, acc * scale, F.D, F.BD)
     else:
         some = mass > 0

@@ -1,0 +1,170 @@
+"""Statistics of list entries and of diagonals: kernels that look at one entry of a list at a time.
+
+A program owns what it writes: one entry, or a band of diagonals, which it looks for in every tile. So nothing
+is added from two places, and memory is that of the result.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import ALWAYS, LOG2E, NEVER, Keys, Rule, Tokens, gathered, pairs, place, rows_of, rule_of
+
+FAR = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def weights(Q, lse, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
+    """The weights that rows of a given lse have on key rows base + lane; 0 where they do not see them."""
+    x, keep, _, _ = pairs(Q, K, R, base, lane, live, word, origin, WORDS, F)
+    return tl.where(keep, tl.exp2(x - lse[:, None]), 0.0)
+
+
+@triton.jit
+def given_lse(LSE, state, real):
+    """The lse of rows in base 2; infinite where there is none, so that nothing has a weight."""
+    lse = tl.load(LSE + state, mask=real, other=NEVER)
+    return tl.where(lse == NEVER, ALWAYS, lse * LOG2E)
+
+
+@triton.jit
+def span_range(SPANS, s, rows):
+    """Key rows of span s."""
+    return tl.maximum(tl.load(SPANS + 2 * s), 0), tl.minimum(tl.load(SPANS + 2 * s + 1), rows)
+
+
+@triton.jit
+def unit_range(INDEX, p, full, rows, F: tl.constexpr):
+    """Key rows of the unit at place p, and its place among the partial units, whose bits lie in a row."""
+    lo = tl.load(INDEX + p) * F.UNIT
+    return tl.maximum(lo, 0), tl.minimum(lo + F.UNIT, rows), tl.where(p < full, -1, p - full)
+
+
+@triton.jit
+def mine(slot, count, BAND: tl.constexpr):
+    """Which of a list's entries a program looks at: the one in its slot, if it has one there, or all."""
+    if BAND > 0:
+        return 0, count
+    return tl.minimum(tl.maximum(slot, 0), count), tl.minimum(tl.maximum(slot + 1, 0), count)
+
+
+@triton.jit
+def over_range(total, Q, token, lse, K, R, lo, hi, word, origin, WORDS, first, order, Tk, BAND: tl.constexpr,
+               F: tl.constexpr):  # fmt: skip
+    """Take in the weights of key rows lo..hi: each lane's own with BAND 0, else those of each diagonal.
+
+    Diagonal i of a band is where query token - key token is `first` + i.
+    """
+    CUT: tl.constexpr = F.CUT
+    lane = tl.arange(0, CUT)
+    for t in tl.range(lo, hi, CUT, num_stages=1):
+        live = t + lane < hi
+        if BAND == 0:
+            p = weights(Q, lse, K, R, t, lane, live, word, origin, WORDS, F)
+            total = gathered(total, p, 0, F)
+        else:
+            key = t + lane
+            if F.KEY_ORDER:
+                key = tl.load(K.order + key, mask=live, other=-1)
+            live = live & (key >= 0)
+            newest = tl.max(tl.where(Q.real, token, -FAR), 0) - tl.min(tl.where(live, key, FAR), 0)
+            oldest = tl.min(tl.where(Q.real, token, FAR), 0) - tl.max(tl.where(live, key, -FAR), 0)
+            if (newest >= first) & (oldest < first + BAND):
+                p = weights(Q, lse, K, R, t, lane, live, word, origin, WORDS, F)
+                wanted = token[:, None] - first - tl.arange(0, BAND)[None, :]
+                some = Q.real[:, None] & (wanted >= 0) & (wanted < Tk)
+                row = wanted
+                if F.KEY_ORDER:
+                    row = tl.load(order + wanted, mask=some, other=-1)
+                some = some & (row >= t) & (row < t + CUT)
+                shares = tl.gather(p, tl.where(some, row - t, 0), 1)
+                total = gathered(total, tl.where(some, shares, 0.0), 0, F)
+    return total
+
+
+@triton.jit
+def entries_kernel(
+    Q, K, LSE, OUT,
+    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane,
+    SPAN_START, SPAN_COUNT, SPANS, span_batch, span_heads,
+    START, FULL, COUNT, INDEX, WORDS_START, WORDS, unit_batch, unit_heads,
+    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
+    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
+    SHIFT, shift_batch, TOKEN_ROW, token_batch,
+    factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, width,
+    BAND: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """OUT [B,H,width]: of each entry of each tile, `width // tiles` places a tile; or of BAND diagonals each.
+
+    TOKEN_ROW [B,H,Tk] is the key row of each token where there is a K_ORDER.
+    """
+    BM: tl.constexpr = F.BM
+    CUT: tl.constexpr = F.CUT
+    PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
+    owned = width if BAND == 0 else (width + BAND - 1) // BAND
+    bh, own = tl.program_id(0) // owned, tl.program_id(0) % owned
+    b, h = bh // H, bh % H
+    b64, kv = b.to(tl.int64), (h * KV // H).to(tl.int64)
+    tokens = Tokens(
+        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
+        q_seg_heads,
+        SHIFT, shift_batch, offset,
+    )  # fmt: skip
+    R = rule_of(Rule(factor, cap, left, right, sink), RULE, rule_heads, h, H, F)
+    keys = place(b, h, H, key_heads, key_batch, k_rows)
+    base = K + b64 * k_batch + kv * k_head
+    head = Keys(
+        base, base, k_row, k_lane, k_row, k_lane, K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys,
+        BIAS + place(b, h, H, bias_heads, bias_batch, Tk), k_rows,
+    )  # fmt: skip
+    order = TOKEN_ROW + place(b, h, H, key_heads, token_batch, Tk)
+    state = bh.to(tl.int64) * Tq
+    of_spans = place(b, h, H, span_heads, span_batch, tiles)
+    of_units = place(b, h, H, unit_heads, unit_batch, tiles)
+    total = tl.zeros([CUT if BAND == 0 else BAND], tl.float32)
+    first, slot = 0, 0
+    if BAND == 0:
+        per = width // tiles
+        tile_from, slot = own // per, own % per
+        tile_to = tile_from + 1
+    else:
+        tile_from, tile_to = 0, tiles
+        first = own * BAND - (Tk - 1)
+    for part in range(tile_from * PARTS, tile_to * PARTS):
+        tile = part // PARTS
+        rows, token = rows_of(tokens, Q, b, h, H, tile, part % PARTS, q_batch, q_head, q_row, q_lane, Tq,
+                              q_rows, BM, F)  # fmt: skip
+        lse = given_lse(LSE + state, token, rows.real)
+        # of key rows that lie as their tokens, only these can be on the band
+        low, high = 0, k_rows
+        if BAND > 0 and not F.KEY_ORDER:
+            low = tl.maximum(tl.min(tl.where(rows.real, token, FAR), 0) - first - BAND + 1, 0)
+            high = tl.minimum(tl.max(tl.where(rows.real, token, -FAR), 0) - first + 1, k_rows)
+        spans = 0
+        if F.SPANS:
+            start, spans = tl.load(SPAN_START + of_spans + tile), tl.load(SPAN_COUNT + of_spans + tile)
+            begun, ended = mine(slot, spans, BAND)
+            for s in range(start + begun, start + ended):
+                lo, hi = span_range(SPANS, s, k_rows)
+                begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
+                total = over_range(total, rows, token, lse, head, R, begin, end, -1, lo, WORDS, first, order,
+                                   Tk, BAND, F)  # fmt: skip
+        if F.UNITS:
+            start, count = tl.load(START + of_units + tile), tl.load(COUNT + of_units + tile)
+            words = WORDS
+            if F.BITS:
+                words = WORDS + tl.load(WORDS_START + of_units + tile) * (F.TILE * ((F.UNIT + 31) // 32))
+            full = start + tl.load(FULL + of_units + tile)
+            begun, ended = mine(slot - spans, count, BAND)
+            for p in range(start + begun, start + ended):
+                lo, hi, word = unit_range(INDEX, p, full, k_rows, F)
+                begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
+                total = over_range(total, rows, token, lse, head, R, begin, end, word, lo, words, first,
+                                   order, Tk, BAND, F)  # fmt: skip
+    to = OUT + bh.to(tl.int64) * width
+    if BAND == 0:
+        tl.store(to + own, tl.max(total, 0) if F.PEAK else tl.sum(total, 0))
+    else:
+        at = own * BAND + tl.arange(0, BAND)
+        tl.store(to + at, total, mask=at < width)

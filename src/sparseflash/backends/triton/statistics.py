@@ -1,0 +1,69 @@
+"""`attention_stats`: rows by the kernel over rows, keys by the kernel over keys, the rest entry by entry."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...plan import Plan
+from .blocks import Blocks, fitting
+from .entries import entries_kernel
+from .launch import Arguments, found, power_of_two
+from .softmax import launch_columns, launch_rows
+
+BAND = 64
+"""Diagonals of a program."""
+
+
+def stats(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    *,
+    over: str,
+    peak: bool,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    width: int,
+) -> Tensor:
+    """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: fp32 [B,Hq,width]."""
+    out = torch.zeros((*q.shape[:2], width), dtype=torch.float32, device=q.device)
+    if not out.numel() or not plan.tiles:
+        return out
+    a = Arguments(q, k, k, plan, scale, softcap, key_bias)
+    a.switches |= {"STATS": True, "PEAK": peak}
+    a.named |= {"LSE": lse.float().contiguous(), "DELTA": out, "OUT": out, "DOUT": out}
+    for name in "o", "d":
+        a.strides(a.named, name, q)
+    if over == "row":
+        launch_rows(a, plan, backward=False)
+    elif over == "key":
+        launch_columns(a, plan, q, q, out)  # no gradient is written
+    else:
+        _launch_entries(a, plan, BAND if over == "diagonal" else 0)
+    return out
+
+
+def _launch_entries(a: Arguments, plan: Plan, band: int) -> None:
+    """Run the kernel over entries, or over bands of so many diagonals."""
+    out, order = a.named["OUT"], a.keys.order
+    row_of = out
+    if order is not None:
+        row_of = torch.full((*order.shape[:2], a.named["Tk"] + 1), -1, dtype=torch.int32, device=order.device)
+        row = torch.arange(order.shape[2], dtype=torch.int32, device=order.device).expand_as(order)
+        row_of = row_of.scatter_(-1, torch.where(order < 0, a.named["Tk"], order).long(), row)
+        row_of = row_of[..., :-1].contiguous()
+    width = out.shape[2]
+    owned = -(-width // band) if band else width
+    named = {n: x for n, x in a.named.items() if n in entries_kernel.arg_names}
+    named |= {"TOKEN_ROW": row_of, "token_batch": found(row_of if order is not None else None)[0]}
+
+    def start(blocks: Blocks) -> None:
+        rows = min(blocks.rows, power_of_two(plan.tile))
+        entries_kernel[(out.shape[0] * out.shape[1] * owned,)](
+            **named, width=width, BAND=band, F=a.flags(blocks, rows, blocks.keys), **blocks.options()
+        )
+
+    fitting("entries", a.blocks("entries"), start)
