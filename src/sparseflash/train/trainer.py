@@ -51,10 +51,11 @@ class Trainer:
         self.corpus.check(config.length)
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(self.world.device)
-        matrices = [p for n, p in self.model.named_parameters() if n != "embed.weight"]
+        free = ("embed.weight", "sharpness")
+        named = list(self.model.named_parameters())
         groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": [self.model.embed.weight], "weight_decay": 0.0},
+            {"params": [p for n, p in named if not n.endswith(free)], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in named if n.endswith(free)], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.done = 0
