@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,14 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor], names: str = "", note:
             f"{name}: {int((~equal).sum())} of {equal.numel()} elements differ, by up to "
             f"{float((x - y).abs().nan_to_num().max()):.3g}; {note}"
         )
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """Constructors of plans take tensors of main memory for an accelerator's, and look at no value."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        yield
 
 
 def peak_memory(call: Callable[[], Any]) -> int:

@@ -55,23 +55,23 @@ def random_bits(
 
 
 @functools.lru_cache(maxsize=256)
-def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
+def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(
         rounds, heads, dim, buckets // 2, generator=generator, dtype=torch.float64, device="cpu"
     )
-    return (normal / normal.norm(dim=-2, keepdim=True)).float()
+    return (normal / normal.norm(dim=-2, keepdim=True)).float().to(device)
 
 
 @torch.library.custom_op("sparseflash::lsh_planes", mutates_args=())
-def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
+def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, device: torch.device) -> Tensor:
     """An op of its own because a generator cannot be traced; a compiled graph calls it."""
-    return _draw_planes(dim, buckets, heads, rounds, seed).clone()
+    return _draw_planes(dim, buckets, heads, rounds, seed, device).clone()
 
 
 @_planes.register_fake
-def _(dim: int, buckets: int, heads: int, rounds: int, seed: int) -> Tensor:
-    return torch.empty(rounds, heads, dim, buckets // 2)
+def _(dim: int, buckets: int, heads: int, rounds: int, seed: int, device: torch.device) -> Tensor:
+    return torch.empty(rounds, heads, dim, buckets // 2, device=device)
 
 
 def lsh_planes(
@@ -112,8 +112,7 @@ def lsh_planes(
             f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and its opposite)",
         )
     )
-    planes = _planes(dim, buckets, heads, rounds, seed)
-    return planes if device is None else planes.to(device)
+    return _planes(dim, buckets, heads, rounds, seed, torch.device(device or "cpu"))
 
 
 def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:

@@ -127,13 +127,19 @@ def common_heads(*tensors: Tensor) -> int:
     return math.lcm(*(t.shape[1] for t in tensors))
 
 
-def _pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool]) -> Fields:
-    """Candidate ranges `[lo, hi)` of shape [B,H,R] as padded lists, full ones first, empty ones out."""
+def _pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool], *, moving: bool = True) -> Fields:
+    """Candidate ranges `[lo, hi)` of shape [B,H,R] as padded lists, full ones first, empty ones out.
+
+    `moving`: from tile to tile they hardly ever jump, so that the tiles that visit a group of keys are
+    neighbours.
+    """
     first = torch.stack([x.expand_as(lo[0]) for x in lo], -1)
     last = torch.stack([x.expand_as(lo[0]) for x in hi], -1)
     width = len(lo)
-    is_full = torch.tensor(full, device=first.device).expand_as(first)
     alive = last > first
+    # filled in on the device: a tensor of a Python list would be copied there, and waited for
+    kind = [torch.full_like(lo[0], int(not sure)) for sure in full]
+    is_full = torch.stack(kind, -1) == 0
     rank = torch.where(alive, torch.where(is_full, 0, 1), 2)
     order = torch.argsort(rank, dim=-1, stable=True)
     pairs = torch.stack([first.gather(-1, order), last.gather(-1, order)], -1)
@@ -145,6 +151,7 @@ def _pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool]) -> Fields:
         "span_full": (alive & is_full).sum(-1, dtype=torch.int32),
         "span_count": alive.sum(-1, dtype=torch.int32),
         "spans": pairs.reshape(-1, 2).to(torch.int32),
+        "span_room": width if moving else 0,
     }
 
 
@@ -185,7 +192,7 @@ def _band(
     a, b = torch.where(whole, inner_lo, outer_hi), torch.where(whole, inner_hi, outer_hi)
     lo, hi, full = [a, outer_lo, b], [b, a, outer_hi], [True, False, False]
     if window is not None and (isinstance(sink, Tensor) or sink):  # sinks outside the band: all rows see them
-        edge = clamp(torch.as_tensor(sink, device=low.device).expand_as(low))
+        edge = clamp(sink.expand_as(low) if isinstance(sink, Tensor) else torch.full_like(low, sink))
         lo, hi, full = [low, *lo], [torch.minimum(edge, outer_lo), *hi], [True, *full]
         if not causal and right is not None:
             lo, hi, full = [outer_hi, *lo], [edge, *hi], [True, *full]

@@ -63,6 +63,7 @@ def from_lengths(lengths: Tensor, *, Tk: int, Tq: int = 1) -> Fields:
         "span_full": some,
         "span_count": some + some,
         "spans": torch.stack([torch.zeros_like(sure), sure, sure, seen], -1).view(-1, 2).int(),
+        "span_room": 2,
     }
 
 

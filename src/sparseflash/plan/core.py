@@ -129,6 +129,10 @@ class Plan(Constructors):
     overflow: Tensor | None = None
     span_keys: KeyLists | None = None
     unit_keys: KeyLists | None = None
+    span_room: int = dataclasses.field(default=0, init=False, compare=False)
+    room: int = dataclasses.field(default=0, init=False, compare=False)
+    # Of the library's own lists: list n begins at n * room of its pool, and what it does not use is empty, so
+    # that shapes say what values would have to. A changed plan has other lists, and `replace` forgets it.
 
     def __post_init__(self) -> None:
         window, sink, head_window, head_sink = build.head_rules(self.window, self.sink)
@@ -277,7 +281,7 @@ class Plan(Constructors):
         return found
 
     def _static(self) -> tuple[Any, ...]:
-        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.compare)
         return tuple(type(v).__name__ if isinstance(v, (Tensor, KeyLists)) else v for v in values)
 
     def __hash__(self) -> int:

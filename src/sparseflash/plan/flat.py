@@ -39,7 +39,7 @@ TENSORS = (
 )
 KEYS = ("start", "count", "full", "index", "source", "until")
 TENSOR_SLOTS = len(TENSORS) + 2 * len(KEYS)
-INT_SLOTS = 20  # 14 in use
+INT_SLOTS = 20  # 16 in use
 UNBOUNDED = -1
 
 
@@ -66,6 +66,8 @@ def flatten(plan: Plan) -> tuple[list[Tensor], list[int]]:
         0 if isinstance(offset, Tensor) else offset,
         plan.span_keys.group if plan.span_keys is not None else 0,
         plan.unit_keys.group if plan.unit_keys is not None else 0,
+        plan.span_room,
+        plan.room,
     ]
     used = sum(1 << n for n, x in enumerate(slots) if x is not None)
     return [x for x in slots if x is not None], ints + [0] * (INT_SLOTS - 1 - len(ints)) + [used]
@@ -88,6 +90,8 @@ def unflatten(tensors: Sequence[Tensor], ints: Sequence[int]) -> Plan:
         "include_self": bool(include_self),
         "window": (None if left < 0 else left, None if right < 0 else right) if windowed else None,
         "sink": sink,
+        "span_room": ints[13],
+        "room": ints[14],
     }
     if values["q_offset"] is None:
         values["q_offset"] = offset

@@ -87,7 +87,7 @@ def _prefixes(reach: Tensor, tile: int) -> Fields:
     return {
         "causal": True,
         "q_pos": reach.int() - 1,
-        **_pack_spans([zero, first], [first, last], [True, False]),
+        **_pack_spans([zero, first], [first, last], [True, False], moving=False),
     }
 
 

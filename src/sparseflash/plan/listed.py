@@ -102,6 +102,7 @@ def _lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | 
         "count": count.clamp(max=width).int(),
         "index": torch.where(kind < 2, unit_id, 0)[..., :width].flatten().int(),
         "overflow": (count > width).any().int(),
+        "room": width,
     }
 
 
@@ -277,4 +278,11 @@ def from_spans(
     if not los:
         los = his = [torch.zeros(spans.shape[:3], dtype=torch.int64, device=spans.device)]
         full = [True]
-    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **_pack_spans(los, his, full)}
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        **_pack_spans(los, his, full, moving=False),
+    }

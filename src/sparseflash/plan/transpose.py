@@ -1,12 +1,17 @@
-"""The transpose of a plan's lists: for each group of keys, the query tiles that visit it."""
+"""The transpose of a plan's lists: for each group of keys, the query tiles that visit it.
+
+Where values may be looked at, the transpose holds what is there and no more. Elsewhere, of lists with `room`,
+shapes alone say how large it is: nothing waits for a device, and it may stand in a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .build import host
 from .builders import builders
 
 if TYPE_CHECKING:
@@ -31,6 +36,8 @@ def transpose_spans(plan: Plan) -> KeyLists:
 
     assert plan.span_start is not None and plan.span_full is not None
     assert plan.span_count is not None and plan.spans is not None
+    if plan.span_room and not host(plan.spans):
+        return _spans_unseen(plan)
     batch, heads, R = plan.span_count.shape
     columns, lists, device = -(-plan.k_rows // KEY_GROUP), batch * heads, plan.device
     count = plan.span_count.flatten()
@@ -89,6 +96,8 @@ def transpose_units(plan: Plan) -> KeyLists:
     assert plan.count is not None and plan.index is not None
     batch, heads, R = plan.count.shape
     columns, lists = -(-plan.k_rows // plan.unit), batch * heads
+    if plan.room and not host(plan.index):
+        return _units_unseen(plan)
     starts, fulls, counts = (x.reshape(lists, R) for x in (plan.start, plan.full, plan.count))
     native = builders(len(plan.index), plan.index, plan.count)
     transpose = _transpose if native is None else native.transpose
@@ -126,3 +135,141 @@ def _transpose(
         found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
     return listed.cumsum(0) - listed, listed.int(), n_full.int(), index.int(), sources
+
+
+# ---------------------------------------------------------------- without looking at values
+
+
+class Entries(NamedTuple):
+    """Entries of unit lists, flat: list (of [B,H,R]), place in it, unit, and whether there is one."""
+
+    cell: Tensor
+    place: Tensor
+    unit: Tensor
+    real: Tensor
+
+
+def unit_entries(plan: Plan) -> Entries:
+    """Every entry of a plan's unit lists; of lists with room every place, used or not, without a wait."""
+    assert plan.start is not None and plan.count is not None and plan.index is not None
+    count, device = plan.count.flatten().long(), plan.device
+    if plan.room:
+        at = torch.arange(count.numel() * plan.room, device=device)
+        cell, place = at // plan.room, at % plan.room
+        real = place < count[cell]
+        return Entries(cell, place, torch.where(real, plan.index, 0).long(), real)
+    cell = torch.repeat_interleave(torch.arange(len(count), device=device), count)
+    place = torch.arange(len(cell), device=device) - (count.cumsum(0) - count)[cell]
+    unit = plan.index[plan.start.flatten()[cell] + place].long()
+    return Entries(cell, place, unit, torch.ones_like(cell, dtype=torch.bool))
+
+
+def _units_unseen(plan: Plan) -> KeyLists:
+    """`transpose_units` by shapes alone: a stable sort of all places, those that are not used behind."""
+    from .core import KeyLists
+
+    assert plan.count is not None and plan.full is not None
+    (batch, heads, R), columns = plan.count.shape, -(-plan.k_rows // plan.unit)
+    entries, none = unit_entries(plan), 2 * batch * heads * columns
+    partial = (entries.place >= plan.full.flatten()[entries.cell]).long()
+    key = (entries.cell // max(R, 1) * columns + entries.unit) * 2 + partial
+    key = torch.where(entries.real, key, none)
+    order, met = key.sort(stable=True).indices, counted(key, none).view(batch, heads, columns, 2)
+    total = met.sum(-1)
+    return KeyLists(
+        start=(total.flatten().cumsum(0) - total.flatten()).view(total.shape),
+        count=total.int(),
+        full=met[..., 0].int(),
+        index=(entries.cell % max(R, 1))[order].int(),
+        source=order.int() if len(order) < 2**31 else order,
+        until=None,
+        group=plan.unit,
+    )
+
+
+def counted(key: Tensor, size: int) -> Tensor:
+    """How often each number below `size` is there, int64 [size]; `size` itself is not counted."""
+    found = torch.zeros(size + 1, dtype=torch.int64, device=key.device)
+    return found.index_add_(0, key, torch.ones_like(key))[:size]
+
+
+def _spans_unseen(plan: Plan) -> KeyLists:
+    """`transpose_spans` by shapes alone: for each place of the lists and each group, one run of tiles.
+
+    The run is from the first tile that touches the group to the last; a tile between them that does not is
+    tested in vain, and gives nothing. Where all tiles between the first and the last that cover the group do,
+    these need no test, and the run is cut in three.
+    """
+    from .core import KeyLists
+
+    assert plan.span_full is not None and plan.span_count is not None and plan.spans is not None
+    batch, heads, R = plan.span_count.shape
+    columns, room, G = -(-plan.k_rows // KEY_GROUP), plan.span_room, KEY_GROUP
+    lists, device = batch * heads, plan.device
+    lo, hi = plan.spans.view(lists, R, room, 2).transpose(1, 2).long().unbind(-1)  # [lists, room, R]
+    slot = torch.arange(room, device=device)[:, None]
+    full, count = (x.reshape(lists, 1, R) for x in (plan.span_full, plan.span_count))
+    some = (slot < count) & (hi > lo)
+    end = torch.where(hi >= plan.k_rows, columns, hi // G)  # the last group may be short
+    touched = (lo // G, torch.where(some, (hi + (G - 1)) // G, 0))
+    covered = ((lo + (G - 1)) // G, torch.where(some & (slot < full), end, 0))
+    begin, stop = (torch.cat(x) for x in zip(touched, covered))
+    first, last = _stabbed(begin.flatten(0, 1), stop.flatten(0, 1), columns)
+    (a, s), (b, e) = (x.view(2, lists, room, columns) for x in (first, last))
+    n = _overlaps(*covered, columns)
+    whole = (n > 0) & (e + 1 - s == n)
+    a, b = torch.where(b < 0, 0, a), b + 1
+    s, e = torch.where(whole, s, b), torch.where(whole, e + 1, b)
+    # of each group [lists, columns]: `room` runs without a test, and twice as many with one
+    runs = torch.stack([torch.stack([s, e], -1), torch.stack([a, s], -1), torch.stack([e, b], -1)], 2)
+    runs = runs.permute(0, 3, 2, 1, 4).reshape(-1, 2).int()
+    lead, source = (batch, heads, columns), slot.flatten().int()
+    total = torch.arange(lists * columns, device=device)
+    return KeyLists(
+        start=(total * (3 * room)).view(lead),
+        count=torch.full(lead, 3 * room, dtype=torch.int32, device=device),
+        full=torch.full(lead, room, dtype=torch.int32, device=device),
+        index=runs[:, 0].contiguous(),
+        source=source.repeat(3 * lists * columns),
+        until=runs[:, 1].contiguous(),
+        group=KEY_GROUP,
+    )
+
+
+def _overlaps(begin: Tensor, end: Tensor, size: int) -> Tensor:
+    """How many of the ranges `begin ... end - 1` in the last axis hold each number below `size`."""
+    lead = begin.shape[:-1]
+    one = (end > begin).long()
+    change = torch.zeros(*lead, size + 1, dtype=torch.int64, device=begin.device)
+    change.scatter_add_(-1, begin.clamp(max=size), one)
+    change.scatter_add_(-1, torch.maximum(begin, end).clamp(max=size), -one)
+    return change.cumsum(-1)[..., :size]
+
+
+def _stabbed(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The first and the last of the ranges [n, R] that hold each number below `size`; [n, size], -1: none.
+
+    A range is the union of two of the same power of two, begun at its begin and ended at its end. They are
+    entered in a table by that power, whose rows then hand on what they hold to the next smaller one.
+    """
+    n, R = begin.shape
+    levels = max(1, size.bit_length())
+    length = (end - begin).clamp(min=1)
+    level = torch.zeros_like(length)
+    for power in range(1, levels):
+        level += length >= 1 << power
+    none = torch.iinfo(torch.int64).max
+    order = torch.arange(R, device=begin.device).expand(n, R)
+    # the last one is the first of the reverse order
+    table = torch.full((2, n, levels * size + 1), none, dtype=torch.int64, device=begin.device)
+    for edge in (begin, end - (1 << level)):
+        at = torch.where(end > begin, level * size + edge, levels * size)
+        for which, value in enumerate((order, R - 1 - order)):
+            table[which].scatter_reduce_(-1, at, value, "amin")
+    table = table[..., : levels * size].view(2, n, levels, size)
+    for power in reversed(range(levels - 1)):
+        half, wide, narrow = 1 << power, table[:, :, power + 1], table[:, :, power]
+        narrow[..., :] = torch.minimum(narrow, wide)
+        narrow[..., half:] = torch.minimum(narrow[..., half:], wide[..., : size - half])
+    first, last = table[:, :, 0]
+    return torch.where(first == none, -1, first), torch.where(last == none, -1, R - 1 - last)

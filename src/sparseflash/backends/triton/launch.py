@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.build import spread_heads
+from ...plan.transpose import counted, unit_entries
 from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags
 
@@ -34,25 +35,32 @@ def unit_readers(plan: Plan, keys: int) -> Readers:
     assert plan.start is not None and plan.count is not None and plan.index is not None
     R, per = plan.tiles, max(1, keys // plan.unit)
     lists, groups = plan.count[..., 0].numel() if R else 0, -(-plan.k_rows // (per * plan.unit))
-    count = plan.count.flatten().long()
-    cell = torch.repeat_interleave(torch.arange(len(count), device=plan.device), count)
-    place = torch.arange(len(cell), device=plan.device) - (count.cumsum(0) - count)[cell]
-    unit = plan.index[plan.start.flatten()[cell] + place].long()
-    key = (cell // max(R, 1) * groups + unit // per) * max(R, 1) + cell % max(R, 1)
-    found, at = torch.unique(key, return_inverse=True)
-    members = torch.full((max(len(found), 1), per), -1, dtype=torch.int32, device=plan.device)
-    members[at, unit % per] = place.int()
-    read = torch.bincount(found // max(R, 1), minlength=lists * groups)
+    entries, none = unit_entries(plan), lists * groups * R
+    key = (entries.cell // max(R, 1) * groups + entries.unit // per) * R + entries.cell % max(R, 1)
+    key, order = torch.where(entries.real, key, none).sort(stable=True)
+    fresh = torch.ones_like(key, dtype=torch.bool)
+    fresh[1:] = key[1:] != key[:-1]
+    fresh &= key < none
+    # a reader is a tile and a block of keys; the entries that are none are written behind all readers
+    reader = torch.where(key < none, fresh.cumsum(0) - 1, len(key))
+    unit, place = entries.unit[order], entries.place[order].int()
+    members = torch.full((len(key) + 1, per), -1, dtype=torch.int32, device=plan.device)
+    members[reader, unit % per] = place
+    tile = torch.zeros(len(key) + 1, dtype=torch.int32, device=plan.device)
+    tile[reader] = (key % max(R, 1)).int()
+    read = counted(torch.where(fresh, key // max(R, 1), lists * groups), lists * groups)
     shape = (*plan.count.shape[:2], groups)
-    return Readers(
-        (read.cumsum(0) - read).view(shape), read.int().view(shape), (found % max(R, 1)).int(), members
-    )
+    return Readers((read.cumsum(0) - read).view(shape), read.int().view(shape), tile, members)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs a card runs at a time, at least."""
+    return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def shares(q: Tensor, plan: Plan, programs: int) -> int:
     """How many programs share the keys of a tile, for two on each multiprocessor; 256 keys each at least."""
-    many = 16 if INTERPRETED.value else torch.cuda.get_device_properties(q.device).multi_processor_count
-    wanted = -(-2 * many // max(programs * plan.tiles, 1))
+    wanted = -(-2 * multiprocessors(q.device) // max(programs * plan.tiles, 1))
     return max(1, min(wanted, plan.k_rows // (16 if INTERPRETED.value else 256)))
 
 

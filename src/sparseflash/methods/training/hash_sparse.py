@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -164,28 +165,45 @@ class HashSparse(Method):
         """One plan of hashed heads followed by window heads: lists side by side, a window per head."""
         B, device = hashed.extent()[0], hashed.device
         more, k_more = self.causal_heads, self.causal_heads * k_heads // heads
-        tiles = max(hashed.tiles, windows.tiles)
+        tiles, room = max(hashed.tiles, windows.tiles), max(hashed.span_room, windows.span_room)
 
-        def lists(name: str, shift: int = 0) -> Tensor:
-            a, b = getattr(hashed, name), getattr(windows, name) + shift
-            a, b = (pad(x, (0, tiles - x.shape[-1])) for x in (a, b))
+        def lists(name: str) -> Tensor:
+            a, b = (pad(getattr(p, name), (0, tiles - p.tiles)) for p in (hashed, windows))
             return torch.cat([spread_heads(a, heads - more).expand(B, -1, -1), b.expand(B, more, -1)], 1)
+
+        def spans() -> Tensor:
+            a, b = (
+                pad(
+                    p.spans.view(*p.span_start.shape, -1, 2),
+                    (0, 0, 0, room - p.span_room, 0, tiles - p.tiles),
+                )
+                for p in (hashed, windows)
+            )
+            own = spread_heads(a, heads - more).expand(B, -1, -1, -1, -1)
+            return torch.cat([own, b.expand(B, more, -1, -1, -1)], 1)
 
         def orders(order: Tensor, T: int, rows: int, h: int) -> Tensor:
             plain = torch.arange(T, dtype=torch.int32, device=device).expand(order.shape[0], h, -1)
             return torch.cat([pad(x, (0, rows - x.shape[-1]), value=-1) for x in (order, plain)], 1)
 
-        left = torch.full((heads,), -1, dtype=torch.int32, device=device)  # unbounded
-        left[heads - more :] = self.window - 1
-        return replace(
-            hashed,
-            span_start=lists("span_start", len(hashed.spans)),
-            span_full=lists("span_full"),
-            span_count=lists("span_count"),
-            spans=torch.cat([hashed.spans, windows.spans]),
-            q_order=orders(hashed.q_order, hashed.Tq, tiles * hashed.tile, more),
-            k_order=orders(hashed.k_order, hashed.Tk, hashed.Tk, k_more),
-            window=(left, None),
+        reach = torch.full((1, heads, 2), -1, dtype=torch.int32, device=device)  # unbounded
+        reach[:, heads - more :, 0] = self.window - 1
+        fields = {f.name: getattr(hashed, f.name) for f in dataclasses.fields(hashed)}
+        return Plan._made(
+            **fields
+            | {
+                "span_start": torch.arange(0, B * heads * tiles * room, room, device=device).view(
+                    B, heads, tiles
+                ),
+                "span_full": lists("span_full"),
+                "span_count": lists("span_count"),
+                "spans": spans().view(-1, 2),
+                "span_room": room,
+                "q_order": orders(hashed.q_order, hashed.Tq, tiles * hashed.tile, more),
+                "k_order": orders(hashed.k_order, hashed.Tk, hashed.Tk, k_more),
+                "head_window": reach,
+                "head_sink": torch.zeros(1, heads, 1, dtype=torch.int32, device=device),
+            }
         )
 
 

@@ -1,0 +1,215 @@
+"""Plans on an accelerator: made, transposed and handed to the kernels without a look at any value.
+
+A card is not needed to tell. Tensors of the device "meta" have no values, so whatever asks for one fails, and
+a mode watches for what would copy from main memory. The values themselves are compared on the CPU, where the
+constructors are told that they may not look.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import plans
+import sparseflash as sf
+from harness import unseen
+from sparseflash import Plan, methods
+from sparseflash.order import _draw_planes
+from sparseflash.plan.transpose import transpose_spans, transpose_units
+from test_plan import _readers, _span_visits, _unit_visits
+
+aten = torch.ops.aten
+LOOKS = {
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.bincount,
+    aten.unique_consecutive, aten.equal, aten.is_nonzero, aten.histc, aten.repeat_interleave,
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Fails where an accelerator would be waited for: a look at values, or a copy from or to main memory."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        sized = op.overloadpacket is aten.repeat_interleave and kwargs.get("output_size") is not None
+        assert op.overloadpacket not in LOOKS or sized, f"{op} looks at values"
+        if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{op} with a mask looks at values"
+        out = op(*args, **kwargs)
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        places = {x.device.type for x in made} | {x.device.type for x in given if x.dim()}
+        assert len(places) < 2, f"{op} copies between {places}"
+        return out
+
+
+@contextlib.contextmanager
+def watched():
+    """`Watch`, and an eye on tensors made of Python numbers, which are made in main memory and copied."""
+
+    def make(x, *, make=torch.tensor, **options):
+        assert str(options.get("device") or "cpu") == "cpu", "numbers of Python are copied"
+        return make(x, **options)
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(torch, "tensor", make)
+        patch.setattr(torch, "as_tensor", make)
+        patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
+        yield
+
+
+# ---------------------------------------------------------------- nothing looks
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The Triton backend as on a Hopper card, its kernels replaced by a list of what would be launched."""
+    pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
+    from sparseflash.backends.triton import blocks, launch, softmax
+
+    found = []
+
+    class Kernel:
+        def __init__(self, kernel):
+            self.name, self.arg_names = kernel.__name__, kernel.arg_names
+
+        def __getitem__(self, grid):
+            assert all(type(n) is int for n in grid)
+            return lambda **named: found.append(self.name)
+
+    for name in ("rows_kernel", "columns_kernel"):
+        monkeypatch.setattr(softmax, name, Kernel(getattr(softmax, name)))
+    monkeypatch.setattr(blocks, "target", lambda: ("cuda", 90))
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    return found
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def edges(q):
+    return torch.zeros(5, dtype=torch.int32, device=q.device)
+
+
+def topk(q, k):
+    """Units with the highest scores, of every tile of 64 queries."""
+    scores = q.unflatten(2, (-1, 64)).mean(3) @ k.repeat_interleave(2, 1).unflatten(2, (-1, 64)).mean(3).mT
+    index = scores.topk(3).indices
+    return Plan.from_keys(index, Tq=q.shape[2], Tk=k.shape[2], tile=64, unit=64, unique=True, causal=True)
+
+
+def threshold(q, k):
+    scores = q.unflatten(2, (-1, 64)).mean(3) @ k.repeat_interleave(2, 1).unflatten(2, (-1, 64)).mean(3).mT
+    return Plan.from_blocks(scores > 0, Tq=512, Tk=512, tile=64, unit=64, causal=True, capacity=4)
+
+
+SELECT = {
+    "dense": lambda q, k: Plan.dense(512, 512, causal=True, device=q.device),
+    "window": lambda q, k: methods.Window(window=100).select(q, k).plan,
+    "sink-window": lambda q, k: methods.SinkWindow(window=100, sink_tokens=4).select(q, k).plan,
+    "hash-sparse": lambda q, k: methods.HashSparse(nb=8).select(q, k).plan,
+    "hash-sparse, tied": lambda q, k: methods.HashSparse(nb=8, include_self=False).select(q, k).plan,
+    "hash-sparse and windows": lambda q, k: methods.HashSparse(nb=8, causal_heads=2).select(q, k).plan,
+    "qk-sparse": lambda q, k: methods.QKSparse(q_drop=0.3, k_drop=0.5).select(q, k, {"step": 3}).plan,
+    "documents": lambda q, k: Plan.from_documents(edges(q), Tq=512, Tk=512),
+    "moving intervals": lambda q, k: Plan.from_intervals(
+        None, meta(1, 1, 512, dtype=torch.int32), Tk=512, moving=True
+    ),
+    "top-k": topk,
+    "threshold": threshold,
+    "choice": lambda q, k: Plan.from_choice(meta(1, 512, 7, dtype=torch.int32), Tk=512),
+}
+
+
+@pytest.mark.parametrize("name", SELECT)
+def test_selecting_attending_and_differentiating_look_at_no_value(name, launches):
+    from sparseflash.backends import triton as backend
+
+    q, k = meta(2, 4, 512, 64), meta(2, 2, 512, 64)
+    _draw_planes(64, 8, 2, 1, 0, q.device)  # are drawn once, in main memory
+    how = {"scale": 0.1, "softcap": 0.0, "key_bias": None}
+    with watched():
+        plan = SELECT[name](q, k)
+        out, lse = backend.forward(q, k, k, plan, **how, out_dtype=q.dtype)
+        backend.backward(out, q, k, k, out, lse, lse, plan, **how, grad_dtype=None)
+        ready = plan.prepare()
+        sf.attention(q, k, k, ready)  # the checks of its arguments, and what the custom op does to a plan
+    assert launches == ["rows_kernel", "rows_kernel", "columns_kernel"]
+    assert (ready.span_keys is None) == (plan.spans is None)
+
+
+@pytest.mark.parametrize("layout", ["lengths", "pages", "keys"])
+def test_decoding_looks_at_no_value(layout, launches):
+    from sparseflash.backends import triton as backend
+
+    q, k, lengths = meta(2, 8, 1, 64), meta(2, 2, 4096, 64), meta(2, dtype=torch.int32)
+    with watched():
+        if layout == "lengths":
+            plan = Plan.from_lengths(lengths, Tk=4096)
+        elif layout == "pages":
+            table = meta(2, 32, dtype=torch.int32)
+            k = k.reshape(1, 2, -1, 64)
+            plan = Plan.from_pages(table, lengths, page_size=64, Tk=8192)
+        else:
+            plan = Plan.from_keys(meta(2, 2, 1, 16, dtype=torch.int32), Tq=1, Tk=4096, unit=64, unique=True)
+        how = {"scale": 0.1, "softcap": 0.0, "key_bias": None, "out_dtype": q.dtype}
+        backend.decode(q, k, k, plan, **how)
+    assert launches == ["rows_kernel"]
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: bool((x > 0).any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.repeat_interleave(x, x),
+        lambda x: torch.unique(x),
+        lambda x: x + torch.tensor([1, 2, 3], device=x.device),
+    ],
+)
+def test_the_watch_sees_what_it_is_for(look):
+    with watched(), pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
+        look(meta(3, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- and yet the lists are right
+
+
+MOVING = ("dense", "window", "sink", "offset", "keep", "buckets", "documents")
+
+
+@pytest.mark.parametrize("kind", [*MOVING, "blocks"])
+@pytest.mark.parametrize("seed", range(4))
+def test_plans_made_unseen_show_the_same_mask_and_transpose_to_every_visit(kind, seed):
+    with unseen():
+        example = plans.example(seed, kind, batch=2, heads=4, Tq=(1, 33, 129, 257)[seed])
+        plan = example.plan
+        keys = transpose_spans(plan) if plan.spans is not None else transpose_units(plan)
+    heads = example.mask.shape[1]
+    mask = plan.to_dense()
+    mask = mask[:, torch.arange(heads) * mask.shape[1] // heads]
+    assert bool((mask == example.mask).all()), example.line
+    visits = (_span_visits if plan.spans is not None else _unit_visits)(plan)(keys.group)
+    found = []
+    for b, h, c in torch.cartesian_prod(*map(torch.arange, keys.start.shape)).tolist():
+        at, full, count = (int(x[b, h, c]) for x in (keys.start, keys.full, keys.count))
+        for n in range(at, at + count):
+            found += [(b, h, c, *entry) for entry in _readers(plan, keys, b, h, n, n - at < full)]
+    named = {entry[:-1] for entry in found}
+    assert len(named) == len(found), f"an entry is named twice: {example.line}"
+    assert {entry[:-1] for entry in visits} <= named, example.line
+    assert {entry for entry in found if entry[-1]} <= visits, f"called full, and is not: {example.line}"
+    assert len(found) <= 1.2 * len(visits) + 4 * plan.tiles, f"much is tested in vain: {example.line}"
+
+
+def test_a_changed_plan_forgets_what_its_lists_were_like():
+    from dataclasses import replace
+
+    with unseen():
+        plan = Plan.dense(300, 300, causal=True)
+    assert plan.span_room == 3
+    assert replace(plan, span_full=plan.span_full * 0).span_room == 0
+    assert plan.to("cpu").span_room == plan.prepare().span_room == 3
