@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -104,6 +105,59 @@ def test_decoding_continues_what_prefill_began(how):
     close(torch.stack(out.logits, 1), want[:, T - 1 : -1])
 
 
+@pytest.mark.parametrize("method", [WINDOW, [HASHED, None, WINDOW, HASHED]], ids=["window", "by head"])
+def test_packed_documents_are_the_same_as_apart(method):
+    """Lengths of 1, 63, 25, ... in two rows of one length; output and gradients."""
+    edges = ([0, 1, 64, 89, 150], [0, 40, 150])
+    one, ids = model("llama"), tokens()
+    at = torch.stack([torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(row)]) for row in edges])
+    with sf.transformers.sparse(one, prefill=method):
+        together = one(input_ids=ids, position_ids=at, use_cache=False).logits
+        apart = [
+            torch.cat(
+                [one(input_ids=x[None, a:b], use_cache=False).logits for a, b in itertools.pairwise(row)], 1
+            )
+            for x, row in zip(ids, edges)
+        ]
+        apart = torch.cat(apart)
+        cu = torch.tensor(edges[0], dtype=torch.int32)
+        by_edges = logits(one, input_ids=ids[:1], use_cache=False, position_ids=at[:1], cu_seq_lens_q=cu)
+    close(together.detach(), apart.detach())
+    close(by_edges, apart[:1].detach())
+    want, got = (torch.autograd.grad(x.square().mean(), list(one.parameters())) for x in (apart, together))
+    for x, y in zip(got, want, strict=True):
+        close(x, y)
+
+
+@pytest.mark.parametrize(
+    "inputs, unlike",
+    [
+        ({"position_ids": torch.arange(T)[None]}, {"position_ids": torch.arange(T)[None] % 50}),
+        pytest.param(
+            {"attention_mask": padded("left")}, {"attention_mask": padded("holes")}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["whole", "padded"],
+)
+def test_a_model_under_a_method_compiles(inputs, unlike):
+    """Fullgraph, gradients too; what its trace took for granted the graph checks."""
+    torch._dynamo.reset()
+    one, ids = tiny("llama", num_hidden_layers=1).train(), tokens()
+    compiled = torch.compile(one, fullgraph=True, backend="aot_eager")
+
+    def gradients(run, **inputs):
+        one.zero_grad()
+        run(input_ids=ids, labels=ids, use_cache=False, **inputs).loss.backward()
+        return [x.grad.clone() for x in one.parameters()]
+
+    with sf.transformers.sparse(one, prefill=HASHED):
+        for got, want in zip(gradients(compiled, **inputs), gradients(one, **inputs), strict=True):
+            close(got, want)
+        with pytest.raises(RuntimeError, match="one document a row"):
+            gradients(compiled, **unlike)
+    torch._dynamo.reset()
+
+
 def test_training_under_a_method_has_exact_gradients():
     """Against autograd through the stock model under the dense mask of the method; checkpointed too."""
     one, ids = tiny("llama").train(), tokens()
@@ -200,7 +254,10 @@ def test_what_is_not_defined_is_refused():
         {"input_ids": tokens(), "attention_mask": padded("left")},
     )
     packed = {"input_ids": tokens(1), "position_ids": torch.arange(T)[None] % 50, "use_cache": False}
-    refuses("packed documents", llama, WINDOW, packed)
+    refuses("packed documents, with a window", model("mistral"), WINDOW, packed, layers="*")
+    with pytest.raises(sf.SparseFlashError, match=r"packed documents, report\(\)"):
+        with sf.transformers.sparse(llama, prefill=WINDOW):
+            sf.transformers.report(llama, **packed)
     bert = model("bert")
     with pytest.raises(sf.SparseFlashError, match="layer.0.*bidirectional.*causal=False"):
         with sf.transformers.sparse(bert, prefill=WINDOW):

@@ -162,7 +162,11 @@ def _as_mask(
         plan = Plan.from_documents(
             edges, edges_k, Tq=S, Tk=T, causal=causal, window=sides if causal else None
         )
-        return SparseMask(plan, B, causal=causal, documents=len(edges) > 2)
+        starts = None
+        known = not torch.compiler.is_compiling()
+        if known and causal and window is None and (edges_k is None or torch.equal(edges, edges_k)):
+            starts = edges[:-1].repeat_interleave(edges.diff(), output_size=S)[None]
+        return SparseMask(plan, B, causal=causal, documents=len(edges) > 2, starts=starts)
     if isinstance(given, SparseMask):
         if given.shape[2:] != (S, T):
             raise SparseFlashError(

@@ -159,6 +159,7 @@ class Setting:
     ) -> Tensor:
         """Attention of this layer, out `[B,Hq,S,Dv]`."""
         choice = self.decode if q.shape[2] == 1 and k.shape[2] > 1 else self.prefill
+        mask = mask if choice is None else mask.for_methods()
         if isinstance(choice, Sequence):
             return self._by_head(choice, q, k, v, mask, options)
         return self._attend(choice, q, k, v, mask, options, range(q.shape[1]))
@@ -202,7 +203,13 @@ class Setting:
             if self.watch is not None:
                 self.watch(None, heads, q, k, plan, plan)
             return exact(q, k, v, plan, options)
-        self._check(method, mask)
+        if mask.documents:
+            return self._apart(method, q, k, v, mask, options, heads)
+        if mask.first is not None and not mask.causal:
+            raise SparseFlashError(
+                f"{self.layer.name}: {_named(method)} on a bidirectional layer with padding: give it rows of "
+                "one length"
+            )
         offset = mask.offset
         if mask.first is not None:  # keys of padding on the left go behind all others, where nobody sees them
             k, v = (_forward(x, mask.first) for x in (k, v))
@@ -211,7 +218,7 @@ class Setting:
         try:
             selection = method.select(q, k, ctx)
         except SparseFlashError as fault:
-            raise SparseFlashError(f"{self.layer.name}, {method!r}: {fault}") from fault
+            raise SparseFlashError(f"{self.layer.name}, {_named(method)}: {fault}") from fault
         plan = tuple(self._within(method, one, mask, offset) for one in _plans(selection.plan))
         if self.watch is not None:
             self.watch(method, heads, q, k, plan, self._dense(mask, q, k, offset))
@@ -231,38 +238,51 @@ class Setting:
             q.shape[2], k.shape[2], causal=mask.causal, q_offset=offset, device=q.device
         )
 
-    def _check(self, method: Method, mask: SparseMask) -> None:
-        if mask.documents is None:
+    def _apart(
+        self,
+        method: Method,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: SparseMask,
+        options: dict[str, Any],
+        heads: Sequence[int],
+    ) -> Tensor:
+        """Every document of packed rows as a sequence of its own."""
+        if mask.apart is None or self.watch is not None:
+            what = "report()" if mask.apart else "with a window, chunks or padding, or compiled"
             raise SparseFlashError(
-                f"{self.layer.name}: {method!r} under torch.compile, with a mask whose values are not known "
-                "while it traces: compile the dense model, or run methods without compiling"
+                f"{self.layer.name}: {_named(method)} on packed documents, {what}: not supported. Give it "
+                "one document a row (padded on either side), or leave this layer dense"
             )
-        if mask.documents:
-            raise SparseFlashError(
-                f"{self.layer.name}: {method!r} on packed documents or chunks: what a method means there is "
-                "not defined. Give it one document a row (padded on either side), or leave this layer dense"
-            )
-        if mask.first is not None and not mask.causal:
-            raise SparseFlashError(
-                f"{self.layer.name}: {method!r} on a bidirectional layer with padding: give it rows of one "
-                "length"
-            )
+        parts = []
+        for part in zip(*map(mask.apart.split, (q, k, v))):
+            n, _, length, _ = part[0].shape
+            own = type(mask.plan).dense(length, length, causal=True, device=q.device)
+            alone = SparseMask(own, n, causal=True, plain=True)
+            parts.append(self._attend(method, *part, alone, options, heads))
+        return mask.apart.join(parts)
 
     def _within(self, method: Method, plan: Any, mask: SparseMask, offset: int | Tensor) -> Any:
         """The plan without what the model hides."""
         if plan.causal and not mask.causal:
             raise SparseFlashError(
-                f"{self.layer.name} is bidirectional (or attends to another sequence), {method!r} is causal: "
-                "choose other layers, or a method with causal=False"
+                f"{self.layer.name} is bidirectional (or attends to another sequence), {_named(method)} is "
+                "causal: choose other layers, or a method with causal=False"
             )
         if plan.causal and plan.q_pos is None and not _same(plan.q_offset, offset):
             raise SparseFlashError(
-                f"{self.layer.name}: {method!r} does not take queries that begin behind a cache "
+                f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
                 "(ctx['q_offset']): give it whole prompts without padding on the left"
             )
         if mask.plain and plan.causal == mask.causal:
             return plan
         return plan & mask.plan
+
+
+def _named(method: Method) -> str:
+    """The method with its settings; by its class alone in a trace, which cannot read them."""
+    return type(method).__name__ if torch.compiler.is_compiling() else repr(method)
 
 
 def _plans(plan: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.core import ANY, NONE
+from .packed import Documents
 
 SPREAD = 16
 """Keys that one round of the search for the end of a range looks at."""
@@ -41,9 +43,13 @@ class SparseMask:
         windows or holes.
     first : Tensor, optional
         `[B]`: where the tokens of each sequence begin behind padding on the left.
-    documents : bool or None
-        Whether some query is the first of a document or chunk, and sees nothing before itself. None: not
-        known, in a trace.
+    documents : bool
+        Whether some query is the first of a document or chunk, and sees nothing before itself.
+    starts : Tensor, optional
+        `[B|1, S]`: where the document of each query begins, where causal documents are all there is.
+    if_plain : Tensor, optional
+        Where no value was looked at (in a trace, on an accelerator): bool, whether causality and padding at
+        the ends are all there is.
     padding : Tensor, optional
         bool `[B, T]`, True = token, where causality (or nothing) and this are all there is.
     """
@@ -61,11 +67,13 @@ class SparseMask:
         offset: int | Tensor = 0,
         plain: bool = False,
         first: Tensor | None = None,
-        documents: bool | None = False,
+        documents: bool = False,
+        starts: Tensor | None = None,
+        if_plain: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> None:
         self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
-        self.documents, self.padding = documents, padding
+        self.documents, self.starts, self.if_plain, self.padding = documents, starts, if_plain, padding
         self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
 
     @property
@@ -73,10 +81,31 @@ class SparseMask:
         """Whether `causal`, `offset` and `padding` say all of it."""
         return self.padding is not None or (self.plain and self.first is None)
 
+    @functools.cached_property
+    def apart(self) -> Documents | None:
+        """The documents as batches, for methods; None where something else is hidden too."""
+        return None if self.starts is None else Documents(self.starts.expand(self.shape[0], -1))
+
     @property
     def device(self) -> torch.device:
         """Where the plan lies."""
         return self.plan.device
+
+    def for_methods(self) -> SparseMask:
+        """The mask with `plain` and `first` decided: a trace takes it to be plain, and its graph checks."""
+        if self.if_plain is None:
+            return self
+        plain = True
+        if torch.compiler.is_compiling():
+            torch._assert_async(
+                self.if_plain,
+                "methods in a compiled model take one document a row, padded at its ends alone: run packed "
+                "rows, windows and other masks without torch.compile, or leave these layers dense",
+            )
+        else:
+            plain = bool(self.if_plain)
+        same = {"causal": self.causal, "offset": self.offset, "padding": self.padding}
+        return SparseMask(self.plan, self.shape[0], plain=plain, first=self.first if plain else None, **same)
 
     def dim(self) -> int:
         """4, as of the tensor it stands for."""
@@ -95,17 +124,15 @@ class SparseMask:
         device = torch._C._nn._parse_to(*args, **options)[0]
         if device is None or device == self.device:
             return self
-        given = (self.offset, self.first, self.padding)
-        offset, first, padding = (x.to(device) if isinstance(x, Tensor) else x for x in given)
+        given = {name: getattr(self, name) for name in ("offset", "first", "starts", "if_plain", "padding")}
+        given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
         return SparseMask(
             self.plan.to(device),
             self.shape[0],
             causal=self.causal,
-            offset=offset,
             plain=self.plain,
-            first=first,
             documents=self.documents,
-            padding=padding,
+            **given,
         )
 
     def to_dense(self) -> Tensor:
@@ -220,21 +247,34 @@ def sparse_mask(
                 mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device
             )
             return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset)
-    documents = None if torch.compiler.is_compiling() else False
-    if not simple and documents is not None:
-        documents = bool(((lo == query) & (hi > lo) & (query > 0)).any())
-    plan, first = _padded(lo, hi, padding, kv_length)
-    plain = simple and first is not None
+    plan, first, solid = _padded(lo, hi, padding, kv_length)
+    notes: dict[str, Any] = {}
+    if simple:
+        notes = {"if_plain": solid} if isinstance(solid, Tensor) else {}
+    elif not torch.compiler.is_compiling():
+        notes = _documents(lo, hi, query, padding)
+    else:  # every mask of a trace is made for documents, whether there are some or not
+        notes, causal = {"if_plain": solid & (lo == 0).all() & (hi == query + 1).all()}, True
     return SparseMask(
         plan,
         batch_size,
         causal=causal,
         offset=offset,
-        plain=plain,
+        plain=simple and solid is True,
         first=first,
-        documents=documents,
         padding=padding if simple else None,
+        **notes,
     )
+
+
+def _documents(lo: Tensor, hi: Tensor, query: Tensor, padding: Tensor | None) -> dict[str, Any]:
+    """What `SparseMask` takes of documents or chunks, from ranges [B|1, S]."""
+    begins = (lo == query) & (hi > lo) & (query > 0)
+    if not bool(begins.any()):
+        return {}
+    starts = torch.where(begins, query, 0).cummax(-1).values
+    alone = padding is None and bool((lo == starts).all() and (hi == query + 1).all())
+    return {"documents": True, "starts": starts if alone and int(query[0]) == 0 else None}
 
 
 def _host(x: Tensor) -> bool:
@@ -305,10 +345,13 @@ def _hold(sees: Sees, lo: Tensor, hi: Tensor, batch: int, Tk: int) -> bool:
     return bool((sees(key) == inside).all())
 
 
-def _padded(lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int) -> tuple[Plan, Tensor | None]:
-    """Ranges [B|1, S] without padding [B, Tk]; and the first key, where padding is at the ends alone."""
+def _padded(
+    lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int
+) -> tuple[Plan, Tensor | None, bool | Tensor]:
+    """Ranges [B|1, S] without padding [B, Tk]; the first keys; and whether padding is at the ends alone."""
     if padding is None:
-        return Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True), None
+        plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
+        return plan, None, True if _host(lo) else torch.ones((), dtype=torch.bool, device=lo.device)
     key = torch.arange(Tk, device=padding.device)
     first = torch.where(padding, key, Tk).amin(-1, keepdim=True)
     last = torch.where(padding, key + 1, 0).amax(-1, keepdim=True)
@@ -316,8 +359,9 @@ def _padded(lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int) -> tuple[Pl
     hi = torch.minimum(torch.maximum(hi, first), last.clamp(min=first))
     plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
     solid = padding.sum(-1, keepdim=True) == (last - first).clamp(min=0)
+    first = torch.minimum(first, last)[:, 0]
     if _host(solid) and bool(solid.all()):
-        return plan, torch.minimum(first, last)[:, 0]
+        return plan, first, True
     # padding between tokens: a label for each key, and a test of each pair where there is some
     assert plan.span_full is not None
     holed = dataclasses.replace(
@@ -326,7 +370,7 @@ def _padded(lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int) -> tuple[Pl
         q_seg=torch.full((1, 1, plan.Tq), ANY, dtype=torch.int32, device=padding.device),
         span_full=torch.where(solid[..., None], plan.span_full, 0).int(),
     )
-    return holed, None
+    return (holed, None, False) if _host(solid) else (holed, first, solid.all())  # not looked at
 
 
 def _any_plan(
