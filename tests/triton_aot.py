@@ -45,6 +45,9 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIMS = (16, 32, 64, 128, 256)
 T, HEADS = 512, 4
+PLAIN = ("carry",)
+"""Kernels that multiply no matrices."""
+
 PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
 
 
@@ -105,7 +108,7 @@ def faults(rows: list[Row]) -> list[str]:
             found.append(f"{row.key}: spills {row.spilled} bytes")
         if row.shared > limit:
             found.append(f"{row.key}: {row.shared} bytes of shared memory, the card has {limit}")
-        if row.dtype != "fp32" and not row.products:
+        if row.dtype != "fp32" and row.kernel not in PLAIN and not row.products:
             found.append(f"{row.key}: does not use the tensor cores")
         if was is None:
             found.append(f"{row.key}: not in the table {GOLDEN.name}; write it anew")
@@ -168,14 +171,20 @@ def statistics(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> N
         backend.stats(q, q, q[..., 0], plan, over=over, width=width, **how)
 
 
-OPS = {"attention": attention, "statistics": statistics}
+def linear(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
+    """Linear attention, which has no plan, in time (dQ is the same kernel as the forward) and against it."""
+    state = torch.zeros(*q.shape[:2], q.shape[3], q.shape[3])
+    backend.linear_backward(q, state, q, q, q, torch.ones(HEADS), state, scale=1.0)
+
+
+OPS = {"attention": attention, "statistics": statistics, "linear": linear}
 
 
 def runs(dims: list[int], dtypes: list[str], names: list[str], ops: list[str]) -> Iterator[Run]:
     """Everything the backend launches."""
     made = plans()
     for op, name in ((op, name) for op in ops for name in names):
-        if op != "attention" and name not in PLAINEST_AND_FULLEST:
+        if op != "attention" and name not in PLAINEST_AND_FULLEST or (op, name) == ("linear", "everything"):
             continue
         plan = made[name]().prepare()
         for dtype in dtypes:
@@ -193,7 +202,8 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
         kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
         name = "diagonals" if kwargs.get("BAND") else self.__name__.removesuffix("_kernel")
         name += ", backward" if kwargs.get("BACKWARD") else ""
-        name += ", statistics" if kwargs["F"].STATS else ""
+        name += ", statistics" if "F" in kwargs and kwargs["F"].STATS else ""
+        name += ", against time" if kwargs.get("REVERSE") else ""
         found.append((name, kernel))
         return kernel
 
@@ -242,7 +252,7 @@ def table(
         names = [name for name in names if name in PLAINEST_AND_FULLEST]
     for i, run in enumerate(runs(dims, dtypes, names, ops)):
         if i % share[1] == share[0]:
-            for kernel, made in compiled_by(run.call):
+            for kernel, made in dict(compiled_by(run.call)).items():
                 yield Row(target, kernel, run.plan, run.dtype, run.dim, **measured(made))
 
 

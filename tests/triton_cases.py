@@ -14,6 +14,7 @@ import torch
 
 import plans
 import sparseflash as sf
+import test_linear
 import test_stats
 import tolerance
 from harness import inputs, run, unseen
@@ -70,6 +71,14 @@ def poisoned() -> str:
     return "the same bits with NaN in keys that nobody sees"
 
 
+def linear(seed: int) -> None:
+    """Linear attention of one token, of a ragged chunk, and over two segments."""
+    generator = torch.Generator().manual_seed(seed)
+    for T, dtype in ((1, torch.float16), (63, torch.float32), (300, torch.float16)):
+        shape = {"B": 1, "H": 2, "Hkv": 1, "D": 40, "Dv": 24}
+        test_linear.hold("triton", generator, T, **shape, dtype=dtype)
+
+
 def main() -> None:
     """Every kind of plan for every seed."""
     parser = argparse.ArgumentParser()
@@ -81,6 +90,8 @@ def main() -> None:
     for seed in range(first, last):
         for n, kind in enumerate(plans.KINDS):
             test_stats.hold("triton", kind, seed, (1, 17), (16, 31), (test_stats.OVER[(n + seed) % 4],))
+        linear(seed)
+    print("linear attention: that of the sum over pairs", flush=True)
     print("statistics: those of the dense weights", flush=True)
     for seed in range(first, last):
         for kind in plans.KINDS:

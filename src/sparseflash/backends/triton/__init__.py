@@ -8,10 +8,23 @@ from torch import Tensor
 
 from .blocks import MAX_DIM
 from .common import INTERPRETED
+from .linear import linear_backward, linear_forward
 from .softmax import backward, decode, forward
 from .statistics import stats
 
-__all__ = ["CAUTION", "DTYPES", "NAME", "backward", "decode", "forward", "refuse", "stats", "status"]
+__all__ = [
+    "CAUTION",
+    "DTYPES",
+    "NAME",
+    "backward",
+    "decode",
+    "forward",
+    "linear_backward",
+    "linear_forward",
+    "refuse",
+    "stats",
+    "status",
+]
 
 NAME = "triton"
 CAUTION = "has been checked in the interpreter, but not yet on a card: ask for it with backend='triton'"

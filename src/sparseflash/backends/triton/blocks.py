@@ -60,7 +60,7 @@ class Case(NamedTuple):
     """What a row of the table is for."""
 
     kernel: str
-    """"rows", "rows, backward", "columns" or "entries"."""
+    """"rows", "rows, backward", "columns", "entries", "linear" or "stick"."""
     dim: int
     """The larger of D and Dv, padded to a power of two."""
     unit: int
@@ -81,12 +81,22 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
         (64, 2): Blocks(64, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
         (64, 4): Blocks(32, 16, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
+    "linear": {  # tokens of a chunk; keys: rows and columns of the state
+        (64, 2): Blocks(64, 64, 4, 1), (128, 2): Blocks(64, 64, 8, 1), (256, 2): Blocks(64, 64, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 32, 8, 1), (256, 4): Blocks(16, 32, 8, 1),
+    },
+    "stick": {
+        (64, 2): Blocks(64, 64, 8, 1), (128, 2): Blocks(64, 32, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
 }  # fmt: skip
 OTHERS = {  # whose products take their operands from registers, or that have less shared memory
     "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
     "columns": HOPPER["columns"]
     | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
     "entries": HOPPER["entries"],
+    "linear": HOPPER["linear"],
+    "stick": HOPPER["stick"],
 }  # fmt: skip
 
 

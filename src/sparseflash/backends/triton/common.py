@@ -269,13 +269,18 @@ def rows_of(T, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, rows,
 
 
 @triton.jit
-def pairs(Q, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
-    """Base-2 logits of rows and key rows base + lane, whether they see each other, and the keys (K, tokens).
+def keys_at(X, base, lane, row, step, live, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows base + lane of K or V of a head, 0 where they are not live."""
+    at = base * tl.full([], 1, tl.int64)
+    return load_rows(X + at * row, lane, row, step, live, N, BLOCK, True)
+
+
+@triton.jit
+def pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F: tl.constexpr):
+    """Base-2 logits of rows and key rows base + lane (k), whether they see each other, and the keys' tokens.
 
     `word` is the entry's place among the bits (-1: it has none), `origin` its first key row.
     """
-    at = base * tl.full([], 1, tl.int64)
-    k = load_rows(K.k + at * K.k_row, lane, K.k_row, K.k_lane, live, F.D, F.BD, True)
     token, pos, end, seg = key_facts(K, base + lane, live, F)
     bias = R.factor
     if F.BIAS:
@@ -289,4 +294,4 @@ def pairs(Q, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
         bits = tl.load(WORDS + from_row, mask=keep & (word >= 0), other=-1)
         keep = keep & (((bits >> (inside % 32)[None, :]) & 1) != 0)
     keep = visible(keep, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
-    return x, keep, k, token
+    return x, keep, token

@@ -9,7 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import ALWAYS, LOG2E, NEVER, Keys, Rule, Tokens, gathered, pairs, place, rows_of, rule_of
+from .common import (
+    ALWAYS,
+    LOG2E,
+    NEVER,
+    Keys,
+    Rule,
+    Tokens,
+    gathered,
+    keys_at,
+    pairs,
+    place,
+    rows_of,
+    rule_of,
+)
 
 FAR = tl.constexpr(1 << 30)
 
@@ -17,7 +30,8 @@ FAR = tl.constexpr(1 << 30)
 @triton.jit
 def weights(Q, lse, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
     """The weights that rows of a given lse have on key rows base + lane; 0 where they do not see them."""
-    x, keep, _, _ = pairs(Q, K, R, base, lane, live, word, origin, WORDS, F)
+    k = keys_at(K.k, base, lane, K.k_row, K.k_lane, live, F.D, F.BD)
+    x, keep, _ = pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F)
     return tl.where(keep, tl.exp2(x - lse[:, None]), 0.0)
 
 
