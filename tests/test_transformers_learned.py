@@ -13,7 +13,7 @@ import transformers
 
 import sparseflash as sf
 from harness import peak_memory
-from sparseflash.integrations.transformers import SparseMask, StreamedIndexer, streamed
+from sparseflash.integrations.transformers import SparseMask, StreamedIndexer, indexer, streamed
 from sparseflash.integrations.transformers.learned import learned_plan
 
 DSA = {
@@ -62,6 +62,7 @@ MODELS = {
             "index_n_heads": 2,
             "index_head_dim": 16,
             "mlp_layer_types": ["dense", "dense"],
+            "layer_types": ["minimax_m3_sparse", "minimax_m3_sparse"],
             "index_block_size": 8,
             "index_topk_blocks": 3,
             "index_local_blocks": 1,
@@ -97,15 +98,17 @@ CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-9}, torch.float32: {"rtol": 1e
 
 @pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients_are_the_stock_ones(name, dtype, generator):
+def test_logits_and_gradients_are_the_stock_ones(name, dtype, monkeypatch, generator):
     ids = tokens(generator, 2, 61)
-    found = []
+    found, made, from_choice = [], [], sf.Plan.from_choice
+    monkeypatch.setattr(sf.Plan, "from_choice", lambda *x, **o: made.append(1) or from_choice(*x, **o))
     for model in pair(name, dtype):
         logits = model(ids, use_cache=False).logits
         logits.square().mean().backward()
         found.append(
             (logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
         )
+    assert len(made) == 2, "each layer of ours chooses, and none of stock"
     (want, grads), (got, own) = found
     torch.testing.assert_close(got, want, **CLOSE[dtype])
     assert own.keys() == grads.keys() and any("kv_" in n or "k_proj" in n for n in own)
@@ -119,7 +122,9 @@ def test_padding_and_caches(name, generator):
     stock, ours = pair(name, torch.float64)
     ids, keep = tokens(generator, 2, 45), torch.ones(2, 45, dtype=torch.long)
     keep[0, -9:] = 0
-    keep[1, :6] = 0
+    left = torch.ones_like(keep)
+    if name != "minimax-m3":  # whose indexer scores padding too: on the left it takes part in the choice
+        keep[1, :6] = left[1, :9] = 0
     found = []
     with torch.no_grad():
         want, got = (m(ids, attention_mask=keep, use_cache=False).logits for m in (stock, ours))
@@ -130,8 +135,7 @@ def test_padding_and_caches(name, generator):
             found.append(torch.cat([head.logits, tail.logits], 1))
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
         made = [
-            m.generate(ids, attention_mask=keep.flip(0).sort(-1).values, max_new_tokens=6, do_sample=False)
-            for m in (stock, ours)
+            m.generate(ids, attention_mask=left, max_new_tokens=6, do_sample=False) for m in (stock, ours)
         ]
     assert torch.equal(*made)
 
@@ -170,6 +174,24 @@ def test_streamed_indexers_choose_what_the_stock_ones_do(name, generator):
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, **CLOSE[torch.float32])
         torch.testing.assert_close(tail, want[0][:, 40:], **CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("held", [1 << 20, 1, 3000])  # all queries at once, one, two or three
+def test_streamed_choices_of_blocks_are_the_stock_ones(held, monkeypatch, generator):
+    monkeypatch.setattr(indexer, "HELD", held)
+    stock, ours = pair("minimax-m3")
+    ids, keep = tokens(generator, 2, 61), torch.ones(2, 61, dtype=torch.long)
+    keep[0, -9:] = 0
+    with torch.no_grad(), streamed(ours):
+        assert sum(isinstance(m, indexer.StreamedBlockIndexer) for m in ours.modules()) == 2
+        for inputs in ({}, {"attention_mask": keep}):
+            at = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+            got, want = (m(ids, use_cache=False, **inputs).logits[at] for m in (ours, stock))
+            torch.testing.assert_close(got, want, **CLOSE[torch.float32])
+        head = ours(ids[:, :40])
+        tail = ours(ids[:, 40:], past_key_values=head.past_key_values).logits
+        torch.testing.assert_close(tail, stock(ids).logits[:, 40:], **CLOSE[torch.float32])
+    assert ours.state_dict().keys() == stock.state_dict().keys()
 
 
 @pytest.mark.slow

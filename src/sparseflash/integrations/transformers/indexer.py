@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...errors import SparseFlashError
 from ...indexer import indexer_topk
-from .mask import MaskRows, SparseMask
+from .mask import MaskRows, SparseMask, _host
 
 PAIRS = {"DeepseekV32Indexer": False, "AXK2Indexer": False, "GlmMoeDsaIndexer": True}
 """Indexers that differ in one thing: whether rotary dimensions are neighbours, or halves apart."""
+
+
+BLOCKS = "MiniMaxM3VLIndexer"
+"""The indexer that chooses blocks of keys: the best product in a block is its score, for each head."""
+HELD = 32 << 20
+"""Bytes of scores that a choice of blocks holds at a time, or those of one query where they are more."""
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
@@ -103,6 +110,71 @@ class StreamedIndexer(nn.Module):
         )
 
 
+class StreamedBlockIndexer(nn.Module):
+    """MiniMax-M3's indexer, some queries at a time; takes its place and uses its weights.
+
+    The stock module holds `heads * S * T` fp32 scores. This one holds those of as many queries as fit into
+    `HELD` bytes, each against the keys up to its own, and chooses the same blocks.
+
+    Parameters
+    ----------
+    stock : nn.Module
+        The indexer of a MiniMax-M3 layer.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.stock, self.block_size = stock, stock.block_size
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """The choice, `[B,heads,S,topk]`; -1 where a query sees fewer blocks."""
+        own: Any = self.stock
+        q, k = (
+            norm(project(hidden_states).unflatten(-1, (-1, own.head_dim)))
+            for project, norm in ((own.q_proj, own.q_norm), (own.k_proj, own.k_norm))
+        )
+        cos, sin = (x[..., : own.head_dim] for x in position_embeddings)
+        width = cos.shape[-1]
+        q, k = (
+            torch.cat([_rotate(x[..., :width], cos, sin, False), x[..., width:]], -1).transpose(1, 2)
+            for x in (q, k)
+        )
+        if past_key_values is not None:
+            k = past_key_values.layers[own.layer_idx].update_index(k)
+        (B, H, S, _), T = q.shape, k.shape[2]
+        k, topk = k.float().transpose(-1, -2), min(own.topk_blocks, -(-T // self.block_size))
+        position_ids = position_ids.expand(B, S)
+        rows = max(1, HELD // (4 * B * H * max(T, 1)))
+        return torch.cat(
+            [
+                self._choose(q[:, :, a : a + rows], k, position_ids[:, a : a + rows], topk)
+                for a in range(0, S, rows)
+            ],
+            2,
+        )
+
+    def _choose(self, q: Tensor, k: Tensor, at: Tensor, topk: int) -> Tensor:
+        own: Any = self.stock
+        last = int(at.amax()) + 1 if _host(at) else k.shape[-1]
+        scores = torch.matmul(q.float(), k[..., :last])
+        later = torch.arange(scores.shape[-1], device=at.device) > at[:, None, :, None]
+        scores = pad(
+            scores.masked_fill_(later, -torch.inf), (0, -scores.shape[-1] % self.block_size), value=-torch.inf
+        )
+        best = scores.unflatten(-1, (-1, self.block_size)).amax(-1)
+        local = at[..., None] // self.block_size - torch.arange(own.local_blocks, device=at.device)
+        best.scatter_(-1, local.clamp(min=0)[:, None].expand(-1, best.shape[1], -1, -1), torch.inf)
+        score, index = best.topk(min(topk, best.shape[-1]))
+        return pad(index.masked_fill(score == -torch.inf, -1), (0, topk - index.shape[-1]), value=-1)
+
+
 @contextmanager
 def streamed(model: nn.Module) -> Iterator[nn.Module]:
     """Let a model's indexers stream their scores inside the block; the stock ones are back after it.
@@ -124,16 +196,17 @@ def streamed(model: nn.Module) -> Iterator[nn.Module]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child).__name__ in PAIRS
+        if type(child).__name__ in (*PAIRS, BLOCKS)
     ]
     if not found:
         raise SparseFlashError(
-            f"{type(model).__name__} has no indexer among {', '.join(PAIRS)}: its own choice runs as it is, "
-            "with attn_implementation='sparse'"
+            f"{type(model).__name__} has no indexer among {', '.join((*PAIRS, BLOCKS))}: its own choice "
+            "runs as it is, with attn_implementation='sparse'"
         )
     try:
         for parent, name, child in found:
-            setattr(parent, name, StreamedIndexer(child))
+            made = StreamedBlockIndexer if type(child).__name__ == BLOCKS else StreamedIndexer
+            setattr(parent, name, made(child))
         yield model
     finally:
         for parent, name, child in found:
