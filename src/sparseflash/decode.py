@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -62,11 +63,19 @@ def _(
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
+def _all_keys(Tq: int, Tk: int, device: torch.device) -> Plan:
+    return Plan.from_lengths(torch.full((1,), Tk, device=device), Tk=Tk, Tq=Tq)
+
+
+_all_keys_again = functools.lru_cache(32)(_all_keys)
+"""For the layers of a step, which ask for one plan: making it takes as long as reading a megabyte."""
+
+
 def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     (B, _, Tq, _), Tk = q.shape, k.shape[2]
     if given is None:
-        given = torch.full((1,), Tk, dtype=torch.int32, device=q.device)
-    elif isinstance(given, Tensor) and given.dtype != torch.bool:
+        return ((_all_keys_again if unwatched(q) else _all_keys)(Tq, Tk, q.device),)
+    if isinstance(given, Tensor) and given.dtype != torch.bool:
         require(
             (
                 given.dim() == 1 and len(given) in (1, B) and given.device == q.device,

@@ -5,14 +5,15 @@
 // equal share however the lengths differ. A piece is a softmax of its own, (m, l, O); pieces of a list are merged in
 // order. So neither the number of threads nor who did what can show in the result.
 //
-// Here rows are queries and lanes run along D: S = Q K^T is one dot product a number, summed across lanes W at a time,
-// and O = P V reads whole rows of V. With so few rows the transposed form of the forward would idle most lanes.
+// With so few rows the transposed form of the forward would idle most lanes: `dots.h` has another.
 #pragma once
 #include "dots.h"
 #include "softmax.h"
 
 namespace {
 
+constexpr int SPLIT = 256;        // keys of a piece
+constexpr int BUNDLE = 8;         // pieces of a task: each asks for the memory of the next
 constexpr int ROWS_AT_ONCE = 32;  // query rows whose scores of a piece are held
 constexpr int KEYS_AT_ONCE = 32;  // rows of V that stay in the first cache level while all queries read them
 
@@ -109,33 +110,32 @@ template <class F> inline void for_each_piece(const SfCall &c, const Packs &pack
 
 // ---------------------------------------------------------------- one piece
 
-// The keys of a piece that some query sees, and who sees them.
-template <class Item> struct PieceKeys {
-    const Item *rows[2 * (SPLIT + W) + AHEAD];  // of K, of V, and where those of the next piece may be
-    const Item *v[SPLIT];
+// A piece: its queries, and the keys that some of them see.
+struct PieceKeys {
+    int64_t at = -1;                  // number of the list
+    Queries q;
+    const char *k[SPLIT], *v[SPLIT];  // rows, in the order of reading: key order(j) at j
     int64_t token[SPLIT];
-    uint64_t see[SPLIT];
-    int n;
-    bool all;  // every query sees every key
+    uint64_t see[SPLIT];              // who sees them, unless everyone does
+    int n, padded;                    // keys; with the zeros that fill up the last vectors
+    bool all;                         // every query sees every key
 
-    void find(const SfCall &c, const Rules &rules, const Queries &q, const List &list, const Piece &piece) {
+    // Four keys that go together are a quarter apart: memory is faster where several places are read in turn.
+    int order(int j) const { return (j & 3) * (padded >> 2) + (j >> 2); }
+    static const char *nothing() {
+        alignas(64) static const char zeros[1024] = {};
+        return zeros;
+    }
+
+    void find(const SfCall &c, const Packs &packs, const Piece &piece) {
         const SfPlan &p = c.plan;
-        const int64_t hkv = list.h * c.Hkv / c.Hq, words = (p.unit + 31) / 32;
-        const Item *keys = (const Item *)row_of(c.k, list.b, hkv, 0, c.dtype);
-        const Item *values = (const Item *)row_of(c.v, list.b, hkv, 0, c.dtype);
+        const List list(c, packs, piece.list);
+        const Rules rules(c, list.b, list.h);
+        if (at != piece.list) q.load(rules, list.row, list.rows, list.row - list.tile * p.tile);
+        at = piece.list;
         n = 0;
         all = true;
-        auto take = [&](int64_t row, uint64_t by) {
-            int64_t t = rules.key_token(row);
-            if (t < 0 || !by) return;
-            all = all && by == q.real;
-            token[n] = t;
-            see[n] = by;
-            rows[n] = keys + t * c.k.row;
-            v[n++] = values + t * c.v.row;
-        };
         Listed entries = piece.units ? list.units(c) : list.spans(c);
-        const int64_t *bits_start = piece.units ? slice<int64_t>(p.bits_start, list.b, list.h, c.Hq) : nullptr;
         int64_t left = SPLIT, skip = piece.skip;
         for (int64_t e = piece.entry; e < entries.hi && left > 0; e++, skip = 0) {
             int64_t lo = piece.units ? p.index[e] * (int64_t)p.unit : span_lo(p, e);
@@ -144,74 +144,121 @@ template <class Item> struct PieceKeys {
             left -= most<int64_t>(0, to - from);
             if (lo < 0) continue;
             to = least(to, p.k_rows);
-            if (e < entries.full && q.real) {
-                for (int64_t x = from; x < to; x++) {
-                    const int64_t t = rules.key_token(x);
-                    if (t < 0) continue;
-                    token[n] = t;
-                    see[n] = q.real;
-                    rows[n] = keys + t * c.k.row;
-                    v[n++] = values + t * c.v.row;
-                }
-                continue;
-            }
-            const int32_t *bits = nullptr;
-            if (bits_start) {
-                int64_t at = bits_start[list.tile] + e - entries.full;
-                if (bits_start[list.tile] < 0 || at >= p.bits_size) continue;
-                bits = p.bits + at * p.tile * words;
-            }
-            for (int64_t x = from; x < to; x++) {
-                uint64_t by = seen_by(rules, q, rules.key_token(x));
-                for (uint64_t rest = bits ? by : 0; rest; rest &= rest - 1) {
-                    int i = __builtin_ctzll(rest);
-                    int32_t word = bits[(q.row_in_tile + i) * words + (x - lo) / 32];
-                    if (!((uint32_t)word >> ((x - lo) % 32) & 1u)) by &= ~(1ull << i);
-                }
-                take(x, by);
-            }
+            if (e < entries.full && !rules.k_order)
+                for (to = least(to, c.Tk); from < to; from++) take(from, q.real);
+            else if (e < entries.full)
+                for (; from < to; from++) take(rules.key_token(from), q.real);
+            else
+                take_seen(c, list, rules, piece.units, e - entries.full, lo, from, to);
         }
+        const int64_t head = list.h * c.Hkv / c.Hq, size = element(c.dtype), kr = c.k.row * size, vr = c.v.row * size;
+        const char *keys = row_of(c.k, list.b, head, 0, c.dtype), *values = row_of(c.v, list.b, head, 0, c.dtype);
+        padded = (int)round_up(n, W);
+        for (int j = 0; j < padded; j++) {
+            const int i = order(j);
+            k[j] = i < n ? keys + token[i] * kr : nothing();
+            v[j] = i < n ? values + token[i] * vr : nothing();
+        }
+    }
+
+  private:
+    void take(int64_t t, uint64_t by) {
+        if (t < 0) return;
+        see[n] = by;
+        token[n++] = t;
+    }
+    // Of the partial entry `e`, which begins at row `lo`: the rows [from, to).
+    void take_seen(const SfCall &c, const List &list, const Rules &rules, bool units, int64_t e, int64_t lo, int64_t from,
+                   int64_t to) {
+        const SfPlan &p = c.plan;
+        const int64_t words = (p.unit + 31) / 32;
+        const int64_t *start = units ? slice<int64_t>(p.bits_start, list.b, list.h, c.Hq) : nullptr;
+        const int32_t *bits = nullptr;
+        if (start) {
+            int64_t at = start[list.tile] + e;
+            if (start[list.tile] < 0 || at >= p.bits_size) return;
+            bits = p.bits + at * p.tile * words;
+        }
+        for (int64_t x = from; x < to; x++) {
+            const int64_t t = rules.key_token(x);
+            uint64_t by = seen_by(rules, q, t);
+            for (uint64_t rest = bits ? by : 0; rest; rest &= rest - 1) {
+                int i = __builtin_ctzll(rest);
+                int32_t word = bits[(q.row_in_tile + i) * words + (x - lo) / 32];
+                if (!((uint32_t)word >> ((x - lo) % 32) & 1u)) by &= ~(1ull << i);
+            }
+            if (!by) continue;
+            all = all && by == q.real;
+            take(t, by);
+        }
+    }
+};
+
+// Rows of K or V as the products read them: whole quads of their items side by side. Others are copied first.
+template <class T> struct RowsRead {
+    typedef typename T::Item Item;
+    Buffer<Item> own;
+    SfView view;
+    int32_t dtype;
+    int64_t D, ld, lines;  // items of a row; with zeros; cache lines to ask for
+    bool in_place;
+
+    bool make(const SfView &v, int32_t dtype_, int64_t D_, int64_t whole, int64_t rows, bool ends) {
+        view = v;
+        dtype = dtype_;
+        D = D_;
+        ld = round_up(D, whole);
+        lines = v.lane == 1 ? (D * element(dtype) + 63) / 64 : 0;
+        in_place = v.lane == 1 && dtype == T::DTYPE && (ends || D == ld);
+        return in_place || own.make(rows * ld);
+    }
+    // `n` rows; `as` has room for their addresses.
+    const Item *const *get(const char *const *rows, int n, const Item **as) const {
+        if (in_place) return (const Item *const *)rows;
+        for (int j = 0; j < n; j++) {
+            Item *to = own + j * ld;
+            if (rows[j] == PieceKeys::nothing()) memset(to, 0, ld * sizeof *to);
+            else T::copy(view, rows[j], dtype, D, to, ld);
+            as[j] = to;
+        }
+        return as;
     }
 };
 
 template <class T> struct DecodeScratch {
     typedef typename T::Item Item;
-    typedef typename T::Operand Operand;
-    PieceKeys<Item> seen;
-    Buffer<Operand> q, p;
-    Buffer<float> s, line;
-    Buffer<Item> own_k, own_v;  // rows whose lanes do not lie side by side
+    PieceKeys piece[2];  // the one at hand, and the next
+    RowsRead<T> k, v;
+    Buffer<Item> q, p;   // as packs: [chunk][query][quad]; quads of weights
+    Buffer<float> s;
+    Buffer<Item> line;
 
     bool make(const SfCall &c) {
-        bool ok = q.make(ROWS_AT_ONCE * round_up(c.D, T::STEP)) && p.make(ROWS_AT_ONCE * SPLIT) &&
-                  s.make(ROWS_AT_ONCE * SPLIT) && line.make(round_up(c.D, T::STEP));
-        if (c.k.lane != 1) ok = ok && own_k.make(SPLIT * c.D);
-        if (c.v.lane != 1) ok = ok && own_v.make(SPLIT * c.Dv);
-        return ok;
+        const int64_t wide = round_up(c.D, T::QUAD);
+        return q.make(ROWS_AT_ONCE * wide) && p.make(ROWS_AT_ONCE * SPLIT) && s.make(ROWS_AT_ONCE * SPLIT) &&
+               line.make(wide) && k.make(c.k, c.dtype, c.D, T::QUAD, 4, false) &&
+               v.make(c.v, c.dtype, c.Dv, STRIP, KEYS_AT_ONCE, true);
     }
 };
 
-template <class Item> inline void side_by_side(const Item **rows, int n, int64_t lane, int64_t D, Item *own) {
-    for (int j = 0; j < n; j++, own += D) {
-        for (int64_t d = 0; d < D; d++) own[d] = rows[j][d * lane];
-        rows[j] = own;
-    }
-}
+// Where the score of row i for the j-th key lies.
+inline int64_t place(int64_t i, int64_t j) { return i / PACK * PACK * SPLIT + (j & ~3) * PACK + i % PACK * 4 + (j & 3); }
 
-// Scores of a row to weights; returns max (base 2) and sum.
-inline void softmax_row(float *s, int n, float factor, float &m, float &l) {
-    vf top = set1(-INF), total = {};
-    for (int j = 0; j < n; j += W) top = vmax(top, load(s + j));
-    float peak = -INF;
-    for (int i = 0; i < W; i++) peak = most((float)top[i], peak);
-    m = peak * factor;
-    float safe = peak == -INF ? 0.f : m;
-    for (int j = 0; j < n; j += W) {
-        vf e = exp2v<true>(load(s + j) * factor - safe);
-        total += e;
-        store(s + j, e);
+// The scores of a pack with n keys become weights; max (base 2) and sum of each query.
+template <class T> inline void softmax_pack(const float *s, int n, float factor, typename T::Item *p, float *m, float *l) {
+    vf top = set1(-INF), total = {}, safe;
+    for (int j = 0; j < n * PACK; j += W) top = vmax(top, load(s + j));
+    for (int i = 0; i < PACK; i++) {
+        float peak = most(most((float)top[4 * i], (float)top[4 * i + 1]), most((float)top[4 * i + 2], (float)top[4 * i + 3]));
+        m[i] = peak * factor;
+        for (int j = 0; j < 4; j++) safe[4 * i + j] = peak == -INF ? 0.f : m[i];
     }
-    l = sum(total);
+    for (int j = 0; j < n * PACK; j += W) {
+        vf e = exp2v<T::FINE>(load(s + j) * factor - safe);
+        total += e;
+        T::put(p + j, e);
+    }
+    for (int i = 0; i < PACK; i++) l[i] = (total[4 * i] + total[4 * i + 1]) + (total[4 * i + 2] + total[4 * i + 3]);
 }
 
 // Where the results of pieces wait: O, m and l of each row.
@@ -226,79 +273,77 @@ struct Parts {
     }
 };
 
+// Computes piece `at`, whose keys are x; meanwhile those of the next one, y, are asked for.
 template <class T>
-void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, const Piece &piece, int64_t at,
-                  DecodeScratch<T> &w, Parts &parts) {
+void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, const PieceKeys &x, const PieceKeys &y,
+                  int64_t at, DecodeScratch<T> &w, Parts &parts) {
     typedef typename T::Item Item;
-    static const Item nothing[256] = {};
-    List list(c, packs, piece.list);
-    Rules rules(c, list.b, list.h);
-    Queries q;
-    q.load(rules, list.row, list.rows, list.row - list.tile * c.plan.tile);
-    const int64_t rows = packs.members * packs.heads * q.lanes, ldq = round_up(c.D, T::STEP), ldo = parts.ld;
+    const List list(c, packs, x.at);
+    const Queries &q = x.q;
+    const int64_t rows = packs.members * packs.heads * q.lanes, wide = w.k.ld, ldo = parts.ld, ldq = PACK * wide;
     float *m = parts.m + at * parts.rows, *l = parts.l + at * parts.rows;
-    PieceKeys<Item> &x = w.seen;
-    x.find(c, rules, q, list, piece);
     if (!x.n) {
         for (int64_t i = 0; i < rows; i++) m[i] = -INF, l[i] = 0;
         return;
     }
-    const int n = (int)round_up(x.n, W);
-    if (c.k.lane != 1) side_by_side(x.rows, x.n, c.k.lane, c.D, w.own_k.p);
-    if (c.v.lane != 1) side_by_side(x.v, x.n, c.v.lane, c.Dv, w.own_v.p);
-    const Item **k = x.rows, **v = k + n, *last = k[x.n - 1];
-    for (int j = x.n; j < n; j++) k[j] = nothing;
-    for (int j = 0; j < n; j++) v[j] = j < x.n ? x.v[j] : nothing;
-    for (int j = 0; j < AHEAD; j++) v[n + j] = last + (j + 1) * c.k.row;  // a guess, never read
+    const int n = x.padded;
+    const Item *copies[KEYS_AT_ONCE];
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
-        const int some = (int)least<int64_t>(ROWS_AT_ONCE, rows - first);
+        const int some = (int)least<int64_t>(ROWS_AT_ONCE, rows - first), count = (some + PACK - 1) / PACK;
         // row = (sequence, head, query)
         auto lane = [&](int i) { return (first + i) % q.lanes; };
         auto head = [&](int i) { return list.h + (first + i) / q.lanes % packs.heads; };
         auto sequence = [&](int i) { return list.b + (first + i) / q.lanes / packs.heads; };
-        for (int i = 0; i < some; i++) {
-            bool real = q.real >> lane(i) & 1;
-            if (real) read_row(c.q, row_of(c.q, sequence(i), head(i), q.token[lane(i)], c.dtype), c.dtype, c.D, w.line.p);
-            memset(w.line + (real ? c.D : 0), 0, (ldq - (real ? c.D : 0)) * 4);
-            T::operand(w.line.p, ldq, w.q + i * ldq);
+        for (int i = 0; i < count * PACK; i++) {
+            if (i < some && q.real >> lane(i) & 1)
+                T::copy(c.q, row_of(c.q, sequence(i), head(i), q.token[lane(i)], c.dtype), c.dtype, c.D, w.line.p, wide);
+            else memset(w.line.p, 0, wide * sizeof(Item));
+            Item *to = w.q + i / PACK * ldq + i % PACK * T::QUAD;
+            for (int64_t d = 0; d < wide; d += T::QUAD) memcpy(to + d * PACK, w.line + d, 16);
         }
-        for (int j = 0; j < n; j += W) {
-            in_rows(some, [&](int r, auto count) {
-                constexpr int ROWS = decltype(count)::value;
-                for (int i = j; i < j + W; i += W / ROWS)
-                    if (first + r == 0) scores<T, ROWS, true>(k + i, c.D, w.q.p, ldq, w.s.p + i);
-                    else scores<T, ROWS, false>(k + i, c.D, w.q + r * ldq, ldq, w.s + r * SPLIT + i);
+        for (int j = 0; j < n; j += 4) {
+            if (first == 0)
+                for (int i = 0; i < 4; i++) ask(x.v[j + i], 0, w.v.lines, 1);
+            const Item *const *k = w.k.get(x.k + j, 4, copies);
+            by_counts<PACKS>(count, [&](int r, auto counted) {
+                scores<T, decltype(counted)::value>(k, wide / T::QUAD, w.q + r * ldq, ldq, w.s + place(r * PACK, j), PACK * SPLIT);
             });
         }
         for (int i = 0; i < some; i++) {
-            float *s = w.s + i * SPLIT;
             if (logits.bent) {
                 const float *bias = slice<float>(c.key_bias, sequence(i), head(i), c.Hq);
-                for (int j = 0; j < n; j += W) {
-                    vf y = load(s + j) * logits.inner;
-                    store(s + j, c.softcap > 0 ? tanhv(y) * logits.outer : y);
+                for (int j = 0; j < n; j++) {
+                    float &s = w.s[place(i, j)];
+                    s *= logits.inner;
+                    if (c.softcap > 0) s = tanhv(set1(s))[0] * logits.outer;
+                    if (bias && x.order(j) < x.n) s += bias[x.token[x.order(j)]] * LOG2E;
                 }
-                if (bias)
-                    for (int j = 0; j < x.n; j++) s[j] += bias[x.token[j]] * LOG2E;
             }
             if (!x.all)
-                for (int j = 0; j < x.n; j++)
-                    if (!(x.see[j] >> lane(i) & 1)) s[j] = -INF;
-            for (int j = x.n; j < n; j++) s[j] = -INF;
-            softmax_row(s, n, logits.factor, m[first + i], l[first + i]);
-            T::operand(s, n, w.p + i * SPLIT);
+                for (int j = 0; j < n; j++)
+                    if (x.order(j) < x.n && !(x.see[x.order(j)] >> lane(i) & 1)) w.s[place(i, j)] = -INF;
+        }
+        for (int j = 0; x.n < n && j < n; j++)
+            if (x.order(j) >= x.n)
+                for (int i = 0; i < count * PACK; i++) w.s[place(i, j)] = -INF;
+        for (int i = 0; i < some; i += PACK) {
+            float peak[PACK], total[PACK];
+            softmax_pack<T>(w.s + i * SPLIT, n, logits.factor, w.p + i * SPLIT, peak, total);
+            for (int r = 0; r < least(PACK, some - i); r++) m[first + i + r] = peak[r], l[first + i + r] = total[r];
         }
         float *o = parts.o + (at * parts.rows + first) * ldo;
         memset(o, 0, some * ldo * 4);
         for (int j = 0; j < n; j += KEYS_AT_ONCE) {
             const int keys = least(KEYS_AT_ONCE, n - j);
+            const Item *const *v = w.v.get(x.v + j, keys, copies);
             for (int64_t d = 0; d < c.Dv; d += STRIP)
-                in_rows(some, [&](int r, auto count) {
-                    constexpr int ROWS = decltype(count)::value;
-                    const auto *p = w.p + r * SPLIT + j;
-                    float *to = o + r * ldo + d;
-                    if (first + r == 0) weigh<T, ROWS, true>(v + j, keys, d, c.Dv - d, p, to, ldo);
-                    else weigh<T, ROWS, false>(v + j, keys, d, c.Dv - d, p, to, ldo);
+                by_counts<4>(some, [&](int r, auto counted) {
+                    constexpr int N = decltype(counted)::value;
+                    const Item *p[N];
+                    for (int i = 0; i < N; i++) p[i] = w.p + place(r + i, j);
+                    const bool asks = first == 0 && r == 0;
+                    weigh<T, N>(v, keys, d, w.v.in_place ? c.Dv - d : STRIP, p, o + r * ldo + d, ldo,
+                                (const Item *const *)y.k + j, asks ? d / STRIP : 0, asks ? w.k.lines : 0, ldo / STRIP);
                 });
         }
     }
@@ -361,9 +406,18 @@ template <class T> int decode_as(const SfCall &c, SfParallel parallel) {
         ok = scratch[t].make(c) && ok;
     }
     Logits logits(c);
-    auto piece = [&](int64_t i, int thread) { decode_piece<T>(c, packs, logits, work[i], i, scratch[thread], parts); };
+    auto bundle = [&](int64_t i, int thread) {
+        DecodeScratch<T> &w = scratch[thread];
+        const int64_t from = i * BUNDLE, to = least(from + BUNDLE, pieces);
+        w.piece[0].find(c, packs, work[from]);
+        for (int64_t at = from; at < to; at++) {
+            PieceKeys &x = w.piece[(at - from) & 1], &y = w.piece[(at - from + 1) & 1];
+            if (at + 1 < to) y.find(c, packs, work[at + 1]);
+            decode_piece<T>(c, packs, logits, x, at + 1 < to ? y : x, at, w, parts);
+        }
+    };
     auto merge = [&](int64_t i, int) { merge_pieces(c, packs, i, base[i], base[i + 1], parts); };
-    if (ok) in_parallel(parallel, threads, pieces, piece);
+    if (ok) in_parallel(parallel, threads, (pieces + BUNDLE - 1) / BUNDLE, bundle);
     if (ok) in_parallel(parallel, threads, lists, merge);
     for (int t = 0; t < threads; t++) scratch[t].~DecodeScratch<T>();
     return ok ? 0 : 1;
@@ -373,9 +427,7 @@ template <bool BF> int decode(const SfCall &c, SfParallel parallel) {
 #if SF_HAS_BF16
     return decode_as<InBf16>(c, parallel);
 #else
-    return c.dtype == SF_F32    ? decode_as<InFp32<F32>>(c, parallel)
-           : c.dtype == SF_BF16 ? decode_as<InFp32<Bf16>>(c, parallel)
-                                : decode_as<InFp32<F16>>(c, parallel);
+    return decode_as<InFp32>(c, parallel);
 #endif
 }
 

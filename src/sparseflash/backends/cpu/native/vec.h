@@ -12,6 +12,7 @@
 //   transpose16                  a 16 x 16 block of 32-bit items
 //   halves, to_halves            rows of fp16 to fp32 and back
 //   sums                         of W vectors, each across its lanes (where SF_SUMS_LANES says so)
+//   quad, sum_quads              16 bytes in every four lanes; the sums of four vectors, each over four lanes (SF_QUADS)
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -75,6 +76,18 @@ inline float sum(vf a) {
     return x[0];
 }
 
+// x, which stays in its register: compilers like to read it again from memory for every use.
+inline vf kept(vf x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__SSE2__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 #if !SF_MASKS
 // The first n < W floats, and zeros.
 inline vf load_first(const float *p, int64_t n) {
@@ -88,6 +101,26 @@ inline vf load_first(const float *p, int64_t n) {
 inline vf sums(const vf *x) {
     vf y;
     for (int i = 0; i < W; i++) y[i] = sum(x[i]);
+    return y;
+}
+#endif
+
+#if !SF_QUADS
+// The same 16 bytes in every quad of lanes.
+inline vf quad(const void *p) {
+    vf x;
+    for (int i = 0; i < W / 4; i++) memcpy((char *)&x + 16 * i, p, 16);
+    return x;
+}
+// Lane j of quad i: the sum of quad i of the j-th vector.
+inline vf sum_quads(vf a, vf b, vf c, vf d) {
+    const vf *x[4] = {&a, &b, &c, &d};
+    vf y;
+    for (int i = 0; i < W; i++) {
+        const vf &z = *x[i % 4];
+        const int at = i / 4 * 4;
+        y[i] = (z[at] + z[at + 2]) + (z[at + 1] + z[at + 3]);
+    }
     return y;
 }
 #endif

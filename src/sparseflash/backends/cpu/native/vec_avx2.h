@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 #define SF_SUMS_LANES 1
+#define SF_QUADS 1
 
 namespace {
 
@@ -58,6 +59,11 @@ inline vf sums(const vf *x) {
     for (int i = 0; i < 4; i++) a[i] = _mm256_hadd_ps((__m256)x[2 * i], (__m256)x[2 * i + 1]);
     __m256 low = _mm256_hadd_ps(a[0], a[1]), high = _mm256_hadd_ps(a[2], a[3]);
     return (vf)(_mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+inline vf quad(const void *p) { return (vf)_mm256_broadcast_ps((const __m128 *)p); }
+inline vf sum_quads(vf a, vf b, vf c, vf d) {
+    return (vf)_mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
 }
 
 inline void halves(const uint16_t *from, int64_t n, float *to) {

@@ -4,6 +4,7 @@
 #define SF_SCALES_BY_POWERS 1
 #define SF_MASKS 1
 #define SF_SUMS_LANES 1
+#define SF_QUADS 1
 
 namespace {
 
@@ -61,6 +62,15 @@ inline vf sums(const vf *x) {
     }
     auto add = [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
     return (vf)add(add(u[0], u[1]), add(u[2], u[3]));
+}
+
+inline vf quad(const void *p) { return (vf)_mm512_broadcast_f32x4(_mm_loadu_ps((const float *)p)); }
+inline vf sum_quads(vf a, vf b, vf c, vf d) {
+    auto halve = [](vf x, vf y) {
+        return _mm512_unpacklo_ps((__m512)x, (__m512)y) + _mm512_unpackhi_ps((__m512)x, (__m512)y);
+    };
+    __m512d ab = (__m512d)halve(a, b), cd = (__m512d)halve(c, d);
+    return (vf)((__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd));
 }
 
 inline void halves(const uint16_t *from, int64_t n, float *to) {

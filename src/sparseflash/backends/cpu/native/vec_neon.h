@@ -1,6 +1,7 @@
 // AArch64: four lanes, 32 registers. fp32 arithmetic and conversions of fp16 need nothing newer than ARMv8.0.
 #pragma once
 #include <arm_neon.h>
+#define SF_QUADS 1
 
 namespace {
 
@@ -56,6 +57,12 @@ inline uint64_t nonzero64(const uint8_t *p) {
 inline vf pick(uint64_t bits, vf x, vf y) {
     static const uint32_t bit[4] = {1, 2, 4, 8};
     return (vf)vbslq_f32(vtstq_u32(vdupq_n_u32((uint32_t)bits), vld1q_u32(bit)), (float32x4_t)x, (float32x4_t)y);
+}
+
+inline vf quad(const void *p) { return (vf)vld1q_f32((const float *)p); }
+inline vf sum_quads(vf a, vf b, vf c, vf d) {
+    float32x4_t ab = vpaddq_f32((float32x4_t)a, (float32x4_t)b), cd = vpaddq_f32((float32x4_t)c, (float32x4_t)d);
+    return (vf)vpaddq_f32(ab, cd);
 }
 
 inline void halves(const uint16_t *from, int64_t n, float *to) {
