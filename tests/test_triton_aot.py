@@ -64,13 +64,7 @@ def test_every_shipped_kernel_takes_what_the_table_says(target, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "version",
-    [
-        "3.6.0",
-        "3.8.0",
-        pytest.param(
-            "3.9.0", marks=pytest.mark.xfail(reason="dK/dV at D 128 in bf16 spills 160 bytes there")
-        ),
-    ],
+    ["3.6.0", "3.8.0", "3.9.0"],
 )
 def test_one_source_compiles_with_other_versions_of_triton(version, tmp_path):
     place = tmp_path / "triton"

@@ -19,6 +19,7 @@ import test_stats
 import tolerance
 from harness import inputs, run, unseen
 from sparseflash.backends.triton.launch import shares
+from sparseflash.backends.triton.softmax import packed
 
 
 def hold(seed: int, kind: str) -> str:
@@ -44,8 +45,8 @@ def hold(seed: int, kind: str) -> str:
     return f"{max(shares.values()):.2f} of what is allowed; {note}"
 
 
-def decoded(seed: int, kind: str) -> int:
-    """One random plan of a kind, its keys shared by several programs: by how many."""
+def decoded(seed: int, kind: str) -> tuple[int, int]:
+    """One random plan of a kind: how many programs share its keys, and how many heads a tile."""
     draw, generator = random.Random(f"{seed}{kind}"), torch.Generator().manual_seed(seed)
     example = plans.example(seed, kind, batch=2, heads=4, Tq=draw.choice((1, 3)), Tk=100)
     plan = example.plan
@@ -54,7 +55,24 @@ def decoded(seed: int, kind: str) -> int:
     bias = torch.randn(1, 2, plan.Tk, generator=generator)
     out, lse = sf.decode(q, k, v, plan, key_bias=bias, return_lse=True, backend="triton")
     tolerance.compare({"out": out, "lse": lse}, q, k, v, example.mask, key_bias=bias, note=example.line)
-    return shares(q, plan, 8)
+    return shares(q, plan, 8), packed(q, k, plan, bias)
+
+
+def odd_units() -> str:
+    """Units that are no power of two, larger and smaller than the kernels' blocks, with bits or full."""
+    q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 9, 112, B=1, H=1, Hkv=1, D=16)
+    mask = torch.rand(1, 1, 9, 112, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[..., :40], mask[..., 48:80] = False, True
+    for unit in (5, 24, 40):
+        plan = sf.Plan.from_mask(mask, tile=8, unit=unit)
+        got = run(q, k, v, plan, backend="triton", dout=dout)
+        tolerance.compare(got, q, k, v, mask, dout=dout, note=f"bits of units of {unit}")
+    keep = torch.tensor([True, False, True]).view(1, 1, 1, 3)
+    plan = sf.Plan.from_blocks(keep, Tq=9, Tk=112, tile=16, unit=48)
+    seen = keep.repeat_interleave(48, -1)[..., :112].expand(1, 1, 9, 112)
+    got = run(q, k, v, plan, backend="triton", dout=dout)
+    tolerance.compare(got, q, k, v, seen, dout=dout, note="full units of 48")
+    return "units of any size"
 
 
 def poisoned() -> str:
@@ -85,8 +103,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1))
     first, last = parser.parse_args().seeds
     shared = [decoded(seed, kind) for seed in range(first, last) for kind in plans.KINDS]
-    assert sum(n > 1 for n in shared) > len(shared) // 2, f"hardly any plan was shared: {shared}"
-    print(f"decode: {shared} programs share the keys of a row", flush=True)
+    assert sum(n > 1 for n, _ in shared) > len(shared) // 2, f"hardly any plan was shared: {shared}"
+    assert sum(n > 1 for _, n in shared) >= 3, f"hardly any group was packed: {shared}"
+    print(f"decode: (programs that share keys, heads that share a tile): {shared}", flush=True)
     for seed in range(first, last):
         for n, kind in enumerate(plans.KINDS):
             test_stats.hold("triton", kind, seed, (1, 17), (16, 31), (test_stats.OVER[(n + seed) % 4],))
@@ -97,6 +116,8 @@ def main() -> None:
         for kind in plans.KINDS:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
+    if not first:
+        print(odd_units(), flush=True)
     print(poisoned(), flush=True)
 
 

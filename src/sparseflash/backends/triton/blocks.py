@@ -99,6 +99,11 @@ OTHERS = {  # whose products take their operands from registers, or that have le
     "stick": HOPPER["stick"],
 }  # fmt: skip
 
+COMPILER = tuple(int(n) for n in triton.__version__.split(".")[:2])
+NEWER = {
+    ("columns", 128, 2): Blocks(64, 32, 8, 1)
+}  # from Triton 3.9 on: what is above takes too many registers
+
 
 @functools.cache
 def target() -> tuple[str, int]:
@@ -164,7 +169,10 @@ def _default(case: Case, heavy: bool) -> Blocks:
     size = getattr(torch, case.dtype).itemsize
     kernel, _, backward = case.kernel.partition(", ")
     table = HOPPER if target()[1] in (90, 100) else OTHERS
-    blocks = table[kernel][next(d for d in (64, 128, MAX_DIM) if case.dim <= d), size]
+    dim = next(d for d in (64, 128, MAX_DIM) if case.dim <= d)
+    blocks = table[kernel][dim, size]
+    if COMPILER >= (3, 9) and table is HOPPER and not heavy:
+        blocks = NEWER.get((case.kernel, dim, size), blocks)
     if kernel == "columns":
         return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
     if kernel != "rows":

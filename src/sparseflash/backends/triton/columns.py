@@ -131,7 +131,7 @@ def columns_kernel(
     BN: tl.constexpr = F.BN
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV
-    MEMBERS: tl.constexpr = (F.BN + F.UNIT - 1) // F.UNIT
+    MEMBERS: tl.constexpr = (F.BN + F.PART - 1) // F.PART
     PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
     CUTS: tl.constexpr = (F.TILE + F.CUT - 1) // F.CUT
     lane = tl.arange(0, BN)
@@ -195,7 +195,7 @@ def columns_kernel(
                     dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // CUTS, p % CUTS,
                                       inside, WORDS, n, n, Tq, q_rows, True, False, F)  # fmt: skip
         if F.UNITS:
-            group = column * BN // (MEMBERS * F.UNIT)
+            group = column * BN // (MEMBERS * F.PART)
             cell = place(b, h, H, united_heads, united_batch, united_columns) + group
             first = tl.load(UNIT_BEGIN + cell)
             last = first + tl.load(UNIT_READERS + cell)

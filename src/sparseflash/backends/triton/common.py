@@ -38,7 +38,13 @@ class Flags(NamedTuple):
     """Keys of a chunk whose elements are tested: fewer, because the tests take registers."""
     STAGES: int
     TILE: int
+    FOLD: int
+    """Queries of a head, where a tile holds those of a group of heads behind one another; else 0."""
     UNIT: int
+    UNIT_LANES: int
+    """UNIT rounded up to a power of two."""
+    PART: int
+    """What units are cut into for blocks of BN keys: UNIT, or where neither divides the other a divisor."""
     SPANS: bool
     UNITS: bool
     BITS: bool
@@ -199,14 +205,17 @@ def query_facts(T, b, h, H, tile, within, Tq, rows, F: tl.constexpr):
         )
         real = real & (token >= 0)
     token = tl.where(real, token, 0)
-    pos = token + T.offset
+    own, length = token, Tq
+    if F.FOLD:
+        own, length = token % F.FOLD, F.FOLD
+    pos = own + T.offset
     if F.SHIFT:
-        pos = token + tl.load(T.shift + b * T.shift_batch)
+        pos = own + tl.load(T.shift + b * T.shift_batch)
     if F.QUERY_POS:
-        pos = tl.load(T.pos + place(b, h, H, T.pos_heads, T.pos_batch, Tq) + token, mask=real, other=0)
+        pos = tl.load(T.pos + place(b, h, H, T.pos_heads, T.pos_batch, length) + own, mask=real, other=0)
     seg = token * 0 - 1
     if F.QUERY_SEG:
-        seg = tl.load(T.seg + place(b, h, H, T.seg_heads, T.seg_batch, Tq) + token, mask=real, other=-2)
+        seg = tl.load(T.seg + place(b, h, H, T.seg_heads, T.seg_batch, length) + own, mask=real, other=-2)
     return real, token, pos, seg
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.build import spread_heads
-from ...plan.transpose import counted, unit_entries
+from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags
 
@@ -30,12 +30,22 @@ class Readers:
     members: Tensor
 
 
+def part_of(unit: int, keys: int) -> int:
+    """What units are cut into, so that blocks of `keys` keys hold whole ones, or lie in one."""
+    return unit if unit % keys == 0 or keys % unit == 0 else math.gcd(unit, keys)
+
+
 def unit_readers(plan: Plan, keys: int) -> Readers:
     """The transposed unit lists for blocks of `keys` key rows (or of one unit, where that is larger)."""
     assert plan.start is not None and plan.count is not None and plan.index is not None
-    R, per = plan.tiles, max(1, keys // plan.unit)
-    lists, groups = plan.count[..., 0].numel() if R else 0, -(-plan.k_rows // (per * plan.unit))
+    R, part = plan.tiles, part_of(plan.unit, keys)
+    per, ratio = max(1, keys // part), plan.unit // part
+    lists, groups = plan.count[..., 0].numel() if R else 0, -(-plan.k_rows // (per * part))
     entries, none = unit_entries(plan), lists * groups * R
+    if ratio > 1:
+        cell, place, unit, real = (x.repeat_interleave(ratio) for x in entries)
+        unit = unit * ratio + torch.arange(len(unit), device=plan.device) % ratio
+        entries = Entries(cell, place, unit, real & (unit < groups * per))
     key = (entries.cell // max(R, 1) * groups + entries.unit // per) * R + entries.cell % max(R, 1)
     key, order = torch.where(entries.real, key, none).sort(stable=True)
     fresh = torch.ones_like(key, dtype=torch.bool)
@@ -138,6 +148,7 @@ class Arguments:
         scale: float,
         softcap: float,
         key_bias: Tensor | None,
+        fold: int = 0,
     ):
         B, H, Tq, D = q.shape
         Tk, Dv = k.shape[2], v.shape[3]
@@ -184,7 +195,7 @@ class Arguments:
         }  # fmt: skip
         self.named = named
         self.switches = {
-            "D": D, "DV": Dv, "BD": power_of_two(D), "BDV": power_of_two(Dv), "TILE": plan.tile,
+            "D": D, "DV": Dv, "BD": power_of_two(D), "BDV": power_of_two(Dv), "TILE": plan.tile, "FOLD": fold,
             "UNIT": plan.unit,
             "SPANS": plan.spans is not None and plan.spans.shape[0] > 0,
             "UNITS": plan.index is not None and plan.index.shape[0] > 0,
@@ -222,4 +233,6 @@ class Arguments:
 
     def flags(self, blocks: Blocks, rows: int, cut: int) -> Flags:
         """The switches of a kernel of these blocks whose programs have so many rows."""
-        return Flags(**self.switches, BM=rows, BN=blocks.keys, CUT=cut, STAGES=blocks.stages)
+        unit = self.switches["UNIT"]
+        own = {"UNIT_LANES": triton.next_power_of_2(unit), "PART": part_of(unit, blocks.keys)}
+        return Flags(**self.switches, **own, BM=rows, BN=blocks.keys, CUT=cut, STAGES=blocks.stages)

@@ -121,18 +121,24 @@ def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, piece, pieces,
 
 
 @triton.jit
-def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr):
-    """Chunk p of a list of units (several, or a part of one): list entries, places in the unit, rows."""
-    PARTS: tl.constexpr = (F.UNIT + BN - 1) // BN
+def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr):
+    """Chunk p of a list of units (several, or a part of one): list entries, places in the unit, rows.
+
+    A unit takes WIDE lanes: those it has, or in a chunk of several the next power of two.
+    """
+    PARTS: tl.constexpr = (WIDE + BN - 1) // BN
     lane = tl.arange(0, BN)
-    slot = p // PARTS + lane // F.UNIT
-    inside = p % PARTS * BN + lane % F.UNIT
-    if F.UNIT >= BN:
+    slot = p // PARTS + lane // WIDE
+    inside = p % PARTS * BN + lane % WIDE
+    if WIDE >= BN:
         base = tl.load(INDEX + p // PARTS) * F.UNIT + p % PARTS * BN
     else:
-        base = tl.load(INDEX + slot, mask=slot < last, other=0) * F.UNIT + lane % F.UNIT - lane
+        base = tl.load(INDEX + slot, mask=slot < last, other=0) * F.UNIT + lane % WIDE - lane
     n = base + lane
-    return slot, inside, base, lane, (slot < last) & (n >= 0) & (n < rows)
+    live = (slot < last) & (n >= 0) & (n < rows)
+    if F.UNIT % BN != 0 and BN % F.UNIT != 0:
+        live = live & (inside < F.UNIT)
+    return slot, inside, base, lane, live
 
 
 @triton.jit
@@ -141,9 +147,10 @@ def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pi
     """Units first..last of the index: those before `full` in whole chunks without a test, then the rest."""
     BN: tl.constexpr = F.BN
     CUT: tl.constexpr = F.CUT
-    PARTS: tl.constexpr = (F.UNIT + BN - 1) // BN
-    PER: tl.constexpr = (BN + F.UNIT - 1) // F.UNIT
-    NEAR: tl.constexpr = F.UNIT >= BN
+    WIDE: tl.constexpr = F.UNIT if F.UNIT >= BN else F.UNIT_LANES
+    PARTS: tl.constexpr = (WIDE + BN - 1) // BN
+    PER: tl.constexpr = (BN + WIDE - 1) // WIDE
+    NEAR: tl.constexpr = WIDE >= BN
     sure = full
     if SPLIT:
         share = (last - first + pieces - 1) // pieces
@@ -151,16 +158,19 @@ def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pi
         last = tl.minimum(last, first + share)
         sure = tl.maximum(tl.minimum(full, last), first)
     whole = first + (sure - first) // PER * PER
+    if F.UNIT % BN != 0 and BN % F.UNIT != 0:  # some lanes of every chunk are no keys
+        whole = first
     for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
-        _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN)
+        _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN, WIDE)
         base = tl.maximum(tl.minimum(base, K.rows - (BN if NEAR else 1 + lane)), 0 if NEAR else -lane)
         acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, 1, False, NEAR, BACKWARD, F)
-    CUTS: tl.constexpr = (F.UNIT + CUT - 1) // CUT
-    PER_CUT: tl.constexpr = (CUT + F.UNIT - 1) // F.UNIT
-    ONE: tl.constexpr = F.UNIT >= CUT
+    WIDE_CUT: tl.constexpr = F.UNIT if F.UNIT >= CUT else F.UNIT_LANES
+    CUTS: tl.constexpr = (WIDE_CUT + CUT - 1) // CUT
+    PER_CUT: tl.constexpr = (CUT + WIDE_CUT - 1) // WIDE_CUT
+    ONE: tl.constexpr = WIDE_CUT >= CUT
     W: tl.constexpr = (F.UNIT + 31) // 32
     for p in tl.range(whole * CUTS, last * CUTS, PER_CUT, num_stages=1):
-        slot, inside, base, lane, live = unit_rows(INDEX, p, last, K.rows, F, CUT)
+        slot, inside, base, lane, live = unit_rows(INDEX, p, last, K.rows, F, CUT, WIDE_CUT)
         bits = 1
         if F.BITS:
             if ONE and CUT <= 32:  # a row's bits for the whole chunk are in one word

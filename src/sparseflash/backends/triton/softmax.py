@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...plan import Plan
+from ...plan.build import TILE
+from ...plan.fields import FLAT
 from ...plan.flat import empty_like_layout
 from ...plan.transpose import transpose_spans
 from .blocks import Blocks, fitting
@@ -79,22 +82,37 @@ def decode(
 
     Every span and every list is cut into equal pieces, so that there are two programs for a multiprocessor
     however few rows there are, and the pieces are merged in their order. Shapes alone say how many there are.
+    The heads of a group stand in one tile, where they see the same: keys are read once for all of them.
     """
+    heads, fold = q.shape[1], 0
+    if group := packed(q, k, plan, key_bias):
+        fold, rows = q.shape[2], group * q.shape[2]
+        q = q.unflatten(1, (-1, group)).flatten(2, 3)
+        fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+        plan = Plan._made(**fields | {"Tq": rows, "tile": rows})
     (B, H, Tq, _), Dv = q.shape, v.shape[3]
     pieces = shares(q, plan, B * H)
-    if pieces == 1:
-        how = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
-        return forward(q, k, v, plan, **how, out_dtype=out_dtype)
     out = torch.zeros((pieces, B, H, Tq, Dv), dtype=torch.float32, device=q.device)
     lse = torch.full((pieces, B, H, Tq), float("-inf"), device=q.device)
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
+    a = Arguments(q, k, v, plan, scale, softcap, key_bias, fold)
     a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
     for name in "o", "d":
         a.strides(a.named, name, out[0])
     launch_rows(a, plan, backward=False, pieces=pieces)
-    total = torch.logsumexp(lse, 0)
-    weight = torch.where(lse == float("-inf"), 0, torch.exp(lse - total))
-    return (weight[..., None] * out).sum(0).to(out_dtype), total
+    total, one = torch.logsumexp(lse, 0), out[0]
+    if pieces > 1:
+        weight = torch.where(lse == float("-inf"), 0, torch.exp(lse - total))
+        one = (weight[..., None] * out).sum(0)
+    return one.to(out_dtype).view(B, heads, -1, Dv), total.view(B, heads, -1)
+
+
+def packed(q: Tensor, k: Tensor, plan: Plan, key_bias: Tensor | None) -> int:
+    """How many heads of a group stand in one tile; 0 where heads see different keys, or tiles are several."""
+    group, rest = divmod(q.shape[1], max(k.shape[1], 1))
+    tables = [x for name, x in plan.tensors().items() if name not in FLAT]
+    alike = all(k.shape[1] % x.shape[1] == 0 for x in (*tables, *(() if key_bias is None else (key_bias,))))
+    plain = plan.tiles == 1 and plan.q_order is None and plan.bits is None
+    return group if group > 1 and not rest and alike and plain and group * q.shape[2] <= TILE else 0
 
 
 def backward(
