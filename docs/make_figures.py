@@ -18,7 +18,7 @@ from sparseflash.bench.results import read
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "transformers.md")
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
     "attention-table": "attention-table",
@@ -165,7 +165,60 @@ def prediction() -> str:
     )
 
 
+def layers() -> str:
+    """How many times faster a layer of half a billion parameters is under a method."""
+    found = _rows_of("Qwen2-0.5B")
+    lengths = sorted({int(row["T"]) for row in found})
+    body = []
+    for case in dict.fromkeys((row["what"], row["method"], row["dtype"]) for row in found):
+        own = {
+            int(row["T"]): f"{float(row['ratio']):.2g}x"
+            for row in found
+            if (row["what"], row["method"], row["dtype"]) == case
+        }
+        body.append([", ".join(case), *(own.get(T, "") for T in lengths)])
+    return table(["", *(f"T = {T}" for T in lengths)], body)
+
+
+def dsa() -> str:
+    """A layer with an indexer: stock and ours, time and memory."""
+    body = []
+    for row in _rows_of("DeepSeek-V3.2"):
+        stock = (
+            [f"{float(row['ms_stock']) / 1e3:.2g} s", _mib(row["mb_stock"])] if row["ratio"] else ["-", "-"]
+        )
+        ratio = (
+            [f"{float(row['ratio']):.2g}x", f"{float(row['mb_ratio']):.2g}x"] if row["ratio"] else ["-", "-"]
+        )
+        what = f"{'16 / 8' if 'eighth' in row['model'] else '128 / 64'}, {row['what']}, {row['dtype']}"
+        cells = [what, row["T"], f"{float(row['density']):.2g}", *stock]
+        body.append([*cells, f"{float(row['ms']) / 1e3:.2g} s", _mib(row["mb"]), *ratio])
+    head = [
+        "heads of attention / indexer",
+        "T",
+        "density",
+        "stock",
+        "memory",
+        "ours",
+        "memory",
+        "time",
+        "memory",
+    ]
+    return table(head, body)
+
+
+def _mib(cell: str) -> str:
+    return f"{float(cell):.0f} MiB"
+
+
+def _rows_of(model: str) -> list[dict[str, str]]:
+    found = [row for row in rows("transformers") if row["model"].startswith(model)]
+    return sorted(found, key=lambda row: (row["model"], row["what"], row["dtype"], int(row["T"])))
+
+
 BLOCKS = {
+    "layers": layers,
+    "dsa": dsa,
     "brings": brings,
     "mqar": mqar,
     "breakeven": breakeven,
