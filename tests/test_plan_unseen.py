@@ -140,6 +140,12 @@ def test_selecting_attending_and_differentiating_look_at_no_value(name, launches
     assert (ready.span_keys is None) == (plan.spans is None)
 
 
+def test_tensors_without_values_give_tensors_without_values():
+    q, k = meta(2, 4, 512, 64), meta(2, 2, 512, 64)
+    assert sf.attention(q, k, k, causal=True).shape == q.shape
+    assert sf.decode(q[:, :, :1], k, k).is_meta
+
+
 @pytest.mark.parametrize("layout", ["lengths", "pages", "keys"])
 def test_decoding_looks_at_no_value(layout, launches):
     from sparseflash.backends import triton as backend

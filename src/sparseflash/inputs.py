@@ -182,7 +182,7 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing but the result of an op is wanted: no gradient, no trace, no subclass, no mode.
+    """Whether nothing but the result of an op is wanted: no gradient, trace, subclass, mode, or shape alone.
 
     Then its body may run without the dispatcher, whose share of a short call is larger than the kernel's.
     """
@@ -190,4 +190,5 @@ def unwatched(*tensors: Tensor | None) -> bool:
         return False
     learns = torch.is_grad_enabled()
     given = [x for x in tensors if x is not None]
-    return all(type(x) in (Tensor, torch.nn.Parameter) and not (learns and x.requires_grad) for x in given)
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in given)
+    return plain and not (learns and any(x.requires_grad for x in given))
