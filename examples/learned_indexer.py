@@ -4,7 +4,8 @@
 
 First the model learns with dense attention. Then its indexers learn from that attention, nothing else moves
 (warm-up). Then all learn together while attention reads only what the indexers chose (sparse stage), as in
-DeepSeek-V3.2. Recall is the share of dense attention on the chosen keys, on text that was held out.
+DeepSeek-V3.2. Recall is the share of dense attention on the chosen keys, on text that was held out; after the
+first stage it is that of indexers that have learned nothing.
 """
 
 from __future__ import annotations
