@@ -122,20 +122,20 @@ struct Extent { int a, e; };
 
 // S^T = K Q^T and dP^T = V dO^T.
 template <bool BF>
-inline Extent scores(const SfCall &c, const Chunk &k, const Operands &o, int n, Scratch<BF> &w) {
+inline Extent scores(const SfCall &c, const Chunk &k, const Operands &o, int n, const Lanes<BF> &x, Scratch<BF> &w) {
     const int64_t D = c.D, Dv = c.Dv;
     int a = k.a, e = k.b;
     float *s = w.s.p, *g = w.g.p;
     if (!BF) {
-        gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + a * BQ, BQ, SET);
-        gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, w.dot.p, BQ, g + a * BQ, BQ, SET);
+        gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, x.qt.p, BQ, s + a * BQ, BQ, SET);
+        gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, x.dot.p, BQ, g + a * BQ, BQ, SET);
     } else {
 #if SF_HAS_BF16
         a = (int)round_down(k.a, GRAIN);
         e = (int)round_up(k.b, GRAIN);
         int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b, unit = GRAIN;
-        gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
-        gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, g + from * BQ, BQ, SET);
+        gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, x.qtb.p, BQ, s + from * BQ, BQ, SET);
+        gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, x.dotb.p, BQ, g + from * BQ, BQ, SET);
 #endif
     }
     return {a, e};
@@ -143,113 +143,142 @@ inline Extent scores(const SfCall &c, const Chunk &k, const Operands &o, int n, 
 
 // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
 template <bool BF>
-inline void add_products(const SfCall &c, const Chunk &k, const Operands &o, Extent x, int n, Scratch<BF> &w,
-                         KeyGrads &grads) {
+inline void add_products(const SfCall &c, const Chunk &k, const Operands &o, Extent rows, int n, const Lanes<BF> &x,
+                         Scratch<BF> &w, KeyGrads &grads) {
     const int64_t D = c.D, Dkn = grads.ldk, Dvn = grads.ldv;
-    const int a = x.a, e = x.e;
+    const int a = rows.a, e = rows.e;
     [[maybe_unused]] float *s = w.s.p, *g = w.g.p;
     if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
     else grads.touch(k.base);
     float *gk = grads.k + (k.base + k.a) * Dkn, *gv = grads.v + (k.base + k.a) * Dvn;
     if (!BF) {
         if (k.gather) gk = gv = w.keep.p;
-        gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, w.dor.p, Dvn, gv, Dvn, k.gather ? SET : ADD_FAR);
+        gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, x.dor.p, Dvn, gv, Dvn, k.gather ? SET : ADD_FAR);
         if (k.gather) add_rows(k, k.a, gv, grads.v, Dvn);
-        gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, w.qr.p, Dkn, gk, Dkn, k.gather ? SET : ADD_FAR);
+        gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, x.qr.p, Dkn, gk, Dkn, k.gather ? SET : ADD_FAR);
         if (k.gather) add_rows(k, k.a, gk, grads.k, Dkn);
-        gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, w.ot.p, BQ, ADD);
+        gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, x.ot.p, BQ, ADD);
     } else {
 #if SF_HAS_BF16
         int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
         if (o.own_rows) {
-            gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, w.dorb.p, Dvn, w.keep.p, Dvn, SET);
+            gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, x.dorb.p, Dvn, w.keep.p, Dvn, SET);
             add_rows(k, from, w.keep.p, grads.v, Dvn);
-            gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, w.qrb.p, Dkn, w.keep.p, Dkn, SET);
+            gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, x.qrb.p, Dkn, w.keep.p, Dkn, SET);
             add_rows(k, from, w.keep.p, grads.k, Dkn);
         } else {
-            gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, w.dorb.p, Dvn, gv, Dvn, ADD_FAR);
-            gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, w.qrb.p, Dkn, gk, Dkn, ADD_FAR);
+            gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, x.dorb.p, Dvn, gv, Dvn, ADD_FAR);
+            gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, x.qrb.p, Dkn, gk, Dkn, ADD_FAR);
         }
-        gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
+        gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, x.ot.p, BQ, ADD);
 #endif
     }
 }
 
-template <bool BF>
-void backward_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
-                    int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+// One block of queries on its way over the chunks of its tile.
+template <bool BF> struct BackwardBlock {
+    const SfCall &c;
+    const Rules &rules;
+    const Logits &logits;
+    const int64_t b, h;
+    Lanes<BF> &x;
     Queries q;
-    q.load(rules, row, rows, row - tile * c.plan.tile);
-    const int64_t head = (b * c.Hq + h) * c.Tq;
-    const int64_t D = c.D, Dv = c.Dv;
     uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
-    for (int i = 0; i < BQ; i++)
-        if ((q.real >> i & 1) && c.lse[head + q.token[i]] != -INF) alive |= 1ull << i;
-    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
-    int n = columns(q, BF);
+    int n = 0;
     bool packed = false;
-    if (alive)
-        for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
-            Chunk k = given;
-            bool holes = false;
-            if (k.partial && !look(rules, q, k, w.see, holes)) return;
-            if (!packed) {
-                packed = true;
-                for (int i = 0; i < BQ; i++) {
-                    w.delta[i] = 0;
-                    w.lse2[i] = INF;  // exp2(x - inf) = 0
-                    if (!(alive >> i & 1)) continue;
-                    int64_t t = q.token[i];
-                    w.delta[i] = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(Dv, 32));
-                    w.lse2[i] = c.lse[head + t] * LOG2E;
-                }
-                if (!BF) {
-                    pack_lanes(c, c.q, b, h, q, alive, D, w.qt.p, w.qr.p);
-                    pack_lanes(c, c.dout, b, h, q, alive, Dv, w.dot.p, w.dor.p);
-                } else {
-#if SF_HAS_BF16
-                    pack_lanes(c.q, b, h, q, alive, D, w.qtb.p, w.qrb.p);
-                    pack_lanes(c.dout, b, h, q, alive, Dv, w.dotb.p, w.dorb.p);
-#endif
-                }
-                memset(w.ot.p, 0, round_up(D, 32) * BQ * 4);
-            }
-            Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-            Extent x = scores<BF>(c, k, o, n, w);
-            float *s = w.s.p, *g = w.g.p;
-            [[maybe_unused]] int a = x.a, e = x.e;
-            if (logits.bent) {
-                logits.bias(rules, key_bias, k, w.bias);
-                logits.bend(c, k, w.bias, s);
-            }
-            // P = exp2(S - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
-            Slopes slopes = {c, logits, w.lse2, w.delta, k.partial ? w.see : nullptr, w.bias, dbias != nullptr};
-            bool plain = !k.partial && !dbias && c.softcap == 0;
-            if (!BF) {
-                if (plain) weigh_rows<true>(slopes, k, n, s, g, nullptr);
-                else weigh_rows<false>(slopes, k, n, s, g, w.sums);
-            } else {
-#if SF_HAS_BF16
-                fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
-                fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
-                if (plain) weigh_pairs<true>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
-                else weigh_pairs<false>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
-#endif
-            }
-            if (dbias)
-                for (int j = k.a; j < k.b; j++) {
-                    int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
-                    if (t >= 0) dbias[t] += w.sums[j];
-                }
-            add_products<BF>(c, k, o, x, n, w, grads);
-        });
-    if (packed) lanes_to_rows(w.ot.p, D, w.keep.p);
-    for (int i = 0; i < BQ; i++) {
-        if (q.token[i] < 0) continue;
-        float *dq = w.keep + i * round_up(D, 16);
-        if (!packed || !(alive >> i & 1)) memset(dq, 0, D * 4);
-        write_row(c.dq, b, h, q.token[i], c.grad_dtype, D, dq, c.scale);
+
+    void load(int64_t row, int64_t rows, int64_t row_in_tile) {
+        q.load(rules, row, rows, row_in_tile);
+        const float *lse = c.lse + (b * c.Hq + h) * c.Tq;
+        for (int i = 0; i < BQ; i++)
+            if ((q.real >> i & 1) && lse[q.token[i]] != -INF) alive |= 1ull << i;
+        n = columns(q, BF);
     }
+
+    void pack(Scratch<BF> &w) {
+        packed = true;
+        for (int i = 0; i < BQ; i++) {
+            x.delta[i] = 0;
+            x.lse2[i] = INF;  // exp2(x - inf) = 0
+            if (!(alive >> i & 1)) continue;
+            int64_t t = q.token[i];
+            x.delta[i] = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
+            x.lse2[i] = c.lse[(b * c.Hq + h) * c.Tq + t] * LOG2E;
+        }
+        if (!BF) {
+            pack_lanes(c, c.q, b, h, q, alive, c.D, x.qt.p, x.qr.p);
+            pack_lanes(c, c.dout, b, h, q, alive, c.Dv, x.dot.p, x.dor.p);
+        } else {
+#if SF_HAS_BF16
+            pack_lanes(c.q, b, h, q, alive, c.D, x.qtb.p, x.qrb.p);
+            pack_lanes(c.dout, b, h, q, alive, c.Dv, x.dotb.p, x.dorb.p);
+#endif
+        }
+        memset(x.ot.p, 0, round_up(c.D, 32) * BQ * 4);
+    }
+
+    void visit(Chunk k, const Keys &keys, const float *key_bias, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+        bool holes = false;
+        if (!alive || (k.partial && !look(rules, q, k, w.see, holes))) return;
+        if (!packed) pack(w);
+        Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
+        Extent rows = scores<BF>(c, k, o, n, x, w);
+        float *s = w.s.p, *g = w.g.p;
+        [[maybe_unused]] int a = rows.a, e = rows.e;
+        if (logits.bent) {
+            logits.bias(rules, key_bias, k, w.bias);
+            logits.bend(c, k, w.bias, s);
+        }
+        // P = exp2(S - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
+        Slopes slopes = {c, logits, x.lse2, x.delta, k.partial ? w.see : nullptr, w.bias, dbias != nullptr};
+        bool plain = !k.partial && !dbias && c.softcap == 0;
+        if (!BF) {
+            if (plain) weigh_rows<true>(slopes, k, n, s, g, nullptr);
+            else weigh_rows<false>(slopes, k, n, s, g, w.sums);
+        } else {
+#if SF_HAS_BF16
+            fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
+            fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
+            if (plain) weigh_pairs<true>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
+            else weigh_pairs<false>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
+#endif
+        }
+        if (dbias)
+            for (int j = k.a; j < k.b; j++) {
+                int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
+                if (t >= 0) dbias[t] += w.sums[j];
+            }
+        add_products<BF>(c, k, o, rows, n, x, w, grads);
+    }
+
+    void write(Scratch<BF> &w) {
+        if (packed) lanes_to_rows(x.ot.p, c.D, w.keep.p);
+        for (int i = 0; i < BQ; i++) {
+            if (q.token[i] < 0) continue;
+            float *dq = w.keep + i * round_up(c.D, 16);
+            if (!packed || !(alive >> i & 1)) memset(dq, 0, c.D * 4);
+            write_row(c.dq, b, h, q.token[i], c.grad_dtype, c.D, dq, c.scale);
+        }
+    }
+};
+
+// Up to two blocks of a tile's queries go over its chunks together: the second finds the sums of a chunk's dK and dV
+// where the first has just left them.
+template <bool BF>
+void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+                     int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+    BackwardBlock<BF> first = {c, rules, logits, b, h, w}, second = {c, rules, logits, b, h, w.next};
+    const int64_t from = row - tile * c.plan.tile;
+    first.load(row, least<int64_t>(rows, BQ), from);
+    if (rows > BQ) second.load(row + BQ, rows - BQ, from + BQ);
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    if (first.alive | second.alive)
+        for_each_chunk(c, b, h, tile, [&](const Chunk &k) {
+            first.visit(k, keys, key_bias, w, grads, dbias);
+            second.visit(k, keys, key_bias, w, grads, dbias);
+        });
+    first.write(w);
+    if (rows > BQ) second.write(w);
 }
 
 }  // namespace

@@ -52,8 +52,9 @@ inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads
     return limit;
 }
 
-// Runs a block function over every query block of every head, and sums what the shares add to dK, dV and dbias.
-template <bool BF, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
+// Runs a block function over the query blocks of every head, PER at a time, and sums what the shares add to dK, dV and
+// dbias.
+template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
     const SfPlan &p = c.plan;
     int threads = most(c.threads, 1);
     Packed<BF, true> packed;
@@ -136,8 +137,8 @@ template <bool BF, class Block> int backward_over(const SfCall &c, SfParallel pa
             Keys keys = packed.keys(c, b, h);
             float *dbias = c.dbias ? bias + ((b * c.Hq + h) * splits + share) * c.Tk : nullptr;
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
-            for (int64_t row = r * p.tile; row < end; row += BQ)
-                block(keys, rules, b, h, r, row, least<int64_t>(BQ, end - row), w, grads, dbias);
+            for (int64_t row = r * p.tile; row < end; row += PER * BQ)
+                block(keys, rules, b, h, r, row, least<int64_t>(PER * BQ, end - row), w, grads, dbias);
         }
         if (direct)
             for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.keep.p);

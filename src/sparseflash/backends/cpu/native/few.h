@@ -270,9 +270,9 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
     auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<BF> &w, KeyGrads &grads, float *dbias) {
         if (few) few_backward<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
-        else backward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
+        else backward_blocks<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
     };
-    return backward_over<BF>(c, parallel, block, few);
+    return backward_over<BF, 2>(c, parallel, block, few);
 }
 
 }  // namespace

@@ -132,7 +132,7 @@ void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rule
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             law.see = k.partial ? w.see : nullptr;
             Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-            Extent x = scores<BF>(c, k, o, n, w);
+            Extent x = scores<BF>(c, k, o, n, w, w);
             float *s = w.s.p, *g = w.g.p;
             if (!BF) {
                 if (k.partial) weigh_rows<false>(law, k, n, s, g, nullptr);
@@ -145,7 +145,7 @@ void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rule
                 else weigh_pairs<true>(law, x.a, x.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
 #endif
             }
-            add_products<BF>(c, k, o, x, n, w, grads);
+            add_products<BF>(c, k, o, x, n, w, w, grads);
         });
         lanes_to_rows(w.ot.p, c.D, w.keep.p);
     }

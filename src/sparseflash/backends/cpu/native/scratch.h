@@ -24,22 +24,36 @@ template <class F> inline void in_parallel(SfParallel parallel, int threads, int
     parallel(threads, tasks, [](void *x, int64_t task, int thread) { (*(F *)x)(task, thread); }, &f);
 }
 
-template <bool BF> struct Scratch {
-    Buffer<float> s, g, ot, qt, dot, qr, dor, kc, vc, keep;
-    Buffer<bf> qtb, dotb, qrb, dorb, p, pr, dr, kcb, vcb, tc;
-    uint64_t see[BK];
-    float bias[BK], sums[BK];
+// What a block of queries holds while it goes over its chunks: its rows in the layouts of the products, sums, statistics.
+template <bool BF> struct Lanes {
+    Buffer<float> ot, qt, dot, qr, dor;
+    Buffer<bf> qtb, dotb, qrb, dorb;
     float m[BQ], l[BQ], lse2[BQ], delta[BQ];
 
     bool make(const SfCall &c, bool backward) {
-        int64_t D = round_up(c.D, 32), Dv = round_up(c.Dv, 32), top = most(D, Dv);
-        bool ok = s.make(BK * BQ) && ot.make(top * BQ) && keep.make(top + BK * top);
-        if (BF) ok = ok && qtb.make(D * BQ) && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
-        else ok = ok && qt.make(D * BQ) && kc.make(BK * c.D) && vc.make(BK * c.Dv);
+        int64_t D = round_up(c.D, 32) * BQ, Dv = round_up(c.Dv, 32) * BQ;
+        bool ok = ot.make(most(D, Dv)) && (BF ? qtb.make(D) : qt.make(D));
         if (!backward) return ok;
-        ok = ok && g.make(BK * BQ);
-        if (BF) return ok && dotb.make(Dv * BQ) && qrb.make(D * BQ) && dorb.make(Dv * BQ) && pr.make(BK * BQ) && dr.make(BK * BQ);
-        return ok && dot.make(Dv * BQ) && qr.make(D * BQ) && dor.make(Dv * BQ);
+        return ok && (BF ? dotb.make(Dv) && qrb.make(D) && dorb.make(Dv) : dot.make(Dv) && qr.make(D) && dor.make(Dv));
+    }
+};
+
+// Room for a block of queries and for one chunk of keys; in the backward `next` is a second block's.
+template <bool BF> struct Scratch : Lanes<BF> {
+    Lanes<BF> next;
+    Buffer<float> s, g, kc, vc, keep;
+    Buffer<bf> p, pr, dr, kcb, vcb, tc;
+    uint64_t see[BK];
+    float bias[BK], sums[BK];
+
+    bool make(const SfCall &c, bool backward) {
+        int64_t D = round_up(c.D, 32), Dv = round_up(c.Dv, 32), top = most(D, Dv);
+        bool ok = Lanes<BF>::make(c, backward) && s.make(BK * BQ) && keep.make(top + BK * top);
+        if (BF) ok = ok && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
+        else ok = ok && kc.make(BK * c.D) && vc.make(BK * c.Dv);
+        if (!backward) return ok;
+        ok = ok && g.make(BK * BQ) && (c.plan.tile <= BQ || next.make(c, true));
+        return ok && (!BF || (pr.make(BK * BQ) && dr.make(BK * BQ)));
     }
 };
 

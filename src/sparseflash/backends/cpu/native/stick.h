@@ -171,10 +171,10 @@ inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules 
         bool holes = false;
         if (k.partial && !look(rules, q, k, w.see, holes)) continue;
         Operands o = operands<false, true>(c, keys, k, holes, w.see, w);
-        Extent all = scores<false>(c, k, o, n, w);
+        Extent all = scores<false>(c, k, o, n, w, w);
         break_sticks(k, k.partial ? w.see : nullptr, n, factor, w.s.p, left + x * BQ, share.p);
         slope_sticks(k, n, w.s.p, share.p, w.delta, w.g.p, w.l);
-        add_products<false>(c, k, o, all, n, w, grads);
+        add_products<false>(c, k, o, all, n, w, w, grads);
     }
     if (q.real) lanes_to_rows(w.ot.p, c.D, w.keep.p);
     for (int i = 0; i < BQ; i++) {
