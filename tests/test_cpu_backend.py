@@ -153,7 +153,8 @@ def test_native_code_runs_on_the_threads_of_torch(generator, threads):
     before = len(os.listdir("/proc/self/task"))
     given = inputs(generator, T=2048)
     everything(*given, sf.Plan.dense(2048, 2048, causal=True))
-    assert len(os.listdir("/proc/self/task")) == before >= 11
+    assert len(os.listdir("/proc/self/task")) <= before  # threads of earlier tests may have ended meanwhile
+    assert before >= 11
 
 
 # ---------------------------------------------------------------- forks and signals
