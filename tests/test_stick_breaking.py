@@ -137,24 +137,27 @@ def test_far_keys_and_sticks_that_end_at_once_are_exact_too(backend, slope, gene
     assert (bool((got["rem"][..., -1] > 0.5).all())) == (slope < 0)
 
 
+def hold(backend, kind, seed, lengths, keys, dtype=torch.float32):
+    """One random plan of a kind against the product formula."""
+    d = plans._Draw(seed)
+    example = plans.example(seed, kind, batch=2, heads=4, Tq=d.pick(lengths), Tk=d.pick(keys))
+    plan, Tq, Tk = example.plan, example.plan.Tq, example.plan.Tk
+    q, k, v, dout, drem = inputs(d.torch, Tq, Tk, D=d.pick((8, 24)), Dv=d.pick((8, 40)), dtype=dtype)
+    k, v = (x[:1] if example.pool else x for x in (k, v))
+    order = _natural(Tk)
+    if plan.k_order is not None:  # rank of each token; those in no row are seen by nobody
+        rows = torch.arange(plan.k_rows).expand(plan.k_order.shape)
+        order = torch.full((*plan.k_order.shape[:2], Tk + 1), -1)
+        order.scatter_(-1, torch.where(plan.k_order < 0, Tk, plan.k_order).long(), rows)
+        order = order[..., :Tk]
+    _hold(q, k, v, plan, example.mask, order, 0.4, dout, drem, backend, note=example.line)
+
+
 @EACH
 @pytest.mark.parametrize("kind", plans.KINDS)
 def test_any_plan_breaks_its_sticks_in_the_order_of_its_keys(backend, kind, seed):
     for n in range(2):
-        d = plans._Draw(seed + n)
-        example = plans.example(
-            seed + n, kind, batch=2, heads=4, Tq=d.pick((1, 65, 130)), Tk=d.pick((1, 33, 200))
-        )
-        plan, Tq, Tk = example.plan, example.plan.Tq, example.plan.Tk
-        q, k, v, dout, drem = inputs(d.torch, Tq, Tk, D=d.pick((8, 24)), Dv=d.pick((8, 40)))
-        k, v = (x[:1] if example.pool else x for x in (k, v))
-        order = _natural(Tk)
-        if plan.k_order is not None:  # rank of each token; those in no row are seen by nobody
-            rows = torch.arange(plan.k_rows).expand(plan.k_order.shape)
-            order = torch.full((*plan.k_order.shape[:2], Tk + 1), -1)
-            order.scatter_(-1, torch.where(plan.k_order < 0, Tk, plan.k_order).long(), rows)
-            order = order[..., :Tk]
-        _hold(q, k, v, plan, example.mask, order, 0.4, dout, drem, backend, note=example.line)
+        hold(backend, kind, seed + n, (1, 65, 130), (1, 33, 200))
 
 
 def test_the_reference_passes_gradcheck(generator):

@@ -48,8 +48,8 @@ def compiled(cache: Path, *given: object, path: str = "") -> list[Row]:
 def test_the_kernels_for_a_hopper_card_take_what_the_table_says(tmp_path):
     given = ("--dims", 64, "--dtypes", "bf16", "--ops")
     rows = compiled(tmp_path, "--plans", "dense", "everything", *given, "attention")
-    rows += compiled(tmp_path, "--plans", "dense", *given, "statistics", "linear")
-    assert len(rows) == 6 + 4 + 5
+    rows += compiled(tmp_path, "--plans", "dense", *given, "statistics", "linear", "stick")
+    assert len(rows) == 6 + 4 + 5 + 4
     assert not faults(rows)
 
 

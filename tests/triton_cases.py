@@ -16,6 +16,7 @@ import plans
 import sparseflash as sf
 import test_linear
 import test_stats
+import test_stick_breaking
 import tolerance
 from harness import inputs, run, unseen
 from sparseflash.backends.triton.launch import shares
@@ -108,10 +109,12 @@ def main() -> None:
     print(f"decode: (programs that share keys, heads that share a tile): {shared}", flush=True)
     for seed in range(first, last):
         for n, kind in enumerate(plans.KINDS):
+            kept = torch.float16 if n % 2 else torch.float32
+            test_stick_breaking.hold("triton", kind, seed, (1, 17), (16, 31), kept)
             test_stats.hold("triton", kind, seed, (1, 17), (16, 31), (test_stats.OVER[(n + seed) % 4],))
         linear(seed)
     print("linear attention: that of the sum over pairs", flush=True)
-    print("statistics: those of the dense weights", flush=True)
+    print("statistics, sticks: those of the dense weights", flush=True)
     for seed in range(first, last):
         for kind in plans.KINDS:
             began = time.perf_counter()

@@ -131,7 +131,7 @@ def linear_attention(
         Also return the state after the last token: `sum over j of exp(-s (T - 1 - j)) k[j] v[j]^T`, fp32
         `[B,Hq,D,Dv]`, differentiable. Given to the next call it makes chunks, or single tokens, chain.
     backend : str, optional
-        "reference" or "cpu"; None chooses the fastest usable one.
+        "reference", "cpu" or "triton"; None chooses the fastest usable one.
 
     Returns
     -------

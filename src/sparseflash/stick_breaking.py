@@ -126,7 +126,8 @@ def stick_breaking(
 
     Newer means a later row of keys: of the tokens as given, or as the plan's `k_order` lists them. Keys that
     the plan hides take nothing. Keys beyond the point where fp32 has nothing left of any stick of 64 queries
-    are not visited; that changes no bit. Memory is linear in the lengths.
+    are not visited; that changes no bit. Memory is linear in the lengths, but for the backward on Triton: two
+    numbers for each query and block of 16 to 32 keys that it visits.
 
     Parameters
     ----------
@@ -144,7 +145,7 @@ def stick_breaking(
     return_rem : bool
         Also return what is left of each stick, fp32 `[B,Hq,Tq]`, differentiable.
     backend : str, optional
-        "reference" or "cpu"; None chooses the fastest usable one.
+        "reference", "cpu" or "triton"; None chooses the fastest usable one.
 
     Returns
     -------

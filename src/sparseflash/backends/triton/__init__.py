@@ -11,6 +11,7 @@ from .common import INTERPRETED
 from .linear import linear_backward, linear_forward
 from .softmax import backward, decode, forward
 from .statistics import stats
+from .stick import stick_backward, stick_forward
 
 __all__ = [
     "CAUTION",
@@ -24,6 +25,8 @@ __all__ = [
     "refuse",
     "stats",
     "status",
+    "stick_backward",
+    "stick_forward",
 ]
 
 NAME = "triton"

@@ -86,8 +86,8 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 32, 8, 1), (256, 4): Blocks(16, 32, 8, 1),
     },
     "stick": {
-        (64, 2): Blocks(64, 64, 8, 1), (128, 2): Blocks(64, 32, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
-        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+        (64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(16, 32, 8, 1),
+        (64, 4): Blocks(32, 16, 8, 1), (128, 4): Blocks(16, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
 }  # fmt: skip
 OTHERS = {  # whose products take their operands from registers, or that have less shared memory
