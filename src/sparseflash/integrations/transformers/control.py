@@ -124,7 +124,8 @@ def on_sparse(model: Any) -> Iterator[None]:
 def _setting(layer: Layer, prefill: Choice, decode: Choice) -> Setting:
     own = [x.get(layer.index) if isinstance(x, Mapping) else x for x in (prefill, decode)]
     for (phase, able), choice in zip(PHASES.items(), own):
-        for method in choice if isinstance(choice, Sequence) else [choice]:
+        several = isinstance(choice, Sequence) and not isinstance(choice, str)
+        for method in choice if several else [choice]:
             if method is None:
                 continue
             if not isinstance(method, Method):
