@@ -109,8 +109,9 @@ def main() -> None:
     print(f"decode: (programs that share keys, heads that share a tile): {shared}", flush=True)
     for seed in range(first, last):
         for n, kind in enumerate(plans.KINDS):
-            kept = torch.float16 if n % 2 else torch.float32
-            test_stick_breaking.hold("triton", kind, seed, (1, 17), (16, 31), kept)
+            if n % 3 == seed % 3:  # the interpreter takes seconds for each
+                kept = torch.float16 if n % 2 else torch.float32
+                test_stick_breaking.hold("triton", kind, seed, (1, 17), (16, 31), kept)
             test_stats.hold("triton", kind, seed, (1, 17), (16, 31), (test_stats.OVER[(n + seed) % 4],))
         linear(seed)
     print("linear attention: that of the sum over pairs", flush=True)
