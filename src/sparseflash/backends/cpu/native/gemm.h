@@ -5,7 +5,8 @@
 namespace {
 
 // What becomes of C: overwritten, or added to; FAR where it lies beyond the nearest cache levels, so that a block
-// fetches the next one's share of it while it computes.
+// asks for its share of it before it computes. C is added last: the sum of a long row is one of short sums, so equal
+// terms, whose roundings all go one way, do not drift with the length.
 enum Into { SET, ADD, ADD_FAR };
 
 template <int ROWS, int BYTES> inline void fetch(const float *c, int64_t ldc) {
@@ -24,8 +25,8 @@ inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, in
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) x[i][j] = into ? load(c + i * ldc + j * W) : (vf){};
-    if (into == ADD_FAR) fetch<MR, NV * W * 4>(c + MR * ldc, ldc);
+        for (int j = 0; j < NV; j++) x[i][j] = (vf){};
+    if (into == ADD_FAR) fetch<MR, NV * W * 4>(c, ldc);
     for (int64_t k = 0; k < K; k++) {
         vf y[NV];
 #pragma GCC unroll 8
@@ -40,7 +41,10 @@ inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, in
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, x[i][j]);
+        for (int j = 0; j < NV; j++) {
+            float *to = c + i * ldc + j * W;
+            store(to, into ? x[i][j] + load(to) : x[i][j]);
+        }
 }
 
 template <bool ACROSS, int NV>
@@ -127,8 +131,8 @@ inline void block_bf16(int64_t K2, const uint16_t *a, int64_t lda, const uint16_
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) x[i][j] = into ? _mm512_loadu_ps(c + i * ldc + j * 16) : _mm512_setzero_ps();
-    if (into == ADD_FAR) fetch<MR, NV * 64>(c + MR * ldc, ldc);
+        for (int j = 0; j < NV; j++) x[i][j] = _mm512_setzero_ps();
+    if (into == ADD_FAR) fetch<MR, NV * 64>(c, ldc);
     for (int64_t k = 0; k < K2; k++) {
         __m512i y[NV];
 #pragma GCC unroll 8
@@ -145,7 +149,10 @@ inline void block_bf16(int64_t K2, const uint16_t *a, int64_t lda, const uint16_
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) _mm512_storeu_ps(c + i * ldc + j * 16, x[i][j]);
+        for (int j = 0; j < NV; j++) {
+            float *to = c + i * ldc + j * 16;
+            _mm512_storeu_ps(to, into ? _mm512_add_ps(x[i][j], _mm512_loadu_ps(to)) : x[i][j]);
+        }
 }
 
 template <int NV>
