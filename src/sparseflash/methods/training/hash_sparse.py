@@ -174,7 +174,7 @@ class HashSparse(Method):
         def spans() -> Tensor:
             a, b = (
                 pad(
-                    p.spans.view(*p.span_start.shape, -1, 2),
+                    p.spans.view(*p.span_start.shape, p.span_room, 2),
                     (0, 0, 0, room - p.span_room, 0, tiles - p.tiles),
                 )
                 for p in (hashed, windows)
