@@ -25,6 +25,7 @@ DRAWN = {
     "breakeven": "breakeven-both-fp32-64",
     "coverage": "coverage-clustered-16",
     "mqar": "mqar",
+    "long-run": "long-run-time",
 }
 """Result file to the one of its pictures that a page shows."""
 DTYPES = ("fp32", "bf16")
@@ -155,6 +156,37 @@ def masks() -> str:
     )
 
 
+def long_run() -> str:
+    """Held-out bits per byte at equal steps, and after the time that the hashed model takes for them."""
+    ms = {row["case"]: float(row["ms"]) for row in rows("long-run-step")}
+    curves: dict[str, list[dict[str, str]]] = {}
+    for row in rows("long-run"):
+        if row["seed"] == "0":
+            curves.setdefault(row["case"], []).append(row)
+    sdpa = ms["dense, torch SDPA"]
+    time = float(curves["hash, 1 window head"][-1]["minutes"])
+    dense = float(curves["dense"][-1]["bpb"])
+    body = []
+    for case, curve in curves.items():
+        bpb = float(curve[-1]["bpb"])
+        then = [row["bpb"] for row in curve if float(row["minutes"]) <= 1.001 * time][-1]
+        over = sdpa / ms[case]
+        body.append(
+            [
+                case,
+                f"{bpb:.3f}",
+                f"{bpb / dense - 1:+.1%}",
+                f"{float(then):.3f}",
+                f"{ms[case]:.0f}",
+                f"{over:.2f}x",
+            ]
+        )
+    late = [row["bpb"] for row in curves["dense"] if float(row["minutes_sdpa"]) <= 1.001 * time]
+    body.append(["dense, torch SDPA", "as dense", "", f"{float(late[-1]):.3f}", f"{sdpa:.0f}", "1x"])
+    head = ["attention", "bits per byte", "over dense", f"after {time:.1f} minutes", "ms a step", "over SDPA"]
+    return table(head, body)
+
+
 def prediction() -> str:
     """How far `explain` is off on the points that its fit has not seen."""
     off = sorted(abs(float(row["off"])) for row in rows("breakeven") if row["held_out"])
@@ -226,6 +258,7 @@ BLOCKS = {
     "pixels": pixels,
     "prediction": prediction,
     "masks": masks,
+    "long-run": long_run,
 }
 
 
