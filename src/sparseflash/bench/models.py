@@ -102,7 +102,10 @@ def measure(
     for number, (name, dtype, what, T) in enumerate(wanted):
         share = Box(box.left / (len(wanted) - number))
         subject = subjects[name]
-        say = lambda text, at=f"{name}, {dtype}, {what}, T = {T}": on_run(f"{at}: {text}")  # noqa: E731
+
+        def say(text: str, at: str = f"{name}, {dtype}, {what}, T = {T}") -> None:
+            on_run(f"{at}: {text}")
+
         yield from _compare(name, subject, dtype, what, T, rounds, share, say)
 
 
@@ -151,9 +154,11 @@ def _rounds(
             break
         for name, run in runs.items():
             on_run(f"round {number + 1}, {name}")
-            times = timings[name].times
-            call = lambda run=run, times=times: times.append(seconds(lambda: run(T)))  # noqa: E731
-            peaks[name] = max(peaks[name], memory.peak(call))
+
+            def timed(run: Callable[[int], Any] = run, times: list[float] = timings[name].times) -> None:
+                times.append(seconds(lambda: run(T)))
+
+            peaks[name] = max(peaks[name], memory.peak(timed))
     return timings, peaks
 
 
