@@ -17,7 +17,7 @@ STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "has
 class Lines:
     """One line for every value of `label`, of `y` over `x`; one picture for every value of `split`.
 
-    `keep` says which rows are drawn.
+    `keep` says which rows are drawn, `name` what the picture's name ends in.
     """
 
     x: str
@@ -28,6 +28,7 @@ class Lines:
     split: tuple[str, ...] = ()
     log: bool = True
     keep: Callable[[Cells], bool] = lambda row: True
+    name: str = ""
 
     def draw(self, rows: list[Cells]) -> str:
         """Draw the rows that have both figures."""
@@ -51,6 +52,7 @@ class Bars:
     labels: tuple[str, ...] = ("case", "dtype")
     split: tuple[str, ...] = ()
     mark: float | None = 1.0
+    name: str = ""
 
     def draw(self, rows: list[Cells]) -> str:
         """Draw the rows that have the figure."""
@@ -70,8 +72,11 @@ def _late(row: Cells) -> bool:
 BITS = "held-out bits per byte"
 TIMES = "milliseconds"
 OVER_SDPA = "times faster than torch SDPA"
-RECIPES: dict[str, Lines | Bars] = {
-    "long-run": Lines("step", "bpb", "step", BITS, log=False, keep=_late),
+RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
+    "long-run": (
+        Lines("step", "bpb", "step", BITS, log=False, keep=_late),
+        Lines("minutes", "bpb", "minutes of training", BITS, log=False, keep=_late, name="time"),
+    ),
     "attention": Lines("T", "ms", "tokens", TIMES, split=("direction", "dtype")),
     "curves": Lines("T", "ms", "tokens", f"{TIMES}, forward + backward", split=("dtype",)),
     "attention-table": Bars("ratio", OVER_SDPA),
@@ -98,21 +103,15 @@ RECIPES: dict[str, Lines | Bars] = {
     "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
 }
 """How the rows of a benchmark are drawn, by their column `bench`."""
-AGAIN: dict[str, tuple[str, Lines | Bars]] = {
-    "long-run": ("time", Lines("minutes", "bpb", "minutes of training", BITS, log=False, keep=_late)),
-}
-"""A second picture of the same rows, and what its name ends in."""
 
 
 def draw(rows: Iterable[Cells], stem: str) -> dict[str, str]:
     """Pictures of rows: file name to SVG."""
     groups: dict[str, tuple[Lines | Bars, list[Cells]]] = {}
     for row in rows:
-        bench = row.get("bench", "")
-        for suffix, recipe in (("", RECIPES.get(bench)), AGAIN.get(bench, ("", None))):
-            if recipe is None:
-                continue
-            parts = [row[x] for x in recipe.split if row.get(x)] + [suffix] * bool(suffix)
+        recipes = RECIPES.get(row.get("bench", ""), ())
+        for recipe in recipes if isinstance(recipes, tuple) else (recipes,):
+            parts = [x for x in (*(row.get(x) for x in recipe.split), recipe.name) if x]
             name = "-".join([stem, *parts]).replace(" ", "-") + ".svg"
             groups.setdefault(name, (recipe, []))[1].append(row)
     found = {name: recipe.draw(rows) for name, (recipe, rows) in groups.items()}

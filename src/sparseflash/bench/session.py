@@ -262,8 +262,12 @@ def long_run(
         )
         rows = long_run_.with_minutes(rows, timed)
         results.write(out, rows)
-    last = [row for row in rows if str(row["step"]) == str(row["steps"])]
-    _finish(last, out, ("case", "lr", "seed", "steps", "bpb", "bpb_train", "minutes"))
+    _finish(
+        rows,
+        out,
+        ("case", "lr", "seed", "steps", "bpb", "bpb_train", "minutes"),
+        shown=lambda row: str(row["step"]) == str(row["steps"]),
+    )
     figures.redraw(out)
     for run in wanted if models else ():
         if (runs / run.directory).is_dir() and not long_run_.CONTENDERS[run.case].chance:
@@ -502,7 +506,12 @@ def _watch(
     return sheet.rows
 
 
-def _finish(rows: list[results.Row], out: Path, columns: Sequence[str]) -> None:
+def _finish(
+    rows: list[results.Row],
+    out: Path,
+    columns: Sequence[str],
+    shown: Callable[[results.Row], bool] = lambda row: True,
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -513,7 +522,7 @@ def _finish(rows: list[results.Row], out: Path, columns: Sequence[str]) -> None:
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "note") else "right")
-    for row in rows:
+    for row in filter(shown, rows):
         red = "red" if str(row.get("conformance", "")).startswith("FAILED") else None
         table.add_row(*(results.cell(row.get(column)) for column in columns), style=red)
     console = Console(soft_wrap=True)
