@@ -1,129 +1,162 @@
-"""Give a small byte-level model an indexer, train it, and see how much of the attention it finds.
+"""Give a trained model an indexer, train it, and see how much of the attention it finds.
 
-    python examples/learned_indexer.py [text file] [--steps 300]
+    python examples/learned_indexer.py RUN [--data TEXT] [--out rows.csv]
 
-First the model learns with dense attention. Then its indexers learn from that attention, nothing else moves
-(warm-up). Then all learn together while attention reads only what the indexers chose (sparse stage), as in
-DeepSeek-V3.2. Recall is the share of dense attention on the chosen keys, on text that was held out; after the
-first stage it is that of indexers that have learned nothing.
+RUN is the `--out` of any `sparseflash train`, such as benchmarks/models/dense-0. As in DeepSeek-V3.2, its
+indexers first learn from dense attention while nothing else moves (warm-up); then all learn together while
+attention reads only what the indexers chose (sparse stage). Recall is the share of dense attention on the
+chosen keys, of queries that have to choose. Beside the indexer stand random keys and the last keys before
+the query, as many. All of it on text that was held out.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseflash as sf
-from sparseflash.train.data import stdlib
+from sparseflash.bench.results import Row, write
+from sparseflash.train import Corpus
+from sparseflash.train.data import load, stdlib
+from sparseflash.train.model import GPT, norm, rotate
+from sparseflash.train.sample import load_model
 
-LENGTH, TOPK, WIDTH, HEADS, BATCH = 256, 24, 64, 4, 8
-INDEX_HEADS, INDEX_DIM = 4, 16
+HEADS = 4
+"""Of an indexer; their dimension is that of the model's heads."""
+RATE = 4e-3
+"""Learning rate of the indexers; the model, which is trained, moves at a tenth of it."""
+CHOICES = ("indexer", "random", "last")
 
 
-class Block(nn.Module):
-    """Attention with an indexer, and an MLP."""
+class Indexer(nn.Module):
+    """An attention `(q, k, v) -> out` that reads `keys`: all of them ("dense"), or `topk` of each query."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, dim: int, topk: int) -> None:
         super().__init__()
-        self.norm, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        self.index_q = nn.Linear(WIDTH, INDEX_HEADS * INDEX_DIM)
-        self.index_k, self.index_w = nn.Linear(WIDTH, INDEX_DIM), nn.Linear(WIDTH, INDEX_HEADS)
+        self.q, self.k = nn.Linear(width, HEADS * dim, bias=False), nn.Linear(width, dim, bias=False)
+        self.weights = nn.Linear(width, HEADS, bias=False)
+        self.topk, self.keys = topk, "dense"
 
-    def forward(self, x: Tensor, stage: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream, the loss of the indexer, and its recall: of what it chose, of random keys."""
-        y = self.norm(x)
-        q, k, v = self.qkv(y).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        z = y.detach()  # the indexer learns from the attention, not from the language
-        index = (self.index_q(z).unflatten(-1, (INDEX_HEADS, -1)).transpose(1, 2), self.index_k(z))
-        index = (*index, self.index_w(z).transpose(1, 2))
-        found = loss = x.new_zeros(())
-        if stage == "sparse":
-            chosen = sf.indexer_topk(*index, TOPK)
-            plan = sf.Plan.from_choice(chosen, Tk=LENGTH, unique=True)
-            o, lse = sf.attention(q, k, v, plan, return_lse=True)
-            loss = sf.indexer_kl_loss(*index, q, k, lse, chosen)
+    def look(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """See what the layer sees, before it runs; no gradient goes back, so language does not train this."""
+        x, table = inputs[0].detach(), inputs[1]
+        q = norm(rotate(self.q(x).unflatten(-1, (HEADS, -1)), table)).transpose(1, 2)
+        k = norm(rotate(self.k(x)[:, :, None], table)).squeeze(2)
+        self.scorer = q, k, self.weights(x).transpose(1, 2)
+
+    def choose(self, keys: str) -> Tensor:
+        """The keys of each query, [B, T, topk]."""
+        if keys == "last":
+            B, T, _ = self.scorer[1].shape
+            last = torch.arange(T)[:, None] - torch.arange(self.topk)
+            return last.clamp(min=-1).expand(B, -1, -1)
+        noise = (norm(torch.randn_like(x)) for x in self.scorer)
+        return sf.indexer_topk(*(self.scorer if keys == "indexer" else noise), self.topk)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; keep the indexer's `loss` in training, else the `recall` of each choice."""
+        T, chosen = k.shape[2], None
+        if self.keys == "dense":
+            plan = sf.Plan.dense(T, T, causal=True)
         else:
-            o, lse = sf.attention(q, k, v, causal=True, return_lse=True)
-            if stage == "warm-up":
-                loss = sf.indexer_kl_loss(*index, q, k, lse)
-            if stage == "recall":
-                found = recall(q, k, lse, index)
-        x = x + self.out(o.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x)), loss, found
+            chosen = self.choose(self.keys)
+            plan = sf.Plan.from_choice(chosen, Tk=T, unique=True)
+        out, lse = sf.attention(q, k, v, plan, return_lse=True)
+        if self.training:
+            self.loss = sf.indexer_kl_loss(*self.scorer, q, k, lse, chosen)
+        elif chosen is None:
+            self.recall = {keys: self._share(q, k, lse, keys) for keys in CHOICES}
+        return out
+
+    def _share(self, q: Tensor, k: Tensor, lse: Tensor, keys: str) -> float:
+        plan = sf.Plan.from_choice(self.choose(keys), Tk=k.shape[2], unique=True)
+        found = sf.attention_stats(q, k, lse, plan, over="row")
+        return float(found[:, :, self.topk :].mean())
 
 
-def recall(q: Tensor, k: Tensor, lse: Tensor, index: tuple[Tensor, ...]) -> Tensor:
-    """Share of dense attention on what is chosen, of queries that have to choose: learned and random."""
-    noise = [torch.randn_like(x) for x in index]
-    shares = []
-    for given in (index, noise):
-        chosen = sf.indexer_topk(*given, TOPK)
-        plan = sf.Plan.from_choice(chosen, Tk=LENGTH, unique=True)
-        mass = sf.attention_stats(q, k, lse, plan, over="row")
-        shares.append(mass[..., 2 * TOPK :].mean())
-    return torch.stack(shares)
+def add_indexers(model: GPT, topk: int) -> list[Indexer]:
+    """One for every layer of the model, in place of its attention."""
+    indexers = []
+    for block in model.blocks:
+        layer = block.attention
+        width = layer.project.in_features
+        layer.attention = Indexer(width, width // layer.heads, topk)
+        layer.register_forward_pre_hook(layer.attention.look)
+        indexers.append(layer.attention)
+    return indexers
 
 
-class Model(nn.Module):
-    """Bytes in, logits out."""
+def train(
+    model: GPT, indexers: list[Indexer], keys: str, corpus: Corpus, batch: int, length: int, steps: int
+) -> None:
+    """Train the indexers over dense attention, or everything over what they choose."""
+    model.train().requires_grad_(keys != "dense")
+    for indexer in indexers:
+        indexer.requires_grad_(True).keys = keys
+    own = [p for indexer in indexers for p in indexer.parameters()]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not x for x in own)]
+    groups = [{"params": own, "lr": RATE}, {"params": others, "lr": RATE / 10}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [RATE, RATE / 10], steps + 1, pct_start=0.1)
+    for step in range(steps):
+        language = model(*corpus.batch(1, step, slice(None), batch, length))
+        loss = torch.stack([indexer.loss for indexer in indexers]).sum()
+        optimizer.zero_grad()
+        (loss + language if keys != "dense" else loss).backward()
+        optimizer.step()
+        schedule.step()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.place = nn.Embedding(256, WIDTH), nn.Embedding(LENGTH, WIDTH)
-        self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(WIDTH, 256)
 
-    def forward(self, text: Tensor, stage: str = "dense") -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of the language, loss of the indexers, recall."""
-        x = self.bytes(text[:, :-1]) + self.place.weight
-        losses, found = [], []
-        for block in self.blocks:
-            x, loss, share = block(x, stage)
-            losses.append(loss)
-            found.append(share)
-        language = F.cross_entropy(self.head(x).flatten(0, 1), text[:, 1:].flatten())
-        return language, torch.stack(losses).sum(), torch.stack(found).mean(0)
+@torch.no_grad()
+def evaluate(model: GPT, indexers: list[Indexer], corpus: Corpus, length: int, windows: int) -> Iterator[Row]:
+    """Held-out bits per byte with all keys and with each choice, and the recall of each."""
+    model.eval()
+    held_out = list(corpus.validation(length, windows))
+    tokens, targets = (torch.cat(x) for x in zip(*held_out, strict=True))
+    for keys in ("dense", *CHOICES):
+        torch.manual_seed(0)
+        for indexer in indexers:
+            indexer.keys = keys
+        bpb = float(model(tokens, targets)) / math.log(2)
+        found = [indexer.recall[keys] if keys != "dense" else 1.0 for indexer in indexers]
+        yield {"keys": keys, "recall": sum(found) / len(found), "bpb": f"{bpb:.4f}"}
 
 
-def main(text: bytes, steps: int) -> dict[str, tuple[float, float]]:
-    """Train in three stages; recall (learned, random) before and after each."""
+def main(
+    run: Path, corpus: Corpus, *, length: int, topk: int, batch: int, steps: int, windows: int
+) -> list[Row]:
+    """Recall and bits per byte: before training, after the warm-up, after the sparse stage."""
+    model, _ = load_model(run)
     torch.manual_seed(0)
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    cut = len(data) * 9 // 10
-    generator = torch.Generator().manual_seed(0)
-
-    def batch(piece: Tensor) -> Tensor:
-        at = torch.randint(len(piece) - LENGTH - 1, (BATCH, 1), generator=generator)
-        return piece[at + torch.arange(LENGTH + 1)]
-
-    model, held_out, found = Model(), batch(data[cut:]), {}
-    indexers = [p for name, p in model.named_parameters() if "index_" in name]
-    for stage, learners in (
-        ("dense", model.parameters()),
-        ("warm-up", indexers),
-        ("sparse", model.parameters()),
-    ):
-        optimizer = torch.optim.AdamW(learners, lr=2e-3)
-        for _ in range(steps):
-            language, loss, _ = model(batch(data[:cut]), stage)
-            optimizer.zero_grad()
-            (loss if stage == "warm-up" else language + loss).backward()
-            optimizer.step()
-        with torch.no_grad():
-            language, _, share = model(held_out, "recall")
-            found[stage] = (float(share[0]), float(share[1]))
-        print(f"after {stage:8}: recall {share[0]:.3f}, of random keys {share[1]:.3f}, loss {language:.3f}")
-    return found
+    indexers, rows = add_indexers(model, topk), []
+    for stage, keys in (("untrained", None), ("warm-up", "dense"), ("sparse", "indexer")):
+        if keys:
+            train(model, indexers, keys, corpus, batch, length, steps)
+        for row in evaluate(model, indexers, corpus, length, windows):
+            print(f"{stage:>9}, {row['keys']:>7}: recall {row['recall']:.3f}, bits per byte {row['bpb']}")
+            given = {"T": length, "topk": topk, "batch": batch, "steps": steps}
+            rows.append({"bench": "learned-indexer", "model": run.name, **given, "stage": stage, **row})
+    return rows
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", nargs="?", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
-    given = parser.parse_args()
-    main(given.text.read_bytes() if given.text else bytes(stdlib().train.tolist()), given.steps)
+    parser.add_argument("run", type=Path, help="directory of a model that sparseflash train made")
+    parser.add_argument("--data", default="", help="text file or directory; by default Python's own library")
+    parser.add_argument("--length", type=int, default=1024, help="bytes in a sequence")
+    parser.add_argument("--topk", type=int, default=64, help="keys that a query chooses")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--steps", type=int, default=200, help="optimiser steps of each stage")
+    parser.add_argument("--windows", type=int, default=16, help="held-out sequences")
+    parser.add_argument("--out", type=Path, help="CSV file of the rows")
+    given = vars(parser.parse_args())
+    data, out = given.pop("data"), given.pop("out")
+    rows = main(corpus=load(data) if data else stdlib(), **given)
+    if out:
+        write(out, rows)
