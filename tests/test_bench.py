@@ -147,15 +147,17 @@ def test_each_level_is_measured_at_its_own_instructions():
 
 @pytest.mark.parametrize("layout", decode.LAYOUTS)
 def test_the_alternatives_to_decode_compute_the_same(layout):
-    tokens, ours, other = decode.LAYOUTS[layout](2048, 2, 16, torch.float32)
-    assert tokens == 2048
-    torch.testing.assert_close(ours(), other(), atol=1e-5, rtol=1e-5)
+    case = decode.LAYOUTS[layout](2048, 2, 16, torch.float32)
+    assert case.tokens == 2048
+    torch.testing.assert_close(case.ours(), case.other(), atol=1e-5, rtol=1e-5)
 
 
 def test_decode_is_measured_in_bytes_a_second():
     options = {"mib": 1, "layouts": ["ragged"], "groups": [2], "dims": [16], "dtypes": ["bf16"], "rounds": 1}
     (row,) = decode.measure(**options)
     assert row["mib"] == 1 and row["gbs"] == pytest.approx(2**20 / row["ms"] / 1e6)
+    assert row["gfs"] == pytest.approx(row["gbs"] * 2)  # four per number and query, two bytes a number
+    assert row["roof"] >= row["gfs"] / row["gfs_matmul"] * 0.999
 
 
 def test_the_plain_twins_compute_what_the_ops_do():

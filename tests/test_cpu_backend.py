@@ -543,3 +543,10 @@ def test_no_data_races(tmp_path):
         pytest.skip("ThreadSanitizer does not run with this kernel's address layout")
     assert run.returncode == 0 and "callers agree" in run.stdout, run.stdout + run.stderr[-6000:]
     assert "WARNING: ThreadSanitizer" not in run.stderr, run.stderr[-6000:]
+
+
+def test_a_plain_read_reads_everything(generator):
+    whole = 2**22 // 8
+    x = torch.randint(-(2**62), 2**62, (2 * whole + 3,), generator=generator)
+    want = x[: 2 * whole].sum() + x[2 * whole :].view(torch.uint8).sum(dtype=torch.int64)
+    assert cpu.library.read(x) == int(want) % 2**64

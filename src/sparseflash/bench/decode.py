@@ -1,34 +1,49 @@
-"""`decode` over the bandwidth of memory: how fast K and V are read, against a plain read of as many bytes.
+"""`decode` over what the machine allows: the bandwidth of its memory, and the speed of its products.
 
-The plain read is `torch.sum` over one fp32 tensor, on all threads. It runs in turn with decode, and with what
-a user would write instead: SDPA with `enable_gqa`, under a mask where lengths differ, after gathering where
-K and V lie in pages or a prefix is shared.
+The bandwidth is that of a plain read of the same K and V, eight places a thread in turn. Other bytes will not
+do: where the system puts them decides between 30 and 50 GB/s. Before each run something else is read, so that
+nobody finds the cache filled by the one before. Where a key meets many queries (a large group, a shared
+prefix) products are the limit, and a square matmul of the same dtype says how fast they could be; `roof` is the
+share of the slower of the two limits. What a user would write instead runs in turn too: SDPA with
+`enable_gqa`, under a mask where lengths differ, after gathering where K and V lie in pages or a prefix is shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sparseflash as sf
+from sparseflash.backends.cpu import library
 from sparseflash.bench.cases import DTYPES
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
 from sparseflash.plan import Plan
 
-Runs = tuple[int, Callable[[], Tensor], Callable[[], Tensor]]
-"""Tokens that are read (of each KV head), ours, and the alternative."""
 
-BATCH, HKV = 4, 4
+class Runs(NamedTuple):
+    """A layout: what is timed, and what that moves and multiplies."""
+
+    tokens: int
+    """How many are read of each KV head."""
+    seen: int
+    """How many meet each query head, over all sequences."""
+    memory: tuple[Tensor, Tensor]
+    ours: Callable[[], Tensor]
+    other: Callable[[], Tensor]
+
+
+BATCH, HKV, SQUARE = 4, 4, 1024
 
 
 def contiguous(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
     """Sequences of equal lengths, each in a row of its own."""
     q, k, v = _cache(BATCH, tokens // BATCH, group, dim, dtype)
-    return tokens, lambda: sf.decode(q, k, v), lambda: _sdpa(q, k, v)
+    return Runs(tokens, tokens, (k, v), lambda: sf.decode(q, k, v), lambda: _sdpa(q, k, v))
 
 
 def ragged(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
@@ -37,7 +52,8 @@ def ragged(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
     q, k, v = _cache(BATCH, int(lengths.max()), group, dim, dtype)
     plan = Plan.from_lengths(lengths, Tk=k.shape[2])
     seen = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None]
-    return int(lengths.sum()), lambda: sf.decode(q, k, v, plan), lambda: _sdpa(q, k, v, seen)
+    total = int(lengths.sum())
+    return Runs(total, total, (k, v), lambda: sf.decode(q, k, v, plan), lambda: _sdpa(q, k, v, seen))
 
 
 def paged(tokens: int, group: int, dim: int, dtype: torch.dtype, *, page: int) -> Runs:
@@ -52,7 +68,8 @@ def paged(tokens: int, group: int, dim: int, dtype: torch.dtype, *, page: int) -
     def gather() -> Tensor:
         return _sdpa(q, *(x[table].flatten(1, 2).transpose(1, 2) for x in pools))
 
-    return BATCH * n * page, lambda: sf.decode(q, k, v, plan), gather
+    total = BATCH * n * page
+    return Runs(total, total, (pools[0], pools[1]), lambda: sf.decode(q, k, v, plan), gather)
 
 
 def shared_prefix(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:
@@ -70,7 +87,10 @@ def shared_prefix(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs
             [first.expand(BATCH, -1, -1, -1), rest.reshape(HKV, BATCH, own, dim).transpose(0, 1)], 2
         )
 
-    return k.shape[2], lambda: sf.decode(q, k, v, plans), lambda: _sdpa(q, copy(k), copy(v))
+    seen = BATCH * (prefix + own)
+    return Runs(
+        k.shape[2], seen, (k, v), lambda: sf.decode(q, k, v, plans), lambda: _sdpa(q, copy(k), copy(v))
+    )
 
 
 LAYOUTS: dict[str, Callable[[int, int, int, torch.dtype], Runs]] = {
@@ -94,38 +114,45 @@ def measure(
     minutes: float = 6.0,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Measure GB/s of decode and its ratios: over the plain read, and over the alternative's time."""
+    """Measure GB/s and GF/s of decode, its shares of the machine's, and its ratio over the alternative."""
     shapes = [(a, g, d, t) for a in layouts for t in dtypes for d in dims for g in groups]
     box = Box(minutes * 60)
+    elsewhere = torch.ones(mib * 2**18)
     for number, (layout, group, dim, dtype) in enumerate(shapes):
         each = 2 * HKV * dim * DTYPES[dtype].itemsize  # bytes of a token
-        tokens, ours, other = LAYOUTS[layout](mib * 2**20 // each, group, dim, DTYPES[dtype])
-        plain = torch.ones(tokens * each // 4)
+        case = LAYOUTS[layout](mib * 2**20 // each, group, dim, DTYPES[dtype])
         share = Box(box.left / (len(shapes) - number))
 
         def watch(name: str, case: str = f"{layout}, {dtype}, D {dim}, group {group}") -> None:
             on_run(f"{case}, {name}")
 
-        runs: dict[str, Callable[[], object]] = {"read": plain.sum, "decode": ours, "sdpa": other}
-        timings = interleave(
-            runs,
-            rounds=rounds,
-            box=share,
-            on_run=watch,
-        )
-        read, mine, sdpa = (timings[name] for name in ("read", "decode", "sdpa"))
-        row: Row = {
-            "bench": "decode",
-            "case": layout,
-            "dtype": dtype,
-            "T": tokens,
-            "group": group,
-            "dim": dim,
-        }
-        row |= {"mib": tokens * each / 2**20, "gbs_read": tokens * each / read.median / 1e9}
-        row |= {"gbs": tokens * each / mine.median / 1e9, "share": 1 / mine.over(read)}
+        runs = _runs(case, elsewhere, torch.randn(SQUARE, SQUARE).to(DTYPES[dtype]))
+        timings = interleave(runs, rounds=rounds, box=share, on_run=watch)
+        read, mine, sdpa, matmul = (timings[name] for name in ("read", "decode", "sdpa", "matmul"))
+        moved, work = case.tokens * each, 4 * case.seen * HKV * group * dim
+        whole = sum(x.nbytes for x in case.memory)
+        reading, multiplying = read.median * moved / whole, matmul.median * work / (2 * SQUARE**3)
+        row: Row = {"bench": "decode", "case": layout, "dtype": dtype}
+        row |= {"T": case.tokens, "group": group, "dim": dim, "mib": moved / 2**20}
+        row |= {"gbs_read": whole / read.median / 1e9, "gfs_matmul": 2 * SQUARE**3 / matmul.median / 1e9}
+        row |= {"gbs": moved / mine.median / 1e9, "gfs": work / mine.median / 1e9}
+        row |= {"share": moved / whole / mine.over(read), "roof": max(reading, multiplying) / mine.median}
         row |= {"ms_sdpa": sdpa.median * 1e3, "ms": mine.median * 1e3, "ratio": sdpa.over(mine)}
         yield row | {"rounds": len(mine.times)}
+
+
+def _runs(case: Runs, elsewhere: Tensor, square: Tensor) -> dict[str, Callable[[], object]]:
+    """Return what is timed in turn, with another read before each run that memory matters to."""
+
+    def read() -> None:
+        for x in case.memory:
+            library.read(x)
+
+    runs: dict[str, Callable[[], object]] = {}
+    for name, run in (("read", read), ("decode", case.ours), ("sdpa", case.other)):
+        runs[f"{name}, after"] = elsewhere.sum
+        runs[name] = run
+    return runs | {"matmul": lambda: square @ square}
 
 
 def _cache(

@@ -230,6 +230,7 @@ def _load(target: Path) -> ctypes.CDLL | str:
         loaded = ctypes.CDLL(str(target))
         loaded.sf_call_size.restype = ctypes.c_int64
         loaded.sf_level_name.restype = ctypes.c_char_p
+        loaded.sf_read.restype = ctypes.c_uint64
         return loaded
     except (OSError, UnicodeDecodeError, AttributeError) as error:
         return str(error)
