@@ -12,10 +12,8 @@
 
 namespace {
 
-constexpr int SPLIT = 256;        // keys of a piece
 constexpr int BUNDLE = 8;         // pieces of a task: each asks for the memory of the next
 constexpr int ROWS_AT_ONCE = 32;  // query rows whose scores of a piece are held
-constexpr int KEYS_AT_ONCE = 32;  // rows of V that stay in the first cache level while all queries read them
 
 // ---------------------------------------------------------------- the work list
 
@@ -236,13 +234,10 @@ template <class T> struct DecodeScratch {
     bool make(const SfCall &c) {
         const int64_t wide = round_up(c.D, T::QUAD);
         return q.make(ROWS_AT_ONCE * wide) && p.make(ROWS_AT_ONCE * SPLIT) && s.make(ROWS_AT_ONCE * SPLIT) &&
-               line.make(wide) && k.make(c.k, c.dtype, c.D, T::QUAD, 4, false) &&
-               v.make(c.v, c.dtype, c.Dv, STRIP, KEYS_AT_ONCE, true);
+               line.make(wide) && k.make(c.k, c.dtype, c.D, T::QUAD, T::KEYS, false) &&
+               v.make(c.v, c.dtype, c.Dv, STRIP, T::KEYS, true);
     }
 };
-
-// Where the score of row i for the j-th key lies.
-inline int64_t place(int64_t i, int64_t j) { return i / PACK * PACK * SPLIT + (j & ~3) * PACK + i % PACK * 4 + (j & 3); }
 
 // The scores of a pack with n keys become weights; max (base 2) and sum of each query.
 template <class T> inline void softmax_pack(const float *s, int n, float factor, typename T::Item *p, float *m, float *l) {
@@ -287,7 +282,7 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
         return;
     }
     const int n = x.padded;
-    const Item *copies[KEYS_AT_ONCE];
+    const Item *copies[T::KEYS];
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
         const int some = (int)least<int64_t>(ROWS_AT_ONCE, rows - first), count = (some + PACK - 1) / PACK;
         // row = (sequence, head, query)
@@ -301,12 +296,12 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
             Item *to = w.q + i / PACK * ldq + i % PACK * T::QUAD;
             for (int64_t d = 0; d < wide; d += T::QUAD) memcpy(to + d * PACK, w.line + d, 16);
         }
-        for (int j = 0; j < n; j += 4) {
-            if (first == 0)
-                for (int i = 0; i < 4; i++) ask(x.v[j + i], 0, w.v.lines, 1);
-            const Item *const *k = w.k.get(x.k + j, 4, copies);
+        for (int j = 0; j < n; j += T::KEYS) {
+            const int keys = least(T::KEYS, n - j);
+            const Item *const *k = w.k.get(x.k + j, keys, copies);
             by_counts<PACKS>(count, [&](int r, auto counted) {
-                scores<T, decltype(counted)::value>(k, wide / T::QUAD, w.q + r * ldq, ldq, w.s + place(r * PACK, j), PACK * SPLIT);
+                scores<T, decltype(counted)::value>(k, keys, wide / T::QUAD, w.q + r * ldq, w.s + place(r * PACK, j),
+                                                    (const Item *const *)x.v + j, first || r ? 0 : w.v.lines);
             });
         }
         for (int i = 0; i < some; i++) {
@@ -333,18 +328,15 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
         }
         float *o = parts.o + (at * parts.rows + first) * ldo;
         memset(o, 0, some * ldo * 4);
-        for (int j = 0; j < n; j += KEYS_AT_ONCE) {
-            const int keys = least(KEYS_AT_ONCE, n - j);
+        for (int j = 0; j < n; j += T::KEYS) {
+            const int keys = least(T::KEYS, n - j);
             const Item *const *v = w.v.get(x.v + j, keys, copies);
-            for (int64_t d = 0; d < c.Dv; d += STRIP)
-                by_counts<4>(some, [&](int r, auto counted) {
-                    constexpr int N = decltype(counted)::value;
-                    const Item *p[N];
-                    for (int i = 0; i < N; i++) p[i] = w.p + place(r + i, j);
-                    const bool asks = first == 0 && r == 0;
-                    weigh<T, N>(v, keys, d, w.v.in_place ? c.Dv - d : STRIP, p, o + r * ldo + d, ldo,
-                                (const Item *const *)y.k + j, asks ? d / STRIP : 0, asks ? w.k.lines : 0, ldo / STRIP);
-                });
+            by_counts<DEEP>(some, [&](int r, auto counted) {
+                constexpr int N = decltype(counted)::value, C = N == 8 ? COLUMNS / 2 : COLUMNS;
+                for (int64_t d = 0; d < c.Dv; d += C * W)
+                    weigh<T, N, C>(v, keys, d, w.v.in_place ? c.Dv - d : C * W, w.p + place(r, j), o + r * ldo + d, ldo,
+                                   (const Item *const *)y.k + j, d / (C * W), first || r ? 0 : w.k.lines, ldo / (C * W));
+            });
         }
     }
 }
@@ -393,12 +385,23 @@ template <class T> int decode_as(const SfCall &c, SfParallel parallel) {
     base[lists] = pieces;
     const int threads = most(c.threads, 1);
     Buffer<Piece> work;
+    Buffer<int64_t> turn;  // in which order they are computed
     Buffer<char> room;
     Parts parts;
-    if (!work.make(pieces) || !parts.make(c, packs, pieces) || !room.make(threads * (int64_t)sizeof(DecodeScratch<T>)))
+    if (!work.make(pieces) || !turn.make(pieces) || !parts.make(c, packs, pieces) || !room.make(threads * (int64_t)sizeof(DecodeScratch<T>)))
         return 1;
     Piece *next = work.p;
     for (int64_t i = 0; i < lists; i++) for_each_piece(c, packs, i, [&](const Piece &x) { *next++ = x; });
+    // Heads that lie side by side in memory (pages, [B,T,H,D]) take turns, piece by piece: a row's neighbours come along
+    // with it into the caches.
+    const int64_t together = c.k.head < c.k.row ? packs.packs * packs.blocks * c.plan.tiles : 1;
+    int64_t turns = 0;
+    for (int64_t first = 0; first < lists; first += together)
+        for (int64_t nth = 0, before = -1; before != turns; nth++) {
+            before = turns;
+            for (int64_t i = first; i < first + together; i++)
+                if (base[i] + nth < base[i + 1]) turn[turns++] = base[i] + nth;
+        }
     DecodeScratch<T> *scratch = (DecodeScratch<T> *)room.p;
     bool ok = true;
     for (int t = 0; t < threads; t++) {
@@ -409,11 +412,11 @@ template <class T> int decode_as(const SfCall &c, SfParallel parallel) {
     auto bundle = [&](int64_t i, int thread) {
         DecodeScratch<T> &w = scratch[thread];
         const int64_t from = i * BUNDLE, to = least(from + BUNDLE, pieces);
-        w.piece[0].find(c, packs, work[from]);
-        for (int64_t at = from; at < to; at++) {
-            PieceKeys &x = w.piece[(at - from) & 1], &y = w.piece[(at - from + 1) & 1];
-            if (at + 1 < to) y.find(c, packs, work[at + 1]);
-            decode_piece<T>(c, packs, logits, x, at + 1 < to ? y : x, at, w, parts);
+        w.piece[0].find(c, packs, work[turn[from]]);
+        for (int64_t n = from; n < to; n++) {
+            PieceKeys &x = w.piece[(n - from) & 1], &y = w.piece[(n - from + 1) & 1];
+            if (n + 1 < to) y.find(c, packs, work[turn[n + 1]]);
+            decode_piece<T>(c, packs, logits, x, n + 1 < to ? y : x, turn[n], w, parts);
         }
     };
     auto merge = [&](int64_t i, int) { merge_pieces(c, packs, i, base[i], base[i + 1], parts); };
