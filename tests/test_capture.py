@@ -8,7 +8,7 @@ pytest.importorskip("safetensors")
 
 from sparseflash.bench import capture, harness
 from sparseflash.errors import SparseFlashError
-from sparseflash.train import GPT, TrainConfig
+from sparseflash.train import GPT, TrainConfig, checkpoint
 
 
 @pytest.fixture
@@ -28,6 +28,23 @@ def test_every_layer_is_heard_and_the_model_is_not_touched(model):
     model.blocks[0].attention.output.register_forward_pre_hook(lambda _, x: seen.update(x=x[0]))
     model(tokens)
     torch.testing.assert_close(heads, seen["x"])
+
+
+def test_a_run_is_heard_under_any_attention(tmp_path):
+    config = TrainConfig("", "hash-sparse", {"nb": 4}, layers=2, width=32, heads=2, length=64)
+    model, tokens = GPT(config), torch.arange(48)[None]
+    checkpoint.save(
+        tmp_path, {f"model.{name}": x for name, x in model.state_dict().items()}, {"config": config.to_json()}
+    )
+    found = capture.of_run(tmp_path, tokens, layers=[0])
+    assert list(found) == ["layer.0.q", "layer.0.k", "layer.0.v"]
+    seen = {}
+    model.blocks[0].attention.output.register_forward_pre_hook(lambda _, x: seen.update(x=x[0]))
+    model(tokens)
+    heads = model.blocks[0].attention.attention(*(found[f"layer.0.{x}"] for x in "qkv"))
+    torch.testing.assert_close(heads.transpose(1, 2).flatten(2), seen["x"])
+    with pytest.raises(SparseFlashError, match="layers 0 to 1"):
+        capture.of_run(tmp_path, tokens, layers=[2])
 
 
 def test_a_model_of_transformers_is_heard_too():

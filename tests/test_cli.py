@@ -166,7 +166,7 @@ def test_bench_writes_its_rows(run, tmp_path):
     assert run("bench", "compare", tmp_path / "attention.csv", tmp_path / "attention.csv")[0] == 0
     for given, said in (
         (("--methods", "hash"), "did you mean 'hash-sparse'"),
-        (("--baselines", "sdpa", "--direction", "up"), "choose from: forward, backward, both"),
+        (("--baselines", "sdpa", "--direction", "up"), "choose from: forward; backward; both"),
         (("--methods", "window", "--set", "window=8"), "write it as --set method.window"),
     ):
         status, _, err = run("bench", *given, *tiny)

@@ -17,6 +17,7 @@ OPS = (*CORE, "dispatch", "inputs", "ops")
 METHOD = (*OPS, "select", "order", "cache", "method")
 MAY_IMPORT = {
     "errors": (),
+    "files": (),
     "plan": ("errors",),
     "backends": CORE,
     "select": CORE,
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "decode": OPS,
     "jagged": (*OPS, "pointwise"),
     "packing": (*CORE, "inputs"),
-    "explain": (*CORE, "inputs"),
+    "explain": (*CORE, "files", "inputs"),
     "method": (*OPS, "statistics", "select", "order", "cache"),
     "methods": METHOD,
     "calibrate": (*METHOD, "methods"),

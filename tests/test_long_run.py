@@ -5,8 +5,10 @@ import torch
 
 pytest.importorskip("safetensors")
 pytest.importorskip("rich")
+pytest.importorskip("typer")
 
-from sparseflash.bench import long_run, results, session
+from sparseflash.bench import long_run, results
+from sparseflash.bench.commands.training import bench_long_run, train_and_time
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, checkpoint
 from sparseflash.train.errors import TrainError
@@ -20,25 +22,10 @@ def runs(*cases, steps=2, **change):
     return long_run.plan_runs(cases, rates=[1e-2], seeds=[0], steps=steps, **TINY | change)
 
 
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text"
-    file.write_bytes(TEXT)
-    return file
-
-
-def test_what_is_in_the_file_is_not_trained_again_and_what_stopped_goes_on(tmp_path, text, monkeypatch):
+def test_what_is_in_the_file_is_not_trained_again_and_what_stopped_goes_on(tmp_path):
     def long(*cases, rounds=0, models=None):
-        options = {
-            "data": str(text),
-            "runs": tmp_path / "runs",
-            "cases": cases,
-            "rates": [1e-2],
-            "seeds": [0],
-        }
-        session.long_run(
-            tmp_path / "a.csv", **options, steps=2, rounds=rounds, minutes=1.0, models=models, **TINY
-        )
+        options = {"rounds": rounds, "minutes": 1.0, "models": models}
+        train_and_time(tmp_path / "a.csv", Corpus([TEXT]), runs(*cases), tmp_path / "runs", **options)
         return results.read(tmp_path / "a.csv")
 
     first = long("dense")
@@ -57,7 +44,7 @@ def test_what_is_in_the_file_is_not_trained_again_and_what_stopped_goes_on(tmp_p
         checkpoint.restore(tensors, model, torch.optim.AdamW(model.parameters()))
 
     with pytest.raises(SparseFlashError, match="choose from: dense; hash"):
-        long("dense", "hsah")
+        bench_long_run(cases="dense; hsah")
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path):

@@ -230,7 +230,7 @@ def demo(
     """
     from sparseflash.bench import demo as demo_
     from sparseflash.bench.machine import has_amx
-    from sparseflash.train.data import load, stdlib
+    from sparseflash.train.data import named
 
     if dtype == "auto":
         dtype = "bf16" if has_amx() else "fp32"
@@ -238,7 +238,7 @@ def demo(
         raise SparseFlashError(f"--minutes is {minutes:g}; expected a positive number such as 6")
     command = " ".join(["sparseflash", *map(shlex.quote, sys.argv[1:])])
     demo_.run(
-        load(data) if data else stdlib(),
+        named(data),
         out,
         minutes=minutes,
         length=length,

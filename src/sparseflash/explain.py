@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import SparseFlashError, require
+from .files import replacing
 from .inputs import Plans
 from .plan import Plan
 from .plan.lists import _at, ranges
@@ -93,7 +94,8 @@ class Costs:
         """Write them where `explain` looks, or elsewhere."""
         path = Path(path or default_path())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.__dict__ | {"terms": TERMS}, indent=1) + "\n")
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.__dict__ | {"terms": TERMS}, indent=1) + "\n")
         return path
 
     @classmethod

@@ -1,13 +1,14 @@
 """Queries, keys and values of a real model, as benchmark input: noise has no structure to find.
 
-Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is heard, without touching the model:
-models of ``sparseflash train`` with dense attention, and those of Transformers with
-``attn_implementation="sdpa"``.
+Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is heard, without touching the model, such
+as those of Transformers with ``attn_implementation="sdpa"``. Models of ``sparseflash train`` are heard under
+any attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sparseflash.errors import SparseFlashError
+from sparseflash.files import replacing
+from sparseflash.train.attention import Attention
+from sparseflash.train.sample import load_model
 
 NAMES = ("q", "k", "v")
 MOST_MB = 8.0
@@ -49,9 +53,12 @@ class Capture(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value"), args)) | kwargs
-            q, k, v = (given[x].detach().clone() for x in ("query", "key", "value"))
-            self.calls.append((q, k, v))
+            self.keep(*(given[x] for x in ("query", "key", "value")))
         return func(*args, **kwargs)
+
+    def keep(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take a copy of one call."""
+        self.calls.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
 
 
 @torch.no_grad()
@@ -74,9 +81,45 @@ def capture(run: Callable[[], Any], layers: Sequence[int] = ()) -> dict[str, Ten
         run()
     if not heard.calls:
         raise SparseFlashError(
-            "the model never called scaled_dot_product_attention: load it with attn_implementation='sdpa', "
-            "or train it with --attention dense"
+            "the model never called scaled_dot_product_attention: load it with attn_implementation='sdpa'"
         )
+    return _named(heard, layers)
+
+
+@torch.no_grad()
+def of_run(directory: Path, text: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
+    """What the layers of a run of ``sparseflash train`` see in bytes [B, T]; see `capture`."""
+    model, _ = load_model(directory)
+    heard = Capture()
+    for block in model.blocks:
+        block.attention.attention = _Heard(heard, block.attention.attention)
+    model(text)
+    return _named(heard, layers)
+
+
+def of_model(name: str, text: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
+    """What the layers of a causal model of Transformers see in bytes [1, T]; see `capture`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa").eval()
+    said = bytes(text[0].to(torch.uint8).tolist()).decode("utf-8", "replace")
+    tokens = AutoTokenizer.from_pretrained(name)(said, return_tensors="pt").input_ids
+    return capture(lambda: model(tokens), layers)
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """An attention whose calls are kept."""
+
+    heard: Capture
+    attention: Attention
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.heard.keep(q, k, v)
+        return self.attention(q, k, v)
+
+
+def _named(heard: Capture, layers: Sequence[int]) -> dict[str, Tensor]:
     for layer in layers:
         if not 0 <= layer < len(heard.calls):
             raise SparseFlashError(
@@ -103,7 +146,8 @@ def save(
             f"the capture has {size:.1f} MB, more than {most:g}: take fewer layers or tokens"
         )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(half, path, metadata=dict(about))
+    with replacing(Path(path)) as temporary:
+        save_file(half, temporary, metadata=dict(about))
     return size
 
 

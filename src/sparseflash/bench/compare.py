@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from sparseflash.bench import results
 from sparseflash.errors import SparseFlashError
 
 KEY = ("bench", "what", "mix", "level", "case", "direction", "T", "batch", "heads", "dim", "dtype", "device")
@@ -50,6 +52,23 @@ def compare(before: Iterable[Mapping[str, str]], after: Iterable[Mapping[str, st
     if not changes:
         raise SparseFlashError(f"the files have no row in common (rows are matched by {', '.join(KEY)})")
     return sorted(changes, key=lambda x: -x.slower)
+
+
+def files(before: Path, after: Path) -> list[Change]:
+    """Compare two result files, or those of the same name in two directories.
+
+    Raises
+    ------
+    SparseFlashError
+        If one of them is not there, or no row is in both.
+    """
+    pairs = [(before, after)]
+    if before.is_dir() and after.is_dir():
+        pairs = [(x, after / x.name) for x in sorted(before.glob("*.csv")) if (after / x.name).is_file()]
+    for path in (x for pair in pairs or [(before, after)] for x in pair):
+        if not path.is_file():
+            raise SparseFlashError(f"{path}: no result file; name two CSV files, or two directories of them")
+    return [x for old, new in pairs for x in compare(results.read(old), results.read(new))]
 
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:

@@ -31,6 +31,15 @@ HEADS, DIM = 4, 64
 Runs = dict[str, Callable[[], object]]
 
 
+def require_room(tokens: int, longest: int) -> None:
+    """Refuse a batch that has no room for two documents, or documents that are hardly any."""
+    if tokens < 2 * longest or longest < SHORTEST:
+        raise SparseFlashError(
+            f"--tokens {tokens} --longest {longest}: expected --longest of at least {SHORTEST}, "
+            "and --tokens of at least twice that"
+        )
+
+
 def mixes(corpus: Corpus, *, tokens: int, longest: int) -> dict[str, list[Tensor]]:
     """Batches of documents, uint8 [n]: at most so many tokens together, and each at most `longest`."""
     text = bytes(corpus.train.numpy())

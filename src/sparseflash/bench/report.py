@@ -12,6 +12,7 @@ from string import Template
 from sparseflash.bench import chart
 from sparseflash.bench.results import Row
 from sparseflash.errors import SparseFlashError
+from sparseflash.files import replacing
 from sparseflash.train import Row as Step
 
 STYLES = {
@@ -113,7 +114,8 @@ def write(result: Result, path: Path) -> None:
     """Write the report to `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(render(result), encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_text(render(result), encoding="utf-8")
     except OSError as error:
         raise SparseFlashError(
             f"cannot write the report {path}: {error.strerror}; give another --out"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sparseflash.bench.machine import describe
 from sparseflash.errors import SparseFlashError
+from sparseflash.files import replacing
 
 Row = dict[str, Any]
 
@@ -19,14 +19,12 @@ def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = [{**row, **{name: x for name, x in describe().items() if name not in row}} for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", newline="") as stream:
+        with replacing(path) as temporary, open(temporary, "w", newline="") as stream:
             writer = csv.DictWriter(stream, columns, restval="")
             writer.writeheader()
             writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
-        os.replace(temporary, path)
     except OSError as error:
         raise SparseFlashError(f"cannot write --out {path}: {error.strerror}; give a writable path") from None
 

@@ -7,7 +7,6 @@ is on disk, so a kill, a crash or a full disk leaves the previous checkpoint as 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseflash.files import replacing
 from sparseflash.train.errors import TrainError
 
 FILE = "checkpoint.safetensors"
@@ -26,20 +26,16 @@ def save(directory: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> N
     """Write `tensors` and `meta` to ``directory/checkpoint.safetensors``, or change nothing and raise."""
     serialize = _safetensors().save
     path = directory / FILE
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
     data = serialize(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
         metadata={"format": FORMAT, "meta": json.dumps(meta)},
     )
     try:
-        with open(temporary, "wb") as stream:
+        with replacing(path) as temporary, open(temporary, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = (
             f"the checkpoint of step {read_meta(directory)['step']} is intact"
             if path.exists()

@@ -111,6 +111,11 @@ def load(path: str | Path) -> Corpus:
     return Corpus(texts, name=f"--data {path}")
 
 
+def named(path: str | Path) -> Corpus:
+    """The text that ``--data`` names; Python's own standard library where it names none."""
+    return load(path) if path else stdlib()
+
+
 def stdlib() -> Corpus:
     """Python's own standard library, without tests and installed packages: real text on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])

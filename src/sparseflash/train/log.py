@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparseflash.files import replacing
 from sparseflash.train.errors import TrainError
 
 FILE = "log.csv"
@@ -49,11 +49,9 @@ class Log:
     def __init__(self, directory: Path, keep: int = 0) -> None:
         self.path = directory / FILE
         self.rows = [row for row in read(directory) if row.step <= keep] if keep else []
-        temporary = self.path.with_suffix(".tmp")
         try:
-            with open(temporary, "w", newline="") as stream:
+            with replacing(self.path) as temporary, open(temporary, "w", newline="") as stream:
                 csv.writer(stream).writerows([COLUMNS, *(row.cells() for row in self.rows)])
-            os.replace(temporary, self.path)
         except OSError as error:
             raise TrainError(
                 f"cannot write {self.path}: {error.strerror}; make room or use another --out"

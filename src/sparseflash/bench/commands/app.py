@@ -1,0 +1,94 @@
+"""What all commands share: the application, their options, and how lists are written."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from sparseflash.errors import SparseFlashError
+
+N = TypeVar("N")
+
+bench = typer.Typer(
+    invoke_without_command=True,
+    help="Measure on this machine.\n\n"
+    "**--methods hash-sparse,window --baselines sdpa,flex --lengths 1024,8192 --out DIR** compares "
+    "any methods with any baselines; a command runs one table; neither runs every table, into "
+    "**benchmarks/results**.\n\n"
+    "All cases of a table run in turn, the figure is the median; machine and versions stand in every row.",
+)
+RESULTS = Path("benchmarks/results")
+Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
+Data = Annotated[str, typer.Option(help="Text, a file or a directory; by default Python's own library.")]
+Minutes = Annotated[float, typer.Option(help="Time box; what does not fit is left out, and said.")]
+Length = Annotated[int, typer.Option(help="Sequence length.")]
+Lengths = Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")]
+Heads = Annotated[int, typer.Option(help="Attention heads.")]
+Dim = Annotated[int, typer.Option(help="Dimension of a head.")]
+Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
+Dtypes = Annotated[str, typer.Option(help="fp32, bf16 or both, separated by commas.")]
+Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.")]
+
+
+def words(text: str, separator: str = ",") -> list[str]:
+    """Read a list of names; a semicolon separates those that have commas."""
+    return [word.strip() for word in text.split(separator) if word.strip()]
+
+
+def integers(text: str, example: str = "1024,2048,4096") -> list[int]:
+    """Read a list of whole numbers."""
+    return _numbers(text, int, example)
+
+
+def floats(text: str) -> list[float]:
+    """Read a list of numbers."""
+    return _numbers(text, float, "4e-3,8e-3")
+
+
+def lengths_of(text: str) -> list[int]:
+    """Read ``--lengths``: at least one, all positive, in ascending order."""
+    found = integers(text)
+    for length in found or (0,):
+        if length < 1:
+            raise SparseFlashError(
+                f"--lengths has {length}; expected positive numbers such as 1024,2048,4096"
+            )
+    return sorted(found)
+
+
+def dtypes_of(text: str) -> list[str]:
+    """Read ``--dtypes``."""
+    from sparseflash.bench.cases import DTYPES
+
+    return known("dtypes", DTYPES, words(text))
+
+
+def known(option: str, names: Iterable[str], given: list[str]) -> list[str]:
+    """Return `given`, all of which have to be among `names`; all names where nothing is given."""
+    names = list(names)
+    for name in given:
+        if name not in names:
+            raise SparseFlashError(f"--{option} has {name!r}; choose from: {'; '.join(names)}")
+    return given or names
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Read ``name=value``; a value that is no Python literal is a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SparseFlashError(f"--set {text} has no value; write it as --set name=value")
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (SyntaxError, ValueError):
+        return name.strip(), value.strip()
+
+
+def _numbers(text: str, kind: Callable[[str], N], example: str) -> list[N]:
+    try:
+        return [kind(word) for word in words(text)]
+    except ValueError:
+        raise SparseFlashError(f"{text!r} is no list of numbers; write them as {example}") from None

@@ -1,0 +1,107 @@
+"""Any method against any baseline: what `sparseflash bench` does without a command."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseflash.errors import SparseFlashError
+
+from . import kernels, training
+from .app import Lengths, Minutes, Rounds, bench, dtypes_of, known, lengths_of, setting, words
+
+
+@bench.callback()
+def bench_methods(
+    context: typer.Context,
+    methods: Annotated[
+        str, typer.Option(help="Methods that `sparseflash methods` lists, separated by commas.")
+    ] = "",
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="sdpa, sdpa-math, sdpa-flash, sdpa-cudnn, flex, naive (the mask of each method), reformer, "
+            "attn-gym, fla."
+        ),
+    ] = "",
+    lengths: Lengths = "1024,4096",
+    out: Annotated[Path, typer.Option(help="Directory of attention.csv and its picture.")] = Path("bench"),
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    density: Annotated[
+        float | None, typer.Option(help="Share of the causal pairs that the methods are set to see.")
+    ] = None,
+    direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    energy: Annotated[bool, typer.Option("--energy", help="Joules of a call, where counters exist.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three rounds, no memory: a first look.")] = False,
+    rounds: Rounds = 9,
+    minutes: Minutes = 5.0,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    capture: Annotated[
+        Path | None, typer.Option(help="q, k and v of a model (sparseflash bench capture), not normal ones.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Of the capture; by default the middle one.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter, as method.field=value; may be repeated."),
+    ] = None,
+) -> None:
+    """Run the comparison that the options name, or all benchmarks where they name none."""
+    if context.invoked_subcommand is not None:
+        return
+    if not methods and not baselines:
+        kernels.bench_curves()
+        kernels.bench_attention_table()
+        kernels.bench_kernel_table()
+        kernels.bench_ops()
+        training.bench_step()
+        return
+    from sparseflash.bench import cases, figures, harness, session
+
+    dtypes_of(dtype)
+    known("direction", cases.DIRECTIONS, [direction])
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, value in map(setting, options or ()):
+        method, dot, field = name.partition(".")
+        if not dot:
+            raise SparseFlashError(f"--set {name}: whose? write it as --set method.{name}=value")
+        chosen.setdefault(method, {})[field] = value
+    real = None
+    if capture is not None:
+        from sparseflash.bench.capture import inputs
+
+        real = inputs(capture, layer=layer, dtype=cases.DTYPES[dtype])
+        heads, head_dim = real(1)[0].shape[1::2]
+    settings = harness.Settings(
+        methods=words(methods),
+        baselines=words(baselines),
+        lengths=lengths_of(lengths),
+        batch=batch,
+        heads=heads,
+        dim=head_dim,
+        dtype=dtype,
+        direction=direction,
+        density=density,
+        device=device,
+        options=chosen,
+        rounds=3 if quick else rounds,
+        minutes=minutes,
+        energy=energy,
+        memory=not quick,
+        seed=seed,
+        capture=real,
+    )
+    settings.subjects(min(settings.lengths))  # an unknown name is told before anything runs
+    file = out / "attention.csv"
+    rows = session.watch("attention", file, partial(harness.measure, settings))
+    over = [x for x in rows[-1] if x.startswith("over ") and not x.startswith("over naive")][:2]
+    columns = ("case", "T", "conformance", "ms", "ms_select", *over, "density", "recall", "error", "peak_mb")
+    session.show(rows, file, (*columns, *(("joules_net",) if energy else ()), "note"))
+    for picture in figures.redraw(file):
+        print(picture)

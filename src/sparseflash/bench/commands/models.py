@@ -1,0 +1,72 @@
+"""Commands about models of Transformers, and learned sparse attention."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from .app import (
+    RESULTS,
+    Dtypes,
+    Lengths,
+    Minutes,
+    Out,
+    Rounds,
+    bench,
+    dtypes_of,
+    known,
+    lengths_of,
+    words,
+)
+
+PANEL = "Models"
+
+
+@bench.command("indexer", rich_help_panel=PANEL)
+def bench_indexer(
+    out: Out = RESULTS / "indexer.csv",
+    lengths: Lengths = "1024,2048,4096,8192",
+    dtypes: Dtypes = "fp32,bf16",
+    topk: Annotated[int, typer.Option(help="Keys that each query chooses.")] = 512,
+    rounds: Rounds = 3,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Time learned sparse attention and its memory: choice, attention, loss, against the plain formulas."""
+    from sparseflash.bench import indexer
+    from sparseflash.bench.session import session
+
+    options = {"lengths": lengths_of(lengths), "dtypes": dtypes_of(dtypes), "topk": topk}
+    columns = ("case", "dtype", "T", "topk", "ms_plain", "ms", "ratio", "mb_plain", "mb", "mb_ratio", "note")
+    session("indexer", out, partial(indexer.measure, **options, rounds=rounds, minutes=minutes), columns)
+
+
+@bench.command("transformers", rich_help_panel=PANEL)
+def bench_transformers(
+    out: Out = RESULTS / "transformers.csv",
+    models: Annotated[str, typer.Option(help="Layers, separated by semicolons; by default all.")] = "",
+    what: Annotated[str, typer.Option(help="prefill; training step; by default both.")] = "",
+    lengths: Lengths = "1024,2048,4096,8192",
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 3,
+    minutes: Minutes = 6.0,
+) -> None:
+    """Time layers of Transformers models at their real size, and their memory: stock against "sparse".
+
+    Other rows of OUT stay: measure a few at a time.
+    """
+    from sparseflash.bench import models as models_
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session
+
+    names = known("models", models_.SUBJECTS, words(models, ";"))
+    parts = known("what", models_.WHAT, words(what, ";"))
+    wanted = list(itertools.product(names, dtypes_of(dtypes), parts, lengths_of(lengths)))
+    keys = {tuple(map(str, key)) for key in wanted}
+    there = results.read(out) if out.is_file() else []
+    kept = [row for row in there if (row["model"], row["dtype"], row["what"], row["T"]) not in keys]
+    measure = partial(models_.measure, wanted, rounds=rounds, minutes=minutes)
+    columns = ("model", "what", "method", "dtype", "T", "ms_stock", "ms", "ratio", "mb_stock", "mb", "note")
+    session("transformers", out, measure, columns, kept=kept)
