@@ -15,7 +15,6 @@ from sparseflash.bench import (
     coverage,
     energy,
     figures,
-    harness,
     memory,
     results,
     subjects,
@@ -233,3 +232,15 @@ def test_coverage_is_whole_for_hashing_and_not_for_chunks_of_unequal_buckets():
     assert (
         found["clustered", "reformer, chunks of T / nb"] < found["normal", "reformer, chunks of T / nb"] <= 1
     )
+
+
+def test_rows_of_other_sessions_stay_and_have_pictures_of_their_own():
+    def rows(**change):
+        what = harness.Settings(["window"], ["sdpa"], [32], heads=1, dim=16, rounds=1, memory=False, **change)
+        return [{name: results.cell(x) for name, x in row.items()} for row in harness.measure(what)], what
+
+    thin, _ = rows(density=0.25)
+    thick, what = rows(density=0.5)
+    assert harness.others(what, thin + thick) == thin
+    pictures = figures.draw(thin + thick, "attention")
+    assert sorted(pictures) == [f"attention-both-fp32-target-{x}.svg" for x in ("0.25", "0.5")]

@@ -17,7 +17,8 @@ STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "has
 class Lines:
     """One line for every value of `label`, of `y` over `x`; one picture for every value of `split`.
 
-    `keep` says which rows are drawn, `name` what the picture's name ends in.
+    And for every value of `apart`, columns that are named where they differ. `keep` says which rows are
+    drawn, `name` what the picture's name ends in.
     """
 
     x: str
@@ -26,6 +27,7 @@ class Lines:
     y_label: str
     label: str = "case"
     split: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     log: bool = True
     keep: Callable[[Cells], bool] = lambda row: True
     name: str = ""
@@ -51,6 +53,7 @@ class Bars:
     x_label: str
     labels: tuple[str, ...] = ("case", "dtype")
     split: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
     mark: float | None = 1.0
     name: str = ""
 
@@ -77,7 +80,14 @@ RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
         Lines("step", "bpb", "step", BITS, log=False, keep=_late),
         Lines("minutes", "bpb", "minutes of training", BITS, log=False, keep=_late, name="time"),
     ),
-    "attention": Lines("T", "ms", "tokens", TIMES, split=("direction", "dtype")),
+    "attention": Lines(
+        "T",
+        "ms",
+        "tokens",
+        TIMES,
+        split=("direction", "dtype"),
+        apart=("batch", "heads", "dim", "device", "seed", "inputs", "target"),
+    ),
     "curves": Lines("T", "ms", "tokens", f"{TIMES}, forward + backward", split=("dtype",)),
     "attention-table": Bars("ratio", OVER_SDPA),
     "kernel-table": Bars("ratio", OVER_SDPA, labels=("case", "T", "dim"), split=("dtype",)),
@@ -107,12 +117,15 @@ RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
 
 def draw(rows: Iterable[Cells], stem: str) -> dict[str, str]:
     """Pictures of rows: file name to SVG."""
-    groups: dict[str, tuple[Lines | Bars, list[Cells]]] = {}
+    rows, groups = list(rows), dict[str, tuple[Lines | Bars, list[Cells]]]()
     for row in rows:
         recipes = RECIPES.get(row.get("bench", ""), ())
         for recipe in recipes if isinstance(recipes, tuple) else (recipes,):
-            parts = [x for x in (*(row.get(x) for x in recipe.split), recipe.name) if x]
-            name = "-".join([stem, *parts]).replace(" ", "-") + ".svg"
+            parts = [row.get(x) for x in recipe.split]
+            parts += [
+                f"{x} {row[x]}" for x in recipe.apart if row.get(x) and len({one.get(x) for one in rows}) > 1
+            ]
+            name = "-".join(filter(None, [stem, *parts, recipe.name])).replace(" ", "-") + ".svg"
             groups.setdefault(name, (recipe, []))[1].append(row)
     found = {name: recipe.draw(rows) for name, (recipe, rows) in groups.items()}
     return {name: chart.alone(svg) + "\n" for name, svg in found.items() if svg.startswith("<svg")}

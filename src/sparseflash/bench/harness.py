@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseflash.bench import conformance, energy, memory
 from sparseflash.bench.cases import DIRECTIONS, inputs
 from sparseflash.bench.quality import Dense, density, work
-from sparseflash.bench.results import Row
+from sparseflash.bench.results import Row, cell
 from sparseflash.bench.subjects import Subject, subjects
 from sparseflash.bench.timing import Box, Timing, interleave, predict
 from sparseflash.dispatch import choose
@@ -75,7 +75,8 @@ def measure(settings: Settings, *, on_run: Callable[[str], None] = lambda text: 
     Yields
     ------
     dict
-        One row a subject and length. ``conformance`` is ``passed``, or what failed: then there is no figure.
+        One row a subject and length. ``target`` is the density that was asked for. ``conformance`` is
+        ``passed``, or what failed: then there is no figure.
         ``ms`` is the median of all rounds, selection included, with ``ms_p20`` and ``ms_p80``; ``ms_select``
         and ``ms_kernel`` are its parts (the backward direction has no selection inside);
         ``over <name>`` is how many times faster than that subject, the median over the rounds of one
@@ -151,11 +152,28 @@ def _at(
         yield row
 
 
+def others(settings: Settings, rows: Iterable[Row]) -> list[Row]:
+    """Rows of earlier sessions that `measure` will not yield again."""
+    asked = [
+        tuple(map(cell, (subject.name, length, *_same(settings).values())))
+        for length in settings.lengths
+        for subject in settings.subjects(length)
+    ]
+    columns = ("case", "T", *_same(settings))
+    return [row for row in rows if tuple(cell(row.get(x)) for x in columns) not in asked]
+
+
+def _same(settings: Settings) -> Row:
+    """What all rows of a session have in common."""
+    same: Row = {"direction": settings.direction, **settings.shape, "seed": settings.seed}
+    same["inputs"] = "normal" if settings.capture is None else "captured"
+    return same | {"target": settings.density}
+
+
 def _head(settings: Settings, subject: Subject, length: int) -> Row:
     row: Row = {"bench": "attention", "case": subject.name, "kind": subject.kind}
     row["options"] = repr(subject.method) if subject.method is not None else ""
-    row |= {"direction": settings.direction, "T": length, **settings.shape, "seed": settings.seed}
-    return row | {"inputs": "normal" if settings.capture is None else "captured"}
+    return row | {"T": length} | _same(settings)
 
 
 def _verdict(subject: Subject, settings: Settings) -> str:

@@ -28,7 +28,9 @@ def bench_methods(
         ),
     ] = "",
     lengths: Lengths = "1024,4096",
-    out: Annotated[Path, typer.Option(help="Directory of attention.csv and its picture.")] = Path("bench"),
+    out: Annotated[
+        Path, typer.Option(help="Directory of attention.csv, whose other rows stay, and its pictures.")
+    ] = Path("bench"),
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
@@ -62,7 +64,7 @@ def bench_methods(
         kernels.bench_ops()
         training.bench_step()
         return
-    from sparseflash.bench import cases, figures, harness, session
+    from sparseflash.bench import cases, figures, harness, results, session
 
     dtypes_of(dtype)
     known("direction", cases.DIRECTIONS, [direction])
@@ -97,11 +99,12 @@ def bench_methods(
         seed=seed,
         capture=real,
     )
-    settings.subjects(min(settings.lengths))  # an unknown name is told before anything runs
     file = out / "attention.csv"
-    rows = session.watch("attention", file, partial(harness.measure, settings))
+    kept = harness.others(settings, results.read(file)) if file.is_file() else []
+    rows = session.watch("attention", file, partial(harness.measure, settings), kept)
     over = [x for x in rows[-1] if x.startswith("over ") and not x.startswith("over naive")][:2]
     columns = ("case", "T", "conformance", "ms", "ms_select", *over, "density", "recall", "error", "peak_mb")
-    session.show(rows, file, (*columns, *(("joules_net",) if energy else ()), "note"))
+    columns += (*(("joules_net",) if energy else ()), "note")
+    session.show(rows[len(kept) :], file, columns)
     for picture in figures.redraw(file):
         print(picture)
