@@ -15,6 +15,7 @@ from sparseflash.bench import (
     coverage,
     energy,
     figures,
+    harness,
     memory,
     results,
     subjects,
