@@ -9,6 +9,9 @@ from typing import Protocol
 from sparseflash.bench import figures, results
 from sparseflash.bench.machine import describe
 
+WIDE = 160
+"""Columns of a table that goes into a file or a pipe, where nothing has to be cut off."""
+
 
 class Measure(Protocol):
     """What yields rows, and tells `on_run` what it is at."""
@@ -79,7 +82,7 @@ def show(
     columns: Sequence[str],
     shown: Callable[[results.Row], bool] = everything,
 ) -> None:
-    """Print some columns of rows as a table, red where a subject failed conformance."""
+    """Print some columns of rows as a table, red where a subject failed conformance; notes stand below."""
     from rich.console import Console
     from rich.table import Table
 
@@ -88,11 +91,19 @@ def show(
         title=f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}",
         title_justify="left",
     )
+    told, columns = "note" in columns, [column for column in columns if column != "note"]
     for column in columns:
-        table.add_column(column, justify="left" if column in ("case", "note") else "right")
+        table.add_column(column, justify="left" if column == "case" else "right")
+    notes: dict[str, list[str]] = {}
     for row in filter(shown, rows):
         red = "red" if str(row.get("conformance", "")).startswith("FAILED") else None
         table.add_row(*(results.cell(row.get(column)) for column in columns), style=red)
+        if told and row.get("note"):
+            notes.setdefault(row["note"], []).append(f"{row.get('case', '')}, T = {row.get('T', '')}")
     console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = WIDE
     console.print(table)
+    for note, those in notes.items():
+        console.print(f"{note}: {'; '.join(those)}")
     console.print(f"{out}: {len(rows)} rows")
