@@ -14,7 +14,7 @@
 extern "C" int sf_forward(const SfCall *, int), sf_backward(const SfCall *, int), sf_stats(const SfCall *, int);
 extern "C" int sf_linear_forward(const SfLinear *, int), sf_linear_backward(const SfLinear *, int);
 extern "C" int sf_stick_forward(const SfCall *, int), sf_stick_backward(const SfCall *, int);
-extern "C" int sf_indexer(const SfIndexer *, int);
+extern "C" int sf_indexer(const SfIndexer *, int), sf_indexer_loss(const SfIndexerLoss *, int);
 extern "C" void sf_poison(int);
 
 static int (*const ENTRIES[])(const void *) = {
@@ -26,6 +26,7 @@ static int (*const ENTRIES[])(const void *) = {
     [](const void *c) { return sf_stick_forward((const SfCall *)c, 0); },
     [](const void *c) { return sf_stick_backward((const SfCall *)c, 0); },
     [](const void *c) { return sf_indexer((const SfIndexer *)c, 0); },
+    [](const void *c) { return sf_indexer_loss((const SfIndexerLoss *)c, 0); },
 };
 
 static void get(void *p, size_t n) {

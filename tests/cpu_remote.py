@@ -19,7 +19,7 @@ DRIVER = Path(__file__).with_name("cpu_driver.cpp")
 ENTRIES = (
     *("sf_forward", "sf_backward", "sf_stats"),
     *("sf_linear_forward", "sf_linear_backward", "sf_stick_forward", "sf_stick_backward"),
-    "sf_indexer",
+    *("sf_indexer", "sf_indexer_loss"),
 )
 ITEM = (4, 2, 2)  # bytes, by the code of a dtype
 
@@ -73,6 +73,25 @@ def _indexer_segments(c: Any) -> Iterator[tuple[int, int, int]]:
         yield getattr(indexer.Call, name).offset, getattr(c, name), size
 
 
+def _loss_segments(c: Any) -> Iterator[tuple[int, int, int]]:
+    """The same for an indexer's loss."""
+    views = {
+        "q_index": ((c.B, c.H, c.Tq, c.D), c.index_dtype), "k_index": ((c.B, 1, c.Tk, c.D), c.index_dtype),
+        "q": ((c.B, c.Hq, c.Tq, c.Dm), c.dtype), "k": ((c.B, c.Hkv, c.Tk, c.Dm), c.dtype),
+    }  # fmt: skip
+    for name, (shape, dtype) in views.items():
+        x = getattr(c, name)
+        yield getattr(indexer.LossCall, name).offset, x.data, _extent(x, *shape) * ITEM[dtype]
+    rows = c.B * c.Tq
+    items = {
+        **{"weights": rows * c.H, "lse": rows * c.Hq, "low": rows, "high": rows, "index": rows * c.n},
+        **{"loss": rows, "dq": rows * c.H * c.D, "dk": c.B * c.Tk * c.D, "dw": rows * c.H},
+    }
+    yield indexer.LossCall.keep.offset, c.keep, c.B * c.Tk
+    for name, size in items.items():
+        yield getattr(indexer.LossCall, name).offset, getattr(c, name), 4 * size
+
+
 def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
     """Of all memory that a call names: offset of the pointer in the structure, address, bytes."""
     if isinstance(c, linear.Call):
@@ -80,6 +99,9 @@ def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
         return
     if isinstance(c, indexer.Call):
         yield from _indexer_segments(c)
+        return
+    if isinstance(c, indexer.LossCall):
+        yield from _loss_segments(c)
         return
     plan, at = c.plan, call.Call.plan.offset
     q, k = (c.B, c.Hq, c.Tq), (c.Bk, c.Hkv, c.Tk)

@@ -11,6 +11,7 @@ import torch
 import cpu_cases
 import cpu_remote
 import test_indexer
+import test_indexer_loss
 import test_linear
 import test_pointwise
 import test_stick_breaking
@@ -72,6 +73,8 @@ def hold_other_ops(found: Native, dtype: torch.dtype) -> None:
             test_stick_breaking.test_results_and_gradients_are_those_of_the_product_formula(
                 "cpu", dtype, 129, 64, 80, fresh()
             )
+            for stage in ("warm-up", "sparse"):
+                test_indexer_loss.test_strides_softcap_and_heads_that_saw_nothing("cpu", stage, fresh())
 
 
 @pytest.mark.parametrize("name", build.LEVELS)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "ops": (*CORE, "dispatch", "inputs"),
     "statistics": (*CORE, "dispatch", "inputs"),
     "indexer": (*CORE, "dispatch", "inputs"),
-    "indexer_loss": (*CORE, "inputs", "indexer", "statistics"),
+    "indexer_loss": (*CORE, "dispatch", "inputs", "indexer"),
     "linear": (*CORE, "dispatch", "inputs"),
     "pointwise": (*CORE, "dispatch", "inputs"),
     "stick_breaking": (*CORE, "dispatch", "inputs"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -17,11 +19,13 @@ def _inputs(generator, Tq, Tk=None, *, B=2, H=3, D=16, Hq=4, Hkv=2, Dm=32, dtype
     return [randn(generator, *s, dtype=dtype) for s in shapes]
 
 
-def _formula(q_index, k_index, weights, q, k, lse, seen, scale, index_scale):
+def _formula(q_index, k_index, weights, q, k, lse, seen, scale, index_scale, softcap=None):
     """The loss of each row, over the pairs that are seen [B,Tq,Tk]."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     some = seen.any(-1)
-    p = torch.exp(q @ k.transpose(-1, -2) * scale - lse[..., None]).masked_fill(~seen[:, None], 0).sum(1)
+    s = q @ k.transpose(-1, -2) * scale
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    p = torch.exp(s - lse[..., None]).masked_fill(~seen[:, None], 0).sum(1)
     p = p / torch.where(some, p.sum(-1), 1)[..., None]
     products = (q_index @ k_index[:, None].transpose(-1, -2) * index_scale).relu()
     score = (products * weights[..., None]).sum(1).masked_fill(~(seen | ~some[..., None]), -torch.inf)
@@ -46,7 +50,7 @@ def _stage(generator, stage, T, seen):
     """What the indexer compares: (index, pairs); lists with holes, repetitions and keys of the future."""
     if stage == "warm-up":
         return None, seen
-    index = torch.randint(-1, T, (2, T, 12), generator=generator)
+    index = torch.randint(-1, T, (2, T, 90), generator=generator)
     index[:, T // 2] = -1
     listed = torch.zeros(2, T, T + 1, dtype=torch.bool).scatter_(-1, index % (T + 1), True)[..., :T]
     return index, seen & listed
@@ -58,7 +62,8 @@ def _stage(generator, stage, T, seen):
 def test_the_loss_and_its_gradients_are_those_of_the_formula(
     backend, dtype, stage, T, D, generator, monkeypatch
 ):
-    monkeypatch.setattr("sparseflash.indexer_loss.HELD", 40_000)  # several pieces
+    reference = import_module("sparseflash.backends.reference.indexer")
+    monkeypatch.setattr(reference, "HELD", 40_000)  # several pieces
     given = _inputs(generator, T, D=D, dtype=dtype)
     seen = torch.ones(T, T, dtype=torch.bool).tril().expand(2, T, T)
     out, lse = sf.attention(given[3], given[4], given[4], causal=True, return_lse=True, backend="reference")
@@ -94,6 +99,40 @@ def test_ranges_and_padding_are_left_out(backend, generator):
     want = _want(torch.float64, given, lse, seen, **options)
     for x, exact in zip(got, want, strict=True):
         torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@EACH
+@pytest.mark.parametrize("stage", ["warm-up", "sparse"])
+def test_strides_softcap_and_heads_that_saw_nothing(backend, stage, generator):
+    T = 70
+    given = _inputs(generator, T, D=24, Dm=40)
+    seen = torch.ones(T, T, dtype=torch.bool).tril().expand(2, T, T)
+    lse = randn(generator, 2, 4, T)
+    lse[:, 1] = -torch.inf  # of a head that saw nothing: it counts nothing
+    index, pairs = _stage(generator, stage, T, seen)
+    options = {"scale": 0.2, "index_scale": 0.3, "softcap": 2.0}
+    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    turned[3] = torch.stack((given[3], given[3]), -1)[..., 0]  # every second item
+    got = _got(turned, lse, index, backend=backend, **options)
+    want = _want(torch.float64, given, lse.masked_fill(lse == -torch.inf, torch.inf), pairs, **options)
+    for x, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["warm-up", "sparse"])
+def test_the_number_of_threads_does_not_show(stage, generator):
+    given = _inputs(generator, 200, D=64, Dm=64)
+    lse = randn(generator, 2, 4, 200)
+    index = None if stage == "warm-up" else torch.randint(-1, 200, (2, 200, 90), generator=generator)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = _got(given, lse, index, backend="cpu")
+        torch.set_num_threads(3)
+        got = _got(given, lse, index, backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def test_gradcheck_and_op_rules(generator):

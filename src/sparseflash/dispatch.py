@@ -112,6 +112,26 @@ class Backend(Protocol):
         """The keys that each query chooses, and their scores."""
         ...
 
+    def indexer_loss(
+        self,
+        q_index: Tensor,
+        k_index: Tensor,
+        weights: Tensor,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        index: Tensor | None,
+        low: Tensor,
+        high: Tensor,
+        keep: Tensor | None,
+        *,
+        index_scale: float,
+        scale: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """How far an indexer is from the attention, summed over queries, and its three gradients."""
+        ...
+
     def linear_forward(
         self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
     ) -> tuple[Tensor, Tensor]:

@@ -2,68 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .dispatch import choose
 from .errors import require
 from .indexer import check_indexer, check_keep, ranges
 from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
-from .plan import Plan
-from .statistics import attention_stats
-
-HELD = 1 << 21
-"""Numbers of one kind that are held at a time."""
-
-
-def _pieces(
-    index: Tensor | None, low: Tensor, high: Tensor, keep: Tensor | None, Tk: int, step: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some queries at a time: which, keys to compare [B|1,1|n,m], and whether a query sees them [B,n,m]."""
-    B, Tq = low.shape
-    for first in range(0, Tq, step):
-        rows = slice(first, min(first + step, Tq))
-        lo, hi = low[:, rows, None], high[:, rows, None]
-        if index is None:
-            top = max(1, int(hi.max())) if hi.device.type == "cpu" else Tk
-            at = torch.arange(top, device=low.device)[None, None]
-            seen = (at >= lo) & (at < hi)
-        else:
-            at = index[:, rows].long().sort(-1).values
-            seen = (at >= lo) & (at < hi)  # not what is -1
-            seen[..., 1:] &= at[..., 1:] != at[..., :-1]
-            at = at.clamp(0, Tk - 1)
-        if keep is not None:
-            real = keep[:, None].expand(-1, at.shape[1], -1)
-            seen = seen & real.gather(-1, at.expand(B, -1, -1))
-        yield rows, at, seen
-
-
-def _dense_target(
-    q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float, work: torch.dtype
-) -> Tensor:
-    """What all heads together attend to, of all keys [B,n,m]: a product, since nothing is left out."""
-    q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    s = (q.to(work) @ k.to(work).transpose(-1, -2)) * scale
-    s = softcap * torch.tanh(s / softcap) if softcap else s
-    s = s.unflatten(2, (-1, lse.shape[2])).flatten(1, 2)
-    return (s - lse[..., None].to(work)).exp_().sum(1)
-
-
-def _listed_target(
-    q: Tensor, k: Tensor, lse: Tensor, at: Tensor, seen: Tensor, scale: float, softcap: float, backend: str
-) -> Tensor:
-    """The same, of the keys that are listed and seen [B,n,m]."""
-    none = torch.where(seen, at, -1)
-    plan = Plan.from_keys(none[:, None], Tq=at.shape[1], Tk=k.shape[2], unique=True)
-    p = attention_stats(
-        q, k, lse, plan, over="entry", scale=scale, softcap=softcap or None, backend=backend or None
-    ).sum(1)
-    place = (seen.cumsum(-1) - 1).clamp(0, max(p.shape[-1] - 1, 0))  # lists are compact
-    return p.gather(-1, place) if p.shape[-1] else p.new_zeros(at.shape)
 
 
 @torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
@@ -83,45 +30,11 @@ def _loss(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, H, Tq, D), Tk, work = q_index.shape, k_index.shape[1], state_dtype(q_index)
-    total = torch.zeros((), dtype=work, device=q.device)
-    dq = torch.zeros((B, Tq, H, D), dtype=work, device=q.device)
-    dw = torch.zeros((B, Tq, H), dtype=work, device=q.device)
-    dk = torch.zeros((B, Tk, D), dtype=work, device=q.device)
-    keys = k_index.to(work)
-    if keep is not None:
-        keys = keys.masked_fill(~keep[..., None], 0)
-    width = Tk if index is None else index.shape[-1]
-    step = max(1, HELD // max(1, B * width * max(H, q.shape[1], 1 if index is None else D)))
-    b = torch.arange(B, device=q.device)[:, None, None]
-    for rows, at, seen in _pieces(index, low, high, keep, Tk, step) if Tk and width else ():
-        with own_precision(q):
-            given, m = (q[:, :, rows], k, lse[:, :, rows]), at.shape[-1]
-            if index is None:
-                p = _dense_target(given[0], k[:, :, :m], given[2], scale, softcap, work)
-                own = keys[:, None, :m]
-            else:
-                p = _listed_target(*given, at, seen, scale, softcap, backend).to(work)
-                own = keys[b, at]
-            p = p.masked_fill(~seen, 0)
-            p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(work).tiny)
-            x, w = q_index[:, :, rows].transpose(1, 2).to(work), weights[:, :, rows].transpose(1, 2).to(work)
-            products = (x @ own.transpose(-1, -2) * index_scale).relu()  # [B,n,H,m]
-            score = (w[..., None, :] @ products)[..., 0, :].masked_fill(~seen, -math.inf)
-            some = seen.any(-1, keepdim=True)
-            log = torch.where(seen, score.masked_fill(~some, 0).log_softmax(-1), 0)
-            total += (torch.xlogy(p, p) - p * log).sum()
-            slope = torch.where(seen, log.exp() - p, 0)[..., None, :]  # of the loss by the score, [B,n,1,m]
-            dw[:, rows] = (products @ slope.transpose(-1, -2))[..., 0]
-            slope = slope * (w[..., None] * index_scale) * (products > 0)
-            dq[:, rows] = slope @ own
-            if index is None:
-                dk[:, :m] += slope.flatten(1, 2).transpose(-1, -2) @ x.flatten(1, 2)
-            else:
-                share = slope.transpose(-1, -2) @ x
-                for i in range(B):
-                    dk[i].index_add_(0, at[i].flatten(), share[i].flatten(0, 1))
-    return total, dq.transpose(1, 2).contiguous(), dk, dw.transpose(1, 2).contiguous()
+    run = choose("indexer_loss", backend, q_index, k_index, q, k).indexer_loss
+    scales = {"index_scale": index_scale, "scale": scale, "softcap": softcap}
+    with own_precision(q):
+        total, *grads = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, **scales)
+    return total, *(x.contiguous() for x in grads)
 
 
 @_loss.register_fake

@@ -11,7 +11,7 @@ from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from . import build, lists
 from .call import CODES, View, call_of, names_all, view
-from .indexer import indexer_topk
+from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
@@ -21,6 +21,7 @@ __all__ = [
     "NAME",
     "backward",
     "forward",
+    "indexer_loss",
     "indexer_topk",
     "linear_backward",
     "linear_forward",

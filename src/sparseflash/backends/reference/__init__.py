@@ -5,7 +5,7 @@ Visits what the plan visits and nothing else. Runs on any device; this is what t
 
 from torch import Tensor
 
-from .indexer import indexer_topk
+from .indexer import indexer_loss, indexer_topk
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
 from .softmax import backward, decode, forward, stats
@@ -16,6 +16,7 @@ __all__ = [
     "backward",
     "decode",
     "forward",
+    "indexer_loss",
     "indexer_topk",
     "linear_backward",
     "linear_forward",

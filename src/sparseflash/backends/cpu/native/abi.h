@@ -74,6 +74,21 @@ struct SfIndexer {
     float *scores;                     // [B,Tq,topk], or null
 };
 
+// How far an indexer is from the attention: of the indexer q_index [B,H,Tq,D] and k_index [B,1,Tk,D], of the attention
+// q [B,Hq,Tq,Dm] and k [B,Hkv,Tk,Dm]; results in fp32.
+struct SfIndexerLoss {
+    int64_t size;                      // of this structure, as the caller knows it
+    int64_t B, H, Tq, Tk, D, Hq, Hkv, Dm, n;
+    int32_t index_dtype, dtype, threads;
+    float index_scale, scale, softcap;
+    SfView q_index, k_index, q, k;
+    const float *weights, *lse;        // [B,Tq,H], [B,Hq,Tq]
+    const int32_t *low, *high;         // [B,Tq]: each query sees the keys low .. high - 1
+    const uint8_t *keep;               // [B,Tk]: which keys there are; or null
+    const int32_t *index;              // [B,Tq,n]: of those, what is compared; anything else counts nothing. Or null: all
+    float *loss, *dq, *dk, *dw;        // [B,Tq]; gradients of its sum: [B,Tq,H,D], [B,Tk,D], [B,Tq,H]
+};
+
 // Making lists (`lists.h`). A cell is a tile of queries of one (batch, head), numbered in the order [B,H,R].
 
 // A boolean mask [B,H,Tq,Tk], any strides, in bytes; cells `first` to `first + cells - 1` of it are read.
@@ -131,6 +146,7 @@ struct SfLevel {
     int (*stick_backward)(const SfCall *call, SfParallel parallel);  // is left of the stick, `dlse` its gradient
     int (*decode)(const SfCall *call, SfParallel parallel);
     int (*indexer)(const SfIndexer *call, SfParallel parallel);
+    int (*indexer_loss)(const SfIndexerLoss *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // lists: not at a bf16 level
     int (*list_units)(const SfUnits *call, SfParallel parallel);
     int (*transpose)(const SfTranspose *call, SfParallel parallel);

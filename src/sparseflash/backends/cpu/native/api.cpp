@@ -26,6 +26,7 @@
     extern "C" int sf_stats_##level(const SfCall *, SfParallel);    \
     extern "C" int sf_decode_##level(const SfCall *, SfParallel);   \
     extern "C" int sf_indexer_##level(const SfIndexer *, SfParallel); \
+    extern "C" int sf_indexer_loss_##level(const SfIndexerLoss *, SfParallel); \
     extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
     extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel); \
     extern "C" int sf_stick_forward_##level(const SfCall *, SfParallel);     \
@@ -36,7 +37,7 @@
 #define SF_LEVEL(level)                                                        \
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
      sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level, \
-     sf_indexer_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
+     sf_indexer_##level, sf_indexer_loss_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -295,6 +296,25 @@ int run_indexer(const SfIndexer *call, int level) {
     }
 }
 
+bool indexer_loss_ok(const SfIndexerLoss &c) {
+    if (c.size != (int64_t)sizeof c) return false;
+    if (c.B < 0 || c.H < 1 || c.H > 1024 || c.Tq < 0 || c.Tq > INT32_MAX || c.Tk < 0 || c.Tk > INT32_MAX) return false;
+    if (c.D < 1 || c.D > 256 || c.Dm < 1 || c.Dm > 256 || c.Hkv < 1 || c.Hq < 1 || c.Hq % c.Hkv) return false;
+    if (c.n < 0 || c.n > INT32_MAX || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    if (c.index_dtype < 0 || c.index_dtype > 2 || !c.loss || !c.dq || !c.dk || !c.dw || !c.low || !c.high) return false;
+    return view_ok(c.q_index) && view_ok(c.k_index) && view_ok(c.q) && view_ok(c.k) && c.weights && c.lse;
+}
+
+int run_indexer_loss(const SfIndexerLoss *call, int level) {
+    if (!call || level < 0 || level >= N_LEVELS || !indexer_loss_ok(*call)) return 3;
+    if (call->B * call->Tq * call->Tk == 0) return 0;
+    try {
+        return LEVELS[level].indexer_loss(call, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
 // Lists, whose pointers, lengths and values `lists.h` checks.
 template <class C> int run_lists(const C *call, int level, int (*SfLevel::*entry)(const C *, SfParallel)) {
     if (!call || level < 0 || level >= N_LEVELS || call->size != (int64_t)sizeof *call) return 3;
@@ -395,6 +415,7 @@ SF_PUBLIC int sf_stick_backward(const SfCall *call, int level) { return run(call
 SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_linear(call, level, false); }
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 SF_PUBLIC int sf_indexer(const SfIndexer *call, int level) { return run_indexer(call, level); }
+SF_PUBLIC int sf_indexer_loss(const SfIndexerLoss *call, int level) { return run_indexer_loss(call, level); }
 SF_PUBLIC int sf_decode(const SfCall *call, int level) { return run(call, level, DECODE); }
 SF_PUBLIC int sf_read_mask(const SfMask *call, int level) { return run_lists(call, level, &SfLevel::read_mask); }
 SF_PUBLIC int sf_list_units(const SfUnits *call, int level) { return run_lists(call, level, &SfLevel::list_units); }

@@ -10,6 +10,7 @@
 #include "pointwise.h"
 #include "stats.h"
 #if !SF_HAS_BF16
+#include "indexer_loss.h"
 #include "lists.h"
 #include "stick.h"
 #endif
@@ -43,4 +44,5 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
     SF_RUN(decode, SfCall, level) SF_RUN(indexer, SfIndexer, level) \
     SF_RUN(linear_forward, SfLinear, level) SF_RUN(linear_backward, SfLinear, level) \
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level) \
+    SF_RUN_FP32(indexer_loss, SfIndexerLoss, level) \
     SF_RUN_FP32(read_mask, SfMask, level) SF_RUN_FP32(list_units, SfUnits, level) SF_RUN_FP32(transpose, SfTranspose, level)
