@@ -18,6 +18,8 @@ from sparseflash.bench.cases import DTYPES
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
 
+KINDS = ("choice", "attention", "loss")
+"""Of cases: the first word of their names."""
 HEADS, DIM = 64, 128
 """Heads of DeepSeek-V3.2's indexer, and their dimension."""
 ATTENTION = (14, 2, 64)
@@ -100,13 +102,15 @@ def _pairs(
             lambda learn=learn: over(True, learn),
             lambda learn=learn: over(False, learn),
         )
+    if dtype != torch.float32:
+        return
     few = [x[:, :4].float().detach().requires_grad_() for x in (q, k, weights)]
     few[1] = k.float().detach().requires_grad_()
     given = [x.detach().float() for x in (main_q, main_k)]
     with torch.no_grad():
         _, lse = sf.attention(*given, given[1], causal=True, return_lse=True)
     yield (
-        "loss with its gradient, 4 heads, fp32",
+        "loss with its gradient, 4 heads",
         8 * (4 + shape[0]) * T * T,
         lambda: torch.autograd.grad(loss(*few, *given, lse), few),
         lambda: torch.autograd.grad(sf.indexer_kl_loss(*few, *given, lse), few),
@@ -117,6 +121,7 @@ def measure(
     *,
     lengths: Sequence[int] = (1024, 2048, 4096, 8192),
     dtypes: Sequence[str] = ("fp32", "bf16"),
+    kinds: Sequence[str] = KINDS,
     topk: int = 512,
     rounds: int = 3,
     minutes: float = 6.0,
@@ -131,6 +136,8 @@ def measure(
     for number, (T, name) in enumerate(groups):
         share = Box(box.left / (len(groups) - number))
         for case, held, plain, ours in _pairs(T, DTYPES[name], topk, heads, dim, shape):
+            if not case.startswith(tuple(kinds)):
+                continue
             runs = {"plain": plain, "ours": ours} if held < LIMIT else {"ours": ours}
             timings = interleave(
                 runs, rounds=rounds, box=share, on_run=lambda x, c=case, t=T: on_run(f"T = {t}, {c}, {x}")

@@ -30,17 +30,30 @@ def bench_indexer(
     out: Out = RESULTS / "indexer.csv",
     lengths: Lengths = "1024,2048,4096,8192",
     dtypes: Dtypes = "fp32,bf16",
+    kinds: Annotated[str, typer.Option(help="choice, attention, loss; by default all.")] = "",
     topk: Annotated[int, typer.Option(help="Keys that each query chooses.")] = 512,
     rounds: Rounds = 3,
     minutes: Minutes = 6.0,
 ) -> None:
-    """Time learned sparse attention and its memory: choice, attention, loss, against the plain formulas."""
-    from sparseflash.bench import indexer
+    """Time learned sparse attention and its memory: choice, attention, loss, against the plain formulas.
+
+    Other rows of OUT stay: measure a few at a time.
+    """
+    from sparseflash.bench import indexer, results
     from sparseflash.bench.session import session
 
-    options = {"lengths": lengths_of(lengths), "dtypes": dtypes_of(dtypes), "topk": topk}
+    parts = known("kinds", indexer.KINDS, words(kinds))
+    options = {"lengths": lengths_of(lengths), "dtypes": dtypes_of(dtypes), "kinds": parts, "topk": topk}
+    keys = set(itertools.product(map(str, options["lengths"]), options["dtypes"], (str(topk),)))
+    there = results.read(out) if out.is_file() else []
+    kept = [
+        row
+        for row in there
+        if not row["case"].startswith(tuple(parts)) or (row["T"], row["dtype"], row["topk"]) not in keys
+    ]
     columns = ("case", "dtype", "T", "topk", "ms_plain", "ms", "ratio", "mb_plain", "mb", "mb_ratio", "note")
-    session("indexer", out, partial(indexer.measure, **options, rounds=rounds, minutes=minutes), columns)
+    measure = partial(indexer.measure, **options, rounds=rounds, minutes=minutes)
+    session("indexer", out, measure, columns, kept=kept)
 
 
 @bench.command("transformers", rich_help_panel=PANEL)
