@@ -3,9 +3,10 @@
 The bandwidth is that of a plain read of the same K and V, eight places a thread in turn. Other bytes will not
 do: where the system puts them decides between 30 and 50 GB/s. Before each run something else is read, so that
 nobody finds the cache filled by the one before. Where a key meets many queries (a large group, a shared
-prefix) products are the limit, and a square matmul of the same dtype says how fast they could be; `roof` is the
-share of the slower of the two limits. What a user would write instead runs in turn too: SDPA with
-`enable_gqa`, under a mask where lengths differ, after gathering where K and V lie in pages or a prefix is shared.
+prefix) products are the limit, and a square matmul of the same dtype says how fast they could be; `roof` is
+the share of the slower of the two limits. What a user would write instead runs in turn too: SDPA with
+`enable_gqa`, under a mask where lengths differ, after gathering where K and V lie in pages or a prefix is
+shared.
 """
 
 from __future__ import annotations
