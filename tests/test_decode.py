@@ -134,7 +134,7 @@ def test_one_token_at_a_time_gives_the_rows_of_the_prefill(backend, generator):
 
 @MAIN
 def test_order_of_the_batch_and_layout_of_the_cache_do_not_show(backend, dtype, generator):
-    q, k, v, _, _ = inputs(generator, 2, 600, B=3, D=40, dtype=dtype)
+    q, k, v, _, _ = inputs(generator, 2, 600, B=3, H=8, Hkv=4, D=72, dtype=dtype)
     lengths, swap = torch.tensor([600, 5, 259]), torch.tensor([2, 0, 1])
     want = decode(q, k, v, lengths, backend=backend)
     got = decode(q[swap], k[swap], v[swap], lengths[swap], backend=backend)

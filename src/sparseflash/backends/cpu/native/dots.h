@@ -68,11 +68,24 @@ struct InBf16 {
 };
 #endif
 
-// Asks for some lines of a row before their turn: from the line `first` on every `step`-th. Into the second cache level,
-// for the first is busy.
-template <class Item> inline void ask(const Item *row, int64_t first, int64_t lines, int64_t step) {
-    for (int64_t i = first; i < lines; i += step) __builtin_prefetch((const char *)row + 64 * i, 0, 2);
-}
+// Memory that is asked for before its turn, along with the keys that a product is at: four rows with every four keys. A
+// share of them, for one of several products that go over the same keys: what comes too thick makes loads wait. Into the
+// second cache level, for the first is busy.
+struct Ahead {
+    const char *const *rows;
+    int64_t from[4], to[4];  // lines
+
+    Ahead(const char *const *rows, int64_t lines, int64_t share, int64_t shares) : rows(rows) {
+        for (int i = 0; i < 4; i++) {
+            from[i] = most<int64_t>(4 * lines * share / shares - i * lines, 0);
+            to[i] = least(4 * lines * (share + 1) / shares - i * lines, lines);
+        }
+    }
+    void ask(int j) const {
+        for (int i = 0; i < 4; i++)
+            for (int64_t x = from[i]; x < to[i]; x++) __builtin_prefetch(rows[j + i] + 64 * x, 0, 2);
+    }
+};
 
 // Where the score of row i for the j-th key of a piece lies: quads of keys, those of a pack side by side.
 constexpr int64_t place(int64_t i, int64_t j) {
@@ -81,19 +94,19 @@ constexpr int64_t place(int64_t i, int64_t j) {
 
 // (The kernels are functions of their own: inside of others, addresses run out of registers.)
 
-// Scores of N packs of queries with n keys (a multiple of four), of `quads` quads each. `next` are n rows of `lines`
-// lines that are asked for meanwhile.
+// Scores of N packs of queries with n keys (a multiple of four): `quads` quads, from item `from` of the rows on.
 template <class T, int N>
-__attribute__((noinline)) void scores(const typename T::Item *const *k, int n, int64_t quads, const typename T::Item *q,
-                                      float *s, const typename T::Item *const *next, int64_t lines) {
+__attribute__((noinline)) void scores(const typename T::Item *const *k, int n, int64_t from, int64_t quads,
+                                      const typename T::Item *q, float *s, const Ahead &ahead) {
     const int64_t ldq = quads * T::QUAD * PACK;
     for (int j = 0; j < n; j += 4) {
-        for (int i = 0; i < 4; i++) ask(next[j + i], 0, lines, 1);
+        ahead.ask(j);
+        const typename T::Item *rows[4] = {k[j] + from, k[j + 1] + from, k[j + 2] + from, k[j + 3] + from};
         vf x[N][4] = {};
         for (int64_t i = 0; i < quads; i++) {
             vf y[4];
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) y[c] = kept(quad(k[j + c] + i * T::QUAD));
+            for (int c = 0; c < 4; c++) y[c] = kept(quad(rows[c] + i * T::QUAD));
 #pragma GCC unroll 4
             for (int p = 0; p < N; p++) {
                 vf z = kept(load((const float *)(q + p * ldq + i * T::QUAD * PACK)));
@@ -106,12 +119,11 @@ __attribute__((noinline)) void scores(const typename T::Item *const *k, int n, i
     }
 }
 
-// C vectors of N rows of O, from `o` on, take in n keys (a multiple of four) of which there are `items` more items,
-// weighted by p. `next` are n rows that are asked for, every `step`-th line of them from `first` on.
+// C vectors of N rows of O take in n keys (a multiple of four), weighted by p: of their rows at most `items` items, from
+// item `from` on.
 template <class T, int N, int C>
-__attribute__((noinline)) void weigh(const typename T::Item *const *v, int n, int64_t d, int64_t items,
-                                     const typename T::Item *p, float *o, int64_t ldo,
-                                     const typename T::Item *const *next, int64_t first, int64_t lines, int64_t step) {
+__attribute__((noinline)) void weigh(const typename T::Item *const *v, int n, int64_t from, int64_t items,
+                                     const typename T::Item *p, float *o, int64_t ldo, const Ahead &ahead) {
     vf x[N][C];
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++)
@@ -120,11 +132,11 @@ __attribute__((noinline)) void weigh(const typename T::Item *const *v, int n, in
     // (Inlined by force: else the accumulators would live in memory.)
     auto keys = [&](int64_t items) __attribute__((always_inline)) {
         for (int j = 0; j < n; j += 4) {
-            for (int i = 0; i < 4; i++) ask(next[j + i], first, lines, step);
+            ahead.ask(j);
 #pragma GCC unroll 1
             for (int i = 0; i < 4; i += T::PAIR) {
                 vf y[C];
-                T::template values<C>(v + j + i, d, items, y);
+                T::template values<C>(v + j + i, from, items, y);
 #pragma GCC unroll 8
                 for (int r = 0; r < N; r++) {
                     vf w = T::weight(p + place(r, 0) + j * PACK + i);
