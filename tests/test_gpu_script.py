@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import sparseflash as sf
 
@@ -36,6 +38,18 @@ def test_every_stage_walks_through_in_the_interpreter(tmp_path):
         assert all(row["gpu"] == "interpreter" and row["triton"] and row["git"] is not None for row in rows)
     assert {row["case"] for row in read(tmp_path / "gpu-qk.csv")} == {"math, dense", "qk, 50% dropped"}
     assert all(float(row["ms"]) > 0 for row in read(tmp_path / "gpu-train.csv"))
+
+
+def test_the_model_of_the_train_stage_is_the_papers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.gpu.training import Paper
+
+    with torch.device("meta"):
+        model = Paper(8192, 768, 12, [F.scaled_dot_product_attention] * 12)
+        tokens = torch.zeros(4, 8192, dtype=torch.long)
+        assert model(tokens, tokens).shape == ()
+    weights = sum(p.numel() for p in model.parameters())
+    assert weights == (50304 + 8192) * 768 + 12 * (11 * 768**2 + 2 * 768) + 768  # 122.8 million
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Steps of the paper's language model (arXiv 2306.01160): 12 layers of 12 heads of 64, tied q and k.
+"""Steps of the language model of the SCFA paper (arXiv 2306.01160): 122 million weights at 8192 tokens.
 
-The model is `sparseflash.train`'s with that configuration, GPT-2's vocabulary and tied embeddings; its
-positions are rotary, the paper's are learned. The text is the source of the installed Python library: losses
-compare with one another, and with nothing else.
+GPT-2's shape with its vocabulary: 12 layers of 12 heads of 64, learned positions, embeddings tied with the
+head, no biases, no dropout, and each key is its query, normalised. Batches of 4 x 8192 and 2 x 16384 tokens
+in bf16 under AdamW, as on each of the paper's cards. The text is the source of the installed Python library,
+as bytes: losses compare with one another, and with nothing else.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sparseflash.bench.results import Row
-from sparseflash.train import GPT, Corpus, TrainConfig
+from sparseflash.train import Corpus
+from sparseflash.train.attention import Attention, build
 
 from . import rivals
 from .device import DEVICE, DRY, wait
 from .runner import Task
 
-VOCABULARY = 50304
+VOCABULARY, LAYERS, WIDTH, HEADS = 50304, *((1, 16, 1) if DRY else (12, 768, 12))
 STEPS, WARM = (2, 1) if DRY else (40, 8)
 SHAPES = ((16, 1),) if DRY else ((8192, 4), (16384, 2))
 METHODS = {f"hash, {nb} buckets": ("hash-sparse", {"nb": nb}) for nb in (8, 16, 32)[: 1 if DRY else 3]} | {
@@ -48,42 +51,71 @@ def _corpus() -> Corpus:
     return Corpus([path.read_bytes() for path in files])
 
 
-def _model(T: int, name: str) -> GPT:
-    """The model with one attention."""
-    layers, width, heads = (1, 16, 1) if DRY else (12, 768, 12)
-    method, options = METHODS.get(name, ("dense", {}))
-    config = TrainConfig(
-        data="",
-        attention=method,
-        options=options,
-        length=T,
-        layers=layers,
-        width=width,
-        heads=heads,
-        qk="tied",
-    )
-    model = GPT(config)
-    model.embed = nn.Embedding(VOCABULARY, width)
-    nn.init.normal_(model.embed.weight, std=0.02)
-    model.head.weight = model.embed.weight
-    if method == "dense":
-        for block in model.blocks:
-            block.attention.attention = rivals.dense()[name]
-    return model.to(DEVICE)
+class Layer(nn.Module):
+    """Attention, then an MLP four times as wide, each added to its normalised input."""
+
+    def __init__(self, width: int, heads: int, attention: Attention) -> None:
+        super().__init__()
+        self.heads, self.attention = heads, attention
+        self.norms = nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
+        self.project = nn.Linear(width, 2 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform x [B, T, width]."""
+        q, v = (
+            z.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for z in self.project(self.norms[0](x)).chunk(2, dim=-1)
+        )
+        out = self.attention(q, F.normalize(q, dim=-1), v)
+        x = x + self.output(out.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+
+class Paper(nn.Module):
+    """The model, with an attention for each layer."""
+
+    def __init__(self, length: int, width: int, heads: int, attention: list[Attention]) -> None:
+        super().__init__()
+        self.embed = nn.ModuleList(nn.Embedding(n, width) for n in (VOCABULARY, length))
+        self.layers = nn.ModuleList(Layer(width, heads, one) for one in attention)
+        self.norm = nn.LayerNorm(width, bias=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                deep = (2 * len(attention)) ** -0.5 if name.endswith(("output.weight", "down.weight")) else 1
+                nn.init.normal_(weight, std=0.02 * deep)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss in nats of targets [B, T]."""
+        words, places = self.embed
+        x = words(tokens) + places.weight[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(F.linear(self.norm(x), words.weight).flatten(0, 1).float(), targets.flatten())
+
+
+def _attention(name: str, context: dict[str, int]) -> list[Attention]:
+    """The attention of each layer, whose random choices are its own."""
+    if name not in METHODS:
+        return [rivals.dense()[name]] * LAYERS
+    method, options = METHODS[name]
+    return [build(method, options, seed=n, tied=True, context=context) for n in range(LAYERS)]
 
 
 def _steps(T: int, batch: int, name: str) -> Iterator[Row]:
     torch.manual_seed(0)
-    model, corpus = _model(T, name), _corpus()
-    groups = [
-        {"params": [model.embed.weight], "weight_decay": 0.0},
-        {"params": [p for n, p in model.named_parameters() if n != "embed.weight"], "weight_decay": 0.1},
-    ]
+    context, corpus = {"step": 0}, _corpus()
+    model = Paper(T, WIDTH, HEADS, _attention(name, context)).to(DEVICE)
+    light = [p for n, p in model.named_parameters() if "norm" in n or "embed" in n]
+    heavy = [p for n, p in model.named_parameters() if not ("norm" in n or "embed" in n)]
+    groups = [{"params": light, "weight_decay": 0.0}, {"params": heavy, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     times, losses = [], []
     for step in range(STEPS):
         tokens, targets = (x.to(DEVICE) for x in corpus.batch(0, step, slice(0, batch), batch, T))
-        model.context["step"] = step
+        context["step"] = step
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / (WARM + 1))
         wait()
@@ -99,6 +131,7 @@ def _steps(T: int, batch: int, name: str) -> Iterator[Row]:
     ms = statistics.median(times[WARM:])
     weights = sum(p.numel() for p in model.parameters())
     yield {
+        "model": f"GPT-2, {LAYERS} x {WIDTH}, {HEADS} heads, learned positions, keys are normalised queries",
         "weights": weights, "steps": STEPS, "ms": ms, "tokens_per_s": batch * T / ms * 1e3,
         "first_loss": losses[0], "last_loss": losses[-1],
         "gib": 0.0 if DRY else torch.cuda.max_memory_allocated() / 2**30,
