@@ -44,6 +44,18 @@ class Watch(TorchDispatchMode):
         return out
 
 
+class Made(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made, views and all."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.bytes += sum(x.untyped_storage().nbytes() for x in made)
+        return out
+
+
 @contextlib.contextmanager
 def watched():
     """`Watch`, and an eye on tensors made of Python numbers, which are made in main memory and copied."""
@@ -66,7 +78,7 @@ def watched():
 def launches(monkeypatch):
     """The Triton backend as on a Hopper card, its kernels replaced by a list of what would be launched."""
     pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
-    from sparseflash.backends.triton import blocks, launch, softmax
+    from sparseflash.backends.triton import blocks, launch, softmax, stick
 
     found = []
 
@@ -78,8 +90,9 @@ def launches(monkeypatch):
             assert all(type(n) is int for n in grid)
             return lambda **named: found.append(self.name)
 
-    for name in ("rows_kernel", "columns_kernel"):
-        monkeypatch.setattr(softmax, name, Kernel(getattr(softmax, name)))
+    for room, names in ((softmax, ("rows", "columns")), (stick, ("stick", "stick_columns"))):
+        for name in (f"{name}_kernel" for name in names):
+            monkeypatch.setattr(room, name, Kernel(getattr(room, name)))
     monkeypatch.setattr(blocks, "target", lambda: ("cuda", 90))
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
     return found
@@ -138,6 +151,39 @@ def test_selecting_attending_and_differentiating_look_at_no_value(name, launches
         sf.attention(q, k, k, ready)  # the checks of its arguments, and what the custom op does to a plan
     assert launches == ["rows_kernel", "rows_kernel", "columns_kernel"]
     assert (ready.span_keys is None) == (plan.spans is None)
+
+
+@pytest.mark.parametrize("name", SELECT)
+def test_sticks_look_at_no_value(name, launches):
+    from sparseflash.backends import triton as backend
+
+    q, k = meta(2, 4, 512, 64), meta(2, 2, 512, 64)
+    _draw_planes(64, 8, 2, 1, 0, q.device)
+    with watched():
+        plan = SELECT[name](q, k)
+        out, rem = backend.stick_forward(q, k, k, plan, scale=0.1)
+        backend.stick_backward(out, rem, q, k, k, plan, scale=0.1)
+    wave = ["stick_kernel", "stick_kernel", "stick_columns_kernel"]
+    assert launches == ["stick_kernel", *wave * (len(launches) // 3)] and len(launches) > 3
+
+
+@pytest.mark.parametrize("name", ["dense", "units"])
+def test_memory_of_sticks_is_linear_in_the_length(name, launches):
+    from sparseflash.backends import triton as backend
+
+    def made(T):
+        """Bytes of all that forward and backward make."""
+        q, held = meta(1, 2, T, 64), Made()
+        index = meta(1, 1, T // 128, 16, dtype=torch.int32)
+        plan = Plan.dense(T, T, causal=True, device="meta")
+        if name == "units":
+            plan = Plan.from_keys(index, Tq=T, Tk=T, tile=128, unique=True, causal=True)
+        with held:
+            out, rem = backend.stick_forward(q, q, q, plan, scale=0.1)
+            backend.stick_backward(out, rem, q, q, q, plan, scale=0.1)
+        return held.bytes
+
+    assert made(1 << 17) < 9 * made(1 << 14)
 
 
 def test_tensors_without_values_give_tensors_without_values():

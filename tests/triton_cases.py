@@ -19,6 +19,7 @@ import test_stats
 import test_stick_breaking
 import tolerance
 from harness import inputs, run, unseen
+from sparseflash.backends.triton import stick
 from sparseflash.backends.triton.launch import shares
 from sparseflash.backends.triton.softmax import packed
 
@@ -106,6 +107,13 @@ def main() -> None:
     shared = [decoded(seed, kind) for seed in range(first, last) for kind in plans.KINDS]
     assert sum(n > 1 for n, _ in shared) > len(shared) // 2, f"hardly any plan was shared: {shared}"
     assert sum(n > 1 for _, n in shared) >= 3, f"hardly any group was packed: {shared}"
+    waves = []
+
+    def at_once(q, plan, slots, count=stick.at_once):
+        waves.append((plan.tiles, count(q, plan, slots)))
+        return waves[-1][1]
+
+    stick.at_once = at_once
     print(f"decode: (programs that share keys, heads that share a tile): {shared}", flush=True)
     for seed in range(first, last):
         for n, kind in enumerate(plans.KINDS):
@@ -115,7 +123,8 @@ def main() -> None:
             test_stats.hold("triton", kind, seed, (1, 17), (16, 31), (test_stats.OVER[(n + seed) % 4],))
         linear(seed)
     print("linear attention: that of the sum over pairs", flush=True)
-    print("statistics, sticks: those of the dense weights", flush=True)
+    print(f"statistics, sticks: those of the dense weights; (tiles, at once): {waves}", flush=True)
+    assert first or any(tiles > wave for tiles, wave in waves), "no stick was broken in several waves"
     for seed in range(first, last):
         for kind in plans.KINDS:
             began = time.perf_counter()

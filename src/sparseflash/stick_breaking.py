@@ -126,8 +126,7 @@ def stick_breaking(
 
     Newer means a later row of keys: of the tokens as given, or as the plan's `k_order` lists them. Keys that
     the plan hides take nothing. Keys beyond the point where fp32 has nothing left of any stick of 64 queries
-    are not visited; that changes no bit. Memory is linear in the lengths, but for the backward on Triton: two
-    numbers for each query and block of 16 to 32 keys that it visits.
+    are not visited; that changes no bit. Memory is linear in the lengths.
 
     Parameters
     ----------

@@ -90,12 +90,13 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
         (64, 4): Blocks(32, 16, 8, 1), (128, 4): Blocks(16, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
 }  # fmt: skip
+BLACKWELL = HOPPER | {"columns": HOPPER["columns"] | {(64, 4): Blocks(32, 16, 8, 1)}}
 OTHERS = {  # whose products take their operands from registers, or that have less shared memory
     "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
     "columns": HOPPER["columns"]
     | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
     "entries": HOPPER["entries"],
-    "linear": HOPPER["linear"],
+    "linear": HOPPER["linear"] | {(256, 2): Blocks(32, 64, 8, 1)},
     "stick": HOPPER["stick"],
 }  # fmt: skip
 
@@ -168,18 +169,20 @@ def choose(case: Case, heavy: bool) -> Blocks:
 def _default(case: Case, heavy: bool) -> Blocks:
     size = getattr(torch, case.dtype).itemsize
     kernel, _, backward = case.kernel.partition(", ")
-    table = HOPPER if target()[1] in (90, 100) else OTHERS
+    table = {9: HOPPER, 10: BLACKWELL}.get(target()[1] // 10, OTHERS)
     dim = next(d for d in (64, 128, MAX_DIM) if case.dim <= d)
     blocks = table[kernel][dim, size]
-    if COMPILER >= (3, 9) and table is HOPPER and not heavy:
+    if COMPILER >= (3, 9) and table is not OTHERS and not heavy:
         blocks = NEWER.get((case.kernel, dim, size), blocks)
     if kernel == "columns":
         return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
+    if kernel == "stick" and heavy and dim == MAX_DIM:
+        return replace(blocks, keys=16)
     if kernel != "rows":
         return blocks
     if heavy:
         return replace(blocks, keys=16) if size == 4 else blocks
-    if blocks.stages > 1 and case.dim <= 64 and not backward:
+    if table is HOPPER and blocks.stages > 1 and case.dim <= 64 and not backward:
         return replace(blocks, registers=128)  # two programs fit side by side
     return blocks
 

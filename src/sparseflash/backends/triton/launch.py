@@ -35,7 +35,7 @@ def part_of(unit: int, keys: int) -> int:
     return unit if unit % keys == 0 or keys % unit == 0 else math.gcd(unit, keys)
 
 
-def unit_readers(plan: Plan, keys: int) -> Readers:
+def readers_of(plan: Plan, keys: int) -> Readers:
     """The transposed unit lists for blocks of `keys` key rows (or of one unit, where that is larger)."""
     assert plan.start is not None and plan.count is not None and plan.index is not None
     R, part = plan.tiles, part_of(plan.unit, keys)

@@ -15,7 +15,7 @@ from ...plan.flat import empty_like_layout
 from ...plan.transpose import transpose_spans
 from .blocks import Blocks, fitting
 from .columns import columns_kernel
-from .launch import Arguments, found, power_of_two, shares, unit_readers
+from .launch import Arguments, found, power_of_two, readers_of, shares
 from .rows import rows_kernel
 
 _SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL", "SPAN_SOURCE")
@@ -169,13 +169,13 @@ def launch_columns(a: Arguments, plan: Plan, dk: Tensor, dv: Tensor, dbias: Tens
     named |= {"DK": dk, "DV": dv, "DBIAS": dbias}
     for name, x in (("dk", dk), ("dv", dv)):
         a.strides(named, name, x)
-    spans, group = _span_readers(a, plan)
+    spans, group = span_readers(a, plan)
 
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))
         columns = -(-plan.k_rows // blocks.keys)
         columns_kernel[(programs * columns,)](
-            **named, **spans, **_unit_readers(a, plan, blocks.keys), columns=columns,
+            **named, **spans, **unit_readers(a, plan, blocks.keys), columns=columns,
             GROUP=group or blocks.keys, F=a.flags(blocks, rows, min(32, rows)), **blocks.options(),
         )  # fmt: skip
 
@@ -190,7 +190,7 @@ def summed(x: Tensor, shape: torch.Size) -> Tensor:
     return x.sum(0, keepdim=True) if x.shape[0] != shape[0] else x
 
 
-def _span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
+def span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
     """Which tiles visit each group of keys by their spans, as arguments, and how many keys a group has."""
     if not a.switches["SPANS"]:
         none: dict[str, Any] = dict.fromkeys(_SPANNED, a.named["SPANS"])
@@ -202,12 +202,12 @@ def _span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
     return named | {"spanned_columns": keys.count.shape[-1]}, keys.group
 
 
-def _unit_readers(a: Arguments, plan: Plan, keys: int) -> dict[str, Any]:
+def unit_readers(a: Arguments, plan: Plan, keys: int) -> dict[str, Any]:
     """Which tiles list the units of each block of keys, as arguments."""
     if not a.switches["UNITS"]:
         none: dict[str, Any] = dict.fromkeys(_UNITED, a.named["SPANS"])
         return none | {"united_batch": 0, "united_heads": 1, "united_columns": 1}
-    readers = unit_readers(plan, keys)
+    readers = readers_of(plan, keys)
     lists = (readers.begin, readers.count, readers.tile, readers.members)
     named: dict[str, Any] = dict(zip(_UNITED, lists, strict=True))
     named["united_batch"], named["united_heads"] = found(readers.count)

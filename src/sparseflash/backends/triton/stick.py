@@ -1,13 +1,14 @@
 """Stick-breaking attention: tiles visit their keys newest first, and each takes its share of what is left.
 
-The backward knows, for every visit and row, what newer keys had left (`LEFT`, from the forward's walk) and
-what older keys had gathered (`OLDER`, from the walk of dQ, oldest first): a number each. With both, a program
-of dK and dV can begin anywhere: it owns a block of keys, and nothing is added from two places.
+The backward knows, for every row and block that it visits, what newer keys had left (`LEFT`, from the
+forward's walk) and what older keys had gathered (`OLDER`, from the walk of dQ, oldest first): a number each.
+With both, a program of dK and dV can begin anywhere: it owns a block of keys, and nothing is added from two
+places. So many tiles take this way at a time that their numbers are no more than those of q.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +34,7 @@ from .common import (
     store_rows,
 )
 from .launch import Arguments, found, power_of_two
-from .softmax import summed
+from .softmax import span_readers, summed, unit_readers
 from .visits import Visits, visits
 
 LEAST = tl.constexpr(2.0**-60)
@@ -54,25 +55,18 @@ def broken(x, keep, left):
 
 @triton.jit
 def slopes(Q, v, x, keep, left, older):
-    """Weights P, their slopes T = P (dP - drem), and dZ = T - b times the sum of T so far."""
+    """Weights P, dZ = T - b times the sum so far of slopes T = P (dP - drem), and that sum after all."""
     share, weight, _ = broken(x, keep, left)
     taken = tl.where(weight == 0.0, 0.0, weight * (dot(Q.do, tl.trans(v)) - Q.delta[:, None]))
-    return weight, taken, taken - share * (older[:, None] + tl.cumsum(taken, 1))
+    so_far = older[:, None] + tl.cumsum(taken, 1)
+    newest = (tl.arange(0, x.shape[1]) == x.shape[1] - 1)[None, :]
+    return weight, taken - share * so_far, tl.sum(tl.where(newest, so_far, 0.0), 1)
 
 
 @triton.jit
-def visit_at(LOW, HIGH, WORD, i, F: tl.constexpr):
-    """Visit i: first row of its block, low, high, place of its bits, first row of its unit."""
-    low = tl.load(LOW + i)
-    return low // F.BN * F.BN, low, tl.load(HIGH + i), tl.load(WORD + i), low // F.UNIT * F.UNIT
-
-
-@triton.jit
-def edge(N, i, b, h, H, heads, batch, F: tl.constexpr):
-    """Where the numbers of a visit's rows lie: a set for each query head and sequence of a list."""
-    group = H // heads
-    owner = h % group if batch > 0 else b * group + h % group
-    return (owner * tl.full([], 1, tl.int64) * N + i) * F.TILE
+def edge(bh, tile, slot, tiles, slots, F: tl.constexpr):
+    """Where the numbers of a tile's rows lie at one of the blocks that it visits."""
+    return ((bh.to(tl.int64) * tiles + tile) * slots + slot) * F.TILE
 
 
 @triton.jit
@@ -87,20 +81,23 @@ def any_left(left, real):
     return tl.max(((left > 0.0) & real).to(tl.int32), 0) > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_tile", "wave"))
 def stick_kernel(
     Q, K, V, OUT, REM, DOUT, DREM, LEFT, OLDER,
     q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
     o_batch, o_head, o_row, o_lane, d_batch, d_head, d_row, d_lane,
-    START, COUNT, LOW, HIGH, WORD, WORDS, N, visit_batch, visit_heads,
+    START, COUNT, LOW, HIGH, WORD, SLOT, WORDS, visit_batch, visit_heads,
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, RULE, rule_heads, SHIFT, shift_batch,
-    scale, factor, offset, left, right, sink, H, KV, Tq, q_rows, k_rows, tiles, parts,
-    KEEP: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
+    scale, factor, offset, left, right, sink, H, KV, Tq, q_rows, k_rows, tiles, parts, first_tile, wave,
+    slots, KEEP: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """OUT and REM of BM rows; with KEEP only the LEFT of every visit; with BACKWARD dQ (in OUT) and OLDER."""
-    bh, at = tl.program_id(0) // (tiles * parts), tiles * parts - 1 - tl.program_id(0) % (tiles * parts)
-    tile, b, h = at // parts, bh // H, bh % H
+    """OUT and REM of BM rows, of `wave` tiles from `first_tile` on.
+
+    With KEEP only the LEFT of every block that they visit; with BACKWARD dQ (in OUT) and OLDER.
+    """
+    bh, at = tl.program_id(0) // (wave * parts), wave * parts - 1 - tl.program_id(0) % (wave * parts)
+    tile, b, h = first_tile + at // parts, bh // H, bh % H
     b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
     tokens = Tokens(
         Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
@@ -129,38 +126,41 @@ def stick_kernel(
     inside = rows.within < F.TILE
     for n in range(0, count):
         i = first + (count - 1 - n if BACKWARD else n)
-        lasts = run
-        if BACKWARD or KEEP:
-            spots = edge(N, i, b, h, H, visit_heads, visit_batch, F) + rows.within
-            if KEEP:
-                tl.store(LEFT + spots, run, mask=inside)
-            else:
-                lasts = tl.load(LEFT + spots, mask=inside, other=0.0)
-                tl.store(OLDER + spots, run, mask=inside)
-        if any_left(lasts, rows.real):
-            base, low, high, word, origin = visit_at(LOW, HIGH, WORD, i, F)
-            live = (base + lane >= low) & (base + lane < high)
-            k = keys_at(head.k, base, lane, k_row, k_lane, live, F.D, F.BD)
-            # read again for each visit: what a whole walk keeps in fp32 does not fit the registers
-            q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, rows.real, F.D,
-                          F.BD, True)  # fmt: skip
-            do = q
-            if BACKWARD:
-                do = load_rows(DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane,
-                               rows.real, F.DV, F.BDV, True)  # fmt: skip
-            asking = Rows(q, do, drem, rows.real, rows.pos, rows.seg, rows.within)
-            x, keep, key = pairs(asking, head, R, k, base, lane, live, word, origin, WORDS, F)
-            if KEEP:
-                share, weight, run = broken(x, keep, run)
-            else:
-                v = seen(keys_at(head.v, base, lane, v_row, v_lane, live, F.DV, F.BDV), keep)
+        low, high, word = tl.load(LOW + i), tl.load(HIGH + i), tl.load(WORD + i)
+        times = (high - 1) // BN - low // BN + 1
+        for c in range(0, times):
+            nth = c if BACKWARD else times - 1 - c
+            base = (low // BN + nth) * BN
+            lasts = run
+            if BACKWARD or KEEP:
+                spots = edge(bh, tile - first_tile, tl.load(SLOT + i) + nth, wave, slots, F) + rows.within
+                if KEEP:
+                    tl.store(LEFT + spots, run, mask=inside)
+                else:
+                    lasts = tl.load(LEFT + spots, mask=inside, other=0.0)
+                    tl.store(OLDER + spots, run, mask=inside)
+            if any_left(lasts, rows.real):
+                live = (base + lane >= low) & (base + lane < high)
+                # all that products read from shared memory is there before the first of them: a wait between
+                # two reads would hold the first in registers
+                k = keys_at(head.k, base, lane, k_row, k_lane, live, F.D, F.BD)
+                v = keys_at(head.v, base, lane, v_row, v_lane, live, F.DV, F.BDV)
+                # read again for each block: what a whole walk keeps in fp32 does not fit the registers
+                q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, rows.real,
+                              F.D, F.BD, True)  # fmt: skip
+                do = q
                 if BACKWARD:
-                    weight, taken, dz = slopes(asking, v, x, keep, lasts, run)
+                    do = load_rows(DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane,
+                                   rows.real, F.DV, F.BDV, True)  # fmt: skip
+                asking = Rows(q, do, drem, rows.real, rows.pos, rows.seg, rows.within)
+                x, keep, key = pairs(asking, head, R, k, base, lane, live, word, low, WORDS, F)
+                if BACKWARD:
+                    weight, dz, run = slopes(asking, v, x, keep, lasts, run)
                     acc = dot(dz.to(k.dtype), seen(k, keep), acc)
-                    run += tl.sum(taken, 1)
                 else:
                     share, weight, run = broken(x, keep, run)
-                    acc = dot(weight.to(v.dtype), v, acc)
+                    if not KEEP:
+                        acc = dot(weight.to(v.dtype), seen(v, keep), acc)
     to = OUT + b64 * o_batch + h64 * o_head
     if BACKWARD:
         store_rows(to, token, o_row, o_lane, rows.real, acc * scale, F.D, F.BD)
@@ -169,66 +169,127 @@ def stick_kernel(
         tl.store(REM + state, run, mask=rows.real)
 
 
+class Answers(NamedTuple):
+    """What the backward knows of the queries of a head, and where."""
+
+    do: Any
+    row: Any
+    lane: Any
+    drem: Any
+    left: Any
+    older: Any
+
+
 @triton.jit
+def take(dk, dv, A, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low, high, word, slot, base, WORDS,
+         q_batch, q_head, q_row, q_lane, Tq, q_rows, wave, slots, F: tl.constexpr):  # fmt: skip
+    """What the rows of a tile give to the keys low..high of a block, the `slot`-th that it visits."""
+    BM: tl.constexpr = F.BM
+    PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
+    lane = tl.arange(0, F.BN)
+    live = (base + lane >= low) & (base + lane < high)
+    for part in range(0, PARTS):
+        asked, token = rows_of(tokens, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, q_rows, BM,
+                               F)  # fmt: skip
+        spots = edge(bh, tile - first_tile, slot, wave, slots, F) + asked.within
+        lasts = tl.load(A.left + spots, mask=asked.within < F.TILE, other=0.0)
+        if any_left(lasts, asked.real):
+            older = tl.load(A.older + spots, mask=asked.within < F.TILE, other=0.0)
+            do = load_rows(A.do, token.to(tl.int64), A.row, A.lane, asked.real, F.DV, F.BDV, True)
+            drem = tl.load(A.drem + token, mask=asked.real, other=0.0)
+            rows = Rows(asked.q, do, drem, asked.real, asked.pos, asked.seg, asked.within)
+            k = keys_at(head.k, base, lane, head.k_row, head.k_lane, live, F.D, F.BD)
+            v = keys_at(head.v, base, lane, head.v_row, head.v_lane, live, F.DV, F.BDV)
+            x, keep, key = pairs(rows, head, R, k, base, lane, live, word, low, WORDS, F)
+            weight, dz, _ = slopes(rows, v, x, keep, lasts, older)
+            dv = dot(tl.trans(weight.to(do.dtype)), do, dv)
+            dk = dot(tl.trans(dz.to(do.dtype)), rows.q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=("first_tile", "wave"))
 def stick_columns_kernel(
     Q, K, V, DOUT, DREM, LEFT, OLDER, DK, DV,
     q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
     d_batch, d_head, d_row, d_lane, dk_batch, dk_head, dk_row, dk_lane, dv_batch, dv_head, dv_row, dv_lane,
-    BLOCK_START, BLOCK_COUNT, BY_BLOCK, TILE_OF, LOW, HIGH, WORD, WORDS, N, visit_batch, visit_heads,
+    SPANS, SPAN_START, span_batch, span_heads, SPAN_BEGIN, SPAN_READERS, SPAN_TILE, SPAN_UNTIL, SPAN_SOURCE,
+    spanned_batch, spanned_heads, spanned_columns,
+    FULL, WORDS_START, WORDS, unit_batch, unit_heads, UNIT_BEGIN, UNIT_READERS, UNIT_TILE, UNIT_MEMBERS,
+    united_batch, united_heads, united_columns,
+    SPAN_AT, SPAN_SLOT, UNIT_AT, UNIT_SLOT, visit_batch, visit_heads,
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, RULE, rule_heads, SHIFT, shift_batch,
-    scale, factor, offset, left, right, sink, H, KV, Tq, q_rows, k_rows, tiles, blocks, F: tl.constexpr,
+    scale, factor, offset, left, right, sink, H, KV, Tq, q_rows, k_rows, tiles, columns, first_tile, wave,
+    slots, GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """DK and DV of a block of key rows of packed head kv, from every visit to it."""
-    BM: tl.constexpr = F.BM
+    """Add what `wave` tiles from `first_tile` on give to a block of key rows to DK and DV, which are fp32."""
     BN: tl.constexpr = F.BN
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV
-    PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
-    block, bk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    MEMBERS: tl.constexpr = (BN + F.PART - 1) // F.PART
+    column, bk = tl.program_id(0) % columns, tl.program_id(0) // columns
     b, kv = bk // KV, bk % KV
     b64, kv64 = b.to(tl.int64), kv.to(tl.int64)
-    base, lane = block * BN, tl.arange(0, BN)
-    real = base + lane < k_rows
+    base, lane = column * BN, tl.arange(0, BN)
     tokens = Tokens(
         Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
         q_seg_heads,
         SHIFT, shift_batch, offset,
     )  # fmt: skip
     from_k, from_v = K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head
+    real = base + lane < k_rows
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
+    last_tile = first_tile + wave
     for one in range(0, H // KV):
         h = kv * (H // KV) + one
+        bh = b * H + h
         h64 = h.to(tl.int64)
         facts = place(b, h, H, key_heads, key_batch, k_rows)
         head = Keys(from_k, from_v, k_row, k_lane, v_row, v_lane, K_ORDER + facts, K_POS + facts,
                     K_END + facts, K_SEG + facts, K, k_rows)  # fmt: skip
+        answers = Answers(
+            DOUT + b64 * d_batch + h64 * d_head, d_row, d_lane, DREM + bh.to(tl.int64) * Tq, LEFT, OLDER
+        )
         R = rule_of(Rule(factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
-        cell = place(b, h, H, visit_heads, visit_batch, blocks) + block
-        first, count = tl.load(BLOCK_START + cell), tl.load(BLOCK_COUNT + cell)
-        for n in range(0, count):
-            i = tl.load(BY_BLOCK + first + n)
-            tile = tl.load(TILE_OF + i)
-            at, low, high, word, origin = visit_at(LOW, HIGH, WORD, i, F)
-            live = (base + lane >= low) & (base + lane < high)
-            for part in range(0, PARTS):
-                asked, token = rows_of(tokens, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq,
-                                       q_rows, BM, F)  # fmt: skip
-                spots = edge(N, i, b, h, H, visit_heads, visit_batch, F) + asked.within
-                lasts = tl.load(LEFT + spots, mask=asked.within < F.TILE, other=0.0)
-                if any_left(lasts, asked.real):
-                    older = tl.load(OLDER + spots, mask=asked.within < F.TILE, other=0.0)
-                    do = load_rows(DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane,
-                                   asked.real, F.DV, F.BDV, True)  # fmt: skip
-                    drem = tl.load(DREM + (b64 * H + h64) * Tq + token, mask=asked.real, other=0.0)
-                    rows = Rows(asked.q, do, drem, asked.real, asked.pos, asked.seg, asked.within)
-                    k = keys_at(from_k, base, lane, k_row, k_lane, live, F.D, F.BD)
-                    v = keys_at(from_v, base, lane, v_row, v_lane, live, F.DV, F.BDV)
-                    x, keep, key = pairs(rows, head, R, k, base, lane, live, word, origin, WORDS, F)
-                    weight, taken, dz = slopes(rows, seen(v, keep), x, keep, lasts, older)
-                    dv = dot(tl.trans(weight.to(do.dtype)), do, dv)
-                    dk = dot(tl.trans(dz.to(do.dtype)), rows.q, dk)
+        cells = place(b, h, H, visit_heads, visit_batch, tiles)
+        if F.SPANS:
+            group = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + base // GROUP
+            first = tl.load(SPAN_BEGIN + group)
+            lists = place(b, h, H, span_heads, span_batch, tiles)
+            for e in range(first, first + tl.load(SPAN_READERS + group)):
+                source = tl.load(SPAN_SOURCE + e)
+                begin = tl.maximum(tl.load(SPAN_TILE + e), first_tile)
+                for tile in range(begin, tl.minimum(tl.load(SPAN_UNTIL + e), last_tile)):
+                    span = SPANS + 2 * (tl.load(SPAN_START + lists + tile) + source)
+                    low, high = tl.maximum(tl.load(span), 0), tl.minimum(tl.load(span + 1), k_rows)
+                    if (low < high) & (low < base + BN) & (high > base):
+                        slot = tl.load(SPAN_SLOT + tl.load(SPAN_AT + cells + tile) + source)
+                        dk, dv = take(dk, dv, answers, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low,
+                                      high, -1, slot + column - low // BN, base, WORDS, q_batch, q_head,
+                                      q_row, q_lane, Tq, q_rows, wave, slots, F)  # fmt: skip
+        if F.UNITS:
+            group = place(b, h, H, united_heads, united_batch, united_columns) + base // (MEMBERS * F.PART)
+            first = tl.load(UNIT_BEGIN + group)
+            lists = place(b, h, H, unit_heads, unit_batch, tiles)
+            for e in range(first, first + tl.load(UNIT_READERS + group)):
+                tile = tl.load(UNIT_TILE + e)
+                if (tile >= first_tile) & (tile < last_tile):
+                    for m in range(0, MEMBERS):
+                        member = tl.load(UNIT_MEMBERS + e * MEMBERS + m)
+                        at = base + m * F.PART
+                        if (member >= 0) & ((m == 0) | (at % F.UNIT == 0)):  # once for each unit
+                            low = at // F.UNIT * F.UNIT
+                            word = tl.full([], -1, tl.int64)
+                            if F.BITS:
+                                full = tl.load(FULL + lists + tile)
+                                start = tl.load(WORDS_START + lists + tile)
+                                word = tl.where(member >= full, start + member - full, word)
+                            high = tl.minimum(low + F.UNIT, k_rows)
+                            slot = tl.load(UNIT_SLOT + tl.load(UNIT_AT + cells + tile) + member)
+                            dk, dv = take(dk, dv, answers, tokens, head, R, Q, b, h, H, bh, tile, first_tile,
+                                          low, high, word, slot + column - low // BN, base, WORDS, q_batch,
+                                          q_head, q_row, q_lane, Tq, q_rows, wave, slots, F)  # fmt: skip
     facts = place(b, kv * (H // KV), H, key_heads, key_batch, k_rows)
     own, _, _, _ = key_facts(
         Keys(K, V, k_row, k_lane, v_row, v_lane, K_ORDER + facts, K_POS + facts, K_END + facts, K_SEG + facts,
@@ -236,9 +297,13 @@ def stick_columns_kernel(
         base + lane, real, F,
     )  # fmt: skip
     real = real & (own >= 0)
-    to = tl.where(real, own, 0)
-    store_rows(DK + b64 * dk_batch + kv64 * dk_head, to, dk_row, dk_lane, real, dk * scale, F.D, F.BD)
-    store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, real, dv, F.DV, F.BDV)
+    to = tl.where(real, own, 0).to(tl.int64)
+    DK += b64 * dk_batch + kv64 * dk_head
+    DV += b64 * dv_batch + kv64 * dv_head
+    dk = dk * scale + load_rows(DK, to, dk_row, dk_lane, real, F.D, F.BD, True)
+    dv += load_rows(DV, to, dv_row, dv_lane, real, F.DV, F.BDV, True)
+    store_rows(DK, to, dk_row, dk_lane, real, dk, F.D, F.BD)
+    store_rows(DV, to, dv_row, dv_lane, real, dv, F.DV, F.BDV)
 
 
 def _named(a: Arguments, kernel: Any, known: Visits) -> dict[str, Any]:
@@ -246,29 +311,25 @@ def _named(a: Arguments, kernel: Any, known: Visits) -> dict[str, Any]:
     visit_batch, visit_heads = found(known.count)
     given = a.named | {
         "START": known.start, "COUNT": known.count, "LOW": known.low, "HIGH": known.high, "WORD": known.word,
-        "BLOCK_START": known.block_start, "BLOCK_COUNT": known.block_count, "BY_BLOCK": known.by_block,
-        "TILE_OF": known.tile, "N": known.low.shape[0], "visit_batch": visit_batch,
+        "SLOT": known.slot, "SPAN_AT": known.span_at, "SPAN_SLOT": known.span_slot, "UNIT_AT": known.unit_at,
+        "UNIT_SLOT": known.unit_slot, "slots": known.slots, "visit_batch": visit_batch,
         "visit_heads": visit_heads,
     }  # fmt: skip
-    if "BLOCK_START" in kernel.arg_names:
-        given["visit_batch"] = found(known.block_count)[0]
-        given["blocks"] = known.block_count.shape[-1]
     return {n: x for n, x in given.items() if n in kernel.arg_names}
 
 
-def _walk(a: Arguments, plan: Plan, known: Visits, blocks: Blocks, *, keep: bool, backward: bool) -> None:
-    """Run the kernel over query rows."""
+def _walk(
+    a: Arguments, plan: Plan, known: Visits, blocks: Blocks, first: int, wave: int, *, keep: bool = False,
+    backward: bool = False,
+) -> None:  # fmt: skip
+    """Run the kernel over query rows, over those of `wave` tiles."""
     rows = min(blocks.rows, power_of_two(plan.tile))
     parts = triton.cdiv(plan.tile, rows)
-    q, flags = a.named["Q"], a.flags(blocks, rows, blocks.keys)
-    stick_kernel[(q.shape[0] * q.shape[1] * plan.tiles * parts,)](
-        **_named(a, stick_kernel, known),
-        parts=parts,
-        KEEP=keep,
-        BACKWARD=backward,
-        F=flags,
-        **blocks.options(),
-    )
+    programs = a.named["Q"].shape[0] * a.named["H"] * wave * parts
+    stick_kernel[(programs,)](
+        **_named(a, stick_kernel, known), parts=parts, first_tile=first, wave=wave, KEEP=keep,
+        BACKWARD=backward, F=a.flags(blocks, rows, blocks.keys), **blocks.options(),
+    )  # fmt: skip
 
 
 def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -283,9 +344,15 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) 
         a.strides(a.named, name, out)
     fitting(
         "stick", a.blocks("stick"),
-        lambda blocks: _walk(a, plan, visits(plan, blocks.keys), blocks, keep=False, backward=False),
+        lambda blocks: _walk(a, plan, visits(plan, blocks.keys), blocks, 0, plan.tiles),
     )  # fmt: skip
     return out, rem
+
+
+def at_once(q: Tensor, plan: Plan, slots: int) -> int:
+    """How many tiles take the way of the backward at a time: their edges hold no more numbers than q."""
+    each = 2 * q.shape[0] * q.shape[1] * plan.tile * slots
+    return max(1, min(plan.tiles, q.numel() // each))
 
 
 def stick_backward(
@@ -296,8 +363,7 @@ def stick_backward(
     dq = torch.zeros_like(q)
     a = Arguments(q, k, v, plan, scale, 0.0, None)
     heads = a.keys.k.shape[1]
-    kind = q.dtype if heads == k.shape[1] and k.shape[0] == B else torch.float32
-    dk, dv = (torch.zeros((B, heads, *x.shape[2:]), dtype=kind, device=q.device) for x in (k, v))
+    dk, dv = (torch.zeros((B, heads, *x.shape[2:]), device=q.device) for x in (k, v))
     drem = torch.zeros((B, H, Tq), device=q.device) if drem is None else drem.float().contiguous()
     dout = dout.to(q.dtype)
     a.named |= {"OUT": dq, "REM": drem, "DOUT": dout, "DREM": drem, "DK": dk, "DV": dv}
@@ -305,16 +371,20 @@ def stick_backward(
         a.strides(a.named, name, x)
 
     def start(blocks: Blocks) -> None:
-        known = visits(plan, blocks.keys)
-        lists, own = known.count[..., 0].numel(), known.low.shape[0]
-        edges = torch.empty((2, B * H // lists, own, plan.tile), dtype=torch.float32, device=q.device)
+        known, spans = visits(plan, blocks.keys), span_readers(a, plan)
+        wave = at_once(q, plan, known.slots)
+        edges = torch.empty((2, B * H, wave, known.slots, plan.tile), dtype=torch.float32, device=q.device)
         a.named["LEFT"], a.named["OLDER"] = edges
-        _walk(a, plan, known, blocks, keep=True, backward=False)
-        _walk(a, plan, known, blocks, keep=False, backward=True)
-        rows = min(blocks.rows, power_of_two(plan.tile))
-        stick_columns_kernel[(B * heads * known.block_count.shape[-1],)](
-            **_named(a, stick_columns_kernel, known), F=a.flags(blocks, rows, blocks.keys), **blocks.options()
-        )
+        rows, columns = min(blocks.rows, power_of_two(plan.tile)), triton.cdiv(plan.k_rows, blocks.keys)
+        a.named |= spans[0] | unit_readers(a, plan, blocks.keys) | {"columns": columns}
+        for first in range(0, plan.tiles, wave):
+            some = min(wave, plan.tiles - first)
+            _walk(a, plan, known, blocks, first, some, keep=True)
+            _walk(a, plan, known, blocks, first, some, backward=True)
+            stick_columns_kernel[(B * heads * columns,)](
+                **_named(a, stick_columns_kernel, known), first_tile=first, wave=some,
+                GROUP=spans[1] or blocks.keys, F=a.flags(blocks, rows, blocks.keys), **blocks.options(),
+            )  # fmt: skip
 
     if dq.numel() and plan.tiles and plan.k_rows:
         fitting("stick, backward", a.blocks("stick"), start)

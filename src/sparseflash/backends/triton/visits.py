@@ -1,24 +1,31 @@
-"""The blocks of keys that tiles visit, in order: what lists hold apart, a stick needs in a row."""
+"""The keys that tiles visit, in order: what lists hold apart, a stick needs in a row.
+
+An entry of a list is a span or a unit; it is visited block of keys by block of keys. Shapes alone say how
+large everything here is where lists have room: nothing waits for a device. Memory is that of the lists.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...plan import Plan
+from ...plan.transpose import counted
 from .launch import alike
 
 
 @dataclass(frozen=True)
 class Visits:
-    """Every visit of a tile to a block of keys, newest keys first, and again block by block.
+    """The entries of every tile, newest keys first, and where the blocks that they visit are numbered.
 
-    `lists` [B,H,tiles] of a plan have visits `start` to `start + count - 1`, each of key rows `low` to
-    `high - 1` within one block; `word` is the place of its unit among all bits, or -1. `by_block` are visits
-    ordered by block, those of block c at `block_start` to `block_start + block_count - 1` [B,H,blocks].
+    Lists [B,H,tiles] have entries `start` to `start + count - 1`: key rows `low` to `high - 1`, the place
+    `word` of a unit among all bits (or -1), and the number `slot` of the oldest block that it visits, among
+    all that its tile visits. `span_slot` and `unit_slot` are these numbers again in the order of the plan's
+    own lists: the one at place p of a tile's spans is `span_slot[span_at + p]`.
     """
 
     start: Tensor
@@ -26,55 +33,88 @@ class Visits:
     low: Tensor
     high: Tensor
     word: Tensor
-    by_block: Tensor
-    tile: Tensor
-    block_start: Tensor
-    block_count: Tensor
+    slot: Tensor
+    span_at: Tensor
+    span_slot: Tensor
+    unit_at: Tensor
+    unit_slot: Tensor
+    slots: int
+    """How many blocks a tile visits at most."""
+
+
+class Places(NamedTuple):
+    """All places of all lists, flat: the list (of [B,H,tiles]), the place in it, the entry there, if any."""
+
+    cell: Tensor
+    place: Tensor
+    entry: Tensor
+    real: Tensor
+    begin: Tensor
+    """Of each list: where its places begin."""
 
 
 def visits(plan: Plan, block: int) -> Visits:
-    """The visits of a plan to blocks of so many key rows."""
-    device, blocks = plan.device, -(-plan.k_rows // block)
+    """The entries of a plan, for blocks of so many key rows."""
     tables = (plan.span_start, plan.span_count, plan.start, plan.full, plan.count, plan.bits_start)
     span_start, span_count, start, full, count, bits_start = alike(*tables)
     shape = next(x.shape for x in (span_count, count) if x is not None)
-    found = []
+    lists, blocks = math.prod(shape), -(-plan.k_rows // block)
+    taken = torch.zeros(lists, dtype=torch.int64, device=plan.device)  # blocks of each list that are numbered
+    span_at = unit_at = taken
+    span_slot = unit_slot = taken[:0]
+    found, slots = [], 0
     if span_start is not None and span_count is not None and plan.spans is not None:
-        cell, entry, _ = _entries(span_start, span_count)
-        low, high = plan.spans[entry].long().unbind(1)
-        found.append((cell, low.clamp(min=0), high.clamp(max=plan.k_rows), torch.full_like(cell, -1)))
+        at = _places(span_start, span_count, plan.span_room)
+        low, high = plan.spans[at.entry].long().unbind(1)
+        low, high = low.clamp(min=0), torch.where(at.real, high.clamp(max=plan.k_rows), 0)
+        span_at, (span_slot, taken) = at.begin, _numbered(at, low, high, taken, block)
+        slots = blocks + plan.span_room if plan.span_room else _most(taken)
+        found.append((at.cell, low, high, torch.full_like(at.cell, -1), span_slot))
     if start is not None and count is not None and full is not None and plan.index is not None:
-        cell, entry, place = _entries(start, count)
-        low = plan.index[entry].long() * plan.unit
-        word = torch.full_like(cell, -1)
+        at = _places(start, count, plan.room)
+        low = plan.index[at.entry].long() * plan.unit
+        high = torch.where(at.real, (low + plan.unit).clamp(max=plan.k_rows), 0)
+        word = torch.full_like(at.cell, -1)
         if bits_start is not None:
-            place = place - full.flatten()[cell]
-            word = torch.where(place >= 0, bits_start.flatten()[cell] + place, -1)
-        found.append((cell, low, (low + plan.unit).clamp(max=plan.k_rows), word))
-    cell, low, high, word = (torch.cat(x) for x in zip(*found, strict=True))
-    # an entry is a visit of each block that it touches
-    first = low // block
-    times = torch.where(high > low, (high - 1) // block - first + 1, 0)
-    which = torch.repeat_interleave(torch.arange(len(times), device=device), times)
-    nth = torch.arange(len(which), device=device) - (times.cumsum(0) - times)[which]
-    cell, at, word = cell[which], first[which] + nth, word[which]
-    low, high = torch.maximum(low[which], at * block), torch.minimum(high[which], (at + 1) * block)
+            place = at.place - full.flatten()[at.cell]
+            word = torch.where(place >= 0, bits_start.flatten()[at.cell] + place, -1)
+        unit_at, (unit_slot, taken) = at.begin, _numbered(at, low, high, taken, block)
+        aligned = plan.unit % block == 0 or block % plan.unit == 0
+        each = -(-plan.unit // block) if aligned else (plan.unit - 2) // block + 2
+        slots = slots + min(blocks + plan.room, plan.room * each) if plan.room else max(slots, _most(taken))
+        found.append((at.cell, low, high, word, unit_slot))
+    cell, low, high, word, slot = (torch.cat(x) for x in zip(*found, strict=True))
+    cell = torch.where(high > low, cell, lists)  # what is no entry is behind all others
     newest = torch.argsort(cell * (plan.k_rows + 1) - low)
-    cell, at, low, high, word = (x[newest] for x in (cell, at, low, high, word))
-    count = torch.bincount(cell, minlength=math.prod(shape))
-    tiles = max(plan.tiles, 1)
-    block_of = cell // tiles * blocks + at
-    readers = torch.bincount(block_of, minlength=math.prod(shape[:2]) * blocks)
+    listed = counted(cell, lists)
     return Visits(
-        (count.cumsum(0) - count).view(shape), count.int().view(shape), low.int(), high.int(), word,
-        torch.argsort(block_of, stable=True), (cell % tiles).int(),
-        (readers.cumsum(0) - readers).view(*shape[:2], blocks), readers.int().view(*shape[:2], blocks),
+        (listed.cumsum(0) - listed).view(shape), listed.int().view(shape),
+        low[newest].int(), high[newest].int(), word[newest], slot[newest].int(),
+        span_at.view(shape), span_slot.int(), unit_at.view(shape), unit_slot.int(), max(slots, 1),
     )  # fmt: skip
 
 
-def _entries(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The list of each entry, where it lies, and its place in the list."""
-    many = count.flatten().long()
-    cell = torch.repeat_interleave(torch.arange(len(many), device=many.device), many)
-    place = torch.arange(len(cell), device=many.device) - (many.cumsum(0) - many)[cell]
-    return cell, start.flatten()[cell] + place, place
+def _places(start: Tensor, count: Tensor, room: int) -> Places:
+    """The places of lists; of those without room only the ones in use, which are looked at."""
+    many, device = count.flatten().long(), count.device
+    if room:
+        cell = torch.arange(len(many) * room, device=device) // room
+        begin = torch.arange(len(many), device=device) * room
+    else:
+        cell = torch.repeat_interleave(torch.arange(len(many), device=device), many)
+        begin = many.cumsum(0) - many
+    place = torch.arange(len(cell), device=device) - begin[cell]
+    real = place < many[cell]
+    return Places(cell, place, torch.where(real, start.flatten()[cell] + place, 0), real, begin)
+
+
+def _numbered(at: Places, low: Tensor, high: Tensor, taken: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The number of each entry's oldest block, list by list from `taken` on; and what is taken after all."""
+    times = torch.where(high > low, (high - 1) // block - low // block + 1, 0)
+    before = times.cumsum(0) - times
+    return taken[at.cell] + before - before[at.begin[at.cell]], taken.index_add(0, at.cell, times)
+
+
+def _most(taken: Tensor) -> int:
+    """The largest of the numbers, which are looked at."""
+    return int(taken.max()) if len(taken) else 0
