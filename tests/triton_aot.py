@@ -51,9 +51,6 @@ PLAIN = ("carry",)
 PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
 
 
-PLANLESS = ("linear",)
-"""Ops that have no plan."""
-
 PLAINEST_AND_FULLEST = ("dense", "everything")
 """Plans that are enough where every kernel is compiled for every plan elsewhere."""
 
@@ -189,11 +186,13 @@ def stick(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
 OPS = {"attention": attention, "statistics": statistics, "linear": linear, "stick": stick}
 
 
-def runs(dims: list[int], dtypes: list[str], names: list[str], ops: list[str]) -> Iterator[Run]:
-    """Everything the backend launches."""
+def runs(
+    dims: list[int], dtypes: list[str], names: list[str], ops: list[str], plain: tuple[str, ...]
+) -> Iterator[Run]:
+    """Everything the backend launches, the ops in `plain` under the plainest plan alone."""
     made = plans()
     for op, name in ((op, name) for op in ops for name in names):
-        if op != "attention" and name not in PLAINEST_AND_FULLEST or (op in PLANLESS and name != "dense"):
+        if op != "attention" and name not in PLAINEST_AND_FULLEST or (op in plain and name != "dense"):
             continue
         plan = made[name]().prepare()
         for dtype in dtypes:
@@ -258,9 +257,10 @@ def table(
     )
     driver.set_active(named)
     blocks.target.cache_clear()
-    if target != "sm_90":  # fewer elsewhere: the plainest and the fullest
-        names = [name for name in names if name in PLAINEST_AND_FULLEST]
-    for i, run in enumerate(runs(dims, dtypes, names, ops)):
+    plain: tuple[str, ...] = ("linear",)  # has no plan
+    if target != "sm_90":  # fewer elsewhere: the plainest and the fullest, of sticks the plainest
+        names, plain = [name for name in names if name in PLAINEST_AND_FULLEST], ("linear", "stick")
+    for i, run in enumerate(runs(dims, dtypes, names, ops, plain)):
         if i % share[1] == share[0]:
             for kernel, made in dict(compiled_by(run.call)).items():
                 yield Row(target, kernel, run.plan, run.dtype, run.dim, **measured(made))
