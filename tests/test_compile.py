@@ -208,6 +208,16 @@ def test_no_grad_and_inference_mode_work_and_frozen_inputs_get_no_gradient(backe
 
 
 @EACH
+def test_training_after_inference_of_the_same_length_works(backend, generator):
+    """Plans that nobody gave are kept, and what inference mode made cannot be saved for a backward."""
+    q, k, v, dout, _ = inputs(generator, 77)
+    with torch.inference_mode():
+        sf.attention(q, k, v, causal=True, backend=backend)
+    sf.attention(q.requires_grad_(), k, v, causal=True, backend=backend).backward(dout)
+    assert q.grad.abs().sum() > 0
+
+
+@EACH
 def test_a_second_derivative_is_refused_instead_of_wrong(backend, generator):
     q, k, v, dout, _ = inputs(generator, T)
     q.requires_grad_()

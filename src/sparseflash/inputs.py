@@ -160,10 +160,15 @@ def check_sink(sink_logits: object, q: Tensor) -> None:
         )
 
 
+def _casts(kind: str) -> bool:
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors as autocast, where it is on, wants a matrix product to see them."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _casts(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     able = (torch.float32, torch.float16, torch.bfloat16)
@@ -173,22 +178,24 @@ def autocast(*tensors: Any) -> list[Any]:
 def own_precision(q: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
+    return torch.autocast(kind, enabled=False) if _casts(kind) else nullcontext()
 
 
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+
+
+def untraced(*tensors: Tensor | None) -> bool:
+    """Whether nobody looks on: no compiler, mode, transform or subclass, and no tensor of a shape alone.
+
+    Then an op's body may run without the dispatcher, whose share of a short call is larger than the kernel's.
+    """
+    if torch.compiler.is_compiling() or _modes() or _transforms() is not None:
+        return False
+    return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta) for x in tensors)
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether nothing but the result of an op is wanted: no gradient, trace, subclass, mode, or shape alone.
-
-    Then its body may run without the dispatcher, whose share of a short call is larger than the kernel's.
-    """
-    if torch.compiler.is_compiling() or _modes():
-        return False
+    """Whether, besides, no gradient is wanted."""
     learns = torch.is_grad_enabled()
-    given = [x for x in tensors if x is not None]
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta for x in given)
-    return plain and not (learns and any(x.requires_grad for x in given))
+    return untraced(*tensors) and not (learns and any(x is not None and x.requires_grad for x in tensors))

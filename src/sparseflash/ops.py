@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -26,6 +27,7 @@ from .inputs import (
     is_real,
     own_precision,
     state_dtype,
+    untraced,
     unwatched,
 )
 from .plan import Plan
@@ -113,8 +115,7 @@ def _(
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
-@torch.library.custom_op("sparseflash::attention_backward", mutates_args=())
-def _attention_backward(
+def _gradients(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -123,13 +124,11 @@ def _attention_backward(
     out: Tensor,
     lse: Tensor,
     key_bias: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
+    plans: Sequence[Plan],
     scale: float,
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plans = unflatten_all(plan_tensors, plan_ints)
     alone = len(plans) == 1
     state = state_dtype(q)
     with own_precision(q):
@@ -159,6 +158,26 @@ def _attention_backward(
         dbias = _sum([part[3] for part in parts]).view(B, own, H // own, Tk).sum(2)
         dbias = dbias.sum(0, keepdim=True) if own_batch == 1 and B != 1 else dbias
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias
+
+
+@torch.library.custom_op("sparseflash::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    plan_tensors: Sequence[Tensor],
+    plan_ints: Sequence[int],
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plans = unflatten_all(plan_tensors, plan_ints)
+    return _gradients(dout, dlse, q, k, v, out, lse, key_bias, plans, scale, softcap, backend)
 
 
 @_attention_backward.register_fake
@@ -201,21 +220,56 @@ def _sink_gradient(
     return (share * slope).sum((0, 2)).to(sink_logits.dtype)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, key_bias, sink_logits, out, lse, *tensors = ctx.saved_tensors
+def _five(run: Any, saved: Sequence[Tensor], dout: Tensor | None, dlse: Tensor | None, *rest: Any) -> Any:
+    """Gradients of q, k, v, key_bias and sink_logits, where `run` knows those of the first four."""
+    q, k, v, key_bias, sink_logits, out, lse = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias = _attention_backward(
-        dout, dlse, q, k, v, out, lse, key_bias, tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend
-    )
+    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, lse, key_bias, *rest)
     dsink = None if sink_logits is None else _sink_gradient(dout, dlse, out, lse, sink_logits)
-    dbias = None if key_bias is None else dbias.to(key_bias.dtype)
-    return dq, dk, dv, dbias, dsink, [None] * ctx.slots, None, None, None, None
+    return dq, dk, dv, None if key_bias is None else dbias.to(key_bias.dtype), dsink
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    saved, tensors = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    rest = tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend
+    five = _five(_attention_backward, saved, dout, dlse, *rest)
+    return *five, [None] * ctx.slots, None, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _Untraced(torch.autograd.Function):
+    """The same op where nobody looks on: its plans stay plans, and the dispatcher takes no time."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        out, lse = one_softmax(*given)
+        ctx.rest = given[5:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given[:5], out, lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        return *_five(_gradients, ctx.saved_tensors, dout, dlse, *ctx.rest), None, None, None, None
+
+
 # ---------------------------------------------------------------- public
+
+
+@functools.lru_cache(32)
+def _dense_again(Tq: int, Tk: int, causal: bool, q_offset: int, inference: bool) -> Plan:
+    """For the layers of a step: making a plan takes longer than attending 128 tokens."""
+    return Plan.dense(Tq, Tk, causal=causal, q_offset=q_offset, device=torch.device("cpu"))
+
+
+def _dense(q: Tensor, k: Tensor, causal: bool, q_offset: int | Tensor) -> Plan:
+    Tq, Tk = q.shape[2], k.shape[2]
+    if q.device.type == "cpu" and type(q_offset) is int and untraced(q, k):
+        return _dense_again(Tq, Tk, causal, q_offset, torch.is_inference_mode_enabled())
+    return Plan.dense(Tq, Tk, causal=causal, q_offset=q_offset, device=q.device)
 
 
 _ELSEWHERE = {
@@ -325,7 +379,7 @@ def attention(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if plan is None:
-        plan = Plan.dense(q.shape[2], k.shape[2], causal=causal, q_offset=q_offset, device=q.device)
+        plan = _dense(q, k, causal, q_offset)
     plans = as_plans(plan)
     for one in plans:
         check_plan(one, q, k)
@@ -334,11 +388,14 @@ def attention(
     if sink_logits is not None:
         check_sink(sink_logits, q)
     factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
-    if unwatched(q, k, v, key_bias, sink_logits):
-        out, lse = one_softmax(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
+    given = q, k, v, key_bias, sink_logits
+    if unwatched(*given):
+        out, lse = one_softmax(*given, plans, factor, cap, name)
+    elif untraced(*given):
+        out, lse = _Untraced.apply(*given, plans, factor, cap, name)  # type: ignore[no-untyped-call]
     else:
         tensors, ints = flatten_all(plans)
-        out, lse = _attention(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
+        out, lse = _attention(*given, tensors, ints, factor, cap, name)
     return (out, lse) if return_lse else out
 
 
