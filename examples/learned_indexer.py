@@ -30,7 +30,9 @@ from sparseflash.train.sample import load_model
 HEADS = 4
 """Of an indexer; their dimension is that of the model's heads."""
 RATE = 4e-3
-"""Learning rate of the indexers; the model, which is trained, moves at a tenth of it."""
+"""Learning rate of the indexers."""
+SLOWER = 20
+"""Times as slow as they moves the model, which is trained already."""
 CHOICES = ("indexer", "random", "last")
 
 
@@ -101,9 +103,10 @@ def train(
         indexer.requires_grad_(True).keys = keys
     own = [p for indexer in indexers for p in indexer.parameters()]
     others = [p for p in model.parameters() if p.requires_grad and all(p is not x for x in own)]
-    groups = [{"params": own, "lr": RATE}, {"params": others, "lr": RATE / 10}]
+    groups = [{"params": own, "lr": RATE}, {"params": others, "lr": RATE / SLOWER}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [RATE, RATE / 10], steps + 1, pct_start=0.1)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, steps + 1, pct_start=0.1)
     for step in range(steps):
         language = model(*corpus.batch(1, step, slice(None), batch, length))
         loss = torch.stack([indexer.loss for indexer in indexers]).sum()
@@ -129,10 +132,11 @@ def evaluate(model: GPT, indexers: list[Indexer], corpus: Corpus, length: int, w
 
 
 def main(
-    run: Path, corpus: Corpus, *, length: int, topk: int, batch: int, steps: int, windows: int
+    run: Path, corpus: Corpus, *, length: int | None, topk: int, batch: int, steps: int, windows: int
 ) -> list[Row]:
     """Recall and bits per byte: before training, after the warm-up, after the sparse stage."""
-    model, _ = load_model(run)
+    model, config = load_model(run)
+    length = length or config.length
     torch.manual_seed(0)
     indexers, rows = add_indexers(model, topk), []
     for stage, keys in (("untrained", None), ("warm-up", "dense"), ("sparse", "indexer")):
@@ -149,9 +153,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="directory of a model that sparseflash train made")
     parser.add_argument("--data", default="", help="text file or directory; by default Python's own library")
-    parser.add_argument("--length", type=int, default=1024, help="bytes in a sequence")
-    parser.add_argument("--topk", type=int, default=64, help="keys that a query chooses")
-    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--length", type=int, help="bytes in a sequence; by default the model's own")
+    parser.add_argument("--topk", type=int, default=128, help="keys that a query chooses")
+    parser.add_argument("--batch", type=int, default=2, help="sequences in a step")
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps of each stage")
     parser.add_argument("--windows", type=int, default=16, help="held-out sequences")
     parser.add_argument("--out", type=Path, help="CSV file of the rows")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 hf = pytest.importorskip("transformers")
 
 import sparseflash as sf  # noqa: E402
+from sparseflash.integrations.transformers import SparseMask  # noqa: E402
 from transformer_models import FAMILIES, both, run, tiny  # noqa: E402
 
 T = 150
@@ -175,6 +176,14 @@ def test_masks_of_the_users_own_are_taken():
         close(run(one, "sparse", input_ids=tokens(), attention_mask=bias), want)
         with pytest.raises(sf.SparseFlashError, match="neither 0"):
             run(one, "sparse", input_ids=tokens(), attention_mask=torch.rand(2, 1, T, T))
+
+
+def test_a_mask_that_a_model_computes_with_is_a_tensor():
+    mask = SparseMask(sf.Plan.dense(5, 7, causal=True, q_offset=2), 2, causal=True, offset=2)
+    dense = torch.ones(5, 7, dtype=torch.bool).tril(2).expand(2, 1, 5, 7)
+    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))  # as Doge does
+    assert torch.equal(dense & mask, dense) and torch.equal(~mask, ~dense)
+    assert torch.equal(torch.cat([mask, ~mask], dim=-1), torch.cat([dense, ~dense], -1))
 
 
 def test_arguments_that_would_be_ignored_are_refused():

@@ -274,7 +274,8 @@ class Setting:
         if plan.causal and plan.q_pos is None and not _same(plan.q_offset, offset):
             raise SparseFlashError(
                 f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
-                "(ctx['q_offset']): give it whole prompts without padding on the left"
+                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts without "
+                "padding on the left; where these are refused too, it is not for this layer"
             )
         if mask.plain and plan.causal == mask.causal:
             return plan

@@ -21,12 +21,36 @@ SPREAD = 16
 Sees = Callable[[Tensor], Tensor]
 
 
-class SparseMask:
+class _Dense:
+    """Torch functions get the tensor that this stands for."""
+
+    def to_dense(self) -> Tensor:
+        """That tensor. Materialises S x T."""
+        raise NotImplementedError
+
+    def __invert__(self) -> Tensor:
+        return ~self.to_dense()
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, given: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        return function(*_dense(given), **{name: _dense(x) for name, x in (options or {}).items()})
+
+
+def _dense(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_dense(one) for one in x]
+    return x.to_dense() if isinstance(x, _Dense) else x
+
+
+class SparseMask(_Dense):
     """What each query of a forward sees, for all layers of one kind: a plan, made once.
 
     Transformers hands it from the model to every attention layer. It behaves like the bool mask
-    `[B, 1, S, T]` (True attends) that it stands for: it has that shape, moves with `.to`, and indexing it
-    gives that tensor. Only then is anything of size S x T made.
+    `[B, 1, S, T]` (True attends) that it stands for: it has that shape, moves with `.to`, and where a model
+    indexes it, inverts it or gives it to a function of torch, there is that tensor. Only then is anything of
+    size S x T made.
 
     Parameters
     ----------
@@ -147,7 +171,7 @@ class SparseMask:
         return f"SparseMask({list(self.shape)}, {self.plan!r})"
 
 
-class MaskRows:
+class MaskRows(_Dense):
     """`mask[:, 0, :, :]`, bool [B, S, T]: made when something computes with it, and not before."""
 
     ndim = 3
@@ -161,18 +185,8 @@ class MaskRows:
         """The tensor. Materialises S x T."""
         return self.mask.to_dense()[:, 0]
 
-    def __invert__(self) -> Tensor:
-        return ~self.to_dense()
-
     def __getitem__(self, index: Any) -> Tensor:
         return self.to_dense()[index]
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, given: tuple[Any, ...] = (), options: Any = None
-    ) -> Any:
-        given = tuple(x.to_dense() if isinstance(x, MaskRows) else x for x in given)
-        return function(*given, **(options or {}))
 
 
 def sparse_mask(
