@@ -78,7 +78,7 @@ def odd_units() -> str:
 
 
 def poisoned() -> str:
-    """Keys that nobody sees hold NaN, values too: no result knows."""
+    """Keys that nobody sees hold NaN, values too, and all lies elsewhere: no result knows."""
     q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 33, 33, D=16)
     mask = torch.rand(1, 1, 33, 33, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[..., 7], mask[..., 20:24] = False, False
@@ -86,9 +86,11 @@ def poisoned() -> str:
     clean = run(q, k, v, plan, backend="triton", dout=dout)
     for x in (k, v):
         x[:, :, 7], x[:, :, 20:24] = torch.nan, torch.inf
+    q, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, dout))
+    k, v = (torch.stack((x, x), -1)[..., 0] for x in (k, v))  # lanes two apart
     dirty = run(q, k, v, plan, backend="triton", dout=dout)
     assert all(torch.equal(clean[n], dirty[n]) for n in clean)
-    return "the same bits with NaN in keys that nobody sees"
+    return "the same bits with NaN in keys that nobody sees, and with other strides"
 
 
 def linear(seed: int) -> None:
