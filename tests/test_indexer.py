@@ -184,12 +184,16 @@ def test_errors_say_what_to_do(given, said):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not available here")
-def test_the_c_entry_refuses_what_does_not_fit():
-    from sparseflash.backends.cpu.indexer import Call
+@pytest.mark.parametrize("entry", ["sf_indexer", "sf_indexer_loss"])
+def test_the_c_entry_refuses_what_does_not_fit(entry):
+    from sparseflash.backends.cpu.indexer import Call, LossCall
     from sparseflash.backends.cpu.library import native
 
-    enter = native().library.sf_indexer
-    call = Call(size=ctypes.sizeof(Call), B=1, H=1, Tq=1, Tk=1, D=8, topk=1, threads=1)
+    enter, sizes = getattr(native().library, entry), dict.fromkeys(("B", "H", "Tq", "Tk", "threads"), 1)
+    if entry == "sf_indexer":
+        call = Call(size=ctypes.sizeof(Call), D=8, topk=1, **sizes)
+    else:
+        call = LossCall(size=ctypes.sizeof(LossCall), D=8, Dm=8, Hq=1, Hkv=1, **sizes)
     assert enter(ctypes.byref(call), 0) == 3  # no tensors
     assert enter(ctypes.byref(call), 99) == 3
     call.size -= 8
