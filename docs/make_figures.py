@@ -239,6 +239,18 @@ def dsa() -> str:
     return table(head, body)
 
 
+KEYS = {"dense": "all", "indexer": "of the indexer", "random": "random", "last": "the last"}
+
+
+def learned() -> str:
+    """What an indexer finds of a trained model's attention, and how the model reads with it."""
+    body = []
+    for row in rows("learned-indexer"):
+        if row["stage"] != "warm-up" or row["keys"] == "indexer":  # which moves nothing else
+            body.append([row["stage"], KEYS[row["keys"]], f"{float(row['recall']):.3f}", row["bpb"]])
+    return table(["after", "keys", "recall", "bits per byte"], body)
+
+
 def _mib(cell: str) -> str:
     return f"{float(cell):.0f} MiB"
 
@@ -251,6 +263,7 @@ def _rows_of(model: str) -> list[dict[str, str]]:
 BLOCKS = {
     "layers": layers,
     "dsa": dsa,
+    "learned": learned,
     "brings": brings,
     "mqar": mqar,
     "breakeven": breakeven,
