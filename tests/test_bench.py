@@ -19,11 +19,11 @@ from sparseflash.bench import (
     ops,
     results,
 )
-from sparseflash.bench.cases import Case, Naive, forward_backward, inputs
+from sparseflash.bench.cases import Case, Compacted, Naive, forward_backward, inputs
 from sparseflash.bench.quality import Dense
 from sparseflash.bench.timing import Box, interleave, predict
 from sparseflash.errors import SparseFlashError
-from sparseflash.methods import HashSparse
+from sparseflash.methods import HashSparse, QKSparse
 from sparseflash.train import Corpus
 from sparseflash.train.attention import dense
 
@@ -73,11 +73,11 @@ def test_rows_come_back_with_the_machine_beside_them(tmp_path):
         results.write(tmp_path / "file" / "rows.csv", rows)
 
 
-def test_naive_masked_attention_equals_hash_sparse():
-    method = HashSparse(nb=4)
-    tensors = inputs(96, heads=2, dim=16)
-    torch.testing.assert_close(Naive(method)(*tensors[:3]), method(*tensors[:3]))
-    for ours, other in zip(forward_backward(method, *tensors)(), forward_backward(Naive(method), *tensors)()):
+@pytest.mark.parametrize("plain", [Naive(HashSparse(nb=4)), Compacted(QKSparse(0.7, 0.7))])
+def test_the_plain_way_equals_the_method(plain):
+    method, tensors = plain.method, inputs(96, heads=2, dim=16)
+    torch.testing.assert_close(plain(*tensors[:3]), method(*tensors[:3]))
+    for ours, other in zip(forward_backward(method, *tensors)(), forward_backward(plain, *tensors)()):
         torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-4)
 
 

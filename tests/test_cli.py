@@ -155,7 +155,7 @@ def test_bench_writes_its_rows(run, tmp_path):
     assert status == 0, err
     header, *rows = (tmp_path / "c.csv").read_text().splitlines()
     assert {"case", "T", "ms", "density", "recall", "cpu", "torch", "git"} <= set(header.split(","))
-    assert len(rows) == 9
+    assert len(rows) == 12
     tiny = ("--lengths", "32", "--heads", 1, "--head-dim", 16, "--quick", "--out", tmp_path)
     status, out, err = run(
         "bench", "--methods", "window", "--baselines", "sdpa", "--set", "window.window=8", *tiny

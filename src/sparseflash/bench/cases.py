@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseflash.method import Selection
-from sparseflash.methods import HashSparse
+from sparseflash.methods import HashSparse, QKSparse
 from sparseflash.train.attention import Attention, build, dense
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,6 +58,10 @@ def curves() -> list[Case]:
         )
         for drop in (0.3, 0.5, 0.7)
     ]
+    cases += [
+        Case(f"naive qk-sparse, {drop:.0%} dropped", Compacted(QKSparse(drop, drop)), "naive", longest=8192)
+        for drop in (0.3, 0.5, 0.7)
+    ]
     return cases
 
 
@@ -78,6 +82,35 @@ class Naive:
 
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select what the mask shows, as a plan."""
+        return self.method.select(q, k)
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """QK-sparse attention the plain way: kept rows gathered, and a mask of their positions for torch SDPA."""
+
+    method: QKSparse
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Draw, gather, build the mask, attend, scatter."""
+        with torch.no_grad():
+            q_keep, k_keep = self.method.keep(q, k)
+            q_rows, k_rows = (
+                keep.sort(dim=-1, descending=True, stable=True).indices[..., : int(keep.sum(-1).max())]
+                for keep in (q_keep, k_keep)
+            )
+            q_kept, k_kept = q_keep.gather(-1, q_rows), k_keep.gather(-1, k_rows)  # heads keep unlike counts
+            seen = (k_rows[..., None, :] <= q_rows[..., :, None]) & k_kept[..., None, :]
+            empty = ~(seen.any(-1, keepdim=True) & q_kept[..., None])
+        near = [
+            x.gather(2, rows[..., None].expand(*rows.shape, x.shape[-1]))
+            for x, rows in ((q, q_rows), (k, k_rows), (v, k_rows))
+        ]
+        out = F.scaled_dot_product_attention(*near, attn_mask=seen | empty).masked_fill(empty, 0.0)
+        return torch.zeros_like(q).scatter(2, q_rows[..., None].expand_as(out), out)
+
+    def select(self, q: Tensor, k: Tensor) -> Selection:
+        """Select the same pairs, as a plan."""
         return self.method.select(q, k)
 
 
