@@ -168,14 +168,20 @@ def long_run() -> str:
     time = float(curves["hash, 1 window head"][-1]["minutes"])
     dense = float(curves["dense"][-1]["bpb"])
     body = []
-    for case, curve in curves.items():
+    for case in sorted(curves, key=lambda case: float(curves[case][-1]["bpb"])):
+        curve = curves[case]
         bpb = float(curve[-1]["bpb"])
+        seeds = [
+            f"{float(row['bpb']):.3f}"
+            for row in rows("long-run")
+            if row["case"] == case and row["step"] == row["steps"]
+        ]
         then = [row["bpb"] for row in curve if float(row["minutes"]) <= 1.001 * time][-1]
         over = sdpa / ms[case]
         body.append(
             [
                 case,
-                f"{bpb:.3f}",
+                " / ".join(seeds),
                 f"{bpb / dense - 1:+.1%}",
                 f"{float(then):.3f}",
                 f"{ms[case]:.0f}",
@@ -188,6 +194,25 @@ def long_run() -> str:
     return table(head, body)
 
 
+def rates() -> str:
+    """Held-out bits per byte at every learning rate of the sweep."""
+    found = [row for row in rows("rates") if row["step"] == row["steps"]]
+    lrs = sorted({row["lr"] for row in found}, key=float)
+    body = [
+        [
+            case,
+            *(
+                next(f"{float(x['bpb']):.3f}" for x in found if (x["case"], x["lr"]) == (case, lr))
+                for lr in lrs
+            ),
+        ]
+        for case in dict.fromkeys(row["case"] for row in found)
+    ]
+    return table(
+        [f"bits per byte after {found[0]['steps']} steps", *(f"lr {float(lr):g}" for lr in lrs)], body
+    )
+
+
 def attention() -> str:
     """Time, recall and error of methods on what a trained model sees, at the longest length."""
     found = [row for row in rows("attention") if row["inputs"] == "captured" and row["target"] == "0.125"]
@@ -197,7 +222,11 @@ def attention() -> str:
         if row["T"] == longest and not row["case"].startswith("naive"):
             naive = row.get(f"over naive {row['case']}")
             gains = [f"{float(row['over sdpa']):.2g}x", f"{float(naive):.2g}x" if naive else ""]
-            loss = [f"{float(row['density']):.3g}", f"{float(row['recall']):.3f}", f"{float(row['error']):.2f}"]
+            loss = [
+                f"{float(row['density']):.3g}",
+                f"{float(row['recall']):.3f}",
+                f"{float(row['error']):.2f}",
+            ]
             body.append([row["case"], *gains, row["ms_select"], row["ms"], *loss])
     head = ["attention", "over SDPA", "over a mask", "selecting, ms", "all, ms", "density", "recall", "error"]
     return table(head, body)
@@ -211,7 +240,8 @@ def experiments() -> str:
         return f"{figure('curves', 'speedup', case=case, T=T):.2g}x"
 
     def over(case: str, naive: str) -> str:
-        return f"{figure('curves', 'ms', case=naive, T='4096') / figure('curves', 'ms', case=case, T='4096'):.0f}x"
+        both = [figure("curves", "ms", case=name, T="4096") for name in (naive, case)]
+        return f"{both[0] / both[1]:.0f}x"
 
     def rate(case: str, T: str) -> str:
         return f"{figure('curves', 'ms', case=case, T=T) / int(T) * 1e3:.1f}"
@@ -238,7 +268,13 @@ def experiments() -> str:
     )
     crossing = f"from {fewest} % dropped on" if fewest else "at none of 30, 50, 70 %"
     return table(
-        ["", "command", "the paper", f"here, {int(longest):,} tokens where nothing is said", "why they differ"],
+        [
+            "",
+            "command",
+            "the paper",
+            f"here, {int(longest):,} tokens where nothing is said",
+            "why they differ",
+        ],
         [
             [
                 "hash-sparse, 4 / 16 / 64 buckets",
@@ -401,6 +437,7 @@ BLOCKS = {
     "prediction": prediction,
     "masks": masks,
     "long-run": long_run,
+    "rates": rates,
     "attention": attention,
     "experiments": experiments,
 }
