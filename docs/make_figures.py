@@ -251,11 +251,12 @@ def experiments() -> str:
         return f"{figure('coverage', 'coverage', inputs=inputs, case=case, T=T, nb='16'):.0%}"
 
     def final(case: str) -> str:
-        return next(
+        trained = (
             f"{float(row['bpb']):.2f}"
             for row in rows("long-run")
             if (row["case"], row["seed"], row["step"]) == (case, "0", row["steps"])
         )
+        return next(trained, "(to be trained)")
 
     hashed, dropped = "hash-sparse, {} buckets", "qk-sparse, {}% dropped"
     fewest = next(
