@@ -3,7 +3,7 @@
 A kernel may not spill, not outgrow the card's shared memory, not lose its tensor cores, and not take over a
 tenth more registers than the table says. After a change that is wanted, write the table anew:
 
-    python tests/triton_aot.py --targets sm_90 sm_80 > triton_aot.csv    and move it here
+    python tests/triton_aot.py --targets sm_90 sm_100 sm_80 gfx942 > triton_aot.csv    and move it here
 """
 
 import io

@@ -252,7 +252,7 @@ def table(
     """The rows of a target; `share` (i, n) is every n-th of its runs from i on."""
     named = SimpleNamespace(
         get_current_target=lambda: TARGETS[target][0],
-        get_current_device=lambda: 0,
+        get_current_device=lambda: [*TARGETS].index(target),  # Triton keeps what it compiled device by device
         get_current_stream=lambda device: 0,
     )
     driver.set_active(named)
