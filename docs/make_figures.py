@@ -18,7 +18,7 @@ from sparseflash.bench.results import read
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-PAGES = (DOCS.parent / "README.md", DOCS / "benchmarks.md", DOCS / "transformers.md")
+PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "transformers")))
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
     "attention-table": "attention-table",
@@ -192,6 +192,47 @@ def long_run() -> str:
     body.append(["dense, torch SDPA", "as dense", "", f"{float(late[-1]):.3f}", f"{sdpa:.0f}", "1x"])
     head = ["attention", "bits per byte", "over dense", f"after {time:.1f} minutes", "ms a step", "over SDPA"]
     return table(head, body)
+
+
+PEAK = {"fp32": 218, "bf16": 448}
+"""GF/s of the vector units of the measured machine, both cores: a loop of independent multiply-adds."""
+
+
+def peak() -> str:
+    """Dense attention beside what the multipliers could do."""
+    body = []
+    for dtype in DTYPES:
+        for case, products in (("dense forward", 2), ("dense backward", 5)):
+            ms = figure("attention-table", "ms", case=case, dtype=dtype)
+            rate = products * 2 * 64 * 4 * 8192 * 8193 / 2 / ms * 1e-6
+            cells = [f"{dtype} {case.removeprefix('dense ')}", f"{ms:.0f} ms", f"{rate:.0f}"]
+            body.append([*cells, f"{rate / PEAK[dtype]:.2f}"])
+    return table(["dense", "time", "GF/s", "share of the peak"], body)
+
+
+def levels() -> str:
+    """Dense attention at AVX2."""
+    body = []
+    for T, dim in dict.fromkeys((row["T"], row["dim"]) for row in rows("levels")):
+        wanted = {"level": "avx2", "T": T, "dim": dim}
+        cells = [figure("levels", "ratio", case=f"dense, {way}", **wanted) for way in ("forward", "backward")]
+        body.append([f"T = {T}, D = {dim}", *(f"{x:.2f}x" for x in cells)])
+    return table(["dense, fp32, H = 4", "forward", "backward"], body)
+
+
+def kernels() -> str:
+    """Every plan of the kernel table, both ways and dtypes."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows("kernel-table"):
+        way = "forward" if ", forward" in row["case"] else "backward"
+        plan = row["case"].replace(f", {way}", "")
+        cells = found.setdefault((plan, row["T"], row["heads"], row["dim"]), {})
+        cells[f"{row['dtype']} {way}"] = f"{float(row['ratio']):.3g}x"
+    body = [
+        [*key, *(" / ".join(cells[f"{dtype} {way}"] for way in ("forward", "backward")) for dtype in DTYPES)]
+        for key, cells in found.items()
+    ]
+    return table(["plan", "T", "H", "D", *DTYPES], body)
 
 
 def rates() -> str:
@@ -438,6 +479,9 @@ BLOCKS = {
     "prediction": prediction,
     "masks": masks,
     "long-run": long_run,
+    "peak": peak,
+    "levels": levels,
+    "kernels": kernels,
     "rates": rates,
     "attention": attention,
     "experiments": experiments,
