@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -116,7 +117,8 @@ def breakeven() -> str:
         cells = [figure("breakeven", "gain", T=T, **wanted) for T in lengths]
         body.append([kind, f"{float(share):.3g}", *(f"{x:.2g}x" for x in cells)])
     lost = [row for row in rows("breakeven") if float(row["gain"]) < 1]
-    where = "; ".join(f"{x['case']}, D = {x['dim']}, {x['direction']}, density {x['density']}" for x in lost)
+    groups = Counter(f"T = {x['T']}, D = {x['dim']}, {x['direction']}" for x in lost)
+    where = "; ".join(f"{count} at {group}" for group, count in groups.items())
     said = (
         f"Of all {len(rows('breakeven'))} points, forward alone among them, dense was faster on {len(lost)}"
     )

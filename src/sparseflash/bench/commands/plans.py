@@ -34,7 +34,7 @@ def bench_breakeven(
     lengths: Lengths = "512,1024,2048,4096",
     dims: Annotated[str, typer.Option(help="Dimensions of a head, separated by commas.")] = "32,64,128",
     dtypes: Dtypes = "fp32",
-    rounds: Rounds = 7,
+    rounds: Rounds = 25,
     minutes: Minutes = 6.0,
 ) -> None:
     """Find the densities below which sparse beats dense here, and the costs for sparseflash.explain."""
