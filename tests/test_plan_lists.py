@@ -326,9 +326,8 @@ def _damaged(draw, plan):
         x.view(-1)[at] = wrong
         fields[name] = x
     elif how == "shape":
-        fields[name] = draw(
-            st.sampled_from([x[None], x[:0], x.flatten(), torch.cat([x, x], -1) if x.dim() else x])
-        )
+        some = x if x.dim() else x[None]  # `overflow` is a single value
+        fields[name] = draw(st.sampled_from([x[None], some[:0], x.flatten(), torch.cat([some, some], -1)]))
     elif how == "dtype":
         fields[name] = x.to(draw(st.sampled_from([torch.float32, torch.int64, torch.int32, torch.bool])))
     else:
