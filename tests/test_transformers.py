@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-hf = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-import sparseflash as sf  # noqa: E402
-from sparseflash.integrations.transformers import SparseMask  # noqa: E402
-from transformer_models import FAMILIES, both, run, tiny  # noqa: E402
+import transformers as hf
+
+import sparseflash as sf
+from sparseflash.integrations.transformers import SparseMask
+from transformer_models import FAMILIES, both, run, tiny
 
 T = 150
 

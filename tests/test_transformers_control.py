@@ -9,12 +9,14 @@ import re
 import pytest
 import torch
 
-hf = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-import sparseflash as sf  # noqa: E402
-from sparseflash.method import Method, Selection  # noqa: E402
-from test_transformers import T, close, model, padded, tokens  # noqa: E402
-from transformer_models import FAMILIES, tiny  # noqa: E402
+import transformers as hf
+
+import sparseflash as sf
+from sparseflash.method import Method, Selection
+from test_transformers import T, close, model, padded, tokens
+from transformer_models import FAMILIES, tiny
 
 WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)
 HASHED = sf.methods.HashSparse(nb=4, causal_heads=2, window=16)

@@ -392,6 +392,7 @@ def attention(
     if unwatched(*given):
         out, lse = one_softmax(*given, plans, factor, cap, name)
     elif untraced(*given):
+        # torch declares no types for `apply`
         out, lse = _Untraced.apply(*given, plans, factor, cap, name)  # type: ignore[no-untyped-call]
     else:
         tensors, ints = flatten_all(plans)
