@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 58, 190, 14, 44
+LETTER = 7
+"""What a letter of a label may take: lines are named at their ends, whatever the fonts of the reader."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,15 @@ def lines(
         return "<p>Nothing was measured.</p>"
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
-    x_axis = _Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, log)
+    edge = WIDTH - max(RIGHT, 20 + LETTER * max(len(line.label) for line in series))
+    x_axis = _Axis(min(xs), max(xs), LEFT, edge, log)
     y_axis = _Axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, log, slack=0.06)
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(y_label)}">'
     ]
     for y in _ticks_log(y_axis) if log else _ticks(y_axis):
         at = y_axis(y)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{edge}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y_format(y)}</text>')
     for x in sorted(set(xs)) if log else _ticks(x_axis):
         at = x_axis(x)
@@ -54,7 +57,7 @@ def lines(
         parts.append(
             f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x_format(x)}</text>'
         )
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    middle = (LEFT + edge) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>')
     parts.append(
         f'<text transform="translate(13 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
@@ -71,7 +74,6 @@ def lines(
                 text = html.escape(f"{line.label}: {x_format(vx)}, {y_format(vy)}")
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"><title>{text}</title></circle>')
         x, y = points[-1]
-        edge = WIDTH - RIGHT
         parts.append(f'<path class="stem" d="M{x + 4:.1f} {y:.1f}L{edge + 10} {at:.1f}"/>')
         parts.append(f'<text x="{edge + 14}" y="{at + 4:.1f}">{html.escape(line.label)}</text></g>')
     return "".join([*parts, "</svg>"])
