@@ -50,6 +50,7 @@ def result(**changes):
         "curves": curves,
         "drawings": [Drawing("head 1", [[True, False], [True, True]], "Plan()")],
         "command": "sparseflash demo",
+        "letters": 4.6,
         "notes": ["one note"],
     }
     return Result(**{**fields, **changes})
@@ -123,6 +124,11 @@ def test_the_verdict_says_what_happened_whatever_it_is(ms, bpb, words):
     outcome.runs[1].rows = steps(ms, bpb)
     for word in words:
         assert word in verdict(outcome)
+
+
+@pytest.mark.parametrize("letters, learned", [(4.6, True), (4.2, False)])
+def test_models_that_use_no_context_yet_are_not_called_equal(letters, learned):
+    assert ("says nothing of quality yet" in verdict(result(letters=letters))) is not learned
 
 
 def test_an_unwritable_report_is_one_clear_error(tmp_path):

@@ -201,6 +201,11 @@ def test_layers_hash_with_different_planes_and_tied_ones_leave_out_the_own_key()
 # data
 
 
+def test_letters_alone_take_the_entropy_of_their_frequencies():
+    assert Corpus([bytes(range(64)) * 2000]).letters() == pytest.approx(6, abs=0.01)
+    assert Corpus([b"ab" * 5000]).letters() == pytest.approx(1, abs=0.05)
+
+
 def test_the_tail_of_each_file_is_held_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a" * 95 + b"A" * 5)
     (tmp_path / "b.txt").write_bytes(b"b" * 190 + b"B" * 10)

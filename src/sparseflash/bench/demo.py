@@ -125,6 +125,7 @@ def run(
         curves=rows,
         drawings=_drawings(corpus, plans, trainers),
         command=command,
+        letters=corpus.letters(),
         notes=notes,
     )
     results.write(out / "training.csv", _training_rows(result))

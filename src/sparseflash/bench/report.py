@@ -27,6 +27,9 @@ STYLES = {
     "qk-sparse, 70% dropped": "qk-3",
 }
 
+LEARNED = 0.9
+"""Of the bits that letters take without their context: a model above this has not used any yet."""
+
 
 @dataclass
 class Run:
@@ -75,6 +78,8 @@ class Result:
     curves: list[Row]
     drawings: list[Drawing]
     command: str
+    letters: float
+    """Bits per byte of a guess by the frequency of letters alone."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -103,11 +108,17 @@ def verdict(result: Result) -> str:
     quality = f"{abs(gap):.1%} {'worse' if gap > 0 else 'better'}"
     if abs(gap) < 0.005:
         quality = "the same within half a percent"
-    return (
+    said = (
         f"At T = {result.length:,} a training step with {run['label']} is {pace} one with dense attention, "
         f"and after {len(result.runs[0].rows)} equal steps its validation is {quality}: {run['bpb']:.3f} "
         f"against {base['bpb']:.3f} bits per byte."
     )
+    if min(run["bpb"], base["bpb"]) > LEARNED * result.letters:
+        said += (
+            f" That says nothing of quality yet: the frequency of letters alone gives {result.letters:.3f}; "
+            "train longer (--minutes)."
+        )
+    return said
 
 
 def write(result: Result, path: Path) -> None:

@@ -65,6 +65,11 @@ class Corpus:
                 f"{self.name} is too short to hold out 5 % for validation; give at least 40 bytes"
             )
 
+    def letters(self) -> float:
+        """Bits per held-out byte of a guess by how often each byte occurs, without any context."""
+        count = torch.bincount(self.train.long(), minlength=256).double() + 1
+        return float(-(count / count.sum()).log2()[self.val.long()].mean())
+
     def batch(self, seed: int, step: int, rows: slice, total: int, length: int) -> tuple[Tensor, Tensor]:
         """Draw one step's `total` sequences; inputs and targets of `rows` of them, int64 [n, length]."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
