@@ -48,8 +48,8 @@ def compiled(cache: Path, *given: object, path: str = "") -> list[Row]:
 def test_the_kernels_for_a_hopper_card_take_what_the_table_says(tmp_path):
     given = ("--dims", 64, "--dtypes", "bf16", "--ops")
     rows = compiled(tmp_path, "--plans", "dense", "everything", *given, "attention")
-    rows += compiled(tmp_path, "--plans", "dense", *given, "statistics", "linear", "stick")
-    assert len(rows) == 6 + 4 + 5 + 4
+    rows += compiled(tmp_path, "--plans", "dense", *given, "decode", "statistics", "linear", "stick")
+    assert len(rows) == 6 + 2 + 4 + 5 + 4
     assert not faults(rows)
 
 
@@ -75,15 +75,15 @@ def test_one_source_compiles_with_other_versions_of_triton(version, tmp_path):
     given = (tmp_path / "cache", "--expect", version, "--plans", "dense")
     wide = ("--dims", 64, 128, "--dtypes", "bf16", "fp32", "--ops", "attention")
     rows = compiled(*given, "blocks", "everything", *wide, path=str(place))
-    others = ("--dims", 64, "--dtypes", "bf16", "--ops", "statistics", "linear", "stick")
+    others = ("--dims", 64, "--dtypes", "bf16", "--ops", "decode", "statistics", "linear", "stick")
     rows += compiled(*given, *others, path=str(place))
-    assert len(rows) == 3 * 2 * 2 * 3 + 4 + 5 + 4
+    assert len(rows) == 3 * 2 * 2 * 3 + 2 + 4 + 5 + 4
     assert not faults([replace(row, registers=0) for row in rows])  # allocation differs; the limits do not
 
 
 def test_the_table_covers_every_dimension_and_dtype_of_every_kernel():
     golden = {(row.kernel, row.dtype, row.dim) for row in read(GOLDEN) if row.target == "sm_90"}
-    kernels = ("rows", "rows, backward", "columns")
+    kernels = ("rows", "rows, backward", "columns", "decode")
     assert {(k, t, d) for k in kernels for t in DTYPES for d in DIMS} <= golden
 
 

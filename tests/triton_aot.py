@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from sparseflash import Plan
 from sparseflash.backends import triton as backend
-from sparseflash.backends.triton import blocks
+from sparseflash.backends.triton import blocks, softmax
 
 GOLDEN = Path(__file__).with_suffix(".csv")
 KIB = 1024
@@ -45,7 +45,7 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIMS = (16, 32, 64, 128, 256)
 T, HEADS = 512, 4
-PLAIN = ("carry",)
+PLAIN = ("carry", "merge")
 """Kernels that multiply no matrices."""
 
 PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
@@ -162,6 +162,17 @@ def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> No
     backend.backward(out, q, q, q, out, lse, None, plan, **how, grad_dtype=None)
 
 
+def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
+    """One query a head over a cache that heads share in pairs; with everything, the plan's own queries."""
+    cap = named == "everything"
+    how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0}
+    how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
+    if not cap:
+        plan, q = Plan.from_lengths(torch.tensor([T]), Tk=T), q[:, :, :1]
+    k = torch.zeros(1, HEADS if cap else HEADS // 2, T, q.shape[3], dtype=dtype)
+    backend.decode(q, k, k, plan, **how, out_dtype=dtype)
+
+
 def statistics(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """What is summed over rows, keys, entries and diagonals."""
     cap = named == "everything"
@@ -183,7 +194,7 @@ def stick(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     backend.stick_backward(out, rem, q, q, q, plan, scale=0.1)
 
 
-OPS = {"attention": attention, "statistics": statistics, "linear": linear, "stick": stick}
+OPS = {"attention": attention, "decode": decode, "statistics": statistics, "linear": linear, "stick": stick}
 
 
 def runs(
@@ -208,7 +219,8 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
-        name = "diagonals" if kwargs.get("BAND") else self.__name__.removesuffix("_kernel")
+        own = "diagonals" if kwargs.get("BAND") else "decode" if kwargs.get("SPLIT") else ""
+        name = own or self.__name__.removesuffix("_kernel")
         name += ", backward" if kwargs.get("BACKWARD") else ""
         name += ", statistics" if "F" in kwargs and kwargs["F"].STATS else ""
         name += ", edges" if kwargs.get("KEEP") else ""
@@ -257,6 +269,7 @@ def table(
     )
     driver.set_active(named)
     blocks.target.cache_clear()
+    softmax.multiprocessors = lambda device: 132
     plain: tuple[str, ...] = ("linear",)  # has no plan
     if target != "sm_90":  # fewer elsewhere: the plainest and the fullest, of sticks the plainest
         names, plain = [name for name in names if name in PLAINEST_AND_FULLEST], ("linear", "stick")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import sparseflash as sf
 from sparseflash import Plan
 from sparseflash.backends.triton import blocks as library
 from sparseflash.backends.triton.blocks import Blocks, Case
@@ -19,7 +20,7 @@ from . import rivals
 from .device import DEVICE, DRY, tensors, times
 from .runner import Task
 
-KERNELS = ("rows", "rows, backward", "columns")
+KERNELS = ("rows", "rows, backward", "columns", "decode")
 DTYPES = (torch.float16,) if DRY else (torch.bfloat16, torch.float16)
 DIMS = (16,) if DRY else (64, 128, 256)
 UNITS = (16,) if DRY else (0, 128)
@@ -29,6 +30,17 @@ BETTER = 0.97
 
 def candidates(kernel: str, dim: int) -> list[Blocks]:
     """What is tried: the larger sides only where the head dimension leaves room."""
+    if kernel == "decode":  # rows are as many as there are
+        sizes = [
+            (keys, warps, stages)
+            for keys in (32, 64, 128, 256)
+            for warps in (2, 4, 8)
+            for stages in (1, 2, 3, 4)
+        ]
+        few = [
+            Blocks(64, keys, warps, stages) for keys, warps, stages in sizes if keys * dim * stages <= 2**15
+        ]
+        return few[:1] if DRY else few
     shapes = [(128, 64), (64, 64), (128, 32), (64, 32), (64, 128), (128, 128), (32, 64), (32, 32)]
     room = 128 * 128 * 128 if kernel == "rows" else 64 * 128 * 128
     able = [(rows, keys) for rows, keys in shapes if max(rows, keys) * dim * min(rows, keys) <= room]
@@ -58,18 +70,24 @@ def tune() -> list[Task]:
 
 def _tune(kernel: str, dim: int, unit: int, dtype: torch.dtype) -> Iterator[Row]:
     """Times with every candidate; of the backward's two kernels the other one stays as it is."""
-    T, heads = (32, 1) if DRY else (8192, 16)
-    q, k, v, dout = tensors(1, heads, T, dim, dtype=dtype)
+    few = kernel == "decode"
+    T, heads = (32, 1) if DRY else (65536 if few else 8192, 16)
+    Tq = 1 if few else T
+    q, k, v, dout = tensors(1, heads, T, dim, dtype=dtype, Tq=Tq)
     if unit:
         generator = torch.Generator(DEVICE).manual_seed(0)
-        keep = torch.rand(1, heads, T // unit, T // unit, generator=generator, device=DEVICE) < 0.5
-        plan = Plan.from_blocks(keep, Tq=T, Tk=T, tile=unit, unit=unit)
+        keep = torch.rand(1, heads, -(-Tq // unit), T // unit, generator=generator, device=DEVICE) < 0.5
+        plan = Plan.from_blocks(keep, Tq=Tq, Tk=T, tile=unit, unit=unit)
     else:
-        plan = Plan.dense(T, T, causal=True, device=DEVICE)
+        plan = Plan.dense(Tq, T, causal=not few, device=DEVICE)
+    if few:
+        q, k, v = q.detach(), k.detach(), v.detach()
     attend = rivals.ours(plan.prepare())
-    out = attend(q, k, v)
+    out = None if few else attend(q, k, v)
 
     def call() -> Any:
+        if few:
+            return sf.decode(q, k, v, plan)
         if kernel == "rows":
             with torch.no_grad():
                 return attend(q, k, v)

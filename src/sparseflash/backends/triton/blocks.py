@@ -60,7 +60,7 @@ class Case(NamedTuple):
     """What a row of the table is for."""
 
     kernel: str
-    """"rows", "rows, backward", "columns", "entries", "linear" or "stick"."""
+    """"rows", "rows, backward", "decode", "columns", "entries", "linear" or "stick"."""
     dim: int
     """The larger of D and Dv, padded to a power of two."""
     unit: int
@@ -71,6 +71,10 @@ class Case(NamedTuple):
 HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
     "rows": {
         (64, 2): Blocks(128, 64, 8, 2), (128, 2): Blocks(128, 32, 8, 3), (256, 2): Blocks(32, 32, 8, 1),
+        (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+    },
+    "decode": {  # few rows: what counts is how many keys are on their way
+        (64, 2): Blocks(64, 128, 4, 3), (128, 2): Blocks(64, 64, 4, 3), (256, 2): Blocks(32, 32, 4, 3),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
     },
     "columns": {
@@ -95,6 +99,7 @@ OTHERS = {  # whose products take their operands from registers, or that have le
     "rows": HOPPER["rows"] | {(64, 2): Blocks(128, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1)},
     "columns": HOPPER["columns"]
     | {(64, 2): Blocks(32, 32, 8, 1), (128, 2): Blocks(32, 32, 8, 1), (256, 2): Blocks(32, 16, 8, 1)},
+    "decode": HOPPER["decode"],
     "entries": HOPPER["entries"],
     "linear": HOPPER["linear"] | {(256, 2): Blocks(32, 64, 8, 1)},
     "stick": HOPPER["stick"],
@@ -169,6 +174,8 @@ def choose(case: Case, heavy: bool) -> Blocks:
 def _default(case: Case, heavy: bool) -> Blocks:
     size = getattr(torch, case.dtype).itemsize
     kernel, _, backward = case.kernel.partition(", ")
+    if kernel == "decode" and heavy:  # no registers are left for more keys
+        kernel = "rows"
     table = {9: HOPPER, 10: BLACKWELL}.get(target()[1] // 10, OTHERS)
     dim = next(d for d in (64, 128, MAX_DIM) if case.dim <= d)
     blocks = table[kernel][dim, size]

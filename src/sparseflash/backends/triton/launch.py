@@ -68,12 +68,6 @@ def multiprocessors(device: torch.device) -> int:
     return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shares(q: Tensor, plan: Plan, programs: int) -> int:
-    """How many programs share the keys of a tile, for two on each multiprocessor; 256 keys each at least."""
-    wanted = -(-2 * multiprocessors(q.device) // max(programs * plan.tiles, 1))
-    return max(1, min(wanted, plan.k_rows // (16 if INTERPRETED.value else 256)))
-
-
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, and at least 16: what a product needs."""
     return max(16, triton.next_power_of_2(n))

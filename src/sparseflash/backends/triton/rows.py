@@ -108,6 +108,13 @@ def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, piece, pieces,
     BN: tl.constexpr = F.BN
     CUT: tl.constexpr = F.CUT
     wide, lane = tl.arange(0, BN), tl.arange(0, CUT)
+    if SPLIT:  # many spans are shared out whole, few are cut
+        many = last - first >= pieces
+        share = (last - first + pieces - 1) // pieces
+        begin = first + tl.where(many, piece * share, 0)
+        last = tl.where(many, tl.minimum(last, begin + share), last)
+        first, full = begin, tl.maximum(tl.minimum(full, last), begin)
+        piece, pieces = tl.where(many, 0, piece), tl.where(many, 1, pieces)
     for s in range(first, full):
         lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         for t in tl.range(lo, lo + (hi - lo) // BN * BN, BN, num_stages=F.STAGES):
@@ -197,19 +204,24 @@ def rows_kernel(
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
     scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks,
-    pieces, piece_out, piece_lse, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
+    WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT and LSE of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given LSE and DELTA.
 
     With STATS the sum or maximum of their weights (in OUT, [B,H,Tq]) under the given LSE.
-    With SPLIT `pieces` programs share the keys of the rows, and each has an OUT and an LSE of its own.
+    With SPLIT several programs share the keys of the rows, as WORK [programs, 3] says: a list, one of its
+    pieces, how many it has. Each has an OUT [rows, DV] and an LSE [rows] of its own.
     """
-    pid, piece = tl.program_id(0), 0
+    pid, piece, pieces = tl.program_id(0), 0, 1
     if SPLIT:
-        pid, piece = pid // pieces, pid % pieces
-        OUT += piece.to(tl.int64) * piece_out
-        LSE += piece.to(tl.int64) * piece_lse
-    bh, at = pid // (tiles * blocks), tiles * blocks - 1 - pid % (tiles * blocks)  # the longest rows first
+        work = WORK + pid // blocks * 3
+        cell, piece, pieces = tl.load(work), tl.load(work + 1), tl.load(work + 2)
+        bh, at = cell // tiles, cell % tiles * blocks + pid % blocks
+    else:
+        bh, at = (
+            pid // (tiles * blocks),
+            tiles * blocks - 1 - pid % (tiles * blocks),
+        )  # the longest rows first
     tile = at // blocks
     b, h = bh // H, bh % H
     within = at % blocks * F.BM + tl.arange(0, F.BM)
@@ -263,13 +275,16 @@ def rows_kernel(
         acc, m, mass = over_units(acc, m, mass, rows, head, R, INDEX, words, first, full, last, piece, pieces,
                                   SPLIT, BACKWARD, F)  # fmt: skip
 
-    base = OUT + b64 * o_batch + h64 * o_head
+    base, row = OUT + b64 * o_batch + h64 * o_head, token
+    if SPLIT:
+        own = (pid // blocks).to(tl.int64) * o_batch
+        base, row, state = OUT + own, within, own // F.DV + within
     if F.STATS:
         tl.store(OUT + state, mass, mask=real)
     elif BACKWARD:
-        store_rows(base, token, o_row, o_lane, real, acc * scale, F.D, F.BD)
+        store_rows(base, row, o_row, o_lane, real, acc * scale, F.D, F.BD)
     else:
         some = mass > 0
         total = tl.where(some, mass, 1.0)
-        store_rows(base, token, o_row, o_lane, real, acc / total[:, None], F.DV, F.BDV)
+        store_rows(base, row, o_row, o_lane, real, acc / total[:, None], F.DV, F.BDV)
         tl.store(LSE + state, tl.where(some, (m + tl.log2(total)) * LN2, NEVER), mask=real)

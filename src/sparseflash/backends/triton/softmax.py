@@ -15,30 +15,40 @@ from ...plan.flat import empty_like_layout
 from ...plan.transpose import transpose_spans
 from .blocks import Blocks, fitting
 from .columns import columns_kernel
-from .launch import Arguments, found, power_of_two, readers_of, shares
+from .launch import Arguments, found, multiprocessors, power_of_two, readers_of
 from .rows import rows_kernel
+from .split import merge, work_of
 
 _SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL", "SPAN_SOURCE")
 _UNITED = ("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS")
 
 
-def launch_rows(a: Arguments, plan: Plan, *, backward: bool, pieces: int = 0) -> None:
-    """Run the kernel over query rows, each row by one program or by `pieces` of them."""
-    out, lse, programs = a.named["OUT"], a.named["LSE"], a.named["Q"].shape[0] * a.named["H"]
-    steps = (out.stride(0), lse.stride(0)) if pieces else (0, 0)
-    shared = {"pieces": pieces, "piece_out": steps[0], "piece_lse": steps[1], "SPLIT": pieces > 0}
+def launch_rows(a: Arguments, plan: Plan, *, backward: bool, work: Tensor | None = None) -> None:
+    """Run the kernel over query rows, each row by one program, or by those that a work list gives it."""
+    programs = a.named["Q"].shape[0] * a.named["H"] * plan.tiles if work is None else len(work)
+    shared = {"WORK": a.named["SPANS"] if work is None else work, "SPLIT": work is not None}
 
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))
         parts = -(-plan.tile // rows)
-        rows_kernel[(programs * plan.tiles * parts * max(pieces, 1),)](
+        rows_kernel[(programs * parts,)](
             **a.named, **shared, blocks=parts, BACKWARD=backward,
             F=a.flags(blocks, rows, min(32, blocks.keys)), **blocks.options(),
         )  # fmt: skip
 
-    if programs * plan.tiles:
-        name = "rows, backward" if backward else "rows"
+    if programs:
+        name = "rows, backward" if backward else "rows" if work is None else "decode"
         fitting(name, a.blocks(name), start)
+
+
+def empty_results(q: Tensor, plan: Plan, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Room for out and lse, which tokens that no row names have already: they see nothing."""
+    out = empty_like_layout(q, dim, dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if plan.q_order is not None or not plan.tiles:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    return out, lse
 
 
 def forward(
@@ -53,12 +63,7 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
-    B, H, Tq, _ = q.shape
-    out = empty_like_layout(q, v.shape[-1], out_dtype)
-    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    if plan.q_order is not None or not plan.tiles:  # tokens that no row names see nothing
-        out.zero_()
-        lse.fill_(float("-inf"))
+    out, lse = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, scale, softcap, key_bias)
     a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
     for name in "o", "d":
@@ -80,30 +85,30 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """What `forward` returns, for few queries over many keys: programs share the keys of a row.
 
-    Every span and every list is cut into equal pieces, so that there are two programs for a multiprocessor
-    however few rows there are, and the pieces are merged in their order. Shapes alone say how many there are.
+    The keys of all lists are one list of work, of which every program takes an equal share however the lists
+    differ in length; the pieces of a row are merged in their order.
     The heads of a group stand in one tile, where they see the same: keys are read once for all of them.
     """
-    heads, fold = q.shape[1], 0
+    heads, programs, fold = q.shape[1], 2 * multiprocessors(q.device), 0
+    lists = plan
     if group := packed(q, k, plan, key_bias):
         fold, rows = q.shape[2], group * q.shape[2]
         q = q.unflatten(1, (-1, group)).flatten(2, 3)
         fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
         plan = Plan._made(**fields | {"Tq": rows, "tile": rows})
-    (B, H, Tq, _), Dv = q.shape, v.shape[3]
-    pieces = shares(q, plan, B * H)
-    out = torch.zeros((pieces, B, H, Tq, Dv), dtype=torch.float32, device=q.device)
-    lse = torch.full((pieces, B, H, Tq), float("-inf"), device=q.device)
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias, fold)
-    a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
-    for name in "o", "d":
-        a.strides(a.named, name, out[0])
-    launch_rows(a, plan, backward=False, pieces=pieces)
-    total, one = torch.logsumexp(lse, 0), out[0]
-    if pieces > 1:
-        weight = torch.where(lse == float("-inf"), 0, torch.exp(lse - total))
-        one = (weight[..., None] * out).sum(0)
-    return one.to(out_dtype).view(B, heads, -1, Dv), total.view(B, heads, -1)
+    (B, H, *_), Dv = q.shape, v.shape[3]
+    out, lse = empty_results(q, plan, Dv, out_dtype)
+    if B * H * plan.tiles:
+        work, rows = work_of(lists, B, H, programs), min(plan.tile, plan.q_rows)
+        part = torch.empty((len(work.pieces), 1, rows, Dv), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((len(work.pieces), rows), dtype=torch.float32, device=q.device)
+        a = Arguments(q, k, v, plan, scale, softcap, key_bias, fold)
+        a.named |= {"OUT": part, "LSE": part_lse, "DOUT": part, "DELTA": part_lse}
+        for name in "o", "d":
+            a.strides(a.named, name, part)
+        launch_rows(a, plan, backward=False, work=work.pieces)
+        merge(part, part_lse, work, plan, out, lse)
+    return (out.view(B, heads, -1, Dv), lse.view(B, heads, -1)) if group else (out, lse)
 
 
 def packed(q: Tensor, k: Tensor, plan: Plan, key_bias: Tensor | None) -> int:

@@ -1,0 +1,122 @@
+"""Decoding: the keys of few rows, shared out among many programs by one work list, and merged in order."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...plan import Plan
+from ...plan.build import spread_heads
+from .common import INTERPRETED, LN2, LOG2E, NEVER, place
+from .launch import alike, found
+
+_LEAST = 16 if INTERPRETED.value else 256
+"""Keys of a piece, at least."""
+
+
+class Work(NamedTuple):
+    """Which program computes which piece of which list of [B,H,tiles]; those of a list follow one another.
+
+    `pieces` [programs, 3] int32 has the list of each program, the number of its piece, and how many pieces
+    the list has; a program that has nothing to do has a piece behind the last. `lists` [B*H*tiles, 2] has the
+    first program of each list, and how many it has: one at least.
+    """
+
+    pieces: Tensor
+    lists: Tensor
+
+
+def keys_listed(plan: Plan) -> Tensor:
+    """How many key rows each list names: int64 [B|1,heads,tiles]."""
+    spanned = united = None
+    if plan.spans is not None and plan.span_start is not None and plan.span_count is not None:
+        low, high = plan.spans.long().unbind(-1)
+        size = (high.clamp(max=plan.k_rows) - low.clamp(min=0)).clamp(min=0)
+        before, start = pad(size.cumsum(0), (1, 0)), plan.span_start.long()
+        spanned = before[start + plan.span_count] - before[start]
+    if plan.count is not None:
+        united = plan.count.long() * plan.unit
+    some = [x for x in alike(spanned, united) if x is not None]
+    return some[0] if len(some) == 1 else some[0] + some[1]
+
+
+def work_of(plan: Plan, batch: int, heads: int, programs: int) -> Work:
+    """Equal shares for `programs` programs, and one more for each list, whose last share may be smaller.
+
+    LeanAttention's schedule (arXiv 2405.10480, section IV), cut at the ends of lists. Made on the device
+    without a look at values, once for each plan. Pieces are shares of whatever a list holds when it is read:
+    a plan that changes in place is out of balance until it is made anew, and never wrong.
+    """
+    made: dict[tuple[int, int, int], Work] = plan.__dict__.setdefault("_work", {})
+    if kept := made.get((batch, heads, programs)):
+        return kept
+    keys = spread_heads(keys_listed(plan), heads).expand(batch, -1, -1).flatten()
+    share = (-(keys.sum() // -programs)).clamp(min=_LEAST)
+    pieces = (-(keys // -share)).clamp(min=1)
+    end = pieces.cumsum(0)
+    program = torch.arange(len(keys) + programs, device=plan.device)
+    cell = torch.searchsorted(end, program, right=True).clamp(max=len(keys) - 1)
+    begin = end - pieces
+    piece = (program - begin[cell]).minimum(pieces[cell])
+    work = Work(torch.stack([cell, piece, pieces[cell]], -1).int(), torch.stack([begin, pieces], -1).int())
+    # what is captured into a graph is not there before the graph has run
+    if plan.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        made[batch, heads, programs] = work
+    return work
+
+
+@triton.jit
+def merge_kernel(
+    PART, PART_LSE, LISTS, OUT, LSE, Q_ORDER, q_order_batch, q_order_heads, o_batch, o_head, o_row, o_lane,
+    H, Tq, tiles, rows, TILE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ORDERED: tl.constexpr,
+    MANY: tl.constexpr,
+):  # fmt: skip
+    """OUT and LSE of one row, from PART [programs, TILE, DV] and PART_LSE of those that shared its keys."""
+    cell, within = tl.program_id(0) // TILE, tl.program_id(0) % TILE
+    bh, row = cell // tiles, cell % tiles * TILE + within
+    b, h = bh // H, bh % H
+    token = row
+    if ORDERED:
+        order = Q_ORDER + place(b, h, H, q_order_heads, q_order_batch, rows)
+        token = tl.load(order + row, mask=row < rows, other=-1)
+    real = (row < rows) & (token >= 0)
+    first, pieces = tl.load(LISTS + 2 * cell), tl.load(LISTS + 2 * cell + 1)
+    d = tl.arange(0, BDV)
+    m, total = tl.full([], NEVER, tl.float32), tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([BDV], tl.float32)
+    for i in range(0, pieces, MANY):
+        n = i + tl.arange(0, MANY)
+        at = (first + n).to(tl.int64) * TILE + within
+        lse = tl.load(PART_LSE + at, mask=real & (n < pieces), other=NEVER)
+        now = tl.maximum(m, tl.max(lse, 0))
+        level = tl.where(now == NEVER, 0.0, now)
+        weight, shrink = tl.exp2((lse - level) * LOG2E), tl.exp2((m - level) * LOG2E)
+        live = (real & (n < pieces))[:, None] & (d < DV)[None, :]
+        part = tl.load(PART + at[:, None] * DV + d[None, :], mask=live, other=0.0)
+        total = total * shrink + tl.sum(weight, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * part, 0)
+        m = now
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    to = OUT + b.to(tl.int64) * o_batch + h.to(tl.int64) * o_head + token.to(tl.int64) * o_row
+    tl.store(to + d * o_lane, (acc / total).to(OUT.dtype.element_ty), mask=real & (d < DV))
+    tl.store(LSE + bh.to(tl.int64) * Tq + token, tl.where(some, m + tl.log2(total) * LN2, NEVER), mask=real)
+
+
+def merge(part: Tensor, part_lse: Tensor, work: Work, plan: Plan, out: Tensor, lse: Tensor) -> None:
+    """Write the results of rows from those of programs: part [programs,1,rows,Dv] and part_lse, fp32."""
+    B, H, Tq, Dv = out.shape
+    batch, heads = found(plan.q_order)
+    strides: dict[str, Any] = dict(zip(("o_batch", "o_head", "o_row", "o_lane"), out.stride(), strict=True))
+    tile = part.shape[2]
+    merge_kernel[(B * H * plan.tiles * tile,)](
+        part, part_lse, work.lists, out, lse,
+        out if plan.q_order is None else plan.q_order.contiguous(), batch, heads, **strides,
+        H=H, Tq=Tq, tiles=plan.tiles, rows=plan.q_rows, TILE=tile, DV=Dv, BDV=triton.next_power_of_2(Dv),
+        ORDERED=plan.q_order is not None, MANY=16, num_warps=4,
+    )  # fmt: skip
