@@ -74,7 +74,8 @@ _all_keys_again = functools.lru_cache(32)(_all_keys)
 def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     (B, _, Tq, _), Tk = q.shape, k.shape[2]
     if given is None:
-        return ((_all_keys_again if unwatched(q) else _all_keys)(Tq, Tk, q.device),)
+        again = q.device.type == "cpu" and unwatched(q)  # a CUDA graph must not hold what a cache may drop
+        return ((_all_keys_again if again else _all_keys)(Tq, Tk, q.device),)
     if isinstance(given, Tensor) and given.dtype != torch.bool:
         require(
             (
