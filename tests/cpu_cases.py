@@ -95,7 +95,7 @@ def case(seed: int, **fixed: Any) -> Case:
     Tq = fixed.get("Tq", r.choice(LENGTHS))
     Tk = fixed.get("Tk", r.choice((Tq, Tq, r.choice(LENGTHS))))
     unit = fixed.get("unit", r.choice((1, 3, 16, 40, 64, 128)))
-    example = plans.example(seed, kind, batch=B, heads=Hq, Tq=Tq, Tk=Tk, unit=unit)
+    example = plans.example(seed, kind, batch=B, heads=Hq, Tq=Tq, Tk=Tk, tile=fixed.get("tile"), unit=unit)
     Tk, plan, mask = example.plan.Tk, example.plan, example.mask
     D = fixed.get("D", r.choice(DIMS))
     Dv = fixed.get("Dv", r.choice((D, D, r.choice(DIMS))))

@@ -58,10 +58,10 @@ def _entries(plan, p, b, h, peak):
     return found
 
 
-def hold(backend, kind, seed, lengths, keys, over=OVER):
+def hold(backend, kind, seed, lengths, keys, over=OVER, **size):
     """All statistics of one random plan of a kind against those of the dense weights."""
     d = plans._Draw(seed)
-    example = plans.example(seed, kind, batch=2, heads=4, Tq=d.pick(lengths), Tk=d.pick(keys))
+    example = plans.example(seed, kind, batch=2, heads=4, Tq=d.pick(lengths), Tk=d.pick(keys), **size)
     plan, Tq, Tk = example.plan, example.plan.Tq, example.plan.Tk
     q, k, v, _, _ = inputs(d.torch, Tq, Tk)
     k = k[:1] if example.pool else k
@@ -95,6 +95,14 @@ def hold(backend, kind, seed, lengths, keys, over=OVER):
 def test_statistics_are_those_of_the_dense_weights(backend, kind, seed):
     for n in range(2):
         hold(backend, kind, seed + n, (1, 33, 65), (1, 33, 100))
+
+
+@EACH
+@pytest.mark.parametrize("tile, unit", [(1, 1), (3, 8), (8, 1)])
+def test_lists_of_few_queries_have_the_same_statistics(backend, tile, unit, seed):
+    """Single keys, runs of neighbours and spans, in orders and with rules; several queries a list or one."""
+    for n in range(2):
+        hold(backend, "lists", seed + n, (1, 33), (17, 150), tile=tile, unit=unit)
 
 
 @EACH

@@ -61,6 +61,7 @@ inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool ho
                 int64_t row = k.gather[j];
                 Packed<BF, BACKWARD>::copy(x.kb + row * x.ldk, 1, nk, w.kcb + j * Dk, Dk);
                 if (BACKWARD) Packed<BF, BACKWARD>::copy(x.vb + row * x.ldv, 1, nv, w.vcb + j * Dv, Dv);
+                if (!t) continue;
                 const bf *column = t + round_down(row, BK) * Dt + row % BK;
                 for (int64_t d = 0; d < Dt; d++) w.tc[d * BK + j] = column[d * BK];
             }

@@ -54,10 +54,10 @@ inline vf dots(const bf *x, const bf *const *rows, int64_t D) {
 template <bool BF> struct Item { typedef float type; };
 template <> struct Item<true> { typedef bf type; };
 
-// The keys of a chunk that one query sees.
+// The keys of a chunk that one query sees; statistics have no values.
 template <bool BF> struct Seen {
     typedef typename Item<BF>::type T;
-    int n;
+    int n, at[BK + 1];  // how many, and where in the chunk
     int64_t row[BK + 1];
     const T *k[BK + W], *v[BK + W];
     float bias[BK + W];
@@ -67,15 +67,25 @@ template <bool BF> struct Seen {
         n = 0;
         for (int j = c.a; j < c.b; j++) {
             row[n] = c.gather ? c.gather[j] : c.base + j;
+            at[n] = j;
             n += c.partial ? (int)(see[j] >> lane & 1) : 1;
         }
-        for (int j = 0; j < n; j++) k[j] = keys + row[j] * x.ldk, v[j] = values + row[j] * x.ldv;
+        for (int j = 0; j < n; j++) k[j] = keys + row[j] * x.ldk;
+        if (values) for (int j = 0; j < n; j++) v[j] = values + row[j] * x.ldv;
         for (int j = n; j < round_up(n, W); j++) k[j] = k[0], v[j] = v[0], bias[j] = 0;
         if (key_bias)
             for (int j = 0; j < n; j++) {
                 int64_t t = rules.key_token(row[j]);
                 bias[j] = t < 0 ? 0.f : key_bias[t] * LOG2E;
             }
+    }
+    // W logits (base 2) of scores s, those of keys from j on; -inf where there is none.
+    vf logits(const SfCall &c, const Logits &l, const float *s, int j) const {
+        vf y = load(s + j);
+        if (l.bent) y = l.bend(c, y);
+        if (c.key_bias.data) y += load(bias + j);
+        y = y * l.factor;
+        return j + W > n ? pick((1ull << (n - j)) - 1, y, set1(-INF)) : y;
     }
 };
 
@@ -157,11 +167,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                 x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
                 vf top = set1(-INF);
                 for (int j = 0; j < seen.n; j += W) {
-                    vf y = load(s + j);
-                    if (logits.bent) y = logits.bend(c, y);
-                    if (key_bias) y += load(seen.bias + j);
-                    y = y * logits.factor;
-                    if (j + W > seen.n) y = pick((1ull << (seen.n - j)) - 1, y, set1(-INF));
+                    vf y = seen.logits(c, logits, s, j);
                     store(s + j, y);
                     top = vmax(top, y);
                 }

@@ -76,13 +76,13 @@ template <bool BF, bool BACKWARD> struct Packed {
             Dk = round_up(c.D, 32);
             Dv = round_up(c.Dv, 32);
             columns = !rows_only && (BACKWARD || c.v.data);
-            v_rows = BACKWARD || rows_only;
+            v_rows = c.v.data && (BACKWARD || rows_only);
             bool tiles = WHOLE_TILES && !rows_only;
             copy_k = loose || tiles || c.k.lane != 1 || (!rows_only && c.D % 2);
-            copy_v = loose || tiles || c.v.lane != 1 || (!rows_only && c.Dv % 2);
+            copy_v = v_rows && (loose || tiles || c.v.lane != 1 || (!rows_only && c.Dv % 2));
             if (!copy_k && !copy_v && !columns) return 0;
             if (copy_k && !kb.make(n * Dk)) return 1;
-            if (v_rows && copy_v && !vb.make(n * Dv)) return 1;
+            if (copy_v && !vb.make(n * Dv)) return 1;
             if (columns && !(BACKWARD ? kt.make(n * Dk) : vt.make(n * Dv))) return 1;
             if (!wild.make(batches * heads)) return 1;
             memset(wild.p, 0, batches * heads);
@@ -115,7 +115,7 @@ template <bool BF, bool BACKWARD> struct Packed {
                 const bf *ks = t >= 0 ? (const bf *)row_of(c.k, b, hkv, t, SF_BF16) : nullptr;
                 const bf *vs = v_rows && t >= 0 ? (const bf *)row_of(c.v, b, hkv, t, SF_BF16) : nullptr;
                 if (copy_k) copy(ks, c.k.lane, c.D, kb + at * Dk, Dk);
-                if (v_rows && copy_v) copy(vs, c.v.lane, c.Dv, vb + at * Dv, Dv);
+                if (copy_v) copy(vs, c.v.lane, c.Dv, vb + at * Dv, Dv);
             }
         }
 #if SF_HAS_BF16

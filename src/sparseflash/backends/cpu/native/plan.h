@@ -100,14 +100,18 @@ struct Chunk {
     const int32_t *bits;    // words [tile][words] of the unit these keys belong to, or null
     int64_t bits_lane;      // lane in that unit of key base + 0
     const int64_t *gather;
-    int64_t entry;          // position in the tile's lists, spans before units; only where entries stay apart
+    int64_t entry;          // position in the tile's lists, spans before units, of the entry they begin with,
+    int64_t unit;           // and the keys of each that follows; 0 for a span
+    const int64_t *entries; // where they are gathered: the entry of each, if asked for
+
+    int64_t entry_of(int j) const { return entries ? entries[j] : unit ? entry + (bits_lane + j) / unit : entry; }
 };
 
 template <class F>
-inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bits, int64_t entry, F &f) {
+inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bits, int64_t entry, int64_t unit, F &f) {
     for (int64_t x = lo; x < hi;) {
         int64_t base = round_down(x, BK), end = least(hi, base + BK);
-        Chunk c = {base, (int)(x - base), (int)(end - base), partial, bits, base - lo, nullptr, entry};
+        Chunk c = {base, (int)(x - base), (int)(end - base), partial, bits, base - lo, nullptr, entry, unit, nullptr};
         f(c);
         x = end;
     }
@@ -125,8 +129,10 @@ struct Entries {
 };
 
 // Calls f(Chunk) for everything tile r of (b,h) visits: full entries first, then those that need element tests.
-// Neighbouring units join and scattered small ones are gathered, unless entries are to stay APART.
-template <bool APART = false, class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
+// Neighbouring units join and scattered small ones are gathered (NAMED: with the entry of each key), unless entries are
+// to stay APART.
+enum Listing { JOINED, NAMED, APART };
+template <Listing HOW = JOINED, class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
     const SfPlan &p = c.plan;
     constexpr int SMALL = 16;  // units below it are gathered unless they happen to be neighbours
     const int64_t *ss = slice<int64_t>(p.span_start, b, h, c.Hq), *us = slice<int64_t>(p.start, b, h, c.Hq);
@@ -139,21 +145,22 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
         if (ss) {
             Entries own(ss[r], sf[r], sc[r], partial, p.spans_size);
             for (int64_t e = own.lo; e < own.hi; e++)
-                span_chunks(most<int64_t>(p.spans[2 * e], 0), least<int64_t>(p.spans[2 * e + 1], p.k_rows), partial, nullptr, e - ss[r], f);
+                span_chunks(most<int64_t>(p.spans[2 * e], 0), least<int64_t>(p.spans[2 * e + 1], p.k_rows), partial, nullptr, e - ss[r], 0, f);
         }
         if (us) {
             Entries own(us[r], uf[r], uc[r], partial, p.index_size);
-            int64_t rows[BK];
+            int64_t rows[BK], names[HOW == NAMED ? BK : 1];
+            const int64_t before = (sc ? sc[r] : 0) - us[r];  // of the tile's entries
             int held = 0;
             auto flush = [&] {
                 if (!held) return;
-                Chunk g = {0, 0, held, partial, nullptr, 0, rows, -1};
+                Chunk g = {0, 0, held, partial, nullptr, 0, rows, 0, 0, HOW == NAMED ? names : nullptr};
                 f(g);
                 held = 0;
             };
             const bool masked = partial && bs;
             for (int64_t e = own.lo; e < own.hi;) {
-                if (!APART && !masked && p.unit == 1) {  // single keys up to the next run, without ceremony
+                if (HOW != APART && !masked && p.unit == 1) {  // single keys up to the next run, without ceremony
                     const int32_t *index = p.index;
                     const int64_t end = own.hi, runs = end - join, k_rows = p.k_rows;
                     int n = held;
@@ -161,6 +168,7 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
                         int64_t u = index[e];
                         if (e <= runs && index[e + join - 1] == u + join - 1) break;
                         rows[n] = u;
+                        if (HOW == NAMED) names[n] = before + e;
                         n += (uint64_t)u < (uint64_t)k_rows;
                     }
                     held = n;
@@ -168,7 +176,7 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
                     if (e == own.hi) break;
                 }
                 int64_t u = p.index[e], run = 1;
-                if (!APART && !masked && (join == 1 || (e + join <= own.hi && p.index[e + join - 1] == u + join - 1)))
+                if (HOW != APART && !masked && (join == 1 || (e + join <= own.hi && p.index[e + join - 1] == u + join - 1)))
                     while (e + run < own.hi && p.index[e + run] == u + run) run++;
                 const int32_t *bits = nullptr;
                 if (masked) {
@@ -179,9 +187,10 @@ template <bool APART = false, class F> inline void for_each_chunk(const SfCall &
                 }
                 int64_t from = most<int64_t>(u, 0) * p.unit, to = least((u + run) * p.unit, p.k_rows);
                 if (u >= 0 && from < to) {
-                    if (APART || to - from >= SMALL || masked) span_chunks(from, to, partial, bits, (sc ? sc[r] : 0) + e - us[r], f);
+                    if (HOW == APART || to - from >= SMALL || masked) span_chunks(from, to, partial, bits, before + e, p.unit, f);
                     else
                         for (int64_t x = from; x < to; x++) {
+                            if (HOW == NAMED) names[held] = before + e + (x - from) / p.unit;
                             rows[held++] = x;
                             if (held == BK) flush();
                         }

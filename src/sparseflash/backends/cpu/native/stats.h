@@ -1,36 +1,60 @@
 // Statistics of P = exp(S - lse) for a given lse, streamed: sums or maxima over each key, row, list entry or diagonal.
 #pragma once
-#include "forward.h"
+#include "few.h"
 
 namespace {
 
+// Where what is found goes: one head's results, or a share of them.
+struct Tally {
+    const SfCall &c;
+    float *stat;
+
+    // What is gathered within a tile: no other tile adds to it, so its place is the result itself.
+    static bool within_tiles(const SfCall &c) { return c.over == SF_OVER_ROW || c.over == SF_OVER_ENTRY; }
+
+    vf both(vf x, vf y) const { return c.peak ? vmax(x, y) : x + y; }
+    float across(vf x) const {
+        if (!c.peak) return sum(x);
+        float top = 0;
+        for (int i = 0; i < W; i++) top = most(top, (float)x[i]);
+        return top;
+    }
+    void take(int64_t at, float x) { stat[at] = c.peak ? most(stat[at], x) : stat[at] + x; }
+    void row(int64_t query, float x) { stat[query] = x; }
+    void key(int64_t token, float x) { take(token, x); }
+    void entry(int64_t tile, int64_t n, float x) {
+        if (n >= 0 && n < c.entry_width) take(tile * c.entry_width + n, x);
+    }
+    void pair(int64_t query, int64_t token, float x) { take(query - token + c.Tk - 1, x); }
+};
+
+// The rows of a block whose softmax has any mass: the others count nothing.
+inline uint64_t with_mass(const Queries &q, const float *lse) {
+    uint64_t alive = 0;
+    for (int i = 0; i < BQ; i++) alive |= (uint64_t)((q.real >> i & 1) && lse[q.token[i]] != -INF) << i;
+    return alive;
+}
+
 template <bool BF>
 void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
-                 int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, float *stat) {
+                 int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const int64_t head = (b * c.Hq + h) * c.Tq;
-    uint64_t alive = 0;
+    const float *lse = c.lse + (b * c.Hq + h) * c.Tq, *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    if (!(q.real = with_mass(q, lse))) return;
     for (int i = 0; i < BQ; i++) {
-        bool on = (q.real >> i & 1) && c.lse[head + q.token[i]] != -INF;
-        alive |= (uint64_t)on << i;
-        w.lse2[i] = on ? c.lse[head + q.token[i]] * LOG2E : INF;
+        w.lse2[i] = q.real >> i & 1 ? lse[q.token[i]] * LOG2E : INF;
         w.m[i] = 0;
     }
-    if (!alive) return;
-    q.real = alive;
-    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
-    const bool peak = c.peak;
     int n = columns(q, BF);
     if (BF) {
 #if SF_HAS_BF16
-        pack_lanes(c.q, b, h, q, alive, c.D, w.qtb.p, nullptr);
+        pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
 #endif
     } else {
-        pack_lanes(c, c.q, b, h, q, alive, c.D, w.qt.p, w.keep.p);
+        pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
     }
-    auto take = [&](float &to, float x) { to = peak ? (x > to ? x : to) : to + x; };
-    for_each_chunk<true>(c, b, h, tile, [&](const Chunk &given) {
+    for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
         Chunk k = given;
         bool holes = false;
         // also for full entries: lanes that saw nothing must not count
@@ -49,63 +73,100 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, w.bias, s);
         }
-        float all = 0;
         for (int j = k.a; j < k.b; j++) {
-            int64_t token = rules.key_token(k.base + j);
+            int64_t token = rules.key_token(k.gather ? k.gather[j] : k.base + j);
             if (token < 0) continue;
-            vf key = {};
+            vf all = {};
             for (int i = 0; i < n; i += W) {
                 vf p = exp2v<true>(load(s + j * BQ + i) * logits.factor - load(w.lse2 + i));
                 p = pick(w.see[j] >> i, p, set1(0.f));
-                store(s + j * BQ + i, p);
-                key = peak ? vmax(key, p) : key + p;
+                all = tally.both(all, p);
+                if (c.over == SF_OVER_ROW) store(w.m + i, tally.both(load(w.m + i), p));
+                else if (c.over == SF_OVER_DIAGONAL) store(s + j * BQ + i, p);
             }
-            if (c.over == SF_OVER_ROW) {
-                for (int i = 0; i < n; i += W) {
-                    vf p = load(s + j * BQ + i), m = load(w.m + i);
-                    store(w.m + i, peak ? vmax(m, p) : m + p);
-                }
-            } else if (c.over == SF_OVER_DIAGONAL) {
+            if (c.over == SF_OVER_KEY) tally.key(token, tally.across(all));
+            else if (c.over == SF_OVER_ENTRY) tally.entry(tile, k.entry_of(j), tally.across(all));
+            else if (c.over == SF_OVER_DIAGONAL)
                 for (int i = 0; i < q.lanes; i++)
-                    if (alive >> i & 1) take(stat[q.token[i] - token + c.Tk - 1], s[j * BQ + i]);
-            } else {
-                float x = 0;
-                if (peak) for (int i = 0; i < W; i++) x = most(x, (float)key[i]);
-                else x = sum(key);
-                if (c.over == SF_OVER_KEY) take(stat[token], x);
-                else take(all, x);
-            }
+                    if (q.real >> i & 1) tally.pair(q.token[i], token, s[j * BQ + i]);
         }
-        if (c.over == SF_OVER_ENTRY && k.entry >= 0 && k.entry < c.entry_width) take(stat[tile * c.entry_width + k.entry], all);
     });
     if (c.over == SF_OVER_ROW)
-        for (int i = 0; i < BQ; i++) if (alive >> i & 1) stat[q.token[i]] = w.m[i];
+        for (int i = 0; i < BQ; i++) if (q.real >> i & 1) tally.row(q.token[i], w.m[i]);
 }
 
-// Tiles of a head are shared out in a fixed number of runs whose results are combined in order: the result does not
-// depend on the number of threads.
+// The same for tiles of few queries, one at a time.
+template <bool BF>
+void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+               int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
+    Queries q;
+    q.load(rules, row, rows, row - tile * c.plan.tile);
+    const float *lse = c.lse + (b * c.Hq + h) * c.Tq, *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    if (!(q.real = with_mass(q, lse))) return;
+    Query<BF> query[FEW];
+    Seen<BF> seen;
+    vf total[FEW] = {};
+    for (int i = 0; i < rows; i++)
+        if (q.real >> i & 1) query[i].take(c, c.q, b, h, q.token[i], c.D, query[i].q, query[i].qb);
+    float *s = w.s.p;
+    for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
+        Chunk k = given;
+        bool holes = false;
+        if (k.partial && !look(rules, q, k, w.see, holes)) return;
+        for (int i = 0; i < q.lanes; i++) {
+            if (!(q.real >> i & 1)) continue;
+            if (k.partial || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
+            query[i].score(query[i].q, query[i].qb, seen.k, seen.n, c.D, s);
+            const float lse2 = lse[q.token[i]] * LOG2E;
+            for (int j = 0; j < seen.n; j += W) {
+                vf p = exp2v<true>(seen.logits(c, logits, s, j) - lse2);
+                total[i] = tally.both(total[i], p);
+                store(s + j, p);
+            }
+            if (c.over == SF_OVER_ENTRY)
+                for (int j = 0; j < seen.n; j++) tally.entry(tile, k.entry_of(seen.at[j]), s[j]);
+            else if (c.over != SF_OVER_ROW)
+                for (int j = 0; j < seen.n; j++) {
+                    int64_t token = rules.key_token(seen.row[j]);
+                    if (token < 0) continue;
+                    if (c.over == SF_OVER_KEY) tally.key(token, s[j]);
+                    else tally.pair(q.token[i], token, s[j]);
+                }
+        }
+    });
+    if (c.over == SF_OVER_ROW)
+        for (int i = 0; i < rows; i++) if (q.real >> i & 1) tally.row(q.token[i], tally.across(total[i]));
+}
+
+// Over keys and diagonals, the tiles of a head are shared out in a fixed number of runs whose results are combined in
+// order: the result does not depend on the number of threads. Over rows and entries no two tiles meet.
 template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
     const SfPlan &p = c.plan;
-    constexpr int64_t RUNS = 8;
-    const int64_t heads = c.B * c.Hq, runs = most<int64_t>(1, least(RUNS, p.tiles)), width = c.stat_width;
+    const bool few = few_queries(c), apart = Tally::within_tiles(c);
+    const int64_t heads = c.B * c.Hq, width = c.stat_width, shares = apart ? 1 : most<int64_t>(1, least<int64_t>(8, p.tiles));
+    const int64_t runs = apart ? most<int64_t>(1, p.tiles * least<int64_t>(p.tile, BQ) / BQ) : shares;
     Packed<BF, false> packed;
     Buffer<float> part;
     Desks<BF> scratch;
-    if (packed.make(c, parallel) || !part.make(heads * runs * width) || !scratch.make(c, false)) return 1;
+    if (packed.make(c, parallel, few) || !scratch.make(c, false)) return 1;
+    if (!apart && !part.make(heads * shares * width)) return 1;
+    float *into = apart ? c.stat : part.p;
     Logits logits(c);
+    auto clear = [&](int64_t i, int) { memset(into + i * width, 0, width * 4); };
     auto task = [&](int64_t i, int thread) {
 #if SF_HAS_BF16
         if (BF) prepare_thread();
 #endif
         int64_t run = i % runs, b = i / runs / c.Hq, h = i / runs % c.Hq;
-        float *stat = part + i * width;
-        memset(stat, 0, width * 4);
+        Tally tally = {c, into + (apart ? i / runs : i) * width};
         Rules rules(c, b, h);
         Keys keys = packed.keys(c, b, h);
         for (int64_t r = run * p.tiles / runs; r < (run + 1) * p.tiles / runs; r++) {
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
-            for (int64_t row = r * p.tile; row < end; row += BQ)
-                stats_block<BF>(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), scratch[thread], stat);
+            for (int64_t row = r * p.tile; row < end; row += BQ) {
+                auto block = few ? few_stats<BF> : stats_block<BF>;
+                block(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), scratch[thread], tally);
+            }
         }
     };
     auto gather = [&](int64_t i, int) {
@@ -118,8 +179,9 @@ template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
             c.stat[i * width + j] = x;
         }
     };
+    in_parallel(parallel, c.threads, heads * shares, clear);
     in_parallel(parallel, c.threads, heads * runs, task);
-    in_parallel(parallel, c.threads, heads, gather);
+    if (!apart) in_parallel(parallel, c.threads, heads, gather);
     return 0;
 }
 

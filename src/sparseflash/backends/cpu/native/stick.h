@@ -18,9 +18,9 @@ struct Ordered {
 
     bool make(const SfCall &c, int64_t b, int64_t h, int64_t tile) {
         int64_t size = 0;
-        for_each_chunk<true>(c, b, h, tile, [&](const Chunk &) { size++; });
+        for_each_chunk<APART>(c, b, h, tile, [&](const Chunk &) { size++; });
         if (!list.make(size)) return false;
-        for_each_chunk<true>(c, b, h, tile, [&](const Chunk &k) { list[n++] = k; });
+        for_each_chunk<APART>(c, b, h, tile, [&](const Chunk &k) { list[n++] = k; });
         for (int64_t i = n / 2; i--;) sink(i, n);
         for (int64_t i = n; i-- > 1;) {
             swap(0, i);
