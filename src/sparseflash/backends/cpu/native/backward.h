@@ -117,60 +117,91 @@ inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int
     }
 }
 
-// Rows of a chunk that its products cover: k.a to k.b, and for bf16 what fills the last group.
-struct Extent { int a, e; };
+// Rows [a, e) of a chunk and the lanes [from, to) that see any of them, in steps of 16 (of 32 for AMX). Across a
+// diagonal, products of all lanes would be zeros for a good part.
+struct Step { int a, e, from, to; };
+struct Steps {
+    Step step[BK / 16];
+    int count = 0;
+    int a, e;  // all rows: k.a to k.b, and for bf16 what fills the last group
+
+    // Of `n` lanes; `see` is null where all is visible.
+    Steps(const Chunk &k, int n, const uint64_t *see, bool bf16) {
+        const int grain = bf16 ? GRAIN : 1, size = most(GRAIN, 16);
+        a = (int)round_down(k.a, grain), e = (int)round_up(k.b, grain);
+        const int first = grain > 2 ? a : k.a, last = grain > 2 ? e : k.b;
+        if (!see) step[count++] = {first, last, 0, n};
+        for (int row = first, next; see && row < last; row = next) {
+            next = least((int)round_down(row, size) + size, last);
+            uint64_t some = 0;
+            for (int j = most(row, k.a); j < least(next, k.b); j++) some |= see[j];
+            const int from = some ? (int)round_down(__builtin_ctzll(some), size) : 0;
+            const int to = least(n, some ? (int)round_up(64 - __builtin_clzll(some), size) : size);
+            if (count && step[count - 1].from == from && step[count - 1].to == to) step[count - 1].e = next;
+            else step[count++] = {row, next, from, to};
+        }
+    }
+    const Step *begin() const { return step; }
+    const Step *end() const { return step + count; }
+};
 
 // S^T = K Q^T and dP^T = V dO^T.
 template <bool BF>
-inline Extent scores(const SfCall &c, const Chunk &k, const Operands &o, int n, const Lanes<BF> &x, Scratch<BF> &w) {
-    const int64_t D = c.D, Dv = c.Dv;
-    int a = k.a, e = k.b;
-    float *s = w.s.p, *g = w.g.p;
-    if (!BF) {
-        gemm_f32(e - a, n, D, o.k + a * o.ldk, o.ldk, 1, x.qt.p, BQ, s + a * BQ, BQ, SET);
-        gemm_f32(e - a, n, Dv, o.v + a * o.ldv, o.ldv, 1, x.dot.p, BQ, g + a * BQ, BQ, SET);
-    } else {
+inline void scores(const SfCall &c, const Operands &o, const Steps &steps, const Lanes<BF> &x, Scratch<BF> &w,
+                   Reach keys = FAR) {
+    for (const Step &t : steps) {
+        const int rows = t.e - t.a, lanes = t.to - t.from;
+        float *s = w.s + t.a * BQ + t.from, *g = w.g + t.a * BQ + t.from;
+        if (!BF) {
+            gemm_f32(rows, lanes, c.D, o.k + t.a * o.ldk, o.ldk, 1, x.qt + t.from, BQ, s, BQ, SET, keys);
+            gemm_f32(rows, lanes, c.Dv, o.v + t.a * o.ldv, o.ldv, 1, x.dot + t.from, BQ, g, BQ, SET, keys);
+        } else {
 #if SF_HAS_BF16
-        a = (int)round_down(k.a, GRAIN);
-        e = (int)round_up(k.b, GRAIN);
-        int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b, unit = GRAIN;
-        gemm_bf16(to - from, n, round_up(D, unit), o.kb + from * o.ldk, o.ldk, x.qtb.p, BQ, s + from * BQ, BQ, SET);
-        gemm_bf16(to - from, n, round_up(Dv, unit), o.vb + from * o.ldv, o.ldv, x.dotb.p, BQ, g + from * BQ, BQ, SET);
+            const int64_t D = round_up(c.D, GRAIN), Dv = round_up(c.Dv, GRAIN);
+            gemm_bf16(rows, lanes, D, o.kb + t.a * o.ldk, o.ldk, x.qtb + 2 * t.from, BQ, s, BQ, SET, keys);
+            gemm_bf16(rows, lanes, Dv, o.vb + t.a * o.ldv, o.ldv, x.dotb + 2 * t.from, BQ, g, BQ, SET, keys);
+#endif
+        }
+    }
+}
+
+// One of dV += P^T dO and dK += dS^T Q, whose rows of keys and of queries are given; by way of w.keep where the keys
+// are scattered, or share rows of AMX with others.
+template <bool BF, class T>
+inline void add_keys(const Chunk &k, const Operands &o, const Steps &steps, const T *keys, const T *queries, float *to,
+                     int64_t ld, Scratch<BF> &w) {
+    const bool apart = BF ? o.own_rows : k.gather != nullptr;
+    const int first = steps.step[0].a;
+    float *c = apart ? w.keep.p : to + (k.base + first) * ld;
+    for (const Step &t : steps) {
+        const int rows = t.e - t.a, lanes = t.to - t.from;
+        const T *x = keys + t.a * BQ + t.from, *y = queries + t.from * ld;
+        float *z = c + (t.a - first) * ld;
+        if constexpr (!BF) gemm_f32(rows, ld, lanes, x, BQ, 1, y, ld, z, ld, apart ? SET : ADD_FAR);
+#if SF_HAS_BF16
+        else gemm_bf16(rows, ld, lanes, x, BQ, y, ld, z, ld, apart ? SET : ADD_FAR);
 #endif
     }
-    return {a, e};
+    if (apart) add_rows(k, first, c, to, ld);
 }
 
 // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
 template <bool BF>
-inline void add_products(const SfCall &c, const Chunk &k, const Operands &o, Extent rows, int n, const Lanes<BF> &x,
-                         Scratch<BF> &w, KeyGrads &grads) {
-    const int64_t D = c.D, Dkn = grads.ldk, Dvn = grads.ldv;
-    const int a = rows.a, e = rows.e;
-    [[maybe_unused]] float *s = w.s.p, *g = w.g.p;
+inline void add_products(const SfCall &c, const Chunk &k, const Operands &o, const Steps &steps, int n,
+                         const Lanes<BF> &x, Scratch<BF> &w, KeyGrads &grads, Reach keys = FAR) {
+    const int a = steps.a, depth = steps.e - a;
     if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
     else grads.touch(k.base);
-    float *gk = grads.k + (k.base + k.a) * Dkn, *gv = grads.v + (k.base + k.a) * Dvn;
-    if (!BF) {
-        if (k.gather) gk = gv = w.keep.p;
-        gemm_f32(e - a, Dvn, n, s + a * BQ, BQ, 1, x.dor.p, Dvn, gv, Dvn, k.gather ? SET : ADD_FAR);
-        if (k.gather) add_rows(k, k.a, gv, grads.v, Dvn);
-        gemm_f32(e - a, Dkn, n, g + a * BQ, BQ, 1, x.qr.p, Dkn, gk, Dkn, k.gather ? SET : ADD_FAR);
-        if (k.gather) add_rows(k, k.a, gk, grads.k, Dkn);
-        gemm_f32(D, n, e - a, o.k + a * o.ldk, 1, o.ldk, g + a * BQ, BQ, x.ot.p, BQ, ADD);
+    if constexpr (!BF) {
+        add_keys(k, o, steps, w.s.p, x.dor.p, grads.v, grads.ldv, w);
+        add_keys(k, o, steps, w.g.p, x.qr.p, grads.k, grads.ldk, w);
+        gemm_f32(c.D, n, depth, o.k + a * o.ldk, 1, o.ldk, w.g + a * BQ, BQ, x.ot.p, BQ, ADD);
     } else {
 #if SF_HAS_BF16
-        int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
-        if (o.own_rows) {
-            gemm_bf16(to - from, Dvn, n, w.pr + from * BQ, BQ, x.dorb.p, Dvn, w.keep.p, Dvn, SET);
-            add_rows(k, from, w.keep.p, grads.v, Dvn);
-            gemm_bf16(to - from, Dkn, n, w.dr + from * BQ, BQ, x.qrb.p, Dkn, w.keep.p, Dkn, SET);
-            add_rows(k, from, w.keep.p, grads.k, Dkn);
-        } else {
-            gemm_bf16(k.b - k.a, Dvn, n, w.pr + k.a * BQ, BQ, x.dorb.p, Dvn, gv, Dvn, ADD_FAR);
-            gemm_bf16(k.b - k.a, Dkn, n, w.dr + k.a * BQ, BQ, x.qrb.p, Dkn, gk, Dkn, ADD_FAR);
-        }
-        gemm_bf16(GRAIN > 2 ? Dkn : D, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, x.ot.p, BQ, ADD);
+        add_keys(k, o, steps, w.pr.p, x.dorb.p, grads.v, grads.ldv, w);
+        add_keys(k, o, steps, w.dr.p, x.qrb.p, grads.k, grads.ldk, w);
+        const int64_t D = GRAIN > 2 ? grads.ldk : c.D;
+        gemm_bf16(D, n, depth, o.t + a, BK, w.p + a * BQ, BQ, x.ot.p, BQ, ADD, keys);
 #endif
     }
 }
@@ -217,14 +248,17 @@ template <bool BF> struct BackwardBlock {
         memset(x.ot.p, 0, round_up(c.D, 32) * BQ * 4);
     }
 
-    void visit(Chunk k, const Keys &keys, const float *key_bias, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+    // Whether there was anything to do. The keys are near if another block has just visited them.
+    bool visit(Chunk k, const Keys &keys, Reach reach, const float *key_bias, Scratch<BF> &w, KeyGrads &grads,
+               float *dbias) {
         bool holes = false;
-        if (!alive || (k.partial && !look(rules, q, k, w.see, holes))) return;
+        if (!alive || (k.partial && !look(rules, q, k, w.see, holes))) return false;
         if (!packed) pack(w);
         Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-        Extent rows = scores<BF>(c, k, o, n, x, w);
+        const Steps steps(k, n, k.partial ? w.see : nullptr, BF);
+        scores<BF>(c, o, steps, x, w, reach);
         float *s = w.s.p, *g = w.g.p;
-        [[maybe_unused]] int a = rows.a, e = rows.e;
+        [[maybe_unused]] const int a = steps.a, e = steps.e;
         if (logits.bent) {
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, w.bias, s);
@@ -248,7 +282,8 @@ template <bool BF> struct BackwardBlock {
                 int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
                 if (t >= 0) dbias[t] += w.sums[j];
             }
-        add_products<BF>(c, k, o, rows, n, x, w, grads);
+        add_products<BF>(c, k, o, steps, n, x, w, grads, reach);
+        return true;
     }
 
     void write(Scratch<BF> &w) {
@@ -274,8 +309,8 @@ void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, cons
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
     if (first.alive | second.alive)
         for_each_chunk(c, b, h, tile, [&](const Chunk &k) {
-            first.visit(k, keys, key_bias, w, grads, dbias);
-            second.visit(k, keys, key_bias, w, grads, dbias);
+            bool visited = first.visit(k, keys, FAR, key_bias, w, grads, dbias);
+            second.visit(k, keys, visited ? NEAR : FAR, key_bias, w, grads, dbias);
         });
     first.write(w);
     if (rows > BQ) second.write(w);

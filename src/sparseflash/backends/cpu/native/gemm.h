@@ -8,6 +8,8 @@ namespace {
 // asks for its share of it before it computes. C is added last: the sum of a long row is one of short sums, so equal
 // terms, whose roundings all go one way, do not drift with the length.
 enum Into { SET, ADD, ADD_FAR };
+// Where the rows of A lie: with FAR a block asks for those of the next block, while its own are at hand.
+enum Reach { NEAR, FAR };
 
 template <int ROWS, int BYTES> inline void fetch(const float *c, int64_t ldc) {
 #pragma GCC unroll 16
@@ -15,18 +17,24 @@ template <int ROWS, int BYTES> inline void fetch(const float *c, int64_t ldc) {
 #pragma GCC unroll 8
         for (int x = 0; x < BYTES; x += 64) __builtin_prefetch((const char *)(c + i * ldc) + x, 1);
 }
+template <int ROWS, class T> inline void fetch_rows(const T *a, int64_t lda, int64_t items) {
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+        for (int64_t x = 0; x < items; x += 64 / (int64_t)sizeof(T)) __builtin_prefetch(a + i * lda + x);
+}
 
 // A[M][K], or with ACROSS its transpose, broadcast; rows of B and C are whole vectors; MR x NV accumulators stay in
 // registers. One stride of A is known to be 1: with two unknown ones half the time goes into addresses.
 template <bool ACROSS, int MR, int NV>
 inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-                      Into into) {
+                      Into into, Reach rows) {
     vf x[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) x[i][j] = (vf){};
     if (into == ADD_FAR) fetch<MR, NV * W * 4>(c, ldc);
+    if (!ACROSS && rows == FAR) fetch_rows<MR>(a + MR * lda, lda, K);
     for (int64_t k = 0; k < K; k++) {
         vf y[NV];
 #pragma GCC unroll 8
@@ -49,33 +57,34 @@ inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, in
 
 template <bool ACROSS, int NV>
 inline void strip_f32(int64_t M, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-                      int64_t ldc, Into into) {
+                      int64_t ldc, Into into, Reach rows) {
     constexpr int MR = ROWS[NV];
     const int64_t ai = ACROSS ? 1 : lda;
     int64_t i = 0;
-    for (; i + MR <= M; i += MR) block_f32<ACROSS, MR, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into);
-    if (MR >= 8 && i + 4 <= M) { block_f32<ACROSS, 4, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into); i += 4; }
-    for (; i + 2 <= M; i += 2) block_f32<ACROSS, 2, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into);
-    if (i < M) block_f32<ACROSS, 1, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into);
+    for (; i + MR <= M; i += MR) block_f32<ACROSS, MR, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into, rows);
+    if (MR >= 8 && i + 4 <= M) { block_f32<ACROSS, 4, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into, rows); i += 4; }
+    for (; i + 2 <= M; i += 2) block_f32<ACROSS, 2, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into, rows);
+    if (i < M) block_f32<ACROSS, 1, NV>(K, a + i * ai, lda, b, ldb, c + i * ldc, ldc, into, rows);
 }
 template <bool ACROSS>
 inline void strips_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
-                       float *c, int64_t ldc, Into into) {
+                       float *c, int64_t ldc, Into into, Reach rows) {
     constexpr int NV = COLUMNS;
     int64_t n = 0;
-    for (; n + NV * W <= N; n += NV * W) strip_f32<ACROSS, NV>(M, K, a, lda, b + n, ldb, c + n, ldc, into);
+    for (; n + NV * W <= N; n += NV * W, rows = NEAR)
+        strip_f32<ACROSS, NV>(M, K, a, lda, b + n, ldb, c + n, ldc, into, rows);
     if constexpr (NV > 2) {
-        if (n + 3 * W <= N) { strip_f32<ACROSS, 3>(M, K, a, lda, b + n, ldb, c + n, ldc, into); n += 3 * W; }
-        if (n + 2 * W <= N) { strip_f32<ACROSS, 2>(M, K, a, lda, b + n, ldb, c + n, ldc, into); n += 2 * W; }
+        if (n + 3 * W <= N) { strip_f32<ACROSS, 3>(M, K, a, lda, b + n, ldb, c + n, ldc, into, rows); n += 3 * W; }
+        if (n + 2 * W <= N) { strip_f32<ACROSS, 2>(M, K, a, lda, b + n, ldb, c + n, ldc, into, rows); n += 2 * W; }
     }
-    if (n + W <= N) strip_f32<ACROSS, 1>(M, K, a, lda, b + n, ldb, c + n, ldc, into);
+    if (n + W <= N) strip_f32<ACROSS, 1>(M, K, a, lda, b + n, ldb, c + n, ldc, into, rows);
 }
 
 // A(i,k) at a[i*ai + k*ak], where one of the strides is 1; N is a multiple of W.
 inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b,
-                     int64_t ldb, float *c, int64_t ldc, Into into) {
-    if (ak == 1) strips_f32<false>(M, N, K, a, ai, b, ldb, c, ldc, into);
-    else strips_f32<true>(M, N, K, a, ak, b, ldb, c, ldc, into);
+                     int64_t ldb, float *c, int64_t ldc, Into into, Reach rows = NEAR) {
+    if (ak == 1) strips_f32<false>(M, N, K, a, ai, b, ldb, c, ldc, into, rows);
+    else strips_f32<true>(M, N, K, a, ak, b, ldb, c, ldc, into, rows);
 }
 
 #if SF_HAS_BF16
@@ -99,7 +108,7 @@ inline void prepare_thread() {
 }
 
 inline void gemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb,
-                      float *c, int64_t ldc, Into into) {
+                      float *c, int64_t ldc, Into into, Reach = NEAR) {
     int64_t sa = lda * 2, sb = ldb * 4, sc = ldc * 4;        // strides in bytes; ldb counts pairs
     for (int64_t i = 0; i < M; i += 32)
         for (int64_t j = 0; j < N; j += 32) {
@@ -126,13 +135,14 @@ inline void prepare_thread() {}
 
 template <int MR, int NV>
 inline void block_bf16(int64_t K2, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
-                       int64_t ldc, Into into) {
+                       int64_t ldc, Into into, Reach rows) {
     __m512 x[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) x[i][j] = _mm512_setzero_ps();
     if (into == ADD_FAR) fetch<MR, NV * 64>(c, ldc);
+    if (rows == FAR) fetch_rows<MR>(a + MR * lda, lda, 2 * K2);
     for (int64_t k = 0; k < K2; k++) {
         __m512i y[NV];
 #pragma GCC unroll 8
@@ -157,24 +167,26 @@ inline void block_bf16(int64_t K2, const uint16_t *a, int64_t lda, const uint16_
 
 template <int NV>
 inline void strip_bf16(int64_t M, int64_t K2, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb, float *c,
-                       int64_t ldc, Into into) {
+                       int64_t ldc, Into into, Reach rows) {
     constexpr int MR = NV == 4 ? 6 : NV == 3 ? 8 : 12;
     int64_t i = 0;
-    for (; i + MR <= M; i += MR) block_bf16<MR, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into);
-    if (MR >= 8 && i + 4 <= M) { block_bf16<4, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into); i += 4; }
-    for (; i + 2 <= M; i += 2) block_bf16<2, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into);
-    if (i < M) block_bf16<1, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into);
+    for (; i + MR <= M; i += MR) block_bf16<MR, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into, rows);
+    if (MR >= 8 && i + 4 <= M) { block_bf16<4, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into, rows); i += 4; }
+    for (; i + 2 <= M; i += 2) block_bf16<2, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into, rows);
+    if (i < M) block_bf16<1, NV>(K2, a + i * lda, lda, b, ldb, c + i * ldc, ldc, into, rows);
 }
 
 inline void gemm_bf16(int64_t M, int64_t N, int64_t K, const uint16_t *a, int64_t lda, const uint16_t *b, int64_t ldb,
-                      float *c, int64_t ldc, Into into) {
+                      float *c, int64_t ldc, Into into, Reach rows = NEAR) {
     int64_t n = 0, K2 = K / 2;
-    for (; n + 64 <= N; n += 64) strip_bf16<4>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into);
-    if (n + 48 <= N) { strip_bf16<3>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into); n += 48; }
-    if (n + 32 <= N) { strip_bf16<2>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into); n += 32; }
-    if (n + 16 <= N) strip_bf16<1>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into);
+    for (; n + 64 <= N; n += 64, rows = NEAR) strip_bf16<4>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into, rows);
+    if (n + 48 <= N) { strip_bf16<3>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into, rows); n += 48; }
+    if (n + 32 <= N) { strip_bf16<2>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into, rows); n += 32; }
+    if (n + 16 <= N) strip_bf16<1>(M, K2, a, lda, b + 2 * n, ldb, c + n, ldc, into, rows);
 }
 #endif
+#else
+constexpr int GRAIN = 1;
 #endif  // SF_HAS_BF16
 
 }  // namespace

@@ -132,7 +132,8 @@ void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rule
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             law.see = k.partial ? w.see : nullptr;
             Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-            Extent x = scores<BF>(c, k, o, n, w, w);
+            const Steps x(k, n, law.see, BF);
+            scores<BF>(c, o, x, w, w);
             float *s = w.s.p, *g = w.g.p;
             if (!BF) {
                 if (k.partial) weigh_rows<false>(law, k, n, s, g, nullptr);

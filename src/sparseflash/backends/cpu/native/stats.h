@@ -143,7 +143,8 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
 template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
     const SfPlan &p = c.plan;
     const bool few = few_queries(c), apart = Tally::within_tiles(c);
-    const int64_t heads = c.B * c.Hq, width = c.stat_width, shares = apart ? 1 : most<int64_t>(1, least<int64_t>(8, p.tiles));
+    const int64_t heads = c.B * c.Hq, width = c.stat_width;
+    const int64_t shares = apart ? 1 : most<int64_t>(1, least<int64_t>(8, p.tiles));
     const int64_t runs = apart ? most<int64_t>(1, p.tiles * least<int64_t>(p.tile, BQ) / BQ) : shares;
     Packed<BF, false> packed;
     Buffer<float> part;

@@ -171,7 +171,8 @@ inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules 
         bool holes = false;
         if (k.partial && !look(rules, q, k, w.see, holes)) continue;
         Operands o = operands<false, true>(c, keys, k, holes, w.see, w);
-        Extent all = scores<false>(c, k, o, n, w, w);
+        const Steps all(k, n, nullptr, false);
+        scores<false>(c, o, all, w, w);
         break_sticks(k, k.partial ? w.see : nullptr, n, factor, w.s.p, left + x * BQ, share.p);
         slope_sticks(k, n, w.s.p, share.p, w.delta, w.g.p, w.l);
         add_products<false>(c, k, o, all, n, w, w, grads);
