@@ -74,7 +74,7 @@ def attempt(seed: int) -> bool:
         dlse = torch.randn_like(lse)
         cpu.backward(torch.randn_like(out), q, k, v, out, lse, dlse, plan, grad_dtype=None, **options)
         for x in ((k, v), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]):
-            cpu.decode(q, *x, plan, out_dtype=dtype, **options)
+            cpu.decode_all(q, *x, (plan, plan), sink_logits=None, **options)
     except (ValueError, ZeroDivisionError):
         return False
     return True

@@ -119,7 +119,11 @@ def test_a_prefix_that_all_sequences_share_is_one_list(backend, dtype, generator
     common = Plan.from_spans(torch.tensor([0, prefix]).view(1, 1, 1, 1, 2), Tq=1, Tk=k.shape[2])
     own = Plan.from_spans(ends, Tq=1, Tk=k.shape[2])
     mask = common.to_dense() | own.to_dense()
-    tolerance.compare(decode(q, k, v, (common, own), backend=backend), q, k, v, mask)
+    sinks = torch.randn(8, generator=generator)
+    got = decode(q, k, v, (common, own), sink_logits=sinks, backend=backend)
+    tolerance.compare(got, q, k, v, mask, sink_logits=sinks)
+    nothing = Plan.from_lengths(torch.zeros(B, dtype=torch.int64), Tk=k.shape[2])
+    same_bits(decode(q, k, v, (common, nothing, own), sink_logits=sinks, backend=backend), got)
 
 
 @EACH
@@ -149,11 +153,12 @@ def test_order_of_the_batch_and_layout_of_the_cache_do_not_show(backend, dtype, 
 def test_the_number_of_threads_does_not_show(dtype, generator):
     q, k, v, _, _ = inputs(generator, 1, 3000, B=3, H=8, D=64, dtype=dtype)
     lengths = torch.tensor([3000, 1, 1200])
+    plans = Plan.from_lengths(lengths, Tk=3000), Plan.from_lengths(lengths[:1], Tk=3000)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            found.append(decode(q, k, v, lengths, backend="cpu"))
+            found.append(decode(q, k, v, plans, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     for got in found[1:]:

@@ -57,8 +57,12 @@ def one_softmax(
     backend: str,
     op: Literal["forward", "decode"] = "forward",
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse over all plans, by a backend's op; plans and sinks are merged here."""
+    """Out and lse over all plans, by a backend's op; plans and sinks are merged here, or by `decode_all`."""
     chosen = choose(op, backend, q, k, v)
+    if op == "decode" and hasattr(chosen, "decode_all"):
+        options = {"scale": scale, "softcap": softcap, "key_bias": key_bias, "sink_logits": sink_logits}
+        found: tuple[Tensor, Tensor] = chosen.decode_all(q, k, v, plans, **options)
+        return found
     kernel = chosen.forward if op == "forward" else chosen.decode
     alone = len(plans) == 1 and sink_logits is None
     with own_precision(q):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from . import build, lists
-from .call import CODES, View, call_of, names_all, view
+from .call import CODES, Call, Decode, View, call_of, names_all, view
 from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
@@ -20,6 +21,8 @@ from .stick import stick_backward, stick_forward
 __all__ = [
     "NAME",
     "backward",
+    "decode",
+    "decode_all",
     "forward",
     "indexer_loss",
     "indexer_topk",
@@ -63,8 +66,7 @@ def refuse(*tensors: Tensor) -> list[str]:
     return [found] if isinstance(found, str) else []
 
 
-def _softmax(
-    entry: str,
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -75,7 +77,7 @@ def _softmax(
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq], by an entry point of the library."""
+    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
@@ -85,13 +87,50 @@ def _softmax(
         lse.fill_(float("-inf"))
     call.out_dtype = CODES[out_dtype]
     call.out, call.lse = view(out), lse.data_ptr()
-    run(entry, call, q.dtype)
+    run("sf_forward", call, q.dtype)
     return out, lse
 
 
-forward = functools.partial(_softmax, "sf_forward")
-decode = functools.partial(_softmax, "sf_decode")
-"""The same for few queries over many keys: every key is read once, where it lies (`native/decode.h`)."""
+def decode_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One softmax over all plans and the sinks, few queries over many keys: `native/decode.h`."""
+    keep: list[Tensor] = []
+    calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, keep) for plan in plans))
+    out, lse = empty_like_layout(q, v.shape[-1]), torch.empty(q.shape[:3], dtype=torch.float32)
+    for call in calls:
+        call.out, call.lse = view(out), lse.data_ptr()
+    calls[0].threads = max(call.threads for call in calls)
+    whole = Decode(ctypes.sizeof(Decode), calls, len(plans), CODES[q.dtype])
+    if sink_logits is not None:
+        keep.append(sink_logits.to(torch.float32).contiguous())
+        whole.sink = keep[-1].data_ptr()
+    run("sf_decode", whole, q.dtype)
+    return out, lse
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The same over one plan; out is of q's dtype, then `out_dtype`."""
+    out, lse = decode_all(q, k, v, (plan,), scale=scale, softcap=softcap, key_bias=key_bias, sink_logits=None)
+    return out.to(out_dtype), lse
 
 
 def backward(

@@ -108,6 +108,18 @@ class Call(ctypes.Structure):
     )
 
 
+class Decode(ctypes.Structure):
+    """SfDecode."""
+
+    _fields_ = [
+        ("size", ctypes.c_int64),
+        ("calls", ctypes.POINTER(Call)),
+        ("plans", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("sink", ctypes.c_void_p),
+    ]
+
+
 def view(x: Tensor) -> View:
     """Address and strides of a [B,H,T,D] tensor."""
     return View(x.data_ptr(), *x.stride())

@@ -45,6 +45,15 @@ struct SfCall {
     float out_scale;    // factor of the weights that are no softmax
 };
 
+// Decoding over several plans in one softmax, which the calls differ by; results are those of the first.
+struct SfDecode {
+    int64_t size;                      // of this structure, as the caller knows it
+    const SfCall *calls;
+    int64_t plans;
+    int32_t dtype;                     // that of the calls
+    const float *sink;                 // [Hq]: a logit without a value, or null
+};
+
 enum SfWeights : int32_t { SF_SOFTMAX = 0, SF_SILU = 1, SF_RELU2 = 2 };
 
 enum SfOver : int32_t { SF_OVER_KEY = 0, SF_OVER_ROW = 1, SF_OVER_ENTRY = 2, SF_OVER_DIAGONAL = 3 };
@@ -144,7 +153,7 @@ struct SfLevel {
     int (*linear_backward)(const SfLinear *call, SfParallel parallel);
     int (*stick_forward)(const SfCall *call, SfParallel parallel);   // fp32 arithmetic: not at a bf16 level. `lse` is what
     int (*stick_backward)(const SfCall *call, SfParallel parallel);  // is left of the stick, `dlse` its gradient
-    int (*decode)(const SfCall *call, SfParallel parallel);
+    int (*decode)(const SfDecode *call, SfParallel parallel);
     int (*indexer)(const SfIndexer *call, SfParallel parallel);
     int (*indexer_loss)(const SfIndexerLoss *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // lists: not at a bf16 level

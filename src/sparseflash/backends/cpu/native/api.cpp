@@ -24,7 +24,7 @@
     extern "C" int sf_forward_##level(const SfCall *, SfParallel);  \
     extern "C" int sf_backward_##level(const SfCall *, SfParallel); \
     extern "C" int sf_stats_##level(const SfCall *, SfParallel);    \
-    extern "C" int sf_decode_##level(const SfCall *, SfParallel);   \
+    extern "C" int sf_decode_##level(const SfDecode *, SfParallel); \
     extern "C" int sf_indexer_##level(const SfIndexer *, SfParallel); \
     extern "C" int sf_indexer_loss_##level(const SfIndexerLoss *, SfParallel); \
     extern "C" int sf_linear_forward_##level(const SfLinear *, SfParallel);  \
@@ -250,8 +250,29 @@ int run(const SfCall *call, int level, Kind kind) {
     if (own.Bk == 1) own.k.batch = own.v.batch = 0;  // every sequence reads the pool
     try {
         auto entry = kind == FORWARD ? l.forward : kind == BACKWARD ? l.backward : kind == STATS ? l.stats
-                     : kind == STICK_FORWARD ? l.stick_forward : kind == STICK_BACKWARD ? l.stick_backward : l.decode;
+                     : kind == STICK_FORWARD ? l.stick_forward : l.stick_backward;
         return entry(&own, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
+int run_decode(const SfDecode *given, int level) {
+    if (!given || level < 0 || level >= N_LEVELS || given->size != (int64_t)sizeof *given) return 3;
+    if (!given->calls || given->plans < 1 || given->plans > INT32_MAX) return 3;
+    try {
+        std::vector<SfCall> calls(given->calls, given->calls + given->plans);
+        const SfCall &first = calls[0];
+        for (SfCall &c : calls) {
+            if (!call_ok(c, DECODE) || c.dtype != given->dtype) return 3;
+            const int64_t sizes[][2] = {{c.B, first.B}, {c.Hq, first.Hq}, {c.Tq, first.Tq}, {c.Dv, first.Dv}};
+            for (auto &x : sizes) if (x[0] != x[1]) return 3;
+            if (c.Bk == 1) c.k.batch = c.v.batch = 0;  // every sequence reads the pool
+        }
+        if (first.B == 0) return 0;
+        SfDecode own = *given;
+        own.calls = calls.data();
+        return LEVELS[level].decode(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -416,7 +437,7 @@ SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_li
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 SF_PUBLIC int sf_indexer(const SfIndexer *call, int level) { return run_indexer(call, level); }
 SF_PUBLIC int sf_indexer_loss(const SfIndexerLoss *call, int level) { return run_indexer_loss(call, level); }
-SF_PUBLIC int sf_decode(const SfCall *call, int level) { return run(call, level, DECODE); }
+SF_PUBLIC int sf_decode(const SfDecode *call, int level) { return run_decode(call, level); }
 SF_PUBLIC int sf_read_mask(const SfMask *call, int level) { return run_lists(call, level, &SfLevel::read_mask); }
 SF_PUBLIC int sf_list_units(const SfUnits *call, int level) { return run_lists(call, level, &SfLevel::list_units); }
 SF_PUBLIC int sf_transpose(const SfTranspose *call, int level) { return run_lists(call, level, &SfLevel::transpose); }

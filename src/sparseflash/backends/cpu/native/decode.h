@@ -1,248 +1,59 @@
 // Few queries over many keys, bound by the memory that holds K and V: each is read once, where it lies, and multiplied
 // by all query rows that see it (the heads of a group, and all sequences over a shared prefix).
 //
-// The lists of all sequences and heads are cut into pieces of SPLIT keys: one work list, of which every thread
-// takes an equal share however the lengths differ. A piece is a softmax of its own, (m, l, O); pieces of a list are merged
-// in order. So neither the number of threads nor who did what can show in the result.
+// The lists of all sequences and heads are cut into pieces of SPLIT keys (`pieces.h`). GROUP pieces of a list become one
+// part, a softmax of its own, (m, l, O); parts of a list are merged in order. One work list holds all parts, of which every
+// thread takes an equal share however the lengths differ. So neither the number of threads nor who did what can show in
+// the result.
 //
 // With so few rows the transposed form of the forward would idle most lanes: `dots.h` has another.
 #pragma once
-#include "dots.h"
+#include "pieces.h"
 #include "softmax.h"
 
 namespace {
 
-constexpr int BUNDLE = 8;         // pieces of a task: each asks for the memory of the next
-constexpr int ROWS_AT_ONCE = 32;  // query rows whose scores of a piece are held
-constexpr int MOST_SIDES = 4;     // KV heads that are read together
-constexpr int AHEAD = 64;         // so many keys before their turn memory is asked for
-constexpr int ZEROS = 1024;       // bytes of a row that is none, of all sides
-
-// ---------------------------------------------------------------- the work list
-
-// Entries of a tile's spans (or units): the first `full - lo` need no test.
-struct Listed {
-    int64_t lo = 0, full = 0, hi = 0;
-    Listed(const int64_t *start, const int32_t *full_, const int32_t *count, int64_t r, int64_t size) {
-        if (!start) return;
-        Entries sure(start[r], full_[r], count[r], false, size), rest(start[r], full_[r], count[r], true, size);
-        lo = sure.hi > sure.lo ? sure.lo : rest.lo;
-        full = rest.lo;
-        hi = rest.hi;
-    }
-};
-
-// Up to SPLIT keys of a list: from key `skip` of entry `entry` on.
-struct Piece {
-    int64_t list, entry, skip;
-    bool units;
-};
-
-// Which rows go together. A list belongs to the query heads of one KV head, or of several that lie side by side in memory
-// (pages, [B,T,H,D]), as far as all tables of the plan are the same for them; and to one sequence, or to all where they
-// share the keys and the plan; 64 queries of a tile at most. Its rows are in the order side, sequence, head, query.
-struct Packs {
-    int64_t packs, sides, heads, sequences, members, blocks, lanes;  // heads: of one side
-
-    explicit Packs(const SfCall &c) {
-        const SfPlan &p = c.plan;
-        int64_t each = 1;
-        bool one = c.Bk == 1 && (!p.q_shift.data || p.q_shift.batch == 1);
-        const SfTable *tables[] = {&p.span_start, &p.span_full, &p.span_count, &p.start, &p.full, &p.count,
-                                   &p.bits_start, &p.q_order, &p.k_order, &p.q_pos, &p.k_pos, &p.k_end,
-                                   &p.q_seg, &p.k_seg, &p.head_window, &p.head_sink};
-        for (const SfTable *t : tables)
-            if (t->data) {
-                each = common_multiple(each, t->heads);
-                one = one && t->batch == 1;
-            }
-        packs = common_multiple(each, c.Hkv);
-        heads = c.Hq / packs;
-        members = one ? c.B : 1;
-        sequences = c.B / members;
-        blocks = (least(p.tile, p.q_rows) + BQ - 1) / BQ;
-        lanes = least<int64_t>(BQ, least(p.tile, p.q_rows));
-        // as many sides as the scores, and a row of zeros, have room for
-        const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
-        const int64_t bytes = most(c.D, c.Dv) * element(c.dtype);
-        sides = 1;
-        if (packs == c.Hkv && c.k.head == c.D && c.v.head == c.Dv && c.k.lane == 1 && c.v.lane == 1)
-            while (sides < MOST_SIDES && packs % (2 * sides * each) == 0 && 2 * sides * rows <= ROWS_AT_ONCE &&
-                   2 * sides * bytes <= ZEROS)
-                sides *= 2;
-        packs /= sides;
-    }
-    int64_t rows() const { return sides * members * heads * lanes; }
-    // The row of a query head of the list, for one of the sequences.
-    int64_t row(int64_t member, int64_t head, int64_t lane, int64_t lanes) const {
-        return ((head / heads * members + member) * heads + head % heads) * lanes + lane;
-    }
-    int64_t lists(const SfCall &c) const { return sequences * packs * c.plan.tiles * blocks; }
-};
-
-// One list of the call, found from its number.
-struct List {
-    int64_t b, h, tile, row, rows;  // first sequence, first head, tile, first query row and how many
-
-    List(const SfCall &c, const Packs &packs, int64_t i) {
-        int64_t block = i % packs.blocks, slot = i / packs.blocks / c.plan.tiles;
-        tile = i / packs.blocks % c.plan.tiles;
-        b = slot / packs.packs;
-        h = slot % packs.packs * packs.sides * packs.heads;
-        row = tile * c.plan.tile + block * BQ;
-        rows = most<int64_t>(0, least<int64_t>(BQ, least(c.plan.q_rows, (tile + 1) * c.plan.tile) - row));
-    }
-    Listed spans(const SfCall &c) const {
-        const SfPlan &p = c.plan;
-        return Listed(slice<int64_t>(p.span_start, b, h, c.Hq), slice<int32_t>(p.span_full, b, h, c.Hq),
-                      slice<int32_t>(p.span_count, b, h, c.Hq), tile, p.spans_size);
-    }
-    Listed units(const SfCall &c) const {
-        const SfPlan &p = c.plan;
-        return Listed(slice<int64_t>(p.start, b, h, c.Hq), slice<int32_t>(p.full, b, h, c.Hq),
-                      slice<int32_t>(p.count, b, h, c.Hq), tile, p.index_size);
-    }
-};
-
-inline int64_t span_lo(const SfPlan &p, int64_t e) { return most<int64_t>(p.spans[2 * e], 0); }
-inline int64_t span_hi(const SfPlan &p, int64_t e) { return least<int64_t>(p.spans[2 * e + 1], p.k_rows); }
-
-// Calls f(Piece) for the pieces of a list, in order.
-template <class F> inline void for_each_piece(const SfCall &c, const Packs &packs, int64_t i, F f) {
-    const SfPlan &p = c.plan;
-    List list(c, packs, i);
-    if (!list.rows) return;
-    Listed spans = list.spans(c), units = list.units(c);
-    int64_t room = 0;  // keys the piece at hand still takes
-    for (int64_t e = spans.lo; e < spans.hi; e++) {
-        int64_t n = span_hi(p, e) - span_lo(p, e);
-        for (int64_t at = room; at < n; at += SPLIT) f(Piece{i, e, at, false});
-        if (n > room) room = (SPLIT - (n - room) % SPLIT) % SPLIT;
-        else if (n > 0) room -= n;
-    }
-    int64_t lanes = (units.hi - units.lo) * p.unit;
-    for (int64_t at = 0; at < lanes; at += SPLIT) f(Piece{i, units.lo + at / p.unit, at % p.unit, true});
-}
-
-// ---------------------------------------------------------------- one piece
-
-// A piece: its queries, and the keys that some of them see.
-struct PieceKeys {
-    int64_t at = -1;                  // number of the list
-    Queries q;
-    const char *k[SPLIT], *v[SPLIT];  // rows, in the order of reading: key order(j) at j
-    int64_t token[SPLIT];
-    uint64_t see[SPLIT];              // who sees them, unless everyone does
-    int n, padded = 0;                // keys; with the zeros that fill up the last vectors
-    bool all;                         // every query sees every key
-
-    // Four keys that go together are a quarter apart: memory is faster where several places are read in turn.
-    int order(int j) const { return (j & 3) * (padded >> 2) + (j >> 2); }
-    static const char *nothing() {
-        alignas(64) static const char zeros[ZEROS] = {};
-        return zeros;
-    }
-
-    PieceKeys() {
-        for (int j = 0; j < SPLIT; j++) k[j] = v[j] = nothing();
-    }
-    void find(const SfCall &c, const Packs &packs, const Piece &piece) {
-        const SfPlan &p = c.plan;
-        const List list(c, packs, piece.list);
-        const Rules rules(c, list.b, list.h);
-        if (at != piece.list) q.load(rules, list.row, list.rows, list.row - list.tile * p.tile);
-        at = piece.list;
-        n = 0;
-        all = true;
-        Listed entries = piece.units ? list.units(c) : list.spans(c);
-        int64_t left = SPLIT, skip = piece.skip;
-        for (int64_t e = piece.entry; e < entries.hi && left > 0; e++, skip = 0) {
-            int64_t lo = piece.units ? p.index[e] * (int64_t)p.unit : span_lo(p, e);
-            int64_t size = piece.units ? p.unit : most<int64_t>(0, span_hi(p, e) - lo);
-            int64_t from = lo + skip, to = least(lo + size, from + left);
-            left -= most<int64_t>(0, to - from);
-            if (lo < 0) continue;
-            to = least(to, p.k_rows);
-            if (e < entries.full && !rules.k_order)
-                for (to = least(to, c.Tk); from < to; from++) take(from, q.real);
-            else if (e < entries.full)
-                for (; from < to; from++) take(rules.key_token(from), q.real);
-            else
-                take_seen(c, list, rules, piece.units, e - entries.full, lo, from, to);
-        }
-        const int64_t head = list.h * c.Hkv / c.Hq, size = element(c.dtype), kr = c.k.row * size, vr = c.v.row * size;
-        const char *keys = row_of(c.k, list.b, head, 0, c.dtype), *values = row_of(c.v, list.b, head, 0, c.dtype);
-        padded = (int)round_up(n, W);
-        for (int j = 0; j < padded; j++) {
-            const int i = order(j);
-            k[j] = i < n ? keys + token[i] * kr : nothing();
-            v[j] = i < n ? values + token[i] * vr : nothing();
-        }
-    }
-
-  private:
-    void take(int64_t t, uint64_t by) {
-        if (t < 0) return;
-        see[n] = by;
-        token[n++] = t;
-    }
-    // Of the partial entry `e`, which begins at row `lo`: the rows [from, to).
-    void take_seen(const SfCall &c, const List &list, const Rules &rules, bool units, int64_t e, int64_t lo, int64_t from,
-                   int64_t to) {
-        const SfPlan &p = c.plan;
-        const int64_t words = (p.unit + 31) / 32;
-        const int64_t *start = units ? slice<int64_t>(p.bits_start, list.b, list.h, c.Hq) : nullptr;
-        const int32_t *bits = nullptr;
-        if (start) {
-            int64_t at = start[list.tile] + e;
-            if (start[list.tile] < 0 || at >= p.bits_size) return;
-            bits = p.bits + at * p.tile * words;
-        }
-        for (int64_t x = from; x < to; x++) {
-            const int64_t t = rules.key_token(x);
-            uint64_t by = seen_by(rules, q, t);
-            for (uint64_t rest = bits ? by : 0; rest; rest &= rest - 1) {
-                int i = __builtin_ctzll(rest);
-                int32_t word = bits[(q.row_in_tile + i) * words + (x - lo) / 32];
-                if (!((uint32_t)word >> ((x - lo) % 32) & 1u)) by &= ~(1ull << i);
-            }
-            if (!by) continue;
-            all = all && by == q.real;
-            take(t, by);
-        }
-    }
-};
+constexpr int GROUP = 1024 / SPLIT;   // pieces of a part
+constexpr int BUNDLE = 2048 / SPLIT;  // pieces of a task, or a few more: each asks for the memory of the next
+constexpr int AHEAD = 64;             // so many keys before their turn memory is asked for
 
 // Rows of K or V as the products read them: whole quads of their items side by side. Others are copied first.
 template <class T> struct RowsRead {
     typedef typename T::Item Item;
     Buffer<Item> own;
+    const char *copies[T::KEYS];  // the rows in `own`
     SfView view;
     int32_t dtype;
-    int64_t D, ld, lines;  // items of a row; with zeros; cache lines of all sides
+    int64_t D, ld, sides, lines;  // items of a row; with zeros; heads of a row; its cache lines
     bool in_place;
 
-    bool make(const SfView &v, int32_t dtype_, int64_t D_, int64_t sides, int64_t whole, int64_t rows, bool ends) {
+    bool make(const SfView &v, int32_t dtype_, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
         view = v;
         dtype = dtype_;
         D = D_;
+        sides = sides_;
         ld = round_up(D, whole);
         lines = v.lane == 1 ? (sides * D * element(dtype) + 63) / 64 : 0;
         in_place = v.lane == 1 && dtype == T::DTYPE && (ends || D == ld);
-        return in_place || own.make(rows * ld);
+        if (in_place) return true;
+        if (!own.make(T::KEYS * sides * ld)) return false;
+        for (int j = 0; j < T::KEYS; j++) copies[j] = (const char *)(own + j * sides * ld);
+        return true;
     }
-    // The item of a row, as `get` gives it, with which a side begins.
-    int64_t from(int64_t side) const { return in_place ? side * D : 0; }
-    // `n` rows of a side; `as` has room for their addresses.
-    const Item *const *get(const char *const *rows, int n, int64_t side, const Item **as) const {
-        if (in_place) return (const Item *const *)rows;
-        for (int j = 0; j < n; j++) {
-            Item *to = own + j * ld;
-            if (rows[j] == PieceKeys::nothing()) memset(to, 0, ld * sizeof *to);
-            else T::copy(view, rows[j] + side * D * element(dtype), dtype, D, to, ld);
-            as[j] = to;
-        }
-        return as;
+    // Items from a side to the next.
+    int64_t side() const { return in_place ? D : ld; }
+    // `n` rows from place `j` of a piece on.
+    KeyRows get(const KeyRows &rows, int j, int n) const {
+        const KeyRows from = rows.from(j);
+        if (in_place) return from;
+        for (int i = 0; i < n; i++)
+            for (int64_t side = 0; side < sides; side++) {
+                const char *row = from(i & 3, i >> 2);
+                Item *to = own + (((i & 3) * (T::KEYS / 4) + (i >> 2)) * sides + side) * ld;
+                if (row == PieceKeys::nothing()) memset(to, 0, ld * sizeof *to);
+                else T::copy(view, row + side * D * element(dtype), dtype, D, to, ld);
+            }
+        return {copies, T::KEYS / 4};
     }
 };
 
@@ -250,45 +61,62 @@ template <class T> struct DecodeScratch {
     typedef typename T::Item Item;
     PieceKeys piece[2];   // the one at hand, and the next
     RowsRead<T> k, v;
-    Buffer<Item> q, p;    // as packs: [chunk][query][quad]; quads of weights
-    Buffer<float> s;
+    Buffer<Item> q;       // as packs: [chunk][query][quad]
+    Buffer<float> s;      // scores, then weights
     Buffer<Item> line;
     int64_t packed = -1;  // the list whose rows are all in q
 
     bool make(const SfCall &c, const Packs &packs) {
         const int64_t wide = round_up(c.D, T::QUAD);
-        return q.make(ROWS_AT_ONCE * wide) && p.make(ROWS_AT_ONCE * SPLIT) && s.make(ROWS_AT_ONCE * SPLIT) &&
-               line.make(wide) && k.make(c.k, c.dtype, c.D, packs.sides, T::QUAD, T::KEYS, false) &&
-               v.make(c.v, c.dtype, c.Dv, packs.sides, STRIP, T::KEYS, true);
+        return q.make(ROWS_AT_ONCE * wide) && s.make(ROWS_AT_ONCE * SPLIT) &&
+               line.make(wide) && k.make(c.k, c.dtype, c.D, packs.sides, T::QUAD, false) &&
+               v.make(c.v, c.dtype, c.Dv, packs.sides, STRIP, true);
     }
 };
 
-// The scores of a pack with n keys become weights; max (base 2) and sum of each query.
-template <class T> inline void softmax_pack(const float *s, int n, float factor, typename T::Item *p, float *m, float *l) {
+// The scores of a pack with n keys become weights, in their place. Max (base 2) and sum of each query go on from those of
+// earlier keys, whose weights shrink by `shrink`.
+template <class T> inline void softmax_pack(float *s, int n, float factor, float *m, float *l, float *shrink) {
+    typedef typename T::Item Item;
     vf top = set1(-INF), total = {}, safe;
     for (int j = 0; j < n * PACK; j += W) top = vmax(top, load(s + j));
     for (int i = 0; i < PACK; i++) {
-        float peak = most(most((float)top[4 * i], (float)top[4 * i + 1]), most((float)top[4 * i + 2], (float)top[4 * i + 3]));
-        m[i] = peak * factor;
-        for (int j = 0; j < 4; j++) safe[4 * i + j] = peak == -INF ? 0.f : m[i];
+        const float *t = (const float *)&top + 4 * i, peak = most(most(most(t[0], t[1]), most(t[2], t[3])) * factor, m[i]);
+        shrink[i] = peak == m[i] ? 1.f : exp2f(m[i] - peak);
+        m[i] = peak;
+        for (int j = 0; j < 4; j++) safe[4 * i + j] = peak == -INF ? 0.f : peak;
     }
     for (int j = 0; j < n * PACK; j += W) {
         vf e = exp2v<T::FINE>(load(s + j) * factor - safe);
         total += e;
-        T::put(p + j, e);
+        T::put((Item *)s + j, e);
     }
-    for (int i = 0; i < PACK; i++) l[i] = (total[4 * i] + total[4 * i + 1]) + (total[4 * i + 2] + total[4 * i + 3]);
+    for (int i = 0; i < PACK; i++)
+        l[i] = l[i] * shrink[i] + ((total[4 * i] + total[4 * i + 1]) + (total[4 * i + 2] + total[4 * i + 3]));
 }
 
-// Where the results of pieces wait: O, m and l of each row.
+// What is known of every part: O, m and l of each row.
 struct Parts {
     Buffer<float> o, m, l;
-    int64_t rows, ld;  // of a piece; of a row of O
+    int64_t rows, ld;  // of a part; of a row of O
 
-    bool make(const SfCall &c, const Packs &packs, int64_t pieces) {
+    bool make(const SfCall &c, const Packs &packs, int64_t parts) {
         rows = packs.rows();
         ld = round_up(c.Dv, STRIP);
-        return o.make(pieces * rows * ld) && m.make(pieces * rows) && l.make(pieces * rows);
+        return o.make(parts * rows * ld) && m.make(parts * rows) && l.make(parts * rows);
+    }
+    void clear(int64_t part) const {
+        memset(o + part * rows * ld, 0, rows * ld * sizeof(float));
+        for (int64_t i = part * rows; i < (part + 1) * rows; i++) m[i] = -INF, l[i] = 0;
+    }
+    // m, l and O of a row, with which those of another part (or a key that has a logit and no value) are merged.
+    static void take_in(float &m, float &l, float *sum, int64_t ld, float other_m, float other_l, const float *o) {
+        if (other_l == 0) return;
+        const float top = most(m, other_m), own = m == top ? 1.f : exp2f(m - top);
+        const float weight = other_m == top ? 1.f : exp2f(other_m - top);
+        l = l * own + other_l * weight;
+        m = top;
+        for (int64_t d = 0; d < ld; d += W) store(sum + d, load(sum + d) * own + (o ? load(o + d) * weight : vf{}));
     }
 };
 
@@ -311,49 +139,49 @@ void pack_queries(const SfCall &c, const Packs &packs, const List &list, const Q
         for (int i = 0; i < some; i += PACK, pack += PACK * wide)
             for (int r = 0; r < PACK; r++) {
                 const Row row(packs, list, q, side, first + i + r);
-                if (i + r < some && q.real >> row.lane & 1)
-                    T::copy(c.q, row_of(c.q, row.sequence, row.head, q.token[row.lane], c.dtype), c.dtype, c.D, w.line.p, wide);
-                else memset(w.line.p, 0, wide * sizeof(Item));
+                if (i + r < some && q.real >> row.lane & 1) {
+                    const char *from = row_of(c.q, row.sequence, row.head, q.token[row.lane], c.dtype);
+                    T::copy(c.q, from, c.dtype, c.D, w.line.p, wide);
+                } else memset(w.line.p, 0, wide * sizeof(Item));
                 for (int64_t d = 0; d < wide; d += T::QUAD) memcpy(pack + d * PACK + r * T::QUAD, w.line + d, 16);
             }
 }
 
-// What is asked for at the j-th key: rows of the same matrix, or of the one that is read next, if any.
+// What is asked for at place j of n: rows of the same matrix, or of the one that is read next, if any.
 struct Next {
-    const char *const *rows;
-    int64_t lines;
-    Next(const char *const *now, int64_t lines_now, int n, const char *const *then, int64_t lines_then, int then_n, int j) {
+    KeyRows rows;
+    int lines;
+    Next(const KeyRows &now, int64_t lines_now, int n, const KeyRows &then, int64_t lines_then, int then_n, int j) {
         j += AHEAD;
         const bool same = j < n;
-        rows = same ? now + j : then + (j - n);
-        lines = same ? lines_now : j - n < then_n ? lines_then : 0;
+        rows = same ? now.from(j) : then.from(j - n);
+        lines = (int)(same ? lines_now : j - n < then_n ? lines_then : 0);
     }
 };
 
 // Scores of all packs.
 template <class T> void score_keys(int64_t sides, int count, const PieceKeys &x, bool asks, DecodeScratch<T> &w) {
-    const typename T::Item *copies[T::KEYS];
-    const int64_t wide = w.k.ld, shares = sides * most(count / PACKS, 1);
+    const int64_t wide = w.k.ld;
     for (int j = 0; j < x.padded; j += T::KEYS) {
-        const Next next(x.k, w.k.lines, x.padded, x.v, w.v.lines, x.padded, j);
-        for (int64_t side = 0, share = 0; side < sides; side++) {
-            const int keys = least(T::KEYS, x.padded - j);
-            const auto *k = w.k.get(x.k + j, keys, side, copies);
-            by_counts<PACKS>(count, [&](int r, auto counted) {
-                const Ahead ahead(next.rows, asks && share < shares ? next.lines : 0, share, shares);
-                const int64_t pack = side * count + r;
-                scores<T, decltype(counted)::value>(k, keys, w.k.from(side), wide / T::QUAD, w.q + pack * PACK * wide,
-                                                    w.s + place(pack * PACK, j), ahead);
-                share++;
-            });
-        }
+        const int keys = least(T::KEYS, x.padded - j);
+        const Next next(x.rows(x.k), w.k.lines, x.padded, x.rows(x.v), w.v.lines, x.padded, j);
+        const KeyRows k = w.k.get(x.rows(x.k), j, keys);
+        by_counts<PACKS>(count, [&](int r, auto counted) {
+            Ahead ahead[MOST_SIDES];
+            const int lines = asks && !r ? next.lines : 0;
+            for (int side = 0; side < sides; side++) ahead[side] = Ahead(next.rows, lines, side, (int)sides);
+            constexpr int N = decltype(counted)::value;
+            (sides == 1 ? scores<T, N, true> : scores<T, N, false>)(
+                k, keys, sides, w.k.side(), wide / T::QUAD, w.q + r * PACK * wide, count * PACK * wide,
+                w.s + place(r * PACK, j), count * PACK * SPLIT, ahead);
+        });
     }
 }
 
 // Scores become logits, -inf for a key that the row does not see or that is none.
 inline void hide_keys(const SfCall &c, const Packs &packs, const List &list, const Logits &logits, const PieceKeys &x,
                       int64_t side, int64_t first, int some, float *s) {
-    for (int i = 0; i < some; i++) {
+    for (int i = 0; i < some && (logits.bent || !x.all); i++) {
         const Row row(packs, list, x.q, side, first + i);
         if (logits.bent) {
             const float *bias = slice<float>(c.key_bias, row.sequence, row.head, c.Hq);
@@ -377,41 +205,36 @@ inline void hide_keys(const SfCall &c, const Packs &packs, const List &list, con
 template <class T>
 void weigh_keys(int64_t sides, int some, int count, const PieceKeys &x, const PieceKeys &y, bool asks, int64_t Dv, float *o,
                 int64_t lds, int64_t ldo, DecodeScratch<T> &w) {
-    const typename T::Item *copies[T::KEYS];
-    const int64_t width = (some >= 8 && DEEP == 8 ? COLUMNS / 2 : COLUMNS) * W;
-    const int64_t shares = sides * ((Dv + width - 1) / width) * most(some / DEEP, 1);
-    for (int64_t side = 0; side < sides; side++) memset(o + side * lds, 0, some * ldo * 4);
+    typedef typename T::Item Item;
+    constexpr int NARROW = DEEP == 8 ? COLUMNS / 2 : COLUMNS;
+    const int64_t width = (some >= 8 ? NARROW : COLUMNS) * W;
+    const int shares = (int)(sides * ((Dv + width - 1) / width));
     for (int j = 0; j < x.padded; j += T::KEYS) {
-        const Next next(x.v, w.v.lines, x.padded, y.k, w.k.lines, y.padded, j);
-        for (int64_t side = 0, share = 0; side < sides; side++) {
-            const int keys = least(T::KEYS, x.padded - j);
-            const auto *v = w.v.get(x.v + j, keys, side, copies);
+        const int keys = least(T::KEYS, x.padded - j);
+        const Next next(x.rows(x.v), w.v.lines, x.padded, y.rows(y.k), w.k.lines, y.padded, j);
+        const KeyRows v = w.v.get(x.rows(x.v), j, keys);
+        for (int64_t side = 0, share = 0; side < sides; side++)
             by_counts<DEEP>(some, [&](int r, auto counted) {
-                constexpr int N = decltype(counted)::value, C = N == 8 ? COLUMNS / 2 : COLUMNS;
-                for (int64_t d = 0; d < Dv; d += C * W) {
-                    const Ahead ahead(next.rows, asks && share < shares ? next.lines : 0, share, shares);
-                    weigh<T, N, C>(v, keys, w.v.from(side) + d, w.v.in_place ? Dv - d : C * W,
-                                   w.p + place(side * count * PACK + r, j), o + side * lds + r * ldo + d, ldo, ahead);
-                    share++;
+                constexpr int N = decltype(counted)::value, C = N == 8 ? NARROW : COLUMNS;
+                for (int64_t d = 0; d < Dv; d += C * W, share++) {
+                    const Ahead ahead(next.rows, asks && !r ? next.lines : 0, (int)share % shares, shares);
+                    const Item *p = (const Item *)w.s.p + place<Item>(side * count * PACK + r, j);
+                    weigh<T, N, C>(v, keys, side * w.v.side() + d, w.v.in_place ? Dv - d : C * W, p,
+                                   o + side * lds + r * ldo + d, ldo, ahead);
                 }
+                if (r) share = (side + 1) * (shares / sides);
             });
-        }
     }
 }
 
-// Computes piece `at`, whose keys are x; meanwhile those of the next one, y, are asked for.
+// Piece x is taken into a part; meanwhile the keys of the next one, y, are asked for.
 template <class T>
 void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, const PieceKeys &x, const PieceKeys &y,
-                  int64_t at, DecodeScratch<T> &w, Parts &parts) {
-    typedef typename T::Item Item;
-    const List list(c, packs, x.at);
+                  int64_t part, const Parts &parts, DecodeScratch<T> &w) {
+    if (!x.n) return;
+    const List &list = x.list;
     const Queries &q = x.q;
     const int64_t rows = packs.members * packs.heads * q.lanes;  // of a side
-    float *m = parts.m + at * parts.rows, *l = parts.l + at * parts.rows;
-    if (!x.n) {
-        for (int64_t i = 0; i < packs.sides * rows; i++) m[i] = -INF, l[i] = 0;
-        return;
-    }
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
         const int some = (int)least<int64_t>(ROWS_AT_ONCE, rows - first), count = (some + PACK - 1) / PACK;
         if (w.packed != x.at || rows > ROWS_AT_ONCE) pack_queries(c, packs, list, q, first, some, w);
@@ -419,101 +242,168 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
         score_keys<T>(packs.sides, count, x, first == 0, w);
         for (int64_t side = 0; side < packs.sides; side++) {
             float *s = w.s + side * count * PACK * SPLIT;
-            Item *p = w.p + side * count * PACK * SPLIT;
             hide_keys(c, packs, list, logits, x, side, first, some, s);
             for (int i = 0; i < some; i += PACK) {
-                float peak[PACK], total[PACK];
-                softmax_pack<T>(s + i * SPLIT, x.padded, logits.factor, p + i * SPLIT, peak, total);
-                for (int r = 0; r < least(PACK, some - i); r++) {
-                    m[side * rows + first + i + r] = peak[r];
-                    l[side * rows + first + i + r] = total[r];
+                const int64_t row = part * parts.rows + side * rows + first + i;
+                const int real = least(PACK, some - i);
+                float m[PACK], l[PACK] = {}, shrink[PACK];
+                for (int r = 0; r < PACK; r++) m[r] = r < real ? parts.m[row + r] : -INF;
+                for (int r = 0; r < real; r++) l[r] = parts.l[row + r];
+                softmax_pack<T>(s + i * SPLIT, x.padded, logits.factor, m, l, shrink);
+                for (int r = 0; r < real; r++) {
+                    float *o = parts.o + (row + r) * parts.ld;
+                    for (int64_t d = 0; shrink[r] != 1 && d < parts.ld; d += W) store(o + d, load(o + d) * shrink[r]);
+                    parts.m[row + r] = m[r];
+                    parts.l[row + r] = l[r];
                 }
             }
         }
-        float *o = parts.o + (at * parts.rows + first) * parts.ld;
+        float *o = parts.o + (part * parts.rows + first) * parts.ld;
         weigh_keys<T>(packs.sides, some, count, x, y, first == 0, c.Dv, o, rows * parts.ld, parts.ld, w);
     }
 }
 
-// The pieces [from, to) of a list become rows of the result, always in this order.
-inline void merge_pieces(const SfCall &c, const Packs &packs, int64_t i, int64_t from, int64_t to, const Parts &parts) {
-    List list(c, packs, i);
-    if (!list.rows) return;
-    Rules rules(c, list.b, list.h);
-    Queries q;
-    q.load(rules, list.row, list.rows, 0);
-    alignas(64) float sum[256 + STRIP];
-    for (int64_t member = 0; member < packs.members; member++)
-        for (int64_t head = 0; head < packs.sides * packs.heads; head++)
-            for (int lane = 0; lane < list.rows; lane++) {
-                if (q.token[lane] < 0) continue;
-                const int64_t b = list.b + member, h = list.h + head;
-                const int64_t row = packs.row(member, head, lane, q.lanes);
-                float m = -INF, l = 0;
-                memset(sum, 0, parts.ld * 4);
-                if (q.real >> lane & 1) {
-                    for (int64_t x = from; x < to; x++) m = most(parts.m[x * parts.rows + row], m);
-                    for (int64_t x = from; x < to; x++) {
-                        float own = parts.m[x * parts.rows + row], weight = own == m ? 1.f : exp2f(own - m);
-                        if (parts.l[x * parts.rows + row] == 0) continue;  // saw nothing: O was not written
-                        l += weight * parts.l[x * parts.rows + row];
-                        const float *o = parts.o + (x * parts.rows + row) * parts.ld;
-                        for (int64_t d = 0; d < parts.ld; d += W) store(sum + d, load(sum + d) + weight * load(o + d));
-                    }
-                }
-                c.lse[(b * c.Hq + h) * c.Tq + q.token[lane]] = l == 0 ? -INF : (m + log2f(l)) * LN2;
-                write_row(c.out, b, h, q.token[lane], c.out_dtype, c.Dv, sum, l == 0 ? 0.f : 1.f / l);
-            }
-}
-
-template <class T> int decode_as(const SfCall &c, SfParallel parallel) {
-    Packs packs(c);
-    const int64_t lists = packs.lists(c);
-    Buffer<int64_t> base;  // the first piece of each list
-    if (!base.make(lists + 1)) return 1;
-    int64_t pieces = 0;
-    for (int64_t i = 0; i < lists; i++) {
-        base[i] = pieces;
-        for_each_piece(c, packs, i, [&](const Piece &) { pieces++; });
-    }
-    base[lists] = pieces;
-    const int threads = most(c.threads, 1);
-    Buffer<Piece> work;
-    Buffer<char> room;
+// The lists of one plan, as pieces in groups: `first[g]` is the first piece of group g, `base[i]` the first group of list
+// i, `bundle[t]` the first group of task t.
+struct Work {
+    const SfCall &c;
+    Packs packs;
+    Logits logits;
+    Buffer<Piece> piece;
+    Buffer<int64_t> first, base, bundle;
+    int64_t groups = 0, bundles = 0;
     Parts parts;
-    if (!work.make(pieces) || !parts.make(c, packs, pieces) || !room.make(threads * (int64_t)sizeof(DecodeScratch<T>)))
-        return 1;
-    Piece *next = work.p;
-    for (int64_t i = 0; i < lists; i++) for_each_piece(c, packs, i, [&](const Piece &x) { *next++ = x; });
-    DecodeScratch<T> *scratch = (DecodeScratch<T> *)room.p;
-    bool ok = true;
-    for (int t = 0; t < threads; t++) {
-        new (scratch + t) DecodeScratch<T>();
-        ok = scratch[t].make(c, packs) && ok;
+
+    explicit Work(const SfCall &c) : c(c), packs(c), logits(c) {}
+    bool make() {
+        const int64_t lists = packs.lists(c);
+        int64_t pieces = 0;
+        for (int64_t i = 0; i < lists; i++) {
+            int64_t n = 0;
+            for_each_piece(c, packs, i, [&](const Piece &) { n++; });
+            pieces += n;
+            groups += (n + GROUP - 1) / GROUP;
+        }
+        if (!piece.make(pieces) || !first.make(groups + 1) || !base.make(lists + 1) || !bundle.make(groups + 1) ||
+            !parts.make(c, packs, groups))
+            return false;
+        int64_t at = 0, group = 0;
+        for (int64_t i = 0; i < lists; i++) {
+            int64_t n = 0;
+            base[i] = group;
+            for_each_piece(c, packs, i, [&](const Piece &x) {
+                if (n++ % GROUP == 0) {
+                    if (!bundles || at - first[bundle[bundles - 1]] >= BUNDLE) bundle[bundles++] = group;
+                    first[group++] = at;
+                }
+                piece[at++] = x;
+            });
+        }
+        first[groups] = at;
+        base[lists] = bundle[bundles] = groups;
+        return true;
     }
-    Logits logits(c);
-    auto bundle = [&](int64_t i, int thread) {
-        DecodeScratch<T> &w = scratch[thread];
-        const int64_t from = i * BUNDLE, to = least(from + BUNDLE, pieces);
-        w.piece[0].find(c, packs, work[from]);
+    // Task t.
+    template <class T> void run(int64_t t, DecodeScratch<T> &w) const {
+        const int64_t from = first[bundle[t]], to = first[bundle[t + 1]];
+        int64_t group = bundle[t] - 1;
+        w.piece[0].find(c, packs, piece[from]);
         for (int64_t n = from; n < to; n++) {
             PieceKeys &x = w.piece[(n - from) & 1], &y = w.piece[(n - from + 1) & 1];
-            if (n + 1 < to) y.find(c, packs, work[n + 1]);
-            decode_piece<T>(c, packs, logits, x, n + 1 < to ? y : x, n, w, parts);
+            if (n + 1 < to) y.find(c, packs, piece[n + 1]);
+            if (n == first[group + 1]) parts.clear(++group);
+            decode_piece<T>(c, packs, logits, x, n + 1 < to ? y : x, group, parts, w);
         }
-    };
-    auto merge = [&](int64_t i, int) { merge_pieces(c, packs, i, base[i], base[i + 1], parts); };
-    if (ok) in_parallel(parallel, threads, (pieces + BUNDLE - 1) / BUNDLE, bundle);
-    if (ok) in_parallel(parallel, threads, lists, merge);
-    for (int t = 0; t < threads; t++) scratch[t].~DecodeScratch<T>();
+    }
+    // Calls f(token, m, l, o) for what each part knows of the queries of a head, always in this order.
+    template <class F> void for_each_part(int64_t b, int64_t h, F f) const {
+        const int64_t own = packs.sides * packs.heads, slot = b / packs.members * packs.packs + h / own;
+        Queries q;
+        for (int64_t i = slot * c.plan.tiles * packs.blocks; i < (slot + 1) * c.plan.tiles * packs.blocks; i++) {
+            const List list(c, packs, i);
+            q.load(Rules(c, list.b, list.h), list.row, list.rows, 0);
+            for (int lane = 0; lane < q.lanes; lane++) {
+                if (!(q.real >> lane & 1)) continue;
+                const int64_t row = packs.row(b % packs.members, h % own, lane, q.lanes);
+                for (int64_t x = base[i] * parts.rows + row; x < base[i + 1] * parts.rows; x += parts.rows)
+                    f(q.token[lane], parts.m[x], parts.l[x], parts.o + x * parts.ld);
+            }
+        }
+    }
+};
+
+// All parts of the queries of a head, and its sink, become rows of the result.
+inline void merge_parts(const SfCall &c, const Work *const *work, int64_t plans, const float *sink, int64_t b, int64_t h,
+                        float *sum) {
+    const int64_t ld = work[0]->parts.ld;
+    float *m = sum + c.Tq * ld, *l = m + c.Tq;
+    memset(sum, 0, c.Tq * (ld + 2) * sizeof(float));
+    for (int64_t t = 0; t < c.Tq; t++) m[t] = -INF;
+    for (int64_t n = 0; n < plans; n++)
+        work[n]->for_each_part(b, h, [&](int64_t t, float other_m, float other_l, const float *o) {
+            Parts::take_in(m[t], l[t], sum + t * ld, ld, other_m, other_l, o);
+        });
+    for (int64_t t = 0; t < c.Tq; t++) {
+        if (sink && sink[h] > -INF) Parts::take_in(m[t], l[t], sum + t * ld, ld, sink[h] * LOG2E, 1, nullptr);
+        c.lse[(b * c.Hq + h) * c.Tq + t] = l[t] == 0 ? -INF : (m[t] + log2f(l[t])) * LN2;
+        write_row(c.out, b, h, t, c.out_dtype, c.Dv, sum + t * ld, l[t] == 0 ? 0.f : 1.f / l[t]);
+    }
+}
+
+// Threads of a call times its plans.
+template <class T> struct DecodeDesks {
+    Buffer<char> room;
+    int64_t made = 0;
+
+    bool make(const Work *const *work, int64_t plans, int threads) {
+        bool ok = room.make(plans * threads * (int64_t)sizeof(DecodeScratch<T>));
+        for (; ok && made < plans * threads; made++)
+            ok = (new (&(*this)[made]) DecodeScratch<T>())->make(work[made % plans]->c, work[made % plans]->packs);
+        return ok;
+    }
+    ~DecodeDesks() { while (made > 0) (*this)[--made].~DecodeScratch<T>(); }
+    DecodeScratch<T> &operator[](int64_t i) { return ((DecodeScratch<T> *)room.p)[i]; }
+};
+
+template <class T> int decode_as(const SfDecode &d, SfParallel parallel) {
+    const SfCall &c = d.calls[0];
+    const int threads = most(c.threads, 1);
+    Buffer<char> room;
+    Buffer<Work *> work;
+    Buffer<int64_t> tasks;  // before those of each plan
+    Buffer<float> sums;
+    DecodeDesks<T> desks;
+    int64_t made = 0;
+    const int64_t each = c.Tq * (round_up(c.Dv, STRIP) + 2);
+    bool ok = room.make(d.plans * (int64_t)sizeof(Work)) && work.make(d.plans) && tasks.make(d.plans + 1) &&
+              sums.make(threads * each);
+    if (ok) tasks[0] = 0;
+    for (; ok && made < d.plans; made++) {
+        work[made] = new (room + made * (int64_t)sizeof(Work)) Work(d.calls[made]);
+        ok = work[made]->make();
+        tasks[made + 1] = tasks[made] + work[made]->bundles;
+    }
+    if (ok && (ok = desks.make(work.p, d.plans, threads))) {
+        auto run = [&](int64_t i, int thread) {
+            int64_t n = 0;
+            while (i >= tasks[n + 1]) n++;
+            work[n]->run(i - tasks[n], desks[thread * d.plans + n]);
+        };
+        auto merge = [&](int64_t i, int thread) {
+            merge_parts(c, work.p, d.plans, d.sink, i / c.Hq, i % c.Hq, sums + thread * each);
+        };
+        in_parallel(parallel, threads, tasks[d.plans], run);
+        in_parallel(parallel, threads, c.B * c.Hq, merge);
+    }
+    while (made > 0) work[--made]->~Work();
     return ok ? 0 : 1;
 }
 
-template <bool BF> int decode(const SfCall &c, SfParallel parallel) {
+template <bool BF> int decode(const SfDecode &d, SfParallel parallel) {
 #if SF_HAS_BF16
-    return decode_as<InBf16>(c, parallel);
+    return decode_as<InBf16>(d, parallel);
 #else
-    return decode_as<InFp32>(c, parallel);
+    return decode_as<InFp32>(d, parallel);
 #endif
 }
 

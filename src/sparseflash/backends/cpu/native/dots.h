@@ -15,7 +15,8 @@ constexpr int PACK = W / 4;         // queries of a vector of scores
 constexpr int PACKS = COLUMNS;      // of them at a time, with four accumulators each
 constexpr int STRIP = COLUMNS * W;  // a row of O is whole strips
 constexpr int DEEP = COLUMNS == 4 ? 8 : 4;  // rows of a weighted sum: the more, the fewer columns are in registers
-constexpr int SPLIT = 256;          // keys of a piece
+// Keys of a piece: the scores of 32 rows, and K of four heads, are to stay near.
+constexpr int SPLIT = SF_HAS_BF16 ? 256 : 128;
 
 // In which items the products are done.
 struct InFp32 {
@@ -30,9 +31,10 @@ struct InFp32 {
     }
     static vf dot(vf sum, vf x, vf y) { return sum + x * y; }
     static vf read(const Item *p, int64_t n) { return n >= W ? load(p) : load_first(p, most<int64_t>(n, 0)); }
-    template <int C> static void values(const Item *const *rows, int64_t d, int64_t n, vf *y) {
+    template <int C> static void values(const char *const *rows, int64_t d, int64_t n, vf *y) {
+        const Item *x = (const Item *)rows[0] + d;
 #pragma GCC unroll 4
-        for (int i = 0; i < C; i++) y[i] = kept(read(rows[0] + d + i * W, n - i * W));
+        for (int i = 0; i < C; i++) y[i] = kept(read(x + i * W, n - i * W));
     }
     static void put(Item *to, vf weights) { store(to, weights); }
     static vf weight(const Item *p) { return set1(*p); }
@@ -54,11 +56,12 @@ struct InBf16 {
         if (n >= 32) return _mm512_loadu_si512(p);
         return _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, p);
     }
-    template <int C> static void values(const Item *const *rows, int64_t d, int64_t n, vf *y) {
+    template <int C> static void values(const char *const *rows, int64_t d, int64_t n, vf *y) {
+        const Item *a = (const Item *)rows[0] + d, *b = (const Item *)rows[1] + d;
 #pragma GCC unroll 2
         for (int i = 0; i < C; i += 2) {
             alignas(64) vf both[2];
-            mix_rows((bf *)both, read(rows[0] + d + i * W, n - i * W), read(rows[1] + d + i * W, n - i * W));
+            mix_rows((bf *)both, read(a + i * W, n - i * W), read(b + i * W, n - i * W));
             y[i] = kept(both[0]);
             y[i + 1] = kept(both[1]);
         }
@@ -68,62 +71,88 @@ struct InBf16 {
 };
 #endif
 
-// Memory that is asked for before its turn, along with the keys that a product is at: four rows with every four keys. A
-// share of them, for one of several products that go over the same keys: what comes too thick makes loads wait. Into the
-// second cache level, for the first is busy.
-struct Ahead {
-    const char *const *rows;
-    int64_t from[4], to[4];  // lines
+// Addresses of rows of K or V. Four rows go together, a quarter of them apart: memory is faster where several places are
+// read in turn.
+struct KeyRows {
+    const char *const *row;
+    int64_t quarter;
 
-    Ahead(const char *const *rows, int64_t lines, int64_t share, int64_t shares) : rows(rows) {
+    // Row c of the i-th four.
+    const char *operator()(int64_t c, int64_t i) const { return row[c * quarter + i]; }
+    KeyRows from(int64_t j) const { return {row + j / 4, quarter}; }
+};
+
+// Memory that is asked for before its turn, along with the keys that a product is at: four rows with every four keys. A
+// share of their lines, for one of several products that go over the same keys: processors drop what is asked for while
+// too much is on its way. Into the second cache level, for the first is busy.
+struct Ahead {
+    KeyRows rows;
+    int from[4], to[4];  // lines
+
+    Ahead() {}
+    Ahead(const KeyRows &rows, int lines, int share, int shares) : rows(rows) {
         for (int i = 0; i < 4; i++) {
-            from[i] = most<int64_t>(4 * lines * share / shares - i * lines, 0);
+            from[i] = most(4 * lines * share / shares - i * lines, 0);
             to[i] = least(4 * lines * (share + 1) / shares - i * lines, lines);
         }
     }
-    void ask(int j) const {
-        for (int i = 0; i < 4; i++)
-            for (int64_t x = from[i]; x < to[i]; x++) __builtin_prefetch(rows[j + i] + 64 * x, 0, 2);
+    // (Inlined by force: GCC takes a function that only prefetches for one that does nothing.)
+    __attribute__((always_inline)) void ask(int64_t i) const {
+        for (int c = 0; c < 4; c++)
+            for (int x = from[c]; x < to[c]; x++) __builtin_prefetch(rows(c, i) + 64 * x, 0, 2);
     }
 };
 
-// Where the score of row i for the j-th key of a piece lies: quads of keys, those of a pack side by side.
-constexpr int64_t place(int64_t i, int64_t j) {
-    return i / PACK * PACK * SPLIT + (j & ~(int64_t)3) * PACK + i % PACK * 4 + (j & 3);
+// Where the score of row i for the j-th key of a piece lies: quads of keys, those of a pack side by side. Weights take the
+// place of the scores of their pack.
+template <class Item = float> constexpr int64_t place(int64_t i, int64_t j) {
+    return i / PACK * PACK * SPLIT * (sizeof(float) / sizeof(Item)) + (j & ~(int64_t)3) * PACK + i % PACK * 4 + (j & 3);
 }
 
 // (The kernels are functions of their own: inside of others, addresses run out of registers.)
 
-// Scores of N packs of queries with n keys (a multiple of four): `quads` quads, from item `from` of the rows on.
+// Scores of N packs of queries with four keys: `quads` quads of their rows.
 template <class T, int N>
-__attribute__((noinline)) void scores(const typename T::Item *const *k, int n, int64_t from, int64_t quads,
-                                      const typename T::Item *q, float *s, const Ahead &ahead) {
-    const int64_t ldq = quads * T::QUAD * PACK;
-    for (int j = 0; j < n; j += 4) {
-        ahead.ask(j);
-        const typename T::Item *rows[4] = {k[j] + from, k[j + 1] + from, k[j + 2] + from, k[j + 3] + from};
-        vf x[N][4] = {};
-        for (int64_t i = 0; i < quads; i++) {
-            vf y[4];
+inline __attribute__((always_inline)) void score_four(const typename T::Item *const *rows, int64_t quads,
+                                                      const typename T::Item *q, float *s) {
+    const int64_t ld = quads * T::QUAD * PACK;
+    vf x[N][4] = {};
+    for (int64_t i = 0; i < quads; i++) {
+        vf y[4];
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) y[c] = kept(quad(rows[c] + i * T::QUAD));
+        for (int c = 0; c < 4; c++) y[c] = kept(quad(rows[c] + i * T::QUAD));
 #pragma GCC unroll 4
-            for (int p = 0; p < N; p++) {
-                vf z = kept(load((const float *)(q + p * ldq + i * T::QUAD * PACK)));
+        for (int p = 0; p < N; p++) {
+            vf z = kept(load((const float *)(q + p * ld + i * T::QUAD * PACK)));
 #pragma GCC unroll 4
-                for (int c = 0; c < 4; c++) x[p][c] = T::dot(x[p][c], y[c], z);
-            }
+            for (int c = 0; c < 4; c++) x[p][c] = T::dot(x[p][c], y[c], z);
         }
+    }
 #pragma GCC unroll 4
-        for (int p = 0; p < N; p++) store(s + place(p * PACK, j), sum_quads(x[p][0], x[p][1], x[p][2], x[p][3]));
+    for (int p = 0; p < N; p++) store(s + place(p * PACK, 0), sum_quads(x[p][0], x[p][1], x[p][2], x[p][3]));
+}
+
+// The same with n keys (a multiple of four), for each of the heads that lie `side` items apart in a row; their queries and
+// scores are `ldq` items and `lds` floats apart.
+template <class T, int N, bool ALONE>
+__attribute__((noinline)) void scores(const KeyRows &k, int n, int64_t sides, int64_t side, int64_t quads,
+                                      const typename T::Item *q, int64_t ldq, float *s, int64_t lds, const Ahead *ahead) {
+    for (int j = 0; j < n; j += 4) {
+        const typename T::Item *rows[4];
+        for (int c = 0; c < 4; c++) rows[c] = (const typename T::Item *)k(c, j / 4);
+        for (int64_t h = 0; h < (ALONE ? 1 : sides); h++) {
+            ahead[h].ask(j / 4);
+            score_four<T, N>(rows, quads, q + h * ldq, s + h * lds + place(0, j));
+            for (int c = 0; c < 4; c++) rows[c] += side;
+        }
     }
 }
 
 // C vectors of N rows of O take in n keys (a multiple of four), weighted by p: of their rows at most `items` items, from
 // item `from` on.
 template <class T, int N, int C>
-__attribute__((noinline)) void weigh(const typename T::Item *const *v, int n, int64_t from, int64_t items,
-                                     const typename T::Item *p, float *o, int64_t ldo, const Ahead &ahead) {
+__attribute__((noinline)) void weigh(const KeyRows &v, int n, int64_t from, int64_t items, const typename T::Item *p, float *o,
+                                     int64_t ldo, const Ahead &ahead) {
     vf x[N][C];
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++)
@@ -132,14 +161,16 @@ __attribute__((noinline)) void weigh(const typename T::Item *const *v, int n, in
     // (Inlined by force: else the accumulators would live in memory.)
     auto keys = [&](int64_t items) __attribute__((always_inline)) {
         for (int j = 0; j < n; j += 4) {
-            ahead.ask(j);
+            ahead.ask(j / 4);
+            const char *rows[4];
+            for (int c = 0; c < 4; c++) rows[c] = v(c, j / 4);
 #pragma GCC unroll 1
             for (int i = 0; i < 4; i += T::PAIR) {
                 vf y[C];
-                T::template values<C>(v + j + i, from, items, y);
+                T::template values<C>(rows + i, from, items, y);
 #pragma GCC unroll 8
                 for (int r = 0; r < N; r++) {
-                    vf w = T::weight(p + place(r, 0) + j * PACK + i);
+                    vf w = T::weight(p + place<typename T::Item>(r, 0) + j * PACK + i);
 #pragma GCC unroll 4
                     for (int c = 0; c < C; c++) x[r][c] = T::dot(x[r][c], w, y[c]);
                 }

@@ -23,7 +23,7 @@ template <bool BF> int run_forward(const SfCall &c, SfParallel parallel) {
 template <bool BF> int run_backward(const SfCall &c, SfParallel parallel) {
     return c.weights == SF_SOFTMAX ? backward<BF>(c, parallel) : pointwise_backward<BF>(c, parallel);
 }
-template <bool BF> int run_decode(const SfCall &c, SfParallel parallel) { return decode<BF>(c, parallel); }
+template <bool BF> int run_decode(const SfDecode &c, SfParallel parallel) { return decode<BF>(c, parallel); }
 template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return stats<BF>(c, parallel); }
 
 }  // namespace
@@ -41,7 +41,7 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
 #endif
 #define SF_EXPORT(level)                                          \
     SF_RUN(forward, SfCall, level) SF_RUN(backward, SfCall, level) SF_RUN(stats, SfCall, level) \
-    SF_RUN(decode, SfCall, level) SF_RUN(indexer, SfIndexer, level) \
+    SF_RUN(decode, SfDecode, level) SF_RUN(indexer, SfIndexer, level) \
     SF_RUN(linear_forward, SfLinear, level) SF_RUN(linear_backward, SfLinear, level) \
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level) \
     SF_RUN_FP32(indexer_loss, SfIndexerLoss, level) \

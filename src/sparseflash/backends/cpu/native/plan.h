@@ -27,6 +27,7 @@ struct Rules {
     int64_t q_offset, Tq, Tk, left, right, sink;
     bool windowed;
 
+    Rules() {}
     Rules(const SfCall &c, int64_t b, int64_t h) : p(&c.plan), Tq(c.Tq), Tk(c.Tk) {
         q_order = slice<int32_t>(p->q_order, b, h, c.Hq);
         k_order = slice<int32_t>(p->k_order, b, h, c.Hq);

@@ -1,0 +1,220 @@
+// The work list of decode: lists of keys, cut into pieces of SPLIT keys, and which query rows go together over them.
+#pragma once
+#include "dots.h"
+#include "scratch.h"
+
+namespace {
+
+constexpr int ROWS_AT_ONCE = 32;  // query rows whose scores of a piece are held
+constexpr int MOST_SIDES = 4;     // KV heads that are read together
+constexpr int ZEROS = 1024;       // bytes of a row that is none, of all sides
+
+// Entries of a tile's spans (or units): the first `full - lo` need no test.
+struct Listed {
+    int64_t lo = 0, full = 0, hi = 0;
+    Listed() {}
+    Listed(const int64_t *start, const int32_t *full_, const int32_t *count, int64_t r, int64_t size) {
+        if (!start) return;
+        Entries sure(start[r], full_[r], count[r], false, size), rest(start[r], full_[r], count[r], true, size);
+        lo = sure.hi > sure.lo ? sure.lo : rest.lo;
+        full = rest.lo;
+        hi = rest.hi;
+    }
+};
+
+// Up to SPLIT keys of a list: from key `skip` of entry `entry` on.
+struct Piece {
+    int64_t list, entry, skip;
+    bool units;
+};
+
+// Which rows go together. A list belongs to the query heads of one KV head, or of several that lie side by side in memory
+// (pages, [B,T,H,D]), as far as all tables of the plan are the same for them; and to one sequence, or to all where they
+// share the keys and the plan; 64 queries of a tile at most. Its rows are in the order side, sequence, head, query.
+struct Packs {
+    int64_t packs, sides, heads, sequences, members, blocks, lanes;  // heads: of one side
+
+    explicit Packs(const SfCall &c) {
+        const SfPlan &p = c.plan;
+        int64_t each = 1;
+        bool one = c.Bk == 1 && (!p.q_shift.data || p.q_shift.batch == 1);
+        const SfTable *tables[] = {&p.span_start, &p.span_full, &p.span_count, &p.start, &p.full, &p.count,
+                                   &p.bits_start, &p.q_order, &p.k_order, &p.q_pos, &p.k_pos, &p.k_end,
+                                   &p.q_seg, &p.k_seg, &p.head_window, &p.head_sink};
+        for (const SfTable *t : tables)
+            if (t->data) {
+                each = common_multiple(each, t->heads);
+                one = one && t->batch == 1;
+            }
+        packs = common_multiple(each, c.Hkv);
+        heads = c.Hq / packs;
+        members = one ? c.B : 1;
+        sequences = c.B / members;
+        blocks = (least(p.tile, p.q_rows) + BQ - 1) / BQ;
+        lanes = least<int64_t>(BQ, least(p.tile, p.q_rows));
+        // as many sides as the scores, and a row of zeros, have room for
+        const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
+        const int64_t bytes = most(c.D, c.Dv) * element(c.dtype);
+        sides = 1;
+        if (packs == c.Hkv && c.k.head == c.D && c.v.head == c.Dv && c.k.lane == 1 && c.v.lane == 1)
+            while (sides < MOST_SIDES && packs % (2 * sides * each) == 0 && 2 * sides * rows <= ROWS_AT_ONCE &&
+                   2 * sides * bytes <= ZEROS)
+                sides *= 2;
+        packs /= sides;
+    }
+    int64_t rows() const { return sides * members * heads * lanes; }
+    // The row of a query head of the list, for one of the sequences.
+    int64_t row(int64_t member, int64_t head, int64_t lane, int64_t lanes) const {
+        return ((head / heads * members + member) * heads + head % heads) * lanes + lane;
+    }
+    int64_t lists(const SfCall &c) const { return sequences * packs * c.plan.tiles * blocks; }
+};
+
+// One list of the call, found from its number.
+struct List {
+    int64_t b, h, tile, row, rows;  // first sequence, first head, tile, first query row and how many
+
+    List() {}
+    List(const SfCall &c, const Packs &packs, int64_t i) {
+        int64_t block = i % packs.blocks, slot = i / packs.blocks / c.plan.tiles;
+        tile = i / packs.blocks % c.plan.tiles;
+        b = slot / packs.packs;
+        h = slot % packs.packs * packs.sides * packs.heads;
+        row = tile * c.plan.tile + block * BQ;
+        rows = most<int64_t>(0, least<int64_t>(BQ, least(c.plan.q_rows, (tile + 1) * c.plan.tile) - row));
+    }
+    Listed spans(const SfCall &c) const {
+        const SfPlan &p = c.plan;
+        return Listed(slice<int64_t>(p.span_start, b, h, c.Hq), slice<int32_t>(p.span_full, b, h, c.Hq),
+                      slice<int32_t>(p.span_count, b, h, c.Hq), tile, p.spans_size);
+    }
+    Listed units(const SfCall &c) const {
+        const SfPlan &p = c.plan;
+        return Listed(slice<int64_t>(p.start, b, h, c.Hq), slice<int32_t>(p.full, b, h, c.Hq),
+                      slice<int32_t>(p.count, b, h, c.Hq), tile, p.index_size);
+    }
+};
+
+inline int64_t span_lo(const SfPlan &p, int64_t e) { return most<int64_t>(p.spans[2 * e], 0); }
+inline int64_t span_hi(const SfPlan &p, int64_t e) { return least<int64_t>(p.spans[2 * e + 1], p.k_rows); }
+
+// Calls f(Piece) for the pieces of a list, in order.
+template <class F> inline void for_each_piece(const SfCall &c, const Packs &packs, int64_t i, F f) {
+    const SfPlan &p = c.plan;
+    List list(c, packs, i);
+    if (!list.rows) return;
+    Listed spans = list.spans(c), units = list.units(c);
+    int64_t room = 0;  // keys the piece at hand still takes
+    for (int64_t e = spans.lo; e < spans.hi; e++) {
+        int64_t n = span_hi(p, e) - span_lo(p, e);
+        for (int64_t at = room; at < n; at += SPLIT) f(Piece{i, e, at, false});
+        if (n > room) room = (SPLIT - (n - room) % SPLIT) % SPLIT;
+        else if (n > 0) room -= n;
+    }
+    int64_t lanes = (units.hi - units.lo) * p.unit;
+    for (int64_t at = 0; at < lanes; at += SPLIT) f(Piece{i, units.lo + at / p.unit, at % p.unit, true});
+}
+
+// A piece: its queries, and the keys that some of them see.
+struct PieceKeys {
+    int64_t at = -1;                     // number of the list, and what is known of it
+    List list;
+    Listed spans, units;
+    Queries q;
+    Rules rules;
+    const char *keys, *values;           // of the first token
+    alignas(64) const char *k[SPLIT], *v[SPLIT];
+    int32_t token[SPLIT];
+    uint64_t see[SPLIT];                 // who sees them, unless everyone does
+    int n, padded = 0;                   // keys; with the zeros that fill up the last vectors
+    bool all;                            // every query sees every key
+
+    static const char *nothing() {
+        alignas(64) static const char zeros[ZEROS] = {};
+        return zeros;
+    }
+    KeyRows rows(const char *const *of) const { return {of, padded >> 2}; }
+
+    // Which key is read at place j.
+    int order(int j) const { return (j & 3) * (padded >> 2) + (j >> 2); }
+
+    void find(const SfCall &c, const Packs &packs, const Piece &piece) {
+        const SfPlan &p = c.plan;
+        if (at != piece.list) open(c, packs, piece.list);
+        n = 0;
+        all = true;
+        const Listed &entries = piece.units ? units : spans;
+        int64_t left = SPLIT, skip = piece.skip;
+        for (int64_t e = piece.entry; e < entries.hi && left > 0; e++, skip = 0) {
+            int64_t lo = piece.units ? p.index[e] * (int64_t)p.unit : span_lo(p, e);
+            int64_t size = piece.units ? p.unit : most<int64_t>(0, span_hi(p, e) - lo);
+            int64_t from = lo + skip, to = least(lo + size, from + left);
+            left -= most<int64_t>(0, to - from);
+            if (lo < 0) continue;
+            to = least(to, p.k_rows);
+            if (e < entries.full && !rules.k_order) take_all(from, least(to, c.Tk));
+            else if (e < entries.full)
+                for (; from < to; from++) take(rules.key_token(from), q.real);
+            else
+                take_seen(c, piece.units, e - entries.full, lo, from, to);
+        }
+        padded = (int)round_up(n, W);
+        const int64_t size = element(c.dtype), kr = c.k.row * size, vr = c.v.row * size;
+        for (int j = 0; j < n; j++) k[j] = keys + token[j] * kr;
+        for (int j = 0; j < n; j++) v[j] = values + token[j] * vr;
+        for (int j = n; j < padded; j++) k[j] = v[j] = nothing();
+    }
+
+  private:
+    void open(const SfCall &c, const Packs &packs, int64_t number) {
+        at = number;
+        list = List(c, packs, number);
+        spans = list.spans(c);
+        units = list.units(c);
+        rules = Rules(c, list.b, list.h);
+        q.load(rules, list.row, list.rows, list.row - list.tile * c.plan.tile);
+        const int64_t head = list.h * c.Hkv / c.Hq;
+        keys = row_of(c.k, list.b, head, 0, c.dtype);
+        values = row_of(c.v, list.b, head, 0, c.dtype);
+    }
+    void take(int64_t t, uint64_t by) {
+        if (t < 0) return;
+        if (all && by != q.real) {
+            for (int j = 0; j < n; j++) see[j] = q.real;
+            all = false;
+        }
+        if (!all) see[n] = by;
+        token[n++] = (int32_t)t;
+    }
+    void take_all(int64_t from, int64_t to) {
+        const int some = (int)most<int64_t>(0, to - from);
+        for (int j = 0; j < some; j++) token[n + j] = (int32_t)from + j;
+        if (!all)
+            for (int j = 0; j < some; j++) see[n + j] = q.real;
+        n += some;
+    }
+    // Of the partial entry `e`, which begins at row `lo`: the rows [from, to).
+    void take_seen(const SfCall &c, bool units, int64_t e, int64_t lo, int64_t from, int64_t to) {
+        const SfPlan &p = c.plan;
+        const int64_t words = (p.unit + 31) / 32;
+        const int64_t *start = units ? slice<int64_t>(p.bits_start, list.b, list.h, c.Hq) : nullptr;
+        const int32_t *bits = nullptr;
+        if (start) {
+            int64_t at = start[list.tile] + e;
+            if (start[list.tile] < 0 || at >= p.bits_size) return;
+            bits = p.bits + at * p.tile * words;
+        }
+        for (int64_t x = from; x < to; x++) {
+            const int64_t t = rules.key_token(x);
+            uint64_t by = seen_by(rules, q, t);
+            for (uint64_t rest = bits ? by : 0; rest; rest &= rest - 1) {
+                int i = __builtin_ctzll(rest);
+                int32_t word = bits[(q.row_in_tile + i) * words + (x - lo) / 32];
+                if (!((uint32_t)word >> ((x - lo) % 32) & 1u)) by &= ~(1ull << i);
+            }
+            if (by) take(t, by);
+        }
+    }
+};
+
+}  // namespace
