@@ -60,7 +60,7 @@ def spoiled(seed: int, heads: int, batch: int) -> sf.Plan:
 
 
 def attempt(seed: int) -> bool:
-    """Forward, backward and decode over a spoiled plan; whether it was run (or refused)."""
+    """Forward, backward, statistics and decode over a spoiled plan; whether it was run (or refused)."""
     r, g = random.Random(seed), torch.Generator().manual_seed(seed)
     B, (Hq, Hkv) = r.choice((1, 2)), r.choice(((1, 1), (4, 2), (2, 2)))
     plan = spoiled(seed, Hq, B)
@@ -73,6 +73,9 @@ def attempt(seed: int) -> bool:
         out, lse = cpu.forward(q, k, v, plan, out_dtype=dtype, **options)
         dlse = torch.randn_like(lse)
         cpu.backward(torch.randn_like(out), q, k, v, out, lse, dlse, plan, grad_dtype=None, **options)
+        lengths = {"key": plan.Tk, "row": plan.Tq, "entry": 3 * plan.tiles, "diagonal": plan.Tq + plan.Tk - 1}
+        for over, width in lengths.items():
+            cpu.stats(q, k, lse, plan, over=over, peak=r.random() < 0.5, width=max(width, 0), **options)
         for x in ((k, v), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]):
             cpu.decode_all(q, *x, (plan, plan), sink_logits=None, **options)
     except (ValueError, ZeroDivisionError):

@@ -149,6 +149,7 @@ template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
     Packed<BF, false> packed;
     Buffer<float> part;
     Desks<BF> scratch;
+    if (!width) return 0;
     if (packed.make(c, parallel, few) || !scratch.make(c, false)) return 1;
     if (!apart && !part.make(heads * shares * width)) return 1;
     float *into = apart ? c.stat : part.p;
