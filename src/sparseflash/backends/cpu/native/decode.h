@@ -162,14 +162,16 @@ struct Next {
 // Scores of all packs.
 template <class T> void score_keys(int64_t sides, int count, const PieceKeys &x, bool asks, DecodeScratch<T> &w) {
     const int64_t wide = w.k.ld;
+    const int turns = most(count / PACKS, 1);  // that ask
     for (int j = 0; j < x.padded; j += T::KEYS) {
         const int keys = least(T::KEYS, x.padded - j);
         const Next next(x.rows(x.k), w.k.lines, x.padded, x.rows(x.v), w.v.lines, x.padded, j);
         const KeyRows k = w.k.get(x.rows(x.k), j, keys);
         by_counts<PACKS>(count, [&](int r, auto counted) {
             Ahead ahead[MOST_SIDES];
-            const int lines = asks && !r ? next.lines : 0;
-            for (int side = 0; side < sides; side++) ahead[side] = Ahead(next.rows, lines, side, (int)sides);
+            const int turn = r / PACKS, lines = asks && turn < turns && r % PACKS == 0 ? next.lines : 0;
+            for (int side = 0; side < sides; side++)
+                ahead[side] = Ahead(next.rows, lines, turn * (int)sides + side, turns * (int)sides);
             constexpr int N = decltype(counted)::value;
             (sides == 1 ? scores<T, N, true> : scores<T, N, false>)(
                 k, keys, sides, w.k.side(), wide / T::QUAD, w.q + r * PACK * wide, count * PACK * wide,
@@ -208,21 +210,21 @@ void weigh_keys(int64_t sides, int some, int count, const PieceKeys &x, const Pi
     typedef typename T::Item Item;
     constexpr int NARROW = DEEP == 8 ? COLUMNS / 2 : COLUMNS;
     const int64_t width = (some >= 8 ? NARROW : COLUMNS) * W;
-    const int shares = (int)(sides * ((Dv + width - 1) / width));
+    const int turns = most(some / DEEP, 1), strips = (int)((Dv + width - 1) / width);  // turns that ask
     for (int j = 0; j < x.padded; j += T::KEYS) {
         const int keys = least(T::KEYS, x.padded - j);
         const Next next(x.rows(x.v), w.v.lines, x.padded, y.rows(y.k), w.k.lines, y.padded, j);
         const KeyRows v = w.v.get(x.rows(x.v), j, keys);
-        for (int64_t side = 0, share = 0; side < sides; side++)
+        for (int side = 0; side < sides; side++)
             by_counts<DEEP>(some, [&](int r, auto counted) {
                 constexpr int N = decltype(counted)::value, C = N == 8 ? NARROW : COLUMNS;
-                for (int64_t d = 0; d < Dv; d += C * W, share++) {
-                    const Ahead ahead(next.rows, asks && !r ? next.lines : 0, (int)share % shares, shares);
+                const int turn = r / DEEP, lines = asks && turn < turns && r % DEEP == 0 ? next.lines : 0;
+                for (int64_t d = 0, share = (side * turns + turn) * strips; d < Dv; d += C * W, share++) {
+                    const Ahead ahead(next.rows, lines, (int)share, (int)sides * turns * strips);
                     const Item *p = (const Item *)w.s.p + place<Item>(side * count * PACK + r, j);
                     weigh<T, N, C>(v, keys, side * w.v.side() + d, w.v.in_place ? Dv - d : C * W, p,
                                    o + side * lds + r * ldo + d, ldo, ahead);
                 }
-                if (r) share = (side + 1) * (shares / sides);
             });
     }
 }
