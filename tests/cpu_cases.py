@@ -101,14 +101,15 @@ def case(seed: int, **fixed: Any) -> Case:
     Dv = fixed.get("Dv", r.choice((D, D, r.choice(DIMS))))
     dtype = fixed.get("dtype", r.choice(DTYPES))
     layouts = [fixed.get("layout", r.choice(LAYOUTS)) for _ in range(4)]
-    if plan.tile <= 8 and LAYOUTS[-1] in layouts[:2]:  # added up a query at a time: equal terms drift
+    scale = fixed.get("scale", r.choice(SCALES))
+    if plan.tile <= 8 and (LAYOUTS[-1] in layouts[:2] or scale == 0):  # added up in turn: equal terms drift
         layouts[3] = LAYOUTS[0]
     q = tensor(g, layouts[0], (B, Hq, Tq, D), dtype)
     k = tensor(g, layouts[1], (B, Hkv, Tk, D), dtype)
     v = tensor(g, layouts[2], (B, Hkv, Tk, Dv), dtype)
     dout = tensor(g, layouts[3], (B, Hq, Tq, Dv), dtype)
     dlse = torch.randn(B, Hq, Tq, generator=g) if fixed.get("dlse", r.random() < 0.6) else None
-    options: dict[str, Any] = {"scale": fixed.get("scale", r.choice(SCALES))}
+    options: dict[str, Any] = {"scale": scale}
     if fixed.get("softcap", r.random() < 0.3):
         options["softcap"] = r.choice((0.5, 5.0, 30.0))
     if fixed.get("key_bias", r.random() < 0.4) and Tk and B:

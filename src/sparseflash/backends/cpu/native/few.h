@@ -133,6 +133,20 @@ template <int NV> inline void add_outer(const float *p, const int64_t *row, int 
         for (int i = 0; i < NV; i++) store(z + i * W, load(z + i * W) + p[j] * y[i]);
     }
 }
+// The same of several queries, which are summed first: equal terms drift less, and what lies far is touched once.
+template <int NV>
+inline void add_outers(const float *const *p, const float *const *x, int queries, const int64_t *row, int n, int64_t d,
+                       float *to, int64_t ld) {
+    for (int j = 0; j < n; j++) {
+        float *z = to + row[j] * ld + d;
+        vf y[NV] = {};
+        for (int q = 0; q < queries; q++)
+#pragma GCC unroll 4
+            for (int i = 0; i < NV; i++) y[i] += p[q][j] * load(x[q] + d + i * W);
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; i++) store(z + i * W, load(z + i * W) + y[i]);
+    }
+}
 template <class F4, class F1> inline void by_vectors(int64_t D, F4 four, F1 one) {
     int64_t d = 0;
     for (; d + 4 * W <= D + W - 1; d += 4 * W) four(d);
@@ -218,15 +232,18 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
         x.delta = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
         x.lse2 = lse[t] * LOG2E;
     }
-    float *s = w.s.p, *g = w.g.p;
+    // queries that see the same keys of a chunk: their weights, the slopes of these, and what those multiply
+    const float *ps[FEW], *gs[FEW], *douts[FEW], *qs[FEW];
     if (alive)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            int together = 0;
             for (int i = 0; i < q.lanes; i++) {
                 if (!(alive >> i & 1)) continue;
                 Query<BF> &x = query[i];
+                float *s = w.s + i * BK, *g = w.g + i * BK;
                 if (k.partial || !(alive & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
                 if (!seen.n) continue;
                 x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
@@ -246,14 +263,25 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                         }
                     store(g + j, ds * slope);
                 }
-                for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);
-                by_vectors(c.Dv, [&](int64_t d) { add_outer<4>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); },
-                           [&](int64_t d) { add_outer<1>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); });
-                by_vectors(c.D, [&](int64_t d) { add_outer<4>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); },
-                           [&](int64_t d) { add_outer<1>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); });
+                if (k.partial || q.lanes == 1) {
+                    for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);
+                    by_vectors(c.Dv, [&](int64_t d) { add_outer<4>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); },
+                               [&](int64_t d) { add_outer<1>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); });
+                    by_vectors(c.D, [&](int64_t d) { add_outer<4>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); },
+                               [&](int64_t d) { add_outer<1>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); });
+                } else
+                    ps[together] = s, gs[together] = g, douts[together] = x.dout, qs[together++] = x.q;
                 by_vectors(c.D, [&](int64_t d) { add_weighted<4>(g, seen.k, seen.n, d, c.D, x.sum); },
                            [&](int64_t d) { add_weighted<1>(g, seen.k, seen.n, d, c.D, x.sum); });
             }
+            if (!together) return;
+            for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);
+            auto add = [&](int64_t D, const float *const *p, const float *const *x, float *to, int64_t ld) {
+                by_vectors(D, [&](int64_t d) { add_outers<4>(p, x, together, seen.row, seen.n, d, to, ld); },
+                           [&](int64_t d) { add_outers<1>(p, x, together, seen.row, seen.n, d, to, ld); });
+            };
+            add(c.Dv, ps, douts, grads.v, grads.ldv);
+            add(c.D, gs, qs, grads.k, grads.ldk);
         });
     for (int i = 0; i < rows; i++)
         if (q.token[i] >= 0) write_row(c.dq, b, h, q.token[i], c.grad_dtype, c.D, query[i].sum, c.scale);
