@@ -78,7 +78,7 @@ def watched():
 def launches(monkeypatch):
     """The Triton backend as on a Hopper card, its kernels replaced by a list of what would be launched."""
     pytest.importorskip("triton", reason="Triton is not installed (it exists for Linux)")
-    from sparseflash.backends.triton import blocks, launch, softmax, stick
+    from sparseflash.backends.triton import blocks, softmax, split, stick
 
     found = []
 
@@ -88,13 +88,14 @@ def launches(monkeypatch):
 
         def __getitem__(self, grid):
             assert all(type(n) is int for n in grid)
-            return lambda **named: found.append(self.name)
+            return lambda *given, **named: found.append(self.name)
 
-    for room, names in ((softmax, ("rows", "columns")), (stick, ("stick", "stick_columns"))):
+    rooms = {softmax: ("rows", "columns"), split: ("merge",), stick: ("stick", "stick_columns")}
+    for room, names in rooms.items():
         for name in (f"{name}_kernel" for name in names):
             monkeypatch.setattr(room, name, Kernel(getattr(room, name)))
     monkeypatch.setattr(blocks, "target", lambda: ("cuda", 90))
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(softmax, "multiprocessors", lambda device: 132)
     return found
 
 
@@ -208,7 +209,7 @@ def test_decoding_looks_at_no_value(layout, launches):
             plan = Plan.from_keys(meta(2, 2, 1, 16, dtype=torch.int32), Tq=1, Tk=4096, unit=64, unique=True)
         how = {"scale": 0.1, "softcap": 0.0, "key_bias": None, "out_dtype": q.dtype}
         backend.decode(q, k, k, plan, **how)
-    assert launches == ["rows_kernel"]
+    assert launches == ["rows_kernel", "merge_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,6 @@ def test_what_is_not_defined_is_refused():
     refuses("for training, prefill, not for decode", llama, decode=HASHED)
     refuses("expected a method", llama, prefill=7)
     refuses("prefill='hash-sparse': expected a method", llama, prefill="hash-sparse")
-    refuses("layers: an empty list; None means every layer", llama, prefill=WINDOW, layers=[])
     refuses("9 is none of LlamaForCausalLM: it has .0, 1.", llama, prefill=WINDOW, layers=[9])
     refuses(re.escape("the layers [1], which are not among [0]"), llama, prefill={1: WINDOW}, layers=0)
     refuses("3 methods for 4 query heads", llama, prefill=[WINDOW] * 3)

@@ -80,8 +80,6 @@ def chosen(model: nn.Module, layers: Iterable[int | str] | int | str | None) -> 
             )
         return wide
     wanted = [layers] if isinstance(layers, (int, str)) else list(layers)
-    if not wanted:
-        raise SparseFlashError("layers: an empty list; None means every layer that has no window of its own")
     picked: dict[str, Layer] = {}
     for one in wanted:
         hits = [
