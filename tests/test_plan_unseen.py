@@ -207,8 +207,8 @@ def test_decoding_looks_at_no_value(layout, launches):
             plan = Plan.from_pages(table, lengths, page_size=64, Tk=8192)
         else:
             plan = Plan.from_keys(meta(2, 2, 1, 16, dtype=torch.int32), Tq=1, Tk=4096, unit=64, unique=True)
-        how = {"scale": 0.1, "softcap": 0.0, "key_bias": None, "out_dtype": q.dtype}
-        backend.decode(q, k, k, plan, **how)
+        how = {"scale": 0.1, "softcap": 0.0, "key_bias": None, "sink_logits": None}
+        backend.decode(q, k, k, (plan,), **how)
     assert launches == ["rows_kernel", "merge_kernel"]
 
 

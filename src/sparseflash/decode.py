@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .dispatch import choose
 from .errors import SparseFlashError, require
 from .inputs import (
     Plans,
@@ -22,12 +23,30 @@ from .inputs import (
     check_plan,
     check_sink,
     describe,
+    own_precision,
     state_dtype,
     unwatched,
 )
-from .ops import one_softmax
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
+
+
+def _over_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    plans: Sequence[Plan],
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    chosen = choose("decode", backend, q, k, v)
+    with own_precision(q):
+        return chosen.decode(
+            q, k, v, plans, scale=scale, softcap=softcap, key_bias=key_bias, sink_logits=sink_logits
+        )
 
 
 @torch.library.custom_op("sparseflash::decode", mutates_args=())
@@ -44,7 +63,7 @@ def _decode(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
-    return one_softmax(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend, "decode")
+    return _over_all(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
 
 
 @_decode.register_fake
@@ -182,7 +201,7 @@ def decode(
         check_sink(sink_logits, q)
     factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
     if unwatched(q, k, v, key_bias, sink_logits):
-        out, lse = one_softmax(q, k, v, key_bias, sink_logits, plans, factor, cap, name, "decode")
+        out, lse = _over_all(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
     else:
         tensors, ints = flatten_all(plans)
         out, lse = _decode(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -51,14 +52,14 @@ class Backend(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        plan: Plan,
+        plans: Sequence[Plan],
         *,
         scale: float,
         softcap: float,
         key_bias: Tensor | None,
-        out_dtype: torch.dtype,
+        sink_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, for few queries over many keys."""
+        """One softmax over all plans and the sinks, for few queries over many keys: out like q, and lse."""
         ...
 
     def backward(

@@ -30,6 +30,7 @@ from .inputs import (
     untraced,
     unwatched,
 )
+from .merging import merged, over_plans
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
 
@@ -55,35 +56,12 @@ def one_softmax(
     scale: float,
     softcap: float,
     backend: str,
-    op: Literal["forward", "decode"] = "forward",
 ) -> tuple[Tensor, Tensor]:
-    """Out and lse over all plans, by a backend's op; plans and sinks are merged here, or by `decode_all`."""
-    chosen = choose(op, backend, q, k, v)
-    if op == "decode" and hasattr(chosen, "decode_all"):
-        options = {"scale": scale, "softcap": softcap, "key_bias": key_bias, "sink_logits": sink_logits}
-        found: tuple[Tensor, Tensor] = chosen.decode_all(q, k, v, plans, **options)
-        return found
-    kernel = chosen.forward if op == "forward" else chosen.decode
-    alone = len(plans) == 1 and sink_logits is None
+    """Out and lse over all plans."""
+    attend = choose("forward", backend, q, k, v).forward
+    options = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
     with own_precision(q):
-        parts = [
-            kernel(
-                q,
-                k,
-                v,
-                plan,
-                scale=scale,
-                softcap=softcap,
-                key_bias=key_bias,
-                out_dtype=q.dtype if alone else state_dtype(q),
-            )
-            for plan in plans
-        ]
-        if alone:
-            return parts[0]
-        out, lse = _merge(parts, sink_logits)
-    kept = empty_like_layout(q, v.shape[-1])
-    return kept.copy_(out), lse
+        return over_plans(attend, q, k, v, plans, sink_logits=sink_logits, **options)
 
 
 @torch.library.custom_op("sparseflash::attention", mutates_args=())
@@ -471,25 +449,6 @@ def attention_backward(
     return dq, dk, dv, None if key_bias is None else dbias
 
 
-def _merge(
-    parts: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    lses = [lse for _, lse in parts]
-    if sink_logits is not None:
-        lses.append(sink_logits.to(lses[0].dtype)[None, :, None].expand_as(lses[0]))
-    stack = torch.stack(lses)
-    top = stack.detach().amax(0)
-    top = torch.where(top == float("-inf"), 0, top)
-    weight = torch.exp(stack - top)  # -inf gives 0, also in the gradient
-    total = weight.sum(0)
-    some = total > 0
-    lse = torch.where(some, torch.log(torch.where(some, total, 1)) + top, float("-inf"))
-    share = weight / torch.where(some, total, 1)
-    state = torch.float64 if parts[0][0].dtype == torch.float64 else torch.float32
-    out = sum(share[i][..., None] * out.to(state) for i, (out, _) in enumerate(parts))
-    return out, lse  # type: ignore[return-value]
-
-
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Combine attention over disjoint key sets into attention over their union, exactly and differentiably.
 
@@ -535,5 +494,5 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
                 f"out: {describe(out)}, lse: {describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
             )
         )
-    out, lse = _merge(parts)
+    out, lse = merged(parts)
     return out.to(parts[0][0].dtype), lse

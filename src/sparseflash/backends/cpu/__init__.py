@@ -22,7 +22,6 @@ __all__ = [
     "NAME",
     "backward",
     "decode",
-    "decode_all",
     "forward",
     "indexer_loss",
     "indexer_topk",
@@ -91,7 +90,7 @@ def forward(
     return out, lse
 
 
-def decode_all(
+def decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,22 +114,6 @@ def decode_all(
         whole.sink = keep[-1].data_ptr()
     run("sf_decode", whole, q.dtype)
     return out, lse
-
-
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    *,
-    scale: float,
-    softcap: float,
-    key_bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The same over one plan; out is of q's dtype, then `out_dtype`."""
-    out, lse = decode_all(q, k, v, (plan,), scale=scale, softcap=softcap, key_bias=key_bias, sink_logits=None)
-    return out.to(out_dtype), lse
 
 
 def backward(

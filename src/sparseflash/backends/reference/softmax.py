@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ...merging import over_plans
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from ...plan.lists import TileView, tile_parts, tile_view
@@ -76,7 +79,7 @@ def forward(
     return out, lse
 
 
-decode = forward
+decode = functools.partial(over_plans, forward)
 """Decoding is the same attention; only how fast backends read their keys differs."""
 
 

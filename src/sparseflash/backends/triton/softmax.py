@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...merging import over_plans
 from ...plan import Plan
 from ...plan.build import TILE
 from ...plan.fields import FLAT
@@ -72,7 +74,7 @@ def forward(
     return out, lse
 
 
-def decode(
+def decode_plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,6 +111,10 @@ def decode(
         launch_rows(a, plan, backward=False, work=work.pieces)
         merge(part, part_lse, work, plan, out, lse)
     return (out.view(B, heads, -1, Dv), lse.view(B, heads, -1)) if group else (out, lse)
+
+
+decode = functools.partial(over_plans, decode_plan)
+"""The same over several plans, and sinks."""
 
 
 def packed(q: Tensor, k: Tensor, plan: Plan, key_bias: Tensor | None) -> int:
