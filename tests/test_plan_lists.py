@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from contextlib import suppress
@@ -345,6 +346,16 @@ def test_a_damaged_plan_is_refused_with_a_message_or_still_means_something(seed,
         if made.Tq * made.Tk < 10**4 and made.tile * made.tiles < 10**4:
             dense = made.to_dense()
             assert tuple(dense.shape) == (*made.extent(), made.Tq, made.Tk)
+
+
+@pytest.mark.parametrize("name", ["q_pos", "q_seg", "k_seg", "q_order"])
+def test_a_plan_for_no_sequence_is_sound_or_refused(name):
+    for kind in sorted(plans.KINDS):
+        plan = plans.example(1, kind, batch=2, heads=2, Tq=9, Tk=20, tile=4, unit=16).plan
+        size = {"q_order": plan.q_rows, "k_seg": 20}.get(name, 9)
+        with suppress(PlanError):  # any other error is one
+            made = dataclasses.replace(plan, **{name: torch.zeros(0, 1, size, dtype=torch.int32)}).check()
+            assert made.extent()[0] == 0 and made.to_dense().shape == (*made.extent(), 9, 20)
 
 
 @settings(max_examples=150)

@@ -199,7 +199,7 @@ def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple
 def _real_rows(plan: Plan, tile: int, tiles: int) -> Tensor:
     """Rows with a real token of each tile of another grid, [B*H*tiles]."""
     batch, heads = plan.extent()
-    real = real_rows(plan).reshape(batch, heads, -1)
+    real = real_rows(plan).flatten(2)
     short = tiles * tile - real.shape[-1]
     real = torch.nn.functional.pad(real, (0, short)) if short > 0 else real[..., : tiles * tile]
     return real.reshape(batch * heads * tiles, tile).sum(-1)

@@ -78,7 +78,7 @@ def surely_full(plan: Plan, entries: Ranges) -> Tensor:
     if plan.q_pos is None:
         q = token.long() + shift
     else:
-        q = _read(_at(plan.q_pos, batch, heads), token.reshape(batch, heads, -1).long()).view(token.shape)
+        q = _read(_at(plan.q_pos, batch, heads), token.flatten(2).long()).view(token.shape)
     far = 1 << 40
     q_low = torch.where(token >= 0, q, far).amin(-1).flatten()[entries.cell]
     q_high = torch.where(token >= 0, q, -far).amax(-1).flatten()[entries.cell]

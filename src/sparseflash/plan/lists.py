@@ -415,7 +415,7 @@ def real_rows(plan: Plan) -> Tensor:
     real = token >= 0
     if plan.q_seg is not None and plan.Tq:
         batch, heads = plan.extent()
-        label = _read(_at(plan.q_seg, batch, heads), token.reshape(batch, heads, -1).long())
+        label = _read(_at(plan.q_seg, batch, heads), token.flatten(2).long())
         real = real & (label != NONE).view(real.shape)
     return real
 
