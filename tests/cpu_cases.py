@@ -54,6 +54,17 @@ def poisoned():
         torch.use_deterministic_algorithms(before)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The yardstick's own products are too small for threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def tensor(g: torch.Generator, layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A random [B,H,T,D] tensor whose memory lies in one of several ways."""
     B, H, T, D = shape
@@ -147,15 +158,12 @@ def run(c: Case, backend: str | None = "cpu") -> dict[str, Tensor]:
 
 
 def check(c: Case) -> dict[str, float]:
-    """Hold one case to the derived tolerance. The yardstick's own products are too small for threads."""
-    got, threads = run(c), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    """Hold one case to the derived tolerance."""
+    got = run(c)
+    with one_thread():
         return tolerance.compare(
             got, c.q, c.k, c.v, c.mask, dout=c.dout, dlse=c.dlse, note=c.line, **c.options
         )
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_stats(c: Case) -> None:

@@ -19,7 +19,7 @@ DRIVER = Path(__file__).with_name("cpu_driver.cpp")
 ENTRIES = (
     *("sf_forward", "sf_backward", "sf_stats"),
     *("sf_linear_forward", "sf_linear_backward", "sf_stick_forward", "sf_stick_backward"),
-    *("sf_indexer", "sf_indexer_loss"),
+    *("sf_indexer", "sf_indexer_loss", "sf_decode"),
 )
 ITEM = (4, 2, 2)  # bytes, by the code of a dtype
 
@@ -92,17 +92,8 @@ def _loss_segments(c: Any) -> Iterator[tuple[int, int, int]]:
         yield getattr(indexer.LossCall, name).offset, getattr(c, name), 4 * size
 
 
-def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
-    """Of all memory that a call names: offset of the pointer in the structure, address, bytes."""
-    if isinstance(c, linear.Call):
-        yield from _linear_segments(c)
-        return
-    if isinstance(c, indexer.Call):
-        yield from _indexer_segments(c)
-        return
-    if isinstance(c, indexer.LossCall):
-        yield from _loss_segments(c)
-        return
+def _attention_segments(c: Any) -> Iterator[tuple[int, int, int]]:
+    """The same for what goes over a plan."""
     plan, at = c.plan, call.Call.plan.offset
     q, k = (c.B, c.Hq, c.Tq), (c.Bk, c.Hkv, c.Tk)
     views = {
@@ -132,6 +123,24 @@ def _segments(c: Any) -> Iterator[tuple[int, int, int]]:
         yield at + getattr(call.NativePlan, name).offset, getattr(plan, name), 4 * items
 
 
+def _decode_segments(c: Any) -> Iterator[tuple[int, int, int]]:
+    """The same for decode, whose calls follow the structure."""
+    yield call.Decode.sink.offset, c.sink, 4 * c.calls[0].Hq
+    for n in range(c.plans):
+        at = ctypes.sizeof(call.Decode) + n * ctypes.sizeof(call.Call)
+        for offset, address, size in _attention_segments(c.calls[n]):
+            yield at + offset, address, size
+
+
+SEGMENTS = {
+    call.Call: _attention_segments,
+    call.Decode: _decode_segments,
+    linear.Call: _linear_segments,
+    indexer.Call: _indexer_segments,
+    indexer.LossCall: _loss_segments,
+}
+
+
 class Remote:
     """The library's entry points, in a process that `command` starts."""
 
@@ -157,22 +166,25 @@ class Remote:
         assert self.process.wait(60) == 0
 
     def sf_poison(self, on: int) -> None:
-        self._write(struct.pack("<qqq", -1, on, 0))
+        self._write(struct.pack("<qqqq", -1, on, 0, 0))
 
     def __getattr__(self, name: str) -> Any:
         entry = ENTRIES.index(name)
 
         def enter(pointer: Any, level: int) -> int:
             c = pointer._obj
-            parts = [x for x in _segments(c) if x[1]]
+            given = {offset: (address, size) for offset, address, size in SEGMENTS[type(c)](c) if address}
+            blocks = list(dict.fromkeys(given.values()))  # each once: plans share tensors
+            body = bytes(c) + b"".join(map(bytes, c.calls[: c.plans] if name == "sf_decode" else ()))
             self._write(
-                struct.pack("<qqq", entry, len(parts), ctypes.sizeof(c)),
-                *(struct.pack("<qq", offset, size) for offset, _, size in parts),
-                bytes(c),
-                *(ctypes.string_at(address, size) for _, address, size in parts),
+                struct.pack("<qqqq", entry, len(given), len(blocks), len(body)),
+                *(struct.pack("<qq", offset, blocks.index(block)) for offset, block in given.items()),
+                *(struct.pack("<q", size) for _, size in blocks),
+                body,
+                *(ctypes.string_at(address, size) for address, size in blocks),
             )
             (code,) = struct.unpack("<q", self._read(8))
-            for _, address, size in parts:
+            for address, size in blocks:
                 data = self._read(size)
                 if ctypes.string_at(address, size) != data:  # inputs may be read-only, and are the same
                     ctypes.memmove(address, data, size)

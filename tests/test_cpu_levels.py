@@ -10,6 +10,7 @@ import torch
 
 import cpu_cases
 import cpu_remote
+import test_decode
 import test_indexer
 import test_indexer_loss
 import test_linear
@@ -78,6 +79,22 @@ def hold_other_ops(found: Native, dtype: torch.dtype) -> None:
                 test_indexer_loss.test_strides_softcap_and_heads_that_saw_nothing("cpu", stage, fresh())
 
 
+def hold_decode(found: Native, dtype: torch.dtype) -> None:
+    """Ragged, paged and shared caches, in several layouts; any plan; with scratch full of NaN."""
+    fresh = torch.Generator
+    with cpu_cases.using(found), cpu_cases.poisoned(), cpu_cases.one_thread():
+        for shape in test_decode.SHAPES:
+            test_decode.test_every_sequence_sees_its_own_length_and_nothing_behind_it(
+                shape, "cpu", dtype, fresh()
+            )
+        test_decode.test_bias_softcap_sinks_and_scale_are_those_of_attention("cpu", dtype, fresh())
+        test_decode.test_any_plan_decodes("cpu", dtype, SEED)
+        test_decode.test_a_paged_cache_with_pages_in_common("cpu", dtype, fresh())
+        test_decode.test_a_prefix_that_all_sequences_share_is_one_list("cpu", dtype, fresh())
+        test_decode.test_order_of_the_batch_and_layout_of_the_cache_do_not_show("cpu", dtype, fresh())
+        test_decode.test_the_number_of_threads_does_not_show(dtype, fresh())
+
+
 @pytest.mark.parametrize("name", build.LEVELS)
 def test_a_level_agrees_with_fp64(name):
     """A share of the sharp cases for each level that runs here: together they have them all."""
@@ -92,6 +109,18 @@ def test_a_level_agrees_with_fp64(name):
 @pytest.mark.parametrize("name", build.LEVELS)
 def test_a_level_runs_the_other_ops(name):
     hold_other_ops(native(name), torch.bfloat16 if build.LEVELS[name].bf16 else torch.float16)
+
+
+DECODES = [
+    (level.name, dtype)
+    for level in build.LEVELS.values()
+    for dtype in ((torch.bfloat16,) if level.bf16 else cpu_cases.DTYPES)
+]
+
+
+@pytest.mark.parametrize("name, dtype", DECODES, ids=str)
+def test_a_level_decodes(name, dtype):
+    hold_decode(native(name), dtype)
 
 
 @pytest.mark.slow
@@ -144,4 +173,5 @@ def test_neon_agrees_with_fp64_on_an_emulated_processor(tmp_path):
     hold(found, range(20_000 + 100 * SEED, 20_060 + 100 * SEED))
     for dtype in cpu_cases.DTYPES:
         hold_other_ops(found, dtype)
+        hold_decode(found, dtype)
     remote.close()
