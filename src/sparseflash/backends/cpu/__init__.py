@@ -11,7 +11,7 @@ from torch import Tensor
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from . import build, lists
-from .call import CODES, Call, Decode, View, call_of, names_all, view
+from .call import CODES, Call, Decode, View, aligned, call_of, names_all, view
 from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
@@ -110,7 +110,7 @@ def decode(
     calls[0].threads = max(call.threads for call in calls)
     whole = Decode(ctypes.sizeof(Decode), calls, len(plans), CODES[q.dtype])
     if sink_logits is not None:
-        keep.append(sink_logits.to(torch.float32).contiguous())
+        keep.append(aligned(sink_logits.to(torch.float32).contiguous(), keep))
         whole.sink = keep[-1].data_ptr()
     run("sf_decode", whole, q.dtype)
     return out, lse
@@ -135,7 +135,7 @@ def backward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     wanted = grad_dtype or q.dtype
-    dout, out = dout.to(q.dtype), out if out.dtype in CODES else out.to(q.dtype)
+    dout, out = aligned(dout.to(q.dtype), keep), out if out.dtype in CODES else out.to(q.dtype)
     lse = lse.to(torch.float32).contiguous()
     make = torch.empty if names_all(plan) else torch.zeros
     dq = make(q.shape, dtype=wanted)
@@ -145,7 +145,7 @@ def backward(
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
     call.lse = lse.data_ptr()
     if dlse is not None:
-        dlse = dlse.to(torch.float32).contiguous()
+        dlse = aligned(dlse.to(torch.float32).contiguous(), keep)
         call.dlse = dlse.data_ptr()
     dbias = None
     if key_bias is not None:
@@ -175,7 +175,7 @@ def stats(
     keep: list[Tensor] = []
     call = call_of(q, k, k, plan, scale, softcap, key_bias, keep)
     call.v = View()
-    lse = lse.to(torch.float32).contiguous()
+    lse = aligned(lse.to(torch.float32).contiguous(), keep)
     found = torch.empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
     call.lse, call.stat = lse.data_ptr(), found.data_ptr()
     call.over, call.peak, call.stat_width = OVER[over], peak, width

@@ -120,6 +120,14 @@ class Decode(ctypes.Structure):
     ]
 
 
+def aligned(x: Tensor, keep: list[Tensor]) -> Tensor:
+    """x, or a copy added to `keep` where memory begins amid an item (`torch.frombuffer`, mapped files)."""
+    if x.data_ptr() % x.element_size():
+        x = x.clone()
+        keep.append(x)
+    return x
+
+
 def view(x: Tensor) -> View:
     """Address and strides of a [B,H,T,D] tensor."""
     return View(x.data_ptr(), *x.stride())
@@ -139,6 +147,7 @@ def table(name: str, x: Tensor, dtype: torch.dtype, keep: list[Tensor]) -> Table
     if not x.is_contiguous():
         x = x.contiguous()
         keep.append(x)
+    x = aligned(x, keep)
     if not x.numel():  # a table of nothing is not a missing table: it needs an address
         x = x.new_zeros(1)
         keep.append(x)
@@ -176,6 +185,7 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
             if not x.is_contiguous():
                 x = x.contiguous()
                 keep.append(x)
+            x = aligned(x, keep)
             # how many entries of their size the memory holds, whatever its shape says
             words = 1 if name == "index" else 2 if name == "spans" else tile * -(-unit // 32)
             setattr(into, name, x.data_ptr())
@@ -228,7 +238,7 @@ def call_of(
     work = c.B * c.Hq * c.Tq * c.D * min(c.Tk, keys)
     c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
     c.scale, c.softcap = scale, softcap
-    c.q, c.k, c.v = view(q), view(k), view(v)
+    c.q, c.k, c.v = (view(aligned(x, keep)) for x in (q, k, v))
     if key_bias is not None:
         bias = key_bias.to(torch.float32).contiguous()
         keep.append(bias)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from .call import CODES, call_of, names_all, view
+from .call import CODES, aligned, call_of, names_all, view
 from .library import run
 
 WEIGHTS = {"silu": 1, "relu2": 2}
@@ -51,7 +51,7 @@ def pointwise_backward(
     """dq, dk, dv of `grad_dtype`."""
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
-    dout = dout.to(q.dtype)
+    dout = aligned(dout.to(q.dtype), keep)
     make = torch.empty if names_all(plan) else torch.zeros
     dq = make(q.shape, dtype=grad_dtype)
     dk, dv = torch.empty(k.shape, dtype=grad_dtype), torch.empty(v.shape, dtype=grad_dtype)

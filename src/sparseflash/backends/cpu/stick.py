@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from .call import call_of, names_all, view
+from .call import aligned, call_of, names_all, view
 from .library import run
 
 
@@ -31,13 +31,13 @@ def stick_backward(
     """dq, dk, dv in the dtype of the inputs."""
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
-    dout = dout.to(q.dtype)
+    dout = aligned(dout.to(q.dtype), keep)
     make = torch.empty if names_all(plan) else torch.zeros
     dq = make(q.shape, dtype=q.dtype)
     dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
     call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
     if drem is not None:
-        drem = drem.to(torch.float32).contiguous()
+        drem = aligned(drem.to(torch.float32).contiguous(), keep)
         call.dlse = drem.data_ptr()
     run("sf_stick_backward", call, torch.float32)
     return dq, dk, dv

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <initializer_list>
 #include <mutex>
 #include <new>
 #include <system_error>
@@ -190,63 +191,108 @@ void parallel(int threads, int64_t tasks, SfBody body, void *context) {
     for (int64_t i = 0; i < tasks; i++) body(context, i, 0);
 }
 
-bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length) {
-    if (!t.data) return true;
-    return (t.batch == 1 || t.batch == c.B) && t.heads > 0 && heads % t.heads == 0 && t.length == length;
+// Whether memory could hold so many items; where it could, no product of these sizes overflows.
+constexpr int64_t MOST_ITEMS = (int64_t)1 << 48;
+bool fits(std::initializer_list<int64_t> sizes) {
+    int64_t n = 1;
+    for (int64_t x : sizes)
+        if (x < 0 || __builtin_mul_overflow(n, std::max<int64_t>(x, 1), &n) || n > MOST_ITEMS) return false;
+    return true;
 }
 
-bool view_ok(const SfView &v) { return v.data != nullptr; }
+// Null, or at a whole item of 2, 4 or 8 bytes, each of them.
+template <class... P> bool whole(uintptr_t bytes, const P *...p) { return ((uintptr_t)p | ...) % bytes == 0; }
+
+bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length, uintptr_t bytes = 4) {
+    if (!t.data) return true;
+    return whole(bytes, t.data) && (t.batch == 1 || t.batch == c.B) && t.heads > 0 && heads % t.heads == 0 &&
+           t.length == length && fits({t.batch, t.heads, t.length});
+}
+
+// Null, or a tensor whose items lie within reach of each other.
+bool view_ok(const SfView &v, int64_t B, int64_t H, int64_t T, int64_t D) {
+    const int64_t axes[][2] = {{B, v.batch}, {H, v.head}, {T, v.row}, {D, v.lane}};
+    for (auto &[n, stride] : axes) {
+        int64_t reach;
+        if (n > 1 && (__builtin_mul_overflow(n - 1, stride, &reach) || reach > MOST_ITEMS || reach < -MOST_ITEMS)) return false;
+    }
+    return fits({B, H, T, D});
+}
+
+// A call as it runs here: more threads than these help nobody, and could exhaust memory, or what the system allows.
+template <class C> C staffed(C call) {
+    static const int enough = std::max(64, 4 * (int)std::thread::hardware_concurrency());
+    call.threads = std::min<int>(call.threads, enough);
+    return call;
+}
 
 // Pointers, shapes and table lengths; values inside the tables are checked where they are used.
 enum Kind { FORWARD, BACKWARD, STATS, DECODE, STICK_FORWARD, STICK_BACKWARD };
 
-bool call_ok(const SfCall &c, Kind kind) {
-    const bool backward = kind == BACKWARD || kind == STICK_BACKWARD;
-    const SfPlan &p = c.plan;
+bool sizes_ok(const SfCall &c) {
     if (c.Bk != c.B && c.Bk != 1) return false;
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.Tq < 0 || c.Tk < 0) return false;
     if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1) return false;
     if (c.dtype < 0 || c.dtype > 2 || c.out_dtype < 0 || c.out_dtype > 2 || c.grad_dtype < 0 || c.grad_dtype > 2) return false;
-    const int64_t most = INT32_MAX;  // tokens, rows and positions have 32 bits
-    if (c.Tq > most || c.Tk > most || p.q_rows > most || p.k_rows > most || p.tile > most || p.unit > most) return false;
-    if (p.tile < 1 || p.unit < 1 || p.q_rows < 0 || p.k_rows < 0) return false;
-    if (p.tiles != (p.q_rows + p.tile - 1) / p.tile) return false;
+    const SfPlan &p = c.plan;
+    for (int64_t n : {c.Tq, c.Tk, p.q_rows, p.k_rows, p.tile, p.unit}) if (n > INT32_MAX) return false;  // 32 bits each
+    return p.q_rows >= 0 && p.k_rows >= 0 && fits({c.B, c.Hq, p.q_rows}) && fits({c.B, c.Hq, p.k_rows});
+}
+
+bool plan_ok(const SfCall &c) {
+    const SfPlan &p = c.plan;
+    if (p.tile < 1 || p.unit < 1 || p.tiles != (p.q_rows + p.tile - 1) / p.tile) return false;
     if (!p.q_order.data && p.q_rows != c.Tq) return false;
     if (!p.k_order.data && p.k_rows != c.Tk) return false;
     if (p.span_start.data && (!p.span_full.data || !p.span_count.data || (p.spans_size && !p.spans))) return false;
     if (p.start.data && (!p.full.data || !p.count.data || (p.index_size && !p.index))) return false;
     if (p.bits_start.data && (!p.start.data || (p.bits_size && !p.bits))) return false;
-    const SfTable *lists[] = {&p.span_start, &p.span_full, &p.span_count, &p.start, &p.full, &p.count, &p.bits_start};
-    for (const SfTable *t : lists) if (!table_ok(*t, c, c.Hq, p.tiles)) return false;
+    if (!whole(4, p.spans, p.index, p.bits) || !fits({p.spans_size, 2}) || !fits({p.index_size})) return false;
+    if (p.bits_size && !fits({p.bits_size, p.tile, (p.unit + 31) / 32})) return false;
+    for (auto *t : {&p.span_start, &p.start, &p.bits_start}) if (!table_ok(*t, c, c.Hq, p.tiles, 8)) return false;
+    for (auto *t : {&p.span_full, &p.span_count, &p.full, &p.count}) if (!table_ok(*t, c, c.Hq, p.tiles)) return false;
     if (!table_ok(p.q_order, c, c.Hq, p.q_rows) || !table_ok(p.k_order, c, c.Hq, p.k_rows)) return false;
-    if (!table_ok(p.q_pos, c, c.Hq, c.Tq) || !table_ok(p.q_seg, c, c.Hq, c.Tq)) return false;
-    if (!table_ok(p.k_pos, c, c.Hq, c.Tk) || !table_ok(p.k_end, c, c.Hq, c.Tk) || !table_ok(p.k_seg, c, c.Hq, c.Tk)) return false;
-    if (!table_ok(c.key_bias, c, c.Hq, c.Tk)) return false;
+    for (auto *t : {&p.q_pos, &p.q_seg}) if (!table_ok(*t, c, c.Hq, c.Tq)) return false;
+    for (auto *t : {&p.k_pos, &p.k_end, &p.k_seg}) if (!table_ok(*t, c, c.Hq, c.Tk)) return false;
     if (!table_ok(p.head_window, c, c.Hq, 2) || !table_ok(p.head_sink, c, c.Hq, 1)) return false;
-    if (p.q_shift.data && p.q_shift.batch != 1 && p.q_shift.batch != c.B) return false;
+    return table_ok(p.q_shift, c, 1, 1);
+}
+
+bool tensors_ok(const SfCall &c) {
+    const struct { const SfView &x; int64_t D; int32_t dtype; } of_queries[] = {
+        {c.q, c.D, c.dtype}, {c.out, c.Dv, c.out_dtype}, {c.dout, c.Dv, c.dtype}, {c.dq, c.D, c.grad_dtype}
+    }, of_keys[] = {{c.k, c.D, c.dtype}, {c.v, c.Dv, c.dtype}, {c.dk, c.D, c.grad_dtype}, {c.dv, c.Dv, c.grad_dtype}};
+    auto item = [](int32_t dtype) { return dtype == SF_F32 ? 4 : 2; };
+    for (auto &v : of_queries) if (!view_ok(v.x, c.B, c.Hq, c.Tq, v.D) || !whole(item(v.dtype), v.x.data)) return false;
+    for (auto &v : of_keys) if (!view_ok(v.x, c.Bk, c.Hkv, c.Tk, v.D) || !whole(item(v.dtype), v.x.data)) return false;
+    return table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.dlse, c.dbias, c.stat);
+}
+
+bool call_ok(const SfCall &c, Kind kind) {
+    if (!sizes_ok(c) || !plan_ok(c) || !tensors_ok(c)) return false;
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
-    const bool softmax = c.weights == SF_SOFTMAX;
+    const bool backward = kind == BACKWARD || kind == STICK_BACKWARD, softmax = c.weights == SF_SOFTMAX;
     if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
-    bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;
-    if (some_q && (!view_ok(c.q) || (softmax && !again && !c.lse))) return false;
-    if (some_q && kind != STATS && (softmax ? !again : !backward) && !view_ok(c.out)) return false;
-    if (some_k && (!view_ok(c.k) || (kind != STATS && !view_ok(c.v)))) return false;
+    const bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
+    if (some_q && (!c.q.data || (softmax && !again && !c.lse))) return false;
+    if (some_q && kind != STATS && (softmax ? !again : !backward) && !c.out.data) return false;
+    if (some_k && (!c.k.data || (kind != STATS && !c.v.data))) return false;
     if (kind == STATS) {
-        const int64_t widths[] = {c.Tk, c.Tq, p.tiles * c.entry_width, c.Tq + c.Tk - 1};
-        if (c.over < 0 || c.over > 3 || c.entry_width < 0 || c.stat_width != widths[c.over]) return false;
-        if (c.B * c.stat_width > 0 && !c.stat) return false;
+        if (!fits({c.plan.tiles, c.entry_width})) return false;
+        const int64_t widths[] = {c.Tk, c.Tq, c.plan.tiles * c.entry_width, c.Tq + c.Tk - 1};
+        if (c.over < 0 || c.over > 3 || c.stat_width != widths[c.over]) return false;
+        if (!fits({c.B, c.Hq, c.stat_width}) || (c.B * c.stat_width > 0 && !c.stat)) return false;
     }
-    if (backward && ((some_q && (!view_ok(c.dout) || !view_ok(c.dq))) || (some_k && (!view_ok(c.dk) || !view_ok(c.dv))))) return false;
-    return true;
+    return !backward || ((!some_q || (c.dout.data && c.dq.data)) && (!some_k || (c.dk.data && c.dv.data)));
 }
 
 int run(const SfCall *call, int level, Kind kind) {
     if (!call || level < 0 || level >= N_LEVELS || !call_ok(*call, kind)) return 3;
     if (call->B == 0) return 0;
     const SfLevel &l = LEVELS[level];
-    SfCall own = *call;
+    SfCall own = staffed(*call);
     if (own.Bk == 1) own.k.batch = own.v.batch = 0;  // every sequence reads the pool
     try {
         auto entry = kind == FORWARD ? l.forward : kind == BACKWARD ? l.backward : kind == STATS ? l.stats
@@ -259,7 +305,8 @@ int run(const SfCall *call, int level, Kind kind) {
 
 int run_decode(const SfDecode *given, int level) {
     if (!given || level < 0 || level >= N_LEVELS || given->size != (int64_t)sizeof *given) return 3;
-    if (!given->calls || given->plans < 1 || given->plans > INT32_MAX) return 3;
+    if (!given->calls || !whole(8, given->calls) || !whole(4, given->sink)) return 3;
+    if (given->plans < 1 || given->plans > 1 << 16) return 3;
     try {
         std::vector<SfCall> calls(given->calls, given->calls + given->plans);
         const SfCall &first = calls[0];
@@ -267,6 +314,7 @@ int run_decode(const SfDecode *given, int level) {
             if (!call_ok(c, DECODE) || c.dtype != given->dtype) return 3;
             const int64_t sizes[][2] = {{c.B, first.B}, {c.Hq, first.Hq}, {c.Tq, first.Tq}, {c.Dv, first.Dv}};
             for (auto &x : sizes) if (x[0] != x[1]) return 3;
+            c = staffed(c);
             if (c.Bk == 1) c.k.batch = c.v.batch = 0;  // every sequence reads the pool
         }
         if (first.B == 0) return 0;
@@ -282,18 +330,25 @@ bool linear_ok(const SfLinear &c, bool backward) {
     if (c.size != (int64_t)sizeof c) return false;
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.T < 0 || c.T > INT32_MAX) return false;
     if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    const struct { const SfView &x; int64_t H, D; } views[] = {
+        {c.q, c.Hq, c.D}, {c.k, c.Hkv, c.D}, {c.v, c.Hkv, c.Dv}, {c.out, c.Hq, c.Dv},
+        {c.dq, c.Hq, c.D}, {c.dk, c.Hkv, c.D}, {c.dv, c.Hkv, c.Dv}, {c.dout, c.Hq, c.Dv},
+    };
+    for (auto &v : views) if (!view_ok(v.x, c.B, v.H, c.T, v.D)) return false;
+    if (!fits({c.B, c.Hq, c.D, c.Dv})) return false;
     if (c.B == 0) return true;
     if (!(backward ? c.dfirst : c.last)) return false;
     if (c.T == 0) return true;
-    if (!view_ok(c.q) || !view_ok(c.k) || !view_ok(c.v)) return false;
-    return backward ? view_ok(c.dout) && view_ok(c.dq) && view_ok(c.dk) && view_ok(c.dv) : view_ok(c.out);
+    if (!c.q.data || !c.k.data || !c.v.data) return false;
+    return backward ? c.dout.data && c.dq.data && c.dk.data && c.dv.data : c.out.data != nullptr;
 }
 
 int run_linear(const SfLinear *call, int level, bool backward) {
     if (!call || level < 0 || level >= N_LEVELS || !linear_ok(*call, backward)) return 3;
     if (call->B == 0) return 0;
     try {
-        return (backward ? LEVELS[level].linear_backward : LEVELS[level].linear_forward)(call, parallel);
+        const SfLinear own = staffed(*call);
+        return (backward ? LEVELS[level].linear_backward : LEVELS[level].linear_forward)(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -303,15 +358,18 @@ bool indexer_ok(const SfIndexer &c) {
     if (c.size != (int64_t)sizeof c) return false;
     if (c.B < 0 || c.H < 1 || c.H > 1024 || c.Tq < 0 || c.Tq > INT32_MAX || c.Tk < 0 || c.Tk > INT32_MAX) return false;
     if (c.D < 1 || c.D > 256 || c.topk < 1 || c.topk > INT32_MAX || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    if (!view_ok(c.q, c.B, c.H, c.Tq, c.D) || !view_ok(c.k, c.B, 1, c.Tk, c.D)) return false;
+    if (!fits({c.B, c.Tq, c.topk})) return false;
     if (c.B * c.Tq == 0) return true;
-    return view_ok(c.q) && (view_ok(c.k) || c.Tk == 0) && c.weights && c.low && c.high && c.index;
+    return c.q.data && (c.k.data || c.Tk == 0) && c.weights && c.low && c.high && c.index;
 }
 
 int run_indexer(const SfIndexer *call, int level) {
     if (!call || level < 0 || level >= N_LEVELS || !indexer_ok(*call)) return 3;
     if (call->B * call->Tq == 0) return 0;
     try {
-        return LEVELS[level].indexer(call, parallel);
+        const SfIndexer own = staffed(*call);
+        return LEVELS[level].indexer(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -323,14 +381,18 @@ bool indexer_loss_ok(const SfIndexerLoss &c) {
     if (c.D < 1 || c.D > 256 || c.Dm < 1 || c.Dm > 256 || c.Hkv < 1 || c.Hq < 1 || c.Hq % c.Hkv) return false;
     if (c.n < 0 || c.n > INT32_MAX || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
     if (c.index_dtype < 0 || c.index_dtype > 2 || !c.loss || !c.dq || !c.dk || !c.dw || !c.low || !c.high) return false;
-    return view_ok(c.q_index) && view_ok(c.k_index) && view_ok(c.q) && view_ok(c.k) && c.weights && c.lse;
+    if (!view_ok(c.q_index, c.B, c.H, c.Tq, c.D) || !view_ok(c.k_index, c.B, 1, c.Tk, c.D) ||
+        !view_ok(c.q, c.B, c.Hq, c.Tq, c.Dm) || !view_ok(c.k, c.B, c.Hkv, c.Tk, c.Dm)) return false;
+    if (!fits({c.B, c.Tq, c.n})) return false;
+    return c.q_index.data && c.k_index.data && c.q.data && c.k.data && c.weights && c.lse;
 }
 
 int run_indexer_loss(const SfIndexerLoss *call, int level) {
     if (!call || level < 0 || level >= N_LEVELS || !indexer_loss_ok(*call)) return 3;
-    if (call->B * call->Tq * call->Tk == 0) return 0;
+    if (call->B == 0 || call->Tq == 0 || call->Tk == 0) return 0;
     try {
-        return LEVELS[level].indexer_loss(call, parallel);
+        const SfIndexerLoss own = staffed(*call);
+        return LEVELS[level].indexer_loss(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -340,7 +402,8 @@ int run_indexer_loss(const SfIndexerLoss *call, int level) {
 template <class C> int run_lists(const C *call, int level, int (*SfLevel::*entry)(const C *, SfParallel)) {
     if (!call || level < 0 || level >= N_LEVELS || call->size != (int64_t)sizeof *call) return 3;
     try {
-        return (LEVELS[level].*entry)(call, parallel);
+        const C own = staffed(*call);
+        return (LEVELS[level].*entry)(&own, parallel);
     } catch (...) {
         return 4;
     }
@@ -384,6 +447,7 @@ struct AtFork {
 }  // namespace
 
 extern "C" void *sf_acquire(int64_t bytes) {
+    if (bytes < 0 || bytes > MOST_ITEMS) return nullptr;
     bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     Shelf &s = shelf();
     std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);  // not worth waiting for
