@@ -29,6 +29,7 @@ from .inputs import (
 )
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
+from .transforms import last
 
 
 def _over_all(
@@ -80,6 +81,9 @@ def _(
     backend: Any,
 ) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
+
+
+_watched = last(_decode)
 
 
 def _all_keys(Tq: int, Tk: int, device: torch.device) -> Plan:
@@ -204,5 +208,5 @@ def decode(
         out, lse = _over_all(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
     else:
         tensors, ints = flatten_all(plans)
-        out, lse = _decode(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
+        out, lse = _watched(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
     return (out, lse) if return_lse else out

@@ -11,6 +11,7 @@ from .dispatch import choose
 from .errors import require
 from .indexer import check_indexer, check_keep, ranges
 from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
+from .transforms import differentiable
 
 
 @torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
@@ -55,7 +56,7 @@ def _backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
     return (*grads, *(None,) * 11)
 
 
-_loss.register_autograd(_backward, setup_context=_setup_context)
+_watched = differentiable(_loss, _backward, _setup_context)
 
 
 def indexer_kl_loss(
@@ -154,7 +155,7 @@ def indexer_kl_loss(
         (reduction in ("mean", "sum"), f"reduction={reduction!r}: expected mean or sum"),
     )
     low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q.device)
-    total, *_ = _loss(
+    total, *_ = _watched(
         q_index,
         k_index,
         weights,

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .errors import PlanError, SparseFlashError, require
 from .plan import Plan
@@ -185,12 +186,17 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
 
 
+def transformed() -> bool:
+    """Whether the call stands under a transform of `torch.func`, or where tensors may have tangents."""
+    return _transforms() is not None or forward_ad._current_level >= 0
+
+
 def untraced(*tensors: Tensor | None) -> bool:
     """Whether nobody looks on: no compiler, mode, transform or subclass, and no tensor of a shape alone.
 
     Then an op's body may run without the dispatcher, whose share of a short call is larger than the kernel's.
     """
-    if torch.compiler.is_compiling() or _modes() or _transforms() is not None:
+    if torch.compiler.is_compiling() or _modes() or transformed():
         return False
     return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta) for x in tensors)
 

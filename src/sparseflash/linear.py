@@ -21,6 +21,7 @@ from .inputs import (
     unwatched,
 )
 from .plan.flat import empty_like_layout
+from .transforms import differentiable, last
 
 
 def _check_rates(rate: Tensor | None) -> None:
@@ -82,6 +83,9 @@ def _(
     return dq, dk, dv, q.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=state_dtype(q))
 
 
+_watched_backward = last(_linear_backward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, rate, initial, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, rate, initial)
@@ -90,11 +94,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
     q, k, v, rate, initial = ctx.saved_tensors
     dout = q.new_zeros(*q.shape[:3], v.shape[3]) if dout is None else dout
-    dq, dk, dv, dinitial = _linear_backward(dout, dstate, q, k, v, rate, initial, ctx.scale, ctx.backend)
+    dq, dk, dv, dinitial = _watched_backward(dout, dstate, q, k, v, rate, initial, ctx.scale, ctx.backend)
     return dq, dk, dv, None, None if initial is None else dinitial, None, None
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
+_watched = differentiable(_linear, _backward, _setup_context)
 
 
 def linear_attention(
@@ -192,6 +196,6 @@ def linear_attention(
             )
         )
         initial_state = initial_state.to(state_dtype(q))
-    run = _forward if unwatched(q, k, v, decay_rate, initial_state) else _linear
+    run = _forward if unwatched(q, k, v, decay_rate, initial_state) else _watched
     out, state = run(q, k, v, decay_rate, initial_state, float(scale), as_backend(backend))
     return (out, state) if return_state else out

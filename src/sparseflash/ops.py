@@ -33,6 +33,7 @@ from .inputs import (
 from .merging import merged, over_plans
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
+from .transforms import differentiable, last
 
 # ---------------------------------------------------------------- the two custom ops
 
@@ -183,6 +184,9 @@ def _(
     return dq, dk, dv, q.new_empty(bias_shape, dtype=state_dtype(q))
 
 
+_watched_backward = last(_attention_backward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, key_bias, sink_logits, tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend = inputs
     out, lse = output
@@ -214,11 +218,11 @@ def _five(run: Any, saved: Sequence[Tensor], dout: Tensor | None, dlse: Tensor |
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     saved, tensors = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     rest = tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend
-    five = _five(_attention_backward, saved, dout, dlse, *rest)
+    five = _five(_watched_backward, saved, dout, dlse, *rest)
     return *five, [None] * ctx.slots, None, None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_watched = differentiable(_attention, _backward, _setup_context)
 
 
 class _Untraced(torch.autograd.Function):
@@ -378,7 +382,7 @@ def attention(
         out, lse = _Untraced.apply(*given, plans, factor, cap, name)  # type: ignore[no-untyped-call]
     else:
         tensors, ints = flatten_all(plans)
-        out, lse = _attention(*given, tensors, ints, factor, cap, name)
+        out, lse = _watched(*given, tensors, ints, factor, cap, name)
     return (out, lse) if return_lse else out
 
 
@@ -431,7 +435,7 @@ def attention_backward(
         require((good, f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"))
     state = state_dtype(q)
     tensors, ints = flatten_all(plans)
-    dq, dk, dv, dbias = _attention_backward(
+    dq, dk, dv, dbias = _watched_backward(
         dout.to(q.dtype),
         None if dlse is None else dlse.to(state),
         q,

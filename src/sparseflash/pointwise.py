@@ -24,6 +24,7 @@ from .inputs import (
 )
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
+from .transforms import differentiable, last
 
 Activation = Literal["silu", "relu2"]
 
@@ -114,6 +115,9 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+_watched_gradients = last(_gradients)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, tensors, ctx.ints, *ctx.options = inputs
     ctx.slots = len(tensors)
@@ -122,11 +126,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     q, k, v, *tensors = ctx.saved_tensors
-    grads = _gradients(dout, q, k, v, tensors, ctx.ints, *ctx.options)
+    grads = _watched_gradients(dout, q, k, v, tensors, ctx.ints, *ctx.options)
     return (*grads, [None] * ctx.slots, None, None, None, None, None)
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_watched = differentiable(_forward, _backward, _setup_context)
 
 
 def pointwise_attention(
@@ -201,5 +205,5 @@ def pointwise_attention(
         check_plan(one, q, k)
     tensors, ints = flatten_all(plans)
     factor, name = as_scale(scale, q.shape[-1]), as_backend(backend)
-    out: Tensor = _forward(q, k, v, tensors, ints, activation, factor, float(out_scale), name)
+    out: Tensor = _watched(q, k, v, tensors, ints, activation, factor, float(out_scale), name)
     return out

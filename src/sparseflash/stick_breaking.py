@@ -23,6 +23,7 @@ from .inputs import (
 )
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten, unflatten
+from .transforms import differentiable, last
 
 
 def _forward(
@@ -88,6 +89,9 @@ def _(
     return dq, dk, dv
 
 
+_watched_backward = last(_stick_backward)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, tensors, ctx.ints, ctx.scale, ctx.backend = inputs
     ctx.slots = len(tensors)
@@ -97,11 +101,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, drem: Tensor | None) -> tuple[Any, ...]:
     q, k, v, *tensors = ctx.saved_tensors
     dout = q.new_zeros(*q.shape[:3], v.shape[3]) if dout is None else dout
-    dq, dk, dv = _stick_backward(dout, drem, q, k, v, tensors, ctx.ints, ctx.scale, ctx.backend)
+    dq, dk, dv = _watched_backward(dout, drem, q, k, v, tensors, ctx.ints, ctx.scale, ctx.backend)
     return dq, dk, dv, [None] * ctx.slots, None, None, None
 
 
-_stick.register_autograd(_backward, setup_context=_setup_context)
+_watched = differentiable(_stick, _backward, _setup_context)
 
 
 def stick_breaking(
@@ -194,5 +198,5 @@ def stick_breaking(
         out, rem = _forward(q, k, v, plan, factor, name)
     else:
         tensors, ints = flatten(plan)
-        out, rem = _stick(q, k, v, tensors, ints, factor, name)
+        out, rem = _watched(q, k, v, tensors, ints, factor, name)
     return (out, rem) if return_rem else out
