@@ -378,3 +378,47 @@ def test_memory_that_was_never_written_is_never_read(backend, dtype, seed):
                 torch.utils.deterministic.fill_uninitialized_memory = old[1]
         same_bits(got, want, note=example.line)
         assert all(bool(x.isfinite().all()) for x in got.values()), example.line
+
+
+MASK, IDS = torch.rand(1, 1, 65, 65, generator=torch.Generator().manual_seed(0)) < 0.2, torch.arange(65) % 5
+MADE = {
+    "dense": lambda: None,
+    "mask": lambda: Plan.from_mask(MASK, tile=32).prepare(),
+    "buckets": lambda: Plan.from_buckets(IDS[None, None], IDS[None, None]),
+    "keys": lambda: Plan.from_keys(IDS[None, None, :, None], Tq=65, Tk=65),
+    "choice": lambda: Plan.from_choice(IDS[None, :, None].expand(1, 65, 9), Tk=65),
+    "blocks": lambda: Plan.from_blocks(MASK[..., :2, :2], Tq=65, Tk=65, tile=64, unit=64),
+    "sparse": lambda: Plan.from_sparse(MASK[0, 0].to_sparse()),
+    "expiry": lambda: Plan.from_expiry(IDS[None, None] * 20),
+    "algebra": lambda: Plan.from_mask(MASK) - Plan.from_mask(~MASK.mT),
+    "reordered": lambda: Plan.from_mask(MASK).reordered(),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_default_device_of_torch_is_not_that_of_the_inputs(name, generator):
+    q, k, v = (randn(generator, 1, 4, 65, 16).requires_grad_() for _ in range(3))
+
+    def call():
+        plan = MADE[name]()
+        out, lse = sf.attention(q, k, v, plan, return_lse=True)
+        given = Plan.dense(65, 65, device="cpu") if plan is None else plan
+        mass = sf.attention_stats(q, k, lse.detach(), given)
+        return (
+            out,
+            lse,
+            mass,
+            sf.decode(q.detach(), k.detach(), v.detach(), plan),
+            *_grads(out, q, k, v),
+            str(given),
+        )
+
+    here = call()
+    with torch.device("meta"):
+        elsewhere = call()
+    assert all(torch.equal(a, b) for a, b in zip(here[:-1], elsewhere[:-1], strict=True))
+    assert here[-1] == elsewhere[-1]
+
+
+def _grads(out, *inputs):
+    return torch.autograd.grad(out, inputs, out.detach())

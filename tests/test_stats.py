@@ -165,3 +165,14 @@ def test_64_probe_rows_by_a_million_keys_never_materialise(backend):
     sf.attention_stats(q, k[:, :, :64], lse, first, over="diagonal", backend=backend)
     extra = peak_memory(lambda: sf.attention_stats(q, k, lse, last, over="diagonal", backend=backend))
     assert extra < 128 << 20
+
+
+@EACH
+@pytest.mark.parametrize("over", OVER)
+def test_no_queries_or_no_keys_leave_nothing_or_zeros(backend, over, generator):
+    for Tq, Tk in ((0, 0), (0, 5), (5, 0)):
+        q, k = randn(generator, 1, 2, Tq, 8), randn(generator, 1, 2, Tk, 8)
+        found = sf.attention_stats(
+            q, k, torch.zeros(1, 2, Tq), Plan.dense(Tq, Tk), over=over, backend=backend
+        )
+        assert not found.any() and found.shape[:2] == (1, 2)

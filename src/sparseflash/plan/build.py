@@ -393,7 +393,7 @@ def _in_bucket_order(x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = (int(end) for end in torch.aminmax(x))
         lists, width = x.numel() // T, high - low + 1
         if lists * width < 2**62:
-            base = torch.arange(lists)[:, None]
+            base = torch.arange(lists, device=x.device)[:, None]
             key = (x.reshape(lists, T).long() - low + base * width).flatten()
             values, at = (key.int() if lists * width < 2**31 else key).sort(stable=True)
             label = values.view(lists, T).long() - (base * width - low)

@@ -33,17 +33,18 @@ class Picture:
 
 def picture(plan: Plan, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
     """Queries downwards, keys to the right; at most `rows` x `columns` cells."""
-    rows, columns = min(rows, plan.Tq), min(columns, plan.Tk)
-    if not rows or not columns:
-        return Picture(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool))
-    generator = torch.Generator().manual_seed(0)
-    q, q_cell = _some(plan.Tq, rows, generator)
-    k, k_cell = _some(plan.Tk, columns, generator)
-    keep = sees(plan, q.to(plan.device), k.to(plan.device), batch=batch, head=head).float().cpu()
-    share = torch.zeros(rows, len(k)).index_add_(0, q_cell, keep)
-    share = torch.zeros(rows, columns).index_add_(1, k_cell, share)
-    looked = torch.bincount(q_cell, minlength=rows)[:, None] * torch.bincount(k_cell, minlength=columns)
-    return Picture(share / looked, (share > 0) | _touched(plan, rows, columns, batch, head))
+    with torch.device("cpu"):  # pictures are made there, whatever `torch.set_default_device` says
+        rows, columns = min(rows, plan.Tq), min(columns, plan.Tk)
+        if not rows or not columns:
+            return Picture(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool))
+        generator = torch.Generator().manual_seed(0)
+        q, q_cell = _some(plan.Tq, rows, generator)
+        k, k_cell = _some(plan.Tk, columns, generator)
+        keep = sees(plan, q.to(plan.device), k.to(plan.device), batch=batch, head=head).float().cpu()
+        share = torch.zeros(rows, len(k)).index_add_(0, q_cell, keep)
+        share = torch.zeros(rows, columns).index_add_(1, k_cell, share)
+        looked = torch.bincount(q_cell, minlength=rows)[:, None] * torch.bincount(k_cell, minlength=columns)
+        return Picture(share / looked, (share > 0) | _touched(plan, rows, columns, batch, head))
 
 
 def _some(T: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -111,13 +111,14 @@ def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
     *lead, n = given.shape
     total, R = math.prod(lead), lead[2]
     flat = given.reshape(total, n)
-    count, full = torch.zeros(2, total, dtype=torch.int32)
-    index = torch.empty(flat.numel(), dtype=torch.int32)  # pages that stay untouched cost nothing
+    count, full = torch.zeros(2, total, dtype=torch.int32, device=flat.device)
+    # pages that stay untouched cost nothing
+    index = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
     used, step = 0, max(1, CHUNK // max(n, 1))
     for at in range(0, total if n else 0, step):
         part = flat[at : at + step]
         unit_id, listed = candidates(part)
-        kind = kinds(unit_id, listed, torch.arange(at, at + len(part)) % R)
+        kind = kinds(unit_id, listed, torch.arange(at, at + len(part), device=part.device) % R)
         visited, sure = kind < 2, kind == 0
         own, first = visited.sum(-1, dtype=torch.int32), sure.sum(-1, dtype=torch.int32)
         count[at : at + step], full[at : at + step] = own, first

@@ -55,7 +55,7 @@ def _pairs(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         lane, row = part.keep.nonzero(as_tuple=True)
         list_ = (part.batch * heads + part.head)[lane]
         found.append((list_.cpu(), part.q_token[lane, row].cpu(), part.k_token[lane].cpu()))
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
     head, q, k = (torch.cat([none, *x]) for x in (zip(*found, strict=True) if found else ((), (), ())))
     return head, q, k
 
@@ -78,7 +78,7 @@ def _cuthill_mckee(
     lists, wide = batch * heads, Tq if square else Tq + Tk
     n = lists * wide
     a, b = head * wide + q, head * wide + k + (0 if square else Tq)
-    ones = torch.ones(2 * len(a), dtype=torch.int8)
+    ones = torch.ones(2 * len(a), dtype=torch.int8, device="cpu")
     pair = torch.cat([a, b]).int().numpy(), torch.cat([b, a]).int().numpy()
     graph = coo_array((ones.numpy(), pair), shape=(n, n)).tocsr()
     vertex = torch.from_numpy(reverse_cuthill_mckee(graph, symmetric_mode=True).copy()).long()

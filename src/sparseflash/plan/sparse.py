@@ -55,7 +55,7 @@ def _entries(mask: Any) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
     )
     shape = tuple(int(n) for n in mask.shape)
     if at.numel() and host(at):
-        inside = (at >= 0).all() and (at < torch.tensor(shape)[:, None]).all()
+        inside = (at >= 0).all() and (at < torch.tensor(shape, device=at.device)[:, None]).all()
         require((bool(inside), f"mask {list(shape)} has entries outside"), error=PlanError)
     return shape, tuple(at[:, value != 0].long().unbind(0))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from . import build, lists
-from .call import CODES, Call, Decode, View, aligned, call_of, names_all, view
+from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, view, zeros
 from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
@@ -80,7 +80,7 @@ def forward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    lse = empty(q.shape[:3], dtype=torch.float32)
     if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
         lse.fill_(float("-inf"))
@@ -104,7 +104,7 @@ def decode(
     """One softmax over all plans and the sinks, few queries over many keys: `native/decode.h`."""
     keep: list[Tensor] = []
     calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, keep) for plan in plans))
-    out, lse = empty_like_layout(q, v.shape[-1]), torch.empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_like_layout(q, v.shape[-1]), empty(q.shape[:3], dtype=torch.float32)
     for call in calls:
         call.out, call.lse = view(out), lse.data_ptr()
     calls[0].threads = max(call.threads for call in calls)
@@ -137,9 +137,9 @@ def backward(
     wanted = grad_dtype or q.dtype
     dout, out = aligned(dout.to(q.dtype), keep), out if out.dtype in CODES else out.to(q.dtype)
     lse = lse.to(torch.float32).contiguous()
-    make = torch.empty if names_all(plan) else torch.zeros
+    make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=wanted)
-    dk, dv = torch.empty(k.shape, dtype=wanted), torch.empty(v.shape, dtype=wanted)
+    dk, dv = empty(k.shape, dtype=wanted), empty(v.shape, dtype=wanted)
     call.out_dtype, call.grad_dtype = CODES[out.dtype], CODES[wanted]
     call.out, call.dout = view(out), view(dout)
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
@@ -149,7 +149,7 @@ def backward(
         call.dlse = dlse.data_ptr()
     dbias = None
     if key_bias is not None:
-        dbias = torch.empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
+        dbias = empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
         call.dbias = dbias.data_ptr()
     run("sf_backward", call, q.dtype)
     return dq, dk, dv, dbias
@@ -176,7 +176,9 @@ def stats(
     call = call_of(q, k, k, plan, scale, softcap, key_bias, keep)
     call.v = View()
     lse = aligned(lse.to(torch.float32).contiguous(), keep)
-    found = torch.empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
+    found = empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
+    if not width:  # there is no distance between no query and no key
+        return found
     call.lse, call.stat = lse.data_ptr(), found.data_ptr()
     call.over, call.peak, call.stat_width = OVER[over], peak, width
     call.entry_width = width // max(plan.tiles, 1) if over == "entry" else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ...plan import Plan
 
+# What kernels write lies in main memory, whatever `torch.set_default_device` says.
+empty, zeros = (functools.partial(make, device=torch.device("cpu")) for make in (torch.empty, torch.zeros))
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SMALL = 1_500_000  # multiply-adds of S = Q K^T below which waking other threads costs more than it brings
 

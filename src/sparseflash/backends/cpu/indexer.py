@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .call import CODES, SMALL, View, view
+from .call import CODES, SMALL, View, empty, view
 from .library import run
 
 
@@ -39,8 +39,8 @@ def indexer_topk(
     call.threads = 1 if B * H * Tq * D * k.shape[1] < SMALL else max(1, torch.get_num_threads())
     weights = weights.to(torch.float32).transpose(1, 2).contiguous()
     low, high = (x.to(torch.int32).contiguous() for x in (low, high))
-    index = torch.empty((B, Tq, topk), dtype=torch.int32)
-    scores = torch.empty((B, Tq, topk) if scored else (0,), dtype=torch.float32)
+    index = empty((B, Tq, topk), dtype=torch.int32)
+    scores = empty((B, Tq, topk) if scored else (0,), dtype=torch.float32)
     call.weights, call.low, call.high = weights.data_ptr(), low.data_ptr(), high.data_ptr()
     call.index, call.scores = index.data_ptr(), scores.data_ptr() if scored else None
     if keep is not None:
@@ -102,7 +102,7 @@ def indexer_loss(
     work = B * Tq * keys * (H * D + q.shape[1] * q.shape[3])
     call.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
     loss, dq, dk, dw = (
-        torch.empty(s, dtype=torch.float32) for s in ((B, Tq), (B, Tq, H, D), (B, Tk, D), (B, Tq, H))
+        empty(s, dtype=torch.float32) for s in ((B, Tq), (B, Tq, H, D), (B, Tk, D), (B, Tq, H))
     )
     call.loss, call.dq, call.dk, call.dw = (x.data_ptr() for x in (loss, dq, dk, dw))
     if keys and loss.numel():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...plan.flat import empty_like_layout
-from .call import CODES, SMALL, View, view
+from .call import CODES, SMALL, View, empty, view
 from .library import run
 
 
@@ -56,7 +56,7 @@ def linear_forward(
     keep: list[Tensor] = []
     call = _call(q, k, v, rate, initial, scale, keep)
     out = empty_like_layout(q, v.shape[3])
-    last = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    last = empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.out, call.last = view(out), last.data_ptr()
     run("sf_linear_forward", call, q.dtype)
     return out, last
@@ -77,8 +77,8 @@ def linear_backward(
     keep: list[Tensor] = []
     call = _call(q, k, v, rate, initial, scale, keep)
     dout = dout.to(q.dtype)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    dinitial = torch.empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
+    dq, dk, dv = (empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dinitial = empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
     call.dlast, call.dfirst = _address(dstate, keep), dinitial.data_ptr()
     run("sf_linear_backward", call, q.dtype)

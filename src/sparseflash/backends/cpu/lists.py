@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import FAR
+from .call import FAR, empty, zeros
 from .library import run
 
 ROOM = 1 << 28
@@ -62,18 +62,18 @@ def read_mask(mask: Tensor, tile: int, unit: int) -> tuple[Tensor, list[Tensor]]
     """What each tile sees of each unit, and the bits of partial ones."""
     B, H, Tq, Tk = mask.shape
     cells, C, words = B * H * -(-Tq // tile), -(-Tk // unit), -(-unit // 32)
-    kind = torch.empty((cells, C), dtype=torch.uint8)
-    partial = torch.zeros(cells, dtype=torch.int32)
+    kind = empty((cells, C), dtype=torch.uint8)
+    partial = zeros(cells, dtype=torch.int32)
     call = Mask(data=mask.data_ptr(), B=B, H=H, Tq=Tq, Tk=Tk, tile=tile, unit=unit)
     call.batch, call.head, call.row, call.lane = mask.stride()
     step, found = max(1, ROOM // max(C * tile * words * 4, 1)), []
     for first in range(0, cells if C else 0, step):
         n = min(step, cells - first)
-        bits = torch.empty((n * C, tile, words), dtype=torch.int32)
+        bits = empty((n * C, tile, words), dtype=torch.int32)
         call.first, call.cells, call.bits, call.bits_size = first, n, bits.data_ptr(), len(bits)
         call.kind, call.partial = kind[first].data_ptr(), partial[first:].data_ptr()
         _run("sf_read_mask", call)
-        used = (torch.arange(C) < partial[first : first + n, None]).flatten()
+        used = (torch.arange(C, device=partial.device) < partial[first : first + n, None]).flatten()
         found.append(bits if bool(used.all()) else bits[used])
     return kind, found
 
@@ -94,7 +94,7 @@ def list_units(
     if given.dtype not in (torch.bool, torch.int32, torch.int64):
         given = given.int()
     given, cells = given.contiguous(), math.prod(lead)
-    full, count = torch.zeros(2, cells, dtype=torch.int32)
+    full, count = zeros(2, cells, dtype=torch.int32)
     call = Units(given=given.data_ptr(), cells=cells, width=width, tiles=lead[2])
     call.Tq, call.Tk, call.tile, call.unit = Tq, Tk, tile, unit
     call.q_offset = max(-FAR, min(q_offset, FAR))
@@ -102,7 +102,7 @@ def list_units(
     call.full, call.count = full.data_ptr(), count.data_ptr()
     _run("sf_list_units", call)
     start = count.cumsum(0) - count
-    index = torch.empty(int(count.sum()), dtype=torch.int32)
+    index = empty(int(count.sum()), dtype=torch.int32)
     if len(index):
         call.start, call.index, call.index_size = start.data_ptr(), index.data_ptr(), len(index)
         _run("sf_list_units", call)
@@ -116,16 +116,16 @@ def transpose(
     lists, tiles = count.shape
     start, full, count, index = (x.contiguous() for x in (start, full, count, index))
     base = torch.nn.functional.pad(count.sum(-1).cumsum(0), (1, 0))
-    to = torch.empty((lists, columns), dtype=torch.int64)
-    listed, sure = torch.empty((2, lists, columns), dtype=torch.int32)
+    to = empty((lists, columns), dtype=torch.int64)
+    listed, sure = empty((2, lists, columns), dtype=torch.int32)
     entries = int(base[-1])
     if not 0 <= entries <= lists * tiles * columns:
         raise ValueError(
             f"{entries} entries: {lists * tiles} tiles list {columns} units (plan.check() says more)"
         )
-    met = torch.empty(entries, dtype=torch.int32)
+    met = empty(entries, dtype=torch.int32)
     wide = len(index) >= 2**31
-    source = torch.empty(entries, dtype=torch.int64 if wide else torch.int32)
+    source = empty(entries, dtype=torch.int64 if wide else torch.int32)
     call = Transpose(lists=lists, tiles=tiles, columns=columns, wide=wide)
     call.index_size, call.entries = len(index), entries
     call.start, call.full, call.count, call.index, call.base = (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from .call import CODES, aligned, call_of, names_all, view
+from .call import CODES, aligned, call_of, empty, names_all, view, zeros
 from .library import run
 
 WEIGHTS = {"silu": 1, "relu2": 2}
@@ -52,9 +52,9 @@ def pointwise_backward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     dout = aligned(dout.to(q.dtype), keep)
-    make = torch.empty if names_all(plan) else torch.zeros
+    make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=grad_dtype)
-    dk, dv = torch.empty(k.shape, dtype=grad_dtype), torch.empty(v.shape, dtype=grad_dtype)
+    dk, dv = empty(k.shape, dtype=grad_dtype), empty(v.shape, dtype=grad_dtype)
     call.weights, call.out_scale = WEIGHTS[activation], out_scale
     call.grad_dtype, call.dout = CODES[grad_dtype], view(dout)
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
-from .call import aligned, call_of, names_all, view
+from .call import aligned, call_of, empty, names_all, view, zeros
 from .library import run
 
 
@@ -16,7 +16,7 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) 
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     out = empty_like_layout(q, v.shape[-1])
-    rem = torch.empty(q.shape[:3], dtype=torch.float32)
+    rem = empty(q.shape[:3], dtype=torch.float32)
     if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
         rem.fill_(1)
@@ -32,9 +32,9 @@ def stick_backward(
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, 0.0, None, keep)
     dout = aligned(dout.to(q.dtype), keep)
-    make = torch.empty if names_all(plan) else torch.zeros
+    make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=q.dtype)
-    dk, dv = torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    dk, dv = empty(k.shape, dtype=k.dtype), empty(v.shape, dtype=v.dtype)
     call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
     if drem is not None:
         drem = aligned(drem.to(torch.float32).contiguous(), keep)
