@@ -241,7 +241,9 @@ def call_of(
     work = c.B * c.Hq * c.Tq * c.D * min(c.Tk, keys)
     c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
     c.scale, c.softcap = scale, softcap
-    c.q, c.k, c.v = (view(aligned(x, keep)) for x in (q, k, v))
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % q.element_size():
+        q, k, v = (aligned(x, keep) for x in (q, k, v))
+    c.q, c.k, c.v = view(q), view(k), view(v)
     if key_bias is not None:
         bias = key_bias.to(torch.float32).contiguous()
         keep.append(bias)
