@@ -62,7 +62,7 @@ TENSORS = [
     ),
     ({"plan": Plan.from_mask(torch.ones(1, 3, 33, 33, dtype=torch.bool))}, ["3 heads", "divisor of Hq=4"]),
     ({"plan": ()}, ["empty tuple", "at least one"]),
-    ({"plan": 3}, ["a int", "expected a Plan"]),
+    ({"plan": 3}, ["an int", "expected a Plan"]),
     ({"plan": [PLAN, "no"]}, ["a str", "expected a Plan"]),
     ({"plan": torch.ones(33, 33, dtype=torch.bool)}, ["[33, 33]", "Plan.from_mask"]),
     ({"key_bias": torch.zeros(33, 33)}, ["[33, 33]", "[B|1, H, Tk=33]", "full [T,T] bias is not supported"]),
@@ -111,7 +111,10 @@ NUMBERS = [
     ({"softmax_scale": 0.1}, ["called scale"]),
     ({"window_size": (3, 0)}, ["Plan.dense(", "window"]),
     ({"enable_gqa": True}, ["GQA needs no switch"]),
-    ({"wrong": 1}, ["'wrong'", "help(attention)"]),
+    ({"softmax_scale": 0.0}, ["called scale"]),
+    ({"q": torch.nested.nested_tensor([Q[0]], layout=torch.jagged)}, ["jagged_attention"]),
+    ({"wrong": 1}, ["'wrong'", "help(sparseflash.attention)"]),
+    ({"wrong": None}, ["'wrong'", "help(sparseflash.attention)"]),
 ]
 
 
@@ -125,6 +128,30 @@ def test_attention_says_what_was_given_what_was_expected_and_the_fix(changes, pa
         _call(**changes)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_what_sdpa_is_told_by_default_is_no_error():
+    given = {
+        "attn_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "enable_gqa": False,
+        "alibi_slopes": None,
+    }
+    assert torch.equal(sf.attention(Q, K, V, **given), sf.attention(Q, K, V))
+
+
+@pytest.mark.parametrize("lengths", [3, [3, 33], (3, 33)])
+def test_decode_says_that_lengths_are_a_tensor(lengths):
+    with pytest.raises(SparseFlashError, match=r"lengths are a tensor of integers \[B=2\]"):
+        sf.decode(Q, K, V, lengths)
+
+
+def test_a_plan_without_values_cannot_move_to_a_device_with_some():
+    plan = PLAN.to("meta")
+    assert plan.to("meta").device.type == "meta"
+    with pytest.raises(PlanError, match="no values to move to cpu: make it again there"):
+        plan.to("cpu")
 
 
 def test_fp64_goes_to_the_reference_and_no_other_backend_takes_it():

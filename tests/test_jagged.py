@@ -169,7 +169,7 @@ D = torch.zeros(2, 5, 2, 8)
         (A, A, A.transpose(1, 2), {}, "different axes"),
         (A, A, torch.zeros(2, 5, 8), {}, "for one head"),
         (A, D[:1], D[:1], {}, "one number of samples"),
-        (A, A, 3, {}, "v: a int"),
+        (A, A, 3, {}, "v: an int"),
         (torch.nested.nested_tensor([D[0], D[1]]), A, A, {}, "expected layout=torch.jagged"),
         (A, A, A, {"activation": "gelu"}, "'softmax', 'silu' or 'relu2'"),
         (A, A, A, {"post_mask": "lower"}, "expected 'upper'"),

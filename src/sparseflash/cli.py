@@ -294,8 +294,11 @@ def show(
     """Draw the plan a method makes for random queries and keys."""
     import torch
 
+    from sparseflash import methods as registry
     from sparseflash.train.attention import build
 
+    if method != "dense":
+        registry.find(method)
     chosen = build(method, dict(map(setting, options or ())))
     if not hasattr(chosen, "select"):
         raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")

@@ -108,6 +108,12 @@ def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
             )
         )
     else:
+        numbers = given if isinstance(given, (list, tuple)) else (given,)
+        if any(isinstance(x, int) for x in numbers):
+            raise SparseFlashError(
+                f"plan_or_lengths is {describe(given)}: lengths are a tensor of integers [B={B}], on "
+                f"{q.device}"
+            )
         return as_plans(given)
     return (Plan.from_lengths(given, Tk=Tk, Tq=Tq),)
 

@@ -6,7 +6,7 @@ Each message says what was given, what was expected, and how to get there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
@@ -28,11 +28,23 @@ def state_dtype(q: Tensor) -> torch.dtype:
 
 def describe(x: object) -> str:
     """A tensor by shape, dtype and device, anything else by its type."""
-    return f"{list(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    if isinstance(x, Tensor):
+        return f"{list(x.shape)} {x.dtype} on {x.device}"
+    name = type(x).__name__
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
 def _said(**given: object) -> str:
     return ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
+
+
+def check_unknown(op: str, given: Mapping[str, object], elsewhere: Mapping[str, str]) -> None:
+    """Refuse arguments that other libraries have, unless they ask for nothing: None, False, no dropout."""
+    for name, value in given.items():
+        nothing = value is None or value is False or (name.startswith("dropout") and value == 0)
+        if name not in elsewhere or not nothing:
+            hint = elsewhere.get(name, f"see help(sparseflash.{op})")
+            raise SparseFlashError(f"{op}() has no argument {name!r}: {hint}")
 
 
 def is_finite(x: object) -> TypeGuard[float]:
@@ -93,7 +105,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Table of (condition, message) for q, k and v; each message follows what was given."""
     good = all(isinstance(x, Tensor) and x.dim() == 4 and x.layout == torch.strided for x in (q, k, v))
     rules: tuple[tuple[bool, str], ...] = (
-        (good, "expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]"),
+        (
+            good,
+            "expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]; packed ones go to "
+            "attention_varlen, nested ones to jagged_attention",
+        ),
     )
     if good:
         (B, H, _, D), heads, Dv = q.shape, k.shape[1], v.shape[-1]

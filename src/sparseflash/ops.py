@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .errors import SparseFlashError, require
+from .errors import require
 from .inputs import (
     Plans,
     as_backend,
@@ -23,6 +23,7 @@ from .inputs import (
     check_inputs,
     check_plan,
     check_sink,
+    check_unknown,
     describe,
     is_real,
     own_precision,
@@ -346,10 +347,7 @@ def attention(
     >>> sf.attention(q, k, v, plan).shape
     torch.Size([1, 2, 256, 64])
     """
-    for name in unsupported:
-        raise SparseFlashError(
-            f"attention() has no argument {name!r}: " + _ELSEWHERE.get(name, "see help(attention)")
-        )
+    check_unknown("attention", unsupported, _ELSEWHERE)
     require((isinstance(causal, bool), f"causal={causal!r}: expected True or False"))
     require(
         (

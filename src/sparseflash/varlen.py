@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import SparseFlashError, require
-from .inputs import describe
+from .inputs import check_unknown, describe
 from .ops import attention
 from .plan import Plan
 
@@ -17,7 +17,7 @@ _ELSEWHERE = {
     "alibi_slopes": "ALiBi is not supported: use window_size, or RoPE",
     "return_attn_probs": "the probabilities are never formed: return_lse=True returns the log-sum-exp, and "
     "attention_stats() sums or maxima of the probabilities",
-    "block_table": "paged keys are a plan over a pool: attention(q, k, v, Plan.from_keys(...))",
+    "block_table": "a paged cache is a plan over a pool: decode(q, k, v, Plan.from_pages(...))",
     "seqused_k": "say the lengths in cu_seqlens_k",
     "scale": "the argument is called softmax_scale, as in FlashAttention",
     "window": "the argument is called window_size, as in FlashAttention",
@@ -131,13 +131,7 @@ def attention_varlen(
     >>> torch.allclose(out[None, :100].transpose(1, 2), sf.attention(*first, causal=True), atol=1e-5)
     True
     """
-    for name, value in unsupported.items():
-        neutral = not isinstance(value, Tensor) and value in (None, False, 0)
-        if name not in _ELSEWHERE or not neutral:
-            raise SparseFlashError(
-                f"attention_varlen() has no argument {name!r}: "
-                + _ELSEWHERE.get(name, "see help(sparseflash.attention_varlen)")
-            )
+    check_unknown("attention_varlen", unsupported, _ELSEWHERE)
     good = all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
     require(
         (

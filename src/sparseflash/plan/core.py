@@ -330,6 +330,11 @@ class Plan(Constructors):
 
     def to(self, device: torch.device | str) -> Plan:
         """The same plan on another device."""
+        if self.device.type == "meta" and torch.device(device).type != "meta":
+            raise PlanError(
+                f"a plan on the meta device has no values to move to {device}: make it again "
+                "there, from tensors there or with device="
+            )
         moved: Plan = pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
         return moved
 

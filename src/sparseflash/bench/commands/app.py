@@ -23,6 +23,7 @@ bench = typer.Typer(
 )
 RESULTS = Path("benchmarks/results")
 Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
+Kept = Annotated[Path, typer.Option(help="CSV file of the rows; what else an existing one holds stays.")]
 Data = Annotated[str, typer.Option(help="Text, a file or a directory; by default Python's own library.")]
 Minutes = Annotated[float, typer.Option(help="Time box; what does not fit is left out, and said.")]
 Length = Annotated[int, typer.Option(help="Sequence length.")]

@@ -11,9 +11,9 @@ import typer
 from .app import (
     RESULTS,
     Dtypes,
+    Kept,
     Lengths,
     Minutes,
-    Out,
     Rounds,
     bench,
     dtypes_of,
@@ -27,7 +27,7 @@ PANEL = "Models"
 
 @bench.command("indexer", rich_help_panel=PANEL)
 def bench_indexer(
-    out: Out = RESULTS / "indexer.csv",
+    out: Kept = RESULTS / "indexer.csv",
     lengths: Lengths = "1024,2048,4096,8192",
     dtypes: Dtypes = "fp32,bf16",
     kinds: Annotated[str, typer.Option(help="choice, attention, loss; by default all.")] = "",
@@ -58,7 +58,7 @@ def bench_indexer(
 
 @bench.command("transformers", rich_help_panel=PANEL)
 def bench_transformers(
-    out: Out = RESULTS / "transformers.csv",
+    out: Kept = RESULTS / "transformers.csv",
     models: Annotated[str, typer.Option(help="Layers, separated by semicolons; by default all.")] = "",
     what: Annotated[str, typer.Option(help="prefill; training step; by default both.")] = "",
     lengths: Lengths = "1024,2048,4096,8192",

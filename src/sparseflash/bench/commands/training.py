@@ -13,6 +13,7 @@ from .app import (
     RESULTS,
     Data,
     Dtypes,
+    Kept,
     Lengths,
     Minutes,
     Out,
@@ -112,7 +113,7 @@ def bench_mqar(
 
 @bench.command("long-run", rich_help_panel=PANEL)
 def bench_long_run(
-    out: Out = RESULTS / "long-run.csv",
+    out: Kept = RESULTS / "long-run.csv",
     data: Data = "",
     runs: Annotated[
         Path, typer.Option(help="Directory of checkpoints and logs; a run that stopped goes on from there.")
