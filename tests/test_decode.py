@@ -138,14 +138,21 @@ def test_one_token_at_a_time_gives_the_rows_of_the_prefill(backend, generator):
 
 @MAIN
 def test_order_of_the_batch_and_layout_of_the_cache_do_not_show(backend, dtype, generator):
-    q, k, v, _, _ = inputs(generator, 2, 600, B=3, H=8, Hkv=4, D=72, dtype=dtype)
+    """Nor does how many heads that lie side by side are read together, for which the threads count too."""
+    q, k, v, _, _ = inputs(generator, 2, 600, B=3, H=12, Hkv=6, D=72, dtype=dtype)
     lengths, swap = torch.tensor([600, 5, 259]), torch.tensor([2, 0, 1])
     want = decode(q, k, v, lengths, backend=backend)
     got = decode(q[swap], k[swap], v[swap], lengths[swap], backend=backend)
     same_bits(got, {n: x[swap] for n, x in want.items()})
-    for to, back in (((0, 2, 1, 3), (0, 2, 1, 3)), ((0, 3, 1, 2), (0, 2, 3, 1))):  # BSHD, and lanes far apart
-        laid = [x.permute(to).contiguous().permute(back) for x in (q, k, v)]
-        same_bits(decode(*laid, lengths, backend=backend), want)
+    before = torch.get_num_threads()
+    try:
+        for to, back in (((0, 2, 1, 3), (0, 2, 1, 3)), ((0, 3, 1, 2), (0, 2, 3, 1))):  # BSHD; lanes far apart
+            laid = [x.permute(to).contiguous().permute(back) for x in (q, k, v)]
+            for threads in (1, before):
+                torch.set_num_threads(threads)
+                same_bits(decode(*laid, lengths, backend=backend), want)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no native library here")

@@ -38,7 +38,7 @@ class Runs(NamedTuple):
     other: Callable[[], Tensor]
 
 
-BATCH, HKV, SQUARE = 4, 4, 1024
+BATCH, HKV, SQUARE = 4, 8, 1024
 
 
 def contiguous(tokens: int, group: int, dim: int, dtype: torch.dtype) -> Runs:

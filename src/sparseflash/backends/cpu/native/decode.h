@@ -13,8 +13,8 @@
 
 namespace {
 
-constexpr int GROUP = 1024 / SPLIT;   // pieces of a part
-constexpr int BUNDLE = 2048 / SPLIT;  // pieces of a task, or a few more: each asks for the memory of the next
+constexpr int GROUP = PART / SPLIT;   // pieces of a part
+constexpr int BUNDLE = 2048 / SPLIT;  // pieces of a task, of all sides, or a few more: each asks for the memory of the next
 constexpr int AHEAD = 64;             // so many keys before their turn memory is asked for
 
 // Rows of K or V as the products read them: whole quads of their items side by side. Others are copied first.
@@ -295,7 +295,7 @@ struct Work {
             base[i] = group;
             for_each_piece(c, packs, i, [&](const Piece &x) {
                 if (n++ % GROUP == 0) {
-                    if (!bundles || at - first[bundle[bundles - 1]] >= BUNDLE) bundle[bundles++] = group;
+                    if (!bundles || (at - first[bundle[bundles - 1]]) * packs.sides >= BUNDLE) bundle[bundles++] = group;
                     first[group++] = at;
                 }
                 piece[at++] = x;

@@ -5,9 +5,10 @@
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = 32;  // query rows whose scores of a piece are held
-constexpr int MOST_SIDES = 4;     // KV heads that are read together
-constexpr int ZEROS = 1024;       // bytes of a row that is none, of all sides
+constexpr int PART = 1024;         // keys of a part of a list, which has a softmax of its own
+constexpr int ROWS_AT_ONCE = 128;  // query rows whose scores of a piece are held
+constexpr int MOST_SIDES = 32;     // KV heads that are read together
+constexpr int ZEROS = 8192;        // bytes of a row that is none, of all sides
 
 // Entries of a tile's spans (or units): the first `full - lo` need no test.
 struct Listed {
@@ -52,14 +53,17 @@ struct Packs {
         sequences = c.B / members;
         blocks = (least(p.tile, p.q_rows) + BQ - 1) / BQ;
         lanes = least<int64_t>(BQ, least(p.tile, p.q_rows));
-        // as many sides as the scores, and a row of zeros, have room for
+        // Memory is read whole where it can be: as many sides as the scores, and a row of zeros, have room for, while
+        // that leaves parts enough for all threads.
         const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
         const int64_t bytes = most(c.D, c.Dv) * element(c.dtype);
+        const int64_t keys = c.Bk == 1 ? c.Tk / sequences : c.Tk;  // of a sequence, about
+        const int64_t parts = sequences * packs * p.tiles * blocks * most<int64_t>(keys / PART, 1);
         sides = 1;
         if (packs == c.Hkv && c.k.head == c.D && c.v.head == c.Dv && c.k.lane == 1 && c.v.lane == 1)
-            while (sides < MOST_SIDES && packs % (2 * sides * each) == 0 && 2 * sides * rows <= ROWS_AT_ONCE &&
-                   2 * sides * bytes <= ZEROS)
-                sides *= 2;
+            for (int64_t n = 2; n <= least<int64_t>(MOST_SIDES, packs / each); n++)
+                if (packs / each % n == 0 && n * rows <= ROWS_AT_ONCE && n * bytes <= ZEROS && (c.threads == 1 || parts / n >= 4 * c.threads))
+                    sides = n;
         packs /= sides;
     }
     int64_t rows() const { return sides * members * heads * lanes; }
