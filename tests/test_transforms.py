@@ -69,6 +69,13 @@ def test_forward_mode_is_refused_where_it_would_lose_its_tangents(name, qkv):
             op(forward_ad.make_dual(q, q), k, v)
 
 
+def test_compiled_code_loses_no_tangents_either(qkv):
+    q, k, v = qkv
+    push = torch.compile(lambda q: jvp(lambda x: sf.attention(x, k, v), (q,), (q,))[1], backend="eager")
+    with pytest.raises(sf.SparseFlashError, match="tangent.*reverse mode"):
+        push(q)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_a_second_derivative_is_refused(name, qkv):
     first = grad(lambda q: grad(_loss(name))(q, *qkv[1:]).sum())

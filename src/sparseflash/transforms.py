@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 from .errors import SparseFlashError
@@ -15,6 +16,7 @@ from .inputs import transformed
 
 Call = Callable[..., Any]
 _REVERSE = "gradients here are those of reverse mode, once: grad, vjp, jacrev or backward()"
+_TANGENT = f"an input has a tangent (jvp, jacfwd, hessian, forward_ad): {_REVERSE}"
 
 
 def differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
@@ -44,10 +46,14 @@ def differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise SparseFlashError(f"an input has a tangent (jvp, jacfwd, hessian, forward_ad): {_REVERSE}")
+            raise SparseFlashError(_TANGENT)
 
     def call(*given: Any) -> Any:
-        if torch.compiler.is_compiling() or not transformed():
+        if torch.compiler.is_compiling():  # it cannot trace such a Function, and it enters levels for real
+            if forward_ad._current_level >= 0:
+                raise SparseFlashError(_TANGENT)
+            return op(*given)
+        if not transformed():
             return op(*given)
         return Transformed.apply(*given)  # type: ignore[no-untyped-call]  # torch declares no types for it
 

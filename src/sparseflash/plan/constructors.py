@@ -203,7 +203,8 @@ class Constructors:
     ) -> Plan:
         """Any bool mask, True = attends: what `scaled_dot_product_attention` takes. Empty tiles cost nothing.
 
-        The mask is read once. Full tiles become ranges, mixed ones keep their bits (arXiv 2409.15097).
+        The mask is read once. Full tiles become ranges, mixed ones keep their bits (arXiv 2409.15097). Their
+        number depends on values: a function compiled with `fullgraph=True` takes the plan as an argument.
 
         Parameters
         ----------
