@@ -127,6 +127,14 @@ def test_a_prefix_that_all_sequences_share_is_one_list(backend, dtype, generator
 
 
 @EACH
+def test_a_unit_that_is_longer_than_all_keys_takes_no_more_work_than_they(backend, generator):
+    q, k, v, _, _ = inputs(generator, 3, 50)
+    units = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    plan = Plan.from_keys(units, Tq=3, Tk=50, tile=4, unit=2**31 - 1)
+    tolerance.compare(decode(q, k, v, plan, backend=backend), q, k, v, plan.to_dense())
+
+
+@EACH
 def test_one_token_at_a_time_gives_the_rows_of_the_prefill(backend, generator):
     q, k, v, _, _ = inputs(generator, 70)
     whole = dict(zip(("out", "lse"), sf.attention(q, k, v, causal=True, return_lse=True, backend=backend)))

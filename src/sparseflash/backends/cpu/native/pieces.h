@@ -102,6 +102,9 @@ struct List {
 inline int64_t span_lo(const SfPlan &p, int64_t e) { return most<int64_t>(p.spans[2 * e], 0); }
 inline int64_t span_hi(const SfPlan &p, int64_t e) { return least<int64_t>(p.spans[2 * e + 1], p.k_rows); }
 
+// Rows of a unit: no more than there are of all keys, however long a plan says that a unit is.
+inline int64_t unit_rows(const SfPlan &p) { return least(p.unit, p.k_rows); }
+
 // Calls f(Piece) for the pieces of a list, in order.
 template <class F> inline void for_each_piece(const SfCall &c, const Packs &packs, int64_t i, F f) {
     const SfPlan &p = c.plan;
@@ -115,8 +118,8 @@ template <class F> inline void for_each_piece(const SfCall &c, const Packs &pack
         if (n > room) room = (SPLIT - (n - room) % SPLIT) % SPLIT;
         else if (n > 0) room -= n;
     }
-    int64_t lanes = (units.hi - units.lo) * p.unit;
-    for (int64_t at = 0; at < lanes; at += SPLIT) f(Piece{i, units.lo + at / p.unit, at % p.unit, true});
+    const int64_t each = unit_rows(p), lanes = (units.hi - units.lo) * each;
+    for (int64_t at = 0; at < lanes; at += SPLIT) f(Piece{i, units.lo + at / each, at % each, true});
 }
 
 // A piece: its queries, and the keys that some of them see.
@@ -151,7 +154,7 @@ struct PieceKeys {
         int64_t left = SPLIT, skip = piece.skip;
         for (int64_t e = piece.entry; e < entries.hi && left > 0; e++, skip = 0) {
             int64_t lo = piece.units ? p.index[e] * (int64_t)p.unit : span_lo(p, e);
-            int64_t size = piece.units ? p.unit : most<int64_t>(0, span_hi(p, e) - lo);
+            int64_t size = piece.units ? unit_rows(p) : most<int64_t>(0, span_hi(p, e) - lo);
             int64_t from = lo + skip, to = least(lo + size, from + left);
             left -= most<int64_t>(0, to - from);
             if (lo < 0) continue;
@@ -221,9 +224,9 @@ struct PieceKeys {
         const int64_t *start = units ? slice<int64_t>(p.bits_start, list.b, list.h, c.Hq) : nullptr;
         const int32_t *bits = nullptr;
         if (start) {
-            int64_t at = start[list.tile] + e;
-            if (start[list.tile] < 0 || at >= p.bits_size) return;
-            bits = p.bits + at * p.tile * words;
+            const int64_t at = start[list.tile];
+            if (at < 0 || at >= p.bits_size - e) return;
+            bits = p.bits + (at + e) * p.tile * words;
         }
         for (int64_t x = from; x < to; x++) {
             const int64_t t = rules.key_token(x);
