@@ -83,8 +83,8 @@ struct KeyRows {
 };
 
 // Memory that is asked for before its turn, along with the keys that a product is at: four rows with every four keys. A
-// share of their lines, for one of several products that go over the same keys: processors drop what is asked for while
-// too much is on its way. Into the second cache level, for the first is busy.
+// share of their lines, for one of several products that go over the same keys, so that they are asked for evenly. Into the
+// second cache level: the first takes few at a time, and the core waits.
 struct Ahead {
     KeyRows rows;
     int from[4], to[4];  // lines
