@@ -193,6 +193,12 @@ def test_a_tree_sees_the_context_and_its_ancestors_whatever_the_order_of_its_nod
     mask = seen(sf.methods.Tree(), n, n + 40, B=2, ctx={"parents": parents})
     assert mask[..., :40].all()
     assert torch.equal(mask[:, 0, :, 40:], torch.stack([ancestors(p) for p in parents.tolist()]))
+    first = torch.tensor([40, 20], dtype=torch.int32)  # contexts of their own, in a cache with room behind
+    for begin, room in ((40, 40), (first, 60)):
+        apart = seen(sf.methods.Tree(), n, n + room, B=2, ctx={"parents": parents, "q_offset": begin})
+        for b, at in enumerate((40, 40) if room == 40 else first.tolist()):
+            assert apart[b, 0, :, :at].all() and not apart[b, 0, :, at + n :].any()
+            assert torch.equal(apart[b, 0, :, at : at + n], mask[b, 0, :, 40:])
     if n:
         one = sf.methods.Tree(parents=tuple(parents[1].tolist()))
         assert torch.equal(seen(one, n, n + 40)[0, 0], mask[1, 0])
@@ -224,6 +230,8 @@ def test_a_tree_attends_exactly_with_gradients(generator):
         (sf.methods.Tree(), 4, {"parents": torch.zeros(4)}, "float32; expected integers"),
         (sf.methods.Tree(parents=(-1,)), 4, {}, r"\[1\].*one a query"),
         (sf.methods.Tree(), 3, {}, "4 queries over 3 keys"),
+        (sf.methods.Tree(), 6, {"q_offset": 3}, r"over 6 keys, the first at position \[3\]"),
+        (sf.methods.PrefixLM(), 4, {"q_offset": 1.5}, "q_offset=1.5: expected an int"),
         (sf.methods.Dilated(), 5, {}, "Dilated: 4 queries and 5 keys"),
         (sf.methods.PrefixLM(), 4, {"prefix": torch.tensor([1, 2])}, r"expected integers \[1\]"),
         (sf.methods.GridWindow(), 4, {"grid": (3, 3)}, r"grid=\(3, 3\) is not 4 tokens"),

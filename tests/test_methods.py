@@ -326,6 +326,52 @@ def test_a_value_out_of_range_is_refused_when_the_method_is_made(slug, wrong, sa
         sf.methods.get(slug, **wrong)
 
 
+class Recorder(dict):
+    """A context that knows which keys it was asked for."""
+
+    def __init__(self, **keys):
+        super().__init__(keys)
+        self.asked = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@every_case
+def test_whatever_ctx_holds_is_read_or_refused(case):
+    method, name = case.method(), type(case.method()).__name__
+    q, k = directions(1, 4, 96), directions(1, 4, 96, shift=7)
+    context = Recorder(v=k, layer=3, state=None, step=0, q_offset=0)
+    whole = mask_of(method.select(q, k, context).plan)
+    assert torch.equal(whole, mask_of(method.select(q, k).plan))
+    assert context.asked == set(method.reads)
+    assert all(f"`{key}" in method.__doc__ for key in method.reads)
+
+    with pytest.raises(sf.SparseFlashError, match=f"'qoffset', which {name} does not read.*'q_offset'?"):
+        method(q, k, k, ctx={"qoffset": 20})
+    for begin in (20, torch.tensor([20], dtype=torch.int32)):
+        ctx = {"q_offset": begin}
+        if "q_offset" not in method.reads:
+            with pytest.raises(sf.SparseFlashError, match=f"{name} does not read it.*to be 0; .*Window"):
+                method.select(q, k, ctx)
+        elif case.slug != "tree":  # whose queries are all of a tree
+            assert torch.equal(mask_of(method.select(q[:, :, 20:], k, ctx).plan), whole[:, :, 20:])
+
+
+def test_a_key_of_another_method_is_refused_with_the_method_that_reads_it():
+    x = torch.zeros(1, 1, 8, 16)
+    said = (
+        r"'cu_seqlens', which Window does not read; Documents reads it: Window.reads: q_offset; any .*layer"
+    )
+    with pytest.raises(sf.SparseFlashError, match=said):
+        sf.methods.Window().select(x, x, {"cu_seqlens": torch.tensor([0, 8])})
+    with pytest.raises(
+        sf.SparseFlashError, match="'bais', .*did you mean 'bias'. Weighted.reads: bias, gate"
+    ):
+        Weighted()(x, x, x, ctx={"bais": x})
+
+
 @every_case
 def test_tensors_of_the_wrong_shape_are_named(case):
     x = torch.zeros(1, 4, 8, 16)
@@ -341,6 +387,8 @@ def test_tensors_of_the_wrong_shape_are_named(case):
 @dataclasses.dataclass(frozen=True)
 class Weighted(Method):
     """A method that learns: a bias on keys and a gate on queries."""
+
+    reads = ("bias", "gate")
 
     def select(self, q, k, ctx=None):
         plan = sf.Plan.dense(q.shape[2], k.shape[2], causal=True)

@@ -230,7 +230,9 @@ def test_everything_is_restored():
 
 @dataclasses.dataclass(frozen=True)
 class NoOffset(Method):
-    """A method that does not know of caches."""
+    """A method that says that it knows of caches, and does not."""
+
+    reads = ("q_offset",)
 
     def select(self, q, k, ctx=None):
         return Selection(sf.Plan.dense(q.shape[2], k.shape[2], causal=True))
@@ -250,12 +252,10 @@ def test_what_is_not_defined_is_refused():
     refuses(re.escape("the layers [1], which are not among [0]"), llama, prefill={1: WINDOW}, layers=0)
     refuses("3 methods for 4 query heads", llama, prefill=[WINDOW] * 3)
     refuses("has a window of its own", model("mistral"), prefill=WINDOW)
-    refuses(
-        "does not take queries that begin behind",
-        llama,
-        NoOffset(),
-        {"input_ids": tokens(), "attention_mask": padded("left")},
-    )
+    behind = {"input_ids": tokens(), "attention_mask": padded("left")}
+    refuses("does not take queries that begin behind", llama, NoOffset(), behind)
+    dilated = sf.methods.Dilated(causal=True)
+    refuses("q_offset.*Dilated does not read it and takes it to be 0", llama, dilated, behind)
     packed = {"input_ids": tokens(1), "position_ids": torch.arange(T)[None] % 50, "use_cache": False}
     refuses("packed documents, with a window", model("mistral"), WINDOW, packed, layers="*")
     with pytest.raises(sf.SparseFlashError, match=r"packed documents, report\(\)"):

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, overload
 
+import torch
 from torch import Tensor
 
 from .errors import PlanError, SparseFlashError, require
 from .inputs import Plans
 from .ops import attention
-from .plan.build import is_count
+from .plan.build import is_count, normal_offset, same_offset
 
 Context = Mapping[str, Any]
+
+UNREAD: Context = {"v": ..., "layer": ..., "state": ..., "step": ..., "q_offset": 0}
+"""What every caller may put into `ctx`, and what a method that does not read the key takes it to be.
+
+`...` is anything: it makes no difference to such a method. What is not here belongs to the methods whose
+`reads` name it. Nothing in `ctx` is ever passed over silently where it would change the result.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +58,8 @@ class Method:
 
     Facts, as class attributes:
 
+    - `reads`: the keys of `ctx` that `select` looks at. Others are refused with the names that exist, except
+      for those that any caller may pass (`UNREAD`), at a value that leaves the result as it is.
     - `paper`: where the method comes from.
     - `phases`: what it is for, of "training", "prefill", "decode", "diffusion".
     - `causal_selection`: what a token sees does not depend on later tokens.
@@ -71,6 +82,7 @@ class Method:
     torch.Size([1, 2, 64, 32])
     """
 
+    reads: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     phases: ClassVar[tuple[str, ...]] = ()
     causal_selection: ClassVar[bool] = True
@@ -80,6 +92,8 @@ class Method:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "select" in vars(cls):
+            cls.select = _checked(cls.select)  # type: ignore[method-assign]
         package = __name__.rpartition(".")[0]
         if cls.__module__.startswith(f"{package}.methods."):
             _REGISTRY[slug(cls)] = cls
@@ -148,7 +162,8 @@ class Method:
         scale, return_lse, backend
             As in `sparseflash.attention`.
         ctx : mapping, optional
-            What the method may use beside q and k; each method's docstring lists its keys.
+            What the method may use beside q and k: the keys of its `reads`, which its docstring explains, and
+            those that any caller may pass (`v`, `layer`, `state`, `step`; `q_offset=0`).
         selection : Selection, optional
             An earlier result of `select`, used again instead of selecting (layers, recomputation,
             compiled code).
@@ -157,6 +172,12 @@ class Method:
         -------
         Tensor or (Tensor, Tensor)
             out `[B,Hq,Tq,Dv]`, and lse `[B,Hq,Tq]` if asked for.
+
+        Raises
+        ------
+        SparseFlashError
+            For a key of `ctx` that the method does not read (with the nearest that it does), and whatever
+            `attention` refuses.
         """
         if selection is None:
             check_qk(q, k)
@@ -179,6 +200,37 @@ class Method:
     def finish(self, out: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Last touch on the result; the identity unless a method says otherwise."""
         return out, lse
+
+
+def _checked(select: Any) -> Any:
+    """A `select` that looks at the keys of its `ctx` first."""
+
+    @functools.wraps(select)
+    def checked(self: Method, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        check_context(self, ctx or {})
+        return select(self, q, k, ctx)  # type: ignore[no-any-return]
+
+    return checked
+
+
+def check_context(method: Method, ctx: Context) -> None:
+    """Refuse what `ctx` holds and the method's result would leave out."""
+    name, reads = type(method).__name__, type(method).reads
+    for key, value in ctx.items():
+        if key in reads or UNREAD.get(key) is ...:
+            continue
+        able = [cls.__name__ for cls in _REGISTRY.values() if key in cls.reads]
+        others = f"; {', '.join(able)} {'read' if len(able) > 1 else 'reads'} it" if able else ""
+        if key not in UNREAD:
+            raise SparseFlashError(
+                f"ctx has {key!r}, which {name} does not read{others}: {_nearest(key, [*reads, *UNREAD])}"
+                f"{name}.reads: {', '.join(reads) or 'nothing'}; any method may be given: {', '.join(UNREAD)}"
+            )
+        if not same_offset(value, UNREAD[key]):
+            given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise SparseFlashError(
+                f"ctx[{key!r}]: {given}, but {name} does not read it and takes it to be {UNREAD[key]}{others}"
+            )
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
@@ -214,6 +266,14 @@ def check_counts(method: Method, least: int, *names: str) -> None:
         require((is_count(x, least), f"{name}={x!r}: expected an int >= {least}"))
 
 
+def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
+    """Position of the first query by `ctx["q_offset"]`, int64 [B|1, 1, 1] on the device of q."""
+    offset = normal_offset((ctx or {}).get("q_offset", default))
+    if isinstance(offset, Tensor):
+        return offset.to(q.device).long().view(-1, 1, 1)
+    return torch.full((1, 1, 1), offset, device=q.device)
+
+
 def check_square(method: Method, q: Tensor, k: Tensor) -> int:
     """The number of tokens, for methods whose queries are the keys' own."""
     Tq, Tk = q.shape[2], k.shape[2]
@@ -229,6 +289,11 @@ _REGISTRY: dict[str, type[Method]] = {}
 def slug(cls: type[Method]) -> str:
     """Name of a method's class in the registry and on the command line: its module's name in kebab-case."""
     return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+
+def _nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def names() -> list[str]:
@@ -254,8 +319,7 @@ def find(name: str) -> type[Method]:
     if name in _REGISTRY:
         return _REGISTRY[name]
     wanted = re.sub(r"[\s_]+", "-", str(name).strip()).lower()
-    close = difflib.get_close_matches(wanted, names(), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = _nearest(wanted, names(), cutoff=0.5)
     raise SparseFlashError(f"there is no method {name!r}: {hint}methods: {', '.join(names())}")
 
 
@@ -285,17 +349,20 @@ def get(name: str, /, **hyperparameters: Any) -> Method:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for given in hyperparameters:
         if given not in fields:
-            close = difflib.get_close_matches(given, list(fields), n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
             known = ", ".join(f"{n}={f.default!r}" for n, f in fields.items())
-            raise SparseFlashError(f"{name} has no hyper-parameter {given!r}: {hint}it has: {known}")
+            raise SparseFlashError(
+                f"{name} has no hyper-parameter {given!r}: {_nearest(given, fields)}it has: {known}"
+            )
     return cls(**hyperparameters)
 
 
 __all__ = [
+    "UNREAD",
     "Context",
     "Method",
     "Selection",
+    "begin",
+    "check_context",
     "check_counts",
     "check_qk",
     "check_square",

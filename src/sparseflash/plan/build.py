@@ -112,6 +112,16 @@ def normal_offset(q_offset: int | Tensor) -> int | Tensor:
     return q_offset
 
 
+def same_offset(a: int | Tensor, b: int | Tensor) -> bool:
+    """Whether two offsets are equal, as far as that can be seen without waiting for a device."""
+    given = [x for x in (a, b) if isinstance(x, Tensor)]
+    if not given:
+        return bool(a == b)
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in given):
+        return len(given) == 2
+    return bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
+
+
 def spread_heads(x: Tensor, heads: int) -> Tensor:
     """Repeat the head axis (dim 1) of a plan tensor to `heads`: list head = h * H // heads."""
     own = x.shape[1]

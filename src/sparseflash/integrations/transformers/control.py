@@ -14,6 +14,7 @@ from ...decode import decode as decode_op
 from ...errors import SparseFlashError
 from ...method import Method
 from ...ops import attention
+from ...plan.build import same_offset
 from .attention import FEW, SETTING, exact
 from .layers import Layer, chosen
 from .mask import SparseMask
@@ -271,7 +272,7 @@ class Setting:
                 f"{self.layer.name} is bidirectional (or attends to another sequence), {_named(method)} is "
                 "causal: choose other layers, or a method with causal=False"
             )
-        if plan.causal and plan.q_pos is None and not _same(plan.q_offset, offset):
+        if plan.causal and plan.q_pos is None and not same_offset(plan.q_offset, offset):
             raise SparseFlashError(
                 f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
                 "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts without "
@@ -289,16 +290,6 @@ def _named(method: Method) -> str:
 
 def _plans(plan: Any) -> tuple[Any, ...]:
     return tuple(plan) if isinstance(plan, (tuple, list)) else (plan,)
-
-
-def _same(a: int | Tensor, b: int | Tensor) -> bool:
-    """Whether two offsets are equal, as far as that can be seen without waiting for a device."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    given = [x for x in (a, b) if isinstance(x, Tensor)]
-    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in given):
-        return len(given) == 2
-    return bool((torch.as_tensor(a) == torch.as_tensor(b)).all())
 
 
 def _forward(x: Tensor, first: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...method import Context, Method, Selection, check_counts
+from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
 
 
@@ -40,6 +40,7 @@ class BlockCausal(Method):
 
     block: int = 256
 
+    reads = ("q_offset",)
     paper = "arXiv 2503.09573"
     phases = ("training", "prefill", "diffusion")
 
@@ -49,6 +50,5 @@ class BlockCausal(Method):
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """One plan for all heads."""
         Tq, Tk = q.shape[2], k.shape[2]
-        begin = torch.as_tensor((ctx or {}).get("q_offset", 0), device=q.device).view(-1, 1, 1)
-        number = (torch.arange(Tq, device=q.device) + begin).div(self.block, rounding_mode="floor")
+        number = (torch.arange(Tq, device=q.device) + begin(ctx, q)).div(self.block, rounding_mode="floor")
         return Selection(Plan.from_intervals(None, ((number + 1) * self.block).clamp(0, Tk), Tk=Tk))

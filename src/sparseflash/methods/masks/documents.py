@@ -48,6 +48,7 @@ class Documents(Method):
     causal: bool = True
     window: int | None = None
 
+    reads = ("cu_seqlens",)
     paper = "arXiv 2407.09105"
     phases = ("training", "prefill")
 

@@ -56,6 +56,7 @@ class GridWindow(Method):
     shift: tuple[int, ...] | None = None
     causal: bool = False
 
+    reads = ("grid",)
     paper = "arXiv 2103.14030"
     phases = ("training", "prefill", "diffusion")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PlanError, require
-from ...method import Context, Method, Selection, check_counts
+from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
 
 
@@ -42,6 +42,7 @@ class PrefixLM(Method):
 
     prefix: int = 256
 
+    reads = ("prefix", "q_offset")
     paper = "arXiv 1910.10683"
     phases = ("training", "prefill")
 
@@ -56,7 +57,6 @@ class PrefixLM(Method):
             fits = prefix.shape == (B,) and not prefix.is_floating_point()
             given = f"{list(prefix.shape)} {prefix.dtype}"
             require((fits, f"ctx['prefix']: {given}; expected integers [{B}]"), error=PlanError)
-        begin = torch.as_tensor(ctx.get("q_offset", 0), device=q.device).view(-1, 1, 1)
-        position = torch.arange(Tq, device=q.device) + begin
+        position = torch.arange(Tq, device=q.device) + begin(ctx, q)
         reach = torch.maximum(position + 1, torch.as_tensor(prefix, device=q.device).view(-1, 1, 1))
         return Selection(Plan.from_intervals(None, reach.clamp(0, Tk), Tk=Tk))

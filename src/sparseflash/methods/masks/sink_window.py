@@ -44,6 +44,7 @@ class SinkWindow(Method):
     window: int = 512
     sink_tokens: int = 4
 
+    reads = ("q_offset",)
     paper = "arXiv 2309.17453"
     phases = ("training", "prefill", "decode")
     decodes = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import require
-from ...method import Context, Method, Selection, check_counts
+from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
 
 
@@ -60,6 +60,7 @@ class Strided(Method):
     shared: bool = False
     dense_heads: int = 0
 
+    reads = ("q_offset",)
     paper = "arXiv 2410.01485"
     phases = ("training", "prefill", "decode")
     decodes = True
@@ -79,7 +80,7 @@ class Strided(Method):
         Tq, Tk = q.shape[2], k.shape[2]
         require((self.dense_heads <= heads, f"dense_heads={self.dense_heads}: k has {heads} heads"))
         q_offset = (ctx or {}).get("q_offset", 0)
-        order, first = self._aligned(Tq, q_offset, device)  # first: [B|1, 1, R], block of each tile
+        order, first = self._aligned(Tq, q_offset, begin(ctx, q))  # first: [B|1, 1, R], block of each tile
         lead = (first.shape[0], heads, first.shape[2])
 
         head = torch.arange(heads, device=device).view(1, -1, 1)
@@ -116,13 +117,12 @@ class Strided(Method):
             )
         )
 
-    def _aligned(self, Tq: int, q_offset: int | Tensor, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    def _aligned(self, Tq: int, q_offset: int | Tensor, at: Tensor) -> tuple[Tensor | None, Tensor]:
         """Rows such that tiles begin at block edges, where positions do not; and the block of each tile."""
-        b = self.block
+        b, device = self.block, at.device
         if isinstance(q_offset, int) and q_offset % b == 0:
             return None, torch.arange(-(-Tq // b), device=device).view(1, 1, -1) + q_offset // b
-        begin = torch.as_tensor(q_offset, device=device).long().view(-1, 1, 1)
-        token = torch.arange(Tq + b - 1, device=device) - begin % b
+        token = torch.arange(Tq + b - 1, device=device) - at % b
         order = torch.where((token >= 0) & (token < Tq), token, -1).int()
         tiles = -(-order.shape[-1] // b)
-        return order, torch.arange(tiles, device=device) + begin.div(b, rounding_mode="floor")
+        return order, torch.arange(tiles, device=device) + at.div(b, rounding_mode="floor")

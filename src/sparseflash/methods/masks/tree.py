@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import PlanError, require
-from ...method import Context, Method, Selection, check_counts
+from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
 from ...plan.build import INTEGERS, host
 
@@ -29,13 +29,15 @@ class Tree(Method):
     ----------
     parents : tuple of int, optional
         Parent of each node, -1 for a root, in any order of nodes; their number is that of the queries. Keys
-        before the last so many are the context.
+        before those of the nodes are the context.
     branching : int
         Without parents: children of each node of a balanced tree, numbered level by level; 1 is a chain.
 
     Notes
     -----
-    `ctx`: `parents`, integers [n], or [B, n] for a tree of each sequence, replaces the one of the method.
+    `ctx`: `parents`, integers [n], or [B, n] for a tree of each sequence, replaces the one of the method;
+    `q_offset`, the keys of the context (int or int32 tensor, 0-d or [B]): all but the last n by default. Keys
+    behind those of the nodes, such as free places of a cache, are seen by nobody.
 
     Examples
     --------
@@ -48,6 +50,7 @@ class Tree(Method):
     parents: tuple[int, ...] | None = None
     branching: int = 2
 
+    reads = ("parents", "q_offset")
     paper = "arXiv 2305.09781"
     phases = ("training", "prefill")
 
@@ -61,22 +64,32 @@ class Tree(Method):
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """One plan for all heads; a batch axis where trees differ."""
         n, Tk, device = q.shape[2], k.shape[2], q.device
-        context = Tk - n
         parents = self._parents(q, (ctx or {}).get("parents"))
-        require(
-            (context >= 0, f"a tree of {n} queries over {Tk} keys: expected the keys of its nodes, at least")
-        )
-        rank, end = (x[:, None] + context for x in depth_first(parents))
+        first = begin(ctx, q, default=Tk - n)
+        if host(first):
+            fits = bool(((first >= 0) & (first <= Tk - n)).all())
+            said = f"a tree of {n} queries over {Tk} keys, the first at position {first.flatten().tolist()}"
+            require((fits, f"{said}: expected the keys of its nodes, at least"))
+        rank, end = (x[:, None] + first for x in depth_first(parents))
         node = torch.argsort(rank, dim=-1)
-        before = torch.arange(context, device=device).expand(rank.shape[0], 1, -1)
-        forever = torch.full_like(before, torch.iinfo(torch.int32).max)
-        in_order = Plan.from_expiry(torch.cat([forever, end.gather(-1, node)], -1), Tq=n, q_offset=context)
+        token = torch.arange(Tk, device=device).expand(rank.shape[0], 1, -1)
+        at = (token - first).clamp(-1, n)  # node of a key; -1 before, n behind them all
+
+        def keys(x: Tensor, before: Tensor | int, behind: Tensor | int) -> Tensor:
+            """What the nodes have, for every key."""
+            own = pad(x, (0, 1)).gather(-1, at.clamp(min=0))
+            return torch.where(at < 0, before, torch.where(at < n, own, behind))
+
+        forever = torch.iinfo(torch.int32).max
+        in_order = Plan.from_expiry(
+            keys(end.gather(-1, node), forever, 0), Tq=n, q_offset=first.flatten().int()
+        )
         token_space = {
             "q_order": node,
-            "k_order": torch.cat([before, node + context], -1),
+            "k_order": keys(node + first, token, token),
             "q_pos": rank,
-            "k_pos": torch.cat([before, rank], -1),
-            "k_end": torch.cat([forever, end], -1),
+            "k_pos": keys(rank, token, token),
+            "k_end": keys(end, forever, 0),
         }
         return Selection(replace(in_order, q_offset=0, **{n: x.int() for n, x in token_space.items()}))
 

@@ -48,6 +48,7 @@ class Window(Method):
     causal: bool = True
     ahead: int | None = None
 
+    reads = ("q_offset",)
     paper = "arXiv 2004.05150"
     phases = ("training", "prefill", "decode")
     decodes = True

@@ -79,6 +79,7 @@ class HashSparse(Method):
     causal_heads: int = 0
     window: int = 512
 
+    reads = ("q_bucket", "k_bucket", "q_offset")
     paper = "arXiv 2306.01160"
     phases = ("training", "prefill")
 

@@ -85,6 +85,7 @@ class QKSparse(Method):
     seed: int = 0
     include_self: bool = True
 
+    reads = ("q_keep", "k_keep", "step")
     paper = "arXiv 2306.01160"
     phases = ("training", "prefill")
 

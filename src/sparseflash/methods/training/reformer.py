@@ -72,6 +72,7 @@ class Reformer(Method):
     planes: str = "shared"
     attend_across_buckets: bool = True
 
+    reads = ("q_bucket", "k_bucket")
     paper = "arXiv 2001.04451"
     phases = ("training",)
     causal_selection = False
