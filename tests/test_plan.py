@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import pytest
 import torch
@@ -273,6 +274,59 @@ def test_a_plan_is_a_pytree_that_survives_the_round_trip_and_moves(kind):
     assert meta.device.type == "meta" and meta.Tq == plan.Tq and meta != plan
     for keys in (meta.span_keys, meta.unit_keys):
         assert keys is None or keys.index.device.type == "meta"
+
+
+def _loaded(plan):
+    file = io.BytesIO()
+    torch.save(plan, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+MORE_KINDS = {
+    "lengths": lambda: Plan.from_lengths(torch.tensor([3, 0, 70]), Tk=100),
+    "pages": lambda: Plan.from_pages(
+        torch.tensor([[2, 0], [1, -1]]), torch.tensor([3, 2]), page_size=2, Tk=6
+    ),
+    "choice": lambda: Plan.from_choice(torch.tensor([[[0, 1], [1, -1], [0, 2]]]), Tk=3),
+    "expiry": lambda: Plan.from_expiry(torch.tensor([[[3, 2, 3]]])),
+    "capacity": lambda: Plan.from_blocks(
+        torch.ones(1, 2, 3, 3) > 0, Tq=96, Tk=96, tile=32, unit=32, capacity=2
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*plans.KINDS, *MORE_KINDS])
+def test_a_plan_is_saved_and_loads_safely_as_it_was(kind):
+    made = MORE_KINDS.get(kind, lambda: plans.example(3, kind, batch=2, heads=4).plan)()
+    for plan in (made, made.prepare()):
+        back = _loaded(plan)
+        assert back == plan and (back.span_room, back.room) == (plan.span_room, plan.room)
+        assert torch.equal(back.to_dense(), plan.to_dense())
+        for mine, own in ((back.span_keys, plan.span_keys), (back.unit_keys, plan.unit_keys)):
+            assert own is None or all(
+                torch.equal(getattr(mine, n), getattr(own, n)) for n in ("index", "count")
+            )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"spans": torch.tensor([[0, 4], [0, 400]], dtype=torch.int32)}, "expected a range"),
+        ({"span_start": torch.tensor([[[0, 1 << 40]]])}, "runs past spans"),
+        ({"Tq": "4"}, "Tq='4': expected an int"),
+        ({"spans": None}, "belong together"),
+    ],
+)
+def test_a_file_cannot_send_a_kernel_out_of_bounds(wrong, said):
+    plan = _lists()
+    for name, x in wrong.items():
+        object.__setattr__(plan, name, x)
+    with pytest.raises(sf.PlanError, match=said):
+        _loaded(plan)
+    wide = _lists()
+    object.__setattr__(wide, "span_room", 1 << 20)  # a promise that its lists do not keep
+    assert _loaded(wide) == _lists() and _loaded(wide).span_room == 0
 
 
 def test_a_plan_is_frozen():

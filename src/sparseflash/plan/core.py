@@ -53,6 +53,7 @@ class Plan(Constructors):
     that is set holds (`docs/design.md` has the formula). Tensors are int32, the three `start`s int64; a batch
     axis is B or 1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
     Out-of-range values are refused where they can be seen, in CPU tensors; `check` looks deeper, anywhere.
+    `torch.save` writes plans; `torch.load` reads them with its safe default, `weights_only=True`, and checks.
 
     Parameters
     ----------
@@ -156,6 +157,16 @@ class Plan(Constructors):
         for name, default in _DEFAULTS.items():
             object.__setattr__(plan, name, fields.get(name, default))
         return plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        from .saved import state
+
+        return state(self)
+
+    def __setstate__(self, state: Any) -> None:
+        from .saved import restored
+
+        vars(self).update(restored(type(self), state))
 
     def to_block_mask(self, block: int = 128) -> Any:
         """The plan as a FlexAttention `BlockMask` (plans without row orders)."""
@@ -409,6 +420,8 @@ def _unflatten(moving: Iterable[Any], fixed: Any) -> Plan:
         object.__setattr__(plan, name, s if m is None else m)
     return plan
 
+
+torch.serialization.add_safe_globals([Plan])
 
 _KEYS = ("start", "count", "full", "index", "source", "until")
 pytree.register_pytree_node(Plan, _flatten, _unflatten, serialized_type_name="sparseflash.Plan")

@@ -1,0 +1,60 @@
+"""Plans in files and between processes: what is written, and what is checked when it is read.
+
+A file may say anything, and kernels read where a plan points. So a plan that is read goes through the door of
+one that is made by hand, and what the library derives is derived again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from .checks import check_values
+
+if TYPE_CHECKING:
+    from .core import Plan
+
+_DERIVED = ("span_keys", "unit_keys")
+_ROOMS = {"span_room": ("span_start", "span_count", "spans"), "room": ("start", "count", "index")}
+
+
+def state(plan: Plan) -> dict[str, Any]:
+    """What a plan is, by field; of its transposed lists only that it has them."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
+    keys = [fields.pop(name) for name in _DERIVED]
+    return {**fields, "prepared": any(x is not None for x in keys)}
+
+
+def restored(kind: type[Plan], state: Any) -> dict[str, Any]:
+    """The fields of a plan from its `state`.
+
+    Raises
+    ------
+    PlanError
+        For a state that is none of a sound plan.
+    """
+    try:
+        plan = kind(**{f.name: state[f.name] for f in dataclasses.fields(kind) if f.init and f.name in state})
+        prepared, rooms = bool(state["prepared"]), {name: state[name] for name in _ROOMS}
+    except (AttributeError, KeyError, TypeError) as fault:
+        raise PlanError(f"this is no saved plan, or a broken one: {fault!r}; save it again") from None
+    own = all(type(x) is Tensor for x in plan.tensors().values())
+    if own and plan.device.type not in ("cpu", "meta"):  # in main memory it has happened
+        check_values(plan)
+    for name, room in rooms.items():
+        if own and plan.device.type != "meta" and _fits(plan, room, *_ROOMS[name]):
+            object.__setattr__(plan, name, room)
+    return vars(plan.prepare() if prepared else plan)
+
+
+def _fits(plan: Plan, room: Any, *lists: str) -> bool:
+    """Whether list n begins at n * room of its pool, which ends behind the last."""
+    start, count, pool = (getattr(plan, name) for name in lists)
+    if pool is None or type(room) is not int or room < 1 or len(pool) != count.numel() * room:
+        return False
+    begin = torch.arange(0, len(pool), room, device=start.device)
+    return bool((start.flatten() == begin).all()) and bool((count <= room).all())
