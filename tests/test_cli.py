@@ -2,6 +2,7 @@
 
 import re
 import sys
+import typing
 
 import pytest
 import torch
@@ -70,6 +71,39 @@ def test_every_option_of_every_command_is_explained():
     self_evident = {"layers", "heads"}
     options = [(name, p) for name, command in found.items() for p in command.params]
     assert [(n, p.name) for n, p in options if not p.help and p.name not in self_evident] == []
+
+
+def test_every_number_has_a_range():
+    functions = [x.callback for app in (cli.app, cli.bench) for x in app.registered_commands]
+    free, numbers = [], 0
+    for function in (*functions, cli.bench.registered_callback.callback):
+        for name, hint in typing.get_type_hints(function, include_extras=True).items():
+            kind, *info = typing.get_args(hint) or (None,)
+            if info and {int, float} & {kind, *typing.get_args(kind)}:
+                numbers += 1
+                free += [f"{function.__name__}: {name}"] if info[0].min is None else []
+    assert free == [] and numbers > 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("sample", "run", "--tokens", -1), "--tokens"),
+        (("show", "window", "--length", 0), "--length"),
+        (("bench", "curves", "--heads", 0), "--heads"),
+        (("bench", "--methods", "window", "--density", 1.5), "--density"),
+    ],
+)
+def test_a_number_out_of_range_is_a_usage_error(run, arguments, option):
+    status, _, err = run(*arguments)
+    assert status == 2 and option in err and "than or equal to" in err
+
+
+def test_numbers_in_lists_have_a_range(run):
+    for option, command in (("--lengths", "curves"), ("--dims", "breakeven"), ("--rates", "long-run")):
+        status, _, err = run("bench", command, option, "-8")
+        assert status == 1 and "'-8' has -8" in err
+    assert "names none" in run("bench", "curves", "--lengths", ",")[2]
 
 
 def test_a_run_can_be_trained_resumed_and_sampled(run, tmp_path, text_file):

@@ -66,21 +66,25 @@ def train(
     length: Annotated[
         int,
         typer.Option(
-            help="Bytes per sequence (T). Sparse attention pays from about 2048 on.", rich_help_panel=DATA
+            min=1,
+            help="Bytes per sequence (T). Sparse attention pays from about 2048 on.",
+            rich_help_panel=DATA,
         ),
     ] = 1024,
     batch: Annotated[
-        int, typer.Option(help="Sequences per forward pass and process.", rich_help_panel=DATA)
+        int, typer.Option(min=1, help="Sequences per forward pass and process.", rich_help_panel=DATA)
     ] = 1,
     accumulate: Annotated[
-        int, typer.Option(help="Forward passes per optimiser step.", rich_help_panel=DATA)
+        int, typer.Option(min=1, help="Forward passes per optimiser step.", rich_help_panel=DATA)
     ] = 1,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of the whole run.", rich_help_panel=RUN)] = 200,
-    layers: Annotated[int, typer.Option(rich_help_panel=MODEL)] = 4,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimiser steps of the whole run.", rich_help_panel=RUN)
+    ] = 200,
+    layers: Annotated[int, typer.Option(min=1, rich_help_panel=MODEL)] = 4,
     width: Annotated[
-        int, typer.Option(help="Model width; width / heads must be even.", rich_help_panel=MODEL)
+        int, typer.Option(min=1, help="Model width; width / heads must be even.", rich_help_panel=MODEL)
     ] = 256,
-    heads: Annotated[int, typer.Option(rich_help_panel=MODEL)] = 4,
+    heads: Annotated[int, typer.Option(min=1, rich_help_panel=MODEL)] = 4,
     qk: Annotated[
         str,
         typer.Option(help="untied, or tied: k = q / |q| per head, as in the paper.", rich_help_panel=MODEL),
@@ -88,13 +92,16 @@ def train(
     nb: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="hash-sparse: number of buckets; a query sees about 1/nb of the past.",
             rich_help_panel=METHOD,
         ),
     ] = None,
     local_heads: Annotated[
         int | None,
-        typer.Option(help="hash-sparse: heads that are causal windows instead.", rich_help_panel=METHOD),
+        typer.Option(
+            min=0, help="hash-sparse: heads that are causal windows instead.", rich_help_panel=METHOD
+        ),
     ] = None,
     planes: Annotated[
         str | None,
@@ -103,7 +110,10 @@ def train(
     drop: Annotated[
         float | None,
         typer.Option(
-            help="qk-sparse: fraction of queries and keys dropped at random, 0 to 1.", rich_help_panel=METHOD
+            min=0,
+            max=1,
+            help="qk-sparse: fraction of queries and keys dropped at random, 0 to 1.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     options: Annotated[
@@ -117,6 +127,7 @@ def train(
     window: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="window (and local heads): how many keys a query sees, its own included.",
             rich_help_panel=METHOD,
         ),
@@ -128,18 +139,24 @@ def train(
         ),
     ] = "fp32",
     lr: Annotated[
-        float, typer.Option(help="Peak learning rate (AdamW, warm-up, cosine).", rich_help_panel=RUN)
+        float, typer.Option(min=0, help="Peak learning rate (AdamW, warm-up, cosine).", rich_help_panel=RUN)
     ] = 4e-3,
-    seed: Annotated[int, typer.Option(help="Weights, batches and random planes.", rich_help_panel=RUN)] = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations.", rich_help_panel=RUN)] = 50,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Weights, batches and random planes.", rich_help_panel=RUN)
+    ] = 0,
+    eval_every: Annotated[
+        int, typer.Option(min=1, help="Steps between validations.", rich_help_panel=RUN)
+    ] = 50,
     eval_sequences: Annotated[
         int,
-        typer.Option(help="Held-out sequences per validation; the same for all runs.", rich_help_panel=RUN),
+        typer.Option(
+            min=1, help="Held-out sequences per validation; the same for all runs.", rich_help_panel=RUN
+        ),
     ] = 4,
     save_every: Annotated[
         int,
         typer.Option(
-            help="Steps between checkpoints (at the latest every two minutes).", rich_help_panel=RUN
+            min=1, help="Steps between checkpoints (at the latest every two minutes).", rich_help_panel=RUN
         ),
     ] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
@@ -190,11 +207,11 @@ def train(
 def sample(
     run: Annotated[Path, typer.Argument(help="The --out directory of a training run.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(help="Bytes to draw.")] = 200,
+    tokens: Annotated[int, typer.Option(min=1, help="Bytes to draw.")] = 200,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest byte; 1 samples the model as it is.")
+        float, typer.Option(min=0, help="0 takes the likeliest byte; 1 samples the model as it is.")
     ] = 0.8,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a prompt with a model trained by **sparseflash train**."""
     from sparseflash.train.sample import load_model
@@ -214,11 +231,11 @@ def demo(
     data: Annotated[
         str, typer.Option(help="A text file or directory; by default Python's own library.")
     ] = "",
-    minutes: Annotated[float, typer.Option(help="Time box of everything.")] = 6.0,
+    minutes: Annotated[float, typer.Option(min=0, help="Time box of everything.")] = 6.0,
     out: Annotated[Path, typer.Option(help="Directory of report.html and its CSV files.")] = Path("demo"),
-    length: Annotated[int, typer.Option(help="Bytes per training sequence.")] = 8192,
+    length: Annotated[int, typer.Option(min=1, help="Bytes per training sequence.")] = 8192,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the CPU has AMX.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Weights, batches and random planes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Weights, batches and random planes.")] = 0,
     tied: Annotated[
         bool, typer.Option("--tied", help="Also train the paper's dense baseline, k = q / |q|.")
     ] = False,
@@ -280,9 +297,9 @@ def methods() -> None:
 @app.command()
 def show(
     method: Annotated[str, typer.Argument(help="A name that `sparseflash methods` lists.")],
-    length: Annotated[int, typer.Option(help="Tokens.")] = 256,
-    heads: Annotated[int, typer.Option(help="Heads; the first one is drawn.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the random queries and keys.")] = 0,
+    length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
+    heads: Annotated[int, typer.Option(min=1, help="Heads; the first one is drawn.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random queries and keys.")] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write here: a picture if it ends in .png, .svg or .pdf, else text.")
     ] = None,

@@ -32,8 +32,10 @@ def sample(
     """
     if not prompt:
         raise TrainError("--prompt is empty; give at least one character")
-    if temperature < 0:
+    if not temperature >= 0:
         raise TrainError(f"--temperature is {temperature}; expected 0 or more")
+    if tokens < 0:
+        raise TrainError(f"--tokens is {tokens}; expected 0 or more")
     generator = torch.Generator().manual_seed(seed)
     context = list(prompt)
     for _ in range(tokens):

@@ -11,7 +11,7 @@ import typer
 
 from sparseflash.errors import SparseFlashError
 
-N = TypeVar("N")
+N = TypeVar("N", int, float)
 
 bench = typer.Typer(
     invoke_without_command=True,
@@ -25,14 +25,14 @@ RESULTS = Path("benchmarks/results")
 Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
 Kept = Annotated[Path, typer.Option(help="CSV file of the rows; what else an existing one holds stays.")]
 Data = Annotated[str, typer.Option(help="Text, a file or a directory; by default Python's own library.")]
-Minutes = Annotated[float, typer.Option(help="Time box; what does not fit is left out, and said.")]
-Length = Annotated[int, typer.Option(help="Sequence length.")]
+Minutes = Annotated[float, typer.Option(min=0, help="Time box; what does not fit is left out, and said.")]
+Length = Annotated[int, typer.Option(min=1, help="Sequence length.")]
 Lengths = Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")]
-Heads = Annotated[int, typer.Option(help="Attention heads.")]
-Dim = Annotated[int, typer.Option(help="Dimension of a head.")]
+Heads = Annotated[int, typer.Option(min=1, help="Attention heads.")]
+Dim = Annotated[int, typer.Option(min=1, help="Dimension of a head.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Dtypes = Annotated[str, typer.Option(help="fp32, bf16 or both, separated by commas.")]
-Rounds = Annotated[int, typer.Option(help="Measured rounds, after one that warms up.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds, after one that warms up.")]
 
 
 def words(text: str, separator: str = ",") -> list[str]:
@@ -40,24 +40,21 @@ def words(text: str, separator: str = ",") -> list[str]:
     return [word.strip() for word in text.split(separator) if word.strip()]
 
 
-def integers(text: str, example: str = "1024,2048,4096") -> list[int]:
-    """Read a list of whole numbers."""
-    return _numbers(text, int, example)
+def integers(text: str, example: str = "1024,2048,4096", least: int = 0) -> list[int]:
+    """Read a list of whole numbers, each at least so much."""
+    return _numbers(text, int, example, least)
 
 
 def floats(text: str) -> list[float]:
-    """Read a list of numbers."""
-    return _numbers(text, float, "4e-3,8e-3")
+    """Read a list of numbers >= 0."""
+    return _numbers(text, float, "4e-3,8e-3", 0)
 
 
 def lengths_of(text: str) -> list[int]:
     """Read ``--lengths``: at least one, all positive, in ascending order."""
-    found = integers(text)
-    for length in found or (0,):
-        if length < 1:
-            raise SparseFlashError(
-                f"--lengths has {length}; expected positive numbers such as 1024,2048,4096"
-            )
+    found = integers(text, least=1)
+    if not found:
+        raise SparseFlashError("--lengths names none; write them as 1024,2048,4096")
     return sorted(found)
 
 
@@ -88,8 +85,12 @@ def setting(text: str) -> tuple[str, Any]:
         return name.strip(), value.strip()
 
 
-def _numbers(text: str, kind: Callable[[str], N], example: str) -> list[N]:
+def _numbers(text: str, kind: Callable[[str], N], example: str, least: int) -> list[N]:
     try:
-        return [kind(word) for word in words(text)]
+        found = [kind(word) for word in words(text)]
     except ValueError:
         raise SparseFlashError(f"{text!r} is no list of numbers; write them as {example}") from None
+    for x in found:
+        if not x >= least:  # NaN too
+            raise SparseFlashError(f"{text!r} has {x}; expected numbers >= {least} such as {example}")
+    return found

@@ -20,7 +20,7 @@ def bench_capture(
     model: Annotated[str, typer.Option(help="A causal model of Transformers: name or directory.")] = "",
     run: Annotated[Path | None, typer.Option(help="Or the --out of a sparseflash train.")] = None,
     data: Data = "",
-    length: Annotated[int, typer.Option(help="Bytes of held-out text to run it on.")] = 2048,
+    length: Annotated[int, typer.Option(min=1, help="Bytes of held-out text to run it on.")] = 2048,
     layers: Annotated[str, typer.Option(help="Attention layers, separated by commas; by default all.")] = "",
 ) -> None:
     """Keep the queries, keys and values of a real model, as input for bench --capture."""

@@ -31,12 +31,13 @@ def bench_methods(
     out: Annotated[
         Path, typer.Option(help="Directory of attention.csv, whose other rows stay, and its pictures.")
     ] = Path("bench"),
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    head_dim: Annotated[int, typer.Option(help="Dimension of a head.")] = 64,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head.")] = 64,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     density: Annotated[
-        float | None, typer.Option(help="Share of the causal pairs that the methods are set to see.")
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the causal pairs that the methods are set to see."),
     ] = None,
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -44,11 +45,13 @@ def bench_methods(
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds, no memory: a first look.")] = False,
     rounds: Rounds = 9,
     minutes: Minutes = 5.0,
-    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
     capture: Annotated[
         Path | None, typer.Option(help="q, k and v of a model (sparseflash bench capture), not normal ones.")
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="Of the capture; by default the middle one.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Of the capture; by default the middle one.")
+    ] = None,
     options: Annotated[
         list[str] | None,
         typer.Option("--set", help="A hyper-parameter, as method.field=value; may be repeated."),

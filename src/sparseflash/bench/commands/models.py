@@ -31,7 +31,7 @@ def bench_indexer(
     lengths: Lengths = "1024,2048,4096,8192",
     dtypes: Dtypes = "fp32,bf16",
     kinds: Annotated[str, typer.Option(help="choice, attention, loss; by default all.")] = "",
-    topk: Annotated[int, typer.Option(help="Keys that each query chooses.")] = 512,
+    topk: Annotated[int, typer.Option(min=1, help="Keys that each query chooses.")] = 512,
     rounds: Rounds = 3,
     minutes: Minutes = 6.0,
 ) -> None:

@@ -41,7 +41,11 @@ def bench_breakeven(
     from sparseflash.bench import breakeven, figures, results
     from sparseflash.bench.session import show, watch
 
-    options = {"lengths": lengths_of(lengths), "dims": integers(dims, "32,64"), "dtypes": dtypes_of(dtypes)}
+    options = {
+        "lengths": lengths_of(lengths),
+        "dims": integers(dims, "32,64", least=1),
+        "dtypes": dtypes_of(dtypes),
+    }
     rows = watch("breakeven", out, partial(breakeven.measure, **options, rounds=rounds, minutes=minutes))
     costs = breakeven.fitted(rows)
     rows = list(breakeven.predicted(rows, costs))

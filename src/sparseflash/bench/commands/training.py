@@ -58,8 +58,8 @@ def bench_step(
 def bench_documents(
     out: Out = RESULTS / "documents.csv",
     data: Data = "",
-    tokens: Annotated[int, typer.Option(help="Bytes of text in a batch, at most.")] = 8192,
-    longest: Annotated[int, typer.Option(help="Longer documents are cut here.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Bytes of text in a batch, at most.")] = 8192,
+    longest: Annotated[int, typer.Option(min=1, help="Longer documents are cut here.")] = 2048,
     dtypes: Dtypes = "fp32,bf16",
     rounds: Rounds = 5,
     minutes: Minutes = 6.0,
@@ -80,8 +80,8 @@ def bench_documents(
 def bench_pixels(
     images: Annotated[Path, typer.Option(help="Images in IDX format, such as MNIST's; .gz is read too.")],
     out: Out = RESULTS / "pixels.csv",
-    steps: Annotated[int, typer.Option(help="Optimiser steps of every attention.")] = 150,
-    seed: Annotated[int, typer.Option(help="Weights, batches and random planes.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every attention.")] = 150,
+    seed: Annotated[int, typer.Option(min=0, help="Weights, batches and random planes.")] = 0,
 ) -> None:
     """Train on images pixel after pixel: dense, hash-sparse and Reformer at equal steps."""
     from sparseflash.bench import pixels
@@ -95,8 +95,10 @@ def bench_pixels(
 def bench_mqar(
     out: Out = RESULTS / "mqar.csv",
     cases: Annotated[str, typer.Option(help="Attentions, separated by semicolons; by default all.")] = "",
-    steps: Annotated[int, typer.Option(help="Optimiser steps at most, for every learning rate.")] = 400,
-    seed: Annotated[int, typer.Option(help="Weights, rows and random planes.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimiser steps at most, for every learning rate.")
+    ] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Weights, rows and random planes.")] = 0,
 ) -> None:
     """Train on associative recall: what can look up, and what cannot. Exit status 1 if the gate fails."""
     from sparseflash.bench import mqar
@@ -123,8 +125,8 @@ def bench_long_run(
     seeds: Annotated[str, typer.Option(help="Of weights, batches and planes; with commas between.")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of 16,384 bytes.")] = 1500,
     length: Annotated[int, typer.Option(min=1, help="Bytes in a sequence.")] = 4096,
-    rounds: Annotated[int, typer.Option(help="Rounds of the step times at the end; 0: none.")] = 5,
-    minutes: Annotated[float, typer.Option(help="Time box of the step times.")] = 3.0,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of the step times at the end; 0: none.")] = 5,
+    minutes: Annotated[float, typer.Option(min=0, help="Time box of the step times.")] = 3.0,
     models: Annotated[Path | None, typer.Option(help="Directory to keep weights in, bf16.")] = None,
 ) -> None:
     """Train one language model under every attention and two controls: equal steps, equal time. Hours.
