@@ -1,5 +1,8 @@
 """The long run: what was finished is never trained again, and the controls look at nothing."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -91,3 +94,10 @@ def test_the_controls_choose_without_looking():
     blind = heads_of("no attention", tokens)[1], heads_of("no attention", other)[1]
     assert torch.equal(*blind)
     assert not torch.equal(heads_of("dense", tokens)[1], heads_of("dense", other)[1])
+
+
+def test_the_command_without_options_is_the_run_of_the_docs():
+    default = {name: x.default for name, x in inspect.signature(bench_long_run).parameters.items()}
+    rows = results.read(Path(__file__).parents[1] / default["out"])
+    measured = {(float(row["lr"]), int(row["steps"]), int(row["T"])) for row in rows}
+    assert measured == {(float(default["rates"]), default["steps"], default["length"])}

@@ -121,7 +121,7 @@ def bench_long_run(
         Path, typer.Option(help="Directory of checkpoints and logs; a run that stopped goes on from there.")
     ] = Path("runs/long-run"),
     cases: Annotated[str, typer.Option(help="Attentions, separated by semicolons; by default all.")] = "",
-    rates: Annotated[str, typer.Option(help="Peak learning rates, separated by commas.")] = "8e-3",
+    rates: Annotated[str, typer.Option(help="Peak learning rates, separated by commas.")] = "4e-3",
     seeds: Annotated[str, typer.Option(help="Of weights, batches and planes; with commas between.")] = "0",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of 16,384 bytes.")] = 1500,
     length: Annotated[int, typer.Option(min=1, help="Bytes in a sequence.")] = 4096,
