@@ -312,6 +312,8 @@ def test_an_unknown_hyper_parameter_says_which_exist():
         ("grid-window", {"window": (8, -8)}, "window=.8, -8.: expected a tuple of ints >= 1"),
         ("grid-window", {"grid": (8, -1)}, "only the first may be -1"),
         ("grid-window", {"shift": (1,)}, "shift=.1,.: expected 2"),
+        ("tree", {"parents": (-1, False)}, "expected a tuple of ints >= -1"),
+        ("window", {"causal": False, "ahead": True}, "ahead=True: expected an int"),
         ("tree", {"branching": 0}, "branching=0"),
         ("tree", {"parents": (-1, 2, 1)}, "node 1 is on a cycle"),
         ("tree", {"parents": (-1, 3)}, "parents hold -1..3: nodes are 0..1"),
@@ -370,6 +372,15 @@ def test_a_key_of_another_method_is_refused_with_the_method_that_reads_it():
         sf.SparseFlashError, match="'bais', .*did you mean 'bias'. Weighted.reads: bias, gate"
     ):
         Weighted()(x, x, x, ctx={"bais": x})
+
+
+@pytest.mark.parametrize("name", sf.methods.names())
+def test_true_is_no_count(name):
+    fields = {f.name: f.default for f in dataclasses.fields(sf.methods.find(name)) if f.name != "seed"}
+    for field, default in fields.items():
+        if type(default) in (int, float):
+            with pytest.raises(sf.SparseFlashError, match=f"{field}=True: expected"):
+                sf.methods.get(name, **{field: True})
 
 
 @every_case

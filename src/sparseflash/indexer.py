@@ -10,6 +10,7 @@ from torch import Tensor
 from .dispatch import choose
 from .errors import SparseFlashError, require
 from .inputs import DTYPES, as_backend, autocast, describe, is_finite, own_precision, state_dtype, unwatched
+from .plan.build import is_count
 
 
 def _choose(
@@ -223,7 +224,7 @@ def indexer_topk(
     check_keep(k_keep, k_index)
     require(
         (
-            isinstance(topk, (int, torch.SymInt)) and not isinstance(topk, bool) and topk >= 1,
+            is_count(topk, 1),
             f"topk={topk!r}: expected a positive int",
         ),
         (isinstance(return_scores, bool), f"return_scores={return_scores!r}: expected True or False"),

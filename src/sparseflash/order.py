@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import require
 from .plan import Plan
-from .plan.build import spread_heads
+from .plan.build import is_count, spread_heads
 from .plan.lists import tile_view, visible
 
 CHUNK = 1 << 22
@@ -108,7 +108,7 @@ def lsh_planes(
     """
     require(
         (
-            isinstance(buckets, int) and buckets >= 2 and buckets % 2 == 0,
+            is_count(buckets, 2) and buckets % 2 == 0,
             f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and its opposite)",
         )
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
+from .build import _check_options
 from .checks import surely_full
 from .fields import LISTS
 from .figures import by_position, dense_pairs, visible_pairs
@@ -207,14 +208,7 @@ def _real_rows(plan: Plan, tile: int, tiles: int) -> Tensor:
 
 def retile(plan: Plan, tile: int, unit: int) -> Plan:
     """The same visible set with other tiles and units."""
-    for name, value in (("tile", tile), ("unit", unit)):
-        require(
-            (
-                isinstance(value, int) and not isinstance(value, bool) and value > 0,
-                f"{name}={value!r}: expected a positive int",
-            ),
-            error=PlanError,
-        )
+    _check_options(tile=tile, unit=unit)
     if tile == plan.tile and (unit == plan.unit or plan.index is None):
         return plan if unit == plan.unit else dataclasses.replace(plan, unit=unit)
     if plan.index is None and plan.tile % tile == 0:  # ranges of a tile serve each part of it

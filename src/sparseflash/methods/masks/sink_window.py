@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...errors import require
-from ...method import Context, Method, Selection
+from ...method import Context, Method, Selection, check_counts
 from ...plan import Plan
 
 
@@ -50,16 +49,8 @@ class SinkWindow(Method):
     decodes = True
 
     def __post_init__(self) -> None:
-        require(
-            (
-                isinstance(self.window, int) and self.window >= 1,
-                f"window={self.window!r}: expected an int >= 1",
-            ),
-            (
-                isinstance(self.sink_tokens, int) and self.sink_tokens >= 0,
-                f"sink_tokens={self.sink_tokens!r}: expected an int >= 0",
-            ),
-        )
+        check_counts(self, 1, "window")
+        check_counts(self, 0, "sink_tokens")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """One plan for all heads."""

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from ...errors import PlanError, require
 from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
-from ...plan.build import INTEGERS, host
+from ...plan.build import INTEGERS, host, is_count
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Tree(Method):
     def __post_init__(self) -> None:
         check_counts(self, 1, "branching")
         if self.parents is not None:
-            fits = isinstance(self.parents, tuple) and all(isinstance(x, int) for x in self.parents)
-            require((fits, f"parents={self.parents!r}: expected a tuple of ints; a tensor goes into ctx"))
+            fits = isinstance(self.parents, tuple) and all(is_count(x, -1) for x in self.parents)
+            require(
+                (fits, f"parents={self.parents!r}: expected a tuple of ints >= -1; a tensor goes into ctx")
+            )
             depth_first(torch.tensor(self.parents, dtype=torch.int64).view(1, -1))
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...errors import require
-from ...method import Context, Method, Selection
+from ...method import Context, Method, Selection, check_counts
 from ...plan import Plan
+from ...plan.build import is_count
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,10 @@ class Window(Method):
     decodes = True
 
     def __post_init__(self) -> None:
-        require(
-            (
-                isinstance(self.window, int) and self.window >= 1,
-                f"window={self.window!r}: expected an int >= 1",
-            ),
-            (
-                self.ahead is None or (isinstance(self.ahead, int) and self.ahead >= 0 and not self.causal),
-                f"ahead={self.ahead!r}: expected an int >= 0, and causal=False (got causal={self.causal})",
-            ),
-        )
+        check_counts(self, 1, "window")
+        fits = self.ahead is None or (is_count(self.ahead) and not self.causal)
+        said = f"ahead={self.ahead!r}: expected an int >= 0, and causal=False (got causal={self.causal})"
+        require((fits, said))
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """One plan for all heads."""

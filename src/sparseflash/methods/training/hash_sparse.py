@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import require
-from ...method import Context, Method, Selection, check_qk, check_tokens
+from ...method import Context, Method, Selection, check_counts, check_qk, check_tokens
 from ...ops import attention
 from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
-from ...plan.build import spread_heads
+from ...plan.build import is_count, spread_heads
 
 _PLANES = ("per-head", "shared")
 
@@ -86,19 +86,13 @@ class HashSparse(Method):
     def __post_init__(self) -> None:
         require(
             (
-                isinstance(self.nb, int) and (self.nb == 1 or (self.nb >= 2 and self.nb % 2 == 0)),
+                is_count(self.nb, 1) and (self.nb == 1 or self.nb % 2 == 0),
                 f"nb={self.nb!r}: expected an even number of buckets, or 1 for dense",
             ),
             (self.planes in _PLANES, f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"),
-            (
-                isinstance(self.causal_heads, int) and self.causal_heads >= 0,
-                f"causal_heads={self.causal_heads!r}: expected a number of heads >= 0",
-            ),
-            (
-                isinstance(self.window, int) and self.window >= (1 if self.include_self else 2),
-                f"window={self.window!r}: expected an int >= 1 (2 without include_self)",
-            ),
         )
+        check_counts(self, 0, "causal_heads")
+        check_counts(self, 1 if self.include_self else 2, "window")
 
     def buckets(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The bucket of every query `[B,Hq,Tq]` and key `[B,Hkv,Tk]`, int32 in 0 .. nb - 1."""

@@ -94,7 +94,7 @@ class QKSparse(Method):
             rate = getattr(self, name)
             require(
                 (
-                    isinstance(rate, (int, float)) and 0 <= rate <= 1,
+                    isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1,
                     f"{name}={rate!r}: expected a fraction between 0 and 1",
                 )
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...errors import require
-from ...method import Context, Method, Selection
+from ...method import Context, Method, Selection, check_counts
 from ...order import lsh_buckets, lsh_planes, sorted_order
 from ...plan import Plan
 
@@ -79,17 +79,9 @@ class Reformer(Method):
     approximate = True
 
     def __post_init__(self) -> None:
-        require(
-            (
-                isinstance(self.bucket, int) and self.bucket >= 1,
-                f"bucket={self.bucket!r}: expected an int >= 1",
-            ),
-            (
-                isinstance(self.rounds, int) and self.rounds >= 1,
-                f"rounds={self.rounds!r}: expected an int >= 1",
-            ),
-            (self.planes in _PLANES, f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"),
-        )
+        check_counts(self, 1, "bucket", "rounds")
+        known = self.planes in _PLANES
+        require((known, f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"))
 
     def buckets(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Buckets of every round, int32: `[rounds, B, Hq, T]` and `[rounds, B, Hkv, T]`."""
