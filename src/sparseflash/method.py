@@ -217,20 +217,20 @@ def check_context(method: Method, ctx: Context) -> None:
     """Refuse what `ctx` holds and the method's result would leave out."""
     name, reads = type(method).__name__, type(method).reads
     for key, value in ctx.items():
-        if key in reads or UNREAD.get(key) is ...:
+        taken = UNREAD.get(key)
+        if key in reads or taken is ... or (key in UNREAD and same_offset(value, taken)):
             continue
         able = [cls.__name__ for cls in _REGISTRY.values() if key in cls.reads]
         others = f"; {', '.join(able)} {'read' if len(able) > 1 else 'reads'} it" if able else ""
-        if key not in UNREAD:
-            raise SparseFlashError(
-                f"ctx has {key!r}, which {name} does not read{others}: {_nearest(key, [*reads, *UNREAD])}"
-                f"{name}.reads: {', '.join(reads) or 'nothing'}; any method may be given: {', '.join(UNREAD)}"
-            )
-        if not same_offset(value, UNREAD[key]):
+        if key in UNREAD:
             given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise SparseFlashError(
-                f"ctx[{key!r}]: {given}, but {name} does not read it and takes it to be {UNREAD[key]}{others}"
+                f"ctx[{key!r}]: {given}, but {name} does not read it and takes it to be {taken}{others}"
             )
+        raise SparseFlashError(
+            f"ctx has {key!r}, which {name} does not read{others}: {_nearest(key, [*reads, *UNREAD])}"
+            f"{name}.reads: {', '.join(reads) or 'nothing'}; any method may be given: {', '.join(UNREAD)}"
+        )
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:

@@ -112,7 +112,7 @@ def normal_offset(q_offset: int | Tensor) -> int | Tensor:
     return q_offset
 
 
-def same_offset(a: int | Tensor, b: int | Tensor) -> bool:
+def same_offset(a: Any, b: Any) -> bool:
     """Whether two offsets are equal, as far as that can be seen without waiting for a device."""
     given = [x for x in (a, b) if isinstance(x, Tensor)]
     if not given:
