@@ -149,15 +149,22 @@ def main(
     return rows
 
 
+def count(text: str) -> int:
+    """What an option takes that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number >= 1")
+    return int(text)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="directory of a model that sparseflash train made")
     parser.add_argument("--data", default="", help="text file or directory; by default Python's own library")
-    parser.add_argument("--length", type=int, help="bytes in a sequence; by default the model's own")
-    parser.add_argument("--topk", type=int, default=128, help="keys that a query chooses")
-    parser.add_argument("--batch", type=int, default=1, help="sequences in a step")
-    parser.add_argument("--steps", type=int, default=80, help="optimiser steps of each stage")
-    parser.add_argument("--windows", type=int, default=8, help="held-out sequences")
+    parser.add_argument("--length", type=count, help="bytes in a sequence; by default the model's own")
+    parser.add_argument("--topk", type=count, default=128, help="keys that a query chooses")
+    parser.add_argument("--batch", type=count, default=1, help="sequences in a step")
+    parser.add_argument("--steps", type=count, default=80, help="optimiser steps of each stage")
+    parser.add_argument("--windows", type=count, default=8, help="held-out sequences")
     parser.add_argument("--out", type=Path, help="CSV file of the rows")
     given = vars(parser.parse_args())
     data, out = given.pop("data"), given.pop("out")

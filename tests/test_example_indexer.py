@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -18,6 +19,13 @@ def example():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_its_numbers_count(example):
+    assert example.count("12") == 12
+    for text in ("0", "-1", "1.5", "many"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': expected a whole number >= 1"):
+            example.count(text)
 
 
 def test_indexers_learn_what_a_trained_model_attends_to(example, tmp_path):
