@@ -324,6 +324,8 @@ def test_a_file_cannot_send_a_kernel_out_of_bounds(wrong, said):
         object.__setattr__(plan, name, x)
     with pytest.raises(sf.PlanError, match=said):
         _loaded(plan)
+    bare = _loaded(Plan.dense(300, 300, causal=True).prepare().to("meta"))  # no values: nothing to check
+    assert bare.device.type == "meta" and bare.span_room == 3 and bare.span_keys is None
     wide = _lists()
     object.__setattr__(wide, "span_room", 1 << 20)  # a promise that its lists do not keep
     assert _loaded(wide) == _lists() and _loaded(wide).span_room == 0
