@@ -8,6 +8,7 @@ namespace {
 constexpr int PART = 1024;         // keys of a part of a list, which has a softmax of its own
 constexpr int ROWS_AT_ONCE = 128;  // query rows whose scores of a piece are held
 constexpr int MOST_SIDES = 32;     // KV heads that are read together
+constexpr int64_t REACH = 4 << 20;  // bytes whose pages of memory processors have at hand, more or less
 constexpr int ZEROS = 8192;        // bytes of a row that is none, of all sides
 
 // Entries of a tile's spans (or units): the first `full - lo` need no test.
@@ -34,6 +35,7 @@ struct Piece {
 // share the keys and the plan; 64 queries of a tile at most. Its rows are in the order side, sequence, head, query.
 struct Packs {
     int64_t packs, sides, heads, sequences, members, blocks, lanes;  // heads: of one side
+    bool far;  // K and V are more than REACH
 
     explicit Packs(const SfCall &c) {
         const SfPlan &p = c.plan;
@@ -62,9 +64,11 @@ struct Packs {
         sides = 1;
         if (packs == c.Hkv && c.k.head == c.D && c.v.head == c.Dv && c.k.lane == 1 && c.v.lane == 1)
             for (int64_t n = 2; n <= least<int64_t>(MOST_SIDES, packs / each); n++)
-                if (packs / each % n == 0 && n * rows <= ROWS_AT_ONCE && n * bytes <= ZEROS && (c.threads == 1 || parts / n >= 4 * c.threads))
+                if (packs / each % n == 0 && n * rows <= ROWS_AT_ONCE && n * bytes <= ZEROS &&
+                    (c.threads == 1 || parts / n >= 4 * c.threads))
                     sides = n;
         packs /= sides;
+        far = c.Bk * c.Hkv * c.Tk * (c.D + c.Dv) * element(c.dtype) > REACH;
     }
     int64_t rows() const { return sides * members * heads * lanes; }
     // The row of a query head of the list, for one of the sequences.
@@ -170,7 +174,7 @@ struct PieceKeys {
         for (int j = 0; j < n; j++) k[j] = keys + token[j] * kr;
         for (int j = 0; j < n; j++) v[j] = values + token[j] * vr;
         for (int j = n; j < padded; j++) k[j] = v[j] = nothing();
-        look_up(packs.sides * c.D * size, packs.sides * c.Dv * size);
+        if (packs.far) look_up(packs.sides * c.D * size, packs.sides * c.Dv * size);
     }
 
   private:
