@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def merged(
     lse = torch.where(some, torch.log(torch.where(some, total, 1)) + top, float("-inf"))
     share = weight / torch.where(some, total, 1)
     state = torch.float64 if parts[0][0].dtype == torch.float64 else torch.float32
-    out = sum(share[i][..., None] * out.to(state) for i, (out, _) in enumerate(parts))
-    return out, lse  # type: ignore[return-value]
+    outs = (share[i][..., None] * out.to(state) for i, (out, _) in enumerate(parts))
+    return functools.reduce(torch.add, outs), lse
 
 
 def over_plans(

@@ -5,11 +5,11 @@
 
 namespace {
 
-constexpr int PART = 1024;         // keys of a part of a list, which has a softmax of its own
-constexpr int ROWS_AT_ONCE = 128;  // query rows whose scores of a piece are held
-constexpr int MOST_SIDES = 32;     // KV heads that are read together
+constexpr int PART = 1024;          // keys of a part of a list, which has a softmax of its own
+constexpr int ROWS_AT_ONCE = 128;   // query rows whose scores of a piece are held
+constexpr int MOST_SIDES = 32;      // KV heads that are read together
+constexpr int ZEROS = 8192;         // bytes of a row that is none, of all sides
 constexpr int64_t REACH = 4 << 20;  // bytes whose pages of memory processors have at hand, more or less
-constexpr int ZEROS = 8192;        // bytes of a row that is none, of all sides
 
 // Entries of a tile's spans (or units): the first `full - lo` need no test.
 struct Listed {
@@ -55,20 +55,24 @@ struct Packs {
         sequences = c.B / members;
         blocks = (least(p.tile, p.q_rows) + BQ - 1) / BQ;
         lanes = least<int64_t>(BQ, least(p.tile, p.q_rows));
-        // Memory is read whole where it can be: as many sides as the scores, and a row of zeros, have room for, while
-        // that leaves parts enough for all threads.
-        const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
-        const int64_t bytes = most(c.D, c.Dv) * element(c.dtype);
-        const int64_t keys = c.Bk == 1 ? c.Tk / sequences : c.Tk;  // of a sequence, about
-        const int64_t parts = sequences * packs * p.tiles * blocks * most<int64_t>(keys / PART, 1);
-        sides = 1;
-        if (packs == c.Hkv && c.k.head == c.D && c.v.head == c.Dv && c.k.lane == 1 && c.v.lane == 1)
-            for (int64_t n = 2; n <= least<int64_t>(MOST_SIDES, packs / each); n++)
-                if (packs / each % n == 0 && n * rows <= ROWS_AT_ONCE && n * bytes <= ZEROS &&
-                    (c.threads == 1 || parts / n >= 4 * c.threads))
-                    sides = n;
+        sides = together(c, packs / each);
         packs /= sides;
         far = c.Bk * c.Hkv * c.Tk * (c.D + c.Dv) * element(c.dtype) > REACH;
+    }
+    // KV heads, of `alike` that share all tables, whose rows are read together: memory is read whole where it can be, if
+    // there is room for the scores and for a row of zeros, and parts enough are left for all threads.
+    int64_t together(const SfCall &c, int64_t alike) const {
+        if (packs != c.Hkv || c.k.head != c.D || c.v.head != c.Dv || c.k.lane != 1 || c.v.lane != 1) return 1;
+        const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
+        const int64_t bytes = most(c.D, c.Dv) * element(c.dtype);
+        const int64_t keys = c.Tk / (c.Bk == 1 ? most<int64_t>(sequences, 1) : 1);  // of a sequence, about
+        const int64_t parts = sequences * packs * c.plan.tiles * blocks * most<int64_t>(keys / PART, 1);
+        int64_t best = 1;
+        for (int64_t n = 2; n <= least<int64_t>(MOST_SIDES, alike); n++)
+            if (alike % n == 0 && n * rows <= ROWS_AT_ONCE && n * bytes <= ZEROS &&
+                (c.threads == 1 || parts / n >= 4 * c.threads))
+                best = n;
+        return best;
     }
     int64_t rows() const { return sides * members * heads * lanes; }
     // The row of a query head of the list, for one of the sequences.
@@ -178,9 +182,9 @@ struct PieceKeys {
     }
 
   private:
-    // Asks for the first line of each page of memory that the rows are in, all of them at once and a piece ahead. Finding a
-    // page takes hundreds of cycles, in which several are found at a time; but a prefetch that waits for one, amid products,
-    // holds up all that follows. (Inlined by force, as `Ahead::ask` is.)
+    // Asks for the first line of each page of memory that the rows are in, all of them at once and ahead. Finding a page takes
+    // hundreds of cycles, in which several are found at a time; but a prefetch that waits for one, amid products, holds up
+    // all that follows. (Inlined by force, as `Ahead::ask` is.)
     __attribute__((always_inline)) void look_up(int64_t k_bytes, int64_t v_bytes) const {
         constexpr uintptr_t PAGE = 4096;
         uintptr_t k_seen = 0, v_seen = 0;
