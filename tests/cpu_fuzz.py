@@ -70,12 +70,12 @@ def attempt(seed: int) -> bool:
     bias = torch.randn(1, Hq, plan.Tk, generator=g) if r.random() < 0.4 else None
     options = {"scale": 0.3, "softcap": r.choice((0.0, 2.0)), "key_bias": bias}
     try:
-        out, lse = cpu.forward(q, k, v, plan, out_dtype=dtype, **options)
+        out, lse, norm = cpu.forward(q, k, v, plan, out_dtype=dtype, normed=True, **options)
         dlse = torch.randn_like(lse)
-        cpu.backward(torch.randn_like(out), q, k, v, out, lse, dlse, plan, grad_dtype=None, **options)
+        cpu.backward(torch.randn_like(out), q, k, v, out, norm, dlse, plan, grad_dtype=None, **options)
         lengths = {"key": plan.Tk, "row": plan.Tq, "entry": 3 * plan.tiles, "diagonal": plan.Tq + plan.Tk - 1}
         for over, width in lengths.items():
-            cpu.stats(q, k, lse, plan, over=over, peak=r.random() < 0.5, width=max(width, 0), **options)
+            cpu.stats(q, k, norm, plan, over=over, peak=r.random() < 0.5, width=max(width, 0), **options)
         for x in ((k, v), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]):
             cpu.decode(q, *x, (plan, plan), sink_logits=None, **options)
     except (ValueError, ZeroDivisionError):
@@ -116,8 +116,8 @@ def callers() -> None:
 
     def work(n: int) -> list[torch.Tensor]:
         plan = jobs[n % 2]
-        out, lse = cpu.forward(q, k, v, plan, out_dtype=q.dtype, **options)
-        return [out, lse, *cpu.backward(v, q, k, v, out, lse, None, plan, grad_dtype=None, **options)]
+        out, lse, norm = cpu.forward(q, k, v, plan, out_dtype=q.dtype, normed=True, **options)
+        return [out, lse, *cpu.backward(v, q, k, v, out, norm, None, plan, grad_dtype=None, **options)]
 
     want = [work(0), work(1)]
     with ThreadPoolExecutor(4) as pool:
@@ -152,8 +152,10 @@ def main() -> None:
     print(f"{total} plans of garbage, {ran} of them run, none harmful, by {cpu.status()[1]}")
     if given.sanitize:
         import cpu_cases
+        import cpu_limits
 
         callers()
+        print(f"{cpu_limits.hold()} calls at the limits of the ops right")
         cases = cpu_cases.sharp()
         for seed, fixed in cases:
             cpu_cases.check(cpu_cases.case(seed, **fixed))

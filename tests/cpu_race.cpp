@@ -62,17 +62,17 @@ struct Shared {
 };
 
 struct Result {
-    std::vector<float> out, lse, dq, dk, dv, dbias;
-    Result() : out(H * T * D), lse(H * T), dq(H * T * D), dk(HKV * T * D), dv(HKV * T * D), dbias(H * T) {}
+    std::vector<float> out, lse, norm, dq, dk, dv, dbias;
+    Result() : out(H * T * D), lse(H * T), norm(2 * H * T), dq(H * T * D), dk(HKV * T * D), dv(HKV * T * D), dbias(H * T) {}
 
     bool fill(SfCall c) {
         c.out = Shared::view(out, H), c.dq = Shared::view(dq, H);
         c.dk = Shared::view(dk, HKV), c.dv = Shared::view(dv, HKV);
-        c.lse = lse.data(), c.dbias = dbias.data();
+        c.lse = lse.data(), c.norm = norm.data(), c.dbias = dbias.data();
         return sf_forward(&c, 0) == 0 && sf_backward(&c, 0) == 0;
     }
     bool operator==(const Result &y) const {
-        return out == y.out && lse == y.lse && dq == y.dq && dk == y.dk && dv == y.dv && dbias == y.dbias;
+        return out == y.out && lse == y.lse && norm == y.norm && dq == y.dq && dk == y.dk && dv == y.dv && dbias == y.dbias;
     }
 };
 

@@ -105,7 +105,7 @@ def _attention_segments(c: Any) -> Iterator[tuple[int, int, int]]:
         x = getattr(c, name)
         yield getattr(call.Call, name).offset, x.data, _extent(x, *shape) * ITEM[dtype]
     rows = c.B * c.Hq * c.Tq
-    for name, items in (("lse", rows), ("dlse", rows), ("dbias", c.B * c.Hq * c.Tk)):
+    for name, items in (("lse", rows), ("norm", 2 * rows), ("dlse", rows), ("dbias", c.B * c.Hq * c.Tk)):
         yield getattr(call.Call, name).offset, getattr(c, name), 4 * items
     yield call.Call.stat.offset, c.stat, 4 * c.B * c.Hq * c.stat_width
     tables = [(call.Call.key_bias.offset, c.key_bias, 4)]

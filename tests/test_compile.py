@@ -49,8 +49,8 @@ def test_both_ops_pass_opcheck(name, backend, generator):
         leaves = [x.detach().requires_grad_() if x is not None else None for x in (q, k, v, bias, sink)]
         forward = (*leaves, tensors, ints, 0.25, 0.0, backend)
         torch.library.opcheck(torch.ops.sparseflash.attention.default, forward)
-        out, lse = torch.ops.sparseflash.attention(q, k, v, bias, sink, tensors, ints, 0.25, 0.0, backend)
-        backward = (dout, dlse, q, k, v, out, lse, bias, tensors, ints, 0.25, 0.0, backend)
+        out, _, norm = torch.ops.sparseflash.attention(q, k, v, bias, sink, tensors, ints, 0.25, 0.0, backend)
+        backward = (dout, dlse, q, k, v, out, norm, bias, tensors, ints, 0.25, 0.0, backend)
         torch.library.opcheck(torch.ops.sparseflash.attention_backward.default, backward)
 
 

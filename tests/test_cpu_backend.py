@@ -189,8 +189,8 @@ def test_a_forked_child_computes(generator, threads):
     plan = sf.Plan.dense(512, 512, causal=True)
 
     def work():
-        out, lse = cpu.forward(
-            q, k, v, plan, scale=0.125, softcap=0.0, key_bias=None, out_dtype=torch.float32
+        out, lse, norm = cpu.forward(
+            q, k, v, plan, scale=0.125, softcap=0.0, key_bias=None, out_dtype=torch.float32, normed=True
         )
         grads = cpu.backward(
             dout,
@@ -198,7 +198,7 @@ def test_a_forked_child_computes(generator, threads):
             k,
             v,
             out,
-            lse,
+            norm,
             None,
             plan,
             scale=0.125,
@@ -220,7 +220,8 @@ def test_a_fork_while_other_threads_compute(generator, threads):
     plan = sf.Plan.dense(512, 512, causal=True)
 
     def work():
-        return cpu.forward(q, k, v, plan, scale=0.125, softcap=0.0, key_bias=None, out_dtype=torch.float32)
+        how = {"scale": 0.125, "softcap": 0.0, "key_bias": None, "out_dtype": torch.float32}
+        return cpu.forward(q, k, v, plan, **how, normed=False)[:2]
 
     want, stop = work(), threading.Event()
 

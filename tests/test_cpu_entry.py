@@ -8,6 +8,7 @@ import operator
 import pytest
 import torch
 
+import plans
 import sparseflash as sf
 from harness import same_bits
 from sparseflash.backends import cpu
@@ -56,6 +57,7 @@ class Prepared:
 WRONG = {
     **dict.fromkeys(("q.data", "k.data", "v.data", "out.data", "lse"), (None, amid)),
     **dict.fromkeys(("q.row", "k.head", "v.lane", "out.batch"), (2**62, -(2**62), -(2**63))),
+    "norm": (lambda _: 1,),
     "B": (-1, 1, 2**62),
     "Bk": (0, 3),
     "Hq": (0, 3, 2**62),
@@ -187,7 +189,9 @@ def test_plan_tensors_of_another_dtype_or_shape_are_refused():
         other = object.__new__(sf.Plan)
         for name, value in {**vars(plan), **fields}.items():
             object.__setattr__(other, name, value)
-        return cpu.forward(q, q, q, other, scale=0.25, softcap=0.0, key_bias=None, out_dtype=torch.float32)
+        return cpu.forward(
+            q, q, q, other, scale=0.25, softcap=0.0, key_bias=None, out_dtype=torch.float32, normed=False
+        )
 
     attend()
     for fields in (
@@ -205,3 +209,63 @@ def test_plan_tensors_of_another_dtype_or_shape_are_refused():
         torch.no_grad()
     ):  # fewer words than the tile has rows: the rest of the units has no bits, and is not read
         attend(bits=plan.bits[:, :1])
+
+
+# ---------------------------------------------------------------- memory that moves
+
+
+def shared(plan):
+    for x in plan.tensors().values():
+        x.share_memory_()
+
+
+def set_anew(plan):
+    for x in plan.tensors().values():
+        x.set_(x.clone())
+
+
+def given_other_data(plan):
+    for x in plan.tensors().values():
+        x.data = x.clone()
+
+
+def resized_twice(plan):
+    for x in plan.tensors().values():
+        values, shape = x.clone(), x.shape
+        x.resize_(100 * x.numel() + 100_000)
+        x.resize_(shape).copy_(values)
+
+
+@pytest.mark.parametrize("move", [shared, set_anew, given_other_data, resized_twice])
+@pytest.mark.parametrize("kind", ["dense", "buckets"])
+def test_a_plan_whose_tensors_got_other_memory_is_read_where_they_lie_now(kind, move):
+    example = plans.example(3, kind, batch=2, heads=4, Tq=130, Tk=130)
+    plan, g = example.plan, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, T, 16, generator=g) for T in (plan.Tq, plan.Tk, plan.Tk))
+    q.requires_grad_()
+
+    def results():
+        out = sf.attention(q, k, v, plan, backend="cpu")
+        return [out, *torch.autograd.grad(out.sum(), q), sf.decode(q.detach(), k, v, plan, backend="cpu")]
+
+    want = results()
+    old = [x.untyped_storage() for x in plan.tensors().values()]
+    move(plan)
+    new = {x.untyped_storage().data_ptr() for x in plan.tensors().values()}
+    for x in old:  # what lay there is gone
+        if x.data_ptr() not in new:
+            torch.tensor([], dtype=torch.uint8).set_(x).fill_(0x55)
+    assert all(torch.equal(a, b) for a, b in zip(want, results(), strict=True))
+
+
+def test_what_prepare_derived_is_left_behind_when_the_plan_is_edited():
+    plan = sf.Plan.from_blocks(torch.eye(4, dtype=torch.bool)[None, None], Tq=256, Tk=256, tile=64, unit=64)
+    ready = plan.prepare()
+    assert ready.current() is ready
+    ready.index.copy_(torch.tensor([3, 2, 1, 0]))
+    fresh = ready.current()
+    assert fresh.unit_keys is None and torch.equal(fresh.index, ready.index)
+    assert torch.equal(fresh.prepare().unit_keys.index, torch.tensor([3, 2, 1, 0]).int())
+    moved = plan.prepare()
+    moved.count.set_(moved.count.clone())
+    assert moved.current().unit_keys is None

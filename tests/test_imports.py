@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "merging": (*CORE, "inputs"),
     "transforms": (*CORE, "inputs"),
     "ops": (*CORE, "dispatch", "inputs", "merging", "transforms"),
-    "statistics": (*CORE, "dispatch", "inputs", "transforms"),
+    "statistics": (*CORE, "dispatch", "inputs", "merging", "transforms"),
     "indexer": (*CORE, "dispatch", "inputs"),
     "indexer_loss": (*CORE, "dispatch", "inputs", "indexer", "transforms"),
     "linear": (*CORE, "dispatch", "inputs", "transforms"),

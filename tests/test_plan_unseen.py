@@ -146,8 +146,8 @@ def test_selecting_attending_and_differentiating_look_at_no_value(name, launches
     how = {"scale": 0.1, "softcap": 0.0, "key_bias": None}
     with watched():
         plan = SELECT[name](q, k)
-        out, lse = backend.forward(q, k, k, plan, **how, out_dtype=q.dtype)
-        backend.backward(out, q, k, k, out, lse, lse, plan, **how, grad_dtype=None)
+        out, lse, norm = backend.forward(q, k, k, plan, **how, out_dtype=q.dtype, normed=True)
+        backend.backward(out, q, k, k, out, norm, lse, plan, **how, grad_dtype=None)
         ready = plan.prepare()
         sf.attention(q, k, k, ready)  # the checks of its arguments, and what the custom op does to a plan
     assert launches == ["rows_kernel", "rows_kernel", "columns_kernel"]

@@ -10,6 +10,7 @@ import sparseflash as sf
 import tolerance
 from harness import EACH, inputs, peak_memory, randn
 from sparseflash import Plan
+from sparseflash.merging import norm_of
 from sparseflash.plan.flat import flatten
 
 OVER = ("key", "row", "entry", "diagonal")
@@ -133,7 +134,20 @@ def test_the_op_keeps_the_rules_of_torch_library(backend, over, generator):
     tensors, ints = flatten(plan)
     torch.library.opcheck(
         torch.ops.sparseflash.attention_stats.default,
-        (q, k, lse, None, tensors, ints, over, False, 0.2, 0.0, width, backend),
+        (
+            q,
+            k,
+            norm_of(lse, None, 0.2, lse.dtype),
+            None,
+            tensors,
+            ints,
+            over,
+            False,
+            0.2,
+            0.0,
+            width,
+            backend,
+        ),
     )
 
 

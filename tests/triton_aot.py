@@ -158,8 +158,8 @@ def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> No
     cap = named == "everything"
     how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0}
     how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
-    out, lse = backend.forward(q, q, q, plan, **how, out_dtype=dtype)
-    backend.backward(out, q, q, q, out, lse, None, plan, **how, grad_dtype=None)
+    out, _, norm = backend.forward(q, q, q, plan, **how, out_dtype=dtype, normed=True)
+    backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
 
 
 def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
@@ -179,7 +179,7 @@ def statistics(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> N
     how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0, "peak": False}
     how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
     for over, width in (("row", T), ("key", T), ("entry", 2 * plan.tiles), ("diagonal", 2 * T - 1)):
-        backend.stats(q, q, q[..., 0], plan, over=over, width=width, **how)
+        backend.stats(q, q, torch.stack([q[..., 0]] * 2), plan, over=over, width=width, **how)
 
 
 def linear(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:

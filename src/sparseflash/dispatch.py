@@ -43,8 +43,9 @@ class Backend(Protocol):
         softcap: float,
         key_bias: Tensor | None,
         out_dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        """Out and natural-log lse."""
+        normed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `merging`)."""
         ...
 
     def decode(
@@ -69,7 +70,7 @@ class Backend(Protocol):
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        lse: Tensor,
+        norm: Tensor,
         dlse: Tensor | None,
         plan: Plan,
         *,
@@ -85,7 +86,7 @@ class Backend(Protocol):
         self,
         q: Tensor,
         k: Tensor,
-        lse: Tensor,
+        norm: Tensor,
         plan: Plan,
         *,
         over: str,
@@ -95,7 +96,7 @@ class Backend(Protocol):
         key_bias: Tensor | None,
         width: int,
     ) -> Tensor:
-        """Statistics of P = exp(S - lse), [B,Hq,width]."""
+        """Statistics of the weights under a given norm, [B,Hq,width]."""
         ...
 
     def indexer_topk(

@@ -71,7 +71,7 @@ def as_plans(plan: object) -> tuple[Plan, ...]:
             hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
             raise SparseFlashError(f"plan is {describe(one)}: expected a Plan, or a tuple of plans{hint}")
     require((len(plans) > 0, "plan is an empty tuple: give at least one plan"))
-    return tuple(plans)
+    return tuple(one.current() for one in plans)
 
 
 def as_scale(scale: object, D: int) -> float:

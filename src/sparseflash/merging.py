@@ -1,8 +1,14 @@
-"""One softmax over several plans: what each of them gives is merged exactly, and attention sinks with it."""
+"""One softmax in pieces: its normaliser, and what pieces over disjoint keys (and sinks) are together.
+
+exp(logit - lse) must not be taken of one rounded lse, whose last place is worth more than 1 where logits are
+large. So a row's normaliser stays in two parts: a logit is `unit * x`, `top` is the largest x of the row, and
+`rest` the log of the sum of exp(unit * (x - top)); lse = unit * top + rest. A difference x - top is exact
+where it matters, and rest is small. Backends write both as `norm [2,B,H,T]`, in the dtype of lse; a row that
+sees nothing has top -inf and rest 0.
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,42 +19,83 @@ from .inputs import state_dtype
 from .plan import Plan
 from .plan.flat import empty_like_layout
 
+SMALLEST_UNIT = 1e-30
+NEVER = float("-inf")
 
-def merged(
-    parts: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Out and lse, in full precision, of parts over disjoint keys, and of sinks [H]; differentiable."""
-    lses = [lse for _, lse in parts]
-    if sink_logits is not None:
-        lses.append(sink_logits.to(lses[0].dtype)[None, :, None].expand_as(lses[0]))
-    stack = torch.stack(lses)
+
+def bends(scale: float, softcap: float, key_bias: Tensor | None) -> bool:
+    """Whether x is a logit already: else it is the score q.k itself, and the scale comes last."""
+    return bool(softcap) or key_bias is not None or not scale > SMALLEST_UNIT
+
+
+def unit_of(scale: float, softcap: float, key_bias: Tensor | None) -> float:
+    """What x is multiplied with to be a logit."""
+    return 1.0 if bends(scale, softcap, key_bias) else scale
+
+
+def norm_of(lse: Tensor, low: Tensor | None, unit: float, dtype: torch.dtype) -> Tensor:
+    """The norm of a given lse; `low` is what lse, rounded, does not hold of it."""
+    whole = lse.double() if low is None else lse.double() + low.double()
+    return _pair(whole / unit, whole, unit, dtype)
+
+
+def _pair(x: Tensor, logit: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
+    """Top x, rounded, and as its rest what that leaves of a logit; both in fp64."""
+    top = x.to(dtype)
+    rest = torch.where(top == NEVER, 0, logit - top.double() * unit)
+    return torch.stack([top, rest.to(dtype)])
+
+
+def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Out and lse, in full precision, of parts (out, lse) over disjoint keys; differentiable."""
+    stack = torch.stack([lse for _, lse in parts])
     top = stack.detach().amax(0)
-    top = torch.where(top == float("-inf"), 0, top)
+    top = torch.where(top == NEVER, 0, top)
     weight = torch.exp(stack - top)  # -inf gives 0, also in the gradient
     total = weight.sum(0)
     some = total > 0
-    lse = torch.where(some, torch.log(torch.where(some, total, 1)) + top, float("-inf"))
-    share = weight / torch.where(some, total, 1)
-    state = torch.float64 if parts[0][0].dtype == torch.float64 else torch.float32
-    outs = (share[i][..., None] * out.to(state) for i, (out, _) in enumerate(parts))
-    return functools.reduce(torch.add, outs), lse
+    lse = torch.where(some, torch.log(torch.where(some, total, 1)) + top, NEVER)
+    return _weighed([out for out, _ in parts], weight / torch.where(some, total, 1)), lse
+
+
+def _weighed(outs: Sequence[Tensor], share: Tensor) -> Tensor:
+    state = state_dtype(outs[0])
+    first, *rest = (part[..., None].to(state) * out.to(state) for out, part in zip(outs, share))
+    for one in rest:
+        first = first + one
+    return first
 
 
 def over_plans(
-    attend: Callable[..., tuple[Tensor, Tensor]],
+    attend: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plans: Sequence[Plan],
     *,
+    scale: float,
+    softcap: float,
+    key_bias: Tensor | None,
     sink_logits: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """What `attend` gives over each plan, as one softmax: out like q, and lse."""
-    alone = len(plans) == 1 and sink_logits is None
-    options["out_dtype"] = q.dtype if alone else state_dtype(q)
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `attend` gives over each plan, as one softmax: out like q, lse, and where `normed` its norm."""
+    alone, state = len(plans) == 1 and sink_logits is None, state_dtype(q)
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
+    options |= {"out_dtype": q.dtype if alone else state, "normed": normed or not alone}
     parts = [attend(q, k, v, plan, **options) for plan in plans]
     if alone:
         return parts[0]
-    out, lse = merged(parts, sink_logits)
-    return empty_like_layout(q, v.shape[-1]).copy_(out), lse
+    unit, norms = unit_of(scale, softcap, key_bias), [norm for *_, norm in parts if norm is not None]
+    if sink_logits is not None:  # a sink is a key with that logit, and value 0
+        logit = sink_logits.double()[:, None].expand(q.shape[:3])
+        norms.append(_pair(logit / unit, logit, unit, state))
+    tops, rests = torch.stack(norms, 1).double()
+    top = tops.amax(0)
+    weight = torch.exp((tops - torch.where(top == NEVER, 0, top)) * unit + rests)
+    total = weight.sum(0)
+    some = total > 0
+    rest = torch.where(some, torch.log(torch.where(some, total, 1)), 0)
+    mixed = _weighed([out for out, *_ in parts], (weight / torch.where(some, total, 1)).to(state))
+    out = empty_like_layout(q, v.shape[-1]).copy_(mixed)
+    return out, (top * unit + rest).to(state), torch.stack([top, rest]).to(state)

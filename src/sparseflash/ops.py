@@ -31,7 +31,7 @@ from .inputs import (
     untraced,
     unwatched,
 )
-from .merging import merged, over_plans
+from .merging import merged, norm_of, over_plans, unit_of
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
 from .transforms import differentiable, last
@@ -58,12 +58,24 @@ def one_softmax(
     scale: float,
     softcap: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Out and lse over all plans."""
+    *,
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Out, lse and, for a backward, the norm over all plans."""
     attend = choose("forward", backend, q, k, v).forward
-    options = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
     with own_precision(q):
-        return over_plans(attend, q, k, v, plans, sink_logits=sink_logits, **options)
+        return over_plans(
+            attend,
+            q,
+            k,
+            v,
+            plans,
+            scale=scale,
+            softcap=softcap,
+            key_bias=key_bias,
+            sink_logits=sink_logits,
+            normed=normed,
+        )
 
 
 @torch.library.custom_op("sparseflash::attention", mutates_args=())
@@ -78,9 +90,11 @@ def _attention(
     scale: float,
     softcap: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
-    return one_softmax(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
+    out, lse, norm = one_softmax(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend, normed=True)
+    assert norm is not None
+    return out, lse, norm
 
 
 @_attention.register_fake
@@ -95,8 +109,10 @@ def _(
     scale: Any,
     softcap: Any,
     backend: Any,
-) -> tuple[Tensor, Tensor]:
-    return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = state_dtype(q)
+    lse, norm = q.new_empty(q.shape[:3], dtype=state), q.new_empty((2, *q.shape[:3]), dtype=state)
+    return empty_like_layout(q, v.shape[-1]), lse, norm
 
 
 def _gradients(
@@ -106,7 +122,7 @@ def _gradients(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     key_bias: Tensor | None,
     plans: Sequence[Plan],
     scale: float,
@@ -123,7 +139,7 @@ def _gradients(
                 k,
                 v,
                 out,
-                lse,
+                norm,
                 dlse,
                 plan,
                 scale=scale,
@@ -152,7 +168,7 @@ def _attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     key_bias: Tensor | None,
     plan_tensors: Sequence[Tensor],
     plan_ints: Sequence[int],
@@ -161,7 +177,7 @@ def _attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plans = unflatten_all(plan_tensors, plan_ints)
-    return _gradients(dout, dlse, q, k, v, out, lse, key_bias, plans, scale, softcap, backend)
+    return _gradients(dout, dlse, q, k, v, out, norm, key_bias, plans, scale, softcap, backend)
 
 
 @_attention_backward.register_fake
@@ -172,7 +188,7 @@ def _(
     k: Any,
     v: Any,
     out: Any,
-    lse: Any,
+    norm: Any,
     key_bias: Any,
     plan_tensors: Any,
     plan_ints: Any,
@@ -188,38 +204,50 @@ def _(
 _watched_backward = last(_attention_backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, key_bias, sink_logits, tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend = inputs
-    out, lse = output
+    out, _, norm = output
     ctx.slots = len(tensors)
-    ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, lse, *tensors)
+    ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, norm, *tensors)
 
 
 def _sink_gradient(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sink_logits: Tensor
+    dout: Tensor, dlse: Tensor | None, out: Tensor, norm: Tensor, sink_logits: Tensor, unit: float
 ) -> Tensor:
     """The sink is a key with value 0: d = sum over rows of p_sink * (dlse - delta)."""
-    slope = -(dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    slope = -(dout.to(norm.dtype) * out.to(norm.dtype)).sum(-1)
     if dlse is not None:
         slope = slope + dlse
-    share = torch.exp(sink_logits.to(lse.dtype)[:, None] - lse)
-    share = torch.where(lse == -math.inf, 0, share)  # a sink of -inf on a row that sees nothing
-    return (share * slope).sum((0, 2)).to(sink_logits.dtype)
+    top, rest = norm.double()
+    share = torch.exp((sink_logits.double()[:, None] - top * unit) - rest)
+    share = torch.where(top == -math.inf, 0, share)  # a sink of -inf on a row that sees nothing
+    return (share.to(norm.dtype) * slope).sum((0, 2)).to(sink_logits.dtype)
 
 
-def _five(run: Any, saved: Sequence[Tensor], dout: Tensor | None, dlse: Tensor | None, *rest: Any) -> Any:
+def _five(
+    run: Any,
+    saved: Sequence[Tensor],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    plans: Sequence[Any],
+    scale: float,
+    softcap: float,
+    backend: str,
+) -> Any:
     """Gradients of q, k, v, key_bias and sink_logits, where `run` knows those of the first four."""
-    q, k, v, key_bias, sink_logits, out, lse = saved
+    q, k, v, key_bias, sink_logits, out, norm = saved
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, lse, key_bias, *rest)
-    dsink = None if sink_logits is None else _sink_gradient(dout, dlse, out, lse, sink_logits)
+    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, key_bias, *plans, scale, softcap, backend)
+    dsink = None
+    if sink_logits is not None:
+        dsink = _sink_gradient(dout, dlse, out, norm, sink_logits, unit_of(scale, softcap, key_bias))
     return dq, dk, dv, None if key_bias is None else dbias.to(key_bias.dtype), dsink
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Any, ...]:
     saved, tensors = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-    rest = tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend
-    five = _five(_watched_backward, saved, dout, dlse, *rest)
+    plans = tensors, ctx.ints
+    five = _five(_watched_backward, saved, dout, dlse, plans, ctx.scale, ctx.softcap, ctx.backend)
     return *five, [None] * ctx.slots, None, None, None, None
 
 
@@ -231,16 +259,17 @@ class _Untraced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        out, lse = one_softmax(*given)
-        ctx.rest = given[5:]
+        out, lse, norm = one_softmax(*given, normed=True)
+        ctx.plans, *ctx.rest = given[5:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given[:5], out, lse)
+        ctx.save_for_backward(*given[:5], out, norm)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        return *_five(_gradients, ctx.saved_tensors, dout, dlse, *ctx.rest), None, None, None, None
+        five = _five(_gradients, ctx.saved_tensors, dout, dlse, (ctx.plans,), *ctx.rest)
+        return *five, None, None, None, None
 
 
 # ---------------------------------------------------------------- public
@@ -374,13 +403,13 @@ def attention(
     factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
     given = q, k, v, key_bias, sink_logits
     if unwatched(*given):
-        out, lse = one_softmax(*given, plans, factor, cap, name)
+        out, lse, _ = one_softmax(*given, plans, factor, cap, name, normed=False)
     elif untraced(*given):
         # torch declares no types for `apply`
         out, lse = _Untraced.apply(*given, plans, factor, cap, name)  # type: ignore[no-untyped-call]
     else:
         tensors, ints = flatten_all(plans)
-        out, lse = _watched(*given, tensors, ints, factor, cap, name)
+        out, lse, _ = _watched(*given, tensors, ints, factor, cap, name)
     return (out, lse) if return_lse else out
 
 
@@ -394,6 +423,7 @@ def attention_backward(
     plan: Plans,
     *,
     dlse: Tensor | None = None,
+    lse_low: Tensor | None = None,
     scale: float | None = None,
     key_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -404,6 +434,11 @@ def attention_backward(
     `out [B,Hq,Tq,Dv]` and `lse [B,Hq,Tq]` may come from a softmax over more keys than k and v hold here (ring
     attention, merged pieces, sinks): the result is this piece's share of the gradients. `dbias` is None
     without `key_bias`.
+
+    One fp32 number for lse is known to eps |lse|, and every weight of its row is off by that share: the error
+    is at most three times an eager run's, plus eps |lse| of the result. (Inside `attention` nothing is lost:
+    there maximum and sum stay apart.) Where logits are in the thousands, give lse in fp64, or as two fp32
+    numbers: `lse_low [B,Hq,Tq]` is what `lse` does not hold of it.
 
     Examples
     --------
@@ -426,8 +461,9 @@ def attention_backward(
         ("out", out, want),
         ("lse", lse, want[:3]),
         ("dlse", dlse, want[:3]),
+        ("lse_low", lse_low, want[:3]),
     ):
-        if label == "dlse" and x is None:
+        if x is None and label in ("dlse", "lse_low"):
             continue
         good = is_real(x, shape, q.device)
         require((good, f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"))
@@ -440,7 +476,7 @@ def attention_backward(
         k,
         v,
         out.to(q.dtype),
-        lse.to(state),
+        norm_of(lse, lse_low, unit_of(factor, cap, key_bias), state),
         key_bias,
         tensors,
         ints,
@@ -457,7 +493,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     parts : sequence of (out [B,H,T,Dv], lse [B,H,T])
-        Results of `attention(..., return_lse=True)`.
+        Results of `attention(..., return_lse=True)`. The share of a part is known to eps |lse|, as fp32 holds
+        its lse: give `attention` the plans of all parts at once where logits are in the thousands.
 
     Returns
     -------

@@ -18,8 +18,10 @@ from .inputs import (
     check_inputs,
     check_plan,
     describe,
+    is_real,
     state_dtype,
 )
+from .merging import norm_of, unit_of
 from .plan import Plan
 from .plan.flat import flatten, unflatten
 from .transforms import last
@@ -31,7 +33,7 @@ Over = Literal["key", "entry", "row", "diagonal"]
 def _stats(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     key_bias: Tensor | None,
     plan_tensors: Sequence[Tensor],
     plan_ints: Sequence[int],
@@ -44,7 +46,7 @@ def _stats(
 ) -> Tensor:
     plan = unflatten(plan_tensors, plan_ints)
     return choose("stats", backend, q, k, k).stats(
-        q, k, lse, plan, over=over, peak=peak, scale=scale, softcap=softcap, key_bias=key_bias, width=width
+        q, k, norm, plan, over=over, peak=peak, scale=scale, softcap=softcap, key_bias=key_bias, width=width
     )
 
 
@@ -52,7 +54,7 @@ def _stats(
 def _(
     q: Any,
     k: Any,
-    lse: Any,
+    norm: Any,
     key_bias: Any,
     plan_tensors: Any,
     plan_ints: Any,
@@ -77,6 +79,7 @@ def attention_stats(
     *,
     over: Over = "key",
     reduce: Literal["sum", "max"] = "sum",
+    lse_low: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     key_bias: Tensor | None = None,
@@ -92,7 +95,8 @@ def attention_stats(
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`.
     lse : Tensor
         `[B,Hq,Tq]`, natural log, of any softmax (that of a denser plan gives shares of its mass). Rows with
-        -inf count nothing.
+        -inf count nothing. A weight is known to eps |lse|, beside three times the error of an eager run:
+        where logits are in the thousands give lse in fp64, or `lse_low`.
     plan : Plan
         The pairs that are looked at.
     over : "key", "row", "entry" or "diagonal"
@@ -100,6 +104,8 @@ def attention_stats(
         `[B,Hq,tiles,n]`, spans before units in list order, n the longest list; each distance between query
         and key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`.
     reduce : "sum" or "max"
+    lse_low : Tensor, optional
+        `[B,Hq,Tq]`: what lse, in fp32, does not hold of it.
     scale, softcap, key_bias, backend
         As in `sparseflash.attention`.
 
@@ -127,12 +133,13 @@ def attention_stats(
     check_plan(plan, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
-    require(
-        (
-            isinstance(lse, Tensor) and lse.shape == q.shape[:3] and lse.device == q.device,
-            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}",
-        )
-    )
+    for name, x in ("lse", lse), ("lse_low", lse_low):
+        good = (x is None and name == "lse_low") or is_real(x, q.shape[:3], q.device)
+        want = f"floating point {list(q.shape[:3])} on {q.device}"
+        require((good, f"{name}: {describe(x)}; expected {want}"))
+    factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
+    low = None if lse_low is None else lse_low.detach()
+    norm = norm_of(lse.detach(), low, unit_of(factor, cap, key_bias), state_dtype(q))
     per = (
         sum(int(n.max()) if n is not None and n.numel() else 0 for n in (plan.span_count, plan.count))
         if (over == "entry")
@@ -148,14 +155,14 @@ def attention_stats(
     found = _watched(
         q.detach(),
         k.detach(),
-        lse.detach(),
+        norm,
         None if key_bias is None else key_bias.detach(),
         tensors,
         ints,
         over,
         reduce == "max",
-        as_scale(scale, q.shape[-1]),
-        as_softcap(softcap),
+        factor,
+        cap,
         width,
         as_backend(backend),
     )

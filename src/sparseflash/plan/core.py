@@ -397,7 +397,28 @@ class Plan(Constructors):
         fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
         fields["span_keys"] = transpose_spans(plan) if plan.spans is not None else None
         fields["unit_keys"] = transpose_units(plan) if plan.index is not None else None
-        return Plan._made(**fields)
+        made = Plan._made(**fields)
+        object.__setattr__(made, "_derived_from", _stamp(made))
+        return made
+
+    def current(self) -> Plan:
+        """The plan, without what `prepare` derived from tensors that were edited or moved in place since."""
+        known = self.__dict__.get("_derived_from")
+        if known is None or torch.compiler.is_compiling() or known == _stamp(self):
+            return self
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Plan._made(**fields | {"span_keys": None, "unit_keys": None})
+
+
+def _stamp(plan: Plan) -> list[tuple[int, int]] | None:
+    """Where each tensor lies and how often it was written to: other numbers, and what was derived is old.
+
+    None where that is not known: for tensors of a shape alone. (Inference tensors count no writes.)
+    """
+    tensors = plan.tensors().values()
+    if any(type(x) is not Tensor or x.is_meta for x in tensors):
+        return None
+    return [(x.data_ptr(), -1 if x.is_inference() else x._version) for x in tensors]
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Plan)}

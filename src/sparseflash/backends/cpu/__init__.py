@@ -75,19 +75,25 @@ def forward(
     softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq] and, where wanted, its norm [2,B,Hq,Tq]."""
     keep: list[Tensor] = []
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     lse = empty(q.shape[:3], dtype=torch.float32)
+    norm = empty((2, *q.shape[:3]), dtype=torch.float32) if normed else None
     if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
         lse.fill_(float("-inf"))
+        if norm is not None:
+            norm[0], norm[1] = float("-inf"), 0
     call.out_dtype = CODES[out_dtype]
     call.out, call.lse = view(out), lse.data_ptr()
+    if norm is not None:
+        call.norm = norm.data_ptr()
     run("sf_forward", call, q.dtype)
-    return out, lse
+    return out, lse, norm
 
 
 def decode(
@@ -116,13 +122,21 @@ def decode(
     return out, lse
 
 
+def _given(norm: Tensor, q: Tensor, keep: list[Tensor]) -> Tensor:
+    """A norm as the kernels read it."""
+    if norm.shape != (2, *q.shape[:3]):
+        raise ValueError(f"norm {list(norm.shape)}: expected {[2, *q.shape[:3]]}")
+    keep.append(norm.to(torch.float32).contiguous())
+    return aligned(keep[-1], keep)
+
+
 def backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
     *,
@@ -136,14 +150,14 @@ def backward(
     call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
     wanted = grad_dtype or q.dtype
     dout, out = aligned(dout.to(q.dtype), keep), out if out.dtype in CODES else out.to(q.dtype)
-    lse = lse.to(torch.float32).contiguous()
+    norm = _given(norm, q, keep)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=wanted)
     dk, dv = empty(k.shape, dtype=wanted), empty(v.shape, dtype=wanted)
     call.out_dtype, call.grad_dtype = CODES[out.dtype], CODES[wanted]
     call.out, call.dout = view(out), view(dout)
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
-    call.lse = lse.data_ptr()
+    call.norm = norm.data_ptr()
     if dlse is not None:
         dlse = aligned(dlse.to(torch.float32).contiguous(), keep)
         call.dlse = dlse.data_ptr()
@@ -161,7 +175,7 @@ OVER = {"key": 0, "row": 1, "entry": 2, "diagonal": 3}
 def stats(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     plan: Plan,
     *,
     over: str,
@@ -171,15 +185,15 @@ def stats(
     key_bias: Tensor | None,
     width: int,
 ) -> Tensor:
-    """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: fp32 [B,Hq,width]."""
+    """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
     keep: list[Tensor] = []
     call = call_of(q, k, k, plan, scale, softcap, key_bias, keep)
     call.v = View()
-    lse = aligned(lse.to(torch.float32).contiguous(), keep)
+    norm = _given(norm, q, keep)
     found = empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
     if not width:  # there is no distance between no query and no key
         return found
-    call.lse, call.stat = lse.data_ptr(), found.data_ptr()
+    call.norm, call.stat = norm.data_ptr(), found.data_ptr()
     call.over, call.peak, call.stat_width = OVER[over], peak, width
     call.entry_width = width // max(plan.tiles, 1) if over == "entry" else 0
     run("sf_stats", call, q.dtype)

@@ -95,6 +95,7 @@ class Call(ctypes.Structure):
         + [(n, View) for n in _VIEWS]
         + [
             ("lse", ctypes.c_void_p),
+            ("norm", ctypes.c_void_p),
             ("dlse", ctypes.c_void_p),
             ("key_bias", Table),
             ("dbias", ctypes.c_void_p),
@@ -201,18 +202,29 @@ def names_all(plan: Plan) -> bool:
     return order is None or bool(((order >= 0).sum(-1) == plan.Tq).all())
 
 
-_known: dict[int, tuple[weakref.ref[Plan], NativePlan]] = {}
+_Places = list[tuple[int, torch.Size, tuple[int, ...]]]
+_known: dict[int, tuple[weakref.ref[Plan], NativePlan, list[Tensor], _Places]] = {}
+
+
+def _places(tensors: list[Tensor]) -> _Places:
+    return [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
 
 
 def _native(plan: Plan, keep: list[Tensor]) -> NativePlan:
-    """The plan as a C structure; kept with the plan where it only points into the plan's tensors."""
+    """The plan as a C structure; kept with the plan where it only points into the plan's tensors.
+
+    A tensor may get other memory behind our back (`share_memory_`, `set_`, `resize_`, `.data =`, a plan that
+    is sent to another process): what is kept is good while all of them lie where they lay.
+    """
     at = id(plan)
-    if at in _known and _known[at][0]() is plan:
-        return _known[at][1]
+    known = _known.get(at)
+    if known is not None and known[0]() is plan and _places(known[2]) == known[3]:
+        return known[1]
     made, copies = NativePlan(), len(keep)
     fill_plan(plan, made, keep)
     if len(keep) == copies:
-        _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made)
+        tensors = list(plan.tensors().values())
+        _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made, tensors, _places(tensors))
     return made
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...merging import over_plans
+from ...merging import NEVER, bends, over_plans, unit_of
 from ...plan import Plan
 from ...plan.flat import empty_like_layout
 from ...plan.lists import TileView, tile_parts, tile_view
@@ -20,15 +21,23 @@ STREAMED = 1 << 19
 def _logits(
     q: Tensor, k: Tensor, view: TileView, scale: float, softcap: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Masked logits of a tile, and tanh of the capped score where there is a softcap."""
-    s = (q @ k.transpose(-1, -2)) * scale
+    """The x of a tile's masked logits `unit * x` (see `merging`), and tanh of the score under a softcap."""
+    x = q @ k.transpose(-1, -2)
     bent = None
+    if bends(scale, softcap, bias):
+        x = x * scale
     if softcap:
-        bent = torch.tanh(s / softcap)
-        s = bent * softcap
+        bent = torch.tanh(x / softcap)
+        x = bent * softcap
     if bias is not None:
-        s = s + bias[..., None, :]
-    return s.masked_fill(~view.keep, float("-inf")), bent
+        x = x + bias[..., None, :]
+    return x.masked_fill_(~view.keep, NEVER), bent
+
+
+def _weights(x: Tensor, norm: Tensor, unit: float, seen: Tensor) -> Tensor:
+    """exp(unit * x - lse) of what is seen, with the parts of lse apart; in place of x."""
+    top, rest = norm[..., None]
+    return x.sub_(top).mul_(unit).sub_(rest).exp_().masked_fill_(~(seen & (top > NEVER)), 0)
 
 
 def _bias_rows(key_bias: Tensor | None, keys: Rows, heads: int, dtype: torch.dtype) -> Tensor | None:
@@ -48,12 +57,15 @@ def forward(
     softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 (fp64) [B,Hq,Tq]."""
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 (fp64) [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     B, H, Tq, _ = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    unit = unit_of(scale, softcap, key_bias)
     out = empty_like_layout(q, v.shape[-1], out_dtype).zero_()
-    lse = torch.full((B, H, Tq), float("-inf"), dtype=work, device=q.device)
+    lse = torch.full((B, H, Tq), NEVER, dtype=work, device=q.device)
+    norm = torch.stack([lse, torch.zeros_like(lse)])
     for r in range(plan.tiles):
         view = tile_view(plan, r, B, H)
         if not view.keep.shape[-1]:
@@ -64,7 +76,7 @@ def forward(
             Rows(view.k_token, k.shape[1]),
             Rows(view.k_token, v.shape[1]),
         )
-        s, _ = _logits(
+        x, _ = _logits(
             queries.read(q, work),
             keys.read(k, work, seen),
             view,
@@ -72,15 +84,20 @@ def forward(
             softcap,
             _bias_rows(key_bias, keys, H, work),
         )
-        row_lse = s.logsumexp(-1)
-        p = torch.exp(s - torch.where(row_lse == float("-inf"), 0, row_lse)[..., None])
-        queries.write(out, p @ values.read(v, work, seen))
-        queries.write(lse, row_lse)
-    return out, lse
+        top = x.amax(-1)
+        p = x.sub_(torch.where(top == NEVER, 0, top)[..., None]).mul_(unit).exp_()
+        total = p.sum(-1)
+        rest = torch.where(total > 0, total, 1).log()
+        queries.write(out, p @ values.read(v, work, seen) / total.clamp(min=1)[..., None])
+        queries.write(lse, (top.double() * unit + rest).to(work))
+        queries.write(norm[0], top)
+        queries.write(norm[1], rest)
+    return out, lse, norm if normed else None
 
 
-decode = functools.partial(over_plans, forward)
-"""Decoding is the same attention; only how fast backends read their keys differs."""
+def decode(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], **options: Any) -> tuple[Tensor, Tensor]:
+    """Decoding is the same attention; only how fast backends read their keys differs."""
+    return over_plans(forward, q, k, v, plans, normed=False, **options)[:2]
 
 
 def backward(
@@ -89,7 +106,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
     *,
@@ -98,11 +115,12 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients for a given lse: dq, dk, dv (in `grad_dtype`), dbias [B,Hq,Tk] fp32|fp64."""
+    """Gradients for a given norm: dq, dk, dv (in `grad_dtype`), dbias [B,Hq,Tk] fp32|fp64."""
     B, H, Tq, D = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = torch.zeros(B, H, Tq, D, dtype=work, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=work, device=q.device) for x in (k, v))
+    unit = unit_of(scale, softcap, key_bias)
     dbias = torch.zeros(B, H, k.shape[2], dtype=work, device=q.device) if key_bias is not None else None
     for r in range(plan.tiles):
         view = tile_view(plan, r, B, H)
@@ -116,10 +134,8 @@ def backward(
         )
         qr, kr, vr = queries.read(q, work, live), keys.read(k, work, seen), values.read(v, work, seen)
         do = queries.read(dout, work, live)
-        s, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work))
-        row_lse = queries.read(lse, work, live)
-        known = view.keep & (row_lse > float("-inf"))[..., None]
-        p = torch.where(known, torch.exp(s - row_lse[..., None]), 0)
+        x, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work))
+        p = _weights(x, torch.stack([queries.read(n, work, live) for n in norm]), unit, view.keep)
         delta = (do * queries.read(out, work, live)).sum(-1)
         if dlse is not None:
             delta = delta - queries.read(dlse, work, live)
@@ -138,7 +154,7 @@ def backward(
 def stats(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     plan: Plan,
     *,
     over: str,
@@ -148,10 +164,11 @@ def stats(
     key_bias: Tensor | None,
     width: int,
 ) -> Tensor:
-    """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: [B,Hq,width]."""
+    """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: [B,Hq,width]."""
     B, H, Tq, _ = q.shape
     Tk = k.shape[2]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    unit = unit_of(scale, softcap, key_bias)
     total = torch.zeros(B * H, width + 1, dtype=work, device=q.device)
     owner = torch.arange(B * H, device=q.device).view(B, H, 1, 1)
     most = max(1, STREAMED // max(B * H * plan.tile, 1))
@@ -161,7 +178,7 @@ def stats(
             continue
         seen, live = view.keep.any(-2), view.keep.any(-1)
         queries, keys = Rows(view.q_token, H), Rows(view.k_token, k.shape[1])
-        s, _ = _logits(
+        x, _ = _logits(
             queries.read(q, work, live),
             keys.read(k, work, seen),
             view,
@@ -169,9 +186,9 @@ def stats(
             softcap,
             _bias_rows(key_bias, keys, H, work),
         )
-        row_lse = queries.read(lse, work, live)
-        known = view.keep & (row_lse > float("-inf"))[..., None]
-        p = torch.where(known, torch.exp(s - row_lse[..., None]), 0)
+        given = torch.stack([queries.read(n, work, live) for n in norm])
+        known = view.keep & (given[0] > NEVER)[..., None]
+        p = _weights(x, given, unit, known)
         if over == "key":
             place, p = view.k_token[..., None, :], (p.amax(-2) if peak else p.sum(-2))[..., None, :]
         elif over == "row":

@@ -13,13 +13,12 @@ import triton.language as tl
 
 from .common import (
     ALWAYS,
-    LOG2E,
-    NEVER,
     Keys,
     Rule,
     Tokens,
     dot,
     gathered,
+    given_norm,
     key_facts,
     load_rows,
     logits,
@@ -40,7 +39,8 @@ class Queries(NamedTuple):
     do: Any
     do_row: Any
     do_lane: Any
-    lse: Any
+    top: Any
+    rest: Any
     delta: Any
 
 
@@ -67,16 +67,15 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
     BM: tl.constexpr = F.CUT if RULES else F.BM
     within = part * BM + tl.arange(0, BM)
     real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
-    lse = tl.load(Q.lse + token, mask=real, other=NEVER)
-    real = real & (lse != NEVER)
-    lse = tl.where(real, lse * LOG2E, ALWAYS)
+    top, rest = given_norm(Q.top, Q.rest, token, real)
+    real = real & (top != ALWAYS)
     at = token.to(tl.int64)
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
     if not F.STATS:
         delta = tl.load(Q.delta + token, mask=real, other=0.0)
         do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
-    p = tl.exp2(x - lse[None, :])  # 0 in lanes without a query
+    p = tl.exp2((x - top[None, :]) * R.factor - rest[None, :])  # 0 in lanes without a query
     if RULES:
         keep = real[None, :] & (live & (C.token >= 0))[:, None]
         if BITS:
@@ -108,7 +107,7 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
 
 @triton.jit
 def columns_kernel(
-    Q, K, V, DOUT, LSE, DELTA, DK, DV, DBIAS,
+    Q, K, V, DOUT, TOP, REST, DELTA, DK, DV, DBIAS,
     q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
     d_batch, d_head, d_row, d_lane, dk_batch, dk_head, dk_row, dk_lane, dv_batch, dv_head, dv_row, dv_lane,
     SPANS, SPAN_START, span_batch, span_heads, SPAN_BEGIN, SPAN_WHOLE, SPAN_READERS, SPAN_TILE, SPAN_UNTIL,
@@ -118,7 +117,7 @@ def columns_kernel(
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
-    scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, columns,
+    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, columns,
     GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them.
@@ -163,7 +162,7 @@ def columns_kernel(
                        K_ORDER + facts, K_POS + facts, K_END + facts, K_SEG + facts, BIAS,
                        k_rows)  # fmt: skip
         token, pos, end, seg = key_facts(of_head, n, live, F)
-        R = rule_of(Rule(factor, cap, left, right, sink), RULE, rule_heads, h, H, F)
+        R = rule_of(Rule(inner, cap, factor, left, right, sink), RULE, rule_heads, h, H, F)
         bias = R.factor
         if F.BIAS:
             base = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
@@ -173,7 +172,7 @@ def columns_kernel(
         queries = Queries(
             Q + b64 * q_batch + h64 * q_head, q_row, q_lane, DOUT + b64 * d_batch + h64 * d_head, d_row,
             d_lane,
-            LSE + state, DELTA + state,
+            TOP + state, REST + state, DELTA + state,
         )  # fmt: skip
         db = tl.zeros([BN], tl.float32)
         if F.SPANS:

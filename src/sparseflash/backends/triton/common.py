@@ -2,7 +2,7 @@
 
 A plan's table is `[batch, heads, length]` with batch B or 1 and any divisor of Hq as heads: a kernel gets its
 pointer, its heads and the stride of its batch (0 where it is shared), and `place` finds the row of (b, h).
-Logits are base 2: scores are multiplied by log2(e) once, and exponentials are `exp2`.
+A logit is `unit * x` (see `merging`); exponentials are of base 2, factor = unit * log2(e).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Flags(NamedTuple):
     QUERY_SEG: bool
     KEY_SEG: bool
     SHIFT: bool
+    BENT: bool
+    """Whether x is a logit already, not the score: a softcap, a bias, a scale that is not positive."""
     BIAS: bool
     SOFTCAP: bool
     STATS: bool = False
@@ -73,6 +75,8 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     delta: Any
+    rest: Any
+    """That of a given norm, times log2(e)."""
     real: Any
     pos: Any
     seg: Any
@@ -116,10 +120,11 @@ class Keys(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Numbers of the logits (factor is scale * log2(e); scale / cap under a softcap) and of the window."""
+    """Numbers of the logits (inner: the scale where it bends, scale / cap under a softcap), the window."""
 
-    factor: Any
+    inner: Any
     cap: Any
+    factor: Any
     left: Any
     right: Any
     sink: Any
@@ -226,20 +231,30 @@ def rule_of(R, RULE, rule_heads, h, H, F: tl.constexpr):
     if F.HEAD_RULES:
         at = RULE + 3 * (h * rule_heads // H)
         left, right, sink = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    return Rule(R.factor, R.cap, left, right, sink)
+    return Rule(R.inner, R.cap, R.factor, left, right, sink)
 
 
 @triton.jit
 def logits(s, k_bias, R, F: tl.constexpr):
-    """Base-2 logits of scores, and the tanh of the softcap (else the scores)."""
-    x = s * R.factor
+    """The x of logits, of scores, and the tanh of the softcap (else the scores)."""
+    x = s
+    if F.BENT:
+        x = s * R.inner
     bent = x
     if F.SOFTCAP:
         bent = tanh(x)
         x = bent * R.cap
     if F.BIAS:
-        x += k_bias * LOG2E
+        x += k_bias
     return x, bent
+
+
+@triton.jit
+def given_norm(TOP, REST, state, real):
+    """A norm's top, infinite where the row saw nothing (nothing has weight then), and its rest in base 2."""
+    top = tl.load(TOP + state, mask=real, other=NEVER)
+    rest = tl.load(REST + state, mask=real, other=0.0)
+    return tl.where(top == NEVER, ALWAYS, top), rest * LOG2E
 
 
 @triton.jit
@@ -274,7 +289,7 @@ def rows_of(T, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, rows,
     real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
     base = Q + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head
     q = load_rows(base, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
-    return Rows(q, q, q, real, pos, seg, within), token
+    return Rows(q, q, q, q, real, pos, seg, within), token
 
 
 @triton.jit
@@ -286,7 +301,7 @@ def keys_at(X, base, lane, row, step, live, N: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F: tl.constexpr):
-    """Base-2 logits of rows and key rows base + lane (k), whether they see each other, and the keys' tokens.
+    """The x of the logits of rows and key rows base + lane (k), who sees whom, and the keys' tokens.
 
     `word` is the entry's place among the bits (-1: it has none), `origin` its first key row.
     """

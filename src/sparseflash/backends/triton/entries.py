@@ -10,13 +10,11 @@ import triton
 import triton.language as tl
 
 from .common import (
-    ALWAYS,
-    LOG2E,
-    NEVER,
     Keys,
     Rule,
     Tokens,
     gathered,
+    given_norm,
     keys_at,
     pairs,
     place,
@@ -28,18 +26,11 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def weights(Q, lse, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
-    """The weights that rows of a given lse have on key rows base + lane; 0 where they do not see them."""
+def weights(Q, top, rest, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
+    """The weights that rows of a given norm have on key rows base + lane; 0 where they do not see them."""
     k = keys_at(K.k, base, lane, K.k_row, K.k_lane, live, F.D, F.BD)
     x, keep, _ = pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F)
-    return tl.where(keep, tl.exp2(x - lse[:, None]), 0.0)
-
-
-@triton.jit
-def given_lse(LSE, state, real):
-    """The lse of rows in base 2; infinite where there is none, so that nothing has a weight."""
-    lse = tl.load(LSE + state, mask=real, other=NEVER)
-    return tl.where(lse == NEVER, ALWAYS, lse * LOG2E)
+    return tl.where(keep, tl.exp2((x - top[:, None]) * R.factor - rest[:, None]), 0.0)
 
 
 @triton.jit
@@ -64,8 +55,8 @@ def mine(slot, count, BAND: tl.constexpr):
 
 
 @triton.jit
-def over_range(total, Q, token, lse, K, R, lo, hi, word, origin, WORDS, first, order, Tk, BAND: tl.constexpr,
-               F: tl.constexpr):  # fmt: skip
+def over_range(total, Q, token, top, rest, K, R, lo, hi, word, origin, WORDS, first, order, Tk,
+               BAND: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Take in the weights of key rows lo..hi: each lane's own with BAND 0, else those of each diagonal.
 
     Diagonal i of a band is where query token - key token is `first` + i.
@@ -75,7 +66,7 @@ def over_range(total, Q, token, lse, K, R, lo, hi, word, origin, WORDS, first, o
     for t in tl.range(lo, hi, CUT, num_stages=1):
         live = t + lane < hi
         if BAND == 0:
-            p = weights(Q, lse, K, R, t, lane, live, word, origin, WORDS, F)
+            p = weights(Q, top, rest, K, R, t, lane, live, word, origin, WORDS, F)
             total = gathered(total, p, 0, F)
         else:
             key = t + lane
@@ -85,7 +76,7 @@ def over_range(total, Q, token, lse, K, R, lo, hi, word, origin, WORDS, first, o
             newest = tl.max(tl.where(Q.real, token, -FAR), 0) - tl.min(tl.where(live, key, FAR), 0)
             oldest = tl.min(tl.where(Q.real, token, FAR), 0) - tl.max(tl.where(live, key, -FAR), 0)
             if (newest >= first) & (oldest < first + BAND):
-                p = weights(Q, lse, K, R, t, lane, live, word, origin, WORDS, F)
+                p = weights(Q, top, rest, K, R, t, lane, live, word, origin, WORDS, F)
                 wanted = token[:, None] - first - tl.arange(0, BAND)[None, :]
                 some = Q.real[:, None] & (wanted >= 0) & (wanted < Tk)
                 row = wanted
@@ -99,14 +90,14 @@ def over_range(total, Q, token, lse, K, R, lo, hi, word, origin, WORDS, first, o
 
 @triton.jit
 def entries_kernel(
-    Q, K, LSE, OUT,
+    Q, K, TOP, REST, OUT,
     q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane,
     SPAN_START, SPAN_COUNT, SPANS, span_batch, span_heads,
     START, FULL, COUNT, INDEX, WORDS_START, WORDS, unit_batch, unit_heads,
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch, TOKEN_ROW, token_batch,
-    factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, width,
+    inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, width,
     BAND: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT [B,H,width]: of each entry of each tile, `width // tiles` places a tile; or of BAND diagonals each.
@@ -125,7 +116,7 @@ def entries_kernel(
         q_seg_heads,
         SHIFT, shift_batch, offset,
     )  # fmt: skip
-    R = rule_of(Rule(factor, cap, left, right, sink), RULE, rule_heads, h, H, F)
+    R = rule_of(Rule(inner, cap, factor, left, right, sink), RULE, rule_heads, h, H, F)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     base = K + b64 * k_batch + kv * k_head
     head = Keys(
@@ -149,7 +140,7 @@ def entries_kernel(
         tile = part // PARTS
         rows, token = rows_of(tokens, Q, b, h, H, tile, part % PARTS, q_batch, q_head, q_row, q_lane, Tq,
                               q_rows, BM, F)  # fmt: skip
-        lse = given_lse(LSE + state, token, rows.real)
+        top, rest = given_norm(TOP + state, REST + state, token, rows.real)
         # of key rows that lie as their tokens, only these can be on the band
         low, high = 0, k_rows
         if BAND > 0 and not F.KEY_ORDER:
@@ -162,8 +153,8 @@ def entries_kernel(
             for s in range(start + begun, start + ended):
                 lo, hi = span_range(SPANS, s, k_rows)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
-                total = over_range(total, rows, token, lse, head, R, begin, end, -1, lo, WORDS, first, order,
-                                   Tk, BAND, F)  # fmt: skip
+                total = over_range(total, rows, token, top, rest, head, R, begin, end, -1, lo, WORDS, first,
+                                   order, Tk, BAND, F)  # fmt: skip
         if F.UNITS:
             start, count = tl.load(START + of_units + tile), tl.load(COUNT + of_units + tile)
             words = WORDS
@@ -174,7 +165,7 @@ def entries_kernel(
             for p in range(start + begun, start + ended):
                 lo, hi, word = unit_range(INDEX, p, full, k_rows, F)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
-                total = over_range(total, rows, token, lse, head, R, begin, end, word, lo, words, first,
+                total = over_range(total, rows, token, top, rest, head, R, begin, end, word, lo, words, first,
                                    order, Tk, BAND, F)  # fmt: skip
     to = OUT + bh.to(tl.int64) * width
     if BAND == 0:

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...merging import bends, unit_of
 from ...plan import Plan
 from ...plan.build import spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
@@ -181,7 +182,8 @@ class Arguments:
             named["k_batch"] = named["v_batch"] = 0
         named |= {
             "Q": q, "K": keys.k, "V": keys.v, "scale": scale,
-            "factor": scale / softcap if softcap else scale * LOG2E.value, "cap": softcap * LOG2E.value,
+            "inner": scale / softcap if softcap else scale, "cap": softcap,
+            "factor": unit_of(scale, softcap, key_bias) * LOG2E.value,
             "offset": 0 if shift is not None else plan.q_offset,
             "left": -1 if left is None else left, "right": -1 if right is None else right, "sink": plan.sink,
             "H": H, "KV": keys.k.shape[1], "Tq": Tq, "Tk": Tk, "q_rows": plan.q_rows, "k_rows": plan.k_rows,
@@ -200,7 +202,8 @@ class Arguments:
             "QUERY_ORDER": plan.q_order is not None, "KEY_ORDER": plan.k_order is not None,
             "QUERY_POS": plan.q_pos is not None, "KEY_POS": plan.k_pos is not None,
             "QUERY_SEG": plan.q_seg is not None, "KEY_SEG": plan.k_seg is not None,
-            "SHIFT": shift is not None, "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
+            "SHIFT": shift is not None, "BENT": bends(scale, softcap, key_bias),
+            "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
         }  # fmt: skip
 
     @property

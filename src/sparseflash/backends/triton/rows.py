@@ -13,7 +13,6 @@ import triton.language as tl
 from .common import (
     ALWAYS,
     LN2,
-    LOG2E,
     NEVER,
     Keys,
     Rows,
@@ -21,6 +20,7 @@ from .common import (
     Tokens,
     dot,
     gathered,
+    given_norm,
     key_facts,
     load_rows,
     logits,
@@ -35,9 +35,9 @@ from .common import (
 @triton.jit
 def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
           BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Take in key rows base + lane: the online softmax, or with the final lse (in m) their share of dQ.
+    """Take in key rows base + lane: the online softmax, or with a norm (its top in m) their share of dQ.
 
-    With STATS, m the given lse, their weights join `mass`.
+    With STATS, m the top too, their weights join `mass`.
     """
     n = base + lane
     if NEAR:
@@ -67,9 +67,9 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         elif not F.STATS:
             v = tl.where(seen, v, 0.0)
     if F.STATS:
-        mass = gathered(mass, tl.exp2(x - m[:, None]), 1, F)
+        mass = gathered(mass, tl.exp2((x - m[:, None]) * R.factor - Q.rest[:, None]), 1, F)
     elif BACKWARD:
-        p = tl.exp2(x - m[:, None])
+        p = tl.exp2((x - m[:, None]) * R.factor - Q.rest[:, None])
         ds = p * (dot(Q.do, tl.trans(v)) - Q.delta[:, None])
         if F.SOFTCAP:
             ds *= 1.0 - bent * bent
@@ -81,10 +81,10 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         level = now
         if RULES or F.BIAS:
             level = tl.where(now == NEVER, 0.0, now)
-        p = tl.exp2(x - level[:, None])
-        shrink = tl.exp2(m - level)
-        mass = mass * shrink + tl.sum(p, 1)
+        p = tl.exp2((x - level[:, None]) * R.factor)
+        shrink = tl.exp2((m - level) * R.factor)
         acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        mass = mass * shrink + tl.sum(p, 1)  # after the product: before it, a register too many is in use
         m = now
     return acc, m, mass
 
@@ -195,7 +195,7 @@ def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pi
 
 @triton.jit
 def rows_kernel(
-    Q, K, V, OUT, LSE, DOUT, DELTA,
+    Q, K, V, OUT, LSE, TOP, REST, DOUT, DELTA,
     q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
     o_batch, o_head, o_row, o_lane, d_batch, d_head, d_row, d_lane,
     SPAN_START, SPAN_FULL, SPAN_COUNT, SPANS, span_batch, span_heads,
@@ -203,14 +203,14 @@ def rows_kernel(
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
-    scale, factor, cap, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks,
+    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks,
     WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """OUT and LSE of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given LSE and DELTA.
+    """OUT, LSE and the norm of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given norm and DELTA.
 
-    With STATS the sum or maximum of their weights (in OUT, [B,H,Tq]) under the given LSE.
+    With STATS the sum or maximum of their weights (in OUT, [B,H,Tq]) under the given norm.
     With SPLIT several programs share the keys of the rows, as WORK [programs, 3] says: a list, one of its
-    pieces, how many it has. Each has an OUT [rows, DV] and an LSE [rows] of its own.
+    pieces, how many it has. Each has an OUT [rows, DV], a TOP and a REST [rows] of its own.
     """
     pid, piece, pieces = tl.program_id(0), 0, 1
     if SPLIT:
@@ -231,7 +231,7 @@ def rows_kernel(
         SHIFT, shift_batch, offset,
     )  # fmt: skip
     real, token, pos, seg = query_facts(tokens, b, h, H, tile, within, Tq, q_rows, F)
-    R = rule_of(Rule(factor, cap, left, right, sink), RULE, rule_heads, h, H, F)
+    R = rule_of(Rule(inner, cap, factor, left, right, sink), RULE, rule_heads, h, H, F)
 
     b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
     state = bh.to(tl.int64) * Tq + token
@@ -241,11 +241,10 @@ def rows_kernel(
     acc = tl.zeros([BM, WIDTH], tl.float32)
     m = tl.full([BM], NEVER, tl.float32)
     mass = tl.zeros([BM], tl.float32)
-    do, delta = q, mass
+    do, delta, rest = q, mass, mass
     if BACKWARD or F.STATS:
-        lse = tl.load(LSE + state, mask=real, other=NEVER)
-        seen = real & (lse != NEVER)
-        m = tl.where(seen, lse * LOG2E, ALWAYS)  # a row that saw nothing takes nothing
+        m, rest = given_norm(TOP, REST, state, real)
+        seen = real & (m != ALWAYS)
     if BACKWARD:
         do = load_rows(
             DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane, seen, F.DV, F.BDV, True
@@ -253,7 +252,7 @@ def rows_kernel(
         delta = tl.load(DELTA + state, mask=seen, other=0.0)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     bias = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
-    rows = Rows(q, do, delta, real, pos, seg, within)
+    rows = Rows(q, do, delta, rest, real, pos, seg, within)
     head = Keys(
         K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
         K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, bias, k_rows,
@@ -287,4 +286,9 @@ def rows_kernel(
         some = mass > 0
         total = tl.where(some, mass, 1.0)
         store_rows(base, row, o_row, o_lane, real, acc / total[:, None], F.DV, F.BDV)
-        tl.store(LSE + state, tl.where(some, (m + tl.log2(total)) * LN2, NEVER), mask=real)
+        rest = tl.log2(total) * LN2
+        tl.store(TOP + state, tl.where(some, m, NEVER), mask=real)
+        tl.store(REST + state, rest, mask=real)
+        if not SPLIT:
+            unit = 1.0 if F.BENT else scale
+            tl.store(LSE + state, tl.where(some, m * unit + rest, NEVER), mask=real)

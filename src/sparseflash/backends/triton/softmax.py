@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...merging import over_plans
+from ...merging import NEVER, over_plans, unit_of
 from ...plan import Plan
 from ...plan.build import TILE
 from ...plan.fields import FLAT
@@ -43,14 +43,18 @@ def launch_rows(a: Arguments, plan: Plan, *, backward: bool, work: Tensor | None
         fitting(name, a.blocks(name), start)
 
 
-def empty_results(q: Tensor, plan: Plan, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Room for out and lse, which tokens that no row names have already: they see nothing."""
+def empty_results(q: Tensor, plan: Plan, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for out, lse and norm, which tokens that no row names have already: they see nothing."""
     out = empty_like_layout(q, dim, dtype)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse, norm = (
+        torch.empty(x, dtype=torch.float32, device=q.device) for x in (q.shape[:3], (2, *q.shape[:3]))
+    )
     if plan.q_order is not None or not plan.tiles:
         out.zero_()
-        lse.fill_(float("-inf"))
-    return out, lse
+        lse.fill_(NEVER)
+        norm[0].fill_(NEVER)
+        norm[1].zero_()
+    return out, lse, norm
 
 
 def forward(
@@ -63,15 +67,16 @@ def forward(
     softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """out [B,Hq,Tq,Dv] of `out_dtype` and lse fp32 [B,Hq,Tq]."""
-    out, lse = empty_results(q, plan, v.shape[-1], out_dtype)
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
+    out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, scale, softcap, key_bias)
-    a.named |= {"OUT": out, "LSE": lse, "DOUT": out, "DELTA": lse}
+    a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
     for name in "o", "d":
         a.strides(a.named, name, out)
     launch_rows(a, plan, backward=False)
-    return out, lse
+    return out, lse, norm
 
 
 def decode_plan(
@@ -84,7 +89,8 @@ def decode_plan(
     softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    normed: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `forward` returns, for few queries over many keys: programs share the keys of a row.
 
     The keys of all lists are one list of work, of which every program takes an equal share however the lists
@@ -99,22 +105,30 @@ def decode_plan(
         fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
         plan = Plan._made(**fields | {"Tq": rows, "tile": rows})
     (B, H, *_), Dv = q.shape, v.shape[3]
-    out, lse = empty_results(q, plan, Dv, out_dtype)
+    out, lse, norm = empty_results(q, plan, Dv, out_dtype)
     if B * H * plan.tiles:
         work, rows = work_of(lists, B, H, programs), min(plan.tile, plan.q_rows)
         part = torch.empty((len(work.pieces), 1, rows, Dv), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((len(work.pieces), rows), dtype=torch.float32, device=q.device)
+        part_norm = torch.empty((2, len(work.pieces), rows), dtype=torch.float32, device=q.device)
         a = Arguments(q, k, v, plan, scale, softcap, key_bias, fold)
-        a.named |= {"OUT": part, "LSE": part_lse, "DOUT": part, "DELTA": part_lse}
+        a.named |= {
+            "OUT": part,
+            "LSE": lse,
+            "TOP": part_norm[0],
+            "REST": part_norm[1],
+            "DOUT": part,
+            "DELTA": lse,
+        }
         for name in "o", "d":
             a.strides(a.named, name, part)
         launch_rows(a, plan, backward=False, work=work.pieces)
-        merge(part, part_lse, work, plan, out, lse)
-    return (out.view(B, heads, -1, Dv), lse.view(B, heads, -1)) if group else (out, lse)
+        merge(part, part_norm, work, plan, unit_of(scale, softcap, key_bias), out, lse, norm)
+    return out.view(B, heads, -1, Dv), lse.view(B, heads, -1), norm.view(2, B, heads, -1)
 
 
-decode = functools.partial(over_plans, decode_plan)
-"""The same over several plans, and sinks."""
+def decode(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], **options: Any) -> tuple[Tensor, Tensor]:
+    """The same over several plans, and sinks."""
+    return over_plans(decode_plan, q, k, v, plans, normed=False, **options)[:2]
 
 
 def packed(q: Tensor, k: Tensor, plan: Plan, key_bias: Tensor | None) -> int:
@@ -132,7 +146,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
     *,
@@ -145,10 +159,12 @@ def backward(
     wanted, dout = grad_dtype or q.dtype, dout.to(q.dtype)
     delta = (dout.float() * out.float()).sum(-1)
     if dlse is not None:
-        delta = delta - torch.where(lse == float("-inf"), 0, dlse.float())
+        delta = delta - torch.where(norm[0] == NEVER, 0, dlse.float())
     dq = torch.zeros_like(q, dtype=wanted)
     a = Arguments(q, k, v, plan, scale, softcap, key_bias)
-    a.named |= {"OUT": dq, "LSE": lse.float().contiguous(), "DOUT": dout, "DELTA": delta.contiguous()}
+    norm = norm.float().contiguous()
+    a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout}
+    a.named["DELTA"] = delta.contiguous()
     a.strides(a.named, "o", dq)
     a.strides(a.named, "d", dout)
     launch_rows(a, plan, backward=True)

@@ -52,8 +52,9 @@ def work_of(plan: Plan, batch: int, heads: int, programs: int) -> Work:
     without a look at values, once for each plan. Pieces are shares of whatever a list holds when it is read:
     a plan that changes in place is out of balance until it is made anew, and never wrong.
     """
-    made: dict[tuple[int, int, int], Work] = plan.__dict__.setdefault("_work", {})
-    if kept := made.get((batch, heads, programs)):
+    made: dict[tuple[int, ...], Work] = plan.__dict__.setdefault("_work", {})
+    key = (batch, heads, programs, plan.tiles)
+    if kept := made.get(key):
         return kept
     keys = spread_heads(keys_listed(plan), heads).expand(batch, -1, -1).flatten()
     share = (-(keys.sum() // -programs)).clamp(min=_LEAST)
@@ -66,17 +67,18 @@ def work_of(plan: Plan, batch: int, heads: int, programs: int) -> Work:
     work = Work(torch.stack([cell, piece, pieces[cell]], -1).int(), torch.stack([begin, pieces], -1).int())
     # what is captured into a graph is not there before the graph has run
     if plan.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        made[batch, heads, programs] = work
+        made[key] = work
     return work
 
 
 @triton.jit
 def merge_kernel(
-    PART, PART_LSE, LISTS, OUT, LSE, Q_ORDER, q_order_batch, q_order_heads, o_batch, o_head, o_row, o_lane,
-    H, Tq, tiles, rows, TILE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ORDERED: tl.constexpr,
+    PART, PART_TOP, PART_REST, LISTS, OUT, LSE, TOP, REST,
+    Q_ORDER, q_order_batch, q_order_heads, o_batch, o_head, o_row, o_lane,
+    unit, H, Tq, tiles, rows, TILE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ORDERED: tl.constexpr,
     MANY: tl.constexpr,
 ):  # fmt: skip
-    """OUT and LSE of one row, from PART [programs, TILE, DV] and PART_LSE of those that shared its keys."""
+    """OUT, LSE and norm of one row, from PART [programs, TILE, DV] and the norms of its programs."""
     cell, within = tl.program_id(0) // TILE, tl.program_id(0) % TILE
     bh, row = cell // tiles, cell % tiles * TILE + within
     b, h = bh // H, bh % H
@@ -92,10 +94,12 @@ def merge_kernel(
     for i in range(0, pieces, MANY):
         n = i + tl.arange(0, MANY)
         at = (first + n).to(tl.int64) * TILE + within
-        lse = tl.load(PART_LSE + at, mask=real & (n < pieces), other=NEVER)
-        now = tl.maximum(m, tl.max(lse, 0))
+        top = tl.load(PART_TOP + at, mask=real & (n < pieces), other=NEVER)
+        rest = tl.load(PART_REST + at, mask=real & (n < pieces), other=0.0)
+        now = tl.maximum(m, tl.max(top, 0))
         level = tl.where(now == NEVER, 0.0, now)
-        weight, shrink = tl.exp2((lse - level) * LOG2E), tl.exp2((m - level) * LOG2E)
+        factor = unit * LOG2E
+        weight, shrink = tl.exp2((top - level) * factor + rest * LOG2E), tl.exp2((m - level) * factor)
         live = (real & (n < pieces))[:, None] & (d < DV)[None, :]
         part = tl.load(PART + at[:, None] * DV + d[None, :], mask=live, other=0.0)
         total = total * shrink + tl.sum(weight, 0)
@@ -105,18 +109,30 @@ def merge_kernel(
     total = tl.where(some, total, 1.0)
     to = OUT + b.to(tl.int64) * o_batch + h.to(tl.int64) * o_head + token.to(tl.int64) * o_row
     tl.store(to + d * o_lane, (acc / total).to(OUT.dtype.element_ty), mask=real & (d < DV))
-    tl.store(LSE + bh.to(tl.int64) * Tq + token, tl.where(some, m + tl.log2(total) * LN2, NEVER), mask=real)
+    state, rest = bh.to(tl.int64) * Tq + token, tl.log2(total) * LN2
+    tl.store(LSE + state, tl.where(some, m * unit + rest, NEVER), mask=real)
+    tl.store(TOP + state, tl.where(some, m, NEVER), mask=real)
+    tl.store(REST + state, rest, mask=real)
 
 
-def merge(part: Tensor, part_lse: Tensor, work: Work, plan: Plan, out: Tensor, lse: Tensor) -> None:
-    """Write the results of rows from those of programs: part [programs,1,rows,Dv] and part_lse, fp32."""
+def merge(
+    part: Tensor,
+    part_norm: Tensor,
+    work: Work,
+    plan: Plan,
+    unit: float,
+    out: Tensor,
+    lse: Tensor,
+    norm: Tensor,
+) -> None:
+    """Write the results of rows from those of programs: part [programs,1,rows,Dv] and their norms, fp32."""
     B, H, Tq, Dv = out.shape
     batch, heads = found(plan.q_order)
     strides: dict[str, Any] = dict(zip(("o_batch", "o_head", "o_row", "o_lane"), out.stride(), strict=True))
     tile = part.shape[2]
     merge_kernel[(B * H * plan.tiles * tile,)](
-        part, part_lse, work.lists, out, lse,
+        part, part_norm[0], part_norm[1], work.lists, out, lse, norm[0], norm[1],
         out if plan.q_order is None else plan.q_order.contiguous(), batch, heads, **strides,
-        H=H, Tq=Tq, tiles=plan.tiles, rows=plan.q_rows, TILE=tile, DV=Dv, BDV=triton.next_power_of_2(Dv),
-        ORDERED=plan.q_order is not None, MANY=16, num_warps=4,
+        unit=unit, H=H, Tq=Tq, tiles=plan.tiles, rows=plan.q_rows, TILE=tile, DV=Dv,
+        BDV=triton.next_power_of_2(Dv), ORDERED=plan.q_order is not None, MANY=16, num_warps=4,
     )  # fmt: skip

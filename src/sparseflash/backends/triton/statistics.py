@@ -18,7 +18,7 @@ BAND = 64
 def stats(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     plan: Plan,
     *,
     over: str,
@@ -28,13 +28,14 @@ def stats(
     key_bias: Tensor | None,
     width: int,
 ) -> Tensor:
-    """Sums (or maxima) of P = exp(S - lse) over each key, row, list entry or diagonal: fp32 [B,Hq,width]."""
+    """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
     out = torch.zeros((*q.shape[:2], width), dtype=torch.float32, device=q.device)
     if not out.numel() or not plan.tiles:
         return out
     a = Arguments(q, k, k, plan, scale, softcap, key_bias)
     a.switches |= {"STATS": True, "PEAK": peak}
-    a.named |= {"LSE": lse.float().contiguous(), "DELTA": out, "OUT": out, "DOUT": out}
+    top, rest = norm.float().contiguous()
+    a.named |= {"TOP": top, "REST": rest, "LSE": top, "DELTA": out, "OUT": out, "DOUT": out}
     for name in "o", "d":
         a.strides(a.named, name, q)
     if over == "row":

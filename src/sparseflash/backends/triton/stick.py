@@ -112,7 +112,7 @@ def stick_kernel(
     )
     state = bh.to(tl.int64) * Tq + token
     drem = tl.load(DREM + state, mask=rows.real & BACKWARD, other=0.0)
-    R = rule_of(Rule(factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
+    R = rule_of(Rule(factor, factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     head = Keys(
         K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
@@ -152,8 +152,9 @@ def stick_kernel(
                 if BACKWARD:
                     do = load_rows(DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane,
                                    rows.real, F.DV, F.BDV, True)  # fmt: skip
-                asking = Rows(q, do, drem, rows.real, rows.pos, rows.seg, rows.within)
+                asking = Rows(q, do, drem, drem, rows.real, rows.pos, rows.seg, rows.within)
                 x, keep, key = pairs(asking, head, R, k, base, lane, live, word, low, WORDS, F)
+                x *= R.factor
                 if BACKWARD:
                     weight, dz, run = slopes(asking, v, x, keep, lasts, run)
                     acc = dot(dz.to(k.dtype), seen(k, keep), acc)
@@ -197,10 +198,11 @@ def take(dk, dv, A, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low, high
             older = tl.load(A.older + spots, mask=asked.within < F.TILE, other=0.0)
             do = load_rows(A.do, token.to(tl.int64), A.row, A.lane, asked.real, F.DV, F.BDV, True)
             drem = tl.load(A.drem + token, mask=asked.real, other=0.0)
-            rows = Rows(asked.q, do, drem, asked.real, asked.pos, asked.seg, asked.within)
+            rows = Rows(asked.q, do, drem, drem, asked.real, asked.pos, asked.seg, asked.within)
             k = keys_at(head.k, base, lane, head.k_row, head.k_lane, live, F.D, F.BD)
             v = keys_at(head.v, base, lane, head.v_row, head.v_lane, live, F.DV, F.BDV)
             x, keep, key = pairs(rows, head, R, k, base, lane, live, word, low, WORDS, F)
+            x *= R.factor
             weight, dz, _ = slopes(rows, v, x, keep, lasts, older)
             dv = dot(tl.trans(weight.to(do.dtype)), do, dv)
             dk = dot(tl.trans(dz.to(do.dtype)), rows.q, dk)
@@ -251,7 +253,7 @@ def stick_columns_kernel(
         answers = Answers(
             DOUT + b64 * d_batch + h64 * d_head, d_row, d_lane, DREM + bh.to(tl.int64) * Tq, LEFT, OLDER
         )
-        R = rule_of(Rule(factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
+        R = rule_of(Rule(factor, factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
         cells = place(b, h, H, visit_heads, visit_batch, tiles)
         if F.SPANS:
             group = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + base // GROUP

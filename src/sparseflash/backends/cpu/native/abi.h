@@ -32,7 +32,8 @@ struct SfCall {
     int32_t dtype, out_dtype, grad_dtype, threads;
     float scale, softcap;
     SfView q, k, v, out, dout, dq, dk, dv;
-    float *lse;         // [B,Hq,Tq] natural log; written by the forward, read by the backward
+    float *lse;         // [B,Hq,Tq] natural log, written by the forward; what is left of the stick
+    float *norm;        // [2,B,Hq,Tq] tops and rests (see softmax.h), or null; read by the backward and statistics
     const float *dlse;  // [B,Hq,Tq] or null
     SfTable key_bias;   // float [B|1,H,Tk] or null
     float *dbias;       // [B,Hq,Tk] or null

@@ -30,18 +30,19 @@ inline float row_delta(const SfCall &c, int64_t b, int64_t h, int64_t t, float *
     return x - (c.dlse ? c.dlse[(b * c.Hq + h) * c.Tq + t] : 0.f);
 }
 
-// P and dS of one vector of queries: x is the score (in the softmax's base 2), y the entry of dP.
+// P and dS of one vector of queries: x is the logit's x without the bias, y the entry of dP.
 struct Slopes {
     const SfCall &c;
     const Logits &logits;
-    const float *lse2, *delta;
+    const float *top, *rest2, *delta;
     const uint64_t *see;   // null where all is visible
-    const float *bias;
+    const float *bias;     // null where there is none
     bool sums;
 
     template <bool PLAIN, bool FINE>
     inline void one(int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
-        p = exp2v<FINE>(x * logits.factor - load(lse2 + i));
+        const vf biased = PLAIN || !bias ? x : x + bias[j];
+        p = exp2v<FINE>((biased - load(top + i)) * logits.factor - load(rest2 + i));
         ds = p * (y - load(delta + i));
         if (PLAIN) return;
         uint64_t m = see ? see[j] >> i : ~0ull;
@@ -49,9 +50,7 @@ struct Slopes {
         ds = pick(m, ds, set1(0.f));
         if (sums) total += ds;
         if (c.softcap > 0) {
-            float shift = c.key_bias.data ? bias[j] : 0.f;
-            if (shift == -INF) return;  // p and ds are 0, and x does not tell the score
-            vf t = (x - shift) / logits.outer;
+            vf t = x / logits.outer;
             ds = pick(m, ds * (1.f - t * t), set1(0.f));
         }
     }
@@ -220,21 +219,23 @@ template <bool BF> struct BackwardBlock {
 
     void load(int64_t row, int64_t rows, int64_t row_in_tile) {
         q.load(rules, row, rows, row_in_tile);
-        const float *lse = c.lse + (b * c.Hq + h) * c.Tq;
+        const Given norm(c, b, h);
         for (int i = 0; i < BQ; i++)
-            if ((q.real >> i & 1) && lse[q.token[i]] != -INF) alive |= 1ull << i;
+            if ((q.real >> i & 1) && !norm.none(q.token[i])) alive |= 1ull << i;
         n = columns(q, BF);
     }
 
     void pack(Scratch<BF> &w) {
         packed = true;
+        const Given norm(c, b, h);
         for (int i = 0; i < BQ; i++) {
-            x.delta[i] = 0;
-            x.lse2[i] = INF;  // exp2(x - inf) = 0
+            x.delta[i] = x.top[i] = 0;
+            x.rest2[i] = NO_ROW;
             if (!(alive >> i & 1)) continue;
             int64_t t = q.token[i];
             x.delta[i] = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
-            x.lse2[i] = c.lse[(b * c.Hq + h) * c.Tq + t] * LOG2E;
+            x.top[i] = norm.top[t];
+            x.rest2[i] = norm.rest[t] * LOG2E;
         }
         if (!BF) {
             pack_lanes(c, c.q, b, h, q, alive, c.D, x.qt.p, x.qr.p);
@@ -261,11 +262,12 @@ template <bool BF> struct BackwardBlock {
         [[maybe_unused]] const int a = steps.a, e = steps.e;
         if (logits.bent) {
             logits.bias(rules, key_bias, k, w.bias);
-            logits.bend(c, k, w.bias, s);
+            logits.bend(c, k, nullptr, s);
         }
-        // P = exp2(S - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
-        Slopes slopes = {c, logits, x.lse2, x.delta, k.partial ? w.see : nullptr, w.bias, dbias != nullptr};
-        bool plain = !k.partial && !dbias && c.softcap == 0;
+        // P = exp(logit - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
+        const bool biased = key_bias != nullptr;
+        Slopes slopes = {c, logits, x.top, x.rest2, x.delta, k.partial ? w.see : nullptr, biased ? w.bias : nullptr, dbias != nullptr};
+        const bool plain = !k.partial && !dbias && !biased && c.softcap == 0;
         if (!BF) {
             if (plain) weigh_rows<true>(slopes, k, n, s, g, nullptr);
             else weigh_rows<false>(slopes, k, n, s, g, w.sums);

@@ -74,20 +74,20 @@ template <class T> struct DecodeScratch {
     }
 };
 
-// The scores of a pack with n keys become weights, in their place. Max (base 2) and sum of each query go on from those of
+// The x of the logits of a pack with n keys become weights, in their place. Max and sum of each query go on from those of
 // earlier keys, whose weights shrink by `shrink`.
 template <class T> inline void softmax_pack(float *s, int n, float factor, float *m, float *l, float *shrink) {
     typedef typename T::Item Item;
     vf top = set1(-INF), total = {}, safe;
     for (int j = 0; j < n * PACK; j += W) top = vmax(top, load(s + j));
     for (int i = 0; i < PACK; i++) {
-        const float *t = (const float *)&top + 4 * i, peak = most(most(most(t[0], t[1]), most(t[2], t[3])) * factor, m[i]);
-        shrink[i] = peak == m[i] ? 1.f : exp2f(m[i] - peak);
+        const float *t = (const float *)&top + 4 * i, peak = most(most(most(t[0], t[1]), most(t[2], t[3])), m[i]);
+        shrink[i] = peak == m[i] ? 1.f : exp2f((m[i] - peak) * factor);
         m[i] = peak;
         for (int j = 0; j < 4; j++) safe[4 * i + j] = peak == -INF ? 0.f : peak;
     }
     for (int j = 0; j < n * PACK; j += W) {
-        vf e = exp2v<T::FINE>(load(s + j) * factor - safe);
+        vf e = exp2v<T::FINE>((load(s + j) - safe) * factor);
         total += e;
         T::put((Item *)s + j, e);
     }
@@ -110,10 +110,10 @@ struct Parts {
         for (int64_t i = part * rows; i < (part + 1) * rows; i++) m[i] = -INF, l[i] = 0;
     }
     // m, l and O of a row, with which those of another part (or a key that has a logit and no value) are merged.
-    static void take_in(float &m, float &l, float *sum, int64_t ld, float other_m, float other_l, const float *o) {
+    static void take_in(float factor, float &m, float &l, float *sum, int64_t ld, float other_m, float other_l, const float *o) {
         if (other_l == 0) return;
-        const float top = most(m, other_m), own = m == top ? 1.f : exp2f(m - top);
-        const float weight = other_m == top ? 1.f : exp2f(other_m - top);
+        const float top = most(m, other_m), own = m == top ? 1.f : exp2f((m - top) * factor);
+        const float weight = other_m == top ? 1.f : exp2f((other_m - top) * factor);
         l = l * own + other_l * weight;
         m = top;
         for (int64_t d = 0; d < ld; d += W) store(sum + d, load(sum + d) * own + (o ? load(o + d) * weight : vf{}));
@@ -191,7 +191,7 @@ inline void hide_keys(const SfCall &c, const Packs &packs, const List &list, con
                 float &y = s[place(i, j)];
                 y *= logits.inner;
                 if (c.softcap > 0) y = tanhv(set1(y))[0] * logits.outer;
-                if (bias && x.order(j) < x.n) y += bias[x.token[x.order(j)]] * LOG2E;
+                if (bias && x.order(j) < x.n) y += bias[x.token[x.order(j)]];
             }
         }
         if (!x.all)
@@ -340,16 +340,20 @@ struct Work {
 inline void merge_parts(const SfCall &c, const Work *const *work, int64_t plans, const float *sink, int64_t b, int64_t h,
                         float *sum) {
     const int64_t ld = work[0]->parts.ld;
+    const Logits &logits = work[0]->logits;
     float *m = sum + c.Tq * ld, *l = m + c.Tq;
     memset(sum, 0, c.Tq * (ld + 2) * sizeof(float));
     for (int64_t t = 0; t < c.Tq; t++) m[t] = -INF;
+    // A sink is a key with x = sink / unit, which is rounded; its sum takes up what that leaves.
+    const float sink_top = sink ? (float)((double)sink[h] / logits.unit) : 0.f;
+    const float sink_sum = sink ? (float)exp((double)sink[h] - (double)sink_top * logits.unit) : 0.f;
     for (int64_t n = 0; n < plans; n++)
         work[n]->for_each_part(b, h, [&](int64_t t, float other_m, float other_l, const float *o) {
-            Parts::take_in(m[t], l[t], sum + t * ld, ld, other_m, other_l, o);
+            Parts::take_in(logits.factor, m[t], l[t], sum + t * ld, ld, other_m, other_l, o);
         });
     for (int64_t t = 0; t < c.Tq; t++) {
-        if (sink && sink[h] > -INF) Parts::take_in(m[t], l[t], sum + t * ld, ld, sink[h] * LOG2E, 1, nullptr);
-        c.lse[(b * c.Hq + h) * c.Tq + t] = l[t] == 0 ? -INF : (m[t] + log2f(l[t])) * LN2;
+        if (sink && sink[h] > -INF) Parts::take_in(logits.factor, m[t], l[t], sum + t * ld, ld, sink_top, sink_sum, nullptr);
+        logits.finish(c, (b * c.Hq + h) * c.Tq + t, m[t], l[t]);
         write_row(c.out, b, h, t, c.out_dtype, c.Dv, sum + t * ld, l[t] == 0 ? 0.f : 1.f / l[t]);
     }
 }

@@ -76,15 +76,14 @@ template <bool BF> struct Seen {
         if (key_bias)
             for (int j = 0; j < n; j++) {
                 int64_t t = rules.key_token(row[j]);
-                bias[j] = t < 0 ? 0.f : key_bias[t] * LOG2E;
+                bias[j] = t < 0 ? 0.f : key_bias[t];
             }
     }
-    // W logits (base 2) of scores s, those of keys from j on; -inf where there is none.
+    // The x of W logits, of scores s, those of keys from j on; -inf where there is none.
     vf logits(const SfCall &c, const Logits &l, const float *s, int j) const {
         vf y = load(s + j);
         if (l.bent) y = l.bend(c, y);
         if (c.key_bias.data) y += load(bias + j);
-        y = y * l.factor;
         return j + W > n ? pick((1ull << (n - j)) - 1, y, set1(-INF)) : y;
     }
 };
@@ -93,7 +92,7 @@ template <bool BF> struct Seen {
 template <bool BF> struct Query {
     alignas(64) float q[256], dout[256], sum[256];
     alignas(64) bf qb[256], doutb[256];
-    float m, l, lse2, delta;
+    float m, l, top, rest2, delta;
 
     void take(const SfCall &c, const SfView &v, int64_t b, int64_t h, int64_t t, int64_t D, float *x, bf *xb) {
         const char *row = row_of(v, b, h, t, c.dtype);
@@ -188,14 +187,14 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                 float m = x.m;
                 for (int j = 0; j < W; j++) m = most(m, (float)top[j]);
                 if (m > x.m) {
-                    vf shrink = exp2v<true>(set1(x.m - m));  // -inf - m: 0
+                    vf shrink = exp2v<true>(set1(x.m - m) * logits.factor);  // -inf - m: 0
                     x.l *= shrink[0];
                     for (int64_t d = 0; d < c.Dv; d += W) store(x.sum + d, load(x.sum + d) * shrink);
                     x.m = m;
                 }
                 vf total = {}, safe = set1(m == -INF ? 0.f : m);
                 for (int j = 0; j < seen.n; j += W) {
-                    vf p = exp2v<true>(load(s + j) - safe);
+                    vf p = exp2v<true>((load(s + j) - safe) * logits.factor);
                     total += p;
                     store(s + j, p);
                 }
@@ -207,7 +206,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
     for (int i = 0; i < rows; i++) {
         if (q.token[i] < 0) continue;
         Query<BF> &x = query[i];
-        c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = x.l == 0 ? -INF : (x.m + log2f(x.l)) * LN2;
+        logits.finish(c, (b * c.Hq + h) * c.Tq + q.token[i], x.m, x.l);
         write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, x.sum, x.l == 0 ? 0.f : 1.f / x.l);
     }
 }
@@ -217,7 +216,8 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                   int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq), *lse = c.lse + (b * c.Hq + h) * c.Tq;
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    const Given norm(c, b, h);
     Query<BF> query[FEW];
     Seen<BF> seen;
     uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
@@ -225,12 +225,13 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
         Query<BF> &x = query[i];
         int64_t t = q.token[i];
         memset(x.sum, 0, sizeof x.sum);
-        if (!(q.real >> i & 1) || lse[t] == -INF) continue;
+        if (!(q.real >> i & 1) || norm.none(t)) continue;
         alive |= 1ull << i;
         x.take(c, c.q, b, h, t, c.D, x.q, x.qb);
         x.take(c, c.dout, b, h, t, c.Dv, x.dout, x.doutb);
         x.delta = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
-        x.lse2 = lse[t] * LOG2E;
+        x.top = norm.top[t];
+        x.rest2 = norm.rest[t] * LOG2E;
     }
     // queries that see the same keys of a chunk: their weights, the slopes of these, and what those multiply
     const float *ps[FEW], *gs[FEW], *douts[FEW], *qs[FEW];
@@ -253,7 +254,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                     if (logits.bent) y = logits.bend(c, y);
                     if (c.softcap > 0) slope -= (y / logits.outer) * (y / logits.outer);
                     if (key_bias) y += load(seen.bias + j);
-                    vf p = exp2v<true>(y * logits.factor - x.lse2), ds = p * (load(g + j) - x.delta);
+                    vf p = exp2v<true>((y - x.top) * logits.factor - x.rest2), ds = p * (load(g + j) - x.delta);
                     store(s + j, p);
                     store(g + j, ds);
                     if (dbias)

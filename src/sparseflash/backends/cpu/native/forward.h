@@ -49,7 +49,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             }
             if (logits.bent) {
                 logits.bias(rules, key_bias, k, w.bias);
-                logits.bend(c, k, w.bias, w.s.p);
+                logits.bend(c, k, key_bias ? w.bias : nullptr, w.s.p);
             }
             if (k.partial) hide(k, w.see, w.s.p, -INF);
             if (BF) {
@@ -68,7 +68,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
         if (q.token[i] < 0) continue;
         float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f, *out = w.keep + i * ld;
         if (total == 0) memset(out, 0, ld * 4);
-        c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = total == 0 ? -INF : (w.m[i] + log2f(total)) * LN2;
+        logits.finish(c, (b * c.Hq + h) * c.Tq + q.token[i], w.m[i], total);
         write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : 1.f / total);
     }
 }

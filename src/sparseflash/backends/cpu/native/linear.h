@@ -160,7 +160,7 @@ template <bool BF, bool BACK> struct Sweep {
 
     int run(SfParallel parallel) {
         const int64_t heads = c.B * c.Hq, most_at_once = most<int64_t>(1, least(n, HELD / (heads * state)));
-        const int64_t desk = C * (2 * X + 2 * Z + C), sheet = C * (Z + C);  // items; floats
+        const int64_t desk = C * (2 * X + 2 * Z + C), sheet = C * (Z + most(C, Z));  // items; floats
         Buffer<float> states, carried, sheets;
         Buffer<Item> desks;
         if (!make_table() || !states.make(heads * most_at_once * state) || !carried.make(heads * state) ||

@@ -28,7 +28,7 @@ template <class F> inline void in_parallel(SfParallel parallel, int threads, int
 template <bool BF> struct Lanes {
     Buffer<float> ot, qt, dot, qr, dor;
     Buffer<bf> qtb, dotb, qrb, dorb;
-    float m[BQ], l[BQ], lse2[BQ], delta[BQ];
+    float m[BQ], l[BQ], top[BQ], rest2[BQ], delta[BQ];
 
     bool make(const SfCall &c, bool backward) {
         int64_t D = round_up(c.D, 32) * BQ, Dv = round_up(c.Dv, 32) * BQ;

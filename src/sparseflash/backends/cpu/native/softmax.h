@@ -5,35 +5,60 @@
 
 namespace {
 
+// A logit is unit * x. Unless something bends the scores on their way, x is the score as the product gives it.
+//
+// exp(logit - lse) is never taken of one rounded lse, whose last place is worth more than 1 where logits are large.
+// The normaliser of a row stays in two parts, `top` (the largest x) and `rest` (log of the sum of exp(unit * (x - top))):
+// x - top is exact where it matters, and rest is small. lse = unit * top + rest.
 struct Logits {
-    float factor;         // what the softmax multiplies scores with (base 2)
-    bool bent;            // scores are transformed before: softcap, bias, or a scale that is not positive
-    float inner, outer;   // tanh(score * inner) * outer, with a softcap
+    float unit, factor;   // factor = unit * log2(e): exponentials are of base 2
+    bool bent;            // x is not the score: softcap, bias, or a scale that is not positive
+    float inner, outer;   // what bends: tanh(score * inner) * outer with a softcap, else score * inner
 
     explicit Logits(const SfCall &c) {
-        bent = c.softcap > 0 || c.key_bias.data || !(c.scale * LOG2E > 0);
-        inner = c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E;
-        outer = c.softcap * LOG2E;
-        factor = bent ? 1.f : c.scale * LOG2E;
+        bent = c.softcap > 0 || c.key_bias.data || !(c.scale > SMALLEST_UNIT);
+        inner = c.softcap > 0 ? c.scale / c.softcap : c.scale;
+        outer = c.softcap;
+        unit = bent ? 1.f : c.scale;
+        factor = unit * LOG2E;
     }
     void bias(const Rules &r, const float *key_bias, const Chunk &k, float *to) const {
         if (key_bias)
             for (int j = k.a; j < k.b; j++) {
                 int64_t t = r.key_token(k.gather ? k.gather[j] : k.base + j);
-                to[j] = t < 0 ? 0.f : key_bias[t] * LOG2E;
+                to[j] = t < 0 ? 0.f : key_bias[t];
             }
     }
     vf bend(const SfCall &c, vf x) const {
         x *= inner;
         return c.softcap > 0 ? tanhv(x) * outer : x;
     }
+    // `bias` may be null: the backward adds it later, since the softcap's slope is that of the score alone.
     void bend(const SfCall &c, const Chunk &k, const float *bias, float *s) const {
         for (int j = k.a; j < k.b; j++)
             for (int i = 0; i < BQ; i += W) {
                 vf x = bend(c, load(s + j * BQ + i));
-                store(s + j * BQ + i, c.key_bias.data ? x + bias[j] : x);
+                store(s + j * BQ + i, bias ? x + bias[j] : x);
             }
     }
+    // Writes the normaliser of a row, whose largest x is m and whose sum of exponentials is l.
+    void finish(const SfCall &c, int64_t row, float m, float l) const {
+        const double rest = l == 0 ? 0. : log((double)l);
+        c.lse[row] = l == 0 ? -INF : (float)((double)m * unit + rest);
+        if (!c.norm) return;
+        c.norm[row] = l == 0 ? -INF : m;
+        c.norm[c.B * c.Hq * c.Tq + row] = (float)rest;
+    }
+};
+constexpr float NO_ROW = INF;  // as a rest: exp(x - inf) = 0
+
+// The normaliser that a row was given.
+struct Given {
+    const float *top, *rest;  // of the queries of a head
+
+    Given(const SfCall &c, int64_t b, int64_t h)
+        : top(c.norm + (b * c.Hq + h) * c.Tq), rest(top + c.B * c.Hq * c.Tq) {}
+    bool none(int64_t t) const { return top[t] == -INF; }  // it sees nothing
 };
 
 inline void hide(const Chunk &k, const uint64_t *see, float *s, float with) {
@@ -47,7 +72,7 @@ inline void fill_rows(float *s, int from, int to, float with) {
     for (int64_t i = (int64_t)from * BQ; i < (int64_t)to * BQ; i++) s[i] = with;
 }
 
-// Running max m and sum l (base 2) take in rows [a,b) of S; S becomes P (fp32 in place, or bf16 pairs in p).
+// Running max m and sum l take in rows [a,b) of S; S becomes P (fp32 in place, or bf16 pairs in p).
 // The accumulator O^T [Dv][64] is rescaled only when some maximum grew.
 template <bool BF, int G>
 inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv,
@@ -60,7 +85,6 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
     vf ref[G];
     bool grew = false;
     for (int g = 0; g < G; g++) {
-        top[g] = top[g] * factor;
         ref[g] = load(m + i0 + g * W);
         grew |= any_greater(top[g], ref[g]);
     }
@@ -70,7 +94,7 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
             vf now = vmax(ref[g], top[g]);
             vf safe = now == -INF ? set1(0.f) : now;
             // exactly 1 where nothing grew: the polynomial is not, and other queries' keys would show in the last bit
-            shrink[g] = now == ref[g] ? set1(1.f) : exp2v<true>(ref[g] - safe);
+            shrink[g] = now == ref[g] ? set1(1.f) : exp2v<true>((ref[g] - safe) * factor);
             ref[g] = now;
             store(m + i0 + g * W, now);
             store(l + i0 + g * W, load(l + i0 + g * W) * shrink[g]);
@@ -92,7 +116,7 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) {
                 float *x = s + j * BQ + i0 + g * W;
-                vf e = exp2v<true>(load(x) * factor - ref[g]);
+                vf e = exp2v<true>((load(x) - ref[g]) * factor);
                 total[g] += e;
                 store(x, e);
             }
@@ -102,7 +126,7 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) {
                 const float *x = s + j * BQ + i0 + g * W;
-                vf e = exp2v<false>(load(x) * factor - ref[g]), f = exp2v<false>(load(x + BQ) * factor - ref[g]);
+                vf e = exp2v<false>((load(x) - ref[g]) * factor), f = exp2v<false>((load(x + BQ) - ref[g]) * factor);
                 total[g] += e + f;
                 store_pairs(p + j * BQ + 2 * (i0 + g * W), (__m512)e, (__m512)f);
             }

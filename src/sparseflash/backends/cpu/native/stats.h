@@ -29,9 +29,9 @@ struct Tally {
 };
 
 // The rows of a block whose softmax has any mass: the others count nothing.
-inline uint64_t with_mass(const Queries &q, const float *lse) {
+inline uint64_t with_mass(const Queries &q, const Given &norm) {
     uint64_t alive = 0;
-    for (int i = 0; i < BQ; i++) alive |= (uint64_t)((q.real >> i & 1) && lse[q.token[i]] != -INF) << i;
+    for (int i = 0; i < BQ; i++) alive |= (uint64_t)((q.real >> i & 1) && !norm.none(q.token[i])) << i;
     return alive;
 }
 
@@ -40,10 +40,13 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                  int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const float *lse = c.lse + (b * c.Hq + h) * c.Tq, *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
-    if (!(q.real = with_mass(q, lse))) return;
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    const Given norm(c, b, h);
+    if (!(q.real = with_mass(q, norm))) return;
     for (int i = 0; i < BQ; i++) {
-        w.lse2[i] = q.real >> i & 1 ? lse[q.token[i]] * LOG2E : INF;
+        const bool real = q.real >> i & 1;
+        w.top[i] = real ? norm.top[q.token[i]] : 0.f;
+        w.rest2[i] = real ? norm.rest[q.token[i]] * LOG2E : NO_ROW;
         w.m[i] = 0;
     }
     int n = columns(q, BF);
@@ -71,14 +74,14 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         }
         if (logits.bent) {
             logits.bias(rules, key_bias, k, w.bias);
-            logits.bend(c, k, w.bias, s);
+            logits.bend(c, k, key_bias ? w.bias : nullptr, s);
         }
         for (int j = k.a; j < k.b; j++) {
             int64_t token = rules.key_token(k.gather ? k.gather[j] : k.base + j);
             if (token < 0) continue;
             vf all = {};
             for (int i = 0; i < n; i += W) {
-                vf p = exp2v<true>(load(s + j * BQ + i) * logits.factor - load(w.lse2 + i));
+                vf p = exp2v<true>((load(s + j * BQ + i) - load(w.top + i)) * logits.factor - load(w.rest2 + i));
                 p = pick(w.see[j] >> i, p, set1(0.f));
                 all = tally.both(all, p);
                 if (c.over == SF_OVER_ROW) store(w.m + i, tally.both(load(w.m + i), p));
@@ -101,8 +104,9 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
                int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const float *lse = c.lse + (b * c.Hq + h) * c.Tq, *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
-    if (!(q.real = with_mass(q, lse))) return;
+    const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
+    const Given norm(c, b, h);
+    if (!(q.real = with_mass(q, norm))) return;
     Query<BF> query[FEW];
     Seen<BF> seen;
     vf total[FEW] = {};
@@ -117,9 +121,9 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
             if (!(q.real >> i & 1)) continue;
             if (k.partial || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
             query[i].score(query[i].q, query[i].qb, seen.k, seen.n, c.D, s);
-            const float lse2 = lse[q.token[i]] * LOG2E;
+            const float top = norm.top[q.token[i]], rest2 = norm.rest[q.token[i]] * LOG2E;
             for (int j = 0; j < seen.n; j += W) {
-                vf p = exp2v<true>(seen.logits(c, logits, s, j) - lse2);
+                vf p = exp2v<true>((seen.logits(c, logits, s, j) - top) * logits.factor - rest2);
                 total[i] = tally.both(total[i], p);
                 store(s + j, p);
             }

@@ -22,6 +22,7 @@ namespace {
 constexpr float INF = __builtin_inff();
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
+constexpr float SMALLEST_UNIT = 1e-30f;  // a smaller scale bends: see softmax.h
 
 template <class T> inline T least(T a, T b) { return a < b ? a : b; }
 template <class T> inline T most(T a, T b) { return a > b ? a : b; }

@@ -1,0 +1,124 @@
+"""Every native op at its documented limits: sizes of heads, odd lengths, many heads, fast decay.
+
+python tests/cpu_limits.py
+
+What this looks for is scratch memory made for one shape and used for another, so it says most under the
+address sanitizer (`cpu_fuzz.py --sanitize address,undefined`); elsewhere it sees wrong results.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+from sparseflash.backends import cpu
+
+DIMS = ((256, 256), (256, 1), (1, 256), (255, 129), (129, 255), (64, 256), (256, 64))
+"""D and Dv: the largest, and beside the sizes of tiles; each with the other large and small."""
+
+SIZES = ((1, (1, 1)), (65, (8, 1)), (300, (2, 2)))
+"""Tokens and heads."""
+
+Call = Callable[[str], list[Tensor]]
+
+
+def results(op: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
+    """What an op returns, and the gradients of its sum."""
+    given = [x.detach().requires_grad_() for x in leaves]
+    found = op(*given)
+    found = found if isinstance(found, tuple) else (found,)
+    grads = torch.autograd.grad([x.sum() for x in found], given)
+    return [*(x.detach() for x in found), *grads]
+
+
+def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Every op on tensors of these shapes, as a function of the backend."""
+    g = torch.Generator().manual_seed(D + Dv + T)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    (Hq, Hkv), B = heads, 2
+    q, k, v = ((normal(B, h, T, d) / d**0.25).to(dtype) for h, d in ((Hq, D), (Hkv, D), (Hkv, Dv)))
+    few = sf.Plan.from_keys(torch.arange(8).expand(1, 1, -(-T // 2), 8) % T, Tq=T, Tk=T, tile=2)
+    plans = {"tiles": sf.Plan.dense(T, T, causal=True), "few": few}
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "softcap": {"softcap": 5.0},
+        "bias": {"key_bias": normal(1, Hq, T)},
+        "negative": {"scale": -0.1, "sink_logits": normal(Hq)},
+    }
+    for (named, plan), (how, given) in itertools.product(plans.items(), options.items()):
+        attend = lambda b, p=plan, o=given: results(  # noqa: E731  # one line a case
+            lambda *x: sf.attention(*x, p, return_lse=True, backend=b, **o), q, k, v
+        )
+        yield f"attention, {named}, {how}", attend
+    for named, plan in plans.items():
+        yield (
+            f"stick_breaking, {named}",
+            lambda b, p=plan: results(
+                lambda *x: sf.stick_breaking(*x, p, return_rem=True, backend=b), q, k, v
+            ),
+        )
+        yield (
+            f"pointwise_attention, {named}",
+            lambda b, p=plan: results(lambda *x: sf.pointwise_attention(*x, p, backend=b), q, k, v),
+        )
+        lse = sf.attention(q, k, v, plan, return_lse=True, backend="reference")[1]
+        for over in ("key", "row", "entry", "diagonal"):
+            yield (
+                f"attention_stats, {named}, {over}",
+                lambda b, p=plan, o=over, x=lse: [sf.attention_stats(q, k, x, p, over=o, backend=b)],
+            )
+    for new in (1, min(T, 17)):
+        yield f"decode, {new}", lambda b, n=new: [sf.decode(q[:, :, -n:], k, v, backend=b)]
+    rate, state = torch.tensor([0.0, 1e-3, 1.0, 1e30]).repeat(2)[:Hq], normal(B, Hq, D, Dv)
+    yield (
+        "linear_attention",
+        lambda b: results(
+            lambda q, k, v, s: sf.linear_attention(
+                q, k, v, decay_rate=rate, scale=D**-0.5, initial_state=s, return_state=True, backend=b
+            ),
+            *(q, k, v, state),
+        ),
+    )
+    weights, topk = normal(B, Hq, T).abs(), min(T, 64)
+    yield (
+        "indexer_topk",
+        lambda b: [sf.indexer_topk(q, k[:, 0], weights, topk, return_scores=True, backend=b)[1]],
+    )
+    lse = sf.attention(q, k, v, causal=True, return_lse=True, backend="reference")[1]
+    index = torch.stack([torch.randperm(T, generator=g)[:topk] for _ in range(B * T)]).view(B, T, topk)
+    for named, chosen in (("all", None), ("chosen", index)):
+        yield (
+            f"indexer_kl_loss, {named}",
+            lambda b, i=chosen, x=lse: results(
+                lambda qi, ki, w: sf.indexer_kl_loss(qi, ki, w, q, k, x, i, scale=D**-0.5, backend=b),
+                *(q, k[:, 0], weights),
+            ),
+        )
+
+
+def hold() -> int:
+    """Compare every call with the reference; how many there were."""
+    n = 0
+    dtypes = tuple(cpu.CODES)
+    for (i, (D, Dv)), (j, (T, heads)), own in itertools.product(enumerate(DIMS), enumerate(SIZES), range(3)):
+        dtype = dtypes[(i + j + own) % 3]  # each shape in one, and what has wide scratch in all
+        for name, call in calls(D, Dv, T, heads, dtype):
+            if own and name != "linear_attention":
+                continue
+            for got, want in zip(call("cpu"), call("reference"), strict=True):
+                size = want.double().nan_to_num(neginf=0).abs().amax() if want.numel() else 0
+                off = (got.double() - want.double()).nan_to_num().abs().amax() if want.numel() else 0
+                wrong = off > 60 * torch.finfo(dtype).eps * (1 + size)
+                assert not wrong, f"{name} of {D}, {Dv}, {T} tokens, {heads}, {dtype}: off by {off} of {size}"
+            n += 1
+    return n
+
+
+if __name__ == "__main__":
+    print(f"{hold()} calls at the limits of the ops right, {cpu.status()[1]}")
