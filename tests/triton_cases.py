@@ -18,7 +18,7 @@ import test_linear
 import test_stats
 import test_stick_breaking
 import tolerance
-from harness import inputs, run, unseen
+from harness import inputs, randn, run, unseen
 from sparseflash.backends.triton import stick
 from sparseflash.backends.triton.launch import multiprocessors
 from sparseflash.backends.triton.softmax import packed
@@ -119,6 +119,28 @@ def poisoned() -> str:
     return "the same bits with NaN in keys that nobody sees, and with other strides"
 
 
+def large() -> str:
+    """Logits of 1e3 and 1e9, and biases that all keys have: maximum and log-sum stay apart here too."""
+    causal, near = sf.Plan.dense(17, 17, causal=True), sf.Plan.dense(17, 17, causal=True, window=(5, 0))
+    mask, bias = (
+        torch.ones(1, 1, 17, 17).bool().tril(),
+        torch.full((1, 1, 17), torch.finfo(torch.float32).min),
+    )
+    for n, size in enumerate((1e3, 1e9, 1)):
+        generator = torch.Generator().manual_seed(n)
+        q, k, v, dout, _ = inputs(generator, 17, B=1, H=2, Hkv=1, D=16)
+        q, k, sinks = q * size**0.5, k * size**0.5, {"sink_logits": size * randn(generator, 2)}
+        for given in (
+            (sinks, {"scale": -0.25}) if size > 1 else ({"key_bias": bias}, {"key_bias": bias * 1e-29})
+        ):
+            plan = (near, causal - near) if given is sinks else causal
+            got = run(q, k, v, plan, backend="triton", dout=dout, **given)
+            tolerance.compare(got, q, k, v, mask, dout=dout, large=True, **given)
+        out, lse = sf.decode(q[:, :, -1:], k, v, return_lse=True, backend="triton", **sinks)
+        tolerance.compare({"out": out, "lse": lse}, q[:, :, -1:], k, v, mask[:, :, -1:], large=True, **sinks)
+    return "large logits as exact as an eager softmax"
+
+
 def linear(seed: int) -> None:
     """Linear attention of one token, of a ragged chunk, and over two segments."""
     generator = torch.Generator().manual_seed(seed)
@@ -158,7 +180,7 @@ def main() -> None:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
     if not first:
-        print(odd_units(), uneven(), sep="\n", flush=True)
+        print(odd_units(), uneven(), large(), sep="\n", flush=True)
     print(poisoned(), flush=True)
 
 

@@ -60,10 +60,10 @@ def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _weighed(outs: Sequence[Tensor], share: Tensor) -> Tensor:
     state = state_dtype(outs[0])
-    first, *rest = (part[..., None].to(state) * out.to(state) for out, part in zip(outs, share))
-    for one in rest:
-        first = first + one
-    return first
+    total: Tensor = share[0, ..., None].to(state) * outs[0].to(state)
+    for part, out in zip(share[1:], outs[1:]):
+        total = total + part[..., None].to(state) * out.to(state)
+    return total
 
 
 def over_plans(

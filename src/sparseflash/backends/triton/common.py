@@ -132,10 +132,16 @@ class Rule(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a @ b (+ acc) in fp32; the operands' own precision, never TF32."""
+    """a @ b (+ acc) in fp32; the operands' own precision, never TF32.
+
+    A score is the same number in every kernel, as rows of queries or of keys: each sums over the dimension
+    in order. A BLAS under the interpreter does not, so there products are fp64 and rounded once.
+    """
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+        if acc is None:
+            return product
+        return acc + product
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
