@@ -11,7 +11,7 @@ from .dispatch import choose
 from .errors import require
 from .indexer import check_indexer, check_keep, ranges
 from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
-from .transforms import differentiable
+from .transforms import differentiable, once
 
 
 @torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
@@ -48,11 +48,13 @@ def _(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Ten
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)
 
 
 def _backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
-    grads = ((dtotal * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    total, *saved = ctx.saved_tensors
+    # what was saved is constant, and `total` is not: through it a second derivative finds the way to `once`
+    grads = (once((dtotal * x).to(dtype), total) for x, dtype in zip(saved, ctx.dtypes, strict=True))
     return (*grads, *(None,) * 11)
 
 

@@ -34,7 +34,7 @@ from .inputs import (
 from .merging import merged, over_plans
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import differentiable, last
+from .transforms import differentiable, last, once
 
 # ---------------------------------------------------------------- the two custom ops
 
@@ -212,7 +212,7 @@ def _five(run: Any, saved: Sequence[Tensor], dout: Tensor | None, dlse: Tensor |
     q, k, v, key_bias, sink_logits, out, lse = saved
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, lse, key_bias, *rest)
-    dsink = None if sink_logits is None else _sink_gradient(dout, dlse, out, lse, sink_logits)
+    dsink = None if sink_logits is None else once(_sink_gradient(dout, dlse, out, lse, sink_logits))
     return dq, dk, dv, None if key_bias is None else dbias.to(key_bias.dtype), dsink
 
 
@@ -238,9 +238,11 @@ class _Untraced(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        return *_five(_gradients, ctx.saved_tensors, dout, dlse, *ctx.rest), None, None, None, None
+        run, rest = _gradients, ctx.rest
+        if torch.is_grad_enabled():  # create_graph: as an op the gradients have a graph, which refuses
+            run, rest = _watched_backward, (*flatten_all(rest[0]), *rest[1:])
+        return *_five(run, ctx.saved_tensors, dout, dlse, *rest), None, None, None, None
 
 
 # ---------------------------------------------------------------- public

@@ -82,3 +82,25 @@ def _each(op: Any, info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[An
     if isinstance(parts[0], Tensor):
         return torch.stack(parts), 0
     return tuple(torch.stack(x) for x in zip(*parts, strict=True)), (0,) * len(parts[0])
+
+
+@torch.library.custom_op("sparseflash::once", mutates_args=())
+def _copy(grad: Tensor, of: Tensor | None) -> Tensor:
+    return grad.clone()
+
+
+@_copy.register_fake
+def _(grad: Any, of: Any) -> Tensor:
+    return torch.empty_like(grad)
+
+
+_once = last(_copy)
+
+
+def once(grad: Tensor, of: Tensor | None = None) -> Tensor:
+    """A gradient that plain PyTorch has computed, made to refuse a second derivative as those of ops do.
+
+    `of`: an output of the op, where `grad` is computed from constants alone: what depends on it reaches it.
+    """
+    found: Tensor = _once(grad, of) if torch.is_grad_enabled() else grad
+    return found
