@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from .errors import SparseFlashError
+from .errors import DerivativeError
 from .inputs import transformed
 
 Call = Callable[..., Any]
@@ -46,12 +46,12 @@ def differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise SparseFlashError(_TANGENT)
+            raise DerivativeError(_TANGENT)
 
     def call(*given: Any) -> Any:
         if torch.compiler.is_compiling():  # it cannot trace such a Function, and it enters levels for real
             if forward_ad._current_level >= 0:
-                raise SparseFlashError(_TANGENT)
+                raise DerivativeError(_TANGENT)
             return op(*given)
         if not transformed():
             return op(*given)
@@ -64,7 +64,7 @@ def last(op: Any) -> Call:
     """The same for an op that has no gradient itself: one that computes gradients, or decodes."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise SparseFlashError(f"a second derivative was asked for, or one of decoding: {_REVERSE}")
+        raise DerivativeError(f"a second derivative was asked for, or one of decoding: {_REVERSE}")
 
     return differentiable(op, refuse, lambda ctx, inputs, output: None)
 
