@@ -11,6 +11,7 @@ from .dispatch import choose
 from .errors import require
 from .indexer import check_indexer, check_keep, ranges
 from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
+from .plan.build import INTEGERS
 from .transforms import differentiable, once
 
 
@@ -150,7 +151,7 @@ def indexer_kl_loss(
         ),
         (
             index is None
-            or (isinstance(index, Tensor) and not index.is_floating_point() and index.shape[:2] == (B, Tq))
+            or (isinstance(index, Tensor) and index.dtype in INTEGERS and index.shape[:2] == (B, Tq))
             and index.dim() == 3,
             f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none",
         ),
@@ -164,7 +165,7 @@ def indexer_kl_loss(
         q.detach(),
         k.detach(),
         lse.detach(),
-        index,
+        index if index is None or index.dtype in (torch.int32, torch.int64) else index.int(),
         low,
         high,
         k_keep,
