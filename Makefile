@@ -1,7 +1,8 @@
-# The whole contributor interface: setup, demo, test, check, bench. Each does the set-up it needs.
+# The whole contributor interface: setup, demo, test, check, bench, compare. Each does the set-up it needs.
 #
 #   make test PYTEST_ARGS="-k plan -x"       options for pytest
 #   make bench BENCH_ARGS="..."              options for `sparseflash bench`; DEMO_ARGS likewise
+#   make compare OLD=HEAD~5 COMPARE_ARGS="--limit 1.03"    a commit, and options: COMPARE_ARGS=--help names them
 #   make setup PYTHON=python3.12             the interpreter of .venv
 #   make setup TORCH_ARGS="..."              pip options for the torch step alone, such as the index of CPU-only
 #                                            builds that PyTorch's own install page names (much smaller on Linux)
@@ -12,6 +13,8 @@ TORCH_ARGS  ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+OLD         ?=
+COMPARE_ARGS ?=
 GPU_ARGS    ?=
 
 BIN   := .venv/bin
@@ -22,7 +25,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench figures gpu
+.PHONY: help setup demo test check bench compare figures gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -30,6 +33,7 @@ help:
 	@echo 'make test    the default tests: no GPU, no network, two cores'
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
+	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
 	@echo 'make gpu     check, measure and tune the Triton kernels on this machine'"'"'s GPU'
 	@echo
@@ -81,6 +85,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/sparseflash bench $(BENCH_ARGS)
+
+compare: $(READY)
+	$(PY) -m benchmarks.compare $(OLD) $(COMPARE_ARGS)
 
 figures: $(READY)
 	$(PY) docs/make_figures.py

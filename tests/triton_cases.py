@@ -103,6 +103,17 @@ def odd_units() -> str:
     return "units of any size"
 
 
+def far() -> str:
+    """Positions that 32 bits do not hold, or that lie further apart than those."""
+    q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 20, 31, B=1, H=1, Hkv=1, D=16)
+    for offset, window in ((2**31 - 9, (2**31 - 20, 3)), (2**31 - 1, None), (-(2**31), (5, 2**31 - 5))):
+        plan = sf.Plan.dense(20, 31, causal=window is None, window=window, q_offset=offset, tile=16)
+        mask = plan.to_dense()
+        got = run(q, k, v, plan, backend="triton", dout=dout)
+        tolerance.compare(got, q, k, v, mask, dout=dout, note=f"positions from {offset} on, {window}")
+    return "positions near 2^31"
+
+
 def poisoned() -> str:
     """Keys that nobody sees hold NaN, values too, and all lies elsewhere: no result knows."""
     q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 33, 33, D=16)
@@ -180,7 +191,7 @@ def main() -> None:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
     if not first:
-        print(odd_units(), uneven(), large(), sep="\n", flush=True)
+        print(odd_units(), uneven(), large(), far(), sep="\n", flush=True)
     print(poisoned(), flush=True)
 
 

@@ -13,6 +13,10 @@ class BackendError(SparseFlashError, NotImplementedError):
     """No backend can run the call; the message lists every backend with every reason."""
 
 
+class DerivativeError(SparseFlashError, RuntimeError):
+    """A derivative that there is not; torch's own refusals are `RuntimeError`s, and so is this."""
+
+
 def require(*rules: tuple[bool, str], error: type[SparseFlashError] = SparseFlashError) -> None:
     """Raise `error` with the message of the first rule whose condition is false."""
     for holds, message in rules:

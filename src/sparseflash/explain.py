@@ -113,6 +113,8 @@ class Costs:
             found = json.loads(path.read_text())
         except (OSError, ValueError):
             raise SparseFlashError(f"{path}: no costs of this machine there; {advice}") from None
+        if not isinstance(found, dict):
+            raise SparseFlashError(f"{path}: no costs of this machine there; {advice}")
         same = found.pop("machine", None) == machine() and tuple(found.pop("terms", ())) == TERMS
         require((same, f"{path}: costs of another machine or version; {advice}"))
         return cls(machine(), **found)

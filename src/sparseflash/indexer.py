@@ -10,7 +10,7 @@ from torch import Tensor
 from .dispatch import choose
 from .errors import SparseFlashError, require
 from .inputs import DTYPES, as_backend, autocast, describe, is_finite, own_precision, state_dtype, unwatched
-from .plan.build import is_count
+from .plan.build import INTEGERS, is_count, narrow, normal_offset
 
 
 def _choose(
@@ -101,22 +101,24 @@ def ranges(
     if isinstance(q_offset, Tensor):
         require(
             (
-                not q_offset.is_floating_point() and q_offset.numel() in (1, B) and q_offset.device == device,
+                q_offset.dtype in INTEGERS and q_offset.numel() in (1, B) and q_offset.device == device,
                 f"q_offset: {describe(q_offset)}; expected an int, or integers [B={B}] on {device}",
             )
         )
-        q_offset = q_offset.reshape(-1, 1).to(torch.int32)
+        q_offset = narrow(q_offset.reshape(-1, 1), "q_offset holds").long()
     elif not isinstance(q_offset, (int, torch.SymInt)) or isinstance(q_offset, bool):
         raise SparseFlashError(f"q_offset={q_offset!r}: expected an int, or a tensor of them")
+    else:
+        q_offset = normal_offset(q_offset)
     low = torch.zeros((B, Tq), dtype=torch.int32, device=device)
     high = torch.full_like(low, Tk)
     if causal:
-        at = torch.arange(1, Tq + 1, dtype=torch.int32, device=device)
+        at = torch.arange(1, Tq + 1, device=device)
         high = (at[None] + q_offset).clamp(0, Tk).to(torch.int32).expand(B, Tq)
     if first_key is not None:
         good = (
             isinstance(first_key, Tensor)
-            and not first_key.is_floating_point()
+            and first_key.dtype in INTEGERS
             and first_key.dim() == 2
             and first_key.shape[0] in (1, B)
             and first_key.shape[1] == Tq
@@ -129,7 +131,7 @@ def ranges(
                 "document of each query begins",
             )
         )
-        low = first_key.clamp(0, Tk).to(torch.int32).expand(B, Tq)
+        low = narrow(first_key).clamp(0, Tk).expand(B, Tq)
     return low.contiguous(), high.contiguous()
 
 

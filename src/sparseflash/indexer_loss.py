@@ -11,7 +11,8 @@ from .dispatch import choose
 from .errors import require
 from .indexer import check_indexer, check_keep, ranges
 from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
-from .transforms import differentiable
+from .plan.build import INTEGERS
+from .transforms import differentiable, once
 
 
 @torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
@@ -48,11 +49,13 @@ def _(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Ten
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)
 
 
 def _backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
-    grads = ((dtotal * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    total, *saved = ctx.saved_tensors
+    # what was saved is constant, and `total` is not: through it a second derivative finds the way to `once`
+    grads = (once((dtotal * x).to(dtype), total) for x, dtype in zip(saved, ctx.dtypes, strict=True))
     return (*grads, *(None,) * 11)
 
 
@@ -148,7 +151,7 @@ def indexer_kl_loss(
         ),
         (
             index is None
-            or (isinstance(index, Tensor) and not index.is_floating_point() and index.shape[:2] == (B, Tq))
+            or (isinstance(index, Tensor) and index.dtype in INTEGERS and index.shape[:2] == (B, Tq))
             and index.dim() == 3,
             f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none",
         ),
@@ -162,7 +165,7 @@ def indexer_kl_loss(
         q.detach(),
         k.detach(),
         lse.detach(),
-        index,
+        index if index is None or index.dtype in (torch.int32, torch.int64) else index.int(),
         low,
         high,
         k_keep,

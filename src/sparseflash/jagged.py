@@ -12,7 +12,7 @@ from .errors import SparseFlashError, require
 from .inputs import describe, is_finite
 from .ops import attention
 from .plan import Plan
-from .plan.build import Window, host, is_count
+from .plan.build import SHORT, Window, host, is_count
 from .plan.documents import from_ranges
 from .pointwise import Activation, pointwise_attention
 
@@ -214,6 +214,6 @@ def _ranges(q: _Side, k: _Side, v: _Side, *, max_length: int | None) -> list[Ten
         require((same, f"{said}; expected samples of the same lengths"))
     found = []
     for side in (q,) if alike(q.given, k.given) else (q, k):
-        longest = side.end if max_length is None else side.begin + max_length
+        longest = side.end if max_length is None else side.begin + min(max_length, SHORT.max)
         found += [side.begin, torch.minimum(side.end, longest)]
     return found

@@ -263,7 +263,8 @@ def check_counts(method: Method, least: int, *names: str) -> None:
     """Check hyper-parameters that count something: ints of at least that much."""
     for name in names:
         x = getattr(method, name)
-        require((is_count(x, least), f"{name}={x!r}: expected an int >= {least}"))
+        fits = is_count(x, least) and x < 2**62  # what tensors hold, and a sum of it
+        require((fits, f"{name}={x!r}: expected an int >= {least}, below 2^62"))
 
 
 def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:

@@ -34,7 +34,7 @@ from .inputs import (
 from .merging import merged, norm_of, over_plans, unit_of
 from .plan import Plan
 from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import differentiable, last
+from .transforms import differentiable, last, once
 
 # ---------------------------------------------------------------- the two custom ops
 
@@ -240,7 +240,8 @@ def _five(
     dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, key_bias, *plans, scale, softcap, backend)
     dsink = None
     if sink_logits is not None:
-        dsink = _sink_gradient(dout, dlse, out, norm, sink_logits, unit_of(scale, softcap, key_bias))
+        unit = unit_of(scale, softcap, key_bias)
+        dsink = once(_sink_gradient(dout, dlse, out, norm, sink_logits, unit))
     return dq, dk, dv, None if key_bias is None else dbias.to(key_bias.dtype), dsink
 
 
@@ -266,10 +267,11 @@ class _Untraced(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        five = _five(_gradients, ctx.saved_tensors, dout, dlse, (ctx.plans,), *ctx.rest)
-        return *five, None, None, None, None
+        run, plans = _gradients, (ctx.plans,)
+        if torch.is_grad_enabled():  # create_graph: as an op the gradients have a graph, which refuses
+            run, plans = _watched_backward, flatten_all(ctx.plans)
+        return *_five(run, ctx.saved_tensors, dout, dlse, plans, *ctx.rest), None, None, None, None
 
 
 # ---------------------------------------------------------------- public

@@ -171,8 +171,10 @@ def sorted_order(bucket: Tensor) -> Tensor:
     >>> sorted_order(torch.tensor([[[1, 0, 1, 0]]])).tolist()
     [[[1, 3, 0, 2]]]
     """
+    if bucket.dtype == torch.int64:  # two of them in one number would wrap
+        return bucket.argsort(dim=-1, stable=True).int()
     token = torch.arange(bucket.shape[-1], device=bucket.device)
-    key = (bucket.long() << 31) | token  # two keys in one: wide enough for any T and any number of buckets
+    key = (bucket.long() << 31) | token  # two keys in one: wide enough for any T
     return (key.sort(-1).values & ((1 << 31) - 1)).int()
 
 

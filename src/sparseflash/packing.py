@@ -121,5 +121,7 @@ def cu_seqlens_of(position_ids: Tensor) -> Tensor:
         )
     )
     flat = position_ids.reshape(-1)
-    goes_on = torch.nn.functional.pad(flat[1:] == flat[:-1] + 1, (1, 1))[: len(flat) + 1]
+    before, own = flat[:-1], flat[1:]
+    goes_on = (own == before + 1) & (own > before)  # the number after the largest of its kind is the least
+    goes_on = torch.nn.functional.pad(goes_on, (1, 1))[: len(flat) + 1]
     return (~goes_on).nonzero().flatten().to(torch.int32)

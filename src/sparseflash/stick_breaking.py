@@ -22,6 +22,7 @@ from .inputs import (
     unwatched,
 )
 from .plan import Plan
+from .plan.build import earlier
 from .plan.flat import empty_like_layout, flatten, unflatten
 from .transforms import differentiable, last
 
@@ -190,7 +191,7 @@ def stick_breaking(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if plan is None:  # strictly earlier keys: as if each query stood one token before
-        offset = q_offset if include_self else q_offset - 1
+        offset = earlier(q_offset, 0 if include_self else 1)
         plan = Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=offset, device=q.device)
     check_plan(plan, q, k)
     factor, name = as_scale(scale, q.shape[-1]), as_backend(backend)

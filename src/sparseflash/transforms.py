@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from .errors import SparseFlashError
+from .errors import DerivativeError
 from .inputs import transformed
 
 Call = Callable[..., Any]
@@ -46,12 +46,12 @@ def differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise SparseFlashError(_TANGENT)
+            raise DerivativeError(_TANGENT)
 
     def call(*given: Any) -> Any:
         if torch.compiler.is_compiling():  # it cannot trace such a Function, and it enters levels for real
             if forward_ad._current_level >= 0:
-                raise SparseFlashError(_TANGENT)
+                raise DerivativeError(_TANGENT)
             return op(*given)
         if not transformed():
             return op(*given)
@@ -64,7 +64,7 @@ def last(op: Any) -> Call:
     """The same for an op that has no gradient itself: one that computes gradients, or decodes."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise SparseFlashError(f"a second derivative was asked for, or one of decoding: {_REVERSE}")
+        raise DerivativeError(f"a second derivative was asked for, or one of decoding: {_REVERSE}")
 
     return differentiable(op, refuse, lambda ctx, inputs, output: None)
 
@@ -82,3 +82,25 @@ def _each(op: Any, info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[An
     if isinstance(parts[0], Tensor):
         return torch.stack(parts), 0
     return tuple(torch.stack(x) for x in zip(*parts, strict=True)), (0,) * len(parts[0])
+
+
+@torch.library.custom_op("sparseflash::once", mutates_args=())
+def _copy(grad: Tensor, of: Tensor | None) -> Tensor:
+    return grad.clone()
+
+
+@_copy.register_fake
+def _(grad: Any, of: Any) -> Tensor:
+    return torch.empty_like(grad)
+
+
+_once = last(_copy)
+
+
+def once(grad: Tensor, of: Tensor | None = None) -> Tensor:
+    """A gradient that plain PyTorch has computed, made to refuse a second derivative as those of ops do.
+
+    `of`: an output of the op, where `grad` is computed from constants alone: what depends on it reaches it.
+    """
+    found: Tensor = _once(grad, of) if torch.is_grad_enabled() else grad
+    return found

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sparseflash.errors import SparseFlashError
-from sparseflash.files import replacing
+from sparseflash.files import no_file, replacing
 from sparseflash.train.attention import Attention
 from sparseflash.train.sample import load_model
 
@@ -159,14 +159,23 @@ def inputs(
     q, k and v want gradients; dout is normal. The layer in the middle is taken where none is named.
     """
     try:
+        if kind := no_file(path):
+            raise SparseFlashError(f"{path} is {kind}: expected a capture (safetensors)")
         with safe_open(path, "pt") as file:
             names = sorted({int(name.split(".")[1]) for name in file.keys()})
             chosen = names[len(names) // 2] if layer is None else layer
             if chosen not in names:
                 raise SparseFlashError(f"{path} has no layer {layer}; it has {', '.join(map(str, names))}")
             whole = [file.get_tensor(f"layer.{chosen}.{x}").to(dtype) for x in NAMES]
-    except (OSError, ValueError, IndexError) as error:
+    except SparseFlashError:
+        raise
+    except (OSError, ValueError, IndexError, SafetensorError) as error:
         raise SparseFlashError(f"{path} is no capture: {error}") from None
+    for name, x in zip(NAMES, whole):
+        if x.dim() != 4 or x.shape[2] != whole[0].shape[2] or not bool(x.isfinite().all()):
+            raise SparseFlashError(
+                f"{path} is no capture: layer.{chosen}.{name} is {list(x.shape)}, expected finite [B,H,T,D]"
+            )
 
     def of(length: int) -> list[Tensor]:
         have = whole[0].shape[2]

@@ -46,7 +46,14 @@ def compare(before: Iterable[Mapping[str, str]], after: Iterable[Mapping[str, st
         twin = old.get(_key(row), {})
         column = next((x for x in RATIOS if row.get(x) and twin.get(x)), "ms")
         if row.get(column) and twin.get(column):
-            was, now = float(twin[column]), float(row[column])
+            try:
+                was, now = float(twin[column]), float(row[column])
+            except ValueError as error:
+                raise SparseFlashError(
+                    f"row {', '.join(filter(None, _key(row)))}: {column}: {error}"
+                ) from None
+            if not (was > 0 and now > 0):
+                continue  # no ratio of it
             slower = now / was if column == "ms" else was / now
             changes.append(Change(", ".join(filter(None, _key(row))), column, was, now, slower))
     if not changes:

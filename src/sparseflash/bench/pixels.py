@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sparseflash.bench.results import Row
 from sparseflash.errors import SparseFlashError
+from sparseflash.files import no_file
 from sparseflash.train import GPT, TrainConfig
 
 ATTENTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,17 +40,21 @@ def read_idx(path: str | Path) -> Tensor:
         If it cannot be read, or is no IDX file of bytes.
     """
     try:
+        if kind := no_file(path):
+            raise SparseFlashError(f"--images {path} is {kind}; give an IDX file")
         opened = gzip.open(path) if str(path).endswith(".gz") else open(path, "rb")
         with opened as file:
             raw = file.read()
-    except OSError as error:
-        raise SparseFlashError(f"--images {path}: {error.strerror or error}; give an IDX file") from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two of a gzip file that is cut short
+        raise SparseFlashError(
+            f"--images {path}: {getattr(error, 'strerror', '') or error}; give an IDX file"
+        ) from None
     if len(raw) < 8 or raw[:3] != b"\0\0\x08":
         raise SparseFlashError(f"--images {path}: no IDX file of bytes (as MNIST's *-idx3-ubyte.gz are)")
     axes = raw[3]
     sizes = [int.from_bytes(raw[4 + 4 * n : 8 + 4 * n], "big") for n in range(axes)]
     body = raw[4 + 4 * axes :]
-    if not sizes or math.prod(sizes) != len(body):
+    if not body or not sizes or math.prod(sizes) != len(body):
         raise SparseFlashError(f"--images {path}: {len(body)} bytes, its head says {sizes}")
     return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(sizes[0], -1)
 

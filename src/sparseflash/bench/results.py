@@ -9,7 +9,7 @@ from typing import Any
 
 from sparseflash.bench.machine import describe
 from sparseflash.errors import SparseFlashError
-from sparseflash.files import replacing
+from sparseflash.files import no_file, replacing
 
 Row = dict[str, Any]
 
@@ -45,9 +45,22 @@ class Sheet:
 
 
 def read(path: str | Path) -> list[dict[str, str]]:
-    """Rows of a file written by `write`, as strings."""
-    with open(path, newline="") as stream:
-        return list(csv.DictReader(stream))
+    """Rows of a file written by `write`, as strings.
+
+    Raises
+    ------
+    SparseFlashError
+        If it is no such file.
+    """
+    try:
+        if kind := no_file(path):
+            raise SparseFlashError(f"{path} is {kind}: expected a result file (CSV)")
+        with open(path, newline="") as stream:
+            return list(csv.DictReader(stream, strict=True))
+    except OSError as error:
+        raise SparseFlashError(f"{path}: {error.strerror}; expected a result file (CSV)") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SparseFlashError(f"{path} is no result file (CSV): {error}") from None
 
 
 def cell(value: Any) -> str:

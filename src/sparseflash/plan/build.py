@@ -45,6 +45,37 @@ def host(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
+SHORT = torch.iinfo(torch.int32)
+"""What the tensors of a plan hold, and so what a position, a length and a number of a unit can be."""
+
+
+def fit(x: Tensor, said: str, least: int, most: int, want: str = "expected {least}..{most}") -> Tensor:
+    """x, whose values lie in least..most: refused where they can be seen, elsewhere moved to the nearest.
+
+    The message is `said` (such as "lengths hold"), the values, and what is wanted; filled in only then, since
+    a number in a message would pin a symbolic length.
+    """
+    if not host(x):
+        return (x if x.dtype in (torch.int32, torch.int64) else x.int()).clamp(least, most)
+    if x.numel():
+        low, high = (int(end) for end in torch.aminmax(x))
+        if low < least or high > most:
+            raise PlanError(f"{said} {low}..{high}: {want.format(least=least, most=most)}")
+    return x
+
+
+def narrow(x: Tensor, said: str = "") -> Tensor:
+    """Integers as int32, never modulo 2^32, and without waiting for a device.
+
+    With `said` (as in `fit`), a value that does not fit is refused where it can be seen. Without, and
+    elsewhere, it becomes the nearest that does: "never" and "unbounded" are any large number.
+    """
+    if x.dtype == torch.int64:
+        want = "expected integers of 32 bits"
+        x = fit(x, said, SHORT.min, SHORT.max, want) if said else x.clamp(SHORT.min, SHORT.max)
+    return x.int()
+
+
 def normal_window(window: Window | None) -> Window | None:
     """Validate a window; `None` and -1 both mean unbounded on that side."""
     if window is None:
@@ -65,7 +96,9 @@ def normal_window(window: Window | None) -> Window | None:
             ),
             error=PlanError,
         )
-    return None if sides == (None, None) else sides  # type: ignore[return-value]
+    # no two positions are so far apart
+    left, right = (None if side is None or side > SHORT.max - SHORT.min else side for side in sides)
+    return None if left is None and right is None else (left, right)
 
 
 def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | None, Tensor | None]:
@@ -73,7 +106,7 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
     sides = tuple(window) if isinstance(window, (tuple, list)) and len(window) == 2 else ()
     given = [x for x in (*sides, sink) if isinstance(x, Tensor)]
     if not given:
-        return normal_window(window), sink, None, None
+        return normal_window(window), min(sink, SHORT.max + 1) if is_count(sink) else sink, None, None
     for x in given:
         require(
             (
@@ -84,16 +117,21 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
         )
     heads = math.lcm(*[x.shape[0] for x in given])
 
-    def table(x: Any) -> Tensor:
+    def table(x: Any, far: int) -> Tensor:
         if isinstance(x, Tensor):
-            return spread_heads(x[None].to(torch.int32), heads)
+            want = "distances are counts of tokens >= 0, or -1 for unbounded"
+            x = fit(x, "window or sink per head holds", -1, torch.iinfo(x.dtype).max, want)
+            if x.dtype == torch.int64:
+                x = torch.where(x > SHORT.max, far, x)
+            return spread_heads(narrow(x)[None], heads)
         require(
             (x is None or is_count(x, -1), f"{x!r}: expected a count, None or a tensor [H]"), error=PlanError
         )
-        return torch.full((1, heads), -1 if x is None else x, dtype=torch.int32, device=given[0].device)
+        x = -1 if x is None else far if x > SHORT.max else x
+        return torch.full((1, heads), x, dtype=torch.int32, device=given[0].device)
 
-    pair = torch.stack([table(x) for x in (sides or (None, None))], -1)
-    return None, 0, pair, table(sink)[..., None]
+    pair = torch.stack([table(x, -1) for x in (sides or (None, None))], -1)
+    return None, 0, pair, table(sink, SHORT.max)[..., None]
 
 
 def normal_offset(q_offset: int | Tensor) -> int | Tensor:
@@ -106,10 +144,16 @@ def normal_offset(q_offset: int | Tensor) -> int | Tensor:
             ),
             error=PlanError,
         )
-        return q_offset.to(torch.int32)
+        return narrow(q_offset, "q_offset holds")
     fits = isinstance(q_offset, torch.SymInt) or (is_count(q_offset, -(2**31)) and q_offset < 2**31)
     require((fits, f"q_offset={q_offset!r}: expected an int of 32 bits, or an int32 tensor"), error=PlanError)
     return q_offset
+
+
+def earlier(q_offset: int | Tensor, n: int) -> int | Tensor:
+    """An offset so many tokens before; `normal_offset` says where that is too early."""
+    offset = normal_offset(q_offset)
+    return (offset.long() if isinstance(offset, Tensor) else offset) - n
 
 
 def same_offset(a: Any, b: Any) -> bool:
@@ -438,6 +482,8 @@ def from_buckets(
         error=PlanError,
     )
     batch = _same_batch(q_bucket, k_bucket, "q_bucket, k_bucket")
+    if batch == 1 and isinstance(q_offset, Tensor) and q_offset.dim():
+        batch = len(q_offset)
     Tq, Tk = q_bucket.shape[-1], k_bucket.shape[-1]
     q_label, q_token = _in_bucket_order(q_bucket)
     k_label, k_token = (q_label, q_token) if q_bucket is k_bucket else _in_bucket_order(k_bucket)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .build import INTEGERS, TILE, Fields, _shape, host, is_length
+from .build import INTEGERS, TILE, Fields, _shape, fit, host, is_length, narrow
 
 
 def _numbers(x: object, name: str, shape: str, dims: int) -> None:
@@ -27,14 +27,9 @@ def _sizes(**sizes: object) -> None:
         )
 
 
-def _lengths(lengths: Tensor, most: int, what: str) -> None:
+def _lengths(lengths: Tensor, most: int, what: str) -> Tensor:
     _numbers(lengths, "lengths", "[B]: the keys in use of each sequence", 1)
-    if host(lengths) and lengths.numel():
-        low, high = (int(x) for x in torch.aminmax(lengths))
-        require(
-            (low >= 0 and high <= most, f"lengths hold {low}..{high}: expected 0..{most}, {what}"),
-            error=PlanError,
-        )
+    return fit(lengths, "lengths hold", 0, most, "expected 0..{most}, " + what).long()
 
 
 def _reach(lengths: Tensor, Tq: int) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -50,8 +45,7 @@ def _reach(lengths: Tensor, Tq: int) -> tuple[int, Tensor, Tensor, Tensor]:
 def from_lengths(lengths: Tensor, *, Tk: int, Tq: int = 1) -> Fields:
     """Fields of `Plan.from_lengths`."""
     _sizes(Tq=Tq, Tk=Tk)
-    _lengths(lengths, Tk, "the keys there are")
-    tile, offset, sure, seen = _reach(lengths.long(), Tq)
+    tile, offset, sure, seen = _reach(_lengths(lengths, Tk, "the keys there are"), Tq)
     lists, some = sure.shape, torch.ones_like(sure, dtype=torch.int32)
     return {
         "Tq": Tq,
@@ -72,7 +66,7 @@ def from_pages(block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int,
     _sizes(page_size=page_size, Tq=Tq, Tk=Tk)
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)
     B, n = block_table.shape
-    _lengths(lengths, n * page_size, f"the keys that {n} pages of {page_size} hold")
+    lengths = _lengths(lengths, n * page_size, f"the keys that {n} pages of {page_size} hold")
     require(
         (
             len(lengths) == B,
@@ -88,7 +82,7 @@ def from_pages(block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int,
         ),
         error=PlanError,
     )
-    lengths, pages = lengths.long(), block_table.long()
+    pages = block_table.long()
     tile, offset, sure, seen = _reach(lengths, Tq)
     order = torch.arange(n, device=pages.device)
     used = order * page_size < lengths[:, None]
@@ -125,5 +119,5 @@ def from_pages(block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int,
         "start": start[:, None, None].expand(sure.shape).contiguous(),
         "full": (sure.clamp(max=seen) // page_size).int(),
         "count": (-(-seen // page_size)).int(),
-        "index": pages.flatten().int(),
+        "index": narrow(pages.flatten()),
     }

@@ -107,7 +107,7 @@ def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of:
     if bool(((full < 0) | (full > count)).any()):
         at = int(((full < 0) | (full > count)).nonzero()[0])
         _fail(f"{pre}full = {int(full[at])} of {pre}count = {int(count[at])}: expected 0 <= full <= count")
-    bad = (count > 0) & ((start < 0) | (start + count > size))
+    bad = (count > 0) & ((start < 0) | (start > size - count))  # a sum could wrap
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         what = f"{pre}start = {int(start[at])} with {int(count[at])} entries"

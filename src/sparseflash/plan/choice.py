@@ -30,12 +30,14 @@ def from_choice(
     require(
         (
             isinstance(index, Tensor) and index.dim() in (3, 4) and index.dtype in INTEGERS,
-            f"index: {_shape(index)}; expected integers [B|1, Tq, n] or [B|1, H, Tq, n], -1 = none",
+            f"index: {_shape(index)} {getattr(index, 'dtype', '')}; expected integers [B|1, Tq, n] or "
+            "[B|1, H, Tq, n], -1 = none",
         ),
         (is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"),
         error=PlanError,
     )
     index = index[:, None] if index.dim() == 3 else index
+    index = index if index.dtype in (torch.int32, torch.int64) else index.int()  # bytes have no -1
     offset = normal_offset(q_offset)
     at = torch.arange(index.shape[2], device=index.device) + (
         offset.to(index.device).view(-1, 1, 1) if isinstance(offset, Tensor) else offset

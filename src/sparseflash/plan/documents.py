@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import PlanError, require
 from .build import (
     INTEGERS,
+    SHORT,
     TILE,
     UNIT,
     Fields,
@@ -20,6 +21,7 @@ from .build import (
     _band,
     _check_options,
     _shape,
+    fit,
     host,
     is_length,
     normal_window,
@@ -48,9 +50,11 @@ def edges_of(x: object, name: str, total: int | None = None) -> Tensor:
                 total is None or last <= total,
                 f"{name} ends at {last}, but there are {total} tokens: expected at most that",
             ),
+            (last <= SHORT.max, f"{name} ends at {last}: lengths are of 32 bits"),
             error=PlanError,
         )
-    return edges
+        return edges
+    return fit(edges, f"{name} holds", 0, SHORT.max if total is None else total)
 
 
 def from_documents(

@@ -19,8 +19,10 @@ from .build import (
     _check_options,
     _pack_spans,
     _shape,
+    fit,
     host,
     is_length,
+    narrow,
     normal_offset,
 )
 from .listed import _lists
@@ -37,7 +39,7 @@ def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
         (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
     )
-    return x
+    return x if x.dtype in (torch.int32, torch.int64) else x.int()  # sums of bytes are no bytes
 
 
 def from_intervals(
@@ -54,9 +56,12 @@ def from_intervals(
             (lo.device == hi.device, f"lo is on {lo.device}, hi on {hi.device}: move them to one device"),
             error=PlanError,
         )
+        lo, hi = (lo, hi) if lo.dtype == hi.dtype else (lo.long(), hi.long())
         lo, hi = (x[..., None] if x.dim() == 3 else x for x in torch.broadcast_tensors(lo, hi))  # type: ignore[no-untyped-call]
     ends = [x for x in (lo, hi) if x is not None and x.numel()]
-    if ends and all(map(host, ends)):
+    if not all(map(host, ends)):  # what cannot be seen is cut off
+        lo, hi = lo if lo is None else fit(lo, "lo holds", 0, Tk), fit(hi, "hi holds", 0, Tk)
+    elif ends:
         low, high = min(int(x.min()) for x in ends), max(int(x.max()) for x in ends)
         require(
             (
@@ -183,7 +188,7 @@ def from_expiry(
 ) -> Fields:
     """Fields of `Plan.from_expiry`."""
     _check_options(tile=tile, unit=unit)
-    k_end = _numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]").to(torch.int32)
+    k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # a large one is never
     Tk = k_end.shape[-1]
     Tq = Tk if Tq is None else Tq
     require((is_length(Tq), f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)

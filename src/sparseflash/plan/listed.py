@@ -23,9 +23,11 @@ from .build import (
     _check_options,
     _pack_spans,
     _shape,
+    fit,
     host,
     is_count,
     is_length,
+    normal_offset,
 )
 from .builders import builders
 
@@ -210,15 +212,12 @@ def from_keys(
         (index.dtype in INTEGERS, f"index has dtype {index.dtype}: expected integers; try index.int()"),
         error=PlanError,
     )
-    if host(index) and index.numel():
-        low, high = (int(x) for x in torch.aminmax(index))
-        require(
-            (low >= -1 and high < C, f"index holds {low}..{high}: units are 0..{C - 1}, -1 = none"),
-            error=PlanError,
-        )
+    seen = host(index)
+    index = fit(index, "index holds", -1, C - 1 if seen else C, "units are 0..{most}, -1 = none")
+    normal_offset(q_offset)
 
     def candidates(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.long()
+        x = x.long() if seen else torch.where(x < C, x.long(), -1)
         if unique or x.shape[-1] < 2:
             return x, x >= 0
         x = x.sort(-1).values  # a key named twice is one key
@@ -252,7 +251,7 @@ def from_spans(
         (spans.dtype in INTEGERS, f"spans has dtype {spans.dtype}: expected integers; try spans.int()"),
         error=PlanError,
     )
-    lo, hi = spans.long().unbind(-1)
+    lo, hi = (spans if host(spans) else fit(spans, "spans hold", 0, Tk)).long().unbind(-1)
     if host(spans) and spans.numel():
         bad = (lo < 0) | (hi > Tk) | (hi < lo)
         require(

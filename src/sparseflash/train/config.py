@@ -112,6 +112,22 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Read what `to_json` wrote; fields of later versions are left out."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
+        """Read what `to_json` wrote; fields of later versions are left out.
+
+        Raises
+        ------
+        TrainError
+            For a value of another type than the field's, or one that no run can have.
+        """
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise TrainError(f"the config is {given!r}: expected a JSON object")
+        known = {f.name: f for f in fields(cls) if f.name in given}
+        if "data" not in known:
+            raise TrainError("the config has no data")
+        for name, f in known.items():
+            want = type(f.default_factory() if name == "options" else "" if name == "data" else f.default)
+            value = given[name]
+            if not (type(value) is want or (want is float and type(value) is int)):
+                raise TrainError(f"the config has {name} = {value!r}: expected {want.__name__}")
+        return cls(**{name: given[name] for name in known})

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparseflash.files import no_file
 from sparseflash.train.errors import TrainError
 
 HELD_OUT = 0.05
@@ -103,6 +104,10 @@ def load(path: str | Path) -> Corpus:
                 raise TrainError(
                     f"--data {path} has no text files (UTF-8, not empty) in it; give another directory"
                 )
+        elif kind := no_file(path):
+            raise TrainError(
+                f"--data {path} is {kind}: it may have no end; give a text file or a directory of text files"
+            )
         else:
             texts = [path.read_bytes()]
             if not texts[0]:

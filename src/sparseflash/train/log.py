@@ -75,18 +75,19 @@ def read(directory: Path) -> list[Row]:
     path = Path(directory) / FILE
     if not path.is_file():
         return []
-    with open(path, newline="") as stream:
-        lines = stream.read().split("\n")[:-1]
-    return [
-        Row(
-            int(r["step"]),
-            float(r["loss"]),
-            float(r["val_bpb"]) if r["val_bpb"] else None,
-            float(r["ms_per_step"]),
-            float(r["tokens_per_s"]),
-        )
-        for r in csv.DictReader(lines)
-    ]
+    rows: list[Row] = []
+    try:
+        with open(path, newline="") as stream:
+            lines = stream.read().split("\n")[:-1]
+        for r in csv.DictReader(lines):
+            numbers = (float(r[name]) if r[name] or name != "val_bpb" else None for name in COLUMNS[1:])
+            rows.append(Row(int(r["step"]), *numbers))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise TrainError(
+            f"{path}: row {len(rows) + 1} is none of a log ({error!r}); expected {','.join(COLUMNS)}: remove "
+            "the file, and resume to begin a new one at the checkpoint"
+        ) from None
+    return rows
 
 
 def plot(rows: Iterable[Row], path: Path, title: str = "") -> None:

@@ -15,10 +15,10 @@ from sparseflash.train.model import GPT
 
 def load_model(directory: str | Path) -> tuple[GPT, TrainConfig]:
     """Load the model of the run in `directory`, ready for use on the CPU."""
-    tensors, meta = checkpoint.load(Path(directory))
-    config = TrainConfig.from_json(meta["config"])
+    tensors, _ = checkpoint.load(Path(directory), ("config",))
+    config = checkpoint.read_config(Path(directory))
     model = GPT(config)
-    checkpoint.restore(tensors, model)
+    checkpoint.restore(tensors, model, path=Path(directory) / checkpoint.FILE)
     return model.eval(), config
 
 

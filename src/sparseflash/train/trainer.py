@@ -142,8 +142,9 @@ class Trainer:
                 f"{self.corpus.name} is not the text this run was started with; give the same --data, "
                 "or start a new run in another --out"
             )
-        checkpoint.restore(tensors, self.model, self.optimizer)
-        self.done = int(meta["step"])
+        at = directory / checkpoint.FILE
+        checkpoint.restore(tensors, self.model, self.optimizer, step=meta["step"], path=at)
+        self.done = meta["step"]
 
     def run(
         self,
@@ -208,7 +209,7 @@ def resume_config(directory: str | Path, given: dict[str, object]) -> TrainConfi
 
     Options that define the shape of the model cannot change.
     """
-    saved = TrainConfig.from_json(checkpoint.read_meta(Path(directory))["config"])
+    saved = checkpoint.read_config(Path(directory))
     for name in SHAPE:
         if name in given and given[name] != getattr(saved, name):
             raise TrainError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...plan import Plan
+from ...plan.build import narrow
 
 # What kernels write lies in main memory, whatever `torch.set_default_device` says.
 empty, zeros = (functools.partial(make, device=torch.device("cpu")) for make in (torch.empty, torch.zeros))
@@ -171,12 +172,12 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
     given = vars(plan)
     offset = given["q_offset"]
     if isinstance(offset, Tensor):
-        flat = offset.to(torch.int32).reshape(-1, 1, 1)
+        flat = narrow(offset, "q_offset holds").reshape(-1, 1, 1)
         if flat.data_ptr() != offset.data_ptr():
             keep.append(flat)
         into.q_shift = table("q_offset", flat, torch.int32, keep)
     else:
-        into.q_offset = offset
+        into.q_offset = max(-FAR, min(offset, FAR))
     for name, dtype in _PLAN_TENSORS:
         x = given[name]
         if x is not None:

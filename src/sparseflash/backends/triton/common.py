@@ -60,6 +60,7 @@ class Flags(NamedTuple):
     QUERY_SEG: bool
     KEY_SEG: bool
     SHIFT: bool
+    WIDE: bool
     BENT: bool
     """Whether x is a logit already, not the score: a softcap, a bias, a scale that is not positive."""
     BIAS: bool
@@ -220,6 +221,8 @@ def query_facts(T, b, h, H, tile, within, Tq, rows, F: tl.constexpr):
     if F.FOLD:
         own, length = token % F.FOLD, F.FOLD
     pos = own + T.offset
+    if F.WIDE:
+        pos = own.to(tl.int64) + T.offset
     if F.SHIFT:
         pos = own + tl.load(T.shift + b * T.shift_batch)
     if F.QUERY_POS:

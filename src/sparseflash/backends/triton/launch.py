@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...merging import bends, unit_of
 from ...plan import Plan
-from ...plan.build import spread_heads
+from ...plan.build import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags
@@ -131,6 +131,15 @@ def head_rules(plan: Plan) -> Tensor | None:
     return torch.cat([window[0], sink[0]], -1).int().contiguous()  # type: ignore[index]
 
 
+def wide(plan: Plan) -> bool:
+    """Whether positions, or how far they lie apart, may need more than 32 bits."""
+    if isinstance(plan.q_offset, Tensor) or plan.q_pos is not None:  # of 32 bits; none is looked at
+        return False
+    last = plan.q_offset + max(plan.Tq - 1, 0)
+    windowed = plan.window is not None or plan.head_window is not None
+    return last > SHORT.max or (windowed and plan.Tk - plan.q_offset > SHORT.max)
+
+
 class Arguments:
     """What every kernel over a plan is given, by name."""
 
@@ -152,7 +161,7 @@ class Arguments:
         span = alike(plan.span_start, plan.span_full, plan.span_count)
         unit = alike(plan.start, plan.full, plan.count, plan.bits_start)
         rules = head_rules(plan)
-        shift = plan.q_offset.int() if isinstance(plan.q_offset, Tensor) else None
+        shift = narrow(plan.q_offset) if isinstance(plan.q_offset, Tensor) else None
         left, right = plan.window or (None, None)
         bias = None if key_bias is None else key_bias.float().contiguous()
         first = next((x for x in (keys.order, keys.pos, keys.end, keys.seg) if x is not None), None)
@@ -202,7 +211,7 @@ class Arguments:
             "QUERY_ORDER": plan.q_order is not None, "KEY_ORDER": plan.k_order is not None,
             "QUERY_POS": plan.q_pos is not None, "KEY_POS": plan.k_pos is not None,
             "QUERY_SEG": plan.q_seg is not None, "KEY_SEG": plan.k_seg is not None,
-            "SHIFT": shift is not None, "BENT": bends(scale, softcap, key_bias),
+            "SHIFT": shift is not None, "WIDE": wide(plan), "BENT": bends(scale, softcap, key_bias),
             "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
         }  # fmt: skip
 

@@ -14,7 +14,7 @@ from ...decode import decode as decode_op
 from ...errors import SparseFlashError
 from ...method import Method
 from ...ops import attention
-from ...plan.build import same_offset
+from ...plan.build import narrow, same_offset
 from .attention import FEW, SETTING, exact
 from .layers import Layer, chosen
 from .mask import SparseMask
@@ -215,7 +215,7 @@ class Setting:
         offset = mask.offset
         if mask.first is not None:  # keys of padding on the left go behind all others, where nobody sees them
             k, v = (_forward(x, mask.first) for x in (k, v))
-            offset = (mask.offset - mask.first).int()
+            offset = narrow(mask.offset - mask.first)
         ctx = {"v": v, "q_offset": offset, "layer": self.layer.index}
         try:
             selection = method.select(q, k, ctx)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import SparseFlashError
 from ...plan import Plan
+from ...plan.build import narrow
 from ...plan.core import ANY, NONE
 from .packed import Documents
 
@@ -230,7 +231,7 @@ def sparse_mask(
     causal = mask_function is causal_mask_function
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
-        offset = int(offset) if _host(offset) else offset.to(torch.int32)
+        offset = int(offset) if _host(offset) else narrow(offset)
     if padding is None and (causal or mask_function is bidirectional_mask_function):
         plan = Plan.dense(q_length, kv_length, causal=causal, q_offset=offset if causal else 0, device=device)
         return SparseMask(plan, batch_size, causal=causal, offset=offset, plain=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import PlanError, require
 from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
+from ...plan.build import INTEGERS
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ class PrefixLM(Method):
         ctx, (B, _, Tq, _), Tk = ctx or {}, q.shape, k.shape[2]
         prefix = ctx.get("prefix", self.prefix)
         if isinstance(prefix, Tensor):
-            fits = prefix.shape == (B,) and not prefix.is_floating_point()
+            fits = prefix.shape == (B,) and prefix.dtype in INTEGERS
             given = f"{list(prefix.shape)} {prefix.dtype}"
             require((fits, f"ctx['prefix']: {given}; expected integers [{B}]"), error=PlanError)
+        elif isinstance(prefix, int):
+            prefix = min(prefix, Tk)
         position = torch.arange(Tq, device=q.device) + begin(ctx, q)
         reach = torch.maximum(position + 1, torch.as_tensor(prefix, device=q.device).view(-1, 1, 1))
         return Selection(Plan.from_intervals(None, reach.clamp(0, Tk), Tk=Tk))

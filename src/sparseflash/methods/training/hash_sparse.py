@@ -14,7 +14,7 @@ from ...method import Context, Method, Selection, check_counts, check_qk, check_
 from ...ops import attention
 from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
-from ...plan.build import is_count, spread_heads
+from ...plan.build import SHORT, earlier, is_count, spread_heads
 
 _PLANES = ("per-head", "shared")
 
@@ -152,7 +152,7 @@ class HashSparse(Method):
             k.shape[2],
             causal=True,
             window=(self.window - 1 - strict, 0),
-            q_offset=q_offset - strict,
+            q_offset=earlier(q_offset, strict),
             device=q.device,
         )
 
@@ -182,7 +182,8 @@ class HashSparse(Method):
             return torch.cat([pad(x, (0, rows - x.shape[-1]), value=-1) for x in (order, plain)], 1)
 
         reach = torch.full((1, heads, 2), -1, dtype=torch.int32, device=device)  # unbounded
-        reach[:, heads - more :, 0] = self.window - 1
+        if self.window <= SHORT.max:
+            reach[:, heads - more :, 0] = self.window - 1
         fields = {f.name: getattr(hashed, f.name) for f in dataclasses.fields(hashed)}
         return Plan._made(
             **fields

@@ -24,7 +24,8 @@ template <class T> inline const T *slice(const SfTable &t, int64_t b, int64_t h,
 struct Rules {
     const SfPlan *p;
     const int32_t *q_order, *k_order, *q_pos, *k_pos, *k_end, *q_seg, *k_seg;
-    int64_t q_offset, Tq, Tk, left, right, sink;
+    int64_t base;  // positions are counted from here: then those of all queries are numbers of 32 bits
+    int64_t Tq, Tk, left, right, sink;
     bool windowed;
 
     Rules() {}
@@ -36,11 +37,11 @@ struct Rules {
         k_end = slice<int32_t>(p->k_end, b, h, c.Hq);
         q_seg = slice<int32_t>(p->q_seg, b, h, c.Hq);
         k_seg = slice<int32_t>(p->k_seg, b, h, c.Hq);
+        const int64_t far = (int64_t)1 << 40;  // further than any position is from another
         const int32_t *shift = (const int32_t *)p->q_shift.data;
-        q_offset = shift ? shift[p->q_shift.batch == 1 ? 0 : b] : saturate(p->q_offset);
+        base = q_pos ? 0 : shift ? shift[p->q_shift.batch == 1 ? 0 : b] : least(most(p->q_offset, -far), far);
         const int32_t *sides = slice<int32_t>(p->head_window, 0, h, c.Hq), *first = slice<int32_t>(p->head_sink, 0, h, c.Hq);
         windowed = p->windowed || sides;
-        const int64_t far = (int64_t)1 << 40;
         left = sides ? sides[0] : least(p->left, far);
         right = sides ? sides[1] : least(p->right, far);
         sink = first ? *first : p->sink;
@@ -67,7 +68,7 @@ struct Queries {
             int64_t t = r.q_order ? r.q_order[row + i] : row + i;
             if (t < 0 || t >= r.Tq) continue;
             token[i] = t;
-            pos[i] = r.q_pos ? r.q_pos[t] : saturate(t + r.q_offset);
+            pos[i] = r.q_pos ? r.q_pos[t] : (int32_t)t;
             if (r.q_seg) seg[i] = r.q_seg[t];
             if (seg[i] != NONE) { real |= 1ull << i; lanes = i + 1; }
         }
@@ -79,14 +80,15 @@ inline uint64_t seen_by(const Rules &r, const Queries &q, int64_t token) {
     if (token < 0) return 0;
     const SfPlan &p = *r.p;
     uint64_t see = q.real;
-    int32_t at = r.k_pos ? r.k_pos[token] : (int32_t)token;
+    const int64_t own = r.k_pos ? r.k_pos[token] : token, from = own - r.base;
+    const int32_t at = saturate(from);  // what is cut off lies beyond all queries
     if (p.causal) see &= p.include_self ? lanes<GE>(q.pos, at) : lanes<GT>(q.pos, at);
     else if (!p.include_self) see &= ~lanes<EQ>(q.pos, at);
-    if (r.windowed && at >= r.sink) {
-        if (r.left >= 0) see &= lanes<LE>(q.pos, saturate((int64_t)at + r.left));
-        if (r.right >= 0) see &= lanes<GE>(q.pos, saturate((int64_t)at - r.right));
+    if (r.windowed && own >= r.sink) {
+        if (r.left >= 0) see &= lanes<LE>(q.pos, saturate(from + r.left));
+        if (r.right >= 0) see &= lanes<GE>(q.pos, saturate(from - r.right));
     }
-    if (r.k_end) see &= lanes<LT>(q.pos, r.k_end[token]);
+    if (r.k_end) see &= lanes<LT>(q.pos, saturate(r.k_end[token] - r.base));
     int32_t s = r.k_seg ? r.k_seg[token] : ANY;
     if (s == NONE) return 0;
     if (s != ANY && r.q_seg) see &= lanes<EQ>(q.seg, s) | lanes<EQ>(q.seg, ANY);
