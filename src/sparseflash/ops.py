@@ -268,7 +268,8 @@ class _Untraced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        run, plans = _gradients, (ctx.plans,)
+        run: Any = _gradients
+        plans: tuple[Any, ...] = (ctx.plans,)
         if torch.is_grad_enabled():  # create_graph: as an op the gradients have a graph, which refuses
             run, plans = _watched_backward, flatten_all(ctx.plans)
         return *_five(run, ctx.saved_tensors, dout, dlse, plans, *ctx.rest), None, None, None, None
