@@ -17,7 +17,7 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file, save_file
 
-from sparseflash.bench import capture, compare, pixels, results
+from sparseflash.bench import capture, compare, figures, pixels, results
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer, checkpoint, log
 from sparseflash.train.data import load
@@ -221,6 +221,14 @@ def test_benchmarks_refuse_files_of_another_kind(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SparseFlashError, match="no result file"):
         results.read(path)
+    for text, said in (("a,b\n1\n", "row 1"), ("a,b\n1,2\n3,4,5\n", "row 2"), ("a,b\n1,2\n", "no column c")):
+        path.write_text(text)
+        with pytest.raises(SparseFlashError, match=said):
+            results.read(path, "c")
+    curves = tmp_path / "curves.csv"
+    curves.write_text("bench,case,T,ms\ncurves,dense (torch SDPA),abc,1\n")
+    with pytest.raises(SparseFlashError, match="curves.csv: a row has no number to draw: .*abc"):
+        figures.redraw(curves)
     row = {"bench": "ops", "case": "a", "ms": "1.0"}
     with pytest.raises(SparseFlashError, match="row ops, a: ms: .*fast"):
         compare.compare([row], [{**row, "ms": "fast"}])

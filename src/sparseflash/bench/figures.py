@@ -148,7 +148,13 @@ def redraw(
         )
     written = []
     for file in files:
-        for name, svg in draw(results.read(file), file.stem).items():
+        try:
+            drawn = draw(results.read(file), file.stem)
+        except (KeyError, ValueError) as error:
+            if isinstance(error, SparseFlashError):
+                raise
+            raise SparseFlashError(f"{file}: a row has no number to draw: {error}") from None
+        for name, svg in drawn.items():
             path = (out or file.parent) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(svg, encoding="utf-8")

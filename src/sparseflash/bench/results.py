@@ -44,23 +44,30 @@ class Sheet:
         write(self.path, self.rows)
 
 
-def read(path: str | Path) -> list[dict[str, str]]:
+def read(path: str | Path, *columns: str) -> list[dict[str, str]]:
     """Rows of a file written by `write`, as strings.
 
     Raises
     ------
     SparseFlashError
-        If it is no such file.
+        If it is no such file, a row is cut short, or it lacks one of the `columns`.
     """
     try:
         if kind := no_file(path):
             raise SparseFlashError(f"{path} is {kind}: expected a result file (CSV)")
         with open(path, newline="") as stream:
-            return list(csv.DictReader(stream, strict=True))
+            rows = list(csv.DictReader(stream, strict=True))
     except OSError as error:
         raise SparseFlashError(f"{path}: {error.strerror}; expected a result file (CSV)") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise SparseFlashError(f"{path} is no result file (CSV): {error}") from None
+    for n, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise SparseFlashError(f"{path} is no result file (CSV): row {n + 1} has not one cell a column")
+    for name in columns if rows else ():
+        if name not in rows[0]:
+            raise SparseFlashError(f"{path} has no column {name}: expected a result file of this benchmark")
+    return rows
 
 
 def cell(value: Any) -> str:

@@ -287,7 +287,8 @@ class Constructors:
         Parameters
         ----------
         k_end : Tensor
-            Integers `[B|1, H|1, Tk]`. Tokens of a tree in depth-first order expire where their subtree ends.
+            Integers `[B|1, H|1, Tk]`; any large number is never. Tokens of a tree in depth-first order expire
+            where their subtree ends.
         Tq, q_offset
             Number of queries (Tk by default) and position of the first.
 

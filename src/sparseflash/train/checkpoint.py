@@ -184,6 +184,11 @@ def restore(
     """
     file = FILE if path is None else path
     weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    if optimizer is not None and "rng.cpu" not in tensors:
+        raise TrainError(
+            f"{file}: the checkpoint holds weights alone: it can be sampled from, not resumed; "
+            "resume the run that it came from"
+        )
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         have, want = (tuple(s[name].shape) if name in s else "nothing" for s in (weights, own))
@@ -198,11 +203,6 @@ def restore(
     if optimizer is None:
         model.load_state_dict(weights)
         return
-    if "rng.cpu" not in tensors:
-        raise TrainError(
-            f"{file}: the checkpoint holds weights alone: it can be sampled from, not resumed; "
-            "resume the run that it came from"
-        )
     states = _optimizer_states(tensors, model, step, file)
     was = torch.get_rng_state()
     try:

@@ -45,7 +45,7 @@ def bench_indexer(
     parts = known("kinds", indexer.KINDS, words(kinds))
     options = {"lengths": lengths_of(lengths), "dtypes": dtypes_of(dtypes), "kinds": parts, "topk": topk}
     keys = set(itertools.product(map(str, options["lengths"]), options["dtypes"], (str(topk),)))
-    there = results.read(out) if out.is_file() else []
+    there = results.read(out, "case", "T", "dtype", "topk") if out.is_file() else []
     kept = [
         row
         for row in there
@@ -78,7 +78,7 @@ def bench_transformers(
     parts = known("what", models_.WHAT, words(what, ";"))
     wanted = list(itertools.product(names, dtypes_of(dtypes), parts, lengths_of(lengths)))
     keys = {tuple(map(str, key)) for key in wanted}
-    there = results.read(out) if out.is_file() else []
+    there = results.read(out, "model", "dtype", "what", "T") if out.is_file() else []
     kept = [row for row in there if (row["model"], row["dtype"], row["what"], row["T"]) not in keys]
     measure = partial(models_.measure, wanted, rounds=rounds, minutes=minutes)
     columns = ("model", "what", "method", "dtype", "T", "ms_stock", "ms", "ratio", "mb_stock", "mb", "note")
