@@ -8,7 +8,8 @@ import torch
 import sparseflash as sf
 from sparseflash import Plan
 from sparseflash.backends import cpu
-from sparseflash.plan import builders, transpose
+from sparseflash.plan import transpose
+from sparseflash.plan.make import native as builders
 
 GRIDS = [(1, 1, 1, 1), (63, 129, 32, 32), (129, 63, 33, 20), (100, 130, 300, 64), (140, 256, 64, 1)]
 GRIDS += [(300, 200, 16, 96), (0, 5, 4, 4), (5, 0, 4, 4)]

@@ -49,7 +49,7 @@ def _spread_out(keep, Tq, Tk, tile, unit, causal):
 def test_blocks_and_the_same_blocks_by_number_are_their_mask(
     seed, Tq, Tk, tile, unit, causal, p, axes, chunk
 ):
-    from sparseflash.plan import listed
+    from sparseflash.plan.make import listed
 
     R, C = -(-Tq // tile), -(-Tk // unit)
     keep = _coins(seed, p, *axes, R, C)

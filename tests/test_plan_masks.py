@@ -25,7 +25,7 @@ def tiles_of(mask, tile, unit):
 
 def listed_area(plan):
     """Keys times real rows that the plan's lists hold, and those of full entries."""
-    entries = sf.plan.lists.ranges(plan)
+    entries = sf.plan.entries.ranges(plan)
     rows = (plan.Tq - entries.cell % plan.tiles * plan.tile).clamp(max=plan.tile)
     area = (entries.hi - entries.lo) * rows
     return int(area.sum()), int(area[entries.full].sum())
@@ -66,7 +66,7 @@ def test_a_mask_larger_than_a_slab_is_its_slabs(generator, monkeypatch):
     mask = torch.rand(2, 3, 200, 96, generator=generator) < 0.02
     whole = Plan.from_mask(mask, tile=32, unit=32)
     for size in (1, 10_000, 50_000):
-        monkeypatch.setattr(sf.plan.masks, "SLAB", size)
+        monkeypatch.setattr(sf.plan.make.masks, "SLAB", size)
         assert Plan.from_mask(mask, tile=32, unit=32) == whole
 
 

@@ -165,7 +165,7 @@ def test_lists_made_by_hand_mean_what_the_definition_says(seed, Tq, Tk, tile, un
 @MANY
 @given(seed=SEED, kind=st.sampled_from(sorted(plans.KINDS)), data=st.data())
 def test_a_pair_looked_up_alone_is_as_visible_as_in_the_mask(seed, kind, data):
-    from sparseflash.plan.lists import sees
+    from sparseflash.plan.entries import sees
 
     plan = plans.example(seed, kind, batch=2, heads=4, Tq=data.draw(SIZE), Tk=data.draw(SIZE)).plan
     batch, heads = plan.extent()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import BackendError
-from .plan import Plan, builders
+from .plan import Plan
+from .plan.make import native as builders
 
 PREFERENCE = ("triton", "cpu", "reference")
 

@@ -22,7 +22,8 @@ from .errors import SparseFlashError, require
 from .files import replacing
 from .inputs import Plans
 from .plan import Plan
-from .plan.lists import _at, ranges
+from .plan.entries import ranges
+from .plan.options import laid_out
 
 TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "gathered", "entries")
 """Costs: of a call, a row x dim (once more if sorted), a pair (x dim), a tested pair, a gathered
@@ -45,7 +46,7 @@ def features(plan: Plans, q: Tensor, k: Tensor) -> list[float]:
         count["dots"] += pairs * D
         count["tests"] += float(area[~entries.full].sum()) * times / 1e6
         if one.index is not None:
-            spans = 0 if one.span_count is None else int(_at(one.span_count, batch, heads).sum())
+            spans = 0 if one.span_count is None else int(laid_out(one.span_count, batch, heads).sum())
             count["gathered"] += float((entries.hi - entries.lo)[spans:].sum()) * times * D / 1e6
         count["entries"] += len(entries.lo) * times / 1e3
         count["sorted"] += (one.q_order is not None) * q_size + (one.k_order is not None) * k_size

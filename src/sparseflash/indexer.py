@@ -10,7 +10,7 @@ from torch import Tensor
 from .dispatch import choose
 from .errors import SparseFlashError, require
 from .inputs import DTYPES, as_backend, autocast, describe, is_finite, own_precision, state_dtype, unwatched
-from .plan.build import INTEGERS, is_count, narrow, normal_offset
+from .plan.options import INTEGERS, is_count, narrow, normal_offset
 
 
 def _choose(

@@ -11,7 +11,7 @@ from .dispatch import choose
 from .errors import require
 from .indexer import check_indexer, check_keep, ranges
 from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
-from .plan.build import INTEGERS
+from .plan.options import INTEGERS
 from .transforms import differentiable, once
 
 

@@ -12,8 +12,8 @@ from .errors import SparseFlashError, require
 from .inputs import describe, is_finite
 from .ops import attention
 from .plan import Plan
-from .plan.build import SHORT, Window, host, is_count
-from .plan.documents import from_ranges
+from .plan.make.documents import from_ranges
+from .plan.options import SHORT, Window, host, is_count
 from .pointwise import Activation, pointwise_attention
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import PlanError, SparseFlashError, require
 from .inputs import Plans
 from .ops import attention
-from .plan.build import is_count, normal_offset, same_offset
+from .plan.options import is_count, normal_offset, same_offset
 
 Context = Mapping[str, Any]
 

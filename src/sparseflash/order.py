@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .errors import require
 from .plan import Plan
-from .plan.build import is_count, spread_heads
-from .plan.lists import tile_view, visible
+from .plan.entries import tile_view, visible
+from .plan.options import is_count, spread_heads
 
 CHUNK = 1 << 22
 """Projections held at a time by `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""

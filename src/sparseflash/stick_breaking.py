@@ -22,8 +22,8 @@ from .inputs import (
     unwatched,
 )
 from .plan import Plan
-from .plan.build import earlier
 from .plan.flat import empty_like_layout, flatten, unflatten
+from .plan.options import earlier
 from .transforms import differentiable, last
 
 

@@ -1,5 +1,7 @@
-"""The plan: which keys each tile of queries sees (`docs/design.md`)."""
+"""Plans: the one object between a method and a kernel. `plan.py` is the face, `record.py` the ground."""
 
-from .core import ANY, NONE, KeyLists, Plan
+from .options import ANY, NONE
+from .plan import Plan
+from .record import KeyLists
 
 __all__ = ["ANY", "NONE", "KeyLists", "Plan"]

@@ -8,37 +8,36 @@ plan, and ranges in the same row space are cut where their rules join into one f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .build import _check_options
+from .bits import bit
 from .checks import surely_full
-from .fields import LISTS
+from .entries import cells, fetch, formula, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs
-from .lists import _at, _fetch, _formula, cells, ranges, real_rows
-
-if TYPE_CHECKING:
-    from .core import Plan
+from .options import check_options, laid_out, shift_at
+from .ragged import begins, expand
+from .record import LISTS, Record
 
 LIMIT = 2 << 30
 """Bytes of bits that an operation may build before it refuses."""
 
 _ROWS = ("spans", "index", "bits", "unit", "q_order", "k_order")
 _POSITIONS = ("q_pos", "k_pos")
+P = TypeVar("P", bound=Record)
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Lookup:
     """Whether a plan of `heads` query heads lets query tokens see key tokens, pair by pair."""
 
-    def __init__(self, plan: Plan, heads: int) -> None:
+    def __init__(self, plan: Record, heads: int) -> None:
         self.plan, self.heads = plan, heads
         self.batch, self.own = plan.extent()
         entries = ranges(plan)
@@ -54,8 +53,8 @@ class Lookup:
         """Broadcast batch, head, query and key tokens (-1: no token) to bool."""
         plan, heads = self.plan, self.heads
         b, h, q, k = torch.broadcast_tensors(b, h, q, k)  # type: ignore[no-untyped-call]
-        q_row = q if self.q_row is None else torch.where(q >= 0, _fetch(self.q_row, b, h, q, heads), -1)
-        k_row = k if self.k_row is None else torch.where(k >= 0, _fetch(self.k_row, b, h, k, heads), -1)
+        q_row = q if self.q_row is None else torch.where(q >= 0, fetch(self.q_row, b, h, q, heads), -1)
+        k_row = k if self.k_row is None else torch.where(k >= 0, fetch(self.k_row, b, h, k, heads), -1)
         keep = (q_row >= 0) & (k_row >= 0)
         if not len(self.key) or not plan.tiles:
             return torch.zeros_like(keep)
@@ -65,18 +64,15 @@ class Lookup:
         at = torch.searchsorted(self.key, cell * self.wide + k_row.clamp(min=0), right=True) - 1
         known = at.clamp(min=0)
         keep = keep & (at >= 0) & (self.entries.cell[known] == cell) & (k_row < self.entries.hi[known])
-        shift: Tensor | int = plan.q_offset
-        if isinstance(plan.q_offset, Tensor):
-            each = plan.q_offset.long().reshape(-1)
-            shift = each[b if each.numel() > 1 else torch.zeros_like(b)]
-        keep = keep & _formula(
-            plan, q, k, shift, lambda x: _fetch(x, b, h, q, heads), lambda x: _fetch(x, b, h, k, heads)
+        shift = shift_at(plan.q_offset, b)
+        keep = keep & formula(
+            plan, q, k, shift, lambda x: fetch(x, b, h, q, heads), lambda x: fetch(x, b, h, k, heads)
         )
         if plan.bits is not None and len(plan.bits):
             row = self.entries.bits[known]
             lane = torch.where(row >= 0, k_row - self.entries.lo[known], 0).clamp(0, plan.unit - 1)
             word = plan.bits[row.clamp(min=0), q_row.clamp(min=0) % plan.tile, lane // 32]
-            keep = keep & ((((word >> (lane % 32)) & 1) != 0) | (row < 0))
+            keep = keep & (bit(word, lane) | (row < 0))
         return keep
 
 
@@ -88,15 +84,15 @@ def _inverse(order: Tensor, T: int) -> Tensor:
     return row[..., :T]
 
 
-def widen(plan: Plan, batch: int, heads: int) -> Plan:
+def widen(plan: P, batch: int, heads: int) -> P:
     """The same plan with lists of its own for every batch slot and head."""
     lists: dict[str, Any] = {
-        n: _at(x, batch, heads).contiguous() for n in LISTS if (x := getattr(plan, n)) is not None
+        n: laid_out(x, batch, heads).contiguous() for n in LISTS if (x := getattr(plan, n)) is not None
     }
-    return dataclasses.replace(plan, span_keys=None, unit_keys=None, **lists)
+    return plan._changed(**lists)
 
 
-def _shared_extent(a: Plan, b: Plan) -> tuple[int, int]:
+def _shared_extent(a: Record, b: Record) -> tuple[int, int]:
     (ba, ha), (bb, hb) = a.extent(), b.extent()
     require(
         ((a.Tq, a.Tk) == (b.Tq, b.Tk), f"plans of {a.Tq} x {a.Tk} and {b.Tq} x {b.Tk} tokens do not combine"),
@@ -107,7 +103,7 @@ def _shared_extent(a: Plan, b: Plan) -> tuple[int, int]:
     return max(ba, bb), math.lcm(ha, hb)
 
 
-def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple[int, int]) -> Plan:
+def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[int, int]) -> P:
     """The plan's visible pairs that `keep(b, h, q, k)` lets through, as units of another grid.
 
     `tile` must divide the plan's tile or be a multiple of it.
@@ -122,8 +118,8 @@ def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple
     # 1. the units touched: new tile and unit of every (entry, unit it overlaps)
     first, last = entries.lo // unit, (entries.hi - 1) // unit + 1
     n = last - first
-    pick = torch.repeat_interleave(torch.arange(len(n), device=n.device), n)
-    column = first[pick] + torch.arange(len(pick), device=n.device) - (n.cumsum(0) - n)[pick]
+    pick, place = expand(n)
+    column = first[pick] + place
     head, old = entries.cell[pick] // max(plan.tiles, 1), entries.cell[pick] % max(plan.tiles, 1)
     part = torch.arange(split, device=n.device)
     new = (old[:, None] * split + part) // join
@@ -180,24 +176,23 @@ def refine(plan: Plan, keep: Keep | None, *, tile: int, unit: int, extent: tuple
     partial = per - full
     packed = bits[order[kind == 1]]
     packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous()
-    return dataclasses.replace(
-        plan,
+    return plan._changed(
         tile=tile,
         unit=unit,
         span_start=None,
         span_full=None,
         span_count=None,
         spans=None,
-        start=(per.cumsum(0) - per).view(lead),
+        start=begins(per).view(lead),
         full=full.int().view(lead),
         count=per.int().view(lead),
         index=column.int(),
         bits=packed,
-        bits_start=(partial.cumsum(0) - partial).view(lead),
+        bits_start=begins(partial).view(lead),
     )
 
 
-def _real_rows(plan: Plan, tile: int, tiles: int) -> Tensor:
+def _real_rows(plan: Record, tile: int, tiles: int) -> Tensor:
     """Rows with a real token of each tile of another grid, [B*H*tiles]."""
     batch, heads = plan.extent()
     real = real_rows(plan).flatten(2)
@@ -206,23 +201,23 @@ def _real_rows(plan: Plan, tile: int, tiles: int) -> Tensor:
     return real.reshape(batch * heads * tiles, tile).sum(-1)
 
 
-def retile(plan: Plan, tile: int, unit: int) -> Plan:
+def retile(plan: P, tile: int, unit: int) -> P:
     """The same visible set with other tiles and units."""
-    _check_options(tile=tile, unit=unit)
+    check_options(tile=tile, unit=unit)
     if tile == plan.tile and (unit == plan.unit or plan.index is None):
-        return plan if unit == plan.unit else dataclasses.replace(plan, unit=unit)
+        return plan if unit == plan.unit else plan._changed(unit=unit)
     if plan.index is None and plan.tile % tile == 0:  # ranges of a tile serve each part of it
         ratio, tiles = plan.tile // tile, -(-plan.q_rows // tile)
         lists = {
             n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in LISTS[:3]
         }
-        return dataclasses.replace(plan, tile=tile, unit=unit, span_keys=None, unit_keys=None, **lists)
+        return plan._changed(tile=tile, unit=unit, **lists)
     if max(tile, plan.tile) % min(tile, plan.tile):
         plan = retile(plan, math.gcd(tile, plan.tile), unit)
     return refine(plan, None, tile=tile, unit=unit, extent=plan.extent())
 
 
-def intersect(a: Plan, b: Plan) -> Plan:
+def intersect(a: P, b: P) -> P:
     """`a & b`."""
     extent = _shared_extent(a, b)
     if _area(b) < _area(a):
@@ -231,15 +226,15 @@ def intersect(a: Plan, b: Plan) -> Plan:
     for short in (_join_ranges, _join_units, _hand_rules):
         found = short(a, b, extent)
         if found is not None:
-            return dataclasses.replace(found, overflow=overflow)
-    a = dataclasses.replace(a, overflow=overflow)
+            return found._changed(overflow=overflow)
+    a = a._changed(overflow=overflow)
     return refine(a, Lookup(b, extent[1]), tile=a.tile, unit=a.unit, extent=extent)
 
 
-def subtract(a: Plan, b: Plan) -> Plan:
+def subtract(a: P, b: P) -> P:
     """`a - b`."""
     extent = _shared_extent(a, b)
-    a = dataclasses.replace(a, overflow=_overflow(a, b))
+    a = a._changed(overflow=_overflow(a, b))
     if _one_grid(a, b) and _alike(a, b):  # what both list, both see alike: the rest is the difference
         mine, theirs = (_units(widen(p, *extent)) for p in (a, b))
         return _of_units(widen(a, *extent), mine.of(~torch.isin(mine.key, theirs.key)))
@@ -247,7 +242,7 @@ def subtract(a: Plan, b: Plan) -> Plan:
     return refine(a, lambda *at: ~look(*at), tile=a.tile, unit=a.unit, extent=extent)
 
 
-def unite(a: Plan, b: Plan) -> Plan | tuple[Plan, Plan]:
+def unite(a: P, b: P) -> P | tuple[P, P]:
     """`a | b`: one plan where one holds the other, else two disjoint ones."""
     if _area(b) > _area(a):
         a, b = b, a
@@ -255,13 +250,13 @@ def unite(a: Plan, b: Plan) -> Plan | tuple[Plan, Plan]:
     return (a, rest) if rest.index is not None and len(rest.index) else a
 
 
-def _overflow(a: Plan, b: Plan) -> Tensor | None:
+def _overflow(a: Record, b: Record) -> Tensor | None:
     """What lists of either plan have lost, their combination lacks."""
     given = [p.overflow for p in (a, b) if p.overflow is not None]
     return torch.stack([x.reshape(-1).amax() for x in given]).amax() if given else None
 
 
-def _area(plan: Plan) -> float:
+def _area(plan: Record) -> float:
     entries = ranges(plan)
     batch, heads = plan.extent()
     return float((entries.hi - entries.lo).sum()) * plan.tile / (batch * heads)
@@ -271,12 +266,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
 
 
-def _uses_positions(p: Plan) -> bool:
+def _uses_positions(p: Record) -> bool:
     windowed = p.window is not None or p.head_window is not None
     return p.causal or not p.include_self or windowed or p.k_end is not None
 
 
-def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
+def _join_rules(a: Record, b: Record) -> dict[str, Any] | None:
     """The rules of both in one formula, or None where one formula cannot say it."""
     rules: dict[str, Any] = {
         "causal": a.causal or b.causal,
@@ -323,7 +318,7 @@ def _join_rules(a: Plan, b: Plan) -> dict[str, Any] | None:
     return rules
 
 
-def _join_ranges(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
+def _join_ranges(a: P, b: P, extent: tuple[int, int]) -> P | None:
     """Intersection of two plans of ranges in one row space whose rules join; None where it is not that."""
     if a.index is not None or b.index is not None or a.spans is None or b.spans is None:
         return None
@@ -348,10 +343,8 @@ def _join_ranges(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
     rank = rank.gather(-1, order)
     spans = torch.stack([lo.gather(-1, order), hi.gather(-1, order)], -1)[rank < 2]
     count, n_full = (rank < 2).sum(-1), (rank == 0).sum(-1)
-    flat = count.flatten()
-    return dataclasses.replace(
-        a,
-        span_start=(flat.cumsum(0) - flat).view(count.shape),
+    return a._changed(
+        span_start=begins(count),
         span_full=n_full.int(),
         span_count=count.int(),
         spans=spans.int(),
@@ -370,17 +363,16 @@ class _Units:
         return _Units(self.key[some], self.full[some])
 
 
-def _units(plan: Plan) -> _Units:
+def _units(plan: Record) -> _Units:
     assert plan.start is not None and plan.full is not None
     assert plan.count is not None and plan.index is not None
     count = plan.count.flatten().long()
-    cell = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
-    slot = torch.arange(len(cell), device=count.device) - (count.cumsum(0) - count)[cell]
+    cell, slot = expand(count)
     unit = plan.index[plan.start.flatten()[cell] + slot]
     return _Units(cell * -(-plan.k_rows // plan.unit) + unit, slot < plan.full.flatten()[cell])
 
 
-def _of_units(plan: Plan, units: _Units, **rules: Any) -> Plan:
+def _of_units(plan: P, units: _Units, **rules: Any) -> P:
     """The plan with these units as its lists, full ones first."""
     columns = max(-(-plan.k_rows // plan.unit), 1)
     cell = units.key // columns
@@ -388,9 +380,8 @@ def _of_units(plan: Plan, units: _Units, **rules: Any) -> Plan:
     count = torch.bincount(cell, minlength=plan.tiles * math.prod(plan.extent()))
     full = torch.bincount(cell[units.full], minlength=len(count))
     lead = (*plan.extent(), plan.tiles)
-    return dataclasses.replace(
-        plan,
-        start=(count.cumsum(0) - count).view(lead),
+    return plan._changed(
+        start=begins(count).view(lead),
         full=full.int().view(lead),
         count=count.int().view(lead),
         index=(units.key % columns)[order].int(),
@@ -398,14 +389,14 @@ def _of_units(plan: Plan, units: _Units, **rules: Any) -> Plan:
     )
 
 
-def _one_grid(a: Plan, b: Plan) -> bool:
+def _one_grid(a: Record, b: Record) -> bool:
     """Whether both plans are lists of units of one grid, and nothing but lists and rules."""
     listed = all(p.index is not None and p.spans is None and p.bits is None for p in (a, b))
     rows = _same(a.q_order, b.q_order) and _same(a.k_order, b.k_order)
     return listed and rows and (a.tile, a.unit) == (b.tile, b.unit)
 
 
-def _alike(a: Plan, b: Plan) -> bool:
+def _alike(a: Record, b: Record) -> bool:
     """Whether both plans have the same rules."""
     if isinstance(a.q_offset, Tensor) or isinstance(b.q_offset, Tensor):
         return False
@@ -415,7 +406,7 @@ def _alike(a: Plan, b: Plan) -> bool:
     return equal and all(_same(getattr(a, n), getattr(b, n)) for n in tensors)
 
 
-def _join_units(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
+def _join_units(a: P, b: P, extent: tuple[int, int]) -> P | None:
     """Intersection of two plans of units of one grid whose rules join; None where it is not that."""
     rules = _join_rules(a, b) if _one_grid(a, b) else None
     if rules is None:
@@ -428,29 +419,29 @@ def _join_units(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
     return _of_units(a, _Units(mine.key, mine.full & theirs.full[at]), **rules)
 
 
-def _hand_rules(a: Plan, b: Plan, extent: tuple[int, int]) -> Plan | None:
+def _hand_rules(a: P, b: P, extent: tuple[int, int]) -> P | None:
     """Intersection where one plan is nothing but its rules: the other one's lists under the rules of both."""
     for listed, ruling in ((a, b), (b, a)):
         rules = _join_rules(listed, ruling) if _only_rules(ruling) else None
         if rules is None:
             continue
         listed = widen(listed, *extent)
-        own = (f.name for f in dataclasses.fields(listed) if f.name in (*LISTS, *_ROWS))
-        probe = dataclasses.replace(ruling, tile=listed.tile, **{n: getattr(listed, n) for n in own})
+        own = (*LISTS, *_ROWS)
+        probe = ruling._changed(tile=listed.tile, **{n: getattr(listed, n) for n in own})
         found = _demote(listed, surely_full(probe, ranges(probe)))
         if found is not None:
-            return dataclasses.replace(found, **rules)
+            return found._changed(**rules)
     return None
 
 
-def _only_rules(plan: Plan) -> bool:
+def _only_rules(plan: Record) -> bool:
     """Whether the lists hide nothing that the rules on positions let see."""
     if plan.q_order is not None or not by_position(plan):
         return False
     return visible_pairs(plan) == dense_pairs(plan)
 
 
-def _demote(plan: Plan, sure: Tensor) -> Plan | None:
+def _demote(plan: P, sure: Tensor) -> P | None:
     """The plan with only those entries full that stay so; None where bits would have to be written."""
     changed: dict[str, Any] = {}
     at = 0
@@ -459,8 +450,7 @@ def _demote(plan: Plan, sure: Tensor) -> Plan | None:
             continue
         start, full, count = (getattr(plan, pre + n) for n in ("start", "full", "count"))
         flat = count.reshape(-1).long()
-        cell = torch.repeat_interleave(torch.arange(len(flat), device=flat.device), flat)
-        slot = torch.arange(len(cell), device=flat.device) - (flat.cumsum(0) - flat)[cell]
+        cell, slot = expand(flat)
         still = slot < full.reshape(-1)[cell]
         if not pre and plan.bits is not None and bool((still & ~sure[at : at + len(cell)]).any()):
             return None
@@ -468,14 +458,14 @@ def _demote(plan: Plan, sure: Tensor) -> Plan | None:
         at += len(cell)
         order = torch.argsort(cell * 2 + (~still).long(), stable=True)
         changed |= {
-            pre + "start": (flat.cumsum(0) - flat).view(count.shape),
+            pre + "start": begins(flat).view(count.shape),
             pre + "full": torch.bincount(cell[still], minlength=len(flat)).int().view(count.shape),
             name: pool[start.reshape(-1)[cell] + slot][order],
         }
-    return dataclasses.replace(plan, **changed)
+    return plan._changed(**changed)
 
 
-def _padded(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
     """lo, hi, full of the ranges of each tile, [B,H,R,m], empty ones behind."""
     start, full, count, spans = plan.span_start, plan.span_full, plan.span_count, plan.spans
     if start is None or full is None or count is None or spans is None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from .lists import CELLS, Ranges, _at, _fetch, _lanes, _read, band, cells, query_tokens, ranges, real_rows
-
-if TYPE_CHECKING:
-    from .core import Plan
+from .entries import CELLS, Ranges, band, cells, fetch, lanes, query_tokens, ranges, read, real_rows
+from .options import FAR, laid_out, shift_of
+from .record import Record
 
 
 def _fail(message: str) -> None:
     raise PlanError(message)
 
 
-def check_values(plan: Plan) -> None:
+def check_values(plan: Record) -> None:
     """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
     for name, T in (("q_order", plan.Tq), ("k_order", plan.Tk)):
         order = getattr(plan, name)
@@ -61,37 +58,36 @@ def check_values(plan: Plan) -> None:
         _bounds(plan.bits_start.flatten(), torch.zeros_like(part), part, len(plan.bits), "bits_", "bits")
 
 
-def _place(plan: Plan, cell: int) -> str:
+def _place(plan: Record, cell: int) -> str:
     heads = plan.extent()[1]
     return (
         f"tile {cell % plan.tiles} (batch {cell // plan.tiles // heads}, head {cell // plan.tiles % heads})"
     )
 
 
-def surely_full(plan: Plan, entries: Ranges) -> Tensor:
+def surely_full(plan: Record, entries: Ranges) -> Tensor:
     """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
     if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg)):
         return torch.zeros_like(entries.full)
     batch, heads = plan.extent()
     token = query_tokens(plan)
-    shift = plan.q_offset.long().reshape(-1, 1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+    shift = shift_of(plan.q_offset, 3)
     if plan.q_pos is None:
         q = token.long() + shift
     else:
-        q = _read(_at(plan.q_pos, batch, heads), token.flatten(2).long()).view(token.shape)
-    far = 1 << 40
-    q_low = torch.where(token >= 0, q, far).amin(-1).flatten()[entries.cell]
-    q_high = torch.where(token >= 0, q, -far).amax(-1).flatten()[entries.cell]
+        q = read(laid_out(plan.q_pos, batch, heads), token.flatten(2).long()).view(token.shape)
+    q_low = torch.where(token >= 0, q, FAR).amin(-1).flatten()[entries.cell]
+    q_high = torch.where(token >= 0, q, -FAR).amax(-1).flatten()[entries.cell]
     if plan.k_order is None and plan.k_pos is None:
         k_low, k_high = entries.lo, entries.hi - 1
     else:
-        k_low, k_high = torch.full_like(entries.lo, far), torch.full_like(entries.lo, -far)
-        for entry, _, b, h, key in _lanes(plan, entries, CELLS):
-            position = key if plan.k_pos is None else _fetch(plan.k_pos, b, h, key, heads)
+        k_low, k_high = torch.full_like(entries.lo, FAR), torch.full_like(entries.lo, -FAR)
+        for entry, _, b, h, key in lanes(plan, entries, CELLS):
+            position = key if plan.k_pos is None else fetch(plan.k_pos, b, h, key, heads)
             hole = key < 0
-            k_low.scatter_reduce_(0, entry, torch.where(hole, -far, position), "amin")
-            k_high.scatter_reduce_(0, entry, torch.where(hole, far, position), "amax")
-    sure = (k_low > -far) & (k_high < far)
+            k_low.scatter_reduce_(0, entry, torch.where(hole, -FAR, position), "amin")
+            k_high.scatter_reduce_(0, entry, torch.where(hole, FAR, position), "amax")
+    sure = (k_low > -FAR) & (k_high < FAR)
     if plan.causal:
         sure = sure & ((q_low >= k_high) if plan.include_self else (q_low > k_high))
     elif not plan.include_self:
@@ -100,7 +96,7 @@ def surely_full(plan: Plan, entries: Ranges) -> Tensor:
         left, right, sink = band(plan, entries.cell // max(plan.tiles, 1) % heads)
         inside = (q_high - k_low <= left) & (k_high - q_low <= right)
         sure = sure & (inside | (k_high < sink))
-    return sure | (q_high == -far)  # a tile without a real row
+    return sure | (q_high == -FAR)  # a tile without a real row
 
 
 def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of: str) -> None:
@@ -114,7 +110,7 @@ def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of:
         _fail(f"{what} runs past {of}, which has {size}")
 
 
-def check(plan: Plan) -> None:
+def check(plan: Record) -> None:
     """`check_values`, and that the entries of a tile are disjoint and the full ones really full."""
     check_values(plan)
     if plan.overflow is not None and bool(plan.overflow.any()):

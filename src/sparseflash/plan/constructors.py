@@ -1,7 +1,6 @@
 """Everything a plan can be made of: one class method each, with its example.
 
-The work is done next door, on plain tensors: `build` (dense, keep, buckets), `documents`, `masks`, `sparse`,
-`intervals`, `listed` (blocks, keys, spans), `caches` (decoding) and `flex`.
+The work is done in `make/`, on plain tensors, one family a file.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import build, caches, choice, documents, intervals, listed, masks, sparse
-from .build import TILE, UNIT, Window
+from . import flex
+from .make import buckets as buckets_
+from .make import caches, choice, dense, documents, intervals, keep, listed, masks, sparse
+from .options import TILE, UNIT, Window
 
 if TYPE_CHECKING:
     from .core import Plan
@@ -58,7 +59,7 @@ class Constructors:
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
         """
         return cls._made(
-            **build.dense(
+            **dense.dense(
                 Tq,
                 Tk,
                 causal=causal,
@@ -95,7 +96,7 @@ class Constructors:
         [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
         """
         return cls._made(
-            **build.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit)
+            **keep.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit)
         )
 
     @classmethod
@@ -126,7 +127,7 @@ class Constructors:
         [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
         """
         return cls._made(
-            **build.from_buckets(
+            **buckets_.from_buckets(
                 q_bucket,
                 k_bucket,
                 causal=causal,
@@ -499,6 +500,4 @@ class Constructors:
     @classmethod
     def from_block_mask(cls, block_mask: Any) -> Plan:
         """A FlexAttention `BlockMask`; its mask function is evaluated on its partial blocks only."""
-        from . import flex
-
         return cls._made(**flex.from_block_mask(block_mask))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .figures import partial_area
-from .lists import ranges, sees
-
-if TYPE_CHECKING:
-    from .core import Plan
+from .entries import ranges, sees
+from .figures import density, partial_area, work
+from .record import Record
 
 SHADES = " ░▒▓█"
 SAMPLES = 16
@@ -31,7 +28,7 @@ class Picture:
     touched: Tensor
 
 
-def picture(plan: Plan, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
+def picture(plan: Record, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
     """Queries downwards, keys to the right; at most `rows` x `columns` cells."""
     with torch.device("cpu"):  # pictures are made there, whatever `torch.set_default_device` says
         rows, columns = min(rows, plan.Tq), min(columns, plan.Tk)
@@ -59,7 +56,7 @@ def _some(T: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     return token, torch.arange(cells).repeat_interleave(SAMPLES)
 
 
-def _touched(plan: Plan, rows: int, columns: int, batch: int, head: int) -> Tensor:
+def _touched(plan: Record, rows: int, columns: int, batch: int, head: int) -> Tensor:
     """Cells much larger than a tile that a listed range reaches: thin bands that samples may miss.
 
     Only where rows are tokens: under an order, ranges of rows are no ranges of tokens.
@@ -81,14 +78,14 @@ def _touched(plan: Plan, rows: int, columns: int, batch: int, head: int) -> Tens
     return marks.cumsum(-1)[:, :columns] > 0
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: Record) -> str:
     head = f"{plan.Tq:,} queries x {plan.Tk:,} keys"
     if partial_area(plan) <= EXACT:
-        return f"{head}, density {plan.density:.3f}, work {plan.work:.3f}"
-    return f"{head}, work {plan.work:.3g}"
+        return f"{head}, density {density(plan):.3f}, work {work(plan):.3f}"
+    return f"{head}, work {work(plan):.3g}"
 
 
-def draw(plan: Plan, width: int = 48) -> str:
+def draw(plan: Record, width: int = 48) -> str:
     """Characters by the share of visible pairs; first batch and head; queries downwards."""
     seen = picture(plan, max(1, width // 2), width)
     level = (seen.share * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
@@ -97,7 +94,7 @@ def draw(plan: Plan, width: int = 48) -> str:
     return "\n".join([repr(plan), _title(plan), *lines])
 
 
-def plot(plan: Plan, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
+def plot(plan: Record, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
     """Write the picture of a plan; see `Plan.plot`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -145,7 +142,7 @@ def plot(plan: Plan, path: str | Path, *, batch: int = 0, head: int = 0, size: i
     return path
 
 
-def explain(plan: Plan) -> str:
+def explain(plan: Record) -> str:
     """`Plan.explain`."""
     batch, heads = plan.extent()
     entries = ranges(plan)
@@ -162,8 +159,8 @@ def explain(plan: Plan) -> str:
         + (", ordered" if plan.q_order is not None or plan.k_order is not None else ""),
         f"entries: {len(entries.lo)} ({per:.1f} a tile); "
         f"of the keys visited {sure / max(area, 1):.0%} need no element test",
-        f"density {plan.density:.4f} of what its causal and window rules allow; "
-        f"work {plan.work:.4f} of Tq x Tk",
+        f"density {density(plan):.4f} of what its causal and window rules allow; "
+        f"work {work(plan):.4f} of Tq x Tk",
         f"memory {memory / 2**20:.2f} MiB",
     ]
     return "\n".join(lines)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .lists import CELLS, Ranges, _at, band, cells, positions, query_tokens, ranges, real_rows
+from .entries import CELLS, Ranges, band, cells, positions, query_tokens, ranges, real_rows
+from .options import FAR, laid_out, shift_of
+from .record import Record
 
-if TYPE_CHECKING:
-    from .core import Plan
 
-
-def visible_pairs(plan: Plan) -> int:
+def visible_pairs(plan: Record) -> int:
     """Number of visible (query, key) pairs: full entries are counted, partial ones evaluated."""
     entries = ranges(plan)
     rows = real_rows(plan).flatten(0, 2).sum(-1)
@@ -24,13 +23,13 @@ def visible_pairs(plan: Plan) -> int:
     return int(sure) + sum(int(part.keep.sum()) for part in cells(plan, rest))
 
 
-def by_position(plan: Plan) -> bool:
+def by_position(plan: Record) -> bool:
     """Whether a key's row is its position and nothing but positions decides: a row counts in closed form."""
     told = (plan.k_order, plan.k_pos, plan.k_end, plan.q_seg, plan.k_seg, plan.bits)
     return all(x is None for x in told)
 
 
-def _count_by_position(plan: Plan, entries: Ranges) -> int:
+def _count_by_position(plan: Record, entries: Ranges) -> int:
     """Visible pairs of some entries: the length of what the rules leave of each range, row by row."""
     batch, heads = plan.extent()
     tokens = query_tokens(plan).reshape(-1, plan.tile)
@@ -57,32 +56,32 @@ def _count_by_position(plan: Plan, entries: Ranges) -> int:
     return total
 
 
-def partial_area(plan: Plan) -> int:
+def partial_area(plan: Record) -> int:
     """Pairs in partial entries: what `visible_pairs` has to evaluate."""
     entries = ranges(plan)
     return int(((entries.hi - entries.lo) * ~entries.full).sum()) * plan.tile
 
 
-def visited_area(plan: Plan) -> int:
+def visited_area(plan: Record) -> int:
     """Tile rows x listed keys, over all tiles."""
     entries = ranges(plan)
     rows = (plan.q_rows - entries.cell % max(plan.tiles, 1) * plan.tile).clamp(max=plan.tile)
     return int(((entries.hi - entries.lo) * rows).sum())
 
 
-def dense_pairs(plan: Plan) -> int:
+def dense_pairs(plan: Record) -> int:
     """Pairs that causality and the window alone allow, over all batches and heads."""
     batch, heads = plan.extent()
     device = plan.device
     if plan.q_pos is not None:
-        q = _at(plan.q_pos, batch, heads).long()
+        q = laid_out(plan.q_pos, batch, heads).long()
     else:
-        shift = plan.q_offset.long().reshape(-1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
+        shift = shift_of(plan.q_offset, 2)
         q = (torch.arange(plan.Tq, device=device) + torch.as_tensor(shift, device=device)).expand(
             batch, heads, -1
         )
     if plan.k_pos is not None:
-        k = _at(plan.k_pos, batch, heads).long().sort(-1).values
+        k = laid_out(plan.k_pos, batch, heads).long().sort(-1).values
     else:
         k = torch.arange(plan.Tk, device=device).expand(batch, heads, -1)
     q, k = q.contiguous(), k.contiguous()
@@ -97,9 +96,9 @@ def dense_pairs(plan: Plan) -> int:
     left, right = plan.window or (None, None)
     sinks: Any = plan.sink
     if plan.head_window is not None:
-        table = _at(plan.head_window, batch, heads).long()
-        left, right = (torch.where(x < 0, 1 << 40, x) for x in (table[..., :1], table[..., 1:]))
-        sinks = 0 if plan.head_sink is None else _at(plan.head_sink, batch, heads).long()
+        table = laid_out(plan.head_window, batch, heads).long()
+        left, right = (torch.where(x < 0, FAR, x) for x in (table[..., :1], table[..., 1:]))
+        sinks = 0 if plan.head_sink is None else laid_out(plan.head_sink, batch, heads).long()
     lo = torch.zeros_like(q) if left is None else below(q - left)
     hi = torch.full_like(q, plan.Tk) if right is None else below(q + right + 1)
     lo, hi = torch.minimum(lo, past), torch.minimum(hi, past)
@@ -110,3 +109,16 @@ def dense_pairs(plan: Plan) -> int:
     if not plan.causal and not plan.include_self:
         pairs = pairs - (below(q + 1) - below(q))
     return int(pairs.sum())
+
+
+def density(plan: Record) -> float:
+    """`Plan.density`."""
+    allowed = dense_pairs(plan)
+    return visible_pairs(plan) / allowed if allowed else 1.0
+
+
+def work(plan: Record) -> float:
+    """`Plan.work`."""
+    batch, heads = plan.extent()
+    area = plan.Tq * plan.Tk * batch * heads
+    return visited_area(plan) / area if area else 0.0

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import KeyLists, Plan
+from .plan import Plan
+from .record import KeyLists
 
 TENSORS = (
     "span_start",

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .build import pack_bits, spread_heads
-
-if TYPE_CHECKING:
-    from .core import Plan
+from . import algebra
+from .bits import pack_bits
+from .options import spread_heads
+from .ragged import begins
+from .record import Record
 
 _FULL = -2
 CHUNK = 64  # blocks of a mask function evaluated at a time
 
 
-def to_block_mask(plan: Plan, block: int = 128) -> Any:
+def to_block_mask(plan: Record, block: int = 128) -> Any:
     """The plan as a BlockMask: blocks as FlexAttention lists them, partial ones as a lookup in bits."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -30,11 +31,9 @@ def to_block_mask(plan: Plan, block: int = 128) -> Any:
         ),
         error=PlanError,
     )
-    p = plan.retile(block, block)
+    p = algebra.retile(plan, block, block)
     if p.index is None or p.bits is None or p.spans is not None:  # as units, with bits
-        from .algebra import refine
-
-        p = refine(p, None, tile=block, unit=block, extent=p.extent())
+        p = algebra.refine(p, None, tile=block, unit=block, extent=p.extent())
     batch, heads = p.extent()
     C = max(-(-p.Tk // block), 1)
     index, own_bits, bits_start = p.index, p.bits, p.bits_start
@@ -118,12 +117,12 @@ def from_block_mask(block_mask: Any) -> dict[str, Any]:
     fb, fh, fr, fslot = (on_full & ~cut).nonzero(as_tuple=True)
     full = (on_full & ~cut).sum(-1)
     count = full + partial
-    start = (count.flatten().cumsum(0) - count.flatten()).view(shape)
+    start = begins(count)
     index = torch.zeros(int(count.sum()), dtype=torch.int32, device=part.device)
     rank = (on_full & ~cut).cumsum(-1)[fb, fh, fr, fslot] - 1
     index[start[fb, fh, fr] + rank] = whole[fb, fh, fr, fslot].int()
     flat = partial.flatten()
-    bits_start = (flat.cumsum(0) - flat).view(shape)
+    bits_start = begins(flat).view(shape)
     cb, ch, cr = cell_b[order], cell_h[order], cell_r[order]
     within = torch.arange(len(order), device=part.device) - bits_start[cb, ch, cr]
     index[start[cb, ch, cr] + full[cb, ch, cr] + within] = column[order].int()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
+from .entries import cells, ranges
 from .figures import visited_area
-from .lists import cells, ranges
-from .sparse import of_pairs
+from .make.sparse import of_pairs
+from .record import Record
 
-if TYPE_CHECKING:
-    from .core import Plan
+P = TypeVar("P", bound=Record)
 
 
-def reordered(plan: Plan) -> Plan:
+def reordered(plan: P) -> P:
     """`Plan.reordered`."""
     head, q, k = _pairs(plan)
     batch, heads = plan.extent()
@@ -42,11 +42,12 @@ def reordered(plan: Plan) -> Plan:
         k_order=k_order.view(batch, heads, -1).int(),
         **lists,
     )
-    device = plan.device
-    return moved.to(device) if visited_area(moved) < visited_area(plan) else plan
+    if visited_area(moved) >= visited_area(plan):
+        return plan
+    return moved._changed(**{name: x.to(plan.device) for name, x in moved.tensors().items()})
 
 
-def _pairs(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
     """List, query token and key token of every visible pair, in main memory."""
     heads = plan.extent()[1]
     found: list[tuple[Tensor, ...]] = []

@@ -7,29 +7,28 @@ one that is made by hand, and what the library derives is derived again.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
 from .checks import check_values
-
-if TYPE_CHECKING:
-    from .core import Plan
+from .record import Record
+from .transpose import prepared as transposed
 
 _DERIVED = ("span_keys", "unit_keys")
 _ROOMS = {"span_room": ("span_start", "span_count", "spans"), "room": ("start", "count", "index")}
 
 
-def state(plan: Plan) -> dict[str, Any]:
+def state(plan: Record) -> dict[str, Any]:
     """What a plan is, by field; of its transposed lists only that it has them."""
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     keys = [fields.pop(name) for name in _DERIVED]
     return {**fields, "prepared": any(x is not None for x in keys)}
 
 
-def restored(kind: type[Plan], state: Any) -> dict[str, Any]:
+def restored(kind: type[Record], state: Any) -> dict[str, Any]:
     """The fields of a plan from its `state`.
 
     Raises
@@ -48,10 +47,10 @@ def restored(kind: type[Plan], state: Any) -> dict[str, Any]:
     for name, room in rooms.items():
         if _fits(plan, room, *_ROOMS[name], real=real):
             object.__setattr__(plan, name, room)
-    return vars(plan.prepare() if prepared and real else plan)
+    return vars(transposed(plan) if prepared and real else plan)
 
 
-def _fits(plan: Plan, room: Any, *lists: str, real: bool) -> bool:
+def _fits(plan: Record, room: Any, *lists: str, real: bool) -> bool:
     """Whether list n begins at n * room of its pool, which ends behind the last."""
     start, count, pool = (getattr(plan, name) for name in lists)
     if pool is None or type(room) is not int or room < 1 or len(pool) != count.numel() * room:

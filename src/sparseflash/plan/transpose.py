@@ -6,17 +6,17 @@ shapes alone say how large it is: nothing waits for a device, and it may stand i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .build import host
-from .builders import builders
+from .make.native import builders
+from .options import host
+from .ragged import begins, expand
+from .record import KeyLists, Record
 
-if TYPE_CHECKING:
-    from .core import KeyLists, Plan
-
+P = TypeVar("P", bound=Record)
 KEY_GROUP = 128
 FAR = 1 << 32
 """More than any row number."""
@@ -24,7 +24,7 @@ ENTRIES = 1 << 22
 """Entries that are transposed in one go, where one (batch, head) has no more."""
 
 
-def transpose_spans(plan: Plan) -> KeyLists:
+def transpose_spans(plan: Record) -> KeyLists:
     """For each group of KEY_GROUP key rows, the tiles whose spans touch it, as ranges of tiles.
 
     Spans at one place of the lists of neighbouring tiles form a run while both their ends only move to the
@@ -32,8 +32,6 @@ def transpose_spans(plan: Plan) -> KeyLists:
     Within a run, the tiles that touch a group are neighbours, and so are those that cover it; sorted searches
     find both. So dense causal attention over R tiles takes O(R) entries, not the R^2 / 2 of single tiles.
     """
-    from .core import KeyLists
-
     assert plan.span_start is not None and plan.span_full is not None
     assert plan.span_count is not None and plan.spans is not None
     if plan.span_room and not host(plan.spans):
@@ -41,8 +39,7 @@ def transpose_spans(plan: Plan) -> KeyLists:
     batch, heads, R = plan.span_count.shape
     columns, lists, device = -(-plan.k_rows // KEY_GROUP), batch * heads, plan.device
     count = plan.span_count.flatten()
-    cell = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-    place = torch.arange(len(cell), device=device) - (count.cumsum(0) - count)[cell]
+    cell, place = expand(count)
     lo, hi = plan.spans[plan.span_start.flatten()[cell] + place].long().unbind(-1)
     some = hi > lo
     cell, place, lo, hi = (x[some] for x in (cell, place, lo, hi))
@@ -59,8 +56,8 @@ def transpose_spans(plan: Plan) -> KeyLists:
     end = torch.cat([begin[1:], begin.new_full((1,), len(at))])[: len(begin)]
     first = lo[begin] // KEY_GROUP
     n = (hi[end - 1] - 1) // KEY_GROUP + 1 - first
-    own = torch.repeat_interleave(torch.arange(len(begin), device=device), n)
-    column = torch.arange(len(own), device=device) - (n.cumsum(0) - n - first)[own]
+    own, place_of_run = expand(n)
+    column = first[own] + place_of_run
     left, right = column * KEY_GROUP, (column + 1) * KEY_GROUP
 
     def search(keys: Tensor, value: Tensor, after: bool) -> Tensor:
@@ -78,7 +75,7 @@ def transpose_spans(plan: Plan) -> KeyLists:
     listed = torch.bincount(group, minlength=lists * columns)
     lead = (batch, heads, columns)
     return KeyLists(
-        start=(listed.cumsum(0) - listed).view(lead),
+        start=begins(listed).view(lead),
         count=listed.int().view(lead),
         full=torch.bincount(group[some < len(own)], minlength=lists * columns).int().view(lead),
         index=tile[froms][order].int(),
@@ -88,10 +85,8 @@ def transpose_spans(plan: Plan) -> KeyLists:
     )
 
 
-def transpose_units(plan: Plan) -> KeyLists:
+def transpose_units(plan: Record) -> KeyLists:
     """For each unit, the tiles that list it."""
-    from .core import KeyLists
-
     assert plan.start is not None and plan.full is not None
     assert plan.count is not None and plan.index is not None
     batch, heads, R = plan.count.shape
@@ -124,8 +119,7 @@ def _transpose(
     found: list[tuple[Tensor, ...]] = []
     for at in range(0, max(lists, 1), step):
         n, first, sure = (x[at : at + step].flatten() for x in (counts, starts, fulls))
-        cell = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32, device=n.device), n)
-        slot = torch.arange(len(cell), device=n.device) - (n.cumsum(0) - n)[cell]
+        cell, slot = expand(n)
         source = (first[cell] + slot).to(torch.int32 if len(units) < 2**31 else torch.int64)
         partial = (slot >= sure[cell]).int()
         total = counts[at : at + step].shape[0] * columns
@@ -134,7 +128,7 @@ def _transpose(
         order = key.sort(stable=True).indices  # entries are met in the order of their tiles, and keep it
         found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
-    return listed.cumsum(0) - listed, listed.int(), n_full.int(), index.int(), sources
+    return begins(listed), listed.int(), n_full.int(), index.int(), sources
 
 
 # ---------------------------------------------------------------- without looking at values
@@ -149,7 +143,7 @@ class Entries(NamedTuple):
     real: Tensor
 
 
-def unit_entries(plan: Plan) -> Entries:
+def unit_entries(plan: Record) -> Entries:
     """Every entry of a plan's unit lists; of lists with room every place, used or not, without a wait."""
     assert plan.start is not None and plan.count is not None and plan.index is not None
     count, device = plan.count.flatten().long(), plan.device
@@ -158,16 +152,13 @@ def unit_entries(plan: Plan) -> Entries:
         cell, place = at // plan.room, at % plan.room
         real = place < count[cell]
         return Entries(cell, place, torch.where(real, plan.index, 0).long(), real)
-    cell = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-    place = torch.arange(len(cell), device=device) - (count.cumsum(0) - count)[cell]
+    cell, place = expand(count)
     unit = plan.index[plan.start.flatten()[cell] + place].long()
     return Entries(cell, place, unit, torch.ones_like(cell, dtype=torch.bool))
 
 
-def _units_unseen(plan: Plan) -> KeyLists:
+def _units_unseen(plan: Record) -> KeyLists:
     """`transpose_units` by shapes alone: a stable sort of all places, those that are not used behind."""
-    from .core import KeyLists
-
     assert plan.count is not None and plan.full is not None
     (batch, heads, R), columns = plan.count.shape, -(-plan.k_rows // plan.unit)
     entries, none = unit_entries(plan), 2 * batch * heads * columns
@@ -177,7 +168,7 @@ def _units_unseen(plan: Plan) -> KeyLists:
     order, met = key.sort(stable=True).indices, counted(key, none).view(batch, heads, columns, 2)
     total = met.sum(-1)
     return KeyLists(
-        start=(total.flatten().cumsum(0) - total.flatten()).view(total.shape),
+        start=begins(total),
         count=total.int(),
         full=met[..., 0].int(),
         index=(entries.cell % max(R, 1))[order].int(),
@@ -193,15 +184,13 @@ def counted(key: Tensor, size: int) -> Tensor:
     return found.index_add_(0, key, torch.ones_like(key))[:size]
 
 
-def _spans_unseen(plan: Plan) -> KeyLists:
+def _spans_unseen(plan: Record) -> KeyLists:
     """`transpose_spans` by shapes alone: for each place of the lists and each group, one run of tiles.
 
     The run is from the first tile that touches the group to the last; a tile between them that does not is
     tested in vain, and gives nothing. Where all tiles between the first and the last that cover the group do,
     these need no test, and the run is cut in three.
     """
-    from .core import KeyLists
-
     assert plan.span_full is not None and plan.span_count is not None and plan.spans is not None
     batch, heads, R = plan.span_count.shape
     columns, room, G = -(-plan.k_rows // KEY_GROUP), plan.span_room, KEY_GROUP
@@ -273,3 +262,36 @@ def _stabbed(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
         narrow[..., half:] = torch.minimum(narrow[..., half:], wide[..., : size - half])
     first, last = table[:, :, 0]
     return torch.where(first == none, -1, first), torch.where(last == none, -1, R - 1 - last)
+
+
+# ---------------------------------------------------------------- kept with the plan
+
+
+def _stamp(plan: Record) -> list[tuple[int, int]] | None:
+    """Where each tensor lies and how often it was written to: other numbers, and what was derived is old.
+
+    None where that is not known: for tensors of a shape alone. (Inference tensors count no writes.)
+    """
+    tensors = plan.tensors().values()
+    if any(type(x) is not Tensor or x.is_meta for x in tensors):
+        return None
+    return [(x.data_ptr(), -1 if x.is_inference() else x._version) for x in tensors]
+
+
+def prepared(plan: P) -> P:
+    """`Plan.prepare`: the plan with its transposed lists."""
+    if plan.span_keys is not None or plan.unit_keys is not None:
+        return plan
+    spans = transpose_spans(plan) if plan.spans is not None else None
+    units = transpose_units(plan) if plan.index is not None else None
+    made = plan._changed(span_keys=spans, unit_keys=units)
+    object.__setattr__(made, "_derived_from", _stamp(made))
+    return made
+
+
+def current(plan: P) -> P:
+    """`Plan.current`: without transposed lists that are older than the plan's."""
+    known = vars(plan).get("_derived_from")
+    if known is None or torch.compiler.is_compiling() or known == _stamp(plan):
+        return plan
+    return plan._changed(span_keys=None, unit_keys=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...plan import Plan
-from ...plan.build import narrow
+from ...plan.options import narrow
 
 # What kernels write lies in main memory, whatever `torch.set_default_device` says.
 empty, zeros = (functools.partial(make, device=torch.device("cpu")) for make in (torch.empty, torch.zeros))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...merging import NEVER, bends, over_plans, unit_of
 from ...plan import Plan
+from ...plan.entries import TileView, tile_parts, tile_view
 from ...plan.flat import empty_like_layout
-from ...plan.lists import TileView, tile_parts, tile_view
 from .rows import Rows
 
 STREAMED = 1 << 19

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...plan import Plan
+from ...plan.entries import tile_view
 from ...plan.flat import empty_like_layout
-from ...plan.lists import tile_view
 from .rows import Rows
 
 

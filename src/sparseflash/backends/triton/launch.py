@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...merging import bends, unit_of
 from ...plan import Plan
-from ...plan.build import SHORT, narrow, spread_heads
+from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from ...merging import NEVER, over_plans, unit_of
 from ...plan import Plan
-from ...plan.build import TILE
-from ...plan.fields import FLAT
 from ...plan.flat import empty_like_layout
+from ...plan.options import TILE
+from ...plan.record import FLAT
 from ...plan.transpose import transpose_spans
 from .blocks import Blocks, fitting
 from .columns import columns_kernel
@@ -102,8 +101,7 @@ def decode_plan(
     if group := packed(q, k, plan, key_bias):
         fold, rows = q.shape[2], group * q.shape[2]
         q = q.unflatten(1, (-1, group)).flatten(2, 3)
-        fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
-        plan = Plan._made(**fields | {"Tq": rows, "tile": rows})
+        plan = plan._changed(Tq=rows, tile=rows, span_room=plan.span_room, room=plan.room)
     (B, H, *_), Dv = q.shape, v.shape[3]
     out, lse, norm = empty_results(q, plan, Dv, out_dtype)
     if B * H * plan.tiles:

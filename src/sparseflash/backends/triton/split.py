@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...plan import Plan
-from ...plan.build import spread_heads
+from ...plan.options import spread_heads
 from .common import INTERPRETED, LN2, LOG2E, NEVER, place
 from .launch import alike, found
 

@@ -14,7 +14,7 @@ from ...decode import decode as decode_op
 from ...errors import SparseFlashError
 from ...method import Method
 from ...ops import attention
-from ...plan.build import narrow, same_offset
+from ...plan.options import narrow, same_offset
 from .attention import FEW, SETTING, exact
 from .layers import Layer, chosen
 from .mask import SparseMask

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ...errors import SparseFlashError
 from ...plan import Plan
-from ...plan.build import narrow
-from ...plan.core import ANY, NONE
+from ...plan.options import ANY, NONE, narrow
 from .packed import Documents
 
 SPREAD = 16

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import PlanError, require
 from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
-from ...plan.build import INTEGERS
+from ...plan.options import INTEGERS
 
 
 @dataclass(frozen=True)

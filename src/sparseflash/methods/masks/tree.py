@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from ...errors import PlanError, require
 from ...method import Context, Method, Selection, begin, check_counts
 from ...plan import Plan
-from ...plan.build import INTEGERS, host, is_count
+from ...plan.options import INTEGERS, host, is_count
 
 
 @dataclass(frozen=True)

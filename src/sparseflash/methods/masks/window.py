@@ -9,7 +9,7 @@ from torch import Tensor
 from ...errors import require
 from ...method import Context, Method, Selection, check_counts
 from ...plan import Plan
-from ...plan.build import is_count
+from ...plan.options import is_count
 
 
 @dataclass(frozen=True)

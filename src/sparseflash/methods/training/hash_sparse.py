@@ -14,7 +14,7 @@ from ...method import Context, Method, Selection, check_counts, check_qk, check_
 from ...ops import attention
 from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
-from ...plan.build import SHORT, earlier, is_count, spread_heads
+from ...plan.options import SHORT, earlier, is_count, spread_heads
 
 _PLANES = ("per-head", "shared")
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import build
+from .options import is_count, is_length
+from .record import FLAT, LISTS, Record
 
-if TYPE_CHECKING:
-    from .core import Plan
-
-FLAT = {"spans", "index", "bits", "q_offset", "overflow"}
-LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
 _ORDERS = ("q_order", "k_order")
 _TOKENS = {"q_pos": "Tq", "q_seg": "Tq", "k_pos": "Tk", "k_end": "Tk", "k_seg": "Tk"}
 _HEADS = {"head_window": 2, "head_sink": 1}
@@ -22,19 +17,19 @@ _TENSORS = ("spans", "index", "bits", "overflow", *LISTS, *_ORDERS, *_TOKENS, *_
 _INT64 = {"span_start", "start", "bits_start"}
 
 
-def rules(p: Plan) -> Iterator[tuple[bool, str]]:
+def requirements(p: Record) -> Iterator[tuple[bool, str]]:
     """Table of (condition, message): types, shapes, dtypes and devices; values come after."""
     for name in ("Tq", "Tk"):
         yield (
-            build.is_length(getattr(p, name)),
+            is_length(getattr(p, name)),
             f"{name}={getattr(p, name)!r}: expected an int >= 0 of 32 bits",
         )
     for name in ("tile", "unit"):
-        fits = build.is_length(getattr(p, name), 1)
+        fits = is_length(getattr(p, name), 1)
         yield fits, f"{name}={getattr(p, name)!r}: expected a positive int of 32 bits"
     for name in ("causal", "include_self"):
         yield isinstance(getattr(p, name), bool), f"{name}={getattr(p, name)!r}: expected True or False"
-    yield build.is_count(p.sink), f"sink={p.sink!r}: expected an int >= 0"
+    yield is_count(p.sink), f"sink={p.sink!r}: expected an int >= 0"
     for name in _TENSORS:
         x = getattr(p, name)
         yield (

@@ -14,22 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from .build import (
+from ...errors import PlanError, require
+from ..options import (
     INTEGERS,
     TILE,
     UNIT,
     Fields,
-    _check_options,
-    _pack_spans,
-    _shape,
+    check_options,
     fit,
     host,
     is_count,
     is_length,
     normal_offset,
+    shape_of,
 )
-from .builders import builders
+from ..ragged import begins
+from .native import builders
+from .spans import pack_spans
 
 Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
 Kinds = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,7 +39,7 @@ CHUNK = 1 << 20
 
 
 def _sizes(Tq: int, Tk: int, **options: object) -> None:
-    _check_options(**options)
+    check_options(**options)
     require(
         (is_length(Tq) and is_length(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits"),
         error=PlanError,
@@ -80,11 +81,11 @@ class _Grid:
         able = capacity is None and isinstance(self.q_offset, int)
         native = builders(given.numel(), given) if able else None
         if native is None:
-            return _lists(given, candidates, self.kinds, capacity)
+            return unit_lists(given, candidates, self.kinds, capacity)
         return native.list_units(given, **dataclasses.asdict(self), unique=unique)
 
 
-def _lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
+def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
     """Unit lists from `given` [B,H,R,n], full units first: compact on the host, else of a static width."""
     if capacity is None and host(given):
         return _compact(given, candidates, kinds)
@@ -127,14 +128,14 @@ def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
         piece = unit_id[visited].int()
         if bool(((first > 0) & (first < own)).any()):  # full ones first
             place = torch.where(sure, sure.cumsum(-1), first[:, None] + (kind == 1).cumsum(-1)) - 1
-            place = place + (own.cumsum(0) - own)[:, None]
+            place = place + begins(own)[:, None]
             piece = torch.empty_like(piece).scatter_(0, place[visited], piece)
         index[used : used + len(piece)] = piece
         used += len(piece)
     spare = len(index) - used
     small = len(index) < CHUNK or spare > len(index) // 4
     index = index[:used].clone() if spare and small else index[:used]
-    start = (count.cumsum(0) - count).view(lead)
+    start = begins(count).view(lead)
     return {"start": start, "full": full.view(lead), "count": count.view(lead), "index": index}
 
 
@@ -169,7 +170,7 @@ def from_blocks(
             and keep_blocks.dim() == 4
             and tuple(keep_blocks.shape[2:]) == (R, C)
             and keep_blocks.shape[1] > 0,
-            f"keep_blocks: {_shape(keep_blocks)}; expected {expected}",
+            f"keep_blocks: {shape_of(keep_blocks)}; expected {expected}",
         ),
         error=PlanError,
     )
@@ -204,7 +205,7 @@ def from_keys(
     require(
         (
             isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R and index.shape[1] > 0,
-            f"index: {_shape(index)}; expected integers [B|1, H|1, {R} tiles of {tile}, n], -1 = none",
+            f"index: {shape_of(index)}; expected integers [B|1, H|1, {R} tiles of {tile}, n], -1 = none",
         ),
         error=PlanError,
     )
@@ -243,7 +244,7 @@ def from_spans(
             and spans.shape[2] == R
             and spans.shape[4] == 2
             and spans.shape[1] > 0,
-            f"spans: {_shape(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2]",
+            f"spans: {shape_of(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2]",
         ),
         error=PlanError,
     )
@@ -284,5 +285,5 @@ def from_spans(
         "tile": tile,
         "unit": unit,
         "causal": causal,
-        **_pack_spans(los, his, full, moving=False),
+        **pack_spans(los, his, full, moving=False),
     }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from .build import INTEGERS, TILE, UNIT, Fields, _check_options, _shape, host, is_length, normal_offset
+from ...errors import PlanError, require
+from ..options import INTEGERS, TILE, UNIT, Fields, check_options, host, is_length, normal_offset, shape_of
 from .listed import from_keys
 from .masks import from_rows
 
@@ -26,11 +26,11 @@ def from_choice(
     tile: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_choice`."""
-    _check_options(causal=causal, unit=unit, unique=unique, **({} if tile is None else {"tile": tile}))
+    check_options(causal=causal, unit=unit, unique=unique, **({} if tile is None else {"tile": tile}))
     require(
         (
             isinstance(index, Tensor) and index.dim() in (3, 4) and index.dtype in INTEGERS,
-            f"index: {_shape(index)} {getattr(index, 'dtype', '')}; expected integers [B|1, Tq, n] or "
+            f"index: {shape_of(index)} {getattr(index, 'dtype', '')}; expected integers [B|1, Tq, n] or "
             "[B|1, H, Tq, n], -1 = none",
         ),
         (is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"),
@@ -51,7 +51,7 @@ def from_choice(
                 and k_keep.dim() == 2
                 and k_keep.shape[1] == Tk
                 and batch in (1, k_keep.shape[0]),
-                f"k_keep: {_shape(k_keep)}; expected bool [B, Tk={Tk}], True = a real key",
+                f"k_keep: {shape_of(k_keep)}; expected bool [B, Tk={Tk}], True = a real key",
             ),
             error=PlanError,
         )
@@ -59,7 +59,7 @@ def from_choice(
     require(
         (
             index.shape[0] in (1, batch) and (at.dim() == 1 or at.shape[0] in (1, batch)),
-            f"index: {_shape(index)}, q_offset: {_shape(q_offset)}; expected one batch size, or 1",
+            f"index: {shape_of(index)}, q_offset: {shape_of(q_offset)}; expected one batch size, or 1",
         ),
         error=PlanError,
     )

@@ -10,28 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from .build import (
+from ...errors import PlanError, require
+from ..options import (
     INTEGERS,
     SHORT,
     TILE,
     UNIT,
     Fields,
     Window,
-    _band,
-    _check_options,
-    _shape,
+    check_options,
     fit,
     host,
     is_length,
     normal_window,
+    shape_of,
 )
+from .spans import band_spans
 
 
 def edges_of(x: object, name: str, total: int | None = None) -> Tensor:
     """Running totals of document lengths as int64 [n+1]; values are looked at in main memory only."""
     if not isinstance(x, Tensor) or x.dim() != 1 or x.shape[0] < 1:
-        raise PlanError(f"{name}: expected a 1-d tensor [documents + 1], got {_shape(x)}")
+        raise PlanError(f"{name}: expected a 1-d tensor [documents + 1], got {shape_of(x)}")
     require(
         (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected int32; try {name}.int()"),
         error=PlanError,
@@ -117,7 +117,7 @@ def from_ranges(
     The keys are those of the queries where none are given. The last query of a document sits at the position
     of its last key. Ranges are disjoint; tokens of no document see nothing.
     """
-    _check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
+    check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
     require(
         (
             causal or include_self,
@@ -153,7 +153,7 @@ def from_ranges(
             place[torch.where(token < 0, Tq, token).long()] = token + own.int()[:, None]
             q_pos = place[:Tq].view(1, 1, -1)
     low, high = k_begin[document], k_end[document]
-    spans = _band(
+    spans = band_spans(
         *(x.view(1, 1, -1) for x in (begin, last, low, high)),
         causal=causal,
         include_self=include_self,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from .build import INTEGERS, TILE, Fields, _shape, fit, host, is_length, narrow
+from ...errors import PlanError, require
+from ..options import INTEGERS, TILE, Fields, fit, host, is_length, narrow, shape_of
 
 
 def _numbers(x: object, name: str, shape: str, dims: int) -> None:
     if not isinstance(x, Tensor) or x.dim() != dims or x.dtype not in INTEGERS:
-        given = f"{_shape(x)} {x.dtype}" if isinstance(x, Tensor) else _shape(x)
+        given = f"{shape_of(x)} {x.dtype}" if isinstance(x, Tensor) else shape_of(x)
         raise PlanError(f"{name}: {given}; expected integers {shape}")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from .build import TILE, UNIT, Fields, _check_options, host, is_length
+from ...errors import PlanError, require
+from ..options import TILE, UNIT, Fields, check_options, host, is_length
 from .masks import bit_lists, runs, span_lists
 
 _LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
@@ -16,7 +16,7 @@ _LAYOUTS = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc)
 
 def from_sparse(mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Fields:
     """Fields of `Plan.from_sparse`."""
-    _check_options(tile=tile, unit=unit)
+    check_options(tile=tile, unit=unit)
     shape, at = _entries(mask)
     (*lead, Tq, Tk), (*place, q, k) = shape, at
     B, H = lead or (1, 1)

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import PlanError, require
-from .build import (
+from ...errors import PlanError, require
+from ..options import (
     INTEGERS,
     TILE,
     UNIT,
     Fields,
-    _check_options,
-    _pack_spans,
-    _shape,
+    check_options,
     fit,
     host,
     is_length,
     narrow,
     normal_offset,
+    shape_of,
 )
-from .listed import _lists
+from .listed import unit_lists
 from .masks import bit_lists, runs, span_lists
+from .spans import pack_spans
 
 LANES = 1 << 22
 """Words of bits, times ranges of a query, that are made in one go."""
@@ -34,7 +34,7 @@ LANES = 1 << 22
 
 def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
     if not (isinstance(x, Tensor) and x.dim() in dims and x.shape[1] > 0):
-        raise PlanError(f"{name}: {_shape(x)}; expected integers {said}")
+        raise PlanError(f"{name}: {shape_of(x)}; expected integers {said}")
     require(
         (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
@@ -46,7 +46,7 @@ def from_intervals(
     lo: Tensor | None, hi: Tensor, *, Tk: int, moving: bool = False, tile: int = TILE, unit: int = UNIT
 ) -> Fields:
     """Fields of `Plan.from_intervals`."""
-    _check_options(tile=tile, unit=unit)
+    check_options(tile=tile, unit=unit)
     require((is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"), error=PlanError)
     hi = _numbers(hi, "hi", (3, 4), "[B|1, H|1, Tq], or [B|1, H|1, Tq, m] for m ranges a query")
     if lo is not None:
@@ -92,7 +92,7 @@ def _prefixes(reach: Tensor, tile: int) -> Fields:
     return {
         "causal": True,
         "q_pos": reach.int() - 1,
-        **_pack_spans([zero, first], [first, last], [True, False], moving=False),
+        **pack_spans([zero, first], [first, last], [True, False], moving=False),
     }
 
 
@@ -110,7 +110,7 @@ def _moving(lo: Tensor | None, hi: Tensor, Tk: int, tile: int) -> Fields:
     inner_left, inner_right = lo[..., last], hi[..., first]
     whole = inner_left < inner_right  # otherwise no key is seen by all rows: one partial range
     a, b = torch.where(whole, inner_left, right), torch.where(whole, inner_right, right)
-    spans = _pack_spans([a, left, b], [b, a, right], [True, False, False])
+    spans = pack_spans([a, left, b], [b, a, right], [True, False, False])
     if tile == 1 or (isinstance(Tq, int) and Tq == 1):
         return spans
     key = torch.arange(Tk, dtype=hi.dtype, device=hi.device).expand(*hi.shape[:-1], -1).contiguous()
@@ -187,7 +187,7 @@ def from_expiry(
     k_end: Tensor, *, Tq: int | None = None, q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT
 ) -> Fields:
     """Fields of `Plan.from_expiry`."""
-    _check_options(tile=tile, unit=unit)
+    check_options(tile=tile, unit=unit)
     k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # a large one is never
     Tk = k_end.shape[-1]
     Tq = Tk if Tq is None else Tq
@@ -217,5 +217,5 @@ def from_expiry(
         "causal": True,
         "q_offset": q_offset,
         "k_end": k_end,
-        **_lists(kind, lambda x: (column.expand(x.shape), x), lambda _, kind, __: kind, None),
+        **unit_lists(kind, lambda x: (column.expand(x.shape), x), lambda _, kind, __: kind, None),
     }

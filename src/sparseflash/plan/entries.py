@@ -6,17 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .build import spread_heads
-
-if TYPE_CHECKING:
-    from .core import Plan
-
-ANY, NONE = -1, -2
+from .bits import bit
+from .options import ANY, FAR, NONE, laid_out, shift_at, shift_of
+from .ragged import begins, expand
+from .record import Record
 
 
 @dataclass(frozen=True)
@@ -34,16 +31,14 @@ class TileView:
     entry: Tensor
 
 
-def _at(x: Tensor, batch: int, heads: int) -> Tensor:
-    return spread_heads(x, heads).expand(batch, -1, *x.shape[2:])
-
-
-def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
+def _entries(plan: Record, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
     """Entries of tile r: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; the rest is empty."""
     parts = []
     before: Tensor | int = 0
     if plan.spans is not None:
-        start, count = (_at(getattr(plan, n)[..., r], batch, heads) for n in ("span_start", "span_count"))
+        start, count = (
+            laid_out(getattr(plan, n)[..., r], batch, heads) for n in ("span_start", "span_count")
+        )
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
         live = slot < count[..., None]
         pair = plan.spans[torch.where(live, start[..., None] + slot, 0)].long() if len(plan.spans) else None
@@ -52,7 +47,9 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
             parts.append((lo, hi, torch.full_like(lo, -1), slot.expand_as(lo)))
         before = count[..., None].long()
     if plan.index is not None and len(plan.index):
-        start, full, count = (_at(getattr(plan, n)[..., r], batch, heads) for n in ("start", "full", "count"))
+        start, full, count = (
+            laid_out(getattr(plan, n)[..., r], batch, heads) for n in ("start", "full", "count")
+        )
         slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
         live = slot < count[..., None]
         unit = plan.index[torch.where(live, start[..., None] + slot, 0)].long()
@@ -63,7 +60,7 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
             row = torch.full_like(lo, -1)
         else:
             assert plan.bits_start is not None
-            first = _at(plan.bits_start[..., r], batch, heads)[..., None]
+            first = laid_out(plan.bits_start[..., r], batch, heads)[..., None]
             row = torch.where(live & ~is_full, first + slot - full[..., None], -1)
         parts.append((lo, hi, row, before + slot.expand_as(lo)))
     if not parts:
@@ -72,23 +69,22 @@ def _entries(plan: Plan, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
     return tuple(torch.cat(x, -1) for x in zip(*parts, strict=True))
 
 
-def tile_view(plan: Plan, r: int, batch: int, heads: int) -> TileView:
+def tile_view(plan: Record, r: int, batch: int, heads: int) -> TileView:
     """Everything tile r sees, by the formula, with the work and memory of what it visits."""
     return next(tile_parts(plan, r, batch, heads, None))
 
 
-def tile_parts(plan: Plan, r: int, batch: int, heads: int, most: int | None) -> Iterator[TileView]:
+def tile_parts(plan: Record, r: int, batch: int, heads: int, most: int | None) -> Iterator[TileView]:
     """The view of tile r, at most so many keys at a time."""
     device = plan.device
     lo, hi, bits_row, place = _entries(plan, r, batch, heads)
     size = hi - lo
     flat = size.flatten()
-    entry = torch.repeat_interleave(torch.arange(flat.numel(), device=device), flat)
-    inside = torch.arange(entry.numel(), device=device) - (flat.cumsum(0) - flat)[entry]
+    entry, inside = expand(flat)
     total = size.sum(-1).flatten()
     n = int(total.max()) if total.numel() else 0
     owner = entry // max(size.shape[-1], 1)
-    column = torch.arange(entry.numel(), device=device) - (total.cumsum(0) - total)[owner]
+    column = torch.arange(entry.numel(), device=device) - begins(total)[owner]
     k_row = torch.full((batch * heads, n), -1, dtype=torch.int64, device=device)
     k_row[owner, column] = lo.flatten()[entry] + inside
     listed = torch.full_like(k_row, -1)
@@ -99,7 +95,7 @@ def tile_parts(plan: Plan, r: int, batch: int, heads: int, most: int | None) -> 
     if plan.q_order is None:
         q_token = row.expand(batch, heads, -1)
     else:
-        q_token = _at(plan.q_order[..., row], batch, heads).long()
+        q_token = laid_out(plan.q_order[..., row], batch, heads).long()
     bit_row = lane = None
     if plan.bits is not None and len(plan.bits):
         bit_row, lane = torch.full((2, batch * heads, n), -1, dtype=torch.int64, device=device)
@@ -112,47 +108,48 @@ def tile_parts(plan: Plan, r: int, batch: int, heads: int, most: int | None) -> 
 
 
 def _view(
-    plan: Plan, q_token: Tensor, k_row: Tensor, listed: Tensor, word: tuple[Tensor, Tensor] | None
+    plan: Record, q_token: Tensor, k_row: Tensor, listed: Tensor, word: tuple[Tensor, Tensor] | None
 ) -> TileView:
     batch, heads = q_token.shape[:2]
     covered = k_row >= 0
     if plan.k_order is None:
         k_token = k_row
     else:
-        rows = _at(plan.k_order, batch, heads)
+        rows = laid_out(plan.k_order, batch, heads)
         k_token = torch.where(covered, rows.gather(-1, k_row.clamp(min=0)).long(), -1)
     keep = visible(plan, q_token, k_token)
     if word is not None and plan.bits is not None:
         bit_row, lane = (x.reshape(k_row.shape) for x in word)
         words = plan.bits[bit_row.clamp(min=0), :, lane.clamp(min=0) // 32]
         words = words[..., : q_token.shape[-1]].transpose(-1, -2)
-        seen = (words >> (lane.clamp(min=0) % 32)[..., None, :]) & 1 != 0
+        seen = bit(words, lane.clamp(min=0)[..., None, :])
         keep = keep & (seen | (bit_row < 0)[..., None, :])
     return TileView(q_token, k_token, k_row, keep & covered[..., None, :], listed)
 
 
-def visible(plan: Plan, q_token: Tensor, k_token: Tensor) -> Tensor:
+def visible(plan: Record, q_token: Tensor, k_token: Tensor) -> Tensor:
     """The formula of visibility, for tokens q [B,H,m] and k [B,H,n] (-1 is no token): bool [B,H,m,n]."""
     batch, heads = q_token.shape[:2]
 
     def q(x: Tensor) -> Tensor:
-        return _read(_at(x, batch, heads), q_token)[..., :, None]
+        return read(laid_out(x, batch, heads), q_token)[..., :, None]
 
     def k(x: Tensor) -> Tensor:
-        return _read(_at(x, batch, heads), k_token)[..., None, :]
+        return read(laid_out(x, batch, heads), k_token)[..., None, :]
 
-    shift = plan.q_offset.long().reshape(-1, 1, 1, 1) if isinstance(plan.q_offset, Tensor) else plan.q_offset
-    return _formula(plan, q_token[..., :, None], k_token[..., None, :], shift, q, k)
+    shift = shift_of(plan.q_offset, 3)
+    return formula(plan, q_token[..., :, None], k_token[..., None, :], shift, q, k)
 
 
-def _read(x: Tensor, token: Tensor) -> Tensor:
+def read(x: Tensor, token: Tensor) -> Tensor:
+    """x [B,H,T] at tokens [B,H,...], int64; tokens below 0 read anything."""
     if not x.shape[-1]:  # no tokens: all lanes are empty
         return torch.zeros_like(token)
     return x.gather(-1, token.clamp(min=0)).long()
 
 
-def _formula(
-    plan: Plan,
+def formula(
+    plan: Record,
     q_token: Tensor,
     k_token: Tensor,
     shift: Tensor | int,
@@ -189,36 +186,30 @@ def _formula(
     return keep
 
 
-FAR = 1 << 40
-"""A distance that no window reaches."""
-
-
-def band(plan: Plan, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def band(plan: Record, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Left and right reach (FAR where unbounded) and sink of the window rule, for some heads."""
     if plan.head_window is None:
         left, right = (FAR if x is None else x for x in plan.window or (None, None))
         sink = plan.sink if plan.window is not None else 0
         return torch.full_like(head, left), torch.full_like(head, right), torch.full_like(head, sink)
     heads = plan.extent()[1]
-    pair = _at(plan.head_window, 1, heads)[0, head].long()
+    pair = laid_out(plan.head_window, 1, heads)[0, head].long()
     pair = torch.where(pair < 0, FAR, pair)
     sinks = torch.zeros_like(pair[:, 0])
     if plan.head_sink is not None:
-        sinks = _at(plan.head_sink, 1, heads)[0, head, 0].long()
+        sinks = laid_out(plan.head_sink, 1, heads)[0, head, 0].long()
     return pair[:, 0], pair[:, 1], sinks
 
 
-def positions(plan: Plan, token: Tensor, b: Tensor, h: Tensor) -> Tensor:
+def positions(plan: Record, token: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """Positions of query tokens [n, tile] of (batch, head) [n]; of lanes without a token, anything."""
     if plan.q_pos is not None:
-        return _fetch(plan.q_pos, b[:, None], h[:, None], token, plan.extent()[1])
-    if isinstance(plan.q_offset, Tensor):
-        each = plan.q_offset.long().reshape(-1)
-        return token + each[b if each.numel() > 1 else torch.zeros_like(b)][:, None]
-    return token + plan.q_offset
+        return fetch(plan.q_pos, b[:, None], h[:, None], token, plan.extent()[1])
+    shift = shift_at(plan.q_offset, b)
+    return token + (shift[:, None] if isinstance(shift, Tensor) else shift)
 
 
-def _head_rules(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _head_rules(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
     """Left, right and sink of each head, laid out like key tokens: [1,H,Tk] without memory of their own."""
     pair, sink = plan.head_window, plan.head_sink
     assert pair is not None
@@ -252,7 +243,7 @@ class Ranges:
         return Ranges(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
 
 
-def ranges(plan: Plan) -> Ranges:
+def ranges(plan: Record) -> Ranges:
     """All entries of a plan, spans and units."""
     batch, heads = plan.extent()
     parts = []
@@ -260,10 +251,10 @@ def ranges(plan: Plan) -> Ranges:
         if pool is None:
             continue
         start, full, count = (
-            _at(getattr(plan, pre + n), batch, heads).reshape(-1).long() for n in ("start", "full", "count")
+            laid_out(getattr(plan, pre + n), batch, heads).reshape(-1).long()
+            for n in ("start", "full", "count")
         )
-        cell = torch.repeat_interleave(torch.arange(count.numel(), device=count.device), count)
-        slot = torch.arange(cell.numel(), device=cell.device) - (count.cumsum(0) - count)[cell]
+        cell, slot = expand(count)
         is_full, entry = slot < full[cell], pool[start[cell] + slot].long()
         bits, ragged = torch.full_like(cell, -1), torch.zeros_like(is_full)
         if pre:
@@ -273,13 +264,13 @@ def ranges(plan: Plan) -> Ranges:
             ragged, hi = hi > plan.k_rows, hi.clamp(max=plan.k_rows)
             if plan.bits is not None:
                 assert plan.bits_start is not None
-                first = _at(plan.bits_start, batch, heads).reshape(-1)
+                first = laid_out(plan.bits_start, batch, heads).reshape(-1)
                 bits = torch.where(is_full, -1, first[cell] + slot - full[cell])
         parts.append((cell, lo, hi, is_full, bits, ragged))
     return Ranges(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-def query_tokens(plan: Plan) -> Tensor:
+def query_tokens(plan: Record) -> Tensor:
     """Token of each row of each tile, -1 where there is none: [B,H,R,tile]."""
     batch, heads = plan.extent()
     if plan.q_order is None:
@@ -287,7 +278,7 @@ def query_tokens(plan: Plan) -> Tensor:
     else:
         rows = plan.q_order
     rows = torch.nn.functional.pad(rows, (0, plan.tiles * plan.tile - plan.q_rows), value=-1)
-    return _at(rows, batch, heads).reshape(batch, heads, plan.tiles, plan.tile)
+    return laid_out(rows, batch, heads).reshape(batch, heads, plan.tiles, plan.tile)
 
 
 @dataclass(frozen=True)
@@ -303,7 +294,7 @@ class Cells:
     keep: Tensor
 
 
-def _lanes(plan: Plan, entries: Ranges, step: int) -> Iterator[tuple[Tensor, ...]]:
+def lanes(plan: Record, entries: Ranges, step: int) -> Iterator[tuple[Tensor, ...]]:
     """Entry, place inside it, batch, head and token of every covered key row, `step` of them at a time."""
     heads = plan.extent()[1]
     size = entries.hi - entries.lo
@@ -317,40 +308,38 @@ def _lanes(plan: Plan, entries: Ranges, step: int) -> Iterator[tuple[Tensor, ...
         b, h = cell // plan.tiles // heads, cell // plan.tiles % heads
         token = entries.lo[entry] + inside
         if plan.k_order is not None:
-            token = _fetch(plan.k_order, b, h, token, heads)
+            token = fetch(plan.k_order, b, h, token, heads)
         yield entry, inside, b, h, token
 
 
-def _fetch(x: Tensor, b: Tensor, h: Tensor, at: Tensor, heads: int) -> Tensor:
+def fetch(x: Tensor, b: Tensor, h: Tensor, at: Tensor, heads: int) -> Tensor:
     """x [B|1,H',T] at (batch, head, place), int64; places below 0 read anything."""
     if not x.shape[-1]:
         return torch.zeros_like(at)
     return x[b if x.shape[0] > 1 else torch.zeros_like(b), h * x.shape[1] // heads, at.clamp(min=0)].long()
 
 
-def cells(plan: Plan, entries: Ranges) -> Iterator[Cells]:
+def cells(plan: Record, entries: Ranges) -> Iterator[Cells]:
     """Evaluate the formula on everything that entries cover, CELLS pairs at a time."""
     heads = plan.extent()[1]
     q_tokens = query_tokens(plan).reshape(-1, plan.tile)
-    for entry, inside, b, h, k_token in _lanes(plan, entries, max(1, CELLS // plan.tile)):
+    for entry, inside, b, h, k_token in lanes(plan, entries, max(1, CELLS // plan.tile)):
         q_token = q_tokens[entries.cell[entry]].long()
-        shift: Tensor | int = plan.q_offset
-        if isinstance(plan.q_offset, Tensor):
-            each = plan.q_offset.long().reshape(-1)
-            shift = each[b if each.numel() > 1 else torch.zeros_like(b)][:, None]
-        keep = _formula(
+        shift = shift_at(plan.q_offset, b)
+        shift = shift[:, None] if isinstance(shift, Tensor) else shift
+        keep = formula(
             plan,
             q_token,
             k_token[:, None],
             shift,
-            functools.partial(_fetch, b=b[:, None], h=h[:, None], at=q_token, heads=heads),
-            functools.partial(_fetch, b=b[:, None], h=h[:, None], at=k_token[:, None], heads=heads),
+            functools.partial(fetch, b=b[:, None], h=h[:, None], at=q_token, heads=heads),
+            functools.partial(fetch, b=b[:, None], h=h[:, None], at=k_token[:, None], heads=heads),
         )
         if plan.bits is not None and len(plan.bits):
             row = entries.bits[entry]
             within = torch.where(row >= 0, inside, 0)
             words = plan.bits[row.clamp(min=0), :, within // 32]
-            keep = keep & ((((words >> (within % 32)[:, None]) & 1) != 0) | (row < 0)[:, None])
+            keep = keep & (bit(words, within[:, None]) | (row < 0)[:, None])
         yield Cells(entry, b, h, entries.lo[entry] + inside, q_token, k_token, keep)
 
 
@@ -361,7 +350,7 @@ def _inverse(order: Tensor, T: int) -> Tensor:
     return row[:T]
 
 
-def sees(plan: Plan, q: Tensor, k: Tensor, *, batch: int = 0, head: int = 0) -> Tensor:
+def sees(plan: Record, q: Tensor, k: Tensor, *, batch: int = 0, head: int = 0) -> Tensor:
     """Whether each of some query tokens sees each of some key tokens: bool [len(q), len(k)].
 
     Looked up, pair by pair: linear in the lists and the pairs, not in the area.
@@ -392,7 +381,7 @@ def sees(plan: Plan, q: Tensor, k: Tensor, *, batch: int = 0, head: int = 0) -> 
     if isinstance(plan.q_offset, Tensor):
         each = plan.q_offset.long().reshape(-1)
         shift = each[batch if each.numel() > 1 else 0]
-    keep = keep & _formula(
+    keep = keep & formula(
         plan,
         q[:, None],
         k[None],
@@ -405,22 +394,22 @@ def sees(plan: Plan, q: Tensor, k: Tensor, *, batch: int = 0, head: int = 0) -> 
         lane = torch.where(row >= 0, k_row - entries.lo[known], 0).clamp(0, plan.unit - 1)
         row_in_tile = (q_row.clamp(min=0) % plan.tile)[:, None]
         word = plan.bits[row.clamp(min=0), row_in_tile, lane // 32]
-        keep = keep & ((((word >> (lane % 32)) & 1) != 0) | (row < 0))
+        keep = keep & (bit(word, lane) | (row < 0))
     return keep
 
 
-def real_rows(plan: Plan) -> Tensor:
+def real_rows(plan: Record) -> Tensor:
     """Rows of [B,H,R,tile] that hold a real token: bool."""
     token = query_tokens(plan)
     real = token >= 0
     if plan.q_seg is not None and plan.Tq:
         batch, heads = plan.extent()
-        label = _read(_at(plan.q_seg, batch, heads), token.flatten(2).long())
+        label = read(laid_out(plan.q_seg, batch, heads), token.flatten(2).long())
         real = real & (label != NONE).view(real.shape)
     return real
 
 
-def to_dense(plan: Plan) -> Tensor:
+def to_dense(plan: Record) -> Tensor:
     """The mask, bool [B,H,Tq,Tk]."""
     mask = torch.zeros(*plan.extent(), plan.Tq, plan.Tk, dtype=torch.bool, device=plan.device)
     for part in cells(plan, ranges(plan)):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .build import Fields, host
+from ..options import Fields, host
 
 LARGE = 1 << 18
 """Bytes or list entries below which PyTorch is as fast, and nothing has to be loaded for it."""

@@ -17,9 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from .build import TILE, UNIT, Fields, _check_options, _shape, is_length, pack_words
-from .builders import builders
+from ...errors import PlanError, require
+from ..bits import pack_words
+from ..options import TILE, UNIT, Fields, check_options, is_length, shape_of
+from ..ragged import begins
+from .native import builders
 
 SLAB = 1 << 22
 """Bytes of a mask that are looked at in one go: small enough to stay in a cache while they are."""
@@ -33,7 +35,7 @@ def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
     """A bool mask as scaled dot product attention takes it, as [B|1, H|1, Tq, Tk] without copies."""
     wanted = "expected bool [Tq, Tk], [H, Tq, Tk] or [B, H, Tq, Tk], where B and H may be 1"
     require(
-        (isinstance(mask, Tensor) and 2 <= mask.dim() <= 4, f"mask: {_shape(mask)}; {wanted}"),
+        (isinstance(mask, Tensor) and 2 <= mask.dim() <= 4, f"mask: {shape_of(mask)}; {wanted}"),
         error=PlanError,
     )
     require(
@@ -52,10 +54,13 @@ def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
     for axis, name, T in ((2, "Tq", Tq), (3, "Tk", Tk)):
         own = mask.shape[axis]
         require(
-            (T is None or own in (1, T), f"mask: {_shape(mask)} with {name}={T}: expected {T}, or 1, there"),
+            (
+                T is None or own in (1, T),
+                f"mask: {shape_of(mask)} with {name}={T}: expected {T}, or 1, there",
+            ),
             error=PlanError,
         )
-    require((mask.shape[1] > 0, f"mask: {_shape(mask)} has no heads; {wanted}"), error=PlanError)
+    require((mask.shape[1] > 0, f"mask: {shape_of(mask)} has no heads; {wanted}"), error=PlanError)
     for axis in (0, 1):  # an expanded axis is one list
         if mask.shape[axis] > 1 and mask.stride(axis) == 0:
             mask = mask.narrow(axis, 0, 1)
@@ -66,7 +71,7 @@ def from_mask(
     mask: Tensor, *, Tq: int | None = None, Tk: int | None = None, tile: int = TILE, unit: int = UNIT
 ) -> Fields:
     """Fields of `Plan.from_mask`."""
-    _check_options(tile=tile, unit=unit)
+    check_options(tile=tile, unit=unit)
     mask = as_mask(mask, Tq, Tk)
     if native := builders(mask.numel(), mask):
         return _fields(*native.read_mask(mask, tile, unit), tuple(mask.shape), tile, unit)
@@ -162,7 +167,7 @@ def span_lists(cell: Tensor, spans: Tensor, lead: tuple[int, int, int]) -> Field
     """Lists of full ranges [n, 2], sorted by the cell (place in [B,H,R]) that they belong to."""
     count = torch.bincount(cell, minlength=math.prod(lead))
     return {
-        "span_start": (count.cumsum(0) - count).view(lead),
+        "span_start": begins(count).view(lead),
         "span_full": count.int().view(lead),
         "span_count": count.int().view(lead),
         "spans": spans.int(),
@@ -174,7 +179,7 @@ def bit_lists(cell: Tensor, column: Tensor, bits: list[Tensor], lead: tuple[int,
     if not len(cell):
         return {}
     count = torch.bincount(cell, minlength=math.prod(lead))
-    start = (count.cumsum(0) - count).view(lead)
+    start = begins(count).view(lead)
     return {
         "start": start,
         "full": torch.zeros(lead, dtype=torch.int32, device=cell.device),

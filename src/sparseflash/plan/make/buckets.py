@@ -1,0 +1,131 @@
+"""`Plan.from_buckets`: queries see the keys of their bucket."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...errors import PlanError, require
+from ..options import (
+    INTEGERS,
+    TILE,
+    UNIT,
+    Fields,
+    check_options,
+    host,
+    is_count,
+    normal_offset,
+    same_batch,
+    shape_of,
+    spread_heads,
+)
+from .rows import begins_of, edge_rows, tile_ends
+from .spans import pack_spans
+
+
+def _as_bucket(x: Tensor, name: str) -> Tensor:
+    require(
+        (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {shape_of(x)}"),
+        error=PlanError,
+    )
+    require(
+        (
+            x.dtype in INTEGERS,
+            f"{name} has dtype {x.dtype}: expected integer bucket ids; try {name}.long() (NaN has no bucket)",
+        ),
+        error=PlanError,
+    )
+    return x
+
+
+def _in_bucket_order(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids in ascending order and their tokens, in time order inside a bucket, along the last axis."""
+    *lead, T = x.shape
+    if host(x) and x.numel():
+        # all lists as one of small numbers: such a sort counts instead of comparing
+        low, high = (int(end) for end in torch.aminmax(x))
+        lists, width = x.numel() // T, high - low + 1
+        if lists * width < 2**62:
+            base = torch.arange(lists, device=x.device)[:, None]
+            key = (x.reshape(lists, T).long() - low + base * width).flatten()
+            values, at = (key.int() if lists * width < 2**31 else key).sort(stable=True)
+            label = values.view(lists, T).long() - (base * width - low)
+            return label.view(x.shape), (at.view(lists, T) - base * T).view(x.shape)
+    label, token = x.long().sort(dim=-1, stable=True)
+    return label, token
+
+
+def from_buckets(
+    q_bucket: Tensor,
+    k_bucket: Tensor,
+    *,
+    causal: bool = True,
+    include_self: bool = True,
+    tile: int = TILE,
+    unit: int = UNIT,
+    buckets: int | None = None,
+    q_offset: int | Tensor = 0,
+) -> Fields:
+    """Fields of `Plan.from_buckets`."""
+    q_offset = normal_offset(q_offset)
+    q_bucket, k_bucket = _as_bucket(q_bucket, "q_bucket"), _as_bucket(k_bucket, "k_bucket")
+    check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
+    require(
+        (buckets is None or is_count(buckets, 1), f"buckets={buckets!r}: expected a positive int, or None"),
+        error=PlanError,
+    )
+    batch = same_batch(q_bucket, k_bucket, "q_bucket, k_bucket")
+    if batch == 1 and isinstance(q_offset, Tensor) and q_offset.dim():
+        batch = len(q_offset)
+    Tq, Tk = q_bucket.shape[-1], k_bucket.shape[-1]
+    q_label, q_token = _in_bucket_order(q_bucket)
+    k_label, k_token = (q_label, q_token) if q_bucket is k_bucket else _in_bucket_order(k_bucket)
+
+    # queries: every bucket begins a tile of its own
+    row = edge_rows(begins_of(q_label), tile)
+    if buckets is not None and not host(row):
+        rows = Tq + buckets * (tile - 1)
+    else:
+        rows = int(row[..., -1].max()) + 1 if row.numel() else 0
+    rows = -(-rows // tile) * tile
+    q_order = torch.full((*q_label.shape[:2], rows), -1, dtype=torch.int32, device=row.device)
+    q_order.scatter_(-1, row, q_token.int())
+    label = torch.zeros((*q_label.shape[:2], rows // tile), dtype=torch.int64, device=row.device)
+    label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)  # all rows of a tile carry one label
+
+    # keys: the range of the label, cut at the last (first) row's position; (begin of its run, token) ascends
+    heads = math.lcm(q_order.shape[1], k_label.shape[1])
+
+    def wide(x: Tensor) -> Tensor:
+        return spread_heads(x, heads).expand(batch, -1, -1).contiguous()
+
+    first, last, live = (wide(x) for x in tile_ends(q_order, tile))
+    label, labels = wide(label), wide(k_label)
+    begin, end = torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True)
+    if causal:
+        at = torch.arange(Tk, device=row.device)
+        run = torch.where(begins_of(k_label), at, 0).cummax(-1).values if Tk else k_label
+        keys, side = wide(run << 31 | k_token), "right" if include_self else "left"
+        shift = q_offset.long().reshape(-1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
+        first, last = ((edge + shift).clamp(-1, 2**31 - 1) for edge in (first, last))
+        reach, sure = (
+            torch.minimum(torch.searchsorted(keys, (begin << 31) + edge, side=side), end)
+            for edge in (last, first)
+        )
+    else:
+        reach, sure = end, end if include_self else begin
+    begin, reach, sure = (torch.where(live, x, 0) for x in (begin, reach, sure))
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        "causal": causal,
+        "include_self": include_self,
+        "q_offset": q_offset,
+        "q_order": q_order,
+        "k_order": k_token.int(),
+        **pack_spans([begin, sure], [sure, reach], [True, False]),
+    }

@@ -1,0 +1,84 @@
+"""Span lists: candidate ranges of every tile as padded lists, and those of a band."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import Fields
+
+
+def pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool], *, moving: bool = True) -> Fields:
+    """Candidate ranges `[lo, hi)` of shape [B,H,R] as padded lists, full ones first, empty ones out.
+
+    `moving`: from tile to tile they hardly ever jump, so that the tiles that visit a group of keys are
+    neighbours.
+    """
+    first = torch.stack([x.expand_as(lo[0]) for x in lo], -1)
+    last = torch.stack([x.expand_as(lo[0]) for x in hi], -1)
+    width = len(lo)
+    alive = last > first
+    # filled in on the device: a tensor of a Python list would be copied there, and waited for
+    kind = [torch.full_like(lo[0], int(not sure)) for sure in full]
+    is_full = torch.stack(kind, -1) == 0
+    rank = torch.where(alive, torch.where(is_full, 0, 1), 2)
+    order = torch.argsort(rank, dim=-1, stable=True)
+    pairs = torch.stack([first.gather(-1, order), last.gather(-1, order)], -1)
+    pairs = pairs * (rank.gather(-1, order) < 2)[..., None]
+    rows = first[..., 0].numel()
+    start = torch.arange(rows, device=first.device) * width
+    return {
+        "span_start": start.view(first.shape[:-1]),
+        "span_full": (alive & is_full).sum(-1, dtype=torch.int32),
+        "span_count": alive.sum(-1, dtype=torch.int32),
+        "spans": pairs.reshape(-1, 2).to(torch.int32),
+        "span_room": width if moving else 0,
+    }
+
+
+def band_spans(
+    first: Tensor,
+    last: Tensor,
+    low: Tensor | int,
+    high: Tensor | int,
+    *,
+    causal: bool,
+    window: Any,
+    sink: int | Tensor,
+    include_self: bool = True,
+    live: Tensor | None = None,
+) -> Fields:
+    """Spans of tiles whose rows sit at positions `first..last`, over keys at positions `low..high-1`.
+
+    Row p sees `[p-left, p+right]` (right = 0 when causal, -1 without itself) and the sink; the union over the
+    tile's rows is visited, the intersection is full.
+    """
+    left, right = window or (None, None)
+    if causal:
+        right = 0 if include_self else -1
+    low = low.expand_as(first) if isinstance(low, Tensor) else torch.full_like(first, low)
+    high = high.expand_as(first) if isinstance(high, Tensor) else torch.full_like(first, high)
+
+    def clamp(x: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x, low), high)
+
+    outer_lo = low if left is None else clamp(first - left)
+    inner_lo = low if left is None else clamp(last - left)
+    outer_hi = high if right is None else clamp(last + right + 1)
+    inner_hi = high if right is None else clamp(first + right + 1)
+    if live is not None:  # tiles without a real row visit nothing
+        outer_hi, inner_hi = torch.where(live, outer_hi, low), torch.where(live, inner_hi, low)
+        outer_lo, inner_lo = torch.where(live, outer_lo, low), torch.where(live, inner_lo, low)
+    whole = inner_lo < inner_hi  # otherwise no key is seen by all rows: one partial range
+    a, b = torch.where(whole, inner_lo, outer_hi), torch.where(whole, inner_hi, outer_hi)
+    lo, hi, full = [a, outer_lo, b], [b, a, outer_hi], [True, False, False]
+    if window is not None and (isinstance(sink, Tensor) or sink):  # sinks outside the band: all rows see them
+        edge = clamp(sink.expand_as(low) if isinstance(sink, Tensor) else torch.full_like(low, sink))
+        lo, hi, full = [low, *lo], [torch.minimum(edge, outer_lo), *hi], [True, *full]
+        if not causal and right is not None:
+            lo, hi, full = [outer_hi, *lo], [edge, *hi], [True, *full]
+        if live is not None:
+            hi = [torch.where(live, x, low) for x in hi]
+    return pack_spans(lo, hi, full)

@@ -1,0 +1,288 @@
+"""`Plan`: which keys each tile of queries sees. The one object between a method and a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import PlanError, require
+from . import algebra, checks, draw, entries, figures, flex, reorder, saved, transpose
+from .constructors import Constructors
+from .options import head_rules, host, normal_offset
+from .record import KeyLists, Record
+from .requirements import requirements
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Record, Constructors):
+    """Which keys each tile of queries sees, in one softmax: contiguous spans and gathered units, then rules.
+
+    Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_mask`, ...) or from
+    the lists themselves. A query sees a key when an entry of its tile's lists covers the key and every rule
+    that is set holds (`docs/design.md` has the formula). Tensors are int32, the three `start`s int64; a batch
+    axis is B or 1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
+    Out-of-range values are refused where they can be seen, in CPU tensors; `check` looks deeper, anywhere.
+    `torch.save` writes plans; `torch.load` reads them with its safe default, `weights_only=True`, and checks.
+
+    Parameters
+    ----------
+    Tq, Tk : int
+        Numbers of query and key tokens.
+    tile, unit : int
+        Consecutive rows that share one list; consecutive keys that one `index` entry names.
+    span_start, span_full, span_count : Tensor, [B, H, R]
+        Where a tile's ranges begin in `spans`, how many need no element test, how many there are.
+    spans : Tensor, [Ns, 2] int32
+        Key ranges `[lo, hi)` in row space.
+    start, full, count : Tensor, [B, H, R]
+        The same for gathered units.
+    index : Tensor, [Nu] int32
+        Unit numbers: unit u holds key rows `u * unit ... u * unit + unit - 1`.
+    bits, bits_start : Tensor
+        `[Nb, tile, ceil(unit / 32)]` int32 words of the partial units of a tile, in list order from
+        `bits_start [B, H, R]`.
+    q_order, k_order : Tensor, [B, H, rows] int32
+        Token of each row; -1 is an empty lane. Injective. None: rows are tokens.
+    q_offset : int or Tensor
+        Position of the first query (0-d or [B] int32 tensor); used where `q_pos` is None.
+    causal, include_self : bool
+        Keep `q_pos >= k_pos` (`>` without `include_self`; without `causal`, `!=`).
+    window : (left, right) or None
+        Inclusive distances, None = unbounded: keep `q_pos - left <= k_pos <= q_pos + right`.
+    sink : int
+        Keys at positions below it are exempt from the window (only).
+    head_window, head_sink : Tensor, [1, H, 2] and [1, H, 1] int32
+        Window (left, right; -1 = unbounded) and sink of each head; made of a `window` or `sink` that holds
+        tensors [H].
+    overflow : Tensor, int32
+        Not 0 when lists of a static capacity did not hold all entries (`check` says so).
+    q_pos, k_pos, k_end, q_seg, k_seg : Tensor, [B, H, T] int32, token space
+        Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is
+        padding).
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> plan = sf.Plan.dense(512, 512, causal=True, window=(127, 0), sink_tokens=4)
+    >>> round(plan.density, 3)
+    1.0
+    """
+
+    def __post_init__(self) -> None:
+        window, sink, head_window, head_sink = head_rules(self.window, self.sink)
+        own: dict[str, Any] = {"window": window, "sink": sink, "q_offset": normal_offset(self.q_offset)}
+        if head_window is not None:
+            own |= {"head_window": head_window, "head_sink": head_sink}
+        vars(self).update(own)
+        for holds, message in requirements(self):
+            require((holds, message), error=PlanError)
+        if all(host(x) for x in self.tensors().values()):
+            checks.check_values(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return saved.state(self)
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(saved.restored(type(self), state))
+
+    def to_block_mask(self, block: int = 128) -> Any:
+        """The plan as a FlexAttention `BlockMask` (plans without row orders)."""
+        return flex.to_block_mask(self, block)
+
+    # ---------------------------------------------------------------- algebra
+
+    def retile(self, tile: int, unit: int | None = None) -> Plan:
+        """The same visible set with other tiles and units, exactly.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> plan = sf.Plan.dense(300, 300, causal=True)
+        >>> bool((plan.retile(64, 16).to_dense() == plan.to_dense()).all())
+        True
+        """
+        return algebra.retile(self, tile, self.unit if unit is None else unit)
+
+    def reordered(self) -> Plan:
+        """The same visible set with its tokens in another order, where that visits less. Needs SciPy.
+
+        Reverse Cuthill-McKee brings the pairs of a scattered mask close to a diagonal. Results do not change,
+        only the tiles they are computed in; a plan that would gain nothing is returned as it is. Work and
+        memory follow the visible pairs, so make it once, on the host, and use it in all layers and steps.
+
+        Source: Sharma and Geiping, arXiv 2409.15097, section on extremely sparse masks.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> token = torch.randperm(1024)
+        >>> band = (token[:, None] - token).abs() < 8
+        >>> plan = sf.Plan.from_mask(band)
+        >>> plan.work, plan.reordered().work < 0.4  # doctest: +SKIP
+        (1.0, True)
+        """
+        return reorder.reordered(self)
+
+    def __and__(self, other: Plan) -> Plan:
+        """Pairs that both plans let see, exactly."""
+        both: Plan = self._with(other, "intersect")
+        return both
+
+    def __sub__(self, other: Plan) -> Plan:
+        """Pairs of this plan that the other does not have, exactly."""
+        rest: Plan = self._with(other, "subtract")
+        return rest
+
+    def __or__(self, other: Plan) -> Plan | tuple[Plan, Plan]:
+        """Pairs of either plan: one plan where one holds the other, else two disjoint ones (one softmax)."""
+        union: Plan | tuple[Plan, Plan] = self._with(other, "unite")
+        return union
+
+    def _with(self, other: Any, operation: str) -> Any:
+        if not isinstance(other, Plan):
+            given = "a tuple of plans" if isinstance(other, tuple) else f"a {type(other).__name__}"
+            raise PlanError(
+                f"a plan combines with a plan, not with {given}: combine the plans of a tuple one by one"
+            )
+        return getattr(algebra, operation)(self, other)
+
+    def explain(self) -> str:
+        """Rows, tiles, entries, density, work and memory, in words. Synchronises.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> print(sf.Plan.dense(256, 256, causal=True).explain().splitlines()[0])
+        256 queries x 256 keys, 1 list of 2 tiles (128 rows each)
+        """
+        return draw.explain(self)
+
+    # ---------------------------------------------------------------- identity
+
+    def _static(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in dataclasses.fields(self) if f.compare)
+        return tuple(type(v).__name__ if isinstance(v, (Tensor, KeyLists)) else v for v in values)
+
+    def __hash__(self) -> int:
+        return hash(self._static())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan) or self._static() != other._static():
+            return False
+        mine, theirs = self.tensors(), other.tensors()
+        return self.device == other.device and all(torch.equal(x, theirs[n]) for n, x in mine.items())
+
+    def __repr__(self) -> str:
+        said = [f"Tq={self.Tq}", f"Tk={self.Tk}", f"tile={self.tile}", f"unit={self.unit}"]
+        said += [n for n in ("causal",) if getattr(self, n)]
+        said += [f"include_self={self.include_self}"] if not self.include_self else []
+        said += [f"window={self.window}"] if self.window else []
+        said += [f"sink={self.sink}"] if self.sink else []
+        said += [f"{n}{list(x.shape)}" for n, x in self.tensors().items() if n not in ("span_full", "full")]
+        return f"Plan({', '.join(said)})"
+
+    def __str__(self) -> str:
+        return draw.draw(self)
+
+    def plot(self, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
+        """Write a picture of one head: which cells all pairs of are visible, some, or none. Needs matplotlib.
+
+        Parameters
+        ----------
+        path : str or Path
+            A .png, .svg or .pdf file.
+        size : int
+            Cells along each side, at most; a cell of more than 16 x 16 pairs is sampled.
+
+        Examples
+        --------
+        >>> import sparseflash as sf, tempfile, pathlib
+        >>> plan = sf.Plan.dense(256, 256, causal=True, window=(63, 0))
+        >>> plan.plot(pathlib.Path(tempfile.mkdtemp()) / "window.png").name
+        'window.png'
+        """
+        return draw.plot(self, path, batch=batch, head=head, size=size)
+
+    def to(self, device: torch.device | str) -> Plan:
+        """The same plan on another device."""
+        if self.device.type == "meta" and torch.device(device).type != "meta":
+            raise PlanError(
+                f"a plan on the meta device has no values to move to {device}: make it again "
+                "there, from tensors there or with device="
+            )
+        moved: Plan = pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
+        return moved
+
+    # ---------------------------------------------------------------- figures
+
+    @property
+    def density(self) -> float:
+        """Visible pairs over those of the dense plan with the same causal and window rules. Synchronises."""
+        return figures.density(self)
+
+    @property
+    def work(self) -> float:
+        """Visited area (tile rows x listed keys) over Tq x Tk. Synchronises."""
+        return figures.work(self)
+
+    def to_dense(self) -> Tensor:
+        """The mask, bool `[B, H, Tq, Tk]` in token space. For tests and pictures: materialises Tq x Tk."""
+        return entries.to_dense(self)
+
+    def check(self) -> Plan:
+        """Validate the values (ranges, uniqueness, disjointness, orders, full entries); returns the plan.
+
+        Raises
+        ------
+        PlanError
+            Naming the first violated rule, where it was found and how to mend it.
+        """
+        checks.check(self)
+        return self
+
+    def prepare(self, *, backward: bool = True, device: torch.device | str | None = None) -> Plan:
+        """The plan with its transposed key lists attached, made once, reused by all layers and steps."""
+        plan = self if device is None else self.to(device)
+        return transpose.prepared(plan) if backward else plan
+
+    def current(self) -> Plan:
+        """The plan, without what `prepare` derived from tensors that were edited or moved in place since."""
+        return transpose.current(self)
+
+
+def _flatten(plan: Plan) -> tuple[list[Any], Any]:
+    moving, fixed = [], []
+    for f in dataclasses.fields(plan):
+        value = getattr(plan, f.name)
+        tensor = isinstance(value, (Tensor, KeyLists))
+        moving.append(value if tensor else None)
+        fixed.append(None if tensor else value)
+    return moving, tuple(fixed)
+
+
+def _unflatten(moving: Iterable[Any], fixed: Any) -> Plan:
+    names = [f.name for f in dataclasses.fields(Plan)]
+    plan = object.__new__(Plan)
+    for name, m, s in zip(names, moving, fixed, strict=True):
+        object.__setattr__(plan, name, s if m is None else m)
+    return plan
+
+
+# files of 0.1.0 name the module that the class was in then
+torch.serialization.add_safe_globals([Plan, (Plan, "sparseflash.plan.core.Plan")])
+
+_KEYS = ("start", "count", "full", "index", "source", "until")
+pytree.register_pytree_node(Plan, _flatten, _unflatten, serialized_type_name="sparseflash.Plan")
+pytree.register_pytree_node(
+    KeyLists,
+    lambda k: ([getattr(k, n) for n in _KEYS], k.group),
+    lambda xs, group: KeyLists(**dict(zip(_KEYS, xs, strict=True)), group=group),
+    serialized_type_name="sparseflash.KeyLists",
+)

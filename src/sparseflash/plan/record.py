@@ -1,0 +1,147 @@
+"""The record of a plan: its fields, and what follows from their shapes. Everything in this room stands on it.
+
+`Plan` is this record with constructors and methods in front; workers take and return records, and know no
+methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .options import TILE, UNIT, Window
+
+FLAT = frozenset(("spans", "index", "bits", "q_offset", "overflow"))
+"""Tensors that are not laid out by batch and head."""
+LISTS = ("span_start", "span_full", "span_count", "start", "full", "count", "bits_start")
+_LISTED = frozenset((*LISTS, "spans", "index", "bits", "tile", "unit", "q_order", "k_order", "Tq", "Tk"))
+_FORGOTTEN = {"span_keys": None, "unit_keys": None, "span_room": 0, "room": 0}
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """The transpose of a plan's lists: for each group of keys, the query tiles that visit it.
+
+    Entries of group c of (batch, head) are `start` to `start + count - 1`; the first `full` of them need no
+    element test. Entry n names the query tiles `index[n]` to `until[n] - 1`; units have no `until`: there it
+    is tile `index[n]` alone. `source[n]` says where it comes from: for spans the place in the list of each of
+    these tiles, for units the number of the list entry.
+    """
+
+    start: Tensor
+    count: Tensor
+    full: Tensor
+    index: Tensor
+    source: Tensor
+    until: Tensor | None
+    group: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Record:
+    """The fields of a plan, as `Plan` describes them."""
+
+    Tq: int
+    Tk: int
+    tile: int = TILE
+    unit: int = UNIT
+    causal: bool = False
+    include_self: bool = True
+    window: Window | None = None
+    sink: int = 0
+    q_offset: int | Tensor = 0
+    span_start: Tensor | None = None
+    span_full: Tensor | None = None
+    span_count: Tensor | None = None
+    spans: Tensor | None = None
+    start: Tensor | None = None
+    full: Tensor | None = None
+    count: Tensor | None = None
+    index: Tensor | None = None
+    bits: Tensor | None = None
+    bits_start: Tensor | None = None
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+    q_pos: Tensor | None = None
+    k_pos: Tensor | None = None
+    k_end: Tensor | None = None
+    q_seg: Tensor | None = None
+    k_seg: Tensor | None = None
+    head_window: Tensor | None = None
+    head_sink: Tensor | None = None
+    overflow: Tensor | None = None
+    span_keys: KeyLists | None = None
+    unit_keys: KeyLists | None = None
+    span_room: int = dataclasses.field(default=0, init=False, compare=False)
+    room: int = dataclasses.field(default=0, init=False, compare=False)
+    # Lists of a fixed capacity, as the library makes them: list n owns the places n * room to
+    # (n + 1) * room - 1 of its pool, and what it does not use is empty. So code that sees shapes alone (CUDA
+    # graphs, compilers) can go over them. A plan whose lists are changed forgets it.
+
+    @classmethod
+    def _made(cls, **fields: Any) -> Self:
+        """A record whose fields the library made itself: nothing is left to check."""
+        made = object.__new__(cls)
+        vars(made).update(_DEFAULTS)
+        vars(made).update(fields)
+        return made
+
+    def _changed(self, **fields: Any) -> Self:
+        """The record with other values, which the library made itself: nothing is checked.
+
+        What was derived from lists that change is left behind.
+        """
+        own = {n: x for n, x in vars(self).items() if n in _DEFAULTS}
+        made = object.__new__(type(self))
+        vars(made).update(own)
+        if not _LISTED.isdisjoint(fields):
+            vars(made).update(_FORGOTTEN)
+        vars(made).update(fields)
+        return made
+
+    @property
+    def q_rows(self) -> int:
+        """Query rows, padded and dropped lanes counted: the length of `q_order`, or Tq."""
+        return self.Tq if self.q_order is None else self.q_order.shape[-1]
+
+    @property
+    def k_rows(self) -> int:
+        """Key rows: the length of `k_order`, or Tk."""
+        return self.Tk if self.k_order is None else self.k_order.shape[-1]
+
+    @property
+    def tiles(self) -> int:
+        """Number R of query tiles."""
+        return -(-self.q_rows // self.tile)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the plan's tensors live."""
+        lists = self.span_start if self.span_start is not None else self.start
+        assert lists is not None  # one of the two is always there
+        return lists.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The plan's own tensors by field name (derived data not included)."""
+        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: x for name, x in fields if isinstance(x, Tensor)}
+
+    def extent(self) -> tuple[int, int]:
+        """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""
+        found: tuple[int, int] | None = getattr(self, "_extent", None)
+        if found is None:  # every call of attention asks
+            laid = [x for n, x in self.tensors().items() if n not in FLAT]
+            sizes = {x.shape[0] for x in laid}
+            if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
+                sizes.add(self.q_offset.shape[0])
+            found = next((n for n in sizes if n != 1), 1), math.lcm(*[x.shape[1] for x in laid])
+            object.__setattr__(self, "_extent", found)
+        return found
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Record)}
