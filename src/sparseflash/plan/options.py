@@ -26,6 +26,8 @@ FAR = 1 << 40
 """Further than any position or distance."""
 SHORT = torch.iinfo(torch.int32)
 """What the tensors of a plan hold, and so what a position, a length and a number of a unit can be."""
+FARTHEST = 2**32 - 1
+"""No two positions are further apart."""
 
 
 def is_count(x: object, least: int = 0) -> bool:
@@ -104,8 +106,11 @@ def normal_window(window: Window | None) -> Window | None:
             ),
             error=PlanError,
         )
-    # no two positions are so far apart
-    left, right = (None if side is None or side > SHORT.max - SHORT.min else side for side in sides)
+    left, right = sides
+    if left is not None and left > FARTHEST:
+        left = None
+    if right is not None and right > FARTHEST:
+        right = None
     return None if left is None and right is None else (left, right)
 
 
@@ -114,7 +119,7 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
     sides = tuple(window) if isinstance(window, (tuple, list)) and len(window) == 2 else ()
     given = [x for x in (*sides, sink) if isinstance(x, Tensor)]
     if not given:
-        return normal_window(window), min(sink, SHORT.max + 1) if is_count(sink) else sink, None, None
+        return normal_window(window), min(sink, 2**31) if is_count(sink) else sink, None, None
     for x in given:
         require(
             (
