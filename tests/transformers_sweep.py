@@ -8,8 +8,7 @@ What comes of a class:
 
 - `equal`: all that ran agrees with eager, within roundings of fp32 (outputs, gradients, greedy tokens).
 - `refused`: "sparse" raised a SparseFlashError; `why` is what it said.
-- `own attention`: equal, but no layer of it calls Transformers' attention registry: it has nothing of "sparse"
-  but a mask.
+- `own attention`: equal, but no layer of it calls Transformers' attention registry: "sparse" is a mask to it.
 - `not built`: no tiny configuration was found on which eager runs; `why` is the last error.
 - `different`, `error`: defects.
 """
@@ -65,24 +64,29 @@ RULES: list[tuple[str, Any]] = [
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"mamba_d_head|mamba_head_dim", 16),
     (r"mamba_n_groups", 1),
-    (r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|vision_|entity_)*(layers|layer|depth|blocks|block_layers)$", "depth"),
-    (r"(^|_)(num|n)_\w*layers?$|_layers$|(^|_)depths?$|^layers$|num_encoder_blocks|_num_layers$|_depth$", "depth"),
+    (r"^(num_|n_)?(\w+_)?(layers?|depths?|blocks|block_layers)$|num_encoder_blocks|_num_layers$", "depth"),
     (r"num_key_value_heads|kv_heads|multi_query_group_num", "kv"),
     (r"index_n_heads", None),
     (r"(^|_)(num|n)_?\w*heads?$|attention_heads$|(^|_)heads$", "heads"),
     (r"vocab_size|vocab_length|num_embeddings$|vocabulary", "vocab"),
     (r"image_size|input_size|crop_size|pretrain_img_size", "image"),
-    (r"max_(2d_)?position|max_sequence|n_positions|n_ctx|max_source_pos|max_target_pos|max_text", "positions"),
+    (
+        r"max_(2d_)?position|max_sequence|n_positions|n_ctx|max_source_pos|max_target_pos|max_text",
+        "positions",
+    ),
     (r"(num|n)_?\w*experts$", "experts"),
     (r"qk_rope_head_dim", 8),
     (r"qk_nope_head_dim|v_head_dim|kv_lora_rank|q_lora_rank|qk_head_dim|d_kv|kv_channels", 16),
     (r"head_dim|dim_head|attention_head_size|head_size", 16),
     (r"sliding_window$|attention_window$|local_attention$|attention_chunk_size", 8),
     (r"ffn|intermediate|feed_?forward|d_ff|mlp_dim|d_inner|inner_dim|ff_dim|ffw", "inner"),
-    (r"hidden_sizes?$|_hidden_size$|hidden_dims?$|d_model|n_embd|embed_dims?$|embedding_(size|dim)|^dim$|^dims$|^width$"
-     r"|projection_dim|out_hidden|encoder_dim|decoder_dim|_hidden_size|hidden_channels|_width$|embed_size|^emb_dim$", "width"),
+    (
+        r"hidden_sizes?$|hidden_dims?$|d_model|n_embd|embed_dims?$|embedding_(size|dim)|^dims?$|^emb_dim$",
+        "width",
+    ),
+    (r"width$|projection_dim|out_hidden|encoder_dim|decoder_dim|hidden_channels|embed_size", "width"),
     (r"(bottleneck|fpn|neck)\w*_(size|dim)s?$", "width"),
-]  # fmt: skip
+]
 
 WIDTH, HEADS = 64, 4
 MISSING: dict[str, Any] = {
@@ -122,7 +126,7 @@ def small(values: dict[str, Any], attempt: int) -> dict[str, Any]:
         if how is None or x <= 0:
             made[name] = x
         elif how == "depth":
-            depth = made[name] = min(x, 4 if attempt in (2, 5) else deep)
+            depth = made[name] = min(x, {2: 4, 5: 8}.get(attempt, deep))
         elif how == "heads":
             made[name] = min(x, HEADS)
         elif how == "kv":
@@ -235,9 +239,15 @@ def build(name: str, kind: str) -> tuple[Any, dict[str, Any]]:
             config = config_class(**values)
             config._attn_implementation = "eager"
             for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+                if getattr(part, "pad_token_id", 0) is None:
+                    part.pad_token_id = 0
+                if attempt not in (1, 3, 4):
+                    continue
                 for key, x in MISSING.items():
-                    if attempt in (1, 3, 4) and getattr(part, key, 0) is None:
+                    if getattr(part, key, 0) is None:
                         setattr(part, key, x)
+                if isinstance(getattr(part, "rope_parameters", None), dict) and attempt != 3:
+                    part.rope_parameters["mrope_section"] = [2, 3, 3]
             with torch.device("meta"):
                 size = sum(x.numel() for x in model_class(copy.deepcopy(config)).parameters())
             if size > PARAMETERS:
@@ -294,6 +304,8 @@ def candidates(model: Any) -> list[dict[str, Any]]:
         32,
     )
 
+    past = getattr(config, "context_length", 0) or 32
+
     def picture(*shape: int) -> Any:
         return torch.randn(*shape, generator=g)
 
@@ -312,6 +324,8 @@ def candidates(model: Any) -> list[dict[str, Any]]:
         tries.append(text)
         if type(model).__name__.endswith("MultipleChoice"):
             tries.insert(0, {"input_ids": ids[:, None].repeat(1, 2, 1)})
+        if "bbox" in taken:
+            tries.insert(0, {**text, "bbox": torch.zeros(2, T, 4, dtype=torch.long)})
     for key in ("grid_thw", "image_grid_thw"):
         if key in taken:
             patch, deep = getattr(vision, "patch_size", 8), getattr(vision, "temporal_patch_size", 1)
@@ -319,8 +333,6 @@ def candidates(model: Any) -> list[dict[str, Any]]:
             if type(patch) is int and type(deep) is int and "input_ids" not in taken:
                 patches = picture(32, getattr(vision, "in_channels", channels) * deep * patch * patch)
                 tries.append({first: patches, key: torch.tensor([[1, 4, 4], [1, 4, 4]])})
-        if "bbox" in taken:
-            tries.insert(0, {**text, "bbox": torch.zeros(2, T, 4, dtype=torch.long)})
     for key, given in (
         ("pixel_values", images),
         ("pixel_values", video),
@@ -331,8 +343,8 @@ def candidates(model: Any) -> list[dict[str, Any]]:
         ("input_values", {"input_values": picture(2, 1, 4000)}),
         ("input_features", features),
         ("input_features", rows),
-        ("past_values", {"past_values": picture(2, getattr(config, "context_length", 0) or 32, getattr(config, "num_input_channels", 1) or 1)}),
-        ("past_values", {"past_values": picture(2, getattr(config, "context_length", 0) or 32)}),
+        ("past_values", {"past_values": picture(2, past, getattr(config, "num_input_channels", 1) or 1)}),
+        ("past_values", {"past_values": picture(2, past)}),
         ("inputs_embeds", {"inputs_embeds": picture(2, T, WIDTH)}),
         ("hidden_states", {"hidden_states": picture(2, T, WIDTH)}),
     ):  # fmt: skip
@@ -379,6 +391,8 @@ def apart(got: list[Any], want: list[Any], at: Any = None) -> float:
             return math.inf
         if at is not None and b.shape[:2] == at.shape:
             a, b = a[at], b[at]
+        elif at is not None and len(b) == len(at):
+            a, b = a[:1], b[:1]  # a model may make its one vector of a row's padding
         real = torch.isfinite(b)
         if not torch.equal(real, torch.isfinite(a)):
             return math.inf
@@ -394,8 +408,6 @@ ALLOWED = 2e-3
 
 def compare(name: str, kind: str) -> dict[str, str]:
     """The row of a class."""
-    import torch
-
     import sparseflash as sf
 
     row = {"class": name, "ran": "", "why": ""}
@@ -435,6 +447,8 @@ def compare(name: str, kind: str) -> dict[str, str]:
         if check == "packed" and off > ALLOWED:
             _set(model, "eager")
             off = min(off, apart(got, _alone(model, inputs)))
+        if ALLOWED < off < 0.05 and _cancels(model, inputs, what, found[0], off):
+            off = 0.0
         if not off <= ALLOWED and worst in ("equal", "refused"):
             worst, why = "different", f"{check}: {off:.2g} apart"
     if own and worst == "equal":
@@ -535,7 +549,37 @@ def _alone(model: Any, inputs: dict[str, Any]) -> Any:
             floats(call(model, {"input_ids": x, "position_ids": at, "use_cache": False}))
             for x in inputs["input_ids"].chunk(2, -1)
         )
-    return [torch.cat([x, y], 1) if x.dim() > 2 else y for x, y in zip(a, b)]
+    whole = [x.dim() > 1 and x.shape[1] == T // 2 for x in a]
+    return [torch.cat([x, y], 1) if both else y for both, x, y in zip(whole, a, b)]
+
+
+def _cancels(model: Any, inputs: dict[str, Any], what: Any, eager: Any, off: float) -> bool:
+    """Whether a difference is what roundings leave of sums that cancel, and no defect.
+
+    It is where it shrinks in doubles, and where eager is as far from itself with other last digits.
+    """
+    import torch
+
+    g = torch.Generator().manual_seed(7)
+
+    def nudged(x: Any) -> Any:
+        wide = isinstance(x, torch.Tensor) and x.is_floating_point()
+        return x * (1 + 1.2e-7 * torch.randn(x.shape, generator=g)) if wide else x
+
+    near = copy.deepcopy(model)
+    _set(near, "eager")
+    with torch.no_grad():
+        for x in near.parameters():
+            x.copy_(nudged(x))
+    if off < 5 * apart(what(near, {k: nudged(x) for k, x in inputs.items()})[0], *eager):
+        return True
+    wide, found = copy.deepcopy(model).double(), []
+    inputs = {k: x.double() if getattr(x, "is_floating_point", bool)() else x for k, x in inputs.items()}
+    with contextlib.suppress(Exception):
+        for implementation in ("eager", "sparse"):
+            _set(wide, implementation)
+            found.append(what(wide, inputs)[0])
+    return len(found) == 2 and apart(found[1], found[0], eager[1]) < off / 10
 
 
 def _generate(model: Any, inputs: dict[str, Any]) -> Any:

@@ -111,6 +111,13 @@ def sparse_attention(
         cu_seq_lens_k,
         kwargs.get("position_ids"),
     )
+    labels = kwargs.get("seq_idx")
+    if isinstance(labels, Tensor) and not mask.documents and not torch.compiler.is_compiling():
+        if bool((labels != labels[..., :1]).any()):
+            raise SparseFlashError(
+                f"{type(module).__name__} gives 'seq_idx' of several documents, which its attention would "
+                "not keep apart: give position_ids that begin anew with each, or cu_seq_lens_q and _k"
+            )
     if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, one set for all
         query = query.expand(mask.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
@@ -195,21 +202,21 @@ def _unmasked(
         causal = False
         if window is not None and window < T:
             raise SparseFlashError(
-                f"{type(module).__name__}: a window of {window} tokens, {T} keys and no mask: give the model an "
-                "attention_mask"
+                f"{type(module).__name__}: a window of {window} tokens, {T} keys and no mask: give the model "
+                "an attention_mask"
             )
         window = None
     if (causal or window is not None) and S != T:
         raise SparseFlashError(
-            f"{type(module).__name__}: causal, {S} queries, {T} keys and no mask: where the queries stand "
-            "among the keys is not known. Give the model an attention_mask"
+            f"{type(module).__name__}: causal or windowed, {S} queries, {T} keys and no mask: where the "
+            "queries stand among the keys is not known. Give the model an attention_mask"
         )
     plan = Plan.dense(S, T, causal=causal, window=_sides(window, causal), device=query.device)
     return SparseMask(plan, B, causal=causal, plain=window is None)
 
 
 def _sides(window: int | None, causal: bool) -> tuple[int, int] | None:
-    """The window of a layer as a plan's: its own token is one of so many, on each side where it looks ahead."""
+    """The window of a layer as a plan's: of so many tokens its own is one, on either side."""
     return None if window is None else (window - 1, 0 if causal else window - 1)
 
 
@@ -230,8 +237,8 @@ def _of_edges(
         raise SparseFlashError(f"{name}: cu_seq_lens_k without cu_seq_lens_q: give both")
     if B != 1:
         raise SparseFlashError(
-            f"{name}: cu_seq_lens_q for a batch of {B} rows: expected one row, which holds all documents. Give "
-            "position_ids that begin anew with each document instead"
+            f"{name}: cu_seq_lens_q for a batch of {B} rows: expected one row, which holds all documents. "
+            "Give position_ids that begin anew with each document instead"
         )
     known = not torch.compiler.is_compiling()
     same = edges_k is None or edges_k is edges or (known and torch.equal(edges, edges_k))
@@ -265,7 +272,7 @@ def _of_edges(
 
 
 _last: list[Any] = [lambda: None, None, None]
-"""The tensor mask that was read last (a weak reference), its version and the shape of the call, what it became."""
+"""The tensor mask that was read last (a weak reference), its version and call's shape, what it became."""
 
 
 def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> SparseMask:
@@ -273,8 +280,8 @@ def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> Spars
     name = type(module).__name__
     if mask.requires_grad and torch.is_grad_enabled():
         raise SparseFlashError(
-            f"{name}: attention_mask carries a gradient: a bias for every pair that is learned is not supported, "
-            "and its gradient would be lost. Keep 'sdpa' or 'eager' for this model"
+            f"{name}: attention_mask carries a gradient: a bias for every pair that is learned is not "
+            "supported, and its gradient would be lost. Keep 'sdpa' or 'eager' for this model"
         )
     of = (mask._version, B, S, T)
     if _last[0]() is mask and _last[1] == of:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...decode import decode as decode_op
 from ...errors import SparseFlashError
-from ...method import Method, Selection
+from ...method import Method, Selection, find, names
 from ...ops import attention
 from ...plan.build import same_offset
 from .attention import FEW, SETTING, exact
@@ -256,14 +256,14 @@ class Setting:
     ) -> Tensor:
         """Every sequence of a padded batch as it would be alone.
 
-        Where all there is beside padding is causality, tokens go to the front and padding behind them, and all
-        sequences are one call: if the method chooses for each token without a look at later ones, and its plan
-        hides these by the place of a token and nothing else, padding makes no difference. Any other method is
-        asked for the sequences of each length by themselves, about their own tokens.
+        Where all there is beside padding is causality, tokens go to the front, padding behind them, and all
+        sequences are one call: if the method is known to choose for each token whatever follows it, and its
+        plan hides later tokens by their place and nothing else, padding makes no difference. Any other method
+        is asked for the sequences of each length by themselves, about their own tokens.
         """
         assert mask.padded is not None
         traced = torch.compiler.is_compiling()
-        if mask.by_rule and mask.causal and method.causal_selection and self.watch is None:
+        if mask.by_rule and mask.causal and _whatever_follows(method) and self.watch is None:
             queries, keys = mask.padded.moved()
             offset: int | Tensor = mask.padded.begin.int()
             if not traced and not bool(mask.padded.begin.any()):
@@ -277,9 +277,9 @@ class Setting:
                 return out if queries is None else gather(out, None, queries.argsort(-1))
         if traced:
             raise SparseFlashError(
-                f"{self.layer.name}: {_named(method)} in a compiled model with an attention_mask: padding may "
-                "change what it chooses or shows, and a trace cannot look. Give the model no attention_mask, run "
-                "it without torch.compile, or leave this layer dense"
+                f"{self.layer.name}: {_named(method)} in a compiled model with an attention_mask: padding "
+                "may change what it chooses or shows, and a trace cannot look. Give the model no "
+                "attention_mask, run it without torch.compile, or leave this layer dense"
             )
         parts = []
         for group, own in mask.groups:
@@ -325,12 +325,20 @@ class Setting:
         if plan.causal and plan.q_pos is None and not same_offset(plan.q_offset, mask.offset):
             raise SparseFlashError(
                 f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
-                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts; where these "
-                "are refused too, it is not for this layer"
+                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts; where "
+                "these are refused too, it is not for this layer"
             )
         if mask.plain and plan.causal == mask.causal:
             return plan
         return plan & mask.plan
+
+
+def _whatever_follows(method: Method) -> bool:
+    """Whether what a token sees is known not to depend on later tokens, nor on how many there are.
+
+    By its word where it decodes, and by the tests of registered methods; others may have a budget by length.
+    """
+    return method.causal_selection and (method.decodes or type(method) in map(find, names()))
 
 
 def _by_place(plan: Any, offset: int | Tensor) -> bool:

@@ -12,12 +12,12 @@ from ...errors import SparseFlashError
 
 # What leaves a mask a mask: its numbers in another place.
 _SHAPES = frozenset(
-    "__getitem__ as_strided broadcast_to chunk clone contiguous cpu cuda detach expand expand_as flatten flip "
-    "gather index_select mT T mH H narrow permute repeat repeat_interleave reshape reshape_as roll select split "
-    "squeeze squeeze_ swapaxes swapdims tensor_split tile transpose t unbind unflatten unfold unsqueeze "
-    "unsqueeze_ view view_as movedim moveaxis data pin_memory requires_grad_ triu tril "
+    "__getitem__ as_strided broadcast_to chunk clone contiguous cpu cuda detach expand expand_as flatten "
+    "flip gather index_select mT T mH H narrow permute repeat repeat_interleave reshape reshape_as roll "
+    "select split squeeze squeeze_ swapaxes swapdims tensor_split tile transpose t unbind unflatten unfold "
+    "unsqueeze unsqueeze_ view view_as movedim moveaxis data pin_memory requires_grad_ triu tril "
     "__and__ __or__ __rand__ __ror__ __iand__ __ior__ bitwise_and bitwise_or logical_and logical_or "
-    "clone_ deepcopy __deepcopy__".split()
+    "__deepcopy__".split()
 )
 # What keeps it a mask, and names a dtype, which changes nothing: a model's dtype is no word about a mask.
 _CASTS = frozenset("to float half bfloat16 double type type_as".split())
@@ -25,8 +25,8 @@ _CASTS = frozenset("to float half bfloat16 double type type_as".split())
 _INVERTED = frozenset("__invert__ bitwise_not".split())
 # What looks at everything but the numbers.
 _LOOKS = frozenset(
-    "shape ndim dtype device layout requires_grad is_leaf grad grad_fn is_sparse is_quantized is_nested is_meta "
-    "is_cpu is_cuda is_mps is_xpu names _version dim size numel nelement stride storage_offset "
+    "shape ndim dtype device layout requires_grad is_leaf grad grad_fn is_sparse is_quantized is_nested "
+    "is_meta is_cpu is_cuda is_mps is_xpu names _version dim size numel nelement stride storage_offset "
     "is_floating_point is_complex is_contiguous element_size get_device data_ptr untyped_storage __len__ "
     "__repr__ __format__ __hash__ __reduce_ex__ is_inference _is_view _base output_nr".split()
 )
@@ -118,9 +118,9 @@ class KeepMask(Tensor):
                 made = function(*_plain(given), **_plain(options))
                 return _again(made, owner)
         raise SparseFlashError(
-            f"{owner or 'this model'} computes with its attention mask ({name}): attn_implementation='sparse' has "
-            "a bool mask, True = seen, and the model may mean numbers to add to scores. "
-            "Use set_attn_implementation('eager') for it"
+            f"{owner or 'this model'} computes with its attention mask ({name}): that of "
+            "attn_implementation='sparse' is bool, True = seen, and the model may mean numbers to add to "
+            "scores. Use set_attn_implementation('eager') for it"
         )
 
 

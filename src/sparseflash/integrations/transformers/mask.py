@@ -68,8 +68,8 @@ def _computes(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "invert neg add radd sub rsub mul rmul truediv rtruediv floordiv mod pow matmul rmatmul and rand or ror xor rxor "
-    "lt le gt ge float int"
+    "invert neg add radd sub rsub mul rmul truediv rtruediv floordiv mod pow matmul rmatmul "
+    "and rand or ror xor rxor lt le gt ge float int"
 ).split():
     setattr(_Dense, f"__{_name}__", _computes(f"__{_name}__"))
 
@@ -158,7 +158,7 @@ class SparseMask(_Dense):
         return None if self.starts is None else Documents(self.starts.expand(self.shape[0], -1))
 
     def within(self, begin: Tensor, end: Tensor) -> SparseMask:
-        """The mask with each query kept to the keys `[begin, end)`, `[B|1, S]` each: documents of packed rows."""
+        """The mask with each query kept to the keys `[begin, end)`, `[B|1, S]` each: packed documents."""
         Tq, Tk = self.shape[2:]
         query = torch.arange(Tq, device=self.device) + self.offset
         ranges = self.ranges
@@ -454,9 +454,9 @@ def by_positions(mask: SparseMask, positions: Any) -> SparseMask:
             made = mask.within(begin, end)
         elif mask.ranges is None or not bool((mask.ranges[0] >= begin).all()):
             raise SparseFlashError(
-                f"{mask.owner}: position_ids begin anew within a row, in a layer that sees chunks, and the call "
-                "keeps a cache or was given an attention_mask: chunks would be counted from the row's first "
-                "token. Pass use_cache=False and no attention_mask"
+                f"{mask.owner}: position_ids begin anew within a row, in a layer that sees chunks, and the "
+                "call keeps a cache or was given an attention_mask: chunks would be counted from the first "
+                "token of the row. Pass use_cache=False and no attention_mask"
             )
     _packed[:] = [weakref.ref(positions), positions._version, weakref.ref(mask), made]
     return made or mask
@@ -467,7 +467,7 @@ _packed: list[Any] = [lambda: None, -1, lambda: None, None]
 
 
 def _begins(mask: SparseMask, positions: Tensor) -> Tensor:
-    """Which tokens begin another document than the token before them, bool `[B|1, S]`; padding is no token."""
+    """Which tokens begin another document than the token before, bool `[B|1, S]`; padding is no token."""
     S = mask.shape[2]
     at = torch.arange(S, device=positions.device)
     real = torch.ones_like(positions, dtype=torch.bool)

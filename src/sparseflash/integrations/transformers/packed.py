@@ -12,8 +12,8 @@ from torch import Tensor
 class Documents:
     """The documents of packed rows as batches padded on the right, and the way back.
 
-    Lengths of one batch are within a factor of two; the tail of a shorter document is zeros. `tokens` says for
-    each batch, bool `[documents, length]`, what is none.
+    Lengths of one batch are within a factor of two; the tail of a shorter document is zeros. `tokens` says
+    what is none: for each batch, bool `[documents, length]`, True = token.
 
     Parameters
     ----------

@@ -168,7 +168,7 @@ def _density(q: Tensor, k: Tensor, plan: Any) -> Tensor:
 
 
 def _recall(q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Shares of the dense softmax that a plan keeps, summed over queries, and how many, [Hq] each; no sinks."""
+    """The share of the dense softmax that a plan keeps, summed over queries, and their number: [Hq] each."""
     same = {name: options[name] for name in ("scale", "softcap")}
     part, whole = (attention(q, k, k, x, return_lse=True, **same)[1] for x in (plan, full))
     real = whole > float("-inf")
