@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import SparseFlashError
 
-# What leaves a mask a mask: its numbers in another place.
+# What leaves a mask a mask: its numbers in another place, or combined with other bool tensors.
 _SHAPES = frozenset(
     "__getitem__ as_strided broadcast_to chunk clone contiguous cpu cuda detach expand expand_as flatten "
     "flip gather index_select mT T mH H narrow permute repeat repeat_interleave reshape reshape_as roll "
@@ -19,18 +19,18 @@ _SHAPES = frozenset(
     "__and__ __or__ __rand__ __ror__ __iand__ __ior__ bitwise_and bitwise_or logical_and logical_or "
     "__deepcopy__".split()
 )
-# What keeps it a mask, and names a dtype, which changes nothing: a model's dtype is no word about a mask.
-_CASTS = frozenset("to float half bfloat16 double type type_as".split())
-# What only somebody who knows that True attends can mean: a float mask knows no "not".
-_INVERTED = frozenset("__invert__ bitwise_not".split())
-# What looks at everything but the numbers.
+# What looks at everything but the numbers, beside properties and what is called is_...
 _LOOKS = frozenset(
-    "shape ndim dtype device layout requires_grad is_leaf grad grad_fn is_sparse is_quantized is_nested "
-    "is_meta is_cpu is_cuda is_mps is_xpu names _version dim size numel nelement stride storage_offset "
-    "is_floating_point is_complex is_contiguous element_size get_device data_ptr untyped_storage __len__ "
-    "__repr__ __format__ __hash__ __reduce_ex__ is_inference _is_view _base output_nr".split()
+    "dim size numel nelement stride storage_offset element_size get_device data_ptr untyped_storage __len__ "
+    "__repr__ __format__ __hash__ __reduce_ex__".split()
 )
-# What takes a bool mask as a choice between two values. The mask is none of the values.
+# What names a dtype, which changes nothing: a model's dtype is no word about a mask. But for bool.
+_CASTS = frozenset("to float half bfloat16 double type type_as".split())
+_INVERSIONS = frozenset("__invert__ bitwise_not".split())
+_COMPARISONS = frozenset("__eq__ __ne__ eq ne equal".split())
+_SUMS = frozenset("add add_ __add__ __radd__ __iadd__".split())
+_JOINS = frozenset("cat concat concatenate stack".split())
+# What chooses by a bool mask, and which of its arguments that is.
 _CHOICES = {
     "masked_fill": 1,
     "masked_fill_": 1,
@@ -38,8 +38,10 @@ _CHOICES = {
     "masked_scatter": 1,
     "scaled_dot_product_attention": 3,
 }
-_SUMS = frozenset("add add_ __add__ __radd__ __iadd__".split())
-_JOINS = frozenset("cat concat concatenate stack".split())
+
+
+LOW = -1e4
+"""A number below this one, added to a score, hides it."""
 
 
 class KeepMask(Tensor):
@@ -52,76 +54,80 @@ class KeepMask(Tensor):
     raises: `mask.bool()`, products, comparisons.
     """
 
-    owner: str
+    owner: str = ""
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, given: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
-        name = getattr(function, "__name__", str(function))
-        if name == "__get__":
-            name = function.__self__.__name__  # type: ignore[attr-defined]
-        options = options or {}
-        masks = [x for x in _flat((given, options)) if isinstance(x, KeepMask)]
-        owner = getattr(masks[0], "owner", "")
         with torch._C.DisableTorchFunctionSubclass():
-            if name in _LOOKS:
-                return function(*given, **options)
-            if name in _INVERTED:
-                return function(*_plain(given), **options)
-            if name == "__getitem__" and not isinstance(given[0], KeepMask):
-                return function(*_plain(given), **options)
-            if name == "__setitem__":
-                value = given[2]
-                if not isinstance(given[0], KeepMask) or _is_bool(value):
-                    return function(*_plain(given), **options)
-            elif name in ("__eq__", "__ne__", "eq", "ne", "equal"):
-                if all(_is_bool(x) for x in given):
-                    return function(*_plain(given), **options)
-            elif name in _CASTS:
-                device, dtype = (
-                    torch._C._nn._parse_to(*given[1:], **options)[:2] if name == "to" else (None, None)
-                )
-                if dtype != torch.bool and torch.bool not in given:
-                    return keep_mask(_plain(given[0]).to(device or given[0].device), owner)
-            elif name in _SUMS:
-                if len(given) == 2 and not options and all(isinstance(x, Tensor) for x in given):
-                    other = next((x for x in given if not isinstance(x, KeepMask)), None)
-                    if len(masks) == 1 and other is not None and other.is_floating_point():
-                        return function(*(_added(x, other.dtype) for x in given))
-            elif name in _JOINS:
-                kinds = {x.dtype for x in given[0]}
-                if kinds == {torch.bool}:
-                    return keep_mask(function(_plain(given[0]), *given[1:], **options), owner)
-                floats = [x for x in kinds if x.is_floating_point]
-                if len(floats) == 1 and len(kinds) == 2:
-                    return function([_added(x, floats[0]) for x in given[0]], *given[1:], **options)
-            elif name in _CHOICES:
-                place = _CHOICES[name]
-                values = [x for i, x in enumerate(given) if i != place]
-                values += [x for n, x in options.items() if n not in ("mask", "condition", "attn_mask")]
-                hides = values[:1] if name == "where" else values[1:] if "fill" in name else []
-                hides = [
-                    x for x in hides if isinstance(x, Tensor) and x.numel() == 1 or not isinstance(x, Tensor)
-                ]
-                if any(float(x) <= -1e4 for x in hides):
-                    pass  # what is seen would be hidden: the model takes the mask the other way round
-                elif not any(isinstance(x, KeepMask) for x in values):
-                    return function(*_plain(given), **_plain(options))
-                if all(_is_bool(x) for x in values):
-                    return keep_mask(function(*_plain(given), **_plain(options)), owner)
-            elif name in _SHAPES and all(
-                x.dtype == torch.bool or not x.is_floating_point()
-                for x in _flat(given)
-                if isinstance(x, Tensor)
-            ):
-                made = function(*_plain(given), **_plain(options))
-                return _again(made, owner)
-        raise SparseFlashError(
-            f"{owner or 'this model'} computes with its attention mask ({name}): that of "
-            "attn_implementation='sparse' is bool, True = seen, and the model may mean numbers to add to "
-            "scores. Use set_attn_implementation('eager') for it"
-        )
+            return _use(function, given, options or {})
+
+
+def _use(function: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What a function of torch makes of masks among its arguments; torch functions see plain tensors here."""
+    name, owner = getattr(function, "__name__", str(function)), ""
+    looks = name in _LOOKS or (name.lstrip("_").startswith("is_") and name != "is_nonzero")
+    if name == "__get__":
+        name = getattr(function, "__self__").__name__  # noqa: B009  (not every callable has it)
+        looks = name not in _SHAPES
+    for x in _flat((given, options)):
+        owner = owner or (x.owner if isinstance(x, KeepMask) else "")
+    kind = _meaning(name, given, options)
+    if looks or kind == "plain":
+        return function(*_plain(given), **_plain(options))
+    if kind == "mask":
+        return _again(function(*_plain(given), **_plain(options)), owner)
+    if kind == "cast":
+        other = given[1] if len(given) > 1 else options.get("device", options.get("other"))
+        device = other.device if isinstance(other, Tensor) else other
+        same = device is None or isinstance(device, torch.dtype) or name != "to"
+        return _again(_plain(given[0]) if same else _plain(given[0]).to(device), owner)
+    if isinstance(kind, torch.dtype):
+        return function(*_numbers(given, kind), **options)
+    raise SparseFlashError(
+        f"{owner or 'this model'} computes with its attention mask ({name}): that of "
+        "attn_implementation='sparse' is bool, True = seen, and the model may mean numbers to add to "
+        "scores. Use set_attn_implementation('eager') for it"
+    )
+
+
+def _meaning(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> str | torch.dtype | None:
+    """What masks are in a call: "plain" bool, a "mask" still, a "cast", numbers of a dtype; None: unclear."""
+    first: Any = given[0] if given else next(iter(options.values()), None)
+    if name in _INVERSIONS:  # nobody inverts a mask of floats: it is known to be bool
+        return "plain"
+    if name in _COMPARISONS:
+        return "plain" if all(_is_bool(x) for x in given) else None
+    if name == "__setitem__":
+        return "plain" if not isinstance(first, KeepMask) or _is_bool(given[2]) else None
+    if name == "__getitem__" and not isinstance(first, KeepMask):
+        return "plain"
+    if name in _CASTS:
+        return None if torch.bool in (*given[1:], *options.values()) else "cast"
+    if name in _SUMS:
+        others = [x for x in given if not isinstance(x, KeepMask)]
+        fits = len(given) == 2 and not options and len(others) == 1 and isinstance(others[0], Tensor)
+        return others[0].dtype if fits and others[0].is_floating_point() else None
+    if name in _JOINS:
+        kinds = {x.dtype for x in first if not isinstance(x, KeepMask)} - {torch.bool}
+        if not kinds:
+            return "mask"
+        kind = kinds.pop()
+        return kind if not kinds and kind.is_floating_point else None
+    if name in _CHOICES:
+        values = [x for i, x in enumerate(given) if i != _CHOICES[name]]
+        values += [x for n, x in options.items() if n not in ("mask", "condition", "attn_mask")]
+        if all(_is_bool(x) for x in values):
+            return "mask"
+        put = values[:1] if name == "where" else values[1:] if "fill" in name else []
+        if any(float(x) <= LOW for x in put if not isinstance(x, Tensor) or x.numel() == 1):
+            return None  # where a token is seen: the model takes the mask the other way round
+        return None if any(isinstance(x, KeepMask) for x in values) else "plain"
+    if name in _SHAPES:
+        numbers = [x for x in _flat((given, options)) if isinstance(x, Tensor) and x.is_floating_point()]
+        return None if numbers else "mask"
+    return None
 
 
 def keep_mask(x: Tensor, owner: str = "") -> KeepMask:
@@ -143,8 +149,10 @@ def _is_bool(x: Any) -> bool:
     return x.dtype == torch.bool if isinstance(x, Tensor) else isinstance(x, bool)
 
 
-def _added(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a mask attends, the lowest number elsewhere; other tensors as they are."""
+def _numbers(x: Any, dtype: torch.dtype) -> Any:
+    """0 where a mask attends, the lowest number elsewhere; other things as they are."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([_numbers(one, dtype) for one in x])
     if not isinstance(x, KeepMask):
         return x
     seen = torch.zeros((), dtype=dtype, device=x.device)
