@@ -278,6 +278,11 @@ def test_what_is_not_defined_is_refused():
     with pytest.raises(sf.SparseFlashError, match=r"packed documents, report\(\)"):
         with sf.transformers.sparse(llama, prefill=WINDOW):
             sf.transformers.report(llama, **packed)
+    bart, window = model("bart"), sf.methods.Window(window=8, causal=False)
+    across = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=2), "attention_mask": padded("right")}
+    with torch.no_grad(), sf.transformers.sparse(bart, prefill=window, layers="*encoder_attn"):
+        with pytest.raises(sf.SparseFlashError, match="another sequence, with padding there"):
+            bart(**across)
     bert = model("bert")
     with pytest.raises(sf.SparseFlashError, match="layer.0.*bidirectional.*causal=False"):
         with sf.transformers.sparse(bert, prefill=WINDOW):

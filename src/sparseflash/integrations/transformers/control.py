@@ -208,6 +208,11 @@ class Setting:
             return exact(q, k, v, plan, options)
         if mask.documents:
             return self._apart(method, q, k, v, mask, options, heads)
+        if mask.padded is not None and not mask.causal and (mask.cross or q.shape[2] != k.shape[2]):
+            raise SparseFlashError(
+                f"{self.layer.name}: {_named(method)} on a layer that attends to another sequence, with "
+                "padding there: which of the queries are padding is not known. Give it rows of one length"
+            )
         if mask.padded is not None:
             return self._unpadded(method, q, k, v, mask, options, heads)
         selection = self._select(method, q, k, v, mask.offset)

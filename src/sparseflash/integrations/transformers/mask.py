@@ -118,6 +118,8 @@ class SparseMask(_Dense):
         bool `[B, T]`, True = token, where some keys are padding, whatever else is hidden.
     owner : str
         The type of the model that it was made for, for messages.
+    cross : bool
+        Whether keys are of another sequence than queries, as far as the model says so.
     """
 
     ndim = 4
@@ -140,10 +142,11 @@ class SparseMask(_Dense):
         ranges: tuple[Tensor, Tensor] | None = None,
         tokens: Tensor | None = None,
         owner: str = "",
+        cross: bool = False,
     ) -> None:
         self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
         self.documents, self.starts, self.if_plain, self.padding = documents, starts, if_plain, padding
-        self.ranges, self.tokens, self.owner = ranges, tokens, owner
+        self.ranges, self.tokens, self.owner, self.cross = ranges, tokens, owner, cross
         self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
         self._padded: Padded | None = None
 
@@ -228,7 +231,7 @@ class SparseMask(_Dense):
             )
         else:
             plain = bool(self.if_plain)
-        names = ("causal", "offset", "padding", "tokens", "ranges", "owner")
+        names = ("causal", "offset", "padding", "tokens", "ranges", "owner", "cross")
         same = {name: getattr(self, name) for name in names}
         return SparseMask(self.plan, self.shape[0], plain=plain, first=self.first if plain else None, **same)
 
@@ -261,6 +264,7 @@ class SparseMask(_Dense):
             plain=self.plain,
             documents=self.documents,
             owner=self.owner,
+            cross=self.cross,
             ranges=None if self.ranges is None else (self.ranges[0].to(device), self.ranges[1].to(device)),
             **given,
         )
@@ -343,11 +347,12 @@ def sparse_mask(
         device,
     )
     mask.owner = getattr(options.get("config"), "model_type", "")
-    if q_length > 1 and not torch.compiler.is_compiling():
-        # Transformers looks for packed documents only where a call keeps no cache and was given no mask, and
-        # says nothing of positions here: they are an argument of the function that calls this one
-        caller = sys._getframe(1)
-        mask = by_positions(mask, caller.f_locals.get("position_ids"))
+    if not torch.compiler.is_compiling():
+        # what Transformers does not say here is an argument of the function of its that calls this one: it
+        # looks for packed documents only where a call keeps no cache and was given no mask
+        caller = sys._getframe(1).f_locals
+        mask = by_positions(mask, caller.get("position_ids"))
+        mask.cross = caller.get("encoder_hidden_states") is not None
     return mask
 
 
