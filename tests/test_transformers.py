@@ -188,6 +188,270 @@ def test_a_mask_that_a_model_computes_with_is_a_tensor():
     assert torch.equal(torch.cat([mask, ~mask], dim=-1), torch.cat([dense, ~dense], -1))
 
 
+SEEN = torch.ones(5, 7, dtype=torch.bool).tril(2).expand(2, 1, 5, 7)
+ADDED = torch.zeros(2, 1, 5, 7).masked_fill(~SEEN, torch.finfo(torch.float32).min)
+
+
+def own_mask():
+    return SparseMask(
+        sf.Plan.dense(5, 7, causal=True, q_offset=2), 2, causal=True, offset=2, owner="some-model"
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x + m,
+        lambda m, x: m + x,
+        lambda m, x: torch.add(x, m),
+        lambda m, x: x.clone().add_(m),
+        lambda m, x: (
+            x + m[:, :, -3:, :7][..., -3:, :].expand(2, 1, 3, 7) if x.shape[2] == 3 else x + m[:, :, :5]
+        ),
+        lambda m, x: x + m.to(x.dtype).unsqueeze(0).squeeze(0),
+        lambda m, x: x + m.float(),
+        lambda m, x: torch.cat([m, torch.zeros(2, 1, 5, 7)], -1)[..., :7] + x,
+        lambda m, x: x + torch.cat([m, m], 1)[:, :1],
+    ],
+)
+def test_a_mask_that_is_added_to_scores_hides_what_is_not_seen(use):
+    """As models do that attend by themselves: theirs holds 0 and the lowest number."""
+    x = torch.randn(2, 1, 5, 7)
+    assert torch.equal(use(own_mask(), x).softmax(-1), (x + ADDED).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: x * m,
+        lambda m, x: 1.0 - m,
+        lambda m, x: x - m,
+        lambda m, x: m.bool(),
+        lambda m, x: m.to(torch.bool),
+        lambda m, x: m.to(dtype=torch.bool),
+        lambda m, x: m.type(torch.bool),
+        lambda m, x: m[:, :, -1, :].reshape(-1)[-7:].bool(),
+        lambda m, x: m == 0,
+        lambda m, x: m < 0,
+        lambda m, x: m[:, 0] > -1,
+        lambda m, x: m.sum(-1),
+        lambda m, x: m.any(),
+        lambda m, x: m.long(),
+        lambda m, x: m.int(),
+        lambda m, x: x.masked_fill(m, float("-inf")),
+        lambda m, x: torch.where(m, torch.finfo(x.dtype).min, x),
+        lambda m, x: torch.nn.functional.pad(m, (1, 0)),
+        lambda m, x: m + 1.0,
+        lambda m, x: torch.baddbmm(m[:, 0], x[:, 0], x[:, 0].mT @ x[:, 0]),
+        lambda m, x: m.logical_not(),
+        lambda m, x: m[:, 0].__setitem__(0, 1.0),
+    ],
+)
+def test_a_mask_that_is_read_as_numbers_is_refused_by_name(use):
+    with pytest.raises(sf.SparseFlashError, match="some-model computes with its attention mask.*'eager'"):
+        use(own_mask(), torch.randn(2, 1, 5, 7))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, x: torch.where(m, x, float("-inf")),
+        lambda m, x: x.masked_fill(~m, float("-inf")),
+        lambda m, x: x.masked_fill(m == False, float("-inf")),  # noqa: E712  (as models write it)
+        lambda m, x: x.masked_fill(~m[:, 0][:, None], float("-inf")),
+        lambda m, x: x + (~m).to(x.dtype) * torch.finfo(x.dtype).min,
+        lambda m, x: torch.where(m & torch.ones(7, dtype=torch.bool), x, float("-inf")),
+    ],
+)
+def test_a_mask_that_is_used_as_a_choice_is_one(use):
+    x = torch.randn(2, 1, 5, 7)
+    assert torch.equal(use(own_mask(), x).softmax(-1), (x + ADDED).softmax(-1))
+    assert F.scaled_dot_product_attention(*torch.randn(2, 2, 1, 5, 8), torch.randn(2, 1, 5, 8)).shape[2] == 5
+
+
+def everywhere(one, implementation):
+    """As `from_pretrained(..., attn_implementation=...)` does, for models outside of the registry too."""
+    for part in one.modules():
+        if hasattr(part, "config"):
+            part.config._attn_implementation = implementation
+    return one
+
+
+@pytest.mark.parametrize("given", ["nothing", "padding"])
+def test_models_that_attend_by_themselves_are_right_or_refused(given):
+    torch.manual_seed(0)
+    small = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
+    mask[1, :9] = 0
+    inputs = {"input_ids": ids} | ({"attention_mask": mask} if given == "padding" else {})
+    at = mask.bool() if given == "padding" else None
+
+    bloom = hf.BloomModel(hf.BloomConfig(hidden_size=32, n_head=2, n_layer=2, **small)).eval()
+    gpt_j = hf.GPTJModel(hf.GPTJConfig(n_embd=32, n_head=2, n_layer=2, rotary_dim=8, **small)).eval()
+    with torch.no_grad():
+        for one in (bloom, gpt_j):
+            want, got = (everywhere(one, x)(**inputs).last_hidden_state for x in ("eager", "sparse"))
+            close(got, want, at)
+
+    experts = {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_experts": 4, "expert_capacity": 24}
+    bart = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 32}
+    bart |= {f"{x}_attention_heads": 2 for x in ("encoder", "decoder")}
+    bart |= {f"{x}_ffn_dim": 32 for x in ("encoder", "decoder")}
+    nllb = hf.NllbMoeModel(hf.NllbMoeConfig(**bart, **experts, **small)).eval()
+    mpt = hf.MptModel(hf.MptConfig(d_model=32, n_heads=2, n_layers=2, **small)).eval()
+    for one, kind, more in ((nllb, "nllb-moe", {"decoder_input_ids": ids[:, :7]}), (mpt, "mpt", {})):
+        with torch.no_grad():
+            want = everywhere(one, "eager")(**inputs, **more).last_hidden_state
+            try:  # older versions of Transformers make these models their masks without asking
+                got = everywhere(one, "sparse")(**inputs, **more).last_hidden_state
+            except sf.SparseFlashError as fault:
+                assert f"{kind} computes with its attention mask" in str(fault)
+            else:
+                close(got, want, at if kind == "mpt" else None)
+
+
+def test_a_bias_that_learns_is_refused_and_its_gradient_never_lost():
+    config = hf.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4
+    )
+    swin = hf.SwinModel(config)
+    everywhere(swin, "sparse")
+    try:  # in older versions of Transformers it attends by itself
+        swin(pixel_values=torch.randn(1, 3, 32, 32)).last_hidden_state.square().sum().backward()
+    except sf.SparseFlashError as fault:
+        assert "SwinAttention: attention_mask carries a gradient" in str(fault)
+    else:
+        biases = [x.grad for name, x in swin.named_parameters() if "relative_position_bias" in name]
+        assert biases and all(x.any() for x in biases)
+    with torch.no_grad():  # a bias of zero that nobody trains is none
+        want = everywhere(swin, "eager").eval()(pixel_values=torch.ones(1, 3, 32, 32)).last_hidden_state
+        swin.zero_grad()
+        for name, x in swin.named_parameters():
+            if "relative_position_bias" in name:
+                x.zero_()
+        want, got = (
+            everywhere(swin, x)(pixel_values=torch.ones(1, 3, 32, 32)).last_hidden_state
+            for x in ("eager", "sparse")
+        )
+    close(got, want)
+    one, bias = model("llama"), torch.zeros(2, 1, T, T)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    bias = bias.masked_fill(~causal, torch.finfo(torch.float32).min).requires_grad_()
+    with pytest.raises(sf.SparseFlashError, match="carries a gradient"):
+        run(one, "sparse", input_ids=tokens(), attention_mask=bias)
+    with torch.no_grad():
+        want, got = both(one, "llama", input_ids=tokens(), attention_mask=bias)
+    close(got, want)
+    with pytest.raises(
+        sf.SparseFlashError, match="carries a gradient"
+    ):  # also of a mask that was read before
+        run(one, "sparse", input_ids=tokens(), attention_mask=bias)
+    with pytest.raises(sf.SparseFlashError, match="dtype torch.int64, which eager attention would add"):
+        run(one, "sparse", input_ids=tokens(), attention_mask=causal.long().expand(2, 1, T, T))
+
+
+def alone(one, ids, edges):
+    """The documents of a row, each by itself."""
+    return torch.cat([run(one, "sparse", input_ids=ids[:, a:b]) for a, b in zip(edges, edges[1:])], 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt-oss", "biogpt"])
+def test_documents_by_positions_alone_stay_apart_whatever_else_a_call_does(family):
+    """With the cache that calls keep by default, beside a mask of ones, beside padding, and static caches."""
+    edges = [0, 1, 64, 150]
+    one = (
+        everywhere(
+            hf.BioGptForCausalLM(
+                hf.BioGptConfig(
+                    hidden_size=64,
+                    intermediate_size=64,
+                    num_attention_heads=4,
+                    num_hidden_layers=2,
+                    vocab_size=97,
+                )
+            ).eval(),
+            "sparse",
+        )  # its attention is not told of positions
+        if family == "biogpt"
+        else model(family)
+    )
+    ids = tokens(1)
+    at = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:])])[None]
+    packed = {"input_ids": ids, "position_ids": at}
+    static = (
+        {}
+        if family == "biogpt"
+        else {"past_key_values": hf.StaticCache(config=one.config, max_cache_len=160)}
+    )
+    ones = torch.ones(1, T, dtype=torch.long)
+    with torch.no_grad():
+        want = alone(one, ids, edges)
+        for more in ({}, {"use_cache": False}, {"attention_mask": ones}, static):
+            close(run(one, "sparse", **packed, **more), want)
+        both_ids, both_at = torch.cat([ids, ids.roll(9, 1)]), torch.cat([at, at.roll(9, 1)])
+        both_at[1, :9], mask = 0, torch.cat([ones, ones])
+        mask[1, :9] = 0
+        got = run(one, "sparse", input_ids=both_ids, position_ids=both_at, attention_mask=mask)
+        close(got[:1], want)
+        close(got[1:, 9:], want[:, : T - 9])
+
+
+def test_what_looks_like_positions_of_documents_and_is_not_changes_nothing():
+    one, ids = model("llama"), tokens()
+    with torch.no_grad():
+        for mask in (padded("left"), padded("right"), padded("holes")):
+            for at in ((mask.cumsum(1) - 1).clamp(min=0), (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
+                inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": at}
+                want, got = both(one, "llama", **inputs)
+                close(got, want, mask.bool())
+
+
+def test_documents_in_chunks_are_refused_with_a_cache():
+    one, at = model("llama4"), torch.arange(T)[None] % 50
+    with torch.no_grad():
+        want, got = both(one, "llama4", input_ids=tokens(1), position_ids=at, use_cache=False)
+        close(got, want)
+        with pytest.raises(sf.SparseFlashError, match="llama4.*layer that sees chunks.*use_cache=False"):
+            run(one, "sparse", input_ids=tokens(1), position_ids=at)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt-oss"])
+@pytest.mark.parametrize("beside", ["nothing", "ones", "pads", "a tensor", "positions"])
+def test_document_edges_hold_beside_any_mask(family, beside):
+    """With padding behind the documents, in them or in a document of its own."""
+    one, edges = model(family), [0, 70, 148] if beside == "pads" else [0, 70, 150]
+    ids, mask = tokens(1), torch.ones(1, T, dtype=torch.long)
+    mask[:, 148:] = 0
+    at = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:])])
+    at = torch.cat([at, torch.arange(T - len(at))])[None]
+    causal = torch.ones(T, T, dtype=torch.bool).tril().expand(1, 1, T, T)
+    more = {"ones": {"attention_mask": mask | 1}, "pads": {"attention_mask": mask}}
+    more |= {"a tensor": {"attention_mask": causal}, "positions": {"use_cache": False}, "nothing": {}}
+    if beside == "a tensor" and family != "llama":
+        return  # a mask of the user's own takes the place of the layers' windows
+    with torch.no_grad():
+        want = alone(one, ids, edges)
+        for last in ([148], [150]) if beside == "pads" else ([150],):
+            cu = torch.tensor([0, 70, *last], dtype=torch.int32)
+            lengths = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 80, "max_length_k": 80}
+            got = run(one, "sparse", input_ids=ids, position_ids=at, **lengths, **more[beside])
+            close(got[:, : edges[-1]], want)
+
+
+def test_document_edges_that_would_be_ignored_are_refused():
+    one, cu = model("llama"), torch.tensor([0, 70, 150], dtype=torch.int32)
+    both_cu = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    with pytest.raises(sf.SparseFlashError, match="batch of 2 rows"):
+        run(one, "sparse", input_ids=tokens(), **both_cu)
+    with pytest.raises(sf.SparseFlashError, match="cu_seq_lens_k without cu_seq_lens_q"):
+        run(one, "sparse", input_ids=tokens(1), cu_seq_lens_k=cu)
+    with pytest.raises(sf.SparseFlashError, match="beside a mask of padding.*not the queries' own"):
+        fewer = torch.tensor([0, 60, 150], dtype=torch.int32)
+        run(model("mistral"), "sparse", input_ids=tokens(1), cu_seq_lens_q=cu, cu_seq_lens_k=fewer)
+    with pytest.raises(sf.SparseFlashError, match="'seq_idx' of several documents"):
+        run(one, "sparse", input_ids=tokens(1), seq_idx=(torch.arange(T) > 70).int()[None])
+
+
 def test_arguments_that_would_be_ignored_are_refused():
     one, ids = model("llama"), tokens()
     with pytest.raises(sf.SparseFlashError, match="never formed.*eager"):

@@ -84,6 +84,19 @@ def test_a_prompt_in_chunks_is_the_whole_prompt(method):
     close(torch.cat(parts, 1), want, mask.bool())
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "method", [sf.methods.PrefixLM(prefix=256), sf.methods.BlockCausal(block=40), HASHED], ids=repr
+)
+def test_padding_of_any_kind_is_not_seen_by_any_method(method, side):
+    """The model's logits at tokens, whatever stands at padding; a prefix longer than the prompts, too."""
+    one, mask = own("llama"), padded(side)
+    other = torch.where(mask.bool(), tokens(), 96 - tokens())
+    got, same = (prefilled(one, method, ids, **positions(mask)) for ids in (tokens(), other))
+    close(got, same, mask.bool())
+    close(got[1:, mask[1].bool()], prefilled(one, method, tokens()[1:, mask[1].bool()]))
+
+
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
 def test_decoding_continues_what_prefill_began(how):
     """Token by token over a cache, left padding included, is what one call over all tokens gives."""
@@ -252,15 +265,24 @@ def test_what_is_not_defined_is_refused():
     refuses(re.escape("the layers [1], which are not among [0]"), llama, prefill={1: WINDOW}, layers=0)
     refuses("3 methods for 4 query heads", llama, prefill=[WINDOW] * 3)
     refuses("has a window of its own", model("mistral"), prefill=WINDOW)
-    behind = {"input_ids": tokens(), "attention_mask": padded("left")}
-    refuses("does not take queries that begin behind", llama, NoOffset(), behind)
-    dilated = sf.methods.Dilated(causal=True)
-    refuses("q_offset.*Dilated does not read it and takes it to be 0", llama, dilated, behind)
+    dilated, ids = sf.methods.Dilated(causal=True), tokens()
+    for method, said in (
+        (NoOffset(), "does not take queries that begin behind"),
+        (dilated, "q_offset.*Dilated does not read it and takes it to be 0"),
+    ):
+        cache = hf.DynamicCache(config=llama.config)
+        logits(llama, input_ids=ids[:, :60], past_key_values=cache)
+        refuses(said, llama, method, {"input_ids": ids[:, 60:], "past_key_values": cache})
     packed = {"input_ids": tokens(1), "position_ids": torch.arange(T)[None] % 50, "use_cache": False}
     refuses("packed documents, with a window", model("mistral"), WINDOW, packed, layers="*")
     with pytest.raises(sf.SparseFlashError, match=r"packed documents, report\(\)"):
         with sf.transformers.sparse(llama, prefill=WINDOW):
             sf.transformers.report(llama, **packed)
+    bart, window = model("bart"), sf.methods.Window(window=8, causal=False)
+    across = {"input_ids": tokens(), "decoder_input_ids": tokens(seed=2), "attention_mask": padded("right")}
+    with torch.no_grad(), sf.transformers.sparse(bart, prefill=window, layers="*encoder_attn"):
+        with pytest.raises(sf.SparseFlashError, match="another sequence, with padding there"):
+            bart(**across)
     bert = model("bert")
     with pytest.raises(sf.SparseFlashError, match="layer.0.*bidirectional.*causal=False"):
         with sf.transformers.sparse(bert, prefill=WINDOW):

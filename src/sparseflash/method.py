@@ -62,7 +62,8 @@ class Method:
       for those that any caller may pass (`UNREAD`), at a value that leaves the result as it is.
     - `paper`: where the method comes from.
     - `phases`: what it is for, of "training", "prefill", "decode", "diffusion".
-    - `causal_selection`: what a token sees does not depend on later tokens.
+    - `causal_selection`: what a token sees does not depend on later tokens, nor on how many there are (but
+      for plans that let it see them).
     - `decodes`: appending tokens one by one gives what one call over all of them gives.
     - `trainable`: the selection learns (through `gate` or `key_bias`).
     - `approximate`: pairs that the method's own rule asks for may be missed.

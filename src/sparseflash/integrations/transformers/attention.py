@@ -12,8 +12,9 @@ from ...decode import decode
 from ...errors import SparseFlashError
 from ...ops import attention
 from ...plan import Plan
+from .keep import plain_mask
 from .learned import learned_plan
-from .mask import SparseMask
+from .mask import SparseMask, by_positions
 
 FEW = 16
 """Up to so many queries, without gradients, `decode` is faster than `attention`."""
@@ -99,7 +100,24 @@ def sparse_attention(
     """
     _refuse(module, dropout, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    mask = _as_mask(module, query, key, attention_mask, causal, sliding_window, cu_seq_lens_q, cu_seq_lens_k)
+    mask = _as_mask(
+        module,
+        query,
+        key,
+        attention_mask,
+        causal,
+        sliding_window,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        kwargs.get("position_ids"),
+    )
+    labels = kwargs.get("seq_idx")
+    if isinstance(labels, Tensor) and not mask.documents and not torch.compiler.is_compiling():
+        if bool((labels != labels[..., :1]).any()):
+            raise SparseFlashError(
+                f"{type(module).__name__} gives 'seq_idx' of several documents, which its attention would "
+                "not keep apart: give position_ids that begin anew with each, or cu_seq_lens_q and _k"
+            )
     if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, one set for all
         query = query.expand(mask.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
@@ -152,66 +170,142 @@ def _as_mask(
     window: int | None,
     edges: Tensor | None,
     edges_k: Tensor | None,
+    positions: Any = None,
 ) -> SparseMask:
+    """What a call may see, whatever said so."""
     (B, _, S, _), T = query.shape, key.shape[2]
-    B = max(B, key.shape[0])
-    if edges is not None and (
-        given is None or (isinstance(given, SparseMask) and given.plain and given.first is None)
-    ):
-        sides = None if window is None else (window - 1, 0 if causal else window - 1)
-        plan = Plan.from_documents(
-            edges, edges_k, Tq=S, Tk=T, causal=causal, window=sides if causal else None
-        )
-        starts = None
-        known = not torch.compiler.is_compiling()
-        if known and causal and window is None and (edges_k is None or torch.equal(edges, edges_k)):
-            starts = edges[:-1].repeat_interleave(edges.diff(), output_size=S)[None]
-        return SparseMask(plan, B, causal=causal, documents=len(edges) > 2, starts=starts)
+    B, name = max(B, key.shape[0]), type(module).__name__
+    own = isinstance(given, SparseMask)
     if isinstance(given, SparseMask):
         if given.shape[2:] != (S, T):
             raise SparseFlashError(
-                f"{type(module).__name__}: the mask is for {list(given.shape[2:])} tokens, queries and keys "
+                f"{name}: the mask is for {list(given.shape[2:])} tokens, queries and keys "
                 f"are {[S, T]}: the model built it for another cache or length"
             )
+        causal = given.causal
+    elif given is not None:
+        given = _of_tensor(module, given, B, S, T)
+    if edges is not None or edges_k is not None:
+        return _of_edges(module, given, B, S, T, causal, window, edges, edges_k)
+    if given is None:
+        given = _unmasked(module, query, B, S, T, causal, window)
+    elif not own:
         return given
-    if given is not None:
-        return _of_tensor(module, given, B, S, T)
+    return by_positions(given, positions) if given.causal else given  # others may be of another sequence
+
+
+def _unmasked(
+    module: nn.Module, query: Tensor, B: int, S: int, T: int, causal: bool, window: int | None
+) -> SparseMask:
+    """What a call without a mask may see, by its layer's own rules."""
     if causal and S == 1:  # the last token of what the cache holds
         causal = False
-    if causal and S != T:
+        if window is not None and window < T:
+            raise SparseFlashError(
+                f"{type(module).__name__}: a window of {window} tokens, {T} keys and no mask: give the model "
+                "an attention_mask"
+            )
+        window = None
+    if (causal or window is not None) and S != T:
         raise SparseFlashError(
-            f"{type(module).__name__}: causal, {S} queries, {T} keys and no mask: where the queries stand "
-            "among the keys is not known. Give the model an attention_mask"
+            f"{type(module).__name__}: causal or windowed, {S} queries, {T} keys and no mask: where the "
+            "queries stand among the keys is not known. Give the model an attention_mask"
         )
-    sides = None if window is None or not causal else (window - 1, 0)
-    plan = Plan.dense(S, T, causal=causal, window=sides, device=query.device)
-    return SparseMask(plan, B, causal=causal, plain=sides is None)
+    plan = Plan.dense(S, T, causal=causal, window=_sides(window, causal), device=query.device)
+    return SparseMask(plan, B, causal=causal, plain=window is None)
 
 
-_last: list[Any] = [lambda: None, -1, None]
-"""The tensor mask that was read last (a weak reference), its version, and what it became."""
+def _sides(window: int | None, causal: bool) -> tuple[int, int] | None:
+    """The window of a layer as a plan's: of so many tokens its own is one, on either side."""
+    return None if window is None else (window - 1, 0 if causal else window - 1)
+
+
+def _of_edges(
+    module: nn.Module,
+    given: SparseMask | None,
+    B: int,
+    S: int,
+    T: int,
+    causal: bool,
+    window: int | None,
+    edges: Tensor | None,
+    edges_k: Tensor | None,
+) -> SparseMask:
+    """Documents by `cu_seq_lens_q` and `cu_seq_lens_k`, within the mask."""
+    name = type(module).__name__
+    if edges is None:
+        raise SparseFlashError(f"{name}: cu_seq_lens_k without cu_seq_lens_q: give both")
+    if B != 1:
+        raise SparseFlashError(
+            f"{name}: cu_seq_lens_q for a batch of {B} rows: expected one row, which holds all documents. "
+            "Give position_ids that begin anew with each document instead"
+        )
+    known = not torch.compiler.is_compiling()
+    same = edges_k is None or edges_k is edges or (known and torch.equal(edges, edges_k))
+    if same and S != T:
+        raise SparseFlashError(
+            f"{name}: cu_seq_lens_q tells where documents lie among {S} queries, not where among {T} keys: "
+            "give cu_seq_lens_k of the keys too"
+        )
+    if given is None or (given.plain and given.first is None):
+        plan = Plan.from_documents(
+            edges,
+            edges_k,
+            Tq=S,
+            Tk=T,
+            causal=causal,
+            window=_sides(window, causal) if given is None else None,
+        )
+        starts = None
+        if known and causal and same and plan.window is None and int(edges[-1]) == S:
+            starts = edges[:-1].repeat_interleave(edges.diff(), output_size=S)[None]
+        return SparseMask(plan, 1, causal=causal, documents=len(edges) > 2, starts=starts)
+    if not same or not known:
+        raise SparseFlashError(
+            f"{name}: cu_seq_lens_q beside a mask of padding, windows or documents, "
+            + ("and keys that are not the queries' own" if known else "in a compiled model")
+            + ": not supported. Leave the mask out, or cu_seq_lens_q"
+        )
+    at = torch.searchsorted(edges.to(given.device), torch.arange(S, device=given.device), right=True)
+    ends = torch.cat([edges, edges[-1:]]).to(given.device).long()  # tokens behind the last see nothing
+    return given.within(ends[at - 1][None], ends[at][None])
+
+
+_last: list[Any] = [lambda: None, None, None]
+"""The tensor mask that was read last (a weak reference), its version and call's shape, what it became."""
 
 
 def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> SparseMask:
     """A 4-d mask of the user's, bool or 0 and -inf; read once for all layers."""
-    if _last[0]() is mask and _last[1] == mask._version:
-        return _last[2]
-    keep = mask
-    if mask.dim() != 4 or mask.shape[-2] not in (1, S) or mask.shape[-1] < T:
+    name = type(module).__name__
+    if mask.requires_grad and torch.is_grad_enabled():
         raise SparseFlashError(
-            f"{type(module).__name__}: attention_mask {list(mask.shape)}; expected [B|1, H|1, {S}, {T}]"
+            f"{name}: attention_mask carries a gradient: a bias for every pair that is learned is not "
+            "supported, and its gradient would be lost. Keep 'sdpa' or 'eager' for this model"
         )
-    if mask.is_floating_point():
-        keep = mask == 0
-        hidden = mask <= -1e4
+    of = (mask._version, B, S, T)
+    if _last[0]() is mask and _last[1] == of:
+        return _last[2]
+    if mask.dim() != 4 or mask.shape[-2] not in (1, S) or mask.shape[-1] < T:
+        raise SparseFlashError(f"{name}: attention_mask {list(mask.shape)}; expected [B|1, H|1, {S}, {T}]")
+    keep = plain_mask(mask)
+    if keep.is_floating_point():
+        hidden = keep <= -1e4
+        keep = keep == 0
         if not bool((keep | hidden).all()):
             raise SparseFlashError(
-                f"{type(module).__name__}: attention_mask holds numbers that are neither 0 (seen) nor below "
+                f"{name}: attention_mask holds numbers that are neither 0 (seen) nor below "
                 "-1e4 (hidden). A bias for every pair is not supported: keep 'sdpa' for this model"
             )
-    plan = Plan.from_mask(keep[..., :T].bool(), Tq=S, Tk=T)
+    elif keep.dtype != torch.bool:
+        raise SparseFlashError(
+            f"{name}: attention_mask has dtype {keep.dtype}, which eager attention would add to the scores: "
+            "expected bool (True = seen), or floats (0 = seen, -inf = hidden). Use mask.bool()"
+        )
+    keep = keep[..., :T]
+    plan = Plan.from_mask(keep, Tq=S, Tk=T)
     own = torch.arange(S, device=mask.device)[:, None] + (T - S)
     later = torch.arange(T, device=mask.device) > own
-    made = SparseMask(plan, B, causal=not bool((keep[..., :T] & later).any()), offset=T - S)
-    _last[:] = [weakref.ref(mask), mask._version, made]
+    made = SparseMask(plan, B, causal=not bool((keep & later).any()), offset=T - S)
+    _last[:] = [weakref.ref(mask), of, made]
     return made

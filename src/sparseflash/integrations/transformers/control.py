@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ...decode import decode as decode_op
 from ...errors import SparseFlashError
-from ...method import Method
+from ...method import Method, Selection, find, names
 from ...ops import attention
-from ...plan.options import narrow, same_offset
+from ...plan.options import same_offset
 from .attention import FEW, SETTING, exact
 from .layers import Layer, chosen
 from .mask import SparseMask
+from .packed import gather, scatter
 
 Heads = Sequence[Method | None]
 Choice = Method | Heads | Mapping[int, Any] | None
@@ -207,38 +208,91 @@ class Setting:
             return exact(q, k, v, plan, options)
         if mask.documents:
             return self._apart(method, q, k, v, mask, options, heads)
-        if mask.first is not None and not mask.causal:
+        if mask.padded is not None and not mask.causal and (mask.cross or q.shape[2] != k.shape[2]):
             raise SparseFlashError(
-                f"{self.layer.name}: {_named(method)} on a bidirectional layer with padding: give it rows of "
-                "one length"
+                f"{self.layer.name}: {_named(method)} on a layer that attends to another sequence, with "
+                "padding there: which of the queries are padding is not known. Give it rows of one length"
             )
-        offset = mask.offset
-        if mask.first is not None:  # keys of padding on the left go behind all others, where nobody sees them
-            k, v = (_forward(x, mask.first) for x in (k, v))
-            offset = narrow(mask.offset - mask.first)
+        if mask.padded is not None:
+            return self._unpadded(method, q, k, v, mask, options, heads)
+        selection = self._select(method, q, k, v, mask.offset)
+        plans = tuple(self._within(method, one, mask) for one in _plans(selection.plan))
+        return self._run(method, q, k, v, selection, plans, mask.plan, options, heads)
+
+    def _select(self, method: Method, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor) -> Selection:
         ctx = {"v": v, "q_offset": offset, "layer": self.layer.index}
         try:
-            selection = method.select(q, k, ctx)
+            return method.select(q, k, ctx)
         except SparseFlashError as fault:
             raise SparseFlashError(f"{self.layer.name}, {_named(method)}: {fault}") from fault
-        plan = tuple(self._within(method, one, mask, offset) for one in _plans(selection.plan))
+
+    def _run(
+        self,
+        method: Method,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: Selection,
+        plans: tuple[Any, ...],
+        dense: Any,
+        options: dict[str, Any],
+        heads: Sequence[int],
+    ) -> Tensor:
+        """Attention over what was selected."""
         if self.watch is not None:
-            self.watch(method, heads, q, k, plan, self._dense(mask, q, k, offset))
+            self.watch(method, heads, q, k, plans, dense)
         if selection.key_bias is not None:
             options = {**options, "key_bias": selection.key_bias}
         given = [x for x in (q, k, v, *options.values()) if isinstance(x, Tensor)]
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
         op: Any = decode_op if q.shape[2] <= FEW and not learns else attention
-        out, lse = method.finish(*op(q, k, v, plan, return_lse=True, **options), v)
+        out, lse = method.finish(*op(q, k, v, plans, return_lse=True, **options), v)
         return out if selection.gate is None else out * selection.gate[..., None].to(out.dtype)
 
-    def _dense(self, mask: SparseMask, q: Tensor, k: Tensor, offset: int | Tensor) -> Any:
-        """All that the model lets this layer see, for keys that were moved to the front."""
-        if mask.first is None:
-            return mask.plan
-        return type(mask.plan).dense(
-            q.shape[2], k.shape[2], causal=mask.causal, q_offset=offset, device=q.device
-        )
+    def _unpadded(
+        self,
+        method: Method,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: SparseMask,
+        options: dict[str, Any],
+        heads: Sequence[int],
+    ) -> Tensor:
+        """Every sequence of a padded batch as it would be alone.
+
+        Where all there is beside padding is causality, tokens go to the front, padding behind them, and all
+        sequences are one call: if the method is known to choose for each token whatever follows it, and its
+        plan hides later tokens by their place and nothing else, padding makes no difference. Any other method
+        is asked for the sequences of each length by themselves, about their own tokens.
+        """
+        assert mask.padded is not None
+        traced = torch.compiler.is_compiling()
+        if mask.by_rule and mask.causal and _whatever_follows(method) and self.watch is None:
+            queries, keys = mask.padded.moved()
+            offset: int | Tensor = mask.padded.begin.int()
+            if not traced and not bool(mask.padded.begin.any()):
+                offset = 0
+            q2 = q if queries is None else gather(q, None, queries)
+            k2, v2 = (x if keys is None else gather(x, None, keys) for x in (k, v))
+            selection = self._select(method, q2, k2, v2, offset)
+            plans = _plans(selection.plan)
+            if all(_by_place(one, offset) for one in plans):
+                out = self._run(method, q2, k2, v2, selection, plans, None, options, heads)
+                return out if queries is None else gather(out, None, queries.argsort(-1))
+        if traced:
+            raise SparseFlashError(
+                f"{self.layer.name}: {_named(method)} in a compiled model with an attention_mask: padding "
+                "may change what it chooses or shows, and a trace cannot look. Give the model no "
+                "attention_mask, run it without torch.compile, or leave this layer dense"
+            )
+        parts = []
+        for group, own in mask.groups:
+            one = gather(q, group.rows, group.queries), *(gather(x, group.rows, group.keys) for x in (k, v))
+            parts.append((group, self._attend(method, *one, own, options, heads)))
+        if not parts:
+            return v.new_zeros(*q.shape[:3], v.shape[3])
+        return scatter(parts, (q.shape[0], q.shape[2]))
 
     def _apart(
         self,
@@ -258,29 +312,44 @@ class Setting:
                 "one document a row (padded on either side), or leave this layer dense"
             )
         parts = []
-        for part in zip(*map(mask.apart.split, (q, k, v))):
+        for tokens, *part in zip(mask.apart.tokens, *map(mask.apart.split, (q, k, v))):
             n, _, length, _ = part[0].shape
             own = type(mask.plan).dense(length, length, causal=True, device=q.device)
-            alone = SparseMask(own, n, causal=True, plain=True)
+            padding = None if bool(tokens.all()) else tokens
+            alone = SparseMask(own, n, causal=True, plain=True, padding=padding, tokens=padding)
             parts.append(self._attend(method, *part, alone, options, heads))
         return mask.apart.join(parts)
 
-    def _within(self, method: Method, plan: Any, mask: SparseMask, offset: int | Tensor) -> Any:
+    def _within(self, method: Method, plan: Any, mask: SparseMask) -> Any:
         """The plan without what the model hides."""
         if plan.causal and not mask.causal:
             raise SparseFlashError(
                 f"{self.layer.name} is bidirectional (or attends to another sequence), {_named(method)} is "
                 "causal: choose other layers, or a method with causal=False"
             )
-        if plan.causal and plan.q_pos is None and not same_offset(plan.q_offset, offset):
+        if plan.causal and plan.q_pos is None and not same_offset(plan.q_offset, mask.offset):
             raise SparseFlashError(
                 f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
-                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts without "
-                "padding on the left; where these are refused too, it is not for this layer"
+                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts; where "
+                "these are refused too, it is not for this layer"
             )
         if mask.plain and plan.causal == mask.causal:
             return plan
         return plan & mask.plan
+
+
+def _whatever_follows(method: Method) -> bool:
+    """Whether what a token sees is known not to depend on later tokens, nor on how many there are.
+
+    By its word where it decodes, and by the tests of registered methods; others may have a budget by length.
+    """
+    return method.causal_selection and (method.decodes or type(method) in map(find, names()))
+
+
+def _by_place(plan: Any, offset: int | Tensor) -> bool:
+    """Whether no query sees a key behind its own place, whatever the lists say."""
+    own = plan.q_pos is None and plan.k_pos is None
+    return plan.causal and own and same_offset(plan.q_offset, offset)
 
 
 def _named(method: Method) -> str:
@@ -290,10 +359,3 @@ def _named(method: Method) -> str:
 
 def _plans(plan: Any) -> tuple[Any, ...]:
     return tuple(plan) if isinstance(plan, (tuple, list)) else (plan,)
-
-
-def _forward(x: Tensor, first: Tensor) -> Tensor:
-    """Keys or values `[B,H,T,D]` with the token `first [B]` in front, and what was before it behind."""
-    T = x.shape[2]
-    at = (torch.arange(T, device=x.device) + first[:, None]) % T
-    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

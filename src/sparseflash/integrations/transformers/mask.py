@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.options import ANY, NONE, narrow
-from .packed import Documents
+from .keep import KeepMask, keep_mask
+from .packed import Documents, Group, Padded
 
 SPREAD = 16
 """Keys that one round of the search for the end of a range looks at."""
@@ -22,14 +25,33 @@ Sees = Callable[[Tensor], Tensor]
 
 
 class _Dense:
-    """Torch functions get the tensor that this stands for."""
+    """What a model computes with gets the tensor that this stands for, as a `KeepMask`."""
+
+    owner = ""
 
     def to_dense(self) -> Tensor:
         """That tensor. Materialises S x T."""
         raise NotImplementedError
 
-    def __invert__(self) -> Tensor:
-        return ~self.to_dense()
+    def keep(self) -> Tensor:
+        """That tensor, for a model to use as a mask, not as numbers."""
+        return keep_mask(self.to_dense(), self.owner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(KeepMask, name):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(self.keep(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __eq__(self, other: Any) -> Any:
+        return self.keep() == other if isinstance(other, (Tensor, int, float)) else self is other
+
+    def __ne__(self, other: Any) -> Any:
+        return self.keep() != other if isinstance(other, (Tensor, int, float)) else self is not other
+
+    __hash__ = object.__hash__
 
     @classmethod
     def __torch_function__(
@@ -38,10 +60,24 @@ class _Dense:
         return function(*_dense(given), **{name: _dense(x) for name, x in (options or {}).items()})
 
 
+def _computes(name: str) -> Callable[..., Any]:
+    def method(self: _Dense, *given: Any) -> Any:
+        return getattr(self.keep(), name)(*_dense(given))
+
+    return method
+
+
+for _name in (
+    "invert neg add radd sub rsub mul rmul truediv rtruediv floordiv mod pow matmul rmatmul "
+    "and rand or ror xor rxor lt le gt ge float int"
+).split():
+    setattr(_Dense, f"__{_name}__", _computes(f"__{_name}__"))
+
+
 def _dense(x: Any) -> Any:
     if isinstance(x, (list, tuple)):
-        return [_dense(one) for one in x]
-    return x.to_dense() if isinstance(x, _Dense) else x
+        return type(x)([_dense(one) for one in x])
+    return x.keep() if isinstance(x, _Dense) else x
 
 
 class SparseMask(_Dense):
@@ -76,6 +112,14 @@ class SparseMask(_Dense):
         the ends are all there is.
     padding : Tensor, optional
         bool `[B, T]`, True = token, where causality (or nothing) and this are all there is.
+    ranges : (Tensor, Tensor), optional
+        Where each query's keys are one range, but for padding: its ends, `[B|1, S]` each.
+    tokens : Tensor, optional
+        bool `[B, T]`, True = token, where some keys are padding, whatever else is hidden.
+    owner : str
+        The type of the model that it was made for, for messages.
+    cross : bool
+        Whether keys are of another sequence than queries, as far as the model says so.
     """
 
     ndim = 4
@@ -95,10 +139,16 @@ class SparseMask(_Dense):
         starts: Tensor | None = None,
         if_plain: Tensor | None = None,
         padding: Tensor | None = None,
+        ranges: tuple[Tensor, Tensor] | None = None,
+        tokens: Tensor | None = None,
+        owner: str = "",
+        cross: bool = False,
     ) -> None:
         self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
         self.documents, self.starts, self.if_plain, self.padding = documents, starts, if_plain, padding
+        self.ranges, self.tokens, self.owner, self.cross = ranges, tokens, owner, cross
         self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
+        self._padded: Padded | None = None
 
     @property
     def by_rule(self) -> bool:
@@ -109,6 +159,59 @@ class SparseMask(_Dense):
     def apart(self) -> Documents | None:
         """The documents as batches, for methods; None where something else is hidden too."""
         return None if self.starts is None else Documents(self.starts.expand(self.shape[0], -1))
+
+    def within(self, begin: Tensor, end: Tensor) -> SparseMask:
+        """The mask with each query kept to the keys `[begin, end)`, `[B|1, S]` each: packed documents."""
+        Tq, Tk = self.shape[2:]
+        query = torch.arange(Tq, device=self.device) + self.offset
+        ranges = self.ranges
+        if ranges is None and self.plain and self.first is None:
+            last = (query + 1).clamp(0, Tk) if self.causal else torch.full_like(query, Tk)
+            ranges = torch.zeros_like(query)[None], last[None]
+        same: dict[str, Any] = {name: getattr(self, name) for name in ("causal", "offset", "tokens", "owner")}
+        if ranges is None:
+            plan = self.plan & Plan.from_intervals(begin[:, None], end[:, None], Tk=Tk)
+            return SparseMask(plan, self.shape[0], documents=True, **same)
+        lo, hi = ranges
+        lo = torch.maximum(lo, begin)
+        hi = torch.maximum(torch.minimum(hi, end), lo)
+        plan, _, _ = _padded(lo, hi, self.tokens, Tk)
+        notes = {"documents": True} | (_documents(lo, hi, query, self.tokens) if self.causal else {})
+        return SparseMask(plan, self.shape[0], ranges=(lo, hi), **same, **notes)
+
+    @property
+    def padded(self) -> Padded | None:
+        """The sequences without their padding; None where there is none."""
+        if (
+            self.tokens is not None and self._padded is None
+        ):  # no cached_property: a trace cannot enter its lock
+            self._padded = Padded(self.tokens, self.shape[2], self.offset)
+        return self._padded
+
+    @functools.cached_property
+    def groups(self) -> list[tuple[Group, SparseMask]]:
+        """Sequences of one length each, and what the mask says of their own tokens. Looks at values."""
+        assert self.padded is not None
+        return [(group, self._of(group, self.padded.rank)) for group in self.padded.groups()]
+
+    def _of(self, group: Group, rank: Tensor) -> SparseMask:
+        """The mask of a group: between its own tokens, with nothing of padding."""
+        (n, Tq), Tk = group.queries.shape, group.keys.shape[1]
+        same: dict[str, Any] = {"causal": self.causal, "offset": group.offset, "owner": self.owner}
+        if self.by_rule:
+            offset = group.offset if self.causal else 0
+            plan = Plan.dense(Tq, Tk, causal=self.causal, q_offset=offset, device=self.device)
+            return SparseMask(plan, n, plain=True, **same)
+        if self.ranges is not None:
+            ends = (x.expand(self.shape[0], -1)[group.rows].gather(1, group.queries) for x in self.ranges)
+            lo, hi = (rank[group.rows].gather(1, x) for x in ends)
+            plan, _, _ = _padded(*_shared(lo, torch.maximum(lo, hi)), None, Tk)
+            return SparseMask(plan, n, **same)
+        keep = self.plan.to_dense().expand(self.shape[0], -1, -1, -1)[group.rows]
+        at = group.queries[:, None, :, None].expand(-1, keep.shape[1], -1, keep.shape[3])
+        keep = keep.gather(2, at)
+        at = group.keys[:, None, None].expand(-1, keep.shape[1], Tq, -1)
+        return SparseMask(Plan.from_mask(keep.gather(3, at)), n, **same)
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +231,8 @@ class SparseMask(_Dense):
             )
         else:
             plain = bool(self.if_plain)
-        same = {"causal": self.causal, "offset": self.offset, "padding": self.padding}
+        names = ("causal", "offset", "padding", "tokens", "ranges", "owner", "cross")
+        same = {name: getattr(self, name) for name in names}
         return SparseMask(self.plan, self.shape[0], plain=plain, first=self.first if plain else None, **same)
 
     def dim(self) -> int:
@@ -143,12 +247,15 @@ class SparseMask(_Dense):
         """The mask itself."""
         return self
 
-    def to(self, *args: Any, **options: Any) -> SparseMask:
-        """The mask on another device; a dtype changes nothing."""
-        device = torch._C._nn._parse_to(*args, **options)[0]
+    def to(self, *args: Any, **options: Any) -> Any:
+        """The mask on another device; a dtype changes nothing, but bool is refused: the mask knows itself."""
+        device, dtype = torch._C._nn._parse_to(*args, **options)[:2]
+        if dtype == torch.bool:
+            return self.keep().to(dtype)
         if device is None or device == self.device:
             return self
-        given = {name: getattr(self, name) for name in ("offset", "first", "starts", "if_plain", "padding")}
+        names = ("offset", "first", "starts", "if_plain", "padding", "tokens")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
         given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
         return SparseMask(
             self.plan.to(device),
@@ -156,6 +263,9 @@ class SparseMask(_Dense):
             causal=self.causal,
             plain=self.plain,
             documents=self.documents,
+            owner=self.owner,
+            cross=self.cross,
+            ranges=None if self.ranges is None else (self.ranges[0].to(device), self.ranges[1].to(device)),
             **given,
         )
 
@@ -164,8 +274,9 @@ class SparseMask(_Dense):
         return self.plan.to_dense().expand(self.shape)
 
     def __getitem__(self, index: Any) -> Any:
+        index = _dense(index)
         rows = (slice(None), 0, slice(None), slice(None))  # what models with an indexer hand to it
-        return MaskRows(self) if index == rows else self.to_dense()[index]
+        return MaskRows(self) if index == rows else self.keep()[index]
 
     def __repr__(self) -> str:
         return f"SparseMask({list(self.shape)}, {self.plan!r})"
@@ -178,7 +289,7 @@ class MaskRows(_Dense):
     dtype = torch.bool
 
     def __init__(self, mask: SparseMask) -> None:
-        self.mask = mask
+        self.mask, self.owner = mask, mask.owner
         self.shape = torch.Size((mask.shape[0], *mask.shape[2:]))
 
     def to_dense(self) -> Tensor:
@@ -186,7 +297,7 @@ class MaskRows(_Dense):
         return self.mask.to_dense()[:, 0]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.to_dense()[index]
+        return self.keep()[_dense(index)]
 
 
 def sparse_mask(
@@ -221,12 +332,43 @@ def sparse_mask(
     """
     if isinstance(attention_mask, SparseMask):
         return attention_mask
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
     if cache_position is not None:
         q_length, q_offset = len(cache_position), cache_position[0]
     assert q_length is not None and mask_function is not None
-    padding = _padding(attention_mask, kv_length, kv_offset)
+    mask = _mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        _padding(attention_mask, kv_length, kv_offset),
+        use_vmap,
+        device,
+    )
+    mask.owner = getattr(options.get("config"), "model_type", "")
+    if not torch.compiler.is_compiling():
+        # what Transformers does not say here is an argument of the function of its that calls this one: it
+        # looks for packed documents only where a call keeps no cache and was given no mask
+        caller = sys._getframe(1).f_locals
+        mask = by_positions(mask, caller.get("position_ids"))
+        mask.cross = caller.get("encoder_hidden_states") is not None
+    return mask
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Tensor],
+    padding: Tensor | None,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> SparseMask:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
     causal = mask_function is causal_mask_function
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
@@ -238,7 +380,7 @@ def sparse_mask(
     query = torch.arange(q_length, device=device) + offset  # counted from the first key
     if use_vmap:  # a function of the user's own
         plan = _any_plan(mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device)
-        return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset)
+        return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding)
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
     head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     at = (query + kv_offset)[None, None, :, None]
@@ -260,7 +402,9 @@ def sparse_mask(
             plan = _any_plan(
                 mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device
             )
-            return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset)
+            return SparseMask(
+                plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding
+            )
     plan, first, solid = _padded(lo, hi, padding, kv_length)
     notes: dict[str, Any] = {}
     if simple:
@@ -277,8 +421,69 @@ def sparse_mask(
         plain=simple and solid is True,
         first=first,
         padding=padding if simple else None,
+        ranges=(lo, hi),
+        tokens=padding,
         **notes,
     )
+
+
+def by_positions(mask: SparseMask, positions: Any) -> SparseMask:
+    """A mask of self-attention whose documents lie apart, by positions `[B|1, S]` that begin anew.
+
+    A token begins a document where its position is 0 again, or below that of the token before it. Where the
+    model itself has made documents, they stay; other things than positions say nothing.
+    """
+    S = mask.shape[2]
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.is_floating_point():
+        return mask
+    if positions.shape[1] != S or positions.shape[0] not in (1, mask.shape[0]) or S < 2:
+        return mask
+    if torch.compiler.is_compiling():
+        if mask.by_rule:
+            torch._assert_async(
+                ~_begins(mask, positions).any(),
+                "position_ids begin anew within a row, and the compiled model keeps a cache or was given an "
+                "attention_mask: pass use_cache=False and no attention_mask for packed documents",
+            )
+        return mask
+    if _packed[0]() is positions and _packed[1] == positions._version and _packed[2]() is mask:
+        return _packed[3] or mask
+    begins, made = _begins(mask, positions), None
+    if bool(begins.any()):
+        at = torch.arange(S, device=begins.device) + mask.offset
+        begin = torch.where(begins, at, 0).cummax(-1).values
+        later = torch.where(begins, at, mask.shape[3]).flip(-1).cummin(-1).values.flip(-1)
+        end = torch.nn.functional.pad(later[:, 1:], (0, 1), value=mask.shape[3])
+        begin, end = begin.to(mask.device), end.to(mask.device)
+        if not mask.documents:
+            made = mask.within(begin, end)
+        elif mask.ranges is None or not bool((mask.ranges[0] >= begin).all()):
+            raise SparseFlashError(
+                f"{mask.owner}: position_ids begin anew within a row, in a layer that sees chunks, and the "
+                "call keeps a cache or was given an attention_mask: chunks would be counted from the first "
+                "token of the row. Pass use_cache=False and no attention_mask"
+            )
+    _packed[:] = [weakref.ref(positions), positions._version, weakref.ref(mask), made]
+    return made or mask
+
+
+_packed: list[Any] = [lambda: None, -1, lambda: None, None]
+"""The positions that were read last (a weak reference), their version, the mask, and what it became."""
+
+
+def _begins(mask: SparseMask, positions: Tensor) -> Tensor:
+    """Which tokens begin another document than the token before, bool `[B|1, S]`; padding is no token."""
+    S = mask.shape[2]
+    at = torch.arange(S, device=positions.device)
+    real = torch.ones_like(positions, dtype=torch.bool)
+    if mask.tokens is not None:
+        keys = (at + mask.offset).clamp(max=mask.shape[3] - 1)
+        real = mask.tokens.index_select(1, keys.to(mask.tokens.device)).to(positions.device)
+    positions = positions.expand(len(real), -1)
+    before = torch.where(real, at, -1).cummax(-1).values
+    before = torch.nn.functional.pad(before[:, :-1], (1, 0), value=-1)
+    last = positions.gather(1, before.clamp(min=0))
+    return real & (before >= 0) & ((positions < last) | (positions == 0))
 
 
 def _documents(lo: Tensor, hi: Tensor, query: Tensor, padding: Tensor | None) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""Methods on packed rows: each document by itself, documents of like lengths in one call."""
+"""Methods on packed and on padded rows: each document or sequence by itself, those that may in one call."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class Documents:
-    """The documents of packed rows as batches, and the way back.
+    """The documents of packed rows as batches padded on the right, and the way back.
 
-    A method sees each document as a sequence of its own, padded on the right. Lengths of one batch are within
-    a factor of two: the tail of a shorter document is zeros, which causality hides from its tokens.
+    Lengths of one batch are within a factor of two; the tail of a shorter document is zeros. `tokens` says
+    what is none: for each batch, bool `[documents, length]`, True = token.
 
     Parameters
     ----------
@@ -25,11 +28,13 @@ class Documents:
         first = (starts == at).flatten().nonzero()[:, 0]
         length = torch.diff(first, append=first.new_tensor([total]))
         size = length.double().log2().ceil()
-        self.parts = []
+        self.parts: list[Tensor] = []
+        self.tokens: list[Tensor] = []
         for one in size.unique():
             a, n = (x[size == one] for x in (first, length))
             lane = torch.arange(int(n.max()), device=starts.device)
-            self.parts.append(torch.where(lane < n[:, None], a[:, None] + lane, total))
+            self.tokens.append(lane < n[:, None])
+            self.parts.append(torch.where(self.tokens[-1], a[:, None] + lane, total))
         order = torch.cat([part.flatten() for part in self.parts])
         self.place = order.new_empty(total + 1)
         self.place[order] = torch.arange(len(order), device=starts.device)
@@ -47,3 +52,93 @@ class Documents:
         """What `split` took apart, `[B,H,S,D]`."""
         rows = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in batches])
         return rows.index_select(0, self.place[:-1]).unflatten(0, self.shape).transpose(1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Sequences of a padded batch that have as many queries, keys and keys before their first query.
+
+    Parameters
+    ----------
+    rows : Tensor
+        `[n]`: which sequences.
+    queries, keys : Tensor
+        `[n,S']`, `[n,T']`: where their tokens are.
+    offset : int
+        How many of the keys come before the first query.
+    """
+
+    rows: Tensor
+    queries: Tensor
+    keys: Tensor
+    offset: int
+
+
+class Padded:
+    """The sequences of a padded batch without their padding, wherever it lies.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        bool `[B,T]`, True = token.
+    S : int
+        Queries.
+    offset : int or Tensor
+        Place of the first query among the keys.
+    """
+
+    def __init__(self, tokens: Tensor, S: int, offset: int | Tensor) -> None:
+        T = tokens.shape[1]
+        at = (torch.arange(S, device=tokens.device) + offset).clamp(0, max(T - 1, 0))
+        real = tokens.index_select(1, at)
+        before = torch.nn.functional.pad(tokens.long().cumsum(1), (1, 0))
+        self.tokens, self.real = tokens, real
+        self._moved: tuple[Tensor | None, Tensor | None] | None = None
+        self.begin = before.index_select(1, at[:1])[:, 0] if S else before[:, 0]
+        self.rank = before
+        """`[B,T+1]`: how many tokens come before each key."""
+
+    def front(self) -> tuple[Tensor, Tensor]:
+        """The tokens of each sequence first, then its padding: `[B,S]` of queries, `[B,T]` of keys."""
+        queries, keys = (torch.argsort((~x).byte(), dim=-1, stable=True) for x in (self.real, self.tokens))
+        return queries, keys
+
+    def moved(self) -> tuple[Tensor | None, Tensor | None]:
+        """`front`, None where nothing moves."""
+        if self._moved is None:
+            self._moved = self.front()
+            if not torch.compiler.is_compiling():
+                still = [bool((x[:, 1:] > x[:, :-1]).all()) for x in self._moved]
+                self._moved = (None if still[0] else self._moved[0], None if still[1] else self._moved[1])
+        return self._moved
+
+    def groups(self) -> list[Group]:
+        """All sequences that have queries. Looks at values."""
+        sizes = torch.stack([self.real.sum(1), self.tokens.sum(1), self.begin], 1).tolist()
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i, size in enumerate(sizes):
+            rows.setdefault(tuple(size), []).append(i)
+        queries, keys = self.front()
+        return [
+            Group(at := torch.tensor(which, device=keys.device), queries[at, :n], keys[at, :m], begin)
+            for (n, m, begin), which in rows.items()
+            if n
+        ]
+
+
+def gather(x: Tensor, rows: Tensor | None, at: Tensor) -> Tensor:
+    """Tokens `at [n,T']` of sequences `[n]` (None: all) of `x [B,H,T,D]`: `[n,H,T',D]`."""
+    x = x if rows is None else x[rows]
+    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def scatter(parts: list[tuple[Group, Tensor]], like: Any) -> Tensor:
+    """Results `[n,H,S',D]` of groups as `[B,H,S,D]`; 0 at padding."""
+    (B, S), out = like, None
+    for group, x in parts:
+        place = (group.rows[:, None] * S + group.queries).flatten()
+        rows = x.transpose(1, 2).flatten(0, 1)
+        out = rows.new_zeros(B * S, *rows.shape[1:]) if out is None else out
+        out = out.index_copy(0, place, rows)
+    assert out is not None
+    return out.unflatten(0, (B, S)).transpose(1, 2)

@@ -120,18 +120,22 @@ class _Probe:
         out, seconds = _timed(lambda: self.setting(module, q, k, v, mask, options), q)
         _, dense = _timed(lambda: exact(q, k, v, mask.plan, options), q)
         H = q.shape[1]
-        names, density, recall = ["dense"] * H, [1.0] * H, [1.0] * H
+        names = ["dense"] * H
+        sums = torch.zeros(H, 4, dtype=torch.float64)  # pairs seen and there, mass caught and queries
 
         def watch(method: Any, heads: Sequence[int], q: Tensor, k: Tensor, plan: Any, full: Any) -> None:
+            """Called for all sequences of the batch, or for those of each length."""
             if method is None:
                 return
-            shares = _density(q, k, plan) / _density(q, k, full).clamp(min=1)
-            caught = _recall(q, k, plan, full, options)
-            for place, head in enumerate(heads):
+            found = [_density(q, k, plan), _density(q, k, full), *_recall(q, k, plan, full, options)]
+            sums[list(heads)] += torch.stack(found, -1).cpu()
+            for head in heads:
                 names[head] = repr(method)
-                density[head], recall[head] = float(shares[place]), float(caught[place])
 
         dataclasses.replace(self.setting, watch=watch)(module, q, k, v, mask, options)
+        shares = sums[:, 0::2] / sums[:, 1::2].clamp(min=1)
+        shares[torch.tensor([name == "dense" for name in names])] = 1.0
+        density, recall = shares.T.tolist()
         self.rows.append(
             Row(
                 self.layer.name,
@@ -163,10 +167,10 @@ def _density(q: Tensor, k: Tensor, plan: Any) -> Tensor:
     return sum(attention_stats(q, k, lse, one, over="row").sum((0, 2), dtype=torch.float64) for one in parts)
 
 
-def _recall(q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> Tensor:
-    """Mean over queries of the share of the dense softmax that a plan keeps, [Hq]; sinks left aside."""
+def _recall(q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The share of the dense softmax that a plan keeps, summed over queries, and their number: [Hq] each."""
     same = {name: options[name] for name in ("scale", "softcap")}
     part, whole = (attention(q, k, k, x, return_lse=True, **same)[1] for x in (plan, full))
     real = whole > float("-inf")
     share = torch.where(real, torch.exp(part - torch.where(real, whole, 0)), 0)
-    return share.sum((0, 2), dtype=torch.float64) / real.sum((0, 2)).clamp(min=1)
+    return share.sum((0, 2), dtype=torch.float64), real.sum((0, 2)).double()
