@@ -65,6 +65,8 @@ def is_real(x: object, shape: Sequence[int], device: torch.device) -> bool:
 
 def as_plans(plan: object) -> tuple[Plan, ...]:
     """A plan, or a tuple or list of them, as a tuple of at least one."""
+    if isinstance(plan, Plan):
+        return (plan.current(),)
     plans = plan if isinstance(plan, (tuple, list)) else (plan,)
     for one in plans:
         if not isinstance(one, Plan):
@@ -103,30 +105,24 @@ def as_backend(backend: object) -> str:
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Table of (condition, message) for q, k and v; each message follows what was given."""
-    good = all(isinstance(x, Tensor) and x.dim() == 4 and x.layout == torch.strided for x in (q, k, v))
-    rules: tuple[tuple[bool, str], ...] = (
-        (
-            good,
-            "expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], v [B,Hkv,Tk,Dv]; packed ones go to "
-            "attention_varlen, nested ones to jagged_attention",
-        ),
+    for x in (q, k, v):
+        if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
+            raise SparseFlashError(
+                f"{_said(q=q, k=k, v=v)}; expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], "
+                "v [B,Hkv,Tk,Dv]; packed ones go to attention_varlen, nested ones to jagged_attention"
+            )
+    (B, H, _, D), (Bk, heads, Tk, Dk), (Bv, v_heads, Tv, Dv) = q.shape, k.shape, v.shape
+    rules = (
+        (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
+        (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
+        (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
+        (Bk == Bv and Bk in (1, B), "k and v need the batch size of q, or 1 (a pool)"),
+        (heads == v_heads, "k and v need the same number of heads"),
+        (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
+        (Dk == D, "q and k need the same head dimension"),
+        (Tk == Tv, "k and v need the same number of tokens"),
+        (1 <= D <= 256 and 1 <= Dv <= 256, "head dimensions 1..256 are supported: use more heads"),
     )
-    if good:
-        (B, H, _, D), heads, Dv = q.shape, k.shape[1], v.shape[-1]
-        rules = (
-            (q.dtype in DTYPES, "expected fp32, fp16, bf16 (or fp64, reference only)"),
-            (q.dtype == k.dtype == v.dtype, "expected one dtype: cast k and v to q's, or use autocast"),
-            (q.device == k.device == v.device, "expected one device: use .to(q.device)"),
-            (
-                k.shape[0] == v.shape[0] and k.shape[0] in (1, B),
-                "k and v need the batch size of q, or 1 (a pool)",
-            ),
-            (heads == v.shape[1], "k and v need the same number of heads"),
-            (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
-            (k.shape[-1] == D, "q and k need the same head dimension"),
-            (k.shape[2] == v.shape[2], "k and v need the same number of tokens"),
-            (1 <= D <= 256 and 1 <= Dv <= 256, "head dimensions 1..256 are supported: use more heads"),
-        )
     for holds, message in rules:
         if not holds:
             raise SparseFlashError(f"{_said(q=q, k=k, v=v)}; {message}")

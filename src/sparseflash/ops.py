@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .errors import require
+from .errors import SparseFlashError, require
 from .inputs import (
     Plans,
     as_backend,
@@ -379,19 +379,20 @@ def attention(
     >>> sf.attention(q, k, v, plan).shape
     torch.Size([1, 2, 256, 64])
     """
-    check_unknown("attention", unsupported, _ELSEWHERE)
-    require((isinstance(causal, bool), f"causal={causal!r}: expected True or False"))
-    require(
-        (
-            plan is None or not causal,
-            "plan together with causal=True: causality belongs to the plan: Plan.dense(Tq, Tk, causal=True)",
-        ),
-        (
-            plan is None or (isinstance(q_offset, int) and q_offset == 0),
-            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)",
-        ),
-    )
-    require((isinstance(deterministic, bool), f"deterministic={deterministic!r}: expected True or False"))
+    if unsupported:
+        check_unknown("attention", unsupported, _ELSEWHERE)
+    if not isinstance(causal, bool):
+        raise SparseFlashError(f"causal={causal!r}: expected True or False")
+    if plan is not None and causal:
+        raise SparseFlashError(
+            "plan together with causal=True: causality belongs to the plan: Plan.dense(Tq, Tk, causal=True)"
+        )
+    if plan is not None and not (isinstance(q_offset, int) and q_offset == 0):
+        raise SparseFlashError(
+            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)"
+        )
+    if not isinstance(deterministic, bool):
+        raise SparseFlashError(f"deterministic={deterministic!r}: expected True or False")
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if plan is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -203,29 +204,26 @@ def names_all(plan: Plan) -> bool:
     return order is None or bool(((order >= 0).sum(-1) == plan.Tq).all())
 
 
-_Places = list[tuple[int, torch.Size, tuple[int, ...]]]
-_known: dict[int, tuple[weakref.ref[Plan], NativePlan, list[Tensor], _Places]] = {}
-
-
-def _places(tensors: list[Tensor]) -> _Places:
-    return [(x.data_ptr(), x.shape, x.stride()) for x in tensors]
+_Ask = list[Callable[[], int]]
+_known: dict[int, tuple[weakref.ref[Plan], NativePlan, _Ask, list[int]]] = {}
 
 
 def _native(plan: Plan, keep: list[Tensor]) -> NativePlan:
     """The plan as a C structure; kept with the plan where it only points into the plan's tensors.
 
     A tensor may get other memory behind our back (`share_memory_`, `set_`, `resize_`, `.data =`, a plan that
-    is sent to another process): what is kept is good while all of them lie where they lay.
+    is sent to another process): what is kept is good while each lies where it lay and is as large as it was.
     """
     at = id(plan)
     known = _known.get(at)
-    if known is not None and known[0]() is plan and _places(known[2]) == known[3]:
+    if known is not None and known[0]() is plan and [ask() for ask in known[2]] == known[3]:
         return known[1]
     made, copies = NativePlan(), len(keep)
     fill_plan(plan, made, keep)
     if len(keep) == copies:
-        tensors = list(plan.tensors().values())
-        _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made, tensors, _places(tensors))
+        asked = [ask for x in plan.tensors().values() for ask in (x.data_ptr, x.numel, x.is_contiguous)]
+        answers = [ask() for ask in asked]
+        _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made, asked, answers)
     return made
 
 
