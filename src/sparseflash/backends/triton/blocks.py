@@ -162,16 +162,19 @@ def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
         del _trial[kernel]
 
 
-def choose(case: Case, heavy: bool) -> Blocks:
-    """The blocks for a case; `heavy` calls have what takes many registers, and were not tuned for."""
+def choose(case: Case, heavy: bool, plain: bool = True) -> Blocks:
+    """The blocks for a case; `heavy` calls have what takes many registers, and were not tuned for.
+
+    `plain`: rows are tokens, and nothing tells tokens apart but their place.
+    """
     if case.kernel in _trial:
         return _trial[case.kernel]
     if not heavy and (known := tuned().get((architecture(), case))):
         return known
-    return _default(case, heavy)
+    return _default(case, heavy, plain)
 
 
-def _default(case: Case, heavy: bool) -> Blocks:
+def _default(case: Case, heavy: bool, plain: bool) -> Blocks:
     size = getattr(torch, case.dtype).itemsize
     kernel, _, backward = case.kernel.partition(", ")
     if kernel == "decode" and heavy:  # no registers are left for more keys
@@ -189,7 +192,7 @@ def _default(case: Case, heavy: bool) -> Blocks:
         return blocks
     if heavy:
         return replace(blocks, keys=16) if size == 4 else blocks
-    if table is HOPPER and blocks.stages > 1 and case.dim <= 64 and not backward:
+    if table is HOPPER and blocks.stages > 1 and case.dim <= 64 and plain and not backward:
         return replace(blocks, registers=128)  # two programs fit side by side
     return blocks
 

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from .common import (
-    ALWAYS,
     Keys,
     Rule,
     Tokens,
     dot,
     gathered,
-    given_norm,
+    given_share,
+    given_top,
     key_facts,
     load_rows,
     logits,
@@ -67,15 +67,14 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
     BM: tl.constexpr = F.CUT if RULES else F.BM
     within = part * BM + tl.arange(0, BM)
     real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
-    top, rest = given_norm(Q.top, Q.rest, token, real)
-    real = real & (top != ALWAYS)
+    top, real = given_top(Q.top, token, real)
     at = token.to(tl.int64)
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
     if not F.STATS:
         delta = tl.load(Q.delta + token, mask=real, other=0.0)
         do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
-    p = tl.exp2((x - top[None, :]) * R.factor - rest[None, :])  # 0 in lanes without a query
+    p = tl.exp2((x - top[None, :]) * R.factor)  # 0 in lanes without a query
     if RULES:
         keep = real[None, :] & (live & (C.token >= 0))[:, None]
         if BITS:
@@ -88,6 +87,7 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
             keep, pos[None, :], seg[None, :], C.pos[:, None], C.end[:, None], C.seg[:, None], R, F
         )  # fmt: skip
         p = tl.where(keep, p, 0.0)
+    p *= given_share(Q.rest, token, real)[None, :]
     if F.STATS:
         db = gathered(db, p, 1, F)
     else:

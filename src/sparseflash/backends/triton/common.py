@@ -76,8 +76,8 @@ class Rows(NamedTuple):
     q: Any
     do: Any
     delta: Any
-    rest: Any
-    """That of a given norm, times log2(e)."""
+    share: Any
+    """Of a given norm: what exp(unit * (x - top)) is multiplied with to be a weight."""
     real: Any
     pos: Any
     seg: Any
@@ -259,11 +259,17 @@ def logits(s, k_bias, R, F: tl.constexpr):
 
 
 @triton.jit
-def given_norm(TOP, REST, state, real):
-    """A norm's top, infinite where the row saw nothing (nothing has weight then), and its rest in base 2."""
+def given_top(TOP, state, real):
+    """The top of a norm, and which rows saw something: elsewhere it is infinite, and nothing has weight."""
     top = tl.load(TOP + state, mask=real, other=NEVER)
-    rest = tl.load(REST + state, mask=real, other=0.0)
-    return tl.where(top == NEVER, ALWAYS, top), rest * LOG2E
+    seen = real & (top != NEVER)
+    return tl.where(seen, top, ALWAYS), seen
+
+
+@triton.jit
+def given_share(REST, state, real):
+    """What a norm's rest makes of exp(unit * (x - top)): one over their sum."""
+    return tl.exp2(tl.load(REST + state, mask=real, other=0.0) * -LOG2E)
 
 
 @triton.jit

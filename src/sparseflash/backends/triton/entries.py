@@ -14,7 +14,8 @@ from .common import (
     Rule,
     Tokens,
     gathered,
-    given_norm,
+    given_share,
+    given_top,
     keys_at,
     pairs,
     place,
@@ -26,11 +27,11 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def weights(Q, top, rest, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
+def weights(Q, top, share, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
     """The weights that rows of a given norm have on key rows base + lane; 0 where they do not see them."""
     k = keys_at(K.k, base, lane, K.k_row, K.k_lane, live, F.D, F.BD)
     x, keep, _ = pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F)
-    return tl.where(keep, tl.exp2((x - top[:, None]) * R.factor - rest[:, None]), 0.0)
+    return tl.where(keep, tl.exp2((x - top[:, None]) * R.factor) * share[:, None], 0.0)
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def mine(slot, count, BAND: tl.constexpr):
 
 
 @triton.jit
-def over_range(total, Q, token, top, rest, K, R, lo, hi, word, origin, WORDS, first, order, Tk,
+def over_range(total, Q, token, top, share, K, R, lo, hi, word, origin, WORDS, first, order, Tk,
                BAND: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Take in the weights of key rows lo..hi: each lane's own with BAND 0, else those of each diagonal.
 
@@ -66,7 +67,7 @@ def over_range(total, Q, token, top, rest, K, R, lo, hi, word, origin, WORDS, fi
     for t in tl.range(lo, hi, CUT, num_stages=1):
         live = t + lane < hi
         if BAND == 0:
-            p = weights(Q, top, rest, K, R, t, lane, live, word, origin, WORDS, F)
+            p = weights(Q, top, share, K, R, t, lane, live, word, origin, WORDS, F)
             total = gathered(total, p, 0, F)
         else:
             key = t + lane
@@ -76,7 +77,7 @@ def over_range(total, Q, token, top, rest, K, R, lo, hi, word, origin, WORDS, fi
             newest = tl.max(tl.where(Q.real, token, -FAR), 0) - tl.min(tl.where(live, key, FAR), 0)
             oldest = tl.min(tl.where(Q.real, token, FAR), 0) - tl.max(tl.where(live, key, -FAR), 0)
             if (newest >= first) & (oldest < first + BAND):
-                p = weights(Q, top, rest, K, R, t, lane, live, word, origin, WORDS, F)
+                p = weights(Q, top, share, K, R, t, lane, live, word, origin, WORDS, F)
                 wanted = token[:, None] - first - tl.arange(0, BAND)[None, :]
                 some = Q.real[:, None] & (wanted >= 0) & (wanted < Tk)
                 row = wanted
@@ -140,7 +141,8 @@ def entries_kernel(
         tile = part // PARTS
         rows, token = rows_of(tokens, Q, b, h, H, tile, part % PARTS, q_batch, q_head, q_row, q_lane, Tq,
                               q_rows, BM, F)  # fmt: skip
-        top, rest = given_norm(TOP + state, REST + state, token, rows.real)
+        top, _ = given_top(TOP + state, token, rows.real)
+        share = given_share(REST + state, token, rows.real)
         # of key rows that lie as their tokens, only these can be on the band
         low, high = 0, k_rows
         if BAND > 0 and not F.KEY_ORDER:
@@ -153,8 +155,8 @@ def entries_kernel(
             for s in range(start + begun, start + ended):
                 lo, hi = span_range(SPANS, s, k_rows)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
-                total = over_range(total, rows, token, top, rest, head, R, begin, end, -1, lo, WORDS, first,
-                                   order, Tk, BAND, F)  # fmt: skip
+                total = over_range(total, rows, token, top, share, head, R, begin, end, -1, lo, WORDS,
+                                   first, order, Tk, BAND, F)  # fmt: skip
         if F.UNITS:
             start, count = tl.load(START + of_units + tile), tl.load(COUNT + of_units + tile)
             words = WORDS
@@ -165,8 +167,8 @@ def entries_kernel(
             for p in range(start + begun, start + ended):
                 lo, hi, word = unit_range(INDEX, p, full, k_rows, F)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
-                total = over_range(total, rows, token, top, rest, head, R, begin, end, word, lo, words, first,
-                                   order, Tk, BAND, F)  # fmt: skip
+                total = over_range(total, rows, token, top, share, head, R, begin, end, word, lo, words,
+                                   first, order, Tk, BAND, F)  # fmt: skip
     to = OUT + bh.to(tl.int64) * width
     if BAND == 0:
         tl.store(to + own, tl.max(total, 0) if F.PEAK else tl.sum(total, 0))

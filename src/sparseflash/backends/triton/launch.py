@@ -18,6 +18,7 @@ from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags
 
+_TOLD = ("QUERY_ORDER", "KEY_ORDER", "QUERY_POS", "KEY_POS", "QUERY_SEG", "KEY_SEG", "END")
 _HEAVY = ("BITS", "HEAD_RULES", "SHIFT", "BIAS", "SOFTCAP")
 
 
@@ -224,13 +225,18 @@ class Arguments:
         """The blocks of a kernel for this call."""
         unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
         dtype = str(self.named["Q"].dtype).removeprefix("torch.")
-        return choose(Case(kernel, self.dim, unit, dtype), self.heavy)
+        return choose(Case(kernel, self.dim, unit, dtype), self.heavy, self.plain)
 
     @property
     def heavy(self) -> bool:
         """Whether the call has what takes many registers."""
         has = self.switches
         return any(has[name] for name in _HEAVY) or (has["SPANS"] and has["UNITS"])
+
+    @property
+    def plain(self) -> bool:
+        """Whether rows are tokens, and nothing tells tokens apart but their place."""
+        return not any(self.switches[name] for name in _TOLD)
 
     @staticmethod
     def strides(named: dict[str, Any], name: str, x: Tensor) -> None:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    ALWAYS,
     LN2,
     NEVER,
     Keys,
@@ -20,7 +19,8 @@ from .common import (
     Tokens,
     dot,
     gathered,
-    given_norm,
+    given_share,
+    given_top,
     key_facts,
     load_rows,
     logits,
@@ -67,9 +67,9 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         elif not F.STATS:
             v = tl.where(seen, v, 0.0)
     if F.STATS:
-        mass = gathered(mass, tl.exp2((x - m[:, None]) * R.factor - Q.rest[:, None]), 1, F)
+        mass = gathered(mass, tl.exp2((x - m[:, None]) * R.factor) * Q.share[:, None], 1, F)
     elif BACKWARD:
-        p = tl.exp2((x - m[:, None]) * R.factor - Q.rest[:, None])
+        p = tl.exp2((x - m[:, None]) * R.factor) * Q.share[:, None]
         ds = p * (dot(Q.do, tl.trans(v)) - Q.delta[:, None])
         if F.SOFTCAP:
             ds *= 1.0 - bent * bent
@@ -241,10 +241,10 @@ def rows_kernel(
     acc = tl.zeros([BM, WIDTH], tl.float32)
     m = tl.full([BM], NEVER, tl.float32)
     mass = tl.zeros([BM], tl.float32)
-    do, delta, rest = q, mass, mass
+    do, delta, share = q, mass, mass
     if BACKWARD or F.STATS:
-        m, rest = given_norm(TOP, REST, state, real)
-        seen = real & (m != ALWAYS)
+        m, seen = given_top(TOP, state, real)
+        share = given_share(REST, state, real)
     if BACKWARD:
         do = load_rows(
             DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane, seen, F.DV, F.BDV, True
@@ -252,7 +252,7 @@ def rows_kernel(
         delta = tl.load(DELTA + state, mask=seen, other=0.0)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     bias = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
-    rows = Rows(q, do, delta, rest, real, pos, seg, within)
+    rows = Rows(q, do, delta, share, real, pos, seg, within)
     head = Keys(
         K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
         K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, bias, k_rows,
