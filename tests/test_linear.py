@@ -105,7 +105,7 @@ def _inputs(generator, T, *, B=2, H=4, Hkv=2, D=16, Dv=None, dtype=torch.float32
     )
 
 
-SHAPES = [(1, 16, 40), (63, 40, 16), (129, 128, 24), (300, 80, 64)]
+SHAPES = [(1, 16, 40), (63, 40, 16), (129, 128, 24), (300, 80, 64), (300, 64, 256), (140, 256, 200)]
 
 
 def hold(backend, generator, T, **shape):

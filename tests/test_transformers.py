@@ -180,6 +180,25 @@ def test_masks_of_the_users_own_are_taken():
             run(one, "sparse", input_ids=tokens(), attention_mask=torch.rand(2, 1, T, T))
 
 
+@pytest.mark.parametrize("how", ["in place", "data", "set_", "inference"])
+def test_a_mask_that_changed_behind_its_back_is_read_again(how):
+    """It is read once for all layers and calls, as long as it is the same; inference tensors count no writes."""
+    one, ids = model("llama"), tokens()
+    first, second = (torch.ones(2, 1, T, T, dtype=torch.bool).tril(n) for n in (0, -3))
+    second |= torch.eye(T, dtype=torch.bool)
+    with torch.inference_mode(how == "inference"):
+        mask = first.clone()
+        run(one, "sparse", input_ids=ids, attention_mask=mask)
+        if how == "data":
+            mask.data = second.clone()
+        elif how == "set_":
+            mask.set_(second.clone())
+        else:
+            mask.copy_(second)
+        got = run(one, "sparse", input_ids=ids, attention_mask=mask)
+    close(got, run(one, "sparse", input_ids=ids, attention_mask=second.clone()))
+
+
 def test_a_mask_that_a_model_computes_with_is_a_tensor():
     mask = SparseMask(sf.Plan.dense(5, 7, causal=True, q_offset=2), 2, causal=True, offset=2)
     dense = torch.ones(5, 7, dtype=torch.bool).tril(2).expand(2, 1, 5, 7)

@@ -15,6 +15,7 @@ from .make.native import builders
 from .options import host
 from .ragged import begins, expand
 from .record import KeyLists, Record
+from .stamps import stamp
 
 P = TypeVar("P", bound=Record)
 KEY_GROUP = 128
@@ -267,17 +268,6 @@ def _stabbed(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- kept with the plan
 
 
-def _stamp(plan: Record) -> list[tuple[int, int]] | None:
-    """Where each tensor lies and how often it was written to: other numbers, and what was derived is old.
-
-    None where that is not known: for tensors of a shape alone. (Inference tensors count no writes.)
-    """
-    tensors = plan.tensors().values()
-    if any(type(x) is not Tensor or x.is_meta for x in tensors):
-        return None
-    return [(x.data_ptr(), -1 if x.is_inference() else x._version) for x in tensors]
-
-
 def prepared(plan: P) -> P:
     """`Plan.prepare`: the plan with its transposed lists."""
     if plan.span_keys is not None or plan.unit_keys is not None:
@@ -285,13 +275,13 @@ def prepared(plan: P) -> P:
     spans = transpose_spans(plan) if plan.spans is not None else None
     units = transpose_units(plan) if plan.index is not None else None
     made = plan._changed(span_keys=spans, unit_keys=units)
-    object.__setattr__(made, "_derived_from", _stamp(made))
+    object.__setattr__(made, "_derived_from", stamp(made.tensors().values()))
     return made
 
 
 def current(plan: P) -> P:
     """`Plan.current`: without transposed lists that are older than the plan's."""
     known = vars(plan).get("_derived_from")
-    if known is None or torch.compiler.is_compiling() or known == _stamp(plan):
+    if known is None or torch.compiler.is_compiling() or known == stamp(plan.tensors().values()):
         return plan
     return plan._changed(span_keys=None, unit_keys=None)

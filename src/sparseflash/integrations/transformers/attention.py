@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ...decode import decode
 from ...errors import SparseFlashError
 from ...ops import attention
 from ...plan import Plan
+from ...plan.stamps import Last
 from .keep import plain_mask
 from .learned import learned_plan
 from .mask import SparseMask, by_positions
@@ -271,8 +271,8 @@ def _of_edges(
     return given.within(ends[at - 1][None], ends[at][None])
 
 
-_last: list[Any] = [lambda: None, None, None]
-"""The tensor mask that was read last (a weak reference), its version and call's shape, what it became."""
+_last: Last[SparseMask] = Last()
+"""What the tensor mask that was read last became."""
 
 
 def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> SparseMask:
@@ -283,9 +283,8 @@ def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> Spars
             f"{name}: attention_mask carries a gradient: a bias for every pair that is learned is not "
             "supported, and its gradient would be lost. Keep 'sdpa' or 'eager' for this model"
         )
-    of = (mask._version, B, S, T)
-    if _last[0]() is mask and _last[1] == of:
-        return _last[2]
+    if known := _last.get(mask, key=(B, S, T)):
+        return known[0]
     if mask.dim() != 4 or mask.shape[-2] not in (1, S) or mask.shape[-1] < T:
         raise SparseFlashError(f"{name}: attention_mask {list(mask.shape)}; expected [B|1, H|1, {S}, {T}]")
     keep = plain_mask(mask)
@@ -307,5 +306,4 @@ def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> Spars
     own = torch.arange(S, device=mask.device)[:, None] + (T - S)
     later = torch.arange(T, device=mask.device) > own
     made = SparseMask(plan, B, causal=not bool((keep & later).any()), offset=T - S)
-    _last[:] = [weakref.ref(mask), of, made]
-    return made
+    return _last.keep(made, mask, key=(B, S, T))

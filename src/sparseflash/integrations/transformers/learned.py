@@ -6,18 +6,16 @@ MiniMax-M3 `block_indices` [B,Hkv,S,topk]; -1 is none. All layers that share a c
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ...errors import SparseFlashError
 from ...plan import Plan
+from ...plan.stamps import Last
 from .mask import SparseMask
 
-_last: list[Any] = [lambda: None, -1, lambda: None, None]
-"""The choice that was read last (a weak reference), its version, its mask, and the plan."""
+_last: Last[Plan] = Last()
+"""The plan of the choice and the mask that were read last."""
 
 
 def learned_plan(
@@ -42,8 +40,8 @@ def learned_plan(
         )
     chosen = indices if indices is not None else block_indices
     assert chosen is not None
-    if _last[0]() is chosen and _last[1] == chosen._version and _last[2]() is mask:
-        return _last[3]
+    if known := _last.get(mask, chosen):
+        return known[0]
     unit = 1
     if block_indices is not None:
         size = getattr(getattr(module, "indexer", None), "block_size", None)
@@ -60,8 +58,7 @@ def learned_plan(
         )
     else:
         plan = Plan.from_choice(_visible(chosen, mask, unit), Tk=Tk, causal=False)
-    _last[:] = [weakref.ref(chosen), chosen._version, weakref.ref(mask), plan]
-    return plan
+    return _last.keep(plan, mask, chosen)
 
 
 def _visible(chosen: Tensor, mask: SparseMask, unit: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.options import ANY, NONE, narrow
+from ...plan.stamps import Last
 from .keep import KeepMask, keep_mask
 from .packed import Documents, Group, Padded
 
@@ -446,8 +446,8 @@ def by_positions(mask: SparseMask, positions: Any) -> SparseMask:
                 "attention_mask: pass use_cache=False and no attention_mask for packed documents",
             )
         return mask
-    if _packed[0]() is positions and _packed[1] == positions._version and _packed[2]() is mask:
-        return _packed[3] or mask
+    if known := _packed.get(mask, positions):
+        return known[0] or mask
     begins, made = _begins(mask, positions), None
     if bool(begins.any()):
         at = torch.arange(S, device=begins.device) + mask.offset
@@ -463,11 +463,10 @@ def by_positions(mask: SparseMask, positions: Any) -> SparseMask:
                 "call keeps a cache or was given an attention_mask: chunks would be counted from the first "
                 "token of the row. Pass use_cache=False and no attention_mask"
             )
-    _packed[:] = [weakref.ref(positions), positions._version, weakref.ref(mask), made]
-    return made or mask
+    return _packed.keep(made, mask, positions) or mask
 
 
-_packed: list[Any] = [lambda: None, -1, lambda: None, None]
+_packed: Last[SparseMask | None] = Last()
 """The positions that were read last (a weak reference), their version, the mask, and what it became."""
 
 
