@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -497,3 +498,14 @@ def test_a_picture_has_white_for_none_and_the_dark_for_all(tmp_path):
     pixels = torch.from_numpy(image.imread(tmp_path / "plan.png")[..., :3]).reshape(-1, 3)
     dark = (pixels - torch.tensor([0x0B, 0x3C, 0x68]) / 255).abs().amax(-1) < 0.02
     assert 0.1 < dark.float().mean() < 0.5
+
+
+def test_plans_that_0_1_0_saved_load():
+    """The class lay in another file then; what was saved names it."""
+    path = Path(__file__).with_name("data") / "plans-0.1.0.pt"
+    for weights_only in (True, False):
+        saved = torch.load(path, weights_only=weights_only)
+        for name, plan in saved["plans"].items():
+            assert type(plan) is Plan and torch.equal(plan.to_dense(), saved["masks"][name])
+        assert saved["plans"]["buckets"].span_keys is not None
+        assert saved["plans"]["window"] == Plan.dense(70, 70, causal=True, window=(9, 0), sink_tokens=2)

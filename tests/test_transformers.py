@@ -182,7 +182,7 @@ def test_masks_of_the_users_own_are_taken():
 
 @pytest.mark.parametrize("how", ["in place", "data", "set_", "inference"])
 def test_a_mask_that_changed_behind_its_back_is_read_again(how):
-    """It is read once for all layers and calls, as long as it is the same; inference tensors count no writes."""
+    """It is read once for all layers, as long as it is the same; inference tensors count no writes."""
     one, ids = model("llama"), tokens()
     first, second = (torch.ones(2, 1, T, T, dtype=torch.bool).tril(n) for n in (0, -3))
     second |= torch.eye(T, dtype=torch.bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import PlanError, require
-from . import algebra, checks, draw, entries, figures, flex, reorder, saved, transpose
+from . import algebra, beside, checks, draw, entries, figures, flex, reorder, saved, transpose
 from .constructors import Constructors
 from .options import head_rules, host, normal_offset
 from .record import KeyLists, Record
@@ -97,6 +97,35 @@ class Plan(Record, Constructors):
         return flex.to_block_mask(self, block)
 
     # ---------------------------------------------------------------- algebra
+
+    @classmethod
+    def by_head(cls, plans: Sequence[Plan], heads: Sequence[int | Sequence[int]] | None = None) -> Plan:
+        """Plans of some heads beside plans of others: one plan, one call, with exact gradients.
+
+        Parameters
+        ----------
+        plans : list of Plan
+            For the same tokens; each may have lists, rules and orders of its own.
+        heads : list, optional
+            For each plan how many query heads follow it (the next so many), or a list of which: multiples of
+            the plan's own number of heads. None: as many as the plan has.
+
+        Returns
+        -------
+        Plan
+            Of so many heads as follow any.
+
+        Examples
+        --------
+        Three heads of a causal window, and one that sees all keys before it.
+
+        >>> import sparseflash as sf
+        >>> near = sf.Plan.dense(256, 256, causal=True, window=(31, 0))
+        >>> plan = sf.Plan.by_head([near, sf.Plan.dense(256, 256, causal=True)], heads=[3, 1])
+        >>> plan.to_dense()[0].sum((1, 2)).tolist()
+        [7696, 7696, 7696, 32896]
+        """
+        return beside.by_head(plans, heads)
 
     def retile(self, tile: int, unit: int | None = None) -> Plan:
         """The same visible set with other tiles and units, exactly.

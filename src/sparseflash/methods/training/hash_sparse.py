@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...errors import require
 from ...method import Context, Method, Selection, check_counts, check_qk, check_tokens
 from ...ops import attention
 from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
-from ...plan.options import SHORT, earlier, is_count, spread_heads
+from ...plan.options import earlier, is_count, spread_heads
 
 _PLANES = ("per-head", "shared")
 
@@ -135,7 +133,7 @@ class HashSparse(Method):
             bound,
             q_offset,
         )
-        return Selection(self._beside(plan, self._windows(q, k, q_offset), Hq, k_heads))
+        return Selection(Plan.by_head([plan, self._windows(q, k, q_offset)], [hashed, self.causal_heads]))
 
     def _bucket_plan(
         self, q_bucket: Tensor, k_bucket: Tensor, bound: int | None, q_offset: int | Tensor
@@ -154,52 +152,6 @@ class HashSparse(Method):
             window=(self.window - 1 - strict, 0),
             q_offset=earlier(q_offset, strict),
             device=q.device,
-        )
-
-    def _beside(self, hashed: Plan, windows: Plan, heads: int, k_heads: int) -> Plan:
-        """One plan of hashed heads followed by window heads: lists side by side, a window per head."""
-        B, device = hashed.extent()[0], hashed.device
-        more, k_more = self.causal_heads, self.causal_heads * k_heads // heads
-        tiles, room = max(hashed.tiles, windows.tiles), max(hashed.span_room, windows.span_room)
-
-        def lists(name: str) -> Tensor:
-            a, b = (pad(getattr(p, name), (0, tiles - p.tiles)) for p in (hashed, windows))
-            return torch.cat([spread_heads(a, heads - more).expand(B, -1, -1), b.expand(B, more, -1)], 1)
-
-        def spans() -> Tensor:
-            a, b = (
-                pad(
-                    p.spans.view(*p.span_start.shape, p.span_room, 2),
-                    (0, 0, 0, room - p.span_room, 0, tiles - p.tiles),
-                )
-                for p in (hashed, windows)
-            )
-            own = spread_heads(a, heads - more).expand(B, -1, -1, -1, -1)
-            return torch.cat([own, b.expand(B, more, -1, -1, -1)], 1)
-
-        def orders(order: Tensor, T: int, rows: int, h: int) -> Tensor:
-            plain = torch.arange(T, dtype=torch.int32, device=device).expand(order.shape[0], h, -1)
-            return torch.cat([pad(x, (0, rows - x.shape[-1]), value=-1) for x in (order, plain)], 1)
-
-        reach = torch.full((1, heads, 2), -1, dtype=torch.int32, device=device)  # unbounded
-        if self.window <= SHORT.max:
-            reach[:, heads - more :, 0] = self.window - 1
-        fields = {f.name: getattr(hashed, f.name) for f in dataclasses.fields(hashed)}
-        return Plan._made(
-            **fields
-            | {
-                "span_start": torch.arange(0, B * heads * tiles * room, room, device=device).view(
-                    B, heads, tiles
-                ),
-                "span_full": lists("span_full"),
-                "span_count": lists("span_count"),
-                "spans": spans().view(-1, 2),
-                "span_room": room,
-                "q_order": orders(hashed.q_order, hashed.Tq, tiles * hashed.tile, more),
-                "k_order": orders(hashed.k_order, hashed.Tk, hashed.Tk, k_more),
-                "head_window": reach,
-                "head_sink": torch.zeros(1, heads, 1, dtype=torch.int32, device=device),
-            }
         )
 
 
