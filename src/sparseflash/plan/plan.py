@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import PlanError, require
+from ..errors import PlanError
 from . import algebra, beside, checks, draw, entries, figures, flex, reorder, saved, transpose
 from .constructors import Constructors
 from .options import head_rules, host, normal_offset
 from .record import KeyLists, Record
-from .requirements import requirements
+from .requirements import faults
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,8 +81,8 @@ class Plan(Record, Constructors):
         if head_window is not None:
             own |= {"head_window": head_window, "head_sink": head_sink}
         vars(self).update(own)
-        for holds, message in requirements(self):
-            require((holds, message), error=PlanError)
+        for fault in faults(self):
+            raise PlanError(fault)
         if all(host(x) for x in self.tensors().values()):
             checks.check_values(self)
 

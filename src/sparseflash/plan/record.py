@@ -128,8 +128,7 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's own tensors by field name (derived data not included)."""
-        fields = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        return {name: x for name, x in fields if isinstance(x, Tensor)}
+        return {name: x for name in _DEFAULTS if isinstance(x := getattr(self, name), Tensor)}
 
     def extent(self) -> tuple[int, int]:
         """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""

@@ -17,84 +17,84 @@ _TENSORS = ("spans", "index", "bits", "overflow", *LISTS, *_ORDERS, *_TOKENS, *_
 _INT64 = {"span_start", "start", "bits_start"}
 
 
-def requirements(p: Record) -> Iterator[tuple[bool, str]]:
-    """Table of (condition, message): types, shapes, dtypes and devices; values come after."""
+def faults(p: Record) -> Iterator[str]:
+    """What is wrong with a plan's types, shapes, dtypes and devices, in words; values come after."""
     for name in ("Tq", "Tk"):
-        yield (
-            is_length(getattr(p, name)),
-            f"{name}={getattr(p, name)!r}: expected an int >= 0 of 32 bits",
-        )
+        if not is_length(getattr(p, name)):
+            yield f"{name}={getattr(p, name)!r}: expected an int >= 0 of 32 bits"
     for name in ("tile", "unit"):
-        fits = is_length(getattr(p, name), 1)
-        yield fits, f"{name}={getattr(p, name)!r}: expected a positive int of 32 bits"
+        if not is_length(getattr(p, name), 1):
+            yield f"{name}={getattr(p, name)!r}: expected a positive int of 32 bits"
     for name in ("causal", "include_self"):
-        yield isinstance(getattr(p, name), bool), f"{name}={getattr(p, name)!r}: expected True or False"
-    yield is_count(p.sink), f"sink={p.sink!r}: expected an int >= 0"
+        if not isinstance(getattr(p, name), bool):
+            yield f"{name}={getattr(p, name)!r}: expected True or False"
+    if not is_count(p.sink):
+        yield f"sink={p.sink!r}: expected an int >= 0"
     for name in _TENSORS:
         x = getattr(p, name)
-        yield (
-            x is None or isinstance(x, Tensor),
-            f"{name} is a {type(x).__name__}: expected a tensor, or None",
-        )
+        if x is not None and not isinstance(x, Tensor):
+            yield f"{name} is a {type(x).__name__}: expected a tensor, or None"
     for group in (("span_start", "span_full", "span_count", "spans"), ("start", "full", "count", "index")):
         given = [n for n in group if getattr(p, n) is not None]
-        yield len(given) in (0, 4), f"{', '.join(group)} belong together; given: {', '.join(given)}"
-    yield p.spans is not None or p.index is not None, "a plan needs lists: spans, units (index), or both"
-    yield (p.bits is None) == (p.bits_start is None), "bits and bits_start belong together"
-    yield (
-        p.bits is None or p.index is not None,
-        "bits describe partial units: they need start, full, count, index",
-    )
+        if len(given) not in (0, 4):
+            yield f"{', '.join(group)} belong together; given: {', '.join(given)}"
+    if p.spans is None and p.index is None:
+        yield "a plan needs lists: spans, units (index), or both"
+    if (p.bits is None) != (p.bits_start is None):
+        yield "bits and bits_start belong together"
+    if p.bits is not None and p.index is None:
+        yield "bits describe partial units: they need start, full, count, index"
+    yield from _of_tensors(p)
+    yield from _of_lists(p)
+
+
+def _of_tensors(p: Record) -> Iterator[str]:
+    device = p.device
     for name, x in p.tensors().items():
         wide = torch.int64 if name in _INT64 else torch.int32
-        yield x.dtype == wide, f"{name} has dtype {x.dtype}: expected {wide}; try {name}.to({wide})"
-        yield (
-            x.device == p.device,
-            f"{name} is on {x.device}, the lists on {p.device}: move them to one device",
-        )
+        if x.dtype != wide:
+            yield f"{name} has dtype {x.dtype}: expected {wide}; try {name}.to({wide})"
+        if x.device != device:
+            yield f"{name} is on {x.device}, the lists on {device}: move them to one device"
         if name in _ORDERS:
-            yield x.dim() == 3, f"{name} {list(x.shape)}: expected [B, H, rows]"
+            if x.dim() != 3:
+                yield f"{name} {list(x.shape)}: expected [B, H, rows]"
         elif name in _TOKENS:
             T = getattr(p, _TOKENS[name])
-            yield x.dim() == 3 and x.shape[2] == T, f"{name} {list(x.shape)}: expected [B, H, {T} tokens]"
+            if x.dim() != 3 or x.shape[2] != T:
+                yield f"{name} {list(x.shape)}: expected [B, H, {T} tokens]"
     for name, n in _HEADS.items():
         x = getattr(p, name)
-        yield (
-            x is None or (x.dim() == 3 and x.shape[0] == 1 and x.shape[2] == n),
-            f"{name}: expected [1, H, {n}]",
-        )
-    yield (
-        p.head_window is None or p.window is None,
-        "window and head_window: give one (a tensor [H] in window makes head_window)",
-    )
-    yield p.head_sink is None or p.head_window is not None, "head_sink needs head_window"
+        if x is not None and not (x.dim() == 3 and x.shape[0] == 1 and x.shape[2] == n):
+            yield f"{name}: expected [1, H, {n}]"
+    if p.head_window is not None and p.window is not None:
+        yield "window and head_window: give one (a tensor [H] in window makes head_window)"
+    if p.head_sink is not None and p.head_window is None:
+        yield "head_sink needs head_window"
+
+
+def _of_lists(p: Record) -> Iterator[str]:
     for name in LISTS:
         x = getattr(p, name)
-        if x is not None:
-            yield (
-                x.dim() == 3 and x.shape[2] == p.tiles,
-                f"{name} {list(x.shape)}: expected [B, H, {p.tiles} tiles]",
-            )
-    if p.spans is not None:
-        yield p.spans.dim() == 2 and p.spans.shape[1] == 2, f"spans {list(p.spans.shape)}: expected [Ns, 2]"
-    if p.index is not None:
-        yield p.index.dim() == 1, f"index {list(p.index.shape)}: expected [Nu]"
+        if x is not None and not (x.dim() == 3 and x.shape[2] == p.tiles):
+            yield f"{name} {list(x.shape)}: expected [B, H, {p.tiles} tiles]"
+    if p.spans is not None and not (p.spans.dim() == 2 and p.spans.shape[1] == 2):
+        yield f"spans {list(p.spans.shape)}: expected [Ns, 2]"
+    if p.index is not None and p.index.dim() != 1:
+        yield f"index {list(p.index.shape)}: expected [Nu]"
     if p.bits is not None:
         want = (p.tile, -(-p.unit // 32))
-        yield (
-            p.bits.dim() == 3 and tuple(p.bits.shape[1:]) == want,
-            f"bits {list(p.bits.shape)}: expected [Nb, tile={want[0]}, {want[1]} words of 32 keys]",
-        )
-    alike: tuple[tuple[str, ...], ...] = (LISTS[:3], LISTS[3:])
-    for names in alike:
+        if p.bits.dim() != 3 or tuple(p.bits.shape[1:]) != want:
+            yield f"bits {list(p.bits.shape)}: expected [Nb, tile={want[0]}, {want[1]} words of 32 keys]"
+    for names in (LISTS[:3], LISTS[3:]):
         shapes = {tuple(x.shape) for n in names if (x := getattr(p, n)) is not None}
-        yield len(shapes) <= 1, f"{', '.join(names)} differ in shape: {sorted(shapes)}"
+        if len(shapes) > 1:
+            yield f"{', '.join(names)} differ in shape: {sorted(shapes)}"
     laid = {n: x for n, x in p.tensors().items() if n not in FLAT}
     batches = {n: x.shape[0] for n, x in laid.items()}
     if isinstance(p.q_offset, Tensor) and p.q_offset.dim():
         batches["q_offset"] = p.q_offset.shape[0]
-    yield len(set(batches.values()) - {1}) <= 1, f"batch axes {batches}: expected 1 or one common size"
-    yield (
-        all(x.shape[1] > 0 for x in laid.values()),
-        "a head axis of size 0: one list for all heads has size 1",
-    )
+    if len(set(batches.values()) - {1}) > 1:
+        yield f"batch axes {batches}: expected 1 or one common size"
+    if not all(x.shape[1] > 0 for x in laid.values()):
+        yield "a head axis of size 0: one list for all heads has size 1"
