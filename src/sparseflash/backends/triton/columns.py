@@ -71,10 +71,10 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
     at = token.to(tl.int64)
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
     if not F.STATS:
-        delta = tl.load(Q.delta + token, mask=real, other=0.0)
         do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
-    p = tl.exp2((x - top[None, :]) * R.factor)  # 0 in lanes without a query
+    share = given_share(Q.rest, token, real)
+    p = tl.exp2((x - top[None, :]) * R.factor) * share[None, :]  # 0 in lanes without a query
     if RULES:
         keep = real[None, :] & (live & (C.token >= 0))[:, None]
         if BITS:
@@ -87,11 +87,11 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
             keep, pos[None, :], seg[None, :], C.pos[:, None], C.end[:, None], C.seg[:, None], R, F
         )  # fmt: skip
         p = tl.where(keep, p, 0.0)
-    p *= given_share(Q.rest, token, real)[None, :]
     if F.STATS:
         db = gathered(db, p, 1, F)
     else:
         dv = dot(p.to(do.dtype), do, dv)
+        delta = tl.load(Q.delta + token, mask=real, other=0.0)  # late: registers are short before
         ds = p * (dot(C.v, tl.trans(do)) - delta[None, :])
         if RULES:
             ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
