@@ -3,6 +3,7 @@
 import re
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
+from benchmarks.experiments.commands import experiments
 from sparseflash import cli, methods
+from sparseflash.bench.commands import app as bench_app
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -26,12 +29,12 @@ def one_thread():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the script with arguments; its exit status, output and errors."""
+    """Run the script with arguments, or an experiment by its name; its exit status, output and errors."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["sparseflash", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            bench_app.call(experiments if arguments[0] in bench_app.EXPERIMENTS else cli.app)
         out, err = capsys.readouterr()
         return int(stop.value.code or 0), ANSI.sub("", out), ANSI.sub("", err)
 
@@ -66,7 +69,8 @@ def test_every_option_of_every_command_is_explained():
     import typer
 
     found = dict(commands(typer.main.get_command(cli.app)))
-    assert {"train", "bench curves"} <= found.keys()
+    found |= dict(commands(typer.main.get_command(experiments)))
+    assert {"train", "bench curves", "mqar"} <= found.keys()
     assert [name for name, command in found.items() if not command.help] == []
     self_evident = {"layers", "heads"}
     options = [(name, p) for name, command in found.items() for p in command.params]
@@ -74,7 +78,8 @@ def test_every_option_of_every_command_is_explained():
 
 
 def test_every_number_has_a_range():
-    functions = [x.callback for app in (cli.app, cli.bench) for x in app.registered_commands]
+    apps = (cli.app, cli.bench, experiments)
+    functions = dict.fromkeys(x.callback for app in apps for x in app.registered_commands)
     free, numbers = [], 0
     for function in (*functions, cli.bench.registered_callback.callback):
         for name, hint in typing.get_type_hints(function, include_extras=True).items():
@@ -100,8 +105,12 @@ def test_a_number_out_of_range_is_a_usage_error(run, arguments, option):
 
 
 def test_numbers_in_lists_have_a_range(run):
-    for option, command in (("--lengths", "curves"), ("--dims", "breakeven"), ("--rates", "long-run")):
-        status, _, err = run("bench", command, option, "-8")
+    for option, *command in (
+        ("--lengths", "bench", "curves"),
+        ("--dims", "bench", "breakeven"),
+        ("--rates", "long-run"),
+    ):
+        status, _, err = run(*command, option, "-8")
         assert status == 1 and "'-8' has -8" in err
     assert "names none" in run("bench", "curves", "--lengths", ",")[2]
 
@@ -207,5 +216,34 @@ def test_bench_writes_its_rows(run, tmp_path):
         assert status == 1 and said in err, err
     status, _, err = run("bench", "curves", "--lengths", "1k")
     assert status == 1 and "write them as 1024,2048" in err
-    status, _, err = run("bench", "step", "--dtypes", "fp8")
+    status, _, err = run("step", "--dtypes", "fp8")
     assert status == 1 and "choose from: fp32; bf16" in err
+
+
+def test_bench_says_where_the_experiments_are_and_writes_below_the_current_directory(run):
+    import typer
+
+    here = {x.name for x in cli.bench.registered_commands}
+    there = {x.name for x in experiments.registered_commands}
+    assert there - here == {"tables", *bench_app.EXPERIMENTS} and here <= there
+    for name in bench_app.EXPERIMENTS:
+        status, _, err = run("bench", name, "--help")
+        assert status == 1 and f"run there: python -m benchmarks.experiments {name}\n" in err, err
+    for app, folder in ((cli.bench, "bench"), (experiments, "benchmarks/results")):
+        group = typer.main.get_command(app)
+        with group.make_context("bench", ["curves"]) as above:
+            for name, option in (("curves", "out"), ("breakeven", "out"), ("plot", "directory")):
+                below = group.commands[name].make_context(name, [], parent=above)
+                assert str(below.params[option]).startswith(folder)
+    status, _, err = run("bench", "--lengths", "64")
+    assert status == 1 and "nothing to measure" in err
+    status, _, err = run("bench")
+    assert status == 2
+
+
+def test_the_pages_name_commands_that_exist():
+    apps = {"sparseflash bench": cli.bench, "benchmarks.experiments": experiments}
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")):
+        for program, name in re.findall(f"({'|'.join(apps)}) ([a-z][a-z-]+)", page.read_text()):
+            assert name in {x.name for x in apps[program].registered_commands}, (page, program, name)

@@ -16,6 +16,7 @@ except ModuleNotFoundError:
     ) from None
 
 from sparseflash.bench.commands import bench, setting
+from sparseflash.bench.commands.app import call
 from sparseflash.errors import SparseFlashError
 
 app = typer.Typer(
@@ -31,11 +32,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the ``sparseflash`` script."""
-    try:
-        app()
-    except SparseFlashError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
+    call(app)
 
 
 DATA, MODEL, RUN, METHOD = "Data", "Model", "Run", "Attention options (for the method that has them)"

@@ -10,8 +10,7 @@ import typer
 
 from sparseflash.errors import SparseFlashError
 
-from . import kernels, training
-from .app import Lengths, Minutes, Rounds, bench, dtypes_of, known, lengths_of, setting, words
+from .app import RESULTS, Lengths, Minutes, Rounds, bench, dtypes_of, known, lengths_of, setting, words
 
 
 @bench.callback()
@@ -30,7 +29,7 @@ def bench_methods(
     lengths: Lengths = "1024,4096",
     out: Annotated[
         Path, typer.Option(help="Directory of attention.csv, whose other rows stay, and its pictures.")
-    ] = Path("bench"),
+    ] = RESULTS,
     heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
     head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head.")] = 64,
@@ -57,16 +56,13 @@ def bench_methods(
         typer.Option("--set", help="A hyper-parameter, as method.field=value; may be repeated."),
     ] = None,
 ) -> None:
-    """Run the comparison that the options name, or all benchmarks where they name none."""
+    """Run the comparison that the options name."""
     if context.invoked_subcommand is not None:
         return
     if not methods and not baselines:
-        kernels.bench_curves()
-        kernels.bench_attention_table()
-        kernels.bench_kernel_table()
-        kernels.bench_ops()
-        training.bench_step()
-        return
+        raise SparseFlashError(
+            "nothing to measure: name --methods, --baselines or both, or a command (--help)"
+        )
     from sparseflash.bench import cases, figures, harness, results, session
 
     dtypes_of(dtype)
