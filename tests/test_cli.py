@@ -1,5 +1,6 @@
 """The command line: what it teaches, and that every mistake is one line."""
 
+import dataclasses
 import re
 import sys
 import typing
@@ -11,9 +12,13 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
+import sparseflash as sf
 from benchmarks.experiments.commands import experiments
-from sparseflash import cli, methods
+from sparseflash import cli, methods, options
+from sparseflash.bench import demo, harness
 from sparseflash.bench.commands import app as bench_app
+from sparseflash.bench.commands import methods as bench_methods
+from sparseflash.train import TrainConfig
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -200,9 +205,7 @@ def test_bench_writes_its_rows(run, tmp_path):
     assert {"case", "T", "ms", "density", "recall", "cpu", "torch", "git"} <= set(header.split(","))
     assert len(rows) == 12
     tiny = ("--lengths", "32", "--heads", 1, "--head-dim", 16, "--quick", "--out", tmp_path)
-    status, out, err = run(
-        "bench", "--methods", "window", "--baselines", "sdpa", "--set", "window.window=8", *tiny
-    )
+    status, out, err = run("bench", "--methods", "window", "--baselines", "sdpa", "--set", "window=8", *tiny)
     assert status == 0, err
     assert "2 rows" in out and "Window(window=8" in (tmp_path / "attention.csv").read_text()
     assert (tmp_path / "attention-both-fp32.svg").is_file()
@@ -210,7 +213,8 @@ def test_bench_writes_its_rows(run, tmp_path):
     for given, said in (
         (("--methods", "hash"), "did you mean 'hash-sparse'"),
         (("--baselines", "sdpa", "--direction", "up"), "choose from: forward; backward; both"),
-        (("--methods", "window", "--set", "window=8"), "write it as --set method.window"),
+        (("--methods", "window,strided", "--set", "window=8"), "write it as --set method.window"),
+        (("--methods", "window", "--set", "widow=8"), "it has: window=512, causal=True"),
     ):
         status, _, err = run("bench", *given, *tiny)
         assert status == 1 and said in err, err
@@ -247,3 +251,81 @@ def test_the_pages_name_commands_that_exist():
     for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")):
         for program, name in re.findall(f"({'|'.join(apps)}) ([a-z][a-z-]+)", page.read_text()):
             assert name in {x.name for x in apps[program].registered_commands}, (page, program, name)
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version") == (0, sf.__version__ + "\n", "")
+
+
+def test_every_field_of_every_method_is_described(run):
+    for name in methods.names():
+        fields = dataclasses.fields(methods.find(name))
+        said = options.described(methods.find(name))
+        assert list(said) == [x.name for x in fields] and all(said.values()), name
+        status, out, _ = run("methods", name)
+        assert status == 0
+        assert re.findall(r"^  (\w+) = (.*)$", out, re.MULTILINE) == [
+            (x.name, repr(x.default)) for x in fields
+        ]
+    status, _, err = run("methods", "windw")
+    assert status == 1 and "did you mean 'window'" in err
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    import typer
+
+    for command, cls, kept in (
+        ("train", TrainConfig, cli.TRAINING),
+        ("bench", harness.Settings, bench_methods.SETTINGS),
+    ):
+        found = {x.name: x for x in typer.main.get_command(cli.app).commands[command].params}
+        for field in dataclasses.fields(cls):
+            if field.name in kept:
+                assert found[field.name].default == field.default, field.name
+
+
+@pytest.mark.parametrize(
+    ("attention", "given", "expected"),
+    [
+        (
+            "hash-sparse",
+            ("--nb", 4, "--local-heads", 1, "--window", 8),
+            {"nb": 4, "causal_heads": 1, "window": 8},
+        ),
+        ("hash-sparse", ("--planes", "shared", "--set", "nb=8"), {"planes": "shared", "nb": 8}),
+        ("qk-sparse", ("--drop", 0.25), {"q_drop": 0.25, "k_drop": 0.25}),
+        ("qk-sparse", ("--set", "q_drop=0.25"), {"q_drop": 0.25}),
+        ("window", ("--window", 8), {"window": 8}),
+        ("dense", (), {}),
+    ],
+)
+def test_short_names_and_set_reach_the_method(run, monkeypatch, tmp_path, attention, given, expected):
+    from sparseflash.train import session
+
+    configs = []
+    monkeypatch.setattr(session, "train", lambda config, *_, **__: configs.append(config) or 0)
+    status, _, err = run("train", "--data", "x", "--out", tmp_path, "--attention", attention, *given)
+    assert status == 0, err
+    assert configs == [TrainConfig("x", attention, expected)]
+
+
+def test_a_value_that_a_method_refuses_is_one_line(run, tmp_path, text_file):
+    start = ("train", "--data", text_file, "--out", tmp_path / "a", *TINY)
+    for given, said in (
+        (("--attention", "hash-sparse", "--nb", "many"), "nb='many': expected an even number"),
+        (("--attention", "qk-sparse", "--drop", 2), "q_drop=2"),
+        (("--attention", "window", "--set", "widow=3"), "did you mean 'window'? it has: window=512"),
+    ):
+        status, _, err = run(*start, *given)
+        assert status == 1 and said in err and err.count("\n") == 1
+
+
+def test_the_sparse_models_of_the_demo_take_settings(run):
+    changed = demo.sparse({"nb": 4, "window": 32})
+    assert [x.changes["options"] for x in changed] == [
+        {"nb": 4, "window": 32, "causal_heads": n} for n in (1, 0)
+    ]
+    assert all("(4 buckets)" in x.what for x in changed)
+    assert [x.changes["options"] for x in demo.sparse({})] == [{"nb": 16, "causal_heads": n} for n in (1, 0)]
+    assert "it has: nb=16" in run("demo", "--set", "buckets=4")[2]
+    assert "differ in" in run("demo", "--set", "causal_heads=4")[2]

@@ -147,3 +147,15 @@ def test_the_command_says_in_one_line_what_it_misses(installed, tmp_path):
     assert run.returncode != 0
     assert len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert "sparseflash[train]" in run.stderr
+
+
+def test_the_installed_bench_writes_below_the_current_directory(installed, tmp_path):
+    pytest.importorskip("typer")
+    env = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    tiny = ["--methods", "window", "--lengths", "16", "--heads", "1", "--head-dim", "16", "--quick"]
+    command = [sys.executable, "-m", "sparseflash", "bench", *tiny]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.csv")] == [
+        "bench/attention.csv"
+    ]

@@ -1,6 +1,6 @@
 """`sparseflash bench`: one command a benchmark, a page for each kind; importing them registers them."""
 
 from . import curves, files, methods
-from .app import bench, setting
+from .app import bench
 
-__all__ = ["bench", "curves", "files", "methods", "setting"]
+__all__ = ["bench", "curves", "files", "methods"]

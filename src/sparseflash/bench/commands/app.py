@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -118,17 +117,6 @@ def known(option: str, names: Iterable[str], given: list[str]) -> list[str]:
         if name not in names:
             raise SparseFlashError(f"--{option} has {name!r}; choose from: {'; '.join(names)}")
     return given or names
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """Read ``name=value``; a value that is no Python literal is a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SparseFlashError(f"--set {text} has no value; write it as --set name=value")
-    try:
-        return name.strip(), ast.literal_eval(value.strip())
-    except (SyntaxError, ValueError):
-        return name.strip(), value.strip()
 
 
 def _numbers(text: str, kind: Callable[[str], N], example: str, least: int) -> list[N]:
