@@ -14,6 +14,7 @@ import pytest
 
 import sparseflash
 from sparseflash.backends.cpu import build
+from test_imports import imports_of
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "src" / "sparseflash"
@@ -69,6 +70,15 @@ def test_the_core_needs_torch_alone(wheel):
     (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
     needs = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist")
     assert [n for n in needs if "extra ==" not in n] == ["torch>=2.11"]
+
+
+@pytest.mark.parametrize("part", ["bench", "train"])
+def test_an_extra_has_what_its_part_imports_first_thing(part):
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"][part]
+    names = {re.match(r"[A-Za-z0-9_.-]+", need)[0] for need in extra} | {"torch", "sparseflash"}
+    for path in (PACKAGE / part).rglob("*.py"):
+        tops = {name.split(".")[0] for _, name, inside in imports_of(path, PACKAGE) if not inside}
+        assert tops - names <= sys.stdlib_module_names, path
 
 
 def test_every_direct_dependency_is_pinned():
