@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from sparseflash.bench.commands import bench
 
 RESULTS = Path("benchmarks/results")
+Kept = Annotated[Path, typer.Option(help="CSV file of the rows; what else an existing one holds stays.")]
+Length = Annotated[int, typer.Option(min=1, help="Sequence length.")]
 # of the commands of `sparseflash bench`, which write below the current directory on their own
 DEFAULTS = {
     "curves": {"out": str(RESULTS / "curves.csv")},

@@ -9,7 +9,6 @@ import typer
 
 from sparseflash.bench.commands.app import (
     Dtypes,
-    Length,
     Minutes,
     Out,
     Rounds,
@@ -18,7 +17,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, experiments
+from .app import RESULTS, Length, experiments
 
 PANEL = "Kernels"
 

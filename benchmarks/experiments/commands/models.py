@@ -10,7 +10,6 @@ import typer
 
 from sparseflash.bench.commands.app import (
     Dtypes,
-    Kept,
     Lengths,
     Minutes,
     Rounds,
@@ -20,7 +19,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, experiments
+from .app import RESULTS, Kept, experiments
 
 PANEL = "Models"
 

@@ -10,7 +10,6 @@ import typer
 
 from sparseflash.bench.commands.app import (
     Dtype,
-    Length,
     Lengths,
     Minutes,
     Out,
@@ -21,7 +20,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, experiments
+from .app import RESULTS, Length, experiments
 
 PANEL = "Plans"
 

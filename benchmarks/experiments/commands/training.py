@@ -12,7 +12,6 @@ import typer
 from sparseflash.bench.commands.app import (
     Data,
     Dtypes,
-    Kept,
     Lengths,
     Minutes,
     Out,
@@ -25,7 +24,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, experiments
+from .app import RESULTS, Kept, experiments
 
 if TYPE_CHECKING:
     from sparseflash.train import Corpus

@@ -59,10 +59,8 @@ bench = typer.Typer(
 )
 RESULTS = Path("bench")
 Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
-Kept = Annotated[Path, typer.Option(help="CSV file of the rows; what else an existing one holds stays.")]
 Data = Annotated[str, typer.Option(help="Text, a file or a directory; by default Python's own library.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Time box; what does not fit is left out, and said.")]
-Length = Annotated[int, typer.Option(min=1, help="Sequence length.")]
 Lengths = Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")]
 Heads = Annotated[int, typer.Option(min=1, help="Attention heads.")]
 Dim = Annotated[int, typer.Option(min=1, help="Dimension of a head.")]
