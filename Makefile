@@ -1,7 +1,8 @@
 # The whole contributor interface: setup, demo, test, check, bench, compare. Each does the set-up it needs.
 #
 #   make test PYTEST_ARGS="-k plan -x"       options for pytest
-#   make bench BENCH_ARGS="..."              options for `sparseflash bench`; DEMO_ARGS likewise
+#   make bench BENCH_ARGS="mqar --steps 50"  one experiment, or options for `sparseflash bench`; by default the short
+#                                            tables of README and docs; DEMO_ARGS="..." for `sparseflash demo`
 #   make compare OLD=HEAD~5 COMPARE_ARGS="--limit 1.03"    a commit, and options: COMPARE_ARGS=--help names them
 #   make setup PYTHON=python3.12             the interpreter of .venv
 #   make setup TORCH_ARGS="..."              pip options for the torch step alone, such as the index of CPU-only
@@ -84,7 +85,7 @@ check: $(READY)
 	$(PY) -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
 bench: $(READY)
-	$(BIN)/sparseflash bench $(BENCH_ARGS)
+	$(if $(filter --%,$(firstword $(BENCH_ARGS))),$(BIN)/sparseflash bench,$(PY) -m benchmarks.experiments) $(or $(BENCH_ARGS),tables)
 
 compare: $(READY)
 	$(PY) -m benchmarks.compare $(OLD) $(COMPARE_ARGS)

@@ -322,14 +322,14 @@ def experiments() -> str:
         [
             [
                 "hash-sparse, 4 / 16 / 64 buckets",
-                "`bench curves`",
+                "`curves`",
                 "1.5x / 2.7x / 3.5x at 32k",
                 " / ".join(gain(hashed.format(nb)) for nb in (4, 16, 64)),
                 "its kernels scan all blocks of keys, ours walk a list of those that are met",
             ],
             [
                 "the same by a mask",
-                "`bench curves`",
+                "`curves`",
                 "never faster than dense",
                 f"never; ours takes a {over(hashed.format(16), 'naive masked, 16 buckets')} shorter time "
                 "at 4,096",
@@ -337,21 +337,21 @@ def experiments() -> str:
             ],
             [
                 "30 / 50 / 70 % dropped",
-                "`bench curves`",
+                "`curves`",
                 "1.3x / 2.5x / 6.2x at 32k",
                 " / ".join(gain(dropped.format(drop)) for drop in (30, 50, 70)),
                 "(1 - drop)² of the pairs; our dense kernel is faster than SDPA to begin with",
             ],
             [
                 "the same compacted, with a mask",
-                "`bench curves`",
+                "`curves`",
                 "faster than dense beyond about 70 % dropped",
                 f"{crossing} (8,192 tokens)",
                 "SDPA under a mask visits both triangles",
             ],
             [
                 "µs a token, Reformer and hash-sparse, 1,024 to " + f"{int(longest):,}",
-                "`bench curves`",
+                "`curves`",
                 "both grow slowly, hash-sparse is faster",
                 f"Reformer {rate('reformer', '1024')} to {rate('reformer', longest)}, 16 buckets "
                 f"{rate(hashed.format(16), '1024')} to {rate(hashed.format(16), longest)}, 64 buckets "
@@ -361,7 +361,7 @@ def experiments() -> str:
             ],
             [
                 "pairs of equal buckets that Reformer sees, 16 buckets, 512 to 4,096",
-                "`bench coverage`",
+                "`coverage`",
                 "falls steeply",
                 f"normal {covered('normal', '512')} to {covered('normal', '4096')}, clustered "
                 f"{covered('clustered', '512')} to {covered('clustered', '4096')}, trained "
@@ -370,14 +370,14 @@ def experiments() -> str:
             ],
             [
                 "sequential MNIST, perplexity, hash-sparse / Reformer",
-                "`bench pixels`",
+                "`pixels`",
                 "1.67 / 1.76",
                 " / ".join(f"{float(rows('pixels')[n]['perplexity']):.2f}" for n in (1, 2)),
                 "150 steps of 8 images: no one has converged",
             ],
             [
                 "bytes of text, hash-sparse / Reformer",
-                "`bench long-run`",
+                "`long-run`",
                 "2.29 / 3.32",
                 f"{final('hash')} / {final('reformer')} bits (dense {final('dense')}; "
                 f"one window head {final('hash, 1 window head')})",
@@ -385,7 +385,7 @@ def experiments() -> str:
             ],
             [
                 "language, 30 / 50 / 70 % dropped",
-                "`bench long-run`",
+                "`long-run`",
                 "30 % as good as dense, then worse",
                 " / ".join(final(f"{drop} % dropped") for drop in (30, 50, 70))
                 + f" bits (dense {final('dense')})",

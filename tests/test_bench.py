@@ -6,19 +6,9 @@ import torch
 pytest.importorskip("safetensors")
 
 import sparseflash as sf
+from benchmarks.experiments import decode, documents, indexer, kernels, levels, masks, ops
 from sparseflash.backends.cpu import build
-from sparseflash.bench import (
-    curves,
-    decode,
-    documents,
-    indexer,
-    kernels,
-    levels,
-    machine,
-    masks,
-    ops,
-    results,
-)
+from sparseflash.bench import curves, machine, results
 from sparseflash.bench.cases import Case, Compacted, Naive, forward_backward, inputs
 from sparseflash.bench.quality import Dense
 from sparseflash.bench.timing import Box, interleave, predict
@@ -227,7 +217,7 @@ def test_the_plain_formulas_of_learned_attention_are_ours():
 
 def test_layers_of_models_are_measured_against_the_stock_ones():
     pytest.importorskip("transformers")
-    from sparseflash.bench import models
+    from benchmarks.experiments import models
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     chosen = {"4 buckets": sf.methods.HashSparse(nb=4)}

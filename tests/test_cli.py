@@ -1,8 +1,10 @@
 """The command line: what it teaches, and that every mistake is one line."""
 
+import dataclasses
 import re
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,13 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
 
-from sparseflash import cli, methods
+import sparseflash as sf
+from benchmarks.experiments.commands import experiments
+from sparseflash import cli, methods, options
+from sparseflash.bench import demo, harness
+from sparseflash.bench.commands import app as bench_app
+from sparseflash.bench.commands import methods as bench_methods
+from sparseflash.train import TrainConfig
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -26,12 +34,12 @@ def one_thread():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the script with arguments; its exit status, output and errors."""
+    """Run the script with arguments, or an experiment by its name; its exit status, output and errors."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["sparseflash", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            bench_app.call(experiments if arguments[0] in bench_app.EXPERIMENTS else cli.app)
         out, err = capsys.readouterr()
         return int(stop.value.code or 0), ANSI.sub("", out), ANSI.sub("", err)
 
@@ -66,7 +74,8 @@ def test_every_option_of_every_command_is_explained():
     import typer
 
     found = dict(commands(typer.main.get_command(cli.app)))
-    assert {"train", "bench curves"} <= found.keys()
+    found |= dict(commands(typer.main.get_command(experiments)))
+    assert {"train", "bench curves", "mqar"} <= found.keys()
     assert [name for name, command in found.items() if not command.help] == []
     self_evident = {"layers", "heads"}
     options = [(name, p) for name, command in found.items() for p in command.params]
@@ -74,7 +83,8 @@ def test_every_option_of_every_command_is_explained():
 
 
 def test_every_number_has_a_range():
-    functions = [x.callback for app in (cli.app, cli.bench) for x in app.registered_commands]
+    apps = (cli.app, cli.bench, experiments)
+    functions = dict.fromkeys(x.callback for app in apps for x in app.registered_commands)
     free, numbers = [], 0
     for function in (*functions, cli.bench.registered_callback.callback):
         for name, hint in typing.get_type_hints(function, include_extras=True).items():
@@ -100,8 +110,12 @@ def test_a_number_out_of_range_is_a_usage_error(run, arguments, option):
 
 
 def test_numbers_in_lists_have_a_range(run):
-    for option, command in (("--lengths", "curves"), ("--dims", "breakeven"), ("--rates", "long-run")):
-        status, _, err = run("bench", command, option, "-8")
+    for option, *command in (
+        ("--lengths", "bench", "curves"),
+        ("--dims", "bench", "breakeven"),
+        ("--rates", "long-run"),
+    ):
+        status, _, err = run(*command, option, "-8")
         assert status == 1 and "'-8' has -8" in err
     assert "names none" in run("bench", "curves", "--lengths", ",")[2]
 
@@ -191,9 +205,7 @@ def test_bench_writes_its_rows(run, tmp_path):
     assert {"case", "T", "ms", "density", "recall", "cpu", "torch", "git"} <= set(header.split(","))
     assert len(rows) == 12
     tiny = ("--lengths", "32", "--heads", 1, "--head-dim", 16, "--quick", "--out", tmp_path)
-    status, out, err = run(
-        "bench", "--methods", "window", "--baselines", "sdpa", "--set", "window.window=8", *tiny
-    )
+    status, out, err = run("bench", "--methods", "window", "--baselines", "sdpa", "--set", "window=8", *tiny)
     assert status == 0, err
     assert "2 rows" in out and "Window(window=8" in (tmp_path / "attention.csv").read_text()
     assert (tmp_path / "attention-both-fp32.svg").is_file()
@@ -201,11 +213,119 @@ def test_bench_writes_its_rows(run, tmp_path):
     for given, said in (
         (("--methods", "hash"), "did you mean 'hash-sparse'"),
         (("--baselines", "sdpa", "--direction", "up"), "choose from: forward; backward; both"),
-        (("--methods", "window", "--set", "window=8"), "write it as --set method.window"),
+        (("--methods", "window,strided", "--set", "window=8"), "write it as --set method.window"),
+        (("--methods", "window", "--set", "widow=8"), "it has: window=512, causal=True"),
     ):
         status, _, err = run("bench", *given, *tiny)
         assert status == 1 and said in err, err
     status, _, err = run("bench", "curves", "--lengths", "1k")
     assert status == 1 and "write them as 1024,2048" in err
-    status, _, err = run("bench", "step", "--dtypes", "fp8")
+    status, _, err = run("step", "--dtypes", "fp8")
     assert status == 1 and "choose from: fp32; bf16" in err
+
+
+def test_bench_says_where_the_experiments_are_and_writes_below_the_current_directory(run):
+    import typer
+
+    here = {x.name for x in cli.bench.registered_commands}
+    there = {x.name for x in experiments.registered_commands}
+    assert there - here == {"tables", *bench_app.EXPERIMENTS} and here <= there
+    for name in bench_app.EXPERIMENTS:
+        status, _, err = run("bench", name, "--help")
+        assert status == 1 and f"run there: python -m benchmarks.experiments {name}\n" in err, err
+    for app, folder in ((cli.bench, "bench"), (experiments, "benchmarks/results")):
+        group = typer.main.get_command(app)
+        with group.make_context("bench", ["curves"]) as above:
+            for name, option in (("curves", "out"), ("breakeven", "out"), ("plot", "directory")):
+                below = group.commands[name].make_context(name, [], parent=above)
+                assert str(below.params[option]).startswith(folder)
+    status, _, err = run("bench", "--lengths", "64")
+    assert status == 1 and "nothing to measure" in err
+    _, out, err = run("bench")
+    assert "--methods" in out + err
+
+
+def test_the_pages_name_commands_that_exist():
+    apps = {"sparseflash bench": cli.bench, "benchmarks.experiments": experiments}
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")):
+        for program, name in re.findall(f"({'|'.join(apps)}) ([a-z][a-z-]+)", page.read_text()):
+            assert name in {x.name for x in apps[program].registered_commands}, (page, program, name)
+
+
+def test_the_version_is_the_packages(run):
+    assert run("--version") == (0, sf.__version__ + "\n", "")
+
+
+def test_every_field_of_every_method_is_described(run):
+    for name in methods.names():
+        fields = dataclasses.fields(methods.find(name))
+        said = options.described(methods.find(name))
+        assert list(said) == [x.name for x in fields] and all(said.values()), name
+        status, out, _ = run("methods", name)
+        assert status == 0
+        assert re.findall(r"^  (\w+) = (.*)$", out, re.MULTILINE) == [
+            (x.name, repr(x.default)) for x in fields
+        ]
+    status, _, err = run("methods", "windw")
+    assert status == 1 and "did you mean 'window'" in err
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    import typer
+
+    for command, cls, kept in (
+        ("train", TrainConfig, cli.TRAINING),
+        ("bench", harness.Settings, bench_methods.SETTINGS),
+    ):
+        found = {x.name: x for x in typer.main.get_command(cli.app).commands[command].params}
+        for field in dataclasses.fields(cls):
+            if field.name in kept:
+                assert found[field.name].default == field.default, field.name
+
+
+@pytest.mark.parametrize(
+    ("attention", "given", "expected"),
+    [
+        (
+            "hash-sparse",
+            ("--nb", 4, "--local-heads", 1, "--window", 8),
+            {"nb": 4, "causal_heads": 1, "window": 8},
+        ),
+        ("hash-sparse", ("--planes", "shared", "--set", "nb=8"), {"planes": "shared", "nb": 8}),
+        ("qk-sparse", ("--drop", 0.25), {"q_drop": 0.25, "k_drop": 0.25}),
+        ("qk-sparse", ("--set", "q_drop=0.25"), {"q_drop": 0.25}),
+        ("window", ("--window", 8), {"window": 8}),
+        ("dense", (), {}),
+    ],
+)
+def test_short_names_and_set_reach_the_method(run, monkeypatch, tmp_path, attention, given, expected):
+    from sparseflash.train import session
+
+    configs = []
+    monkeypatch.setattr(session, "train", lambda config, *_, **__: configs.append(config) or 0)
+    status, _, err = run("train", "--data", "x", "--out", tmp_path, "--attention", attention, *given)
+    assert status == 0, err
+    assert configs == [TrainConfig("x", attention, expected)]
+
+
+def test_a_value_that_a_method_refuses_is_one_line(run, tmp_path, text_file):
+    start = ("train", "--data", text_file, "--out", tmp_path / "a", *TINY)
+    for given, said in (
+        (("--attention", "hash-sparse", "--nb", "many"), "nb='many': expected an even number"),
+        (("--attention", "qk-sparse", "--drop", 2), "q_drop=2"),
+        (("--attention", "window", "--set", "widow=3"), "did you mean 'window'? it has: window=512"),
+    ):
+        status, _, err = run(*start, *given)
+        assert status == 1 and said in err and err.count("\n") == 1
+
+
+def test_the_sparse_models_of_the_demo_take_settings(run):
+    changed = demo.sparse({"nb": 4, "window": 32})
+    assert [x.changes["options"] for x in changed] == [
+        {"nb": 4, "window": 32, "causal_heads": n} for n in (1, 0)
+    ]
+    assert all("(4 buckets)" in x.what for x in changed)
+    assert [x.changes["options"] for x in demo.sparse({})] == [{"nb": 16, "causal_heads": n} for n in (1, 0)]
+    assert "it has: nb=16" in run("demo", "--set", "buckets=4")[2]
+    assert "differ in" in run("demo", "--set", "causal_heads=4")[2]

@@ -17,7 +17,8 @@ pytest.importorskip("safetensors")
 
 from safetensors.torch import load_file, save_file
 
-from sparseflash.bench import capture, compare, figures, pixels, results
+from benchmarks.experiments import pixels
+from sparseflash.bench import capture, compare, figures, results
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer, checkpoint, log
 from sparseflash.train.data import load

@@ -109,7 +109,6 @@ def test_another_commit_measures_anew_and_time_stops_between_tasks(runner, tmp_p
 
 def test_the_table_is_made_of_what_was_faster_than_the_default(runner, tmp_path, monkeypatch):
     from benchmarks.gpu import tuning
-
     from sparseflash.backends.triton import blocks
     from sparseflash.bench.results import write
 

@@ -9,10 +9,10 @@ import torch
 pytest.importorskip("safetensors")
 
 import sparseflash as sf
+from benchmarks.experiments import coverage
 from sparseflash.bench import (
     compare,
     conformance,
-    coverage,
     energy,
     figures,
     harness,

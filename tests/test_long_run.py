@@ -10,8 +10,9 @@ pytest.importorskip("safetensors")
 pytest.importorskip("rich")
 pytest.importorskip("typer")
 
-from sparseflash.bench import long_run, results
-from sparseflash.bench.commands.training import bench_long_run, train_and_time
+from benchmarks.experiments import long_run
+from benchmarks.experiments.commands.training import bench_long_run, train_and_time
+from sparseflash.bench import results
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, checkpoint
 from sparseflash.train.errors import TrainError

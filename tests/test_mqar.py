@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("safetensors")
 
-from sparseflash.bench import mqar, pixels
+from benchmarks.experiments import mqar, pixels
 from sparseflash.errors import SparseFlashError
 
 TASK = mqar.Task()

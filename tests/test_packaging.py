@@ -14,6 +14,7 @@ import pytest
 
 import sparseflash
 from sparseflash.backends.cpu import build
+from test_imports import imports_of
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "src" / "sparseflash"
@@ -69,6 +70,15 @@ def test_the_core_needs_torch_alone(wheel):
     (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
     needs = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist")
     assert [n for n in needs if "extra ==" not in n] == ["torch>=2.11"]
+
+
+@pytest.mark.parametrize("part", ["bench", "train"])
+def test_an_extra_has_what_its_part_imports_first_thing(part):
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"][part]
+    names = {re.match(r"[A-Za-z0-9_.-]+", need)[0] for need in extra} | {"torch", "sparseflash"}
+    for path in (PACKAGE / part).rglob("*.py"):
+        tops = {name.split(".")[0] for _, name, inside in imports_of(path, PACKAGE) if not inside}
+        assert tops - names <= sys.stdlib_module_names, path
 
 
 def test_every_direct_dependency_is_pinned():
@@ -147,3 +157,15 @@ def test_the_command_says_in_one_line_what_it_misses(installed, tmp_path):
     assert run.returncode != 0
     assert len(run.stderr.strip().splitlines()) == 1, run.stderr
     assert "sparseflash[train]" in run.stderr
+
+
+def test_the_installed_bench_writes_below_the_current_directory(installed, tmp_path):
+    pytest.importorskip("typer")
+    env = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    tiny = ["--methods", "window", "--lengths", "16", "--heads", "1", "--head-dim", "16", "--quick"]
+    command = [sys.executable, "-m", "sparseflash", "bench", *tiny]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.csv")] == [
+        "bench/attention.csv"
+    ]

@@ -22,7 +22,7 @@ from sparseflash.bench.results import Row
 
 from . import ROOT
 from .device import DEVICE, DRY, DTYPE, wait
-from .runner import Task
+from .task import Task
 
 KINDS = ("dense", "blocks") if DRY else tuple(plans.KINDS)
 DTYPES = (torch.float16,) if DRY else (torch.float32, torch.float16, torch.bfloat16)

@@ -15,7 +15,7 @@ from sparseflash.bench.results import Row
 
 from . import rivals
 from .device import DEVICE, DRY, DTYPE, tensors, times, wait
-from .runner import Task
+from .task import Task
 
 DIMS = (16,) if DRY else (64, 128)
 

@@ -1,47 +1,21 @@
-"""What a stage is, and how it goes on where it was cut off."""
+"""Runs stages, and goes on where a run was cut off."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparseflash.bench.results import Row, cell, read, write
 
 from .device import DRY, machine
+from .task import Stage, Task
 
 SAME = ("gpu", "torch", "triton", "git")
 """Columns in which a row has to agree with this run to count as done."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A piece of a stage: `key` tells it from the others and stands in each of its rows."""
-
-    key: Row
-    run: Callable[[], Iterable[Row]]
-
-    def rows(self) -> list[Row]:
-        """What was measured; where that failed one row that says why."""
-        try:
-            return [self.key | row for row in self.run()]
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            return [self.key | {"error": " ".join(said.split())[:600]}]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Tasks in their order. `parallel`: nothing is timed, so they may run (mostly: compile) side by side."""
-
-    tasks: Callable[[], list[Task]]
-    minutes: int
-    about: str
-    parallel: bool = False
 
 
 def _worker(name: str, number: int) -> list[Row]:

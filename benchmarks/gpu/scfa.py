@@ -19,7 +19,7 @@ from sparseflash.bench.results import Row
 
 from . import rivals
 from .device import DEVICE, DRY, tensors, times
-from .runner import Task
+from .task import Task
 
 SHAPES = (
     {(1, 1): (32,)}

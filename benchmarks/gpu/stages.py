@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import conformance, kernels, scfa, training, tuning
-from .runner import Stage
+from .task import Stage
 
 STAGES = {
     "check": Stage(

@@ -25,7 +25,7 @@ from sparseflash.train.attention import Attention, build
 
 from . import rivals
 from .device import DEVICE, DRY, wait
-from .runner import Task
+from .task import Task
 
 VOCABULARY, LAYERS, WIDTH, HEADS = 50304, *((1, 16, 1) if DRY else (12, 768, 12))
 STEPS, WARM = (2, 1) if DRY else (40, 8)

@@ -18,7 +18,7 @@ from sparseflash.bench.results import Row, read
 
 from . import rivals
 from .device import DEVICE, DRY, tensors, times
-from .runner import Task
+from .task import Task
 
 KERNELS = ("rows", "rows, backward", "columns", "decode")
 DTYPES = (torch.float16,) if DRY else (torch.bfloat16, torch.float16)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +17,13 @@ except ModuleNotFoundError:
         "sparseflash: the commands need typer and rich; install: pip install 'sparseflash[train]'"
     ) from None
 
-from sparseflash.bench.commands import bench, setting
+from sparseflash import methods as registry
+from sparseflash import options
+from sparseflash.bench.commands import bench
+from sparseflash.bench.commands.app import call
 from sparseflash.errors import SparseFlashError
+from sparseflash.train.attention import FLAGS, cli_options
+from sparseflash.train.config import TrainConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,19 +36,65 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import sparseflash as sf
+
+        typer.echo(sf.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is."),
+    ] = False,
+) -> None:
+    """Hold the options of the program itself; what it says stands above."""
+
+
 def main() -> None:
     """Entry point of the ``sparseflash`` script."""
-    try:
-        app()
-    except SparseFlashError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
+    call(app)
 
 
 DATA, MODEL, RUN, METHOD = "Data", "Model", "Run", "Attention options (for the method that has them)"
 
 
+def _option(panel: str, said: str | None = None, least: float | None = None) -> Any:
+    return typer.Option(help=said, min=least, rich_help_panel=panel)
+
+
+TRAINING = {
+    "attention": _option(
+        MODEL,
+        "dense (torch SDPA) or a method: hash-sparse, qk-sparse, window, reformer, ... "
+        "See: sparseflash methods.",
+    ),
+    "length": _option(DATA, "Bytes per sequence (T). Sparse attention pays from about 2048 on.", 1),
+    "batch": _option(DATA, "Sequences per forward pass and process.", 1),
+    "accumulate": _option(DATA, "Forward passes per optimiser step.", 1),
+    "steps": _option(RUN, "Optimiser steps of the whole run.", 1),
+    "layers": _option(MODEL, least=1),
+    "width": _option(MODEL, "Model width; width / heads must be even.", 1),
+    "heads": _option(MODEL, least=1),
+    "qk": _option(MODEL, "untied, or tied: k = q / |q| per head, as in the paper."),
+    "dtype": _option(RUN, "fp32, or bf16 (autocast; fast where the CPU has AMX or on a GPU)."),
+    "lr": _option(RUN, "Peak learning rate (AdamW, warm-up, cosine).", 0),
+    "seed": _option(RUN, "Weights, batches and random planes.", 0),
+    "eval_every": _option(RUN, "Steps between validations.", 1),
+    "eval_sequences": _option(RUN, "Held-out sequences per validation; the same for all runs.", 1),
+    "save_every": _option(RUN, "Steps between checkpoints (at the latest every two minutes).", 1),
+}
+"""Fields of `TrainConfig` that are options, each with its panel, its words and the least it may be."""
+
+
 @app.command()
+@options.taking(
+    *options.fields(TrainConfig, TRAINING),
+    *options.flags(FLAGS, registry.find, rich_help_panel=METHOD),
+)
 def train(
     context: typer.Context,
     out: Annotated[
@@ -55,110 +108,6 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = "",
-    attention: Annotated[
-        str,
-        typer.Option(
-            help="dense (torch SDPA) or a method: hash-sparse, qk-sparse, window, reformer, ... "
-            "See: sparseflash methods.",
-            rich_help_panel=MODEL,
-        ),
-    ] = "dense",
-    length: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Bytes per sequence (T). Sparse attention pays from about 2048 on.",
-            rich_help_panel=DATA,
-        ),
-    ] = 1024,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Sequences per forward pass and process.", rich_help_panel=DATA)
-    ] = 1,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Forward passes per optimiser step.", rich_help_panel=DATA)
-    ] = 1,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Optimiser steps of the whole run.", rich_help_panel=RUN)
-    ] = 200,
-    layers: Annotated[int, typer.Option(min=1, rich_help_panel=MODEL)] = 4,
-    width: Annotated[
-        int, typer.Option(min=1, help="Model width; width / heads must be even.", rich_help_panel=MODEL)
-    ] = 256,
-    heads: Annotated[int, typer.Option(min=1, rich_help_panel=MODEL)] = 4,
-    qk: Annotated[
-        str,
-        typer.Option(help="untied, or tied: k = q / |q| per head, as in the paper.", rich_help_panel=MODEL),
-    ] = "untied",
-    nb: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="hash-sparse: number of buckets; a query sees about 1/nb of the past.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    local_heads: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="hash-sparse: heads that are causal windows instead.", rich_help_panel=METHOD
-        ),
-    ] = None,
-    planes: Annotated[
-        str | None,
-        typer.Option(help="hash-sparse: random planes per-head or shared.", rich_help_panel=METHOD),
-    ] = None,
-    drop: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="qk-sparse: fraction of queries and keys dropped at random, 0 to 1.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Any other hyper-parameter of the method, as name=value; may be repeated.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="window (and local heads): how many keys a query sees, its own included.",
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="fp32, or bf16 (autocast; fast where the CPU has AMX or on a GPU).", rich_help_panel=RUN
-        ),
-    ] = "fp32",
-    lr: Annotated[
-        float, typer.Option(min=0, help="Peak learning rate (AdamW, warm-up, cosine).", rich_help_panel=RUN)
-    ] = 4e-3,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Weights, batches and random planes.", rich_help_panel=RUN)
-    ] = 0,
-    eval_every: Annotated[
-        int, typer.Option(min=1, help="Steps between validations.", rich_help_panel=RUN)
-    ] = 50,
-    eval_sequences: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Held-out sequences per validation; the same for all runs.", rich_help_panel=RUN
-        ),
-    ] = 4,
-    save_every: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Steps between checkpoints (at the latest every two minutes).", rich_help_panel=RUN
-        ),
-    ] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", rich_help_panel=RUN)] = "auto",
     resume: Annotated[
         bool,
@@ -168,6 +117,8 @@ def train(
             rich_help_panel=RUN,
         ),
     ] = False,
+    changes: Annotated[list[str] | None, options.changes(rich_help_panel=METHOD)] = None,
+    **more: Any,
 ) -> None:
     """Train a small byte-level GPT on any text, with dense or sparse attention.
 
@@ -179,19 +130,14 @@ def train(
 
     Data parallel: **torchrun --nproc-per-node 2 -m sparseflash train ...** (the batch is per process).
     """
-    from sparseflash.train.attention import cli_options
-    from sparseflash.train.config import TrainConfig
     from sparseflash.train.errors import TrainError
     from sparseflash.train.session import train as run
     from sparseflash.train.trainer import resume_config
 
     given = {name: value for name, value in context.params.items() if _explicit(context, name)}
-    method = {
-        name: given.pop(name) for name in ("nb", "local_heads", "planes", "drop", "window") if name in given
-    }
-    method |= dict(map(setting, given.pop("options", None) or ()))
-    for name in ("out", "device", "resume"):
-        given.pop(name, None)
+    method = {name: options.literal(given.pop(name)) for name in FLAGS if name in given}
+    method |= options.settings(changes)
+    given = {name: value for name, value in given.items() if name in ("data", *TRAINING)}
     if method:
         given["options"] = cli_options(method)
     if resume:
@@ -239,6 +185,10 @@ def demo(
     tied: Annotated[
         bool, typer.Option("--tied", help="Also train the paper's dense baseline, k = q / |q|.")
     ] = False,
+    changes: Annotated[
+        list[str] | None,
+        options.changes("A field of the hash-sparse models, as name=value, such as nb=8; may be repeated."),
+    ] = None,
 ) -> None:
     """Watch a language model train with dense and with sparse attention, side by side, and get a report.
 
@@ -262,6 +212,7 @@ def demo(
         dtype=dtype,
         seed=seed,
         tied=tied,
+        changes=options.settings(changes),
         command=command,
     )
 
@@ -283,14 +234,25 @@ def doctor() -> None:
 
 
 @app.command()
-def methods() -> None:
-    """List the methods: name, what a query sees, parameters."""
-    from sparseflash import methods as registry
-
-    for name in registry.names():
-        method = registry.get(name)
+def methods(
+    name: Annotated[str, typer.Argument(help="One of them: its fields, with defaults and meaning.")] = "",
+) -> None:
+    """List the methods: name, what a query sees, parameters; or describe the one that is named."""
+    if name:
+        cls = registry.find(name)
+        said, of = options.described(cls), dataclasses.fields(cls)
         typer.secho(name, bold=True)
-        typer.echo(f"  {(type(method).__doc__ or '').strip().splitlines()[0]}")
+        typer.echo(f"  {_first_line(cls)}\n")
+        for field in of:
+            typer.echo(f"  {field.name} = {field.default!r}")
+            typer.echo(textwrap.indent(textwrap.fill(said.get(field.name, ""), 90), " " * 6))
+        example = shlex.quote(f"{of[0].name}={of[0].default}")
+        typer.echo(f"\nWith sparseflash bench, show and train: --set {example}")
+        return
+    for slug in registry.names():
+        method = registry.get(slug)
+        typer.secho(slug, bold=True)
+        typer.echo(f"  {_first_line(type(method))}")
         typer.echo(f"  {method!r}")
 
 
@@ -303,20 +265,16 @@ def show(
     out: Annotated[
         Path | None, typer.Option(help="Write here: a picture if it ends in .png, .svg or .pdf, else text.")
     ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A hyper-parameter of the method, as name=value; may be repeated."),
-    ] = None,
+    changes: Annotated[list[str] | None, options.changes()] = None,
 ) -> None:
     """Draw the plan a method makes for random queries and keys."""
     import torch
 
-    from sparseflash import methods as registry
     from sparseflash.train.attention import build
 
     if method != "dense":
         registry.find(method)
-    chosen = build(method, dict(map(setting, options or ())))
+    chosen = build(method, options.settings(changes))
     if not hasattr(chosen, "select"):
         raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")
     generator = torch.Generator().manual_seed(seed)
@@ -336,6 +294,10 @@ def show(
         typer.echo("\n\n".join(one.explain() for one in plans))
     except OSError as error:
         raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]
 
 
 def _explicit(context: Any, name: str) -> bool:

@@ -1,1 +1,1 @@
-"""Measurements on this machine: runtime curves, the attention table, whole training steps, and the demo."""
+"""Measurements on this machine: any method against any baseline, when sparse pays, and the demo."""

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 import sparseflash as sf
-from sparseflash.bench.cases import forward, forward_backward, inputs
-from sparseflash.bench.kernels import Blocks
+from sparseflash.bench.cases import Blocks, forward, forward_backward, inputs
 from sparseflash.bench.quality import density
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave

@@ -1,4 +1,4 @@
-"""The attentions that are measured: a label, a callable, and how far its length is worth going."""
+"""What is measured: attentions with a label, random plans, inputs, and the calls that are timed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseflash.method import Selection
 from sparseflash.methods import HashSparse, QKSparse
+from sparseflash.plan import Plan
 from sparseflash.train.attention import Attention, build, dense
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -112,6 +113,28 @@ class Compacted:
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select the same pairs, as a plan."""
         return self.method.select(q, k)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A share of the blocks each tile can see, those on its diagonal among them, different in every head."""
+
+    tile: int
+    unit: int
+    share: float
+
+    def __call__(self, length: int, heads: int) -> Plan:
+        """Draw the blocks: a tile keeps its diagonal and the rest of its share at random."""
+        R, C = -(-length // self.tile), -(-length // self.unit)
+        draw = torch.rand(1, heads, R, C, generator=torch.Generator().manual_seed(0))
+        first, after = (torch.arange(R)[:, None] + n for n in (0, 1))
+        key = torch.arange(C) * self.unit
+        seen = key < after * self.tile
+        draw = draw.masked_fill(key >= first * self.tile, 2.0).masked_fill(~seen, -1.0)
+        rank = draw.argsort(-1, descending=True).argsort(-1)
+        keep = seen & (rank < torch.round(seen.sum(-1, keepdim=True) * self.share).clamp_min(1))
+        size = {"tile": self.tile, "unit": self.unit}
+        return Plan.from_blocks(keep, Tq=length, Tk=length, causal=True, **size)
 
 
 def inputs(

@@ -7,12 +7,14 @@ and it is the same for every model.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparseflash import methods
 from sparseflash.bench import cases, curves, results
 from sparseflash.bench.machine import describe
 from sparseflash.bench.report import Drawing, Result, Run, comparison, verdict, write
@@ -40,19 +42,34 @@ class Contender:
 DENSE = Contender(
     "dense", "torch scaled_dot_product_attention, causal: every query sees all earlier keys", "dense", {}
 )
-LOCAL = Contender(
-    "hash-sparse + 1 local head",
-    "three heads see the earlier keys of their own hash bucket (16 buckets), one head sees a causal window",
-    "hash-2",
-    {"attention": "hash-sparse", "options": {"nb": 16, "causal_heads": 1}},
-)
-PURE = Contender(
-    "hash-sparse, pure",
-    "all heads see the earlier keys of their own hash bucket (16 buckets)",
-    "hash-1",
-    {"attention": "hash-sparse", "options": {"nb": 16, "causal_heads": 0}},
-)
 TIED = Contender("dense, tied q/k", "the paper's own baseline: k = q / |q| per head", "naive", {"qk": "tied"})
+
+
+def sparse(changes: Mapping[str, Any]) -> list[Contender]:
+    """The hash-sparse models, with and without a window head.
+
+    Raises
+    ------
+    SparseFlashError
+        For a field that the method does not have, a value that it refuses, and the one that they differ in.
+    """
+    if "causal_heads" in changes:
+        raise SparseFlashError("--set causal_heads is what the hash-sparse models differ in; leave it out")
+    method = methods.get("hash-sparse", **changes)
+    buckets = f"see the earlier keys of their own hash bucket ({method.nb} buckets)"
+    kinds = (
+        ("hash-sparse + 1 local head", f"three heads {buckets}, one head sees a causal window", "hash-2", 1),
+        ("hash-sparse, pure", f"all heads {buckets}", "hash-1", 0),
+    )
+    return [
+        Contender(
+            label,
+            what,
+            style,
+            {"attention": "hash-sparse", "options": {"nb": method.nb, **changes, "causal_heads": heads}},
+        )
+        for label, what, style, heads in kinds
+    ]
 
 
 def run(
@@ -64,6 +81,7 @@ def run(
     dtype: str = "fp32",
     seed: int = 0,
     tied: bool = False,
+    changes: Mapping[str, Any] | None = None,
     command: str = "sparseflash demo",
     shape: dict[str, int] | None = None,
 ) -> Result:
@@ -81,6 +99,8 @@ def run(
         Of the training part.
     tied : bool
         Also train the paper's dense baseline with tied q/k.
+    changes : mapping, optional
+        Fields of the hash-sparse models, such as ``nb``.
     command : str
         How the report says it was made.
     shape : dict, optional
@@ -88,6 +108,7 @@ def run(
     """
     from rich.console import Console
 
+    plans = [DENSE, *sparse(changes or {}), *([TIED] if tied else [])]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,7 +124,6 @@ def run(
     console.print(f"{minutes:g} minutes; data: {corpus.name}, {len(corpus.train) / 1e6:.1f} MB\n")
     rows = _curves(console, minutes * CURVES_SHARE, length, dtype)
     results.write(out / "curves.csv", rows)
-    plans = [DENSE, LOCAL, PURE, *([TIED] if tied else [])]
     fixed = {
         "length": length,
         "dtype": dtype,

@@ -144,7 +144,8 @@ def redraw(
     files = sorted(directory.glob("*.csv")) if directory.is_dir() else [directory]
     if not files or not files[0].is_file():
         raise SparseFlashError(
-            f"{directory}: no result file (*.csv) there; run: sparseflash bench --out {directory}"
+            f"{directory}: no result file (*.csv) there; write some with: "
+            f"sparseflash bench --methods window --baselines sdpa --out {directory}"
         )
     written = []
     for file in files:

@@ -46,12 +46,19 @@ def cli_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Translate command-line options into the method's hyper-parameters."""
     options: dict[str, Any] = {}
     for name, value in given.items():
-        for field in _FIELDS.get(name, (name,)):
+        for field in FLAGS[name][1] if name in FLAGS else (name,):
             options[field] = value
     return options
 
 
-_FIELDS = {"local_heads": ("causal_heads",), "drop": ("q_drop", "k_drop")}
+FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "nb": ("hash-sparse", ("nb",)),
+    "local_heads": ("hash-sparse", ("causal_heads",)),
+    "planes": ("hash-sparse", ("planes",)),
+    "drop": ("qk-sparse", ("q_drop", "k_drop")),
+    "window": ("window", ("window",)),
+}
+"""Short names of fields on the command line, for any method that has them; `--help` asks the one named."""
 
 
 def build(

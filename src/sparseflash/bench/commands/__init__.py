@@ -1,6 +1,6 @@
 """`sparseflash bench`: one command a benchmark, a page for each kind; importing them registers them."""
 
-from . import files, kernels, methods, models, plans, training
-from .app import bench, setting
+from . import curves, files, methods
+from .app import bench
 
-__all__ = ["bench", "files", "kernels", "methods", "models", "plans", "setting", "training"]
+__all__ = ["bench", "curves", "files", "methods"]

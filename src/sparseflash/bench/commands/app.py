@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,26 +13,69 @@ from sparseflash.errors import SparseFlashError
 
 N = TypeVar("N", int, float)
 
+EXPERIMENTS = (
+    "attention-table",
+    "coverage",
+    "decode",
+    "documents",
+    "indexer",
+    "kernel-table",
+    "levels",
+    "long-run",
+    "masks",
+    "mqar",
+    "ops",
+    "pixels",
+    "plan-costs",
+    "step",
+    "transformers",
+)
+"""Commands of `benchmarks/experiments`, which no install has."""
+
+
+class Bench(typer.core.TyperGroup):
+    """The commands here, and where the experiments are."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Find a command."""
+        if cmd_name in EXPERIMENTS:
+            raise SparseFlashError(
+                f"{cmd_name} is an experiment, which only a checkout has; run there: "
+                f"python -m benchmarks.experiments {cmd_name}"
+            )
+        return super().get_command(ctx, cmd_name)
+
+
 bench = typer.Typer(
+    cls=Bench,
     invoke_without_command=True,
+    no_args_is_help=True,
     help="Measure on this machine.\n\n"
     "**--methods hash-sparse,window --baselines sdpa,flex --lengths 1024,8192 --out DIR** compares "
-    "any methods with any baselines; a command runs one table; neither runs every table, into "
-    "**benchmarks/results**.\n\n"
-    "All cases of a table run in turn, the figure is the median; machine and versions stand in every row.",
+    "any methods with any baselines; a command runs one table. Results go into **bench** of the current "
+    "directory.\n\n"
+    "All cases of a table run in turn, the figure is the median; machine and versions stand in every row. "
+    "The experiments behind the pages of the docs are in a checkout: **python -m benchmarks.experiments**.",
 )
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("bench")
 Out = Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")]
-Kept = Annotated[Path, typer.Option(help="CSV file of the rows; what else an existing one holds stays.")]
 Data = Annotated[str, typer.Option(help="Text, a file or a directory; by default Python's own library.")]
 Minutes = Annotated[float, typer.Option(min=0, help="Time box; what does not fit is left out, and said.")]
-Length = Annotated[int, typer.Option(min=1, help="Sequence length.")]
 Lengths = Annotated[str, typer.Option(help="Sequence lengths, separated by commas.")]
 Heads = Annotated[int, typer.Option(min=1, help="Attention heads.")]
 Dim = Annotated[int, typer.Option(min=1, help="Dimension of a head.")]
 Dtype = Annotated[str, typer.Option(help="fp32 or bf16.")]
 Dtypes = Annotated[str, typer.Option(help="fp32, bf16 or both, separated by commas.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds, after one that warms up.")]
+
+
+def call(app: typer.Typer) -> None:
+    """Run an application; what the library refuses is one line, and exit status 1."""
+    try:
+        app()
+    except SparseFlashError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
 
 
 def words(text: str, separator: str = ",") -> list[str]:
@@ -72,17 +115,6 @@ def known(option: str, names: Iterable[str], given: list[str]) -> list[str]:
         if name not in names:
             raise SparseFlashError(f"--{option} has {name!r}; choose from: {'; '.join(names)}")
     return given or names
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """Read ``name=value``; a value that is no Python literal is a string."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SparseFlashError(f"--set {text} has no value; write it as --set name=value")
-    try:
-        return name.strip(), ast.literal_eval(value.strip())
-    except (SyntaxError, ValueError):
-        return name.strip(), value.strip()
 
 
 def _numbers(text: str, kind: Callable[[str], N], example: str, least: int) -> list[N]:

@@ -8,13 +8,31 @@ from typing import Annotated, Any
 
 import typer
 
+from sparseflash import options
+from sparseflash.bench.harness import Settings
 from sparseflash.errors import SparseFlashError
 
-from . import kernels, training
-from .app import Lengths, Minutes, Rounds, bench, dtypes_of, known, lengths_of, setting, words
+from .app import RESULTS, Lengths, bench, dtypes_of, known, lengths_of, words
+
+SETTINGS = {
+    "heads": typer.Option(min=1, help="Attention heads."),
+    "batch": typer.Option(min=1, help="Sequences."),
+    "dim": typer.Option("--head-dim", min=1, help="Dimension of a head."),
+    "dtype": typer.Option(help="fp32 or bf16."),
+    "density": typer.Option(min=0, max=1, help="Share of the causal pairs that the methods are set to see."),
+    "direction": typer.Option(help="forward, backward or both."),
+    "device": typer.Option(help="cpu or cuda."),
+    "energy": typer.Option("--energy", help="Joules of a call, where counters exist."),
+    "rounds": typer.Option(min=1, help="Measured rounds, after one that warms up."),
+    "minutes": typer.Option(min=0, help="Time box; what does not fit is left out, and said."),
+    "seed": typer.Option(min=0, help="Of the inputs."),
+}
+"""Fields of `Settings` that are options."""
+LENGTHS = ",".join(map(str, Settings.lengths))
 
 
 @bench.callback()
+@options.taking(*options.fields(Settings, SETTINGS))
 def bench_methods(
     context: typer.Context,
     methods: Annotated[
@@ -27,87 +45,67 @@ def bench_methods(
             "attn-gym, fla."
         ),
     ] = "",
-    lengths: Lengths = "1024,4096",
     out: Annotated[
         Path, typer.Option(help="Directory of attention.csv, whose other rows stay, and its pictures.")
-    ] = Path("bench"),
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    head_dim: Annotated[int, typer.Option(min=1, help="Dimension of a head.")] = 64,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    density: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Share of the causal pairs that the methods are set to see."),
-    ] = None,
-    direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    energy: Annotated[bool, typer.Option("--energy", help="Joules of a call, where counters exist.")] = False,
+    ] = RESULTS,
+    lengths: Lengths = LENGTHS,
     quick: Annotated[bool, typer.Option("--quick", help="Three rounds, no memory: a first look.")] = False,
-    rounds: Rounds = 9,
-    minutes: Minutes = 5.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the inputs.")] = 0,
     capture: Annotated[
         Path | None, typer.Option(help="q, k and v of a model (sparseflash bench capture), not normal ones.")
     ] = None,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Of the capture; by default the middle one.")
     ] = None,
-    options: Annotated[
+    changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A hyper-parameter, as method.field=value; may be repeated."),
+        options.changes(
+            "A field, as method.field=value, or field=value where --methods names one; may be repeated."
+        ),
     ] = None,
+    **more: Any,
 ) -> None:
-    """Run the comparison that the options name, or all benchmarks where they name none."""
+    """Run the comparison that the options name."""
     if context.invoked_subcommand is not None:
         return
     if not methods and not baselines:
-        kernels.bench_curves()
-        kernels.bench_attention_table()
-        kernels.bench_kernel_table()
-        kernels.bench_ops()
-        training.bench_step()
-        return
+        raise SparseFlashError(
+            "nothing to measure: name --methods, --baselines or both, or a command (--help)"
+        )
     from sparseflash.bench import cases, figures, harness, results, session
 
-    dtypes_of(dtype)
-    known("direction", cases.DIRECTIONS, [direction])
-    chosen: dict[str, dict[str, Any]] = {}
-    for name, value in map(setting, options or ()):
-        method, dot, field = name.partition(".")
-        if not dot:
-            raise SparseFlashError(f"--set {name}: whose? write it as --set method.{name}=value")
-        chosen.setdefault(method, {})[field] = value
-    real = None
+    dtypes_of(more["dtype"])
+    known("direction", cases.DIRECTIONS, [more["direction"]])
     if capture is not None:
         from sparseflash.bench.capture import inputs
 
-        real = inputs(capture, layer=layer, dtype=cases.DTYPES[dtype])
-        heads, head_dim = real(1)[0].shape[1::2]
-    settings = harness.Settings(
+        more["capture"] = inputs(capture, layer=layer, dtype=cases.DTYPES[more["dtype"]])
+        more["heads"], more["dim"] = more["capture"](1)[0].shape[1::2]
+    if quick:
+        more |= {"rounds": 3, "memory": False}
+    settings = Settings(
         methods=words(methods),
         baselines=words(baselines),
         lengths=lengths_of(lengths),
-        batch=batch,
-        heads=heads,
-        dim=head_dim,
-        dtype=dtype,
-        direction=direction,
-        density=density,
-        device=device,
-        options=chosen,
-        rounds=3 if quick else rounds,
-        minutes=minutes,
-        energy=energy,
-        memory=not quick,
-        seed=seed,
-        capture=real,
+        options=_of_methods(words(methods), options.settings(changes)),
+        **more,
     )
     file = out / "attention.csv"
     kept = harness.others(settings, results.read(file)) if file.is_file() else []
     rows = session.watch("attention", file, partial(harness.measure, settings), kept)
     over = [x for x in rows[-1] if x.startswith("over ") and not x.startswith("over naive")][:2]
     columns = ("case", "T", "conformance", "ms", "ms_select", *over, "density", "recall", "error", "peak_mb")
-    columns += (*(("joules_net",) if energy else ()), "note")
+    columns += (*(("joules_net",) if settings.energy else ()), "note")
     session.show(rows[len(kept) :], file, columns)
     for picture in figures.redraw(file):
         print(picture)
+
+
+def _of_methods(methods: list[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Which method each setting belongs to: the one before its dot, or the only one there is."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        method, _, field = name.rpartition(".")
+        if not method and len(methods) != 1:
+            raise SparseFlashError(f"--set {name}: whose? write it as --set method.{name}=value")
+        found.setdefault(method or methods[0], {})[field] = value
+    return found

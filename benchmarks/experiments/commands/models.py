@@ -8,24 +8,23 @@ from typing import Annotated
 
 import typer
 
-from .app import (
-    RESULTS,
+from sparseflash.bench.commands.app import (
     Dtypes,
-    Kept,
     Lengths,
     Minutes,
     Rounds,
-    bench,
     dtypes_of,
     known,
     lengths_of,
     words,
 )
 
+from .app import RESULTS, Kept, experiments
+
 PANEL = "Models"
 
 
-@bench.command("indexer", rich_help_panel=PANEL)
+@experiments.command("indexer", rich_help_panel=PANEL)
 def bench_indexer(
     out: Kept = RESULTS / "indexer.csv",
     lengths: Lengths = "1024,2048,4096,8192",
@@ -39,8 +38,10 @@ def bench_indexer(
 
     Other rows of OUT stay: measure a few at a time.
     """
-    from sparseflash.bench import indexer, results
+    from sparseflash.bench import results
     from sparseflash.bench.session import session
+
+    from .. import indexer
 
     parts = known("kinds", indexer.KINDS, words(kinds))
     options = {"lengths": lengths_of(lengths), "dtypes": dtypes_of(dtypes), "kinds": parts, "topk": topk}
@@ -56,7 +57,7 @@ def bench_indexer(
     session("indexer", out, measure, columns, kept=kept)
 
 
-@bench.command("transformers", rich_help_panel=PANEL)
+@experiments.command("transformers", rich_help_panel=PANEL)
 def bench_transformers(
     out: Kept = RESULTS / "transformers.csv",
     models: Annotated[str, typer.Option(help="Layers, separated by semicolons; by default all.")] = "",
@@ -70,9 +71,10 @@ def bench_transformers(
 
     Other rows of OUT stay: measure a few at a time.
     """
-    from sparseflash.bench import models as models_
     from sparseflash.bench import results
     from sparseflash.bench.session import session
+
+    from .. import models as models_
 
     names = known("models", models_.SUBJECTS, words(models, ";"))
     parts = known("what", models_.WHAT, words(what, ";"))

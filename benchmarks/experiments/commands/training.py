@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import (
-    RESULTS,
+from sparseflash.bench.commands.app import (
     Data,
     Dtypes,
-    Kept,
     Lengths,
     Minutes,
     Out,
     Rounds,
-    bench,
     dtypes_of,
     floats,
     integers,
@@ -27,14 +24,17 @@ from .app import (
     words,
 )
 
+from .app import RESULTS, Kept, experiments
+
 if TYPE_CHECKING:
-    from sparseflash.bench.long_run import Run
     from sparseflash.train import Corpus
+
+    from ..long_run import Run
 
 PANEL = "Training and quality"
 
 
-@bench.command("step", rich_help_panel=PANEL)
+@experiments.command("step", rich_help_panel=PANEL)
 def bench_step(
     out: Out = RESULTS / "step.csv",
     data: Data = "",
@@ -44,9 +44,10 @@ def bench_step(
     minutes: Minutes = 8.0,
 ) -> None:
     """Time whole training steps of the same model with dense, hash-sparse and QK-sparse attention."""
-    from sparseflash.bench import steps
     from sparseflash.bench.session import session
     from sparseflash.train.data import named
+
+    from .. import steps
 
     options = {"lengths": lengths_of(lengths), "dtypes": dtypes_of(dtypes)}
     measure = partial(steps.measure, named(data), **options, rounds=rounds, minutes=minutes)
@@ -54,7 +55,7 @@ def bench_step(
     session("training steps", out, measure, columns)
 
 
-@bench.command("documents", rich_help_panel=PANEL)
+@experiments.command("documents", rich_help_panel=PANEL)
 def bench_documents(
     out: Out = RESULTS / "documents.csv",
     data: Data = "",
@@ -65,9 +66,10 @@ def bench_documents(
     minutes: Minutes = 6.0,
 ) -> None:
     """Time packed documents against the same padded to the longest: attention alone, and the small GPT."""
-    from sparseflash.bench import documents
     from sparseflash.bench.session import session
     from sparseflash.train.data import named
+
+    from .. import documents
 
     documents.require_room(tokens, longest)
     options = {"tokens": tokens, "longest": longest, "dtypes": dtypes_of(dtypes)}
@@ -76,7 +78,7 @@ def bench_documents(
     session("documents", out, measure, columns)
 
 
-@bench.command("pixels", rich_help_panel=PANEL)
+@experiments.command("pixels", rich_help_panel=PANEL)
 def bench_pixels(
     images: Annotated[Path, typer.Option(help="Images in IDX format, such as MNIST's; .gz is read too.")],
     out: Out = RESULTS / "pixels.csv",
@@ -84,14 +86,15 @@ def bench_pixels(
     seed: Annotated[int, typer.Option(min=0, help="Weights, batches and random planes.")] = 0,
 ) -> None:
     """Train on images pixel after pixel: dense, hash-sparse and Reformer at equal steps."""
-    from sparseflash.bench import pixels
     from sparseflash.bench.session import session
+
+    from .. import pixels
 
     measure = partial(pixels.measure, pixels.read_idx(images), steps=steps, seed=seed)
     session("pixels", out, measure, ("case", "perplexity", "bits", "steps", "s_per_step"))
 
 
-@bench.command("mqar", rich_help_panel=PANEL)
+@experiments.command("mqar", rich_help_panel=PANEL)
 def bench_mqar(
     out: Out = RESULTS / "mqar.csv",
     cases: Annotated[str, typer.Option(help="Attentions, separated by semicolons; by default all.")] = "",
@@ -101,8 +104,9 @@ def bench_mqar(
     seed: Annotated[int, typer.Option(min=0, help="Weights, rows and random planes.")] = 0,
 ) -> None:
     """Train on associative recall: what can look up, and what cannot. Exit status 1 if the gate fails."""
-    from sparseflash.bench import mqar
     from sparseflash.bench.session import session
+
+    from .. import mqar
 
     names = known("cases", mqar.ATTENTIONS, words(cases, ";"))
     measure = partial(mqar.measure, attentions=names, steps=steps, seed=seed)
@@ -113,7 +117,7 @@ def bench_mqar(
     raise typer.Exit(1 if wrong else 0)
 
 
-@bench.command("long-run", rich_help_panel=PANEL)
+@experiments.command("long-run", rich_help_panel=PANEL)
 def bench_long_run(
     out: Kept = RESULTS / "long-run.csv",
     data: Data = "",
@@ -133,8 +137,9 @@ def bench_long_run(
 
     Runs that OUT holds to the end are not trained again: name a few cases at a time.
     """
-    from sparseflash.bench import long_run
     from sparseflash.train.data import named
+
+    from .. import long_run
 
     wanted = long_run.plan_runs(
         known("cases", long_run.CONTENDERS, words(cases, ";")),
@@ -157,8 +162,10 @@ def train_and_time(
     models: Path | None,
 ) -> None:
     """Train what `out` does not hold yet, time a step of every case, and keep the weights in `models`."""
-    from sparseflash.bench import figures, long_run, results
+    from sparseflash.bench import figures, results
     from sparseflash.bench.session import show, watch
+
+    from .. import long_run
 
     there = list(results.read(out)) if out.is_file() else []
     todo = long_run.unfinished(wanted, there)

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from sparseflash.backends.cpu import build
-from sparseflash.bench.kernels import Shape, causal, measure
 from sparseflash.bench.machine import describe
 from sparseflash.bench.results import Row
 from sparseflash.errors import SparseFlashError
+
+from . import ROOT
+from .kernels import Shape, causal, measure
 
 SHAPES = ((4096, 64), (4096, 128), (8192, 64), (8192, 128))
 """Lengths and head dimensions; four heads."""
@@ -51,6 +53,7 @@ def measure_levels(
         what["dtypes"] = ["bf16" if build.LEVELS[level].bf16 else "fp32"]
         run = subprocess.run(
             [sys.executable, "-m", __name__, json.dumps(what)],
+            cwd=ROOT,
             env={**os.environ, "SPARSEFLASH_CPU_LEVEL": level, **TORCH.get(level, {})},
             capture_output=True,
             text=True,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.bench.cases import backward, forward, inputs
+from sparseflash.bench.cases import Blocks, backward, forward, inputs
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
 from sparseflash.plan import Plan
@@ -34,28 +34,6 @@ class Shape:
 def causal(length: int, heads: int) -> Plan:
     """Everything up to the diagonal."""
     return Plan.dense(length, length, causal=True)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A share of the blocks each tile can see, those on its diagonal among them, different in every head."""
-
-    tile: int
-    unit: int
-    share: float
-
-    def __call__(self, length: int, heads: int) -> Plan:
-        """Draw the blocks: a tile keeps its diagonal and the rest of its share at random."""
-        R, C = -(-length // self.tile), -(-length // self.unit)
-        draw = torch.rand(1, heads, R, C, generator=torch.Generator().manual_seed(0))
-        first, after = (torch.arange(R)[:, None] + n for n in (0, 1))
-        key = torch.arange(C) * self.unit
-        seen = key < after * self.tile
-        draw = draw.masked_fill(key >= first * self.tile, 2.0).masked_fill(~seen, -1.0)
-        rank = draw.argsort(-1, descending=True).argsort(-1)
-        keep = seen & (rank < torch.round(seen.sum(-1, keepdim=True) * self.share).clamp_min(1))
-        size = {"tile": self.tile, "unit": self.unit}
-        return Plan.from_blocks(keep, Tq=length, Tk=length, causal=True, **size)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""What a stage is: tasks, each with rows of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from sparseflash.bench.results import Row
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of a stage: `key` tells it from the others and stands in each of its rows."""
+
+    key: Row
+    run: Callable[[], Iterable[Row]]
+
+    def rows(self) -> list[Row]:
+        """What was measured; where that failed one row that says why."""
+        try:
+            return [self.key | row for row in self.run()]
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            return [self.key | {"error": " ".join(said.split())[:600]}]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks in their order. `parallel`: nothing is timed, so they may run (mostly: compile) side by side."""
+
+    tasks: Callable[[], list[Task]]
+    minutes: int
+    about: str
+    parallel: bool = False
