@@ -12,7 +12,7 @@ import sparseflash as sf
 import tolerance
 from harness import EACH, MAIN, randn, same_bits
 from sparseflash import Plan
-from sparseflash.plan import documents
+from sparseflash.plan.make import documents
 
 LENGTHS = [(1, 1), (0, 5), (63, 63), (40, 129), (129, 40), (0, 0), (7, 0), (64, 70)]
 OPTIONS = {
