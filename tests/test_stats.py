@@ -10,7 +10,7 @@ import sparseflash as sf
 import tolerance
 from harness import EACH, inputs, peak_memory, randn
 from sparseflash import Plan
-from sparseflash.merging import norm_of
+from sparseflash.numerics import norm_of
 from sparseflash.plan.flat import flatten
 
 OVER = ("key", "row", "entry", "diagonal")

@@ -46,7 +46,7 @@ class Backend(Protocol):
         out_dtype: torch.dtype,
         normed: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `merging`)."""
+        """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`)."""
         ...
 
     def decode(

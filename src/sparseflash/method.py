@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError, SparseFlashError, require
-from .inputs import Plans
-from .ops import attention
+from .ops._arguments import Plans
+from .ops.attention import attention
 from .plan.options import is_count, normal_offset, same_offset
 
 Context = Mapping[str, Any]

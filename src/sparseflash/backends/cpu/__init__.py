@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...numerics import empty_like_layout
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from . import build, lists
 from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, view, zeros
 from .indexer import indexer_loss, indexer_topk

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...plan.flat import empty_like_layout
+from ...numerics import empty_like_layout
 
 CHUNK = 64
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...merging import NEVER, bends, over_plans, unit_of
+from ...numerics import NEVER, bends, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.entries import TileView, tile_parts, tile_view
-from ...plan.flat import empty_like_layout
 from .rows import Rows
 
 STREAMED = 1 << 19
@@ -21,7 +20,7 @@ STREAMED = 1 << 19
 def _logits(
     q: Tensor, k: Tensor, view: TileView, scale: float, softcap: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The x of a tile's masked logits `unit * x` (see `merging`), and tanh of the score under a softcap."""
+    """The x of a tile's masked logits `unit * x` (see `numerics`), and tanh of the score under a softcap."""
     x = q @ k.transpose(-1, -2)
     bent = None
     if bends(scale, softcap, bias):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan.flat import empty_like_layout
+from ...numerics import empty_like_layout
 from .blocks import Blocks, Case, choose, fitting
 from .common import INTERPRETED, dot
 from .launch import power_of_two

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...merging import NEVER, over_plans, unit_of
+from ...numerics import NEVER, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from ...plan.options import TILE
 from ...plan.record import FLAT
 from ...plan.transpose import transpose_spans

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...numerics import empty_like_layout
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from .blocks import Blocks, fitting
 from .common import (
     Keys,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decode import decode
 from ...errors import SparseFlashError
-from ...ops import attention
+from ...ops.attention import attention
+from ...ops.decode import decode
 from ...plan import Plan
 from .keep import plain_mask
 from .learned import learned_plan

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ...errors import require
 from ...method import Context, Method, Selection, check_counts, check_qk, check_tokens
-from ...ops import attention
+from ...ops.attention import attention
 from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
 from ...plan.options import SHORT, earlier, is_count, spread_heads

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .errors import PlanError, SparseFlashError, require
-from .plan import Plan
+from ..errors import PlanError, SparseFlashError, require
+from ..plan import Plan
 
 Plans = Plan | Sequence[Plan]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def describe(x: object) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from .errors import DerivativeError
-from .inputs import transformed
+from ..errors import DerivativeError
+from ._arguments import transformed
 
 Call = Callable[..., Any]
 _REVERSE = "gradients here are those of reverse mode, once: grad, vjp, jacrev or backward()"

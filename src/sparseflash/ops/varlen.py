@@ -7,10 +7,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
-from .inputs import check_unknown, describe
-from .ops import attention
-from .plan import Plan
+from ..errors import SparseFlashError, require
+from ..plan import Plan
+from ._arguments import check_unknown, describe
+from .attention import attention
 
 _ELSEWHERE = {
     "dropout_p": "attention dropout is not supported: use dropout on the residual stream",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import DTYPES, as_backend, autocast, describe, is_finite, own_precision, state_dtype, unwatched
-from .plan.options import INTEGERS, is_count, narrow, normal_offset
+from ..dispatch import choose
+from ..errors import SparseFlashError, require
+from ..numerics import state_dtype
+from ..plan.options import INTEGERS, is_count, narrow, normal_offset
+from ._arguments import DTYPES, as_backend, autocast, describe, is_finite, own_precision, unwatched
 
 
 def _choose(
@@ -135,6 +136,15 @@ def ranges(
     return low.contiguous(), high.contiguous()
 
 
+class _Options(TypedDict, total=False):
+    causal: bool
+    q_offset: int | Tensor
+    first_key: Tensor | None
+    k_keep: Tensor | None
+    scale: float
+    backend: str | None
+
+
 @overload
 def indexer_topk(
     q_index: Tensor,
@@ -143,7 +153,7 @@ def indexer_topk(
     topk: int,
     *,
     return_scores: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def indexer_topk(
@@ -153,7 +163,7 @@ def indexer_topk(
     topk: int,
     *,
     return_scores: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def indexer_topk(
     q_index: Tensor,

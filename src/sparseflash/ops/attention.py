@@ -1,4 +1,4 @@
-"""`attention`, `attention_backward`, `merge`: validation, autograd, registration. Backends have kernels."""
+"""`attention` and `attention_backward`: validation and autograd. Backends have the kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError, require
+from ..numerics import empty_like_layout, norm_of, over_plans, state_dtype, unit_of
+from ..plan import Plan
+from ..plan.flat import flatten_all, unflatten_all
+from ._arguments import (
     Plans,
     as_backend,
     as_plans,
@@ -27,14 +30,10 @@ from .inputs import (
     describe,
     is_real,
     own_precision,
-    state_dtype,
     untraced,
     unwatched,
 )
-from .merging import merged, norm_of, over_plans, unit_of
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import differentiable, last, once
+from ._register import differentiable, last, once
 
 # ---------------------------------------------------------------- the two custom ops
 
@@ -489,53 +488,3 @@ def attention_backward(
         name,
     )
     return dq, dk, dv, None if key_bias is None else dbias
-
-
-def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Combine attention over disjoint key sets into attention over their union, exactly and differentiably.
-
-    Parameters
-    ----------
-    parts : sequence of (out [B,H,T,Dv], lse [B,H,T])
-        Results of `attention(..., return_lse=True)`. The share of a part is known to eps |lse|, as fp32 holds
-        its lse: give `attention` the plans of all parts at once where logits are in the thousands.
-
-    Returns
-    -------
-    (Tensor, Tensor)
-        out (in the dtype of the parts) and lse.
-
-    Examples
-    --------
-    >>> import torch, sparseflash as sf
-    >>> q, k, v = torch.randn(3, 1, 2, 64, 32)
-    >>> a = sf.attention(q, k[:, :, :40], v[:, :, :40], return_lse=True)
-    >>> b = sf.attention(q, k[:, :, 40:], v[:, :, 40:], return_lse=True)
-    >>> torch.allclose(sf.merge([a, b])[0], sf.attention(q, k, v), atol=1e-5)
-    True
-    """
-    require(
-        (
-            isinstance(parts, (tuple, list)) and len(parts) > 0,
-            f"merge() of {describe(parts)}: expected a list of (out, lse), at least one",
-        )
-    )
-    for part in parts:
-        good = isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(x, Tensor) for x in part)
-        require((good, "merge(): expected pairs (out, lse), as attention(..., return_lse=True) returns them"))
-        (out, lse), first = part, parts[0][0]
-        good = out.dim() == 4 and out.shape[:-1] == lse.shape and out.shape == first.shape
-        good = (
-            good
-            and out.is_floating_point()
-            and lse.is_floating_point()
-            and out.device == lse.device == first.device
-        )
-        require(
-            (
-                good,
-                f"out: {describe(out)}, lse: {describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
-            )
-        )
-    out, lse = merged(parts)
-    return out.to(parts[0][0].dtype), lse

@@ -8,9 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import require
+from ..numerics import norm_of, state_dtype, unit_of
+from ..plan import Plan
+from ..plan.flat import flatten, unflatten
+from ._arguments import (
     as_backend,
     as_scale,
     as_softcap,
@@ -19,12 +22,8 @@ from .inputs import (
     check_plan,
     describe,
     is_real,
-    state_dtype,
 )
-from .merging import norm_of, unit_of
-from .plan import Plan
-from .plan.flat import flatten, unflatten
-from .transforms import last
+from ._register import last
 
 Over = Literal["key", "entry", "row", "diagonal"]
 
@@ -65,7 +64,8 @@ def _(
     width: Any,
     backend: Any,
 ) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], width), dtype=state_dtype(q))
+    found: Tensor = q.new_empty((q.shape[0], q.shape[1], width), dtype=state_dtype(q))
+    return found
 
 
 _watched = last(_stats)
@@ -152,7 +152,7 @@ def attention_stats(
         "diagonal": max(q.shape[2] + k.shape[2] - 1, 0),
     }[over]
     tensors, ints = flatten(plan)
-    found = _watched(
+    found: Tensor = _watched(
         q.detach(),
         k.detach(),
         norm,

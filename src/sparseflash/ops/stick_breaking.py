@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import require
+from ..numerics import empty_like_layout, state_dtype
+from ..plan import Plan
+from ..plan.flat import flatten, unflatten
+from ..plan.options import earlier
+from ._arguments import (
     as_backend,
     as_scale,
     autocast,
@@ -18,13 +22,9 @@ from .inputs import (
     check_plan,
     describe,
     own_precision,
-    state_dtype,
     unwatched,
 )
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten, unflatten
-from .plan.options import earlier
-from .transforms import differentiable, last
+from ._register import differentiable, last
 
 
 def _forward(

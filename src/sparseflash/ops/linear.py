@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError, require
+from ..numerics import empty_like_layout, state_dtype
+from ._arguments import (
     as_backend,
     autocast,
     check_inputs,
@@ -17,11 +18,9 @@ from .inputs import (
     is_finite,
     is_real,
     own_precision,
-    state_dtype,
     unwatched,
 )
-from .plan.flat import empty_like_layout
-from .transforms import differentiable, last
+from ._register import differentiable, last
 
 
 def _check_rates(rate: Tensor | None) -> None:

@@ -15,12 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inputs import state_dtype
 from .plan import Plan
-from .plan.flat import empty_like_layout
 
 SMALLEST_UNIT = 1e-30
 NEVER = float("-inf")
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [B,H,T,dim] in the memory order of `like` (BSHD memory stays BSHD)."""
+    B, H, T, _ = like.shape
+    dtype = like.dtype if dtype is None else dtype
+    if like.stride(1) < like.stride(2):
+        return torch.empty((B, T, H, dim), dtype=dtype, device=like.device).transpose(1, 2)
+    return torch.empty((B, H, T, dim), dtype=dtype, device=like.device)
 
 
 def bends(scale: float, softcap: float, key_bias: Tensor | None) -> bool:

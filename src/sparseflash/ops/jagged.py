@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
-from .inputs import describe, is_finite
-from .ops import attention
-from .plan import Plan
-from .plan.make.documents import from_ranges
-from .plan.options import SHORT, Window, host, is_count
+from ..errors import SparseFlashError, require
+from ..plan import Plan
+from ..plan.make.documents import from_ranges
+from ..plan.options import SHORT, Window, host, is_count
+from ._arguments import describe, is_finite
+from .attention import attention
 from .pointwise import Activation, pointwise_attention
 
 
@@ -38,7 +38,8 @@ class _Side:
                 flat, offsets=x.offsets(), lengths=x.lengths(), jagged_dim=self.axis
             )
             return made
-        flat = flat.unflatten(self.axis - 1, (x.shape[0], x.shape[self.axis]))
+        sizes = (x.shape[0], x.shape[self.axis])
+        flat = torch.unflatten(flat, self.axis - 1, sizes)
         return flat.transpose(0, 1) if self.axis == 2 else flat
 
 

@@ -8,9 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError, require
+from ..numerics import empty_like_layout, state_dtype
+from ..plan import Plan
+from ..plan.flat import flatten_all, unflatten_all
+from ._arguments import (
     Plans,
     as_backend,
     as_plans,
@@ -20,11 +23,8 @@ from .inputs import (
     check_plan,
     is_finite,
     own_precision,
-    state_dtype,
 )
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import differentiable, last
+from ._register import differentiable, last
 
 Activation = Literal["silu", "relu2"]
 

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import require
+from ..dispatch import choose
+from ..errors import require
+from ..numerics import state_dtype
+from ..plan.options import INTEGERS
+from ._arguments import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision
+from ._register import differentiable, once
 from .indexer import check_indexer, check_keep, ranges
-from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
-from .plan.options import INTEGERS
-from .transforms import differentiable, once
 
 
 @torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
@@ -35,8 +36,8 @@ def _loss(
     run = choose("indexer_loss", backend, q_index, k_index, q, k).indexer_loss
     scales = {"index_scale": index_scale, "scale": scale, "softcap": softcap}
     with own_precision(q):
-        total, *grads = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, **scales)
-    return total, *(x.contiguous() for x in grads)
+        total, dq, dk, dw = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, **scales)
+    return total, dq.contiguous(), dk.contiguous(), dw.contiguous()
 
 
 @_loss.register_fake
@@ -174,6 +175,5 @@ def indexer_kl_loss(
         as_softcap(softcap),
         as_backend(backend),
     )
-    if reduction == "sum":
-        return total
-    return total / (high > low).sum().clamp(min=1)
+    loss: Tensor = total if reduction == "sum" else total / (high > low).sum().clamp(min=1)
+    return loss

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError, require
+from ..numerics import empty_like_layout, state_dtype
+from ..plan import Plan
+from ..plan.flat import flatten_all, unflatten_all
+from ._arguments import (
     Plans,
     as_backend,
     as_plans,
@@ -24,12 +27,9 @@ from .inputs import (
     check_sink,
     describe,
     own_precision,
-    state_dtype,
     unwatched,
 )
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import last
+from ._register import last
 
 
 def _over_all(
@@ -118,6 +118,14 @@ def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     return (Plan.from_lengths(given, Tk=Tk, Tq=Tq),)
 
 
+class _Options(TypedDict, total=False):
+    scale: float | None
+    softcap: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    backend: str | None
+
+
 @overload
 def decode(
     q: Tensor,
@@ -126,7 +134,7 @@ def decode(
     plan_or_lengths: Plans | Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def decode(
@@ -136,7 +144,7 @@ def decode(
     plan_or_lengths: Plans | Tensor | None = None,
     *,
     return_lse: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def decode(
     q: Tensor,
