@@ -12,7 +12,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import PlanError, SparseFlashError, require
 from ..plan import Plan
@@ -187,28 +186,3 @@ def own_precision(q: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
     kind = q.device.type
     return torch.autocast(kind, enabled=False) if _casts(kind) else nullcontext()
-
-
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
-
-
-def transformed() -> bool:
-    """Whether the call stands under a transform of `torch.func`, or where tensors may have tangents."""
-    return _transforms() is not None or forward_ad._current_level >= 0
-
-
-def untraced(*tensors: Tensor | None) -> bool:
-    """Whether nobody looks on: no compiler, mode, transform or subclass, and no tensor of a shape alone.
-
-    Then an op's body may run without the dispatcher, whose share of a short call is larger than the kernel's.
-    """
-    if torch.compiler.is_compiling() or _modes() or transformed():
-        return False
-    return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta) for x in tensors)
-
-
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether, besides, no gradient is wanted."""
-    learns = torch.is_grad_enabled()
-    return untraced(*tensors) and not (learns and any(x is not None and x.requires_grad for x in tensors))

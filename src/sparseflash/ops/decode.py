@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import SparseFlashError, require
-from ..numerics import empty_like_layout, state_dtype
+from ..numerics import Softmax, empty_like_layout, state_dtype
 from ..plan import Plan
-from ..plan.flat import flatten_all, unflatten_all
 from ._arguments import (
     Plans,
     as_backend,
@@ -26,64 +25,28 @@ from ._arguments import (
     check_plan,
     check_sink,
     describe,
-    own_precision,
-    unwatched,
 )
-from ._register import last
+from ._register import learning, register, untraced
 
 
-def _over_all(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     plans: Sequence[Plan],
-    scale: float,
-    softcap: float,
-    backend: str,
+    options: Softmax,
 ) -> tuple[Tensor, Tensor]:
-    chosen = choose("decode", backend, q, k, v)
-    with own_precision(q):
-        return chosen.decode(
-            q, k, v, plans, scale=scale, softcap=softcap, key_bias=key_bias, sink_logits=sink_logits
-        )
+    run = choose("decode", options.backend, q, k, v).decode
+    return run(q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits)
 
 
-@torch.library.custom_op("sparseflash::decode", mutates_args=())
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    sink_logits: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    scale: float,
-    softcap: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    plans = unflatten_all(plan_tensors, plan_ints)
-    return _over_all(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
-
-
-@_decode.register_fake
-def _(
-    q: Any,
-    k: Any,
-    v: Any,
-    key_bias: Any,
-    sink_logits: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    scale: Any,
-    softcap: Any,
-    backend: Any,
-) -> tuple[Tensor, Tensor]:
+def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
-_watched = last(_decode)
+_decode = register("decode", _forward, _empty)
 
 
 def _all_keys(Tq: int, Tk: int, device: torch.device) -> Plan:
@@ -97,7 +60,8 @@ _all_keys_again = functools.lru_cache(32)(_all_keys)
 def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     (B, _, Tq, _), Tk = q.shape, k.shape[2]
     if given is None:
-        again = q.device.type == "cpu" and unwatched(q)  # a CUDA graph must not hold what a cache may drop
+        # a CUDA graph must not hold what a cache may drop
+        again = q.device.type == "cpu" and untraced(q) and not learning(q)
         return ((_all_keys_again if again else _all_keys)(Tq, Tk, q.device),)
     if isinstance(given, Tensor) and given.dtype != torch.bool:
         require(
@@ -217,10 +181,6 @@ def decode(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
-    if unwatched(q, k, v, key_bias, sink_logits):
-        out, lse = _over_all(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
-    else:
-        tensors, ints = flatten_all(plans)
-        out, lse = _watched(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    out, lse = _decode(q, k, v, key_bias, sink_logits, plans, options)
     return (out, lse) if return_lse else out

@@ -9,39 +9,34 @@ from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import SparseFlashError, require
-from ..numerics import state_dtype
+from ..numerics import Choice, state_dtype
 from ..plan.options import INTEGERS, is_count, narrow, normal_offset
-from ._arguments import DTYPES, as_backend, autocast, describe, is_finite, own_precision, unwatched
+from ._arguments import DTYPES, as_backend, autocast, describe, is_finite
+from ._register import register
 
 
-def _choose(
+def _forward(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    topk: int,
-    scored: bool,
-    backend: str,
+    options: Choice,
 ) -> tuple[Tensor, Tensor]:
-    run = choose("indexer_topk", backend, q, k).indexer_topk
-    with own_precision(q):
-        return run(q, k, weights, low, high, keep, topk=topk, scored=scored)
+    run = choose("indexer_topk", options.backend, q, k).indexer_topk
+    return run(q, k, weights, low, high, keep, options)
 
 
-_indexer_topk = torch.library.custom_op("sparseflash::indexer_topk", _choose, mutates_args=())
-
-
-@_indexer_topk.register_fake
-def _(
-    q: Any, k: Any, weights: Any, low: Any, high: Any, keep: Any, topk: Any, scored: Any, backend: Any
+def _empty(
+    q: Any, k: Any, weights: Any, low: Any, high: Any, keep: Any, options: Choice
 ) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[0], q.shape[2], topk)
-    return (
-        q.new_empty(shape, dtype=torch.int32),
-        q.new_empty(shape if scored else (0,), dtype=state_dtype(q)),
-    )
+    shape = (q.shape[0], q.shape[2], options.topk)
+    scores = q.new_empty(shape if options.scored else (0,), dtype=state_dtype(q))
+    return q.new_empty(shape, dtype=torch.int32), scores
+
+
+_topk = register("indexer_topk", _forward, _empty)
 
 
 def check_indexer(q_index: Tensor, k_index: Tensor, weights: Tensor, scale: float) -> None:
@@ -246,6 +241,6 @@ def indexer_topk(
     low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q_index.device)
     q, k, weights = q_index.detach(), k_index.detach(), weights.detach()
     weights = weights.to(state_dtype(q)) * scale
-    run = _choose if unwatched(q, k, weights) else _indexer_topk
-    index, scores = run(q, k, weights, low, high, k_keep, min(topk, Tk), return_scores, as_backend(backend))
+    options = Choice(min(topk, Tk), return_scores, as_backend(backend))
+    index, scores = _topk(q, k, weights, low, high, k_keep, options)
     return (index, scores) if return_scores else index

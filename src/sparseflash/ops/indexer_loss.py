@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import require
-from ..numerics import state_dtype
+from ..numerics import Likeness, state_dtype
 from ..plan.options import INTEGERS
-from ._arguments import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision
-from ._register import differentiable, once
+from ._arguments import as_backend, as_scale, as_softcap, check_inputs, describe
+from ._register import Gradient, once, register
 from .indexer import check_indexer, check_keep, ranges
 
 
-@torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
-def _loss(
+def _forward(
     q_index: Tensor,
     k_index: Tensor,
     weights: Tensor,
@@ -28,39 +27,33 @@ def _loss(
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    index_scale: float,
-    scale: float,
-    softcap: float,
-    backend: str,
+    options: Likeness,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = choose("indexer_loss", backend, q_index, k_index, q, k).indexer_loss
-    scales = {"index_scale": index_scale, "scale": scale, "softcap": softcap}
-    with own_precision(q):
-        total, dq, dk, dw = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, **scales)
+    run = choose("indexer_loss", options.backend, q_index, k_index, q, k).indexer_loss
+    total, dq, dk, dw = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, options)
     return total, dq.contiguous(), dk.contiguous(), dw.contiguous()
 
 
-@_loss.register_fake
-def _(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = state_dtype(q_index)
     dq, dk, dw = (x.new_empty(x.shape, dtype=work) for x in (q_index, k_index, weights))
     return q_index.new_empty((), dtype=work), dq, dk, dw
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtypes = [x.dtype for x in inputs[:3]]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output)
-
-
-def _backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
-    total, *saved = ctx.saved_tensors
+def _find(run: None, kept: Any, slopes: Any, options: Likeness) -> Any:
+    total, *saved = kept
+    if slopes[0] is None:
+        return (None,) * 10
     # what was saved is constant, and `total` is not: through it a second derivative finds the way to `once`
-    grads = (once((dtotal * x).to(dtype), total) for x, dtype in zip(saved, ctx.dtypes, strict=True))
-    return (*grads, *(None,) * 11)
+    return (*(once(slopes[0] * x, total) for x in saved), *(None,) * 7)
 
 
-_watched = differentiable(_loss, _backward, _setup_context)
+_loss = register(
+    "indexer_kl_loss",
+    _forward,
+    _empty,
+    gradient=Gradient(_find, lambda given, found: found, constants=3),
+)
 
 
 def indexer_kl_loss(
@@ -159,7 +152,8 @@ def indexer_kl_loss(
         (reduction in ("mean", "sum"), f"reduction={reduction!r}: expected mean or sum"),
     )
     low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q.device)
-    total, *_ = _watched(
+    factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
+    total, *_ = _loss(
         q_index,
         k_index,
         weights,
@@ -170,10 +164,6 @@ def indexer_kl_loss(
         low,
         high,
         k_keep,
-        index_scale,
-        as_scale(scale, q.shape[-1]),
-        as_softcap(softcap),
-        as_backend(backend),
+        Likeness(float(index_scale), factor, cap, as_backend(backend)),
     )
-    loss: Tensor = total if reduction == "sum" else total / (high > low).sum().clamp(min=1)
-    return loss
+    return total if reduction == "sum" else total / (high > low).sum().clamp(min=1)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import SparseFlashError, require
-from ..numerics import empty_like_layout, state_dtype
+from ..numerics import Pointwise, empty_like_layout, state_dtype
 from ..plan import Plan
-from ..plan.flat import flatten_all, unflatten_all
 from ._arguments import (
     Plans,
     as_backend,
@@ -22,76 +20,27 @@ from ._arguments import (
     check_inputs,
     check_plan,
     is_finite,
-    own_precision,
 )
-from ._register import differentiable, last
+from ._register import Gradient, register
 
 Activation = Literal["silu", "relu2"]
 
 
-@torch.library.custom_op("sparseflash::pointwise_attention", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    activation: str,
-    scale: float,
-    out_scale: float,
-    backend: str,
-) -> Tensor:
-    plans = unflatten_all(plan_tensors, plan_ints)
+def _forward(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], options: Pointwise) -> Tensor:
     wide = q.dtype if len(plans) == 1 else state_dtype(q)
-    with own_precision(q):
-        total, *parts = (
-            choose("pointwise_forward", backend, q, k, v).pointwise_forward(
-                q, k, v, plan, activation=activation, scale=scale, out_scale=out_scale, out_dtype=wide
-            )
-            for plan in plans
-        )
+    run = choose("pointwise_forward", options.backend, q, k, v).pointwise_forward
+    total, *parts = (run(q, k, v, plan, options, out_dtype=wide) for plan in plans)
     for part in parts:
         total += part
     return total.to(q.dtype)
 
 
-@_forward.register_fake
-def _(
-    q: Any,
-    k: Any,
-    v: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    activation: Any,
-    scale: Any,
-    out_scale: Any,
-    backend: Any,
-) -> Tensor:
-    return empty_like_layout(q, v.shape[-1])
-
-
-@torch.library.custom_op("sparseflash::pointwise_attention_backward", mutates_args=())
-def _gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    activation: str,
-    scale: float,
-    out_scale: float,
-    backend: str,
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], options: Pointwise
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plans = unflatten_all(plan_tensors, plan_ints)
     wide = q.dtype if len(plans) == 1 else state_dtype(q)
-    with own_precision(q):
-        total, *parts = (
-            choose("pointwise_backward", backend, q, k, v).pointwise_backward(
-                dout, q, k, v, plan, activation=activation, scale=scale, out_scale=out_scale, grad_dtype=wide
-            )
-            for plan in plans
-        )
+    run = choose("pointwise_backward", options.backend, q, k, v).pointwise_backward
+    total, *parts = (run(dout, q, k, v, plan, options, grad_dtype=wide) for plan in plans)
     for part in parts:
         for x, y in zip(total, part, strict=True):
             x += y
@@ -99,38 +48,25 @@ def _gradients(
     return dq, dk, dv
 
 
-@_gradients.register_fake
-def _(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    activation: Any,
-    scale: Any,
-    out_scale: Any,
-    backend: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(dout: Any, q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_watched_gradients = last(_gradients)
+_gradients = register("pointwise_attention_backward", _backward, _empty_gradients)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, tensors, ctx.ints, *ctx.options = inputs
-    ctx.slots = len(tensors)
-    ctx.save_for_backward(q, k, v, *tensors)
+def _find(run: Any, kept: Any, slopes: Any, *rest: Any) -> Any:
+    q, k, v = kept
+    dout = q.new_zeros(*q.shape[:3], v.shape[3]) if slopes[0] is None else slopes[0]
+    return run(dout, q, k, v, *rest)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    q, k, v, *tensors = ctx.saved_tensors
-    grads = _watched_gradients(dout, q, k, v, tensors, ctx.ints, *ctx.options)
-    return (*grads, [None] * ctx.slots, None, None, None, None, None)
-
-
-_watched = differentiable(_forward, _backward, _setup_context)
+_pointwise = register(
+    "pointwise_attention",
+    _forward,
+    lambda q, k, v, *rest: empty_like_layout(q, v.shape[-1]),
+    gradient=Gradient(_find, lambda given, found: given, _gradients),
+)
 
 
 def pointwise_attention(
@@ -203,7 +139,5 @@ def pointwise_attention(
     plans = as_plans(plan)
     for one in plans:
         check_plan(one, q, k)
-    tensors, ints = flatten_all(plans)
-    factor, name = as_scale(scale, q.shape[-1]), as_backend(backend)
-    out: Tensor = _watched(q, k, v, tensors, ints, activation, factor, float(out_scale), name)
-    return out
+    options = Pointwise(activation, as_scale(scale, q.shape[-1]), float(out_scale), as_backend(backend))
+    return _pointwise(q, k, v, plans, options)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import require
-from ..numerics import norm_of, state_dtype, unit_of
+from ..numerics import Statistics, norm_of, state_dtype, unit_of
 from ..plan import Plan
-from ..plan.flat import flatten, unflatten
 from ._arguments import (
     as_backend,
     as_scale,
@@ -23,52 +20,24 @@ from ._arguments import (
     describe,
     is_real,
 )
-from ._register import last
+from ._register import register
 
 Over = Literal["key", "entry", "row", "diagonal"]
 
 
-@torch.library.custom_op("sparseflash::attention_stats", mutates_args=())
-def _stats(
-    q: Tensor,
-    k: Tensor,
-    norm: Tensor,
-    key_bias: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    over: str,
-    peak: bool,
-    scale: float,
-    softcap: float,
-    width: int,
-    backend: str,
+def _forward(
+    q: Tensor, k: Tensor, norm: Tensor, key_bias: Tensor | None, plan: Plan, options: Statistics
 ) -> Tensor:
-    plan = unflatten(plan_tensors, plan_ints)
-    return choose("stats", backend, q, k, k).stats(
-        q, k, norm, plan, over=over, peak=peak, scale=scale, softcap=softcap, key_bias=key_bias, width=width
-    )
+    run = choose("stats", options.backend, q, k, k).stats
+    return run(q, k, norm, plan, options, key_bias=key_bias)
 
 
-@_stats.register_fake
-def _(
-    q: Any,
-    k: Any,
-    norm: Any,
-    key_bias: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    over: Any,
-    peak: Any,
-    scale: Any,
-    softcap: Any,
-    width: Any,
-    backend: Any,
-) -> Tensor:
-    found: Tensor = q.new_empty((q.shape[0], q.shape[1], width), dtype=state_dtype(q))
+def _empty(q: Any, k: Any, norm: Any, key_bias: Any, plan: Any, options: Statistics) -> Tensor:
+    found: Tensor = q.new_empty((q.shape[0], q.shape[1], options.width), dtype=state_dtype(q))
     return found
 
 
-_watched = last(_stats)
+_stats = register("attention_stats", _forward, _empty)
 
 
 def attention_stats(
@@ -151,19 +120,7 @@ def attention_stats(
         "entry": plan.tiles * per,
         "diagonal": max(q.shape[2] + k.shape[2] - 1, 0),
     }[over]
-    tensors, ints = flatten(plan)
-    found: Tensor = _watched(
-        q.detach(),
-        k.detach(),
-        norm,
-        None if key_bias is None else key_bias.detach(),
-        tensors,
-        ints,
-        over,
-        reduce == "max",
-        factor,
-        cap,
-        width,
-        as_backend(backend),
-    )
+    options = Statistics(over, reduce == "max", factor, cap, width, as_backend(backend))
+    bias = None if key_bias is None else key_bias.detach()
+    found = _stats(q.detach(), k.detach(), norm, bias, plan, options)
     return found.view(*found.shape[:2], plan.tiles, per) if over == "entry" else found
