@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -167,7 +166,8 @@ def check_sink(sink_logits: object, q: Tensor) -> None:
         )
 
 
-def _casts(kind: str) -> bool:
+def casts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device."""
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
@@ -175,14 +175,8 @@ def _casts(kind: str) -> bool:
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors as autocast, where it is on, wants a matrix product to see them."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not _casts(kind):
+    if not casts(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     able = (torch.float32, torch.float16, torch.bfloat16)
     return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in able else x for x in tensors]
-
-
-def own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
-    kind = q.device.type
-    return torch.autocast(kind, enabled=False) if _casts(kind) else nullcontext()

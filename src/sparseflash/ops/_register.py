@@ -22,7 +22,7 @@ from torch.utils import _pytree
 from ..errors import DerivativeError
 from ..plan import Plan
 from ..plan.flat import flatten, flatten_all, unflatten, unflatten_all
-from ._arguments import own_precision
+from ._arguments import casts
 
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
@@ -78,7 +78,7 @@ class Gradient(NamedTuple):
     """(tensors, results) -> what `find` needs of them."""
     by: Op[..., Any] | None = None
     constants: int = 0
-    """So many of the last results have no gradient."""
+    """So many of the last results have no gradient; they are for `keep`, and callers do without them."""
 
 
 class _Form:
@@ -146,7 +146,8 @@ class Op(Generic[P, R]):
         self._tensors = form.tensors
         self.direct = _precise(run)
         self._inference = self.direct if inference is None else _precise(inference)
-        self.traced, self._learning = _traced(name, form, self.direct, fake, gradient)
+        self.traced = _traced(name, form, self.direct, fake, gradient)
+        self._learning = self.traced if gradient is None else _of_whole(form, self.direct, gradient)
 
     def __call__(self, *given: P.args, **named: P.kwargs) -> R:
         assert not named, "an op takes its arguments in their order"
@@ -187,15 +188,20 @@ def register(
 
 
 def _precise(run: Call) -> Call:
+    """The function without autocast: dtypes were chosen before it, and a backend computes in its own."""
+
     def direct(*given: Any) -> Any:
-        with own_precision(given[0]):
+        kind = given[0].device.type
+        if not casts(kind):
+            return run(*given)
+        with torch.autocast(kind, enabled=False):
             return run(*given)
 
     return direct
 
 
-def _traced(name: str, form: _Form, direct: Call, fake: Call, gradient: Gradient | None) -> tuple[Call, Call]:
-    """The op of PyTorch, for flat calls and for eager ones that learn."""
+def _traced(name: str, form: _Form, direct: Call, fake: Call, gradient: Gradient | None) -> Call:
+    """The op of PyTorch, for calls as the function takes them."""
 
     def body(*flat: Any) -> Any:
         tensors, rest = form.whole(flat)
@@ -214,7 +220,7 @@ def _traced(name: str, form: _Form, direct: Call, fake: Call, gradient: Gradient
     def traced(*given: Any) -> Any:
         return call(*form.flat(given))
 
-    return traced, traced if gradient is None else _of_whole(form, direct, gradient)
+    return traced
 
 
 def _refusing() -> tuple[Call, Call]:
@@ -226,21 +232,12 @@ def _refusing() -> tuple[Call, Call]:
     return refuse, lambda ctx, inputs, output: None
 
 
-def _remember(
-    ctx: Any, gradient: Gradient, tensors: Sequence[Any], results: Any, more: Sequence[Any]
-) -> None:
-    kept = gradient.keep(tensors, results)
-    ctx.kept, ctx.dtypes = len(kept), [None if x is None else x.dtype for x in tensors]
-    if gradient.constants:
-        ctx.mark_non_differentiable(*results[-gradient.constants :])
-    ctx.save_for_backward(*kept, *more)
+def _dtypes(tensors: Sequence[Tensor | None]) -> list[torch.dtype | None]:
+    return [None if x is None else x.dtype for x in tensors]
 
 
-def _found(ctx: Any, gradient: Gradient, run: Call | None, kept: Any, slopes: Any, rest: Any) -> list[Any]:
-    """A gradient for each tensor, in its dtype."""
-    slopes = slopes[: len(slopes) - gradient.constants]
-    found = gradient.find(run, kept, slopes, *rest)
-    return [x if x is None or x.dtype == kind else x.to(kind) for x, kind in zip(found, ctx.dtypes)]
+def _in_dtypes(found: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Tensor | None]:
+    return [x if x is None or x.dtype == kind else x.to(kind) for x, kind in zip(found, dtypes)]
 
 
 def _of_flat(form: _Form, gradient: Gradient) -> tuple[Call, Call]:
@@ -249,44 +246,57 @@ def _of_flat(form: _Form, gradient: Gradient) -> tuple[Call, Call]:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors, rest = form.whole(inputs)
-        ctx.options = rest[form.plans :]
         plans = rest[0] if form.plans else Flat((), ())
-        ctx.ints = plans.ints
-        _remember(ctx, gradient, tensors, output, plans.tensors)
+        kept = gradient.keep(tensors, output)
+        ctx.kept, ctx.ints, ctx.options, ctx.dtypes = (
+            len(kept),
+            plans.ints,
+            rest[form.plans :],
+            _dtypes(tensors),
+        )
+        if gradient.constants:
+            ctx.mark_non_differentiable(*output[-gradient.constants :])
+        ctx.save_for_backward(*kept, *plans.tensors)
 
     def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
         kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        slopes = slopes[: len(slopes) - gradient.constants]
         plans = (Flat(tensors, ctx.ints),) if form.plans else ()
-        found = _found(ctx, gradient, run, kept, slopes, (*plans, *ctx.options))
+        found = gradient.find(run, kept, slopes, *plans, *ctx.options)
         none = ([None] * len(tensors), None) if form.plans else ()
-        return (*found, *none, *(None for options in ctx.options for _ in options))
+        return (*_in_dtypes(found, ctx.dtypes), *none, *(None for options in ctx.options for _ in options))
 
     return backward, setup_context
 
 
 def _of_whole(form: _Form, direct: Call, gradient: Gradient) -> Call:
-    """The same op where nobody looks on: its plans stay plans, and the dispatcher takes no time."""
-    by, count = gradient.by, form.tensors
+    """The same op where nobody looks on: its plans stay plans, and the dispatcher takes no time.
+
+    Results without gradient are None.
+    """
+    find, keep, by, constants = gradient
+    count, none = form.tensors, (None,) * constants
 
     class Untraced(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *given: Any) -> Any:
+            tensors, ctx.rest = given[:count], given[count:]
             results = direct(*given)
-            ctx.rest = given[count:]
+            ctx.dtypes = _dtypes(tensors)
             ctx.set_materialize_grads(False)
-            _remember(ctx, gradient, given[:count], results, ())
-            return results
+            ctx.save_for_backward(*keep(tensors, results))
+            return results[:-constants] if constants else results
 
         @staticmethod
         def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
-            run = None
+            way = None
             if by is not None:  # under create_graph an op's gradients have a graph, which refuses
-                run = by.traced if torch.is_grad_enabled() else by.direct
-            found = _found(ctx, gradient, run, ctx.saved_tensors, slopes, ctx.rest)
-            return (*found, *(None for _ in ctx.rest))
+                way = by.traced if torch.is_grad_enabled() else by.direct
+            found = find(way, ctx.saved_tensors, slopes, *ctx.rest)
+            return (*_in_dtypes(found, ctx.dtypes), *(None for _ in ctx.rest))
 
     apply: Call = Untraced.apply
-    return apply
+    return (lambda *given: (*apply(*given), *none)) if constants else apply
 
 
 def _differentiable(op: Any, backward: Call, setup_context: Call) -> Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -169,6 +169,17 @@ _ELSEWHERE = {
 }
 
 
+class _Options(TypedDict, total=False):
+    causal: bool
+    q_offset: int | Tensor
+    scale: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    softcap: float | None
+    deterministic: bool
+    backend: str | None
+
+
 @overload
 def attention(
     q: Tensor,
@@ -177,11 +188,17 @@ def attention(
     plan: Plans | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plans | None = None, *, return_lse: Literal[True], **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plans | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,

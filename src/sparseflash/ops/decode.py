@@ -168,8 +168,8 @@ def decode(
     """
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
-    given = [x for x in (q, k, v, key_bias, sink_logits) if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    bias, sinks = (x if isinstance(x, Tensor) else None for x in (key_bias, sink_logits))
+    if learning(q, k, v, bias, sinks):
         raise SparseFlashError(
             "decode() has no gradients, but an input requires some: use sparseflash.attention (it takes the "
             "same plans; lengths become one by Plan.from_lengths), or call it under torch.no_grad()"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +25,17 @@ _ELSEWHERE = {
 }
 
 
+class _Options(TypedDict, total=False):
+    causal: bool
+    window_size: tuple[int, int]
+    softmax_scale: float | None
+    softcap: float
+    sink_logits: Tensor | None
+    plan: Plan | None
+    deterministic: bool
+    backend: str | None
+
+
 @overload
 def attention_varlen(
     q: Tensor,
@@ -32,11 +43,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def attention_varlen(
@@ -45,11 +56,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     return_lse: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
@@ -57,8 +68,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
