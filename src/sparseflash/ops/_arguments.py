@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, SparseFlashError, require
+from ..errors import PlanError, SparseFlashError
 from ..plan import Plan
 
 Plans = Plan | Sequence[Plan]
@@ -27,7 +27,8 @@ def describe(x: object) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _said(**given: object) -> str:
+def said(**given: object) -> str:
+    """What was given, by name."""
     return ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
 
 
@@ -65,7 +66,8 @@ def as_plans(plan: object) -> tuple[Plan, ...]:
         if not isinstance(one, Plan):
             hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
             raise SparseFlashError(f"plan is {describe(one)}: expected a Plan, or a tuple of plans{hint}")
-    require((len(plans) > 0, "plan is an empty tuple: give at least one plan"))
+    if not plans:
+        raise SparseFlashError("plan is an empty tuple: give at least one plan")
     return tuple(one.current() for one in plans)
 
 
@@ -101,7 +103,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for x in (q, k, v):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
             raise SparseFlashError(
-                f"{_said(q=q, k=k, v=v)}; expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], "
+                f"{said(q=q, k=k, v=v)}; expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], "
                 "v [B,Hkv,Tk,Dv]; packed ones go to attention_varlen, nested ones to jagged_attention"
             )
     (B, H, _, D), (Bk, heads, Tk, Dk), (Bv, v_heads, Tv, Dv) = q.shape, k.shape, v.shape
@@ -118,7 +120,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     )
     for holds, message in rules:
         if not holds:
-            raise SparseFlashError(f"{_said(q=q, k=k, v=v)}; {message}")
+            raise SparseFlashError(f"{said(q=q, k=k, v=v)}; {message}")
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import SparseFlashError, require
+from ..errors import SparseFlashError
 from ..numerics import Softmax, empty_like_layout, norm_of, over_plans, state_dtype, unit_of
 from ..plan import Plan
 from ._arguments import (
@@ -344,7 +344,10 @@ def attention_backward(
         if x is None and label in ("dlse", "lse_low"):
             continue
         good = is_real(x, shape, q.device)
-        require((good, f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"))
+        if not good:
+            raise SparseFlashError(
+                f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"
+            )
     state = state_dtype(q)
     unit = unit_of(options.scale, options.softcap, key_bias)
     dq, dk, dv, dbias = _gradients(

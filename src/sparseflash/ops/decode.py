@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import SparseFlashError, require
+from ..errors import SparseFlashError
 from ..numerics import Softmax, empty_like_layout, state_dtype
 from ..plan import Plan
 from ._arguments import (
@@ -64,13 +64,11 @@ def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
         again = q.device.type == "cpu" and untraced(q) and not learning(q)
         return ((_all_keys_again if again else _all_keys)(Tq, Tk, q.device),)
     if isinstance(given, Tensor) and given.dtype != torch.bool:
-        require(
-            (
-                given.dim() == 1 and len(given) in (1, B) and given.device == q.device,
+        if given.dim() != 1 or len(given) not in (1, B) or given.device != q.device:
+            raise SparseFlashError(
                 f"lengths: {describe(given)}; expected integers [B={B}] on {q.device}, the keys in use of "
-                "each sequence",
+                "each sequence"
             )
-        )
     else:
         numbers = given if isinstance(given, (list, tuple)) else (given,)
         if any(isinstance(x, int) for x in numbers):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import require
+from ..errors import SparseFlashError
 from ..numerics import Likeness, state_dtype
 from ..plan.options import INTEGERS
 from ._arguments import as_backend, as_scale, as_softcap, check_inputs, describe
@@ -133,24 +133,24 @@ def indexer_kl_loss(
     B, _, Tq, _ = q_index.shape
     Tk = k_index.shape[1]
     good = q.shape[0] == k.shape[0] == B and q.shape[2] == Tq and k.shape[2] == Tk
-    require(
-        (
-            good and q.device == q_index.device,
+    if not good or q.device != q_index.device:
+        raise SparseFlashError(
             f"q: {describe(q)}, k: {describe(k)}; expected the tokens and device of the indexer: q [B={B},Hq,"
-            f"Tq={Tq},D], k [B={B},Hkv,Tk={Tk},D] on {q_index.device}",
-        ),
-        (
-            isinstance(lse, Tensor) and lse.shape == q.shape[:3] and lse.device == q.device,
-            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}, from return_lse=True",
-        ),
-        (
-            index is None
-            or (isinstance(index, Tensor) and index.dtype in INTEGERS and index.shape[:2] == (B, Tq))
-            and index.dim() == 3,
-            f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none",
-        ),
-        (reduction in ("mean", "sum"), f"reduction={reduction!r}: expected mean or sum"),
-    )
+            f"Tq={Tq},D], k [B={B},Hkv,Tk={Tk},D] on {q_index.device}"
+        )
+    if not isinstance(lse, Tensor) or lse.shape != q.shape[:3] or lse.device != q.device:
+        raise SparseFlashError(
+            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}, from return_lse=True"
+        )
+    if index is not None and not (
+        isinstance(index, Tensor)
+        and index.dtype in INTEGERS
+        and index.dim() == 3
+        and index.shape[:2] == (B, Tq)
+    ):
+        raise SparseFlashError(f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none")
+    if reduction not in ("mean", "sum"):
+        raise SparseFlashError(f"reduction={reduction!r}: expected mean or sum")
     low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q.device)
     factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
     total, *_ = _loss(

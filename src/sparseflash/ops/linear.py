@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import SparseFlashError, require
+from ..errors import SparseFlashError
 from ..numerics import Linear, empty_like_layout, state_dtype
 from ._arguments import (
     as_backend,
@@ -148,39 +148,33 @@ def linear_attention(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     (B, H, T, D), Dv = q.shape, v.shape[3]
-    require(
-        (
-            k.shape[2] == T,
-            f"q has {T} tokens, k and v {k.shape[2]}: expected as many; earlier keys are a state",
-        ),
-        (
-            k.shape[0] == B,
-            f"q has batch size {B}, k and v {k.shape[0]}: expected the same (there are no pools)",
-        ),
-        (is_finite(scale), f"scale={scale!r}: expected a finite number"),
-        (isinstance(return_state, bool), f"return_state={return_state!r}: expected True or False"),
-    )
+    if k.shape[2] != T:
+        raise SparseFlashError(
+            f"q has {T} tokens, k and v {k.shape[2]}: expected as many; earlier keys are a state"
+        )
+    if k.shape[0] != B:
+        raise SparseFlashError(
+            f"q has batch size {B}, k and v {k.shape[0]}: expected the same (there are no pools)"
+        )
+    if not is_finite(scale):
+        raise SparseFlashError(f"scale={scale!r}: expected a finite number")
+    if not isinstance(return_state, bool):
+        raise SparseFlashError(f"return_state={return_state!r}: expected True or False")
     if decay_rate is not None:
-        require(
-            (
-                is_real(decay_rate, (H,), q.device),
-                f"decay_rate: {describe(decay_rate)}; expected floating point [Hq={H}] on {q.device}",
+        if not is_real(decay_rate, (H,), q.device):
+            raise SparseFlashError(
+                f"decay_rate: {describe(decay_rate)}; expected floating point [Hq={H}] on {q.device}"
             )
-        )
-        require(
-            (
-                not (decay_rate.requires_grad and torch.is_grad_enabled()),
-                "decay_rate requires a gradient and there is none for it: give decay_rate.detach()",
+        if decay_rate.requires_grad and torch.is_grad_enabled():
+            raise SparseFlashError(
+                "decay_rate requires a gradient and there is none for it: give decay_rate.detach()"
             )
-        )
     if initial_state is not None:
-        require(
-            (
-                is_real(initial_state, (B, H, D, Dv), q.device),
+        if not is_real(initial_state, (B, H, D, Dv), q.device):
+            raise SparseFlashError(
                 f"initial_state: {describe(initial_state)}; expected floating point [B={B}, Hq={H}, D={D}, "
-                f"Dv={Dv}] on {q.device}, as return_state=True gives it",
+                f"Dv={Dv}] on {q.device}, as return_state=True gives it"
             )
-        )
         initial_state = initial_state.to(state_dtype(q))
     options = Linear(float(scale), as_backend(backend))
     out, state = _linear(q, k, v, decay_rate, initial_state, options)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import require
+from ..errors import SparseFlashError
 from ..numerics import merged
 from ._arguments import describe
 
@@ -34,15 +34,14 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     >>> torch.allclose(sf.merge([a, b])[0], sf.attention(q, k, v), atol=1e-5)
     True
     """
-    require(
-        (
-            isinstance(parts, (tuple, list)) and len(parts) > 0,
-            f"merge() of {describe(parts)}: expected a list of (out, lse), at least one",
-        )
-    )
+    if not isinstance(parts, (tuple, list)) or not parts:
+        raise SparseFlashError(f"merge() of {describe(parts)}: expected a list of (out, lse), at least one")
     for part in parts:
         good = isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(x, Tensor) for x in part)
-        require((good, "merge(): expected pairs (out, lse), as attention(..., return_lse=True) returns them"))
+        if not good:
+            raise SparseFlashError(
+                "merge(): expected pairs (out, lse), as attention(..., return_lse=True) returns them"
+            )
         (out, lse), first = part, parts[0][0]
         good = out.dim() == 4 and out.shape[:-1] == lse.shape and out.shape == first.shape
         good = (
@@ -51,11 +50,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             and lse.is_floating_point()
             and out.device == lse.device == first.device
         )
-        require(
-            (
-                good,
-                f"out: {describe(out)}, lse: {describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
+        if not good:
+            raise SparseFlashError(
+                f"out: {describe(out)}, lse: {describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike"
             )
-        )
     out, lse = merged(parts)
     return out.to(parts[0][0].dtype), lse

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import SparseFlashError, require
+from ..errors import SparseFlashError
 from ..numerics import Pointwise, empty_like_layout, state_dtype
 from ..plan import Plan
 from ._arguments import (
@@ -122,14 +122,14 @@ def pointwise_attention(
     >>> torch.allclose(out, weights @ v / 100, atol=1e-5)
     True
     """
-    require(
-        (activation in ("silu", "relu2"), f"activation={activation!r}: expected 'silu' or 'relu2'"),
-        (isinstance(causal, bool), f"causal={causal!r}: expected True or False"),
-        (
-            plan is None or not causal,
-            "plan together with causal=True: causality belongs to the plan: Plan.dense(Tq, Tk, causal=True)",
-        ),
-    )
+    if activation not in ("silu", "relu2"):
+        raise SparseFlashError(f"activation={activation!r}: expected 'silu' or 'relu2'")
+    if not isinstance(causal, bool):
+        raise SparseFlashError(f"causal={causal!r}: expected True or False")
+    if plan is not None and causal:
+        raise SparseFlashError(
+            "plan together with causal=True: causality belongs to the plan: Plan.dense(Tq, Tk, causal=True)"
+        )
     if not is_finite(out_scale):
         raise SparseFlashError(f"out_scale={out_scale!r}: expected a finite number")
     q, k, v = autocast(q, k, v)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import require
+from ..errors import SparseFlashError
 from ..numerics import Statistics, norm_of, state_dtype, unit_of
 from ..plan import Plan
 from ._arguments import (
@@ -93,19 +93,21 @@ def attention_stats(
     >>> bool((mass.sum(-1) - 100).abs().max() < 1e-3)
     True
     """
-    require(
-        (over in ("key", "row", "entry", "diagonal"), f"over={over!r}: expected key, row, entry or diagonal"),
-        (reduce in ("sum", "max"), f"reduce={reduce!r}: expected sum or max"),
-        (isinstance(plan, Plan), f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)"),
-    )
+    if over not in ("key", "row", "entry", "diagonal"):
+        raise SparseFlashError(f"over={over!r}: expected key, row, entry or diagonal")
+    if reduce not in ("sum", "max"):
+        raise SparseFlashError(f"reduce={reduce!r}: expected sum or max")
+    if not isinstance(plan, Plan):
+        raise SparseFlashError(f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)")
     check_inputs(q, k, k)
     check_plan(plan, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
     for name, x in ("lse", lse), ("lse_low", lse_low):
         good = (x is None and name == "lse_low") or is_real(x, q.shape[:3], q.device)
-        want = f"floating point {list(q.shape[:3])} on {q.device}"
-        require((good, f"{name}: {describe(x)}; expected {want}"))
+        if not good:
+            want = f"floating point {list(q.shape[:3])} on {q.device}"
+            raise SparseFlashError(f"{name}: {describe(x)}; expected {want}")
     factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
     low = None if lse_low is None else lse_low.detach()
     norm = norm_of(lse.detach(), low, unit_of(factor, cap, key_bias), state_dtype(q))

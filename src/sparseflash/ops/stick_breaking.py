@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dispatch import choose
-from ..errors import require
+from ..errors import SparseFlashError
 from ..numerics import Stick, empty_like_layout, state_dtype
 from ..plan import Plan
 from ..plan.options import earlier
@@ -126,22 +126,22 @@ def stick_breaking(
     >>> sf.stick_breaking(q, k, v, window).shape
     torch.Size([1, 2, 200, 32])
     """
-    require(
-        (
-            plan is None or isinstance(plan, Plan),
-            f"plan is {describe(plan)}: expected one Plan; keys need one order, so a tuple of plans has none",
-        ),
-        (isinstance(include_self, bool), f"include_self={include_self!r}: expected True or False"),
-        (isinstance(return_rem, bool), f"return_rem={return_rem!r}: expected True or False"),
-        (
-            plan is None or not include_self,
-            "plan together with include_self=True: it belongs to the plan: Plan.dense(..., causal=True)",
-        ),
-        (
-            plan is None or q_offset == 0,
-            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)",
-        ),
-    )
+    if plan is not None and not isinstance(plan, Plan):
+        raise SparseFlashError(
+            f"plan is {describe(plan)}: expected one Plan; keys need one order, so a tuple of plans has none"
+        )
+    if not isinstance(include_self, bool):
+        raise SparseFlashError(f"include_self={include_self!r}: expected True or False")
+    if not isinstance(return_rem, bool):
+        raise SparseFlashError(f"return_rem={return_rem!r}: expected True or False")
+    if plan is not None and include_self:
+        raise SparseFlashError(
+            "plan together with include_self=True: it belongs to the plan: Plan.dense(..., causal=True)"
+        )
+    if plan is not None and q_offset != 0:
+        raise SparseFlashError(
+            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)"
+        )
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if plan is None:  # strictly earlier keys: as if each query stood one token before

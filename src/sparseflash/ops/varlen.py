@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..errors import SparseFlashError
 from ..plan import Plan
 from ._arguments import check_unknown, describe
 from .attention import attention
@@ -144,27 +144,24 @@ def attention_varlen(
     """
     check_unknown("attention_varlen", unsupported, _ELSEWHERE)
     good = all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
-    require(
-        (
-            good,
+    if not good:
+        raise SparseFlashError(
             f"q: {describe(q)}, k: {describe(k)}, v: {describe(v)}; expected packed tensors "
-            "q [total_q,Hq,D], k [total_k,Hkv,D], v [total_k,Hkv,Dv]; padded ones go to attention()",
-        ),
-        (isinstance(deterministic, bool), f"deterministic={deterministic!r}: expected True or False"),
-    )
+            "q [total_q,Hq,D], k [total_k,Hkv,D], v [total_k,Hkv,Dv]; padded ones go to attention()"
+        )
+    if not isinstance(deterministic, bool):
+        raise SparseFlashError(f"deterministic={deterministic!r}: expected True or False")
     for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         fits = most is None or (isinstance(most, (int, torch.SymInt, Tensor)) and not isinstance(most, bool))
-        require((fits, f"{name}={most!r}: expected the longest length, or None"))
+        if not fits:
+            raise SparseFlashError(f"{name}={most!r}: expected the longest length, or None")
     window = _window(window_size)
     if plan is None:
-        require(
-            (
-                cu_seqlens_q is not None,
+        if cu_seqlens_q is None:
+            raise SparseFlashError(
                 "attention_varlen() needs cu_seqlens_q (or a plan): running totals of the lengths, as in "
-                "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
-            ),
-        )
-        assert cu_seqlens_q is not None
+                "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+            )
         plan = Plan.from_documents(
             cu_seqlens_q,
             cu_seqlens_k,
@@ -175,13 +172,11 @@ def attention_varlen(
         )
     else:
         alone = cu_seqlens_q is None and cu_seqlens_k is None and causal is False
-        require(
-            (
-                alone and window == (-1, -1),
+        if not alone or window != (-1, -1):
+            raise SparseFlashError(
                 "plan together with cu_seqlens, causal or window_size: these belong to the plan: "
-                "Plan.from_documents(cu_seqlens, causal=True, window=(left, right))",
+                "Plan.from_documents(cu_seqlens, causal=True, window=(left, right))"
             )
-        )
     out, lse = attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
