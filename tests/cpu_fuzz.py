@@ -16,6 +16,7 @@ import torch
 import plans
 import sparseflash as sf
 from sparseflash.backends import cpu
+from sparseflash.numerics import Softmax, Statistics
 
 WIDE = ("span_start", "start", "bits_start")
 INTS = (
@@ -68,14 +69,16 @@ def attempt(seed: int) -> bool:
     q = torch.randn(B, Hq, plan.Tq, D, generator=g).to(dtype)
     k, v = (torch.randn(B, Hkv, plan.Tk, n, generator=g).to(dtype) for n in (D, Dv))
     bias = torch.randn(1, Hq, plan.Tk, generator=g) if r.random() < 0.4 else None
-    options = {"scale": 0.3, "softcap": r.choice((0.0, 2.0)), "key_bias": bias}
+    numbers = {"scale": 0.3, "softcap": r.choice((0.0, 2.0))}
+    options = {"options": Softmax(**numbers), "key_bias": bias}
     try:
         out, lse, norm = cpu.forward(q, k, v, plan, out_dtype=dtype, normed=True, **options)
         dlse = torch.randn_like(lse)
         cpu.backward(torch.randn_like(out), q, k, v, out, norm, dlse, plan, grad_dtype=None, **options)
         lengths = {"key": plan.Tk, "row": plan.Tq, "entry": 3 * plan.tiles, "diagonal": plan.Tq + plan.Tk - 1}
         for over, width in lengths.items():
-            cpu.stats(q, k, norm, plan, over=over, peak=r.random() < 0.5, width=max(width, 0), **options)
+            asked = Statistics(over=over, peak=r.random() < 0.5, width=max(width, 0), **numbers)
+            cpu.stats(q, k, norm, plan, asked, key_bias=bias)
         for x in ((k, v), [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]):
             cpu.decode(q, *x, (plan, plan), sink_logits=None, **options)
     except (ValueError, ZeroDivisionError):
@@ -112,7 +115,7 @@ def callers() -> None:
     q, k, v = torch.randn(3, 1, 2, 400, 64, generator=g)
     keep = torch.rand(2, 1, 2, 400, generator=g) < 0.5
     jobs = [sf.Plan.dense(400, 400, causal=True), sf.Plan.from_keep(keep[0], keep[1])]
-    options = {"scale": 0.125, "softcap": 0.0, "key_bias": torch.zeros(1, 2, 400)}
+    options = {"options": Softmax(0.125, 0.0), "key_bias": torch.zeros(1, 2, 400)}
 
     def work(n: int) -> list[torch.Tensor]:
         plan = jobs[n % 2]

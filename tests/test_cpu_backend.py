@@ -17,6 +17,7 @@ import cpu_cases
 import sparseflash as sf
 from harness import peak_memory
 from sparseflash.backends import cpu
+from sparseflash.numerics import Softmax
 
 pytestmark = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -190,7 +191,7 @@ def test_a_forked_child_computes(generator, threads):
 
     def work():
         out, lse, norm = cpu.forward(
-            q, k, v, plan, scale=0.125, softcap=0.0, key_bias=None, out_dtype=torch.float32, normed=True
+            q, k, v, plan, Softmax(0.125, 0.0), key_bias=None, out_dtype=torch.float32, normed=True
         )
         grads = cpu.backward(
             dout,
@@ -201,8 +202,7 @@ def test_a_forked_child_computes(generator, threads):
             norm,
             None,
             plan,
-            scale=0.125,
-            softcap=0.0,
+            Softmax(0.125, 0.0),
             key_bias=None,
             grad_dtype=None,
         )
@@ -220,7 +220,7 @@ def test_a_fork_while_other_threads_compute(generator, threads):
     plan = sf.Plan.dense(512, 512, causal=True)
 
     def work():
-        how = {"scale": 0.125, "softcap": 0.0, "key_bias": None, "out_dtype": torch.float32}
+        how = {"options": Softmax(0.125, 0.0), "key_bias": None, "out_dtype": torch.float32}
         return cpu.forward(q, k, v, plan, **how, normed=False)[:2]
 
     want, stop = work(), threading.Event()

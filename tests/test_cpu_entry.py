@@ -13,6 +13,7 @@ import sparseflash as sf
 from harness import same_bits
 from sparseflash.backends import cpu
 from sparseflash.backends.cpu.call import Call, Decode
+from sparseflash.numerics import Softmax
 
 pytestmark = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 REFUSED = 3
@@ -190,7 +191,7 @@ def test_plan_tensors_of_another_dtype_or_shape_are_refused():
         for name, value in {**vars(plan), **fields}.items():
             object.__setattr__(other, name, value)
         return cpu.forward(
-            q, q, q, other, scale=0.25, softcap=0.0, key_bias=None, out_dtype=torch.float32, normed=False
+            q, q, q, other, Softmax(0.25, 0.0), key_bias=None, out_dtype=torch.float32, normed=False
         )
 
     attend()

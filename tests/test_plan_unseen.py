@@ -15,6 +15,7 @@ import plans
 import sparseflash as sf
 from harness import unseen
 from sparseflash import Plan, methods
+from sparseflash.numerics import Softmax, Stick
 from sparseflash.order import _draw_planes
 from sparseflash.plan.transpose import transpose_spans, transpose_units
 from test_plan import _readers, _span_visits, _unit_visits
@@ -143,7 +144,7 @@ def test_selecting_attending_and_differentiating_look_at_no_value(name, launches
 
     q, k = meta(2, 4, 512, 64), meta(2, 2, 512, 64)
     _draw_planes(64, 8, 2, 1, 0, q.device)  # are drawn once, in main memory
-    how = {"scale": 0.1, "softcap": 0.0, "key_bias": None}
+    how = {"options": Softmax(0.1, 0.0), "key_bias": None}
     with watched():
         plan = SELECT[name](q, k)
         out, lse, norm = backend.forward(q, k, k, plan, **how, out_dtype=q.dtype, normed=True)
@@ -162,8 +163,8 @@ def test_sticks_look_at_no_value(name, launches):
     _draw_planes(64, 8, 2, 1, 0, q.device)
     with watched():
         plan = SELECT[name](q, k)
-        out, rem = backend.stick_forward(q, k, k, plan, scale=0.1)
-        backend.stick_backward(out, rem, q, k, k, plan, scale=0.1)
+        out, rem = backend.stick_forward(q, k, k, plan, Stick(0.1))
+        backend.stick_backward(out, rem, q, k, k, plan, Stick(0.1))
     wave = ["stick_kernel", "stick_kernel", "stick_columns_kernel"]
     assert launches == ["stick_kernel", *wave * (len(launches) // 3)] and len(launches) > 3
 
@@ -180,8 +181,8 @@ def test_memory_of_sticks_is_linear_in_the_length(name, launches):
         if name == "units":
             plan = Plan.from_keys(index, Tq=T, Tk=T, tile=128, unique=True, causal=True)
         with held:
-            out, rem = backend.stick_forward(q, q, q, plan, scale=0.1)
-            backend.stick_backward(out, rem, q, q, q, plan, scale=0.1)
+            out, rem = backend.stick_forward(q, q, q, plan, Stick(0.1))
+            backend.stick_backward(out, rem, q, q, q, plan, Stick(0.1))
         return held.bytes
 
     assert made(1 << 17) < 9 * made(1 << 14)
@@ -207,7 +208,7 @@ def test_decoding_looks_at_no_value(layout, launches):
             plan = Plan.from_pages(table, lengths, page_size=64, Tk=8192)
         else:
             plan = Plan.from_keys(meta(2, 2, 1, 16, dtype=torch.int32), Tq=1, Tk=4096, unit=64, unique=True)
-        how = {"scale": 0.1, "softcap": 0.0, "key_bias": None, "sink_logits": None}
+        how = {"options": Softmax(0.1, 0.0), "key_bias": None, "sink_logits": None}
         backend.decode(q, k, k, (plan,), **how)
     assert launches == ["rows_kernel", "merge_kernel"]
 

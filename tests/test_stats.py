@@ -10,7 +10,7 @@ import sparseflash as sf
 import tolerance
 from harness import EACH, inputs, peak_memory, randn
 from sparseflash import Plan
-from sparseflash.merging import norm_of
+from sparseflash.numerics import norm_of
 from sparseflash.plan.flat import flatten
 
 OVER = ("key", "row", "entry", "diagonal")
@@ -190,3 +190,13 @@ def test_no_queries_or_no_keys_leave_nothing_or_zeros(backend, over, generator):
             q, k, torch.zeros(1, 2, Tq), Plan.dense(Tq, Tk), over=over, backend=backend
         )
         assert not found.any() and found.shape[:2] == (1, 2)
+
+
+@EACH
+def test_autocast_leaves_statistics_as_exact_as_without(backend, generator):
+    q, k, v, _, _ = inputs(generator, 65)
+    plan = Plan.dense(q.shape[2], k.shape[2], causal=True)
+    _, lse = sf.attention(q, k, v, plan, return_lse=True, backend=backend)
+    want = sf.attention_stats(q, k, lse, plan, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sf.attention_stats(q, k, lse, plan, backend=backend), want)

@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from sparseflash import Plan
 from sparseflash.backends import triton as backend
 from sparseflash.backends.triton import blocks, softmax
+from sparseflash.numerics import Linear, Softmax, Statistics, Stick
 
 GOLDEN = Path(__file__).with_suffix(".csv")
 KIB = 1024
@@ -156,7 +157,7 @@ def plans() -> dict[str, Callable[[], Plan]]:
 def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """Forward and backward, the one with everything also under a softcap and a bias."""
     cap = named == "everything"
-    how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0}
+    how: dict[str, Any] = {"options": Softmax(0.1, 30.0 if cap else 0.0)}
     how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
     out, _, norm = backend.forward(q, q, q, plan, **how, out_dtype=dtype, normed=True)
     backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
@@ -165,7 +166,7 @@ def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> No
 def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """One query a head over a cache that heads share in pairs; with everything, the plan's own queries."""
     cap = named == "everything"
-    how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0}
+    how: dict[str, Any] = {"options": Softmax(0.1, 30.0 if cap else 0.0)}
     how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
     if not cap:
         plan, q = Plan.from_lengths(torch.tensor([T]), Tk=T), q[:, :, :1]
@@ -176,22 +177,22 @@ def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
 def statistics(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """What is summed over rows, keys, entries and diagonals."""
     cap = named == "everything"
-    how: dict[str, Any] = {"scale": 0.1, "softcap": 30.0 if cap else 0.0, "peak": False}
-    how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
+    numbers, bias = {"scale": 0.1, "softcap": 30.0 if cap else 0.0}, torch.zeros(1, HEADS, T) if cap else None
     for over, width in (("row", T), ("key", T), ("entry", 2 * plan.tiles), ("diagonal", 2 * T - 1)):
-        backend.stats(q, q, torch.stack([q[..., 0]] * 2), plan, over=over, width=width, **how)
+        asked = Statistics(over=over, width=width, peak=False, **numbers)
+        backend.stats(q, q, torch.stack([q[..., 0]] * 2), plan, asked, key_bias=bias)
 
 
 def linear(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """Linear attention, which has no plan, in time (dQ is the same kernel as the forward) and against it."""
     state = torch.zeros(*q.shape[:2], q.shape[3], q.shape[3])
-    backend.linear_backward(q, state, q, q, q, torch.ones(HEADS), state, scale=1.0)
+    backend.linear_backward(q, state, q, q, q, torch.ones(HEADS), state, Linear(1.0))
 
 
 def stick(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """Stick-breaking, forward and backward."""
-    out, rem = backend.stick_forward(q, q, q, plan, scale=0.1)
-    backend.stick_backward(out, rem, q, q, q, plan, scale=0.1)
+    out, rem = backend.stick_forward(q, q, q, plan, Stick(0.1))
+    backend.stick_backward(out, rem, q, q, q, plan, Stick(0.1))
 
 
 OPS = {"attention": attention, "decode": decode, "statistics": statistics, "linear": linear, "stick": stick}

@@ -6,23 +6,24 @@ from typing import Any
 # The subpackage first: loading it later would take the function's name.
 from . import backends as _backends  # noqa: F401
 from . import methods
-from .decode import decode
 from .dispatch import backends
 from .errors import BackendError, PlanError, SparseFlashError
 from .explain import explain
-from .indexer import indexer_topk
-from .indexer_loss import indexer_kl_loss
-from .jagged import jagged_attention
-from .linear import linear_attention
 from .methods.training.hash_sparse import hash_sparse_attention
 from .methods.training.qk_sparse import qk_sparse_attention
-from .ops import attention, attention_backward, merge
+from .ops.attention import attention, attention_backward
+from .ops.decode import decode
+from .ops.indexer import indexer_topk
+from .ops.indexer_loss import indexer_kl_loss
+from .ops.jagged import jagged_attention
+from .ops.linear import linear_attention
+from .ops.merge import merge
+from .ops.pointwise import pointwise_attention
+from .ops.stats import attention_stats
+from .ops.stick_breaking import stick_breaking
+from .ops.varlen import attention_varlen
 from .packing import PackingCollator, cu_seqlens_of
 from .plan import Plan
-from .pointwise import pointwise_attention
-from .statistics import attention_stats
-from .stick_breaking import stick_breaking
-from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import SparseFlashError, require
 from .files import replacing
-from .inputs import Plans
+from .ops._arguments import Plans
 from .plan import Plan
 from .plan.entries import ranges
 from .plan.options import laid_out

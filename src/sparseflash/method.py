@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor
 
-from .errors import PlanError, SparseFlashError, require
-from .inputs import Plans
-from .ops import attention
+from .errors import PlanError, SparseFlashError
+from .ops._arguments import Plans
+from .ops.attention import attention
 from .plan.options import is_count, normal_offset, same_offset
 
 Context = Mapping[str, Any]
@@ -247,8 +247,6 @@ def check_qk(q: Tensor, k: Tensor) -> None:
 def check_tokens(name: str, x: object, T: int, q: Tensor) -> None:
     """Check the shape of a tensor with a number per token of q or k: [B|1, H|1, T], H any divisor of Hq."""
     B, H = q.shape[:2]
-    given = f"{name}: {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
-    want = f"expected [{B}|1, H|1, {T}] with H a divisor of the {H} query heads"
     fits = (
         isinstance(x, Tensor)
         and x.dim() == 3
@@ -257,7 +255,10 @@ def check_tokens(name: str, x: object, T: int, q: Tensor) -> None:
         and x.shape[1] > 0
         and H % x.shape[1] == 0
     )
-    require((fits, f"{given}; {want}"), error=PlanError)
+    if not fits:
+        given = f"{name}: {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
+        want = f"expected [{B}|1, H|1, {T}] with H a divisor of the {H} query heads"
+        raise PlanError(f"{given}; {want}")
 
 
 def check_counts(method: Method, least: int, *names: str) -> None:
@@ -265,7 +266,8 @@ def check_counts(method: Method, least: int, *names: str) -> None:
     for name in names:
         x = getattr(method, name)
         fits = is_count(x, least) and x < 2**62  # what tensors hold, and a sum of it
-        require((fits, f"{name}={x!r}: expected an int >= {least}, below 2^62"))
+        if not fits:
+            raise SparseFlashError(f"{name}={x!r}: expected an int >= {least}, below 2^62")
 
 
 def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
@@ -279,7 +281,8 @@ def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
 def check_square(method: Method, q: Tensor, k: Tensor) -> int:
     """The number of tokens, for methods whose queries are the keys' own."""
     Tq, Tk = q.shape[2], k.shape[2]
-    require((Tq == Tk, f"{type(method).__name__}: {Tq} queries and {Tk} keys; expected as many"))
+    if Tq != Tk:
+        raise SparseFlashError(f"{type(method).__name__}: {Tq} queries and {Tk} keys; expected as many")
     return Tq
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import SparseFlashError, require
-from .inputs import describe
+from .ops._arguments import describe
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

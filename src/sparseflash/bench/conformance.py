@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparseflash.bench.cases import inputs
 from sparseflash.bench.subjects import Subject
-from sparseflash.ops import attention
+from sparseflash.ops.attention import attention
 
 LENGTH, HEADS = 129, 2
 CHANGED = 70

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.inputs import Plans
+from sparseflash.ops._arguments import Plans
 from sparseflash.plan import Plan
 from sparseflash.plan.figures import visible_pairs
 

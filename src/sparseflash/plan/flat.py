@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .plan import Plan
@@ -126,12 +125,3 @@ def unflatten_all(tensors: Sequence[Tensor], ints: Sequence[int]) -> list[Plan]:
         plans.append(unflatten(tensors[at : at + count], own))
         at += count
     return plans
-
-
-def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised [B,H,T,dim] in the memory order of `like` (BSHD memory stays BSHD)."""
-    B, H, T, _ = like.shape
-    dtype = like.dtype if dtype is None else dtype
-    if like.stride(1) < like.stride(2):
-        return torch.empty((B, T, H, dim), dtype=dtype, device=like.device).transpose(1, 2)
-    return torch.empty((B, H, T, dim), dtype=dtype, device=like.device)

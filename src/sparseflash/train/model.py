@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseflash import ops
+from sparseflash.ops.attention import attention
 from sparseflash.plan import Plan
 from sparseflash.train.attention import Attention, build
 from sparseflash.train.config import TrainConfig
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
             q, k, v = heads.unbind(2)
             q, k = norm(rotate(q, table)) * self.sharpness.to(q.dtype), norm(rotate(k, table))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        out = self.attention(q, k, v) if plan is None else ops.attention(q, k, v, plan)
+        out = self.attention(q, k, v) if plan is None else attention(q, k, v, plan)
         return self.output(out.transpose(1, 2).flatten(2))
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...numerics import Softmax, Statistics, empty_like_layout
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from . import build, lists
 from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, view, zeros
 from .indexer import indexer_loss, indexer_topk
@@ -70,16 +70,15 @@ def forward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq] and, where wanted, its norm [2,B,Hq,Tq]."""
     keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
+    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     lse = empty(q.shape[:3], dtype=torch.float32)
     norm = empty((2, *q.shape[:3]), dtype=torch.float32) if normed else None
@@ -101,14 +100,14 @@ def decode(
     k: Tensor,
     v: Tensor,
     plans: Sequence[Plan],
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all plans and the sinks, few queries over many keys: `native/decode.h`."""
     keep: list[Tensor] = []
+    scale, softcap = options.scale, options.softcap
     calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, keep) for plan in plans))
     out, lse = empty_like_layout(q, v.shape[-1]), empty(q.shape[:3], dtype=torch.float32)
     for call in calls:
@@ -139,15 +138,14 @@ def backward(
     norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, scale, softcap, key_bias, keep)
+    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, keep)
     wanted = grad_dtype or q.dtype
     dout, out = aligned(dout.to(q.dtype), keep), out if out.dtype in CODES else out.to(q.dtype)
     norm = _given(norm, q, keep)
@@ -177,24 +175,20 @@ def stats(
     k: Tensor,
     norm: Tensor,
     plan: Plan,
+    options: Statistics,
     *,
-    over: str,
-    peak: bool,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
-    width: int,
 ) -> Tensor:
     """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
     keep: list[Tensor] = []
-    call = call_of(q, k, k, plan, scale, softcap, key_bias, keep)
+    call = call_of(q, k, k, plan, options.scale, options.softcap, key_bias, keep)
     call.v = View()
-    norm = _given(norm, q, keep)
+    norm, width = _given(norm, q, keep), options.width
     found = empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
     if not width:  # there is no distance between no query and no key
         return found
     call.norm, call.stat = norm.data_ptr(), found.data_ptr()
-    call.over, call.peak, call.stat_width = OVER[over], peak, width
-    call.entry_width = width // max(plan.tiles, 1) if over == "entry" else 0
+    call.over, call.peak, call.stat_width = OVER[options.over], options.peak, width
+    call.entry_width = width // max(plan.tiles, 1) if options.over == "entry" else 0
     run("sf_stats", call, q.dtype)
     return found

@@ -7,6 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ...numerics import Choice, Likeness
 from .call import CODES, SMALL, View, empty, view
 from .library import run
 
@@ -28,12 +29,10 @@ def indexer_topk(
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    *,
-    topk: int,
-    scored: bool,
+    options: Choice,
 ) -> tuple[Tensor, Tensor]:
     """index int32 [B,Tq,topk] and, where `scored`, the scores in fp32."""
-    B, H, Tq, D = q.shape
+    (B, H, Tq, D), topk, scored = q.shape, options.topk, options.scored
     call = Call(size=ctypes.sizeof(Call), B=B, H=H, Tq=Tq, Tk=k.shape[1], D=D, topk=topk)
     call.dtype, call.q, call.k = CODES[q.dtype], view(q), view(k[:, None])
     call.threads = 1 if B * H * Tq * D * k.shape[1] < SMALL else max(1, torch.get_num_threads())
@@ -75,17 +74,14 @@ def indexer_loss(
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    *,
-    index_scale: float,
-    scale: float,
-    softcap: float,
+    options: Likeness,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of all queries and its gradients by q_index, k_index and weights, in their shapes and fp32."""
     (B, H, Tq, D), Tk = q_index.shape, k_index.shape[1]
     call = LossCall(size=ctypes.sizeof(LossCall), B=B, H=H, Tq=Tq, Tk=Tk, D=D)
     call.Hq, call.Hkv, call.Dm = q.shape[1], k.shape[1], q.shape[3]
     call.index_dtype, call.dtype = CODES[q_index.dtype], CODES[q.dtype]
-    call.index_scale, call.scale, call.softcap = index_scale, scale, softcap
+    call.index_scale, call.scale, call.softcap = options.index_scale, options.scale, options.softcap
     call.q_index, call.k_index, call.q, call.k = view(q_index), view(k_index[:, None]), view(q), view(k)
     weights = weights.to(torch.float32).transpose(1, 2).contiguous()
     lse = lse.to(torch.float32).contiguous()

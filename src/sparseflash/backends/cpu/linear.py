@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...plan.flat import empty_like_layout
+from ...numerics import Linear, empty_like_layout
 from .call import CODES, SMALL, View, empty, view
 from .library import run
 
@@ -50,11 +50,11 @@ def _call(
 
 
 def linear_forward(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, options: Linear
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,T,Dv] and the state after the last token, fp32 [B,Hq,D,Dv]."""
     keep: list[Tensor] = []
-    call = _call(q, k, v, rate, initial, scale, keep)
+    call = _call(q, k, v, rate, initial, options.scale, keep)
     out = empty_like_layout(q, v.shape[3])
     last = empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.out, call.last = view(out), last.data_ptr()
@@ -70,12 +70,11 @@ def linear_backward(
     v: Tensor,
     rate: Tensor | None,
     initial: Tensor | None,
-    *,
-    scale: float,
+    options: Linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs, and the gradient of the initial state in fp32."""
     keep: list[Tensor] = []
-    call = _call(q, k, v, rate, initial, scale, keep)
+    call = _call(q, k, v, rate, initial, options.scale, keep)
     dout = dout.to(q.dtype)
     dq, dk, dv = (empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     dinitial = empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...numerics import Pointwise, empty_like_layout
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from .call import CODES, aligned, call_of, empty, names_all, view, zeros
 from .library import run
 
@@ -18,19 +18,17 @@ def pointwise_forward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Pointwise,
     *,
-    activation: str,
-    scale: float,
-    out_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """out [B,Hq,Tq,Dv] of `out_dtype`."""
     keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    call = call_of(q, k, v, plan, options.scale, 0.0, None, keep)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
-    call.weights, call.out_scale = WEIGHTS[activation], out_scale
+    call.weights, call.out_scale = WEIGHTS[options.activation], options.out_scale
     call.out_dtype, call.out = CODES[out_dtype], view(out)
     run("sf_forward", call, q.dtype)
     return out
@@ -42,20 +40,18 @@ def pointwise_backward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Pointwise,
     *,
-    activation: str,
-    scale: float,
-    out_scale: float,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `grad_dtype`."""
     keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    call = call_of(q, k, v, plan, options.scale, 0.0, None, keep)
     dout = aligned(dout.to(q.dtype), keep)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=grad_dtype)
     dk, dv = empty(k.shape, dtype=grad_dtype), empty(v.shape, dtype=grad_dtype)
-    call.weights, call.out_scale = WEIGHTS[activation], out_scale
+    call.weights, call.out_scale = WEIGHTS[options.activation], options.out_scale
     call.grad_dtype, call.dout = CODES[grad_dtype], view(dout)
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
     run("sf_backward", call, q.dtype)

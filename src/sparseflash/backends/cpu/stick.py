@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from .call import aligned, call_of, empty, names_all, view, zeros
 from .library import run
 
 
-def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv] and rem, fp32 [B,Hq,Tq]."""
     keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    call = call_of(q, k, v, plan, options.scale, 0.0, None, keep)
     out = empty_like_layout(q, v.shape[-1])
     rem = empty(q.shape[:3], dtype=torch.float32)
     if not names_all(plan):  # tokens that no row names see nothing
@@ -26,11 +26,11 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) 
 
 
 def stick_backward(
-    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs."""
     keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, scale, 0.0, None, keep)
+    call = call_of(q, k, v, plan, options.scale, 0.0, None, keep)
     dout = aligned(dout.to(q.dtype), keep)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=q.dtype)

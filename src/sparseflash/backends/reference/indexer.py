@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...numerics import Choice, Likeness
+
 HELD = 1 << 22
 """Products of a head and a key that are held at a time."""
 
@@ -19,12 +21,10 @@ def indexer_topk(
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    *,
-    topk: int,
-    scored: bool,
+    options: Choice,
 ) -> tuple[Tensor, Tensor]:
     """index int32 [B,Tq,topk] and, where `scored`, the scores in fp32 (fp64)."""
-    (B, H, Tq, _), Tk = q.shape, k.shape[1]
+    (B, H, Tq, _), Tk, topk, scored = q.shape, k.shape[1], options.topk, options.scored
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     at = torch.arange(Tk, device=q.device)
     columns = k.to(work)[:, None].transpose(-1, -2)
@@ -96,10 +96,7 @@ def indexer_loss(
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    *,
-    index_scale: float,
-    scale: float,
-    softcap: float,
+    options: Likeness,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of all queries and its gradients by q_index, k_index and weights, in their shapes."""
     (B, H, Tq, D), Tk = q_index.shape, k_index.shape[1]
@@ -121,17 +118,18 @@ def indexer_loss(
             own = torch.where(seen[..., None], keys[b, at], 0)
             main = torch.where(seen[..., None], k.transpose(1, 2)[b, at].movedim(3, 0), 0).movedim(0, 1)
             main = main.to(work)
-        p = _target(q[:, :, rows], main, lse[:, :, rows], scale, softcap).masked_fill(~seen, 0)
+        p = _target(q[:, :, rows], main, lse[:, :, rows], options.scale, options.softcap)
+        p = p.masked_fill(~seen, 0)
         p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(work).tiny)
         x, w = q_index[:, :, rows].transpose(1, 2).to(work), weights[:, :, rows].transpose(1, 2).to(work)
-        products = (x @ own.transpose(-1, -2) * index_scale).relu()  # [B,n,H,m]
+        products = (x @ own.transpose(-1, -2) * options.index_scale).relu()  # [B,n,H,m]
         score = (w[..., None, :] @ products)[..., 0, :].masked_fill(~seen, -math.inf)
         some = seen.any(-1, keepdim=True)
         log = torch.where(seen, score.masked_fill(~some, 0).log_softmax(-1), 0)
         total += (torch.xlogy(p, p) - p * log).sum()
         slope = torch.where(seen, log.exp() - p, 0)[..., None, :]  # of the loss by the score, [B,n,1,m]
         dw[:, rows] = (products @ slope.transpose(-1, -2))[..., 0]
-        slope = slope * (w[..., None] * index_scale) * (products > 0)
+        slope = slope * (w[..., None] * options.index_scale) * (products > 0)
         dq[:, rows] = slope @ own
         if index is None:
             dk[:, : at.shape[-1]] += slope.flatten(1, 2).transpose(-1, -2) @ x.flatten(1, 2)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...plan.flat import empty_like_layout
+from ...numerics import Linear, empty_like_layout
 
 CHUNK = 64
 
@@ -46,7 +46,7 @@ def _start(initial: Tensor | None, q: Tensor, v: Tensor) -> Tensor:
 
 
 def linear_forward(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, options: Linear
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,T,Dv] and the state after the last token, fp32 (fp64) [B,Hq,D,Dv]."""
     work, H = _work(q), q.shape[1]
@@ -56,7 +56,7 @@ def linear_forward(
         qc = q[:, :, rows].to(work)
         kc, vc = (_heads(x[:, :, rows], H, work) for x in (k, v))
         inside = (qc @ kc.transpose(-1, -2) * between) @ vc
-        out[:, :, rows] = ((inside + before * (qc @ state)) * scale).to(out.dtype)
+        out[:, :, rows] = ((inside + before * (qc @ state)) * options.scale).to(out.dtype)
         state = before[:, -1:] * state + (after * kc).transpose(-1, -2) @ vc
     return out, state
 
@@ -69,8 +69,7 @@ def linear_backward(
     v: Tensor,
     rate: Tensor | None,
     initial: Tensor | None,
-    *,
-    scale: float,
+    options: Linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs, and the gradient of the initial state."""
     (B, H, T, _), work, Hkv = q.shape, _work(q), k.shape[1]
@@ -79,13 +78,13 @@ def linear_backward(
     state = _start(initial, q, v)
     for rows, between, before, after in chunks:
         kc, vc = (_heads(x[:, :, rows], H, work) for x in (k, v))
-        do = dout[:, :, rows].to(work) * scale
+        do = dout[:, :, rows].to(work) * options.scale
         weight = (do @ vc.transpose(-1, -2)) * between
         dq[:, :, rows] = weight @ kc + before * (do @ state.transpose(-1, -2))
         state = before[:, -1:] * state + (after * kc).transpose(-1, -2) @ vc
     slope = _start(dstate, q, v)
     for rows, between, before, after in reversed(chunks):
-        qc, do = q[:, :, rows].to(work), dout[:, :, rows].to(work) * scale
+        qc, do = q[:, :, rows].to(work), dout[:, :, rows].to(work) * options.scale
         kc, vc = (_heads(x[:, :, rows], H, work) for x in (k, v))
         weight = (do @ vc.transpose(-1, -2)) * between
         score = (qc @ kc.transpose(-1, -2)) * between

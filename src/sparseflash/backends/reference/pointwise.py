@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...numerics import Pointwise, empty_like_layout
 from ...plan import Plan
 from ...plan.entries import tile_view
-from ...plan.flat import empty_like_layout
 from .rows import Rows
 
 
@@ -25,10 +25,8 @@ def pointwise_forward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Pointwise,
     *,
-    activation: str,
-    scale: float,
-    out_scale: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """out [B,Hq,Tq,Dv] of `out_dtype`."""
@@ -39,8 +37,8 @@ def pointwise_forward(
         view = tile_view(plan, r, B, H)
         seen, live = view.keep.any(-2), view.keep.any(-1)  # keys nobody sees may hold anything
         queries, keys = Rows(view.q_token, H), Rows(view.k_token, k.shape[1])
-        x = queries.read(q, work, live) @ keys.read(k, work, seen).transpose(-1, -2) * scale
-        weight = torch.where(view.keep, _weight(x, activation)[0] * out_scale, 0)
+        x = queries.read(q, work, live) @ keys.read(k, work, seen).transpose(-1, -2) * options.scale
+        weight = torch.where(view.keep, _weight(x, options.activation)[0] * options.out_scale, 0)
         rows = weight @ Rows(view.k_token, v.shape[1]).read(v, work, seen)
         queries.write(out, torch.where(live[..., None], rows, 0))
     return out
@@ -52,10 +50,8 @@ def pointwise_backward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Pointwise,
     *,
-    activation: str,
-    scale: float,
-    out_scale: float,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `grad_dtype`."""
@@ -69,9 +65,9 @@ def pointwise_backward(
         qr, kr, vr = (
             rows.read(x, work, on) for rows, x, on in ((queries, q, live), (keys, k, seen), (keys, v, seen))
         )
-        do = queries.read(dout, work, live) * out_scale
-        weight, slope = _weight(qr @ kr.transpose(-1, -2) * scale, activation)
-        ds = torch.where(view.keep, slope * (do @ vr.transpose(-1, -2)), 0) * scale
+        do = queries.read(dout, work, live) * options.out_scale
+        weight, slope = _weight(qr @ kr.transpose(-1, -2) * options.scale, options.activation)
+        ds = torch.where(view.keep, slope * (do @ vr.transpose(-1, -2)), 0) * options.scale
         keys.add(dv, torch.where(view.keep, weight, 0).transpose(-1, -2) @ do)
         keys.add(dk, ds.transpose(-1, -2) @ qr)
         queries.write(dq, torch.where(live[..., None], ds @ kr, 0))

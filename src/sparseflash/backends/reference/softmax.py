@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...merging import NEVER, bends, over_plans, unit_of
+from ...numerics import NEVER, Softmax, Statistics, bends, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.entries import TileView, tile_parts, tile_view
-from ...plan.flat import empty_like_layout
 from .rows import Rows
 
 STREAMED = 1 << 19
@@ -21,7 +19,7 @@ STREAMED = 1 << 19
 def _logits(
     q: Tensor, k: Tensor, view: TileView, scale: float, softcap: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The x of a tile's masked logits `unit * x` (see `merging`), and tanh of the score under a softcap."""
+    """The x of a tile's masked logits `unit * x` (see `numerics`), and tanh of the score under a softcap."""
     x = q @ k.transpose(-1, -2)
     bent = None
     if bends(scale, softcap, bias):
@@ -52,9 +50,8 @@ def forward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
@@ -62,6 +59,7 @@ def forward(
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 (fp64) [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     B, H, Tq, _ = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale, softcap = options.scale, options.softcap
     unit = unit_of(scale, softcap, key_bias)
     out = empty_like_layout(q, v.shape[-1], out_dtype).zero_()
     lse = torch.full((B, H, Tq), NEVER, dtype=work, device=q.device)
@@ -95,9 +93,21 @@ def forward(
     return out, lse, norm if normed else None
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], **options: Any) -> tuple[Tensor, Tensor]:
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    options: Softmax,
+    *,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Decoding is the same attention; only how fast backends read their keys differs."""
-    return over_plans(forward, q, k, v, plans, normed=False, **options)[:2]
+    softmax = over_plans(
+        forward, q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits, normed=False
+    )
+    return softmax[:2]
 
 
 def backward(
@@ -109,9 +119,8 @@ def backward(
     norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -120,6 +129,7 @@ def backward(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     dq = torch.zeros(B, H, Tq, D, dtype=work, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=work, device=q.device) for x in (k, v))
+    scale, softcap = options.scale, options.softcap
     unit = unit_of(scale, softcap, key_bias)
     dbias = torch.zeros(B, H, k.shape[2], dtype=work, device=q.device) if key_bias is not None else None
     for r in range(plan.tiles):
@@ -156,18 +166,15 @@ def stats(
     k: Tensor,
     norm: Tensor,
     plan: Plan,
+    options: Statistics,
     *,
-    over: str,
-    peak: bool,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
-    width: int,
 ) -> Tensor:
     """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: [B,Hq,width]."""
     B, H, Tq, _ = q.shape
-    Tk = k.shape[2]
+    Tk, over, peak, width = k.shape[2], options.over, options.peak, options.width
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale, softcap = options.scale, options.softcap
     unit = unit_of(scale, softcap, key_bias)
     total = torch.zeros(B * H, width + 1, dtype=work, device=q.device)
     owner = torch.arange(B * H, device=q.device).view(B, H, 1, 1)

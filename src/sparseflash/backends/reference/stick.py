@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
 from ...plan.entries import tile_view
-from ...plan.flat import empty_like_layout
 from .rows import Rows
 
 
@@ -50,29 +50,29 @@ def _tiles(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Iterato
         yield _Tile(queries, keys, values, live, qr, kr, vr, share, share * newer, left[..., 0])
 
 
-def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv] and rem, fp32 (fp64) [B,Hq,Tq]."""
     out = empty_like_layout(q, v.shape[-1]).zero_()
     rem = torch.ones(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    for tile in _tiles(q, k, v, plan, scale):
+    for tile in _tiles(q, k, v, plan, options.scale):
         tile.queries.write(out, tile.weight @ tile.v)
         tile.queries.write(rem, tile.rest)
     return out, rem
 
 
 def stick_backward(
-    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs."""
     work = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros(x.shape, dtype=work, device=q.device) for x in (q, k, v))
-    for tile in _tiles(q, k, v, plan, scale):
+    for tile in _tiles(q, k, v, plan, options.scale):
         do = tile.queries.read(dout, work, tile.live)
         slope = do @ tile.v.transpose(-1, -2)
         if drem is not None:
             slope = slope - tile.queries.read(drem, work, tile.live)[..., None]
         taken = tile.weight * slope
-        dz = (taken - tile.share * taken.cumsum(-1)) * scale
+        dz = (taken - tile.share * taken.cumsum(-1)) * options.scale
         tile.queries.write(dq, dz @ tile.k)
         tile.keys.add(dk, dz.transpose(-1, -2) @ tile.q)
         tile.values.add(dv, tile.weight.transpose(-1, -2) @ do)

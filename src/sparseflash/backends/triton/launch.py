@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...merging import bends, unit_of
+from ...numerics import bends, unit_of
 from ...plan import Plan
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan.flat import empty_like_layout
+from ...numerics import Linear, empty_like_layout
 from .blocks import Blocks, Case, choose, fitting
 from .common import INTERPRETED, dot
 from .launch import power_of_two
@@ -210,12 +210,12 @@ def _powers(rate: Tensor | None, heads: int, last: int, device: torch.device) ->
 
 
 def linear_forward(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, *, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, options: Linear
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,T,Dv] and the state after the last token, fp32 [B,Hq,D,Dv]."""
     out = empty_like_layout(q, v.shape[3])
     initial = None if initial is None else initial.float().contiguous()
-    return out, _attend(q, k, v, out, rate, initial, scale=scale)
+    return out, _attend(q, k, v, out, rate, initial, scale=options.scale)
 
 
 def linear_backward(
@@ -226,8 +226,7 @@ def linear_backward(
     v: Tensor,
     rate: Tensor | None,
     initial: Tensor | None,
-    *,
-    scale: float,
+    options: Linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs, and the gradient of the initial state in fp32."""
     dout, heads = dout.to(q.dtype), q.shape[:3]
@@ -236,8 +235,8 @@ def linear_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((*heads, x.shape[3]), dtype=direct, device=q.device) for x in (k, v))
     turned, back = (None if x is None else x.transpose(2, 3) for x in (first, end))
-    _attend(dout, v, k, dq, rate, turned, scale=scale)
-    _attend(v, dout, q, dk, rate, back, pair=scale, reverse=True)
-    dinitial = _attend(k, q, dout, dv, rate, end, pair=scale, reverse=True)
+    _attend(dout, v, k, dq, rate, turned, scale=options.scale)
+    _attend(v, dout, q, dk, rate, back, pair=options.scale, reverse=True)
+    dinitial = _attend(k, q, dout, dv, rate, end, pair=options.scale, reverse=True)
     dk, dv = (summed(x, k.shape[:2]).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, dinitial

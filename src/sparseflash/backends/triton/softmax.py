@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...merging import NEVER, over_plans, unit_of
+from ...numerics import NEVER, Softmax, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from ...plan.options import TILE
 from ...plan.record import FLAT
 from ...plan.transpose import transpose_spans
@@ -61,16 +60,15 @@ def forward(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
+    a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
     for name in "o", "d":
         a.strides(a.named, name, out)
@@ -83,9 +81,8 @@ def decode_plan(
     k: Tensor,
     v: Tensor,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
@@ -108,7 +105,7 @@ def decode_plan(
         work, rows = work_of(lists, B, H, programs), min(plan.tile, plan.q_rows)
         part = torch.empty((len(work.pieces), 1, rows, Dv), dtype=torch.float32, device=q.device)
         part_norm = torch.empty((2, len(work.pieces), rows), dtype=torch.float32, device=q.device)
-        a = Arguments(q, k, v, plan, scale, softcap, key_bias, fold)
+        a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias, fold)
         a.named |= {
             "OUT": part,
             "LSE": lse,
@@ -120,13 +117,25 @@ def decode_plan(
         for name in "o", "d":
             a.strides(a.named, name, part)
         launch_rows(a, plan, backward=False, work=work.pieces)
-        merge(part, part_norm, work, plan, unit_of(scale, softcap, key_bias), out, lse, norm)
+        merge(part, part_norm, work, plan, unit_of(options.scale, options.softcap, key_bias), out, lse, norm)
     return out.view(B, heads, -1, Dv), lse.view(B, heads, -1), norm.view(2, B, heads, -1)
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, plans: Sequence[Plan], **options: Any) -> tuple[Tensor, Tensor]:
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Plan],
+    options: Softmax,
+    *,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """The same over several plans, and sinks."""
-    return over_plans(decode_plan, q, k, v, plans, normed=False, **options)[:2]
+    softmax = over_plans(
+        decode_plan, q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits, normed=False
+    )
+    return softmax[:2]
 
 
 def packed(q: Tensor, k: Tensor, plan: Plan, key_bias: Tensor | None) -> int:
@@ -147,9 +156,8 @@ def backward(
     norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -159,7 +167,7 @@ def backward(
     if dlse is not None:
         delta = delta - torch.where(norm[0] == NEVER, 0, dlse.float())
     dq = torch.zeros_like(q, dtype=wanted)
-    a = Arguments(q, k, v, plan, scale, softcap, key_bias)
+    a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     norm = norm.float().contiguous()
     a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout}
     a.named["DELTA"] = delta.contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...numerics import Statistics
 from ...plan import Plan
 from .blocks import Blocks, fitting
 from .entries import entries_kernel
@@ -20,30 +21,26 @@ def stats(
     k: Tensor,
     norm: Tensor,
     plan: Plan,
+    options: Statistics,
     *,
-    over: str,
-    peak: bool,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
-    width: int,
 ) -> Tensor:
     """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
-    out = torch.zeros((*q.shape[:2], width), dtype=torch.float32, device=q.device)
+    out = torch.zeros((*q.shape[:2], options.width), dtype=torch.float32, device=q.device)
     if not out.numel() or not plan.tiles:
         return out
-    a = Arguments(q, k, k, plan, scale, softcap, key_bias)
-    a.switches |= {"STATS": True, "PEAK": peak}
+    a = Arguments(q, k, k, plan, options.scale, options.softcap, key_bias)
+    a.switches |= {"STATS": True, "PEAK": options.peak}
     top, rest = norm.float().contiguous()
     a.named |= {"TOP": top, "REST": rest, "LSE": top, "DELTA": out, "OUT": out, "DOUT": out}
     for name in "o", "d":
         a.strides(a.named, name, q)
-    if over == "row":
+    if options.over == "row":
         launch_rows(a, plan, backward=False)
-    elif over == "key":
+    elif options.over == "key":
         launch_columns(a, plan, q, q, out)  # no gradient is written
     else:
-        _launch_entries(a, plan, BAND if over == "diagonal" else 0)
+        _launch_entries(a, plan, BAND if options.over == "diagonal" else 0)
     return out
 
 

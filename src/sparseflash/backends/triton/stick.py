@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
-from ...plan.flat import empty_like_layout
 from .blocks import Blocks, fitting
 from .common import (
     Keys,
@@ -334,13 +334,13 @@ def _walk(
     )  # fmt: skip
 
 
-def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float) -> tuple[Tensor, Tensor]:
+def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -> tuple[Tensor, Tensor]:
     """out [B,Hq,Tq,Dv] and rem, fp32 [B,Hq,Tq]."""
     out = empty_like_layout(q, v.shape[-1]).zero_()
     rem = torch.ones(q.shape[:3], dtype=torch.float32, device=q.device)
     if not out.numel() or not plan.tiles or not plan.k_rows:
         return out, rem
-    a = Arguments(q, k, v, plan, scale, 0.0, None)
+    a = Arguments(q, k, v, plan, options.scale, 0.0, None)
     a.named |= dict.fromkeys(("DREM", "LEFT", "OLDER"), rem) | {"OUT": out, "REM": rem, "DOUT": out}
     for name in "o", "d":
         a.strides(a.named, name, out)
@@ -358,12 +358,12 @@ def at_once(q: Tensor, plan: Plan, slots: int) -> int:
 
 
 def stick_backward(
-    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float
+    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs."""
     B, H, Tq, _ = q.shape
     dq = torch.zeros_like(q)
-    a = Arguments(q, k, v, plan, scale, 0.0, None)
+    a = Arguments(q, k, v, plan, options.scale, 0.0, None)
     heads = a.keys.k.shape[1]
     dk, dv = (torch.zeros((B, heads, *x.shape[2:]), device=q.device) for x in (k, v))
     drem = torch.zeros((B, H, Tq), device=q.device) if drem is None else drem.float().contiguous()

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decode import decode
 from ...errors import SparseFlashError
-from ...ops import attention
+from ...ops.attention import attention
+from ...ops.decode import decode
 from ...plan import Plan
 from ...plan.stamps import Last
 from .keep import plain_mask

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decode import decode as decode_op
 from ...errors import SparseFlashError
 from ...method import Method, Selection, find, names
-from ...ops import attention
+from ...ops.attention import attention
+from ...ops.decode import decode as decode_op
 from ...plan.options import same_offset
 from .attention import FEW, SETTING, exact
 from .layers import Layer, chosen

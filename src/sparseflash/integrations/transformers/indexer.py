@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ...errors import SparseFlashError
-from ...indexer import indexer_topk
+from ...ops.indexer import indexer_topk
 from .mask import MaskRows, SparseMask, _host
 
 PAIRS = {"DeepseekV32Indexer": False, "AXK2Indexer": False, "GlmMoeDsaIndexer": True}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import attention
-from ...statistics import attention_stats
+from ...ops.attention import attention
+from ...ops.stats import attention_stats
 from .attention import SETTING, exact
 from .control import Setting, attached, on_sparse
 from .layers import Layer, attention_layers

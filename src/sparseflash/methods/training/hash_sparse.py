@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import require
 from ...method import Context, Method, Selection, check_counts, check_qk, check_tokens
-from ...ops import attention
+from ...ops.attention import attention
 from ...order import lsh_buckets, lsh_planes
 from ...plan import Plan
 from ...plan.options import earlier, is_count, spread_heads

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...errors import require
 from ...method import Context, Method, Selection, check_qk, check_tokens
-from ...ops import attention
+from ...ops.attention import attention
 from ...order import random_bits
 from ...plan import Plan
 

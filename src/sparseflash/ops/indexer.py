@@ -2,71 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import DTYPES, as_backend, autocast, describe, is_finite, own_precision, state_dtype, unwatched
-from .plan.options import INTEGERS, is_count, narrow, normal_offset
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Choice, state_dtype
+from ..plan.options import INTEGERS, is_count, narrow, normal_offset
+from ._arguments import DTYPES, as_backend, autocast, describe, is_finite, said
+from ._register import register
 
 
-def _choose(
+def _forward(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    topk: int,
-    scored: bool,
-    backend: str,
+    options: Choice,
 ) -> tuple[Tensor, Tensor]:
-    run = choose("indexer_topk", backend, q, k).indexer_topk
-    with own_precision(q):
-        return run(q, k, weights, low, high, keep, topk=topk, scored=scored)
+    run = choose("indexer_topk", options.backend, q, k).indexer_topk
+    return run(q, k, weights, low, high, keep, options)
 
 
-_indexer_topk = torch.library.custom_op("sparseflash::indexer_topk", _choose, mutates_args=())
-
-
-@_indexer_topk.register_fake
-def _(
-    q: Any, k: Any, weights: Any, low: Any, high: Any, keep: Any, topk: Any, scored: Any, backend: Any
+def _empty(
+    q: Any, k: Any, weights: Any, low: Any, high: Any, keep: Any, options: Choice
 ) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[0], q.shape[2], topk)
-    return (
-        q.new_empty(shape, dtype=torch.int32),
-        q.new_empty(shape if scored else (0,), dtype=state_dtype(q)),
-    )
+    shape = (q.shape[0], q.shape[2], options.topk)
+    scores = q.new_empty(shape if options.scored else (0,), dtype=state_dtype(q))
+    return q.new_empty(shape, dtype=torch.int32), scores
+
+
+_topk = register("indexer_topk", _forward, _empty)
 
 
 def check_indexer(q_index: Tensor, k_index: Tensor, weights: Tensor, scale: float) -> None:
     """Shapes, dtypes and devices of what an indexer scores with."""
     given = {"q_index": q_index, "k_index": k_index, "weights": weights}
-    said = ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
     good = all(isinstance(x, Tensor) for x in given.values()) and (
         (q_index.dim(), k_index.dim(), weights.dim()) == (4, 3, 3)
     )
-    require((good, f"{said}; expected tensors q_index [B,H,Tq,D], k_index [B,Tk,D], weights [B,H,Tq]"))
+    if not good:
+        raise SparseFlashError(
+            f"{said(**given)}; expected tensors q_index [B,H,Tq,D], k_index [B,Tk,D], weights [B,H,Tq]"
+        )
     B, H, Tq, D = q_index.shape
-    require(
-        (q_index.dtype in DTYPES, f"{said}; expected fp32, fp16, bf16 (or fp64, reference only)"),
-        (
-            q_index.dtype == k_index.dtype and weights.is_floating_point(),
-            f"{said}; expected one dtype for q_index and k_index, and floating point weights",
-        ),
-        (q_index.device == k_index.device == weights.device, f"{said}; expected one device"),
-        (
-            k_index.shape[0] == B and k_index.shape[2] == D and tuple(weights.shape) == (B, H, Tq),
-            f"{said}; expected q_index [B,H,Tq,D], k_index [B,Tk,D] and weights [B,H,Tq]: heads come before "
-            "tokens (transpose(1, 2) where a model has them after), and share one key",
-        ),
-        (H >= 1 and 1 <= D <= 256, f"{said}; expected at least one head, and D of 1..256"),
-        (is_finite(scale) and scale > 0, f"scale={scale!r}: expected a positive number"),
-    )
+    if q_index.dtype not in DTYPES:
+        raise SparseFlashError(f"{said(**given)}; expected fp32, fp16, bf16 (or fp64, reference only)")
+    if q_index.dtype != k_index.dtype or not weights.is_floating_point():
+        raise SparseFlashError(
+            f"{said(**given)}; expected one dtype for q_index and k_index, and floating point weights"
+        )
+    if not (q_index.device == k_index.device == weights.device):
+        raise SparseFlashError(f"{said(**given)}; expected one device")
+    if k_index.shape[0] != B or k_index.shape[2] != D or tuple(weights.shape) != (B, H, Tq):
+        raise SparseFlashError(
+            f"{said(**given)}; expected q_index [B,H,Tq,D], k_index [B,Tk,D] and weights [B,H,Tq]: heads "
+            "come before tokens (transpose(1, 2) where a model has them after), and share one key"
+        )
+    if H < 1 or not 1 <= D <= 256:
+        raise SparseFlashError(f"{said(**given)}; expected at least one head, and D of 1..256")
+    if not is_finite(scale) or scale <= 0:
+        raise SparseFlashError(f"scale={scale!r}: expected a positive number")
 
 
 def check_keep(k_keep: Tensor | None, k_index: Tensor) -> None:
@@ -78,13 +78,11 @@ def check_keep(k_keep: Tensor | None, k_index: Tensor) -> None:
             and k_keep.shape == k_index.shape[:2]
             and k_keep.device == k_index.device
         )
-        require(
-            (
-                good,
+        if not good:
+            raise SparseFlashError(
                 f"k_keep: {describe(k_keep)}; expected bool [B, Tk] = {list(k_index.shape[:2])} on "
-                f"{k_index.device}, True = a real key",
+                f"{k_index.device}, True = a real key"
             )
-        )
 
 
 def ranges(
@@ -97,14 +95,13 @@ def ranges(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The keys low .. high - 1 that each query may see, int32 [B,Tq] both."""
-    require((isinstance(causal, bool), f"causal={causal!r}: expected True or False"))
+    if not isinstance(causal, bool):
+        raise SparseFlashError(f"causal={causal!r}: expected True or False")
     if isinstance(q_offset, Tensor):
-        require(
-            (
-                q_offset.dtype in INTEGERS and q_offset.numel() in (1, B) and q_offset.device == device,
-                f"q_offset: {describe(q_offset)}; expected an int, or integers [B={B}] on {device}",
+        if q_offset.dtype not in INTEGERS or q_offset.numel() not in (1, B) or q_offset.device != device:
+            raise SparseFlashError(
+                f"q_offset: {describe(q_offset)}; expected an int, or integers [B={B}] on {device}"
             )
-        )
         q_offset = narrow(q_offset.reshape(-1, 1), "q_offset holds").long()
     elif not isinstance(q_offset, (int, torch.SymInt)) or isinstance(q_offset, bool):
         raise SparseFlashError(f"q_offset={q_offset!r}: expected an int, or a tensor of them")
@@ -124,15 +121,22 @@ def ranges(
             and first_key.shape[1] == Tq
             and first_key.device == device
         )
-        require(
-            (
-                good,
+        if not good:
+            raise SparseFlashError(
                 f"first_key: {describe(first_key)}; expected integers [B|1, Tq={Tq}] on {device}: where the "
-                "document of each query begins",
+                "document of each query begins"
             )
-        )
         low = narrow(first_key).clamp(0, Tk).expand(B, Tq)
     return low.contiguous(), high.contiguous()
+
+
+class _Options(TypedDict, total=False):
+    causal: bool
+    q_offset: int | Tensor
+    first_key: Tensor | None
+    k_keep: Tensor | None
+    scale: float
+    backend: str | None
 
 
 @overload
@@ -143,7 +147,7 @@ def indexer_topk(
     topk: int,
     *,
     return_scores: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def indexer_topk(
@@ -153,7 +157,7 @@ def indexer_topk(
     topk: int,
     *,
     return_scores: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def indexer_topk(
     q_index: Tensor,
@@ -224,18 +228,15 @@ def indexer_topk(
     q_index, k_index = autocast(q_index, k_index)
     check_indexer(q_index, k_index, weights, scale)
     check_keep(k_keep, k_index)
-    require(
-        (
-            is_count(topk, 1),
-            f"topk={topk!r}: expected a positive int",
-        ),
-        (isinstance(return_scores, bool), f"return_scores={return_scores!r}: expected True or False"),
-    )
+    if not is_count(topk, 1):
+        raise SparseFlashError(f"topk={topk!r}: expected a positive int")
+    if not isinstance(return_scores, bool):
+        raise SparseFlashError(f"return_scores={return_scores!r}: expected True or False")
     B, _, Tq, _ = q_index.shape
     Tk = k_index.shape[1]
     low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q_index.device)
     q, k, weights = q_index.detach(), k_index.detach(), weights.detach()
     weights = weights.to(state_dtype(q)) * scale
-    run = _choose if unwatched(q, k, weights) else _indexer_topk
-    index, scores = run(q, k, weights, low, high, k_keep, min(topk, Tk), return_scores, as_backend(backend))
+    options = Choice(min(topk, Tk), return_scores, as_backend(backend))
+    index, scores = _topk(q, k, weights, low, high, k_keep, options)
     return (index, scores) if return_scores else index

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Statistics, norm_of, state_dtype, unit_of
+from ..plan import Plan
+from ._arguments import (
     as_backend,
     as_scale,
     as_softcap,
@@ -19,56 +19,25 @@ from .inputs import (
     check_plan,
     describe,
     is_real,
-    state_dtype,
 )
-from .merging import norm_of, unit_of
-from .plan import Plan
-from .plan.flat import flatten, unflatten
-from .transforms import last
+from ._register import register
 
 Over = Literal["key", "entry", "row", "diagonal"]
 
 
-@torch.library.custom_op("sparseflash::attention_stats", mutates_args=())
-def _stats(
-    q: Tensor,
-    k: Tensor,
-    norm: Tensor,
-    key_bias: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    over: str,
-    peak: bool,
-    scale: float,
-    softcap: float,
-    width: int,
-    backend: str,
+def _forward(
+    q: Tensor, k: Tensor, norm: Tensor, key_bias: Tensor | None, plan: Plan, options: Statistics
 ) -> Tensor:
-    plan = unflatten(plan_tensors, plan_ints)
-    return choose("stats", backend, q, k, k).stats(
-        q, k, norm, plan, over=over, peak=peak, scale=scale, softcap=softcap, key_bias=key_bias, width=width
-    )
+    run = choose("stats", options.backend, q, k, k).stats
+    return run(q, k, norm, plan, options, key_bias=key_bias)
 
 
-@_stats.register_fake
-def _(
-    q: Any,
-    k: Any,
-    norm: Any,
-    key_bias: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    over: Any,
-    peak: Any,
-    scale: Any,
-    softcap: Any,
-    width: Any,
-    backend: Any,
-) -> Tensor:
-    return q.new_empty((q.shape[0], q.shape[1], width), dtype=state_dtype(q))
+def _empty(q: Any, k: Any, norm: Any, key_bias: Any, plan: Any, options: Statistics) -> Tensor:
+    found: Tensor = q.new_empty((q.shape[0], q.shape[1], options.width), dtype=state_dtype(q))
+    return found
 
 
-_watched = last(_stats)
+_stats = register("attention_stats", _forward, _empty)
 
 
 def attention_stats(
@@ -124,19 +93,21 @@ def attention_stats(
     >>> bool((mass.sum(-1) - 100).abs().max() < 1e-3)
     True
     """
-    require(
-        (over in ("key", "row", "entry", "diagonal"), f"over={over!r}: expected key, row, entry or diagonal"),
-        (reduce in ("sum", "max"), f"reduce={reduce!r}: expected sum or max"),
-        (isinstance(plan, Plan), f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)"),
-    )
+    if over not in ("key", "row", "entry", "diagonal"):
+        raise SparseFlashError(f"over={over!r}: expected key, row, entry or diagonal")
+    if reduce not in ("sum", "max"):
+        raise SparseFlashError(f"reduce={reduce!r}: expected sum or max")
+    if not isinstance(plan, Plan):
+        raise SparseFlashError(f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)")
     check_inputs(q, k, k)
     check_plan(plan, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
     for name, x in ("lse", lse), ("lse_low", lse_low):
         good = (x is None and name == "lse_low") or is_real(x, q.shape[:3], q.device)
-        want = f"floating point {list(q.shape[:3])} on {q.device}"
-        require((good, f"{name}: {describe(x)}; expected {want}"))
+        if not good:
+            want = f"floating point {list(q.shape[:3])} on {q.device}"
+            raise SparseFlashError(f"{name}: {describe(x)}; expected {want}")
     factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
     low = None if lse_low is None else lse_low.detach()
     norm = norm_of(lse.detach(), low, unit_of(factor, cap, key_bias), state_dtype(q))
@@ -151,19 +122,7 @@ def attention_stats(
         "entry": plan.tiles * per,
         "diagonal": max(q.shape[2] + k.shape[2] - 1, 0),
     }[over]
-    tensors, ints = flatten(plan)
-    found = _watched(
-        q.detach(),
-        k.detach(),
-        norm,
-        None if key_bias is None else key_bias.detach(),
-        tensors,
-        ints,
-        over,
-        reduce == "max",
-        factor,
-        cap,
-        width,
-        as_backend(backend),
-    )
+    options = Statistics(over, reduce == "max", factor, cap, width, as_backend(backend))
+    bias = None if key_bias is None else key_bias.detach()
+    found = _stats(q.detach(), k.detach(), norm, bias, plan, options)
     return found.view(*found.shape[:2], plan.tiles, per) if over == "entry" else found

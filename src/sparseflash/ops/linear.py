@@ -7,21 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Linear, empty_like_layout, state_dtype
+from ._arguments import (
     as_backend,
     autocast,
     check_inputs,
     describe,
     is_finite,
     is_real,
-    own_precision,
-    state_dtype,
-    unwatched,
 )
-from .plan.flat import empty_like_layout
-from .transforms import differentiable, last
+from ._register import Gradient, register
 
 
 def _check_rates(rate: Tensor | None) -> None:
@@ -34,31 +31,23 @@ def _check_rates(rate: Tensor | None) -> None:
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rate: Tensor | None,
-    initial: Tensor | None,
-    scale: float,
-    backend: str,
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, options: Linear
 ) -> tuple[Tensor, Tensor]:
     _check_rates(rate)
-    run = choose("linear_forward", backend, q, k, v).linear_forward
-    with own_precision(q):
-        return run(q, k, v, rate, initial, scale=scale)
+    run = choose("linear_forward", options.backend, q, k, v).linear_forward
+    return run(q, k, v, rate, initial, options)
 
 
-_linear = torch.library.custom_op("sparseflash::linear_attention", _forward, mutates_args=())
+def _empty_state(q: Any, v: Any) -> Tensor:
+    state: Tensor = q.new_empty((q.shape[0], q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q))
+    return state
 
 
-@_linear.register_fake
-def _(q: Any, k: Any, v: Any, rate: Any, initial: Any, scale: Any, backend: Any) -> tuple[Tensor, Tensor]:
-    state = q.new_empty((q.shape[0], q.shape[1], q.shape[3], v.shape[3]), dtype=state_dtype(q))
-    return empty_like_layout(q, v.shape[-1]), state
+def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_like_layout(q, v.shape[-1]), _empty_state(q, v)
 
 
-@torch.library.custom_op("sparseflash::linear_attention_backward", mutates_args=())
-def _linear_backward(
+def _backward(
     dout: Tensor,
     dstate: Tensor | None,
     q: Tensor,
@@ -66,39 +55,36 @@ def _linear_backward(
     v: Tensor,
     rate: Tensor | None,
     initial: Tensor | None,
-    scale: float,
-    backend: str,
+    options: Linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = choose("linear_backward", backend, q, k, v).linear_backward
-    with own_precision(q):
-        dq, dk, dv, dinitial = run(dout, dstate, q, k, v, rate, initial, scale=scale)
+    run = choose("linear_backward", options.backend, q, k, v).linear_backward
+    dq, dk, dv, dinitial = run(dout, dstate, q, k, v, rate, initial, options)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dinitial
 
 
-@_linear_backward.register_fake
-def _(
-    dout: Any, dstate: Any, q: Any, k: Any, v: Any, rate: Any, initial: Any, scale: Any, backend: Any
+def _empty_gradients(
+    dout: Any, dstate: Any, q: Any, k: Any, v: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=state_dtype(q))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _empty_state(q, v)
 
 
-_watched_backward = last(_linear_backward)
+_gradients = register("linear_attention_backward", _backward, _empty_gradients)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, rate, initial, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, rate, initial)
-
-
-def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, rate, initial = ctx.saved_tensors
+def _find(run: Any, kept: Any, slopes: Any, options: Linear) -> Any:
+    q, k, v, rate, initial = kept
+    dout, dstate = slopes
     dout = q.new_zeros(*q.shape[:3], v.shape[3]) if dout is None else dout
-    dq, dk, dv, dinitial = _watched_backward(dout, dstate, q, k, v, rate, initial, ctx.scale, ctx.backend)
-    return dq, dk, dv, None, None if initial is None else dinitial, None, None
+    dq, dk, dv, dinitial = run(dout, dstate, q, k, v, rate, initial, options)
+    return dq, dk, dv, None, None if initial is None else dinitial
 
 
-_watched = differentiable(_linear, _backward, _setup_context)
+_linear = register(
+    "linear_attention",
+    _forward,
+    _empty,
+    gradient=Gradient(_find, lambda given, found: given, _gradients),
+)
 
 
 def linear_attention(
@@ -162,40 +148,34 @@ def linear_attention(
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     (B, H, T, D), Dv = q.shape, v.shape[3]
-    require(
-        (
-            k.shape[2] == T,
-            f"q has {T} tokens, k and v {k.shape[2]}: expected as many; earlier keys are a state",
-        ),
-        (
-            k.shape[0] == B,
-            f"q has batch size {B}, k and v {k.shape[0]}: expected the same (there are no pools)",
-        ),
-        (is_finite(scale), f"scale={scale!r}: expected a finite number"),
-        (isinstance(return_state, bool), f"return_state={return_state!r}: expected True or False"),
-    )
+    if k.shape[2] != T:
+        raise SparseFlashError(
+            f"q has {T} tokens, k and v {k.shape[2]}: expected as many; earlier keys are a state"
+        )
+    if k.shape[0] != B:
+        raise SparseFlashError(
+            f"q has batch size {B}, k and v {k.shape[0]}: expected the same (there are no pools)"
+        )
+    if not is_finite(scale):
+        raise SparseFlashError(f"scale={scale!r}: expected a finite number")
+    if not isinstance(return_state, bool):
+        raise SparseFlashError(f"return_state={return_state!r}: expected True or False")
     if decay_rate is not None:
-        require(
-            (
-                is_real(decay_rate, (H,), q.device),
-                f"decay_rate: {describe(decay_rate)}; expected floating point [Hq={H}] on {q.device}",
+        if not is_real(decay_rate, (H,), q.device):
+            raise SparseFlashError(
+                f"decay_rate: {describe(decay_rate)}; expected floating point [Hq={H}] on {q.device}"
             )
-        )
-        require(
-            (
-                not (decay_rate.requires_grad and torch.is_grad_enabled()),
-                "decay_rate requires a gradient and there is none for it: give decay_rate.detach()",
+        if decay_rate.requires_grad and torch.is_grad_enabled():
+            raise SparseFlashError(
+                "decay_rate requires a gradient and there is none for it: give decay_rate.detach()"
             )
-        )
     if initial_state is not None:
-        require(
-            (
-                is_real(initial_state, (B, H, D, Dv), q.device),
+        if not is_real(initial_state, (B, H, D, Dv), q.device):
+            raise SparseFlashError(
                 f"initial_state: {describe(initial_state)}; expected floating point [B={B}, Hq={H}, D={D}, "
-                f"Dv={Dv}] on {q.device}, as return_state=True gives it",
+                f"Dv={Dv}] on {q.device}, as return_state=True gives it"
             )
-        )
         initial_state = initial_state.to(state_dtype(q))
-    run = _forward if unwatched(q, k, v, decay_rate, initial_state) else _watched
-    out, state = run(q, k, v, decay_rate, initial_state, float(scale), as_backend(backend))
+    options = Linear(float(scale), as_backend(backend))
+    out, state = _linear(q, k, v, decay_rate, initial_state, options)
     return (out, state) if return_state else out

@@ -1,18 +1,20 @@
-"""`attention`, `attention_backward`, `merge`: validation, autograd, registration. Backends have kernels."""
+"""`attention` and `attention_backward`: validation and autograd. Backends have the kernels."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Softmax, empty_like_layout, norm_of, over_plans, state_dtype, unit_of
+from ..plan import Plan
+from ._arguments import (
     Plans,
     as_backend,
     as_plans,
@@ -26,17 +28,8 @@ from .inputs import (
     check_unknown,
     describe,
     is_real,
-    own_precision,
-    state_dtype,
-    untraced,
-    unwatched,
 )
-from .merging import merged, norm_of, over_plans, unit_of
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import differentiable, last, once
-
-# ---------------------------------------------------------------- the two custom ops
+from ._register import Gradient, once, register, untraced
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor:
@@ -48,74 +41,32 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor:
     return total
 
 
-def one_softmax(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     plans: Sequence[Plan],
-    scale: float,
-    softcap: float,
-    backend: str,
+    options: Softmax,
     *,
-    normed: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Out, lse and, for a backward, the norm over all plans."""
-    attend = choose("forward", backend, q, k, v).forward
-    with own_precision(q):
-        return over_plans(
-            attend,
-            q,
-            k,
-            v,
-            plans,
-            scale=scale,
-            softcap=softcap,
-            key_bias=key_bias,
-            sink_logits=sink_logits,
-            normed=normed,
-        )
-
-
-@torch.library.custom_op("sparseflash::attention", mutates_args=())
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    sink_logits: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    scale: float,
-    softcap: float,
-    backend: str,
+    normed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plans = unflatten_all(plan_tensors, plan_ints)
-    out, lse, norm = one_softmax(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend, normed=True)
-    assert norm is not None
-    return out, lse, norm
+    """Out, lse and, for a backward, the norm over all plans (None in its place if not `normed`)."""
+    attend = choose("forward", options.backend, q, k, v).forward
+    found: tuple[Tensor, Tensor, Any] = over_plans(
+        attend, q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits, normed=normed
+    )
+    return found
 
 
-@_attention.register_fake
-def _(
-    q: Any,
-    k: Any,
-    v: Any,
-    key_bias: Any,
-    sink_logits: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    scale: Any,
-    softcap: Any,
-    backend: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     state = state_dtype(q)
     lse, norm = q.new_empty(q.shape[:3], dtype=state), q.new_empty((2, *q.shape[:3]), dtype=state)
     return empty_like_layout(q, v.shape[-1]), lse, norm
 
 
-def _gradients(
+def _backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -125,30 +76,16 @@ def _gradients(
     norm: Tensor,
     key_bias: Tensor | None,
     plans: Sequence[Plan],
-    scale: float,
-    softcap: float,
-    backend: str,
+    options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    alone = len(plans) == 1
-    state = state_dtype(q)
-    with own_precision(q):
-        parts = [
-            choose("backward", backend, q, k, v).backward(
-                dout,
-                q,
-                k,
-                v,
-                out,
-                norm,
-                dlse,
-                plan,
-                scale=scale,
-                softcap=softcap,
-                key_bias=key_bias,
-                grad_dtype=None if alone else state,
-            )
-            for plan in plans
-        ]
+    """Gradients of q, k, v and key_bias; that of no key_bias is empty."""
+    alone, state = len(plans) == 1, state_dtype(q)
+    run = choose("backward", options.backend, q, k, v).backward
+    wide = None if alone else state
+    parts = [
+        run(dout, q, k, v, out, norm, dlse, plan, options, key_bias=key_bias, grad_dtype=wide)
+        for plan in plans
+    ]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
         dbias = q.new_empty(0, dtype=state)
@@ -160,55 +97,15 @@ def _gradients(
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias
 
 
-@torch.library.custom_op("sparseflash::attention_backward", mutates_args=())
-def _attention_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    norm: Tensor,
-    key_bias: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    scale: float,
-    softcap: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plans = unflatten_all(plan_tensors, plan_ints)
-    return _gradients(dout, dlse, q, k, v, out, norm, key_bias, plans, scale, softcap, backend)
-
-
-@_attention_backward.register_fake
-def _(
-    dout: Any,
-    dlse: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    norm: Any,
-    key_bias: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    scale: Any,
-    softcap: Any,
-    backend: Any,
+def _empty_gradients(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, norm: Any, key_bias: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias_shape = (0,) if key_bias is None else key_bias.shape
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(bias_shape, dtype=state_dtype(q))
 
 
-_watched_backward = last(_attention_backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, key_bias, sink_logits, tensors, ctx.ints, ctx.scale, ctx.softcap, ctx.backend = inputs
-    out, _, norm = output
-    ctx.slots = len(tensors)
-    ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, norm, *tensors)
+_gradients = register("attention_backward", _backward, _empty_gradients)
 
 
 def _sink_gradient(
@@ -221,61 +118,29 @@ def _sink_gradient(
     top, rest = norm.double()
     share = torch.exp((sink_logits.double()[:, None] - top * unit) - rest)
     share = torch.where(top == -math.inf, 0, share)  # a sink of -inf on a row that sees nothing
-    return (share.to(norm.dtype) * slope).sum((0, 2)).to(sink_logits.dtype)
+    return (share.to(norm.dtype) * slope).sum((0, 2))
 
 
-def _five(
-    run: Any,
-    saved: Sequence[Tensor],
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    plans: Sequence[Any],
-    scale: float,
-    softcap: float,
-    backend: str,
-) -> Any:
-    """Gradients of q, k, v, key_bias and sink_logits, where `run` knows those of the first four."""
-    q, k, v, key_bias, sink_logits, out, norm = saved
+def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any:
+    """Gradients of q, k, v, key_bias and sink_logits."""
+    q, k, v, key_bias, sink_logits, out, norm = kept
+    dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, key_bias, *plans, scale, softcap, backend)
+    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, key_bias, plans, options)
     dsink = None
     if sink_logits is not None:
-        unit = unit_of(scale, softcap, key_bias)
+        unit = unit_of(options.scale, options.softcap, key_bias)
         dsink = once(_sink_gradient(dout, dlse, out, norm, sink_logits, unit))
-    return dq, dk, dv, None if key_bias is None else dbias.to(key_bias.dtype), dsink
+    return dq, dk, dv, None if key_bias is None else dbias, dsink
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Any, ...]:
-    saved, tensors = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-    plans = tensors, ctx.ints
-    five = _five(_watched_backward, saved, dout, dlse, plans, ctx.scale, ctx.softcap, ctx.backend)
-    return *five, [None] * ctx.slots, None, None, None, None
-
-
-_watched = differentiable(_attention, _backward, _setup_context)
-
-
-class _Untraced(torch.autograd.Function):
-    """The same op where nobody looks on: its plans stay plans, and the dispatcher takes no time."""
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
-        out, lse, norm = one_softmax(*given, normed=True)
-        ctx.plans, *ctx.rest = given[5:]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given[:5], out, norm)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        run: Any = _gradients
-        plans: tuple[Any, ...] = (ctx.plans,)
-        if torch.is_grad_enabled():  # create_graph: as an op the gradients have a graph, which refuses
-            run, plans = _watched_backward, flatten_all(ctx.plans)
-        return *_five(run, ctx.saved_tensors, dout, dlse, plans, *ctx.rest), None, None, None, None
-
-
-# ---------------------------------------------------------------- public
+_attention = register(
+    "attention",
+    _forward,
+    _empty,
+    gradient=Gradient(_find, lambda given, found: (*given, found[0], found[2]), _gradients, constants=1),
+    inference=functools.partial(_forward, normed=False),
+)
 
 
 @functools.lru_cache(32)
@@ -304,6 +169,17 @@ _ELSEWHERE = {
 }
 
 
+class _Options(TypedDict, total=False):
+    causal: bool
+    q_offset: int | Tensor
+    scale: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    softcap: float | None
+    deterministic: bool
+    backend: str | None
+
+
 @overload
 def attention(
     q: Tensor,
@@ -312,11 +188,17 @@ def attention(
     plan: Plans | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plans | None = None, *, return_lse: Literal[True], **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plans | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
@@ -404,16 +286,8 @@ def attention(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
-    given = q, k, v, key_bias, sink_logits
-    if unwatched(*given):
-        out, lse, _ = one_softmax(*given, plans, factor, cap, name, normed=False)
-    elif untraced(*given):
-        # torch declares no types for `apply`
-        out, lse = _Untraced.apply(*given, plans, factor, cap, name)  # type: ignore[no-untyped-call]
-    else:
-        tensors, ints = flatten_all(plans)
-        out, lse, _ = _watched(*given, tensors, ints, factor, cap, name)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    out, lse, _ = _attention(q, k, v, key_bias, sink_logits, plans, options)
     return (out, lse) if return_lse else out
 
 
@@ -458,7 +332,7 @@ def attention_backward(
         check_plan(one, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
-    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
     want = (*q.shape[:3], v.shape[-1])
     for label, x, shape in (
         ("dout", dout, want),
@@ -470,72 +344,22 @@ def attention_backward(
         if x is None and label in ("dlse", "lse_low"):
             continue
         good = is_real(x, shape, q.device)
-        require((good, f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"))
+        if not good:
+            raise SparseFlashError(
+                f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"
+            )
     state = state_dtype(q)
-    tensors, ints = flatten_all(plans)
-    dq, dk, dv, dbias = _watched_backward(
+    unit = unit_of(options.scale, options.softcap, key_bias)
+    dq, dk, dv, dbias = _gradients(
         dout.to(q.dtype),
         None if dlse is None else dlse.to(state),
         q,
         k,
         v,
         out.to(q.dtype),
-        norm_of(lse, lse_low, unit_of(factor, cap, key_bias), state),
+        norm_of(lse, lse_low, unit, state),
         key_bias,
-        tensors,
-        ints,
-        factor,
-        cap,
-        name,
+        plans,
+        options,
     )
     return dq, dk, dv, None if key_bias is None else dbias
-
-
-def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Combine attention over disjoint key sets into attention over their union, exactly and differentiably.
-
-    Parameters
-    ----------
-    parts : sequence of (out [B,H,T,Dv], lse [B,H,T])
-        Results of `attention(..., return_lse=True)`. The share of a part is known to eps |lse|, as fp32 holds
-        its lse: give `attention` the plans of all parts at once where logits are in the thousands.
-
-    Returns
-    -------
-    (Tensor, Tensor)
-        out (in the dtype of the parts) and lse.
-
-    Examples
-    --------
-    >>> import torch, sparseflash as sf
-    >>> q, k, v = torch.randn(3, 1, 2, 64, 32)
-    >>> a = sf.attention(q, k[:, :, :40], v[:, :, :40], return_lse=True)
-    >>> b = sf.attention(q, k[:, :, 40:], v[:, :, 40:], return_lse=True)
-    >>> torch.allclose(sf.merge([a, b])[0], sf.attention(q, k, v), atol=1e-5)
-    True
-    """
-    require(
-        (
-            isinstance(parts, (tuple, list)) and len(parts) > 0,
-            f"merge() of {describe(parts)}: expected a list of (out, lse), at least one",
-        )
-    )
-    for part in parts:
-        good = isinstance(part, (tuple, list)) and len(part) == 2 and all(isinstance(x, Tensor) for x in part)
-        require((good, "merge(): expected pairs (out, lse), as attention(..., return_lse=True) returns them"))
-        (out, lse), first = part, parts[0][0]
-        good = out.dim() == 4 and out.shape[:-1] == lse.shape and out.shape == first.shape
-        good = (
-            good
-            and out.is_floating_point()
-            and lse.is_floating_point()
-            and out.device == lse.device == first.device
-        )
-        require(
-            (
-                good,
-                f"out: {describe(out)}, lse: {describe(lse)}; expected [B,H,T,Dv], [B,H,T], all alike",
-            )
-        )
-    out, lse = merged(parts)
-    return out.to(parts[0][0].dtype), lse

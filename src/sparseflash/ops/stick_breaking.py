@@ -2,111 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Stick, empty_like_layout, state_dtype
+from ..plan import Plan
+from ..plan.options import earlier
+from ._arguments import (
     as_backend,
     as_scale,
     autocast,
     check_inputs,
     check_plan,
     describe,
-    own_precision,
-    state_dtype,
-    unwatched,
 )
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten, unflatten
-from .plan.options import earlier
-from .transforms import differentiable, last
+from ._register import Gradient, register
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    run = choose("stick_forward", backend, q, k, v).stick_forward
-    with own_precision(q):
-        return run(q, k, v, plan, scale=scale)
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -> tuple[Tensor, Tensor]:
+    run = choose("stick_forward", options.backend, q, k, v).stick_forward
+    return run(q, k, v, plan, options)
 
 
-@torch.library.custom_op("sparseflash::stick_breaking", mutates_args=())
-def _stick(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, unflatten(plan_tensors, plan_ints), scale, backend)
-
-
-@_stick.register_fake
-def _(
-    q: Any, k: Any, v: Any, plan_tensors: Any, plan_ints: Any, scale: Any, backend: Any
-) -> tuple[Tensor, Tensor]:
+def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
-@torch.library.custom_op("sparseflash::stick_breaking_backward", mutates_args=())
-def _stick_backward(
-    dout: Tensor,
-    drem: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    scale: float,
-    backend: str,
+def _backward(
+    dout: Tensor, drem: Tensor | None, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = unflatten(plan_tensors, plan_ints)
-    run = choose("stick_backward", backend, q, k, v).stick_backward
-    with own_precision(q):
-        dq, dk, dv = run(dout, drem, q, k, v, plan, scale=scale)
+    run = choose("stick_backward", options.backend, q, k, v).stick_backward
+    dq, dk, dv = run(dout, drem, q, k, v, plan, options)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-@_stick_backward.register_fake
-def _(
-    dout: Any,
-    drem: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    scale: Any,
-    backend: Any,
+def _empty_gradients(
+    dout: Any, drem: Any, q: Any, k: Any, v: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_watched_backward = last(_stick_backward)
+_gradients = register("stick_breaking_backward", _backward, _empty_gradients)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, tensors, ctx.ints, ctx.scale, ctx.backend = inputs
-    ctx.slots = len(tensors)
-    ctx.save_for_backward(q, k, v, *tensors)
-
-
-def _backward(ctx: Any, dout: Tensor | None, drem: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, *tensors = ctx.saved_tensors
+def _find(run: Any, kept: Any, slopes: Any, *rest: Any) -> Any:
+    q, k, v = kept
+    dout, drem = slopes
     dout = q.new_zeros(*q.shape[:3], v.shape[3]) if dout is None else dout
-    dq, dk, dv = _watched_backward(dout, drem, q, k, v, tensors, ctx.ints, ctx.scale, ctx.backend)
-    return dq, dk, dv, [None] * ctx.slots, None, None, None
+    return run(dout, drem, q, k, v, *rest)
 
 
-_watched = differentiable(_stick, _backward, _setup_context)
+_stick = register(
+    "stick_breaking",
+    _forward,
+    _empty,
+    gradient=Gradient(_find, lambda given, found: given, _gradients),
+)
 
 
 def stick_breaking(
@@ -172,32 +126,28 @@ def stick_breaking(
     >>> sf.stick_breaking(q, k, v, window).shape
     torch.Size([1, 2, 200, 32])
     """
-    require(
-        (
-            plan is None or isinstance(plan, Plan),
-            f"plan is {describe(plan)}: expected one Plan; keys need one order, so a tuple of plans has none",
-        ),
-        (isinstance(include_self, bool), f"include_self={include_self!r}: expected True or False"),
-        (isinstance(return_rem, bool), f"return_rem={return_rem!r}: expected True or False"),
-        (
-            plan is None or not include_self,
-            "plan together with include_self=True: it belongs to the plan: Plan.dense(..., causal=True)",
-        ),
-        (
-            plan is None or q_offset == 0,
-            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)",
-        ),
-    )
+    if plan is not None and not isinstance(plan, Plan):
+        raise SparseFlashError(
+            f"plan is {describe(plan)}: expected one Plan; keys need one order, so a tuple of plans has none"
+        )
+    if not isinstance(include_self, bool):
+        raise SparseFlashError(f"include_self={include_self!r}: expected True or False")
+    if not isinstance(return_rem, bool):
+        raise SparseFlashError(f"return_rem={return_rem!r}: expected True or False")
+    if plan is not None and include_self:
+        raise SparseFlashError(
+            "plan together with include_self=True: it belongs to the plan: Plan.dense(..., causal=True)"
+        )
+    if plan is not None and q_offset != 0:
+        raise SparseFlashError(
+            "plan together with q_offset: positions belong to the plan, e.g. Plan.dense(..., q_offset=...)"
+        )
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if plan is None:  # strictly earlier keys: as if each query stood one token before
         offset = earlier(q_offset, 0 if include_self else 1)
         plan = Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=offset, device=q.device)
     check_plan(plan, q, k)
-    factor, name = as_scale(scale, q.shape[-1]), as_backend(backend)
-    if unwatched(q, k, v):
-        out, rem = _forward(q, k, v, plan, factor, name)
-    else:
-        tensors, ints = flatten(plan)
-        out, rem = _watched(q, k, v, tensors, ints, factor, name)
+    options = Stick(as_scale(scale, q.shape[-1]), as_backend(backend))
+    out, rem = _stick(q, k, v, plan, options)
     return (out, rem) if return_rem else out

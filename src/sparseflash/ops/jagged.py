@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
-from .inputs import describe, is_finite
-from .ops import attention
-from .plan import Plan
-from .plan.make.documents import from_ranges
-from .plan.options import SHORT, Window, host, is_count
+from ..errors import SparseFlashError
+from ..plan import Plan
+from ..plan.make.documents import from_ranges
+from ..plan.options import SHORT, Window, host, is_count
+from ._arguments import describe, is_finite, said
+from .attention import attention
 from .pointwise import Activation, pointwise_attention
 
 
@@ -38,7 +38,8 @@ class _Side:
                 flat, offsets=x.offsets(), lengths=x.lengths(), jagged_dim=self.axis
             )
             return made
-        flat = flat.unflatten(self.axis - 1, (x.shape[0], x.shape[self.axis]))
+        sizes = (x.shape[0], x.shape[self.axis])
+        flat = torch.unflatten(flat, self.axis - 1, sizes)
         return flat.transpose(0, 1) if self.axis == 2 else flat
 
 
@@ -126,22 +127,18 @@ def jagged_attention(
     (torch.Size([3, 4, 2, 16]), False)
     """
     axis = _check(q, k, v)
-    require(
-        (
-            activation in ("softmax", "silu", "relu2"),
-            f"activation={activation!r}: expected 'softmax', 'silu' or 'relu2'",
-        ),
-        (post_mask in (None, "upper"), f"post_mask={post_mask!r}: expected 'upper', or None"),
-        (
-            post_mask is None or (causal is False and window is None),
-            "post_mask together with causal or window: the softmax before it is over all keys of a sample",
-        ),
-        (is_finite(out_scale), f"out_scale={out_scale!r}: expected a finite number"),
-        (
-            max_length is None or is_count(max_length),
-            f"max_length={max_length!r}: expected a number of tokens >= 0, or None",
-        ),
-    )
+    if activation not in ("softmax", "silu", "relu2"):
+        raise SparseFlashError(f"activation={activation!r}: expected 'softmax', 'silu' or 'relu2'")
+    if post_mask not in (None, "upper"):
+        raise SparseFlashError(f"post_mask={post_mask!r}: expected 'upper', or None")
+    if post_mask is not None and (causal is not False or window is not None):
+        raise SparseFlashError(
+            "post_mask together with causal or window: the softmax before it is over all keys of a sample"
+        )
+    if not is_finite(out_scale):
+        raise SparseFlashError(f"out_scale={out_scale!r}: expected a finite number")
+    if max_length is not None and not is_count(max_length):
+        raise SparseFlashError(f"max_length={max_length!r}: expected a number of tokens >= 0, or None")
     sides = [_side(x, axis) for x in (q, k, v)]
     ranges = _ranges(*sides, max_length=max_length)
     q, k, v = (side.rows for side in sides)
@@ -183,21 +180,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
     for name, x in given.items():
         if isinstance(x, Tensor) and x.is_nested and x.layout != torch.jagged:
             raise SparseFlashError(f"{name} is nested with layout={x.layout}: expected layout=torch.jagged")
-    said = ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
     tensors = all(isinstance(x, Tensor) for x in given.values())
-    require((tensors, f"{said}; {form}"))
+    if not tensors:
+        raise SparseFlashError(f"{said(**given)}; {form}")
     nested = [x for x in given.values() if x.is_nested]
-    require(
-        (len(nested) > 0, f"{said}; none is nested: dense tensors go to attention()"),
-        (len({x.dim() for x in given.values()}) == 1 and q.dim() in (3, 4), f"{said}; {form}"),
-        (
-            len({x.shape[0] for x in given.values()}) == 1,
-            f"{said}; expected one number of samples (a sample without tokens has length 0)",
-        ),
-    )
+    if not nested:
+        raise SparseFlashError(f"{said(**given)}; none is nested: dense tensors go to attention()")
+    if len({x.dim() for x in given.values()}) != 1 or q.dim() not in (3, 4):
+        raise SparseFlashError(f"{said(**given)}; {form}")
+    if len({x.shape[0] for x in given.values()}) != 1:
+        raise SparseFlashError(
+            f"{said(**given)}; expected one number of samples (a sample without tokens has length 0)"
+        )
     axes = {_ragged_axis(x) for x in nested}
     good = len(axes) == 1 and axes <= ({1} if q.dim() == 3 else {1, 2})
-    require((good, f"{said}; tokens lie along different axes: {form}; transpose(1, 2) helps"))
+    if not good:
+        raise SparseFlashError(
+            f"{said(**given)}; tokens lie along different axes: {form}; transpose(1, 2) helps"
+        )
     return axes.pop()
 
 
@@ -211,7 +211,8 @@ def _ranges(q: _Side, k: _Side, v: _Side, *, max_length: int | None) -> list[Ten
     if not alike(k.given, v.given) and host(k.begin):
         same = torch.equal(k.begin, v.begin) and torch.equal(k.end, v.end)
         said = f"k: {describe(k.given)}, v: {describe(v.given)}"
-        require((same, f"{said}; expected samples of the same lengths"))
+        if not same:
+            raise SparseFlashError(f"{said}; expected samples of the same lengths")
     found = []
     for side in (q,) if alike(q.given, k.given) else (q, k):
         longest = side.end if max_length is None else side.begin + min(max_length, SHORT.max)

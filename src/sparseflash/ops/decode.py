@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import SparseFlashError, require
-from .inputs import (
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Softmax, empty_like_layout, state_dtype
+from ..plan import Plan
+from ._arguments import (
     Plans,
     as_backend,
     as_plans,
@@ -23,67 +25,28 @@ from .inputs import (
     check_plan,
     check_sink,
     describe,
-    own_precision,
-    state_dtype,
-    unwatched,
 )
-from .plan import Plan
-from .plan.flat import empty_like_layout, flatten_all, unflatten_all
-from .transforms import last
+from ._register import learning, register, untraced
 
 
-def _over_all(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     plans: Sequence[Plan],
-    scale: float,
-    softcap: float,
-    backend: str,
+    options: Softmax,
 ) -> tuple[Tensor, Tensor]:
-    chosen = choose("decode", backend, q, k, v)
-    with own_precision(q):
-        return chosen.decode(
-            q, k, v, plans, scale=scale, softcap=softcap, key_bias=key_bias, sink_logits=sink_logits
-        )
+    run = choose("decode", options.backend, q, k, v).decode
+    return run(q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits)
 
 
-@torch.library.custom_op("sparseflash::decode", mutates_args=())
-def _decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_bias: Tensor | None,
-    sink_logits: Tensor | None,
-    plan_tensors: Sequence[Tensor],
-    plan_ints: Sequence[int],
-    scale: float,
-    softcap: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    plans = unflatten_all(plan_tensors, plan_ints)
-    return _over_all(q, k, v, key_bias, sink_logits, plans, scale, softcap, backend)
-
-
-@_decode.register_fake
-def _(
-    q: Any,
-    k: Any,
-    v: Any,
-    key_bias: Any,
-    sink_logits: Any,
-    plan_tensors: Any,
-    plan_ints: Any,
-    scale: Any,
-    softcap: Any,
-    backend: Any,
-) -> tuple[Tensor, Tensor]:
+def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
-_watched = last(_decode)
+_decode = register("decode", _forward, _empty)
 
 
 def _all_keys(Tq: int, Tk: int, device: torch.device) -> Plan:
@@ -97,16 +60,15 @@ _all_keys_again = functools.lru_cache(32)(_all_keys)
 def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     (B, _, Tq, _), Tk = q.shape, k.shape[2]
     if given is None:
-        again = q.device.type == "cpu" and unwatched(q)  # a CUDA graph must not hold what a cache may drop
+        # a CUDA graph must not hold what a cache may drop
+        again = q.device.type == "cpu" and untraced(q) and not learning(q)
         return ((_all_keys_again if again else _all_keys)(Tq, Tk, q.device),)
     if isinstance(given, Tensor) and given.dtype != torch.bool:
-        require(
-            (
-                given.dim() == 1 and len(given) in (1, B) and given.device == q.device,
+        if given.dim() != 1 or len(given) not in (1, B) or given.device != q.device:
+            raise SparseFlashError(
                 f"lengths: {describe(given)}; expected integers [B={B}] on {q.device}, the keys in use of "
-                "each sequence",
+                "each sequence"
             )
-        )
     else:
         numbers = given if isinstance(given, (list, tuple)) else (given,)
         if any(isinstance(x, int) for x in numbers):
@@ -118,6 +80,14 @@ def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     return (Plan.from_lengths(given, Tk=Tk, Tq=Tq),)
 
 
+class _Options(TypedDict, total=False):
+    scale: float | None
+    softcap: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    backend: str | None
+
+
 @overload
 def decode(
     q: Tensor,
@@ -126,7 +96,7 @@ def decode(
     plan_or_lengths: Plans | Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def decode(
@@ -136,7 +106,7 @@ def decode(
     plan_or_lengths: Plans | Tensor | None = None,
     *,
     return_lse: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def decode(
     q: Tensor,
@@ -196,8 +166,8 @@ def decode(
     """
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
-    given = [x for x in (q, k, v, key_bias, sink_logits) if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+    bias, sinks = (x if isinstance(x, Tensor) else None for x in (key_bias, sink_logits))
+    if learning(q, k, v, bias, sinks):
         raise SparseFlashError(
             "decode() has no gradients, but an input requires some: use sparseflash.attention (it takes the "
             "same plans; lengths become one by Plan.from_lengths), or call it under torch.no_grad()"
@@ -209,10 +179,6 @@ def decode(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    factor, cap, name = as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend)
-    if unwatched(q, k, v, key_bias, sink_logits):
-        out, lse = _over_all(q, k, v, key_bias, sink_logits, plans, factor, cap, name)
-    else:
-        tensors, ints = flatten_all(plans)
-        out, lse = _watched(q, k, v, key_bias, sink_logits, tensors, ints, factor, cap, name)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    out, lse = _decode(q, k, v, key_bias, sink_logits, plans, options)
     return (out, lse) if return_lse else out

@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .errors import PlanError, SparseFlashError, require
-from .plan import Plan
+from ..errors import PlanError, SparseFlashError
+from ..plan import Plan
 
 Plans = Plan | Sequence[Plan]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def describe(x: object) -> str:
@@ -34,7 +27,8 @@ def describe(x: object) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def _said(**given: object) -> str:
+def said(**given: object) -> str:
+    """What was given, by name."""
     return ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
 
 
@@ -72,7 +66,8 @@ def as_plans(plan: object) -> tuple[Plan, ...]:
         if not isinstance(one, Plan):
             hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
             raise SparseFlashError(f"plan is {describe(one)}: expected a Plan, or a tuple of plans{hint}")
-    require((len(plans) > 0, "plan is an empty tuple: give at least one plan"))
+    if not plans:
+        raise SparseFlashError("plan is an empty tuple: give at least one plan")
     return tuple(one.current() for one in plans)
 
 
@@ -108,7 +103,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     for x in (q, k, v):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
             raise SparseFlashError(
-                f"{_said(q=q, k=k, v=v)}; expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], "
+                f"{said(q=q, k=k, v=v)}; expected dense 4-d tensors q [B,Hq,Tq,D], k [B,Hkv,Tk,D], "
                 "v [B,Hkv,Tk,Dv]; packed ones go to attention_varlen, nested ones to jagged_attention"
             )
     (B, H, _, D), (Bk, heads, Tk, Dk), (Bv, v_heads, Tv, Dv) = q.shape, k.shape, v.shape
@@ -125,7 +120,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     )
     for holds, message in rules:
         if not holds:
-            raise SparseFlashError(f"{_said(q=q, k=k, v=v)}; {message}")
+            raise SparseFlashError(f"{said(q=q, k=k, v=v)}; {message}")
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
@@ -173,7 +168,8 @@ def check_sink(sink_logits: object, q: Tensor) -> None:
         )
 
 
-def _casts(kind: str) -> bool:
+def casts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device."""
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
@@ -181,39 +177,8 @@ def _casts(kind: str) -> bool:
 def autocast(*tensors: Any) -> list[Any]:
     """The tensors as autocast, where it is on, wants a matrix product to see them."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not _casts(kind):
+    if not casts(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     able = (torch.float32, torch.float16, torch.bfloat16)
     return [x.to(dtype) if isinstance(x, Tensor) and x.dtype in able else x for x in tensors]
-
-
-def own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off inside an op: dtypes were chosen before it, and a backend computes in its own."""
-    kind = q.device.type
-    return torch.autocast(kind, enabled=False) if _casts(kind) else nullcontext()
-
-
-_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
-_transforms = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
-
-
-def transformed() -> bool:
-    """Whether the call stands under a transform of `torch.func`, or where tensors may have tangents."""
-    return _transforms() is not None or forward_ad._current_level >= 0
-
-
-def untraced(*tensors: Tensor | None) -> bool:
-    """Whether nobody looks on: no compiler, mode, transform or subclass, and no tensor of a shape alone.
-
-    Then an op's body may run without the dispatcher, whose share of a short call is larger than the kernel's.
-    """
-    if torch.compiler.is_compiling() or _modes() or transformed():
-        return False
-    return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta) for x in tensors)
-
-
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether, besides, no gradient is wanted."""
-    learns = torch.is_grad_enabled()
-    return untraced(*tensors) and not (learns and any(x is not None and x.requires_grad for x in tensors))

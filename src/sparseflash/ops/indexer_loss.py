@@ -7,16 +7,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .dispatch import choose
-from .errors import require
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import Likeness, state_dtype
+from ..plan.options import INTEGERS
+from ._arguments import as_backend, as_scale, as_softcap, check_inputs, describe
+from ._register import Gradient, once, register
 from .indexer import check_indexer, check_keep, ranges
-from .inputs import as_backend, as_scale, as_softcap, check_inputs, describe, own_precision, state_dtype
-from .plan.options import INTEGERS
-from .transforms import differentiable, once
 
 
-@torch.library.custom_op("sparseflash::indexer_kl_loss", mutates_args=())
-def _loss(
+def _forward(
     q_index: Tensor,
     k_index: Tensor,
     weights: Tensor,
@@ -27,39 +27,33 @@ def _loss(
     low: Tensor,
     high: Tensor,
     keep: Tensor | None,
-    index_scale: float,
-    scale: float,
-    softcap: float,
-    backend: str,
+    options: Likeness,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = choose("indexer_loss", backend, q_index, k_index, q, k).indexer_loss
-    scales = {"index_scale": index_scale, "scale": scale, "softcap": softcap}
-    with own_precision(q):
-        total, *grads = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, **scales)
-    return total, *(x.contiguous() for x in grads)
+    run = choose("indexer_loss", options.backend, q_index, k_index, q, k).indexer_loss
+    total, dq, dk, dw = run(q_index, k_index, weights, q, k, lse, index, low, high, keep, options)
+    return total, dq.contiguous(), dk.contiguous(), dw.contiguous()
 
 
-@_loss.register_fake
-def _(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty(q_index: Any, k_index: Any, weights: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     work = state_dtype(q_index)
     dq, dk, dw = (x.new_empty(x.shape, dtype=work) for x in (q_index, k_index, weights))
     return q_index.new_empty((), dtype=work), dq, dk, dw
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtypes = [x.dtype for x in inputs[:3]]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output)
-
-
-def _backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
-    total, *saved = ctx.saved_tensors
+def _find(run: None, kept: Any, slopes: Any, options: Likeness) -> Any:
+    total, *saved = kept
+    if slopes[0] is None:
+        return (None,) * 10
     # what was saved is constant, and `total` is not: through it a second derivative finds the way to `once`
-    grads = (once((dtotal * x).to(dtype), total) for x, dtype in zip(saved, ctx.dtypes, strict=True))
-    return (*grads, *(None,) * 11)
+    return (*(once(slopes[0] * x, total) for x in saved), *(None,) * 7)
 
 
-_watched = differentiable(_loss, _backward, _setup_context)
+_loss = register(
+    "indexer_kl_loss",
+    _forward,
+    _empty,
+    gradient=Gradient(_find, lambda given, found: found, constants=3),
+)
 
 
 def indexer_kl_loss(
@@ -139,26 +133,27 @@ def indexer_kl_loss(
     B, _, Tq, _ = q_index.shape
     Tk = k_index.shape[1]
     good = q.shape[0] == k.shape[0] == B and q.shape[2] == Tq and k.shape[2] == Tk
-    require(
-        (
-            good and q.device == q_index.device,
+    if not good or q.device != q_index.device:
+        raise SparseFlashError(
             f"q: {describe(q)}, k: {describe(k)}; expected the tokens and device of the indexer: q [B={B},Hq,"
-            f"Tq={Tq},D], k [B={B},Hkv,Tk={Tk},D] on {q_index.device}",
-        ),
-        (
-            isinstance(lse, Tensor) and lse.shape == q.shape[:3] and lse.device == q.device,
-            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}, from return_lse=True",
-        ),
-        (
-            index is None
-            or (isinstance(index, Tensor) and index.dtype in INTEGERS and index.shape[:2] == (B, Tq))
-            and index.dim() == 3,
-            f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none",
-        ),
-        (reduction in ("mean", "sum"), f"reduction={reduction!r}: expected mean or sum"),
-    )
+            f"Tq={Tq},D], k [B={B},Hkv,Tk={Tk},D] on {q_index.device}"
+        )
+    if not isinstance(lse, Tensor) or lse.shape != q.shape[:3] or lse.device != q.device:
+        raise SparseFlashError(
+            f"lse: {describe(lse)}; expected {list(q.shape[:3])} on {q.device}, from return_lse=True"
+        )
+    if index is not None and not (
+        isinstance(index, Tensor)
+        and index.dtype in INTEGERS
+        and index.dim() == 3
+        and index.shape[:2] == (B, Tq)
+    ):
+        raise SparseFlashError(f"index: {describe(index)}; expected integers [B={B}, Tq={Tq}, n], -1 = none")
+    if reduction not in ("mean", "sum"):
+        raise SparseFlashError(f"reduction={reduction!r}: expected mean or sum")
     low, high = ranges(B, Tq, Tk, causal, q_offset, first_key, q.device)
-    total, *_ = _watched(
+    factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
+    total, *_ = _loss(
         q_index,
         k_index,
         weights,
@@ -169,11 +164,6 @@ def indexer_kl_loss(
         low,
         high,
         k_keep,
-        index_scale,
-        as_scale(scale, q.shape[-1]),
-        as_softcap(softcap),
-        as_backend(backend),
+        Likeness(float(index_scale), factor, cap, as_backend(backend)),
     )
-    if reduction == "sum":
-        return total
-    return total / (high > low).sum().clamp(min=1)
+    return total if reduction == "sum" else total / (high > low).sum().clamp(min=1)

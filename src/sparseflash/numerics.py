@@ -1,4 +1,6 @@
-"""One softmax in pieces: its normaliser, and what pieces over disjoint keys (and sinks) are together.
+"""What ops and backends both know of a result: options, dtypes, layouts, and one softmax in pieces.
+
+The pieces of a softmax are over disjoint keys (and sinks).
 
 exp(logit - lse) must not be taken of one rounded lse, whose last place is worth more than 1 where logits are
 large. So a row's normaliser stays in two parts: a logit is `unit * x`, `top` is the largest x of the row, and
@@ -10,17 +12,88 @@ sees nothing has top -inf and rest 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .inputs import state_dtype
 from .plan import Plan
-from .plan.flat import empty_like_layout
 
 SMALLEST_UNIT = 1e-30
 NEVER = float("-inf")
+
+
+class Softmax(NamedTuple):
+    """Options of softmax attention: `attention`, its backward, `decode`."""
+
+    scale: float
+    softcap: float  # 0: none
+    backend: str = ""  # any
+
+
+class Statistics(NamedTuple):
+    """Options of `attention_stats`: of what the sums (or maxima) are, and how many there are of a head."""
+
+    over: str
+    peak: bool
+    scale: float
+    softcap: float
+    width: int
+    backend: str = ""
+
+
+class Pointwise(NamedTuple):
+    """Options of `pointwise_attention`."""
+
+    activation: str
+    scale: float
+    out_scale: float
+    backend: str = ""
+
+
+class Linear(NamedTuple):
+    """Options of `linear_attention`."""
+
+    scale: float
+    backend: str = ""
+
+
+class Stick(NamedTuple):
+    """Options of `stick_breaking`."""
+
+    scale: float
+    backend: str = ""
+
+
+class Choice(NamedTuple):
+    """Options of `indexer_topk`: how many keys, and whether their scores are wanted."""
+
+    topk: int
+    scored: bool
+    backend: str = ""
+
+
+class Likeness(NamedTuple):
+    """Options of `indexer_kl_loss`: the indexer's scale, and those of the attention."""
+
+    index_scale: float
+    scale: float
+    softcap: float
+    backend: str = ""
+
+
+def state_dtype(q: Tensor) -> torch.dtype:
+    """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [B,H,T,dim] in the memory order of `like` (BSHD memory stays BSHD)."""
+    B, H, T, _ = like.shape
+    dtype = like.dtype if dtype is None else dtype
+    if like.stride(1) < like.stride(2):
+        return torch.empty((B, T, H, dim), dtype=dtype, device=like.device).transpose(1, 2)
+    return torch.empty((B, H, T, dim), dtype=dtype, device=like.device)
 
 
 def bends(scale: float, softcap: float, key_bias: Tensor | None) -> bool:
@@ -72,21 +145,21 @@ def over_plans(
     k: Tensor,
     v: Tensor,
     plans: Sequence[Plan],
+    options: Softmax,
     *,
-    scale: float,
-    softcap: float,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `attend` gives over each plan, as one softmax: out like q, lse, and where `normed` its norm."""
     alone, state = len(plans) == 1 and sink_logits is None, state_dtype(q)
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "key_bias": key_bias}
-    options |= {"out_dtype": q.dtype if alone else state, "normed": normed or not alone}
-    parts = [attend(q, k, v, plan, **options) for plan in plans]
     if alone:
-        return parts[0]
-    unit, norms = unit_of(scale, softcap, key_bias), [norm for *_, norm in parts if norm is not None]
+        return attend(q, k, v, plans[0], options, key_bias=key_bias, out_dtype=q.dtype, normed=normed)
+    parts = [
+        attend(q, k, v, plan, options, key_bias=key_bias, out_dtype=state, normed=True) for plan in plans
+    ]
+    unit = unit_of(options.scale, options.softcap, key_bias)
+    norms = [norm for *_, norm in parts if norm is not None]
     if sink_logits is not None:  # a sink is a key with that logit, and value 0
         logit = sink_logits.double()[:, None].expand(q.shape[:3])
         norms.append(_pair(logit / unit, logit, unit, state))

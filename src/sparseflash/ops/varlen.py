@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
-from .inputs import check_unknown, describe
-from .ops import attention
-from .plan import Plan
+from ..errors import SparseFlashError
+from ..plan import Plan
+from ._arguments import check_unknown, describe
+from .attention import attention
 
 _ELSEWHERE = {
     "dropout_p": "attention dropout is not supported: use dropout on the residual stream",
@@ -25,6 +25,17 @@ _ELSEWHERE = {
 }
 
 
+class _Options(TypedDict, total=False):
+    causal: bool
+    window_size: tuple[int, int]
+    softmax_scale: float | None
+    softcap: float
+    sink_logits: Tensor | None
+    plan: Plan | None
+    deterministic: bool
+    backend: str | None
+
+
 @overload
 def attention_varlen(
     q: Tensor,
@@ -32,11 +43,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 @overload
 def attention_varlen(
@@ -45,11 +56,11 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     return_lse: Literal[True],
-    **options: Any,
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
@@ -57,8 +68,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
     *,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
@@ -133,27 +144,24 @@ def attention_varlen(
     """
     check_unknown("attention_varlen", unsupported, _ELSEWHERE)
     good = all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
-    require(
-        (
-            good,
+    if not good:
+        raise SparseFlashError(
             f"q: {describe(q)}, k: {describe(k)}, v: {describe(v)}; expected packed tensors "
-            "q [total_q,Hq,D], k [total_k,Hkv,D], v [total_k,Hkv,Dv]; padded ones go to attention()",
-        ),
-        (isinstance(deterministic, bool), f"deterministic={deterministic!r}: expected True or False"),
-    )
+            "q [total_q,Hq,D], k [total_k,Hkv,D], v [total_k,Hkv,Dv]; padded ones go to attention()"
+        )
+    if not isinstance(deterministic, bool):
+        raise SparseFlashError(f"deterministic={deterministic!r}: expected True or False")
     for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         fits = most is None or (isinstance(most, (int, torch.SymInt, Tensor)) and not isinstance(most, bool))
-        require((fits, f"{name}={most!r}: expected the longest length, or None"))
+        if not fits:
+            raise SparseFlashError(f"{name}={most!r}: expected the longest length, or None")
     window = _window(window_size)
     if plan is None:
-        require(
-            (
-                cu_seqlens_q is not None,
+        if cu_seqlens_q is None:
+            raise SparseFlashError(
                 "attention_varlen() needs cu_seqlens_q (or a plan): running totals of the lengths, as in "
-                "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
-            ),
-        )
-        assert cu_seqlens_q is not None
+                "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+            )
         plan = Plan.from_documents(
             cu_seqlens_q,
             cu_seqlens_k,
@@ -164,13 +172,11 @@ def attention_varlen(
         )
     else:
         alone = cu_seqlens_q is None and cu_seqlens_k is None and causal is False
-        require(
-            (
-                alone and window == (-1, -1),
+        if not alone or window != (-1, -1):
+            raise SparseFlashError(
                 "plan together with cu_seqlens, causal or window_size: these belong to the plan: "
-                "Plan.from_documents(cu_seqlens, causal=True, window=(left, right))",
+                "Plan.from_documents(cu_seqlens, causal=True, window=(left, right))"
             )
-        )
     out, lse = attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],

@@ -1,0 +1,182 @@
+"""What a backend offers, and is asked: tensors, a plan, and the options of the family (`numerics`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics import Choice, Likeness, Linear, Pointwise, Softmax, Statistics, Stick
+from ..plan import Plan
+
+
+class Backend(Protocol):
+    """What a module under `backends/` offers."""
+
+    NAME: str
+
+    def status(self) -> tuple[bool, str]:
+        """Whether it can run on this machine, and what it is or why not."""
+        ...
+
+    def refuse(self, *tensors: Tensor) -> list[str]:
+        """Every reason why an op on these tensors cannot run here; empty when it can."""
+        ...
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        options: Softmax,
+        *,
+        key_bias: Tensor | None,
+        out_dtype: torch.dtype,
+        normed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`)."""
+        ...
+
+    def decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plans: Sequence[Plan],
+        options: Softmax,
+        *,
+        key_bias: Tensor | None,
+        sink_logits: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One softmax over all plans and the sinks, for few queries over many keys: out like q, and lse."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        norm: Tensor,
+        dlse: Tensor | None,
+        plan: Plan,
+        options: Softmax,
+        *,
+        key_bias: Tensor | None,
+        grad_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k, v and (per query head, full precision) key_bias."""
+        ...
+
+    def stats(
+        self,
+        q: Tensor,
+        k: Tensor,
+        norm: Tensor,
+        plan: Plan,
+        options: Statistics,
+        *,
+        key_bias: Tensor | None,
+    ) -> Tensor:
+        """Statistics of the weights under a given norm, [B,Hq,width]."""
+        ...
+
+    def indexer_topk(
+        self,
+        q: Tensor,
+        k: Tensor,
+        weights: Tensor,
+        low: Tensor,
+        high: Tensor,
+        keep: Tensor | None,
+        options: Choice,
+    ) -> tuple[Tensor, Tensor]:
+        """The keys that each query chooses, and their scores."""
+        ...
+
+    def indexer_loss(
+        self,
+        q_index: Tensor,
+        k_index: Tensor,
+        weights: Tensor,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        index: Tensor | None,
+        low: Tensor,
+        high: Tensor,
+        keep: Tensor | None,
+        options: Likeness,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """How far an indexer is from the attention, summed over queries, and its three gradients."""
+        ...
+
+    def linear_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, options: Linear
+    ) -> tuple[Tensor, Tensor]:
+        """Out and the state after the last token."""
+        ...
+
+    def linear_backward(
+        self,
+        dout: Tensor,
+        dstate: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rate: Tensor | None,
+        initial: Tensor | None,
+        options: Linear,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v and the initial state."""
+        ...
+
+    def pointwise_forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        options: Pointwise,
+        *,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Out."""
+        ...
+
+    def pointwise_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        options: Pointwise,
+        *,
+        grad_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...
+
+    def stick_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick
+    ) -> tuple[Tensor, Tensor]:
+        """Out and what is left of the sticks."""
+        ...
+
+    def stick_backward(
+        self,
+        dout: Tensor,
+        drem: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        options: Stick,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        ...

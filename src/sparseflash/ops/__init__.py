@@ -1,0 +1,1 @@
+"""One file an op: what it takes, its gradients, its registration with PyTorch."""
