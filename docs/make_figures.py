@@ -397,7 +397,7 @@ def experiments() -> str:
 
 
 def prediction() -> str:
-    """How far `explain` is off on the points that its fit has not seen."""
+    """How far `predict` is off on the points that its fit has not seen."""
     off = sorted(abs(float(row["off"])) for row in rows("breakeven") if row["held_out"])
     close = sum(x <= 0.25 for x in off) / len(off)
     return (

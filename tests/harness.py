@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sparseflash as sf
 
-BACKENDS = [name for name, status in sf.backends().items() if status.usable]
+BACKENDS = [name for name, status in sf.backend_status().items() if status.usable]
 FAST = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {"q": "dq", "k": "dk", "v": "dv", "key_bias": "dbias", "sink_logits": "dsink"}
 

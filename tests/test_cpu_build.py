@@ -209,7 +209,7 @@ def test_without_a_writable_home_a_temporary_folder_serves_and_goes(built, tmp_p
         "    sf.attention(q, k, v, causal=True)\n"
         "torch.testing.assert_close(\n"
         "    out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))\n"
-        "print(sf.backends()['cpu'].detail)\n"
+        "print(sf.backend_status()['cpu'].detail)\n"
         "print(len(said), said[0].message)\n"
     )
     env = {n: x for n, x in os.environ.items() if n not in ("XDG_CACHE_HOME", "SPARSEFLASH_CACHE", "CXX")}
@@ -253,7 +253,7 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(fresh, monkeypat
     (text,) = (str(x.message) for x in said)
     assert "the slow reference runs" in text and "CXX=no-such-compiler" in text and "install g++" in text
     assert "\n" not in text
-    status = sf.backends()["cpu"]
+    status = sf.backend_status()["cpu"]
     assert not status.usable and "no C++ compiler found" in status.detail
     with pytest.raises(sf.BackendError, match="no C\\+\\+ compiler found"):
         sf.attention(q, q, q, backend="cpu")
@@ -354,7 +354,7 @@ def test_a_level_that_cannot_be_is_an_error_not_a_slow_surprise(fresh, monkeypat
     q = torch.randn(1, 1, 8, 8)
     with pytest.raises(sf.BackendError, match=f"SPARSEFLASH_CPU_LEVEL={asked}: .*{said}"):
         sf.attention(q, q, q)
-    status = sf.backends()["cpu"]
+    status = sf.backend_status()["cpu"]
     assert not status.usable and f"SPARSEFLASH_CPU_LEVEL={asked}" in status.detail
     sf.attention(q, q, q, backend="reference")
 

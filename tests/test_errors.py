@@ -157,7 +157,7 @@ def test_a_plan_without_values_cannot_move_to_a_device_with_some():
 def test_fp64_goes_to_the_reference_and_no_other_backend_takes_it():
     q, k, v = Q.double(), K.double(), V.double()
     torch.testing.assert_close(sf.attention(q, k, v, PLAN), sf.attention(q, k, v, PLAN, backend="reference"))
-    for name, status in sf.backends().items():
+    for name, status in sf.backend_status().items():
         if name != "reference":
             with pytest.raises(sf.BackendError, match=name):
                 sf.attention(q, k, v, PLAN, backend=name)

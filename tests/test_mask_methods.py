@@ -8,7 +8,7 @@ import torch
 import sparseflash as sf
 from harness import inputs, run
 from sparseflash import SparseFlashError
-from sparseflash.methods.masks.tree import depth_first
+from sparseflash.methods.tree import depth_first
 from tolerance import compare
 
 T = 129

@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseflash as sf
 from cases import CASES, directions, mask_of, mass, needles
-from sparseflash.method import Method, Selection
+from sparseflash.methods.base import Method, Selection
 from tolerance import compare
 
-BACKENDS = [name for name, status in sf.backends().items() if status.usable]
+BACKENDS = [name for name, status in sf.backend_status().items() if status.usable]
 every_case = pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow) if c.slow else c for c in CASES], ids=str
 )

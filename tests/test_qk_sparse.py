@@ -6,7 +6,7 @@ import torch
 import sparseflash as sf
 from harness import EACH
 from selected import Selected, tensors
-from sparseflash.methods.training.qk_sparse import random_keep
+from sparseflash.methods.qk_sparse import random_keep
 
 SELECTED = Selected(sf.qk_sparse_attention, sees=lambda a, b: a & b)
 

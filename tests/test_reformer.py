@@ -6,7 +6,7 @@ import torch
 import sparseflash as sf
 from sparseflash.order import sorted_order
 
-BACKENDS = [name for name, status in sf.backends().items() if status.usable]
+BACKENDS = [name for name, status in sf.backend_status().items() if status.usable]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 SELF = -5e4
 

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 
 import sparseflash as sf
-from sparseflash.method import Method, Selection
+from sparseflash.methods.base import Method, Selection
 from test_transformers import T, close, model, padded, tokens
 from transformer_models import FAMILIES, tiny
 

@@ -24,7 +24,7 @@ from sparseflash.integrations.transformers.attention import SETTING
 from sparseflash.integrations.transformers.control import Setting
 from sparseflash.integrations.transformers.layers import Layer
 from sparseflash.integrations.transformers.mask import sparse_mask
-from sparseflash.method import Method, Selection
+from sparseflash.methods.base import Method, Selection
 
 T, LENGTHS = 70, (70, 41, 55)
 every_case = pytest.mark.parametrize(

@@ -78,4 +78,4 @@ def test_without_a_gpu_the_backend_says_why_it_does_not_run():
     q = torch.randn(1, 1, 16, 16)
     with pytest.raises(sf.BackendError, match="tensors are on cpu"):
         sf.attention(q, q, q, backend="triton")
-    assert not sf.backends()["triton"].usable
+    assert not sf.backend_status()["triton"].usable

@@ -286,7 +286,8 @@ def serve(small: int, threads: int) -> None:
     import sparseflash as sf
 
     where = sys.modules["sparseflash"].__file__
-    backend = next((name for name, x in sf.backends().items() if x.usable), "none")
+    status = getattr(sf, "backend_status", sf.backends)()  # an older tree has the older name
+    backend = next((name for name, x in status.items() if x.usable), "none")
     print(json.dumps({"path": where, "backend": backend, "threads": torch.get_num_threads()}), file=answers)
     rounds = Rounds(sf, small)
     for line in sys.stdin:

@@ -16,7 +16,7 @@ from sparseflash import Plan
 from sparseflash.bench.cases import forward, forward_backward, inputs
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave, seconds
-from sparseflash.methods.masks.tree import depth_first
+from sparseflash.methods.tree import depth_first
 
 BLOCK = 128
 

@@ -3,14 +3,12 @@
 import importlib
 from typing import Any
 
-# The subpackage first: loading it later would take the function's name.
-from . import backends as _backends  # noqa: F401
-from . import methods
-from .dispatch import backends
+from . import _moved, backends, methods
+from .costs import predict
+from .dispatch import backend_status
 from .errors import BackendError, PlanError, SparseFlashError
-from .explain import explain
-from .methods.training.hash_sparse import hash_sparse_attention
-from .methods.training.qk_sparse import qk_sparse_attention
+from .methods.hash_sparse import hash_sparse_attention
+from .methods.qk_sparse import qk_sparse_attention
 from .ops.attention import attention, attention_backward
 from .ops.decode import decode
 from .ops.indexer import indexer_topk
@@ -29,11 +27,17 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`sf.transformers`, loaded when it is first asked for: it imports Transformers."""
+    """`sf.transformers`, loaded when it is first asked for (it imports Transformers); and names of 0.1."""
     if name == "transformers":
         return importlib.import_module("sparseflash.integrations.transformers")
+    if name == "explain":
+        _moved.warn("sparseflash.explain", "sparseflash.predict")
+        return predict
     raise AttributeError(f"module 'sparseflash' has no attribute {name!r}")
 
+
+_moved.install()
+_moved.callable_once(backends, "sparseflash.backends()", "sparseflash.backend_status()", backend_status)
 
 __all__ = [
     "BackendError",
@@ -45,10 +49,9 @@ __all__ = [
     "attention_backward",
     "attention_stats",
     "attention_varlen",
-    "backends",
+    "backend_status",
     "decode",
     "cu_seqlens_of",
-    "explain",
     "hash_sparse_attention",
     "indexer_kl_loss",
     "indexer_topk",
@@ -57,6 +60,7 @@ __all__ = [
     "merge",
     "methods",
     "pointwise_attention",
+    "predict",
     "qk_sparse_attention",
     "stick_breaking",
 ]

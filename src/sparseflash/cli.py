@@ -229,7 +229,7 @@ def doctor() -> None:
     for name, value in describe().items():
         if value and name != "backend":
             typer.echo(f"{name:12} {value}")
-    for status in sf.backends().values():
+    for status in sf.backend_status().values():
         typer.echo(f"{status.name:12} {'usable' if status.usable else 'not usable'}: {status.detail}")
 
 

@@ -38,13 +38,13 @@ def _load(name: str) -> ModuleType | str:
         return f"not available: {error}"
 
 
-def backends() -> dict[str, BackendStatus]:
+def backend_status() -> dict[str, BackendStatus]:
     """Every backend with whether it is usable on this machine, and why not where it is not.
 
     Examples
     --------
     >>> import sparseflash as sf
-    >>> sf.backends()["reference"].usable
+    >>> sf.backend_status()["reference"].usable
     True
     """
     found = {}

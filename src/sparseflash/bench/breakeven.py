@@ -1,6 +1,6 @@
 """Where sparse beats dense: density x length x head dimension on this machine, making the plan included.
 
-The same points fit the costs that `sparseflash.explain` predicts from; every fifth one is left out of the
+The same points fit the costs that `sparseflash.predict` goes by; every fifth one is left out of the
 fit and says how far a prediction can be trusted.
 """
 
@@ -16,7 +16,7 @@ from sparseflash.bench.cases import Blocks, forward, forward_backward, inputs
 from sparseflash.bench.quality import density
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
-from sparseflash.explain import DIRECTIONS, Costs, explain, features, fit, machine
+from sparseflash.costs import DIRECTIONS, Costs, features, fit, machine, predict
 from sparseflash.plan import Plan
 from sparseflash.train.attention import dense
 
@@ -139,10 +139,10 @@ def fitted(rows: Sequence[Row]) -> Costs:
 
 
 def predicted(rows: Sequence[Row], costs: Costs) -> Iterator[Row]:
-    """The rows with the gain that `explain` expects, and by how much it is off."""
+    """The rows with the gain that `predict` expects, and by how much it is off."""
     for row in rows:
         plan = KINDS[row["kind"]](row["T"], row["heads"], row["share"])()
-        expected = explain(plan, *_shapes(row), direction=row["direction"], costs=costs)
+        expected = predict(plan, *_shapes(row), direction=row["direction"], costs=costs)
         yield row | {"predicted": expected.gain, "off": expected.gain / row["gain_kernel"] - 1}
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseflash.method import Selection
 from sparseflash.methods import HashSparse, QKSparse
+from sparseflash.methods.base import Selection
 from sparseflash.plan import Plan
 from sparseflash.train.attention import Attention, build, dense
 

@@ -17,7 +17,7 @@ def describe() -> dict[str, str]:
     """Processor, cores, threads and versions, as columns of a result file."""
     import sparseflash as sf
 
-    backend = next((s for s in sf.backends().values() if s.usable), None)
+    backend = next((s for s in sf.backend_status().values() if s.usable), None)
     return {
         "cpu": cpu_name(),
         "cores": str(os.cpu_count()),

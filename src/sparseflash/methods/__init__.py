@@ -1,21 +1,21 @@
 """Sparse attention methods, one file a system. `names()` lists them, `get(slug, ...)` makes one."""
 
-from ..method import Method, Selection, find, get, names
 from ..order import coverage
-from .masks.bigbird import BigBird
-from .masks.block_causal import BlockCausal
-from .masks.cycle_scan import CycleScan
-from .masks.dilated import Dilated
-from .masks.documents import Documents
-from .masks.grid_window import GridWindow
-from .masks.prefix_lm import PrefixLM
-from .masks.sink_window import SinkWindow
-from .masks.strided import Strided
-from .masks.tree import Tree
-from .masks.window import Window
-from .training.hash_sparse import HashSparse
-from .training.qk_sparse import QKSparse
-from .training.reformer import Reformer
+from .base import Method, Selection, find, get, names
+from .bigbird import BigBird
+from .block_causal import BlockCausal
+from .cycle_scan import CycleScan
+from .dilated import Dilated
+from .documents import Documents
+from .grid_window import GridWindow
+from .hash_sparse import HashSparse
+from .prefix_lm import PrefixLM
+from .qk_sparse import QKSparse
+from .reformer import Reformer
+from .sink_window import SinkWindow
+from .strided import Strided
+from .tree import Tree
+from .window import Window
 
 __all__ = [
     "BigBird",

@@ -5,7 +5,7 @@ The work is done in `make/`, on plain tensors, one family a file.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,18 +14,11 @@ from . import flex
 from .make import buckets as buckets_
 from .make import caches, choice, dense, documents, intervals, keep, listed, masks, sparse
 from .options import TILE, UNIT, Window
-
-if TYPE_CHECKING:
-    from .core import Plan
+from .record import Record
 
 
-class Constructors:
+class Constructors(Record):
     """The class methods of `Plan` that make one."""
-
-    @classmethod
-    def _made(cls, **fields: Any) -> Plan:
-        """A plan whose fields the library made itself: nothing is left to check."""
-        raise NotImplementedError
 
     @classmethod
     def dense(
@@ -40,7 +33,7 @@ class Constructors:
         tile: int = TILE,
         unit: int = UNIT,
         device: torch.device | str | None = None,
-    ) -> Plan:
+    ) -> Self:
         """Every key within the rules: dense, causal, sliding window, with attention sinks. O(R) memory.
 
         Parameters
@@ -82,7 +75,7 @@ class Constructors:
         include_self: bool = True,
         tile: int = TILE,
         unit: int = UNIT,
-    ) -> Plan:
+    ) -> Self:
         """Drop any queries and keys, per head (QK-sparse; SCFA, arXiv 2306.01160).
 
         `q_keep [B|1, H|1, Tq]`, `k_keep [B|1, H|1, Tk]`: bool or uint8, True = kept. Causality is that of the
@@ -111,7 +104,7 @@ class Constructors:
         unit: int = UNIT,
         buckets: int | None = None,
         q_offset: int | Tensor = 0,
-    ) -> Plan:
+    ) -> Self:
         """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160).
 
         `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
@@ -152,7 +145,7 @@ class Constructors:
         window: Window | None = None,
         tile: int = TILE,
         unit: int = UNIT,
-    ) -> Plan:
+    ) -> Self:
         """Packed documents: tokens attend inside their own. `cu_seqlens [n+1]`: running totals, from 0.
 
         Tiles end at document edges, so nothing (not even a NaN) crosses from one document into another.
@@ -201,7 +194,7 @@ class Constructors:
         Tk: int | None = None,
         tile: int = TILE,
         unit: int = UNIT,
-    ) -> Plan:
+    ) -> Self:
         """Any bool mask, True = attends: what `scaled_dot_product_attention` takes. Empty tiles cost nothing.
 
         The mask is read once. Full tiles become ranges, mixed ones keep their bits (arXiv 2409.15097). Their
@@ -225,7 +218,7 @@ class Constructors:
         return cls._made(**masks.from_mask(mask, Tq=Tq, Tk=Tk, tile=tile, unit=unit))
 
     @classmethod
-    def from_sparse(cls, mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Plan:
+    def from_sparse(cls, mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Self:
         """The pairs that a sparse matrix stores; nothing of size Tq x Tk is made. O(n log n) of n pairs.
 
         `mask` is a SciPy sparse matrix `[Tq, Tk]`, or a sparse tensor (COO, CSR, CSC) of that shape, or COO
@@ -250,7 +243,7 @@ class Constructors:
         moving: bool = False,
         tile: int = TILE,
         unit: int = UNIT,
-    ) -> Plan:
+    ) -> Self:
         """Each query sees keys `lo ... hi - 1`: any mask whose rows are a few ranges, without the mask.
 
         Parameters
@@ -282,7 +275,7 @@ class Constructors:
         q_offset: int | Tensor = 0,
         tile: int = TILE,
         unit: int = UNIT,
-    ) -> Plan:
+    ) -> Self:
         """Key j is seen from position j up to, not including, position `k_end[j]`: caches that evict, trees.
 
         Parameters
@@ -312,7 +305,7 @@ class Constructors:
         unit: int = UNIT,
         causal: bool = False,
         capacity: int | None = None,
-    ) -> Plan:
+    ) -> Self:
         """Blocks of `tile` queries x `unit` keys, True = attends.
 
         `keep_blocks` is bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`.
@@ -346,7 +339,7 @@ class Constructors:
         q_offset: int = 0,
         unique: bool = False,
         capacity: int | None = None,
-    ) -> Plan:
+    ) -> Self:
         """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
 
         Say `unique=True` where no list names a key twice; otherwise doubles are dropped. With `causal` the
@@ -385,7 +378,7 @@ class Constructors:
         k_keep: Tensor | None = None,
         unique: bool = False,
         tile: int | None = None,
-    ) -> Plan:
+    ) -> Self:
         """Keys, or blocks of `unit` keys, that each query chose for itself: a learned indexer's choice.
 
         A query's own list is the least work, but a gathered pair costs about three of a tile's: where the
@@ -435,7 +428,7 @@ class Constructors:
     @classmethod
     def from_spans(
         cls, spans: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False
-    ) -> Plan:
+    ) -> Self:
         """Key ranges `[lo, hi)` of each tile: integers `[B|1, H|1, ceil(Tq/tile), m, 2]`, lo = hi is empty.
 
         Examples
@@ -448,7 +441,7 @@ class Constructors:
         return cls._made(**listed.from_spans(spans, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal))
 
     @classmethod
-    def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Plan:
+    def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Self:
         """The last Tq queries of each sequence over a cache whose first `lengths` keys are in use.
 
         Query i of sequence b sits at position `lengths[b] - Tq + i` and sees the keys up to there; where that
@@ -472,7 +465,7 @@ class Constructors:
     @classmethod
     def from_pages(
         cls, block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int, Tq: int = 1
-    ) -> Plan:
+    ) -> Self:
         """The last Tq queries of each sequence over a paged cache: k and v are one pool, of batch size 1.
 
         A cache `[pages, page_size, Hkv, D]` is the pool `cache.view(1, -1, Hkv, D).transpose(1, 2)`, without
@@ -498,6 +491,6 @@ class Constructors:
         return cls._made(**caches.from_pages(block_table, lengths, page_size=page_size, Tk=Tk, Tq=Tq))
 
     @classmethod
-    def from_block_mask(cls, block_mask: Any) -> Plan:
+    def from_block_mask(cls, block_mask: Any) -> Self:
         """A FlexAttention `BlockMask`; its mask function is evaluated on its partial blocks only."""
         return cls._made(**flex.from_block_mask(block_mask))

@@ -16,12 +16,12 @@ from ..errors import PlanError
 from . import algebra, beside, checks, draw, entries, figures, flex, reorder, saved, transpose
 from .constructors import Constructors
 from .options import head_rules, host, normal_offset
-from .record import KeyLists, Record
+from .record import KeyLists
 from .requirements import faults
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Plan(Record, Constructors):
+class Plan(Constructors):
     """Which keys each tile of queries sees, in one softmax: contiguous spans and gathered units, then rules.
 
     Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_mask`, ...) or from

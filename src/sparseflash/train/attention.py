@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseflash import methods
-from sparseflash.method import Method, Selection
+from sparseflash.methods.base import Method, Selection
 from sparseflash.train.errors import TrainError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

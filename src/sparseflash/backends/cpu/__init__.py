@@ -77,8 +77,8 @@ def forward(
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq] and, where wanted, its norm [2,B,Hq,Tq]."""
-    keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, keep)
+    alive: list[Tensor] = []
+    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     lse = empty(q.shape[:3], dtype=torch.float32)
     norm = empty((2, *q.shape[:3]), dtype=torch.float32) if normed else None
@@ -106,27 +106,27 @@ def decode(
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all plans and the sinks, few queries over many keys: `native/decode.h`."""
-    keep: list[Tensor] = []
+    alive: list[Tensor] = []
     scale, softcap = options.scale, options.softcap
-    calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, keep) for plan in plans))
+    calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, alive) for plan in plans))
     out, lse = empty_like_layout(q, v.shape[-1]), empty(q.shape[:3], dtype=torch.float32)
     for call in calls:
         call.out, call.lse = view(out), lse.data_ptr()
     calls[0].threads = max(call.threads for call in calls)
     whole = Decode(ctypes.sizeof(Decode), calls, len(plans), CODES[q.dtype])
     if sink_logits is not None:
-        keep.append(aligned(sink_logits.to(torch.float32).contiguous(), keep))
-        whole.sink = keep[-1].data_ptr()
+        alive.append(aligned(sink_logits.to(torch.float32).contiguous(), alive))
+        whole.sink = alive[-1].data_ptr()
     run("sf_decode", whole, q.dtype)
     return out, lse
 
 
-def _given(norm: Tensor, q: Tensor, keep: list[Tensor]) -> Tensor:
+def _given(norm: Tensor, q: Tensor, alive: list[Tensor]) -> Tensor:
     """A norm as the kernels read it."""
     if norm.shape != (2, *q.shape[:3]):
         raise ValueError(f"norm {list(norm.shape)}: expected {[2, *q.shape[:3]]}")
-    keep.append(norm.to(torch.float32).contiguous())
-    return aligned(keep[-1], keep)
+    alive.append(norm.to(torch.float32).contiguous())
+    return aligned(alive[-1], alive)
 
 
 def backward(
@@ -144,11 +144,11 @@ def backward(
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
-    keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, keep)
+    alive: list[Tensor] = []
+    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     wanted = grad_dtype or q.dtype
-    dout, out = aligned(dout.to(q.dtype), keep), out if out.dtype in CODES else out.to(q.dtype)
-    norm = _given(norm, q, keep)
+    dout, out = aligned(dout.to(q.dtype), alive), out if out.dtype in CODES else out.to(q.dtype)
+    norm = _given(norm, q, alive)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=wanted)
     dk, dv = empty(k.shape, dtype=wanted), empty(v.shape, dtype=wanted)
@@ -157,7 +157,7 @@ def backward(
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
     call.norm = norm.data_ptr()
     if dlse is not None:
-        dlse = aligned(dlse.to(torch.float32).contiguous(), keep)
+        dlse = aligned(dlse.to(torch.float32).contiguous(), alive)
         call.dlse = dlse.data_ptr()
     dbias = None
     if key_bias is not None:
@@ -180,10 +180,10 @@ def stats(
     key_bias: Tensor | None,
 ) -> Tensor:
     """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
-    keep: list[Tensor] = []
-    call = call_of(q, k, k, plan, options.scale, options.softcap, key_bias, keep)
+    alive: list[Tensor] = []
+    call = call_of(q, k, k, plan, options.scale, options.softcap, key_bias, alive)
     call.v = View()
-    norm, width = _given(norm, q, keep), options.width
+    norm, width = _given(norm, q, alive), options.width
     found = empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
     if not width:  # there is no distance between no query and no key
         return found

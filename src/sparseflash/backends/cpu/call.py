@@ -126,11 +126,11 @@ class Decode(ctypes.Structure):
     ]
 
 
-def aligned(x: Tensor, keep: list[Tensor]) -> Tensor:
-    """x, or a copy added to `keep` where memory begins amid an item (`torch.frombuffer`, mapped files)."""
+def aligned(x: Tensor, alive: list[Tensor]) -> Tensor:
+    """x, or a copy added to `alive` where memory begins amid an item (`torch.frombuffer`, mapped files)."""
     if x.data_ptr() % x.element_size():
         x = x.clone()
-        keep.append(x)
+        alive.append(x)
     return x
 
 
@@ -145,22 +145,22 @@ def _misfit(name: str, x: Tensor, want: str) -> ValueError:
     )
 
 
-def table(name: str, x: Tensor, dtype: torch.dtype, keep: list[Tensor]) -> Table:
-    """A contiguous [batch,heads,length] tensor; what had to be copied for it is added to `keep`."""
+def table(name: str, x: Tensor, dtype: torch.dtype, alive: list[Tensor]) -> Table:
+    """A contiguous [batch,heads,length] tensor; what had to be copied for it is added to `alive`."""
     if x.dtype is not dtype or x.dim() != 3:
         raise _misfit(name, x, f"[B,H,length] {dtype}")
     shape = x.shape
     if not x.is_contiguous():
         x = x.contiguous()
-        keep.append(x)
-    x = aligned(x, keep)
+        alive.append(x)
+    x = aligned(x, alive)
     if not x.numel():  # a table of nothing is not a missing table: it needs an address
         x = x.new_zeros(1)
-        keep.append(x)
+        alive.append(x)
     return Table(x.data_ptr(), *shape)
 
 
-def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
+def fill_plan(plan: Plan, into: NativePlan, alive: list[Tensor]) -> None:
     """Write a plan into its C structure."""
     into.q_rows, into.k_rows, into.tiles = plan.q_rows, plan.k_rows, plan.tiles
     into.tile, into.unit = tile, unit = plan.tile, plan.unit
@@ -175,14 +175,14 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
     if isinstance(offset, Tensor):
         flat = narrow(offset, "q_offset holds").reshape(-1, 1, 1)
         if flat.data_ptr() != offset.data_ptr():
-            keep.append(flat)
-        into.q_shift = table("q_offset", flat, torch.int32, keep)
+            alive.append(flat)
+        into.q_shift = table("q_offset", flat, torch.int32, alive)
     else:
         into.q_offset = max(-FAR, min(offset, FAR))
     for name, dtype in _PLAN_TENSORS:
         x = given[name]
         if x is not None:
-            setattr(into, name, table(name, x, dtype, keep))
+            setattr(into, name, table(name, x, dtype, alive))
     for name in _PLAN_FLAT:
         x = given[name]
         if x is not None:
@@ -190,8 +190,8 @@ def fill_plan(plan: Plan, into: NativePlan, keep: list[Tensor]) -> None:
                 raise _misfit(name, x, "torch.int32")
             if not x.is_contiguous():
                 x = x.contiguous()
-                keep.append(x)
-            x = aligned(x, keep)
+                alive.append(x)
+            x = aligned(x, alive)
             # how many entries of their size the memory holds, whatever its shape says
             words = 1 if name == "index" else 2 if name == "spans" else tile * -(-unit // 32)
             setattr(into, name, x.data_ptr())
@@ -208,7 +208,7 @@ _Ask = list[Callable[[], int]]
 _known: dict[int, tuple[weakref.ref[Plan], NativePlan, _Ask, list[int]]] = {}
 
 
-def _native(plan: Plan, keep: list[Tensor]) -> NativePlan:
+def _native(plan: Plan, alive: list[Tensor]) -> NativePlan:
     """The plan as a C structure; kept with the plan where it only points into the plan's tensors.
 
     A tensor may get other memory behind our back (`share_memory_`, `set_`, `resize_`, `.data =`, a plan that
@@ -218,9 +218,9 @@ def _native(plan: Plan, keep: list[Tensor]) -> NativePlan:
     known = _known.get(at)
     if known is not None and known[0]() is plan and [ask() for ask in known[2]] == known[3]:
         return known[1]
-    made, copies = NativePlan(), len(keep)
-    fill_plan(plan, made, keep)
-    if len(keep) == copies:
+    made, copies = NativePlan(), len(alive)
+    fill_plan(plan, made, alive)
+    if len(alive) == copies:
         asked = [ask for x in plan.tensors().values() for ask in (x.data_ptr, x.numel, x.is_contiguous)]
         answers = [ask() for ask in asked]
         _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made, asked, answers)
@@ -240,9 +240,9 @@ def call_of(
     scale: float,
     softcap: float,
     key_bias: Tensor | None,
-    keep: list[Tensor],
+    alive: list[Tensor],
 ) -> Call:
-    """What every op over a plan hands over; results are still to be named. `keep` must outlive the call."""
+    """What every op over a plan hands over; results are still to be named. `alive` must outlive the call."""
     c = Call()
     c.B, c.Hq, c.Tq, c.D = q.shape
     c.Bk, c.Hkv, c.Tk, c.Dv = k.shape[0], k.shape[1], k.shape[2], v.shape[3]
@@ -253,11 +253,11 @@ def call_of(
     c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
     c.scale, c.softcap = scale, softcap
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % q.element_size():
-        q, k, v = (aligned(x, keep) for x in (q, k, v))
+        q, k, v = (aligned(x, alive) for x in (q, k, v))
     c.q, c.k, c.v = view(q), view(k), view(v)
     if key_bias is not None:
         bias = key_bias.to(torch.float32).contiguous()
-        keep.append(bias)
-        c.key_bias = table("key_bias", bias, torch.float32, keep)
-    c.plan = _native(plan, keep)
+        alive.append(bias)
+        c.key_bias = table("key_bias", bias, torch.float32, alive)
+    c.plan = _native(plan, alive)
     return c

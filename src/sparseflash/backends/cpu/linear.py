@@ -23,12 +23,12 @@ class Call(ctypes.Structure):
     )
 
 
-def _address(x: Tensor | None, keep: list[Tensor]) -> int | None:
-    """Where a tensor lies as contiguous fp32; what had to be copied for it is added to `keep`."""
+def _address(x: Tensor | None, alive: list[Tensor]) -> int | None:
+    """Where a tensor lies as contiguous fp32; what had to be copied for it is added to `alive`."""
     if x is None:
         return None
     x = x.detach().to(torch.float32).contiguous()
-    keep.append(x)
+    alive.append(x)
     return x.data_ptr()
 
 
@@ -39,13 +39,13 @@ def _call(
     rate: Tensor | None,
     initial: Tensor | None,
     scale: float,
-    keep: list[Tensor],
+    alive: list[Tensor],
 ) -> Call:
     c = Call(size=ctypes.sizeof(Call), dtype=CODES[q.dtype], scale=scale, q=view(q), k=view(k), v=view(v))
     (c.B, c.Hq, c.T, c.D), c.Hkv, c.Dv = q.shape, k.shape[1], v.shape[3]
     work = c.B * c.Hq * c.T * (c.D + c.Dv) * 64
     c.threads = 1 if work < SMALL else max(1, torch.get_num_threads())
-    c.rate, c.first = _address(rate, keep), _address(initial, keep)
+    c.rate, c.first = _address(rate, alive), _address(initial, alive)
     return c
 
 
@@ -53,8 +53,8 @@ def linear_forward(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor | None, initial: Tensor | None, options: Linear
 ) -> tuple[Tensor, Tensor]:
     """out [B,Hq,T,Dv] and the state after the last token, fp32 [B,Hq,D,Dv]."""
-    keep: list[Tensor] = []
-    call = _call(q, k, v, rate, initial, options.scale, keep)
+    alive: list[Tensor] = []
+    call = _call(q, k, v, rate, initial, options.scale, alive)
     out = empty_like_layout(q, v.shape[3])
     last = empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.out, call.last = view(out), last.data_ptr()
@@ -73,12 +73,12 @@ def linear_backward(
     options: Linear,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of the inputs, and the gradient of the initial state in fp32."""
-    keep: list[Tensor] = []
-    call = _call(q, k, v, rate, initial, options.scale, keep)
+    alive: list[Tensor] = []
+    call = _call(q, k, v, rate, initial, options.scale, alive)
     dout = dout.to(q.dtype)
     dq, dk, dv = (empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     dinitial = empty((*q.shape[:2], q.shape[3], v.shape[3]), dtype=torch.float32)
     call.dout, call.dq, call.dk, call.dv = view(dout), view(dq), view(dk), view(dv)
-    call.dlast, call.dfirst = _address(dstate, keep), dinitial.data_ptr()
+    call.dlast, call.dfirst = _address(dstate, alive), dinitial.data_ptr()
     run("sf_linear_backward", call, q.dtype)
     return dq, dk, dv, dinitial

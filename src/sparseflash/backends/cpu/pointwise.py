@@ -23,8 +23,8 @@ def pointwise_forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """out [B,Hq,Tq,Dv] of `out_dtype`."""
-    keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, options.scale, 0.0, None, keep)
+    alive: list[Tensor] = []
+    call = call_of(q, k, v, plan, options.scale, 0.0, None, alive)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     if not names_all(plan):  # tokens that no row names see nothing
         out.zero_()
@@ -45,9 +45,9 @@ def pointwise_backward(
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `grad_dtype`."""
-    keep: list[Tensor] = []
-    call = call_of(q, k, v, plan, options.scale, 0.0, None, keep)
-    dout = aligned(dout.to(q.dtype), keep)
+    alive: list[Tensor] = []
+    call = call_of(q, k, v, plan, options.scale, 0.0, None, alive)
+    dout = aligned(dout.to(q.dtype), alive)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=grad_dtype)
     dk, dv = empty(k.shape, dtype=grad_dtype), empty(v.shape, dtype=grad_dtype)

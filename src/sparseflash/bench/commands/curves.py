@@ -54,7 +54,7 @@ def bench_breakeven(
     rounds: Rounds = 25,
     minutes: Minutes = 6.0,
 ) -> None:
-    """Find the densities below which sparse beats dense here, and the costs for sparseflash.explain."""
+    """Find the densities below which sparse beats dense here, and the costs for sparseflash.predict."""
     from sparseflash.bench import breakeven, figures, results
     from sparseflash.bench.session import show, watch
 
@@ -77,4 +77,4 @@ def bench_breakeven(
         f"gain predicted for {len(off)} points left out of the fit: off by {middle:.0%} in the median, "
         f"{close:.0%} of them by at most 25 %, {off[-1]:.0%} at most"
     )
-    print(f"{costs.save()}: costs for sparseflash.explain")
+    print(f"{costs.save()}: costs for sparseflash.predict")

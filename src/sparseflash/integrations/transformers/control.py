@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SparseFlashError
-from ...method import Method, Selection, find, names
+from ...methods.base import Method, Selection, find, names
 from ...ops.attention import attention
 from ...ops.decode import decode as decode_op
 from ...plan.options import same_offset

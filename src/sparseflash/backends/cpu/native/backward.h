@@ -164,14 +164,14 @@ inline void scores(const SfCall &c, const Operands &o, const Steps &steps, const
     }
 }
 
-// One of dV += P^T dO and dK += dS^T Q, whose rows of keys and of queries are given; by way of w.keep where the keys
+// One of dV += P^T dO and dK += dS^T Q, whose rows of keys and of queries are given; by way of w.spare where the keys
 // are scattered, or share rows of AMX with others.
 template <bool BF, class T>
 inline void add_keys(const Chunk &k, const Operands &o, const Steps &steps, const T *keys, const T *queries, float *to,
                      int64_t ld, Scratch<BF> &w) {
     const bool apart = BF ? o.own_rows : k.gather != nullptr;
     const int first = steps.step[0].a;
-    float *c = apart ? w.keep.p : to + (k.base + first) * ld;
+    float *c = apart ? w.spare.p : to + (k.base + first) * ld;
     for (const Step &t : steps) {
         const int rows = t.e - t.a, lanes = t.to - t.from;
         const T *x = keys + t.a * BQ + t.from, *y = queries + t.from * ld;
@@ -233,7 +233,7 @@ template <bool BF> struct BackwardBlock {
             x.rest2[i] = NO_ROW;
             if (!(alive >> i & 1)) continue;
             int64_t t = q.token[i];
-            x.delta[i] = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
+            x.delta[i] = row_delta(c, b, h, t, w.spare.p, w.spare + round_up(c.Dv, 32));
             x.top[i] = norm.top[t];
             x.rest2[i] = norm.rest[t] * LOG2E;
         }
@@ -289,10 +289,10 @@ template <bool BF> struct BackwardBlock {
     }
 
     void write(Scratch<BF> &w) {
-        if (packed) lanes_to_rows(x.ot.p, c.D, w.keep.p);
+        if (packed) lanes_to_rows(x.ot.p, c.D, w.spare.p);
         for (int i = 0; i < BQ; i++) {
             if (q.token[i] < 0) continue;
-            float *dq = w.keep + i * round_up(c.D, 16);
+            float *dq = w.spare + i * round_up(c.D, 16);
             if (!packed || !(alive >> i & 1)) memset(dq, 0, c.D * 4);
             write_row(c.dq, b, h, q.token[i], c.grad_dtype, c.D, dq, c.scale);
         }

@@ -141,7 +141,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
                 block(keys, rules, b, h, r, row, least<int64_t>(PER * BQ, end - row), w, grads, dbias);
         }
         if (direct)
-            for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.keep.p);
+            for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.spare.p);
     };
     in_parallel(parallel, threads, tasks, task);
 
@@ -150,7 +150,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
         auto reduce = [&](int64_t i, int thread) {
             int64_t part = i % parts, b = i / parts / c.Hkv, hkv = i / parts % c.Hkv;
             for (int64_t t = part * per; t < least(c.Tk, (part + 1) * per); t++)
-                write_token(b, hkv, t, -1, scratch[thread].keep.p);
+                write_token(b, hkv, t, -1, scratch[thread].spare.p);
         };
         in_parallel(parallel, threads, c.Bk * c.Hkv * parts, reduce);
     }

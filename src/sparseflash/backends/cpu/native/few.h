@@ -229,7 +229,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
         alive |= 1ull << i;
         x.take(c, c.q, b, h, t, c.D, x.q, x.qb);
         x.take(c, c.dout, b, h, t, c.Dv, x.dout, x.doutb);
-        x.delta = row_delta(c, b, h, t, w.keep.p, w.keep + round_up(c.Dv, 32));
+        x.delta = row_delta(c, b, h, t, w.spare.p, w.spare + round_up(c.Dv, 32));
         x.top = norm.top[t];
         x.rest2 = norm.rest[t] * LOG2E;
     }

@@ -27,7 +27,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             if (!packed) {
                 packed = true;
-                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
+                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
 #if SF_HAS_BF16
                 else pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
 #endif
@@ -63,10 +63,10 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
 #endif
         });
     const int64_t ld = round_up(c.Dv, 16);
-    if (packed) lanes_to_rows(w.ot.p, c.Dv, w.keep.p);
+    if (packed) lanes_to_rows(w.ot.p, c.Dv, w.spare.p);
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
-        float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f, *out = w.keep + i * ld;
+        float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f, *out = w.spare + i * ld;
         if (total == 0) memset(out, 0, ld * 4);
         logits.finish(c, (b * c.Hq + h) * c.Tq + q.token[i], w.m[i], total);
         write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : 1.f / total);

@@ -63,7 +63,7 @@ void pointwise_block(const SfCall &c, const Keys &keys, const Rules &rules, Poin
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             if (!alive) {
-                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
+                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
 #if SF_HAS_BF16
                 else pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
 #endif
@@ -93,10 +93,10 @@ void pointwise_block(const SfCall &c, const Keys &keys, const Rules &rules, Poin
             }
         });
     const int64_t ld = round_up(c.Dv, 16);
-    if (alive) lanes_to_rows(w.ot.p, c.Dv, w.keep.p);
+    if (alive) lanes_to_rows(w.ot.p, c.Dv, w.spare.p);
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
-        float *out = w.keep + i * ld;
+        float *out = w.spare + i * ld;
         if (!(alive >> i & 1)) memset(out, 0, ld * 4);
         write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, 1.f);
     }
@@ -148,11 +148,11 @@ void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rule
             }
             add_products<BF>(c, k, o, x, n, w, w, grads);
         });
-        lanes_to_rows(w.ot.p, c.D, w.keep.p);
+        lanes_to_rows(w.ot.p, c.D, w.spare.p);
     }
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
-        float *dq = w.keep + i * round_up(c.D, 16);
+        float *dq = w.spare + i * round_up(c.D, 16);
         if (!(alive >> i & 1)) memset(dq, 0, c.D * 4);
         write_row(c.dq, b, h, q.token[i], c.grad_dtype, c.D, dq, c.scale);
     }

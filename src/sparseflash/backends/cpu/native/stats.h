@@ -55,7 +55,7 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
 #endif
     } else {
-        pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
+        pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
     }
     for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
         Chunk k = given;

@@ -112,7 +112,7 @@ inline bool stick_forward_block(const SfCall &c, const Keys &keys, const Rules &
         if (k.partial && !look(rules, q, k, w.see, holes)) continue;
         if (!packed) {
             packed = true;
-            pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.keep.p);
+            pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
             memset(w.ot.p, 0, c.Dv * BQ * 4);
         }
         Operands o = operands<false, false>(c, keys, k, holes, w.see, w);
@@ -122,11 +122,11 @@ inline bool stick_forward_block(const SfCall &c, const Keys &keys, const Rules &
         gemm_f32(c.Dv, n, k.b - k.a, o.v + k.a * o.ldv, 1, o.ldv, s, BQ, w.ot.p, BQ, ADD);
     }
     const int64_t ld = round_up(c.Dv, 16);
-    if (packed) lanes_to_rows(w.ot.p, c.Dv, w.keep.p);
+    if (packed) lanes_to_rows(w.ot.p, c.Dv, w.spare.p);
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
         const bool real = q.real >> i & 1;
-        float *out = w.keep + i * ld;
+        float *out = w.spare + i * ld;
         if (!packed || !real) memset(out, 0, ld * 4);
         c.lse[(b * c.Hq + h) * c.Tq + q.token[i]] = real ? w.m[i] : 1.f;
         write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, 1.f);
@@ -177,10 +177,10 @@ inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules 
         slope_sticks(k, n, w.s.p, share.p, w.delta, w.g.p, w.l);
         add_products<false>(c, k, o, all, n, w, w, grads);
     }
-    if (q.real) lanes_to_rows(w.ot.p, c.D, w.keep.p);
+    if (q.real) lanes_to_rows(w.ot.p, c.D, w.spare.p);
     for (int i = 0; i < BQ; i++) {
         if (q.token[i] < 0) continue;
-        float *dq = w.keep + i * round_up(c.D, 16);
+        float *dq = w.spare + i * round_up(c.D, 16);
         if (!(q.real >> i & 1)) memset(dq, 0, c.D * 4);
         write_row(c.dq, b, h, q.token[i], c.grad_dtype, c.D, dq, c.scale);
     }

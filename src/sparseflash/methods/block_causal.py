@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...method import Context, Method, Selection, begin, check_counts
-from ...plan import Plan
+from ..plan import Plan
+from .base import Context, Method, Selection, begin, check_counts
 
 
 @dataclass(frozen=True)

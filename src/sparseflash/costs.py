@@ -2,7 +2,7 @@
 
 Time is modelled as a sum of costs that are never negative: a call, the rows that are read and written, the
 pairs that are visited (once more those that need an element test), and the entries of the lists.
-`sparseflash bench breakeven` measures plans of all kinds, fits the costs and keeps them for `explain`.
+`sparseflash bench breakeven` measures plans of all kinds, fits the costs and keeps them for `predict`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Costs:
     dense: Mapping[str, Sequence[float]]
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Write them where `explain` looks, or elsewhere."""
+        """Write them where `predict` looks, or elsewhere."""
         path = Path(path or default_path())
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -135,7 +135,7 @@ def default_path() -> Path:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Prediction:
     """What to expect of a plan; printed, it reads as a sentence or two.
 
     Attributes
@@ -191,9 +191,9 @@ class Explanation:
         )
 
 
-def explain(
+def predict(
     plan: Plans, q: Tensor, k: Tensor, *, direction: str = "both", costs: Costs | None = None
-) -> Explanation:
+) -> Prediction:
     """Say what a plan should gain over dense causal attention on this machine, and why.
 
     Parameters
@@ -209,7 +209,7 @@ def explain(
 
     Returns
     -------
-    Explanation
+    Prediction
 
     Raises
     ------
@@ -219,12 +219,12 @@ def explain(
     Examples
     --------
     >>> import torch, sparseflash as sf
-    >>> from sparseflash.explain import Costs, explain
+    >>> from sparseflash.costs import Costs, predict
     >>> q = torch.empty(1, 4, 4096, 64)
     >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4, 1e-6]
     >>> costs = Costs("a machine", {"both fp32": made_up}, {"both fp32": made_up})
     >>> plan = sf.Plan.dense(4096, 4096, causal=True, window=(255, 0))
-    >>> said = explain(plan, q, q, costs=costs)
+    >>> said = predict(plan, q, q, costs=costs)
     >>> said.gain > 5 and said.dominates == "dots"
     True
     """
@@ -242,4 +242,4 @@ def explain(
     slope = (seconds - fixed) / visited if visited else 0.0
     edge = max(0.0, (other - fixed) / slope) if slope else 1.0
     shares = {name: part / seconds for name, part in zip(TERMS, parts)}
-    return Explanation(seconds, other, shares, edge, visited)
+    return Prediction(seconds, other, shares, edge, visited)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
-from ...method import Context, Method, Selection, begin, check_counts
-from ...plan import Plan
-from ...plan.options import INTEGERS
+from ..errors import PlanError, require
+from ..plan import Plan
+from ..plan.options import INTEGERS
+from .base import Context, Method, Selection, begin, check_counts
 
 
 @dataclass(frozen=True)

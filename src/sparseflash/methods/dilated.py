@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...method import Context, Method, Selection, check_counts, check_square
-from ...plan import Plan
+from ..plan import Plan
+from .base import Context, Method, Selection, check_counts, check_square
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...errors import require
-from ...method import Context, Method, Selection, check_counts
-from ...plan import Plan
-from ...plan.options import is_count
+from ..errors import require
+from ..plan import Plan
+from ..plan.options import is_count
+from .base import Context, Method, Selection, check_counts
 
 
 @dataclass(frozen=True)

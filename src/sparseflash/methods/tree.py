@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import PlanError, require
-from ...method import Context, Method, Selection, begin, check_counts
-from ...plan import Plan
-from ...plan.options import INTEGERS, host, is_count
+from ..errors import PlanError, require
+from ..plan import Plan
+from ..plan.options import INTEGERS, host, is_count
+from .base import Context, Method, Selection, begin, check_counts
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ pytest.importorskip("safetensors")
 
 import sparseflash as sf
 from sparseflash.bench import breakeven
+from sparseflash.costs import TERMS, Costs, features, fit, machine, predict
 from sparseflash.errors import SparseFlashError
-from sparseflash.explain import TERMS, Costs, explain, features, fit, machine
 
 
 @pytest.fixture(autouse=True)
@@ -73,29 +73,29 @@ def test_points_left_out_of_the_fit_are_predicted():
 def test_an_explanation_says_what_dominates_and_when_dense_wins():
     q = torch.empty(1, 1, 4096, 64)
     costs = Costs("here", {"both fp32": TRUE}, {"both fp32": TRUE})
-    narrow, wide = (explain(a_plan(4096, w), q, q, costs=costs) for w in (128, 4096))
+    narrow, wide = (predict(a_plan(4096, w), q, q, costs=costs) for w in (128, 4096))
     assert narrow.gain > 5 and "sparse wins" in str(narrow)
     assert wide.visited == 1 and wide.gain == pytest.approx(1, rel=0.1)
     assert narrow.dominates == "dots" and sum(narrow.shares.values()) == pytest.approx(1)
     slow = dataclasses.replace(costs, ours={"both fp32": [x * 3 for x in TRUE]})
-    said = explain(a_plan(4096, 128), q, q, costs=slow)
+    said = predict(a_plan(4096, 128), q, q, costs=slow)
     assert 0.2 < said.break_even < 0.5 and "dense wins from" in str(said)
     with pytest.raises(SparseFlashError, match="expected one of forward, both"):
-        explain(a_plan(64, 8), q, q, direction="back", costs=costs)
+        predict(a_plan(64, 8), q, q, direction="back", costs=costs)
     with pytest.raises(SparseFlashError, match="no both bf16"):
-        explain(a_plan(4096, 8), q.bfloat16(), q.bfloat16(), costs=costs)
+        predict(a_plan(4096, 8), q.bfloat16(), q.bfloat16(), costs=costs)
 
 
 def test_costs_are_those_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     q = torch.empty(1, 1, 64, 16)
     with pytest.raises(SparseFlashError, match="sparseflash bench breakeven"):
-        sf.explain(a_plan(64, 8), q, q)
+        sf.predict(a_plan(64, 8), q, q)
     Costs(machine(), {"both fp32": TRUE}, {"both fp32": TRUE}).save()
-    assert sf.explain(a_plan(64, 8), q, q).gain > 0
+    assert sf.predict(a_plan(64, 8), q, q).gain > 0
     Costs("another", {"both fp32": TRUE}, {"both fp32": TRUE}).save()
     with pytest.raises(SparseFlashError, match="of another machine"):
-        sf.explain(a_plan(64, 8), q, q)
+        sf.predict(a_plan(64, 8), q, q)
 
 
 def test_the_surface_has_every_point_and_its_edge_lies_between_two():

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 from torch import Tensor
 
-from .errors import PlanError, SparseFlashError
-from .ops._arguments import Plans
-from .ops.attention import attention
-from .plan.options import is_count, normal_offset, same_offset
+from ..errors import PlanError, SparseFlashError
+from ..ops._arguments import Plans
+from ..ops.attention import attention
+from ..plan.options import is_count, normal_offset, same_offset
 
 Context = Mapping[str, Any]
 
@@ -71,7 +71,7 @@ class Method:
     Examples
     --------
     >>> import dataclasses, torch, sparseflash as sf
-    >>> from sparseflash.method import Method, Selection
+    >>> from sparseflash.methods.base import Method, Selection
     >>> @dataclasses.dataclass(frozen=True)
     ... class EveryOther(Method):
     ...     first: int = 0
@@ -95,8 +95,7 @@ class Method:
         super().__init_subclass__(**options)
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
-        package = __name__.rpartition(".")[0]
-        if cls.__module__.startswith(f"{package}.methods."):
+        if cls.__module__.startswith(__name__.removesuffix("base")):
             _REGISTRY[slug(cls)] = cls
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:

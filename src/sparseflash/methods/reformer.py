@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import require
-from ...method import Context, Method, Selection, check_counts
-from ...order import lsh_buckets, lsh_planes, sorted_order
-from ...plan import Plan
+from ..errors import require
+from ..order import lsh_buckets, lsh_planes, sorted_order
+from ..plan import Plan
+from .base import Context, Method, Selection, check_counts
 
 _PLANES = ("per-head", "shared")
 

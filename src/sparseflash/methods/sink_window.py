@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...method import Context, Method, Selection, check_counts
-from ...plan import Plan
+from ..plan import Plan
+from .base import Context, Method, Selection, check_counts
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...method import Context, Method, Selection, check_counts, check_square
-from ...order import random_bits
-from ...plan import Plan
+from ..order import random_bits
+from ..plan import Plan
+from .base import Context, Method, Selection, check_counts, check_square
 
 
 @dataclass(frozen=True)

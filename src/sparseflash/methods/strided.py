@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import require
-from ...method import Context, Method, Selection, begin, check_counts
-from ...plan import Plan
+from ..errors import require
+from ..plan import Plan
+from .base import Context, Method, Selection, begin, check_counts
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...errors import require
-from ...method import Context, Method, Selection, check_square
-from ...plan import Plan
-from ...plan.options import is_count
+from ..errors import require
+from ..plan import Plan
+from ..plan.options import is_count
+from .base import Context, Method, Selection, check_square
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import require
-from ...method import Context, Method, Selection, check_qk, check_tokens
-from ...ops.attention import attention
-from ...order import random_bits
-from ...plan import Plan
+from ..errors import require
+from ..ops.attention import attention
+from ..order import random_bits
+from ..plan import Plan
+from .base import Context, Method, Selection, check_qk, check_tokens
 
 
 def random_keep(
@@ -33,7 +33,7 @@ def random_keep(
 
     Examples
     --------
-    >>> from sparseflash.methods.training.qk_sparse import random_keep
+    >>> from sparseflash.methods.qk_sparse import random_keep
     >>> round(random_keep(1, 4, 10_000, 0.3, seed=0).float().mean().item(), 2)
     0.7
     """

@@ -1,0 +1,67 @@
+"""Names of 0.1 that are elsewhere now: they work for one release, and say where they went."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "method": "methods.base",
+    "merging": "numerics",
+    "indexer": "ops.indexer",
+    "indexer_loss": "ops.indexer_loss",
+    "jagged": "ops.jagged",
+    "linear": "ops.linear",
+    "pointwise": "ops.pointwise",
+    "statistics": "ops.stats",
+    "varlen": "ops.varlen",
+}
+
+
+def warn(old: str, new: str) -> None:
+    """Say that a name will go."""
+    said = f"{old} is {new} now; the old name goes with the next release"
+    warnings.warn(said, DeprecationWarning, stacklevel=3)
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds modules under the names that they had."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        package, _, old = name.rpartition(".")
+        if package != __package__ or old not in MODULES:
+            return None
+        new = f"{package}.{MODULES[old]}"
+        warn(name, new)
+        return ModuleSpec(name, self, origin=new)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(str(spec.origin))
+        self._own = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._own  # the import system has given it the spec of the old name
+
+
+def install() -> None:
+    """Let old module names be found."""
+    if not any(isinstance(x, _Moved) for x in sys.meta_path):
+        sys.meta_path.append(_Moved())
+
+
+def callable_once(module: ModuleType, old: str, new: str, call: Callable[[], Any]) -> None:
+    """Make a package callable that a function of its name stood in front of."""
+
+    class Called(ModuleType):
+        def __call__(self) -> Any:
+            warn(old, new)
+            return call()
+
+    module.__class__ = Called

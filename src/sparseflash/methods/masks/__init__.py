@@ -1,1 +1,0 @@
-"""Fixed masks: what is seen depends on positions alone."""

@@ -1,1 +1,0 @@
-"""Methods for training (and prefill): the selection is part of the model."""

@@ -1,0 +1,39 @@
+"""Names of the last release: they work, and say where they went."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+
+import sparseflash as sf
+from sparseflash import _moved
+
+
+@pytest.mark.parametrize("old", _moved.MODULES)
+def test_a_module_is_found_under_the_name_that_it_had(old):
+    new = importlib.import_module(f"sparseflash.{_moved.MODULES[old]}")
+    spec = new.__spec__
+    sys.modules.pop(f"sparseflash.{old}", None)
+    with pytest.warns(DeprecationWarning, match=_moved.MODULES[old]):
+        assert importlib.import_module(f"sparseflash.{old}") is new
+    assert new.__spec__ is spec
+
+
+def test_functions_are_found_under_the_names_that_they_had():
+    with pytest.warns(DeprecationWarning, match="backend_status"):
+        assert sf.backends() == sf.backend_status()
+    with pytest.warns(DeprecationWarning, match="predict"):
+        assert sf.explain is sf.predict
+
+
+def test_no_function_stands_in_front_of_a_module_of_its_name():
+    import sparseflash.backends.cpu as cpu
+    import sparseflash.ops.attention as attention
+
+    assert cpu.NAME == "cpu" and attention.attention is sf.attention
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sf.nothing  # noqa: B018
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("sparseflash.nothing")
