@@ -185,6 +185,8 @@ def _default(case: Case, heavy: bool, plain: bool) -> Blocks:
     if COMPILER >= (3, 9) and table is not OTHERS and not heavy:
         blocks = NEWER.get((case.kernel, dim, size), blocks)
     if kernel == "columns":
+        if heavy and size == 4 and table is OTHERS:
+            return replace(blocks, rows=16 if dim == 128 else blocks.rows, keys=16)
         return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
     if kernel == "stick" and heavy and dim == MAX_DIM:
         return replace(blocks, keys=16)
