@@ -39,11 +39,15 @@ struct Slopes {
     const float *bias;     // null where there is none
     bool sums;
 
+    // What is known of W queries, for all their keys.
+    struct Lane { vf top, rest2, delta; };
+    inline Lane lane(int i) const { return {load(top + i), load(rest2 + i), load(delta + i)}; }
+
     template <bool PLAIN, bool FINE>
-    inline void one(int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
+    inline void one(const Lane &q, int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
         const vf biased = PLAIN || !bias ? x : x + bias[j];
-        p = exp2v<FINE>((biased - load(top + i)) * logits.factor - load(rest2 + i));
-        ds = p * (y - load(delta + i));
+        p = exp2v<FINE>((biased - q.top) * logits.factor - q.rest2);
+        ds = p * (y - q.delta);
         if (PLAIN) return;
         uint64_t m = see ? see[j] >> i : ~0ull;
         p = pick(m, p, set1(0.f));
@@ -59,16 +63,25 @@ struct Slopes {
 // The weights and slopes of a chunk, as a law (Slopes) gives them: fp32 in place of S and dP.
 template <bool PLAIN, class Law>
 inline void weigh_rows(const Law &law, const Chunk &k, int n, float *s, float *g, float *sums) {
-    for (int j = k.a; j < k.b; j++) {
+    for (int i = 0; PLAIN && i < n; i += W) {  // nothing is summed over queries: what is known of them stays at hand
+        const auto lane = law.lane(i);
+        for (int j = k.a; j < k.b; j++) {
+            vf p, ds, none = {};
+            law.template one<true, true>(lane, j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, none);
+            store(s + j * BQ + i, p);
+            store(g + j * BQ + i, ds);
+        }
+    }
+    for (int j = k.a; !PLAIN && j < k.b; j++) {
         vf total = {};
 #pragma GCC unroll 4
         for (int i = 0; i < n; i += W) {
             vf p, ds;
-            law.template one<PLAIN, true>(j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, total);
+            law.template one<PLAIN, true>(law.lane(i), j, i, load(s + j * BQ + i), load(g + j * BQ + i), p, ds, total);
             store(s + j * BQ + i, p);
             store(g + j * BQ + i, ds);
         }
-        if (!PLAIN && law.sums) sums[j] = sum(total);
+        if (law.sums) sums[j] = sum(total);
     }
 }
 #if SF_HAS_BF16
@@ -82,13 +95,14 @@ inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, con
         for (int i = 0; i < n; i += 32) {
             vf p00, p01, p10, p11, d00, d01, d10, d11;
             const float *x = s + j * BQ + i, *y = g + j * BQ + i;
+            const auto low = law.lane(i), high = law.lane(i + 16);
             if (PLAIN || in0) {
-                law.template one<PLAIN, false>(j, i, load(x), load(y), p00, d00, t0);
-                law.template one<PLAIN, false>(j, i + 16, load(x + 16), load(y + 16), p01, d01, t0);
+                law.template one<PLAIN, false>(low, j, i, load(x), load(y), p00, d00, t0);
+                law.template one<PLAIN, false>(high, j, i + 16, load(x + 16), load(y + 16), p01, d01, t0);
             } else p00 = p01 = d00 = d01 = set1(0.f);
             if (PLAIN || in1) {
-                law.template one<PLAIN, false>(j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
-                law.template one<PLAIN, false>(j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
+                law.template one<PLAIN, false>(low, j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
+                law.template one<PLAIN, false>(high, j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
             } else p10 = p11 = d10 = d11 = set1(0.f);
             bf *p = pr + j * BQ + i, *d = dr + j * BQ + i, *both = dp + j * BQ + 2 * i;
             _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)p01, (__m512)p00));

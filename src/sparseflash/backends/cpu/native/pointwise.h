@@ -19,9 +19,11 @@ struct Pointwise {
         else f = vmax(x, set1(0.f)), f = f * f;
         return seen(j, i, f * factor);
     }
+    struct Lane {};
+    inline Lane lane(int) const { return {}; }
     // as `Slopes`: the weight of a pair, and y (its entry of dP) times the slope of the score
     template <bool PLAIN, bool FINE>
-    inline void one(int j, int i, vf s, vf y, vf &p, vf &ds, vf &) const {
+    inline void one(const Lane &, int j, int i, vf s, vf y, vf &p, vf &ds, vf &) const {
         vf x = s * scale, slope;
         if (silu) {
             vf share = 1.f / (1.f + exp2v<FINE>(x * -LOG2E));
