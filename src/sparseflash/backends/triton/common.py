@@ -2,7 +2,7 @@
 
 A plan's table is `[batch, heads, length]` with batch B or 1 and any divisor of Hq as heads: a kernel gets its
 pointer, its heads and the stride of its batch (0 where it is shared), and `place` finds the row of (b, h).
-A logit is `unit * x` (see `merging`); exponentials are of base 2, factor = unit * log2(e).
+A logit is `unit * x` (see `numerics`); exponentials are of base 2, factor = unit * log2(e).
 """
 
 from __future__ import annotations
