@@ -93,7 +93,7 @@ def indexer_kl_loss(
     lse : Tensor
         `[B,Hq,Tq]`: the attention's, as `attention(..., return_lse=True)` gives it: of the dense one in the
         warm-up, of the sparse one over `index` in the sparse stage. A head counts by its mass on the keys
-        that are compared.
+        that are compared; where fp32 holds its lse, that mass is known to eps |lse|.
     index : Tensor, optional
         Integers `[B,Tq,n]`: keys of each query; -1, repeated ones and ones out of its range count nothing.
     causal, q_offset, first_key, k_keep
