@@ -7,6 +7,7 @@ With --check nothing is written, and what is stale is named.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 from collections import Counter
@@ -19,7 +20,10 @@ from sparseflash.bench.results import read
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
-PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "transformers")))
+PAGES = (
+    DOCS.parent / "README.md",
+    *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers")),
+)
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
     "attention-table": "attention-table",
@@ -469,6 +473,35 @@ def _rows_of(model: str) -> list[dict[str, str]]:
     return sorted(found, key=lambda row: (row["model"], row["what"], row["dtype"], int(row["T"])))
 
 
+def imports() -> str:
+    """Who may import whom, from the table that tests/test_imports.py holds, as far as it is there.
+
+    What follows from other arrows is left out, and programs may import everything.
+    """
+    path = DOCS.parent / "tests" / "test_imports.py"
+    spec = importlib.util.spec_from_file_location("test_imports", path)
+    assert spec is not None and spec.loader is not None
+    held = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(held)
+    there = {part for part in held.MAY_IMPORT if (held.PACKAGE / part).is_dir()}
+    there |= {path.stem for path in held.PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    below = {
+        part: {x for x in held.MAY_IMPORT[part] if x in there} - {part}
+        for part in sorted(there)
+        if "*" not in held.MAY_IMPORT[part]
+    }
+
+    def under(part: str) -> set[str]:
+        return below[part].union(*map(under, below[part]))
+
+    arrows = [(x, part) for part, own in below.items() for x in sorted(own - set().union(*map(under, own)))]
+    programs = sorted(part for part in there if part not in below)
+    tops = sorted(set(below) - {x for x, _ in arrows} - {"_moved"})
+    lines = [f"  {x} --> {part}" for x, part in sorted(arrows)]
+    lines += [f'  {part} --> programs["{", ".join(programs)}"]' for part in tops]
+    return "```mermaid\ngraph LR\n" + "\n".join(lines) + "\n```"
+
+
 BLOCKS = {
     "layers": layers,
     "dsa": dsa,
@@ -487,6 +520,7 @@ BLOCKS = {
     "rates": rates,
     "attention": attention,
     "experiments": experiments,
+    "imports": imports,
 }
 
 
