@@ -52,10 +52,12 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
         "negative": {"scale": -0.1, "sink_logits": normal(Hq)},
     }
     for (named, plan), (how, given) in itertools.product(plans.items(), options.items()):
-        attend = lambda b, p=plan, o=given: results(  # noqa: E731  # one line a case
-            lambda *x: sf.attention(*x, p, return_lse=True, backend=b, **o), q, k, v
+        yield (
+            f"attention, {named}, {how}",
+            lambda b, p=plan, o=given: results(
+                lambda *x: sf.attention(*x, p, return_lse=True, backend=b, **o), q, k, v
+            ),
         )
-        yield f"attention, {named}, {how}", attend
     for named, plan in plans.items():
         yield (
             f"stick_breaking, {named}",

@@ -31,6 +31,11 @@ every_case = pytest.mark.parametrize(
     "case", [pytest.param(c, marks=pytest.mark.slow) if c.slow else c for c in CASES], ids=str
 )
 HOLES = pytest.param("holes", marks=pytest.mark.slow)
+BY_PLACE = {
+    *("hash-sparse", "hash-sparse-strict", "hash-sparse-mixed", "qk-sparse"),
+    *("window", "sink-window", "dilated", "strided", "documents", "grid-window-video", "bigbird-causal"),
+}
+"""The cases whose plans say by places alone who sees whom, whatever follows."""
 
 
 def padding(side, lengths=LENGTHS, total=T):
@@ -198,17 +203,26 @@ def test_a_window_of_the_model_itself_is_kept_beside_padding(case, side, generat
             torch.testing.assert_close(out[b : b + 1, :, keep], attend(method, *one, **see))
 
 
+def claims_place_alone(method, q, k):
+    plans = method.select(q, k).plan
+    plans = plans if isinstance(plans, tuple) else (plans,)
+    by_place = all(p.causal and p.q_pos is None and p.k_pos is None and p.q_offset == 0 for p in plans)
+    return by_place and method.causal_selection
+
+
 @every_case
+def test_which_methods_claim_to_go_by_place_alone(case, generator):
+    """The others are asked for the sequences of each length by themselves."""
+    q, k, _ = inputs(generator, B=1)
+    assert claims_place_alone(case.method(), q, k) == (str(case) in BY_PLACE)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in BY_PLACE], ids=str)
 def test_a_plan_by_place_alone_does_not_depend_on_how_many_tokens_follow(case, generator):
     """What one call for all sequences of a padded batch relies on, of a method that claims it."""
     method = case.method()
     q, k, v = inputs(generator, B=1)
-    plans = method.select(q, k).plan
-    plans = plans if isinstance(plans, tuple) else (plans,)
-    by_place = all(p.causal and p.q_pos is None and p.k_pos is None and p.q_offset == 0 for p in plans)
-    if not (by_place and method.causal_selection):
-        pytest.skip("asked for the sequences of each length by themselves")
-    whole = mask_of(plans)
+    whole = mask_of(method.select(q, k).plan)
     for n in (1, 2, 17, 64):
         part = mask_of(method.select(q[:, :, :n], k[:, :, :n]).plan)
         assert torch.equal(part, whole[:, :, :n, :n])

@@ -75,7 +75,7 @@ def taking(*parameters: inspect.Parameter) -> Callable[[Callable[..., Any]], Cal
         kept = [x for x in own.parameters.values() if x.kind is not x.VAR_KEYWORD]
         signature = own.replace(parameters=[*kept, *parameters])
         command.__annotations__ = {x.name: x.annotation for x in signature.parameters.values()}
-        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__signature__ = signature  # type: ignore[attr-defined]  # what inspect reads
         return command
 
     return change

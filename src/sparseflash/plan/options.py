@@ -6,7 +6,7 @@ Numbers become int32 here, never modulo 2^32.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,14 +30,14 @@ FARTHEST = 2**32 - 1
 """No two positions are further apart."""
 
 
-def is_count(x: object, least: int = 0) -> bool:
+def is_count(x: object, least: int = 0) -> TypeGuard[int]:
     """Whether x is an int (no bool) of at least that much; a symbolic size counts."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x >= least
 
 
 def is_length(x: object, least: int = 0) -> bool:
     """Whether x counts tokens: all tensors of a plan are int32."""
-    return is_count(x, least) and x < 2**31  # type: ignore[operator]
+    return is_count(x, least) and x < 2**31
 
 
 def check_options(**options: Any) -> None:

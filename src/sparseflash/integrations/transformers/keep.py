@@ -69,7 +69,7 @@ def _use(function: Callable[..., Any], given: tuple[Any, ...], options: dict[str
     name, owner = getattr(function, "__name__", str(function)), ""
     looks = name in _LOOKS or (name.lstrip("_").startswith("is_") and name != "is_nonzero")
     if name == "__get__":
-        name = getattr(function, "__self__").__name__  # noqa: B009  (not every callable has it)
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
         looks = name not in _SHAPES
     for x in _flat((given, options)):
         owner = owner or (x.owner if isinstance(x, KeepMask) else "")
