@@ -7,7 +7,7 @@ import sparseflash as sf
 from cases import mass, needles
 from harness import EACH
 from selected import Selected, tensors
-from sparseflash.order import lsh_buckets, lsh_planes
+from sparseflash.selection.orders import lsh_buckets, lsh_planes
 from tolerance import compare
 
 SELECTED = Selected(sf.hash_sparse_attention, sees=lambda a, b: a == b)
@@ -225,7 +225,7 @@ def test_a_bucket_is_the_first_largest_of_both_signs(H, h, nb, generator, monkey
     got = lsh_buckets(x, planes)
     assert got.dtype == torch.int32 and torch.equal(got.long(), want)
     assert torch.equal(got[0, 0, :3], torch.zeros(3, dtype=torch.int32)) and got[1, -1, 4] == got[1, -1, 5]
-    monkeypatch.setattr("sparseflash.order.CHUNK", 64)  # pieces of one token
+    monkeypatch.setattr("sparseflash.selection.orders.CHUNK", 64)  # pieces of one token
     assert torch.equal(got, lsh_buckets(x, planes))
     ties = torch.ones(1, 1, 4, 12)
     flat = torch.ones(1, 12, nb // 2) / 12**0.5

@@ -14,15 +14,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "sparseflash"
 # takes its place in the picture of docs/design.md first. `*` stands for all.
 CORE = ("errors", "plan")
 OPS = (*CORE, "numerics", "dispatch", "ops")
-METHOD = (*OPS, "select", "order", "cache", "methods")
+METHOD = (*OPS, "selection", "cache", "methods")
 MAY_IMPORT = {
     "errors": (),
     "files": (),
     "plan": ("errors",),
     "numerics": CORE,
     "backends": (*CORE, "numerics"),
-    "select": CORE,
-    "order": CORE,
+    "selection": OPS,
     "cache": CORE,
     "dispatch": (*CORE, "backends"),
     "ops": (*CORE, "numerics", "dispatch"),

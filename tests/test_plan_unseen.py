@@ -16,8 +16,8 @@ import sparseflash as sf
 from harness import unseen
 from sparseflash import Plan, methods
 from sparseflash.numerics import Softmax, Stick
-from sparseflash.order import _draw_planes
 from sparseflash.plan.transpose import transpose_spans, transpose_units
+from sparseflash.selection.orders import _draw_planes
 from test_plan import _readers, _span_visits, _unit_visits
 
 aten = torch.ops.aten

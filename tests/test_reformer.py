@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash.order import sorted_order
+from sparseflash.selection.orders import sorted_order
 
 BACKENDS = [name for name, status in sf.backend_status().items() if status.usable]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

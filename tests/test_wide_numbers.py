@@ -10,7 +10,7 @@ import torch
 import sparseflash as sf
 from harness import EACH, inputs, unseen
 from sparseflash import Plan, PlanError
-from sparseflash.order import sorted_order
+from sparseflash.selection.orders import sorted_order
 
 M = 2**31
 FAR = (M - 1, M, 2**32, 2**32 + 2, 2**40, 2**63 - 1)

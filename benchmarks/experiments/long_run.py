@@ -21,7 +21,7 @@ from typing import Any
 
 from sparseflash.bench.results import Row, cell
 from sparseflash.bench.timing import Box, interleave
-from sparseflash.order import random_bits
+from sparseflash.selection.orders import random_bits
 from sparseflash.train import Corpus, TrainConfig, Trainer, checkpoint, log
 
 TOKENS = 16384

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, methods
+from . import _moved, backends, methods, selection
 from .costs import predict
 from .dispatch import backend_status
 from .errors import BackendError, PlanError, SparseFlashError
@@ -62,5 +62,6 @@ __all__ = [
     "pointwise_attention",
     "predict",
     "qk_sparse_attention",
+    "selection",
     "stick_breaking",
 ]

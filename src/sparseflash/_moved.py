@@ -18,6 +18,7 @@ MODULES = {
     "indexer_loss": "ops.indexer_loss",
     "jagged": "ops.jagged",
     "linear": "ops.linear",
+    "order": "selection.orders",
     "pointwise": "ops.pointwise",
     "statistics": "ops.stats",
     "varlen": "ops.varlen",

@@ -1,6 +1,6 @@
 """Sparse attention methods, one file a system. `names()` lists them, `get(slug, ...)` makes one."""
 
-from ..order import coverage
+from ..selection.orders import coverage
 from .base import Method, Selection, find, get, names
 from .bigbird import BigBird
 from .block_causal import BlockCausal

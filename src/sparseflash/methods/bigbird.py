@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..order import random_bits
 from ..plan import Plan
+from ..selection.orders import random_bits
 from .base import Context, Method, Selection, check_counts, check_square
 
 

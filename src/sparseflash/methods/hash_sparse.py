@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..errors import require
 from ..ops.attention import attention
-from ..order import lsh_buckets, lsh_planes
 from ..plan import Plan
 from ..plan.options import earlier, is_count, spread_heads
+from ..selection.orders import lsh_buckets, lsh_planes
 from .base import Context, Method, Selection, check_counts, check_qk, check_tokens
 
 _PLANES = ("per-head", "shared")

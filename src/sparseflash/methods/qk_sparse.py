@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..errors import require
 from ..ops.attention import attention
-from ..order import random_bits
 from ..plan import Plan
+from ..selection.orders import random_bits
 from .base import Context, Method, Selection, check_qk, check_tokens
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import require
-from ..order import lsh_buckets, lsh_planes, sorted_order
 from ..plan import Plan
+from ..selection.orders import lsh_buckets, lsh_planes, sorted_order
 from .base import Context, Method, Selection, check_counts
 
 _PLANES = ("per-head", "shared")

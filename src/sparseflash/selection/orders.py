@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import require
-from .plan import Plan
-from .plan.entries import tile_view, visible
-from .plan.options import is_count, spread_heads
+from ..errors import require
+from ..plan import Plan
+from ..plan.entries import tile_view, visible
+from ..plan.options import is_count, spread_heads
 
 CHUNK = 1 << 22
 """Projections held at a time by `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
@@ -41,7 +41,7 @@ def random_bits(
 
     Examples
     --------
-    >>> from sparseflash.order import random_bits
+    >>> from sparseflash.selection.orders import random_bits
     >>> bool((random_bits(2, 5, seed=0) == random_bits(2, 9, seed=0)[:, :5]).all())
     True
     """
@@ -60,13 +60,15 @@ def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, dev
     normal = torch.randn(
         rounds, heads, dim, buckets // 2, generator=generator, dtype=torch.float64, device="cpu"
     )
-    return (normal / normal.norm(dim=-2, keepdim=True)).float().to(device)
+    unit: Tensor = normal / normal.norm(dim=-2, keepdim=True)
+    return unit.float().to(device)
 
 
 @torch.library.custom_op("sparseflash::lsh_planes", mutates_args=())
 def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, device: torch.device) -> Tensor:
     """An op of its own because a generator cannot be traced; a compiled graph calls it."""
-    return _draw_planes(dim, buckets, heads, rounds, seed, device).clone()
+    planes: Tensor = _draw_planes(dim, buckets, heads, rounds, seed, device)
+    return planes.clone()
 
 
 @_planes.register_fake
@@ -102,7 +104,7 @@ def lsh_planes(
 
     Examples
     --------
-    >>> from sparseflash.order import lsh_planes
+    >>> from sparseflash.selection.orders import lsh_planes
     >>> lsh_planes(64, 16, heads=4, seed=1).shape
     torch.Size([1, 4, 64, 8])
     """
@@ -112,7 +114,8 @@ def lsh_planes(
             f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and its opposite)",
         )
     )
-    return _planes(dim, buckets, heads, rounds, seed, torch.device(device or "cpu"))
+    planes: Tensor = _planes(dim, buckets, heads, rounds, seed, torch.device(device or "cpu"))
+    return planes
 
 
 def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> from sparseflash.order import lsh_buckets, lsh_planes
+    >>> from sparseflash.selection.orders import lsh_buckets, lsh_planes
     >>> x, planes = torch.randn(1, 2, 10, 32), lsh_planes(32, 8)[0]
     >>> bool((lsh_buckets(x, planes) == lsh_buckets(3 * x, planes)).all())
     True
@@ -167,7 +170,7 @@ def sorted_order(bucket: Tensor) -> Tensor:
     Examples
     --------
     >>> import torch
-    >>> from sparseflash.order import sorted_order
+    >>> from sparseflash.selection.orders import sorted_order
     >>> sorted_order(torch.tensor([[[1, 0, 1, 0]]])).tolist()
     [[[1, 3, 0, 2]]]
     """

@@ -1,0 +1,85 @@
+"""`pooled`: what a block of tokens looks like as one vector."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..numerics import state_dtype
+from ..plan.options import is_length
+from .grid import check_keep
+
+Pooling = Literal["mean", "max", "min", "absmax"]
+
+
+def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None = None) -> Tensor:
+    """Each block of `size` tokens as one vector: their mean, largest, smallest, or largest absolute numbers.
+
+    A last block that is shorter counts its own tokens, and padding counts in none (it may hold anything).
+    Means of keys and queries are the block scores of MInference (arXiv 2407.02490) and FlexPrefill
+    (2502.20766); largest, smallest and mean side by side are the keys of SeerAttention's gate (2410.13276).
+
+    Parameters
+    ----------
+    x : Tensor
+        `[B,H,T,D]`, floating point, any strides.
+    size : int
+        Tokens of a block.
+    how : "mean", "max", "min" or "absmax"
+        Lane by lane.
+    keep : Tensor, optional
+        bool `[B|1, T]`, True = a real token.
+
+    Returns
+    -------
+    Tensor, [B, H, ceil(T / size), D]
+        fp32 (fp64 for fp64); 0 for a block without a real token. No gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import pooled
+    >>> pooled(torch.arange(5.0).view(1, 1, 5, 1), 2)[0, 0, :, 0].tolist()
+    [0.5, 2.5, 4.0]
+    """
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise SparseFlashError(f"x: {given}; expected floating point [B,H,T,D]")
+    require((is_length(size, 1), f"size={size!r}: expected a positive int, the tokens of a block"))
+    if how not in ("mean", "max", "min", "absmax"):
+        raise SparseFlashError(f"how={how!r}: expected mean, max, min or absmax")
+    B, T, work = x.shape[0], x.shape[2], state_dtype(x)
+    check_keep("keep", keep, T, B)
+    x = x.detach()
+    n = -(-T // size)
+    whole = T // size
+    if keep is None and T == whole * size:
+        return _reduce(_split(x, size), how, work)
+    if keep is None:
+        parts = [_reduce(_split(x[:, :, : whole * size], size), how, work)] if whole else []
+        return torch.cat([*parts, _reduce(x[:, :, None, whole * size :], how, work)], 2)
+    x = _split(torch.nn.functional.pad(x, (0, 0, 0, n * size - T)), size)
+    real = torch.nn.functional.pad(keep, (0, n * size - T)).view(len(keep), 1, n, size, 1).to(x.device)
+    if how == "mean":
+        total = torch.where(real, x, 0).sum(3, dtype=work)
+        return total / real.sum(3).clamp(min=1)
+    nothing = {"max": -torch.inf, "min": torch.inf, "absmax": 0}[how]
+    found = _reduce(torch.where(real, x, nothing), how, work)
+    return torch.where(real.any(3), found, 0)
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """[B,H,n * size,D] as [B,H,n,size,D]."""
+    B, H, T, D = x.shape
+    return x.view(B, H, T // size, size, D)
+
+
+def _reduce(x: Tensor, how: str, work: torch.dtype) -> Tensor:
+    if how == "mean":
+        return x.mean(3, dtype=work)
+    if x.shape[2] == 0:
+        return x.new_zeros((*x.shape[:3], x.shape[4]), dtype=work)
+    return {"max": x.amax, "min": x.amin, "absmax": x.abs().amax}[how](3).to(work)
