@@ -82,6 +82,55 @@ class Likeness(NamedTuple):
     backend: str = ""
 
 
+class Probing(NamedTuple):
+    """Options of `selection.probe`: place i of the distances is `position - key = i - before`."""
+
+    scale: float
+    softcap: float
+    width: int  # distances
+    before: int
+    consecutive: bool  # whether row i + 1 of a sequence stands one behind row i
+    backend: str = ""
+
+
+class Masses(NamedTuple):
+    """Options of `selection.tile_mass`: rows of a tile, columns of a unit, what becomes of their weights."""
+
+    scale: float
+    softcap: float
+    tile: int
+    unit: int
+    joint: bool  # weights are relative to the tile, not to a softmax of each row
+    peak: bool
+    backend: str = ""
+
+
+class Best(NamedTuple):
+    """Options of `selection.top_indices`."""
+
+    k: int
+    backend: str = ""
+
+
+class Running(NamedTuple):
+    """Options of `selection.running_kth`: no k is larger than `most`."""
+
+    most: int
+    backend: str = ""
+
+
+def in_order(score: Tensor, among: Tensor | None) -> Tensor:
+    """Scores as integers of one order: NaN below all numbers, below that what is not among those asked."""
+    wide = score.dtype == torch.float64
+    kind = torch.int64 if wide else torch.int32
+    low = torch.iinfo(kind).min
+    bits = (score if wide else score.float()).contiguous().view(kind)
+    bits = torch.where(bits < 0, bits ^ torch.iinfo(kind).max, bits)
+    bits = torch.where(score == 0, 0, bits)  # of either sign
+    bits = torch.where(score.isnan(), low + 1, bits)
+    return bits if among is None else torch.where(among, bits, low)
+
+
 def state_dtype(q: Tensor) -> torch.dtype:
     """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -8,7 +8,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..numerics import Choice, Likeness, Linear, Pointwise, Softmax, Statistics, Stick
+from ..numerics import (
+    Best,
+    Choice,
+    Likeness,
+    Linear,
+    Masses,
+    Pointwise,
+    Probing,
+    Running,
+    Softmax,
+    Statistics,
+    Stick,
+)
 from ..plan import Plan
 
 
@@ -179,4 +191,30 @@ class Backend(Protocol):
         options: Stick,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
+        ...
+
+    def probe(
+        self, q: Tensor, k: Tensor, sees: Tensor, at: Tensor, keep: Tensor | None, options: Probing
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For some rows: lse, and the sums of their weights by key and by distance."""
+        ...
+
+    def tile_mass(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        sees: Tensor,
+        keep: Tensor | None,
+        level: Tensor | None,
+        options: Masses,
+    ) -> Tensor:
+        """Weights of rows against columns, by tile and unit."""
+        ...
+
+    def top_indices(self, scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
+        """The places of the best scores of each row."""
+        ...
+
+    def running_kth(self, x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
+        """The k-th largest up to each place, and where each place falls out."""
         ...

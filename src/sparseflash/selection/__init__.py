@@ -5,14 +5,34 @@ Tensors in, indices and plans out; nothing here has a gradient. Block-sparse att
 >>> import torch, sparseflash as sf
 >>> q, k, v = torch.randn(3, 1, 2, 512, 32)
 >>> grid = sf.selection.Grid(512, 512, tile=64, unit=64)
->>> score = sf.selection.pooled(q, 64) @ sf.selection.pooled(k, 64).mT
->>> plan = grid.plan(sf.selection.top_k(score, 4, grid.reach()) | grid.near(sink=1))
+>>> mass = sf.selection.tile_mass(q, k, grid, "mean")
+>>> plan = grid.plan(sf.selection.top_p(mass, 0.9, grid.reach()) | grid.near(sink=1))
 >>> sf.attention(q, k, v, plan).shape
 torch.Size([1, 2, 512, 32])
 """
 
-from .budgets import top_k
+from .budgets import above, running_kth, share, top_indices, top_k, top_p
 from .grid import Grid
+from .mass import tile_mass
+from .orders import coverage, lsh_buckets, lsh_planes, random_bits, sorted_order
+from .probes import Probe, probe
 from .scores import pooled
 
-__all__ = ["Grid", "pooled", "top_k"]
+__all__ = [
+    "Grid",
+    "Probe",
+    "above",
+    "coverage",
+    "lsh_buckets",
+    "lsh_planes",
+    "pooled",
+    "probe",
+    "random_bits",
+    "running_kth",
+    "share",
+    "sorted_order",
+    "tile_mass",
+    "top_indices",
+    "top_k",
+    "top_p",
+]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..dispatch import choose
+from ..errors import SparseFlashError, require
+from ..numerics import Best, Running, in_order, state_dtype
+from ..ops._arguments import as_backend
+from ..ops._register import register
+from ..plan.options import host, is_count
 
 
 def _candidates(score: Tensor, among: Tensor | None) -> Tensor:
@@ -48,24 +56,23 @@ def _of_heads(name: str, x: object, score: Tensor, axes: int = 1) -> Tensor | fl
     )
 
 
-def _ordered(score: Tensor, among: Tensor) -> Tensor:
-    """Scores as integers of their order: NaN below all numbers, what is no candidate below that."""
-    wide = score.dtype == torch.float64
-    kind = torch.int64 if wide else torch.int32
-    bits = (score if wide else score.float()).detach().contiguous().view(kind)
-    bits = torch.where(bits < 0, bits ^ torch.iinfo(kind).max, bits)
-    bits = torch.where(score == 0, 0, bits)  # -0.0 is 0.0
-    low = torch.iinfo(kind).min
-    return torch.where(among, torch.where(score.isnan(), low + 1, bits), low)
+def _order(score: Tensor, among: Tensor) -> Tensor:
+    """Places of the last axis from the best to the worst."""
+    return in_order(score.detach(), among).argsort(dim=-1, descending=True, stable=True)
 
 
-def _ranked(score: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores from the best to the worst, along the last axis, as places; and the rank of each place."""
-    order = _ordered(score, among).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return order, rank
+def _unsort(sorted_keep: Tensor, order: Tensor) -> Tensor:
+    return torch.zeros_like(sorted_keep).scatter_(-1, order, sorted_keep)
+
+
+def _first_of(score: Tensor, among: Tensor) -> Tensor:
+    """The best candidate of each row, where there is one."""
+    n = score.shape[-1]
+    if not n:
+        return among
+    order = in_order(score.detach(), among)
+    tie = among & (order == order.amax(-1, keepdim=True))
+    return tie & (tie.cumsum(-1) == 1)
 
 
 def top_k(score: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tensor:
@@ -94,6 +101,268 @@ def top_k(score: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tensor
     """
     among = _candidates(score, among)
     most = _of_heads("k", k, score)
-    _, rank = _ranked(score, among)
+    place = torch.arange(score.shape[-1], device=score.device)
     most = most.clamp(min=1) if isinstance(most, Tensor) else max(most, 1)
-    return among & (rank < most)
+    return among & _unsort((place < most).expand(score.shape), _order(score, among))
+
+
+def top_p(mass: Tensor, p: float | Tensor, among: Tensor | None = None, *, over: int = 1) -> Tensor:
+    """The fewest units of each row that hold the share p of its mass.
+
+    Parameters
+    ----------
+    mass : Tensor
+        Floating point `[..., n]`, `[..., R, n]` for `over=2`: not negative; NaN is no mass, and comes last.
+    p : float or Tensor
+        A number, or `[H]` or `[B|1, H]`. The unit that crosses it is kept; 1 or more is all of `among`.
+    among : Tensor, optional
+        bool that broadcasts to the mass: nothing else is ever kept or counted.
+    over : 1 or 2
+        Whether rows have a budget of their own (XAttention, arXiv 2503.16428), or all rows of a head one
+        together (FlexPrefill, 2502.20766, algorithm 4), with the best of each row kept in any case.
+
+    Returns
+    -------
+    Tensor, bool, like the mass
+        Of equal masses those of lower units (rows before units for `over=2`). A row with a candidate keeps
+        one. A larger p keeps what a smaller does. p is a share of an estimate, and no recall.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import top_p
+    >>> top_p(torch.tensor([[0.5, 0.1, 0.3, 0.1]]), 0.7).int().tolist()
+    [[1, 0, 1, 0]]
+    """
+    among = _candidates(mass, among)
+    require(
+        (
+            over in (1, 2) and mass.dim() >= over,
+            f"over={over!r}: expected 1, or 2 for masses of two axes and more",
+        )
+    )
+    share = _of_heads("p", p, mass, axes=over)
+    shape = mass.shape
+    flat, own = mass.detach(), among
+    if over == 2:
+        flat, own = flat.flatten(-2), among.flatten(-2)
+        share = share.flatten(-2) if isinstance(share, Tensor) and share.dim() else share
+    order = _order(flat, own)
+    there = torch.where(own, flat, 0).nan_to_num(nan=0).clamp(min=0).double().gather(-1, order)
+    reached = there.cumsum(-1)
+    whole = reached[..., -1:] if flat.shape[-1] else reached
+    keep = _unsort(reached - there < share * whole, order)
+    keep = (own & (keep | (torch.as_tensor(share, device=mass.device) >= 1))).view(shape)
+    return keep | _first_of(mass, among)
+
+
+def above(
+    score: Tensor,
+    bound: float | Tensor,
+    among: Tensor | None = None,
+    *,
+    of: Literal["row-max", "value"] = "row-max",
+) -> Tensor:
+    """The units whose score reaches a bound.
+
+    Parameters
+    ----------
+    score : Tensor
+        Floating point `[..., n]`.
+    bound : float or Tensor
+        A number, `[H]` or `[B|1, H]`, or a tensor of as many axes as the scores that broadcasts to them.
+    among : Tensor, optional
+        bool that broadcasts to the scores: nothing else is ever kept.
+    of : "row-max" or "value"
+        Whether the bound is a share of the row's largest candidate (FlashPrefill, arXiv 2603.06199: alpha
+        0.1), or the score itself (SeerAttention, 2410.13276; AnchorAttention, 2505.23520, with the anchors
+        less theta).
+
+    Returns
+    -------
+    Tensor, bool, like the scores
+        A row none of whose candidates reaches the bound keeps its best one. NaN reaches nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import above
+    >>> above(torch.tensor([[0.6, 0.1, 0.3]]), 0.5).int().tolist()
+    [[1, 0, 1]]
+    """
+    among = _candidates(score, among)
+    require((of in ("row-max", "value"), f"of={of!r}: expected row-max or value"))
+    least = _of_heads("bound", bound, score, axes=0)
+    score = score.detach()
+    if of == "row-max" and score.shape[-1]:
+        known = among & ~score.isnan()
+        least = least * torch.where(known, score, -torch.inf).amax(-1, keepdim=True)
+    return (among & (score >= least)) | _first_of(score, among)
+
+
+def _best(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
+    return choose("top_indices", options.backend, scores).top_indices(scores, among, options)
+
+
+def _no_best(scores: Any, among: Any, options: Best) -> Tensor:
+    found: Tensor = scores.new_empty((scores.shape[0], options.k), dtype=torch.int32)
+    return found
+
+
+_top_indices = register("selection_top_indices", _best, _no_best)
+
+
+def top_indices(scores: Tensor, k: int, among: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """The places of the k best scores of each row: `top_k` as a list.
+
+    On the CPU one pass over the scores, in a tenth of the time of `torch.topk`.
+
+    Parameters
+    ----------
+    scores : Tensor
+        Floating point `[..., n]`.
+    k : int
+        Places of a row, at least 1.
+    among : Tensor, optional
+        bool that broadcasts to the scores: nothing else is named.
+    backend : str, optional
+        "reference" or "cpu"; None chooses the fastest usable one.
+
+    Returns
+    -------
+    Tensor, int32 [..., min(k, n)]
+        Ascending; -1 behind the last where a row has fewer candidates. Of equal scores the lower places; NaN
+        after every number.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import top_indices
+    >>> top_indices(torch.tensor([[3.0, 1.0, 3.0, 3.0]]), 2).tolist()
+    [[0, 2]]
+    """
+    own = None if among is None else _candidates(scores, among)
+    _candidates(scores, None)
+    require((is_count(k, 1), f"k={k!r}: expected a positive int"))
+    *lead, n = scores.shape
+    options = Best(min(k, n), as_backend(backend))
+    flat = scores.detach().reshape(-1, n) if n else scores.new_empty((math.prod(lead), 0))
+    if own is not None:
+        own = own.reshape(-1, n) if n else own.new_empty((math.prod(lead), 0))
+    return _top_indices(flat, own, options).view(*lead, options.k)
+
+
+def _running(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
+    return choose("running_kth", options.backend, x).running_kth(x, k, options)
+
+
+def _no_running(x: Any, k: Any, options: Running) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape, dtype=torch.int32)
+
+
+_running_kth = register("selection_running_kth", _running, _no_running)
+
+
+@overload
+def running_kth(
+    x: Tensor, k: int | Tensor, *, return_until: Literal[False] = ..., backend: str | None = ...
+) -> Tensor: ...
+@overload
+def running_kth(
+    x: Tensor, k: int | Tensor, *, return_until: Literal[True], backend: str | None = ...
+) -> tuple[Tensor, Tensor]: ...
+def running_kth(
+    x: Tensor, k: int | Tensor, *, return_until: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The k-th largest of all scores so far: what a key must reach to be among the k best of the past.
+
+    Dynamic-mask attention (arXiv 2508.02124) and caches that evict by score keep those; on the CPU a heap
+    finds them in O(T log k).
+
+    Parameters
+    ----------
+    x : Tensor
+        Floating point `[..., T]`: scores in the order of time; heads, where k differs by them, are axis 1.
+    k : int or Tensor
+        How many there are to be, at least 1: a number, or integers `[H]` or `[B|1, H]`.
+    return_until : bool
+        Also return where each score falls out.
+    backend : str, optional
+        "reference" or "cpu"; None chooses the fastest usable one.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        kth, fp32 (fp64 for fp64) like x: place t holds the k-th largest of `x[..., :t + 1]`, -inf while there
+        are fewer. until, int32 like x: the first place from j on at which score j is not among the k largest
+        (j itself where it never is), T where there is none: its lifetime is `j .. until - 1`, which
+        `Plan.from_expiry` takes. Of equal scores the earlier stays; NaN ranks below every number.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import running_kth
+    >>> kth, until = running_kth(torch.tensor([2.0, 1.0, 3.0, 1.0]), 2, return_until=True)
+    >>> kth.tolist(), until.tolist()
+    ([-inf, 1.0, 2.0, 2.0], [4, 2, 4, 3])
+    """
+    _candidates(x, None)
+    require((isinstance(return_until, bool), f"return_until={return_until!r}: expected True or False"))
+    each = _of_heads("k", k, x)
+    T = x.shape[-1]
+    longest = T + 1  # as good as any larger number
+    whole = not (each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, float))
+    require((whole, f"k={k!r}: expected integers"))
+    if isinstance(each, Tensor):
+        most = int(each.max()) if host(each) and each.numel() else longest
+        each = each.clamp(1, longest).int().expand(*x.shape[:-1], 1)[..., 0].reshape(-1).contiguous()
+    else:
+        most = int(each)
+        require((most >= 1, f"k={k!r}: expected at least 1"))
+        rows = math.prod(x.shape[:-1])
+        each = torch.full((rows,), min(most, longest), dtype=torch.int32, device=x.device)
+    flat = x.detach().to(state_dtype(x)).reshape(each.shape[0], T)
+    options = Running(max(1, min(most, T)), as_backend(backend))
+    kth, until = (found.view(x.shape) for found in _running_kth(flat, each, options))
+    return (kth, until) if return_until else kth
+
+
+def share(x: Tensor, Hkv: int, how: Literal["any", "sum", "max", "vote"] = "any") -> Tensor:
+    """One choice, or one score, for the query heads that share a head of K.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[B, Hq, ...]`: bool for "any" and "vote", numbers for "sum" and "max".
+    Hkv : int
+        Heads of K, which divide Hq.
+    how : "any", "sum", "max" or "vote"
+        What one head wants; the sum or the largest of the scores; what at least half of the heads want.
+
+    Returns
+    -------
+    Tensor, [B, Hkv, ...]
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import share
+    >>> share(torch.tensor([[[True, False], [False, False], [True, True]]]), 1, "vote").int().tolist()
+    [[[1, 0]]]
+    """
+    require((how in ("any", "sum", "max", "vote"), f"how={how!r}: expected any, sum, max or vote"))
+    kind = torch.bool if how in ("any", "vote") else None
+    good = isinstance(x, Tensor) and x.dim() >= 2 and (x.dtype == torch.bool) == (kind is torch.bool)
+    given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+    want = "bool" if kind is torch.bool else "numbers"
+    require(
+        (good, f"x: {given}; expected {want} [B,Hq,...] for how={how!r}"),
+        (is_count(Hkv, 1), f"Hkv={Hkv!r}: expected a positive int"),
+    )
+    require((x.shape[1] % Hkv == 0, f"Hkv={Hkv} does not divide the {x.shape[1]} heads of x"))
+    grouped = x.detach().view(x.shape[0], Hkv, x.shape[1] // Hkv, *x.shape[2:])
+    if how == "any":
+        return grouped.any(2)
+    if how == "vote":
+        return 2 * grouped.sum(2) >= grouped.shape[2]
+    return grouped.sum(2) if how == "sum" else grouped.amax(2)

@@ -216,6 +216,15 @@ class Grid:
             **fields,
         )
 
+    def ends(self, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Positions where groups of so many queries end and blocks of so many keys begin, int64 `[B|1, n]`.
+
+        Real tokens count; a group without one ends at -2^40, a block without one begins at 2^40.
+        """
+        q = _ends(self.q_positions(device), self.q_keep, None, group)
+        k = _ends(torch.arange(self.Tk, device=device)[None], self.k_keep, None, block)
+        return q.last[:, 0], k.first[:, 0]
+
     def _reach(self, q: _Ends, k: _Ends) -> Tensor:
         some = (q.last[..., None] > -FAR) & (k.last[..., None, :] > -FAR)
         return some & (k.first[..., None, :] <= q.last[..., None]) if self.causal else some

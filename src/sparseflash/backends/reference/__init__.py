@@ -8,6 +8,7 @@ from torch import Tensor
 from .indexer import indexer_loss, indexer_topk
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
+from .selection import probe, running_kth, tile_mass, top_indices
 from .softmax import backward, decode, forward, stats
 from .stick import stick_backward, stick_forward
 
@@ -22,11 +23,15 @@ __all__ = [
     "linear_forward",
     "pointwise_backward",
     "pointwise_forward",
+    "probe",
     "refuse",
+    "running_kth",
     "stats",
     "status",
     "stick_backward",
     "stick_forward",
+    "tile_mass",
+    "top_indices",
 ]
 
 NAME = "reference"

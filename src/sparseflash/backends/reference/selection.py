@@ -1,0 +1,169 @@
+"""What `selection` estimates and picks, some rows at a time: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...numerics import Best, Masses, Probing, Running, in_order, state_dtype
+
+HELD = 1 << 22
+"""Scores that are held at a time."""
+STEPS = 64
+"""Places that `running_kth` goes in one step."""
+
+
+def _logits(rows: Tensor, columns: Tensor, scale: float, softcap: float) -> Tensor:
+    """[B,Hq,n,m] of rows [B,Hq,n,E] and columns [B,Hkv,m,E], without a copy of them per query head."""
+    (B, Hq, n, E), (_, Hkv, m, _), work = rows.shape, columns.shape, state_dtype(rows)
+    grouped = rows.to(work).reshape(B, Hkv, Hq // Hkv * n, E)
+    x = (grouped @ columns.to(work).mT).view(B, Hq, n, m) * scale
+    return torch.tanh(x / softcap) * softcap if softcap else x
+
+
+def _seen(sees: Tensor, keep: Tensor | None, first: int, m: int) -> Tensor:
+    """Whether a row [B,n] sees the columns first .. first + m - 1: [B,1,n,m]."""
+    seen = torch.arange(first, first + m, device=sees.device) < sees[..., None]
+    if keep is not None:
+        seen = seen & keep[:, None, first : first + m]
+    return seen[:, None]
+
+
+def probe(
+    q: Tensor, k: Tensor, sees: Tensor, at: Tensor, keep: Tensor | None, options: Probing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse [B,Hq,n], and the sums of P by key [B,Hq,Tk] and by distance [B,Hq,width]."""
+    (B, Hq, n, _), Tk, work = q.shape, k.shape[2], state_dtype(q)
+    lse = torch.full((B, Hq, n), -torch.inf, dtype=work, device=q.device)
+    keys = torch.zeros((B, Hq, Tk), dtype=work, device=q.device)
+    distances = torch.zeros((B, Hq, options.width + 1), dtype=work, device=q.device)  # the last is none
+    step = max(1, min(Tk, HELD // max(1, B * Hq * n)))
+    if not B * n:
+        return lse, keys, distances[..., :-1]
+
+    def scores(first: int) -> tuple[Tensor, Tensor]:
+        part = k[:, :, first : first + step]
+        seen = _seen(sees, keep, first, part.shape[2])
+        wanted = seen.any(2)[:, 0]  # what no row sees may hold anything
+        part = torch.where(wanted[:, None, :, None], part, 0)
+        return _logits(q, part, options.scale, options.softcap).masked_fill(~seen, -torch.inf), seen
+
+    for first in range(0, Tk, step):
+        lse = torch.logaddexp(lse, scores(first)[0].logsumexp(-1))
+    some = lse > -torch.inf
+    level = torch.where(some | lse.isnan(), lse, 0)[..., None]
+    for first in range(0, Tk, step):
+        x, seen = scores(first)
+        p = torch.where(seen, torch.exp(x - level), 0)
+        keys[..., first : first + step] = p.sum(2)
+        _by_distance(p, at, first, options, distances)
+    return lse, keys, distances[..., :-1]
+
+
+def _by_distance(p: Tensor, at: Tensor, first: int, options: Probing, into: Tensor) -> None:
+    """Add P [B,H,n,m] of rows at positions [B,n] and keys from `first` on; no two terms meet in one call."""
+    B, H, n, m = p.shape
+    none = options.width
+
+    def add(x: Tensor, place: Tensor) -> None:
+        inside = (place >= 0) & (place < none)
+        place = torch.where(inside, place, none)[:, None].expand(B, H, -1)
+        into.scatter_add_(-1, place, torch.where(inside[:, None], x, 0))
+
+    if options.consecutive:  # each row one further to the right: diagonals become columns
+        skew = torch.nn.functional.pad(p.flip(-1), (0, n)).flatten(2)[..., : n * (m + n - 1)]
+        shift = torch.arange(m + n - 1, device=p.device) - (m - 1) - first + options.before
+        add(skew.reshape(B, H, n, m + n - 1).sum(2), at[:, :1].long() + shift)
+        return
+    key = torch.arange(first, first + m, device=p.device)
+    for i in range(n):
+        add(p[:, :, i], at[:, i : i + 1].long() - key + options.before)
+
+
+def tile_mass(
+    rows: Tensor,
+    columns: Tensor,
+    sees: Tensor,
+    keep: Tensor | None,
+    level: Tensor | None,
+    options: Masses,
+) -> Tensor:
+    """Weights of rows [B,Hq,n,E] against columns [B,Hkv,m,E], by tile and unit: [B,Hq,R,C], rows of sum 1.
+
+    A row weighs by its own softmax, by exp(score - level) where levels [B,Hq,n] are given, or (`joint`)
+    relative to the largest score of its tile.
+    """
+    (B, Hq, n, _), m, work = rows.shape, columns.shape[2], state_dtype(rows)
+    R, C = -(-n // options.tile), -(-m // options.unit)
+    found = torch.zeros((B, Hq, R, C), dtype=work, device=rows.device)
+    step = max(1, HELD // max(1, B * Hq * options.tile * m))
+    if not B * n * m:
+        return found
+    if keep is not None:
+        columns = torch.where(keep[:, None, :, None], columns, 0)
+    for r in range(0, R, step):
+        part = slice(r * options.tile, (r + step) * options.tile)
+        x = _logits(rows[:, :, part], columns, options.scale, options.softcap)
+        seen = _seen(sees[:, part], keep, 0, m)
+        short = -x.shape[2] % options.tile
+        x = torch.nn.functional.pad(torch.where(seen, x, -torch.inf), (0, 0, 0, short), value=-torch.inf)
+        x = x.view(B, Hq, -1, options.tile, m)
+        if level is None:
+            top = x.amax((-1, -2) if options.joint else -1, keepdim=True)
+        else:
+            own = torch.nn.functional.pad(level[:, :, part], (0, short), value=-torch.inf)
+            top = own.view(*x.shape[:-1], 1)
+            x = x.masked_fill(top == -torch.inf, -torch.inf)
+        p = torch.exp(x - torch.where(top == -torch.inf, 0, top))
+        if level is None and not options.joint:
+            total = p.sum(-1, keepdim=True)
+            p = p / torch.where(total == 0, 1, total)
+        p = torch.nn.functional.pad(p.amax(3) if options.peak else p.sum(3), (0, C * options.unit - m))
+        p = p.view(B, Hq, -1, C, options.unit)
+        found[:, :, r : r + step] = p.amax(-1) if options.peak else p.sum(-1)
+    total = found.sum(-1, keepdim=True)
+    return found / torch.where(total == 0, 1, total)
+
+
+def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
+    """int32 [N,k]: ascending places of the best of scores [N,n], -1 behind the last."""
+    n = scores.shape[-1]
+    order = in_order(scores, among).argsort(dim=-1, descending=True, stable=True)[..., : options.k]
+    if among is not None:
+        order = torch.where(among.gather(-1, order), order, n)
+    order = order.sort(-1).values
+    return torch.where(order < n, order, -1).int()
+
+
+def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
+    """Of x [N,T] and k [N]: the k-th largest up to each place, and where each place is among them no more.
+
+    Some places at a time beside the best of all earlier ones: memory and work grow with T times the largest
+    k.
+    """
+    N, T = x.shape
+    kth = torch.full_like(x, -torch.inf)
+    until = torch.full((N, T), T, dtype=torch.int32, device=x.device)
+    most = min(T, options.most)
+    value = torch.full((N, most), -torch.inf, dtype=x.dtype, device=x.device)
+    place = torch.full((N, most), T, dtype=torch.int64, device=x.device)  # T: none
+    for first in range(0, T, STEPS):
+        here = torch.arange(first, min(first + STEPS, T), device=x.device)
+        values = torch.cat([value, x[:, first : first + STEPS]], -1)
+        places = torch.cat([place, here.expand(N, -1)], -1)
+        ranked = in_order(values, places < T).argsort(dim=-1, descending=True, stable=True)
+        values, places = values.gather(-1, ranked), places.gather(-1, ranked)
+        # which of them there are at each place, and how many of those are as good or better
+        there = (places[:, None] <= here[:, None]) & (places < T)[:, None]
+        rank = there.cumsum(-1)
+        among = there & (rank <= k[:, None, None])
+        last = (there & (rank == k[:, None, None])).byte().argmax(-1)
+        full = rank[..., -1] >= k[:, None]
+        kth[:, first : first + STEPS] = torch.where(full, values.gather(-1, last), -torch.inf)
+        stays = torch.where(places < T, torch.maximum(places, here[:1]) + among.sum(1), T)
+        gone = (stays <= here[-1]) & (places < T)
+        until = torch.cat([until, until[:, :1]], -1)
+        until = until.scatter(-1, torch.where(gone, places, T), torch.where(gone, stays, T).int())[:, :T]
+        value, place = values[:, :most], torch.where(gone, T, places)[:, :most]
+        value = torch.where(place < T, value, -torch.inf)
+    return kth, until
