@@ -15,22 +15,24 @@ def _fail(message: str) -> None:
     raise PlanError(message)
 
 
+def check_order(order: Tensor | None, T: int, name: str) -> None:
+    """That an order of rows names tokens that exist, each once."""
+    if order is None or not order.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(order))
+    if low < -1 or high >= T:
+        _fail(f"{name} holds {low}..{high}: tokens are 0..{T - 1}, -1 is an empty lane")
+    lists = order.reshape(-1, order.shape[-1]).long()
+    token = (lists + T * torch.arange(len(lists), device=order.device)[:, None])[lists >= 0]
+    token = token.sort().values
+    if bool((token[1:] == token[:-1]).any()):
+        _fail(f"{name} names a token twice: an order is injective; use a tuple of plans for repeated tokens")
+
+
 def check_values(plan: Record) -> None:
     """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
-    for name, T in (("q_order", plan.Tq), ("k_order", plan.Tk)):
-        order = getattr(plan, name)
-        if order is None or not order.numel():
-            continue
-        low, high = (int(x) for x in torch.aminmax(order))
-        if low < -1 or high >= T:
-            _fail(f"{name} holds {low}..{high}: tokens are 0..{T - 1}, -1 is an empty lane")
-        lists = order.reshape(-1, order.shape[-1]).long()
-        token = (lists + T * torch.arange(len(lists), device=order.device)[:, None])[lists >= 0]
-        token = token.sort().values
-        if bool((token[1:] == token[:-1]).any()):
-            _fail(
-                f"{name} names a token twice: an order is injective; use a tuple of plans for repeated tokens"
-            )
+    check_order(plan.q_order, plan.Tq, "q_order")
+    check_order(plan.k_order, plan.Tk, "k_order")
     for pre, pool, of in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
         if pool is None:
             continue

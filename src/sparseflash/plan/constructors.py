@@ -304,14 +304,27 @@ class Constructors(Record):
         tile: int = TILE,
         unit: int = UNIT,
         causal: bool = False,
+        q_offset: int | Tensor = 0,
+        q_order: Tensor | None = None,
+        k_order: Tensor | None = None,
         capacity: int | None = None,
     ) -> Self:
         """Blocks of `tile` queries x `unit` keys, True = attends.
 
-        `keep_blocks` is bool `[B|1, H|1, ceil(Tq/tile), ceil(Tk/unit)]`.
-        With `causal` (queries at positions 0, 1, ...), blocks in the future are left out and those on the
-        diagonal masked. `capacity` bounds the blocks of a tile, so that shapes do not depend on values (the
-        default on accelerators is no bound); blocks beyond it are dropped and `overflow` is set.
+        With `causal`, blocks in the future are left out and those on the diagonal masked.
+
+        Parameters
+        ----------
+        keep_blocks : Tensor
+            bool `[B|1, H|1, R, C]`: R tiles of `tile` query rows, C units of `unit` key rows.
+        q_offset : int or Tensor
+            Position of the first query: an int, or integers 0-d or `[B]` (chunks of a prompt).
+        q_order, k_order : Tensor, optional
+            Integers `[B|1, H|1, rows]`: the token of each row, -1 for an empty lane; blocks are then of rows
+            (sorted or clustered tokens, tiles of an image or a video). Positions stay those of the tokens.
+        capacity : int, optional
+            Bounds the blocks of a tile, so that shapes do not depend on values (on accelerators the default
+            is room for all); blocks beyond it are dropped and `overflow` is set.
 
         Examples
         --------
@@ -322,7 +335,16 @@ class Constructors(Record):
         """
         return cls._made(
             **listed.from_blocks(
-                keep_blocks, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, capacity=capacity
+                keep_blocks,
+                Tq=Tq,
+                Tk=Tk,
+                tile=tile,
+                unit=unit,
+                causal=causal,
+                q_offset=q_offset,
+                q_order=q_order,
+                k_order=k_order,
+                capacity=capacity,
             )
         )
 
@@ -336,14 +358,16 @@ class Constructors(Record):
         tile: int = 1,
         unit: int = 1,
         causal: bool = False,
-        q_offset: int = 0,
+        q_offset: int | Tensor = 0,
+        q_order: Tensor | None = None,
+        k_order: Tensor | None = None,
         unique: bool = False,
         capacity: int | None = None,
     ) -> Self:
         """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
 
-        Say `unique=True` where no list names a key twice; otherwise doubles are dropped. With `causal` the
-        first query sits at position `q_offset`.
+        Say `unique=True` where no list names a key twice; otherwise doubles are dropped. The other arguments
+        are those of `from_blocks`.
 
         Examples
         --------
@@ -361,6 +385,8 @@ class Constructors(Record):
                 unit=unit,
                 causal=causal,
                 q_offset=q_offset,
+                q_order=q_order,
+                k_order=k_order,
                 unique=unique,
                 capacity=capacity,
             )
@@ -427,9 +453,23 @@ class Constructors(Record):
 
     @classmethod
     def from_spans(
-        cls, spans: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False
+        cls,
+        spans: Tensor,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = TILE,
+        unit: int = UNIT,
+        causal: bool = False,
+        q_offset: int | Tensor = 0,
+        q_order: Tensor | None = None,
+        k_order: Tensor | None = None,
+        capacity: int | None = None,
     ) -> Self:
         """Key ranges `[lo, hi)` of each tile: integers `[B|1, H|1, ceil(Tq/tile), m, 2]`, lo = hi is empty.
+
+        Ranges are of key rows, which are tokens but under a `k_order`. The other arguments are those of
+        `from_blocks`.
 
         Examples
         --------
@@ -438,7 +478,20 @@ class Constructors(Record):
         >>> sf.Plan.from_spans(spans, Tq=1, Tk=6).to_dense()[0, 0].int().tolist()
         [[1, 1, 0, 0, 0, 1]]
         """
-        return cls._made(**listed.from_spans(spans, Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal))
+        return cls._made(
+            **listed.from_spans(
+                spans,
+                Tq=Tq,
+                Tk=Tk,
+                tile=tile,
+                unit=unit,
+                causal=causal,
+                q_offset=q_offset,
+                q_order=q_order,
+                k_order=k_order,
+                capacity=capacity,
+            )
+        )
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Self:

@@ -1,12 +1,12 @@
 """Constructors from what a method has already listed: blocks, keys, ranges.
 
-On the host lists are compact. On accelerators and inside compiled functions their shapes are static, so that
-no value has to be looked at.
+Whether a tile sees a unit or a range whole, in part or not at all is decided by their extreme positions, so
+that rows may lie in any order and begin anywhere. On the host lists are compact. On accelerators and inside
+compiled functions their shapes are static, so that no value has to be looked at.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +25,13 @@ from ..options import (
     host,
     is_count,
     is_length,
+    laid_out,
     normal_offset,
     shape_of,
+    spread_heads,
 )
 from ..ragged import begins
+from .extremes import Extremes, RangeExtremes, as_order, extremes, rows_of
 from .native import builders
 from .spans import pack_spans
 
@@ -36,53 +39,102 @@ Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
 Kinds = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 1 << 20
 """Candidates that are looked at in one go."""
-
-
-def _sizes(Tq: int, Tk: int, **options: object) -> None:
-    check_options(**options)
-    require(
-        (is_length(Tq) and is_length(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits"),
-        error=PlanError,
-    )
-
-
-def _first_rows(Tq: int, tile: int, tiles: int, device: torch.device) -> Tensor:
-    """Position of the first query of each tile."""
-    return (torch.arange(tiles, device=device) * tile).clamp(max=max(Tq - 1, 0))
+WHOLE, PART, GONE = 0, 1, 2
+"""What a tile sees of a unit or a range."""
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Tiles of queries against units of keys."""
+class Frame:
+    """Tiles of query rows against units of key rows."""
 
     Tq: int
     Tk: int
     tile: int
     unit: int
     causal: bool
-    q_offset: int = 0
+    q_offset: int | Tensor = 0
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
 
-    def kinds(self, unit_id: Tensor, listed: Tensor, r: Tensor) -> Tensor:
-        """0 full, 1 partial, 2 not visited: units [..., n] of the tiles r [...]."""
-        last = (unit_id + 1) * self.unit - 1
-        whole = last < self.Tk
-        gone = ~listed
-        if self.causal:
-            first = (r * self.tile).clamp(max=max(self.Tq - 1, 0))[..., None]
-            newest = (first + self.tile - 1).clamp(max=self.Tq - 1) + self.q_offset
-            whole = whole & (last <= first + self.q_offset)
-            gone = gone | (unit_id * self.unit > newest)
-        return torch.where(gone, 2, torch.where(whole, 0, 1))
+    def __post_init__(self) -> None:
+        check_options(tile=self.tile, unit=self.unit, causal=self.causal)
+        if not (is_length(self.Tq) and is_length(self.Tk)):
+            raise PlanError(f"Tq={self.Tq!r}, Tk={self.Tk!r}: lengths are ints >= 0, of 32 bits")
+        own: Fields = {"q_offset": normal_offset(self.q_offset)}
+        own["q_order"] = as_order(self.q_order, self.Tq, "q_order")
+        own["k_order"] = as_order(self.k_order, self.Tk, "k_order")
+        vars(self).update(own)
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the query rows take."""
+        return -(-rows_of(self.Tq, self.q_order) // self.tile)
+
+    @property
+    def k_rows(self) -> int:
+        """How many key rows there are."""
+        return rows_of(self.Tk, self.k_order)
+
+    @property
+    def columns(self) -> int:
+        """How many units the key rows take."""
+        return -(-self.k_rows // self.unit)
+
+    def fields(self) -> Fields:
+        """What the plan says beside its lists."""
+        return vars(self) | {}
+
+    def spread(self, given: Tensor) -> Tensor:
+        """`given` [B,H,...] with rows for all that the orders and the offset tell apart."""
+        tables = [x for x in (self.q_order, self.k_order) if x is not None]
+        sizes = {x.shape[0] for x in (given, *tables)}
+        if self.causal and isinstance(self.q_offset, Tensor) and self.q_offset.dim():
+            sizes.add(len(self.q_offset))
+        batch = next((n for n in sizes if n != 1), 1)
+        if len(sizes - {1}) > 1:
+            raise PlanError(
+                f"lists, orders and q_offset have batch sizes {sorted(sizes)}: expected one, or 1"
+            )
+        heads = math.lcm(given.shape[1], *(x.shape[1] for x in tables))
+        return spread_heads(given, heads).expand(batch, *(-1,) * (given.dim() - 1))
+
+    def of_tiles(self, device: torch.device) -> Extremes:
+        """Where the queries of the tiles sit."""
+        return extremes(self.Tq, self.tile, order=self.q_order, offset=self.q_offset, device=device)
+
+    def kinds(self, batch: int, heads: int, device: torch.device) -> Kinds:
+        """WHOLE, PART or GONE of units [..., n], which are `listed` or not, for the lists [...]."""
+        q = self.of_tiles(device).laid_out(batch, heads)
+        k = extremes(self.Tk, self.unit, order=self.k_order, device=device)
+        R, C = self.tiles, self.columns
+        first, last = q.low.reshape(-1), q.high.reshape(-1)
+        shared = self.k_order is None
+        low, high, whole = (
+            x.flatten() if shared else laid_out(x, batch, heads).reshape(-1) for x in vars(k).values()
+        )
+
+        def kind(unit: Tensor, listed: Tensor, cell: Tensor) -> Tensor:
+            cell = cell[..., None]
+            at = unit.clamp(0, max(C - 1, 0)) + (0 if shared else cell // max(R, 1) * C)
+            gone, sure = ~listed | (high[at] < 0) | (last[cell] < first[cell]), whole[at]
+            if self.causal:
+                gone, sure = gone | (low[at] > last[cell]), sure & (high[at] <= first[cell])
+            return torch.where(gone, GONE, torch.where(sure, WHOLE, PART))
+
+        return kind
 
     def lists(
         self, given: Tensor, candidates: Candidates, capacity: int | None, *, unique: bool = True
     ) -> Fields:
         """Unit lists of what is given for each tile, by whoever makes them fastest."""
-        able = capacity is None and isinstance(self.q_offset, int)
-        native = builders(given.numel(), given) if able else None
-        if native is None:
-            return unit_lists(given, candidates, self.kinds, capacity)
-        return native.list_units(given, **dataclasses.asdict(self), unique=unique)
+        plain = self.q_order is None and self.k_order is None and isinstance(self.q_offset, int)
+        if plain and capacity is None and (native := builders(given.numel(), given)):
+            names = ("Tq", "Tk", "tile", "unit", "causal", "q_offset")
+            return native.list_units(given, **{n: getattr(self, n) for n in names}, unique=unique)
+        given = self.spread(given)
+        if not (given.numel() and self.columns):
+            given = given[..., :0]
+        return unit_lists(given, candidates, self.kinds(*given.shape[:2], given.device), capacity)
 
 
 def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
@@ -90,12 +142,12 @@ def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: in
     if capacity is None and host(given):
         return _compact(given, candidates, kinds)
     *lead, width = given.shape
-    r = torch.arange(lead[2], device=given.device).expand(lead)
+    cell = torch.arange(math.prod(lead), device=given.device).view(lead)
     unit_id, listed = candidates(given)
-    kind = kinds(unit_id, listed, r)
+    kind = kinds(unit_id, listed, cell)
     order = torch.argsort(kind, dim=-1, stable=True)
     kind, unit_id = kind.gather(-1, order), unit_id.gather(-1, order)
-    count, full = (kind < 2).sum(-1), (kind == 0).sum(-1)
+    count, full = (kind < GONE).sum(-1), (kind == WHOLE).sum(-1)
     if capacity is not None and capacity < width:
         width = capacity
     start = torch.arange(count.numel(), device=count.device) * width
@@ -103,7 +155,7 @@ def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: in
         "start": start.view(count.shape),
         "full": full.clamp(max=width).int(),
         "count": count.clamp(max=width).int(),
-        "index": torch.where(kind < 2, unit_id, 0)[..., :width].flatten().int(),
+        "index": torch.where(kind < GONE, unit_id, 0)[..., :width].flatten().int(),
         "overflow": (count > width).any().int(),
         "room": width,
     }
@@ -112,7 +164,7 @@ def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: in
 def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
     """The lists behind one another, made so many at a time that they outweigh whatever making them takes."""
     *lead, n = given.shape
-    total, R = math.prod(lead), lead[2]
+    total = math.prod(lead)
     flat = given.reshape(total, n)
     count, full = torch.zeros(2, total, dtype=torch.int32, device=flat.device)
     # pages that stay untouched cost nothing
@@ -121,13 +173,13 @@ def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
     for at in range(0, total if n else 0, step):
         part = flat[at : at + step]
         unit_id, listed = candidates(part)
-        kind = kinds(unit_id, listed, torch.arange(at, at + len(part), device=part.device) % R)
-        visited, sure = kind < 2, kind == 0
+        kind = kinds(unit_id, listed, torch.arange(at, at + len(part), device=part.device))
+        visited, sure = kind < GONE, kind == WHOLE
         own, first = visited.sum(-1, dtype=torch.int32), sure.sum(-1, dtype=torch.int32)
         count[at : at + step], full[at : at + step] = own, first
         piece = unit_id[visited].int()
         if bool(((first > 0) & (first < own)).any()):  # full ones first
-            place = torch.where(sure, sure.cumsum(-1), first[:, None] + (kind == 1).cumsum(-1)) - 1
+            place = torch.where(sure, sure.cumsum(-1), first[:, None] + (kind == PART).cumsum(-1)) - 1
             place = place + begins(own)[:, None]
             piece = torch.empty_like(piece).scatter_(0, place[visited], piece)
         index[used : used + len(piece)] = piece
@@ -139,7 +191,8 @@ def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
     return {"start": start, "full": full.view(lead), "count": count.view(lead), "index": index}
 
 
-def _check_capacity(capacity: int | None) -> None:
+def check_capacity(capacity: int | None) -> None:
+    """A capacity is a positive number of entries of a tile, or None."""
     require(
         (
             capacity is None or is_count(capacity, 1),
@@ -157,12 +210,15 @@ def from_blocks(
     tile: int = TILE,
     unit: int = UNIT,
     causal: bool = False,
+    q_offset: int | Tensor = 0,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
     capacity: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_blocks`."""
-    _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
-    _check_capacity(capacity)
-    R, C = -(-Tq // tile), -(-Tk // unit)
+    frame = Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order)
+    check_capacity(capacity)
+    R, C = frame.tiles, frame.columns
     expected = f"bool [B|1, H|1, {R} tiles of {tile}, {C} units of {unit}]"
     require(
         (
@@ -181,9 +237,9 @@ def from_blocks(
         ),
         error=PlanError,
     )
-    grid, units = _Grid(Tq, Tk, tile, unit, causal), torch.arange(C, device=keep_blocks.device)
-    fields = grid.lists(keep_blocks, lambda x: (units.expand(x.shape), x), capacity)
-    return {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal, **fields}
+    units = torch.arange(C, device=keep_blocks.device)
+    lists = frame.lists(keep_blocks, lambda x: (units[: x.shape[-1]].expand(x.shape), x), capacity)
+    return frame.fields() | lists
 
 
 def from_keys(
@@ -194,14 +250,17 @@ def from_keys(
     tile: int = 1,
     unit: int = 1,
     causal: bool = False,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
     unique: bool = False,
     capacity: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_keys`."""
-    _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal, unique=unique)
-    _check_capacity(capacity)
-    R, C = -(-Tq // tile), -(-Tk // unit)
+    check_options(unique=unique)
+    frame = Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order)
+    check_capacity(capacity)
+    R, C = frame.tiles, frame.columns
     require(
         (
             isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R and index.shape[1] > 0,
@@ -215,7 +274,6 @@ def from_keys(
     )
     seen = host(index)
     index = fit(index, "index holds", -1, C - 1 if seen else C, "units are 0..{most}, -1 = none")
-    normal_offset(q_offset)
 
     def candidates(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.long() if seen else torch.where(x < C, x.long(), -1)
@@ -225,18 +283,26 @@ def from_keys(
         fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
         return x, (x >= 0) & fresh
 
-    grid = _Grid(Tq, Tk, tile, unit, causal, q_offset)
-    fields = grid.lists(index, candidates, capacity, unique=unique)
-    own = {"tile": tile, "unit": unit, "causal": causal, "q_offset": q_offset}
-    return {"Tq": Tq, "Tk": Tk, **own, **fields}
+    return frame.fields() | frame.lists(index, candidates, capacity, unique=unique)
 
 
 def from_spans(
-    spans: Tensor, *, Tq: int, Tk: int, tile: int = TILE, unit: int = UNIT, causal: bool = False
+    spans: Tensor,
+    *,
+    Tq: int,
+    Tk: int,
+    tile: int = TILE,
+    unit: int = UNIT,
+    causal: bool = False,
+    q_offset: int | Tensor = 0,
+    q_order: Tensor | None = None,
+    k_order: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_spans`."""
-    _sizes(Tq, Tk, tile=tile, unit=unit, causal=causal)
-    R = -(-Tq // tile)
+    frame = Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order)
+    check_capacity(capacity)
+    R, rows = frame.tiles, frame.k_rows
     require(
         (
             isinstance(spans, Tensor)
@@ -252,38 +318,55 @@ def from_spans(
         (spans.dtype in INTEGERS, f"spans has dtype {spans.dtype}: expected integers; try spans.int()"),
         error=PlanError,
     )
-    lo, hi = (spans if host(spans) else fit(spans, "spans hold", 0, Tk)).long().unbind(-1)
+    lo, hi = (spans if host(spans) else fit(spans, "spans hold", 0, rows)).long().unbind(-1)
     if host(spans) and spans.numel():
-        bad = (lo < 0) | (hi > Tk) | (hi < lo)
+        bad = (lo < 0) | (hi > rows) | (hi < lo)
         require(
             (
                 not bool(bad.any()),
-                f"spans hold {lo.min()}..{hi.max()}: expected [lo, hi) with 0 <= lo <= hi <= {Tk} keys",
+                f"spans hold {lo.min()}..{hi.max()}: expected [lo, hi) with 0 <= lo <= hi <= {rows} keys",
             ),
             error=PlanError,
         )
-        begin, order = torch.where(hi > lo, lo, Tk + 1).sort(-1)
+        begin, order = torch.where(hi > lo, lo, rows + 1).sort(-1)
         end = hi.gather(-1, order)
-        overlap = (begin[..., 1:] < end[..., :-1]) & (begin[..., 1:] <= Tk) & (begin[..., :-1] <= Tk)
+        overlap = (begin[..., 1:] < end[..., :-1]) & (begin[..., 1:] <= rows) & (begin[..., :-1] <= rows)
         require(
             (not bool(overlap.any()), "spans: the ranges of a tile must not overlap; join them"),
             error=PlanError,
         )
-    los, his, full = list(lo.unbind(-1)), list(hi.unbind(-1)), [True] * lo.shape[-1]
-    if causal:  # keys up to the first row are seen by all, keys after the last by none
-        first = _first_rows(Tq, tile, R, spans.device) + 1
-        last = (first - 1 + tile).clamp(max=Tq)
-        middle = [torch.minimum(torch.maximum(a, first), b) for a, b in zip(los, his, strict=True)]
-        ends = [torch.maximum(torch.minimum(b, last), m) for b, m in zip(his, middle, strict=True)]
-        los, his, full = los + middle, middle + ends, full + [False] * len(full)
-    if not los:
-        los = his = [torch.zeros(spans.shape[:3], dtype=torch.int64, device=spans.device)]
-        full = [True]
-    return {
-        "Tq": Tq,
-        "Tk": Tk,
-        "tile": tile,
-        "unit": unit,
-        "causal": causal,
-        **pack_spans(los, his, full, moving=False),
-    }
+    lo, hi = frame.spread(lo), frame.spread(hi)
+    return frame.fields() | span_lists(frame, lo, hi, capacity)
+
+
+def span_lists(frame: Frame, lo: Tensor, hi: Tensor, capacity: int | None) -> Fields:
+    """Lists of the disjoint ranges [B,H,R,m] of a frame whose causality cuts them, or hides some."""
+    if not lo.shape[-1]:
+        none = torch.zeros(lo.shape[:3], dtype=torch.int64, device=lo.device)
+        return pack_spans([none], [none], [True], moving=False)
+    q = frame.of_tiles(lo.device)
+    q = q.laid_out(*lo.shape[:2])
+    first, last, live = q.low[..., None], q.high[..., None], (q.high >= q.low)[..., None]
+    hi = torch.where(live, hi, lo)
+    if frame.k_order is not None:
+        found = RangeExtremes(frame.k_order)(lo.flatten(2), hi.flatten(2))
+        low, high, sure = (x.view(lo.shape) for x in vars(found).values())
+        gone = high < low
+        if frame.causal:
+            gone, sure = gone | (low > last), sure & (high <= first)
+        cut = torch.where(gone, lo, torch.where(sure, hi, lo)), torch.where(gone, lo, hi)
+    elif frame.causal:  # keys up to the first row are seen by all, keys after the last by none
+        middle = torch.minimum(torch.maximum(lo, first + 1), hi)
+        cut = middle, torch.maximum(torch.minimum(hi, last + 1), middle)
+    else:
+        return pack_spans(
+            list(lo.unbind(-1)), list(hi.unbind(-1)), [True] * lo.shape[-1], moving=False, most=capacity
+        )
+    middle, end = cut
+    return pack_spans(
+        [*lo.unbind(-1), *middle.unbind(-1)],
+        [*middle.unbind(-1), *end.unbind(-1)],
+        [True] * lo.shape[-1] + [False] * lo.shape[-1],
+        moving=False,
+        most=capacity,
+    )

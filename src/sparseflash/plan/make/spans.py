@@ -10,11 +10,13 @@ from torch import Tensor
 from ..options import Fields
 
 
-def pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool], *, moving: bool = True) -> Fields:
+def pack_spans(
+    lo: list[Tensor], hi: list[Tensor], full: list[bool], *, moving: bool = True, most: int | None = None
+) -> Fields:
     """Candidate ranges `[lo, hi)` of shape [B,H,R] as padded lists, full ones first, empty ones out.
 
     `moving`: from tile to tile they hardly ever jump, so that the tiles that visit a group of keys are
-    neighbours.
+    neighbours. `most` bounds the ranges of a tile: others are dropped, and `overflow` says so.
     """
     first = torch.stack([x.expand_as(lo[0]) for x in lo], -1)
     last = torch.stack([x.expand_as(lo[0]) for x in hi], -1)
@@ -27,14 +29,20 @@ def pack_spans(lo: list[Tensor], hi: list[Tensor], full: list[bool], *, moving: 
     order = torch.argsort(rank, dim=-1, stable=True)
     pairs = torch.stack([first.gather(-1, order), last.gather(-1, order)], -1)
     pairs = pairs * (rank.gather(-1, order) < 2)[..., None]
-    rows = first[..., 0].numel()
-    start = torch.arange(rows, device=first.device) * width
+    sure, count = (x.sum(-1, dtype=torch.int32) for x in (alive & is_full, alive))
+    bound: Fields = {}
+    if most is not None:
+        width, pairs = min(width, most), pairs[..., :most, :]
+        bound = {"overflow": (count > width).any().int()}
+        sure, count = sure.clamp(max=width), count.clamp(max=width)
+    start = torch.arange(count.numel(), device=first.device) * width
     return {
         "span_start": start.view(first.shape[:-1]),
-        "span_full": (alive & is_full).sum(-1, dtype=torch.int32),
-        "span_count": alive.sum(-1, dtype=torch.int32),
+        "span_full": sure,
+        "span_count": count,
         "spans": pairs.reshape(-1, 2).to(torch.int32),
         "span_room": width if moving else 0,
+        **bound,
     }
 
 

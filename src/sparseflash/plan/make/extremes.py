@@ -1,0 +1,116 @@
+"""Where the tokens of tiles and units lie: their first and last positions decide who sees all, some or none.
+
+Where rows are tokens both are arithmetic; under an order of rows they are looked up once for each tile and
+unit, never for each pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ...errors import PlanError, require
+from ..checks import check_order
+from ..options import FAR, INTEGERS, host, narrow, shape_of, shift_of, spread_heads
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Positions of groups of rows: smallest and largest [B|1, H|1, n], and whether every lane holds a token.
+
+    A group without a token has `low` beyond and `high` before every position.
+    """
+
+    low: Tensor
+    high: Tensor
+    whole: Tensor
+
+    def laid_out(self, batch: int, heads: int) -> Extremes:
+        """With a row for every batch slot and head."""
+        given = (self.low, self.high, self.whole)
+        return Extremes(*(spread_heads(x, heads).expand(batch, -1, -1) for x in given))
+
+
+def rows_of(T: int, order: Tensor | None) -> int:
+    """How many rows there are: those of the order, or one a token."""
+    return T if order is None else order.shape[-1]
+
+
+def as_order(order: object, T: int, name: str) -> Tensor | None:
+    """An order of the rows of T tokens, int32 [B|1, H|1, rows]."""
+    if order is None:
+        return None
+    if not (isinstance(order, Tensor) and order.dim() == 3 and order.shape[1] > 0):
+        raise PlanError(f"{name}: {shape_of(order)}; expected integers [B|1, H|1, rows], -1 is an empty lane")
+    require(
+        (order.dtype in INTEGERS, f"{name} has dtype {order.dtype}: expected integers; try {name}.int()"),
+        error=PlanError,
+    )
+    order = narrow(order, f"{name} holds")
+    if host(order):
+        check_order(order, T, name)
+    return order
+
+
+def extremes(
+    T: int, size: int, *, order: Tensor | None = None, offset: int | Tensor = 0, device: torch.device
+) -> Extremes:
+    """Of the groups of `size` rows, one behind the other; token t sits at position t + offset."""
+    shift = shift_of(offset, 2)
+    if order is None:
+        begin = torch.arange(0, T, size, device=device).view(1, 1, -1)
+        end = begin + size
+        return Extremes(begin + shift, end.clamp(max=T) - 1 + shift, end <= T)
+    lanes = pad(order, (0, -order.shape[-1] % size), value=-1).unflatten(-1, (-1, size)).long()
+    real = lanes >= 0
+    if not lanes.shape[-2]:
+        none = lanes.sum(-1)
+        return Extremes(none, none, none > 0)
+    low, high = torch.where(real, lanes, FAR).amin(-1), torch.where(real, lanes, -FAR).amax(-1)
+    some = high >= 0
+    return Extremes(torch.where(some, low + shift, FAR), torch.where(some, high + shift, -FAR), real.all(-1))
+
+
+class RangeExtremes:
+    """Smallest and largest position of any range of key rows, in two look-ups. O(T log T) memory.
+
+    The tables of every power of two; a range is covered by two of the largest that fits.
+    """
+
+    def __init__(self, order: Tensor) -> None:
+        token = order.long()
+        self.holes = pad((token < 0).cumsum(-1), (1, 0))
+        low, high = torch.where(token < 0, FAR, token), token
+        self.low, self.high = [low], [high]
+        size = 1
+        while 2 * size <= token.shape[-1]:
+            low, high = (
+                join(x[..., : x.shape[-1] - size], x[..., size:])
+                for join, x in ((torch.minimum, low), (torch.maximum, high))
+            )
+            self.low.append(pad(low, (0, token.shape[-1] - low.shape[-1])))
+            self.high.append(pad(high, (0, token.shape[-1] - high.shape[-1])))
+            size *= 2
+
+    def __call__(self, lo: Tensor, hi: Tensor) -> Extremes:
+        """Of ranges `[lo, hi)` of shape [B, H, n]; of empty ones, those of no token."""
+        some = hi > lo
+        size = torch.where(some, hi - lo, 1)
+        level = size.double().log2().long().clamp(max=len(self.low) - 1)
+        tables = torch.stack(self.low, -2), torch.stack(self.high, -2)
+        if not tables[0].shape[-1]:
+            return Extremes(torch.full_like(lo, FAR), torch.full_like(lo, -FAR), ~some)
+        rows = tables[0].shape[-1]
+        first = level * rows + lo.clamp(0, rows - 1)
+        last = level * rows + (lo + size - (torch.ones_like(level) << level)).clamp(0, rows - 1)
+        batch, heads = lo.shape[:2]
+        flat = [spread_heads(x, heads).expand(batch, -1, -1, -1).flatten(2) for x in tables]
+        low = torch.minimum(flat[0].gather(-1, first), flat[0].gather(-1, last))
+        high = torch.maximum(flat[1].gather(-1, first), flat[1].gather(-1, last))
+        holes = spread_heads(self.holes, heads).expand(batch, -1, -1)
+        whole = holes.gather(-1, torch.maximum(lo, hi)) == holes.gather(-1, lo)
+        none = ~some | (high < 0)
+        return Extremes(torch.where(none, FAR, low), torch.where(none, -FAR, high), whole)
