@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import sparseflash as sf
+from sparseflash.backends import cpu
 from sparseflash.errors import SparseFlashError
 from sparseflash.selection import Grid, above, probe, running_kth, share, tile_mass, top_indices, top_k, top_p
 from test_selection import OFFSETS, blocks, keep_of, oracle_order, pairs, scores
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", *(["cpu"] if cpu.status()[0] else [])]
 HOWS = ("mean", "antidiagonal", "energy", "exact")
 # Tq, Tk, q_offset, padded, heads of q and of k
 SHAPES = (

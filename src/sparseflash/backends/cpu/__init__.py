@@ -16,6 +16,7 @@ from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
+from .selection import probe, running_kth, tile_mass, top_indices
 from .stick import stick_backward, stick_forward
 
 __all__ = [
@@ -31,11 +32,15 @@ __all__ = [
     "native",
     "pointwise_backward",
     "pointwise_forward",
+    "probe",
     "refuse",
+    "running_kth",
     "stats",
     "status",
     "stick_backward",
     "stick_forward",
+    "tile_mass",
+    "top_indices",
 ]
 
 NAME = "cpu"

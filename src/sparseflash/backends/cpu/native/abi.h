@@ -140,6 +140,50 @@ struct SfTranspose {
     int32_t wide, threads;
 };
 
+// Weights of rows [B,Hq,n,E] against columns [B,Hkv,m,E], by tiles of rows and units of columns (`selection.h`).
+struct SfMass {
+    int64_t size;                      // of this structure, as the caller knows it
+    int64_t B, Hq, Hkv, n, m, E, tile, unit;
+    int32_t dtype, threads, joint, peak;  // joint: relative to the largest of the tile; peak: the largest, not the sum
+    float scale, softcap;
+    SfView rows, columns;
+    const int32_t *sees;               // [B,n]: a row sees the columns 0 .. sees - 1,
+    const uint8_t *keep;               // [B,m]: of which there are these; or null: all
+    const float *level;                // [B,Hq,n]: weights are exp(score - level); or null
+    float *out;                        // [B,Hq,ceil(n / tile),ceil(m / unit)]: rows of sum 1
+};
+
+// The softmax of rows q [B,Hq,n,D] over keys k [B,Hkv,Tk,D], by key and by distance.
+struct SfProbe {
+    int64_t size;
+    int64_t B, Hq, Hkv, n, Tk, D, width, before;
+    int32_t dtype, threads;
+    float scale, softcap;
+    SfView q, k;
+    const int32_t *sees, *at;          // [B,n]: a row sees the keys 0 .. sees - 1, and stands at this position
+    const uint8_t *keep;               // [B,Tk], or null
+    float *lse, *keys, *distances;     // [B,Hq,n]; [B,Hq,Tk]; [B,Hq,width], place i of which is at - key = i - before
+};
+
+// The places of the k best of each row, ascending, -1 behind the last.
+struct SfBest {
+    int64_t size, rows, n, k;
+    int32_t threads;
+    const float *scores;               // [rows,n]
+    const uint8_t *among;              // [rows,n], or null
+    int32_t *index;                    // [rows,k]
+};
+
+// The k-th best of each prefix, and where each place is not among the k best any more (T: never).
+struct SfRunning {
+    int64_t size, rows, T, most;       // no k is larger than `most`, or it counts as one beyond T
+    int32_t threads;
+    const float *x;                    // [rows,T]
+    const int32_t *k;                  // [rows]
+    float *kth;                        // [rows,T]
+    int32_t *until;                    // [rows,T]
+};
+
 // Runs body(context, task, thread) for every task; threads share the tasks first come, first served.
 typedef void (*SfBody)(void *context, int64_t task, int thread);
 typedef void (*SfParallel)(int threads, int64_t tasks, SfBody body, void *context);
@@ -157,6 +201,10 @@ struct SfLevel {
     int (*decode)(const SfDecode *call, SfParallel parallel);
     int (*indexer)(const SfIndexer *call, SfParallel parallel);
     int (*indexer_loss)(const SfIndexerLoss *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
+    int (*mass)(const SfMass *call, SfParallel parallel);
+    int (*probe)(const SfProbe *call, SfParallel parallel);
+    int (*best)(const SfBest *call, SfParallel parallel);  // these two: not at a bf16 level
+    int (*running)(const SfRunning *call, SfParallel parallel);
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // lists: not at a bf16 level
     int (*list_units)(const SfUnits *call, SfParallel parallel);
     int (*transpose)(const SfTranspose *call, SfParallel parallel);

@@ -32,13 +32,18 @@
     extern "C" int sf_linear_backward_##level(const SfLinear *, SfParallel); \
     extern "C" int sf_stick_forward_##level(const SfCall *, SfParallel);     \
     extern "C" int sf_stick_backward_##level(const SfCall *, SfParallel);    \
+    extern "C" int sf_mass_##level(const SfMass *, SfParallel);              \
+    extern "C" int sf_probe_##level(const SfProbe *, SfParallel);            \
+    extern "C" int sf_best_##level(const SfBest *, SfParallel);              \
+    extern "C" int sf_running_##level(const SfRunning *, SfParallel);        \
     extern "C" int sf_read_mask_##level(const SfMask *, SfParallel);         \
     extern "C" int sf_list_units_##level(const SfUnits *, SfParallel);       \
     extern "C" int sf_transpose_##level(const SfTranspose *, SfParallel);
 #define SF_LEVEL(level)                                                        \
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
      sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level, \
-     sf_indexer_##level, sf_indexer_loss_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
+     sf_indexer_##level, sf_indexer_loss_##level, sf_mass_##level, sf_probe_##level, sf_best_##level, \
+     sf_running_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -399,6 +404,57 @@ int run_indexer_loss(const SfIndexerLoss *call, int level) {
     }
 }
 
+// What selections estimate and pick: pointers, shapes and strides; values are kept within reach where they are used.
+constexpr int64_t MOST_DEEP = 1 << 20;  // numbers in a row of groups
+
+bool ok(const SfMass &c) {
+    if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.n < 0 || c.n > INT32_MAX || c.m < 0 || c.m > INT32_MAX) return false;
+    if (c.E < 1 || c.E > MOST_DEEP || c.tile < 1 || c.tile > INT32_MAX || c.unit < 1 || c.unit > INT32_MAX) return false;
+    if (c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    if (!view_ok(c.rows, c.B, c.Hq, c.n, c.E) || !view_ok(c.columns, c.B, c.Hkv, c.m, c.E)) return false;
+    if (!whole(c.dtype == SF_F32 ? 4 : 2, c.rows.data, c.columns.data) || !whole(4, c.sees, c.level, c.out)) return false;
+    if (!fits({c.B, c.Hq, (c.n + c.tile - 1) / c.tile, (c.m + c.unit - 1) / c.unit}) || !fits({c.B, c.Hq, c.m, c.E})) return false;
+    return c.B * c.n * c.m == 0 || (c.rows.data && c.columns.data && c.sees && c.out);
+}
+bool ok(const SfProbe &c) {
+    if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.n < 0 || c.n > INT32_MAX || c.Tk < 0 || c.Tk > INT32_MAX) return false;
+    if (c.D < 1 || c.D > 256 || c.threads < 1 || c.dtype < 0 || c.dtype > 2) return false;
+    if (c.width < 0 || c.width > 1ll << 34 || c.before < 0 || c.before > 1ll << 33) return false;
+    if (!view_ok(c.q, c.B, c.Hq, c.n, c.D) || !view_ok(c.k, c.B, c.Hkv, c.Tk, c.D)) return false;
+    if (!whole(c.dtype == SF_F32 ? 4 : 2, c.q.data, c.k.data) || !whole(4, c.sees, c.at, c.lse, c.keys, c.distances)) return false;
+    if (!fits({c.B, c.Hq, c.width}) || !fits({c.B, c.Hq, c.Tk})) return false;
+    if (c.B * c.n && !(c.q.data && c.sees && c.at && c.lse)) return false;
+    return c.B * c.Tk == 0 || (c.k.data && c.keys && (c.distances || !c.width));
+}
+bool ok(const SfBest &c) {
+    if (c.rows < 0 || c.n < 0 || c.n > INT32_MAX || c.k < 0 || c.k > c.n || c.threads < 1) return false;
+    if (!fits({c.rows, c.n}) || !whole(4, c.scores, c.index)) return false;
+    return c.rows * c.k == 0 || (c.scores && c.index);
+}
+bool ok(const SfRunning &c) {
+    if (c.rows < 0 || c.T < 0 || c.T >= INT32_MAX || c.most < 1 || c.threads < 1) return false;
+    if (!fits({c.rows, c.T}) || !whole(4, c.x, c.k, c.kth, c.until)) return false;
+    if (c.rows * c.T == 0) return true;
+    if (!c.x || !c.k || !c.kth || !c.until) return false;
+    for (int64_t i = 0; i < c.rows; i++) if (c.k[i] < 1 || (c.k[i] > c.most && c.k[i] <= c.T)) return false;
+    return true;
+}
+bool nothing(const SfMass &c) { return c.B * c.n * c.m == 0; }
+bool nothing(const SfProbe &c) { return c.B * c.n * c.Tk == 0; }
+bool nothing(const SfBest &c) { return c.rows * c.k == 0; }
+bool nothing(const SfRunning &c) { return c.rows * c.T == 0; }
+
+template <class C> int run_selection(const C *call, int level, int (*SfLevel::*entry)(const C *, SfParallel)) {
+    if (!call || level < 0 || level >= N_LEVELS || call->size != (int64_t)sizeof *call || !ok(*call)) return 3;
+    if (nothing(*call)) return 0;
+    try {
+        const C own = staffed(*call);
+        return (LEVELS[level].*entry)(&own, parallel);
+    } catch (...) {
+        return 4;
+    }
+}
+
 // Lists, whose pointers, lengths and values `lists.h` checks.
 template <class C> int run_lists(const C *call, int level, int (*SfLevel::*entry)(const C *, SfParallel)) {
     if (!call || level < 0 || level >= N_LEVELS || call->size != (int64_t)sizeof *call) return 3;
@@ -522,6 +578,10 @@ SF_PUBLIC int sf_linear_forward(const SfLinear *call, int level) { return run_li
 SF_PUBLIC int sf_linear_backward(const SfLinear *call, int level) { return run_linear(call, level, true); }
 SF_PUBLIC int sf_indexer(const SfIndexer *call, int level) { return run_indexer(call, level); }
 SF_PUBLIC int sf_indexer_loss(const SfIndexerLoss *call, int level) { return run_indexer_loss(call, level); }
+SF_PUBLIC int sf_mass(const SfMass *call, int level) { return run_selection(call, level, &SfLevel::mass); }
+SF_PUBLIC int sf_probe(const SfProbe *call, int level) { return run_selection(call, level, &SfLevel::probe); }
+SF_PUBLIC int sf_best(const SfBest *call, int level) { return run_selection(call, level, &SfLevel::best); }
+SF_PUBLIC int sf_running(const SfRunning *call, int level) { return run_selection(call, level, &SfLevel::running); }
 SF_PUBLIC int sf_decode(const SfDecode *call, int level) { return run_decode(call, level); }
 SF_PUBLIC int sf_read_mask(const SfMask *call, int level) { return run_lists(call, level, &SfLevel::read_mask); }
 SF_PUBLIC int sf_list_units(const SfUnits *call, int level) { return run_lists(call, level, &SfLevel::list_units); }

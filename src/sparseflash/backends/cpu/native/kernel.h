@@ -7,6 +7,7 @@
 #include "few.h"
 #include "indexer.h"
 #include "linear.h"
+#include "selection.h"
 #include "pointwise.h"
 #include "stats.h"
 #if !SF_HAS_BF16
@@ -42,7 +43,9 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
 #define SF_EXPORT(level)                                          \
     SF_RUN(forward, SfCall, level) SF_RUN(backward, SfCall, level) SF_RUN(stats, SfCall, level) \
     SF_RUN(decode, SfDecode, level) SF_RUN(indexer, SfIndexer, level) \
+    SF_RUN(mass, SfMass, level) SF_RUN(probe, SfProbe, level) \
     SF_RUN(linear_forward, SfLinear, level) SF_RUN(linear_backward, SfLinear, level) \
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level) \
     SF_RUN_FP32(indexer_loss, SfIndexerLoss, level) \
+    SF_RUN_FP32(best, SfBest, level) SF_RUN_FP32(running, SfRunning, level) \
     SF_RUN_FP32(read_mask, SfMask, level) SF_RUN_FP32(list_units, SfUnits, level) SF_RUN_FP32(transpose, SfTranspose, level)

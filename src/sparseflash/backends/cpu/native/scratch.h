@@ -20,6 +20,20 @@ template <class T> struct Buffer {
     T &operator[](int64_t i) const { return p[i]; }
 };
 
+// One of something for every thread of a call.
+template <class T> struct Rooms {
+    Buffer<char> room;
+    int made = 0;
+
+    template <class F> bool make(int threads, F fill) {
+        bool ok = room.make(threads * (int64_t)sizeof(T));
+        for (; ok && made < threads; made++) ok = fill(*new (&(*this)[made]) T());
+        return ok;
+    }
+    ~Rooms() { while (made > 0) (*this)[--made].~T(); }
+    T &operator[](int thread) { return ((T *)room.p)[thread]; }
+};
+
 template <class F> inline void in_parallel(SfParallel parallel, int threads, int64_t tasks, F &f) {
     parallel(threads, tasks, [](void *x, int64_t task, int thread) { (*(F *)x)(task, thread); }, &f);
 }

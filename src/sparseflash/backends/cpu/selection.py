@@ -1,0 +1,142 @@
+"""What selections estimate and pick: `native/selection.h`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ...numerics import Best, Masses, Probing, Running
+from .call import CODES, SMALL, View, aligned, empty, view, zeros
+from .library import run
+
+
+class MassCall(ctypes.Structure):
+    """SfMass."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "B", "Hq", "Hkv", "n", "m", "E", "tile", "unit")]
+        + [(n, ctypes.c_int32) for n in ("dtype", "threads", "joint", "peak")]
+        + [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("rows", View), ("columns", View)]
+        + [(n, ctypes.c_void_p) for n in ("sees", "keep", "level", "out")]
+    )
+
+
+class ProbeCall(ctypes.Structure):
+    """SfProbe."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "B", "Hq", "Hkv", "n", "Tk", "D", "width", "before")]
+        + [("dtype", ctypes.c_int32), ("threads", ctypes.c_int32)]
+        + [("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("q", View), ("k", View)]
+        + [(n, ctypes.c_void_p) for n in ("sees", "at", "keep", "lse", "keys", "distances")]
+    )
+
+
+class BestCall(ctypes.Structure):
+    """SfBest."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "rows", "n", "k")]
+        + [("threads", ctypes.c_int32)]
+        + [(n, ctypes.c_void_p) for n in ("scores", "among", "index")]
+    )
+
+
+class RunningCall(ctypes.Structure):
+    """SfRunning."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "rows", "T", "most")]
+        + [("threads", ctypes.c_int32)]
+        + [(n, ctypes.c_void_p) for n in ("x", "k", "kth", "until")]
+    )
+
+
+def _threads(work: int) -> int:
+    return 1 if work < SMALL else max(1, torch.get_num_threads())
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def tile_mass(
+    rows: Tensor,
+    columns: Tensor,
+    sees: Tensor,
+    keep: Tensor | None,
+    level: Tensor | None,
+    options: Masses,
+) -> Tensor:
+    """Weights of rows against columns, by tile and unit: fp32 [B,Hq,R,C], rows of sum 1."""
+    (B, Hq, n, E), (_, Hkv, m, _) = rows.shape, columns.shape
+    alive: list[Tensor] = []
+    rows, columns = aligned(rows, alive), aligned(columns, alive)
+    sees = sees.to(torch.int32).contiguous()
+    keep = None if keep is None else keep.to(torch.uint8).contiguous()
+    level = None if level is None else aligned(level.to(torch.float32).contiguous(), alive)
+    out = zeros((B, Hq, -(-n // options.tile), -(-m // options.unit)), dtype=torch.float32)
+    call = MassCall(size=ctypes.sizeof(MassCall), B=B, Hq=Hq, Hkv=Hkv, n=n, m=m, E=E)
+    call.tile, call.unit, call.joint, call.peak = options.tile, options.unit, options.joint, options.peak
+    call.scale, call.softcap = options.scale, options.softcap
+    call.dtype, call.threads = CODES[rows.dtype], _threads(B * Hq * n * m * E)
+    call.rows, call.columns = view(rows), view(columns)
+    call.sees, call.keep, call.level, call.out = (_address(x) for x in (sees, keep, level, out))
+    run("sf_mass", call, rows.dtype)
+    return out
+
+
+def probe(
+    q: Tensor, k: Tensor, sees: Tensor, at: Tensor, keep: Tensor | None, options: Probing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lse [B,Hq,n], and the sums of P by key [B,Hq,Tk] and by distance [B,Hq,width], in fp32."""
+    (B, Hq, n, D), (_, Hkv, Tk, _) = q.shape, k.shape
+    alive: list[Tensor] = []
+    q, k = aligned(q, alive), aligned(k, alive)
+    sees, at = (x.to(torch.int32).contiguous() for x in (sees, at))
+    keep = None if keep is None else keep.to(torch.uint8).contiguous()
+    make = empty if n and Tk else zeros
+    lse, keys, distances = (make((B, Hq, w), dtype=torch.float32) for w in (n, Tk, options.width))
+    if not Tk:
+        lse.fill_(-torch.inf)
+    call = ProbeCall(size=ctypes.sizeof(ProbeCall), B=B, Hq=Hq, Hkv=Hkv, n=n, Tk=Tk, D=D)
+    call.width, call.before, call.scale, call.softcap = (
+        options.width,
+        options.before,
+        options.scale,
+        options.softcap,
+    )
+    call.dtype, call.threads = CODES[q.dtype], _threads(B * Hq * n * Tk * D)
+    call.q, call.k = view(q), view(k)
+    call.sees, call.at, call.keep = (_address(x) for x in (sees, at, keep))
+    call.lse, call.keys, call.distances = (_address(x) for x in (lse, keys, distances))
+    run("sf_probe", call, q.dtype)
+    return lse, keys, distances
+
+
+def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
+    """int32 [N,k]: ascending places of the best of scores [N,n], -1 behind the last."""
+    rows, n = scores.shape
+    alive: list[Tensor] = []
+    scores = aligned(scores.to(torch.float32).contiguous(), alive)
+    among = None if among is None else among.to(torch.uint8).contiguous()
+    index = empty((rows, options.k), dtype=torch.int32)
+    call = BestCall(size=ctypes.sizeof(BestCall), rows=rows, n=n, k=options.k, threads=_threads(rows * n * 8))
+    call.scores, call.among, call.index = (_address(x) for x in (scores, among, index))
+    run("sf_best", call, torch.float32)
+    return index
+
+
+def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
+    """Of x [N,T] and k [N]: the k-th largest up to each place, and where each place is among them no more."""
+    rows, T = x.shape
+    alive: list[Tensor] = []
+    x, k = aligned(x.to(torch.float32).contiguous(), alive), k.to(torch.int32).contiguous()
+    kth, until = torch.empty_like(x), empty((rows, T), dtype=torch.int32)
+    call = RunningCall(size=ctypes.sizeof(RunningCall), rows=rows, T=T, most=options.most)
+    call.threads = _threads(rows * T * 32)
+    call.x, call.k, call.kth, call.until = (_address(x) for x in (x, k, kth, until))
+    run("sf_running", call, torch.float32)
+    return kth, until
