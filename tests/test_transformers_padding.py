@@ -23,7 +23,7 @@ from cases import CASES, mask_of
 from sparseflash.integrations.transformers.attention import SETTING
 from sparseflash.integrations.transformers.control import Setting
 from sparseflash.integrations.transformers.layers import Layer
-from sparseflash.integrations.transformers.mask import sparse_mask
+from sparseflash.integrations.transformers.ranges import sparse_mask
 from sparseflash.methods.base import Method, Selection
 
 T, LENGTHS = 70, (70, 41, 55)

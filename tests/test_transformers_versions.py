@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 HERE = Path(__file__).resolve().parent
-FILES = ("test_transformers.py", "test_transformers_control.py")
+FILES = ("test_transformers.py", "test_transformers_control.py", "test_transformers_documents.py")
 
 
 @pytest.mark.slow

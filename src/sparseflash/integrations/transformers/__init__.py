@@ -20,7 +20,8 @@ from .attention import HARMLESS, sparse_attention
 from .control import sparse
 from .indexer import StreamedIndexer, streamed
 from .layers import Layer, attention_layers
-from .mask import SparseMask, sparse_mask
+from .mask import SparseMask
+from .ranges import sparse_mask
 from .report import Report, report
 from .verify import verify
 

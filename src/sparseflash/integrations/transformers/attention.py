@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from ...ops.attention import attention
 from ...ops.decode import decode
 from ...plan import Plan
 from ...plan.stamps import Last
+from .documents import by_edges, by_positions, into, mixing
 from .keep import plain_mask
 from .learned import learned_plan
-from .mask import SparseMask, by_positions
+from .mask import SparseMask
 
 FEW = 16
 """Up to so many queries, without gradients, `decode` is faster than `attention`."""
@@ -110,7 +112,10 @@ def sparse_attention(
         cu_seq_lens_q,
         cu_seq_lens_k,
         kwargs.get("position_ids"),
+        kwargs.get("seq_idx"),
     )
+    if mask.held is not None and not torch.compiler.is_compiling():  # a cache that was made after the mask
+        into(sys._getframe(1).f_locals.get("past_key_values"), mask)
     labels = kwargs.get("seq_idx")
     if isinstance(labels, Tensor) and not mask.documents and not torch.compiler.is_compiling():
         if bool((labels != labels[..., :1]).any()):
@@ -171,6 +176,7 @@ def _as_mask(
     edges: Tensor | None,
     edges_k: Tensor | None,
     positions: Any = None,
+    labels: Any = None,
 ) -> SparseMask:
     """What a call may see, whatever said so."""
     (B, _, S, _), T = query.shape, key.shape[2]
@@ -186,12 +192,14 @@ def _as_mask(
     elif given is not None:
         given = _of_tensor(module, given, B, S, T)
     if edges is not None or edges_k is not None:
-        return _of_edges(module, given, B, S, T, causal, window, edges, edges_k)
+        return by_edges(given, edges, edges_k, (B, S, T), name, causal, _sides(window, causal))
     if given is None:
         given = _unmasked(module, query, B, S, T, causal, window)
     elif not own:
         return given
-    return by_positions(given, positions) if given.causal else given  # others may be of another sequence
+    if not given.causal or given.edges is not None:  # others may be of another sequence
+        return given
+    return by_positions(given, positions, labels)
 
 
 def _unmasked(
@@ -218,57 +226,6 @@ def _unmasked(
 def _sides(window: int | None, causal: bool) -> tuple[int, int] | None:
     """The window of a layer as a plan's: of so many tokens its own is one, on either side."""
     return None if window is None else (window - 1, 0 if causal else window - 1)
-
-
-def _of_edges(
-    module: nn.Module,
-    given: SparseMask | None,
-    B: int,
-    S: int,
-    T: int,
-    causal: bool,
-    window: int | None,
-    edges: Tensor | None,
-    edges_k: Tensor | None,
-) -> SparseMask:
-    """Documents by `cu_seq_lens_q` and `cu_seq_lens_k`, within the mask."""
-    name = type(module).__name__
-    if edges is None:
-        raise SparseFlashError(f"{name}: cu_seq_lens_k without cu_seq_lens_q: give both")
-    if B != 1:
-        raise SparseFlashError(
-            f"{name}: cu_seq_lens_q for a batch of {B} rows: expected one row, which holds all documents. "
-            "Give position_ids that begin anew with each document instead"
-        )
-    known = not torch.compiler.is_compiling()
-    same = edges_k is None or edges_k is edges or (known and torch.equal(edges, edges_k))
-    if same and S != T:
-        raise SparseFlashError(
-            f"{name}: cu_seq_lens_q tells where documents lie among {S} queries, not where among {T} keys: "
-            "give cu_seq_lens_k of the keys too"
-        )
-    if given is None or (given.plain and given.first is None):
-        plan = Plan.from_documents(
-            edges,
-            edges_k,
-            Tq=S,
-            Tk=T,
-            causal=causal,
-            window=_sides(window, causal) if given is None else None,
-        )
-        starts = None
-        if known and causal and same and plan.window is None and int(edges[-1]) == S:
-            starts = edges[:-1].repeat_interleave(edges.diff(), output_size=S)[None]
-        return SparseMask(plan, 1, causal=causal, documents=len(edges) > 2, starts=starts)
-    if not same or not known:
-        raise SparseFlashError(
-            f"{name}: cu_seq_lens_q beside a mask of padding, windows or documents, "
-            + ("and keys that are not the queries' own" if known else "in a compiled model")
-            + ": not supported. Leave the mask out, or cu_seq_lens_q"
-        )
-    at = torch.searchsorted(edges.to(given.device), torch.arange(S, device=given.device), right=True)
-    ends = torch.cat([edges, edges[-1:]]).to(given.device).long()  # tokens behind the last see nothing
-    return given.within(ends[at - 1][None], ends[at][None])
 
 
 _last: Last[SparseMask] = Last()
@@ -306,4 +263,5 @@ def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> Spars
     own = torch.arange(S, device=mask.device)[:, None] + (T - S)
     later = torch.arange(T, device=mask.device) > own
     made = SparseMask(plan, B, causal=not bool((keep & later).any()), offset=T - S)
+    made.mixes = mixing(getattr(module, "config", None))
     return _last.keep(made, mask, key=(B, S, T))

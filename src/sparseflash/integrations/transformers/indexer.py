@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ...errors import SparseFlashError
 from ...ops.indexer import indexer_topk
-from .mask import MaskRows, SparseMask, _host
+from .mask import MaskRows, SparseMask, on_host
 
 PAIRS = {"DeepseekV32Indexer": False, "AXK2Indexer": False, "GlmMoeDsaIndexer": True}
 """Indexers that differ in one thing: whether rotary dimensions are neighbours, or halves apart."""
@@ -162,7 +162,7 @@ class StreamedBlockIndexer(nn.Module):
 
     def _choose(self, q: Tensor, k: Tensor, at: Tensor, topk: int) -> Tensor:
         own: Any = self.stock
-        last = int(at.amax()) + 1 if _host(at) else k.shape[-1]
+        last = int(at.amax()) + 1 if on_host(at) else k.shape[-1]
         scores = torch.matmul(q.float(), k[..., :last])
         later = torch.arange(scores.shape[-1], device=at.device) > at[:, None, :, None]
         scores = pad(

@@ -1,27 +1,19 @@
-"""The mask of a forward in O(T): one range of keys for each query, read off Transformers' mask functions."""
+"""What each query of a forward sees, for all layers of one kind: a plan that behaves like a bool mask."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError
 from ...plan import Plan
-from ...plan.options import ANY, NONE, narrow
-from ...plan.stamps import Last
+from ...plan.options import ANY, NONE
 from .keep import KeepMask, keep_mask
 from .packed import Documents, Group, Padded
-
-SPREAD = 16
-"""Keys that one round of the search for the end of a range looks at."""
-
-Sees = Callable[[Tensor], Tensor]
 
 
 class _Dense:
@@ -147,6 +139,7 @@ class SparseMask(_Dense):
         self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
         self.documents, self.starts, self.if_plain, self.padding = documents, starts, if_plain, padding
         self.ranges, self.tokens, self.owner, self.cross = ranges, tokens, owner, cross
+        self.mixes, self.edges, self.held = "", None, None
         self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
         self._padded: Padded | None = None
 
@@ -175,8 +168,8 @@ class SparseMask(_Dense):
         lo, hi = ranges
         lo = torch.maximum(lo, begin)
         hi = torch.maximum(torch.minimum(hi, end), lo)
-        plan, _, _ = _padded(lo, hi, self.tokens, Tk)
-        notes = {"documents": True} | (_documents(lo, hi, query, self.tokens) if self.causal else {})
+        plan, _, _ = intervals(lo, hi, self.tokens, Tk)
+        notes = {"documents": True} | (document_notes(lo, hi, query, self.tokens) if self.causal else {})
         return SparseMask(plan, self.shape[0], ranges=(lo, hi), **same, **notes)
 
     @property
@@ -205,7 +198,7 @@ class SparseMask(_Dense):
         if self.ranges is not None:
             ends = (x.expand(self.shape[0], -1)[group.rows].gather(1, group.queries) for x in self.ranges)
             lo, hi = (rank[group.rows].gather(1, x) for x in ends)
-            plan, _, _ = _padded(*_shared(lo, torch.maximum(lo, hi)), None, Tk)
+            plan, _, _ = intervals(*shared_rows(lo, torch.maximum(lo, hi)), None, Tk)
             return SparseMask(plan, n, **same)
         keep = self.plan.to_dense().expand(self.shape[0], -1, -1, -1)[group.rows]
         at = group.queries[:, None, :, None].expand(-1, keep.shape[1], -1, keep.shape[3])
@@ -300,192 +293,7 @@ class MaskRows(_Dense):
         return self.keep()[_dense(index)]
 
 
-def sparse_mask(
-    batch_size: int,
-    q_length: int | None = None,
-    kv_length: int = 0,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Any = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    cache_position: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    """The mask function registered as "sparse": what Transformers calls once a forward and kind of layer.
-
-    Parameters
-    ----------
-    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device
-        As Transformers gives them: `mask_function(batch, head, query, key)` on index tensors, and the bool
-        padding mask `[B, tokens]`, True = token.
-    cache_position : Tensor, optional
-        `[S]`: what older versions give instead of `q_length` and `q_offset`.
-    **options
-        Hints for other implementations (`dtype`, `local_size`, `config`, ...), which change no mask.
-
-    Returns
-    -------
-    SparseMask
-        Or `attention_mask` itself where it is one already: generation with static caches calls twice.
-    """
-    if isinstance(attention_mask, SparseMask):
-        return attention_mask
-    if cache_position is not None:
-        q_length, q_offset = len(cache_position), cache_position[0]
-    assert q_length is not None and mask_function is not None
-    mask = _mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        _padding(attention_mask, kv_length, kv_offset),
-        use_vmap,
-        device,
-    )
-    mask.owner = getattr(options.get("config"), "model_type", "")
-    if not torch.compiler.is_compiling():
-        # what Transformers does not say here is an argument of the function of its that calls this one: it
-        # looks for packed documents only where a call keeps no cache and was given no mask
-        caller = sys._getframe(1).f_locals
-        mask = by_positions(mask, caller.get("position_ids"))
-        mask.cross = caller.get("encoder_hidden_states") is not None
-    return mask
-
-
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    mask_function: Callable[..., Tensor],
-    padding: Tensor | None,
-    use_vmap: bool,
-    device: torch.device | str,
-) -> SparseMask:
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-
-    causal = mask_function is causal_mask_function
-    offset = q_offset - kv_offset
-    if isinstance(offset, Tensor):
-        offset = int(offset) if _host(offset) else narrow(offset)
-    if padding is None and (causal or mask_function is bidirectional_mask_function):
-        plan = Plan.dense(q_length, kv_length, causal=causal, q_offset=offset if causal else 0, device=device)
-        return SparseMask(plan, batch_size, causal=causal, offset=offset, plain=True)
-
-    query = torch.arange(q_length, device=device) + offset  # counted from the first key
-    if use_vmap:  # a function of the user's own
-        plan = _any_plan(mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device)
-        return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding)
-    batch = torch.arange(batch_size, device=device)[:, None, None, None]
-    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    at = (query + kv_offset)[None, None, :, None]
-
-    def sees(key: Tensor) -> Tensor:
-        """Whether query i sees keys `key[b, i, n]`."""
-        found = mask_function(batch, head, at, key[:, None] + kv_offset)
-        return found.expand(batch_size, 1, q_length, key.shape[-1])[:, 0]
-
-    simple = causal or mask_function is bidirectional_mask_function
-    if causal:
-        lo, hi = torch.zeros_like(query)[None], (query + 1).clamp(0, kv_length)[None]
-    else:
-        lo, hi = _ranges(sees, query.expand(batch_size, -1), kv_length)
-        lo, hi = _shared(lo, hi)
-        if not _host(lo) or _hold(sees, lo, hi, batch_size, kv_length):
-            causal = _host(hi) and bool((hi <= query + 1).all())
-        else:
-            plan = _any_plan(
-                mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device
-            )
-            return SparseMask(
-                plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding
-            )
-    plan, first, solid = _padded(lo, hi, padding, kv_length)
-    notes: dict[str, Any] = {}
-    if simple:
-        notes = {"if_plain": solid} if isinstance(solid, Tensor) else {}
-    elif not torch.compiler.is_compiling():
-        notes = _documents(lo, hi, query, padding)
-    else:  # every mask of a trace is made for documents, whether there are some or not
-        notes, causal = {"if_plain": solid & (lo == 0).all() & (hi == query + 1).all()}, True
-    return SparseMask(
-        plan,
-        batch_size,
-        causal=causal,
-        offset=offset,
-        plain=simple and solid is True,
-        first=first,
-        padding=padding if simple else None,
-        ranges=(lo, hi),
-        tokens=padding,
-        **notes,
-    )
-
-
-def by_positions(mask: SparseMask, positions: Any) -> SparseMask:
-    """A mask of self-attention whose documents lie apart, by positions `[B|1, S]` that begin anew.
-
-    A token begins a document where its position is 0 again, or below that of the token before it. Where the
-    model itself has made documents, they stay; other things than positions say nothing.
-    """
-    S = mask.shape[2]
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.is_floating_point():
-        return mask
-    if positions.shape[1] != S or positions.shape[0] not in (1, mask.shape[0]) or S < 2:
-        return mask
-    if torch.compiler.is_compiling():
-        if mask.by_rule:
-            torch._assert_async(
-                ~_begins(mask, positions).any(),
-                "position_ids begin anew within a row, and the compiled model keeps a cache or was given an "
-                "attention_mask: pass use_cache=False and no attention_mask for packed documents",
-            )
-        return mask
-    if known := _packed.get(mask, positions):
-        return known[0] or mask
-    begins, made = _begins(mask, positions), None
-    if bool(begins.any()):
-        at = torch.arange(S, device=begins.device) + mask.offset
-        begin = torch.where(begins, at, 0).cummax(-1).values
-        later = torch.where(begins, at, mask.shape[3]).flip(-1).cummin(-1).values.flip(-1)
-        end = torch.nn.functional.pad(later[:, 1:], (0, 1), value=mask.shape[3])
-        begin, end = begin.to(mask.device), end.to(mask.device)
-        if not mask.documents:
-            made = mask.within(begin, end)
-        elif mask.ranges is None or not bool((mask.ranges[0] >= begin).all()):
-            raise SparseFlashError(
-                f"{mask.owner}: position_ids begin anew within a row, in a layer that sees chunks, and the "
-                "call keeps a cache or was given an attention_mask: chunks would be counted from the first "
-                "token of the row. Pass use_cache=False and no attention_mask"
-            )
-    return _packed.keep(made, mask, positions) or mask
-
-
-_packed: Last[SparseMask | None] = Last()
-"""The positions that were read last (a weak reference), their version, the mask, and what it became."""
-
-
-def _begins(mask: SparseMask, positions: Tensor) -> Tensor:
-    """Which tokens begin another document than the token before, bool `[B|1, S]`; padding is no token."""
-    S = mask.shape[2]
-    at = torch.arange(S, device=positions.device)
-    real = torch.ones_like(positions, dtype=torch.bool)
-    if mask.tokens is not None:
-        keys = (at + mask.offset).clamp(max=mask.shape[3] - 1)
-        real = mask.tokens.index_select(1, keys.to(mask.tokens.device)).to(positions.device)
-    positions = positions.expand(len(real), -1)
-    before = torch.where(real, at, -1).cummax(-1).values
-    before = torch.nn.functional.pad(before[:, :-1], (1, 0), value=-1)
-    last = positions.gather(1, before.clamp(min=0))
-    return real & (before >= 0) & ((positions < last) | (positions == 0))
-
-
-def _documents(lo: Tensor, hi: Tensor, query: Tensor, padding: Tensor | None) -> dict[str, Any]:
+def document_notes(lo: Tensor, hi: Tensor, query: Tensor, padding: Tensor | None) -> dict[str, Any]:
     """What `SparseMask` takes of documents or chunks, from ranges [B|1, S]."""
     begins = (lo == query) & (hi > lo) & (query > 0)
     if not bool(begins.any()):
@@ -495,81 +303,25 @@ def _documents(lo: Tensor, hi: Tensor, query: Tensor, padding: Tensor | None) ->
     return {"documents": True, "starts": starts if alone and int(query[0]) == 0 else None}
 
 
-def _host(x: Tensor) -> bool:
+def on_host(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at, for nothing."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _padding(mask: Tensor | None, Tk: int, begin: int) -> Tensor | None:
-    """The padding mask of the keys at hand, bool [B, Tk]; None where no key is padding."""
-    if mask is None:
-        return None
-    if mask.dim() != 2:
-        raise SparseFlashError(f"attention_mask {list(mask.shape)}: expected [B, tokens], 1 or True = token")
-    missing = begin + Tk - mask.shape[-1]
-    if missing > 0:
-        mask = torch.nn.functional.pad(mask, (0, missing))
-    mask = mask[:, begin : begin + Tk].bool()
-    return None if _host(mask) and bool(mask.all()) else mask
-
-
-def _ranges(sees: Sees, anchor: Tensor, Tk: int) -> tuple[Tensor, Tensor]:
-    """The range [lo, hi) of keys around each query's own, [B, S] each; empty where its own is unseen."""
-    anchor = anchor.clamp(0, max(Tk - 1, 0))
-    own = sees(anchor[..., None])[..., 0] if Tk else torch.zeros_like(anchor, dtype=torch.bool)
-    lo = anchor - _reach(sees, anchor, -1, anchor, Tk)
-    hi = anchor + _reach(sees, anchor, 1, Tk - 1 - anchor, Tk) + 1
-    return torch.where(own, lo, hi), hi
-
-
-def _reach(sees: Sees, anchor: Tensor, direction: int, limit: Tensor, Tk: int) -> Tensor:
-    """How many keys in a row are seen from the anchor on, by a search that narrows SPREAD times a round."""
-    low, high = torch.zeros_like(limit), limit
-    step = torch.arange(1, SPREAD + 1, device=limit.device)
-    rounds, width = (1, Tk) if isinstance(Tk, int) else (8, 0)
-    while width >= SPREAD:
-        rounds, width = rounds + 1, width // SPREAD
-    for _ in range(rounds):
-        stride = (high - low + (SPREAD - 1)) // SPREAD
-        at = torch.minimum(low[..., None] + stride[..., None] * step, high[..., None])
-        n = sees(anchor[..., None] + direction * at).long().cumprod(-1).sum(-1)
-        low, high = (
-            torch.minimum(low + n * stride, high),
-            torch.minimum(low + (n + 1) * stride - 1, high),
-        )
-        high = torch.maximum(low, high)
-    return low
-
-
-def _shared(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+def shared_rows(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     """One row for all sequences where they are alike."""
-    if _host(lo) and len(lo) > 1 and bool((lo == lo[:1]).all() and (hi == hi[:1]).all()):
+    if on_host(lo) and len(lo) > 1 and bool((lo == lo[:1]).all() and (hi == hi[:1]).all()):
         return lo[:1], hi[:1]
     return lo, hi
 
 
-def _hold(sees: Sees, lo: Tensor, hi: Tensor, batch: int, Tk: int) -> bool:
-    """Whether ranges whose ends never move back describe a mask: ends exactly, other keys by samples."""
-    if not Tk or not lo.numel():
-        return True
-    if not all(bool((x[:, 1:] >= x[:, :-1]).all()) for x in (lo, hi)):
-        return False
-    lo, hi = lo.expand(batch, -1), hi.expand(batch, -1)
-    row = torch.arange(lo.shape[1]) * 40503
-    key = (row[:, None] + torch.arange(SPREAD) * 2654435761) % Tk
-    key = torch.cat([key.expand(batch, -1, -1), torch.stack([lo - 1, lo, hi - 1, hi], -1)], -1).clamp(
-        0, Tk - 1
-    )
-    inside = (key >= lo[..., None]) & (key < hi[..., None])
-    return bool((sees(key) == inside).all())
-
-
-def _padded(
+def intervals(
     lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int
 ) -> tuple[Plan, Tensor | None, bool | Tensor]:
     """Ranges [B|1, S] without padding [B, Tk]; the first keys; and whether padding is at the ends alone."""
     if padding is None:
         plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
-        return plan, None, True if _host(lo) else torch.ones((), dtype=torch.bool, device=lo.device)
+        return plan, None, True if on_host(lo) else torch.ones((), dtype=torch.bool, device=lo.device)
     key = torch.arange(Tk, device=padding.device)
     first = torch.where(padding, key, Tk).amin(-1, keepdim=True)
     last = torch.where(padding, key + 1, 0).amax(-1, keepdim=True)
@@ -578,7 +330,7 @@ def _padded(
     plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
     solid = padding.sum(-1, keepdim=True) == (last - first).clamp(min=0)
     first = torch.minimum(first, last)[:, 0]
-    if _host(solid) and bool(solid.all()):
+    if on_host(solid) and bool(solid.all()):
         return plan, first, True
     # padding between tokens: a label for each key, and a test of each pair where there is some
     assert plan.span_full is not None
@@ -588,39 +340,4 @@ def _padded(
         q_seg=torch.full((1, 1, plan.Tq), ANY, dtype=torch.int32, device=padding.device),
         span_full=torch.where(solid[..., None], plan.span_full, 0).int(),
     )
-    return (holed, None, False) if _host(solid) else (holed, first, solid.all())  # not looked at
-
-
-def _any_plan(
-    mask_function: Callable[..., Tensor],
-    padding: Tensor | None,
-    batch: int,
-    Tq: int,
-    Tk: int,
-    q_offset: int | Tensor,
-    kv_offset: int,
-    device: torch.device | str,
-) -> Plan:
-    """A mask that is no ranges: evaluated once, as Transformers' own `sdpa` does, and read."""
-    from transformers.masking_utils import sdpa_mask
-
-    mask = sdpa_mask(
-        batch_size=batch,
-        q_length=Tq,
-        kv_length=Tk,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        allow_is_causal_skip=False,
-        use_vmap=True,
-        device=device,
-    )
-    if padding is not None:
-        mask = mask & padding[:, None, None]
-    return Plan.from_mask(mask)
-
-
-def _looks_back(plan: Plan, query: Tensor) -> bool:
-    """Whether no query of a mask of bits sees a later key. Looks at all pairs."""
-    key = torch.arange(plan.Tk, device=query.device)
-    return not bool((plan.to_dense() & (key > query[:, None])).any())
+    return (holed, None, False) if on_host(solid) else (holed, first, solid.all())  # not looked at

@@ -1,0 +1,237 @@
+"""The mask of a forward in O(T): one range of keys for each query, read off Transformers' mask functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import SparseFlashError
+from ...plan import Plan
+from ...plan.options import narrow
+from .documents import apart, call_of, mixing
+from .mask import SparseMask, document_notes, intervals, on_host, shared_rows
+
+SPREAD = 16
+"""Keys that one round of the search for the end of a range looks at."""
+
+Sees = Callable[[Tensor], Tensor]
+
+
+def sparse_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Any = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    cache_position: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """The mask function registered as "sparse": what Transformers calls once a forward and kind of layer.
+
+    Parameters
+    ----------
+    batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device
+        As Transformers gives them: `mask_function(batch, head, query, key)` on index tensors, and the bool
+        padding mask `[B, tokens]`, True = token.
+    cache_position : Tensor, optional
+        `[S]`: what older versions give instead of `q_length` and `q_offset`.
+    **options
+        Hints for other implementations (`dtype`, `local_size`, `config`, ...), which change no mask.
+
+    Returns
+    -------
+    SparseMask
+        Or `attention_mask` itself where it is one already: generation with static caches calls twice.
+    """
+    if isinstance(attention_mask, SparseMask):
+        return attention_mask
+    if cache_position is not None:
+        q_length, q_offset = len(cache_position), cache_position[0]
+    assert q_length is not None and mask_function is not None
+    mask = _mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        _padding(attention_mask, kv_length, kv_offset),
+        use_vmap,
+        device,
+    )
+    config = options.get("config")
+    mask.owner, mask.mixes = getattr(config, "model_type", ""), mixing(config)
+    if not torch.compiler.is_compiling():
+        mask = apart(mask, call_of(sys._getframe(1)), config, kv_offset)
+    return mask
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Callable[..., Tensor],
+    padding: Tensor | None,
+    use_vmap: bool,
+    device: torch.device | str,
+) -> SparseMask:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    causal = mask_function is causal_mask_function
+    offset = q_offset - kv_offset
+    if isinstance(offset, Tensor):
+        offset = int(offset) if on_host(offset) else narrow(offset)
+    if padding is None and (causal or mask_function is bidirectional_mask_function):
+        plan = Plan.dense(q_length, kv_length, causal=causal, q_offset=offset if causal else 0, device=device)
+        return SparseMask(plan, batch_size, causal=causal, offset=offset, plain=True)
+
+    query = torch.arange(q_length, device=device) + offset  # counted from the first key
+    if use_vmap:  # a function of the user's own
+        plan = _any_plan(mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device)
+        return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding)
+    batch = torch.arange(batch_size, device=device)[:, None, None, None]
+    head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+    at = (query + kv_offset)[None, None, :, None]
+
+    def sees(key: Tensor) -> Tensor:
+        """Whether query i sees keys `key[b, i, n]`."""
+        found = mask_function(batch, head, at, key[:, None] + kv_offset)
+        return found.expand(batch_size, 1, q_length, key.shape[-1])[:, 0]
+
+    simple = causal or mask_function is bidirectional_mask_function
+    if causal:
+        lo, hi = torch.zeros_like(query)[None], (query + 1).clamp(0, kv_length)[None]
+    else:
+        lo, hi = _ranges(sees, query.expand(batch_size, -1), kv_length)
+        lo, hi = shared_rows(lo, hi)
+        if not on_host(lo) or _hold(sees, lo, hi, batch_size, kv_length):
+            causal = on_host(hi) and bool((hi <= query + 1).all())
+        else:
+            plan = _any_plan(
+                mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device
+            )
+            return SparseMask(
+                plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding
+            )
+    plan, first, solid = intervals(lo, hi, padding, kv_length)
+    notes: dict[str, Any] = {}
+    if simple:
+        notes = {"if_plain": solid} if isinstance(solid, Tensor) else {}
+    elif not torch.compiler.is_compiling():
+        notes = document_notes(lo, hi, query, padding)
+    else:  # every mask of a trace is made for documents, whether there are some or not
+        notes, causal = {"if_plain": solid & (lo == 0).all() & (hi == query + 1).all()}, True
+    return SparseMask(
+        plan,
+        batch_size,
+        causal=causal,
+        offset=offset,
+        plain=simple and solid is True,
+        first=first,
+        padding=padding if simple else None,
+        ranges=(lo, hi),
+        tokens=padding,
+        **notes,
+    )
+
+
+def _padding(mask: Tensor | None, Tk: int, begin: int) -> Tensor | None:
+    """The padding mask of the keys at hand, bool [B, Tk]; None where no key is padding."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise SparseFlashError(f"attention_mask {list(mask.shape)}: expected [B, tokens], 1 or True = token")
+    missing = begin + Tk - mask.shape[-1]
+    if missing > 0:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    mask = mask[:, begin : begin + Tk].bool()
+    return None if on_host(mask) and bool(mask.all()) else mask
+
+
+def _ranges(sees: Sees, anchor: Tensor, Tk: int) -> tuple[Tensor, Tensor]:
+    """The range [lo, hi) of keys around each query's own, [B, S] each; empty where its own is unseen."""
+    anchor = anchor.clamp(0, max(Tk - 1, 0))
+    own = sees(anchor[..., None])[..., 0] if Tk else torch.zeros_like(anchor, dtype=torch.bool)
+    lo = anchor - _reach(sees, anchor, -1, anchor, Tk)
+    hi = anchor + _reach(sees, anchor, 1, Tk - 1 - anchor, Tk) + 1
+    return torch.where(own, lo, hi), hi
+
+
+def _reach(sees: Sees, anchor: Tensor, direction: int, limit: Tensor, Tk: int) -> Tensor:
+    """How many keys in a row are seen from the anchor on, by a search that narrows SPREAD times a round."""
+    low, high = torch.zeros_like(limit), limit
+    step = torch.arange(1, SPREAD + 1, device=limit.device)
+    rounds, width = (1, Tk) if isinstance(Tk, int) else (8, 0)
+    while width >= SPREAD:
+        rounds, width = rounds + 1, width // SPREAD
+    for _ in range(rounds):
+        stride = (high - low + (SPREAD - 1)) // SPREAD
+        at = torch.minimum(low[..., None] + stride[..., None] * step, high[..., None])
+        n = sees(anchor[..., None] + direction * at).long().cumprod(-1).sum(-1)
+        low, high = (
+            torch.minimum(low + n * stride, high),
+            torch.minimum(low + (n + 1) * stride - 1, high),
+        )
+        high = torch.maximum(low, high)
+    return low
+
+
+def _hold(sees: Sees, lo: Tensor, hi: Tensor, batch: int, Tk: int) -> bool:
+    """Whether ranges whose ends never move back describe a mask: ends exactly, other keys by samples."""
+    if not Tk or not lo.numel():
+        return True
+    if not all(bool((x[:, 1:] >= x[:, :-1]).all()) for x in (lo, hi)):
+        return False
+    lo, hi = lo.expand(batch, -1), hi.expand(batch, -1)
+    row = torch.arange(lo.shape[1]) * 40503
+    key = (row[:, None] + torch.arange(SPREAD) * 2654435761) % Tk
+    key = torch.cat([key.expand(batch, -1, -1), torch.stack([lo - 1, lo, hi - 1, hi], -1)], -1).clamp(
+        0, Tk - 1
+    )
+    inside = (key >= lo[..., None]) & (key < hi[..., None])
+    return bool((sees(key) == inside).all())
+
+
+def _any_plan(
+    mask_function: Callable[..., Tensor],
+    padding: Tensor | None,
+    batch: int,
+    Tq: int,
+    Tk: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    device: torch.device | str,
+) -> Plan:
+    """A mask that is no ranges: evaluated once, as Transformers' own `sdpa` does, and read."""
+    from transformers.masking_utils import sdpa_mask
+
+    mask = sdpa_mask(
+        batch_size=batch,
+        q_length=Tq,
+        kv_length=Tk,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        allow_is_causal_skip=False,
+        use_vmap=True,
+        device=device,
+    )
+    if padding is not None:
+        mask = mask & padding[:, None, None]
+    return Plan.from_mask(mask)
+
+
+def _looks_back(plan: Plan, query: Tensor) -> bool:
+    """Whether no query of a mask of bits sees a later key. Looks at all pairs."""
+    key = torch.arange(plan.Tk, device=query.device)
+    return not bool((plan.to_dense() & (key > query[:, None])).any())
