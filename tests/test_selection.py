@@ -104,11 +104,8 @@ def test_the_plan_shows_the_kept_blocks_and_full_ones_are_full(generator, ordere
         ]
         want = torch.zeros_like(seen)
         want[:, :, q_row[:, None], k_row] = seen
-        real = grid.q_keep if grid.q_keep is not None else torch.ones(2, grid.Tq, dtype=torch.bool)
-        rows = real[:, None, :, None]
-        got = plan.to_dense().expand(2, 3, -1, -1)
-        assert torch.equal(got & rows, want & pairs(grid, 2)[:, None])
-        if not ordered and grid.q_keep is None:
+        assert torch.equal(plan.to_dense().expand(2, 3, -1, -1), want & pairs(grid, 2)[:, None])
+        if not ordered:
             wide = grid.plan(keep, capacity=max(1, grid.units))
             assert torch.equal(wide.to_dense(), plan.to_dense()) and not bool(wide.overflow)
 
