@@ -12,9 +12,10 @@ torch.Size([1, 2, 512, 32])
 """
 
 from .budgets import above, running_kth, share, top_indices, top_k, top_p
+from .clusters import kmeans
 from .grid import Grid
 from .mass import tile_mass
-from .orders import coverage, lsh_buckets, lsh_planes, random_bits, sorted_order
+from .orders import coverage, grid_order, lsh_buckets, lsh_planes, random_bits, sorted_order
 from .probes import Probe, probe
 from .scores import pooled
 
@@ -23,6 +24,8 @@ __all__ = [
     "Probe",
     "above",
     "coverage",
+    "grid_order",
+    "kmeans",
     "lsh_buckets",
     "lsh_planes",
     "pooled",

@@ -1,4 +1,4 @@
-"""Orders of tokens: locality-sensitive hashing, the orders it makes, and what they cover.
+"""Orders of tokens: grids, locality-sensitive hashing, the orders it makes, and what they cover.
 
 Nothing here draws from, or disturbs, the global random state: every draw is a function of a seed.
 """
@@ -179,6 +179,67 @@ def sorted_order(bucket: Tensor) -> Tensor:
     token = torch.arange(bucket.shape[-1], device=bucket.device)
     key = (bucket.long() << 31) | token  # two keys in one: wide enough for any T
     return (key.sort(-1).values & ((1 << 31) - 1)).int()
+
+
+def grid_order(
+    grid: Sequence[int],
+    *,
+    axes: Sequence[int] | None = None,
+    tile: Sequence[int] | None = None,
+    text: int | tuple[int, int] = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """An order of the tokens of an image or a video in which neighbours of the grid are neighbours of a list.
+
+    Parameters
+    ----------
+    grid : sequence of int
+        Sizes, outermost axis first, such as (frames, rows, columns); tokens are in raster order.
+    axes : sequence of int, optional
+        The axes in the order in which to go over them, outermost first: (1, 2, 0) has the frames of a place
+        side by side (PAROAttention, arXiv 2506.16054; Sparse VideoGen, 2502.01776).
+    tile : sequence of int, optional
+        Sizes of a block, by the axes of the grid: its tokens come behind one another (sliding tile attention,
+        2502.04507). Blocks that the border cuts are filled up with empty lanes, so every block is as many
+        rows: that many are a unit.
+    text : int or (int, int)
+        Tokens behind the grid, or (before, behind) it: they stay there, with `tile` in whole blocks of their
+        own.
+
+    Returns
+    -------
+    Tensor, int32 [1, 1, rows]
+        `order[row] = token`, -1 for an empty lane: a `q_order` or `k_order` of `Plan` and of `Grid.plan`.
+
+    Examples
+    --------
+    >>> from sparseflash.selection import grid_order
+    >>> grid_order((2, 3), tile=(2, 2))[0, 0].tolist()
+    [0, 1, 3, 4, 2, -1, 5, -1]
+    >>> grid_order((2, 3), axes=(1, 0), text=1)[0, 0].tolist()
+    [0, 3, 1, 4, 2, 5, 6]
+    """
+    sizes, n = tuple(grid), len(tuple(grid))
+    across = tuple(range(n)) if axes is None else tuple(axes)
+    block = (1,) * n if tile is None else tuple(tile)
+    before, behind = text if isinstance(text, tuple) else (0, text)
+    require(
+        (n > 0 and all(is_count(x) for x in sizes), f"grid={grid!r}: expected sizes >= 0"),
+        (sorted(across) == list(range(n)), f"axes={axes!r}: expected the axes of {grid!r}, each once"),
+        (len(block) == n and all(is_count(x, 1) for x in block), f"tile={tile!r}: expected {n} sizes >= 1"),
+        (is_count(before) and is_count(behind), f"text={text!r}: expected a count, or (before, behind)"),
+    )
+    token = torch.arange(math.prod(sizes), dtype=torch.int32, device=device).view(sizes) + before
+    short = [-size % own for size, own in zip(sizes, block, strict=True)]
+    token = torch.nn.functional.pad(token, [x for end in reversed(short) for x in (0, end)], value=-1)
+    cut = [x for size, own in zip(token.shape, block, strict=True) for x in (size // own, own)]
+    places = [2 * axis for axis in across] + [2 * axis + 1 for axis in across]
+    parts = [token.view(cut).permute(places).reshape(-1)]
+    whole = math.prod(block)
+    for at, first, count in ((0, 0, before), (2, before + math.prod(sizes), behind)):
+        words = torch.arange(first, first + count, dtype=torch.int32, device=device)
+        parts.insert(at, torch.nn.functional.pad(words, (0, -count % whole), value=-1))
+    return torch.cat(parts)[None, None]
 
 
 def coverage(

@@ -1,0 +1,123 @@
+"""`kmeans`: tokens by the centroid that is nearest to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..numerics import state_dtype
+from ..plan.options import is_count
+from .grid import check_keep
+
+HELD = 1 << 22
+"""Distances that are held at a time."""
+
+
+def kmeans(
+    x: Tensor,
+    clusters: int,
+    *,
+    iterations: int = 10,
+    init: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm for every head at once: the same clusters every time, on every device.
+
+    Squeezed Attention (arXiv 2411.09688) and Sparse VideoGen 2 (2505.18875) cluster keys, Routing Transformer
+    (2003.05997) queries and keys; where directions are meant, normalise first. O(iterations T clusters D) time
+    and a few megabytes of distances.
+
+    Parameters
+    ----------
+    x : Tensor
+        `[B,H,T,D]`, floating point.
+    clusters : int
+        K, at least 1.
+    iterations : int
+        Times that centroids move, a fixed number: no value is waited for.
+    init : Tensor, optional
+        First centroids `[B|1, H|1, K, D]`; by default K real tokens, evenly apart.
+    keep : Tensor, optional
+        bool `[B|1, T]`, True = a real token.
+
+    Returns
+    -------
+    label : Tensor, int32 [B, H, T]
+        The nearest centroid (of equally near ones the first); -1 for padding.
+    centroid : Tensor, [B, H, K, D]
+        fp32 (fp64 for fp64). One whose cluster is empty stays where it was. No gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection import kmeans
+    >>> label, centroid = kmeans(torch.tensor([0.0, 9.0, 1.0, 8.0]).view(1, 1, 4, 1), 2)
+    >>> label[0, 0].tolist(), centroid[0, 0, :, 0].tolist()
+    ([1, 0, 1, 0], [8.5, 0.5])
+    """
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise SparseFlashError(f"x: {given}; expected floating point [B,H,T,D]")
+    require(
+        (is_count(clusters, 1), f"clusters={clusters!r}: expected a positive int"),
+        (is_count(iterations), f"iterations={iterations!r}: expected an int >= 0"),
+    )
+    B, H, T, D = x.shape
+    check_keep("keep", keep, T, B)
+    x = x.detach().to(state_dtype(x))
+    real = None if keep is None else keep.to(x.device)[:, None].expand(B, 1, T)
+    if real is not None:
+        x = torch.where(real[..., None], x, 0)
+    shape = (B, H, clusters, D)
+    if init is None:
+        centroid = _apart(x, clusters, real)
+    else:
+        fits = isinstance(init, Tensor) and init.dim() == 4 and init.shape[2:] == shape[2:]
+        if not fits or any(a not in (1, b) for a, b in zip(init.shape[:2], (B, H), strict=True)):
+            given = str(list(init.shape)) if isinstance(init, Tensor) else type(init).__name__
+            raise SparseFlashError(f"init: {given}; expected [{B}|1, {H}|1, {clusters}, {D}]")
+        centroid = init.detach().to(x).expand(shape)
+    for _ in range(iterations):
+        centroid = _means(x, _nearest(x, centroid), centroid, real)
+    label = _nearest(x, centroid)
+    return label if real is None else torch.where(real, label, -1), centroid
+
+
+def _apart(x: Tensor, clusters: int, real: Tensor | None) -> Tensor:
+    """Tokens that are evenly apart."""
+    B, H, T, D = x.shape
+    if not T:
+        return x.new_zeros(B, H, clusters, D)
+    token = torch.arange(T, device=x.device).expand(B, 1, T)
+    count = torch.full((B, 1, 1), T, device=x.device)
+    if real is not None:
+        token = torch.where(real, token, T).sort(-1).values.clamp(max=T - 1)
+        count = real.sum(-1, keepdim=True)
+    place = (2 * torch.arange(clusters, device=x.device) + 1) * count // (2 * clusters)
+    chosen = token.gather(-1, place.clamp(max=T - 1)).expand(B, H, clusters)
+    return x.gather(2, chosen[..., None].expand(B, H, clusters, D))
+
+
+def _step(x: Tensor, clusters: int) -> int:
+    return max(1, HELD // max(1, x.shape[0] * x.shape[1] * clusters))
+
+
+def _nearest(x: Tensor, centroid: Tensor) -> Tensor:
+    B, H, T, _ = x.shape
+    step, size = _step(x, centroid.shape[2]), (centroid**2).sum(-1)[:, :, None]
+    parts = [(size - 2 * x[:, :, at : at + step] @ centroid.mT).argmin(-1).int() for at in range(0, T, step)]
+    return torch.cat(parts, -1) if parts else torch.zeros(B, H, 0, dtype=torch.int32, device=x.device)
+
+
+def _means(x: Tensor, label: Tensor, centroid: Tensor, real: Tensor | None) -> Tensor:
+    """Means of clusters. Members are told by a product, whose sums have one order on every run."""
+    total, count = torch.zeros_like(centroid), torch.zeros_like(centroid[..., :1])
+    names, step = torch.arange(centroid.shape[2], device=x.device)[:, None], _step(x, centroid.shape[2])
+    for at in range(0, x.shape[2], step):
+        member = label[:, :, None, at : at + step] == names
+        if real is not None:
+            member = member & real[:, :, None, at : at + step]
+        total = total + member.to(x.dtype) @ x[:, :, at : at + step]
+        count = count + member.sum(-1, keepdim=True)
+    return torch.where(count > 0, total / count.clamp(min=1), centroid)
