@@ -25,8 +25,8 @@ def kmeans(
     """Lloyd's algorithm for every head at once: the same clusters every time, on every device.
 
     Squeezed Attention (arXiv 2411.09688) and Sparse VideoGen 2 (2505.18875) cluster keys, Routing Transformer
-    (2003.05997) queries and keys; where directions are meant, normalise first. O(iterations T clusters D) time
-    and a few megabytes of distances.
+    (2003.05997) queries and keys; where directions are meant, normalise first. O(iterations T clusters D)
+    time, and a few megabytes of distances.
 
     Parameters
     ----------
