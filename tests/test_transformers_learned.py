@@ -15,6 +15,7 @@ import sparseflash as sf
 from harness import peak_memory
 from sparseflash.integrations.transformers import SparseMask, StreamedIndexer, indexer, streamed
 from sparseflash.integrations.transformers.learned import learned_plan
+from sparseflash.integrations.transformers.mask import Plain
 
 DSA = {
     "vocab_size": 97,
@@ -155,7 +156,7 @@ def test_layers_that_share_a_choice_share_its_plan(monkeypatch, generator):
 
 
 def test_what_is_not_known_of_a_choice_is_said():
-    mask = SparseMask(sf.Plan.dense(4, 4, causal=True), 1, causal=True, plain=True)
+    mask = SparseMask(sf.Plan.dense(4, 4, causal=True), 1, Plain(), causal=True)
     index = torch.zeros(1, 2, 4, 1, dtype=torch.int32)
     with pytest.raises(sf.SparseFlashError, match="block_size"):
         learned_plan(torch.nn.Linear(1, 1), mask, None, index)

@@ -182,20 +182,36 @@ class Method:
         if selection is None:
             check_qk(q, k)
             selection = self.select(q, k, {"v": v, **(ctx or {})})
-        out, lse = attention(
-            q,
-            k,
-            v,
-            selection.plan,
-            scale=scale,
-            key_bias=selection.key_bias,
-            return_lse=True,
-            backend=backend,
-        )
-        out, lse = self.finish(out, lse, v)
-        if selection.gate is not None:
-            out = out * selection.gate[..., None].to(out.dtype)
+        out, lse = self.attend(q, k, v, selection, scale=scale, backend=backend)
         return (out, lse) if return_lse else out
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: Selection,
+        op: Callable[..., Any] = attention,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over a selection: (out, lse).
+
+        Parameters
+        ----------
+        q, k, v : Tensor
+            As in a call of the method.
+        selection : Selection
+            What `select` returned, or a part of it.
+        op : callable
+            `sparseflash.attention`, or `sparseflash.decode` where queries are few.
+        **options
+            Those of the op.
+        """
+        if selection.key_bias is not None:
+            options["key_bias"] = selection.key_bias
+        out, lse = op(q, k, v, selection.plan, return_lse=True, **options)
+        out, lse = self.finish(out, lse, v)
+        return out if selection.gate is None else out * selection.gate[..., None].to(out.dtype), lse
 
     def finish(self, out: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Last touch on the result; the identity unless a method says otherwise."""

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SparseFlashError
-from ...ops.attention import attention
-from ...ops.decode import decode
 from ...plan import Plan
 from ...plan.stamps import Last
+from .._host import exact
 from .documents import by_edges, by_positions, into, mixing
 from .keep import plain_mask
 from .learned import learned_plan
-from .mask import SparseMask
-
-FEW = 16
-"""Up to so many queries, without gradients, `decode` is faster than `attention`."""
+from .mask import Bits, Plain, SparseMask
 
 SETTING = "_sparseflash"
 """Name of the attribute of an attention module that holds what `sparse(...)` set for it."""
@@ -141,14 +137,6 @@ def sparse_attention(
     return out.transpose(1, 2), None
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, plan: Any, options: dict[str, Any]) -> Tensor:
-    """Attention over a plan, by `decode` where queries are few and nothing learns."""
-    learns = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, options["sink_logits"])
-    )
-    return (decode if q.shape[2] <= FEW and not learns else attention)(q, k, v, plan, **options)
-
-
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise SparseFlashError(
@@ -220,7 +208,7 @@ def _unmasked(
             "queries stand among the keys is not known. Give the model an attention_mask"
         )
     plan = Plan.dense(S, T, causal=causal, window=_sides(window, causal), device=query.device)
-    return SparseMask(plan, B, causal=causal, plain=window is None)
+    return SparseMask(plan, B, Plain() if window is None else Bits(), causal=causal)
 
 
 def _sides(window: int | None, causal: bool) -> tuple[int, int] | None:
@@ -262,6 +250,6 @@ def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> Spars
     plan = Plan.from_mask(keep, Tq=S, Tk=T)
     own = torch.arange(S, device=mask.device)[:, None] + (T - S)
     later = torch.arange(T, device=mask.device) > own
-    made = SparseMask(plan, B, causal=not bool((keep & later).any()), offset=T - S)
-    made.mixes = mixing(getattr(module, "config", None))
+    mixes = mixing(getattr(module, "config", None))
+    made = SparseMask(plan, B, causal=not bool((keep & later).any()), offset=T - S, mixes=mixes)
     return _last.keep(made, mask, key=(B, S, T))

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ...errors import SparseFlashError
 from ...methods.base import Method, Selection, find, names
-from ...ops.attention import attention
-from ...ops.decode import decode as decode_op
 from ...plan.options import same_offset
-from .attention import FEW, SETTING, exact
+from .._host import exact, over
+from .attention import SETTING
 from .layers import Layer, chosen
-from .mask import SparseMask
+from .mask import Plain, SparseMask
 from .packed import gather, scatter
 
 Heads = Sequence[Method | None]
@@ -201,53 +200,35 @@ class Setting:
         options: dict[str, Any],
         heads: Sequence[int],
     ) -> Tensor:
-        plan: Any = mask.plan
         if method is None:
             if self.watch is not None:
-                self.watch(None, heads, q, k, plan, plan)
-            return exact(q, k, v, plan, options)
+                self.watch(None, heads, q, k, mask.plan, mask.plan)
+            return exact(q, k, v, mask.plan, options)
         if mask.documents:
             return self._apart(method, q, k, v, mask, options, heads)
-        if mask.padded is not None and not mask.causal and (mask.cross or q.shape[2] != k.shape[2]):
-            raise SparseFlashError(
-                f"{self.layer.name}: {_named(method)} on a layer that attends to another sequence, with "
-                "padding there: which of the queries are padding is not known. Give it rows of one length"
-            )
         if mask.padded is not None:
+            if not mask.causal and (mask.cross or q.shape[2] != k.shape[2]):
+                raise SparseFlashError(
+                    f"{self.layer.name}: {_named(method)} on a layer that attends to another sequence, with "
+                    "padding there: which of the queries are padding is not known. Give it rows of one length"
+                )
             return self._unpadded(method, q, k, v, mask, options, heads)
         selection = self._select(method, q, k, v, mask.offset)
-        plans = tuple(self._within(method, one, mask) for one in _plans(selection.plan))
-        return self._run(method, q, k, v, selection, plans, mask.plan, options, heads)
+        plans = tuple(self._within(method, one, mask) for one in selection.plan)
+        selection = dataclasses.replace(selection, plan=plans)
+        if self.watch is not None:
+            self.watch(method, heads, q, k, plans, mask.plan)
+        return over(method, q, k, v, selection, options)
 
     def _select(self, method: Method, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor) -> Selection:
+        """What the method selects, its plans as a tuple."""
         ctx = {"v": v, "q_offset": offset, "layer": self.layer.index}
         try:
-            return method.select(q, k, ctx)
+            selection = method.select(q, k, ctx)
         except SparseFlashError as fault:
             raise SparseFlashError(f"{self.layer.name}, {_named(method)}: {fault}") from fault
-
-    def _run(
-        self,
-        method: Method,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        selection: Selection,
-        plans: tuple[Any, ...],
-        dense: Any,
-        options: dict[str, Any],
-        heads: Sequence[int],
-    ) -> Tensor:
-        """Attention over what was selected."""
-        if self.watch is not None:
-            self.watch(method, heads, q, k, plans, dense)
-        if selection.key_bias is not None:
-            options = {**options, "key_bias": selection.key_bias}
-        given = [x for x in (q, k, v, *options.values()) if isinstance(x, Tensor)]
-        learns = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-        op: Any = decode_op if q.shape[2] <= FEW and not learns else attention
-        out, lse = method.finish(*op(q, k, v, plans, return_lse=True, **options), v)
-        return out if selection.gate is None else out * selection.gate[..., None].to(out.dtype)
+        several = isinstance(selection.plan, (tuple, list))
+        return dataclasses.replace(selection, plan=tuple(selection.plan) if several else (selection.plan,))
 
     def _unpadded(
         self,
@@ -276,9 +257,8 @@ class Setting:
             q2 = q if queries is None else gather(q, None, queries)
             k2, v2 = (x if keys is None else gather(x, None, keys) for x in (k, v))
             selection = self._select(method, q2, k2, v2, offset)
-            plans = _plans(selection.plan)
-            if all(_by_place(one, offset) for one in plans):
-                out = self._run(method, q2, k2, v2, selection, plans, None, options, heads)
+            if all(_by_place(one, offset) for one in selection.plan):
+                out = over(method, q2, k2, v2, selection, options)
                 return out if queries is None else gather(out, None, queries.argsort(-1))
         if traced:
             raise SparseFlashError(
@@ -316,7 +296,7 @@ class Setting:
             n, _, length, _ = part[0].shape
             own = type(mask.plan).dense(length, length, causal=True, device=q.device)
             padding = None if bool(tokens.all()) else tokens
-            alone = SparseMask(own, n, causal=True, plain=True, padding=padding, tokens=padding)
+            alone = SparseMask(own, n, Plain(), causal=True, tokens=padding)
             parts.append(self._attend(method, *part, alone, options, heads))
         return mask.apart.join(parts)
 
@@ -333,7 +313,7 @@ class Setting:
                 "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts; where "
                 "these are refused too, it is not for this layer"
             )
-        if mask.plain and plan.causal == mask.causal:
+        if mask.by_rule and plan.causal == mask.causal:
             return plan
         return plan & mask.plan
 
@@ -355,7 +335,3 @@ def _by_place(plan: Any, offset: int | Tensor) -> bool:
 def _named(method: Method) -> str:
     """The method with its settings; by its class alone in a trace, which cannot read them."""
     return type(method).__name__ if torch.compiler.is_compiling() else repr(method)
-
-
-def _plans(plan: Any) -> tuple[Any, ...]:
-    return tuple(plan) if isinstance(plan, (tuple, list)) else (plan,)

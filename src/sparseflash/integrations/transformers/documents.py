@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
-from .mask import SparseMask
+from .mask import Bits, Packed, SparseMask
 
 # ---------------------------------------------------------------- what a model was called with
 
@@ -148,7 +148,7 @@ def by_positions(mask: SparseMask, positions: Any, labels: Any = None) -> Sparse
         if mask.by_rule or mask.ranges is None or (mask.mixes and labels is None):
             fine = ~begins.any()
         else:
-            fine = (mask.ranges[0] >= _ends(mask, begins)[0]).all()
+            fine = (mask.ranges.lo >= _ends(mask, begins)[0]).all()
         torch._assert_async(
             fine,
             "position_ids begin anew within a row, and the compiled model keeps a cache, was given an "
@@ -217,7 +217,7 @@ def _within(mask: SparseMask, begin: Tensor, end: Tensor) -> SparseMask:
     _refuse_mixing(mask)
     if not mask.documents:
         return mask.within(begin, end)
-    if mask.ranges is None or not bool((mask.ranges[0] >= begin).all()):
+    if mask.ranges is None or not bool((mask.ranges.lo >= begin).all()):
         raise SparseFlashError(
             f"{mask.owner}: position_ids begin anew within a row, in a layer that sees chunks, and the call "
             "keeps a cache or was given an attention_mask: chunks would be counted from the first token of "
@@ -258,13 +258,13 @@ def by_edges(
         )
     if mask is not None and len(edges) > 2:
         _refuse_mixing(mask)
-    if mask is None or (mask.plain and mask.first is None):
+    if mask is None or (mask.by_rule and mask.tokens is None):
         own = window if mask is None else None
         plan = Plan.from_documents(edges, edges_k, Tq=S, Tk=T, causal=causal, window=own)
         starts = None
         if known and causal and same and plan.window is None and int(edges[-1]) == S:
             starts = edges[:-1].repeat_interleave(edges.diff(), output_size=S)[None]
-        made = SparseMask(plan, 1, causal=causal, documents=len(edges) > 2, starts=starts)
+        made = SparseMask(plan, 1, Packed(starts) if len(edges) > 2 else Bits(), causal=causal)
     elif not same or not known:
         raise SparseFlashError(
             f"{name}: cu_seq_lens_q beside a mask of padding, windows or documents, "

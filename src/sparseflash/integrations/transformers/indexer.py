@@ -105,7 +105,7 @@ class StreamedIndexer(nn.Module):
             own.index_topk,
             causal=mask.causal,
             q_offset=mask.offset,
-            k_keep=mask.padding,
+            k_keep=mask.tokens,
             scale=own.softmax_scale,
         )
 

@@ -54,7 +54,7 @@ def learned_plan(
     Tk = mask.shape[3]
     if mask.by_rule:
         plan = Plan.from_choice(
-            chosen, Tk=Tk, unit=unit, causal=mask.causal, q_offset=mask.offset, k_keep=mask.padding
+            chosen, Tk=Tk, unit=unit, causal=mask.causal, q_offset=mask.offset, k_keep=mask.tokens
         )
     else:
         plan = Plan.from_choice(_visible(chosen, mask, unit), Tk=Tk, causal=False)

@@ -72,6 +72,36 @@ def _dense(x: Any) -> Any:
     return x.keep() if isinstance(x, _Dense) else x
 
 
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Causality (or nothing) hides keys, and padding, wherever it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """Each query sees one range of keys, but for padding: `[lo, hi)`, `[B|1, S]` each."""
+
+    lo: Tensor
+    hi: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Some query is the first of a document or chunk, and sees nothing before itself.
+
+    `starts [B|1, S]`: where the document of each query begins, where causal documents are all there is.
+    """
+
+    starts: Tensor | None = None
+    ranges: Ranges | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """The plan alone says what is seen."""
+
+
+@dataclasses.dataclass(eq=False, repr=False)
 class SparseMask(_Dense):
     """What each query of a forward sees, for all layers of one kind: a plan, made once.
 
@@ -86,91 +116,89 @@ class SparseMask(_Dense):
         What is seen.
     batch : int
         B of the shape.
+    kind : Plain, Ranges, Packed or Bits
+        What hides keys, beside padding.
     causal : bool
         Whether no query sees a later key.
     offset : int or Tensor
         Position of the first query, counted from the first key.
-    plain : bool
-        Whether causality (or, without it, nothing) is all there is beside padding at the ends: no documents,
-        windows or holes.
-    first : Tensor, optional
-        `[B]`: where the tokens of each sequence begin behind padding on the left.
-    documents : bool
-        Whether some query is the first of a document or chunk, and sees nothing before itself.
-    starts : Tensor, optional
-        `[B|1, S]`: where the document of each query begins, where causal documents are all there is.
-    if_plain : Tensor, optional
-        Where no value was looked at (in a trace, on an accelerator): bool, whether causality and padding at
-        the ends are all there is.
-    padding : Tensor, optional
-        bool `[B, T]`, True = token, where causality (or nothing) and this are all there is.
-    ranges : (Tensor, Tensor), optional
-        Where each query's keys are one range, but for padding: its ends, `[B|1, S]` each.
     tokens : Tensor, optional
-        bool `[B, T]`, True = token, where some keys are padding, whatever else is hidden.
+        bool `[B, T]`, True = token, where some keys are padding.
+    if_plain : Tensor, optional
+        In a trace: bool, whether causality and padding at the ends turn out to be all there is.
     owner : str
         The type of the model that it was made for, for messages.
     cross : bool
         Whether keys are of another sequence than queries, as far as the model says so.
+    mixes : str
+        The kinds of the model's layers that would carry one packed document into the next.
+    edges : Tensor, optional
+        The `cu_seq_lens_q` that it keeps to already.
+    held : Held, optional
+        The documents that this call puts into a cache, until there is one.
     """
 
     ndim = 4
     dtype = torch.bool
     is_floating_point = staticmethod(lambda: False)
 
-    def __init__(
-        self,
-        plan: Plan,
-        batch: int,
-        *,
-        causal: bool,
-        offset: int | Tensor = 0,
-        plain: bool = False,
-        first: Tensor | None = None,
-        documents: bool = False,
-        starts: Tensor | None = None,
-        if_plain: Tensor | None = None,
-        padding: Tensor | None = None,
-        ranges: tuple[Tensor, Tensor] | None = None,
-        tokens: Tensor | None = None,
-        owner: str = "",
-        cross: bool = False,
-    ) -> None:
-        self.plan, self.causal, self.offset, self.plain, self.first = plan, causal, offset, plain, first
-        self.documents, self.starts, self.if_plain, self.padding = documents, starts, if_plain, padding
-        self.ranges, self.tokens, self.owner, self.cross = ranges, tokens, owner, cross
-        self.mixes, self.edges, self.held = "", None, None
-        self.shape = torch.Size((batch, 1, plan.Tq, plan.Tk))
+    plan: Plan
+    batch: int
+    kind: Plain | Ranges | Packed | Bits = Bits()
+    _: dataclasses.KW_ONLY
+    causal: bool
+    offset: int | Tensor = 0
+    tokens: Tensor | None = None
+    if_plain: Tensor | None = None
+    owner: str = ""
+    cross: bool = False
+    mixes: str = ""
+    edges: Tensor | None = None
+    held: Any = None
+
+    def __post_init__(self) -> None:
+        self.shape = torch.Size((self.batch, 1, self.plan.Tq, self.plan.Tk))
         self._padded: Padded | None = None
 
     @property
     def by_rule(self) -> bool:
-        """Whether `causal`, `offset` and `padding` say all of it."""
-        return self.padding is not None or (self.plain and self.first is None)
+        """Whether `causal`, `offset` and `tokens` say all of it."""
+        return isinstance(self.kind, Plain)
+
+    @property
+    def documents(self) -> bool:
+        """Whether some query is the first of a document or chunk, and sees nothing before itself."""
+        return isinstance(self.kind, Packed)
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """The range of keys of each query, where windows or documents make one of them, padding aside."""
+        kind = self.kind.ranges if isinstance(self.kind, Packed) else self.kind
+        return kind if isinstance(kind, Ranges) else None
 
     @functools.cached_property
     def apart(self) -> Documents | None:
         """The documents as batches, for methods; None where something else is hidden too."""
-        return None if self.starts is None else Documents(self.starts.expand(self.shape[0], -1))
+        starts = self.kind.starts if isinstance(self.kind, Packed) else None
+        return None if starts is None else Documents(starts.expand(self.shape[0], -1))
 
     def within(self, begin: Tensor, end: Tensor) -> SparseMask:
         """The mask with each query kept to the keys `[begin, end)`, `[B|1, S]` each: packed documents."""
         Tq, Tk = self.shape[2:]
         query = torch.arange(Tq, device=self.device) + self.offset
         ranges = self.ranges
-        if ranges is None and self.plain and self.first is None:
+        if self.by_rule:
             last = (query + 1).clamp(0, Tk) if self.causal else torch.full_like(query, Tk)
-            ranges = torch.zeros_like(query)[None], last[None]
-        same: dict[str, Any] = {name: getattr(self, name) for name in ("causal", "offset", "tokens", "owner")}
+            ranges = Ranges(torch.zeros_like(query)[None], last[None])
         if ranges is None:
             plan = self.plan & Plan.from_intervals(begin[:, None], end[:, None], Tk=Tk)
-            return SparseMask(plan, self.shape[0], documents=True, **same)
-        lo, hi = ranges
-        lo = torch.maximum(lo, begin)
-        hi = torch.maximum(torch.minimum(hi, end), lo)
-        plan, _, _ = intervals(lo, hi, self.tokens, Tk)
-        notes = {"documents": True} | (document_notes(lo, hi, query, self.tokens) if self.causal else {})
-        return SparseMask(plan, self.shape[0], ranges=(lo, hi), **same, **notes)
+            return dataclasses.replace(self, plan=plan, kind=Packed())
+        lo = torch.maximum(ranges.lo, begin)
+        ranges = Ranges(lo, torch.maximum(torch.minimum(ranges.hi, end), lo))
+        plan, _ = intervals(ranges, self.tokens, Tk)
+        kind = ranged(ranges, query, self.tokens) if self.causal else ranges
+        kind = kind if isinstance(kind, Packed) else Packed(ranges=ranges)
+        return dataclasses.replace(self, plan=plan, kind=kind)
 
     @property
     def padded(self) -> Padded | None:
@@ -190,21 +218,22 @@ class SparseMask(_Dense):
     def _of(self, group: Group, rank: Tensor) -> SparseMask:
         """The mask of a group: between its own tokens, with nothing of padding."""
         (n, Tq), Tk = group.queries.shape, group.keys.shape[1]
-        same: dict[str, Any] = {"causal": self.causal, "offset": group.offset, "owner": self.owner}
+        kind: Plain | Bits = Bits()
         if self.by_rule:
-            offset = group.offset if self.causal else 0
+            kind, offset = Plain(), group.offset if self.causal else 0
             plan = Plan.dense(Tq, Tk, causal=self.causal, q_offset=offset, device=self.device)
-            return SparseMask(plan, n, plain=True, **same)
-        if self.ranges is not None:
-            ends = (x.expand(self.shape[0], -1)[group.rows].gather(1, group.queries) for x in self.ranges)
+        elif self.ranges is not None:
+            ends = (self.ranges.lo, self.ranges.hi)
+            ends = (x.expand(self.shape[0], -1)[group.rows].gather(1, group.queries) for x in ends)
             lo, hi = (rank[group.rows].gather(1, x) for x in ends)
-            plan, _, _ = intervals(*shared_rows(lo, torch.maximum(lo, hi)), None, Tk)
-            return SparseMask(plan, n, **same)
-        keep = self.plan.to_dense().expand(self.shape[0], -1, -1, -1)[group.rows]
-        at = group.queries[:, None, :, None].expand(-1, keep.shape[1], -1, keep.shape[3])
-        keep = keep.gather(2, at)
-        at = group.keys[:, None, None].expand(-1, keep.shape[1], Tq, -1)
-        return SparseMask(Plan.from_mask(keep.gather(3, at)), n, **same)
+            plan, _ = intervals(Ranges(*shared_rows(lo, torch.maximum(lo, hi))), None, Tk)
+        else:
+            keep = self.plan.to_dense().expand(self.shape[0], -1, -1, -1)[group.rows]
+            at = group.queries[:, None, :, None].expand(-1, keep.shape[1], -1, keep.shape[3])
+            keep = keep.gather(2, at)
+            at = group.keys[:, None, None].expand(-1, keep.shape[1], Tq, -1)
+            plan = Plan.from_mask(keep.gather(3, at))
+        return SparseMask(plan, n, kind, causal=self.causal, offset=group.offset, owner=self.owner)
 
     @property
     def device(self) -> torch.device:
@@ -212,21 +241,15 @@ class SparseMask(_Dense):
         return self.plan.device
 
     def for_methods(self) -> SparseMask:
-        """The mask with `plain` and `first` decided: a trace takes it to be plain, and its graph checks."""
+        """The mask as a trace takes it to be: plain, which its graph checks."""
         if self.if_plain is None:
             return self
-        plain = True
-        if torch.compiler.is_compiling():
-            torch._assert_async(
-                self.if_plain,
-                "methods in a compiled model take one document a row, padded at its ends alone: run packed "
-                "rows, windows and other masks without torch.compile, or leave these layers dense",
-            )
-        else:
-            plain = bool(self.if_plain)
-        names = ("causal", "offset", "padding", "tokens", "ranges", "owner", "cross")
-        same = {name: getattr(self, name) for name in names}
-        return SparseMask(self.plan, self.shape[0], plain=plain, first=self.first if plain else None, **same)
+        torch._assert_async(
+            self.if_plain,
+            "methods in a compiled model take one document a row, padded at its ends alone: run packed "
+            "rows, windows and other masks without torch.compile, or leave these layers dense",
+        )
+        return dataclasses.replace(self, kind=Plain() if self.tokens is None else self.kind, if_plain=None)
 
     def dim(self) -> int:
         """4, as of the tensor it stands for."""
@@ -247,20 +270,7 @@ class SparseMask(_Dense):
             return self.keep().to(dtype)
         if device is None or device == self.device:
             return self
-        names = ("offset", "first", "starts", "if_plain", "padding", "tokens")
-        given: dict[str, Any] = {name: getattr(self, name) for name in names}
-        given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
-        return SparseMask(
-            self.plan.to(device),
-            self.shape[0],
-            causal=self.causal,
-            plain=self.plain,
-            documents=self.documents,
-            owner=self.owner,
-            cross=self.cross,
-            ranges=None if self.ranges is None else (self.ranges[0].to(device), self.ranges[1].to(device)),
-            **given,
-        )
+        return _moved(self, device)
 
     def to_dense(self) -> Tensor:
         """The bool tensor `[B, 1, S, T]`: for models that compute with their mask. Materialises S x T."""
@@ -293,14 +303,25 @@ class MaskRows(_Dense):
         return self.keep()[_dense(index)]
 
 
-def document_notes(lo: Tensor, hi: Tensor, query: Tensor, padding: Tensor | None) -> dict[str, Any]:
-    """What `SparseMask` takes of documents or chunks, from ranges [B|1, S]."""
+def _moved(x: Any, device: torch.device) -> Any:
+    """Tensors and plans on a device, and dataclasses of them."""
+    if isinstance(x, (Tensor, Plan)):
+        return x.to(device)
+    if not dataclasses.is_dataclass(x):
+        return x
+    fields = {f.name: _moved(getattr(x, f.name), device) for f in dataclasses.fields(x)}
+    return dataclasses.replace(x, **fields)  # type: ignore[type-var]
+
+
+def ranged(ranges: Ranges, query: Tensor, tokens: Tensor | None) -> Ranges | Packed:
+    """What ranges are: documents or chunks, where some query sees nothing before itself."""
+    lo, hi = ranges.lo, ranges.hi
     begins = (lo == query) & (hi > lo) & (query > 0)
     if not bool(begins.any()):
-        return {}
+        return ranges
     starts = torch.where(begins, query, 0).cummax(-1).values
-    alone = padding is None and bool((lo == starts).all() and (hi == query + 1).all())
-    return {"documents": True, "starts": starts if alone and int(query[0]) == 0 else None}
+    alone = tokens is None and bool((lo == starts).all() and (hi == query + 1).all())
+    return Packed(starts if alone and int(query[0]) == 0 else None, ranges)
 
 
 def on_host(x: Tensor) -> bool:
@@ -315,29 +336,26 @@ def shared_rows(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     return lo, hi
 
 
-def intervals(
-    lo: Tensor, hi: Tensor, padding: Tensor | None, Tk: int
-) -> tuple[Plan, Tensor | None, bool | Tensor]:
-    """Ranges [B|1, S] without padding [B, Tk]; the first keys; and whether padding is at the ends alone."""
-    if padding is None:
+def intervals(ranges: Ranges, tokens: Tensor | None, Tk: int) -> tuple[Plan, Tensor]:
+    """The plan of ranges without padding; and whether padding is at the ends alone, a bool tensor."""
+    lo, hi = ranges.lo, ranges.hi
+    if tokens is None:
         plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
-        return plan, None, True if on_host(lo) else torch.ones((), dtype=torch.bool, device=lo.device)
-    key = torch.arange(Tk, device=padding.device)
-    first = torch.where(padding, key, Tk).amin(-1, keepdim=True)
-    last = torch.where(padding, key + 1, 0).amax(-1, keepdim=True)
-    lo = torch.minimum(torch.maximum(lo, first), last.clamp(min=first))
-    hi = torch.minimum(torch.maximum(hi, first), last.clamp(min=first))
+        return plan, torch.ones((), dtype=torch.bool, device=lo.device)
+    key = torch.arange(Tk, device=tokens.device)
+    first = torch.where(tokens, key, Tk).amin(-1, keepdim=True)
+    last = torch.where(tokens, key + 1, 0).amax(-1, keepdim=True)
+    lo, hi = (torch.minimum(torch.maximum(x, first), last.clamp(min=first)) for x in (lo, hi))
     plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
-    solid = padding.sum(-1, keepdim=True) == (last - first).clamp(min=0)
-    first = torch.minimum(first, last)[:, 0]
+    solid = tokens.sum(-1, keepdim=True) == (last - first).clamp(min=0)
     if on_host(solid) and bool(solid.all()):
-        return plan, first, True
+        return plan, solid.all()
     # padding between tokens: a label for each key, and a test of each pair where there is some
     assert plan.span_full is not None
     holed = dataclasses.replace(
         plan,
-        k_seg=torch.where(padding, ANY, NONE).int()[:, None],
-        q_seg=torch.full((1, 1, plan.Tq), ANY, dtype=torch.int32, device=padding.device),
+        k_seg=torch.where(tokens, ANY, NONE).int()[:, None],
+        q_seg=torch.full((1, 1, plan.Tq), ANY, dtype=torch.int32, device=tokens.device),
         span_full=torch.where(solid[..., None], plan.span_full, 0).int(),
     )
-    return (holed, None, False) if on_host(solid) else (holed, first, solid.all())  # not looked at
+    return holed, solid.all()

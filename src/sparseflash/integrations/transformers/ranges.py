@@ -13,7 +13,7 @@ from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.options import narrow
 from .documents import apart, call_of, mixing
-from .mask import SparseMask, document_notes, intervals, on_host, shared_rows
+from .mask import Bits, Plain, Ranges, SparseMask, intervals, on_host, ranged, shared_rows
 
 SPREAD = 16
 """Keys that one round of the search for the end of a range looks at."""
@@ -88,17 +88,16 @@ def _mask(
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     causal = mask_function is causal_mask_function
+    simple = causal or mask_function is bidirectional_mask_function
     offset = q_offset - kv_offset
     if isinstance(offset, Tensor):
         offset = int(offset) if on_host(offset) else narrow(offset)
-    if padding is None and (causal or mask_function is bidirectional_mask_function):
+    same: dict[str, Any] = {"offset": offset, "tokens": padding}
+    if simple and padding is None:
         plan = Plan.dense(q_length, kv_length, causal=causal, q_offset=offset if causal else 0, device=device)
-        return SparseMask(plan, batch_size, causal=causal, offset=offset, plain=True)
+        return SparseMask(plan, batch_size, Plain(), causal=causal, **same)
 
     query = torch.arange(q_length, device=device) + offset  # counted from the first key
-    if use_vmap:  # a function of the user's own
-        plan = _any_plan(mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device)
-        return SparseMask(plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding)
     batch = torch.arange(batch_size, device=device)[:, None, None, None]
     head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     at = (query + kv_offset)[None, None, :, None]
@@ -108,41 +107,28 @@ def _mask(
         found = mask_function(batch, head, at, key[:, None] + kv_offset)
         return found.expand(batch_size, 1, q_length, key.shape[-1])[:, 0]
 
-    simple = causal or mask_function is bidirectional_mask_function
+    ranges = None  # use_vmap: a function of the user's own
     if causal:
-        lo, hi = torch.zeros_like(query)[None], (query + 1).clamp(0, kv_length)[None]
-    else:
-        lo, hi = _ranges(sees, query.expand(batch_size, -1), kv_length)
-        lo, hi = shared_rows(lo, hi)
-        if not on_host(lo) or _hold(sees, lo, hi, batch_size, kv_length):
-            causal = on_host(hi) and bool((hi <= query + 1).all())
-        else:
-            plan = _any_plan(
-                mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device
-            )
-            return SparseMask(
-                plan, batch_size, causal=_looks_back(plan, query), offset=offset, tokens=padding
-            )
-    plan, first, solid = intervals(lo, hi, padding, kv_length)
-    notes: dict[str, Any] = {}
+        ranges = Ranges(torch.zeros_like(query)[None], (query + 1).clamp(0, kv_length)[None])
+    elif not use_vmap:
+        ranges = Ranges(*shared_rows(*_ranges(sees, query.expand(batch_size, -1), kv_length)))
+        if on_host(ranges.lo) and not _hold(sees, ranges.lo, ranges.hi, batch_size, kv_length):
+            ranges = None
+    if ranges is None:
+        plan = _any_plan(mask_function, padding, batch_size, q_length, kv_length, q_offset, kv_offset, device)
+        return SparseMask(plan, batch_size, Bits(), causal=_looks_back(plan, query), **same)
+    plan, solid = intervals(ranges, padding, kv_length)
+    traced = torch.compiler.is_compiling()
     if simple:
-        notes = {"if_plain": solid} if isinstance(solid, Tensor) else {}
-    elif not torch.compiler.is_compiling():
-        notes = document_notes(lo, hi, query, padding)
-    else:  # every mask of a trace is made for documents, whether there are some or not
-        notes, causal = {"if_plain": solid & (lo == 0).all() & (hi == query + 1).all()}, True
-    return SparseMask(
-        plan,
-        batch_size,
-        causal=causal,
-        offset=offset,
-        plain=simple and solid is True,
-        first=first,
-        padding=padding if simple else None,
-        ranges=(lo, hi),
-        tokens=padding,
-        **notes,
-    )
+        return SparseMask(
+            plan, batch_size, Plain(), causal=causal, if_plain=solid if traced else None, **same
+        )
+    if traced:  # every mask of a trace is made for documents, whether there are some or not
+        plain = solid & (ranges.lo == 0).all() & (ranges.hi == query + 1).all()
+        return SparseMask(plan, batch_size, ranges, causal=True, if_plain=plain, **same)
+    kind = ranged(ranges, query, padding)
+    causal = on_host(ranges.hi) and bool((ranges.hi <= query + 1).all())
+    return SparseMask(plan, batch_size, kind, causal=causal, **same)
 
 
 def _padding(mask: Tensor | None, Tk: int, begin: int) -> Tensor | None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...ops.attention import attention
 from ...ops.stats import attention_stats
-from .attention import SETTING, exact
+from .._host import exact
+from .attention import SETTING
 from .control import Setting, attached, on_sparse
 from .layers import Layer, attention_layers
 from .mask import SparseMask
