@@ -75,6 +75,7 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
                 f"attention_stats, {named}, {over}",
                 lambda b, p=plan, o=over, x=lse: [sf.attention_stats(q, k, x, p, over=o, backend=b)],
             )
+    yield from selections(q, k, normal)
     for new in (1, min(T, 17)):
         yield f"decode, {new}", lambda b, n=new: [sf.decode(q[:, :, -n:], k, v, backend=b)]
     rate, state = torch.tensor([0.0, 1e-3, 1.0, 1e30]).repeat(2)[:Hq], normal(B, Hq, D, Dv)
@@ -101,6 +102,51 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
                 lambda qi, ki, w: sf.indexer_kl_loss(qi, ki, w, q, k, x, i, scale=D**-0.5, backend=b),
                 *(q, k[:, 0], weights),
             ),
+        )
+
+
+def selections(q: Tensor, k: Tensor, normal: Callable[..., Tensor]) -> Iterator[tuple[str, Call]]:
+    """What selects: chunks, padding, odd tiles, lists longer and shorter than what there is."""
+    B, Hq, T, _ = q.shape
+    keep, offset = torch.arange(T)[None] >= torch.tensor([[0], [T // 3]]), torch.tensor([0, -(T // 3)])
+    for named, own in {
+        "plain": {},
+        "chunk": {"q_offset": 3, "causal": False},
+        "padded": {"q_offset": offset, "k_keep": keep},
+    }.items():
+
+        def seen(b: str, own: dict[str, Any] = own) -> list[Tensor]:
+            found = sf.selection.probe(q, k, 70, backend=b, **own)
+            return [found.lse, found.keys(), found.distances()]
+
+        yield f"probe, {named}", seen
+        for how, (tile, unit) in itertools.product(
+            sf.selection.mass.HOW, ((8, 64), (160, 16), (1 << 30, 16))
+        ):
+            if how == "antidiagonal" or (tile, unit) != (8, 64):
+                grid = sf.selection.Grid(T, T, tile, unit, **own)
+                yield (
+                    f"tile_mass, {how}, {named}, {tile}",
+                    lambda b, g=grid, h=how: [sf.selection.tile_mass(q, k, g, h, softcap=3.0, backend=b)],
+                )
+    level = normal(B, Hq, T)
+    yield (
+        "tile_mass, exact, given",
+        lambda b: [
+            sf.selection.tile_mass(
+                q, k, sf.selection.Grid(T, T, 65, 1), "exact", reduce="max", lse=level, backend=b
+            )
+        ],
+    )
+    scores, among = normal(B, Hq, 2 * T), normal(B, Hq, 2 * T) > 0
+    for n in (1, 64, 3 * T):
+        yield (
+            f"top_indices, {n}",
+            lambda b, n=n: [sf.selection.top_indices(scores, n, x, backend=b).float() for x in (None, among)],
+        )
+        yield (
+            f"running_kth, {n}",
+            lambda b, n=n: list(sf.selection.running_kth(scores, n, return_until=True, backend=b)),
         )
 
 

@@ -15,6 +15,7 @@ import test_indexer
 import test_indexer_loss
 import test_linear
 import test_pointwise
+import test_selection_mass
 import test_stick_breaking
 from sparseflash.backends.cpu import build
 from sparseflash.backends.cpu.library import Native
@@ -71,10 +72,19 @@ def hold_other_ops(found: Native, dtype: torch.dtype) -> None:
         test_linear.test_results_and_gradients_are_those_of_the_sum_over_pairs(
             "cpu", dtype, 129, 64, 80, fresh()
         )
+        test_selection_mass.test_halves_and_any_strides(fresh(), dtype, "cpu")
         if found.names[found.fp32] not in ("avx512bf16", "amx"):  # they have no fp32 arithmetic of their own
             test_stick_breaking.test_results_and_gradients_are_those_of_the_product_formula(
                 "cpu", dtype, 129, 64, 80, fresh()
             )
+            for shape in test_selection_mass.SHAPES[2:6]:
+                test_selection_mass.test_a_probe_is_the_softmax_of_the_last_rows(fresh(), shape, True, "cpu")
+                for how in test_selection_mass.HOWS:
+                    test_selection_mass.test_masses_are_those_of_every_weight_formed(
+                        fresh(), shape, how, "cpu"
+                    )
+            test_selection_mass.test_top_indices_are_the_places_of_top_k(fresh(), "cpu")
+            test_selection_mass.test_the_running_kth_is_that_of_each_prefix(fresh(), "cpu")
             for stage in ("warm-up", "sparse"):
                 test_indexer_loss.test_strides_softcap_and_heads_that_saw_nothing("cpu", stage, fresh())
 

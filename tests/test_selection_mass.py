@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 
 import pytest
@@ -14,6 +15,7 @@ from sparseflash.selection import Grid, above, probe, running_kth, share, tile_m
 from test_selection import OFFSETS, blocks, keep_of, oracle_order, pairs, scores
 
 BACKENDS = ["reference", *(["cpu"] if cpu.status()[0] else [])]
+FAR = 1 << 40
 HOWS = ("mean", "antidiagonal", "energy", "exact")
 # Tq, Tk, q_offset, padded, heads of q and of k
 SHAPES = (
@@ -106,15 +108,12 @@ def oracle(q, k, grid, how, stride, softcap, peak):
 
     def sight(group, block):
         """A block is in sight of a group whose last query its first key is not ahead of."""
-        n, m = -(-grid.Tq // group), -(-grid.Tk // block)
-        found = torch.zeros(B, n, m, dtype=torch.bool)
-        for b, i, j in itertools.product(range(B), range(n), range(m)):
-            own = at[b, i * group : (i + 1) * group][q_keep[b, i * group : (i + 1) * group]]
-            key = torch.arange(j * block, min(grid.Tk, (j + 1) * block))
-            key = key[k_keep[b, key]]
-            if len(own) and len(key):
-                found[b, i, j] = not grid.causal or key[0] <= own[-1]
-        return found[:, None]
+        ends = torch.where(q_keep, at, -FAR)
+        starts = torch.where(k_keep, torch.arange(grid.Tk), FAR)
+        ends = torch.nn.functional.pad(ends, (0, -grid.Tq % group), value=-FAR).view(B, -1, group).amax(-1)
+        starts = torch.nn.functional.pad(starts, (0, -grid.Tk % block), value=FAR).view(B, -1, block).amin(-1)
+        found = (ends[:, :, None] > -FAR) & (starts[:, None] < FAR)
+        return (found & (starts[:, None] <= ends[:, :, None]) if grid.causal else found)[:, None]
 
     def mean(x, keep, size):
         return sf.selection.pooled(x.double(), size, keep=keep)
@@ -211,9 +210,8 @@ def test_halves_and_any_strides(generator, dtype, backend):
         want = tile_mass(q.float(), k.float(), grid, how, backend="reference")
         got = tile_mass(q, k, grid, how, backend=backend)
         torch.testing.assert_close(got, want, atol=2e-2, rtol=5e-2)
-    torch.testing.assert_close(
-        probe(q, k, 64, backend=backend).keys(), probe(q.float(), k.float(), 64).keys(), atol=2e-2, rtol=5e-2
-    )
+    want = probe(q.float(), k.float(), 64, backend="reference").keys()
+    torch.testing.assert_close(probe(q, k, 64, backend=backend).keys(), want, atol=2e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("over", [1, 2])
@@ -363,3 +361,71 @@ def test_reach_is_where_there_is_any_mass(generator):
     grid = Grid(90, 97, 32, 16, OFFSETS[3], **keep)
     assert torch.equal(grid.reach().expand(2, -1, -1, -1)[:, 0], blocks(pairs(grid, 2), 32, 16))
     assert torch.equal((tile_mass(q, k, grid, "mean") > 0).any(1), grid.reach()[:, 0])
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not available here")
+@pytest.mark.parametrize("entry", ["sf_mass", "sf_probe", "sf_best", "sf_running"])
+def test_the_c_entry_refuses_what_does_not_fit(entry):
+    from sparseflash.backends.cpu import selection as native
+
+    kind = {
+        "sf_mass": native.MassCall,
+        "sf_probe": native.ProbeCall,
+        "sf_best": native.BestCall,
+        "sf_running": native.RunningCall,
+    }[entry]
+    enter, room = getattr(cpu.native().library, entry), torch.ones(64, dtype=torch.int32)
+
+    def call(**changes):
+        own = kind(size=ctypes.sizeof(kind))
+        for name, what in kind._fields_:
+            if name == "keep" or name == "among":
+                continue
+            if what is ctypes.c_void_p:
+                setattr(own, name, room.data_ptr())
+            elif what is native.View:
+                setattr(own, name, native.View(room.data_ptr(), 1, 1, 1, 1))
+            elif name not in ("size", "dtype", "joint", "peak", "before"):
+                setattr(own, name, 1)
+        for name, value in changes.items():
+            at = own
+            for step in name.split("__")[:-1]:
+                at = getattr(at, step)
+            setattr(at, name.split("__")[-1], value)
+        return enter(ctypes.byref(own), cpu.native().fp32)
+
+    assert call() == 0
+    assert enter(None, 0) == 3
+    fields = [name for name, _ in kind._fields_]
+    amid = room.data_ptr() + 1
+    for name in fields:
+        for value in {
+            "size": (0, 8, 2**40),
+            "dtype": (-1, 3),
+            "threads": (0, -1),
+            "width": (-1, 2**62),
+            "before": (-1, 2**62),
+            "most": (0, -1),
+        }.get(name, (-1, 2**62) if name in "B Hq Hkv n m E D Tk T tile unit".split() else ()):
+            assert call(**{name: value}) == 3, (name, value)
+    if entry in ("sf_best", "sf_running"):
+        assert call(rows=-1) == call(rows=2**62) == 3
+        pointers = ("scores", "index") if entry == "sf_best" else ("x", "k", "kth", "until")
+        for name in pointers:
+            assert call(**{name: None}) == call(**{name: amid}) == 3
+    else:
+        views = ("rows", "columns") if entry == "sf_mass" else ("q", "k")
+        for name in views:
+            assert call(**{f"{name}__data": None}) == call(**{f"{name}__data": amid}) == 3
+        assert call(**{f"{views[0]}__row": 2**62, "n": 4}) == 3
+        assert call(sees=None) == call(Hq=3, Hkv=2) == 3
+
+
+def test_lists_of_a_changed_k_are_refused_by_the_entry():
+    """A k that is larger than the room that was announced would be written out of bounds."""
+    from sparseflash.backends.cpu import selection as native
+    from sparseflash.numerics import Running
+
+    x = torch.zeros(2, 9)
+    with pytest.raises(ValueError, match="sf_running"):
+        native.running_kth(x, torch.tensor([2, 5]), Running(2))

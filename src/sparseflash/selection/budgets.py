@@ -101,6 +101,11 @@ def top_k(score: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tensor
     """
     among = _candidates(score, among)
     most = _of_heads("k", k, score)
+    if is_count(most):
+        n = score.shape[-1]
+        best = top_indices(score, max(most, 1), among).long()
+        kept = torch.zeros((*score.shape[:-1], n + 1), dtype=torch.bool, device=score.device)
+        return kept.scatter_(-1, torch.where(best < 0, n, best), True)[..., :n]
     place = torch.arange(score.shape[-1], device=score.device)
     most = most.clamp(min=1) if isinstance(most, Tensor) else max(most, 1)
     return among & _unsort((place < most).expand(score.shape), _order(score, among))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import PlanError, SparseFlashError, require
 from ..plan import Plan
-from ..plan.make.extremes import Extremes, extremes
+from ..plan.make.extremes import Extremes, extremes, rows_of
 from ..plan.options import FAR, TILE, UNIT, is_count, is_length, normal_offset
 
 
@@ -198,10 +198,13 @@ class Grid:
 
     def _tiles(self, size: int, order: Tensor | None, device: torch.device) -> Extremes:
         order = _without(order, self.q_keep, device)
+        size = min(size, max(1, rows_of(self.Tq, order)))
         return extremes(self.Tq, size, order=order, offset=_to(self.q_offset, device), device=device)
 
     def _units(self, size: int, order: Tensor | None, device: torch.device) -> Extremes:
-        return extremes(self.Tk, size, order=_without(order, self.k_keep, device), device=device)
+        order = _without(order, self.k_keep, device)
+        size = min(size, max(1, rows_of(self.Tk, order)))
+        return extremes(self.Tk, size, order=order, device=device)
 
 
 def _without(order: Tensor | None, keep: Tensor | None, device: torch.device) -> Tensor | None:

@@ -53,7 +53,7 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
         raise SparseFlashError(f"how={how!r}: expected mean, max, min or absmax")
     B, T, work = x.shape[0], x.shape[2], state_dtype(x)
     check_keep("keep", keep, T, B)
-    x = x.detach()
+    x, size = x.detach(), min(size, max(T, 1))
     n = -(-T // size)
     whole = T // size
     if keep is None and T == whole * size:

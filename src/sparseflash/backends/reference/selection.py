@@ -94,20 +94,21 @@ def tile_mass(
     relative to the largest score of its tile.
     """
     (B, Hq, n, _), m, work = rows.shape, columns.shape[2], state_dtype(rows)
-    R, C = -(-n // options.tile), -(-m // options.unit)
+    tile, unit = min(options.tile, max(n, 1)), min(options.unit, max(m, 1))
+    R, C = -(-n // tile), -(-m // unit)
     found = torch.zeros((B, Hq, R, C), dtype=work, device=rows.device)
-    step = max(1, HELD // max(1, B * Hq * options.tile * m))
+    step = max(1, HELD // max(1, B * Hq * tile * m))
     if not B * n * m:
         return found
     if keep is not None:
         columns = torch.where(keep[:, None, :, None], columns, 0)
     for r in range(0, R, step):
-        part = slice(r * options.tile, (r + step) * options.tile)
+        part = slice(r * tile, (r + step) * tile)
         x = _logits(rows[:, :, part], columns, options.scale, options.softcap)
         seen = _seen(sees[:, part], keep, 0, m)
-        short = -x.shape[2] % options.tile
+        short = -x.shape[2] % tile
         x = torch.nn.functional.pad(torch.where(seen, x, -torch.inf), (0, 0, 0, short), value=-torch.inf)
-        x = x.view(B, Hq, -1, options.tile, m)
+        x = x.view(B, Hq, -1, tile, m)
         if level is None:
             top = x.amax((-1, -2) if options.joint else -1, keepdim=True)
         else:
@@ -118,8 +119,8 @@ def tile_mass(
         if level is None and not options.joint:
             total = p.sum(-1, keepdim=True)
             p = p / torch.where(total == 0, 1, total)
-        p = torch.nn.functional.pad(p.amax(3) if options.peak else p.sum(3), (0, C * options.unit - m))
-        p = p.view(B, Hq, -1, C, options.unit)
+        p = torch.nn.functional.pad(p.amax(3) if options.peak else p.sum(3), (0, C * unit - m))
+        p = p.view(B, Hq, -1, C, unit)
         found[:, :, r : r + step] = p.amax(-1) if options.peak else p.sum(-1)
     total = found.sum(-1, keepdim=True)
     return found / torch.where(total == 0, 1, total)
