@@ -42,6 +42,23 @@ def bench_plan_costs(
     session("plan costs", out, measure, columns)
 
 
+@experiments.command("selection", rich_help_panel=PANEL)
+def bench_selection(
+    out: Out = RESULTS / "selection.csv",
+    length: Length = 8192,
+    rounds: Rounds = 5,
+    plain: Annotated[bool, typer.Option(help="Also time what PyTorch alone takes.")] = True,
+) -> None:
+    """Time what methods select with on one thread: estimators, budgets, statistics."""
+    from sparseflash.bench.session import session
+
+    from .. import selection
+
+    columns = ("case", "dtype", "ms", "share", "ms_plain", "ratio", "kept", "differ")
+    measure = partial(selection.measure, length=length, rounds=rounds, plain=plain)
+    session("selection", out, measure, columns)
+
+
 @experiments.command("masks", rich_help_panel=PANEL)
 def bench_masks(
     out: Out = RESULTS / "masks.csv",

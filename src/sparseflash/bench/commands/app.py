@@ -27,6 +27,7 @@ EXPERIMENTS = (
     "ops",
     "pixels",
     "plan-costs",
+    "selection",
     "step",
     "transformers",
 )
