@@ -1,4 +1,4 @@
-"""Listed blocks, keys and ranges wherever rows lie: chunks, sequences that begin anywhere, rows in any order."""
+"""Listed blocks, keys and ranges wherever rows lie: chunks, each sequence its own, rows in any order."""
 
 from __future__ import annotations
 
@@ -67,8 +67,12 @@ def spans(generator, Tq, Tk, given) -> tuple[Plan, Tensor]:
 
 MAKERS: dict[str, Callable[..., tuple[Plan, Tensor]]] = {"blocks": blocks, "keys": keys, "spans": spans}
 OFFSETS = {
-    "none": 0, "a chunk": 29, "before": -7, "a tensor": torch.tensor(13), "each its own": torch.tensor([3, 40]),
-}  # fmt: skip
+    "none": 0,
+    "a chunk": 29,
+    "before": -7,
+    "a tensor": torch.tensor(13),
+    "each its own": torch.tensor([3, 40]),
+}
 
 
 @pytest.mark.parametrize("maker", MAKERS)

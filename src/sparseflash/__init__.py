@@ -21,7 +21,7 @@ from .ops.stats import attention_stats
 from .ops.stick_breaking import stick_breaking
 from .ops.varlen import attention_varlen
 from .packing import PackingCollator, cu_seqlens_of
-from .plan import Plan
+from .plan import Plan, Plans
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "PackingCollator",
     "Plan",
     "PlanError",
+    "Plans",
     "SparseFlashError",
     "attention",
     "attention_backward",

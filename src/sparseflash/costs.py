@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .errors import SparseFlashError, require
 from .files import replacing
-from .ops._arguments import Plans
+from .ops._arguments import AnyPlan
 from .plan import Plan
 from .plan.entries import ranges
 from .plan.options import laid_out
@@ -31,7 +31,7 @@ key x dim, an entry."""
 DIRECTIONS = ("forward", "both")
 
 
-def features(plan: Plans, q: Tensor, k: Tensor) -> list[float]:
+def features(plan: AnyPlan, q: Tensor, k: Tensor) -> list[float]:
     """How many of each of `TERMS` a call has. Synchronises with an accelerator."""
     B, H, _, D = q.shape
     q_size, k_size = (x.numel() / 1e6 for x in (q, k))
@@ -192,7 +192,7 @@ class Prediction:
 
 
 def predict(
-    plan: Plans, q: Tensor, k: Tensor, *, direction: str = "both", costs: Costs | None = None
+    plan: AnyPlan, q: Tensor, k: Tensor, *, direction: str = "both", costs: Costs | None = None
 ) -> Prediction:
     """Say what a plan should gain over dense causal attention on this machine, and why.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.ops._arguments import Plans
+from sparseflash.ops._arguments import AnyPlan
 from sparseflash.plan import Plan
 from sparseflash.plan.figures import visible_pairs
 
@@ -31,13 +31,13 @@ class Dense:
         return float((out.float() - self.out.float()).norm() / self.out.float().norm())
 
     @torch.no_grad()
-    def recall(self, q: Tensor, k: Tensor, v: Tensor, plan: Plans) -> float:
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> float:
         """Share of dense attention's mass that lies on the pairs of a plan, mean over the queries."""
         lse = sf.attention(q, k, v, plan, return_lse=True)[1]
         return float((lse - self.lse).exp().mean())
 
 
-def density(plan: Plans) -> float:
+def density(plan: AnyPlan) -> float:
     """Visible pairs over those of dense causal attention (`Plan.density` knows windows as dense too)."""
     found = 0.0
     for one in parts(plan):
@@ -46,11 +46,11 @@ def density(plan: Plans) -> float:
     return found
 
 
-def work(plan: Plans) -> float:
+def work(plan: AnyPlan) -> float:
     """Visited area over queries x keys."""
     return sum(one.work for one in parts(plan))
 
 
-def parts(plan: Plans) -> tuple[Plan, ...]:
+def parts(plan: AnyPlan) -> tuple[Plan, ...]:
     """The plans of one softmax."""
     return plan if isinstance(plan, tuple) else (plan,)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import PlanError, SparseFlashError
 from ..plan import Plan
 
-Plans = Plan | Sequence[Plan]
+AnyPlan = Plan | Sequence[Plan]
+"""A plan, or the disjoint plans of one softmax."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

@@ -14,7 +14,7 @@ from ..errors import SparseFlashError
 from ..numerics import Softmax, empty_like_layout, state_dtype
 from ..plan import Plan
 from ._arguments import (
-    Plans,
+    AnyPlan,
     as_backend,
     as_plans,
     as_scale,
@@ -93,7 +93,7 @@ def decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan_or_lengths: Plans | Tensor | None = None,
+    plan_or_lengths: AnyPlan | Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
     **options: Unpack[_Options],
@@ -103,7 +103,7 @@ def decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan_or_lengths: Plans | Tensor | None = None,
+    plan_or_lengths: AnyPlan | Tensor | None = None,
     *,
     return_lse: Literal[True],
     **options: Unpack[_Options],
@@ -112,7 +112,7 @@ def decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan_or_lengths: Plans | Tensor | None = None,
+    plan_or_lengths: AnyPlan | Tensor | None = None,
     *,
     scale: float | None = None,
     softcap: float | None = None,

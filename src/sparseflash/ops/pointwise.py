@@ -12,7 +12,7 @@ from ..errors import SparseFlashError
 from ..numerics import Pointwise, empty_like_layout, state_dtype
 from ..plan import Plan
 from ._arguments import (
-    Plans,
+    AnyPlan,
     as_backend,
     as_plans,
     as_scale,
@@ -73,7 +73,7 @@ def pointwise_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: Plans | None = None,
+    plan: AnyPlan | None = None,
     *,
     activation: Activation = "silu",
     causal: bool = False,

@@ -2,6 +2,7 @@
 
 from .options import ANY, NONE
 from .plan import Plan
+from .plans import Plans
 from .record import KeyLists
 
-__all__ = ["ANY", "NONE", "KeyLists", "Plan"]
+__all__ = ["ANY", "NONE", "KeyLists", "Plan", "Plans"]

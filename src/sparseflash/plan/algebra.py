@@ -8,6 +8,7 @@ plan, and ranges in the same row space are cut where their rules join into one f
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .bits import bit
 from .checks import surely_full
 from .entries import cells, fetch, formula, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs
-from .options import check_options, laid_out, shift_at
+from .options import check_options, host, laid_out, shift_at
 from .ragged import begins, expand
 from .record import LISTS, Record
 
@@ -242,12 +243,12 @@ def subtract(a: P, b: P) -> P:
     return refine(a, lambda *at: ~look(*at), tile=a.tile, unit=a.unit, extent=extent)
 
 
-def unite(a: P, b: P) -> P | tuple[P, P]:
-    """`a | b`: one plan where one holds the other, else two disjoint ones."""
+def unite(a: P, b: P) -> tuple[P, ...]:
+    """`a | b` as disjoint plans: one where one holds the other, else two."""
     if _area(b) > _area(a):
         a, b = b, a
     rest = subtract(b, a)
-    return (a, rest) if rest.index is not None and len(rest.index) else a
+    return (a, rest) if rest.index is not None and len(rest.index) else (a,)
 
 
 def _overflow(a: Record, b: Record) -> Tensor | None:
@@ -398,9 +399,10 @@ def _one_grid(a: Record, b: Record) -> bool:
 
 def _alike(a: Record, b: Record) -> bool:
     """Whether both plans have the same rules."""
-    if isinstance(a.q_offset, Tensor) or isinstance(b.q_offset, Tensor):
+    offsets = [x if isinstance(x, Tensor) else torch.tensor(x) for x in (a.q_offset, b.q_offset)]
+    if not _same(*offsets):
         return False
-    numbers = ("causal", "include_self", "window", "sink", "q_offset")
+    numbers = ("causal", "include_self", "window", "sink")
     tensors = ("head_window", "head_sink", "q_pos", "k_pos", "k_end", "q_seg", "k_seg")
     equal = all(getattr(a, n) == getattr(b, n) for n in numbers)
     return equal and all(_same(getattr(a, n), getattr(b, n)) for n in tensors)
@@ -428,9 +430,7 @@ def _hand_rules(a: P, b: P, extent: tuple[int, int]) -> P | None:
         listed = widen(listed, *extent)
         own = (*LISTS, *_ROWS)
         probe = ruling._changed(tile=listed.tile, **{n: getattr(listed, n) for n in own})
-        found = _demote(listed, surely_full(probe, ranges(probe)))
-        if found is not None:
-            return found._changed(**rules)
+        return demoted(listed, surely_full(probe, ranges(probe)))._changed(**rules)
     return None
 
 
@@ -441,28 +441,89 @@ def _only_rules(plan: Record) -> bool:
     return visible_pairs(plan) == dense_pairs(plan)
 
 
-def _demote(plan: P, sure: Tensor) -> P | None:
-    """The plan with only those entries full that stay so; None where bits would have to be written."""
+def demoted(plan: P, sure: Tensor) -> P:
+    """The plan with only those entries full (in the order of `ranges`) that stay so, the others tested."""
     changed: dict[str, Any] = {}
     at = 0
     for pre, pool, name in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
         if pool is None:
             continue
         start, full, count = (getattr(plan, pre + n) for n in ("start", "full", "count"))
-        flat = count.reshape(-1).long()
+        batch, heads = plan.extent()
+        start, full, count = (laid_out(x, batch, heads).long() for x in (start, full, count))
+        flat = count.reshape(-1)
         cell, slot = expand(flat)
-        still = slot < full.reshape(-1)[cell]
-        if not pre and plan.bits is not None and bool((still & ~sure[at : at + len(cell)]).any()):
-            return None
-        still = still & sure[at : at + len(cell)]
+        was = slot < full.reshape(-1)[cell]
+        still = was & sure[at : at + len(cell)]
         at += len(cell)
         order = torch.argsort(cell * 2 + (~still).long(), stable=True)
+        left = torch.bincount(cell[still], minlength=len(flat))
         changed |= {
             pre + "start": begins(flat).view(count.shape),
-            pre + "full": torch.bincount(cell[still], minlength=len(flat)).int().view(count.shape),
+            pre + "full": left.int().view(count.shape),
+            pre + "count": count.int(),
             name: pool[start.reshape(-1)[cell] + slot][order],
         }
+        if not pre and plan.bits is not None and plan.bits_start is not None:
+            first = laid_out(plan.bits_start, batch, heads).reshape(-1)
+            row = torch.where(was, len(plan.bits), first[cell] + slot - full.reshape(-1)[cell])
+            part = order[~still[order]]  # what was full lets all its bits through
+            changed["bits"] = torch.cat([plan.bits, torch.full_like(plan.bits[:1], -1)])[row[part]]
+            changed["bits_start"] = begins(flat - left).view(count.shape)
     return plan._changed(**changed)
+
+
+def joined(spans: P, units: P, *, disjoint: bool) -> P:
+    """A plan of ranges and a plan of units of the same rows and rules as one: both in the lists of a tile."""
+    extent = _shared_extent(spans, units)
+    for plan, name, other in ((spans, "spans", "index"), (units, "index", "spans")):
+        if getattr(plan, name) is None or getattr(plan, other) is not None:
+            raise PlanError(f"{name}=: expected a plan with {name} and no {other}, got {plan!r}")
+    if not (spans.tile == units.tile and _alike(spans, units)):
+        raise PlanError(
+            f"spans and index stand under one rule, in tiles of one size; given {spans!r} and {units!r}"
+        )
+    if not (_same(spans.q_order, units.q_order) and _same(spans.k_order, units.k_order)):
+        raise PlanError("spans and index have rows in different orders: use | or a tuple of the two")
+    spans, units = widen(spans, *extent), widen(units, *extent)
+    lists = {n: getattr(spans, n) for n in (*LISTS[:3], "spans")}
+    both = units._changed(**lists, overflow=_overflow(spans, units))
+    if not disjoint and all(host(x) for x in both.tensors().values()):
+        entries = ranges(both)
+        order = torch.argsort(entries.cell * (both.k_rows + 1) + entries.lo)
+        cell, lo, hi = (x[order] for x in (entries.cell, entries.lo, entries.hi))
+        twice = (cell[1:] == cell[:-1]) & (lo[1:] < hi[:-1]) & (hi[1:] > lo[1:])
+        if bool(twice.any()):
+            at = int(twice.nonzero()[0]) + 1
+            raise PlanError(
+                f"tile {int(cell[at]) % both.tiles} lists key row {int(lo[at])} in its spans and in its index: "
+                "it would count twice; leave it out of one"
+            )
+    return both
+
+
+_RULES = (
+    "causal", "include_self", "window", "sink", "q_offset", "q_pos", "k_pos", "k_end", "q_seg", "k_seg",
+)  # fmt: skip
+
+
+def with_rules(plan: P, rules: dict[str, Any]) -> P:
+    """`Plan.with_rules`."""
+    for name in rules:
+        if name not in _RULES:
+            raise PlanError(f"with_rules() has no rule {name!r}; there are {', '.join(_RULES)}")
+    if plan.head_window is not None and rules.keys() & {"window", "sink"}:
+        if "window" not in rules:
+            raise PlanError("sink= beside windows that differ from head to head: give window= too")
+        plan = plan._changed(head_window=None, head_sink=None)
+    ruled: P = dataclasses.replace(plan, **rules)  # checked as a new plan is
+    if all(host(x) for x in ruled.tensors().values()):
+        entries = ranges(ruled)
+        return demoted(ruled, ~entries.full | surely_full(ruled, entries))
+    if ruled.bits is not None:
+        return demoted(ruled, torch.zeros_like(ranges(ruled).full))
+    none = {n: torch.zeros_like(x) for n in ("span_full", "full") if (x := getattr(ruled, n)) is not None}
+    return ruled._changed(**none)
 
 
 def _padded(plan: Record) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,20 @@ from torch import Tensor
 
 from . import flex
 from .make import buckets as buckets_
-from .make import caches, choice, dense, documents, intervals, keep, listed, masks, sparse
+from .make import (
+    caches,
+    choice,
+    dense,
+    documents,
+    formats,
+    intervals,
+    keep,
+    lifetimes,
+    listed,
+    masks,
+    slashes,
+    sparse,
+)
 from .options import TILE, UNIT, Window
 from .record import Record
 
@@ -73,6 +86,7 @@ class Constructors(Record):
         *,
         causal: bool = True,
         include_self: bool = True,
+        window: Window | None = None,
         tile: int = TILE,
         unit: int = UNIT,
     ) -> Self:
@@ -80,6 +94,7 @@ class Constructors(Record):
 
         `q_keep [B|1, H|1, Tq]`, `k_keep [B|1, H|1, Tk]`: bool or uint8, True = kept. Causality is that of the
         original token order. Kept counts may differ from head to head; nothing is padded to the longest.
+        `window=(left, right)` counts kept keys: `(2, 0)` shows a query the last three that are kept.
 
         Examples
         --------
@@ -89,7 +104,15 @@ class Constructors(Record):
         [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
         """
         return cls._made(
-            **keep.from_keep(q_keep, k_keep, causal=causal, include_self=include_self, tile=tile, unit=unit)
+            **keep.from_keep(
+                q_keep,
+                k_keep,
+                causal=causal,
+                include_self=include_self,
+                window=window,
+                tile=tile,
+                unit=unit,
+            )
         )
 
     @classmethod
@@ -104,13 +127,15 @@ class Constructors(Record):
         unit: int = UNIT,
         buckets: int | None = None,
         q_offset: int | Tensor = 0,
+        window: Window | None = None,
     ) -> Self:
         """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160).
 
         `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
         attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
         `buckets` bounds the number of distinct ids, so that no value has to reach the host (accelerators).
-        `q_offset` is the position of the first query (int, or a tensor, 0-d or [B]).
+        `q_offset` is the position of the first query (int, or a tensor, 0-d or [B]). `window=(left, right)`
+        counts members of the bucket: `(2, 0)` shows a query its last three, itself among them.
 
         Examples
         --------
@@ -129,6 +154,7 @@ class Constructors(Record):
                 unit=unit,
                 buckets=buckets,
                 q_offset=q_offset,
+                window=window,
             )
         )
 
@@ -274,9 +300,11 @@ class Constructors(Record):
         Tq: int | None = None,
         q_offset: int | Tensor = 0,
         tile: int = TILE,
-        unit: int = UNIT,
+        unit: int | None = None,
     ) -> Self:
         """Key j is seen from position j up to, not including, position `k_end[j]`: caches that evict, trees.
+
+        A tile lists the keys that live while it does (`from_lifetimes`).
 
         Parameters
         ----------
@@ -285,6 +313,9 @@ class Constructors(Record):
             where their subtree ends.
         Tq, q_offset
             Number of queries (Tk by default) and position of the first.
+        unit : int, optional
+            Keys that stand or fall together in the lists; what none of a tile's queries sees is then visited
+            with its neighbours.
 
         Examples
         --------
@@ -293,6 +324,40 @@ class Constructors(Record):
         [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
         """
         return cls._made(**intervals.from_expiry(k_end, Tq=Tq, q_offset=q_offset, tile=tile, unit=unit))
+
+    @classmethod
+    def from_lifetimes(
+        cls,
+        begin: Tensor,
+        end: Tensor,
+        *,
+        Tq: int,
+        q_offset: int | Tensor = 0,
+        tile: int = 64,
+        capacity: int | None = None,
+    ) -> Self:
+        """Key j is seen by queries at positions `begin[j] ... end[j] - 1`, and only the living are listed.
+
+        Parameters
+        ----------
+        begin, end : Tensor
+            Integers `[B|1, H|1, Tk]`; any large end is never.
+        Tq, q_offset
+            Number of queries; position of the first, an int or integers 0-d or `[B]`.
+        capacity : int, optional
+            Bounds the keys of a tile where shapes are static (on accelerators); `overflow` says what was
+            dropped.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> begin, end = torch.tensor([[[0, 1, 1]]]), torch.tensor([[[2, 2, 9]]])
+        >>> sf.Plan.from_lifetimes(begin, end, Tq=3).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 1], [0, 0, 1]]
+        """
+        return cls._made(
+            **lifetimes.from_lifetimes(begin, end, Tq=Tq, q_offset=q_offset, tile=tile, capacity=capacity)
+        )
 
     @classmethod
     def from_blocks(
@@ -494,6 +559,50 @@ class Constructors(Record):
         )
 
     @classmethod
+    def from_slashes(
+        cls,
+        columns: Tensor,
+        distances: Tensor,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = 64,
+        q_offset: int | Tensor = 0,
+        capacity: int | None = None,
+    ) -> Self:
+        """Vertical-slash: some keys for all queries, and keys at some distances before each; causal.
+
+        Slashes are widened to tiles: a query of the tile whose first query sits at position p sees, for each
+        distance d, the keys at positions p - d ... p - d + tile - 1 that are not after its own. Columns and
+        slashes may meet; a pair is seen once. O((columns + slashes) x tiles) work and memory.
+
+        Parameters
+        ----------
+        columns, distances : Tensor
+            Integers `[B|1, H|1, n]` in any order, -1 = none, doubles count once: keys, and distances `query
+            position - key position >= 0`.
+        Tq, Tk, q_offset
+            Numbers of queries and keys; position of the first query, an int or integers 0-d or `[B]`.
+        capacity : int, optional
+            Bounds the ranges and the columns of a tile where shapes are static; `overflow` says what was
+            dropped.
+
+        Source: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3.2.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> columns, distances = torch.tensor([[[0]]]), torch.tensor([[[0, 2]]])
+        >>> sf.Plan.from_slashes(columns, distances, Tq=5, Tk=5, tile=1).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]
+        """
+        return cls._made(
+            **slashes.from_slashes(
+                columns, distances, Tq=Tq, Tk=Tk, tile=tile, q_offset=q_offset, capacity=capacity
+            )
+        )
+
+    @classmethod
     def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Self:
         """The last Tq queries of each sequence over a cache whose first `lengths` keys are in use.
 
@@ -542,6 +651,123 @@ class Constructors(Record):
         [[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]
         """
         return cls._made(**caches.from_pages(block_table, lengths, page_size=page_size, Tk=Tk, Tq=Tq))
+
+    @classmethod
+    def from_flashmask(
+        cls,
+        startend_row_indices: Tensor,
+        *,
+        causal: bool,
+        Tq: int | None = None,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Self:
+        """FlashMask's form: for each key, between which query rows it is hidden. O(Tk) memory to say.
+
+        Parameters
+        ----------
+        startend_row_indices : Tensor
+            Integers `[B|1, H|1, Tk, n]`. Causal: n = 1, a key is hidden from that row on, or n = 2, from the
+            first row up to (not including) the second. Not causal: n = 2, hidden from the first row on and
+            before the second, or n = 4, from row 0 up to 1 and from row 2 up to 3.
+        causal : bool
+            Whether query i sees keys up to i only.
+        Tq : int, optional
+            Number of queries; Tk by default.
+
+        Source: Wang et al., "FlashMask", arXiv 2410.01359, section 4.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> ends = torch.tensor([2, 2, 4, 4]).view(1, 1, 4, 1)  # two documents of two tokens
+        >>> sf.Plan.from_flashmask(ends, causal=True).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+        """
+        return cls._made(
+            **formats.from_flashmask(startend_row_indices, causal=causal, Tq=Tq, tile=tile, unit=unit)
+        )
+
+    @classmethod
+    def from_slices(
+        cls,
+        q_ranges: Any,
+        k_ranges: Any,
+        types: Any = None,
+        *,
+        Tq: int,
+        Tk: int,
+        tile: int = TILE,
+        unit: int = UNIT,
+    ) -> Self:
+        """MagiAttention's form: rectangles of queries and keys, each with a shape of its own.
+
+        Parameters
+        ----------
+        q_ranges, k_ranges : Tensor or list
+            Integers `[n, 2]`: `[begin, end)` of each slice. Slices may meet; a pair is seen once.
+        types : Tensor, list or int, optional
+            Integers `[n]`, or one for all: 0 full (the default), 1 causal (the last query sees the last
+            key), 2 inverse causal (the first query sees from the first key on), 3 both.
+
+        Source: MagiAttention (SandAI, 2025), "AttnSlice".
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> plan = sf.Plan.from_slices([[0, 2], [2, 4]], [[0, 2], [0, 4]], [1, 0], Tq=4, Tk=4)
+        >>> plan.to_dense()[0, 0].int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+        """
+        return cls._made(**formats.from_slices(q_ranges, k_ranges, types, Tq=Tq, Tk=Tk, tile=tile, unit=unit))
+
+    @classmethod
+    def from_bsr(
+        cls,
+        indptr: Any,
+        indices: Tensor | None = None,
+        *,
+        Tq: int | None = None,
+        Tk: int | None = None,
+        tile: int | None = None,
+        unit: int | None = None,
+        causal: bool = False,
+        q_offset: int | Tensor = 0,
+    ) -> Self:
+        """Block sparse rows: what FlashInfer's block sparse attention takes, SciPy's and PyTorch's matrices.
+
+        Parameters
+        ----------
+        indptr : Tensor or matrix
+            Integers `[R + 1]`: row r of blocks lists `indices[indptr[r]:indptr[r + 1]]`. Or a BSR matrix of
+            SciPy or PyTorch, alone: its stored blocks are seen.
+        indices : Tensor
+            Integers: units of keys.
+        Tq, Tk, tile, unit : int
+            Numbers of queries and keys, and of a block; a matrix has its own.
+        causal, q_offset
+            As in `from_blocks`.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> indptr, indices = torch.tensor([0, 1, 3]), torch.tensor([0, 0, 1])
+        >>> plan = sf.Plan.from_bsr(indptr, indices, Tq=4, Tk=4, tile=2, unit=2)
+        >>> plan.to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+        """
+        return cls._made(
+            **formats.from_bsr(
+                indptr,
+                indices,
+                Tq=Tq,
+                Tk=Tk,
+                tile=tile,
+                unit=unit,
+                causal=causal,
+                q_offset=q_offset,
+            )
+        )
 
     @classmethod
     def from_block_mask(cls, block_mask: Any) -> Self:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..errors import PlanError, require
 from .entries import ranges, sees
-from .figures import density, partial_area, work
+from .figures import density, extent_of, partial_area, parts_of, work
 from .record import Record
+
+Parts = Record | tuple[Record, ...]
+"""A plan, or the plans of one softmax."""
 
 SHADES = " ░▒▓█"
 SAMPLES = 16
@@ -28,8 +31,16 @@ class Picture:
     touched: Tensor
 
 
-def picture(plan: Record, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
+def picture(plans: Parts, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
     """Queries downwards, keys to the right; at most `rows` x `columns` cells."""
+    parts = parts_of(plans)
+    plan, heads = parts[0], extent_of(parts)[1]
+
+    def own(one: Record) -> tuple[int, int]:
+        """Which of a plan's own lists serves that batch slot and head."""
+        batches, few = one.extent()
+        return min(batch, max(batches - 1, 0)), head * few // heads
+
     with torch.device("cpu"):  # pictures are made there, whatever `torch.set_default_device` says
         rows, columns = min(rows, plan.Tq), min(columns, plan.Tk)
         if not rows or not columns:
@@ -37,11 +48,17 @@ def picture(plan: Record, rows: int, columns: int, *, batch: int = 0, head: int 
         generator = torch.Generator().manual_seed(0)
         q, q_cell = _some(plan.Tq, rows, generator)
         k, k_cell = _some(plan.Tk, columns, generator)
-        keep = sees(plan, q.to(plan.device), k.to(plan.device), batch=batch, head=head).float().cpu()
+        at = q.to(plan.device), k.to(plan.device)
+        seen, near = [], []
+        for one in parts:
+            b, h = own(one)
+            seen.append(sees(one, *at, batch=b, head=h))
+            near.append(_touched(one, rows, columns, b, h))
+        keep, touched = torch.stack(seen).any(0).float().cpu(), torch.stack(near).any(0)
         share = torch.zeros(rows, len(k)).index_add_(0, q_cell, keep)
         share = torch.zeros(rows, columns).index_add_(1, k_cell, share)
         looked = torch.bincount(q_cell, minlength=rows)[:, None] * torch.bincount(k_cell, minlength=columns)
-        return Picture(share / looked, (share > 0) | _touched(plan, rows, columns, batch, head))
+        return Picture(share / looked, (share > 0) | touched)
 
 
 def _some(T: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -78,14 +95,15 @@ def _touched(plan: Record, rows: int, columns: int, batch: int, head: int) -> Te
     return marks.cumsum(-1)[:, :columns] > 0
 
 
-def _title(plan: Record) -> str:
-    head = f"{plan.Tq:,} queries x {plan.Tk:,} keys"
-    if partial_area(plan) <= EXACT:
-        return f"{head}, density {density(plan):.3f}, work {work(plan):.3f}"
-    return f"{head}, work {work(plan):.3g}"
+def _title(plans: Parts) -> str:
+    parts = parts_of(plans)
+    head = f"{parts[0].Tq:,} queries x {parts[0].Tk:,} keys"
+    if sum(map(partial_area, parts)) <= EXACT:
+        return f"{head}, density {density(plans):.3f}, work {work(plans):.3f}"
+    return f"{head}, work {work(plans):.3g}"
 
 
-def draw(plan: Record, width: int = 48) -> str:
+def draw(plan: Parts, width: int = 48) -> str:
     """Characters by the share of visible pairs; first batch and head; queries downwards."""
     seen = picture(plan, max(1, width // 2), width)
     level = (seen.share * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
@@ -94,7 +112,7 @@ def draw(plan: Record, width: int = 48) -> str:
     return "\n".join([repr(plan), _title(plan), *lines])
 
 
-def plot(plan: Record, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
+def plot(plan: Parts, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
     """Write the picture of a plan; see `Plan.plot`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -104,7 +122,8 @@ def plot(plan: Record, path: str | Path, *, batch: int = 0, head: int = 0, size:
     except ImportError:
         raise PlanError("plan.plot() needs matplotlib; install: pip install 'sparseflash[train]'") from None
     path = Path(path)
-    batches, heads = plan.extent()
+    batches, heads = extent_of(plan)
+    one = parts_of(plan)[0]
     require(
         (
             path.suffix.lower() in (".png", ".svg", ".pdf"),
@@ -125,7 +144,7 @@ def plot(plan: Record, path: str | Path, *, batch: int = 0, head: int = 0, size:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if shade.numel():
-        axes.imshow(shade.numpy(), extent=(0, plan.Tk, plan.Tq, 0), aspect="auto", interpolation="nearest")
+        axes.imshow(shade.numpy(), extent=(0, one.Tk, one.Tq, 0), aspect="auto", interpolation="nearest")
     axes.set_xlabel("key")
     axes.set_ylabel("query")
     axes.set_title(_title(plan), fontsize=10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -111,14 +112,35 @@ def dense_pairs(plan: Record) -> int:
     return int(pairs.sum())
 
 
-def density(plan: Record) -> float:
-    """`Plan.density`."""
-    allowed = dense_pairs(plan)
-    return visible_pairs(plan) / allowed if allowed else 1.0
+def density(plans: Record | tuple[Record, ...]) -> float:
+    """`Plan.density`; of several plans, of what the loosest of their rules allow."""
+    parts = parts_of(plans)
+    batch, heads = extent_of(parts)
+
+    def share(plan: Record) -> float:  # of all lists, where another plan has more of them
+        own_batch, own_heads = plan.extent()
+        return batch * heads / (own_batch * own_heads) if own_batch else 1
+
+    allowed = max(dense_pairs(one) * share(one) for one in parts)
+    return sum(visible_pairs(one) * share(one) for one in parts) / allowed if allowed else 1.0
 
 
-def work(plan: Record) -> float:
+def work(plans: Record | tuple[Record, ...]) -> float:
     """`Plan.work`."""
-    batch, heads = plan.extent()
-    area = plan.Tq * plan.Tk * batch * heads
-    return visited_area(plan) / area if area else 0.0
+    total = 0.0
+    for plan in parts_of(plans):
+        batch, heads = plan.extent()
+        area = plan.Tq * plan.Tk * batch * heads
+        total += visited_area(plan) / area if area else 0.0
+    return total
+
+
+def parts_of(plans: Record | tuple[Record, ...]) -> tuple[Record, ...]:
+    """The plans of one softmax."""
+    return plans if isinstance(plans, tuple) else (plans,)
+
+
+def extent_of(plans: Record | tuple[Record, ...]) -> tuple[int, int]:
+    """(batch, heads) that all plans of one softmax broadcast to."""
+    extents = [one.extent() for one in parts_of(plans)]
+    return next((b for b, _ in extents if b != 1), 1), math.lcm(*(h for _, h in extents))

@@ -16,6 +16,7 @@ from ..errors import PlanError
 from . import algebra, beside, checks, draw, entries, figures, flex, reorder, saved, transpose
 from .constructors import Constructors
 from .options import head_rules, host, normal_offset
+from .plans import Plans
 from .record import KeyLists
 from .requirements import faults
 
@@ -127,6 +128,50 @@ class Plan(Constructors):
         """
         return beside.by_head(plans, heads)
 
+    @classmethod
+    def from_lists(
+        cls,
+        *,
+        spans: Tensor | Plan,
+        index: Tensor | Plan,
+        disjoint: bool = False,
+        **frame: Any,
+    ) -> Plan:
+        """Ranges and gathered keys of each tile in one softmax, from ready lists.
+
+        One call over both costs less than a call over a tuple of two plans.
+
+        Parameters
+        ----------
+        spans : Tensor or Plan
+            What `from_spans` takes, or a plan that has spans alone.
+        index : Tensor or Plan
+            What `from_keys` takes, or a plan that has units alone; under the same rules, in the same tiles.
+        disjoint : bool
+            A promise that no key of a tile is in both. Without it that is looked at, where values can be
+            seen, and refused.
+        frame
+            Tq, Tk, tile (1 by default), causal, q_offset, q_order, k_order, capacity and the unit of `index`
+            (1 by default), as in `from_spans` and `from_keys`; what a given plan says need not be said again.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> spans, index = torch.tensor([[[[[0, 2]]]]]), torch.tensor([[[[3, 5]]]])
+        >>> sf.Plan.from_lists(spans=spans, index=index, Tq=1, Tk=6).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0, 1, 0, 1]]
+        """
+        for plan in (spans, index):
+            if isinstance(plan, Plan):
+                own = ("Tq", "Tk", "tile", "causal", "q_offset", "q_order", "k_order")
+                frame = {n: getattr(plan, n) for n in own} | frame
+        frame = {"tile": 1} | frame
+        if not isinstance(spans, Plan):
+            spans = cls.from_spans(spans, **{n: x for n, x in frame.items() if n != "unit"})
+        if not isinstance(index, Plan):
+            index = cls.from_keys(index, **frame)
+        return algebra.joined(spans, index, disjoint=disjoint)
+
     def retile(self, tile: int, unit: int | None = None) -> Plan:
         """The same visible set with other tiles and units, exactly.
 
@@ -138,6 +183,30 @@ class Plan(Constructors):
         True
         """
         return algebra.retile(self, tile, self.unit if unit is None else unit)
+
+    def with_rules(self, **rules: Any) -> Plan:
+        """The plan's lists under other rules: what was listed as full and no longer is, is tested.
+
+        Parameters
+        ----------
+        rules
+            Fields of a plan that are rules: causal, include_self, window, sink, q_offset, q_pos, k_pos,
+            k_end, q_seg, k_seg. Others stay as they are; None takes one away.
+
+        Notes
+        -----
+        `dataclasses.replace` would leave full entries full, and so skip the new test there. On an
+        accelerator every entry becomes one that is tested, since finding out would synchronise (a plan with
+        bits does).
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> plan = sf.Plan.from_blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), Tq=3, Tk=3, tile=3, unit=3)
+        >>> plan.with_rules(causal=True, window=(1, 0)).to_dense()[0, 0].int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+        """
+        return algebra.with_rules(self, rules)
 
     def reordered(self) -> Plan:
         """The same visible set with its tokens in another order, where that visits less. Needs SciPy.
@@ -169,10 +238,10 @@ class Plan(Constructors):
         rest: Plan = self._with(other, "subtract")
         return rest
 
-    def __or__(self, other: Plan) -> Plan | tuple[Plan, Plan]:
+    def __or__(self, other: Plan) -> Plan | Plans:
         """Pairs of either plan: one plan where one holds the other, else two disjoint ones (one softmax)."""
-        union: Plan | tuple[Plan, Plan] = self._with(other, "unite")
-        return union
+        union = self._with(other, "unite")
+        return Plans(union) if len(union) > 1 else union[0]
 
     def _with(self, other: Any, operation: str) -> Any:
         if not isinstance(other, Plan):

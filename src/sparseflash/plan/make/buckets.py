@@ -13,6 +13,7 @@ from ..options import (
     TILE,
     UNIT,
     Fields,
+    Window,
     check_options,
     host,
     is_count,
@@ -22,7 +23,7 @@ from ..options import (
     spread_heads,
 )
 from .rows import begins_of, edge_rows, tile_ends
-from .spans import pack_spans
+from .spans import band_spans, members, pack_spans
 
 
 def _as_bucket(x: Tensor, name: str) -> Tensor:
@@ -67,11 +68,13 @@ def from_buckets(
     unit: int = UNIT,
     buckets: int | None = None,
     q_offset: int | Tensor = 0,
+    window: Window | None = None,
 ) -> Fields:
     """Fields of `Plan.from_buckets`."""
     q_offset = normal_offset(q_offset)
     q_bucket, k_bucket = _as_bucket(q_bucket, "q_bucket"), _as_bucket(k_bucket, "k_bucket")
     check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
+    window = members(window, causal=causal, include_self=include_self)
     require(
         (buckets is None or is_count(buckets, 1), f"buckets={buckets!r}: expected a positive int, or None"),
         error=PlanError,
@@ -104,20 +107,17 @@ def from_buckets(
     first, last, live = (wide(x) for x in tile_ends(q_order, tile))
     label, labels = wide(label), wide(k_label)
     begin, end = torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True)
-    if causal:
-        at = torch.arange(Tk, device=row.device)
-        run = torch.where(begins_of(k_label), at, 0).cummax(-1).values if Tk else k_label
-        keys, side = wide(run << 31 | k_token), "right" if include_self else "left"
-        shift = q_offset.long().reshape(-1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
-        first, last = ((edge + shift).clamp(-1, 2**31 - 1) for edge in (first, last))
-        reach, sure = (
-            torch.minimum(torch.searchsorted(keys, (begin << 31) + edge, side=side), end)
-            for edge in (last, first)
-        )
-    else:
-        reach, sure = end, end if include_self else begin
-    begin, reach, sure = (torch.where(live, x, 0) for x in (begin, reach, sure))
-    return {
+    at = torch.arange(Tk, device=row.device)
+    run = torch.where(begins_of(k_label), at, 0).cummax(-1).values if Tk else k_label
+    shift = q_offset.long().reshape(-1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
+    keys = wide(run << 31 | k_token)
+
+    def until(begin: Tensor, end: Tensor, token: Tensor) -> Tensor:
+        """Where the keys [begin, end) of a bucket end that a query at this token sees, or has behind it."""
+        edge, side = (token + shift).clamp(-1, 2**31 - 1), "right" if include_self else "left"
+        return torch.minimum(torch.searchsorted(keys, (begin << 31) + edge, side=side), end)
+
+    fields: Fields = {
         "Tq": Tq,
         "Tk": Tk,
         "tile": tile,
@@ -127,5 +127,21 @@ def from_buckets(
         "q_offset": q_offset,
         "q_order": q_order,
         "k_order": k_token.int(),
-        **pack_spans([begin, sure], [sure, reach], [True, False]),
     }
+    if window:  # positions are places in the bucket
+        nearest = int(include_self)
+        label = wide(q_label)
+        own = torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True)
+        place = until(*own, wide(q_token)) - own[0] - nearest
+        q_pos = torch.zeros_like(place).scatter_(-1, wide(q_token), place)
+        k_pos = torch.zeros_like(run).scatter_(-1, k_token, at - run)
+        first, last = (until(begin, end, edge) - nearest for edge in (first, last))
+        rules: Fields = {"causal": causal, "include_self": include_self, "window": window}
+        spans = band_spans(first, last, begin, end, sink=0, live=live, **rules)
+        return fields | {"window": window, "q_pos": q_pos.int(), "k_pos": k_pos.int()} | spans
+    if causal:
+        reach, sure = (until(begin, end, edge) for edge in (last, first))
+    else:
+        reach, sure = end, end if include_self else begin
+    begin, reach, sure = (torch.where(live, x, 0) for x in (begin, reach, sure))
+    return fields | pack_spans([begin, sure], [sure, reach], [True, False])

@@ -64,11 +64,10 @@ def extremes(
         begin = torch.arange(0, T, size, device=device).view(1, 1, -1)
         end = begin + size
         return Extremes(begin + shift, end.clamp(max=T) - 1 + shift, end <= T)
-    lanes = pad(order, (0, -order.shape[-1] % size), value=-1).unflatten(-1, (-1, size)).long()
+    groups = -(-order.shape[-1] // size)
+    lanes = pad(order, (0, groups * size - order.shape[-1]), value=-1).long()
+    lanes = lanes.view(*order.shape[:2], groups, size)
     real = lanes >= 0
-    if not lanes.shape[-2]:
-        none = lanes.sum(-1)
-        return Extremes(none, none, none > 0)
     low, high = torch.where(real, lanes, FAR).amin(-1), torch.where(real, lanes, -FAR).amax(-1)
     some = high >= 0
     return Extremes(torch.where(some, low + shift, FAR), torch.where(some, high + shift, -FAR), real.all(-1))

@@ -24,6 +24,7 @@ from ..options import (
     normal_offset,
     shape_of,
 )
+from .lifetimes import from_lifetimes
 from .listed import unit_lists
 from .masks import bit_lists, runs, span_lists
 from .spans import pack_spans
@@ -184,9 +185,16 @@ def _bits(lo: Tensor, hi: Tensor, slot: Tensor, C: int, tile: int, unit: int) ->
 
 
 def from_expiry(
-    k_end: Tensor, *, Tq: int | None = None, q_offset: int | Tensor = 0, tile: int = TILE, unit: int = UNIT
+    k_end: Tensor,
+    *,
+    Tq: int | None = None,
+    q_offset: int | Tensor = 0,
+    tile: int = TILE,
+    unit: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_expiry`."""
+    if unit is None:
+        return from_lifetimes(None, k_end, Tq=Tq, q_offset=q_offset, tile=tile)
     check_options(tile=tile, unit=unit)
     k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # a large one is never
     Tk = k_end.shape[-1]

@@ -6,9 +6,19 @@ import torch
 from torch import Tensor
 
 from ...errors import PlanError, require
-from ..options import TILE, UNIT, Fields, check_options, common_heads, same_batch, shape_of, spread_heads
+from ..options import (
+    TILE,
+    UNIT,
+    Fields,
+    Window,
+    check_options,
+    common_heads,
+    same_batch,
+    shape_of,
+    spread_heads,
+)
 from .rows import compact_order, tile_ends
-from .spans import pack_spans
+from .spans import band_spans, members, pack_spans
 
 
 def _as_keep(x: Tensor, name: str) -> Tensor:
@@ -34,9 +44,11 @@ def from_keep(
     include_self: bool = True,
     tile: int = TILE,
     unit: int = UNIT,
+    window: Window | None = None,
 ) -> Fields:
     """Fields of `Plan.from_keep`."""
     check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
+    window = members(window, causal=causal, include_self=include_self)
     q_keep, k_keep = _as_keep(q_keep, "q_keep"), _as_keep(k_keep, "k_keep")
     batch = same_batch(q_keep, k_keep, "q_keep, k_keep")
     Tq, Tk = q_keep.shape[-1], k_keep.shape[-1]
@@ -46,16 +58,8 @@ def from_keep(
     order = spread_heads(q_order, heads).expand(batch, -1, -1)
     seen = spread_heads(k_seen, heads).expand(batch, -1, -1)
     first, last, live = tile_ends(order, tile)
-    total = seen[..., -1:].expand_as(first)
-    if causal:  # kept keys not later than a row: a prefix of the compact keys
-        reach = seen.gather(-1, (last + int(include_self)).clamp(0, Tk))
-        sure = seen.gather(-1, (first + int(include_self)).clamp(0, Tk))
-    else:
-        reach = total
-        sure = total if include_self else torch.zeros_like(total)
-    zero = torch.zeros_like(reach)
-    reach, sure = torch.where(live, reach, zero), torch.where(live, sure, zero)
-    return {
+    total, nearest = seen[..., -1:].expand_as(first), int(include_self)
+    fields: Fields = {
         "Tq": Tq,
         "Tk": Tk,
         "tile": tile,
@@ -64,5 +68,20 @@ def from_keep(
         "include_self": include_self,
         "q_order": q_order,
         "k_order": k_order,
-        **pack_spans([zero, sure], [sure, reach], [True, False]),
     }
+    # how many kept keys are not later than the last and the first row of a tile: a prefix of the compact keys
+    reach, sure = (seen.gather(-1, (edge + nearest).clamp(0, Tk)) for edge in (last, first))
+    zero = torch.zeros_like(reach)
+    if window:  # positions are places among the kept
+        place = (torch.arange(Tq, device=order.device) + nearest).clamp(max=Tk)
+        fields |= {
+            "window": window,
+            "q_pos": (k_seen[..., place] - nearest).int(),
+            "k_pos": k_seen[..., :-1].int(),
+        }
+        rules: Fields = {"causal": causal, "include_self": include_self, "window": window}
+        return fields | band_spans(sure - nearest, reach - nearest, zero, total, sink=0, live=live, **rules)
+    if not causal:
+        reach, sure = total, total if include_self else zero
+    reach, sure = torch.where(live, reach, zero), torch.where(live, sure, zero)
+    return fields | pack_spans([zero, sure], [sure, reach], [True, False])

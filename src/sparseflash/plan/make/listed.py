@@ -21,6 +21,7 @@ from ..options import (
     UNIT,
     Fields,
     check_options,
+    common_heads,
     fit,
     host,
     is_count,
@@ -28,7 +29,6 @@ from ..options import (
     laid_out,
     normal_offset,
     shape_of,
-    spread_heads,
 )
 from ..ragged import begins
 from .extremes import Extremes, RangeExtremes, as_order, extremes, rows_of
@@ -84,19 +84,17 @@ class Frame:
         """What the plan says beside its lists."""
         return vars(self) | {}
 
-    def spread(self, given: Tensor) -> Tensor:
-        """`given` [B,H,...] with rows for all that the orders and the offset tell apart."""
-        tables = [x for x in (self.q_order, self.k_order) if x is not None]
-        sizes = {x.shape[0] for x in (given, *tables)}
+    def extent(self, *given: Tensor) -> tuple[int, int]:
+        """Batch and heads of lists made of tensors [B|1, H|1, ...], the orders and the offset."""
+        laid = [x for x in (*given, self.q_order, self.k_order) if x is not None]
+        sizes = {x.shape[0] for x in laid}
         if self.causal and isinstance(self.q_offset, Tensor) and self.q_offset.dim():
             sizes.add(len(self.q_offset))
-        batch = next((n for n in sizes if n != 1), 1)
         if len(sizes - {1}) > 1:
             raise PlanError(
                 f"lists, orders and q_offset have batch sizes {sorted(sizes)}: expected one, or 1"
             )
-        heads = math.lcm(given.shape[1], *(x.shape[1] for x in tables))
-        return spread_heads(given, heads).expand(batch, *(-1,) * (given.dim() - 1))
+        return next((n for n in sizes if n != 1), 1), common_heads(*laid)
 
     def of_tiles(self, device: torch.device) -> Extremes:
         """Where the queries of the tiles sit."""
@@ -131,10 +129,11 @@ class Frame:
         if plain and capacity is None and (native := builders(given.numel(), given)):
             names = ("Tq", "Tk", "tile", "unit", "causal", "q_offset")
             return native.list_units(given, **{n: getattr(self, n) for n in names}, unique=unique)
-        given = self.spread(given)
+        given = laid_out(given, *self.extent(given))
         if not (given.numel() and self.columns):
             given = given[..., :0]
-        return unit_lists(given, candidates, self.kinds(*given.shape[:2], given.device), capacity)
+        kinds = self.kinds(given.shape[0], given.shape[1], given.device)
+        return unit_lists(given, candidates, kinds, capacity)
 
 
 def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
@@ -335,7 +334,8 @@ def from_spans(
             (not bool(overlap.any()), "spans: the ranges of a tile must not overlap; join them"),
             error=PlanError,
         )
-    lo, hi = frame.spread(lo), frame.spread(hi)
+    extent = frame.extent(lo)
+    lo, hi = laid_out(lo, *extent), laid_out(hi, *extent)
     return frame.fields() | span_lists(frame, lo, hi, capacity)
 
 

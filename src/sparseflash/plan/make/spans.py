@@ -7,7 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import Fields
+from ...errors import PlanError
+from ..options import Fields, Window, normal_window
+
+
+def members(window: Window | None, *, causal: bool, include_self: bool) -> Window | None:
+    """A window that counts members of a bucket, or kept keys: the nearest that a query sees is the first."""
+    window = normal_window(window)
+    if window and not (causal or include_self):
+        raise PlanError(
+            "window= counts members, where a query without itself has no place: expected causal=True, or "
+            "include_self=True"
+        )
+    return window
 
 
 def pack_spans(
