@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, SparseFlashError
-from ..ops._arguments import Plans
+from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
 
@@ -43,7 +43,7 @@ class Selection:
         Whatever the method wants back in `ctx["state"]` at its next call.
     """
 
-    plan: Plans
+    plan: AnyPlan
     key_bias: Tensor | None = None
     gate: Tensor | None = None
     state: Any = None

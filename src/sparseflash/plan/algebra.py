@@ -496,7 +496,7 @@ def joined(spans: P, units: P, *, disjoint: bool) -> P:
         if bool(twice.any()):
             at = int(twice.nonzero()[0]) + 1
             raise PlanError(
-                f"tile {int(cell[at]) % both.tiles} lists key row {int(lo[at])} in its spans and in its index: "
+                f"tile {int(cell[at]) % both.tiles} lists key row {int(lo[at])} in spans and in index: "
                 "it would count twice; leave it out of one"
             )
     return both
