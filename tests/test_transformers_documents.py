@@ -19,6 +19,8 @@ from test_transformers import alone, close, everywhere, model, tokens
 from transformer_models import TEXT, tiny
 
 T, EDGES = 150, (0, 1, 64, 150)
+OLDEST = hf.__version__.startswith("5.0.")
+"""Many models make their masks without asking anybody there, and generate() repeats a position."""
 
 
 def positions(edges=EDGES):
@@ -108,6 +110,24 @@ def test_tokens_that_belong_to_no_document_of_a_cache_are_refused(family):
                     one(input_ids=ids[:, :n], position_ids=at, past_key_values=copy.deepcopy(cache))
 
 
+def test_layers_that_are_given_positions_of_their_own_change_nothing_about_a_cache():
+    """Some models hand a copy down: it says no more than what the mask was made of."""
+    one, ids = everywhere(tiny("llama"), "sparse"), tokens(1)
+
+    def copied(module, given, named):
+        return given, named | {"position_ids": named["position_ids"].clone()}
+
+    for layer in one.model.layers:
+        layer.self_attn.register_forward_pre_hook(copied, with_kwargs=True)
+    with torch.no_grad():
+        cache, got = prefilled(one, ids, (0, 1, 64, 100)), []
+        for a, b in ((100, 120), (120, 140), (140, 150)):  # the third document, it and a fourth, the fourth
+            at = torch.cat([torch.arange(36, 56), torch.arange(56, 66), torch.arange(20)])
+            at = at[a - 100 : b - 100][None]
+            got.append(one(input_ids=ids[:, a:b], position_ids=at, past_key_values=cache).logits)
+        close(torch.cat(got, 1), alone(one, ids, (64, 130, 150))[:, 36:])
+
+
 def test_a_chunk_that_begins_another_document_is_apart_from_what_the_cache_holds():
     one, ids, cache = everywhere(cached("mistral"), "sparse"), tokens(1), hf.DynamicCache()
     with torch.no_grad():
@@ -142,6 +162,10 @@ def test_rows_of_a_cache_have_documents_of_their_own_and_padding_is_in_none():
 def test_generation_goes_on_with_the_last_document(how):
     one, ids = everywhere(cached("mistral"), "sparse"), tokens(1)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "disable_compile": True} | how
+    if OLDEST:
+        with pytest.raises(sf.SparseFlashError, match="go on at 85, .* expected 86"):
+            one.generate(ids, position_ids=positions(), **options)
+        return
     got = one.generate(ids, position_ids=positions(), **options)
     want = one.generate(ids[:, 64:], **options)
     assert torch.equal(got[:, T:], want[:, T - 64 :])
@@ -202,7 +226,7 @@ def hybrid(name):
     return everywhere(getattr(hf, f"{name}ForCausalLM")(config).eval(), "sparse")
 
 
-@pytest.mark.parametrize("name", hybrids())
+@pytest.mark.parametrize("name", [x for x in hybrids() if not (OLDEST and x == "RecurrentGemma")])
 def test_documents_in_a_model_that_mixes_them_are_refused(name):
     one, ids = hybrid(name), tokens(1, 40)
     at, cu = positions((0, 15, 40)), torch.tensor([0, 15, 40], dtype=torch.int32)
@@ -280,6 +304,7 @@ def dropping():
     }
 
 
+@pytest.mark.skipif(OLDEST, reason="most of these make their masks themselves")
 @pytest.mark.parametrize("name", dropping())
 @pytest.mark.parametrize("by", ["edges", "positions", "both"])
 def test_documents_are_apart_in_models_that_drop_what_a_call_says_of_them(name, by):
@@ -304,6 +329,7 @@ def test_documents_are_apart_in_models_that_drop_what_a_call_says_of_them(name, 
             close(out(input_ids=ids, position_ids=at, **more, **cache), torch.cat(parts, 1))
 
 
+@pytest.mark.skipif(OLDEST, reason="it makes its mask itself")
 def test_edges_of_several_rows_are_refused_where_a_model_drops_them():
     one = everywhere(hf.NemotronForCausalLM(dropping()["NemotronForCausalLM"]).eval(), "sparse")
     cu = torch.tensor([0, 21, 60], dtype=torch.int32)

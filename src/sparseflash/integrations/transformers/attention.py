@@ -12,7 +12,7 @@ from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
 from .._host import exact
-from .documents import by_edges, by_positions, into, mixing
+from .documents import by_edges, by_positions, into, mixing, told
 from .keep import plain_mask
 from .learned import learned_plan
 from .mask import Bits, Plain, SparseMask
@@ -177,6 +177,8 @@ def _as_mask(
                 f"are {[S, T]}: the model built it for another cache or length"
             )
         causal = given.causal
+        if given.mixes and told(given.owner, labels, edges):
+            given.mixes = ""
     elif given is not None:
         given = _of_tensor(module, given, B, S, T)
     if edges is not None or edges_k is not None:
@@ -187,7 +189,7 @@ def _as_mask(
         return given
     if not given.causal or given.edges is not None:  # others may be of another sequence
         return given
-    return by_positions(given, positions, labels)
+    return by_positions(given, positions)
 
 
 def _unmasked(

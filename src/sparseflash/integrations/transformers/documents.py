@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -26,7 +26,6 @@ class Call(NamedTuple):
     `cu_seq_lens` to nothing but attention layers, which many models do not pass on to.
     """
 
-    model: nn.Module | None
     positions: Any
     edges: Tensor | None
     edges_k: Tensor | None
@@ -38,17 +37,15 @@ class Call(NamedTuple):
 
 def call_of(frame: FrameType) -> Call:
     """The call of a model, from the frame of the function of Transformers that asks for its mask."""
-    asked, model = frame.f_locals, None
+    asked = frame.f_locals
     given: dict[str, Any] = {}
-    for owner, kwargs in _modules(frame):
-        model = model or owner
+    for kwargs in _named(frame):
         given = {name: x for name, x in kwargs.items() if x is not None} | given
     positions = asked.get("position_ids")
     if positions is None and "position_ids" in asked:
         positions = given.get("position_ids")
     edges, edges_k = (given.get(f"cu_seq_lens_{x}") for x in "qk")
     return Call(
-        model,
         positions,
         edges,
         edges_k,
@@ -59,8 +56,8 @@ def call_of(frame: FrameType) -> Call:
     )
 
 
-def _modules(frame: FrameType | None) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """The model whose forward asks for a mask, and what it got by name; then heads that it is the base of."""
+def _named(frame: FrameType | None) -> Iterator[dict[str, Any]]:
+    """What the model whose forward asks for a mask got by name, and then heads that it is the base of."""
     inner: nn.Module | None = None
     for _ in range(64):
         frame = frame and frame.f_back
@@ -72,7 +69,8 @@ def _modules(frame: FrameType | None) -> Iterator[tuple[nn.Module, dict[str, Any
         if inner is not None and owner is not inner and getattr(owner, "base_model", None) is not inner:
             return
         inner = owner
-        yield owner, kwargs if isinstance(kwargs, dict) else {}
+        if isinstance(kwargs, dict):
+            yield kwargs
 
 
 # ---------------------------------------------------------------- models with layers that mix
@@ -81,6 +79,9 @@ def _modules(frame: FrameType | None) -> Iterator[tuple[nn.Module, dict[str, Any
 _BY_LABELS = frozenset("bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe nemotron_h zamba2".split())
 _BY_BOTH = frozenset("olmo_hybrid qwen3_next qwen3_5_text qwen3_5_moe_text qwen4_exp_text".split())
 """Models whose own recurrent layers are told of documents: by `seq_idx`, or by that and `cu_seq_lens_q`."""
+
+_REFUSES = (5, 23)
+"""The release of Transformers that is known to refuse where the kernels of these layers are not there."""
 
 
 def mixing(config: Any) -> str:
@@ -91,18 +92,11 @@ def mixing(config: Any) -> str:
     return ", ".join(sorted(x for x in kinds if x not in still and ("attention" not in x or "linear" in x)))
 
 
-def _told(call: Call, config: Any) -> bool:
-    """Whether the recurrent layers of a model hear of the documents of a call, and can keep them apart."""
-    kind = getattr(config, "model_type", "")
-    if (
-        call.model is None
-        or call.labels is None
-        or kind not in (_BY_LABELS if call.edges is None else _BY_LABELS | _BY_BOTH)
-    ):
-        return False
-    convolve = {type(x) for x in call.model.modules() if any(isinstance(y, nn.Conv1d) for y in x.children())}
-    codes = [inspect.unwrap(x.forward).__code__ for x in convolve]  # of older versions, some take neither
-    return any(code.co_flags & inspect.CO_VARKEYWORDS or "seq_idx" in code.co_varnames for code in codes)
+def told(kind: str, labels: Any, edges: Any) -> bool:
+    """Whether the recurrent layers of a type of model hear of documents, and keep them apart or raise."""
+    able = _BY_LABELS if edges is None else _BY_LABELS | _BY_BOTH
+    release = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+    return labels is not None and kind in able and release >= _REFUSES
 
 
 def _refuse_mixing(mask: SparseMask) -> None:
@@ -117,10 +111,10 @@ def _refuse_mixing(mask: SparseMask) -> None:
 # ---------------------------------------------------------------- kept apart
 
 
-def apart(mask: SparseMask, call: Call, config: Any, begin: int = 0) -> SparseMask:
+def apart(mask: SparseMask, call: Call, begin: int) -> SparseMask:
     """The mask of a call with its documents apart; `begin` keys of the cache lie before the mask's first."""
     mask.cross = call.cross
-    if mask.mixes and _told(call, config):
+    if told(mask.owner, call.labels, call.edges):
         mask.mixes = ""
     if mask.documents:
         _refuse_mixing(mask)
@@ -130,22 +124,23 @@ def apart(mask: SparseMask, call: Call, config: Any, begin: int = 0) -> SparseMa
         return mask
     if call.cache is not None and call.causal and not call.cross:
         return _behind(mask, call, begin)
-    return by_positions(mask, call.positions)
+    return by_positions(mask, call.positions, hold=True)
 
 
-def by_positions(mask: SparseMask, positions: Any, labels: Any = None) -> SparseMask:
+def by_positions(mask: SparseMask, positions: Any, hold: bool = False) -> SparseMask:
     """A mask of self-attention whose documents lie apart, by positions `[B|1, S]` that begin anew.
 
     A token begins a document where its position is 0 again, or below that of the token before it. Where the
     model itself has made documents, they stay; other things than positions say nothing. In a trace, which
-    cannot look, the graph checks that the mask has them apart already, and that recurrent layers were given
-    the `labels` of documents.
+    cannot look, the graph checks that the mask has them apart already.
+
+    `hold`: what Transformers itself made documents of is noted for a cache, too.
     """
     if not _says(mask, positions) or mask.shape[2] < 2:
         return mask
     if torch.compiler.is_compiling():
         begins = _begins(mask, positions)
-        if mask.by_rule or mask.ranges is None or (mask.mixes and labels is None):
+        if mask.by_rule or mask.ranges is None or mask.mixes:
             fine = ~begins.any()
         else:
             fine = (mask.ranges.lo >= _ends(mask, begins)[0]).all()
@@ -163,7 +158,8 @@ def by_positions(mask: SparseMask, positions: Any, labels: Any = None) -> Sparse
     if bool(begins.any()):
         begin, end = _ends(mask, begins)
         made = _within(mask, begin, end)
-        made.held = Held(begin, _carried(mask, positions))
+        if made is not mask or hold:
+            made.held = Held(begin, _carried(mask, positions))
     return _read.keep(made, mask, positions) or mask
 
 

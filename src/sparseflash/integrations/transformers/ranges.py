@@ -70,7 +70,7 @@ def sparse_mask(
     config = options.get("config")
     mask.owner, mask.mixes = getattr(config, "model_type", ""), mixing(config)
     if not torch.compiler.is_compiling():
-        mask = apart(mask, call_of(sys._getframe(1)), config, kv_offset)
+        mask = apart(mask, call_of(sys._getframe(1)), kv_offset)
     return mask
 
 
