@@ -203,9 +203,7 @@ class SparseMask(_Dense):
     @property
     def padded(self) -> Padded | None:
         """The sequences without their padding; None where there is none."""
-        if (
-            self.tokens is not None and self._padded is None
-        ):  # no cached_property: a trace cannot enter its lock
+        if self.tokens is not None and self._padded is None:  # a trace cannot enter a cached_property
             self._padded = Padded(self.tokens, self.shape[2], self.offset)
         return self._padded
 
