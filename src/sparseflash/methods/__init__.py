@@ -12,6 +12,7 @@ from .hash_sparse import HashSparse
 from .prefix_lm import PrefixLM
 from .qk_sparse import QKSparse
 from .reformer import Reformer
+from .session import Session
 from .sink_window import SinkWindow
 from .strided import Strided
 from .tree import Tree
@@ -30,6 +31,7 @@ __all__ = [
     "QKSparse",
     "Reformer",
     "Selection",
+    "Session",
     "SinkWindow",
     "Strided",
     "Tree",

@@ -7,7 +7,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,10 +16,16 @@ from ..errors import PlanError, SparseFlashError
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
+from . import heads
 
 Context = Mapping[str, Any]
 
-UNREAD: Context = {"v": ..., "layer": ..., "state": ..., "step": ..., "q_offset": 0}
+UNREAD: Context = {
+    **dict.fromkeys(
+        ("v", "scale", "softcap", "rope", "layer", "step", "steps", "branch", "cache", "state"), ...
+    ),
+    "q_offset": 0,
+}
 """What every caller may put into `ctx`, and what a method that does not read the key takes it to be.
 
 `...` is anything: it makes no difference to such a method. What is not here belongs to the methods whose
@@ -41,12 +47,37 @@ class Selection:
         `[B|1, Hq|1, Tq]`, multiplies the output of each query; carries gradient.
     state : object, optional
         Whatever the method wants back in `ctx["state"]` at its next call.
+    inputs : (Tensor, Tensor, Tensor), optional
+        q, k and v to attend with, where they are not those that were given: other rotations, centroids,
+        summaries. The plan is for their rows.
     """
 
     plan: AnyPlan
     key_bias: Tensor | None = None
     gate: Tensor | None = None
     state: Any = None
+    inputs: tuple[Tensor, Tensor, Tensor] | None = None
+
+
+class Called(NamedTuple):
+    """What a call of a method gave."""
+
+    result: Tensor | tuple[Tensor, Tensor]
+    state: Any
+    """What the method wants to know at its next call (`Method.observe`)."""
+
+
+class Options(TypedDict, total=False):
+    """What a call of a method takes beside q, k and v."""
+
+    scale: float | None
+    softcap: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    q_offset: int | Tensor | None
+    backend: str | None
+    ctx: Context | None
+    selection: Selection | None
 
 
 class Method:
@@ -67,6 +98,10 @@ class Method:
     - `decodes`: appending tokens one by one gives what one call over all of them gives.
     - `trainable`: the selection learns (through `gate` or `key_bias`).
     - `approximate`: pairs that the method's own rule asks for may be missed.
+    - `per_head`: fields that `select` takes as a tuple, one value a query head.
+
+    Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
+    and all heads attend in one call.
 
     Examples
     --------
@@ -90,9 +125,12 @@ class Method:
     decodes: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     approximate: ClassVar[bool] = False
+    per_head: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[attr-defined]
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
         if cls.__module__.startswith(__name__.removesuffix("base")):
@@ -104,54 +142,18 @@ class Method:
 
     @overload
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = ...,
-        return_lse: Literal[False] = ...,
-        backend: str | None = ...,
-        ctx: Context | None = ...,
-        selection: Selection | None = ...,
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[Options]
     ) -> Tensor: ...
     @overload
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = ...,
-        return_lse: Literal[True],
-        backend: str | None = ...,
-        ctx: Context | None = ...,
-        selection: Selection | None = ...,
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = ...,
-        return_lse: bool,
-        backend: str | None = ...,
-        ctx: Context | None = ...,
-        selection: Selection | None = ...,
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[Options]
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        return_lse: bool = False,
-        backend: str | None = None,
-        ctx: Context | None = None,
-        selection: Selection | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Unpack[Options]
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Select, then attend exactly over what was selected.
 
@@ -159,11 +161,14 @@ class Method:
         ----------
         q, k, v : Tensor
             `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`.
-        scale, return_lse, backend
-            As in `sparseflash.attention`.
+        scale, softcap, key_bias, sink_logits, return_lse, backend
+            As in `sparseflash.attention`; a key_bias of the method's own is added.
+        q_offset : int or Tensor, optional
+            Position of the first query: `ctx["q_offset"]`.
         ctx : mapping, optional
             What the method may use beside q and k: the keys of its `reads`, which its docstring explains, and
-            those that any caller may pass (`v`, `layer`, `state`, `step`; `q_offset=0`).
+            those that any caller may pass (`v`, `scale`, `softcap`, `rope`, `layer`, `step`, `steps`,
+            `branch`, `cache`, `state`; `q_offset=0`).
         selection : Selection, optional
             An earlier result of `select`, used again instead of selecting (layers, recomputation,
             compiled code).
@@ -179,11 +184,44 @@ class Method:
             For a key of `ctx` that the method does not read (with the nearest that it does), and whatever
             `attention` refuses.
         """
+        return self.call(q, k, v, return_lse=return_lse, **options).result
+
+    def call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        key_bias: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        q_offset: int | Tensor | None = None,
+        return_lse: bool = False,
+        backend: str | None = None,
+        ctx: Context | None = None,
+        selection: Selection | None = None,
+    ) -> Called:
+        """A call of the method, and the state it wants back: what a `Session` does."""
+        check_qk(q, k)
+        own = {"v": v, "scale": k.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+        own |= {} if q_offset is None else {"q_offset": q_offset}
+        given = own | dict(ctx or {})
         if selection is None:
-            check_qk(q, k)
-            selection = self.select(q, k, {"v": v, **(ctx or {})})
-        out, lse = self.attend(q, k, v, selection, scale=scale, backend=backend)
-        return (out, lse) if return_lse else out
+            selection = self.select(q, k, given)
+        out, lse = self.attend(
+            q,
+            k,
+            v,
+            selection,
+            scale=scale,
+            softcap=softcap,
+            key_bias=key_bias,
+            sink_logits=sink_logits,
+            backend=backend,
+        )
+        state = self.observe(q, k, out, lse, selection, given)
+        return Called((out, lse) if return_lse else out, state)
 
     def attend(
         self,
@@ -208,14 +246,35 @@ class Method:
             Those of the op.
         """
         if selection.key_bias is not None:
-            options["key_bias"] = selection.key_bias
+            bias = options.get("key_bias")
+            options["key_bias"] = selection.key_bias if bias is None else bias + selection.key_bias
+        q, k, v = selection.inputs or (q, k, v)
         out, lse = op(q, k, v, selection.plan, return_lse=True, **options)
-        out, lse = self.finish(out, lse, v)
+        methods = heads.apart(self)
+        if methods is None or type(self).finish is Method.finish:
+            out, lse = self.finish(out, lse, v, selection)
+        else:
+            H, ends = q.shape[1], []
+            for method, own in heads.groups(methods):
+                parts = (heads.of_heads(x, own, H) for x in (out, lse, v))
+                ends += [(own, *method.finish(*parts, selection))]
+            at = torch.tensor([h for own, *_ in ends for h in own], device=q.device).argsort()
+            out, lse = (torch.cat([end[n] for end in ends], 1)[:, at] for n in (1, 2))
         return out if selection.gate is None else out * selection.gate[..., None].to(out.dtype), lse
 
-    def finish(self, out: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         """Last touch on the result; the identity unless a method says otherwise."""
         return out, lse
+
+    def observe(
+        self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
+    ) -> Any:
+        """What the method wants to know at its next call in `ctx["state"]`: that of its selection.
+
+        Asked after a dense call too (`selection.plan` is then the dense plan), so that a method can learn
+        from what was attended.
+        """
+        return selection.state
 
 
 def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
@@ -224,7 +283,19 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
     @functools.wraps(select)
     def checked(self: Method, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         check_context(self, ctx or {})
-        return select(self, q, k, ctx)
+        methods = heads.apart(self)
+        return select(self, q, k, ctx) if methods is None else Selection(**heads.select(methods, q, k, ctx))
+
+    return checked
+
+
+def _each(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A `__post_init__` that is asked about the settings of every head, where they differ."""
+
+    @functools.wraps(check)
+    def checked(self: Any) -> None:
+        if heads.apart(self) is None:  # made one by one: each is checked
+            check(self)
 
     return checked
 
@@ -378,8 +449,10 @@ def get(name: str, /, **hyperparameters: Any) -> Method:
 
 __all__ = [
     "UNREAD",
+    "Called",
     "Context",
     "Method",
+    "Options",
     "Selection",
     "begin",
     "check_context",

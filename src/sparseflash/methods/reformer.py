@@ -155,7 +155,7 @@ class Reformer(Method):
             **label,
         )
 
-    def finish(self, out: Tensor, lse: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         """A query that sees nothing else returns the value of its own token."""
         if v.shape[1] != out.shape[1]:
             v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)

@@ -1,0 +1,121 @@
+"""Methods, or settings of one, that differ from head to head: one selection, so one call for all heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..plan import Plan
+
+Context = Mapping[str, Any]
+WHOLE = frozenset(("rope", "grid", "text", "modality", "q_offset", "state", "cache"))
+"""What `ctx` may hold as tensors that have no axis of heads."""
+
+
+def settings(method: Any) -> dict[str, tuple[Any, ...]]:
+    """Fields that hold one value a query head, and that `select` does not spread by itself."""
+    own = type(method).per_head
+    return {
+        f.name: x
+        for f in dataclasses.fields(method)
+        if isinstance(x := getattr(method, f.name), tuple)
+        and f.name not in own
+        and "tuple" not in str(f.type)
+    }
+
+
+def apart(method: Any) -> list[Any] | None:
+    """The method of each query head, where fields hold one value a head; None where none does."""
+    spread = settings(method)
+    if not spread:
+        return None
+    counts = {name: len(x) for name, x in spread.items()}
+    if len(set(counts.values())) > 1 or 0 in counts.values():
+        raise SparseFlashError(
+            f"{type(method).__name__}: settings of heads {counts}: expected one value for each query head"
+        )
+    return [
+        dataclasses.replace(method, **{name: x[h] for name, x in spread.items()})
+        for h in range(next(iter(counts.values())))
+    ]
+
+
+def groups(methods: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+    """Different methods, and the heads of each."""
+    return [(m, [h for h, own in enumerate(methods) if own == m]) for m in dict.fromkeys(methods)]
+
+
+def of_heads(x: Any, heads: list[int], H: int) -> Any:
+    """Of a tensor [B, n, ...] what belongs to some of H query heads: list head = h * n // H."""
+    n = x.shape[1]
+    at = torch.tensor(heads, device=x.device) * n // H
+    return x if n == 1 else x[:, at]
+
+
+def context(ctx: Context | None, heads: list[int], H: int) -> dict[str, Any]:
+    """`ctx` for some of the heads."""
+    return {
+        name: of_heads(x, heads, H) if isinstance(x, Tensor) and x.dim() > 2 and name not in WHOLE else x
+        for name, x in (ctx or {}).items()
+    }
+
+
+def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) -> dict[str, Any]:
+    """What each head's own method selects, as the fields of one selection."""
+    H = q.shape[1]
+    if len(methods) != H:
+        raise SparseFlashError(f"settings for {len(methods)} heads, q has {H}: expected one each")
+    parts, heads = [], []
+    for method, own in groups(methods):
+        given = context(ctx, own, H)
+        if isinstance(states := given.get("state"), dict):
+            given["state"] = states.get(method)
+        parts.append((method, method.select(of_heads(q, own, H), of_heads(k, own, H), given)))
+        heads.append(own)
+    chosen = [part for _, part in parts]
+    if any(part.inputs is not None for part in chosen):
+        raise SparseFlashError("a method that attends other rows than it was given has no settings by head")
+    states = {method: part.state for method, part in parts if part.state is not None}
+    return {
+        "plan": _beside(chosen, heads),
+        "key_bias": _joined([part.key_bias for part in chosen], heads, 0.0),
+        "gate": _joined([part.gate for part in chosen], heads, 1.0),
+        "state": states or None,
+    }
+
+
+def _beside(parts: list[Any], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
+    """Their plans side by side; where some have several, so has the result."""
+    plans = [tuple(p.plan) if isinstance(p.plan, (tuple, list)) else (p.plan,) for p in parts]
+    made = []
+    for n in range(max(map(len, plans))):
+        row = [own[n] if n < len(own) else _nothing(own[0]) for own in plans]
+        made.append(Plan.by_head(row, heads=heads))
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def _nothing(plan: Plan) -> Plan:
+    """The plan without any pair."""
+    none = torch.zeros(1, 1, -(-plan.Tq // plan.tile), 0, 2, dtype=torch.int64, device=plan.device)
+    empty = Plan.from_spans(none, Tq=plan.Tq, Tk=plan.Tk, tile=plan.tile, unit=plan.unit)
+    return empty._changed(causal=plan.causal, q_offset=plan.q_offset)
+
+
+def _joined(given: list[Tensor | None], heads: list[list[int]], blank: float) -> Tensor | None:
+    """Tensors [B|1, H|1, T] of groups of heads as one, `blank` where a group has none."""
+    some = [x for x in given if x is not None]
+    if not some:
+        return None
+    B, T = max(x.shape[0] for x in some), some[0].shape[-1]
+    H = sum(map(len, heads))
+    rows: list[Tensor | None] = [None] * H
+    for x, own in zip(given, heads, strict=True):
+        x = some[0].new_full((1, 1, T), blank) if x is None else x
+        for i, h in enumerate(own):
+            rows[h] = x[:, i * x.shape[1] // len(own)].expand(B, T)
+    return torch.stack([x for x in rows if x is not None], 1)
