@@ -260,6 +260,17 @@ def rates() -> str:
     )
 
 
+def selection() -> str:
+    """What selecting takes, beside dense attention and the same in PyTorch."""
+    body = []
+    for row in rows("selection"):
+        if row.get("ms"):
+            plain = f"{float(row['ratio']):.2g}x" if row.get("ratio") else ""
+            ms = f"{float(row['ms']):.3g} ms"
+            body.append([row["case"], row["dtype"], ms, f"{float(row['share']):.2g}", plain])
+    return table(["", "products", "time", "of dense attention", "faster than PyTorch alone"], body)
+
+
 def attention() -> str:
     """Time, recall and error of methods on what a trained model sees, at the longest length."""
     found = [row for row in rows("attention") if row["inputs"] == "captured" and row["target"] == "0.125"]
@@ -521,6 +532,7 @@ BLOCKS = {
     "attention": attention,
     "experiments": experiments,
     "imports": imports,
+    "selection": selection,
 }
 
 

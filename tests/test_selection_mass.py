@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash.backends import cpu
+from harness import unseen
+from sparseflash import numerics
+from sparseflash.backends import cpu, reference
 from sparseflash.errors import SparseFlashError
 from sparseflash.selection import Grid, above, probe, running_kth, share, tile_mass, top_indices, top_k, top_p
+from test_plan_unseen import watched
 from test_selection import OFFSETS, blocks, keep_of, oracle_order, pairs, scores
 
 BACKENDS = ["reference", *(["cpu"] if cpu.status()[0] else [])]
@@ -354,6 +357,38 @@ def test_what_is_selected_can_be_compiled(generator):
     compiled = torch.compile(select, backend="eager", fullgraph=True)
     for a, b in zip(compiled(q, k), select(q, k), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_nothing_looks_at_a_value_on_an_accelerator(generator):
+    q, k, keep = tensors(generator, (40, 52, 12, True, 4, 2))
+    scores = torch.randn(2, 3, 4, 9, generator=generator)
+    offset = torch.tensor([12, 0], dtype=torch.int32)
+    with unseen(), watched():
+        grid = Grid(40, 52, 16, 8, offset, **keep)
+        reach = grid.reach()
+        kept = top_p(scores, torch.ones(3), over=2) & top_k(scores, 3) & above(scores, 0.5, of="value")
+        grid.plan(reach.expand(2, 4, -1, -1), capacity=3)
+        assert grid.near(1, 2).shape == reach.shape and share(kept, 1).shape == (2, 1, 4, 9)
+        sf.selection.kmeans(k, 3, iterations=2, keep=keep["k_keep"])
+        sees, at = (
+            torch.full((2, 40), 30, dtype=torch.int32),
+            torch.arange(40, dtype=torch.int32).expand(2, -1),
+        )
+        for consecutive in (True, False):
+            options = numerics.Probing(0.2, 0.0, 52, 0, consecutive)
+            reference.probe(q, k, sees, at, keep["k_keep"], options)
+        for joint in (True, False):
+            options = numerics.Masses(0.2, 0.0, 16, 8, joint, False)
+            reference.tile_mass(q, k, sees, keep["k_keep"], None, options)
+        reference.top_indices(scores.flatten(0, 2), None, numerics.Best(3))
+        reference.running_kth(scores.flatten(0, 2), torch.full((24,), 2), numerics.Running(9))
+        for how in HOWS:
+            tile_mass(
+                q, k, grid, how, backend="reference", stride=8 if how in ("antidiagonal", "energy") else None
+            )
+        seen = probe(q, k, 8, q_offset=offset, backend="reference", **keep)
+        top_indices(seen.keys(), 4, backend="reference")
+        running_kth(seen.keys(), torch.tensor([1, 2, 3, 4]), backend="reference")
 
 
 def test_reach_is_where_there_is_any_mass(generator):

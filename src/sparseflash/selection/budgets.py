@@ -157,7 +157,9 @@ def top_p(mass: Tensor, p: float | Tensor, among: Tensor | None = None, *, over:
     reached = there.cumsum(-1)
     whole = reached[..., -1:] if flat.shape[-1] else reached
     keep = _unsort(reached - there < share * whole, order)
-    keep = (own & (keep | (torch.as_tensor(share, device=mass.device) >= 1))).view(shape)
+    every = share >= 1
+    keep = own & (keep | every if isinstance(every, Tensor) else own if every else keep)
+    keep = keep.view(shape)
     return keep | _first_of(mass, among)
 
 

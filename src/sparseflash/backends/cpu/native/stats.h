@@ -28,30 +28,36 @@ struct Tally {
     void pair(int64_t query, int64_t token, float x) { take(query - token + c.Tk - 1, x); }
 };
 
-// Weights of a chunk by diagonal, where rows and keys are tokens in their order. A diagonal runs through vectors at every
-// offset; keys that are W apart move it by whole vectors. So each of W neighbouring keys has sums of its own, to which
-// vectors are added where they are, and these are shifted against each other once a chunk.
-struct Diagonals {
-    static constexpr int ACROSS = BQ / W, DOWN = BK / W, WIDE = ACROSS + DOWN - 1;
-    vf sum[W][WIDE];
-
-    void clear() { memset(sum, 0, sizeof sum); }
-    void take(const Tally &tally, int j, int i, vf p) {
-        vf &x = sum[j % W][i / W - j / W + DOWN - 1];
-        x = tally.both(x, p);
-    }
-    // Row 0 is this query, and row 0 of the chunk this key.
-    void give(Tally &tally, int64_t query, int64_t key) const {
-        const int64_t width = tally.c.stat_width, first = query - key + tally.c.Tk - 1 - (DOWN - 1) * W;
-        for (int b = 0; b < W; b++)
-            for (int u = 0; u < WIDE; u++) {
-                const int64_t at = first + u * W - b;
-                if (at >= 0 && at + W <= width) store(tally.stat + at, tally.both(load(tally.stat + at), sum[b][u]));
-                else
-                    for (int l = 0; l < W; l++) if (at + l >= 0 && at + l < width) tally.take(at + l, sum[b][u][l]);
+// Adds the weights of a chunk by diagonal, where rows and keys are tokens in their order: row 0 is this query, and row 0
+// of the chunk this key. A diagonal runs through vectors at every offset, but keys that are W apart move it by whole
+// vectors. So each of W neighbouring keys has sums of its own, to which vectors are added as they are, in registers.
+template <class Weight> inline void by_diagonal(Tally &tally, const Chunk &k, int n, int64_t query, int64_t key, Weight weight) {
+    constexpr int ACROSS = BQ / W, DOWN = BK / W, WIDE = ACROSS + DOWN - 1;
+    const int64_t width = tally.c.stat_width, first = query - key + tally.c.Tk - 1 - (DOWN - 1) * W;
+    for (int b = 0; b < W; b++) {
+        vf sum[WIDE];
+#pragma GCC unroll 16
+        for (int u = 0; u < WIDE; u++) sum[u] = vf{};
+#pragma GCC unroll 8
+        for (int m = 0; m < DOWN; m++) {
+            const int j = b + m * W;
+            if (j < k.a || j >= k.b) continue;
+#pragma GCC unroll 4
+            for (int v = 0; v < ACROSS; v++) {
+                if (v * W >= n) break;
+                vf &x = sum[v - m + DOWN - 1];
+                x = tally.both(x, weight(j, v * W));
             }
+        }
+#pragma GCC unroll 16
+        for (int u = 0; u < WIDE; u++) {
+            const int64_t at = first + u * W - b;
+            if (at >= 0 && at + W <= width) store(tally.stat + at, tally.both(load(tally.stat + at), sum[u]));
+            else
+                for (int l = 0; l < W; l++) if (at + l >= 0 && at + l < width) tally.take(at + l, sum[u][l]);
+        }
     }
-};
+}
 
 // The rows of a block whose softmax has any mass: the others count nothing.
 inline uint64_t with_mass(const Queries &q, const Given &norm) {
@@ -83,7 +89,6 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
     }
     const bool tokens = c.over == SF_OVER_DIAGONAL && !c.plan.q_order.data && !c.plan.k_order.data;
-    Diagonals diagonals;
     for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
         Chunk k = given;
         bool holes = false;
@@ -103,27 +108,27 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, key_bias ? w.bias : nullptr, s);
         }
-        const bool straight = tokens && !k.gather;
-        if (straight) diagonals.clear();
+        auto weight = [&](int j, int i) {
+            vf p = exp2v<true>((load(s + j * BQ + i) - load(w.top + i)) * logits.factor - load(w.rest2 + i));
+            return pick(w.see[j] >> i, p, set1(0.f));
+        };
+        if (tokens && !k.gather) return by_diagonal(tally, k, n, row, k.base, weight);
         for (int j = k.a; j < k.b; j++) {
             int64_t token = rules.key_token(k.gather ? k.gather[j] : k.base + j);
             if (token < 0) continue;
             vf all = {};
             for (int i = 0; i < n; i += W) {
-                vf p = exp2v<true>((load(s + j * BQ + i) - load(w.top + i)) * logits.factor - load(w.rest2 + i));
-                p = pick(w.see[j] >> i, p, set1(0.f));
+                const vf p = weight(j, i);
                 all = tally.both(all, p);
                 if (c.over == SF_OVER_ROW) store(w.m + i, tally.both(load(w.m + i), p));
-                else if (straight) diagonals.take(tally, j, i, p);
                 else if (c.over == SF_OVER_DIAGONAL) store(s + j * BQ + i, p);
             }
             if (c.over == SF_OVER_KEY) tally.key(token, tally.across(all));
             else if (c.over == SF_OVER_ENTRY) tally.entry(tile, k.entry_of(j), tally.across(all));
-            else if (c.over == SF_OVER_DIAGONAL && !straight)
+            else if (c.over == SF_OVER_DIAGONAL)
                 for (int i = 0; i < q.lanes; i++)
                     if (q.real >> i & 1) tally.pair(q.token[i], token, s[j * BQ + i]);
         }
-        if (straight) diagonals.give(tally, row, k.base);
     });
     if (c.over == SF_OVER_ROW)
         for (int i = 0; i < BQ; i++) if (q.real >> i & 1) tally.row(q.token[i], w.m[i]);
