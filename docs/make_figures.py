@@ -265,7 +265,8 @@ def selection() -> str:
     body = []
     for row in rows("selection"):
         if row.get("ms"):
-            plain = f"{float(row['ratio']):.2g}x" if row.get("ratio") else ""
+            faster = float(row["ratio"]) if row.get("ratio") else 0.0
+            plain = f"{faster:.0f}x" if faster >= 10 else f"{faster:.2g}x" if faster else ""
             ms = f"{float(row['ms']):.3g} ms"
             body.append([row["case"], row["dtype"], ms, f"{float(row['share']):.2g}", plain])
     return table(["", "products", "time", "of dense attention", "faster than PyTorch alone"], body)
