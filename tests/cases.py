@@ -31,6 +31,8 @@ class Case:
         Whether its tests are left to the slow ones: a variant of a method that has another case.
     golden
         CRC-32 of the mask that `hyper` selects on `directions(1, 4, 96)`.
+    chunk
+        Where a prompt may be cut so that the rest selects what it would have: the edge of a tile.
     """
 
     slug: str
@@ -43,6 +45,7 @@ class Case:
     recall: float | None = None
     seeded: bool = False
     slow: bool = False
+    chunk: int = 20
     note: str = field(default="", compare=False)
 
     def method(self, **change: Any):
@@ -252,6 +255,62 @@ CASES = [
         full_mask="strict",
         recall=0.5,
         seeded=True,
+    ),
+    Case(
+        "minference",
+        {"vertical": 6, "slash": 2, "sinks": 1, "near": 1, "last": 16},
+        {"vertical": 256, "slash": 256},
+        [{"vertical": 1, "slash": 1}, {"vertical": 6, "slash": 3}, {"vertical": 60, "slash": 10}],
+        (0.2, 0.6),
+        148553529,
+        chunk=64,
+    ),
+    Case(
+        "minference",
+        {"pattern": "block-sparse", "blocks": 2},
+        {"pattern": "block-sparse", "blocks": 4},
+        [{"blocks": 1}, {"blocks": 3}, {"blocks": 8}],
+        (0.3, 0.5),
+        577544799,
+        slow=True,
+        chunk=64,
+        note="blocks",
+    ),
+    Case(
+        "xattention",
+        {"threshold": 0.5, "block": 16},
+        {"threshold": 1.0, "block": 16},
+        [{"threshold": 0.1}, {"threshold": 0.5}, {"threshold": 1.0}],
+        (0.4, 0.7),
+        687489843,
+        chunk=32,
+    ),
+    Case(
+        "flashprefill",
+        {"alpha": 0.95, "block": 16, "near": 1, "sinks": 1, "dense_tiles": 1},
+        {"near": 16},
+        [{"alpha": 1.0}, {"alpha": 0.95}, {"alpha": 1e-9}],
+        (0.2, 0.9),
+        141649365,
+        chunk=32,
+    ),
+    Case(
+        "block-topk",
+        {"blocks": 2, "block": 16},
+        {"blocks": 256, "block": 16},
+        [{"blocks": 1}, {"blocks": 4}, {"blocks": 20}],
+        (0.15, 0.3),
+        3785025735,
+        chunk=32,
+    ),
+    Case(
+        "tri-shape",
+        {"sinks": 16, "window": 32, "last": 16, "block": 16},
+        {"window": 256},
+        [{"window": 1}, {"window": 64}, {"window": 200}],
+        (0.15, 0.3),
+        1156311607,
+        chunk=32,
     ),
 ]
 

@@ -162,7 +162,8 @@ def strangers(module: str, target: str, *, is_package: bool) -> bool:
     if part == "backends":
         return bool(inner and target_inner) and inner[0] != target_inner[0]
     if part == "methods":  # a package lists what is below it, a method knows what a method is and no other
-        return not (is_package and target_inner[: len(inner)] == inner) and target_inner != ["base"]
+        ground = target_inner == ["base"] or (inner, target_inner) == (["base"], ["heads"])
+        return not (is_package and target_inner[: len(inner)] == inner) and not ground
     return False
 
 

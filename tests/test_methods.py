@@ -352,13 +352,13 @@ def test_whatever_ctx_holds_is_read_or_refused(case):
 
     with pytest.raises(sf.SparseFlashError, match=f"'qoffset', which {name} does not read.*'q_offset'?"):
         method(q, k, k, ctx={"qoffset": 20})
-    for begin in (20, torch.tensor([20], dtype=torch.int32)):
+    for begin in (case.chunk, torch.tensor([case.chunk], dtype=torch.int32)):
         ctx = {"q_offset": begin}
         if "q_offset" not in method.reads:
             with pytest.raises(sf.SparseFlashError, match=f"{name} does not read it.*to be 0; .*Window"):
                 method.select(q, k, ctx)
         elif case.slug != "tree":  # whose queries are all of a tree
-            assert torch.equal(mask_of(method.select(q[:, :, 20:], k, ctx).plan), whole[:, :, 20:])
+            assert torch.equal(mask_of(method.select(q[:, :, case.chunk :], k, ctx).plan), whole[:, :, case.chunk :])
 
 
 def test_a_key_of_another_method_is_refused_with_the_method_that_reads_it():

@@ -4,11 +4,14 @@ from ..selection.orders import coverage
 from .base import Method, Selection, find, get, names
 from .bigbird import BigBird
 from .block_causal import BlockCausal
+from .block_topk import BlockTopK
 from .cycle_scan import CycleScan
 from .dilated import Dilated
 from .documents import Documents
+from .flashprefill import FlashPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
+from .minference import MInference
 from .prefix_lm import PrefixLM
 from .qk_sparse import QKSparse
 from .reformer import Reformer
@@ -16,7 +19,9 @@ from .session import Session
 from .sink_window import SinkWindow
 from .strided import Strided
 from .tree import Tree
+from .tri_shape import TriShape
 from .window import Window
+from .xattention import XAttention
 
 __all__ = [
     "BigBird",
@@ -26,6 +31,7 @@ __all__ = [
     "Documents",
     "GridWindow",
     "HashSparse",
+    "MInference",
     "Method",
     "PrefixLM",
     "QKSparse",
@@ -36,6 +42,10 @@ __all__ = [
     "Strided",
     "Tree",
     "Window",
+    "TriShape",
+    "BlockTopK",
+    "FlashPrefill",
+    "XAttention",
     "coverage",
     "find",
     "get",

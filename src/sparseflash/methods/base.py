@@ -356,6 +356,14 @@ def check_counts(method: Method, least: int, *names: str) -> None:
             raise SparseFlashError(f"{name}={x!r}: expected an int >= {least}, below 2^62")
 
 
+def check_shares(method: Method, *names: str) -> None:
+    """Check hyper-parameters that are a share: numbers in (0, 1]."""
+    for name in names:
+        x = getattr(method, name)
+        if not (isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x <= 1):
+            raise SparseFlashError(f"{name}={x!r}: expected a share in (0, 1]")
+
+
 def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
     """Position of the first query by `ctx["q_offset"]`, int64 [B|1, 1, 1] on the device of q."""
     offset = normal_offset((ctx or {}).get("q_offset", default))
@@ -458,6 +466,7 @@ __all__ = [
     "check_context",
     "check_counts",
     "check_qk",
+    "check_shares",
     "check_square",
     "check_tokens",
     "find",

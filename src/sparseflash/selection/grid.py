@@ -142,6 +142,33 @@ class Grid:
             near = near | ((unit >= first - (local - 1)) & (unit <= last + behind))
         return near & self._reach(q, k)
 
+    def ended(self, keep: Tensor, tiles: int) -> Tensor:
+        """`keep` with everything in the reach of the last `tiles` tiles: questions stand at the end.
+
+        Parameters
+        ----------
+        keep : Tensor
+            bool `[B|1, H|1, R, C]`.
+        tiles : int
+            So many from the last with a real query on.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from sparseflash.selection import Grid
+        >>> grid = Grid(4, 4, tile=2, unit=2)
+        >>> grid.ended(torch.zeros(1, 1, 2, 2, dtype=torch.bool), 1).int().tolist()
+        [[[[0, 0], [1, 1]]]]
+        """
+        check_mask("keep", keep)
+        require((is_count(tiles), f"tiles={tiles!r}: expected a count >= 0"))
+        if not tiles:
+            return keep
+        reach = self.reach().to(keep.device)
+        number = torch.arange(self.tiles, device=keep.device)
+        real = torch.where(reach.any(-1), number, -1).amax(-1, keepdim=True) if self.tiles else number
+        return keep | (reach & (number > real - tiles)[..., None])
+
     def plan(
         self,
         keep: Tensor,
