@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import random
 import time
+from dataclasses import replace
 
 import torch
 
@@ -104,13 +105,31 @@ def odd_units() -> str:
 
 
 def far() -> str:
-    """Positions that 32 bits do not hold, or that lie further apart than those."""
-    q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 20, 31, B=1, H=1, Hkv=1, D=16)
-    for offset, window in ((2**31 - 9, (2**31 - 20, 3)), (2**31 - 1, None), (-(2**31), (5, 2**31 - 5))):
-        plan = sf.Plan.dense(20, 31, causal=window is None, window=window, q_offset=offset, tile=16)
-        mask = plan.to_dense()
+    """Positions that 32 bits do not hold, or that lie further apart, however the plan says them."""
+    q, k, v, dout, _ = inputs(torch.Generator().manual_seed(0), 20, 31, B=2, H=1, Hkv=1, D=16)
+    end, one = 2**31, torch.tensor
+
+    def check(plan: sf.Plan, note: object) -> None:
         got = run(q, k, v, plan, backend="triton", dout=dout)
-        tolerance.compare(got, q, k, v, mask, dout=dout, note=f"positions from {offset} on, {window}")
+        tolerance.compare(got, q, k, v, plan.to_dense(), dout=dout, note=f"positions from {note} on")
+
+    for offset, window in (
+        (end - 9, (end - 20, 3)),
+        (end - 1, None),
+        (-end, (5, end - 5)),
+        (one(end - 9), (end - 20, 3)),
+        (one([end - 1]), None),
+        (one([-end, 3]), (5, end - 5)),
+        (one([4]), (5, 0)),
+    ):
+        given = {"causal": window is None, "window": window, "q_offset": offset}
+        check(sf.Plan.dense(20, 31, **given, tile=16), (offset, window))
+    # to all the keys that lie so far away that their distance takes 33 bits, and to those beside them
+    lists = sf.Plan.dense(20, 31, window=(3 * end // 2, 5), tile=16, q_offset=end - 1)
+    lists = replace(lists, span_full=lists.span_full * 0)
+    at = torch.cat([torch.arange(16) - end, torch.arange(15) + end - 20])[None, None].int()
+    check(replace(lists, k_pos=at), "a key's own place")
+    check(replace(lists, q_offset=0, q_pos=at[..., 5:25], k_pos=at), "both sides' own places")
     return "positions near 2^31"
 
 

@@ -187,6 +187,20 @@ def tanh(x):
 
 
 @triton.jit
+def inside(q_pos, k_pos, R, F: tl.constexpr):
+    """Whether keys are in the window of queries; a side of -1 is unbounded."""
+    distance = q_pos - k_pos
+    if F.WIDE:
+        near = ((R.left < 0) | (distance <= R.left)) & ((R.right < 0) | (-distance <= R.right))
+    else:  # up to 2^32 - 1 apart, which fits without a sign; and so does -1: it is just that
+        zero = tl.full([], 0, tl.int64)
+        left, right = (zero + R.left).to(tl.uint32), (zero + R.right).to(tl.uint32)
+        behind, ahead = distance.to(tl.uint32, bitcast=True), (-distance).to(tl.uint32, bitcast=True)
+        near = tl.where(q_pos >= k_pos, behind <= left, ahead <= right)
+    return near
+
+
+@triton.jit
 def visible(real, q_pos, q_seg, k_pos, k_end, k_seg, R, F: tl.constexpr):
     """The one formula; values of queries and values of keys broadcast against each other, in either order."""
     keep = real
@@ -195,9 +209,7 @@ def visible(real, q_pos, q_seg, k_pos, k_end, k_seg, R, F: tl.constexpr):
     elif not F.SELF:
         keep = keep & (q_pos != k_pos)
     if F.WINDOW:
-        distance = q_pos - k_pos
-        inside = ((R.left < 0) | (distance <= R.left)) & ((R.right < 0) | (-distance <= R.right))
-        keep = keep & (inside | (k_pos < R.sink))
+        keep = keep & (inside(q_pos, k_pos, R, F) | (k_pos < R.sink))
     if F.END:
         keep = keep & (q_pos < k_end)
     if F.QUERY_SEG or F.KEY_SEG:
@@ -220,13 +232,14 @@ def query_facts(T, b, h, H, tile, within, Tq, rows, F: tl.constexpr):
     own, length = token, Tq
     if F.FOLD:
         own, length = token % F.FOLD, F.FOLD
-    pos = own + T.offset
-    if F.WIDE:
-        pos = own.to(tl.int64) + T.offset
-    if F.SHIFT:
-        pos = own + tl.load(T.shift + b * T.shift_batch)
+    pos = own.to(tl.int64) if F.WIDE else own
     if F.QUERY_POS:
         pos = tl.load(T.pos + place(b, h, H, T.pos_heads, T.pos_batch, length) + own, mask=real, other=0)
+        pos = pos.to(tl.int64) if F.WIDE else pos
+    elif F.SHIFT:
+        pos += tl.load(T.shift + b * T.shift_batch)
+    else:
+        pos += T.offset
     seg = token * 0 - 1
     if F.QUERY_SEG:
         seg = tl.load(T.seg + place(b, h, H, T.seg_heads, T.seg_batch, length) + own, mask=real, other=-2)

@@ -133,12 +133,10 @@ def head_rules(plan: Plan) -> Tensor | None:
 
 
 def wide(plan: Plan) -> bool:
-    """Whether positions, or how far they lie apart, may need more than 32 bits."""
-    if isinstance(plan.q_offset, Tensor) or plan.q_pos is not None:  # of 32 bits; none is looked at
-        return False
-    last = plan.q_offset + max(plan.Tq - 1, 0)
-    windowed = plan.window is not None or plan.head_window is not None
-    return last > SHORT.max or (windowed and plan.Tk - plan.q_offset > SHORT.max)
+    """Whether positions may need more than 32 bits."""
+    if isinstance(plan.q_offset, Tensor):  # nobody looks at it: it may be any number of 32 bits
+        return True
+    return plan.q_pos is None and plan.q_offset + max(plan.Tq - 1, 0) > SHORT.max
 
 
 class Arguments:
@@ -179,7 +177,7 @@ class Arguments:
             "K_ORDER": p(keys.order), "K_POS": p(keys.pos), "K_END": p(keys.end), "K_SEG": p(keys.seg),
             "BIAS": p(bias), "RULE": p(rules), "SHIFT": p(shift),
             "rule_heads": 1 if rules is None else rules.shape[0],
-            "shift_batch": 1 if shift is not None and shift.dim() else 0,
+            "shift_batch": 1 if shift is not None and shift.numel() > 1 else 0,
         }  # fmt: skip
         for name, table in (
             ("span", span[0]), ("unit", unit[0]), ("q_order", plan.q_order), ("q_pos", plan.q_pos),
