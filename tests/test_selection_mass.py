@@ -359,6 +359,20 @@ def test_what_is_selected_can_be_compiled(generator):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_ops_keep_the_rules_of_torch_library(generator, backend):
+    q, k = torch.randn(1, 4, 10, 8, generator=generator), torch.randn(1, 2, 20, 8, generator=generator)
+    sees, at = torch.full((1, 10), 12, dtype=torch.int32), torch.arange(10, dtype=torch.int32)[None]
+    ops = torch.ops.sparseflash
+    for op, given in (
+        (ops.selection_probe, (q, k, sees, at, None, 0.3, 0.0, 25, 5, True, backend)),
+        (ops.selection_tile_mass, (q, k, sees, None, None, 0.3, 0.0, 4, 5, False, False, backend)),
+        (ops.selection_top_indices, (q.flatten(0, 2), None, 3, backend)),
+        (ops.selection_running_kth, (q.flatten(0, 2), torch.full((40,), 2, dtype=torch.int32), 2, backend)),
+    ):
+        torch.library.opcheck(op.default, given)
+
+
 def test_nothing_looks_at_a_value_on_an_accelerator(generator):
     q, k, keep = tensors(generator, (40, 52, 12, True, 4, 2))
     scores = torch.randn(2, 3, 4, 9, generator=generator)

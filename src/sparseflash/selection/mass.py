@@ -101,6 +101,11 @@ def tile_mass(
     its nearest real token in place of what it lacks ("antidiagonal") or is the mean of what it has
     ("energy").
 
+    On the CPU each thread holds the scores of 64 rows (queries, or groups of them) against all columns.
+
+    Keys in another order (PBS-Attn, arXiv 2510.21270) are given in that order, with a grid that is not
+    causal; what is left to choose from is `grid.reach(k_order=...)`.
+
     Examples
     --------
     >>> import torch, sparseflash as sf

@@ -39,7 +39,7 @@ def probe(
     distances = torch.zeros((B, Hq, options.width + 1), dtype=work, device=q.device)  # the last is none
     step = max(1, min(Tk, HELD // max(1, B * Hq * n)))
     if not B * n:
-        return lse, keys, distances[..., :-1]
+        return lse, keys, distances[..., :-1].contiguous()
 
     def scores(first: int) -> tuple[Tensor, Tensor]:
         part = k[:, :, first : first + step]
@@ -57,7 +57,7 @@ def probe(
         p = torch.where(seen, torch.exp(x - level), 0)
         keys[..., first : first + step] = p.sum(2)
         _by_distance(p, at, first, options, distances)
-    return lse, keys, distances[..., :-1]
+    return lse, keys, distances[..., :-1].contiguous()
 
 
 def _by_distance(p: Tensor, at: Tensor, first: int, options: Probing, into: Tensor) -> None:
@@ -144,7 +144,7 @@ def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]
     """
     N, T = x.shape
     kth = torch.full_like(x, -torch.inf)
-    until = torch.full((N, T), T, dtype=torch.int32, device=x.device)
+    until = torch.full((N, T + 1), T, dtype=torch.int32, device=x.device)  # the last is none
     most = min(T, options.most)
     value = torch.full((N, most), -torch.inf, dtype=x.dtype, device=x.device)
     place = torch.full((N, most), T, dtype=torch.int64, device=x.device)  # T: none
@@ -163,8 +163,7 @@ def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]
         kth[:, first : first + STEPS] = torch.where(full, values.gather(-1, last), -torch.inf)
         stays = torch.where(places < T, torch.maximum(places, here[:1]) + among.sum(1), T)
         gone = (stays <= here[-1]) & (places < T)
-        until = torch.cat([until, until[:, :1]], -1)
-        until = until.scatter(-1, torch.where(gone, places, T), torch.where(gone, stays, T).int())[:, :T]
+        until.scatter_(-1, torch.where(gone, places, T), torch.where(gone, stays, T).int())
         value, place = values[:, :most], torch.where(gone, T, places)[:, :most]
         value = torch.where(place < T, value, -torch.inf)
-    return kth, until
+    return kth, until[:, :T].contiguous()
