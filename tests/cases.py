@@ -312,6 +312,26 @@ CASES = [
         1156311607,
         chunk=32,
     ),
+    Case(
+        "flexprefill",
+        {"gamma": 0.3, "tau": 0.0, "block": 16, "min_budget": 16},
+        {"gamma": 1.0, "block": 16},
+        [{"gamma": 0.01}, {"gamma": 0.3}, {"gamma": 0.9}],
+        (0.2, 0.6),
+        3006148542,
+        chunk=32,
+    ),
+    Case(
+        "flexprefill",
+        {"gamma": 0.5, "tau": 1.0, "block": 16, "min_budget": 16, "shared": False},
+        {"tau": 1.0, "gamma": 1.0, "block": 16},
+        [{"gamma": 0.01}, {"gamma": 0.3}, {"gamma": 0.9}, {"gamma": 1.0}],
+        (0.4, 0.8),
+        4069555353,
+        slow=True,
+        chunk=32,
+        note="query-aware",
+    ),
 ]
 
 

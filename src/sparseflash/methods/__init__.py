@@ -9,6 +9,7 @@ from .cycle_scan import CycleScan
 from .dilated import Dilated
 from .documents import Documents
 from .flashprefill import FlashPrefill
+from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
 from .minference import MInference
@@ -46,6 +47,7 @@ __all__ = [
     "BlockTopK",
     "FlashPrefill",
     "XAttention",
+    "FlexPrefill",
     "coverage",
     "find",
     "get",

@@ -1,0 +1,147 @@
+"""Vertical-slash or query-aware blocks, each head and each prompt by what its last queries do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import SparseFlashError
+from ..selection.budgets import share, top_k, top_p
+from ..selection.grid import Grid
+from ..selection.mass import tile_mass
+from ..selection.probes import probe
+from .base import Context, Method, Selection, begin, check_counts, check_shares
+
+
+@dataclass(frozen=True)
+class FlexPrefill(Method):
+    """Each head chooses its pattern and its budget by the attention of the last queries.
+
+    Where pooled queries and keys say of the last block what its softmax says (a Jensen-Shannon distance below
+    `tau`), the head is query-aware: pooled scores of all tiles choose their blocks. Other heads see the
+    columns of blocks, and the diagonals of blocks, that hold the share `gamma` of what the last queries see.
+    The first column and the main diagonal are always seen.
+
+    Papers: Lai et al., "FlexPrefill", arXiv 2502.20766, algorithms 1 to 4.
+
+    Parameters
+    ----------
+    gamma : float
+        Share of the estimated mass that is kept, in (0, 1]. It is no recall.
+    tau : float
+        Distance below which a head is query-aware, in [0, 1]; 0 is never, 0.84 always.
+    block : int
+        Queries of a tile, and keys of a block; so many queries at the end are looked at.
+    min_budget, max_budget : int
+        Keys of columns, and of diagonals, at least and at most (None: no limit).
+    halo : bool
+        A diagonal of tokens meets two of blocks: see both, more for more.
+    shared : bool
+        Whether the tiles of a query-aware head share one budget, as in the paper (here each keeps its best
+        block in any case). What a tile sees then depends on the others of its chunk.
+    summed : bool
+        Judge for all query heads of a KV head together.
+
+    Notes
+    -----
+    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. The last queries of a chunk
+    judge for that chunk.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> method = sf.methods.FlexPrefill(gamma=0.5, block=64, min_budget=64, tau=0.0)
+    >>> method(q, k, v).shape, method.select(q, k).plan.density < 0.9
+    (torch.Size([1, 2, 1024, 32]), True)
+    """
+
+    gamma: float = 0.9
+    tau: float = 0.1
+    block: int = 128
+    min_budget: int = 512
+    max_budget: int | None = None
+    halo: bool = False
+    shared: bool = True
+    summed: bool = False
+
+    reads = ("q_offset", "scale", "softcap")
+    paper = "arXiv 2502.20766"
+    phases = ("prefill",)
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        check_shares(self, "gamma")
+        check_counts(self, 1, "block", "min_budget")
+        if self.max_budget is not None:
+            check_counts(self, self.min_budget, "max_budget")
+        if isinstance(self.tau, bool) or not (isinstance(self.tau, (int, float)) and 0 <= self.tau <= 1):
+            raise SparseFlashError(f"tau={self.tau!r}: expected a number in [0, 1]")
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """Columns and diagonals of blocks, and the blocks that pooled scores add on query-aware heads."""
+        ctx, (Tq, Tk), n = ctx or {}, (q.shape[2], k.shape[2]), min(self.block, q.shape[2])
+        at = ctx.get("q_offset", 0)
+        told: dict[str, Any] = {name: ctx.get(name) for name in ("scale", "softcap")}
+        grid = Grid(Tq, Tk, self.block, self.block, at, device=q.device)
+        seen = probe(q, k, self.block, q_offset=at, **told)
+        (columns, n_columns), (diagonals, n_diagonals) = (
+            self._blocks(self._judged(x, k)) for x in (seen.keys(), seen.distances())
+        )
+        last = Grid(n, Tk, max(n, 1), self.block, at + (Tq - n), device=q.device)
+        pooled = self._judged(tile_mass(q[:, :, Tq - n :], k, last, "mean", **told).sum(2), k)
+        aware, least = distance(pooled, columns) < self.tau, -(-self.min_budget // self.block)
+        column = top_k(_first(columns), torch.where(aware, least, n_columns))
+        diagonal = top_k(_first(diagonals), torch.where(aware, least, n_diagonals))
+        if self.halo:
+            diagonal = diagonal | pad(diagonal, (1, 0))[..., :-1]
+        keep = column[:, :, None]
+        first = begin(ctx, q) + torch.arange(0, Tq, self.block, device=q.device)
+        for position in (first, (first + self.block).clamp(max=begin(ctx, q) + Tq) - 1):
+            keep = keep | _on(diagonal, position, self.block, grid.units)
+        mass = self._judged(tile_mass(q, k, grid, "mean", **told), k)
+        chosen = top_p(mass, self.gamma, among=grid.reach(), over=2 if self.shared else 1)
+        return Selection(grid.plan((keep & grid.reach()) | (chosen & aware[..., None, None])))
+
+    def _judged(self, mass: Tensor, k: Tensor) -> Tensor:
+        """Shares that sum to 1, of the heads that are judged for."""
+        mass = share(mass, k.shape[1], "sum") if self.summed else mass
+        return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+
+    def _blocks(self, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of tokens as those of blocks, and how many blocks are to be seen."""
+        count = -(-mass.shape[-1] // self.block)
+        least = -(-self.min_budget // self.block)
+        most = count if self.max_budget is None else -(-self.max_budget // self.block)
+        n = top_p(mass, self.gamma).sum(-1) // self.block + 1
+        whole = pad(mass, (0, count * self.block - mass.shape[-1]))
+        return whole.view(*mass.shape[:-1], count, self.block).sum(-1), n.clamp(min=least).clamp(max=most)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Jensen-Shannon distance of shares along the last axis: 0 where they agree, at most sqrt(ln 2)."""
+    middle = (a + b) / 2
+    apart = sum(torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b))
+    assert isinstance(apart, Tensor)
+    return (apart.sum(-1) / 2).clamp(min=0).sqrt()
+
+
+def _first(score: Tensor) -> Tensor:
+    """Scores of which the first is the best."""
+    return torch.where(torch.arange(score.shape[-1], device=score.device) == 0, torch.inf, score)
+
+
+def _on(diagonal: Tensor, position: Tensor, block: int, units: int) -> Tensor:
+    """Whether blocks lie on chosen diagonals [B,H,n] of the positions [B|1,1,R]: bool [B,H,R,units]."""
+    own = torch.div(position, block, rounding_mode="floor")[..., None]
+    away = own - torch.arange(units, device=own.device)
+    n = diagonal.shape[-1]
+    shape = (*diagonal.shape[:2], position.shape[-1])
+    found = (
+        diagonal[:, :, None].expand(*shape, n).gather(-1, away.clamp(0, max(n - 1, 0)).expand(*shape, units))
+    )
+    return found & (away >= 0) & (away < n)

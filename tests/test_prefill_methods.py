@@ -1,0 +1,169 @@
+"""Methods for long prompts, against what their papers say, written out pair by pair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+from cases import mask_of
+from sparseflash.methods.flexprefill import distance
+
+Mask = Tensor
+
+
+def causal_softmax(q: Tensor, k: Tensor) -> Tensor:
+    """P in fp64, for queries that are the last ones of the keys: [B,H,Tq,Tk]."""
+    Tq, Tk = q.shape[2], k.shape[2]
+    scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[-1] ** -0.5
+    past = torch.ones(Tq, Tk, dtype=torch.bool).tril(Tk - Tq)
+    return scores.masked_fill(~past, -math.inf).softmax(-1)
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def recall(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    """The share of the attention mass that is seen, by head."""
+    return (causal_softmax(q, k) * mask).sum(-1).mean((0, 2))
+
+
+def kept(method: sf.methods.Method, q: Tensor, k: Tensor, **ctx) -> Mask:
+    return mask_of(method.select(q, k, ctx).plan).expand(q.shape[0], q.shape[1], -1, -1)
+
+
+def blocky(generator: torch.Generator, T: int, block: int) -> tuple[Tensor, Tensor]:
+    """One head that attends by content of whole blocks: neighbours are alike. [1,1,T,32] each."""
+    topic = torch.nn.functional.normalize(normal(generator, -(-T // block), 32), dim=-1)
+    alike = topic.repeat_interleave(block, 0)[:T]
+    asked = topic[torch.randint(len(topic), (len(topic),), generator=generator)]
+    asked = asked * (30 + 30 * torch.rand(len(topic), 1, generator=generator))
+    return asked.repeat_interleave(block, 0)[:T][None, None], alike[None, None]
+
+
+def slashed(generator: torch.Generator, T: int, far: int) -> tuple[Tensor, Tensor]:
+    """One head whose queries look at the key so far before them. [1,1,T,32] each."""
+    k = torch.nn.functional.normalize(normal(generator, 1, 1, T, 32), dim=-1)
+    return k.roll(far, 2) * 80, k
+
+
+# ---------------------------------------------------------------- FlexPrefill
+
+
+def flexprefill(
+    q: Tensor, k: Tensor, gamma: float, tau: float, B: int, least: int, halo: bool, shared: bool
+) -> Mask:
+    """Algorithms 1 to 4 of arXiv 2502.20766, a head at a time; T is a multiple of the block B."""
+    (batch, H, T, D), n = q.shape, q.shape[2] // B
+    P = causal_softmax(q, k)
+    k = k.repeat_interleave(H // k.shape[1], 1)
+    seen = torch.zeros(batch, H, n, n, dtype=torch.bool)
+    i, j = torch.arange(T - B, T)[:, None], torch.arange(T)
+
+    def needed(share: Tensor) -> int:
+        ranked = share.sort(descending=True).values.cumsum(0)
+        return int((ranked < gamma * ranked[-1]).sum()) + 1 if gamma < 1 else len(share)
+
+    for b, h in ((b, h) for b in range(batch) for h in range(H)):
+        last = P[b, h, -B:]
+        vertical = last.mean(0)
+        slash = torch.stack([last[(i - j) == d].sum() for d in range(T)]) / B
+        budgets = [min(max(needed(x) // B + 1, -(-least // B)), n) for x in (vertical, slash)]
+        of_columns, of_diagonals = (x.view(n, B).sum(1) for x in (vertical, slash))
+        mean_q, mean_k = (x[b, h].double().view(n, B, D).mean(1) for x in (q, k))
+        estimate = (mean_k @ mean_q[-1] * D**-0.5).softmax(0)
+        middle = (estimate + of_columns) / 2
+        parts = [torch.special.xlogy(x, x / middle).sum() / 2 for x in (estimate, of_columns)]
+        aware = float(sum(parts)) ** 0.5 < tau
+        if aware:
+            budgets = [-(-least // B)] * 2
+        of_columns[0] = of_diagonals[0] = math.inf
+        columns, diagonals = (
+            set(x.argsort(descending=True)[:m].tolist())
+            for x, m in zip((of_columns, of_diagonals), budgets, strict=True)
+        )
+        if halo:
+            diagonals |= {d + 1 for d in diagonals}
+        for r in range(n):
+            for c in range(r + 1):
+                seen[b, h, r, c] = c in columns or r - c in diagonals
+        if aware:
+            pooled = (mean_q @ mean_k.mT * D**-0.5).masked_fill(torch.ones(n, n).triu(1).bool(), -math.inf)
+            pooled = pooled.softmax(-1)
+            for rows in [range(n)] if shared else [[r] for r in range(n)]:
+                flat = pooled[list(rows)].flatten()
+                order = flat.argsort(descending=True)
+                m = int((flat[order].cumsum(0) < gamma * len(rows)).sum()) + 1
+                for place in order[:m].tolist():
+                    seen[b, h, rows[place // n], place % n] = True
+            seen[b, h, torch.arange(n), pooled.argmax(-1)] = True  # where rows share, none is left empty
+    whole = seen.repeat_interleave(B, 2).repeat_interleave(B, 3)
+    return whole & torch.ones(T, T, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("tau", "halo"), [(0.0, False), (0.0, True), (0.35, False), (1.0, True)])
+def test_flexprefill_selects_what_its_algorithms_select(tau, halo, shared, generator):
+    q, k = normal(generator, 2, 4, 256, 32) * 3, normal(generator, 2, 2, 256, 32)
+    q[:, 1:2], k[:, :1] = blocky(generator, 256, 32)
+    q[:, 2:3], k[:, 1:] = slashed(generator, 256, 70)
+    method = sf.methods.FlexPrefill(0.7, tau, 32, 32, halo=halo, shared=shared)
+    want = flexprefill(q, k, 0.7, tau, 32, 32, halo, shared)
+    assert torch.equal(kept(method, q, k), want)
+
+
+def test_flexprefill_takes_the_pattern_of_each_head(generator):
+    """A positional head and one of blocky content in one call; a query-aware head needs what it chose."""
+    pairs = [slashed(generator, 512, 130), blocky(generator, 512, 32)]
+    q, k = (torch.cat([pair[n] for pair in pairs], 1) for n in (0, 1))
+    frugal = {"block": 32, "min_budget": 32, "gamma": 0.95}
+    found, without = (kept(sf.methods.FlexPrefill(tau=tau, **frugal), q, k) for tau in (0.1, 0.0))
+    assert torch.equal(found[:, 0], without[:, 0])  # vertical-slash, whatever tau
+    assert recall(q, k, found)[1] > 0.9 > recall(q, k, without)[1]
+
+
+def test_a_diagonal_of_tokens_meets_two_of_blocks(generator):
+    q, k = slashed(generator, 512, 150)
+    frugal = {"block": 32, "min_budget": 64, "gamma": 0.9, "tau": 0.0}
+    short, halo = (kept(sf.methods.FlexPrefill(halo=x, **frugal), q, k) for x in (False, True))
+    assert bool((short <= halo).all())
+    late = slice(192, None)
+    missed, found = (float((causal_softmax(q, k) * m)[:, :, late].sum(-1).mean()) for m in (short, halo))
+    assert missed < 0.6 and found > 0.99
+
+
+def test_flexprefill_by_numbers(generator):
+    """Bounds: nothing but the first column and the diagonal, everything, and between them more for more."""
+    q, k = normal(generator, 1, 2, 256, 16), normal(generator, 1, 2, 256, 16)
+    least = kept(sf.methods.FlexPrefill(1e-6, 0.0, 32, 1), q, k)[..., ::32]
+    row, column = torch.arange(256)[:, None] // 32, torch.arange(8)
+    assert torch.equal(
+        least[0, 0], ((column == 0) | (column == row)) & (column * 32 <= torch.arange(256)[:, None])
+    )
+    assert kept(sf.methods.FlexPrefill(1.0, 1.0, 32, 1), q, k).sum() == 2 * 256 * 257 // 2
+    masks = [kept(sf.methods.FlexPrefill(g, 0.0, 32, 1), q, k) for g in (0.1, 0.5, 0.9)]
+    assert all(bool((a <= b).all()) for a, b in zip(masks, masks[1:], strict=False))
+    capped = kept(sf.methods.FlexPrefill(0.9, 0.0, 32, 32, 64), q, k)
+    assert capped.sum() < masks[-1].sum()
+
+
+def test_the_distance_of_shares_is_finite_where_shares_are_zero():
+    a, b = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]]), torch.tensor([[0, 1.0, 0], [0.5, 0.5, 0]])
+    torch.testing.assert_close(distance(a, b), torch.tensor([math.log(2) ** 0.5, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("slug", "wrong", "said"),
+    [
+        ("flexprefill", {"tau": 2.0}, "tau=2.0: expected a number in .0, 1."),
+        ("flexprefill", {"gamma": 0.0}, "gamma=0.0: expected a share"),
+        ("flexprefill", {"max_budget": 8}, "max_budget=8: expected an int >= 512"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(slug, wrong, said):
+    with pytest.raises(sf.SparseFlashError, match=said):
+        sf.methods.get(slug, **wrong)
