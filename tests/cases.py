@@ -56,6 +56,11 @@ class Case:
         return f"{self.slug}{'-' + self.note if self.note else ''}"
 
 
+WINDOW = {"method": "window", "window": 40}
+PROFILE = sf.calibrate.Profile.of(
+    "any", {3: [WINDOW, {"method": "dense"}, {"method": "sink-window", "window": 9}, WINDOW]}
+)
+
 CASES = [
     Case(
         "hash-sparse",
@@ -331,6 +336,26 @@ CASES = [
         slow=True,
         chunk=32,
         note="query-aware",
+    ),
+    Case(
+        "profiled",
+        {"profile": PROFILE},
+        {"profile": sf.calibrate.Profile.of("any", {3: [{"method": "dense"}] * 4})},
+        [
+            {"profile": sf.calibrate.Profile.of("any", {3: [WINDOW | {"window": n}] * 4})}
+            for n in (9, 90, 500)
+        ],
+        (0.5, 1.0),
+        2102748155,
+    ),
+    Case(
+        "pbs-attn",
+        {"threshold": 0.3, "block": 16, "segment": 32},
+        {"threshold": 1.0, "block": 16, "segment": 32},
+        [{"threshold": 0.1}, {"threshold": 0.3}, {"threshold": 0.9}, {"threshold": 1.0}],
+        (0.3, 0.6),
+        0,
+        chunk=32,
     ),
 ]
 

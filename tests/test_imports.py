@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "sparseflash"
 # takes its place in the picture of docs/design.md first. `*` stands for all.
 CORE = ("errors", "plan")
 OPS = (*CORE, "numerics", "dispatch", "ops")
-METHOD = (*OPS, "selection", "cache", "methods")
+METHOD = (*OPS, "selection", "cache", "calibrate", "methods")
 MAY_IMPORT = {
     "errors": (),
     "files": (),
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "packing": OPS,
     "costs": (*OPS, "files"),
     "methods": METHOD,
-    "calibrate": METHOD,
+    "calibrate": (*OPS, "selection", "files"),
     "nn": METHOD,
     "distributed": METHOD,
     "fusion": METHOD,
@@ -53,8 +53,9 @@ THIRD_PARTY = {
     "diffusers": {"integrations.diffusers": False},
     "vllm": {"integrations.vllm": False},
     "numpy": {"train": False, "bench": False},
-    "safetensors": {"train": False, "bench.capture": False},
-    "rich": {"train": False, "bench": False, "cli": False},
+    "safetensors": {"train": False, "bench.capture": False, "integrations.transformers.pretrained": True},
+    "gguf": {"integrations.transformers.pretrained": True},
+    "rich": {"train": False, "bench": False, "cli": False, "calibrate": True},
     "typer": {"cli": False, "options": False, "bench.commands": False},
     "pynvml": {"bench": True},
     "attn_gym": {"bench": True},
@@ -162,7 +163,7 @@ def strangers(module: str, target: str, *, is_package: bool) -> bool:
     if part == "backends":
         return bool(inner and target_inner) and inner[0] != target_inner[0]
     if part == "methods":  # a package lists what is below it, a method knows what a method is and no other
-        ground = target_inner == ["base"] or (inner, target_inner) == (["base"], ["heads"])
+        ground = target_inner == ["base"] or target_inner == ["heads"] and inner in (["base"], ["profiled"])
         return not (is_package and target_inner[: len(inner)] == inner) and not ground
     return False
 

@@ -102,11 +102,14 @@ def test_a_plan_is_valid_and_its_density_is_that_of_its_mask(case, generator):
         windows = [plan.window or (None, None)] * mask.shape[1]
         if plan.head_window is not None:
             windows = [[None if x < 0 else x for x in pair] for pair in plan.head_window[0].tolist()]
+        sinks = [plan.sink] * len(windows)
+        if plan.head_sink is not None:
+            sinks = plan.head_sink.expand(-1, len(windows), -1)[0, :, 0].tolist()
         pairs = 0
-        for left, right in windows:
+        for (left, right), sink in zip(windows, sinks, strict=True):
             near = (gap <= (2 * T if left is None else left)) & (gap >= -(2 * T if right is None else right))
             past = gap >= (0 if plan.include_self else 1) if plan.causal else gap < 2 * T
-            pairs += int(((near | (at_k < plan.sink)) & past).sum())
+            pairs += int(((near | (at_k < sink)) & past).sum())
         assert plan.density == pytest.approx(int(mask.sum()) / (pairs * mask.shape[0]))
 
 
@@ -358,7 +361,9 @@ def test_whatever_ctx_holds_is_read_or_refused(case):
             with pytest.raises(sf.SparseFlashError, match=f"{name} does not read it.*to be 0; .*Window"):
                 method.select(q, k, ctx)
         elif case.slug != "tree":  # whose queries are all of a tree
-            assert torch.equal(mask_of(method.select(q[:, :, case.chunk :], k, ctx).plan), whole[:, :, case.chunk :])
+            assert torch.equal(
+                mask_of(method.select(q[:, :, case.chunk :], k, ctx).plan), whole[:, :, case.chunk :]
+            )
 
 
 def test_a_key_of_another_method_is_refused_with_the_method_that_reads_it():

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, methods, selection
+from . import _moved, backends, calibrate, methods, selection
 from .costs import predict
 from .dispatch import backend_status
 from .errors import BackendError, PlanError, SparseFlashError
@@ -51,6 +51,7 @@ __all__ = [
     "attention_stats",
     "attention_varlen",
     "backend_status",
+    "calibrate",
     "decode",
     "cu_seqlens_of",
     "hash_sparse_attention",

@@ -1,5 +1,6 @@
 """Sparse attention methods, one file a system. `names()` lists them, `get(slug, ...)` makes one."""
 
+from ..calibrate import Profile
 from ..selection.orders import coverage
 from .base import Method, Selection, find, get, names
 from .bigbird import BigBird
@@ -13,7 +14,9 @@ from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
 from .minference import MInference
+from .pbs_attn import PBSAttn
 from .prefix_lm import PrefixLM
+from .profiled import Profiled
 from .qk_sparse import QKSparse
 from .reformer import Reformer
 from .session import Session
@@ -35,6 +38,8 @@ __all__ = [
     "MInference",
     "Method",
     "PrefixLM",
+    "Profile",
+    "Profiled",
     "QKSparse",
     "Reformer",
     "Selection",
@@ -46,8 +51,9 @@ __all__ = [
     "TriShape",
     "BlockTopK",
     "FlashPrefill",
-    "XAttention",
     "FlexPrefill",
+    "PBSAttn",
+    "XAttention",
     "coverage",
     "find",
     "get",

@@ -46,7 +46,7 @@ def apart(method: Any) -> list[Any] | None:
 
 
 def groups(methods: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """Different methods, and the heads of each."""
+    """Different methods (None: dense), and the heads of each."""
     return [(m, [h for h, own in enumerate(methods) if own == m]) for m in dict.fromkeys(methods)]
 
 
@@ -62,6 +62,7 @@ def context(ctx: Context | None, heads: list[int], H: int) -> dict[str, Any]:
     return {
         name: of_heads(x, heads, H) if isinstance(x, Tensor) and x.dim() > 2 and name not in WHOLE else x
         for name, x in (ctx or {}).items()
+        if name != "state"
     }
 
 
@@ -70,28 +71,38 @@ def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) ->
     H = q.shape[1]
     if len(methods) != H:
         raise SparseFlashError(f"settings for {len(methods)} heads, q has {H}: expected one each")
-    parts, heads = [], []
+    parts: list[tuple[Any, ...]] = []
+    heads: list[list[int]] = []
+    states = (ctx or {}).get("state") or {}
+    kept = {}
     for method, own in groups(methods):
-        given = context(ctx, own, H)
-        if isinstance(states := given.get("state"), dict):
-            given["state"] = states.get(method)
-        parts.append((method, method.select(of_heads(q, own, H), of_heads(k, own, H), given)))
         heads.append(own)
-    chosen = [part for _, part in parts]
-    if any(part.inputs is not None for part in chosen):
-        raise SparseFlashError("a method that attends other rows than it was given has no settings by head")
-    states = {method: part.state for method, part in parts if part.state is not None}
+        if method is None:
+            at = (ctx or {}).get("q_offset", 0)
+            dense = Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=at, device=q.device)
+            parts.append(((dense,), None, None))
+            continue
+        given = context(ctx, own, H) | ({"state": states[method]} if method in states else {})
+        part = method.select(of_heads(q, own, H), of_heads(k, own, H), given)
+        if part.inputs is not None:
+            raise SparseFlashError(
+                f"{method!r} attends other rows than it is given: it serves all heads or none"
+            )
+        plans = tuple(part.plan) if isinstance(part.plan, (tuple, list)) else (part.plan,)
+        parts.append((plans, part.key_bias, part.gate))
+        if part.state is not None:
+            kept[method] = part.state
+    plans, biases, gates = zip(*parts, strict=True)
     return {
-        "plan": _beside(chosen, heads),
-        "key_bias": _joined([part.key_bias for part in chosen], heads, 0.0),
-        "gate": _joined([part.gate for part in chosen], heads, 1.0),
-        "state": states or None,
+        "plan": _beside(plans, heads),
+        "key_bias": _joined(biases, heads, 0.0),
+        "gate": _joined(gates, heads, 1.0),
+        "state": kept or None,
     }
 
 
-def _beside(parts: list[Any], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
-    """Their plans side by side; where some have several, so has the result."""
-    plans = [tuple(p.plan) if isinstance(p.plan, (tuple, list)) else (p.plan,) for p in parts]
+def _beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
+    """The plans of groups of heads side by side; where some have several, so has the result."""
     made = []
     for n in range(max(map(len, plans))):
         row = [own[n] if n < len(own) else _nothing(own[0]) for own in plans]
@@ -106,7 +117,7 @@ def _nothing(plan: Plan) -> Plan:
     return empty._changed(causal=plan.causal, q_offset=plan.q_offset)
 
 
-def _joined(given: list[Tensor | None], heads: list[list[int]], blank: float) -> Tensor | None:
+def _joined(given: Sequence[Tensor | None], heads: list[list[int]], blank: float) -> Tensor | None:
     """Tensors [B|1, H|1, T] of groups of heads as one, `blank` where a group has none."""
     some = [x for x in given if x is not None]
     if not some:

@@ -346,7 +346,7 @@ def _in_order(made: dict[str, Any], at: Tensor) -> dict[str, Any]:
     heads, done = len(at), dict(made)
     for start, pool, room in (("span_start", "spans", "span_room"), ("start", "index", "room")):
         if made.get(room):
-            lists = made[pool].view(*made[start].shape, -1, *made[pool].shape[1:])
+            lists = made[pool].view(*made[start].shape, made[room], *made[pool].shape[1:])
             done[pool] = lists[:, at].reshape(made[pool].shape)
     for name, x in made.items():
         kept = name in FLAT or not isinstance(x, Tensor)

@@ -1,0 +1,246 @@
+"""Profiles: which method serves each head of each layer of a model, with which settings; found once, kept.
+
+A profile is plain data and knows no method. `methods.Profiled` turns it into one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import SparseFlashError
+from .files import replacing
+
+Setting = Mapping[str, Any]
+"""Of a head: `{"method": slug, field: value, ...}`; fields that are not named keep their defaults."""
+_PATTERNS = {"vertical_and_slash": "vertical-slash", "stream_llm": "a-shape", "block_sparse": "block-sparse"}
+_NUMBERS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The settings of every head, by layer.
+
+    Equal profiles are equal and hash alike, so that a method that has one is a record of an experiment.
+
+    Parameters
+    ----------
+    model : str
+        What it was found for.
+    layers : tuple of (int, heads)
+        Number of a layer, and for each query head its setting as pairs (name, value), "method" among them.
+        `Profile.of` makes this of dictionaries.
+
+    Examples
+    --------
+    >>> from sparseflash.calibrate import Profile
+    >>> near, far = {"method": "window", "window": 512}, {"method": "tri-shape"}
+    >>> profile = Profile.of("a model", {0: [near, near, far, near]})
+    >>> profile.heads(0)[2], profile.numbers
+    ({'method': 'tri-shape'}, (0,))
+    """
+
+    model: str
+    layers: tuple[tuple[int, tuple[tuple[tuple[str, Any], ...], ...]], ...]
+
+    @classmethod
+    def of(cls, model: str, layers: Mapping[int, Sequence[Setting]]) -> Profile:
+        """From a setting for each query head of each layer."""
+        made = []
+        for number in sorted(layers):
+            heads = layers[number]
+            for head, setting in enumerate(heads):
+                _check(number, head, setting)
+            made.append((number, tuple(tuple(sorted(setting.items())) for setting in heads)))
+        return cls(model, tuple(made))
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layers it knows."""
+        return tuple(number for number, _ in self.layers)
+
+    def heads(self, layer: int | None) -> list[dict[str, Any]]:
+        """The setting of each query head of a layer.
+
+        Raises
+        ------
+        SparseFlashError
+            For a layer that it does not know.
+        """
+        for number, heads in self.layers:
+            if number == layer:
+                return [dict(setting) for setting in heads]
+        raise SparseFlashError(
+            f"the profile of {self.model!r} knows the layers {list(self.numbers)}, not {layer!r}: give "
+            'ctx["layer"], or search again with this layer'
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON: {model, layers: {layer: {head: {method, field: value}}}}; whole or not at all."""
+        path = Path(path)
+        layers = {
+            str(number): {str(head): dict(setting) for head, setting in enumerate(heads)}
+            for number, heads in self.layers
+        }
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"model": self.model, "layers": layers}, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        SparseFlashError
+            Naming the file and what in it is not as it should be.
+        """
+        given = _read(path)
+        try:
+            model, layers = given["model"], given["layers"]
+            found = {int(number): _in_order(heads, number) for number, heads in layers.items()}
+            return cls.of(str(model), found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SparseFlashError(
+                f"{path}: no profile ({error!r}): expected {{model, layers: {{layer: {{head: setting}}}}}}"
+            ) from None
+
+    @classmethod
+    def from_minference(cls, source: str | Path | Sequence[Any], model: str = "") -> Profile:
+        """From a file that MInference publishes: for each layer `{head: [type, vertical, slash, score]}`.
+
+        Its `stream_llm` is the a-shape of `minference`, whose first keys are `vertical` and window `slash`.
+        """
+        given = _read(source) if isinstance(source, (str, Path)) else source
+        if not isinstance(given, (list, tuple)):
+            raise SparseFlashError(
+                f"{source!s:.80}: expected a list with {{head: [type, v, s, score]}} a layer"
+            )
+        layers = {}
+        for number, heads in enumerate(given):
+            try:
+                rows = _in_order(heads, number)
+                layers[number] = [
+                    {
+                        "method": "minference",
+                        "pattern": _PATTERNS[kind],
+                        **({} if kind == "block_sparse" else {"vertical": int(v), "slash": int(s)}),
+                    }
+                    for kind, v, s, *_ in rows
+                ]
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise SparseFlashError(
+                    f"{source!s:.80}, layer {number}: {error!r}; expected {{head: [type, v, s, score]}} with "
+                    f"the types {', '.join(_PATTERNS)}"
+                ) from None
+        return cls.of(model or (Path(source).stem if isinstance(source, (str, Path)) else ""), layers)
+
+
+def search(
+    model: str,
+    layers: Iterable[int],
+    candidates: Sequence[Setting],
+    score: Callable[[int, Setting], Sequence[float]],
+    *,
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> Profile:
+    """The candidate of the largest score for every head: layer by layer, written as it goes, taken up again.
+
+    Parameters
+    ----------
+    model : str
+        What is searched for; a file of another model is not gone on with.
+    layers : iterable of int
+        Which layers.
+    candidates : sequence of settings
+        `{"method": slug, field: value, ...}`; of equal scores the earlier one is taken. What they cost should
+        be alike, or be part of the score.
+    score : callable
+        (layer, candidate) -> a number for each query head, larger is better; NaN is worst.
+    path : path, optional
+        A profile to write after each layer, and to go on with.
+    progress : bool
+        Whether a bar is shown on a terminal.
+
+    Examples
+    --------
+    >>> from sparseflash.calibrate import search
+    >>> sizes = [{"method": "window", "window": n} for n in (64, 256)]
+    >>> found = search("a model", [0], sizes, lambda layer, s: [s["window"], -s["window"]], progress=False)
+    >>> [s["window"] for s in found.heads(0)]
+    [256, 64]
+    """
+    wanted = list(layers)
+    if not candidates:
+        raise SparseFlashError("search(): no candidates; expected at least one {'method': slug, ...}")
+    known: dict[int, list[dict[str, Any]]] = {}
+    if path is not None and Path(path).exists():
+        before = Profile.load(path)
+        if before.model != model:
+            raise SparseFlashError(f"{path} is of {before.model!r}, not of {model!r}: give another path")
+        known = {number: before.heads(number) for number in before.numbers}
+    left = [number for number in wanted if number not in known]
+    with _bar(len(left) * len(candidates), progress) as step:
+        for number in left:
+            scores = []
+            for candidate in candidates:
+                scores.append([float(x) for x in score(number, candidate)])
+                step(f"layer {number}")
+            if len({len(row) for row in scores}) > 1:
+                raise SparseFlashError(f"layer {number}: scores for {[len(r) for r in scores]} heads")
+            known[number] = [dict(candidates[_best(column)]) for column in zip(*scores, strict=True)]
+            if path is not None:
+                Profile.of(model, known).save(path)
+    return Profile.of(model, {number: known[number] for number in wanted})
+
+
+def _best(column: Sequence[float]) -> int:
+    return max(range(len(column)), key=lambda n: (column[n] == column[n], column[n], -n))
+
+
+@contextlib.contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar where there is a terminal, and rich to draw it."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield lambda said: None
+        return
+    with Progress(transient=True) as bar:
+        task = bar.add_task("searching", total=total)
+        yield lambda said: bar.update(task, advance=1, description=said)
+
+
+def _check(layer: int, head: int, setting: Setting) -> None:
+    if not isinstance(setting, Mapping) or not isinstance(setting.get("method"), str):
+        raise SparseFlashError(
+            f"layer {layer}, head {head}: {setting!r}; expected {{'method': slug, field: value, ...}}"
+        )
+    for name, value in setting.items():
+        if not isinstance(name, str) or not isinstance(value, _NUMBERS):
+            raise SparseFlashError(
+                f"layer {layer}, head {head}: {name}={value!r}; expected a number, text, True, False or None"
+            )
+
+
+def _in_order(heads: Mapping[str, Any], layer: object) -> list[Any]:
+    """Values by the numbers of heads, which must be 0, 1, ..."""
+    found = {int(head): x for head, x in heads.items()}
+    if sorted(found) != list(range(len(found))):
+        raise ValueError(f"layer {layer} has the heads {sorted(found)}")
+    return [found[head] for head in range(len(found))]
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else f"no JSON ({error})"
+        raise SparseFlashError(f"{path}: {said}; expected a profile") from None

@@ -1,0 +1,81 @@
+"""A method of its own for every head of every layer, as a profile says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..calibrate import Profile
+from ..errors import SparseFlashError
+from . import heads
+from .base import Context, Method, Selection, get
+
+
+@dataclass(frozen=True)
+class Profiled(Method):
+    """What each head of a layer sees is chosen by the method that a profile names for it; one call for all.
+
+    Heads of equal settings select together. "dense" in a profile is causal attention over everything.
+
+    Papers: settings of each head, found once for a model: MInference, arXiv 2407.02490; MoA, 2406.14909.
+
+    Parameters
+    ----------
+    profile : Profile
+        Of the model that runs: `calibrate.search` finds one, `Profile.load` and `Profile.from_minference`
+        read one.
+
+    Notes
+    -----
+    Of `ctx`: `layer`, the number of the layer, which every host gives (it may be left out for a profile of
+    one); `q_offset`, `state`, and whatever the methods of the profile read.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> near, far = {"method": "window", "window": 16}, {"method": "dense"}
+    >>> profile = sf.calibrate.Profile.of("a model", {3: [near, near, far, near]})
+    >>> q, k, v = torch.randn(3, 1, 4, 256, 32)
+    >>> method = sf.methods.Profiled(profile)
+    >>> method(q, k, v, ctx={"layer": 3}).shape
+    torch.Size([1, 4, 256, 32])
+    """
+
+    profile: Profile | None = None
+
+    reads = ("layer", "q_offset", "state")
+    paper = "arXiv 2407.02490"
+    phases = ("prefill",)
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and not isinstance(self.profile, Profile):
+            raise SparseFlashError(f"profile={self.profile!r:.80}: expected a Profile (Profile.load(path))")
+        known = () if self.profile is None else self.profile.layers
+        made = {number: tuple(_method(dict(setting)) for setting in own) for number, own in known}
+        object.__setattr__(self, "_layers", made)
+
+    def methods(self, layer: int | None = None) -> tuple[Method | None, ...]:
+        """The method of each query head of a layer (None is dense); the number may be left out for one."""
+        made: dict[int, tuple[Method | None, ...]] = self._layers  # type: ignore[attr-defined]
+        if self.profile is None:
+            raise SparseFlashError(
+                "Profiled() has no profile: make one with sparseflash.calibrate.search, or read one with "
+                "Profile.load(path) or Profile.from_minference(path)"
+            )
+        if layer is None and len(made) == 1:
+            return next(iter(made.values()))
+        if layer not in made:
+            self.profile.heads(layer)  # which says what it knows
+        return made[layer]
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """What the methods of this layer's heads select."""
+        return Selection(**heads.select(self.methods((ctx or {}).get("layer")), q, k, ctx))
+
+
+def _method(setting: dict[str, Any]) -> Method | None:
+    slug = setting.pop("method")
+    return None if slug == "dense" else get(slug, **setting)
