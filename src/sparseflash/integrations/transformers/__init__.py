@@ -21,6 +21,7 @@ from .control import sparse
 from .indexer import StreamedIndexer, streamed
 from .layers import Layer, attention_layers
 from .mask import SparseMask
+from .pretrained import MODELS, load
 from .ranges import sparse_mask
 from .report import Report, report
 from .verify import verify
@@ -30,11 +31,13 @@ AttentionMaskInterface.register("sparse", sparse_mask)
 
 __all__ = [
     "HARMLESS",
+    "MODELS",
     "Layer",
     "Report",
     "SparseMask",
     "StreamedIndexer",
     "attention_layers",
+    "load",
     "report",
     "sparse",
     "sparse_attention",
