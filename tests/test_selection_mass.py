@@ -373,6 +373,15 @@ def test_the_ops_keep_the_rules_of_torch_library(generator, backend):
         torch.library.opcheck(op.default, given)
 
 
+def test_a_backend_for_attention_that_does_not_select_leaves_it_to_pytorch(generator, monkeypatch):
+    q, k, _ = tensors(generator, SHAPES[1])
+    want = tile_mass(q, k, Grid(64, 64, 16, 16), "antidiagonal", backend="reference")
+    monkeypatch.setenv("SPARSEFLASH_BACKEND", "triton")
+    assert torch.equal(tile_mass(q, k, Grid(64, 64, 16, 16), "antidiagonal"), want)
+    with pytest.raises(SparseFlashError, match="triton"):
+        probe(q, k, 4, backend="triton")
+
+
 def test_nothing_looks_at_a_value_on_an_accelerator(generator):
     q, k, keep = tensors(generator, (40, 52, 12, True, 4, 2))
     scores = torch.randn(2, 3, 4, 9, generator=generator)

@@ -80,6 +80,19 @@ def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
     raise BackendError("no backend can run this call:\n  " + "\n  ".join(said))
 
 
+def choose_able(op: str, wanted: str, *tensors: Tensor) -> Backend:
+    """As `choose`, for ops around attention: `reference` has those that the backend of the environment lacks.
+
+    A backend that the call itself wants is not replaced.
+    """
+    try:
+        return choose(op, wanted, *tensors)
+    except BackendError:
+        if wanted:
+            raise
+        return choose(op, "reference", *tensors)
+
+
 def _builders() -> builders.Builders | None:
     """Who makes lists in main memory: the CPU backend, if it runs here and no other one is wanted."""
     if os.environ.get("SPARSEFLASH_BACKEND", "") not in ("", "cpu"):

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose_able
 from ..errors import SparseFlashError, require
 from ..numerics import Best, Running, in_order, state_dtype
 from ..ops._arguments import as_backend
@@ -208,7 +208,7 @@ def above(
 
 
 def _best(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
-    return choose("top_indices", options.backend, scores).top_indices(scores, among, options)
+    return choose_able("top_indices", options.backend, scores).top_indices(scores, among, options)
 
 
 def _no_best(scores: Any, among: Any, options: Best) -> Tensor:
@@ -260,7 +260,7 @@ def top_indices(scores: Tensor, k: int, among: Tensor | None = None, *, backend:
 
 
 def _running(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
-    return choose("running_kth", options.backend, x).running_kth(x, k, options)
+    return choose_able("running_kth", options.backend, x).running_kth(x, k, options)
 
 
 def _no_running(x: Any, k: Any, options: Running) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose_able
 from ..errors import SparseFlashError, require
 from ..numerics import Masses, state_dtype
 from ..ops._arguments import as_backend, as_scale, as_softcap, check_inputs, describe, is_real
@@ -24,7 +24,7 @@ STRIDES = {"antidiagonal": 8, "energy": 16}
 def _forward(
     rows: Tensor, columns: Tensor, sees: Tensor, keep: Tensor | None, level: Tensor | None, options: Masses
 ) -> Tensor:
-    run = choose("tile_mass", options.backend, rows, columns).tile_mass
+    run = choose_able("tile_mass", options.backend, rows, columns).tile_mass
     return run(rows, columns, sees, keep, level, options)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
+from ..dispatch import choose_able
 from ..errors import require
 from ..numerics import Probing, state_dtype
 from ..ops._arguments import as_backend, as_scale, as_softcap, check_inputs
@@ -62,7 +62,7 @@ class Probe:
 def _forward(
     q: Tensor, k: Tensor, sees: Tensor, at: Tensor, keep: Tensor | None, options: Probing
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return choose("probe", options.backend, q, k).probe(q, k, sees, at, keep, options)
+    return choose_able("probe", options.backend, q, k).probe(q, k, sees, at, keep, options)
 
 
 def _empty(q: Any, k: Any, sees: Any, at: Any, keep: Any, options: Probing) -> tuple[Tensor, Tensor, Tensor]:
