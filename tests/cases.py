@@ -318,6 +318,17 @@ CASES = [
         chunk=32,
     ),
     Case(
+        "profiled",
+        {"profile": PROFILE},
+        {"profile": sf.calibrate.Profile.of("any", {3: [{"method": "dense"}] * 4})},
+        [
+            {"profile": sf.calibrate.Profile.of("any", {3: [WINDOW | {"window": n}] * 4})}
+            for n in (9, 90, 500)
+        ],
+        (0.5, 1.0),
+        2102748155,
+    ),
+    Case(
         "flexprefill",
         {"gamma": 0.3, "tau": 0.0, "block": 16, "min_budget": 16},
         {"gamma": 1.0, "block": 16},
@@ -338,23 +349,12 @@ CASES = [
         note="query-aware",
     ),
     Case(
-        "profiled",
-        {"profile": PROFILE},
-        {"profile": sf.calibrate.Profile.of("any", {3: [{"method": "dense"}] * 4})},
-        [
-            {"profile": sf.calibrate.Profile.of("any", {3: [WINDOW | {"window": n}] * 4})}
-            for n in (9, 90, 500)
-        ],
-        (0.5, 1.0),
-        2102748155,
-    ),
-    Case(
         "pbs-attn",
         {"threshold": 0.3, "block": 16, "segment": 32},
         {"threshold": 1.0, "block": 16, "segment": 32},
         [{"threshold": 0.1}, {"threshold": 0.3}, {"threshold": 0.9}, {"threshold": 1.0}],
         (0.3, 0.6),
-        0,
+        293627203,
         chunk=32,
     ),
 ]

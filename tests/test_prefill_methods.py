@@ -156,12 +156,82 @@ def test_the_distance_of_shares_is_finite_where_shares_are_zero():
     torch.testing.assert_close(distance(a, b), torch.tensor([math.log(2) ** 0.5, 0.0]))
 
 
+# ---------------------------------------------------------------- PBS-Attn
+
+
+def pbs(q: Tensor, k: Tensor, theta: float, B: int, S: int, *, is_sorted: bool = True) -> Mask:
+    """Arxiv 2510.21270, a tile at a time; keys are sorted for a KV head, or left in their order."""
+    (batch, Hq, T, D), group = q.shape, q.shape[1] // k.shape[1]
+    q, k, G, scale = q.double(), k.double(), T // S, D**-0.5
+    mask = torch.zeros(batch, Hq, T, T, dtype=torch.bool)
+    for b, h in ((b, h) for b in range(batch) for h in range(Hq)):
+        g = h // group
+        last = q[b, g * group : (g + 1) * group, -B:]
+        given = (last @ k[b, g, : G * S].T * scale).softmax(-1).sum((0, 1))
+        order = list(range(T))
+        if is_sorted:
+            for s in range(G):
+                order[s * S : (s + 1) * S] = sorted(range(s * S, (s + 1) * S), key=lambda j: -float(given[j]))
+        units = [order[c : c + B] for c in range(0, T, B)]
+        for r in range(0, T, B):
+            rows = range(r, min(r + B, T))
+            earlier = [u for u, tokens in enumerate(units) if tokens[0] // S < r // S]
+            keep = [u for u, tokens in enumerate(units) if tokens[0] // S == r // S or 0 in tokens]
+            if earlier:
+                mean = q[b, h, list(rows)].mean(0)
+                share = torch.stack([k[b, g, units[u]].mean(0) @ mean * scale for u in earlier]).softmax(0)
+                ranked = share.argsort(descending=True).tolist()
+                n = int((share[ranked].cumsum(0) < theta).sum()) + 1
+                keep += [earlier[place] for place in ranked[:n]]
+            for i in rows:
+                mask[b, h, i, [j for u in keep for j in units[u] if j <= i]] = True
+    return mask
+
+
+def scattered(generator: torch.Generator, T: int, block: int) -> tuple[Tensor, Tensor]:
+    """One key of each block, anywhere in it, has all attention. [1,1,T,32] each."""
+    asked = torch.nn.functional.normalize(normal(generator, 32), dim=-1)
+    k = normal(generator, T, 32)
+    k -= (k @ asked)[:, None] * asked
+    hot = torch.arange(0, T, block) + torch.randint(block, (T // block,), generator=generator)
+    k[hot] = asked * 15
+    return (asked * 15).expand(1, 1, T, 32), k[None, None]
+
+
+@pytest.mark.parametrize("T", [256, 300, 330, 50])
+def test_pbs_attn_selects_what_its_paper_selects(T, generator):
+    q, k = normal(generator, 2, 4, T, 16) * 2, normal(generator, 2, 2, T, 16)
+    method = sf.methods.PBSAttn(0.5, 16, 64)
+    assert torch.equal(kept(method, q, k), pbs(q, k, 0.5, 16, 64))
+
+
+def test_sorted_keys_are_found_with_fewer_blocks(generator):
+    q, k = scattered(generator, 1024, 32)
+    found, plain = kept(sf.methods.PBSAttn(0.9, 32, 128), q, k), pbs(q, k, 0.9, 32, 128, is_sorted=False)
+    earlier = torch.arange(1024)[:, None] // 128 > torch.arange(1024) // 128
+    shares = [float((m & earlier).sum() / earlier.sum()) for m in (found, plain)]
+    assert shares[0] < 0.3 and shares[1] > 0.85  # all hot keys of a segment lie in one block of four
+    assert recall(q, k, found)[0] > 0.999 > recall(q, k, plain)[0]
+    assert bool(found[..., 0].all())
+
+
+def test_pbs_attn_needs_whole_blocks_of_whole_segments(generator):
+    """Chunks that begin anywhere see their own segments whole and nothing of the future."""
+    q, k = normal(generator, 1, 2, 300, 16), normal(generator, 1, 2, 300, 16)
+    mask = kept(sf.methods.PBSAttn(1e-6, 16, 32), q[:, :, 101:], k, q_offset=101)
+    own = torch.arange(101, 300)[:, None] // 32 == torch.arange(300) // 32
+    past = torch.arange(101, 300)[:, None] >= torch.arange(300)
+    assert bool((mask >= (own & past)).all() and (mask <= past).all())
+
+
 @pytest.mark.parametrize(
     ("slug", "wrong", "said"),
     [
         ("flexprefill", {"tau": 2.0}, "tau=2.0: expected a number in .0, 1."),
         ("flexprefill", {"gamma": 0.0}, "gamma=0.0: expected a share"),
         ("flexprefill", {"max_budget": 8}, "max_budget=8: expected an int >= 512"),
+        ("pbs-attn", {"segment": 200}, "segment=200: expected a multiple of block=128"),
+        ("pbs-attn", {"pooling": "min"}, "pooling='min': expected mean or max"),
     ],
 )
 def test_what_is_out_of_range_is_refused(slug, wrong, said):

@@ -1,0 +1,125 @@
+"""Blocks of sorted keys: those that matter share blocks, so that fewer blocks hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..ops._arguments import as_scale, as_softcap
+from ..selection.budgets import share, top_p
+from ..selection.grid import Grid
+from ..selection.probes import probe
+from ..selection.scores import pooled
+from .base import Context, Method, Selection, begin, check_counts, check_shares
+
+
+@dataclass(frozen=True)
+class PBSAttn(Method):
+    """Keys are sorted inside segments by what the last queries give them; then blocks of them are chosen.
+
+    Attention does not ask in which order keys lie, and segments of the past lie in the past in any order:
+    nothing but the choice of blocks is an approximation. Queries see their own segment whole, the block that
+    holds the first key, and of earlier segments the blocks with most of the mass that pooled queries and keys
+    estimate.
+
+    Papers: Wang et al., "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
+
+    Parameters
+    ----------
+    threshold : float
+        Share of the estimated mass of earlier segments that a tile keeps, in (0, 1]. It is no recall.
+    block : int
+        Queries of a tile, and keys of a block; so many queries at the end say how keys are sorted.
+    segment : int
+        Keys that are sorted together: a multiple of the block. A last one that is not full stays as it is.
+    pooling : "mean" or "max"
+        How queries and keys of a block are pooled.
+    summed : bool
+        Choose blocks for all query heads of a KV head together; keys are sorted for a KV head in any case.
+
+    Notes
+    -----
+    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. The last queries of a chunk
+    sort for that chunk.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> method = sf.methods.PBSAttn(threshold=0.5, block=64, segment=128)
+    >>> method(q, k, v).shape, method.select(q, k).plan.density < 0.8
+    (torch.Size([1, 2, 1024, 32]), True)
+    """
+
+    threshold: float = 0.9
+    block: int = 128
+    segment: int = 256
+    pooling: str = "mean"
+    summed: bool = False
+
+    reads = ("q_offset", "scale", "softcap")
+    paper = "arXiv 2510.21270"
+    phases = ("prefill",)
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        check_shares(self, "threshold")
+        check_counts(self, 1, "block", "segment")
+        if self.segment % self.block:
+            raise SparseFlashError(f"segment={self.segment}: expected a multiple of block={self.block}")
+        if self.pooling not in ("mean", "max"):
+            raise SparseFlashError(f"pooling={self.pooling!r}: expected mean or max")
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """The order of the keys, and the blocks of each tile in it."""
+        ctx, (Tq, Tk), block = ctx or {}, (q.shape[2], k.shape[2]), self.block
+        told: dict[str, Any] = {name: ctx.get(name) for name in ("scale", "softcap")}
+        grid = Grid(Tq, Tk, block, block, ctx.get("q_offset", 0), device=q.device)
+        order = self._sorted(q, k, told)
+        reach = grid.reach(k_order=order)
+
+        at = begin(ctx, q)
+        first = at + torch.arange(0, Tq, block, device=q.device)
+        last = (first + block).clamp(max=at + Tq) - 1
+        own, until = (torch.div(x, self.segment, rounding_mode="floor")[..., None] for x in (first, last))
+        unit = torch.arange(grid.units, device=q.device)
+        segment = unit * block // self.segment
+        earlier = reach & (segment < own)
+        origin = (order[..., : self.segment] == 0).int().argmax(-1) if Tk else order.sum(-1)
+        seen = (segment >= own) & (segment <= until) | (unit == origin[..., None, None] // block)
+
+        mass = self._mass(q, k.detach().gather(2, order[..., None].expand_as(k)), earlier, told)
+        mass = share(mass, k.shape[1], "sum") if self.summed else mass
+        group = mass.shape[1] // k.shape[1]
+        seen, earlier = (
+            (x & reach).repeat_interleave(group if x.shape[1] > 1 else 1, 1) for x in (seen, earlier)
+        )
+        return Selection(grid.plan(top_p(mass, self.threshold, among=earlier) | seen, k_order=order.int()))
+
+    def _sorted(self, q: Tensor, k: Tensor, told: dict[str, Any]) -> Tensor:
+        """The token of each row of keys, [B,Hkv,Tk]: the best of each segment first."""
+        whole = k.shape[2] // self.segment * self.segment
+        place = torch.arange(k.shape[2], device=k.device).expand(*q.shape[:1], k.shape[1], -1)
+        if not (whole and q.shape[2]):
+            return place
+        # as in the paper all rows judge all full segments; what lies ahead of them is in their own segment
+        given = probe(q, k[:, :, :whole], self.block, causal=False, **told).keys()
+        given = share(given, k.shape[1], "sum").view(*place.shape[:2], -1, self.segment)
+        best = given.argsort(dim=-1, descending=True, stable=True)
+        best = best + torch.arange(0, whole, self.segment, device=k.device)[:, None]
+        return torch.cat([best.flatten(2), place[..., whole:]], 2)
+
+    def _mass(self, q: Tensor, k: Tensor, among: Tensor, told: dict[str, Any]) -> Tensor:
+        """The softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
+        rows, columns = (pooled(x, self.block, self.pooling) for x in (q, k))  # type: ignore[arg-type]
+        columns = columns.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        with torch.autocast(q.device.type, enabled=False):
+            score = rows @ columns.mT * as_scale(told["scale"], q.shape[3])
+        if cap := as_softcap(told["softcap"]):
+            score = cap * (score / cap).tanh()
+        among = among.repeat_interleave(q.shape[1] // among.shape[1], 1)
+        return score.masked_fill(~among, -torch.inf).softmax(-1).nan_to_num(nan=0)
