@@ -357,6 +357,14 @@ CASES = [
         293627203,
         chunk=32,
     ),
+    Case(
+        "dynamic-mask",
+        {"window": 40},
+        {"window": 256},
+        [{"window": 1}, {"window": 100}, {"window": 511}],
+        (0.1, 0.2),
+        1764362868,  # without numbers a window
+    ),
 ]
 
 

@@ -33,7 +33,8 @@ def recall(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
 
 
 def kept(method: sf.methods.Method, q: Tensor, k: Tensor, **ctx) -> Mask:
-    return mask_of(method.select(q, k, ctx).plan).expand(q.shape[0], q.shape[1], -1, -1)
+    mask = mask_of(method.select(q, k, ctx).plan)
+    return mask.repeat_interleave(q.shape[1] // mask.shape[1], 1).expand(len(q), -1, -1, -1)
 
 
 def blocky(generator: torch.Generator, T: int, block: int) -> tuple[Tensor, Tensor]:
@@ -222,6 +223,75 @@ def test_pbs_attn_needs_whole_blocks_of_whole_segments(generator):
     own = torch.arange(101, 300)[:, None] // 32 == torch.arange(300) // 32
     past = torch.arange(101, 300)[:, None] >= torch.arange(300)
     assert bool((mask >= (own & past)).all() and (mask <= past).all())
+
+
+# ---------------------------------------------------------------- dynamic mask
+
+
+def largest(delta: Tensor, window: int) -> Mask:
+    """Row by row: the keys up to the query's own with the largest numbers, of equal ones the later."""
+    B, H, T = delta.shape
+    mask = torch.zeros(B, H, T, T, dtype=torch.bool)
+    for b, h, i in ((b, h, i) for b in range(B) for h in range(H) for i in range(T)):
+        past = sorted(range(i + 1), key=lambda j: (float(delta[b, h, j]), j))
+        mask[b, h, i, past[-window:]] = True
+    return mask
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 500])
+@pytest.mark.parametrize("ties", [False, True])
+def test_dynamic_mask_shows_the_largest_numbers_of_the_past(window, ties, generator):
+    q, k, delta = (
+        normal(generator, 2, 4, 150, 16),
+        normal(generator, 2, 2, 150, 16),
+        normal(generator, 2, 2, 150),
+    )
+    delta = (delta * 2).round() if ties else delta
+    method, want = sf.methods.DynamicMask(window), largest(delta, window).repeat_interleave(2, 1)
+    assert torch.equal(kept(method, q, k, delta=delta), want)
+    assert torch.equal(kept(method, q[:, :, 90:], k, delta=delta, q_offset=90), want[:, :, 90:])
+    assert bool(want.any(-1).all()) and int(want.sum(-1).max()) == min(window, 150)
+
+
+def test_dynamic_mask_of_nothing_learned_is_a_window(generator):
+    q, k = normal(generator, 1, 2, 100, 16), normal(generator, 1, 2, 100, 16)
+    want = kept(sf.methods.Window(window=9), q, k)
+    for ctx in ({}, {"delta": torch.ones(1, 2, 100)}):
+        assert torch.equal(kept(sf.methods.DynamicMask(9), q, k, **ctx), want)
+
+
+def test_dynamic_mask_learns_through_its_bias_and_through_the_values(generator):
+    """Gradients of q, k, v and what is learned, against autograd over the mask in fp64."""
+    q, k, v = (normal(generator, 2, H, 90, 16).double().requires_grad_() for H in (4, 2, 2))
+    weight = (normal(generator, 2, 32) / 5).double().requires_grad_()
+    slope = torch.tensor([0.5, -0.3], dtype=torch.float64, requires_grad=True)
+    leaves, dout = (q, k, v, weight, slope), normal(generator, 2, 4, 90, 16).double()
+    delta = sf.methods.DynamicMask.scores(v, weight, slope)
+    got = sf.methods.DynamicMask(20)(q, k, v, ctx={"delta": delta})
+
+    z = torch.einsum("bhtd,ghd->bgt", v, weight.view(2, 2, 16))
+    bias = (slope[:, None] * torch.nn.functional.softplus(z)).exp()
+    wide = [x.repeat_interleave(2, 1) for x in (k, v, bias)]
+    scores = q @ wide[0].mT / 4 + wide[2][:, :, None]
+    scores = scores.masked_fill(~largest(bias.detach(), 20).repeat_interleave(2, 1), -math.inf)
+    want = scores.softmax(-1) @ wide[1]
+    torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(x, leaves, dout) for x in (got, want))
+    torch.testing.assert_close(got, want)
+
+
+def test_no_later_number_decides_what_dynamic_mask_shows(generator):
+    q, k, delta = (
+        normal(generator, 1, 1, 80, 16),
+        normal(generator, 1, 1, 80, 16),
+        normal(generator, 1, 1, 80),
+    )
+    method = sf.methods.DynamicMask(8)
+    before = kept(method, q, k, delta=delta)
+    delta[..., 50:] += 9
+    assert torch.equal(before[:, :, :50], kept(method, q, k, delta=delta)[:, :, :50])
+    with pytest.raises(sf.SparseFlashError, match=r"ctx\['delta'\]: \[1, 1, 79\]; expected \[1.1, H.1, 80\]"):
+        method.select(q, k, {"delta": delta[..., 1:]})
 
 
 @pytest.mark.parametrize(

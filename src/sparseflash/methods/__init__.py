@@ -9,6 +9,7 @@ from .block_topk import BlockTopK
 from .cycle_scan import CycleScan
 from .dilated import Dilated
 from .documents import Documents
+from .dynamic_mask import DynamicMask
 from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
@@ -54,6 +55,7 @@ __all__ = [
     "FlexPrefill",
     "PBSAttn",
     "XAttention",
+    "DynamicMask",
     "coverage",
     "find",
     "get",
