@@ -58,7 +58,7 @@ class Case:
 
 WINDOW = {"method": "window", "window": 40}
 PROFILE = sf.calibrate.Profile.of(
-    "any", {3: [WINDOW, {"method": "dense"}, {"method": "sink-window", "window": 9}, WINDOW]}
+    "any", {-1: [WINDOW, {"method": "dense"}, {"method": "sink-window", "window": 9}, WINDOW]}
 )
 
 CASES = [
@@ -318,17 +318,6 @@ CASES = [
         chunk=32,
     ),
     Case(
-        "profiled",
-        {"profile": PROFILE},
-        {"profile": sf.calibrate.Profile.of("any", {3: [{"method": "dense"}] * 4})},
-        [
-            {"profile": sf.calibrate.Profile.of("any", {3: [WINDOW | {"window": n}] * 4})}
-            for n in (9, 90, 500)
-        ],
-        (0.5, 1.0),
-        2102748155,
-    ),
-    Case(
         "flexprefill",
         {"gamma": 0.3, "tau": 0.0, "block": 16, "min_budget": 16},
         {"gamma": 1.0, "block": 16},
@@ -347,6 +336,17 @@ CASES = [
         slow=True,
         chunk=32,
         note="query-aware",
+    ),
+    Case(
+        "profiled",
+        {"profile": PROFILE},
+        {"profile": sf.calibrate.Profile.of("any", {-1: [{"method": "dense"}] * 4})},
+        [
+            {"profile": sf.calibrate.Profile.of("any", {-1: [WINDOW | {"window": n}] * 4})}
+            for n in (9, 90, 500)
+        ],
+        (0.5, 1.0),
+        2102748155,
     ),
     Case(
         "pbs-attn",

@@ -18,6 +18,8 @@ from .files import replacing
 Setting = Mapping[str, Any]
 """Of a head: `{"method": slug, field: value, ...}`; fields that are not named keep their defaults."""
 _PATTERNS = {"vertical_and_slash": "vertical-slash", "stream_llm": "a-shape", "block_sparse": "block-sparse"}
+EVERY = -1
+"""As the number of a layer: every layer that is not named."""
 _NUMBERS = (bool, int, float, str, type(None))
 
 
@@ -32,7 +34,7 @@ class Profile:
     model : str
         What it was found for.
     layers : tuple of (int, heads)
-        Number of a layer, and for each query head its setting as pairs (name, value), "method" among them.
+        Number of a layer (-1: every layer that is not named), and for each query head its setting as pairs (name, value), "method" among them.
         `Profile.of` makes this of dictionaries.
 
     Examples
@@ -71,9 +73,10 @@ class Profile:
         SparseFlashError
             For a layer that it does not know.
         """
-        for number, heads in self.layers:
-            if number == layer:
-                return [dict(setting) for setting in heads]
+        known = dict(self.layers)
+        heads = known.get(layer, known.get(EVERY)) if layer is not None else known.get(EVERY)
+        if heads is not None:
+            return [dict(setting) for setting in heads]
         raise SparseFlashError(
             f"the profile of {self.model!r} knows the layers {list(self.numbers)}, not {layer!r}: give "
             'ctx["layer"], or search again with this layer'

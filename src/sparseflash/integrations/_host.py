@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Method, Selection
+from ..methods.base import Context, Selection
+from ..methods.session import Session
 from ..ops.attention import attention
 from ..ops.decode import decode
 from ..plan import Plan
@@ -23,11 +24,20 @@ def exact(q: Tensor, k: Tensor, v: Tensor, plan: Plan | Sequence[Plan], options:
 
 
 def over(
-    method: Method, q: Tensor, k: Tensor, v: Tensor, selection: Selection, options: dict[str, Any]
+    session: Session,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    options: dict[str, Any],
+    ctx: Context,
 ) -> Tensor:
-    """Attention over what a method selected."""
+    """Attention over what the method of a session selected, and what it wants to remember of it."""
+    method = session.method
     op = _fastest(q, k, v, selection.key_bias, *options.values())
-    return method.attend(q, k, v, selection, op, **options)[0]
+    out, lse = method.attend(q, k, v, selection, op, **options)
+    session.keep(ctx, method.observe(q, k, out, lse, selection, ctx))
+    return out
 
 
 def _fastest(q: Tensor, *others: Any) -> Callable[..., Any]:

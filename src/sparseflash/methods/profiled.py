@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibrate import Profile
+from ..calibrate import EVERY, Profile
 from ..errors import SparseFlashError
 from . import heads
 from .base import Context, Method, Selection, get
@@ -29,8 +29,8 @@ class Profiled(Method):
 
     Notes
     -----
-    Of `ctx`: `layer`, the number of the layer, which every host gives (it may be left out for a profile of
-    one); `q_offset`, `state`, and whatever the methods of the profile read.
+    Of `ctx`: `layer`, the number of the layer, which every host gives (a profile of every layer, -1, needs
+    none); `q_offset`, `state`, and whatever the methods of the profile read.
 
     Examples
     --------
@@ -58,18 +58,18 @@ class Profiled(Method):
         object.__setattr__(self, "_layers", made)
 
     def methods(self, layer: int | None = None) -> tuple[Method | None, ...]:
-        """The method of each query head of a layer (None is dense); the number may be left out for one."""
-        made: dict[int, tuple[Method | None, ...]] = self._layers  # type: ignore[attr-defined]
+        """The method of each query head of a layer; None is dense."""
+        made: dict[int | None, tuple[Method | None, ...]] = self._layers  # type: ignore[attr-defined]
         if self.profile is None:
             raise SparseFlashError(
                 "Profiled() has no profile: make one with sparseflash.calibrate.search, or read one with "
                 "Profile.load(path) or Profile.from_minference(path)"
             )
-        if layer is None and len(made) == 1:
-            return next(iter(made.values()))
-        if layer not in made:
+        found = made.get(layer, made.get(EVERY))
+        if found is None:
             self.profile.heads(layer)  # which says what it knows
-        return made[layer]
+            raise AssertionError(layer)
+        return found
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """What the methods of this layer's heads select."""

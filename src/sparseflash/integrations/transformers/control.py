@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ...errors import SparseFlashError
 from ...methods.base import Method, Selection, find, names
+from ...methods.session import Session
 from ...plan.options import same_offset
 from .._host import exact, over
+from .._sessions import Sessions
 from .attention import SETTING
 from .layers import Layer, chosen
 from .mask import Plain, SparseMask
@@ -22,7 +24,10 @@ from .packed import gather, scatter
 Heads = Sequence[Method | None]
 Choice = Method | Heads | Mapping[int, Any] | None
 
-PHASES = {"prefill": ("prefill", "training"), "decode": ("decode",)}
+OVERHEARD = "_sparseflash_told"
+"""Name of the attribute of an attention module that holds what it was told, while it runs."""
+
+PHASES = {"prefill": ("prefill", "training", "diffusion"), "decode": ("decode",)}
 """What a method must be for, to serve a phase of a model."""
 
 
@@ -92,13 +97,24 @@ def sparse(
 def attached(layers: Sequence[Layer], settings: Sequence[Any]) -> Iterator[None]:
     """Settings on the modules of layers, and what was there before afterwards."""
     before = [getattr(layer.module, SETTING, None) for layer in layers]
+    hooks = [layer.module.register_forward_pre_hook(_overhear, with_kwargs=True) for layer in layers]
     try:
         for layer, setting in zip(layers, settings):
             setattr(layer.module, SETTING, setting)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer, old in zip(layers, before):
             setattr(layer.module, SETTING, old)
+            vars(layer.module).pop(OVERHEARD, None)
+
+
+def _overhear(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Keep what an attention module is told and does not hand on: its cache, the rotation of its queries."""
+    if not torch.compiler.is_compiling():
+        cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+        vars(module)[OVERHEARD] = {"cache": cache, "rope": kwargs.get("position_embeddings")}
 
 
 @contextmanager
@@ -149,6 +165,9 @@ class Setting:
     prefill: Method | Heads | None = None
     decode: Method | Heads | None = None
     watch: Callable[..., None] | None = None
+    sessions: Sessions = dataclasses.field(default_factory=Sessions)
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the call that runs: cache and rope, where they are known."""
 
     def __call__(
         self,
@@ -160,6 +179,9 @@ class Setting:
         options: dict[str, Any],
     ) -> Tensor:
         """Attention of this layer, out `[B,Hq,S,Dv]`."""
+        told = vars(module).pop(OVERHEARD, None)
+        if told is not None:
+            self = dataclasses.replace(self, told={n: x for n, x in told.items() if x is not None})
         choice = self.decode if q.shape[2] == 1 and k.shape[2] > 1 else self.prefill
         mask = mask if choice is None else mask.for_methods()
         if isinstance(choice, Sequence):
@@ -213,22 +235,45 @@ class Setting:
                     "padding there: which of the queries are padding is not known. Give it rows of one length"
                 )
             return self._unpadded(method, q, k, v, mask, options, heads)
-        selection = self._select(method, q, k, v, mask.offset)
+        session, ctx = self._session(method, q, k, v, options, mask.offset)
+        selection = self._select(session, q, k, ctx)
         plans = tuple(self._within(method, one, mask) for one in selection.plan)
         selection = dataclasses.replace(selection, plan=plans)
         if self.watch is not None:
             self.watch(method, heads, q, k, plans, mask.plan)
-        return over(method, q, k, v, selection, options)
+        return over(session, q, k, v, selection, options, ctx)
 
-    def _select(self, method: Method, q: Tensor, k: Tensor, v: Tensor, offset: int | Tensor) -> Selection:
+    def _session(
+        self,
+        method: Method,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: dict[str, Any],
+        offset: int | Tensor,
+    ) -> tuple[Session, dict[str, Any]]:
+        """What the method remembers of this generation, and what it is told of this call."""
+        session = self.sessions.of(self.told.get("cache"), method)
+        scale = k.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+        own = {"v": v, "q_offset": offset, "scale": scale, "softcap": options["softcap"]}
+        return session, session.context({**self.told, **own, "layer": self.layer.index})
+
+    def _select(self, session: Session, q: Tensor, k: Tensor, ctx: dict[str, Any]) -> Selection:
         """What the method selects, its plans as a tuple."""
-        ctx = {"v": v, "q_offset": offset, "layer": self.layer.index}
+        method = session.method
         try:
-            selection = method.select(q, k, ctx)
+            selection = method.select(q, k, {name: x for name, x in ctx.items() if name != "slot"})
         except SparseFlashError as fault:
             raise SparseFlashError(f"{self.layer.name}, {_named(method)}: {fault}") from fault
         several = isinstance(selection.plan, (tuple, list))
         return dataclasses.replace(selection, plan=tuple(selection.plan) if several else (selection.plan,))
+
+    def _alone(self, rows: Tensor | None) -> Setting:
+        """The setting for some rows of the batch, whose tokens lie elsewhere than in the call."""
+        told = {n: x for n, x in self.told.items() if n != "rope"}
+        if rows is not None:
+            told["slot"] = tuple(rows.tolist())
+        return dataclasses.replace(self, told=told)
 
     def _unpadded(
         self,
@@ -256,9 +301,11 @@ class Setting:
                 offset = 0
             q2 = q if queries is None else gather(q, None, queries)
             k2, v2 = (x if keys is None else gather(x, None, keys) for x in (k, v))
-            selection = self._select(method, q2, k2, v2, offset)
+            alone = self._alone(None)
+            session, ctx = alone._session(method, q2, k2, v2, options, offset)
+            selection = alone._select(session, q2, k2, ctx)
             if all(_by_place(one, offset) for one in selection.plan):
-                out = over(method, q2, k2, v2, selection, options)
+                out = over(session, q2, k2, v2, selection, options, ctx)
                 return out if queries is None else gather(out, None, queries.argsort(-1))
         if traced:
             raise SparseFlashError(
@@ -269,7 +316,8 @@ class Setting:
         parts = []
         for group, own in mask.groups:
             one = gather(q, group.rows, group.queries), *(gather(x, group.rows, group.keys) for x in (k, v))
-            parts.append((group, self._attend(method, *one, own, options, heads)))
+            alone = self._alone(group.rows)
+            parts.append((group, alone._attend(method, *one, own, options, heads)))
         if not parts:
             return v.new_zeros(*q.shape[:3], v.shape[3])
         return scatter(parts, (q.shape[0], q.shape[2]))
@@ -297,7 +345,8 @@ class Setting:
             own = type(mask.plan).dense(length, length, causal=True, device=q.device)
             padding = None if bool(tokens.all()) else tokens
             alone = SparseMask(own, n, Plain(), causal=True, tokens=padding)
-            parts.append(self._attend(method, *part, alone, options, heads))
+            # a document is no generation: nothing is remembered of it
+            parts.append(dataclasses.replace(self, told={})._attend(method, *part, alone, options, heads))
         return mask.apart.join(parts)
 
     def _within(self, method: Method, plan: Any, mask: SparseMask) -> Any:

@@ -63,6 +63,10 @@ def _named(frame: FrameType | None) -> Iterator[dict[str, Any]]:
         frame = frame and frame.f_back
         if frame is None:
             return
+        code = frame.f_code
+        # to read the locals of a frame keeps them alive until it ends: those of others are left alone
+        if code.co_varnames[:1] != ("self",) or "kwargs" not in code.co_varnames:
+            continue
         owner, kwargs = frame.f_locals.get("self"), frame.f_locals.get("kwargs")
         if not isinstance(owner, nn.Module):
             continue
