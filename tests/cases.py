@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
+from sparseflash.bench.needles import KINDS
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,15 @@ class Case:
         Settings in ascending density.
     budget
         Density of `hyper` over 512 tokens of `directions` lies within these two figures.
+    needles
+        Who may ask for planted needles so that the method finds them: some of `KINDS` ("question", "mid",
+        "lone"). None where the method is blind to content.
     recall
-        Least attention mass that `hyper` finds on planted needles; None where the method is blind to content.
+        Least share of these needles' mass that it shows, on average.
+    seeking
+        Changes of `hyper` for these needles: budgets for 512 tokens of which four are needles.
+    among
+        The tokens that needles lie among: "real" (of SmolLM2) or "normal".
     slow
         Whether its tests are left to the slow ones: a variant of a method that has another case.
     golden
@@ -42,7 +50,10 @@ class Case:
     budget: tuple[float, float]
     golden: int
     full_mask: str = "causal"
-    recall: float | None = None
+    needles: tuple[str, ...] = ()
+    recall: float = 0.99
+    seeking: dict[str, Any] = field(default_factory=dict)
+    among: str = "real"
     seeded: bool = False
     slow: bool = False
     chunk: int = 20
@@ -69,7 +80,7 @@ CASES = [
         [{"nb": 64}, {"nb": 8}, {"nb": 2}, {"nb": 1}],
         (0.15, 0.45),
         424013608,
-        recall=0.99,
+        needles=KINDS,
         seeded=True,
     ),
     Case(
@@ -80,7 +91,7 @@ CASES = [
         (0.15, 0.45),
         3548177244,
         full_mask="strict",
-        recall=0.99,
+        needles=KINDS,
         seeded=True,
         note="strict",
     ),
@@ -258,7 +269,9 @@ CASES = [
         (0.1, 0.3),
         2941150316,
         full_mask="strict",
+        needles=KINDS,
         recall=0.5,
+        among="normal",  # buckets of real tokens are uneven, and a chunk holds a small part of a large one
         seeded=True,
     ),
     Case(
@@ -268,6 +281,7 @@ CASES = [
         [{"vertical": 1, "slash": 1}, {"vertical": 6, "slash": 3}, {"vertical": 60, "slash": 10}],
         (0.2, 0.6),
         148553529,
+        needles=("question",),
         chunk=64,
     ),
     Case(
@@ -365,6 +379,26 @@ CASES = [
         (0.1, 0.2),
         1764362868,  # without numbers a window
     ),
+    Case(
+        "anchor-attention",
+        {"theta": 0.3, "block": 16, "step": 2},
+        {"theta": 1e9, "block": 16, "step": 2},
+        [{"theta": -9.0}, {"theta": 0.1}, {"theta": 0.3}, {"theta": 0.9}],
+        (0.1, 0.6),
+        0,
+        chunk=32,
+    ),
+    Case(
+        "anchor-attention",
+        {"theta": 0.1, "block": 16, "step": 2, "sinks": 2, "anchor": "pooled"},
+        {"theta": 1e9, "block": 16, "step": 4, "sinks": 0, "anchor": "pooled"},
+        [{"theta": -9.0}, {"theta": 0.0}, {"theta": 0.1}, {"theta": 0.9}],
+        (0.1, 0.6),
+        0,
+        slow=True,
+        chunk=32,
+        note="pooled",
+    ),
 ]
 
 
@@ -383,20 +417,3 @@ def mask_of(plan: sf.Plan | tuple[sf.Plan, ...]) -> Tensor:
     for m in masks[1:]:
         union = union | m.repeat_interleave(heads // m.shape[1], 1)
     return union
-
-
-def needles(B: int, H: int, T: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Unit keys, and queries that each point at one earlier key, anywhere: nearly all mass is there."""
-    k = torch.nn.functional.normalize(torch.randn(B, H, T, D, generator=generator), dim=-1)
-    far = (torch.rand(B, H, T, generator=generator) * (torch.arange(T) + 1)).long()
-    q = k.gather(2, far[..., None].expand_as(k)) * (16 * D**0.5)
-    return q, k
-
-
-def mass(q: Tensor, k: Tensor, mask: Tensor) -> float:
-    """Mean share of the causal softmax that lies where the mask is true."""
-    T = q.shape[2]
-    scores = (q.double() @ k.double().mT) * q.shape[-1] ** -0.5
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    p = scores.masked_fill(~causal, float("-inf")).softmax(-1)
-    return float((p * mask).sum(-1).mean())

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import sparseflash as sf
-from cases import mass, needles
 from harness import EACH
 from selected import Selected, tensors
 from sparseflash.selection.orders import lsh_buckets, lsh_planes
@@ -256,7 +255,9 @@ def test_planes_per_head_or_shared_and_inside_a_group(generator):
 
 
 def test_a_needle_is_always_reached_however_far(generator):
-    q, k = needles(1, 4, 1024, 32, generator)
+    k = torch.nn.functional.normalize(torch.randn(1, 4, 1024, 32, generator=generator), dim=-1)
+    far = (torch.rand(1, 4, 1024, generator=generator) * (torch.arange(1024) + 1)).long()
+    q = k.gather(2, far[..., None].expand_as(k)) * 90  # of the direction of one earlier key, anywhere
     method = sf.methods.HashSparse(nb=32)
     q_bucket, k_bucket = method.buckets(q, k)
     mask = method.select(q, k).plan.to_dense()
@@ -265,7 +266,6 @@ def test_a_needle_is_always_reached_however_far(generator):
     same = q_bucket == k_bucket.gather(-1, target)  # a key of the query's direction: but for rounding, always
     assert same.float().mean() > 0.999
     assert mask.gather(-1, target[..., None])[..., 0][same].all()
-    assert mass(q, k, mask) > 0.99
 
 
 # ---------------------------------------------------------------- window heads beside hashed ones

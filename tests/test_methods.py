@@ -8,7 +8,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sparseflash as sf
-from cases import CASES, directions, mask_of, mass, needles
+from cases import CASES, directions, mask_of
+from sparseflash.bench.needles import plant
 from sparseflash.methods.base import Method, Selection
 from tolerance import compare
 
@@ -169,16 +170,38 @@ def test_a_seed_fixes_the_plan_and_the_global_generator_is_left_alone(case, gene
         assert not torch.equal(first, mask_of(case.method(seed=1).select(q, k).plan))
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.recall], ids=str)
-def test_planted_needles_are_found_and_a_random_choice_does_not_find_them(case, generator):
-    q, k = needles(2, 4, 512, 32, generator)
-    mask = mask_of(case.method().select(q, k).plan)
-    strict = torch.ones(512, 512, dtype=torch.bool).tril(0 if case.full_mask == "causal" else -1)
-    mask = mask | ~strict  # a query that was told to look at itself has nothing to find
-    share = float((mask & strict).sum() / (strict.sum() * 8))
-    chance = (torch.rand(mask.shape, generator=generator) < share) & strict | ~strict
-    assert mass(q, k, mask) >= case.recall
-    assert mass(q, k, chance) < case.recall
+SEEKERS = [
+    pytest.param(c, kind, id=f"{c}-{kind}", marks=[pytest.mark.slow] if c.slow else [])
+    for c in CASES
+    for kind in c.needles
+]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    """512 tokens that needles may lie among: three sequences, four query heads over two."""
+    pytest.importorskip("safetensors")
+    from sparseflash.bench import capture
+
+    captured = capture.load("smollm2")
+    layers = [captured.layer(n, tokens=512) for n in captured.layers]
+    q, k = (torch.cat([getattr(x, name) for x in layers]) for name in "qk")
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(3, 4, 512, 32, generator=g), torch.randn(3, 2, 512, 32, generator=g)
+    return {"real": (q[:, [0, 1, 3, 4]], k[:, :2]), "normal": normal}
+
+
+@pytest.mark.parametrize(("case", "kind"), SEEKERS)
+def test_planted_needles_are_found_and_a_random_choice_does_not_find_them(case, kind, tokens, generator):
+    found = plant(*tokens[case.among], kind, generator, count=4)
+    assert found.dense()[1].min() > 0.999
+    plan = case.method(**case.seeking).select(found.q, found.k).plan
+    mask = mask_of(plan).expand(3, -1, -1, -1)
+    past = torch.ones(512, 512, dtype=torch.bool).tril(-1)
+    share = float((mask & past).sum() / (past.sum() * mask.shape[0] * mask.shape[1]))
+    chance = sf.Plan.from_mask((torch.rand(3, 4, 512, 512, generator=generator) < share) & past)
+    assert found.kept(plan).mean() >= case.recall
+    assert found.kept(chance).mean() < case.recall
 
 
 @every_case
