@@ -379,26 +379,6 @@ CASES = [
         (0.1, 0.2),
         1764362868,  # without numbers a window
     ),
-    Case(
-        "anchor-attention",
-        {"theta": 0.3, "block": 16, "step": 2},
-        {"theta": 1e9, "block": 16, "step": 2},
-        [{"theta": -9.0}, {"theta": 0.1}, {"theta": 0.3}, {"theta": 0.9}],
-        (0.1, 0.6),
-        0,
-        chunk=32,
-    ),
-    Case(
-        "anchor-attention",
-        {"theta": 0.1, "block": 16, "step": 2, "sinks": 2, "anchor": "pooled"},
-        {"theta": 1e9, "block": 16, "step": 4, "sinks": 0, "anchor": "pooled"},
-        [{"theta": -9.0}, {"theta": 0.0}, {"theta": 0.1}, {"theta": 0.9}],
-        (0.1, 0.6),
-        0,
-        slow=True,
-        chunk=32,
-        note="pooled",
-    ),
 ]
 
 
