@@ -99,3 +99,21 @@ def bench_coverage(
     real = None if capture is None else inputs(capture, dtype=torch.float32)
     measure = partial(coverage.measure, lengths=lengths_of(lengths), captured=real)
     session("coverage", out, measure, ("case", "inputs", "T", "nb", "coverage"))
+
+
+@experiments.command("prefill", rich_help_panel=PANEL)
+def bench_prefill(
+    out: Out = RESULTS / "prefill.csv",
+    capture: Annotated[str, typer.Option(help="A capture: its name or its file.")] = "smollm2",
+    length: Length = 4096,
+    rounds: Rounds = 5,
+    threads: Annotated[int, typer.Option(help="Threads; 0 is all.")] = 0,
+) -> None:
+    """Prefill methods on SmolLM2's queries and keys: time, density, recall, error, beside two controls."""
+    from sparseflash.bench.session import session
+
+    from .. import prefill
+
+    columns = ("case", "density", "recall", "window_recall", "random_recall", "ms_select", "share", "gain")
+    given = {"name": capture, "length": length, "rounds": rounds, "threads": threads}
+    session("prefill", out, partial(prefill.measure, **given), columns)

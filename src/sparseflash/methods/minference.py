@@ -41,8 +41,9 @@ class MInference(Method):
         Queries at the end that columns and distances are judged by.
     sinks, near : int
         First keys and nearest distances that are kept whatever they are given.
-    summed : bool
-        Judge for all query heads of a KV head together: the lists are shared, and a third cheaper.
+    share : str
+        "": each query head is judged by itself. "sum" or "max": those of a KV head together, by the sum or
+        the largest of what they give; lists are shared, and a third cheaper.
 
     Notes
     -----
@@ -65,7 +66,7 @@ class MInference(Method):
     last: int = 64
     sinks: int = 30
     near: int = 100
-    summed: bool = False
+    share: str = ""
 
     reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2407.02490"
@@ -77,6 +78,8 @@ class MInference(Method):
         check_counts(self, 0, "sinks", "near")
         if self.pattern not in PATTERNS:
             raise SparseFlashError(f"pattern={self.pattern!r}: expected one of {', '.join(PATTERNS)}")
+        if self.share not in ("", "sum", "max"):
+            raise SparseFlashError(f"share={self.share!r}: expected 'sum', 'max', or '' for none")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """What the pattern keeps, for queries from `q_offset` on."""
@@ -102,7 +105,8 @@ class MInference(Method):
         )
 
     def _shared(self, score: Tensor, k: Tensor) -> Tensor:
-        return share(score, k.shape[1], "sum") if self.summed else score
+        how = self.share
+        return share(score, k.shape[1], how) if how == "sum" or how == "max" else score
 
 
 def _best(score: Tensor, n: int, first: int) -> Tensor:
