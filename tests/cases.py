@@ -332,6 +332,17 @@ CASES = [
         chunk=32,
     ),
     Case(
+        "profiled",
+        {"profile": PROFILE},
+        {"profile": sf.calibrate.Profile.of("any", {-1: [{"method": "dense"}] * 4})},
+        [
+            {"profile": sf.calibrate.Profile.of("any", {-1: [WINDOW | {"window": n}] * 4})}
+            for n in (9, 90, 500)
+        ],
+        (0.5, 1.0),
+        2102748155,
+    ),
+    Case(
         "flexprefill",
         {"gamma": 0.3, "tau": 0.0, "block": 16, "min_budget": 16},
         {"gamma": 1.0, "block": 16},
@@ -352,17 +363,6 @@ CASES = [
         note="query-aware",
     ),
     Case(
-        "profiled",
-        {"profile": PROFILE},
-        {"profile": sf.calibrate.Profile.of("any", {-1: [{"method": "dense"}] * 4})},
-        [
-            {"profile": sf.calibrate.Profile.of("any", {-1: [WINDOW | {"window": n}] * 4})}
-            for n in (9, 90, 500)
-        ],
-        (0.5, 1.0),
-        2102748155,
-    ),
-    Case(
         "pbs-attn",
         {"threshold": 0.3, "block": 16, "segment": 32},
         {"threshold": 1.0, "block": 16, "segment": 32},
@@ -378,6 +378,26 @@ CASES = [
         [{"window": 1}, {"window": 100}, {"window": 511}],
         (0.1, 0.2),
         1764362868,  # without numbers a window
+    ),
+    Case(
+        "anchor-attention",
+        {"theta": 0.95, "block": 16, "step": 2},
+        {"theta": 1e9, "block": 16, "step": 2},
+        [{"theta": -9.0}, {"theta": 0.8}, {"theta": 0.95}, {"theta": 1.1}],
+        (0.2, 0.6),
+        1903370864,
+        chunk=32,
+    ),
+    Case(
+        "anchor-attention",
+        {"theta": 0.1, "block": 16, "step": 2, "sinks": 2, "anchor": "pooled"},
+        {"theta": 1e9, "block": 16, "step": 4, "sinks": 0, "anchor": "pooled"},
+        [{"theta": -9.0}, {"theta": 0.0}, {"theta": 0.1}, {"theta": 0.3}],
+        (0.1, 0.6),
+        3677978720,
+        slow=True,
+        chunk=32,
+        note="pooled",
     ),
 ]
 

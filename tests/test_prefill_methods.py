@@ -225,6 +225,63 @@ def test_pbs_attn_needs_whole_blocks_of_whole_segments(generator):
     assert bool((mask >= (own & past)).all() and (mask <= past).all())
 
 
+# ---------------------------------------------------------------- AnchorAttention
+
+
+def anchored(
+    q: Tensor, k: Tensor, theta: float, b: int, step: int, sinks: int, how: str, at: int = 0
+) -> Mask:
+    """Arxiv 2505.23520 with its two bounds put right: the scan runs from the first keys to the group."""
+    (batch, H, Tq, D), Tk = q.shape, k.shape[2]
+    scores = q.double() @ k.double().repeat_interleave(H // k.shape[1], 1).mT * D**-0.5
+    mask = torch.zeros(batch, H, Tq, Tk, dtype=torch.bool)
+    key = torch.arange(Tk)
+    for begin in range(0, Tq, b * step):
+        rows, own = range(begin, min(begin + b * step, Tq)), begin + at
+        stripes = torch.zeros(batch, H, Tk, dtype=torch.bool)
+        regions = {i: ((key < sinks * b) | (key >= own)) & (key <= i + at) for i in rows}
+        for t in range(begin, rows[-1] + 1, b):
+            block = range(t, min(t + b, Tq))
+            mean = scores[:, :, list(block)].mean(2)
+            if how == "max":
+                best = torch.stack([scores[:, :, i, regions[i]].amax(-1) for i in block], -1).mean(-1)
+            else:
+                best = mean[:, :, regions[block[-1]]].amax(-1)
+            stripes |= (mean + theta >= best[..., None]) & (key >= sinks * b) & (key < own)
+        for i in rows:
+            mask[:, :, i] = regions[i] | stripes
+    return mask
+
+
+@pytest.mark.parametrize("how", ["max", "pooled"])
+@pytest.mark.parametrize(("theta", "sinks"), [(1.5, 1), (-1.0, 2), (0.5, 0)])
+def test_anchor_attention_selects_what_its_paper_selects(theta, sinks, how, generator):
+    q, k = normal(generator, 2, 4, 300, 16) * 2, normal(generator, 2, 2, 300, 16)
+    method = sf.methods.AnchorAttention(theta, 16, 4, sinks, how)
+    assert torch.equal(kept(method, q, k), anchored(q, k, theta, 16, 4, sinks, how))
+    chunk = kept(method, q[:, :, 101:], k, q_offset=101)
+    assert torch.equal(chunk, anchored(q[:, :, 101:], k, theta, 16, 4, sinks, how, 101))
+
+
+@pytest.mark.parametrize("how", ["max", "pooled"])
+def test_stripes_are_found_by_how_far_below_the_anchor_they_lie(how, generator):
+    """Columns whose logit lies 8 below the best one: all of them at 12, none at 4."""
+    T, columns = 512, torch.tensor([37, 70, 101, 200])
+    q, k = torch.zeros(1, 1, T, 16), normal(generator, 1, 1, T, 16) * 0.01
+    q[..., 0], k[:, :, 0, 0], k[:, :, 1:, 0] = 4.0, 20.0, -20.0
+    k[:, :, columns, 0] = 12.0
+    near, far = (kept(sf.methods.AnchorAttention(t, 32, 4, 1, how), q, k)[0, 0, 256:] for t in (4.0, 12.0))
+    assert bool(far[:, columns].all()) and not bool(near[:, columns].any())
+    assert int(far.sum() - near.sum()) == 256 * 4
+
+
+def test_a_softcap_bends_the_anchor_as_it_bends_the_logits(generator):
+    q, k = normal(generator, 1, 2, 256, 16) * 6, normal(generator, 1, 2, 256, 16)
+    method = sf.methods.AnchorAttention(1.0, 16, 4)
+    bent = kept(method, q, k, scale=0.25, softcap=1e4)
+    assert torch.equal(bent, kept(method, q, k)) and kept(method, q, k, softcap=0.1).sum() > bent.sum()
+
+
 # ---------------------------------------------------------------- dynamic mask
 
 
@@ -300,6 +357,8 @@ def test_no_later_number_decides_what_dynamic_mask_shows(generator):
         ("flexprefill", {"tau": 2.0}, "tau=2.0: expected a number in .0, 1."),
         ("flexprefill", {"gamma": 0.0}, "gamma=0.0: expected a share"),
         ("flexprefill", {"max_budget": 8}, "max_budget=8: expected an int >= 512"),
+        ("anchor-attention", {"theta": math.inf}, "theta=inf: expected a finite number"),
+        ("anchor-attention", {"anchor": "lse"}, "anchor='lse': expected max or pooled"),
         ("pbs-attn", {"segment": 200}, "segment=200: expected a multiple of block=128"),
         ("pbs-attn", {"pooling": "min"}, "pooling='min': expected mean or max"),
     ],

@@ -2,6 +2,7 @@
 
 from ..calibrate import Profile
 from ..selection.orders import coverage
+from .anchor_attention import AnchorAttention
 from .base import Method, Selection, find, get, names
 from .bigbird import BigBird
 from .block_causal import BlockCausal
@@ -56,6 +57,7 @@ __all__ = [
     "PBSAttn",
     "DynamicMask",
     "XAttention",
+    "AnchorAttention",
     "coverage",
     "find",
     "get",

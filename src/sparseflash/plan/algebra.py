@@ -399,8 +399,11 @@ def _one_grid(a: Record, b: Record) -> bool:
 
 def _alike(a: Record, b: Record) -> bool:
     """Whether both plans have the same rules."""
-    offsets = [x if isinstance(x, Tensor) else torch.tensor(x) for x in (a.q_offset, b.q_offset)]
-    if not _same(*offsets):
+    offsets = (a.q_offset, b.q_offset)
+    if any(isinstance(x, Tensor) for x in offsets):
+        if not _same(*(x if isinstance(x, Tensor) else torch.tensor(x) for x in offsets)):
+            return False
+    elif offsets[0] != offsets[1]:
         return False
     numbers = ("causal", "include_self", "window", "sink")
     tensors = ("head_window", "head_sink", "q_pos", "k_pos", "k_end", "q_seg", "k_seg")
