@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, calibrate, methods, selection
+from . import _moved, backends, calibrate, methods, nn, selection
 from .costs import predict
 from .dispatch import backend_status
 from .errors import BackendError, PlanError, SparseFlashError
@@ -61,6 +61,7 @@ __all__ = [
     "linear_attention",
     "merge",
     "methods",
+    "nn",
     "pointwise_attention",
     "predict",
     "qk_sparse_attention",

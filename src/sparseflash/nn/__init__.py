@@ -1,0 +1,21 @@
+"""Layers with parameters: `Layer(width, heads, **options)`, `x [B, T, width]` in and out; one file a system.
+
+>>> import torch, sparseflash as sf
+>>> layer = sf.nn.SelfAttention(64, 4, method="window")
+>>> layer(torch.randn(1, 100, 64)).shape, float(layer.aux_loss)
+(torch.Size([1, 100, 64]), 0.0)
+"""
+
+from .base import Layer, State, update
+from .lightning import LightningAttention
+from .self_attention import SelfAttention
+from .stick_breaking import StickBreakingAttention
+
+__all__ = [
+    "Layer",
+    "LightningAttention",
+    "SelfAttention",
+    "State",
+    "StickBreakingAttention",
+    "update",
+]

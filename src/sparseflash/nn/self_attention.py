@@ -1,0 +1,122 @@
+"""Softmax attention over whatever a method or a plan shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from ..methods.base import Method, get
+from ..ops._arguments import AnyPlan
+from ..ops.attention import attention
+from .base import Layer, Positions, State, rms
+
+
+class SelfAttention(Layer):
+    """Projections around attention: dense, over any method, or over a plan that the caller gives.
+
+    `out = W_o concat_h attend(q_h, k_h, v_h)` with `q, k, v = W_q x, W_k x, W_v x`, q and k turned by their
+    positions. Without a method every token sees all up to its own.
+
+    Parameters
+    ----------
+    width, heads, kv_heads, head_dim, positions, base
+        As in `Layer`; positions are rotary by default.
+    method : Method or str, optional
+        What selects: an instance, or a name of `sparseflash.methods`.
+    causal : bool
+        Only without a method: False shows every token all of them (then there is no state).
+    normed : bool
+        Whether queries and keys are divided by their root mean square before they are turned.
+    bias : bool
+        Whether projections have one.
+    context : mapping, optional
+        What the method may read at every call (`ctx`), such as the step; the mapping is kept, not copied.
+
+    Notes
+    -----
+    The state is a cache of all keys and values. A method decodes if its `decodes` says that tokens one by one
+    see what they would see at once.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> layer = sf.nn.SelfAttention(64, 4, kv_heads=2, method="window")
+    >>> x = torch.randn(2, 100, 64)
+    >>> layer(x).shape
+    torch.Size([2, 100, 64])
+    >>> state = layer.new_state(2)
+    >>> parts = [layer(part, state=state) for part in x.split(40, dim=1)]
+    >>> torch.allclose(torch.cat(parts, 1), layer(x), atol=1e-5)
+    True
+    """
+
+    takes_plan = True
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        method: Method | str | None = None,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        positions: Positions = "rotary",
+        base: float = 10_000.0,
+        causal: bool = True,
+        normed: bool = False,
+        bias: bool = False,
+        context: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        method = get(method) if isinstance(method, str) else method
+        require(
+            (
+                method is None or isinstance(method, Method),
+                f"method: {type(method).__name__}; expected a Method, or its name",
+            ),
+            (isinstance(causal, bool), f"causal={causal!r}: expected True or False"),
+            (causal or method is None, "causal=False beside a method: causality is a setting of the method"),
+        )
+        self.method, self.causal, self.normed = method, causal, normed
+        self.context = {} if context is None else context
+        self.project_heads(bias=bias, device=device, dtype=dtype)
+        self.reset()
+
+    def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
+        """Attend; x [B, T, width]."""
+        q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
+        if self.normed:
+            q, k = rms(q), rms(k)
+        q, k = self.turn(q, state), self.turn(k, state)
+        offset = 0 if state is None else state.length
+        if state is not None:
+            k, v = state.append(k=k, v=v)
+        if plan is not None:
+            out = attention(q, k, v, plan)
+        elif self.method is not None:
+            out = self.method(q, k, v, ctx=self.context, q_offset=None if state is None else offset)
+        else:
+            out = attention(q, k, v, causal=self.causal, q_offset=offset if self.causal else 0)
+        return self.end(out)
+
+    def new_state(self, batch: int) -> State:
+        """An empty cache."""
+        require(
+            (self.causal, "causal=False: every token sees later ones, so there is no state"),
+            (
+                self.method is None or self.method.decodes,
+                f"{self.method!r} does not decode: what a token sees depends on the whole sequence",
+            ),
+        )
+        return super().new_state(batch)
+
+    def extra_repr(self) -> str:
+        """The shape, and what selects."""
+        own = f", method={self.method!r}" if self.method is not None else ""
+        return super().extra_repr() + own + ("" if self.causal else ", causal=False")

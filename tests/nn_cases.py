@@ -1,0 +1,171 @@
+"""The table of layers: one row each, with its formula written out densely; `test_nn_layers.py` runs all."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+
+WIDTH, HEADS = 16, 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layer at the settings that its tests run.
+
+    Parameters
+    ----------
+    make
+        The layer's class.
+    options
+        What it is made with, beside width 16 and 4 heads.
+    dense
+        (layer, x) -> y, in plain torch from the layer's parameters.
+    bad
+        Options that it refuses, with a piece of the message.
+    causal
+        Whether what comes later leaves earlier tokens as they are.
+    """
+
+    make: Callable[..., sf.nn.Layer]
+    options: dict[str, Any]
+    dense: Callable[[Any, Tensor], Tensor]
+    bad: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    causal: bool = True
+    note: str = ""
+
+    def layer(self, seed: int = 0, dtype: torch.dtype = torch.float64, **change: Any) -> Any:
+        """The layer, its weights drawn from a seed."""
+        made = self.make(WIDTH, HEADS, dtype=dtype, **{**self.options, **change})
+        made.reset(torch.Generator().manual_seed(seed))
+        return made
+
+    def __str__(self) -> str:
+        return self.make.__name__ + (f"-{self.note}" if self.note else "")
+
+
+# ---------------------------------------------------------------- formulas
+
+
+def heads(layer: Any, weight: Tensor, x: Tensor) -> Tensor:
+    """`x @ weight.T`, [B, H, T, D]."""
+    return (x @ weight.T).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+
+
+def qkv(layer: Any, x: Tensor) -> list[Tensor]:
+    """Queries, keys, values, each [B, heads, T, D], before positions."""
+    group = layer.heads // layer.kv_heads
+    q, k, v = (heads(layer, m.weight, x) for m in (layer.query, layer.key, layer.value))
+    return [q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)]
+
+
+def spun(x: Tensor, base: float = 10_000.0) -> Tensor:
+    """Rotary positions as products of complex numbers."""
+    D = x.shape[-1]
+    angle = torch.arange(x.shape[2])[:, None] * base ** (torch.arange(D // 2).double() * -2 / D)
+    z = torch.complex(x[..., : D // 2], x[..., D // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([z.real, z.imag], -1)
+
+
+def causal(T: int) -> Tensor:
+    return torch.ones(T, T, dtype=torch.bool).tril()
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Masked softmax attention; 0 where nothing is seen."""
+    s = q @ k.mT / math.sqrt(q.shape[-1])
+    s = s if bias is None else s + bias
+    e = torch.where(mask, s, -torch.inf)
+    e = torch.where(mask, (e - e.amax(-1, keepdim=True).clamp(min=-1e300).detach()).exp(), 0)
+    return e / e.sum(-1, keepdim=True).clamp(min=1e-300) @ v
+
+
+def out(layer: Any, o: Tensor) -> Tensor:
+    return o.transpose(1, 2).flatten(2) @ layer.output.weight.T
+
+
+def dense_self(layer: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(layer, x)
+    if layer.normed:
+        q, k = (y / (y**2).mean(-1, keepdim=True).add(torch.finfo(y.dtype).eps).sqrt() for y in (q, k))
+    q, k = (spun(q), spun(k)) if layer.positions == "rotary" else (q, k)
+    mask = causal(x.shape[1]) if layer.causal else torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    if layer.method is not None:
+        mask = mask & (mask.cumsum(0) <= layer.method.window)
+    return out(layer, softmax(q, k, v, mask))
+
+
+def dense_lightning(layer: Any, x: Tensor) -> Tensor:
+    q, k, v = (torch.nn.functional.silu(y) for y in qkv(layer, x))
+    far = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+    decay = torch.exp(-layer.rate.double()[:, None, None] * far.clamp(min=0)) * (far >= 0)
+    y = ((q @ k.mT) * decay @ v).transpose(1, 2).flatten(2)
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    if layer.gate_in is not None:
+        y = y * torch.sigmoid(x @ layer.gate_in.weight.T @ layer.gate_out.weight.T)
+    return y @ layer.output.weight.T
+
+
+def dense_stick(layer: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(layer, x)
+    b = torch.sigmoid(q @ k.mT / math.sqrt(layer.head_dim)) * causal(x.shape[1]).tril(layer.include_self - 1)
+    left = (1 - b).flip(-1).cumprod(-1).flip(-1)  # what key j and all newer ones leave
+    newer = torch.cat([left[..., 1:], torch.ones_like(left[..., :1])], -1)
+    o = b * newer @ v
+    return out(layer, o + left[..., :1] * v if layer.rest == "self" else o)
+
+
+# ---------------------------------------------------------------- the table
+
+ROWS = [
+    Row(
+        sf.nn.SelfAttention,
+        {"kv_heads": 2},
+        dense_self,
+        [
+            ({"kv_heads": 3}, "divisor of heads"),
+            ({"head_dim": 3}, "odd"),
+            ({"positions": "alibi"}, "rotary or none"),
+            ({"method": 7}, "expected a Method"),
+            ({"method": "windov"}, "there is no method"),
+            ({"method": "window", "causal": False}, "setting of the method"),
+            ({"base": 0}, "positive number"),
+        ],
+    ),
+    Row(
+        sf.nn.SelfAttention,
+        {"method": sf.methods.Window(window=5), "head_dim": 6, "normed": True},
+        dense_self,
+        note="window",
+    ),
+    Row(
+        sf.nn.SelfAttention,
+        {"causal": False, "positions": "none"},
+        dense_self,
+        causal=False,
+        note="all",
+    ),
+    Row(
+        sf.nn.LightningAttention,
+        {"layer": 1, "layers": 3, "kv_heads": 2, "gate": 3},
+        dense_lightning,
+        [({"layer": 3}, "less than layers"), ({"gate": -1}, ">= 0"), ({"layers": 0}, ">= 1")],
+    ),
+    Row(sf.nn.LightningAttention, {"gate": 0, "head_dim": 5}, dense_lightning, note="plain"),
+    Row(
+        sf.nn.StickBreakingAttention,
+        {"kv_heads": 2},
+        dense_stick,
+        [({"rest": "all"}, "'self' or 'drop'"), ({"include_self": 2}, "True or False")],
+    ),
+    Row(
+        sf.nn.StickBreakingAttention,
+        {"rest": "drop", "include_self": True},
+        dense_stick,
+        note="drop",
+    ),
+]

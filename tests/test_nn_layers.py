@@ -1,0 +1,284 @@
+"""What every layer promises, for each row of `nn_cases.py`."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import sparseflash as sf
+from nn_cases import HEADS, ROWS, WIDTH, spun
+from sparseflash.nn.base import rotate
+
+T = 17
+every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small are slower on two, and much slower where others want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+streaming = pytest.mark.parametrize("row", [row for row in ROWS if row.causal and row.make.decodes], ids=str)
+
+
+def draw(generator, B=2, T=T, dtype=torch.float64):
+    return torch.randn(B, T, WIDTH, generator=generator, dtype=dtype)
+
+
+def gradients(call, layer, x, dout):
+    """y, and the gradients of x and every parameter."""
+    x = x.clone().requires_grad_()
+    y = call(x)
+    loss = (y * dout).sum() + layer.aux_loss
+    names, weights = zip(*layer.named_parameters())
+    found = torch.autograd.grad(loss, (x, *weights), materialize_grads=True, allow_unused=True)
+    return {"y": y.detach(), "x": found[0], **dict(zip(names, found[1:]))}
+
+
+def close(got, want, tolerance=1e-10):
+    for name, x in got.items():
+        y = want[name]
+        error = (x - y).abs().max() if x.numel() else 0
+        assert error <= tolerance * (1 + y.abs().max() if y.numel() else 1), f"{name}: off by {float(error)}"
+
+
+# ---------------------------------------------------------------- exactness
+
+
+@every_row
+def test_a_layer_is_its_formula_forward_and_backward(row, generator):
+    layer, x = row.layer(), draw(generator)
+    dout = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    got = gradients(layer, layer, x, dout)
+    close(got, gradients(lambda x: row.dense(layer, x), layer, x, dout))
+    assert all(bool(g.any()) for g in got.values()), "a parameter without gradient"
+
+
+@every_row
+def test_gradients_agree_with_finite_differences(row, generator):
+    layer, x = row.layer(), draw(generator, B=1, T=7).requires_grad_()
+    names, weights = zip(*layer.named_parameters())
+
+    def call(x, *weights):
+        return torch.func.functional_call(layer, dict(zip(names, weights)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *weights), fast_mode=True)
+
+
+@every_row
+def test_in_fp32_the_compiled_backend_agrees_with_fp64(row, generator):
+    x = draw(generator)
+    want, got = row.layer()(x), row.layer(dtype=torch.float32)(x.float())
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=2e-4)
+
+
+# ---------------------------------------------------------------- what is seen
+
+
+@every_row
+def test_later_tokens_change_nothing(row, generator):
+    if not row.causal:
+        pytest.skip("not causal")
+    layer, x = row.layer(), draw(generator)
+    for at in (5, T - 1):
+        other = torch.cat([x[:, :at], 3 * draw(generator)[:, at:]], 1)
+        close({"y": layer(other)[:, :at]}, {"y": layer(x)[:, :at]}, 1e-12)
+        close({"y": layer(x[:, :at])}, {"y": layer(x)[:, :at]}, 1e-12)
+
+
+@every_row
+def test_packed_documents_stay_apart(row, generator):
+    layer, x = row.layer(), draw(generator)
+    edges = [0, 7, 7, 8, T]
+    apart = torch.cat([layer(x[:, lo:hi]) for lo, hi in zip(edges, edges[1:])], 1)
+    close({"y": layer(x, cu_seqlens=torch.tensor(edges))}, {"y": apart})
+    close({"y": layer(x, cu_seqlens=edges)}, {"y": apart})
+
+
+@streaming
+@pytest.mark.parametrize("grad", [False, True])
+def test_streaming_is_one_shot(row, grad, generator):
+    layer, x = row.layer(), draw(generator)
+    with torch.set_grad_enabled(grad):
+        want = layer(x)
+        state = layer.new_state(2)
+        parts = [layer(part, state=state) for part in x.split([6, 0, 1, 1, 1, 8] if grad else 1, 1)]
+        close({"y": torch.cat(parts, 1)}, {"y": want})
+        assert state.length == T
+
+
+@streaming
+def test_a_state_carries_gradient_and_detaches(row, generator):
+    layer, x = row.layer(), draw(generator)
+    dout = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    def parts(x):
+        state = layer.new_state(2)
+        return torch.cat([layer(part, state=state) for part in x.split([10, 1, T - 11], 1)], 1)
+
+    close(gradients(parts, layer, x, dout), gradients(layer, layer, x, dout))
+    state = layer.new_state(2)
+    early = x[:, :10].clone().requires_grad_()
+    layer(early, state=state)
+    assert state.detach_() is state
+    (grad,) = torch.autograd.grad(
+        layer(x[:, 10:], state=state).sum() + 0 * early.sum(), early, materialize_grads=True
+    )
+    assert not grad.any()
+
+
+# ---------------------------------------------------------------- torch
+
+
+@every_row
+def test_the_same_generator_gives_the_same_weights_and_outputs(row, generator):
+    x = draw(generator)
+    one, two = row.layer(3), row.layer(3)
+    assert one.state_dict().keys() == two.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    assert torch.equal(one(x), two(x)) and torch.equal(one(x), one(x))
+    assert not torch.equal(row.layer(4)(x), one(x))
+    torch.manual_seed(5)
+    one.reset_parameters()
+    torch.manual_seed(5)
+    two.reset()
+    assert torch.equal(one(x), two(x))
+
+
+@every_row
+def test_a_full_graph_gives_what_eager_gives(row, generator):
+    layer, x = row.layer(dtype=torch.float32), draw(generator, dtype=torch.float32)
+    dout = torch.randn(x.shape, generator=generator)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    close(gradients(compiled, layer, x, dout), gradients(layer, layer, x, dout), 1e-5)
+
+
+@every_row
+def test_checkpointing_gives_the_same_gradients(row, generator):
+    layer, x = row.layer(), draw(generator).requires_grad_()
+    want = torch.autograd.grad(layer(x).sum(), x)[0]
+    for reentrant in (False, True):
+        x.grad = None
+        checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(x.grad, want)
+
+
+@every_row
+def test_layers_are_copied_stored_and_moved(row, generator):
+    layer, x = row.layer(), draw(generator)
+    want = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), want)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = row.layer(9)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other(x), want)
+    bare = row.make(WIDTH, HEADS, device="meta", dtype=torch.float64, **row.options).to_empty(device="cpu")
+    bare.reset(torch.Generator().manual_seed(0))
+    assert torch.equal(bare(x), want)
+
+
+@every_row
+def test_autocast_runs_in_its_dtype(row, generator):
+    layer, x = row.layer(dtype=torch.float32), draw(generator, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.shape == x.shape and bool(got.isfinite().all())
+    torch.testing.assert_close(got.float(), layer(x), atol=0.15, rtol=0.1)
+
+
+# ---------------------------------------------------------------- edges
+
+
+@every_row
+@pytest.mark.parametrize(("B", "T"), [(2, 1), (2, 0), (0, 5), (1, 2)])
+def test_few_tokens_and_none(row, B, T, generator):
+    layer, x = row.layer(), draw(generator, B, T).requires_grad_()
+    y = layer(x)
+    assert y.shape == x.shape and bool(y.isfinite().all())
+    (y.sum() + layer.aux_loss).backward()
+    assert x.grad.shape == x.shape and bool(x.grad.isfinite().all())
+    if row.causal and layer.decodes and B:
+        state = layer.new_state(B)
+        assert torch.allclose(layer(x, state=state), y)
+
+
+@every_row
+def test_a_layer_says_what_it_is(row, generator):
+    layer, x = row.layer(), draw(generator)
+    text = repr(layer)
+    assert text.startswith(row.make.__name__) and f"{WIDTH}, {HEADS}" in text
+    assert layer.positions in ("rotary", "none")
+    assert layer.aux_loss.shape == () and not layer.aux_loss.any()
+    layer(x)
+    assert layer.aux_loss.shape == () and bool(layer.aux_loss.isfinite())
+    layer.update()
+
+
+@every_row
+def test_what_a_layer_cannot_do_is_refused(row, generator):
+    layer, x = row.layer(), draw(generator)
+    for change, message in row.bad:
+        with pytest.raises(sf.SparseFlashError, match=message):
+            row.layer(**change)
+    for width, heads in ((0, 4), (16, 0), (1.5, 4), (True, 1)):
+        with pytest.raises(sf.SparseFlashError, match="positive int"):
+            row.make(width, heads)
+    for bad in (x[0], x[..., :3], x.long(), None):
+        with pytest.raises(sf.SparseFlashError, match="expected floating point"):
+            layer(bad)
+    for edges in ([0, 5], [1, T], [0, 9, 8, T], [0, 2.5, T], []):
+        with pytest.raises(sf.SparseFlashError, match="cu_seqlens"):
+            layer(x, cu_seqlens=edges)
+    plan = sf.Plan.dense(T, T, causal=True)
+    if not layer.takes_plan:
+        with pytest.raises(sf.SparseFlashError, match="takes no plan"):
+            layer(x, plan=plan)
+    else:
+        with pytest.raises(sf.SparseFlashError, match="plan together with cu_seqlens"):
+            layer(x, plan=plan, cu_seqlens=[0, T])
+    if not (row.causal and layer.decodes):
+        with pytest.raises(sf.SparseFlashError, match="no state"):
+            layer.new_state(2)
+        return
+    with pytest.raises(sf.SparseFlashError, match="batch size"):
+        layer(x, state=layer.new_state(3))
+    with pytest.raises(sf.SparseFlashError, match="state together with cu_seqlens"):
+        layer(x, state=layer.new_state(2), cu_seqlens=[0, T])
+    with pytest.raises(sf.SparseFlashError, match="expected .*new_state"):
+        layer(x, state={})
+    if layer.takes_plan:
+        with pytest.raises(sf.SparseFlashError, match="plan together with state"):
+            layer(x, plan=plan, state=layer.new_state(2))
+
+
+def test_rotary_positions_are_products_of_complex_numbers(generator):
+    x = torch.randn(2, 3, 9, 6, generator=generator, dtype=torch.float64)
+    close({"x": rotate(x)}, {"x": spun(x)})
+    close({"x": rotate(x[:, :, 4:], 4)}, {"x": spun(x)[:, :, 4:]})
+
+
+def test_a_plan_stands_in_place_of_the_method(generator):
+    edges = [0, 7, 8, T]
+    plan = sf.Plan.from_documents(torch.tensor(edges))
+    x = draw(generator)
+    for layer in (
+        sf.nn.SelfAttention(WIDTH, HEADS, method="window", dtype=torch.float64),
+        sf.nn.SelfAttention(WIDTH, HEADS, dtype=torch.float64),
+        sf.nn.StickBreakingAttention(WIDTH, HEADS, include_self=True, dtype=torch.float64),
+    ):
+        close({"y": layer(x, plan=plan)}, {"y": layer(x, cu_seqlens=edges)})
+
+
+def test_only_methods_that_decode_have_a_state():
+    with pytest.raises(sf.SparseFlashError, match="does not decode"):
+        sf.nn.SelfAttention(WIDTH, HEADS, method="xattention").new_state(1)
