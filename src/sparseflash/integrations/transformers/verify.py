@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...errors import SparseFlashError
 from .control import Choice, attached, sparse
 from .layers import attention_layers
+from .pretrained import load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +30,23 @@ def verify(
     prefill: Choice = None,
     layers: Iterable[int | str] | int | str | None = None,
     against: str | None = None,
+    text: str | None = None,
     **inputs: Any,
 ) -> list[Difference]:
     """Run a model on its own attention and on "sparse", and compare every attention layer.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        As for `sparse`; its settings are left aside while this runs.
+    model : PreTrainedModel, str or path
+        As for `sparse`; its settings are left aside while this runs. Or what `load` takes: `smollm2`,
+        `gemma3`, a folder, a name of Transformers.
     prefill, layers
         A method at full budget, such as `HashSparse(nb=1)`, in the layers that `sparse` would put it into.
         None: dense.
     against : str, optional
         The implementation to compare with; None: the one that is set, "eager" where that is "sparse".
+    text : str, optional
+        For a model by its name: what to run it on, in place of `input_ids`.
     **inputs
         What the model's forward takes. With a 2-d `attention_mask`, only tokens are compared.
 
@@ -52,7 +58,7 @@ def verify(
     Raises
     ------
     SparseFlashError
-        Naming the first layer that differs.
+        Naming the first layer that differs; and for a name that `load` refuses.
 
     Examples
     --------
@@ -63,7 +69,20 @@ def verify(
     >>> found = sf.transformers.verify(model, input_ids=torch.arange(100)[None])
     >>> [x.layer for x in found]
     ['model.layers.0.self_attn', 'model.layers.1.self_attn']
+
+    A pretrained model that `make models` installs, on any text:
+
+    >>> found = sf.transformers.verify("smollm2", text="Call me Ishmael.")  # doctest: +SKIP
     """
+    named = isinstance(model, (str, os.PathLike))
+    if not named and text is not None:
+        raise SparseFlashError("text= is for a model by its name, whose tokenizer is known: give input_ids=")
+    if named:
+        model, tokenizer = load(model)
+        if text is not None:
+            inputs = {**tokenizer(text, return_tensors="pt"), **inputs}
+        if not inputs:
+            raise SparseFlashError("verify of a model by its name: give text= or input_ids=")
     before = model.config._attn_implementation
     stock = against or ("eager" if before == "sparse" else before)
     every = attention_layers(model)
