@@ -399,6 +399,26 @@ CASES = [
         chunk=32,
         note="pooled",
     ),
+    Case(
+        "mminference",
+        {"strides": (4, 9), "sinks": 2, "near": 5, "last": 16},
+        {"near": 256},
+        [{"strides": (9,)}, {"strides": (4,)}, {"strides": (3,)}, {"near": 100}],
+        (0.1, 0.3),
+        2783063129,
+        chunk=32,
+    ),
+    Case(
+        "mminference",
+        {"pattern": "2d-boundary", "vertical": 6, "slash": 2, "sinks": 1, "near": 1, "last": 16},
+        {"pattern": "q-boundary", "vertical": 256},
+        [{"vertical": 1, "slash": 1}, {"vertical": 6, "slash": 3}, {"vertical": 60, "slash": 10}],
+        (0.2, 0.6),
+        148553529,  # as minference: one modality
+        slow=True,
+        chunk=64,
+        note="boundary",
+    ),
 ]
 
 

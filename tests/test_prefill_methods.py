@@ -282,6 +282,111 @@ def test_a_softcap_bends_the_anchor_as_it_bends_the_logits(generator):
     assert torch.equal(bent, kept(method, q, k)) and kept(method, q, k, softcap=0.1).sum() > bent.sum()
 
 
+# ---------------------------------------------------------------- MMInference
+
+
+def cells(generator: torch.Generator, T: int, stride: int, phase: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens of a video that look at their own place in every earlier frame of so many. [1,1,T,64] each."""
+    place = torch.nn.functional.normalize(normal(generator, stride, 64), dim=-1)
+    own = torch.arange(T) % stride
+    q = place[own] * 100 + normal(generator, T, 64)
+    k = place.roll(-phase, 0)[own] + normal(generator, T, 64) / 80
+    return q[None, None], k[None, None]
+
+
+def of_grid(T: int, stride: int, phase: int, sinks: int, near: int) -> Mask:
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    return ((j < sinks) | (i - j < near) | ((i - j) % stride == phase)) & (j <= i)
+
+
+@pytest.mark.parametrize(
+    ("T", "stride", "density"), [(2048, 32, 0.06), pytest.param(8192, 32, 0.04, marks=pytest.mark.slow)]
+)
+def test_a_grid_is_found_at_the_density_of_its_stride(T, stride, density, generator):
+    q, k = cells(generator, T, stride)
+    method = sf.methods.MMInference(near=8, sinks=4)
+    plans = method.select(q, k, {"grid": (T // 32, 4, 8)}).plan
+    mask = kept(method, q, k)
+    assert float(mask.sum()) / (T * (T + 1) / 2) <= density and recall(q, k, mask)[0] >= 0.999
+    assert torch.equal(mask_of(plans), mask) and torch.equal(mask[0, 0], of_grid(T, stride, 0, 4, 8))
+    lines = kept(sf.methods.MInference(vertical=40, slash=4, near=1, sinks=4), q, k)
+    assert lines.sum() > mask.sum() and recall(q, k, lines)[0] < 0.5
+
+
+@pytest.mark.parametrize(("stride", "phase"), [(24, 0), (24, 7), (31, 30), (6, 1)])
+def test_each_head_has_its_own_stride_and_remainder(stride, phase, generator):
+    """A multiple of the stride has half of its mass, and half of the stride no more."""
+    pairs = [cells(generator, 700, stride, phase), cells(generator, 700, 10, 3)]
+    q, k = (torch.cat([pair[n] for pair in pairs], 1) for n in (0, 1))
+    mask = kept(sf.methods.MMInference(near=9, sinks=5, max_stride=64), q, k)
+    assert torch.equal(mask[0, 0], of_grid(700, stride, phase, 5, 9))
+    assert torch.equal(mask[0, 1], of_grid(700, 10, 3, 5, 9))
+    chunk = kept(sf.methods.MMInference(near=9, sinks=5, max_stride=64), q[:, :, 301:], k, q_offset=301)
+    assert torch.equal(chunk, mask[:, :, 301:])
+
+
+def bounded(
+    q: Tensor, k: Tensor, modality: Tensor, two: bool, n: int, last: int, sinks: int, near: int
+) -> Mask:
+    """Columns and slashes for queries of each modality, in tiles of 64 of their own; batch and head alone."""
+    T, P, key = q.shape[2], causal_softmax(q, k)[0, 0], torch.arange(q.shape[2])
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    scores = (q[0, 0].double() @ k[0, 0].double().T * q.shape[-1] ** -0.5).masked_fill(P == 0, -math.inf)
+    for a in range(2):
+        rows = (modality == a).nonzero()[:, 0]
+        for b in (0, 1) if two else (None,):
+            there = torch.ones(T, dtype=torch.bool) if b is None else modality == b
+            weights = scores[rows[-last:]].masked_fill(~there, -math.inf).softmax(-1).nan_to_num(nan=0)
+            column, slash = weights.sum(0), torch.zeros(T, dtype=torch.float64)
+            for i, row in zip(rows[-last:].tolist(), weights, strict=True):
+                slash[: i + 1] += row[: i + 1].flip(0)
+            column[:sinks] = slash[:near] = math.inf
+            column[~there] = -1
+            columns = column.argsort(descending=True, stable=True)[: max(n, sinks)]
+            distances = slash.argsort(descending=True, stable=True)[: max(n, near)]
+            for tile in rows.split(64):
+                seen = torch.zeros(T, dtype=torch.bool)
+                seen[columns] = True
+                for d in distances.tolist():
+                    seen |= (key >= tile[0] - d) & (key <= tile[-1] - d)
+                mask[tile] |= seen & there & (key <= tile[:, None])
+    return mask
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_boundary_heads_have_a_pattern_for_each_modality(two, generator):
+    q, k = normal(generator, 1, 1, 300, 16) * 3, normal(generator, 1, 1, 300, 16)
+    modality = (torch.arange(300) // 40 % 2 == 0) | (torch.arange(300) > 290)
+    method = sf.methods.MMInference("2d-boundary" if two else "q-boundary", 9, 9, 16, sinks=3, near=2)
+    want = bounded(q, k, modality.long(), two, 9, 16, 3, 2)
+    assert torch.equal(kept(method, q, k, modality=modality[None].int())[0, 0], want)
+    at = torch.tensor([130, 0])
+    rows = torch.cat([q[:, :, 130:], q[:, :, :170]])
+    twice = kept(method, rows, k.expand(2, -1, -1, -1), modality=modality[None].int(), q_offset=at)
+    one = kept(method, q[:, :, :170], k, modality=modality[None].int())
+    assert torch.equal(twice[1:], one)
+
+
+@pytest.mark.parametrize("pattern", ["q-boundary", "2d-boundary"])
+def test_any_labels_are_dense_at_full_budget_and_a_question_finds_its_frame(pattern, generator):
+    q, k = normal(generator, 2, 4, 200, 16), normal(generator, 2, 2, 200, 16)
+    labels = torch.randint(3, (2, 200), generator=generator)
+    method = sf.methods.MMInference(pattern, 256, 256, modalities=3)
+    assert torch.equal(
+        kept(method, q, k, modality=labels), torch.ones(200, 200).tril().bool().expand(2, 4, -1, -1)
+    )
+
+    # text (1) looks at text keys, images (0), which come last, at others: their rows decide for themselves
+    q, k = torch.zeros(1, 1, 512, 16), normal(generator, 1, 1, 512, 16) * 0.1
+    modality = torch.zeros(512, dtype=torch.long)
+    modality[200:280] = 1
+    k[..., 17, 0], k[..., 90, 1] = 9.0, 9.0
+    q[:, :, modality == 1, 0], q[:, :, modality == 0, 1] = 9.0, 9.0
+    few = sf.methods.MMInference(pattern, 2, 1, 32, sinks=0, near=1)
+    apart, alike = (kept(few, q, k, **ctx)[0, 0, 200:280] for ctx in ({"modality": modality[None]}, {}))
+    assert bool(apart[:, 17].all()) and not bool(alike[:, 17].all())
+
+
 # ---------------------------------------------------------------- dynamic mask
 
 
@@ -359,6 +464,9 @@ def test_no_later_number_decides_what_dynamic_mask_shows(generator):
         ("flexprefill", {"max_budget": 8}, "max_budget=8: expected an int >= 512"),
         ("anchor-attention", {"theta": math.inf}, "theta=inf: expected a finite number"),
         ("anchor-attention", {"anchor": "lse"}, "anchor='lse': expected max or pooled"),
+        ("mminference", {"pattern": "a-shape"}, "expected one of grid, q-boundary, 2d-boundary"),
+        ("mminference", {"strides": (1,)}, "strides=.1,.: expected a tuple of ints >= 2"),
+        ("mminference", {"strides": 8}, "strides=8: expected a tuple"),
         ("pbs-attn", {"segment": 200}, "segment=200: expected a multiple of block=128"),
         ("pbs-attn", {"pooling": "min"}, "pooling='min': expected mean or max"),
     ],
@@ -366,3 +474,16 @@ def test_no_later_number_decides_what_dynamic_mask_shows(generator):
 def test_what_is_out_of_range_is_refused(slug, wrong, said):
     with pytest.raises(sf.SparseFlashError, match=said):
         sf.methods.get(slug, **wrong)
+
+
+def test_what_ctx_says_of_a_video_is_checked():
+    x, method = torch.zeros(1, 2, 8, 16), sf.methods.MMInference()
+    for grid in (8, (8,), (2, -4)):
+        with pytest.raises(sf.SparseFlashError, match=r"ctx\['grid'\]: .*expected sizes, such as"):
+            method.select(x, x, {"grid": grid})
+    with pytest.raises(
+        sf.SparseFlashError, match=r"ctx\['modality'\]: \[1, 7\] .*expected integers \[1.1, 8\]"
+    ):
+        method.select(x, x, {"modality": torch.zeros(1, 7, dtype=torch.int32)})
+    with pytest.raises(sf.SparseFlashError, match=r"ctx\['modality'\] holds .*0..2.*0..1"):
+        method.select(x, x, {"modality": torch.tensor([[0, 1, 2, 0, 0, 0, 0, 0]])})

@@ -16,6 +16,7 @@ from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
 from .minference import MInference
+from .mminference import MMInference
 from .pbs_attn import PBSAttn
 from .prefix_lm import PrefixLM
 from .profiled import Profiled
@@ -58,6 +59,7 @@ __all__ = [
     "DynamicMask",
     "XAttention",
     "AnchorAttention",
+    "MMInference",
     "coverage",
     "find",
     "get",

@@ -1,0 +1,203 @@
+"""Grids of video tokens, and heads whose pattern ends where text meets images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import PlanError, SparseFlashError
+from ..plan import Plan
+from ..plan.options import INTEGERS, fit, is_count
+from ..selection.budgets import top_k
+from ..selection.probes import probe
+from .base import Context, Method, Selection, begin, check_counts
+
+PATTERNS = ("grid", "q-boundary", "2d-boundary")
+TILE = 64
+
+
+@dataclass(frozen=True)
+class MMInference(Method):
+    """Each head follows one of three patterns of prompts in which text and frames are mixed.
+
+    A grid head sees the first keys, the nearest, and keys at distances that leave one remainder when divided
+    by a stride: the same place in earlier frames, or in earlier rows. Stride and remainder are those where
+    the last queries of the prompt give most for what it costs: mass over the root of density. Queries are
+    sorted by remainder, so that what each sees lies in one range. In a boundary head queries of each modality
+    have columns and slashes of their own, found by their own last ones: among all keys ("q-boundary"), or
+    among those of each modality apart ("2d-boundary").
+
+    Papers: Li et al., "MMInference", arXiv 2504.16083, section 3. Their code is not public: how strides are
+    searched for, and all defaults, are ours.
+
+    Parameters
+    ----------
+    pattern : str
+        "grid", "q-boundary" or "2d-boundary"; a tuple where heads differ.
+    vertical, slash : int
+        Columns and distances of a boundary head, for queries of each modality (and each modality of keys).
+    last : int
+        Queries at the end (of a modality) that patterns are judged by.
+    sinks, near : int
+        First keys and nearest distances that are kept whatever they are given.
+    strides : tuple of int
+        Strides to choose from; empty: those of `ctx["grid"]`, or else all from 2 to `max_stride`.
+    max_stride : int
+        The largest stride that is tried where none is given.
+    modalities : int
+        How many there are.
+
+    Notes
+    -----
+    Of `ctx`: `grid`, the shape of the video in tokens, such as (frames, rows, columns), whose rows and frames
+    are strides (with a separator after each frame, give `strides`); `modality`, of each token up to the last
+    key, integers `[B|1, Tk]` below `modalities` (all 0 by default); `q_offset`, the position of the first
+    query, `scale` and `softcap`. The last queries of a chunk judge for that chunk.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> method = sf.methods.MMInference(near=16, sinks=4)
+    >>> method(q, k, v, ctx={"grid": (16, 8, 8)}).shape
+    torch.Size([1, 2, 1024, 32])
+    """
+
+    pattern: str = "grid"
+    vertical: int = 1000
+    slash: int = 1000
+    last: int = 64
+    sinks: int = 30
+    near: int = 100
+    strides: tuple[int, ...] = ()
+    max_stride: int = 256
+    modalities: int = 2
+
+    reads = ("q_offset", "scale", "softcap", "grid", "modality")
+    paper = "arXiv 2504.16083"
+    phases = ("prefill",)
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "vertical", "slash", "last", "near", "modalities")
+        check_counts(self, 0, "sinks")
+        check_counts(self, 2, "max_stride")
+        if self.pattern not in PATTERNS:
+            raise SparseFlashError(f"pattern={self.pattern!r}: expected one of {', '.join(PATTERNS)}")
+        if not (isinstance(self.strides, tuple) and all(is_count(s, 2) for s in self.strides)):
+            raise SparseFlashError(f"strides={self.strides!r}: expected a tuple of ints >= 2")
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """What the pattern keeps, for queries from `q_offset` on."""
+        given = {name: (ctx or {}).get(name) for name in self.reads}
+        given["q_offset"] = 0 if given["q_offset"] is None else given["q_offset"]
+        strides, modality = self._strides(given["grid"]), self._modality(given["modality"], k)
+        if self.pattern == "grid":
+            return Selection(self._grid(q, k, given, strides))
+        return Selection(self._boundary(q, k, given, modality))
+
+    def _modality(self, given: Any, k: Tensor) -> Tensor:
+        """That of each key: int64 [B|1, Tk]."""
+        B, Tk = k.shape[0], k.shape[2]
+        if given is None:
+            return torch.zeros(1, Tk, dtype=torch.int64, device=k.device)
+        fits = isinstance(given, Tensor) and given.dtype in INTEGERS and given.dim() == 2
+        if not (fits and given.shape[0] in (1, B) and given.shape[1] == Tk):
+            shown = (
+                f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+            )
+            raise PlanError(f"ctx['modality']: {shown}; expected integers [{B}|1, {Tk}]")
+        return fit(given, "ctx['modality'] holds", 0, self.modalities - 1).to(k.device).long()
+
+    def _strides(self, grid: Any) -> list[int]:
+        """The strides to choose from, ascending."""
+        if grid is None:
+            return sorted(self.strides) or list(range(2, self.max_stride + 1))
+        if not (isinstance(grid, (tuple, list)) and len(grid) > 1 and all(is_count(n, 1) for n in grid)):
+            raise SparseFlashError(f"ctx['grid']: {grid!r}; expected sizes, such as (frames, rows, columns)")
+        own = accumulate(reversed(grid[1:]), lambda a, b: a * b)
+        return sorted(self.strides) or sorted({s for s in own if s > 1}) or [2]
+
+    def _grid(self, q: Tensor, k: Tensor, ctx: dict[str, Any], strides: list[int]) -> tuple[Plan, Plan]:
+        """The first and nearest keys, and beside them those at distances of one remainder."""
+        (Tq, Tk), at = (q.shape[2], k.shape[2]), ctx["q_offset"]
+        sinks, told = min(self.sinks, Tk), {name: ctx[name] for name in ("scale", "softcap")}
+        seen = probe(q, k[:, :, sinks:], self.last, q_offset=at - sinks, **told).distances()
+        seen = torch.where(torch.arange(seen.shape[-1], device=q.device) < self.near, 0, seen)
+        worth, phases = [], []
+        for s in strides:
+            folded = pad(seen, (0, -seen.shape[-1] % s))
+            mass, best = folded.view(*seen.shape[:2], folded.shape[-1] // s, s).sum(-2).max(-1)
+            worth.append(mass * s**0.5)  # a part of the stride has its mass, a multiple less: neither pays
+            phases.append(best)
+        choice = torch.stack(worth, -1).argmax(-1, keepdim=True)
+        phase = torch.stack(phases, -1).gather(-1, choice)
+        stride = torch.tensor(strides, device=q.device)[choice]
+        group = (begin(ctx, q) + torch.arange(Tq, device=q.device)) % stride
+        token = torch.arange(Tk, device=q.device)
+        key_group = torch.where(token < sinks, -1, (token + phase) % stride)
+        # queries that stand so much earlier do not see the nearest keys
+        far = Plan.from_buckets(
+            group, key_group, tile=TILE, q_offset=at - self.near, buckets=max(strides) + 1
+        )
+        window: dict[str, Any] = {"window": (self.near - 1, 0), "sink_tokens": sinks}
+        return far, Plan.dense(Tq, Tk, causal=True, q_offset=at, device=q.device, **window)
+
+    def _boundary(self, q: Tensor, k: Tensor, ctx: dict[str, Any], modality: Tensor) -> Plan:
+        """Columns and slashes of each modality, for tiles that hold queries of one."""
+        (Tq, Tk), at = (q.shape[2], k.shape[2]), begin(ctx, q)[:, 0]
+        told = {name: ctx[name] for name in ("scale", "softcap", "q_offset")}
+        position = (at + torch.arange(Tq, device=q.device)).clamp(0, max(Tk - 1, 0))
+        batch = max(len(modality), len(position))
+        modality = modality.expand(batch, -1)
+        own = modality.gather(-1, position.expand(batch, -1)) if Tk else position * 0
+        order = _apart(own, self.modalities)
+        tile = order.view(len(order), -1, TILE)
+        last = tile.amax(-1)
+        low, high = at + torch.where(tile < 0, Tq, tile).amin(-1), at + last
+        of_tile = own.gather(-1, last.clamp(min=0)) if Tq else last
+        seen = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+        others = [modality == b for b in range(self.modalities)]
+        for a in range(self.modalities):
+            mine = (of_tile == a)[:, None, :, None]
+            for there in others if self.pattern == "2d-boundary" else [torch.ones_like(others[0])]:
+                found = probe(q, k, self.last, q_keep=own == a, k_keep=there, **told)
+                there = there[:, None]
+                column = top_k(_first(found.keys(), self.sinks), max(self.vertical, self.sinks), among=there)
+                slash = top_k(_first(found.distances(), self.near), max(self.slash, self.near))
+                cross = _crossed(slash, low[:, None], high[:, None], Tk) & there[:, :, None]
+                seen = seen | (mine & (cross | column[:, :, None]))
+        frame: dict[str, Any] = {"causal": True, "q_offset": ctx["q_offset"], "q_order": order[:, None]}
+        return Plan.from_blocks(seen, Tq=Tq, Tk=Tk, tile=TILE, unit=1, **frame)
+
+
+def _first(score: Tensor, n: int) -> Tensor:
+    """Scores of which the first n are the best."""
+    return torch.where(torch.arange(score.shape[-1], device=score.device) < n, torch.inf, score)
+
+
+def _apart(group: Tensor, groups: int) -> Tensor:
+    """An order of tokens by their group [B,T], each group in tiles of its own: [B,rows], -1 is no token."""
+    B, T = group.shape
+    count = torch.stack([(group == a).sum(-1) for a in range(groups)], -1)
+    room = (count + TILE - 1) // TILE * TILE
+    token = group.argsort(dim=-1, stable=True)
+    start = (room.cumsum(-1) - room) - (count.cumsum(-1) - count)
+    row = start.gather(-1, group.gather(-1, token)) + torch.arange(T, device=group.device)
+    rows = (-(-T // TILE) + groups) * TILE if T else 0
+    return torch.full((B, rows), -1, device=group.device).scatter_(-1, row, token)
+
+
+def _crossed(slash: Tensor, low: Tensor, high: Tensor, Tk: int) -> Tensor:
+    """Whether keys lie at chosen distances [B,H,N] before positions low ... high [B,1,R]: [B,H,R,Tk]."""
+    before = pad(slash.cumsum(-1, dtype=torch.int32), (1, 0))
+    (_, H, N), B = slash.shape, len(slash) if len(slash) != 1 else len(low)
+    key = torch.arange(Tk, device=slash.device)
+    ends = [(x[..., None] - key).clamp(0, N).expand(B, H, -1, -1) for x in (low, high + 1)]
+    few, more = (before[:, :, None].expand(B, H, end.shape[2], -1).gather(-1, end) for end in ends)
+    return more > few
