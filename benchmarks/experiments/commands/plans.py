@@ -107,7 +107,7 @@ def bench_prefill(
     capture: Annotated[str, typer.Option(help="A capture: its name or its file.")] = "smollm2",
     length: Length = 4096,
     rounds: Rounds = 5,
-    threads: Annotated[int, typer.Option(help="Threads; 0 is all.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads; 0 is all.", min=0, max=1024)] = 0,
 ) -> None:
     """Prefill methods on SmolLM2's queries and keys: time, density, recall, error, beside two controls."""
     from sparseflash.bench.session import session

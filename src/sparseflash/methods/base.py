@@ -133,7 +133,7 @@ class Method:
             cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[attr-defined]
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
-        if cls.__module__.startswith(__name__.removesuffix("base")):
+        if cls.__module__.startswith(__name__.removesuffix("base")) and cls.__module__ != __name__:
             _REGISTRY[slug(cls)] = cls
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:

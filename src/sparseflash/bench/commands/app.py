@@ -28,6 +28,7 @@ EXPERIMENTS = (
     "pixels",
     "plan-costs",
     "selection",
+    "prefill",
     "step",
     "transformers",
 )
