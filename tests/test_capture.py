@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("safetensors")
 
-from sparseflash.bench import capture, harness
+import sparseflash as sf
+from sparseflash.bench import capture, harness, needles, quality
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import GPT, TrainConfig, checkpoint
 
@@ -84,3 +85,33 @@ def test_a_capture_comes_back_as_input_and_its_figures_are_in_the_rows(model, tm
     ):
         with pytest.raises(SparseFlashError, match=said):
             call()
+
+
+def test_a_capture_with_fewer_heads_of_keys_is_measured_against_every_baseline():
+    of = capture.inputs("smollm2", layer=15, dtype=torch.float32)
+    names = {"methods": ["window"], "baselines": ["sdpa", "naive"]}
+    what = harness.Settings(**names, lengths=[300], heads=9, dim=64, rounds=1, memory=False, capture=of)
+    assert [(row["conformance"], row["note"]) for row in harness.measure(what)] == [("passed", "")] * 3
+    (first, *_), (second, *_) = ((x.detach() for x in given[:2]) for given in what.inputs(300)[:2])
+    assert torch.equal(second[:, 3:], first[:, :-3])  # three query heads for each head of keys
+
+
+def test_a_method_is_judged_layer_by_layer():
+    captured = capture.load("smollm2")
+    window = sf.methods.get("window", window=60)
+    rows = list(quality.judge(window, captured, tokens=600))
+    assert [row["layer"] for row in rows] == [4, 15, 21]
+    for row in rows:
+        pairs = sum(min(n + 1, 60) for n in range(600))
+        assert row["density"] == pytest.approx(pairs / (600 * 601 / 2))
+        assert row["recall_late"] < row["recall"] < 1 and row["recall_worst"] < row["recall"]
+        assert row["error"] > 0.01 and max(row[kind] for kind in needles.KINDS) < 0.01
+    full = sf.methods.get("window", window=600)
+    (row,) = quality.judge(full, captured, tokens=600, layers=[4])
+    for figure in ("density", "recall", "recall_worst", *needles.KINDS):
+        assert row[figure] == pytest.approx(1, abs=1e-4)
+    assert row["error"] < 1e-5
+    with pytest.raises(SparseFlashError, match="has 4096 tokens; 5000 are asked for"):
+        next(quality.judge(full, captured, tokens=5000))
+    with pytest.raises(SparseFlashError, match="has no layer 3; it has 4, 15, 21"):
+        next(quality.judge(full, captured, layers=[3]))

@@ -245,6 +245,11 @@ class Layer:
     scale: float
     window: int | None = None
 
+    def usual(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v whose logits are of the usual scale, 1 / sqrt(D): q makes up for another one."""
+        usual = self.q.shape[-1] ** -0.5
+        return self.q if self.scale == usual else self.q * (self.scale / usual), self.k, self.v
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -342,13 +347,10 @@ def inputs(
     """A function of the length that returns q, k, v and dout of a captured layer's first tokens.
 
     q, k and v want gradients; dout is normal. The layer in the middle is taken where none is named. Logits
-    are of the usual scale, 1 / sqrt(D): where the model has another, q makes up for it.
+    are of the usual scale, as of `Layer.usual`.
     """
     captured = load(path)
-    whole = captured.layer(layer)
-    usual = whole.q.shape[-1] ** -0.5
-    q = whole.q if whole.scale == usual else whole.q * (whole.scale / usual)
-    kept = [x.to(dtype) for x in (q, whole.k, whole.v)]
+    kept = [x.to(dtype) for x in captured.layer(layer).usual()]
 
     def of(length: int) -> list[Tensor]:
         have = kept[0].shape[2]

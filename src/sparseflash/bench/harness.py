@@ -63,9 +63,10 @@ class Settings:
         if self.capture is None:
             return [inputs(length, seed=self.seed + n, **self.shape) for n in range(INPUTS)]
         real = self.capture(length)
+        groups = real[1].shape[1]  # query heads go with the head of their keys
         return [
-            [x.detach().roll(n, 1).requires_grad_(x.requires_grad) for x in real]
-            for n in range(min(INPUTS, real[0].shape[1]))
+            [x.detach().roll(n * x.shape[1] // groups, 1).requires_grad_(x.requires_grad) for x in real]
+            for n in range(min(INPUTS, groups))
         ]
 
 

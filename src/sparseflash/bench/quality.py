@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import sparseflash as sf
+from sparseflash.bench.capture import Captured
+from sparseflash.bench.needles import KINDS, plant
+from sparseflash.bench.results import Row
+from sparseflash.methods.base import Method
 from sparseflash.ops._arguments import AnyPlan
 from sparseflash.plan import Plan
 from sparseflash.plan.figures import visible_pairs
@@ -33,8 +38,12 @@ class Dense:
     @torch.no_grad()
     def recall(self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> float:
         """Share of dense attention's mass that lies on the pairs of a plan, mean over the queries."""
-        lse = sf.attention(q, k, v, plan, return_lse=True)[1]
-        return float((lse - self.lse).exp().mean())
+        return float(self.shares(q, k, v, plan).mean())
+
+    @torch.no_grad()
+    def shares(self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> Tensor:
+        """The same of every query, [B,H,T]."""
+        return (sf.attention(q, k, v, plan, return_lse=True)[1] - self.lse).exp()
 
 
 def density(plan: AnyPlan) -> float:
@@ -54,3 +63,42 @@ def work(plan: AnyPlan) -> float:
 def parts(plan: AnyPlan) -> tuple[Plan, ...]:
     """The plans of one softmax."""
     return plan if isinstance(plan, tuple) else (plan,)
+
+
+@torch.no_grad()
+def judge(
+    method: Method, captured: Captured, *, tokens: int | None = None, layers: Sequence[int] = ()
+) -> Iterator[Row]:
+    """What a method loses in each layer of a capture, over its first tokens.
+
+    Yields
+    ------
+    dict
+        For a layer: ``density``; ``recall``, that of the second half of the queries (``recall_late``) and of
+        the worst head (``recall_worst``); ``error`` of the output; and the share that is kept of needles that
+        the last tokens ask for (``question``), some in the middle (``mid``) and single ones (``lone``),
+        planted in these very queries and keys. Density and recall are over causal attention, whatever window
+        the layer has.
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> from sparseflash.bench import capture, quality
+    >>> window = sf.methods.SinkWindow(window=64)
+    >>> [row] = quality.judge(window, capture.load("smollm2"), tokens=512, layers=[15])
+    >>> row["density"] < 0.3, row["recall"] > 0.7, row["question"] < 0.01
+    (True, True, True)
+    """
+    for number in layers or captured.layers:
+        q, k, v = captured.layer(number, tokens=tokens).usual()
+        selection = method.select(q, k, {"v": v})
+        dense = Dense.of(q, k, v)
+        shares = dense.shares(q, k, v, selection.plan)
+        row: Row = {"layer": number, "T": q.shape[2], "density": density(selection.plan)}
+        row |= {"recall": float(shares.mean()), "recall_late": float(shares[:, :, q.shape[2] // 2 :].mean())}
+        row |= {"recall_worst": float(shares.mean((0, 2)).min())}
+        row |= {"error": dense.error(method(q, k, v, selection=selection))}
+        for kind in KINDS:
+            found = plant(q, k, kind, torch.Generator().manual_seed(0))
+            row[kind] = float(found.kept(method.select(found.q, found.k, {"v": v}).plan).mean())
+        yield row

@@ -73,12 +73,14 @@ def naive(name: str, method: Method) -> Subject:
     @torch.no_grad()
     def prepare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         masks = [one.to_dense() for one in parts(method.select(q, k, {"v": v}).plan)]
-        heads = max(mask.shape[1] for mask in masks)
-        return torch.stack([mask.expand(-1, heads, -1, -1) for mask in masks]).any(0)
+        heads = q.shape[1]
+        return torch.stack([mask.repeat_interleave(heads // mask.shape[1], 1) for mask in masks]).any(0)
 
     def use(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
         empty = ~keep.any(-1, keepdim=True)  # a row without any visible key would be NaN
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep | empty).masked_fill(empty, 0.0)
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep | empty, enable_gqa=grouped)
+        return out.masked_fill(empty, 0.0)
 
     return Subject(f"naive {name}", "baseline", use, prepare, method)
 
@@ -115,7 +117,7 @@ def _flex_of(rule: Callable[..., Any]) -> Attention:
         key = (q.shape[2], q.device.type)
         if key not in masks:
             masks[key] = create_block_mask(rule, None, None, key[0], key[0], device=key[1])
-        return attend(q, k, v, block_mask=masks[key])
+        return attend(q, k, v, block_mask=masks[key], enable_gqa=q.shape[1] != k.shape[1])
 
     return run
 

@@ -18,7 +18,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by torch: the baseline every method is compared with."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sparseflash import options
 from sparseflash.errors import SparseFlashError
 
 from .app import RESULTS, Data, bench, integers, known
@@ -69,6 +70,42 @@ def bench_capture(
         where = {"text_from": str(skip), "text_sha256": hashlib.sha256(whole.encode()).hexdigest()}
     size = capture.save(found, out, about | where | {"text": said, "git": describe()["git"]})
     print(f"{out}: {len(found) // 3} layers of {list(next(iter(found.values())).shape)}, {size:.1f} MB")
+
+
+@bench.command("quality", rich_help_panel=PANEL)
+def bench_quality(
+    method: Annotated[str, typer.Argument(help="One that sparseflash methods lists.")],
+    changes: Annotated[list[str] | None, options.changes()] = None,
+    capture: Annotated[
+        str, typer.Option(help="A file of sparseflash bench capture, or a name in a checkout's benchmarks.")
+    ] = "smollm2",
+    length: Annotated[int | None, typer.Option(min=512, help="Its first tokens; by default all.")] = None,
+    layers: Annotated[str, typer.Option(help="Layers, separated by commas; by default all.")] = "",
+) -> None:
+    """Say what a method loses on the queries and keys of a real model, layer by layer.
+
+    **sparseflash bench quality minference --set vertical=100 --set slash=200**
+
+    Density is the share of the causal pairs that it sees; recall that of dense attention's mass on them: of
+    all queries, of the second half, of the worst head. Error is that of the output. Needles are single keys
+    with all the mass of those who ask for them: the last tokens (question), some in the middle (mid), single
+    ones (lone).
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparseflash import methods
+    from sparseflash.bench import capture as captures
+    from sparseflash.bench.needles import KINDS
+    from sparseflash.bench.quality import judge
+
+    what = methods.get(method, **options.settings(changes))
+    columns = ("layer", "density", "recall", "late", "worst", "error", *KINDS)
+    table = Table(*columns, title=repr(what), title_justify="left", box=None)
+    for row in judge(what, captures.load(capture), tokens=length, layers=integers(layers)):
+        cells = [row[{"late": "recall_late", "worst": "recall_worst"}.get(x, x)] for x in columns]
+        table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells))
+    Console().print(table)
 
 
 @bench.command("models", rich_help_panel=PANEL)
