@@ -119,6 +119,39 @@ def dense_stick(layer: Any, x: Tensor) -> Tensor:
     return out(layer, o + left[..., :1] * v if layer.rest == "self" else o)
 
 
+def sparsek_weights(u: Tensor, k: int) -> Tensor:
+    """clip(u_j - tau_i, 0, 1) over j <= i, [.., T, T], by bisection; tau is then what its piece says."""
+    T = u.shape[-1]
+    each = u[..., None, :].expand(*u.shape, T).masked_fill(~causal(T), -torch.inf)
+    with torch.no_grad():
+        lo, hi = u.amin(-1)[..., None] - 2 - T, u.amax(-1)[..., None] + 1
+        lo, hi = lo.expand_as(u), hi.expand_as(u)
+        for _ in range(200):
+            mid = (lo + hi) / 2
+            much = (each - mid[..., None]).clamp(0, 1).sum(-1) > k
+            lo, hi = torch.where(much, mid, lo), torch.where(much, hi, mid)
+        off = each - hi[..., None]
+        inside, ones = (off > 1e-12) & (off < 1 - 1e-12), (off >= 1 - 1e-12).sum(-1)
+    some = inside.any(-1)
+    tau = (torch.where(inside, each, 0).sum(-1) + ones - k) / inside.sum(-1).clamp(min=1)
+    tau = torch.where(some, tau, hi)
+    weight = torch.where(inside, each - tau[..., None], (off >= 1 - 1e-12).to(u.dtype))
+    return torch.where((torch.arange(T) < k)[:, None], causal(T).to(u.dtype), weight)
+
+
+def dense_sparsek(layer: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(layer, x)
+    q, k = (spun(q), spun(k)) if layer.positions == "rotary" else (q, k)
+    T = x.shape[1]
+    u = (x @ layer.score.weight.T).mT + layer.slope * torch.arange(T).double()
+    m = sparsek_weights(u, layer.k).repeat_interleave(layer.heads // layer.kv_heads, 1)
+    near = causal(T) & ~causal(T).tril(-layer.window)
+    m = torch.where(near, 1, m)
+    e = torch.exp(q @ k.mT / math.sqrt(layer.head_dim)) * (m > 0)
+    below = (m * e if layer.form == "weight" else e).sum(-1, keepdim=True)
+    return out(layer, (m * e) @ v / below)
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -167,5 +200,22 @@ ROWS = [
         {"rest": "drop", "include_self": True},
         dense_stick,
         note="drop",
+    ),
+    Row(
+        sf.nn.SparseKAttention,
+        {"k": 3, "window": 2, "kv_heads": 2},
+        dense_sparsek,
+        [
+            ({"k": 0}, ">= 1"),
+            ({"window": -1}, ">= 0"),
+            ({"form": "mask"}, "'weight' or 'gate'"),
+            ({"slope": math.inf}, "finite"),
+        ],
+    ),
+    Row(
+        sf.nn.SparseKAttention,
+        {"k": 2, "window": 0, "form": "gate", "slope": 0.05, "positions": "none"},
+        dense_sparsek,
+        note="gate",
     ),
 ]

@@ -9,13 +9,16 @@
 from .base import Layer, State, update
 from .lightning import LightningAttention
 from .self_attention import SelfAttention
+from .sparsek import SparseKAttention, sparsek_threshold
 from .stick_breaking import StickBreakingAttention
 
 __all__ = [
     "Layer",
     "LightningAttention",
     "SelfAttention",
+    "SparseKAttention",
     "State",
     "StickBreakingAttention",
+    "sparsek_threshold",
     "update",
 ]
