@@ -241,3 +241,23 @@ def test_a_tree_attends_exactly_with_gradients(generator):
 def test_what_cannot_be_selected_is_said(method, Tk, ctx, said):
     with pytest.raises(SparseFlashError, match=said):
         seen(method, 4, Tk, ctx=ctx)
+
+
+def test_a_plan_of_shapes_alone_is_made_once(generator):
+    """BigBird of single tokens over short rows: making its plan took longer than attending."""
+    q, k, v = torch.randn(3, 2, 4, 128, 16, generator=generator)
+    method = sf.methods.BigBird(block=1, global_blocks=4, window_blocks=8, random_blocks=2)
+    first = method.select(q, k).plan
+    assert method.select(q + 1, k - 1).plan is first
+    assert (
+        sf.methods.BigBird(block=1, global_blocks=4, window_blocks=8, random_blocks=2).select(q, k).plan
+        is first
+    )
+    assert method.select(q[:, :, :96], k[:, :, :96]).plan.Tq == 96
+    with torch.inference_mode():
+        assert method.select(q, k).plan is not first  # which may not be trained with
+    out = method(q.requires_grad_(), k, v)
+    out.sum().backward()
+    assert q.grad is not None
+    window = sf.methods.Window(window=4)
+    assert window.select(q, k, {"q_offset": 3}).plan.q_offset == 3 and window.select(q, k).plan.q_offset == 0

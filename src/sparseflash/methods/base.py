@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import PlanError, SparseFlashError
 from ..ops._arguments import AnyPlan
+from ..ops._register import untraced
 from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
 from . import heads
@@ -98,6 +99,8 @@ class Method:
     - `decodes`: appending tokens one by one gives what one call over all of them gives.
     - `trainable`: the selection learns (through `gate` or `key_bias`).
     - `approximate`: pairs that the method's own rule asks for may be missed.
+    - `by_shape`: the selection depends on the lengths, the heads and `q_offset`, and `select` reads nothing
+      else: it is made once for all layers and steps (on the host, where making it may take longer than attending).
     - `per_head`: fields that `select` takes as a tuple, one value a query head.
 
     Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
@@ -125,6 +128,7 @@ class Method:
     decodes: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     approximate: ClassVar[bool] = False
+    by_shape: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -284,7 +288,19 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
     def checked(self: Method, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         check_context(self, ctx or {})
         methods = heads.apart(self)
-        return select(self, q, k, ctx) if methods is None else Selection(**heads.select(methods, q, k, ctx))
+        if methods is not None:
+            return Selection(**heads.select(methods, q, k, ctx))
+        if not (type(self).by_shape and q.device.type == "cpu" and untraced(q, k)):
+            return select(self, q, k, ctx)
+        at = (ctx or {}).get("q_offset", 0)
+        if not isinstance(at, int):
+            return select(self, q, k, ctx)
+        return again(self, q.shape, k.shape, at, torch.is_inference_mode_enabled())
+
+    @functools.lru_cache(16)
+    def again(method: Method, of_q: Any, of_k: Any, at: int, inference: bool) -> Selection:
+        q, k = (torch.empty(0, device="cpu").expand(*shape[:-1], 0) for shape in (of_q, of_k))
+        return select(method, q, k, {"q_offset": at} if "q_offset" in type(method).reads else None)
 
     return checked
 

@@ -54,6 +54,7 @@ class BigBird(Method):
 
     paper = "arXiv 2007.14062"
     phases = ("training", "prefill")
+    by_shape = True
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "block")

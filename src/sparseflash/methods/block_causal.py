@@ -43,6 +43,7 @@ class BlockCausal(Method):
     reads = ("q_offset",)
     paper = "arXiv 2503.09573"
     phases = ("training", "prefill", "diffusion")
+    by_shape = True
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "block")

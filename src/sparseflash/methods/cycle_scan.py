@@ -38,6 +38,7 @@ class CycleScan(Method):
 
     paper = "arXiv 2407.02109"
     phases = ("training", "prefill", "diffusion")
+    by_shape = True
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "window")

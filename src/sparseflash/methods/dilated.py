@@ -43,6 +43,7 @@ class Dilated(Method):
 
     paper = "arXiv 2004.05150"
     phases = ("training", "prefill")
+    by_shape = True
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "window", "dilation")

@@ -46,6 +46,7 @@ class SinkWindow(Method):
     reads = ("q_offset",)
     paper = "arXiv 2309.17453"
     phases = ("training", "prefill", "decode")
+    by_shape = True
     decodes = True
 
     def __post_init__(self) -> None:

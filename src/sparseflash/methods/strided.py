@@ -63,6 +63,7 @@ class Strided(Method):
     reads = ("q_offset",)
     paper = "arXiv 2410.01485"
     phases = ("training", "prefill", "decode")
+    by_shape = True
     decodes = True
 
     def __post_init__(self) -> None:

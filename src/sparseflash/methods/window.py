@@ -52,6 +52,7 @@ class Window(Method):
     reads = ("q_offset",)
     paper = "arXiv 2004.05150"
     phases = ("training", "prefill", "decode")
+    by_shape = True
     decodes = True
 
     def __post_init__(self) -> None:
