@@ -292,7 +292,7 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
             return Selection(**heads.select(methods, q, k, ctx))
         if not (type(self).by_shape and q.device.type == "cpu" and untraced(q, k)):
             return select(self, q, k, ctx)
-        at = (ctx or {}).get("q_offset", 0)
+        at = (ctx or {}).get("q_offset", 0) if "q_offset" in type(self).reads else 0
         if not isinstance(at, int):
             return select(self, q, k, ctx)
         return again(self, q.shape, k.shape, at, torch.is_inference_mode_enabled())
