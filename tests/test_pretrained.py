@@ -287,6 +287,27 @@ def test_a_model_of_another_scale_is_measured_at_its_own(tmp_path, generator):
     )
 
 
+def test_the_commands_say_what_there_is_and_what_is_wrong(packaged, tmp_path, capsys):
+    from sparseflash.bench.commands import files
+
+    files.bench_models(["tiny"])
+    said = capsys.readouterr().out
+    assert "tiny: a tiny model" in said and "licence: none" in said and "ready: " in said
+    with pytest.raises(sf.SparseFlashError, match="'huge': expected one of smollm2, gemma3, tiny"):
+        files.bench_models(["huge"])
+    book, out = tmp_path / "book.txt", tmp_path / "c.safetensors"
+    book.write_text("Contents. Call me Ishmael. " * 9)
+    given = {"model": "tiny", "data": str(book), "length": 40, "layers": "1"}
+    files.bench_capture(out, **given, skip=10)
+    found = capture.load(out)
+    about = {"text": "book.txt", "text_from": "10", "tokens": "40", "model": "tiny: a tiny model"}
+    assert found.layers == (1,) and about.items() <= found.about.items()
+    assert found.about["text_sha256"] == hashlib.sha256(book.read_bytes()).hexdigest()
+    for wrong in ({"model": ""}, {"run": tmp_path}):
+        with pytest.raises(sf.SparseFlashError, match="name one model: smollm2, gemma3, a folder or a name"):
+            files.bench_capture(out, **given | wrong)
+
+
 # ---------------------------------------------------------------- the real ones
 
 

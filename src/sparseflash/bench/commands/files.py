@@ -11,7 +11,7 @@ import typer
 from sparseflash import options
 from sparseflash.errors import SparseFlashError
 
-from .app import RESULTS, Data, bench, integers, known
+from .app import RESULTS, Data, bench, integers
 
 PANEL = "Inputs and results"
 
@@ -120,7 +120,9 @@ def bench_models(
     """
     from sparseflash.integrations.transformers import MODELS, pretrained
 
-    for name in known("models", MODELS, names or []):
+    for name in names or MODELS:
+        if name not in MODELS:
+            raise SparseFlashError(f"{name!r}: expected one of {', '.join(MODELS)}")
         weights = MODELS[name]
         print(f"{name}: {weights.model}\n  licence: {weights.licence}", flush=True)
         print(f"  ready: {pretrained.folder(name)}")

@@ -88,7 +88,8 @@ def load(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **
     dtype : torch.dtype
         Of the weights in memory.
     **options
-        For the `from_pretrained` of the model, such as ``attn_implementation="sparse"``.
+        For the `from_pretrained` of the model, such as ``attn_implementation="sparse"``. Weights are
+        safetensors unless ``use_safetensors=None`` says otherwise.
 
     Returns
     -------
@@ -112,6 +113,7 @@ def load(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = {"use_safetensors": True} | options  # pickled weights on request alone
     where = folder(str(name)) if str(name) in MODELS else name
     near = [] if Path(where).exists() else difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.7)
     try:
