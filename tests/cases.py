@@ -419,6 +419,14 @@ CASES = [
         chunk=64,
         note="boundary",
     ),
+    Case(
+        "dual-chunk-attention",
+        {},
+        {"context": 1024},
+        [{}],
+        (1.0, 1.0),
+        577544799,  # within a chunk all of the past
+    ),
 ]
 
 

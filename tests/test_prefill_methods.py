@@ -387,6 +387,128 @@ def test_any_labels_are_dense_at_full_budget_and_a_question_finds_its_frame(patt
     assert bool(apart[:, 17].all()) and not bool(alike[:, 17].all())
 
 
+# ---------------------------------------------------------------- dual chunk attention
+
+
+def turned(x: Tensor, position: Tensor, frequency: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotated to positions, in fp64, lane by lane: [B,H,T,D] by [T]; lanes beyond the frequencies stay."""
+    x, n = x.double(), len(frequency)
+    first, second = (slice(0, 2 * n, 2), slice(1, 2 * n, 2)) if interleaved else (slice(n), slice(n, 2 * n))
+    angle = position[:, None].double() * frequency.double()
+    done = x.clone()
+    done[..., first] = x[..., first] * angle.cos() - x[..., second] * angle.sin()
+    done[..., second] = x[..., second] * angle.cos() + x[..., first] * angle.sin()
+    return done
+
+
+def places(T: int, furthest: int, local: int) -> Tensor:
+    """The distance that each pair is said to have: [T,T]."""
+    s = furthest - local
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    own, before = i // s == j // s, i // s == j // s + 1
+    far = torch.full_like(i, min(2 * s - 1, furthest))
+    place = torch.where(own, i % s, torch.where(before, (i % s + s).clamp(max=furthest), far))
+    return place - j % s
+
+
+def dual_chunk(
+    q: Tensor, k: Tensor, v: Tensor, frequency: Tensor, furthest: int, local: int, **options
+) -> Tensor:
+    """Pair by pair: the logit of bare q and k at the distance of the table."""
+    T, distance, k = (
+        q.shape[2],
+        places(q.shape[2], furthest, local),
+        k.repeat_interleave(q.shape[1] // k.shape[1], 1),
+    )
+    scores = torch.zeros(*q.shape[:2], T, T, dtype=torch.float64)
+    for d in range(int(distance.min()), int(distance.max()) + 1):
+        there = distance == d
+        every = turned(q, torch.full((T,), d), frequency, **options) @ k.double().mT * q.shape[-1] ** -0.5
+        scores = torch.where(there, every, scores)
+    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    return scores.softmax(-1) @ v.double().repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+FREQUENCY = 100 ** -(torch.arange(8) / 8)
+
+
+def rotated(q: Tensor, k: Tensor, **options) -> tuple[Tensor, Tensor]:
+    return tuple(turned(x, torch.arange(x.shape[2]), FREQUENCY, **options).to(x.dtype) for x in (q, k))
+
+
+def test_distances_are_exact_nearby_and_never_exceed_the_chunk():
+    for furthest, local in ((24, 4), (96, 16), (48, 1)):
+        distance, i, j = places(200, furthest, local), torch.arange(200)[:, None], torch.arange(200)
+        past = i >= j
+        assert bool((distance[past] >= 0).all()) and int(distance[past].max()) <= furthest
+        assert torch.equal(distance[past & (i - j <= local)], (i - j)[past & (i - j <= local)])
+
+
+@pytest.mark.parametrize("backend", [n for n, s in sf.backend_status().items() if s.usable])
+@pytest.mark.parametrize(("interleaved", "D"), [(False, 16), (True, 20)])
+def test_dual_chunk_attention_is_attention_at_the_distances_of_its_table(backend, interleaved, D, generator):
+    q, k, v = (normal(generator, 2, H, 300, D) for H in (4, 2, 2))
+    q[..., 0] *= 3
+    given = rotated(q, k, interleaved=interleaved)
+    method = sf.methods.DualChunkAttention(128, 96, 16, interleaved)
+    want = dual_chunk(q, k, v, FREQUENCY, 96, 16, interleaved=interleaved)
+    got = method(*given, v, ctx={"rope": FREQUENCY}, backend=backend)
+    torch.testing.assert_close(got.double(), want, atol=2e-5, rtol=1e-4)
+    for at in (130, torch.tensor([130])):  # a chunk of the prompt, and one token, over the cache
+        tail = method(
+            given[0][:, :, 130:], given[1], v, ctx={"rope": FREQUENCY, "q_offset": at}, backend=backend
+        )
+        torch.testing.assert_close(tail, got[:, :, 130:], atol=2e-5, rtol=1e-4)
+    for t in (0, 79, 80, 160, 299):
+        now = given[1][:, :, : t + 1], v[:, :, : t + 1]
+        one = method(given[0][:, :, t : t + 1], *now, ctx={"rope": FREQUENCY, "q_offset": t}, backend=backend)
+        torch.testing.assert_close(one, got[:, :, t : t + 1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaled", [1.0, 1.3])
+def test_tables_of_cos_and_sin_say_the_same_as_frequencies(scaled, generator):
+    q, k, v = (normal(generator, 1, 2, 150, 16) for _ in range(3))
+    angle = torch.arange(150)[:, None].double() * FREQUENCY.double().repeat(2)
+    tables = tuple((scaled * x)[None].float() for x in (angle.cos(), angle.sin()))
+    method, given = sf.methods.DualChunkAttention(64), rotated(q, k)
+    got = method(*given, v, ctx={"rope": tables})
+    torch.testing.assert_close(got, method(*given, v, ctx={"rope": FREQUENCY}))
+
+
+def test_within_one_chunk_it_is_attention_and_beyond_it_needs_the_rotation(generator):
+    q, k, v = (normal(generator, 1, 2, 80, 16) for _ in range(3))
+    method = sf.methods.DualChunkAttention(128)
+    assert torch.equal(method(q, k, v), sf.attention(q, k, v, causal=True))
+    q, k, v = (normal(generator, 1, 2, 81, 16) for _ in range(3))
+    for rope in (None, FREQUENCY[None], (torch.ones(1, 80, 16),) * 2):
+        with pytest.raises(
+            sf.SparseFlashError, match=r"ctx\['rope'\]: .*up to the last of 81 keys, or the inv"
+        ):
+            method(q, k, v, ctx={"rope": rope})
+    with pytest.raises(sf.SparseFlashError, match="ctx\\['v'\\]: a query has three rows"):
+        method.select(q, k, {"rope": FREQUENCY})
+
+
+def test_gradients_of_three_parts_are_those_of_one_softmax(generator):
+    q, k, v = (normal(generator, 1, H, 60, 16).double().requires_grad_() for H in (2, 1, 1))
+    method, dout = sf.methods.DualChunkAttention(32), normal(generator, 1, 2, 60, 16).double()
+    got = method(*rotated(q, k), v, ctx={"rope": FREQUENCY})
+    want = dual_chunk(q, k, v, FREQUENCY, 24, 4)
+    torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(x, (q, k, v), dout) for x in (got, want))
+    torch.testing.assert_close(got, want)
+
+
+def test_a_sink_takes_part_once(generator):
+    q, k, v = (normal(generator, 1, 2, 100, 16) for _ in range(3))
+    sink, method = torch.tensor([0.5, 2.0]), sf.methods.DualChunkAttention(32)
+    options = {"ctx": {"rope": FREQUENCY}, "return_lse": True}
+    (out, lse), (plain, without) = (method(q, k, v, sink_logits=x, **options) for x in (sink, None))
+    both = torch.logaddexp(without, sink[:, None])
+    torch.testing.assert_close(lse, both)
+    torch.testing.assert_close(out, plain * (without - both).exp()[..., None])
+
+
 # ---------------------------------------------------------------- dynamic mask
 
 
@@ -464,6 +586,7 @@ def test_no_later_number_decides_what_dynamic_mask_shows(generator):
         ("flexprefill", {"max_budget": 8}, "max_budget=8: expected an int >= 512"),
         ("anchor-attention", {"theta": math.inf}, "theta=inf: expected a finite number"),
         ("anchor-attention", {"anchor": "lse"}, "anchor='lse': expected max or pooled"),
+        ("dual-chunk-attention", {"local": 3072}, "local=3072: expected less than chunk=3072"),
         ("mminference", {"pattern": "a-shape"}, "expected one of grid, q-boundary, 2d-boundary"),
         ("mminference", {"strides": (1,)}, "strides=.1,.: expected a tuple of ints >= 2"),
         ("mminference", {"strides": 8}, "strides=8: expected a tuple"),
@@ -487,3 +610,37 @@ def test_what_ctx_says_of_a_video_is_checked():
         method.select(x, x, {"modality": torch.zeros(1, 7, dtype=torch.int32)})
     with pytest.raises(sf.SparseFlashError, match=r"ctx\['modality'\] holds .*0..2.*0..1"):
         method.select(x, x, {"modality": torch.tensor([[0, 1, 2, 0, 0, 0, 0, 0]])})
+
+
+@pytest.mark.parametrize(
+    ("method", "ctx"),
+    [
+        (sf.methods.DynamicMask(30), {"delta": torch.linspace(1, 9, 200).sin().expand(1, 2, -1)}),
+        (sf.methods.MMInference("2d-boundary", 5, 5), {"modality": torch.arange(200)[None] // 100}),
+        (sf.methods.MMInference(near=9), {"grid": (5, 5)}),
+        (sf.methods.DualChunkAttention(64), {"rope": FREQUENCY}),
+        (sf.methods.FlexPrefill(0.5, 0.1, 32, 32), {"q_offset": torch.tensor([0])}),
+        (sf.methods.PBSAttn(0.5, 32, 64), {"q_offset": torch.tensor([0])}),
+        (sf.methods.AnchorAttention(0.5, 32, 2), {"q_offset": torch.tensor([0])}),
+    ],
+    ids=lambda x: repr(x)[:22] if isinstance(x, sf.methods.Method) else "",
+)
+def test_what_ctx_says_compiles_without_a_break(method, ctx, generator):
+    q, k, v = (normal(generator, 1, H, 200, 16) for H in (4, 2, 2))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: method(*x, ctx=ctx), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), method(q, k, v, ctx=ctx))
+
+
+@pytest.mark.parametrize("slug", ["flexprefill", "pbs-attn", "anchor-attention", "mminference"])
+def test_a_batch_whose_chunks_begin_apart_is_each_of_its_own(slug, generator):
+    """Positions in a tensor, one a sequence; the second begins with padding that sees nothing."""
+    small = {"block": 16} if slug != "mminference" else {"near": 5, "max_stride": 9}
+    small |= {"segment": 32} if slug == "pbs-attn" else {"step": 2} if slug == "anchor-attention" else {}
+    q, k = normal(generator, 2, 4, 96, 16), normal(generator, 2, 2, 160, 16)
+    method, at = sf.methods.get(slug, **small), torch.tensor([64, -32])
+    both = kept(method, q, k, q_offset=at)
+    assert torch.equal(both[:1], kept(method, q[:1], k[:1], q_offset=64))
+    assert not both[1, :, :32].any()
+    if slug != "pbs-attn":  # whose segments are judged by all rows
+        assert torch.equal(both[1:, :, 32:, :64], kept(method, q[1:, :, 32:], k[1:, :, :64]))

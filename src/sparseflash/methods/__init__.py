@@ -10,6 +10,7 @@ from .block_topk import BlockTopK
 from .cycle_scan import CycleScan
 from .dilated import Dilated
 from .documents import Documents
+from .dual_chunk_attention import DualChunkAttention
 from .dynamic_mask import DynamicMask
 from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
@@ -60,6 +61,7 @@ __all__ = [
     "XAttention",
     "AnchorAttention",
     "MMInference",
+    "DualChunkAttention",
     "coverage",
     "find",
     "get",

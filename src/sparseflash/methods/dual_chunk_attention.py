@@ -1,0 +1,181 @@
+"""Rotary positions that never exceed what a model was trained on, for prompts many times as long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..numerics import state_dtype
+from ..ops.attention import attention
+from ..ops.merge import merge
+from ..plan import Plan
+from ..plan.options import TILE
+from .base import Context, Method, Selection, begin, check_counts
+
+
+@dataclass(frozen=True)
+class DualChunkAttention(Method):
+    """Dense causal attention whose distances stay below the trained length: no training, no token dropped.
+
+    Keys are rotated to their place in a chunk. A query is rotated three times: for keys of its own chunk to
+    its own place, for the chunk before to its place behind that one, at most `chunk`, and for all older
+    chunks to one far place. So distances are exact up to `local` and bounded beyond, and one softmax goes
+    over all three. Within one chunk this is plain attention.
+
+    Papers: An et al., "Training-Free Long-Context Scaling of Large Language Models", arXiv 2402.17463.
+
+    Parameters
+    ----------
+    context : int
+        Length that the model was trained on.
+    chunk : int, optional
+        The largest distance; 3/4 of the context.
+    local : int, optional
+        Up to where distances are exact, across chunks too; 1/8 of the context. Chunks have chunk - local
+        tokens.
+    interleaved : bool
+        Whether lanes 2n and 2n + 1 turn together (GPT-J), or lanes n and n + D / 2 (Llama).
+
+    Notes
+    -----
+    Of `ctx`: `rope`, how q and k, which come rotated, were: (cos, sin), `[B|1, n, D]` each, of positions 0, 1
+    and so on up to the last key's, or the inverse frequencies `[D / 2]`, which is what chunks of a prompt and
+    decoding need; fewer lanes than D are the first ones. It is needed beyond one chunk. `q_offset`, the
+    position of the first query, and `v`. Caches stay as they are: keys are turned back from where they stand.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> frequencies = 10000 ** -(torch.arange(16) / 16)
+    >>> method = sf.methods.DualChunkAttention(context=256)
+    >>> method(q, k, v, ctx={"rope": frequencies}).shape
+    torch.Size([1, 2, 1024, 32])
+    """
+
+    context: int = 4096
+    chunk: int | None = None
+    local: int | None = None
+    interleaved: bool = False
+
+    reads = ("q_offset", "rope", "v")
+    paper = "arXiv 2402.17463"
+    phases = ("prefill", "decode")
+    decodes = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, 8, "context")
+        check_counts(self, 1, *(name for name in ("chunk", "local") if getattr(self, name) is not None))
+        furthest, local = self._sizes()
+        if local >= furthest:
+            raise SparseFlashError(f"local={local}: expected less than chunk={furthest}")
+
+    def _sizes(self) -> tuple[int, int]:
+        """The largest distance, and up to where distances are exact."""
+        chunk = 3 * self.context // 4 if self.chunk is None else self.chunk
+        return chunk, self.context // 8 if self.local is None else self.local
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """Three rows for each query, and what each sees."""
+        given = {name: (ctx or {}).get(name) for name in self.reads}
+        (Tq, Tk), (furthest, local) = (q.shape[2], k.shape[2]), self._sizes()
+        offset, size, v = given["q_offset"] or 0, furthest - local, given["v"]
+        if Tk <= size:
+            return Selection(Plan.dense(Tq, Tk, causal=True, q_offset=offset, device=q.device))
+        if v is None:
+            raise SparseFlashError("ctx['v']: a query has three rows, expected v to attend them with")
+        rope = _rotation(given["rope"], Tk)
+        at = begin(ctx, q)[:, 0]
+        position, key = at + torch.arange(Tq, device=q.device), torch.arange(Tk, device=q.device)[None]
+        own = torch.div(position, size, rounding_mode="floor")
+        behind = (position - own * size + size).clamp(max=furthest)
+        places = (position - own * size, behind, torch.full_like(position, min(2 * size - 1, furthest)))
+        rows = torch.cat([_turned(q, position - place, rope, self.interleaved) for place in places], 2)
+        keys = _turned(k, key // size * size, rope, self.interleaved)
+        return Selection(self._plan(position, own, Tk, size, offset), inputs=(rows, keys, v))
+
+    def _plan(self, position: Tensor, own: Tensor, Tk: int, size: int, offset: int | Tensor) -> Plan:
+        """Keys of the own chunk, of the one before, of all older ones, in tiles that end where chunks do."""
+        Tq, place = position.shape[-1], position - own * size
+        token, number = torch.arange(Tq, device=own.device).expand_as(own), own - own[:, :1]
+        head = (size - place[:, :1] + TILE - 1) // TILE  # tiles of the first chunk, which may begin inside
+        row = torch.where(number == 0, token, (head + (number - 1) * -(-size // TILE)) * TILE + place)
+        tiles = Tq // TILE + (Tq - 1) // size + 2
+        order = torch.full((len(own), tiles * TILE), -1, device=own.device)
+        order = order.scatter_(-1, row.clamp(max=tiles * TILE - 1), token)
+        last = order.view(len(own), tiles, TILE).amax(-1)
+        there, last = last >= 0, last.clamp(min=0)
+        own, end = own.gather(-1, last) * size, position.gather(-1, last) + 1
+        older = own - size
+        ends = [(own, end), (older, own), (torch.zeros_like(own), older)]
+        ends = [(lo.clamp(0, Tk), torch.where(there, hi, 0).clamp(0, Tk)) for lo, hi in ends]
+        spans = torch.cat([torch.stack([lo, torch.maximum(lo, hi)], -1) for lo, hi in ends], 1)
+        # rows of the two other kinds stand behind all keys, so that causality hides nothing from them
+        rows = torch.cat([torch.where(order >= 0, order + n * Tq, -1) for n in range(3)], -1)
+        frame: dict[str, Any] = {"causal": True, "q_offset": offset, "q_order": rows[:, None]}
+        return Plan.from_spans(spans[:, None, :, None], Tq=3 * Tq, Tk=Tk, tile=TILE, **frame)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: Selection,
+        op: Callable[..., Any] = attention,
+        *,
+        sink_logits: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As in `Method`; a sink takes part in the softmax once, not in each of its three parts."""
+        if selection.inputs is None:
+            return super().attend(q, k, v, selection, op, sink_logits=sink_logits, **options)
+        out, lse = super().attend(q, k, v, selection, op, **options)
+        if sink_logits is None:
+            return out, lse
+        sink = sink_logits.to(lse.dtype).view(1, -1, 1).expand_as(lse)
+        return merge([(out, lse), (torch.zeros_like(out), sink)])
+
+    def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+        """The three parts as one softmax."""
+        if selection.inputs is None:
+            return out, lse
+        return merge(list(zip(out.chunk(3, 2), lse.chunk(3, 2), strict=True)))
+
+
+def _rotation(rope: Any, Tk: int) -> list[Tensor]:
+    """(cos, sin) that are scaled by nothing, or the inverse frequencies."""
+    if isinstance(rope, Tensor) and rope.dim() == 1:
+        return [rope]
+    tables = isinstance(rope, (tuple, list)) and len(rope) == 2 and all(isinstance(x, Tensor) for x in rope)
+    if not (tables and all(x.dim() == 3 and x.shape[1] >= Tk for x in rope)):
+        shown = [list(x.shape) for x in rope] if tables else type(rope).__name__
+        raise SparseFlashError(
+            f"ctx['rope']: {shown}; expected (cos, sin), [B|1, n, D] each, of positions 0 up to the last of "
+            f"{Tk} keys, or the inverse frequencies [D / 2]"
+        )
+    return [x.to(state_dtype(x)) / rope[0][:, :1] for x in rope]  # cos 0 is 1
+
+
+def _turned(x: Tensor, back: Tensor, rope: list[Tensor], interleaved: bool) -> Tensor:
+    """Tokens [B,H,T,D] turned back by so many positions [B|1,T]."""
+    if len(rope) == 1:
+        angle = back[..., None].double() * rope[0].to(x.device).double()
+        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
+        cos, sin = angle.cos(), angle.sin()
+    else:
+        batch, n, width = rope[0].shape
+        batch = max(batch, len(back))
+        at = back.clamp(0, n - 1)[..., None].expand(batch, -1, width)
+        cos, sin = (y.to(x.device).expand(batch, -1, -1).gather(1, at) for y in rope)
+    d, work = cos.shape[-1], state_dtype(x)
+    cos, sin, own = cos[:, None].to(work), sin[:, None].to(work), x[..., :d].to(work)
+    if interleaved:
+        across = torch.stack([-own[..., 1::2], own[..., ::2]], -1).flatten(-2)
+    else:
+        across = torch.cat([-own[..., d // 2 :], own[..., : d // 2]], -1)
+    return torch.cat([(own * cos - across * sin).to(x.dtype), x[..., d:]], -1)
