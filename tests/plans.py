@@ -269,6 +269,70 @@ def _spans(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: 
     return plan, formula
 
 
+def _offset(d: _Draw, batch: int) -> int | Tensor:
+    """Where the first query sits: one number, or one a sequence."""
+    return d.pick((0, d.int(-9, 90), d.ints(-9, 90, batch), d.ints(-9, 90, 1)))
+
+
+def _at(offset: int | Tensor, Tq: int) -> Tensor:
+    """Positions of the queries, [B|1, 1, Tq, 1]."""
+    return torch.arange(Tq)[:, None] + torch.as_tensor(offset).reshape(-1, 1, 1, 1)
+
+
+def _slashes(
+    d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int
+) -> tuple[Plan, Callable]:
+    columns, distances = (
+        d.ints(-1, max(Tk - 1, 0) + beyond, *d.axes(batch, heads), d.int(0, 9)) for beyond in (0, 9)
+    )
+    columns, offset = columns.clamp(max=Tk - 1), _offset(d, batch)
+    plan = Plan.from_slashes(columns, distances, Tq=Tq, Tk=Tk, tile=tile, q_offset=offset)
+
+    def formula() -> Tensor:
+        at, key = _at(offset, Tq), torch.arange(Tk)
+        first = at - (torch.arange(Tq) % tile)[:, None]
+        named = (_spread(columns, heads)[..., None] == key).any(-2)[..., None, :]
+        far = _spread(distances, heads)[..., None, :, None]
+        begin = first[..., None, :] - far
+        near = ((far >= 0) & (begin <= key) & (key < begin + tile)).any(-2)
+        return (named | near) & (at >= key)
+
+    return plan, formula
+
+
+def _lives(d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int) -> tuple[Plan, Callable]:
+    begin, offset = d.ints(-5, Tk + 5, *d.axes(batch, heads), Tk), _offset(d, batch)
+    end = begin + d.ints(-2, d.pick((3, 40, 2 * Tk + 3)), d.pick((1, len(begin))), begin.shape[1], Tk)
+    plan = Plan.from_lifetimes(begin, end, Tq=Tq, q_offset=offset, tile=tile)
+
+    def formula() -> Tensor:
+        at = _at(offset, Tq)
+        return (_spread(begin, heads)[..., None, :] <= at) & (at < _spread(end, heads)[..., None, :])
+
+    return plan, formula
+
+
+def _members(
+    d: _Draw, batch: int, heads: int, Tq: int, Tk: int, tile: int, unit: int
+) -> tuple[Plan, Callable]:
+    """Buckets under a window that counts their members."""
+    q, k = (d.ints(0, d.pick((0, 3)), *d.axes(batch, heads), T) for T in (Tq, Tk))
+    window, include_self = _window(d), d.chance(0.7)
+    given = {"include_self": include_self, "window": window, "tile": tile, "unit": unit}
+    plan = Plan.from_buckets(q, k, **given)
+
+    def formula() -> Tensor:
+        at, key = torch.arange(Tq)[:, None], torch.arange(Tk)
+        same = _spread(q, heads)[..., :, None] == _spread(k, heads)[..., None, :]
+        behind = same & ((key <= at) if include_self else (key < at))
+        # how many members lie between a key and the nearest that the query sees
+        between = behind.flip(-1).long().cumsum(-1).flip(-1) - int(include_self)
+        left = torch.inf if window[0] is None else window[0]
+        return behind & (between <= left)
+
+    return plan, formula
+
+
 def _head_rules(d: _Draw, heads: int) -> tuple[Any, Any]:
     """A window and a sink, at least one of them per head."""
     side = d.pick((None, 0, 5, d.ints(-1, 40, d.axes(1, heads)[1])))
@@ -612,6 +676,9 @@ KINDS: dict[str, Callable[..., tuple[Plan, Callable]]] = {
     "spans": _spans,
     "heads": _heads,
     "pool": _pool,
+    "slashes": _slashes,
+    "lives": _lives,
+    "members": _members,
     "lists": _by_hand,
 }
 
