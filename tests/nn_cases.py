@@ -29,6 +29,8 @@ class Row:
         Options that it refuses, with a piece of the message.
     causal
         Whether what comes later leaves earlier tokens as they are.
+    prepare
+        What becomes of a fresh layer whose first state would show little.
     """
 
     make: Callable[..., sf.nn.Layer]
@@ -36,12 +38,15 @@ class Row:
     dense: Callable[[Any, Tensor], Tensor]
     bad: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     causal: bool = True
+    prepare: Callable[[Any], None] | None = None
     note: str = ""
 
     def layer(self, seed: int = 0, dtype: torch.dtype = torch.float64, **change: Any) -> Any:
         """The layer, its weights drawn from a seed."""
         made = self.make(WIDTH, HEADS, dtype=dtype, **{**self.options, **change})
         made.reset(torch.Generator().manual_seed(seed))
+        if self.prepare is not None:
+            self.prepare(made)
         return made
 
     def __str__(self) -> str:
@@ -152,6 +157,60 @@ def dense_sparsek(layer: Any, x: Tensor) -> Tensor:
     return out(layer, (m * e) @ v / below)
 
 
+def dense_dynamic(layer: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(layer, x)
+    T, group = x.shape[1], layer.heads // layer.kv_heads
+    q, k = (spun(y / (y**2).mean(-1, keepdim=True).add(2.3e-16).sqrt()) for y in (q, k))
+    of_heads = v[:, ::group].transpose(1, 2).flatten(2) @ layer.number.weight.T
+    delta = (layer.slope * torch.log1p(of_heads.exp())).mT
+    delta = (delta.exp() if layer.exponential else delta).repeat_interleave(group, 1)
+    mask = torch.zeros(*delta.shape, T, dtype=torch.bool)
+    for i in range(T):
+        best = delta[..., : i + 1].detach().flip(-1).argsort(dim=-1, descending=True, stable=True)
+        mask[..., i, :].scatter_(-1, i - best[..., : layer.window], True)
+    return out(layer, softmax(q, k, v, mask, delta[..., None, :]))
+
+
+@torch.no_grad()
+def steep(layer: Any) -> None:
+    layer.slope.copy_(torch.linspace(0.5, -0.5, len(layer.slope)))
+
+
+def dense_routing(layer: Any, x: Tensor) -> Tensor:
+    T, group, C = x.shape[1], layer.heads // layer.kv_heads, layer.clusters
+    q = heads(layer, layer.query.weight, x)
+    k = q[:, ::group] if layer.shared else heads(layer, layer.key.weight, x)
+    v = heads(layer, layer.value.weight, x).repeat_interleave(group, 1)
+    q, k = (
+        (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        for y in (q, k.repeat_interleave(group, 1))
+    )
+    mu = layer.centroid.repeat_interleave(group, 0)
+    near_q, near_k = ((y @ mu.mT).detach() for y in (q, k))  # [B, H, T, C]
+    far = (q - torch.gather(mu.expand(len(x), -1, -1, -1), 2, near_q.argmax(-1)[..., None].expand_as(q))) ** 2
+    far = [far.sum(-1).flatten()]
+    if not layer.shared:
+        own = torch.gather(mu.expand(len(x), -1, -1, -1), 2, near_k.argmax(-1)[..., None].expand_as(k))
+        far.append(((k - own) ** 2).sum(-1)[:, ::group].flatten())
+    layer._aux = layer.commitment * torch.cat(far).mean()
+    q, k = spun(q), spun(k)
+    if layer.strict:
+        same = (near_q.argmax(-1)[..., None] == near_k.argmax(-1)[..., None, :]) & causal(T)
+        later = same.flip(-1).cumsum(-1).flip(-1)
+        return out(layer, softmax(q, k, v, same & (later <= layer.window)))
+    total, times = torch.zeros_like(q), torch.zeros_like(q[..., :1])
+    for c in range(C):
+        of_q, of_k = (
+            torch.zeros(y.shape[:-1], dtype=torch.bool).scatter(
+                -1, y[..., c].topk(min(T, layer.window), -1).indices, True
+            )
+            for y in (near_q, near_k)
+        )
+        mask = of_q[..., None] & of_k[..., None, :] & causal(T)
+        total, times = total + softmax(q, k, v, mask), times + of_q[..., None]
+    return out(layer, total / times.clamp(min=1))
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -217,5 +276,50 @@ ROWS = [
         {"k": 2, "window": 0, "form": "gate", "slope": 0.05, "positions": "none"},
         dense_sparsek,
         note="gate",
+    ),
+    Row(
+        sf.nn.DynamicMaskAttention,
+        {"window": 5, "kv_heads": 2},
+        dense_dynamic,
+        [({"window": 0}, ">= 1"), ({"exponential": None}, "True or False")],
+        prepare=steep,
+    ),
+    Row(
+        sf.nn.DynamicMaskAttention,
+        {"window": 3, "exponential": False},
+        dense_dynamic,
+        prepare=steep,
+        note="linear",
+    ),
+    Row(
+        sf.nn.RoutingAttention,
+        {"clusters": 3, "window": 3, "commitment": 0.1},
+        dense_routing,
+        [
+            ({"clusters": 0}, ">= 1"),
+            ({"decay": 1.0}, "share"),
+            ({"commitment": -1}, ">= 0"),
+            ({"strict": 2}, "True or False"),
+        ],
+    ),
+    Row(
+        sf.nn.RoutingAttention,
+        {"clusters": 3, "window": 4, "shared": False, "kv_heads": 2, "commitment": 0.1},
+        dense_routing,
+        note="apart",
+    ),
+    Row(
+        sf.nn.RoutingAttention,
+        {"clusters": 3, "window": 6, "strict": False, "commitment": 0.1},
+        dense_routing,
+        causal=False,
+        note="nearest",
+    ),
+    Row(
+        sf.nn.RoutingAttention,
+        {"clusters": 2, "window": 8, "strict": False, "shared": False, "kv_heads": 1, "commitment": 0.1},
+        dense_routing,
+        causal=False,
+        note="nearest-apart",
     ),
 ]

@@ -31,11 +31,11 @@ def draw(generator, B=2, T=T, dtype=torch.float64):
     return torch.randn(B, T, WIDTH, generator=generator, dtype=dtype)
 
 
-def gradients(call, layer, x, dout):
+def gradients(call, layer, x, dout, aux=1):
     """y, and the gradients of x and every parameter."""
     x = x.clone().requires_grad_()
     y = call(x)
-    loss = (y * dout).sum() + layer.aux_loss
+    loss = (y * dout).sum() + aux * layer.aux_loss
     names, weights = zip(*layer.named_parameters())
     found = torch.autograd.grad(loss, (x, *weights), materialize_grads=True, allow_unused=True)
     return {"y": y.detach(), "x": found[0], **dict(zip(names, found[1:]))}
@@ -123,7 +123,7 @@ def test_a_state_carries_gradient_and_detaches(row, generator):
         state = layer.new_state(2)
         return torch.cat([layer(part, state=state) for part in x.split([10, 1, T - 11], 1)], 1)
 
-    close(gradients(parts, layer, x, dout), gradients(layer, layer, x, dout))
+    close(gradients(parts, layer, x, dout, 0), gradients(layer, layer, x, dout, 0))
     state = layer.new_state(2)
     early = x[:, :10].clone().requires_grad_()
     layer(early, state=state)
@@ -184,6 +184,8 @@ def test_layers_are_copied_stored_and_moved(row, generator):
     assert torch.equal(other(x), want)
     bare = row.make(WIDTH, HEADS, device="meta", dtype=torch.float64, **row.options).to_empty(device="cpu")
     bare.reset(torch.Generator().manual_seed(0))
+    if row.prepare is not None:
+        row.prepare(bare)
     assert torch.equal(bare(x), want)
 
 
@@ -193,7 +195,8 @@ def test_autocast_runs_in_its_dtype(row, generator):
     with torch.autocast("cpu", torch.bfloat16):
         got = layer(x)
     assert got.shape == x.shape and bool(got.isfinite().all())
-    torch.testing.assert_close(got.float(), layer(x), atol=0.15, rtol=0.1)
+    off = (got.float() - layer(x)).detach().abs().flatten()
+    assert float(off.quantile(0.9)) < 0.1  # rounded scores choose other keys here and there
 
 
 # ---------------------------------------------------------------- edges

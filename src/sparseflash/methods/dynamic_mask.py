@@ -96,6 +96,6 @@ class DynamicMask(Method):
         exponential : bool
             False leaves the exponential out, as later versions of the authors' code do.
         """
-        heads = torch.nn.functional.linear(v.transpose(1, 2).flatten(2), weight).transpose(1, 2)
+        heads = torch.nn.functional.linear(v.transpose(1, 2).flatten(2), weight).mT.contiguous()
         found: Tensor = slope[:, None] * torch.nn.functional.softplus(heads)
         return found.exp() if exponential else found

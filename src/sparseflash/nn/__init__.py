@@ -7,14 +7,18 @@
 """
 
 from .base import Layer, State, update
+from .dynamic_mask import DynamicMaskAttention
 from .lightning import LightningAttention
+from .routing import RoutingAttention
 from .self_attention import SelfAttention
 from .sparsek import SparseKAttention, sparsek_threshold
 from .stick_breaking import StickBreakingAttention
 
 __all__ = [
+    "DynamicMaskAttention",
     "Layer",
     "LightningAttention",
+    "RoutingAttention",
     "SelfAttention",
     "SparseKAttention",
     "State",

@@ -1,0 +1,96 @@
+"""Dynamic-mask attention: keys that live as long as their learned number is among the largest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.dynamic_mask import DynamicMask
+from ..ops._arguments import AnyPlan
+from .base import Layer, Positions, State, check_choice, check_sizes, rms
+
+
+class DynamicMaskAttention(Layer):
+    """Each query sees the `window` keys before it with the largest learned numbers, which its logits gain.
+
+    `delta_j = exp(a * softplus(W_d v_j))`, one number a KV head and key, from the values of all KV heads.
+    Query i sees the `window` largest of `delta_0 .. delta_i` (of equal ones the later, so an untrained
+    layer is a sliding window), and `o_i = softmax_j(q_i . k_j / sqrt(D) + delta_j) v_j` over them. The
+    choice has no gradient; the numbers have one, through the logits.
+
+    Paper: Shi et al., "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124.
+
+    Parameters
+    ----------
+    width, heads, kv_heads, head_dim, positions, base
+        As in `Layer`; positions are rotary by default.
+    window : int
+        Keys that a query sees, at most.
+    exponential : bool
+        False leaves the exponential out, as later versions of the authors' code do.
+    normed : bool
+        Whether queries and keys are divided by their root mean square before they are turned (theirs are).
+
+    Notes
+    -----
+    The state is the `window` keys that live, whatever the length. `sparseflash.methods.DynamicMask` is what
+    selects, for models with layers of their own.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> layer = sf.nn.DynamicMaskAttention(64, 4, kv_heads=2, window=16)
+    >>> x = torch.randn(2, 100, 64)
+    >>> state = layer.new_state(2)
+    >>> parts = [layer(part, state=state) for part in x.split(40, dim=1)]
+    >>> torch.allclose(torch.cat(parts, 1), layer(x), atol=1e-5), state.tensors["k"].shape[2]
+    (True, 16)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        window: int = 2048,
+        exponential: bool = True,
+        normed: bool = True,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        positions: Positions = "rotary",
+        base: float = 10_000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        check_sizes(1, window=window)
+        self.method = DynamicMask(window)
+        check_choice(exponential=(exponential, (True, False)), normed=(normed, (True, False)))
+        self.window, self.exponential, self.normed = window, exponential, normed
+        self.project_heads(device=device, dtype=dtype)
+        self.number = self.linear(self.kv_heads * self.head_dim, self.kv_heads, False, device, dtype)
+        self.slope = nn.Parameter(torch.empty(self.kv_heads, device=device, dtype=dtype))
+        self.reset()
+
+    def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
+        """Number the keys, attend; x [B, T, width]."""
+        q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
+        if self.normed:
+            q, k = rms(q), rms(k)
+        q, k = self.turn(q, state), self.turn(k, state)
+        delta = DynamicMask.scores(v, self.number.weight, self.slope, exponential=self.exponential)
+        past = 0
+        if state is not None:
+            old = [state.tensors.get(name) for name in ("k", "v", "delta")]
+            k, v, delta = (y if z is None else torch.cat([z, y], 2) for z, y in zip(old, (k, v, delta)))
+            past = k.shape[2] - x.shape[1]
+        out = self.method(q, k, v, q_offset=past, ctx={"delta": delta})
+        if state is not None:
+            best = delta.detach().argsort(dim=-1, stable=True)[..., -self.window :].sort(-1).values
+            k, v = (y.gather(2, best[..., None].expand(*best.shape, y.shape[-1])) for y in (k, v))
+            state.tensors.update(k=k, v=v, delta=delta.gather(-1, best))
+        return self.end(out)
+
+    def extra_repr(self) -> str:
+        """The shape, and how much is kept."""
+        return f"{super().extra_repr()}, window={self.window}, exponential={self.exponential}"
