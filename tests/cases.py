@@ -349,6 +349,8 @@ CASES = [
         [{"gamma": 0.01}, {"gamma": 0.3}, {"gamma": 0.9}],
         (0.2, 0.6),
         3006148542,
+        needles=("question",),
+        seeking={"gamma": 0.9, "min_budget": 96},
         chunk=32,
     ),
     Case(
@@ -386,6 +388,9 @@ CASES = [
         [{"theta": -9.0}, {"theta": 0.8}, {"theta": 0.95}, {"theta": 1.1}],
         (0.2, 0.6),
         1903370864,
+        needles=KINDS,
+        recall=0.95,
+        seeking={"theta": 5.0, "block": 4, "step": 8},  # the mean of more queries hides what one asks for
         chunk=32,
     ),
     Case(
@@ -415,6 +420,8 @@ CASES = [
         [{"vertical": 1, "slash": 1}, {"vertical": 6, "slash": 3}, {"vertical": 60, "slash": 10}],
         (0.2, 0.6),
         148553529,  # as minference: one modality
+        needles=("question",),
+        seeking={"vertical": 40, "slash": 8, "near": 8, "last": 32},
         slow=True,
         chunk=64,
         note="boundary",
