@@ -76,8 +76,11 @@ endef
 demo: $(READY)
 	$(BIN)/sparseflash demo $(DEMO_ARGS)
 
+# How many times its share (tests/conftest.py) a file of tests may take; 0 is no limit
+SHARES ?= 2
+
 test: $(READY)
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+	SPARSEFLASH_SHARES=$(SHARES) $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 check: $(READY)
 	$(PY) -m ruff check .

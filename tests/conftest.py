@@ -1,5 +1,6 @@
 """Shared by all tests: seeds, threads, the data that only some machines have, and a one-line reproducer."""
 
+import collections
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from cases import CASES
 
 REPO = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("SPARSEFLASH_SEED", "0"))
@@ -36,6 +38,28 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
+
+
+SHARE = 60.0
+"""Seconds of one core that a file of tests may take in `make test`, on the two cores it is made for."""
+SHARES = {"test_methods.py": 5.0 * len(CASES), "test_triton.py": 240.0}
+"""Files that may take more: five seconds for each method, and all of Triton's kernels in its interpreter."""
+_spent: dict[str, float] = collections.Counter()
+
+
+def pytest_runtest_logreport(report):
+    """Add up what each file takes, wherever its tests run."""
+    _spent[Path(report.fspath).name] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    """`make test` fails where a file takes more than its share: what is long belongs to the slow tests."""
+    limit = float(os.environ.get("SPARSEFLASH_SHARES", "0"))
+    for name, seconds in sorted(_spent.items()):
+        share = SHARES.get(name, SHARE) * limit
+        if limit and seconds > share:
+            terminalreporter.write_line(f"{name} took {seconds:.0f} s, its share is {share:.0f} s", red=True)
+            terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(wrapper=True)
