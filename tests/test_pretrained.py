@@ -27,7 +27,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 
 
 def llama():
-    config = transformers.LlamaConfig(vocab_size=261, num_hidden_layers=2, tie_word_embeddings=True, **SHAPE)
+    config = transformers.LlamaConfig(vocab_size=262, num_hidden_layers=2, tie_word_embeddings=True, **SHAPE)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -63,8 +63,8 @@ def write(model, path):
         letters = bytes_to_unicode()
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("smollm")
-        writer.add_token_list([*special, *(letters[n] for n in range(256)), "Ca"])
-        writer.add_token_merges(["C a"])
+        writer.add_token_list([*special, *(letters[n] for n in range(256)), "Ca", "Cal"])
+        writer.add_token_merges(["C a", "Ca l"])
     else:
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
         writer.add_key_length(config.head_dim)
@@ -75,7 +75,7 @@ def write(model, path):
         writer.add_token_list([*special, *(f"<0x{n:02X}>" for n in range(256)), "▁"])
         writer.add_token_scores([-1000.0] * 261)
         writer.add_add_space_prefix(False)
-    writer.add_token_types([3] * 4 + [1 if kind == "llama" else 6] * 256 + [1])
+    writer.add_token_types([3] * 4 + [1 if kind == "llama" else 6] * 256 + [1] * (config.vocab_size - 260))
     writer.add_pad_token_id(0), writer.add_eos_token_id(1), writer.add_bos_token_id(2)
     names = {v: k for k, v in (pretrained.NAMES | pretrained.LAYER).items()}
     names[pretrained.FFN_NORM[config.model_type]] = "ffn_norm"
