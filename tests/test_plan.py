@@ -218,10 +218,13 @@ def test_density_and_work_are_those_of_the_mask_and_of_the_lists(seed):
         k_pos=plan.k_pos,
         **_everything(plan),
     )
-    allowed = plans.by_definition(one)
-    allowed = allowed.sum() * (batch * heads / (allowed.shape[0] * allowed.shape[1]))
+    alone = plans.by_definition(one._changed(window=None, sink=0, head_window=None, head_sink=None))
+    alone, allowed = (
+        x.sum() * (batch * heads / (x.shape[0] * x.shape[1])) for x in (alone, plans.by_definition(one))
+    )
     seen = float(example.mask.sum()) * (batch * heads / (example.mask.shape[0] * example.mask.shape[1]))
     assert plan.density == pytest.approx(seen / allowed if allowed else 1.0), example.line
+    assert plan.kept == pytest.approx(seen / alone if alone else 1.0), example.line
     area = 0
     for pre, size in (("span_", None), ("", plan.unit)):
         start, count = getattr(plan, pre + "start"), getattr(plan, pre + "count")
@@ -459,7 +462,7 @@ def test_check_finds_a_ragged_unit_that_is_marked_full():
 
 def test_a_drawing_shows_the_mask():
     lines = str(Plan.dense(24, 48, causal=True, window=(3, 0))).splitlines()
-    assert len(lines) == 26 and "density 1.000" in lines[1]
+    assert len(lines) == 26 and "kept 0.300" in lines[1]
     for i, line in enumerate(lines[2:]):
         assert [c != " " for c in line] == [i - 3 <= j <= i for j in range(48)]
 

@@ -156,7 +156,7 @@ def test_a_union_of_several_plans_has_what_a_plan_has(generator, tmp_path):
     assert torch.equal(both.check().to_dense(), want)
     assert both.density == pytest.approx(float(want.sum()) / (2 * T * (T + 1) / 2))
     assert both.work == pytest.approx(sum(one.work for one in both))
-    assert "density" in str(both) and both.explain().count("queries x") == 2
+    assert "kept" in str(both) and both.kept == both.density and both.explain().count("queries x") == 2
     assert both.plot(tmp_path / "both.svg").stat().st_size > 1000
     other = Plan.dense(T, T, causal=True, window=(20, 0))
     for made, mask in (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import PlanError, require
 from .entries import ranges, sees
-from .figures import density, extent_of, partial_area, parts_of, work
+from .figures import density, extent_of, kept, partial_area, parts_of, work
 from .record import Record
 
 Parts = Record | tuple[Record, ...]
@@ -20,7 +20,7 @@ SHADES = " ░▒▓█"
 SAMPLES = 16
 """Queries, and keys, that are looked at in each cell of a picture; a cell of at most that many is exact."""
 EXACT = 1 << 24
-"""Pairs in partial entries up to which a picture's title has the exact density."""
+"""Pairs in partial entries up to which a picture's title says how many are kept."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _title(plans: Parts) -> str:
     parts = parts_of(plans)
     head = f"{parts[0].Tq:,} queries x {parts[0].Tk:,} keys"
     if sum(map(partial_area, parts)) <= EXACT:
-        return f"{head}, density {density(plans):.3f}, work {work(plans):.3f}"
+        return f"{head}, kept {kept(plans):.3f}, work {work(plans):.3f}"
     return f"{head}, work {work(plans):.3g}"
 
 
@@ -178,8 +178,8 @@ def explain(plan: Record) -> str:
         + (", ordered" if plan.q_order is not None or plan.k_order is not None else ""),
         f"entries: {len(entries.lo)} ({per:.1f} a tile); "
         f"of the keys visited {sure / max(area, 1):.0%} need no element test",
-        f"density {density(plan):.4f} of what its causal and window rules allow; "
-        f"work {work(plan):.4f} of Tq x Tk",
+        f"kept {kept(plan):.4f} of all pairs{' that are causal' if plan.causal else ''}, density "
+        f"{density(plan):.4f} of what its window rules allow too; work {work(plan):.4f} of Tq x Tk",
         f"memory {memory / 2**20:.2f} MiB",
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,6 +115,17 @@ def dense_pairs(plan: Record) -> int:
 
 def density(plans: Record | tuple[Record, ...]) -> float:
     """`Plan.density`; of several plans, of what the loosest of their rules allow."""
+    return _visible_of(plans, dense_pairs)
+
+
+def kept(plans: Record | tuple[Record, ...]) -> float:
+    """`Plan.kept`; of several plans, of what is causal for all of them, or else of all pairs."""
+    open_ = {"window": None, "sink": 0, "head_window": None, "head_sink": None}
+    return _visible_of(plans, lambda plan: dense_pairs(plan._changed(**open_)))
+
+
+def _visible_of(plans: Record | tuple[Record, ...], allowed: Callable[[Record], int]) -> float:
+    """Visible pairs over those that are allowed, by the plan that allows most; 1 where none are."""
     parts = parts_of(plans)
     batch, heads = extent_of(parts)
 
@@ -121,8 +133,8 @@ def density(plans: Record | tuple[Record, ...]) -> float:
         own_batch, own_heads = plan.extent()
         return batch * heads / (own_batch * own_heads) if own_batch else 1
 
-    allowed = max(dense_pairs(one) * share(one) for one in parts)
-    return sum(visible_pairs(one) * share(one) for one in parts) / allowed if allowed else 1.0
+    most = max(allowed(one) * share(one) for one in parts)
+    return sum(visible_pairs(one) * share(one) for one in parts) / most if most else 1.0
 
 
 def work(plans: Record | tuple[Record, ...]) -> float:

@@ -320,8 +320,25 @@ class Plan(Constructors):
     # ---------------------------------------------------------------- figures
 
     @property
+    def kept(self) -> float:
+        """Visible pairs over those of dense attention that is as causal: what a method leaves. Synchronises.
+
+        Examples
+        --------
+        >>> import sparseflash as sf
+        >>> plan = sf.Plan.dense(1024, 1024, causal=True, window=(63, 0))
+        >>> round(plan.kept, 3), plan.density
+        (0.121, 1.0)
+        """
+        return figures.kept(self)
+
+    @property
     def density(self) -> float:
-        """Visible pairs over those of the dense plan with the same causal and window rules. Synchronises."""
+        """Visible pairs over those of the dense plan with the same causal and window rules. Synchronises.
+
+        It is 1 for a window, whatever its size: how much of its own rule a plan shows. `kept` is how much of
+        everything.
+        """
         return figures.density(self)
 
     @property
@@ -401,6 +418,11 @@ class Plans(tuple[Plan, ...]):
     def device(self) -> torch.device:
         """Where the plans' tensors live."""
         return self[0].device
+
+    @property
+    def kept(self) -> float:
+        """Visible pairs over those of dense attention that is as causal. Synchronises."""
+        return figures.kept(self)
 
     @property
     def density(self) -> float:
