@@ -108,9 +108,7 @@ class MMInference(Method):
             return torch.zeros(1, Tk, dtype=torch.int64, device=k.device)
         fits = isinstance(given, Tensor) and given.dtype in INTEGERS and given.dim() == 2
         if not (fits and given.shape[0] in (1, B) and given.shape[1] == Tk):
-            shown = (
-                f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
-            )
+            shown = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise PlanError(f"ctx['modality']: {shown}; expected integers [{B}|1, {Tk}]")
         return fit(given, "ctx['modality'] holds", 0, self.modalities - 1).to(k.device).long()
 
@@ -129,22 +127,21 @@ class MMInference(Method):
         sinks, told = min(self.sinks, Tk), {name: ctx[name] for name in ("scale", "softcap")}
         seen = probe(q, k[:, :, sinks:], self.last, q_offset=at - sinks, **told).distances()
         seen = torch.where(torch.arange(seen.shape[-1], device=q.device) < self.near, 0, seen)
-        worth, phases = [], []
+        worth = torch.full((*seen.shape[:2], 1), -1.0, device=q.device)
+        stride = phase = worth.long()
         for s in strides:
             folded = pad(seen, (0, -seen.shape[-1] % s))
-            mass, best = folded.view(*seen.shape[:2], folded.shape[-1] // s, s).sum(-2).max(-1)
-            worth.append(mass * s**0.5)  # a part of the stride has its mass, a multiple less: neither pays
-            phases.append(best)
-        choice = torch.stack(worth, -1).argmax(-1, keepdim=True)
-        phase = torch.stack(phases, -1).gather(-1, choice)
-        stride = torch.tensor(strides, device=q.device)[choice]
+            mass, rest = folded.view(*seen.shape[:2], folded.shape[-1] // s, s).sum(-2).max(-1, keepdim=True)
+            mass = mass * s**0.5  # a part of the stride has its mass, a multiple less: neither pays
+            better = mass > worth
+            worth, stride, phase = (
+                torch.where(better, new, old) for new, old in ((mass, worth), (s, stride), (rest, phase))
+            )
         group = (begin(ctx, q) + torch.arange(Tq, device=q.device)) % stride
         token = torch.arange(Tk, device=q.device)
         key_group = torch.where(token < sinks, -1, (token + phase) % stride)
-        # queries that stand so much earlier do not see the nearest keys
-        far = Plan.from_buckets(
-            group, key_group, tile=TILE, q_offset=at - self.near, buckets=max(strides) + 1
-        )
+        earlier = at - self.near  # queries that stand there do not see the nearest keys
+        far = Plan.from_buckets(group, key_group, tile=TILE, q_offset=earlier, buckets=max(strides) + 1)
         window: dict[str, Any] = {"window": (self.near - 1, 0), "sink_tokens": sinks}
         return far, Plan.dense(Tq, Tk, causal=True, q_offset=at, device=q.device, **window)
 
