@@ -211,6 +211,52 @@ def dense_routing(layer: Any, x: Tensor) -> Tensor:
     return out(layer, total / times.clamp(min=1))
 
 
+def dense_native(layer: Any, x: Tensor) -> Tensor:
+    T, group, size, d = x.shape[1], layer.heads // layer.kv_heads, layer.block, layer.stride
+    q = heads(layer, layer.query.weight, x)
+    k, ks, kw = heads(layer, layer.key.weight, x).chunk(3, 1)
+    v, vs, vw = heads(layer, layer.value.weight, x).chunk(3, 1)
+
+    def summary(n: int, y: Tensor) -> Tensor:
+        blocks = [y[:, :, c : c + size] + layer.place[n] for c in range(0, T - size + 1, d)]
+        rows = (
+            torch.stack(blocks, 2).flatten(-2) if blocks else y.new_zeros(*y.shape[:2], 0, size * y.shape[-1])
+        )
+        hidden = (rows @ layer.summary_in[n].weight.T).clamp(min=0)
+        return (hidden @ layer.summary_out[n].weight.T).repeat_interleave(group, 1)
+
+    ck, cv = summary(0, k), summary(1, v)
+    C, S = ck.shape[2], -(-T // layer.select)
+    i, c = torch.arange(T)[:, None], torch.arange(C)
+    sees = c * d + size - 1 <= i
+    first = softmax(q, ck, cv, sees)
+    weight = softmax(q, ck, torch.eye(C, dtype=x.dtype).expand(*q.shape[:2], C, C), sees).detach()
+    weight = weight.unflatten(1, (layer.kv_heads, group)).sum(2)
+    mass = x.new_zeros(*weight.shape[:-1], S)
+    for b in range(C):
+        for t in range(b * d, b * d + size):
+            mass[..., t // layer.select] += weight[..., b] / size
+    mass = mass.round(decimals=12)  # sums in another order; equal ones go to the first
+    block = torch.arange(S)
+    own = i // layer.select
+    mass = torch.where((block < layer.first) | (block > own - layer.near), torch.inf, mass)
+    mass = torch.where(block <= own, mass, -1)
+    best = mass.argsort(dim=-1, descending=True, stable=True)[..., : layer.top]
+    mask = (
+        torch.zeros_like(mass, dtype=torch.bool).scatter(-1, best, True).repeat_interleave(layer.select, -1)
+    )
+    mask = mask[..., :T].repeat_interleave(group, 1) & causal(T)
+    ks, vs, kw, vw = (y.repeat_interleave(group, 1) for y in (ks, vs, kw, vw))
+    if layer.positions == "rotary":
+        q, ks, kw = spun(q), spun(ks), spun(kw)
+    near = causal(T) & (causal(T).cumsum(0) <= layer.window)
+    gate = (
+        torch.sigmoid(x @ layer.gate.weight.T).unflatten(-1, (3, layer.heads)).permute(2, 0, 3, 1)[..., None]
+    )
+    branches = first, softmax(q, ks, vs, mask), softmax(q, kw, vw, near)
+    return out(layer, sum(g * o for g, o in zip(gate, branches)))
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -321,5 +367,31 @@ ROWS = [
         dense_routing,
         causal=False,
         note="nearest-apart",
+    ),
+    Row(
+        sf.nn.NativeSparseAttention,
+        {"kv_heads": 2, "block": 4, "stride": 2, "select": 4, "top": 3, "near": 1, "window": 3},
+        dense_native,
+        [
+            ({"stride": 5}, "at most block"),
+            ({"top": 1}, "more than top"),
+            ({"select": 0}, ">= 1"),
+            ({"first": -1}, ">= 0"),
+        ],
+    ),
+    Row(
+        sf.nn.NativeSparseAttention,
+        {
+            "block": 3,
+            "stride": 3,
+            "select": 2,
+            "top": 2,
+            "first": 0,
+            "near": 1,
+            "window": 1,
+            "positions": "none",
+        },
+        dense_native,
+        note="odd",
     ),
 ]

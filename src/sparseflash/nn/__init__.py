@@ -9,6 +9,7 @@
 from .base import Layer, State, update
 from .dynamic_mask import DynamicMaskAttention
 from .lightning import LightningAttention
+from .native_sparse import NativeSparseAttention
 from .routing import RoutingAttention
 from .self_attention import SelfAttention
 from .sparsek import SparseKAttention, sparsek_threshold
@@ -18,6 +19,7 @@ __all__ = [
     "DynamicMaskAttention",
     "Layer",
     "LightningAttention",
+    "NativeSparseAttention",
     "RoutingAttention",
     "SelfAttention",
     "SparseKAttention",
