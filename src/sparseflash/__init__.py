@@ -9,6 +9,7 @@ from .dispatch import backend_status
 from .errors import BackendError, PlanError, SparseFlashError
 from .methods.hash_sparse import hash_sparse_attention
 from .methods.qk_sparse import qk_sparse_attention
+from .nn.muse import muse_attention
 from .ops.attention import attention, attention_backward
 from .ops.decode import decode
 from .ops.indexer import indexer_topk
@@ -61,6 +62,7 @@ __all__ = [
     "linear_attention",
     "merge",
     "methods",
+    "muse_attention",
     "nn",
     "pointwise_attention",
     "predict",

@@ -9,6 +9,7 @@
 from .base import Layer, State, update
 from .dynamic_mask import DynamicMaskAttention
 from .lightning import LightningAttention
+from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
 from .routing import RoutingAttention
 from .self_attention import SelfAttention
@@ -25,6 +26,7 @@ __all__ = [
     "SparseKAttention",
     "State",
     "StickBreakingAttention",
+    "muse_attention",
     "sparsek_threshold",
     "update",
 ]

@@ -1,0 +1,234 @@
+"""MuSe: attention between clusters of queries and clusters of keys, as two calls over buckets."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SparseFlashError, require
+from ..numerics import state_dtype
+from ..ops.attention import attention
+from ..ops.merge import merge
+from ..plan import Plan
+from ..plan.options import is_count
+from ..selection.clusters import kmeans
+
+WIDEST = 256
+Memory = dict[tuple[int, int], tuple[Tensor, Tensor]]
+
+
+@overload
+def muse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    clusters: int = ...,
+    causal: bool = ...,
+    leaf: int = ...,
+    dipole: bool = ...,
+    iterations: int = ...,
+    memory: Memory | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def muse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    clusters: int = ...,
+    causal: bool = ...,
+    leaf: int = ...,
+    dipole: bool = ...,
+    iterations: int = ...,
+    memory: Memory | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def muse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    clusters: int = 64,
+    causal: bool = False,
+    leaf: int = 512,
+    dipole: bool = False,
+    iterations: int = 4,
+    memory: Memory | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention to summaries of clusters of keys, each as a cluster of queries sees them: O(T clusters D).
+
+    Queries and keys are clustered apart, by k-means. For the mean qa of cluster a and keys of cluster j,
+    `w_aj = log sum_n exp(s qa.k_n)`, and kt_aj, vt_aj are the means of keys and values under that softmax. A
+    query q of a then attends to one key a cluster: `logit_j = w_aj + s (q - qa).kt_aj`, value vt_aj (the
+    monopole). This is exact at q = qa, and off by the first order of q - qa in the values; the dipole adds
+    `s (sum_j pi_aj S_aj)^T (q - qa)`, S_aj the covariance of keys and values, and leaves the second.
+
+    Causal: halves, recursively. Later halves attend to earlier ones by clusters, leaves exactly and causally,
+    and all merge. Means of queries are those of a whole half, so an output depends, a little, on later
+    queries: for training and prefill, not for decoding.
+
+    Paper: Mitchell and Kersting, "Multipole Semantic Attention", arXiv 2509.10406.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, D + Dv up to 256; Tq = Tk where causal.
+    clusters : int
+        Of the queries, and of the keys, of a head (in each half, where causal); never more than tokens.
+    causal : bool
+        Whether a query sees keys up to its own.
+    leaf : int
+        Only where causal: tokens between which attention is exact.
+    dipole : bool
+        Whether values have the second term: O(T clusters D Dv), seldom worth it on a CPU.
+    iterations : int
+        Of k-means.
+    memory : dict, optional
+        Centroids from step to step: k-means begins with those it holds, and puts the new ones there. One for
+        each layer; tokens of another number begin anew.
+    scale : float, optional
+        s, 1/sqrt(D) by default.
+    return_lse : bool
+        Also return the log of the sum, `[B,Hq,Tq]`, as approximate as out.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        out `[B,Hq,Tq,Dv]`, and lse. Gradients are exact but for who belongs to which cluster.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 300, 32)
+    >>> memory = {}
+    >>> near = sf.muse_attention(0.2 * q, k, v, clusters=16, memory=memory)
+    >>> bool((near - sf.attention(0.2 * q, k, v)).norm() < 0.3 * near.norm()), len(memory)
+    (True, 1)
+    >>> sf.muse_attention(q, k, v, clusters=8, causal=True, leaf=64).shape
+    torch.Size([1, 2, 300, 32])
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise SparseFlashError(f"{name}: {given}; expected floating point [B,H,T,D]")
+    require(
+        (is_count(clusters, 1), f"clusters={clusters!r}: expected a positive int"),
+        (is_count(leaf, 1), f"leaf={leaf!r}: expected a positive int"),
+        (is_count(iterations), f"iterations={iterations!r}: expected an int >= 0"),
+        (
+            k.shape[:3] == v.shape[:3] and q.shape[1] % max(1, k.shape[1]) == 0,
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected [B,Hq,Tq,D], [B,Hkv,Tk,D], "
+            "[B,Hkv,Tk,Dv], Hq a multiple of Hkv",
+        ),
+        (k.shape[3] + v.shape[3] <= WIDEST, f"D + Dv = {k.shape[3] + v.shape[3]}: expected at most {WIDEST}"),
+        (
+            not causal or q.shape[2] == k.shape[2],
+            f"{q.shape[2]} queries and {k.shape[2]} keys: causal MuSe takes as many",
+        ),
+        (memory is None or isinstance(memory, dict), f"memory: {type(memory).__name__}; expected a dict"),
+    )
+    memory = {} if memory is None else memory
+    s = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not causal:
+        out, lse = _far(q, k, v, s, clusters, dipole, iterations, memory, (0, k.shape[2]))
+        return (out, lse) if return_lse else out
+    T = q.shape[2]
+    edges = torch.tensor([*range(0, T, leaf), T], device=q.device)
+    parts = [attention(q, k, v, Plan.from_documents(edges, Tq=T, Tk=T), scale=s, return_lse=True)]
+    for level in _levels(T, leaf):
+        outs, sums, at = [], [], 0
+        for lo, middle, hi in level:
+            early, late = slice(lo, middle), slice(middle, hi)
+            outs.append(torch.zeros_like(parts[0][0][:, :, at:middle]))
+            sums.append(torch.full_like(parts[0][1][:, :, at:middle], -torch.inf))
+            out, lse = _far(
+                q[:, :, late],
+                k[:, :, early],
+                v[:, :, early],
+                s,
+                clusters,
+                dipole,
+                iterations,
+                memory,
+                (lo, hi),
+            )
+            outs.append(out)
+            sums.append(lse)
+            at = hi
+        outs.append(torch.zeros_like(parts[0][0][:, :, at:]))
+        sums.append(torch.full_like(parts[0][1][:, :, at:], -torch.inf))
+        parts.append((torch.cat(outs, 2), torch.cat(sums, 2)))
+    out, lse = merge(parts)
+    return (out, lse) if return_lse else out
+
+
+def _levels(T: int, leaf: int) -> list[list[tuple[int, int, int]]]:
+    """(begin, middle, end) of the nodes of the tree, level by level; middles are edges of leaves."""
+    found: list[list[tuple[int, int, int]]] = []
+    now = [(0, T)]
+    while now:
+        split = []
+        for lo, hi in now:
+            leaves = -(-(hi - lo) // leaf)
+            if leaves > 1:
+                split.append((lo, lo + (leaves + 1) // 2 * leaf, hi))
+        now = [half for lo, middle, hi in split for half in ((lo, middle), (middle, hi))]
+        if split:
+            found.append(split)
+    return found
+
+
+def _far(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: float,
+    clusters: int,
+    dipole: bool,
+    iterations: int,
+    memory: Memory,
+    place: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Acausal MuSe: (out, lse)."""
+    A, J = min(clusters, max(1, q.shape[2])), min(clusters, max(1, k.shape[2]))
+    old = memory.get(place)
+    fits = old is not None and old[0].shape[2] == A and old[1].shape[2] == J
+    q_label, q_mean = kmeans(q, A, iterations=iterations, init=old[0] if old and fits else None)
+    k_label, k_mean = kmeans(k, J, iterations=iterations, init=old[1] if old and fits else None)
+    memory[place] = (q_mean, k_mean)
+    wide, D = state_dtype(q), k.shape[-1]
+    member = nn.functional.one_hot(q_label.long(), A).to(wide)  # [B, H, Tq, A]
+    mean = (member / member.sum(2, keepdim=True).clamp(min=1)).mT @ q.to(wide)
+    # rows j A + a: the mean of a once for every cluster of keys; then the summary that it sees there
+    rows = mean.to(q.dtype).repeat(1, 1, J, 1)
+    of_keys = torch.arange(J, device=q.device).repeat_interleave(A)[None, None]
+    of_queries = torch.arange(A, device=q.device).repeat(J)[None, None]
+    tilt = Plan.from_buckets(of_keys, k_label, causal=False, buckets=J)
+    both, w = attention(rows, k, torch.cat([k, v], -1), tilt, scale=s, return_lse=True)
+    key, value = both[..., :D], both[..., D:]
+    bias = w - s * (rows.to(wide) * key.to(wide)).sum(-1)
+    meet = Plan.from_buckets(q_label, of_queries, causal=False, buckets=A)
+    out, lse = attention(q, key, value, meet, scale=s, key_bias=bias, return_lse=True)
+    if not dipole:
+        return out, lse
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
+    weight = (s * mean @ keys.mT).softmax(-1)  # of every mean over all keys
+    share = w.view(*w.shape[:2], J, A).softmax(2).to(wide)  # pi_aj, [B, H, J, A]
+    own, seen = (x.to(wide).reshape(*x.shape[:2], J, A, x.shape[-1]) for x in (key, value))
+    slopes = []
+    for a in range(A):
+        spread = (weight[:, :, a, :, None] * keys).mT @ values
+        slopes.append(spread - (share[..., a, None] * own[..., a, :]).mT @ seen[..., a, :])
+    far = q.to(wide) - mean.gather(2, q_label.long()[..., None].expand(*q_label.shape, D))
+    slope = torch.stack(slopes, 2)  # [B, H, A, D, Dv]
+    more = sum((member[..., a, None] * far) @ slope[:, :, a] for a in range(A))
+    return (out.to(wide) + s * more).to(out.dtype), lse
