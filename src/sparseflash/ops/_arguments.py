@@ -5,8 +5,10 @@ Each message says what was given, what was expected, and how to get there.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeGuard
 
 import torch
@@ -33,19 +35,32 @@ def said(**given: object) -> str:
     return ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
 
 
-def check_unknown(op: str, given: Mapping[str, object], elsewhere: Mapping[str, str]) -> None:
-    """Refuse arguments that other libraries have, unless they ask for nothing: None, False, no dropout."""
+def check_unknown(
+    op: str, given: Mapping[str, object], elsewhere: Mapping[str, str], known: Iterable[str] = ()
+) -> None:
+    """Refuse arguments that other libraries have, unless they ask for nothing: None, False, no dropout.
+
+    Of the names that are `known`, the message has the one that comes next.
+    """
     for name, value in given.items():
         nothing = value is None or value is False or (name.startswith("dropout") and value == 0)
         if name not in elsewhere or not nothing:
-            hint = elsewhere.get(name, f"see help(sparseflash.{op})")
-            raise SparseFlashError(f"{op}() has no argument {name!r}: {hint}")
+            close = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"see help(sparseflash.{op})"
+            raise SparseFlashError(f"{op}() has no argument {name!r}: {elsewhere.get(name, hint)}")
 
 
 def is_finite(x: object) -> TypeGuard[float]:
     """Whether x is a number (a traced one too, but no bool) and finite."""
-    known = isinstance(x, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
+    known = isinstance(x, (int, float, Real, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
     return known and math.isfinite(x)  # type: ignore[arg-type]  # traced numbers are floats to math
+
+
+def number_of(x: object) -> object:
+    """The number in a tensor of none dimensions that learns nothing and lies on the host; else x itself."""
+    if type(x) is Tensor and x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
+        return x.item()
+    return x
 
 
 def is_real(x: object, shape: Sequence[int], device: torch.device) -> bool:
@@ -65,19 +80,33 @@ def as_plans(plan: object) -> tuple[Plan, ...]:
     plans = plan if isinstance(plan, (tuple, list)) else (plan,)
     for one in plans:
         if not isinstance(one, Plan):
-            hint = "; a bool mask becomes one by Plan.from_mask(mask)" if isinstance(one, Tensor) else ""
-            raise SparseFlashError(f"plan is {describe(one)}: expected a Plan, or a tuple of plans{hint}")
+            raise SparseFlashError(
+                f"plan is {describe(one)}: expected a Plan, or a tuple of plans{_instead(one)}"
+            )
     if not plans:
         raise SparseFlashError("plan is an empty tuple: give at least one plan")
     return tuple(one.current() for one in plans)
+
+
+def _instead(x: object) -> str:
+    """How to get a plan of what was given instead of one."""
+    if isinstance(x, Tensor):
+        return "; a bool mask becomes one by Plan.from_mask(mask)"
+    if callable(getattr(x, "select", None)):
+        return f": call it, {type(x).__name__}(...)(q, k, v), or give .select(q, k).plan"
+    return ": give its .plan" if hasattr(x, "plan") else ""
 
 
 def as_scale(scale: object, D: int) -> float:
     """The factor of the scores; 1/sqrt(D) for None."""
     if scale is None:
         return float(D**-0.5)
+    scale = number_of(scale)
     if not is_finite(scale):
-        raise SparseFlashError(f"scale={scale!r}: expected a finite number, or None for 1/sqrt(D)")
+        raise SparseFlashError(
+            f"scale={scale!r}: expected a finite number, or None for 1/sqrt(D); one that learns, or lies on "
+            "a device, belongs into q: q * scale"
+        )
     return float(scale)
 
 
@@ -85,6 +114,7 @@ def as_softcap(softcap: object) -> float:
     """The softcap; 0 stands for none."""
     if softcap is None:
         return 0.0
+    softcap = number_of(softcap)
     if not (is_finite(softcap) and softcap >= 0):
         raise SparseFlashError(f"softcap={softcap!r}: expected a positive number, or None for none")
     return float(softcap)
@@ -121,7 +151,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     )
     for holds, message in rules:
         if not holds:
-            raise SparseFlashError(f"{said(q=q, k=k, v=v)}; {message}")
+            fits = (Tk, heads) == (Tv, v_heads) and Tk > 0 and q.shape[2] % Tk == 0  # as [B,T,H,D]
+            other = ". As [B,T,H,D] they would fit: give x.transpose(1, 2)" if fits and Dk == D else ""
+            raise SparseFlashError(f"{said(q=q, k=k, v=v)}; {message}{other}")
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
@@ -131,7 +163,8 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
     rules = (
         (
             plan.Tq == Tq and plan.Tk == k.shape[2],
-            "the plan is for {plan.Tq} x {plan.Tk} tokens, q and k hold {Tq} x {Tk}: make one for these",
+            "the plan is for {plan.Tq} x {plan.Tk} tokens, q and k hold {Tq} x {Tk}: "
+            "make one for these{padded}",
         ),
         (batch in (1, B), "the plan has batch size {batch}, q has {B}: expected 1 or {B}"),
         (H % heads == 0, "the plan has {heads} heads: expected a divisor of Hq={H}"),
@@ -139,9 +172,10 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
     )
     for holds, message in rules:
         if not holds:
-            raise PlanError(
-                message.format(plan=plan, q=q, B=B, H=H, Tq=Tq, Tk=k.shape[2], batch=batch, heads=heads)
-            )
+            looks = plan.Tq == B != Tq and plan.Tk == k.shape[2]
+            padded = ". A padding mask [B,Tk] is Plan.from_mask(mask[:, None, None], Tq=Tq)" if looks else ""
+            given = {"plan": plan, "q": q, "B": B, "H": H, "Tq": Tq, "Tk": k.shape[2], "padded": padded}
+            raise PlanError(message.format(**given, batch=batch, heads=heads))
 
 
 def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:

@@ -262,7 +262,7 @@ def attention(
     torch.Size([1, 2, 256, 64])
     """
     if unsupported:
-        check_unknown("attention", unsupported, _ELSEWHERE)
+        check_unknown("attention", unsupported, _ELSEWHERE, ("plan", "return_lse", *_Options.__annotations__))
     if not isinstance(causal, bool):
         raise SparseFlashError(f"causal={causal!r}: expected True or False")
     if plan is not None and causal:

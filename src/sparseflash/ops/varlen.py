@@ -26,10 +26,6 @@ _ELSEWHERE = {
 
 
 class _Options(TypedDict, total=False):
-    causal: bool
-    window_size: tuple[int, int]
-    softmax_scale: float | None
-    softcap: float
     sink_logits: Tensor | None
     plan: Plan | None
     deterministic: bool
@@ -45,6 +41,11 @@ def attention_varlen(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
     *,
     return_lse: Literal[False] = False,
     **options: Unpack[_Options],
@@ -58,6 +59,11 @@ def attention_varlen(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
     *,
     return_lse: Literal[True],
     **options: Unpack[_Options],
@@ -70,11 +76,12 @@ def attention_varlen(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | Tensor | None = None,
     max_seqlen_k: int | Tensor | None = None,
-    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
-    softmax_scale: float | None = None,
     softcap: float = 0.0,
+    *,
     sink_logits: Tensor | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
@@ -84,8 +91,8 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention inside each of many packed documents, forward and backward, without padding.
 
-    What `flash_attn_varlen_func` does, on every backend. The inputs are used where they lie; documents never
-    see one another, not even through a NaN.
+    What `flash_attn_varlen_func` does, on every backend, with its arguments in its order. The inputs are used
+    where they lie; documents never see one another, not even through a NaN.
 
     Parameters
     ----------
@@ -96,6 +103,8 @@ def attention_varlen(
         where none are given. Documents may be empty; tokens behind the last document get 0.
     max_seqlen_q, max_seqlen_k : int, optional
         Taken so that calls need no change; nothing depends on them.
+    dropout_p : float
+        0: attention dropout is not supported.
     causal : bool
         The last query of a document sees all its keys, the one before all but the last, and so on.
     window_size : (left, right)
@@ -142,7 +151,14 @@ def attention_varlen(
     >>> torch.allclose(out[None, :100].transpose(1, 2), sf.attention(*first, causal=True), atol=1e-5)
     True
     """
-    check_unknown("attention_varlen", unsupported, _ELSEWHERE)
+    check_unknown(
+        "attention_varlen",
+        unsupported,
+        _ELSEWHERE,
+        ("causal", "window_size", "softmax_scale", "softcap", "return_lse", *_Options.__annotations__),
+    )
+    if dropout_p:
+        check_unknown("attention_varlen", {"dropout_p": dropout_p}, _ELSEWHERE)
     good = all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
     if not good:
         raise SparseFlashError(
