@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -644,3 +645,31 @@ def test_a_batch_whose_chunks_begin_apart_is_each_of_its_own(slug, generator):
     assert not both[1, :, :32].any()
     if slug != "pbs-attn":  # whose segments are judged by all rows
         assert torch.equal(both[1:, :, 32:, :64], kept(method, q[1:, :, 32:], k[1:, :, :64]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "full"),
+    [
+        (sf.methods.FlexPrefill(0.3, 0.0, 16, 16), {"gamma": 1.0}),
+        (sf.methods.PBSAttn(0.3, 16, 32), {"threshold": 1.0}),
+        (sf.methods.AnchorAttention(-1.0, 16, 2), {"theta": 1e9}),
+        (sf.methods.MMInference(near=9, sinks=2), {"near": 200}),
+        (sf.methods.MMInference("q-boundary", 9, 9, near=9, sinks=2), {"vertical": 200}),
+        (sf.methods.DynamicMask(32), {"window": 200}),
+        (sf.methods.DualChunkAttention(64), {"context": 512}),
+    ],
+    ids=lambda x: repr(x)[:22] if isinstance(x, sf.methods.Method) else "",
+)
+def test_in_a_model_of_transformers(method, full):
+    """Told where a layer's queries stand and how they were rotated: dense at full budget, else not."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 97}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(160)[None] * 31 % 97
+    dense, changes = model(ids).logits, []
+    for now in (method, dataclasses.replace(method, **full)):
+        with sf.transformers.sparse(model, prefill=now):
+            changes.append((model(ids).logits - dense).abs())
+    assert changes[0][:, :9].max() < 1e-5 < 1e-4 < changes[0].max() and changes[1].max() < 1e-5

@@ -140,10 +140,14 @@ class MMInference(Method):
         group = (begin(ctx, q) + torch.arange(Tq, device=q.device)) % stride
         token = torch.arange(Tk, device=q.device)
         key_group = torch.where(token < sinks, -1, (token + phase) % stride)
-        earlier = at - self.near  # queries that stand there do not see the nearest keys
-        far = Plan.from_buckets(group, key_group, tile=TILE, q_offset=earlier, buckets=max(strides) + 1)
         window: dict[str, Any] = {"window": (self.near - 1, 0), "sink_tokens": sinks}
-        return far, Plan.dense(Tq, Tk, causal=True, q_offset=at, device=q.device, **window)
+        near = Plan.dense(Tq, Tk, causal=True, q_offset=at, device=q.device, **window)
+        # queries that stand so much earlier do not see the nearest keys; nor do these where keys stand later
+        far = Plan.from_buckets(
+            group, key_group, tile=TILE, q_offset=at - self.near, buckets=max(strides) + 1
+        )
+        later = (token + self.near).int().view(1, 1, -1)
+        return far._changed(q_offset=near.q_offset, k_pos=later), near
 
     def _boundary(self, q: Tensor, k: Tensor, ctx: dict[str, Any], modality: Tensor) -> Plan:
         """Columns and slashes of each modality, for tiles that hold queries of one."""
