@@ -86,7 +86,7 @@ NUMBERS = [
     ({"scale": -math.inf}, ["inf", "finite"]),
     ({"scale": True}, ["True", "number"]),
     ({"scale": "0.1"}, ["'0.1'", "number"]),
-    ({"scale": torch.tensor(0.1)}, ["tensor(0.1", "number"]),
+    ({"scale": torch.tensor([0.1])}, ["tensor([0.1", "number"]),
     ({"softcap": math.nan}, ["nan", "positive"]),
     ({"softcap": -1.0}, ["-1.0", "positive"]),
     ({"softcap": "x"}, ["'x'", "positive"]),
@@ -509,33 +509,33 @@ def test_lists_with_any_values_are_refused_or_stay_inside_their_tensors(seed, da
     assert bool(out.isfinite().all())
 
 
-FOUR = torch.zeros(2, 4, 10, 16)
+X = torch.zeros(2, 4, 10, 16)
 
 
 def test_a_scale_may_be_any_number_that_does_not_learn():
     numpy = pytest.importorskip("numpy", reason="NumPy is not installed")
-    want = sf.attention(FOUR + 1, FOUR + 1, FOUR + 1, scale=0.5)
+    want = sf.attention(X + 1, X + 1, X + 1, scale=0.5)
     for scale in (numpy.float32(0.5), numpy.float64(0.5), torch.tensor(0.5), torch.tensor(0.5).double()):
-        assert torch.equal(sf.attention(FOUR + 1, FOUR + 1, FOUR + 1, scale=scale, softcap=None), want)
+        assert torch.equal(sf.attention(X + 1, X + 1, X + 1, scale=scale, softcap=None), want)
     with pytest.raises(SparseFlashError, match="one that learns.*q \\* scale"):
-        sf.attention(FOUR, FOUR, FOUR, scale=torch.tensor(0.5, requires_grad=True))
+        sf.attention(X, X, X, scale=torch.tensor(0.5, requires_grad=True))
     with pytest.raises(SparseFlashError, match="finite number"):
-        sf.attention(FOUR, FOUR, FOUR, scale=torch.tensor([0.5]))
+        sf.attention(X, X, X, scale=torch.tensor([0.5]))
 
 
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: sf.attention(FOUR, FOUR, FOUR, sf.methods.Window().select(FOUR, FOUR)), "Selection.*give its .plan"),
-        (lambda: sf.attention(FOUR, FOUR, FOUR, sf.methods.Window()), r"Window: expected a Plan.*call it, Window"),
-        (lambda: sf.attention(FOUR, FOUR, FOUR, casual=True), "did you mean 'causal'"),
-        (lambda: sf.attention_varlen(FOUR[0], FOUR[0], FOUR[0], window_sise=(1, 1)), "did you mean 'window_size'"),
+        (lambda: sf.attention(X, X, X, sf.methods.Window().select(X, X)), "Selection.*give its .plan"),
+        (lambda: sf.attention(X, X, X, sf.methods.Window()), r"Window: expected a Plan.*call it, Window"),
+        (lambda: sf.attention(X, X, X, casual=True), "did you mean 'causal'"),
+        (lambda: sf.attention_varlen(X[0], X[0], X[0], window_sise=(1, 1)), "did you mean 'window_size'"),
         (
             lambda: sf.attention(*(torch.zeros(2, T, h, 16) for T, h in ((10, 4), (12, 2), (12, 2)))),
             r"As \[B,T,H,D\] they would fit: give x.transpose\(1, 2\)",
         ),
         (
-            lambda: sf.attention(FOUR, FOUR, FOUR, sf.Plan.from_mask(torch.ones(2, 10, dtype=torch.bool))),
+            lambda: sf.attention(X, X, X, sf.Plan.from_mask(torch.ones(2, 10, dtype=torch.bool))),
             r"A padding mask \[B,Tk\] is Plan.from_mask\(mask\[:, None, None\], Tq=Tq\)",
         ),
     ],
@@ -548,8 +548,8 @@ def test_a_mistake_that_many_make_is_named_with_its_cure(call, said):
 def test_the_cure_for_a_padding_mask_is_one():
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[0, 7:] = False
-    out = sf.attention(FOUR, FOUR, FOUR, sf.Plan.from_mask(mask[:, None, None], Tq=10))
-    assert out.shape == FOUR.shape
+    out = sf.attention(X, X, X, sf.Plan.from_mask(mask[:, None, None], Tq=10))
+    assert out.shape == X.shape
 
 
 def test_attention_varlen_takes_the_arguments_of_flash_attention_in_its_order():
