@@ -38,6 +38,7 @@ class Row:
     dense: Callable[[Any, Tensor], Tensor]
     bad: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     causal: bool = True
+    decodes: bool = True
     prepare: Callable[[Any], None] | None = None
     note: str = ""
 
@@ -257,6 +258,37 @@ def dense_native(layer: Any, x: Tensor) -> Tensor:
     return out(layer, sum(g * o for g, o in zip(gate, branches)))
 
 
+def dense_combiner(layer: Any, x: Tensor) -> Tensor:
+    """The mixture over all pairs, one query at a time."""
+    q, k, v = qkv(layer, x)
+    q, k = (spun(q), spun(k)) if layer.positions == "rotary" else (q, k)
+    T, c, s = x.shape[1], layer.segment, layer.head_dim**-0.5
+    rows = []
+    for i in range(T):
+        keys, values, sizes = [], [], []
+        if layer.pattern == "logsparse":
+            direct, end, regions = [i], i, []
+            for bit in range(T.bit_length()):  # the lowest set bit is the block that ends at i
+                if i >> bit & 1:
+                    regions.append((end - (1 << bit), end))
+                    end -= 1 << bit
+        else:
+            direct = list(range(i // c * c, i + 1))
+            regions = [(r, r + c) for r in range(0, i // c * c, c)]
+        for j in direct:
+            keys, values, sizes = [*keys, k[:, :, j]], [*values, v[:, :, j]], [*sizes, 1]
+        for lo, hi in regions:
+            own = q[:, :, lo + i % c] if layer.pattern == "axial" else q[:, :, lo:hi].amax(2)
+            p = (s * k[:, :, lo:hi] @ own[..., None]).softmax(2)
+            value = (p * v[:, :, lo:hi]).sum(2)
+            key = value @ layer.summary.weight.T if layer.pattern == "axial" else k[:, :, lo:hi].amax(2)
+            keys, values, sizes = [*keys, key], [*values, value], [*sizes, hi - lo]
+        logit = s * (torch.stack(keys, 2) * q[:, :, i, None]).sum(-1)
+        logit = logit + layer.log_size * torch.tensor(sizes).double().log()
+        rows.append((logit.softmax(-1)[..., None] * torch.stack(values, 2)).sum(2))
+    return out(layer, torch.stack(rows, 2))
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -393,5 +425,28 @@ ROWS = [
         },
         dense_native,
         note="odd",
+    ),
+    Row(
+        sf.nn.Combiner,
+        {"segment": 4, "kv_heads": 2},
+        dense_combiner,
+        [
+            ({"pattern": "axiom"}, "'fixed' or"),
+            ({"segment": 0}, ">= 1"),
+            ({"log_size": 1.5}, "True or False"),
+        ],
+    ),
+    Row(
+        sf.nn.Combiner,
+        {"pattern": "logsparse", "kv_heads": 2, "log_size": True},
+        dense_combiner,
+        decodes=False,
+        note="logsparse",
+    ),
+    Row(
+        sf.nn.Combiner,
+        {"pattern": "axial", "segment": 3, "log_size": True, "positions": "none"},
+        dense_combiner,
+        note="axial",
     ),
 ]

@@ -24,7 +24,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-streaming = pytest.mark.parametrize("row", [row for row in ROWS if row.causal and row.make.decodes], ids=str)
+streaming = pytest.mark.parametrize("row", [row for row in ROWS if row.causal and row.decodes], ids=str)
 
 
 def draw(generator, B=2, T=T, dtype=torch.float64):
@@ -210,7 +210,7 @@ def test_few_tokens_and_none(row, B, T, generator):
     assert y.shape == x.shape and bool(y.isfinite().all())
     (y.sum() + layer.aux_loss).backward()
     assert x.grad.shape == x.shape and bool(x.grad.isfinite().all())
-    if row.causal and layer.decodes and B:
+    if row.causal and row.decodes and B:
         state = layer.new_state(B)
         assert torch.allclose(layer(x, state=state), y)
 
@@ -249,7 +249,7 @@ def test_what_a_layer_cannot_do_is_refused(row, generator):
     else:
         with pytest.raises(sf.SparseFlashError, match="plan together with cu_seqlens"):
             layer(x, plan=plan, cu_seqlens=[0, T])
-    if not (row.causal and layer.decodes):
+    if not (row.causal and row.decodes):
         with pytest.raises(sf.SparseFlashError, match="no state"):
             layer.new_state(2)
         return

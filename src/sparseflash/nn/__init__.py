@@ -7,6 +7,7 @@
 """
 
 from .base import Layer, State, update
+from .combiner import Combiner
 from .dynamic_mask import DynamicMaskAttention
 from .lightning import LightningAttention
 from .muse import muse_attention
@@ -17,6 +18,7 @@ from .sparsek import SparseKAttention, sparsek_threshold
 from .stick_breaking import StickBreakingAttention
 
 __all__ = [
+    "Combiner",
     "DynamicMaskAttention",
     "Layer",
     "LightningAttention",
