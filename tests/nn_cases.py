@@ -101,7 +101,8 @@ def dense_self(layer: Any, x: Tensor) -> Tensor:
     q, k = (spun(q), spun(k)) if layer.positions == "rotary" else (q, k)
     mask = causal(x.shape[1]) if layer.causal else torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
     if layer.method is not None:
-        mask = mask & (mask.cumsum(0) <= layer.method.window)
+        sink = torch.arange(x.shape[1]) < getattr(layer.method, "sink_tokens", 0)
+        mask = mask & (sink | (mask.cumsum(0) <= layer.method.window))
     return out(layer, softmax(q, k, v, mask))
 
 
@@ -289,6 +290,23 @@ def dense_combiner(layer: Any, x: Tensor) -> Tensor:
     return out(layer, torch.stack(rows, 2))
 
 
+def dense_lookups(layer: Any, x: Tensor) -> Tensor:
+    q, k, v = qkv(layer, x)
+    T = x.shape[1]
+    g = torch.sigmoid(x @ layer.ask.weight.T + layer.ask.bias)
+    y = torch.zeros_like(x)
+    for back in range(layer.size):
+        shifted = torch.cat([torch.zeros_like(x[:, :back]), x[:, : T - back]], 1)
+        y = y + shifted * layer.filter[:, layer.size - 1 - back]
+    y = y * (x @ layer.gate.weight.T + layer.gate.bias)
+    asks = torch.ones_like(g, dtype=torch.bool) if layer.training else g >= layer.threshold
+    mask = causal(T) & asks[:, None]
+    if layer.training:
+        quota = (T**0.5 if layer.lookups is None else layer.lookups) / T
+        layer._aux = layer.penalty * torch.relu(g.mean() - quota)
+    return y + g * out(layer, softmax(spun(q), spun(k), v, mask))
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -449,4 +467,27 @@ ROWS = [
         dense_combiner,
         note="axial",
     ),
+    Row(
+        sf.nn.LongGenAttention,
+        {"layer": 0, "layers": 5, "sparse": sf.methods.SinkWindow(window=3, sink_tokens=2), "kv_heads": 2},
+        dense_self,
+        [
+            ({"layer": 5}, "less than layers"),
+            ({"share": 2}, "share"),
+            ({"sparse": "sink"}, "no method"),
+            ({"method": "window"}, "give sparse="),
+        ],
+    ),
+    Row(
+        sf.nn.Lookups,
+        {"kv_heads": 2, "lookups": 2, "penalty": 0.5},
+        dense_lookups,
+        [
+            ({"size": 0}, ">= 1"),
+            ({"penalty": -1}, ">= 0"),
+            ({"threshold": 2}, "share"),
+            ({"lookups": 0}, ">= 1"),
+        ],
+    ),
+    Row(sf.nn.Lookups, {"size": 1}, dense_lookups, prepare=lambda layer: layer.eval(), note="eval"),
 ]

@@ -10,6 +10,8 @@ from .base import Layer, State, update
 from .combiner import Combiner
 from .dynamic_mask import DynamicMaskAttention
 from .lightning import LightningAttention
+from .longgen import LongGenAttention
+from .lookups import Lookups
 from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
 from .routing import RoutingAttention
@@ -22,6 +24,8 @@ __all__ = [
     "DynamicMaskAttention",
     "Layer",
     "LightningAttention",
+    "LongGenAttention",
+    "Lookups",
     "NativeSparseAttention",
     "RoutingAttention",
     "SelfAttention",

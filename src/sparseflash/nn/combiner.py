@@ -22,9 +22,10 @@ Pattern = Literal["fixed", "logsparse", "axial"]
 class Combiner(Layer):
     """Every earlier token has some weight: keys directly, or as part of a region, in one softmax.
 
-    `p(j | i) = a_i(j)` for direct keys and `a_i(R) p(j | R)` for those of a region R, where a_i is the softmax
-    over `s q_i . k_j` of direct keys and `s q_i . k_R` of regions. With `q_R`, `k_R` the elementwise maxima over
-    the region, `p(j | R) = softmax_j(s q_R . k_j)`, so `v_R = sum_j p(j | R) v_j` is the same for all queries.
+    `p(j | i) = a_i(j)` for direct keys and `a_i(R) p(j | R)` for those of a region R, where a_i is the
+    softmax over `s q_i . k_j` of direct keys and `s q_i . k_R` of regions. With `q_R`, `k_R` the elementwise
+    maxima over the region, `p(j | R) = softmax_j(s q_R . k_j)`, so `v_R = sum_j p(j | R) v_j` is the same for
+    all queries.
 
     - "fixed": direct are the keys of the query's own segment of `segment` tokens, regions all earlier
       segments. O(T (segment + T / segment)).

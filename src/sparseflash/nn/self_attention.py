@@ -10,8 +10,11 @@ from torch import Tensor
 
 from ..errors import require
 from ..methods.base import Method, get
+from ..methods.sink_window import SinkWindow
+from ..methods.window import Window
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
+from ..plan.options import is_count
 from .base import Layer, Positions, State, rms
 
 
@@ -38,8 +41,8 @@ class SelfAttention(Layer):
 
     Notes
     -----
-    The state is a cache of all keys and values. A method decodes if its `decodes` says that tokens one by one
-    see what they would see at once.
+    The state is a cache of all keys and values; of `Window` and `SinkWindow` no more than twice what is still
+    seen. A method decodes if its `decodes` says that tokens one by one see what they would see at once.
 
     Examples
     --------
@@ -94,21 +97,38 @@ class SelfAttention(Layer):
         if self.normed:
             q, k = rms(q), rms(k)
         q, k = self.turn(q, state), self.turn(k, state)
-        offset = 0 if state is None else state.length
+        offset = 0
         if state is not None:
             k, v = state.append(k=k, v=v)
+            offset = k.shape[2] - x.shape[1]  # a place in the cache; distances of what is seen are the same
         if plan is not None:
             out = attention(q, k, v, plan)
         elif self.method is not None:
             out = self.method(q, k, v, ctx=self.context, q_offset=None if state is None else offset)
         else:
             out = attention(q, k, v, causal=self.causal, q_offset=offset if self.causal else 0)
+        if state is not None:
+            self._forget(state)
         return self.end(out)
+
+    def _forget(self, state: State) -> None:
+        """Drop keys that no later query sees, once they are more than half."""
+        method = self.method
+        if not isinstance(method, (Window, SinkWindow)) or not is_count(method.window):
+            return  # windows of their own for each head
+        sink, near = method.sink_tokens if isinstance(method, SinkWindow) else 0, method.window - 1
+        for name, x in state.tensors.items():
+            n = x.shape[2]
+            if n > 2 * (sink + near) and n > sink + near:
+                state.tensors[name] = torch.cat([x[:, :, :sink], x[:, :, max(sink, n - near) :]], 2)
 
     def new_state(self, batch: int) -> State:
         """An empty cache."""
         require(
-            (self.causal, "causal=False: every token sees later ones, so there is no state"),
+            (
+                self.causal and getattr(self.method, "causal", True),
+                "causal=False: tokens see later ones, so there is no state",
+            ),
             (
                 self.method is None or self.method.decodes,
                 f"{self.method!r} does not decode: what a token sees depends on the whole sequence",

@@ -1,0 +1,131 @@
+"""Look-ups: a gated convolution for all tokens, and attention for those that ask for it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require
+from ..ops._arguments import AnyPlan
+from ..ops.attention import attention
+from ..plan import Plan
+from .base import Layer, Positions, State, check_sizes, draw
+
+
+class Lookups(Layer):
+    """A short gated convolution, and attention of the tokens that look something up.
+
+    `y = conv(x) * (W x + b) + g(x) attn(x)`, with `g(x) = sigmoid(w . x)`. In training every token attends
+    and g learns; `aux_loss` is `penalty * max(0, mean g - n / T)` for a quota of n look-ups. In evaluation
+    the tokens whose g reaches `threshold` attend, all others skip it: O(n T) work. (The authors take the n
+    largest g of a sequence, which depends on later tokens; a threshold decodes.)
+
+    Paper: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv
+    2312.04927.
+
+    Parameters
+    ----------
+    width, heads, kv_heads, head_dim, positions, base
+        As in `Layer`; positions are rotary by default.
+    size : int
+        Tokens of the convolution, one filter a channel.
+    lookups : int, optional
+        The quota n of a sequence; the root of its length by default.
+    penalty, threshold : float
+        As above.
+
+    Notes
+    -----
+    The state is a cache of all keys and values, and the last tokens of the convolution. `kept` is the share
+    of tokens that attended in the last forward in evaluation, a 0-d tensor.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> layer = sf.nn.Lookups(64, 4)
+    >>> x = torch.randn(2, 100, 64)
+    >>> layer(x).shape, bool(layer.aux_loss > 0)
+    (torch.Size([2, 100, 64]), True)
+    >>> layer.eval()(x).shape, 0.2 < float(layer.kept) < 0.8
+    (torch.Size([2, 100, 64]), True)
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        size: int = 3,
+        lookups: int | None = None,
+        penalty: float = 1e-3,
+        threshold: float = 0.5,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        positions: Positions = "rotary",
+        base: float = 10_000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        check_sizes(1, size=size, lookups=1 if lookups is None else lookups)
+        require(
+            (
+                math.isfinite(penalty) and penalty >= 0,
+                f"penalty={penalty!r}: expected a number >= 0",
+            ),
+            (0 <= threshold <= 1, f"threshold={threshold!r}: expected a share in [0, 1]"),
+        )
+        self.size, self.lookups = size, lookups
+        self.penalty, self.threshold = float(penalty), float(threshold)
+        self.project_heads(device=device, dtype=dtype)
+        self.gate = self.linear(width, width, True, device, dtype)
+        self.ask = self.linear(width, 1, True, device, dtype)
+        self.filter = nn.Parameter(torch.empty(width, size, device=device, dtype=dtype))
+        self.kept: Tensor | None = None
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights."""
+        super().reset(generator)
+        draw(self.filter, self.size**-0.5, generator)
+
+    def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
+        """Convolve, and look up; x [B, T, width]."""
+        (B, T, _), past = x.shape, 0 if state is None else state.length
+        before = x.new_zeros(B, self.size - 1, self.width)
+        if state is not None:
+            before = state.tensors.get("x", before)
+        long = torch.cat([before, x], 1)
+        taps = self.filter.unbind(-1)  # the last is of the token itself
+        y = sum(tap.to(x.dtype) * long[:, n : n + T] for n, tap in enumerate(taps)) * self.gate(x)
+        g = self.ask(x).sigmoid()[..., 0]
+        q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
+        q, k = self.turn(q, state), self.turn(k, state)
+        if state is not None:
+            k, v = state.append(k=k, v=v)
+            state.tensors["x"] = long[:, T:]
+        if self.training:
+            out = attention(q, k, v, causal=True, q_offset=past)
+            quota = (T**0.5 if self.lookups is None else self.lookups) / max(1, T)
+            if g.numel():
+                self._aux = self.penalty * (g.mean() - quota).clamp(min=0)
+        else:
+            asks = g.detach() >= self.threshold
+            none = torch.zeros(1, 1, k.shape[2], dtype=torch.int64, device=x.device)
+            rows = Plan.from_buckets((~asks).long()[:, None], none, q_offset=past, buckets=2)
+            out = attention(q, k, v, rows)
+            self.kept = asks.float().mean() if asks.numel() else asks.new_zeros((), dtype=torch.float)
+        found: Tensor = y + g[..., None] * self.end(out)
+        return found
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what the last forward counted."""
+        return {**super().__getstate__(), "kept": None}
+
+    def extra_repr(self) -> str:
+        """The shape, and the quota."""
+        own = f", size={self.size}, lookups={self.lookups}, penalty={self.penalty}"
+        return f"{super().extra_repr()}{own}, threshold={self.threshold}"
