@@ -647,6 +647,28 @@ def test_a_batch_whose_chunks_begin_apart_is_each_of_its_own(slug, generator):
         assert torch.equal(both[1:, :, 32:, :64], kept(method, q[1:, :, 32:], k[1:, :, :64]))
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        sf.methods.FlexPrefill((0.3, 0.9, 0.5, 0.3), 0.0, 16, 16),
+        sf.methods.PBSAttn((0.3, 0.9, 0.5, 0.3), 16, 32),
+        sf.methods.AnchorAttention((0.3, 0.9, 0.5, 0.3), 16, (2, 2, 2, 4)),
+        sf.methods.DynamicMask((9, 30, 9, 50)),
+        sf.methods.MMInference(("grid", "q-boundary", "2d-boundary", "grid"), 9, 9, near=(9, 9, 9, 20)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_settings_by_head_are_each_heads_own(method, generator):
+    q, k = normal(generator, 1, 4, 200, 16), normal(generator, 1, 2, 200, 16)
+    told = {"MMInference": {"modality": torch.arange(200)[None] // 50 % 2}}
+    ctx = told.get(type(method).__name__, {})
+    whole = kept(method, q, k, **ctx)
+    for h in range(4):
+        values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+        own = type(method)(**{n: x[h] if isinstance(x, tuple) and x else x for n, x in values.items()})
+        assert torch.equal(kept(own, q[:, h : h + 1], k[:, h // 2 : h // 2 + 1], **ctx), whole[:, h : h + 1])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("method", "full"),

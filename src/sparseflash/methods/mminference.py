@@ -157,14 +157,15 @@ class MMInference(Method):
         batch = max(len(modality), len(position))
         modality = modality.expand(batch, -1)
         own = modality.gather(-1, position.expand(batch, -1)) if Tk else position * 0
-        order = _apart(own, self.modalities)
+        kinds = range(1 if ctx["modality"] is None else self.modalities)
+        order = _apart(own, len(kinds))
         tile = order.view(len(order), -1, TILE)
         last = tile.amax(-1)
         low, high = at + torch.where(tile < 0, Tq, tile).amin(-1), at + last
         of_tile = own.gather(-1, last.clamp(min=0)) if Tq else last
         seen = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-        others = [modality == b for b in range(self.modalities)]
-        for a in range(self.modalities):
+        others = [modality == b for b in kinds]
+        for a in kinds:
             mine = (of_tile == a)[:, None, :, None]
             for there in others if self.pattern == "2d-boundary" else [torch.ones_like(others[0])]:
                 found = probe(q, k, self.last, q_keep=own == a, k_keep=there, **told)
