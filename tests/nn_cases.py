@@ -307,6 +307,33 @@ def dense_lookups(layer: Any, x: Tensor) -> Tensor:
     return y + g * out(layer, softmax(spun(q), spun(k), v, mask))
 
 
+def dense_seqboat(layer: Any, x: Tensor) -> Tensor:
+    ema, T, H = layer.average, x.shape[1], layer.heads
+    p = torch.sigmoid(ema.delta)
+    phi = 1 - p * torch.sigmoid(ema.alpha)
+    h, rows = x.new_zeros(len(x), *phi.shape), []
+    for t in range(T):
+        h = phi * h + p * ema.beta * x[:, t, :, None]
+        rows.append((ema.gamma * h).sum(-1) / math.sqrt(phi.shape[1]) + ema.omega * x[:, t])
+    m = torch.nn.functional.silu(torch.stack(rows, 1))
+    share = ((m @ layer.route.weight.T + layer.route.bias) / layer.heat.exp()).softmax(-1)[..., 1]
+    active = share > 0.5
+    z, r, v = torch.nn.functional.silu(m @ layer.unit.weight.T + layer.unit.bias).split(
+        [H * layer.head_dim, layer.inner, layer.inner], -1
+    )
+    q, k = ((z * layer.scales[n] + layer.shifts[n]).unflatten(-1, (H, -1)).transpose(1, 2) for n in (0, 1))
+    q, k = (spun(q), spun(k)) if layer.positions == "rotary" else (q, k)
+    v = v.unflatten(-1, (H, -1)).transpose(1, 2)
+    mask = active[:, :, None] & active[:, None] & causal(T)
+    mask = (mask & (mask.flip(-1).cumsum(-1).flip(-1) <= layer.window + 1))[:, None]
+    if layer.law == "softmax":
+        o = softmax(q, k, v, mask)
+    else:
+        o = torch.relu(q @ k.mT / layer.window) ** 2 * mask @ v
+    o = (o.transpose(1, 2).flatten(2) * r) @ layer.output.weight.T + layer.output.bias
+    return m @ layer.plain.weight.T + layer.plain.bias + (share * active)[..., None] * o
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -490,4 +517,21 @@ ROWS = [
         ],
     ),
     Row(sf.nn.Lookups, {"size": 1}, dense_lookups, prepare=lambda layer: layer.eval(), note="eval"),
+    Row(
+        sf.nn.SeqBoat,
+        {"window": 2, "inner": 12, "size": 3},
+        dense_seqboat,
+        [
+            ({"window": 0}, ">= 1"),
+            ({"inner": 10}, "multiple of heads"),
+            ({"law": "relu"}, "'softmax' or 'relu2'"),
+            ({"temperature": 0}, "positive"),
+        ],
+    ),
+    Row(
+        sf.nn.SeqBoat,
+        {"window": 3, "law": "relu2", "size": 2, "positions": "none"},
+        dense_seqboat,
+        note="relu2",
+    ),
 ]

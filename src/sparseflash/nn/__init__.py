@@ -16,12 +16,14 @@ from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
 from .routing import RoutingAttention
 from .self_attention import SelfAttention
+from .seqboat import EMA, SeqBoat
 from .sparsek import SparseKAttention, sparsek_threshold
 from .stick_breaking import StickBreakingAttention
 
 __all__ = [
     "Combiner",
     "DynamicMaskAttention",
+    "EMA",
     "Layer",
     "LightningAttention",
     "LongGenAttention",
@@ -29,6 +31,7 @@ __all__ = [
     "NativeSparseAttention",
     "RoutingAttention",
     "SelfAttention",
+    "SeqBoat",
     "SparseKAttention",
     "State",
     "StickBreakingAttention",

@@ -17,14 +17,18 @@ from ..plan.options import is_count
 Positions = Literal["rotary", "none"]
 
 
-def rotate(x: Tensor, offset: int = 0, base: float = 10_000.0) -> Tensor:
+def rotate(x: Tensor, offset: int | Tensor = 0, base: float = 10_000.0) -> Tensor:
     """Rotary positions: the two halves of each head of `x [B,H,T,D]`, token t turned by its position.
 
-    Angles are those of position `offset + t` and frequency `base ** (-2 i / D)`, in float32 or better.
+    Angles are those of position `offset + t` (or `offset[t]`) and frequency `base ** (-2 i / D)`, in float32
+    or better.
     """
     wide = state_dtype(x)
     half = torch.arange(0, x.shape[-1], 2, dtype=torch.float64, device=x.device) / x.shape[-1]
-    place = torch.arange(offset, offset + x.shape[-2], dtype=torch.float64, device=x.device)
+    if isinstance(offset, Tensor):
+        place = offset.double()
+    else:
+        place = torch.arange(offset, offset + x.shape[-2], dtype=torch.float64, device=x.device)
     angle = place[:, None] * base**-half
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
     a, b = x.to(wide).chunk(2, dim=-1)
