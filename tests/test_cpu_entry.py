@@ -179,6 +179,12 @@ def test_tensors_that_begin_amid_an_item_are_copied():
         assert all(x.data_ptr() % 4 == 1 for x in other)
         got = op(*other[:3], other_plan, key_bias=other[3], sink_logits=other[4], backend="cpu")
         assert torch.equal(got, want)
+    out, lse = sf.attention(q, k, v, plan, return_lse=True, backend="cpu")
+    results = (torch.randn(out.shape, generator=g), q, k, v, out, lse)
+    want = sf.attention_backward(*results, plan, dlse=lse, backend="cpu")
+    got = sf.attention_backward(*map(amid_an_item, results), plan, dlse=amid_an_item(lse), backend="cpu")
+    for a, b in zip(got[:3], want[:3], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_plan_tensors_of_another_dtype_or_shape_are_refused():

@@ -152,7 +152,8 @@ def backward(
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     wanted = grad_dtype or q.dtype
-    dout, out = aligned(dout.to(q.dtype), alive), out if out.dtype in CODES else out.to(q.dtype)
+    dout = aligned(dout.to(q.dtype), alive)
+    out = aligned(out if out.dtype in CODES else out.to(q.dtype), alive)
     norm = _given(norm, q, alive)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=wanted)
