@@ -477,6 +477,11 @@ def test_arguments_that_would_be_ignored_are_refused():
         run(one, "sparse", input_ids=ids, output_attentions=True)
     with pytest.raises(sf.SparseFlashError, match="'novelty'.*HARMLESS"):
         run(one, "sparse", input_ids=ids, novelty=torch.ones(1))
+    sf.transformers.HARMLESS.add("novelty")  # the way out that the message names
+    try:
+        run(one, "sparse", input_ids=ids, novelty=torch.ones(1), shift_labels=ids)
+    finally:
+        sf.transformers.HARMLESS.remove("novelty")
     with pytest.raises(sf.SparseFlashError, match="dropout 0.1"):
         run(tiny("llama", attention_dropout=0.1).train(), "sparse", input_ids=ids)
 

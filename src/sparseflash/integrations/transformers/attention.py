@@ -20,30 +20,14 @@ from .mask import Bits, Plain, SparseMask
 SETTING = "_sparseflash"
 """Name of the attribute of an attention module that holds what `sparse(...)` set for it."""
 
-# What models and trainers hand down that changes no attention. Anything else that is not None is refused.
-HARMLESS = frozenset(
-    (
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "max_length_q",
-        "max_length_k",
-        "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "logits_to_keep",
-        "labels",
-        "deterministic",
-        "target_dtype",
-        "layer_idx",
-        "token_type_ids",
-        "mm_token_type_ids",
-        "position_embeddings",
-        "seq_idx",
-        "implementation",
-    )
-)
+HARMLESS: set[str] = {
+    "position_ids", "use_cache", "cache_position", "max_length_q", "max_length_k", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "labels", "shift_labels",
+    "deterministic", "target_dtype", "layer_idx", "token_type_ids", "mm_token_type_ids", "seq_idx",
+    "position_embeddings", "implementation",
+}  # fmt: skip
+"""What models and trainers hand down that changes no attention; `add` puts in names of your own. Anything else
+that is not None is refused."""
 
 _REFUSED = {
     "position_bias": "a bias for every pair (T5) is not supported: keep 'sdpa' for this model",
