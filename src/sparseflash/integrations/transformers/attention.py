@@ -26,8 +26,8 @@ HARMLESS: set[str] = {
     "deterministic", "target_dtype", "layer_idx", "token_type_ids", "mm_token_type_ids", "seq_idx",
     "position_embeddings", "implementation",
 }  # fmt: skip
-"""What models and trainers hand down that changes no attention; `add` puts in names of your own. Anything else
-that is not None is refused."""
+"""What models and trainers hand down that changes no attention (`add` puts in names of your own). Anything
+else that is not None is refused."""
 
 _REFUSED = {
     "position_bias": "a bias for every pair (T5) is not supported: keep 'sdpa' for this model",
