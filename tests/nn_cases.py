@@ -13,6 +13,14 @@ import sparseflash as sf
 WIDTH, HEADS = 16, 4
 
 
+def one_thread():
+    """A fixture: tensors this small are slower on two, and much slower where others want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Row:
     """A layer at the settings that its tests run.

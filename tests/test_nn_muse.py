@@ -6,15 +6,10 @@ import pytest
 import torch
 
 import sparseflash as sf
+from nn_cases import one_thread
 from sparseflash.selection import kmeans
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def inputs(generator, T=24, Hkv=2, D=5, Dv=3):

@@ -5,6 +5,9 @@ import torch
 import torch.distributed as dist
 
 import sparseflash as sf
+from nn_cases import one_thread
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def layer(generator, **options):

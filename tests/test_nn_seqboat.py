@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import sparseflash as sf
+from nn_cases import one_thread
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def layer(generator, heads=1, **options):

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import sparseflash as sf
-from nn_cases import causal, sparsek_weights
+from nn_cases import causal, one_thread, sparsek_weights
+
+_one_thread = pytest.fixture(autouse=True)(one_thread)
 
 
 def weights(u, k):

@@ -63,8 +63,13 @@ class EMA(nn.Module):
             draw(weight, std, generator)
         self.beta.add_(1 - 2 * (torch.arange(self.beta.shape[1], device=self.beta.device) % 2))
 
-    def forward(self, x: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(y, h) of `x [B, T, width]` and the state `h [B, width, size]` that earlier tokens left."""
+    def forward(
+        self, x: Tensor, h: Tensor | None = None, *, carry: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y, h) of `x [B, T, width]` and the state `h [B, width, size]` that earlier tokens left.
+
+        `carry=False` leaves the new state out.
+        """
         wide, T = state_dtype(x), x.shape[1]
         p = self.delta.to(wide).sigmoid()
         phi = 1 - p * self.alpha.to(wide).sigmoid()
@@ -77,10 +82,12 @@ class EMA(nn.Module):
         y = signal
         if signal.numel():
             y = torch.fft.irfft(torch.fft.rfft(kernel, n) * torch.fft.rfft(signal, n), n)[..., :T]
-        left = torch.einsum("bwt,wnt->bwn", signal, power[..., :T].flip(-1)) * into
+        left = None
+        if carry:
+            left = torch.einsum("bwt,wnt->bwn", signal, power[..., :T].flip(-1)) * into
         if h is not None:
             y = y + torch.einsum("bwn,wnt->bwt", h * out, power[..., 1:])
-            left = left + h * power[..., T]
+            left = None if left is None else left + h * power[..., T]
         return (y.mT + self.omega.to(wide) * x).to(x.dtype), left
 
 
@@ -176,7 +183,7 @@ class SeqBoat(Layer):
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
         """Average, route, attend; x [B, T, width]."""
-        m, h = self.average(x, None if state is None else state.tensors.get("h"))
+        m, h = self.average(x, state and state.tensors.get("h"), carry=state is not None)
         m = nn.functional.silu(m)
         share = (self.route(m).to(state_dtype(x)) / self.heat.exp()).softmax(-1)[..., 1]
         active = share.detach() > 0.5
