@@ -272,6 +272,28 @@ def selection() -> str:
     return table(["", "products", "time", "of dense attention", "faster than PyTorch alone"], body)
 
 
+def prefill() -> str:
+    """Methods for long prompts on a pretrained model's queries and keys, beside two controls."""
+    body = []
+    for row in rows("prefill"):
+        shares = [
+            f"{float(row[name]):.3f}" for name in ("density", "recall", "window_recall", "random_recall")
+        ]
+        times = [f"{float(row['ms_select']):.3g}", f"{float(row['share']):.0%}", f"{float(row['gain']):.2g}x"]
+        body.append([row["case"], *shares, f"{float(row['error']):.3f}", *times])
+    head = [
+        "method",
+        "kept",
+        "recall",
+        "a window's",
+        "random blocks'",
+        "error",
+        "selecting, ms",
+        "share of time",
+    ]
+    return table([*head, "over dense"], body)
+
+
 def attention() -> str:
     """Time, recall and error of methods on what a trained model sees, at the longest length."""
     found = [row for row in rows("attention") if row["inputs"] == "captured" and row["target"] == "0.125"]
@@ -534,6 +556,7 @@ BLOCKS = {
     "experiments": experiments,
     "imports": imports,
     "selection": selection,
+    "prefill": prefill,
 }
 
 

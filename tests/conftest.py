@@ -11,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
 from cases import CASES
 
 REPO = Path(__file__).resolve().parent.parent

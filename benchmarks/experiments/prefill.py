@@ -32,6 +32,9 @@ METHODS: Mapping[str, Method] = {
     "minference, summed, near 30": methods.MInference(vertical=200, slash=300, share="sum", near=30),
     "minference, largest": methods.MInference(vertical=200, slash=300, share="max"),
     "flexprefill": methods.FlexPrefill(),
+    "flexprefill, halo": methods.FlexPrefill(halo=True),
+    "anchor-attention": methods.AnchorAttention(),
+    "anchor-attention, theta 5": methods.AnchorAttention(theta=5.0),
     "pbs-attn": methods.PBSAttn(),
 }
 

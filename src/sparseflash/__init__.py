@@ -18,6 +18,7 @@ from .ops.jagged import jagged_attention
 from .ops.linear import linear_attention
 from .ops.merge import merge
 from .ops.pointwise import pointwise_attention
+from .ops.recall import recall
 from .ops.stats import attention_stats
 from .ops.stick_breaking import stick_breaking
 from .ops.varlen import attention_varlen
@@ -67,6 +68,7 @@ __all__ = [
     "pointwise_attention",
     "predict",
     "qk_sparse_attention",
+    "recall",
     "selection",
     "stick_breaking",
 ]

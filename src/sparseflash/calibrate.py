@@ -34,7 +34,8 @@ class Profile:
     model : str
         What it was found for.
     layers : tuple of (int, heads)
-        Number of a layer (-1: every layer that is not named), and for each query head its setting as pairs (name, value), "method" among them.
+        Number of a layer (-1: every layer that is not named), and for each query head its setting as pairs
+        (name, value), "method" among them.
         `Profile.of` makes this of dictionaries.
 
     Examples

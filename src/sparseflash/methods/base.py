@@ -100,7 +100,7 @@ class Method:
     - `trainable`: the selection learns (through `gate` or `key_bias`).
     - `approximate`: pairs that the method's own rule asks for may be missed.
     - `by_shape`: the selection depends on the lengths, the heads and `q_offset`, and `select` reads nothing
-      else: it is made once for all layers and steps (on the host, where making it may take longer than attending).
+      else. On the host, where making it may take longer than attending, it is made once.
     - `per_head`: fields that `select` takes as a tuple, one value a query head.
 
     Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
