@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sparseflash as sf
+from cases import CASES
 from nn_cases import HEADS, ROWS, WIDTH, one_thread, spun
 from sparseflash.nn.base import rotate
 
@@ -52,6 +53,18 @@ def test_a_layer_is_its_formula_forward_and_backward(row, generator):
     got = gradients(layer, layer, x, dout)
     close(got, gradients(lambda x: row.dense(layer, x), layer, x, dout))
     assert all(bool(g.any()) for g in got.values()), "a parameter without gradient"
+
+
+@every_row
+def test_over_more_than_a_tile_and_on_the_fastest_backend(row, generator):
+    layer, x = row.layer(), draw(generator, B=1, T=150)
+    dout = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    want = gradients(lambda x: row.dense(layer, x), layer, x, dout)
+    close(gradients(layer, layer, x, dout), want, 1e-9)
+    got = gradients(fast := row.layer(dtype=torch.float32), fast, x.float(), dout.float())
+    for name, y in got.items():  # a score that is rounded may choose another key
+        off = (y - want[name]).abs().flatten() / (1 + want[name].abs().max())
+        assert float(off.quantile(0.9)) < 1e-4, name
 
 
 @every_row
@@ -287,3 +300,22 @@ def test_a_plan_stands_in_place_of_the_method(generator):
 def test_only_methods_that_decode_have_a_state():
     with pytest.raises(sf.SparseFlashError, match="does not decode"):
         sf.nn.SelfAttention(WIDTH, HEADS, method="xattention").new_state(1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_self_attention_over_every_method(case, generator):
+    method = case.method()
+    layer = sf.nn.SelfAttention(64, 4, kv_heads=2, method=method)
+    layer.reset(generator)
+    x = torch.randn(1, 96, 64, generator=generator).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape and bool(x.grad.any())
+    if not (method.decodes and getattr(method, "causal", True)):
+        with pytest.raises(sf.SparseFlashError, match="no state|does not decode"):
+            layer.new_state(1)
+        return
+    state = layer.new_state(1)
+    with torch.no_grad():
+        parts = [layer(part, state=state) for part in x.split([64, 1, 30, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), y, atol=1e-4, rtol=1e-4)
