@@ -95,6 +95,22 @@ def test_every_number_has_a_range():
     assert free == [] and numbers > 50
 
 
+def test_what_needs_more_memory_than_there_is_says_so(run, tmp_path):
+    status, _, err = run("show", "window", "--length", 2**36)
+    assert status == 1 and "GiB at once; ask for less" in err
+
+
+def test_a_file_is_what_its_name_says(run, tmp_path):
+    status, _, err = run("show", "window", "--out", tmp_path / "plan.jpg")
+    assert status == 1 and "ends in .png, .svg, .pdf, .txt" in err and not list(tmp_path.iterdir())
+
+
+def test_a_seed_that_no_generator_takes_is_a_usage_error(run):
+    for command in (("show", "window"), ("train", "--data", "x", "--out", "y"), ("demo",)):
+        status, _, err = run(*command, "--seed", 10**22)
+        assert status == 2 and "--seed" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [

@@ -62,8 +62,14 @@ def main() -> None:
 DATA, MODEL, RUN, METHOD = "Data", "Model", "Run", "Attention options (for the method that has them)"
 
 
-def _option(panel: str, said: str | None = None, least: float | None = None) -> Any:
-    return typer.Option(help=said, min=least, rich_help_panel=panel)
+SEED = 2**63 - 1
+"""The largest that torch's generators take."""
+
+
+def _option(
+    panel: str, said: str | None = None, least: float | None = None, most: float | None = None
+) -> Any:
+    return typer.Option(help=said, min=least, max=most, rich_help_panel=panel)
 
 
 TRAINING = {
@@ -82,7 +88,7 @@ TRAINING = {
     "qk": _option(MODEL, "untied, or tied: k = q / |q| per head, as in the paper."),
     "dtype": _option(RUN, "fp32, or bf16 (autocast; fast where the CPU has AMX or on a GPU)."),
     "lr": _option(RUN, "Peak learning rate (AdamW, warm-up, cosine).", 0),
-    "seed": _option(RUN, "Weights, batches and random planes.", 0),
+    "seed": _option(RUN, "Weights, batches and random planes.", 0, SEED),
     "eval_every": _option(RUN, "Steps between validations.", 1),
     "eval_sequences": _option(RUN, "Held-out sequences per validation; the same for all runs.", 1),
     "save_every": _option(RUN, "Steps between checkpoints (at the latest every two minutes).", 1),
@@ -157,7 +163,7 @@ def sample(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the likeliest byte; 1 samples the model as it is.")
     ] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Same seed, same text.")] = 0,
 ) -> None:
     """Continue a prompt with a model trained by **sparseflash train**."""
     from sparseflash.train.sample import load_model
@@ -181,7 +187,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Directory of report.html and its CSV files.")] = Path("demo"),
     length: Annotated[int, typer.Option(min=1, help="Bytes per training sequence.")] = 8192,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the CPU has AMX.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Weights, batches and random planes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Weights, batches and random planes.")] = 0,
     tied: Annotated[
         bool, typer.Option("--tied", help="Also train the paper's dense baseline, k = q / |q|.")
     ] = False,
@@ -261,37 +267,41 @@ def show(
     method: Annotated[str, typer.Argument(help="A name that `sparseflash methods` lists.")],
     length: Annotated[int, typer.Option(min=1, help="Tokens.")] = 256,
     heads: Annotated[int, typer.Option(min=1, help="Heads; the first one is drawn.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random queries and keys.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the random queries and keys.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Write here: a picture if it ends in .png, .svg or .pdf, else text.")
+        Path | None,
+        typer.Option(help="Write here: a picture if it ends in .png, .svg or .pdf, text in .txt."),
     ] = None,
     changes: Annotated[list[str] | None, options.changes()] = None,
 ) -> None:
     """Draw the plan a method makes for random queries and keys."""
     import torch
 
+    from sparseflash import Plan, Plans
     from sparseflash.train.attention import build
 
     if method != "dense":
         registry.find(method)
+    known = (".png", ".svg", ".pdf", ".txt")
+    if out is not None and not out.is_char_device() and out.suffix.lower() not in known:
+        raise SparseFlashError(f"--out {out}: expected a name that ends in {', '.join(known)}")
     chosen = build(method, options.settings(changes))
     if not hasattr(chosen, "select"):
         raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, heads, length, 64, generator=generator) for _ in range(2))
     plan = chosen.select(q, k).plan
-    plans = plan if isinstance(plan, tuple) else (plan,)
-    text = "\n\n".join(f"{one}\n{one.explain()}" for one in plans)
+    several = plan if isinstance(plan, (Plan, Plans)) else Plans(plan)
+    text = f"{several}\n{several.explain()}"
     if out is None:
         typer.echo(text)
         return
     try:
-        if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        if out.suffix.lower() not in known[:3]:
             out.write_text(text + "\n", encoding="utf-8")
             return
-        for n, one in enumerate(plans):  # the plans of a tuple: name.svg, name-2.svg, ...
-            one.plot(out.with_stem(f"{out.stem}-{n + 1}") if n else out)
-        typer.echo("\n\n".join(one.explain() for one in plans))
+        several.plot(out)
+        typer.echo(several.explain())
     except OSError as error:
         raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
 

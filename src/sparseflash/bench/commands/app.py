@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -76,8 +77,17 @@ def call(app: typer.Typer) -> None:
     try:
         app()
     except SparseFlashError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
+        said = str(error)
+    except (RuntimeError, MemoryError) as error:  # torch: main memory is short
+        asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+        if not (isinstance(error, MemoryError) or asked or "out of memory" in str(error).lower()):
+            raise
+        much = f": {int(asked[1]) / 2**30:,.0f} GiB at once" if asked else ""
+        said = f"this needs more memory than there is{much}; ask for less: a smaller --length or --batch"
+    else:
+        return
+    typer.secho(f"error: {said}", fg="red", err=True)
+    sys.exit(1)
 
 
 def words(text: str, separator: str = ",") -> list[str]:

@@ -25,7 +25,7 @@ SETTINGS = {
     "energy": typer.Option("--energy", help="Joules of a call, where counters exist."),
     "rounds": typer.Option(min=1, help="Measured rounds, after one that warms up."),
     "minutes": typer.Option(min=0, help="Time box; what does not fit is left out, and said."),
-    "seed": typer.Option(min=0, help="Of the inputs."),
+    "seed": typer.Option(min=0, max=2**63 - 1, help="Of the inputs."),
 }
 """Fields of `Settings` that are options."""
 LENGTHS = ",".join(map(str, Settings.lengths))
