@@ -342,6 +342,19 @@ def dense_seqboat(layer: Any, x: Tensor) -> Tensor:
     return m @ layer.plain.weight.T + layer.plain.bias + (share * active)[..., None] * o
 
 
+def together(width: int, heads: int, *, near: int = 3, **options: Any) -> sf.nn.Together:
+    """Half of the heads in a window, half routed."""
+    own = {"head_dim": WIDTH // HEADS, **options}
+    around = sf.nn.SelfAttention(width, heads // 2, method=sf.methods.Window(window=near), **own)
+    return sf.nn.Together(
+        around, sf.nn.RoutingAttention(width, heads // 2, clusters=2, window=4, commitment=0.1, **own)
+    )
+
+
+def dense_together(layer: Any, x: Tensor) -> Tensor:
+    return dense_self(layer.layers[0], x) + dense_routing(layer.layers[1], x)
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -542,4 +555,5 @@ ROWS = [
         dense_seqboat,
         note="relu2",
     ),
+    Row(together, {}, dense_together, [({"near": 0}, ">= 1")]),
 ]

@@ -234,7 +234,7 @@ def test_few_tokens_and_none(row, B, T, generator):
 def test_a_layer_says_what_it_is(row, generator):
     layer, x = row.layer(), draw(generator)
     text = repr(layer)
-    assert text.startswith(row.make.__name__) and f"{WIDTH}, {HEADS}" in text
+    assert text.startswith(type(layer).__name__) and f"{WIDTH}, {HEADS}" in text
     assert layer.positions in ("rotary", "none")
     assert layer.aux_loss.shape == () and not layer.aux_loss.any()
     layer(x)
@@ -319,3 +319,16 @@ def test_self_attention_over_every_method(case, generator):
     with torch.no_grad():
         parts = [layer(part, state=state) for part in x.split([64, 1, 30, 1], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), y, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_do_not_fit_together_are_refused():
+    with pytest.raises(sf.SparseFlashError, match="one width"):
+        sf.nn.Together(sf.nn.SelfAttention(16, 2), sf.nn.SelfAttention(32, 2))
+    for parts in ((), (torch.nn.Linear(2, 2),)):
+        with pytest.raises(sf.SparseFlashError, match="at least one"):
+            sf.nn.Together(*parts)
+    one = sf.nn.Together(sf.nn.SelfAttention(16, 2), sf.nn.StickBreakingAttention(16, 2))
+    with pytest.raises(sf.SparseFlashError, match="Together.new_state"):
+        one(torch.zeros(1, 3, 16), state=sf.nn.SelfAttention(16, 2).new_state(1))
+    plan = sf.Plan.dense(3, 3, causal=True)
+    assert one(torch.zeros(1, 3, 16), plan=plan).shape == (1, 3, 16)

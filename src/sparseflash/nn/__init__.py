@@ -19,6 +19,7 @@ from .self_attention import SelfAttention
 from .seqboat import EMA, SeqBoat
 from .sparsek import SparseKAttention, sparsek_threshold
 from .stick_breaking import StickBreakingAttention
+from .together import Together
 
 __all__ = [
     "Combiner",
@@ -35,6 +36,7 @@ __all__ = [
     "SparseKAttention",
     "State",
     "StickBreakingAttention",
+    "Together",
     "muse_attention",
     "sparsek_threshold",
     "update",
