@@ -260,6 +260,16 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(fresh, monkeypat
     right()
 
 
+def test_a_line_says_that_it_compiles_before_it_does(fresh, tool, caplog):
+    """So that half a minute of silence at the first call is no riddle."""
+    tool("exit 1")
+    with caplog.at_level("WARNING", logger="sparseflash"), pytest.raises(build.CompilerFailed):
+        build.library(PORTABLE)
+    seen = [record.message for record in caplog.records if record.name == "sparseflash"]
+    assert len(seen) == 1 and "compiling the CPU kernels" in seen[0] and "half a minute" in seen[0]
+
+
+
 def test_a_compiler_that_fails_leaves_a_log_and_one_line(fresh, tool):
     calls = tool('echo "internal error: out of luck" >&2; exit 3')
     with pytest.warns(

@@ -15,6 +15,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -282,6 +283,11 @@ def _run(commands: list[list[str]], work: Path, log: Path) -> None:
 def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
     log = target.with_suffix(".log")
     log.unlink(missing_ok=True)
+    logging.getLogger("sparseflash").warning(
+        "sparseflash: compiling the CPU kernels with %s, once for this machine and version; it takes about "
+        "half a minute",
+        Path(compiler[0]).name,
+    )
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
         work = Path(made)
         have = [f"-DSF_WITH_{(x.source or x.name).upper()}=1" for x in levels]
