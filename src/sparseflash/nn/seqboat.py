@@ -74,20 +74,29 @@ class EMA(nn.Module):
         p = self.delta.to(wide).sigmoid()
         phi = 1 - p * self.alpha.to(wide).sigmoid()
         into, out = p * self.beta.to(wide), self.gamma.to(wide) * self.gamma.shape[1] ** -0.5
-        power = phi.log()[..., None] * torch.arange(T + 1, device=x.device, dtype=wide)
-        power = power.exp()  # phi^0 .. phi^T, [W, N, T + 1]
-        signal = x.to(wide).mT  # [B, W, T]
-        kernel = ((into * out)[..., None] * power[..., :T]).sum(1)  # [W, T]
-        n = 2 * max(T, 1)
+        # phi^t for t = a S + b is phi^(a S) phi^b: sums over n are products of two small tables
+        S = max(1, math.isqrt(T))
+        A = -(-T // S)
+        step = torch.arange(S, device=x.device, dtype=wide)
+        near = (phi.log()[..., None] * step).exp()  # [W, N, S]
+        far = (phi.log()[..., None] * torch.arange(A, device=x.device, dtype=wide) * S).exp()  # [W, N, A]
+
+        def series(c: Tensor) -> Tensor:
+            """`sum_n c_n phi_n^t` for t < T, [..., W, T] of [..., W, N]."""
+            return ((c[..., None] * far).mT @ near).flatten(-2)[..., :T]
+
+        signal, n = x.to(wide).mT, 2 * max(T, 1)  # [B, W, T]
         y = signal
         if signal.numel():
-            y = torch.fft.irfft(torch.fft.rfft(kernel, n) * torch.fft.rfft(signal, n), n)[..., :T]
+            kernel = torch.fft.rfft(series(into * out), n)
+            y = torch.fft.irfft(kernel * torch.fft.rfft(signal, n), n)[..., :T]
         left = None
         if carry:
-            left = torch.einsum("bwt,wnt->bwn", signal, power[..., :T].flip(-1)) * into
+            back = nn.functional.pad(signal.flip(-1), (0, A * S - T)).view(*signal.shape[:2], A, S)
+            left = ((back @ near.mT) * far.mT).sum(2) * into
         if h is not None:
-            y = y + torch.einsum("bwn,wnt->bwt", h * out, power[..., 1:])
-            left = None if left is None else left + h * power[..., T]
+            y = y + series(h * out * phi)
+            left = None if left is None else left + h * phi**T
         return (y.mT + self.omega.to(wide) * x).to(x.dtype), left
 
 
