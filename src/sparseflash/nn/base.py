@@ -320,6 +320,21 @@ def rms(x: Tensor) -> Tensor:
     return nn.functional.rms_norm(x, (x.shape[-1],))
 
 
+def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of what is kept along the last axis, in order, and whether each is.
+
+    Rows that keep less than the fullest begin with places that are not kept.
+    """
+    most = int(keep.sum(-1).max()) if keep.numel() else 0
+    place = keep.to(torch.int8).argsort(dim=-1, stable=True)[..., keep.shape[-1] - most :]
+    return place, keep.gather(-1, place)
+
+
+def taken(x: Tensor, place: Tensor) -> Tensor:
+    """The tokens `place [B,H,n]` of `x [B,H,T,D]`."""
+    return x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
+
+
 def check_choice(**given: tuple[Any, Sequence[Any]]) -> None:
     """Refuse a word that is not among those there are."""
     for name, (x, known) in given.items():

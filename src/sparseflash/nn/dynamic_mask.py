@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..methods.dynamic_mask import DynamicMask
 from ..ops._arguments import AnyPlan
-from .base import Layer, Positions, State, check_choice, check_sizes, rms
+from .base import Layer, Positions, State, check_choice, check_sizes, rms, taken
 
 
 class DynamicMaskAttention(Layer):
@@ -87,8 +87,7 @@ class DynamicMaskAttention(Layer):
         out = self.method(q, k, v, q_offset=past, ctx={"delta": delta})
         if state is not None:
             best = delta.detach().argsort(dim=-1, stable=True)[..., -self.window :].sort(-1).values
-            k, v = (y.gather(2, best[..., None].expand(*best.shape, y.shape[-1])) for y in (k, v))
-            state.tensors.update(k=k, v=v, delta=delta.gather(-1, best))
+            state.tensors.update(k=taken(k, best), v=taken(v, best), delta=delta.gather(-1, best))
         return self.end(out)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan import Plan
 from ..selection.clusters import kmeans
-from .base import Layer, Positions, State, check_choice, check_sizes, draw
+from .base import Layer, Positions, State, check_choice, check_sizes, draw, survivors, taken
 
 
 class RoutingAttention(Layer):
@@ -199,25 +199,18 @@ class RoutingAttention(Layer):
 
     def _forget(self, state: State, k: Tensor, v: Tensor, own: Tensor) -> None:
         """Keep the last members of each cluster; heads that keep less are padded in front, in no cluster."""
-        n = own.shape[-1]
         member = nn.functional.one_hot(own + 1, self.clusters + 1)  # padding is -1
         behind = member.flip(2).cumsum(2).flip(2).gather(-1, (own + 1)[..., None])[..., 0]
         keep = (behind <= self.window) & (own >= 0)
-        most = int(keep.sum(-1).max()) if keep.numel() else 0
-        place = keep.to(torch.int8).argsort(dim=-1, stable=True)[..., n - most :]
-        own = own.gather(-1, place).masked_fill(~keep.gather(-1, place), -1)
-        k, v = (y.gather(2, place[..., None].expand(*place.shape, y.shape[-1])) for y in (k, v))
-        state.tensors.update(k=k, v=v, own=own)
+        place, alive = survivors(keep)
+        own = own.gather(-1, place).masked_fill(~alive, -1)
+        state.tensors.update(k=taken(k, place), v=taken(v, place), own=own)
 
     def _nearest(self, q: Tensor, k: Tensor, v: Tensor, of_keys: Tensor, of_queries: Tensor) -> Tensor:
         """The paper's rule: every centroid's nearest as rows of one sequence, a bucket for each."""
         B, H, T, D = q.shape
         most = min(self.window, T)
         rows, keys = (s.topk(most, -1).indices.sort(-1).values.flatten(2) for s in (of_queries, of_keys))
-
-        def taken(x: Tensor, place: Tensor) -> Tensor:
-            return x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
-
         bucket = torch.arange(self.clusters, device=q.device).repeat_interleave(most)[None, None]
         plan = Plan.from_buckets(bucket, bucket, causal=False, buckets=self.clusters)
         each = keys.repeat_interleave(H // keys.shape[1], 1)

@@ -14,7 +14,7 @@ from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..ops.pointwise import pointwise_attention
 from ..plan import Plan
-from .base import Layer, Positions, State, check_choice, check_sizes, draw, rotate
+from .base import Layer, Positions, State, check_choice, check_sizes, draw, rotate, survivors, taken
 
 WIDEST = 256
 """Values of one head of attention."""
@@ -233,16 +233,11 @@ class SeqBoat(Layer):
 
     def _forget(self, state: State, k: Tensor, v: Tensor, own: Tensor) -> None:
         """Keep the last active keys; sequences that have fewer are padded in front."""
-        n = own.shape[2]
         keep = own == 0
         keep = keep & (keep.flip(2).cumsum(2).flip(2) <= self.window)
-        most = int(keep.sum(2).max()) if keep.numel() else 0
-        place = keep.to(torch.int8).argsort(dim=2, stable=True)[..., n - most :]
-        own = torch.where(keep.gather(2, place), 0, 2)
-        k, v = (
-            y.gather(2, place[..., None].expand(-1, y.shape[1], -1, y.shape[3]).contiguous()) for y in (k, v)
-        )
-        state.tensors.update(k=k, v=v, own=own)
+        place, alive = survivors(keep)
+        each = place.expand(-1, self.heads, -1)
+        state.tensors.update(k=taken(k, each), v=taken(v, each), own=torch.where(alive, 0, 2))
 
     def _unit(self, m: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, H, T, D], values [B, H, T, inner / H] and r [B, T, inner]."""

@@ -16,7 +16,7 @@ from ..ops._register import Gradient, register
 from ..ops.attention import attention
 from ..plan import Plan
 from ..plan.options import is_count
-from .base import Layer, Positions, State, check_choice, check_sizes
+from .base import Layer, Positions, State, check_choice, check_sizes, survivors, taken
 
 WIDEST = 256
 """Values of one call of attention."""
@@ -268,12 +268,9 @@ class SparseKAttention(Layer):
         n = u.shape[-1]
         keep = (until == n) | (torch.arange(n, device=u.device) > n - self.window)
         keep = keep & (u.detach() != -torch.inf)
-        most = int(keep.sum(-1).max()) if keep.numel() else 0
-        place = keep.to(torch.int8).argsort(dim=-1, stable=True)[..., n - most :]
-        alive = keep.gather(-1, place)
-        k, v = (y.gather(2, place[..., None].expand(*place.shape, y.shape[-1])) for y in (k, v))
+        place, alive = survivors(keep)
         u = u.gather(-1, place).masked_fill(~alive, -torch.inf)
-        state.tensors.update(k=k, v=v, u=u)
+        state.tensors.update(k=taken(k, place), v=taken(v, place), u=u)
 
     def extra_repr(self) -> str:
         """The shape, and how much is kept."""
