@@ -269,7 +269,6 @@ def test_a_line_says_that_it_compiles_before_it_does(fresh, tool, caplog):
     assert len(seen) == 1 and "compiling the CPU kernels" in seen[0] and "half a minute" in seen[0]
 
 
-
 def test_a_compiler_that_fails_leaves_a_log_and_one_line(fresh, tool):
     calls = tool('echo "internal error: out of luck" >&2; exit 3')
     with pytest.warns(
