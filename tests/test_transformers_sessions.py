@@ -120,3 +120,20 @@ def test_a_profile_serves_the_layers_of_a_model(model):
     with torch.no_grad(), sf.transformers.sparse(model, prefill=by_hand):
         want = model(ids).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_dual_chunks_of_a_padded_batch_are_each_sequence_alone(model):
+    """Rotations belong to tokens, and move with them."""
+    method = sf.methods.DualChunkAttention(context=16)
+    ids, mask = torch.arange(3, 83).view(2, 40) % 64, torch.ones(2, 40, dtype=torch.int64)
+    for side in (slice(0, 7), slice(33, 40)):
+        padded = mask.clone()
+        padded[0, side] = 0
+        with sf.transformers.sparse(model, prefill=method):
+            places = (padded.cumsum(-1) - 1).clamp(min=0)
+            both = model(ids, attention_mask=padded, position_ids=places, use_cache=False).logits
+            for row in range(2):
+                real = padded[row] > 0
+                alone = model(ids[row : row + 1, real], use_cache=False).logits
+                torch.testing.assert_close(both[row : row + 1, real], alone, rtol=1e-4, atol=1e-4)

@@ -84,7 +84,8 @@ class DualChunkAttention(Method):
         """Three rows for each query, and what each sees."""
         given = {name: (ctx or {}).get(name) for name in self.reads}
         (Tq, Tk), (furthest, local) = (q.shape[2], k.shape[2]), self._sizes()
-        offset, size, v = given["q_offset"] or 0, furthest - local, given["v"]
+        offset = 0 if given["q_offset"] is None else given["q_offset"]
+        size, v = furthest - local, given["v"]
         if Tk <= size:
             return Selection(Plan.dense(Tq, Tk, causal=True, q_offset=offset, device=q.device))
         if v is None:

@@ -268,11 +268,15 @@ class Setting:
         several = isinstance(selection.plan, (tuple, list))
         return dataclasses.replace(selection, plan=tuple(selection.plan) if several else (selection.plan,))
 
-    def _alone(self, rows: Tensor | None) -> Setting:
-        """The setting for some rows of the batch, whose tokens lie elsewhere than in the call."""
-        told = {n: x for n, x in self.told.items() if n != "rope"}
+    def _alone(self, rows: Tensor | None, queries: Tensor | None) -> Setting:
+        """The setting for some rows of the batch (None: all), of which only some tokens are there."""
+        told = dict(self.told)
         if rows is not None:
             told["slot"] = tuple(rows.tolist())
+        if "rope" in told and queries is not None:
+            batch = len(queries) if rows is None else 1 + int(rows.max())
+            wide = (x if x.shape[0] > 1 else x.expand(batch, -1, -1) for x in told["rope"])
+            told["rope"] = tuple(gather(x[:, None], rows, queries)[:, 0] for x in wide)
         return dataclasses.replace(self, told=told)
 
     def _unpadded(
@@ -301,7 +305,7 @@ class Setting:
                 offset = 0
             q2 = q if queries is None else gather(q, None, queries)
             k2, v2 = (x if keys is None else gather(x, None, keys) for x in (k, v))
-            alone = self._alone(None)
+            alone = self._alone(None, queries)
             session, ctx = alone._session(method, q2, k2, v2, options, offset)
             selection = alone._select(session, q2, k2, ctx)
             if all(_by_place(one, offset) for one in selection.plan):
@@ -316,7 +320,7 @@ class Setting:
         parts = []
         for group, own in mask.groups:
             one = gather(q, group.rows, group.queries), *(gather(x, group.rows, group.keys) for x in (k, v))
-            alone = self._alone(group.rows)
+            alone = self._alone(group.rows, group.queries)
             parts.append((group, alone._attend(method, *one, own, options, heads)))
         if not parts:
             return v.new_zeros(*q.shape[:3], v.shape[3])
