@@ -19,6 +19,8 @@ WHOLE = frozenset(("rope", "grid", "text", "modality", "q_offset", "state", "cac
 
 def settings(method: Any) -> dict[str, tuple[Any, ...]]:
     """Fields that hold one value a query head, and that `select` does not spread by itself."""
+    if not any(type(x) is tuple for x in vars(method).values()):  # asked at every call
+        return {}
     own = type(method).per_head
     return {
         f.name: x

@@ -100,8 +100,15 @@ class Frame:
         """Where the queries of the tiles sit."""
         return extremes(self.Tq, self.tile, order=self.q_order, offset=self.q_offset, device=device)
 
+    @property
+    def plain(self) -> bool:
+        """Whether rows are tokens that begin at one position: then arithmetic says where they lie."""
+        return self.q_order is None and self.k_order is None and isinstance(self.q_offset, int)
+
     def kinds(self, batch: int, heads: int, device: torch.device) -> Kinds:
         """WHOLE, PART or GONE of units [..., n], which are `listed` or not, for the lists [...]."""
+        if self.plain:
+            return self._plain_kinds
         q = self.of_tiles(device).laid_out(batch, heads)
         k = extremes(self.Tk, self.unit, order=self.k_order, device=device)
         R, C = self.tiles, self.columns
@@ -121,12 +128,22 @@ class Frame:
 
         return kind
 
+    def _plain_kinds(self, unit: Tensor, listed: Tensor, cell: Tensor) -> Tensor:
+        assert isinstance(self.q_offset, int)
+        last = (unit + 1) * self.unit - 1
+        whole, gone = last < self.Tk, ~listed
+        if self.causal:
+            first = (cell % max(self.tiles, 1) * self.tile)[..., None] + self.q_offset
+            newest = (first + (self.tile - 1)).clamp(max=self.Tq - 1 + self.q_offset)
+            whole = whole & (last <= first)
+            gone = gone | (unit * self.unit > newest)
+        return torch.where(gone, GONE, torch.where(whole, WHOLE, PART))
+
     def lists(
         self, given: Tensor, candidates: Candidates, capacity: int | None, *, unique: bool = True
     ) -> Fields:
         """Unit lists of what is given for each tile, by whoever makes them fastest."""
-        plain = self.q_order is None and self.k_order is None and isinstance(self.q_offset, int)
-        if plain and capacity is None and (native := builders(given.numel(), given)):
+        if self.plain and capacity is None and (native := builders(given.numel(), given)):
             names = ("Tq", "Tk", "tile", "unit", "causal", "q_offset")
             return native.list_units(given, **{n: getattr(self, n) for n in names}, unique=unique)
         given = laid_out(given, *self.extent(given))
