@@ -137,3 +137,33 @@ def test_dual_chunks_of_a_padded_batch_are_each_sequence_alone(model):
                 real = padded[row] > 0
                 alone = model(ids[row : row + 1, real], use_cache=False).logits
                 torch.testing.assert_close(both[row : row + 1, real], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_method_is_told_how_all_keys_of_a_cache_were_rotated(model):
+    ids = torch.arange(3, 23)[None]
+    method = Remembering()
+    cos, sin = model.model.rotary_emb(torch.zeros(1, 20, 32), torch.arange(20)[None])
+    with sf.transformers.sparse(model, prefill=method, decode=method):
+        cache = transformers.DynamicCache(config=model.config)
+        for lo, hi in ((0, 9), (9, 15), (15, 16), (16, 20)):
+            model(ids[:, lo:hi], past_key_values=cache, use_cache=True)
+            for told in SEEN[-2:]:
+                assert torch.equal(told["rope"][0], cos[:, :hi]) and torch.equal(told["rope"][1], sin[:, :hi])
+        cache.crop(-8)  # of 20
+        model(ids[:, 12:14], past_key_values=cache, use_cache=True)
+        assert torch.equal(SEEN[-1]["rope"][0], cos[:, :14])
+
+
+@torch.no_grad()
+def test_dual_chunks_go_on_behind_a_cache(model):
+    """One token at a time, and a prompt in parts: what one call over all of it gives."""
+    method, ids = sf.methods.DualChunkAttention(context=16), torch.arange(3, 43)[None]
+    with sf.transformers.sparse(model, prefill=method, decode=method):
+        whole = model(ids, use_cache=False).logits
+        cache = transformers.DynamicCache(config=model.config)
+        parts = [
+            model(ids[:, lo:hi], past_key_values=cache, use_cache=True).logits
+            for lo, hi in ((0, 21), (21, 33), *((n, n + 1) for n in range(33, 40)))
+        ]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from ...methods.base import Method, Selection, find, names
 from ...methods.session import Session
 from ...plan.options import same_offset
 from .._host import exact, over
-from .._sessions import Sessions
+from .._sessions import Rotations, Sessions
 from .attention import SETTING
 from .layers import Layer, chosen
 from .mask import Plain, SparseMask
@@ -181,7 +181,7 @@ class Setting:
         """Attention of this layer, out `[B,Hq,S,Dv]`."""
         told = vars(module).pop(OVERHEARD, None)
         if told is not None:
-            self = dataclasses.replace(self, told={n: x for n, x in told.items() if x is not None})
+            self = dataclasses.replace(self, told=_of_all_keys(module, told, k.shape[2]))
         choice = self.decode if q.shape[2] == 1 and k.shape[2] > 1 else self.prefill
         mask = mask if choice is None else mask.for_methods()
         if isinstance(choice, Sequence):
@@ -268,15 +268,15 @@ class Setting:
         several = isinstance(selection.plan, (tuple, list))
         return dataclasses.replace(selection, plan=tuple(selection.plan) if several else (selection.plan,))
 
-    def _alone(self, rows: Tensor | None, queries: Tensor | None) -> Setting:
-        """The setting for some rows of the batch (None: all), of which only some tokens are there."""
+    def _alone(self, rows: Tensor | None, keys: Tensor | None) -> Setting:
+        """The setting for some rows of the batch (None: all), of which only some keys are there."""
         told = dict(self.told)
         if rows is not None:
             told["slot"] = tuple(rows.tolist())
-        if "rope" in told and queries is not None:
-            batch = len(queries) if rows is None else 1 + int(rows.max())
+        if "rope" in told and keys is not None:
+            batch = len(keys) if rows is None else 1 + int(rows.max())
             wide = (x if x.shape[0] > 1 else x.expand(batch, -1, -1) for x in told["rope"])
-            told["rope"] = tuple(gather(x[:, None], rows, queries)[:, 0] for x in wide)
+            told["rope"] = tuple(gather(x[:, None], rows, keys)[:, 0] for x in wide)
         return dataclasses.replace(self, told=told)
 
     def _unpadded(
@@ -305,7 +305,7 @@ class Setting:
                 offset = 0
             q2 = q if queries is None else gather(q, None, queries)
             k2, v2 = (x if keys is None else gather(x, None, keys) for x in (k, v))
-            alone = self._alone(None, queries)
+            alone = self._alone(None, keys)
             session, ctx = alone._session(method, q2, k2, v2, options, offset)
             selection = alone._select(session, q2, k2, ctx)
             if all(_by_place(one, offset) for one in selection.plan):
@@ -320,7 +320,7 @@ class Setting:
         parts = []
         for group, own in mask.groups:
             one = gather(q, group.rows, group.queries), *(gather(x, group.rows, group.keys) for x in (k, v))
-            alone = self._alone(group.rows, group.queries)
+            alone = self._alone(group.rows, group.keys)
             parts.append((group, alone._attend(method, *one, own, options, heads)))
         if not parts:
             return v.new_zeros(*q.shape[:3], v.shape[3])
@@ -369,6 +369,20 @@ class Setting:
         if mask.by_rule and plan.causal == mask.causal:
             return plan
         return plan & mask.plan
+
+
+_rotations = Rotations()
+
+
+def _of_all_keys(module: nn.Module, told: Mapping[str, Any], keys: int) -> dict[str, Any]:
+    """What a module was told, with the rotation of all keys of its cache in place of that of the new ones."""
+    given = {name: x for name, x in told.items() if x is not None}
+    rope = given.pop("rope", None)
+    if isinstance(rope, (tuple, list)) and len(rope) == 2 and all(isinstance(x, Tensor) for x in rope):
+        kind = str(getattr(module, "layer_type", getattr(module, "is_sliding", "")))
+        whole = _rotations.of(given.get("cache"), kind, tuple(rope), keys)
+        given |= {} if whole is None else {"rope": whole}
+    return given
 
 
 def _whatever_follows(method: Method) -> bool:
