@@ -115,5 +115,7 @@ def test_a_profile_that_is_missing_or_does_not_fit_says_how_to_get_one(generator
         sf.methods.Profiled(PROFILE)(q[:, :2], k, v, ctx={"layer": 0})
     with pytest.raises(SparseFlashError, match="expected a Profile"):
         sf.methods.Profiled("profile.json")
+    with pytest.raises(SparseFlashError, match="layer 2 of the profile has no heads"):
+        sf.methods.Profiled(Profile.of("m", {2: []}))
     with pytest.raises(SparseFlashError, match="no hyper-parameter 'widow'"):
         sf.methods.Profiled(Profile.of("m", {0: [{"method": "window", "widow": 3}]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -103,9 +104,7 @@ def test_a_window_counts_members_of_a_bucket_and_kept_keys(causal, include_self,
         k_bucket = torch.randint(0, 4, (1, 2, Tk), generator=generator)
         q_keep, k_keep = q_bucket > 0, k_bucket > 0
 
-        def buckets(**more):
-            return Plan.from_buckets(q_bucket, k_bucket, q_offset=offset, **given, **more)  # noqa: B023
-
+        buckets = partial(Plan.from_buckets, q_bucket, k_bucket, q_offset=offset, **given)
         made = {"buckets": buckets().check(), "kept": Plan.from_keep(q_keep, k_keep, **given).check()}
         for (name, plan), b, h in itertools.product(made.items(), range(2), range(2)):
             first = int(torch.as_tensor(offset).reshape(-1).expand(2)[b]) if name == "buckets" else 0

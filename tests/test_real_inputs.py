@@ -72,7 +72,9 @@ def test_minference_over_8192_tokens_of_a_pretrained_model(books):
     try:
         tensors, _ = capture.of_model("smollm2", text[text.index("Call me Ishmael") :], 8192, [4, 15, 21])
     except sf.SparseFlashError as error:
-        pytest.skip(f"make models: {error}")
+        if "not installed" not in str(error):
+            raise
+        pytest.skip("smollm2 is not installed: make models")
     method = sf.methods.MInference(vertical=500, slash=700, share="sum")
     kept, recall, share = [], [], []
     for number in (4, 15, 21):

@@ -62,8 +62,12 @@ def cases(q: Tensor, k: Tensor) -> Iterator[Case]:
             lambda backend, n=rows: selection.probe(q, k, n, backend=backend),
             True,
         )
-    best = lambda backend: selection.top_indices(pages, 512, backend=backend)  # noqa: E731  (a case)
-    yield "512 of 8192, 36 rows", "fp32", best, True
+    yield (
+        "512 of 8192, 36 rows",
+        "fp32",
+        lambda backend: selection.top_indices(pages, 512, backend=backend),
+        True,
+    )
     yield "512 of 8192, 36 rows: torch.topk", "fp32", lambda backend: torch.topk(pages, 512), False
     for name, x in (("", keys), (", rising", rising)):
         yield (

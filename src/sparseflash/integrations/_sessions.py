@@ -58,8 +58,8 @@ class Rotations:
             if last is not new[0]:
                 if whole[0].shape[-2] < keys - n:
                     return None
-                begin = (x[..., : keys - n, :] for x in whole)  # a cache may have been cut since
-                whole = tuple(torch.cat([x, y], -2) for x, y in zip(begin, new, strict=True))  # type: ignore[assignment]
+                cos, sin = (x[..., : keys - n, :] for x in whole)  # a cache may have been cut since
+                whole = torch.cat([cos, new[0]], -2), torch.cat([sin, new[1]], -2)
         if cache is not None:
             with contextlib.suppress(TypeError):
                 self._of.setdefault(cache, {})[kind] = (new[0], whole)

@@ -134,11 +134,14 @@ class Method:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__post_init__" in vars(cls):
-            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[attr-defined]
+            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[method-assign]  # as select below
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
         if cls.__module__.startswith(__name__.removesuffix("base")) and cls.__module__ != __name__:
             _REGISTRY[slug(cls)] = cls
+
+    def __post_init__(self) -> None:
+        """Check the hyper-parameters; where heads differ, those of each head are checked by themselves."""
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """Select what each query of `q [B,Hq,Tq,D]` sees of `k [B,Hkv,Tk,D]`; `ctx` may hold more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class PBSAttn(Method):
     threshold: float = 0.9
     block: int = 128
     segment: int = 256
-    pooling: str = "mean"
+    pooling: Literal["mean", "max"] = "mean"
     summed: bool = False
 
     reads = ("q_offset", "scale", "softcap")
@@ -115,7 +115,7 @@ class PBSAttn(Method):
 
     def _mass(self, q: Tensor, k: Tensor, among: Tensor, told: dict[str, Any]) -> Tensor:
         """The softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
-        rows, columns = (pooled(x, self.block, self.pooling) for x in (q, k))  # type: ignore[arg-type]
+        rows, columns = (pooled(x, self.block, self.pooling) for x in (q, k))
         columns = columns.repeat_interleave(q.shape[1] // k.shape[1], 1)
         with torch.autocast(q.device.type, enabled=False):
             score = rows @ columns.mT * as_scale(told["scale"], q.shape[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +54,18 @@ class Profiled(Method):
     def __post_init__(self) -> None:
         if self.profile is not None and not isinstance(self.profile, Profile):
             raise SparseFlashError(f"profile={self.profile!r:.80}: expected a Profile (Profile.load(path))")
+        for number, own in self._layers.items():  # made now: what a profile has wrong is said at once
+            if not own:
+                raise SparseFlashError(f"layer {number} of the profile has no heads: expected a setting each")
+
+    @functools.cached_property
+    def _layers(self) -> dict[int | None, tuple[Method | None, ...]]:
         known = () if self.profile is None else self.profile.layers
-        made = {number: tuple(_method(dict(setting)) for setting in own) for number, own in known}
-        object.__setattr__(self, "_layers", made)
+        return {number: tuple(_method(dict(setting)) for setting in own) for number, own in known}
 
     def methods(self, layer: int | None = None) -> tuple[Method | None, ...]:
         """The method of each query head of a layer; None is dense."""
-        made: dict[int | None, tuple[Method | None, ...]] = self._layers  # type: ignore[attr-defined]
+        made = self._layers
         if self.profile is None:
             raise SparseFlashError(
                 "Profiled() has no profile: make one with sparseflash.calibrate.search, or read one with "

@@ -71,6 +71,20 @@ def recall(
         causal = all(one.causal for one in plans)
         at = plans[0].q_offset if causal else 0
         dense = Plan.dense(q.shape[2], k.shape[2], causal=causal, q_offset=at, device=q.device)
-    given = {"scale": scale, "softcap": softcap, "key_bias": key_bias, "backend": backend}
-    some, every = (attention(q, k, k[..., :1], x, return_lse=True, **given)[1] for x in (plans, dense))  # type: ignore[call-overload]
+    value = k[..., :1]  # nobody looks at the result
+
+    def level(of: AnyPlan) -> Tensor:
+        return attention(
+            q,
+            k,
+            value,
+            of,
+            scale=scale,
+            softcap=softcap,
+            key_bias=key_bias,
+            backend=backend,
+            return_lse=True,
+        )[1]
+
+    some, every = level(plans), level(dense)
     return torch.where(every == -torch.inf, 1.0, (some - every).exp()).clamp(max=1.0)

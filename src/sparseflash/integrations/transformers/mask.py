@@ -308,7 +308,7 @@ def _moved(x: Any, device: torch.device) -> Any:
     if not dataclasses.is_dataclass(x):
         return x
     fields = {f.name: _moved(getattr(x, f.name), device) for f in dataclasses.fields(x)}
-    return dataclasses.replace(x, **fields)  # type: ignore[type-var]
+    return dataclasses.replace(x, **fields)
 
 
 def ranged(ranges: Ranges, query: Tensor, tokens: Tensor | None) -> Ranges | Packed:
