@@ -82,12 +82,13 @@ def taking(*parameters: inspect.Parameter) -> Callable[[Callable[..., Any]], Cal
 
 
 def described(cls: type) -> dict[str, str]:
-    """What the docstring of a class says of each parameter, in one line each."""
-    _, _, text = (inspect.getdoc(cls) or "").partition("Parameters\n----------\n")
-    text = re.split(r"\n\n\w+\n-+\n", text)[0]
-    found = {}
-    for names, said in re.findall(r"^(\w[\w, ]*?) : .*\n((?:[ ]+.*\n?)+)", text, re.MULTILINE):
-        found |= dict.fromkeys(names.split(", "), " ".join(said.split()))
+    """What the docstrings of a class, and of those it is made of, say of each parameter, in one line each."""
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        _, _, text = inspect.cleandoc(one.__doc__ or "").partition("Parameters\n----------\n")
+        text = re.split(r"\n\n\w+\n-+\n", text)[0]
+        for names, said in re.findall(r"^(\w[\w, ]*?) : .*\n((?:[ ]+.*\n?)+)", text, re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(said.split()))
     return found
 
 

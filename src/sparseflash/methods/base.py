@@ -134,10 +134,10 @@ class Method:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__post_init__" in vars(cls):
-            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[method-assign]  # as select below
+            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[assignment]  # it is: as below
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
-        if cls.__module__.startswith(__name__.removesuffix("base")) and cls.__module__ != __name__:
+        if cls.__module__.startswith(__name__.removesuffix("base")) and cls.paper:
             _REGISTRY[slug(cls)] = cls
 
     def __post_init__(self) -> None:
@@ -308,11 +308,11 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
     return checked
 
 
-def _each(check: Callable[[Any], None]) -> Callable[[Any], None]:
+def _each(check: Callable[[Method], None]) -> Callable[[Method], None]:
     """A `__post_init__` that is asked about the settings of every head, where they differ."""
 
     @functools.wraps(check)
-    def checked(self: Any) -> None:
+    def checked(self: Method) -> None:
         if heads.apart(self) is None:  # made one by one: each is checked
             check(self)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ..selection.budgets import share, top_k
+from ..selection.budgets import top_k
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
-from .base import Context, Method, Selection, check_counts
+from .base import check_counts
+from .blocks import BlockMethod
 
 
 @dataclass(frozen=True)
-class BlockTopK(Method):
+class BlockTopK(BlockMethod):
     """Each tile of queries sees so many blocks of keys: those whose mean key suits its mean query best.
 
     Pooling costs next to nothing and works where neighbours are alike. It is blind to a single key that one
@@ -23,14 +25,8 @@ class BlockTopK(Method):
     ----------
     blocks : int
         Blocks of a tile that are chosen, beside those that are kept in any case.
-    block : int
-        Queries of a tile, and keys of a block.
-    sinks, near : int
-        First blocks, and blocks back from the tile's own, that are kept whatever is estimated.
-    dense_tiles : int
-        Last tiles that see everything before them.
-    summed : bool
-        Choose for all query heads of a KV head together.
+    block, sinks, near, dense_tiles, summed
+        As in every method that chooses blocks (`BlockMethod`).
 
     Notes
     -----
@@ -46,27 +42,18 @@ class BlockTopK(Method):
     """
 
     blocks: int = 16
-    block: int = 64
-    sinks: int = 1
-    near: int = 1
-    dense_tiles: int = 0
-    summed: bool = False
+    block: int = field(default=64, kw_only=True)
 
-    reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2502.13189"
-    phases = ("prefill",)
-    causal_selection = False
 
     def __post_init__(self) -> None:
-        check_counts(self, 1, "blocks", "block", "near")
-        check_counts(self, 0, "sinks", "dense_tiles")
+        super().__post_init__()
+        check_counts(self, 1, "blocks")
 
-    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+    def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
+        """By mean queries and mean keys."""
+        return tile_mass(q, k, grid, "mean", **told)
+
+    def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
         """The best blocks of each tile, beside the first and the nearest."""
-        ctx = ctx or {}
-        grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
-        mass = tile_mass(q, k, grid, "mean", **{name: ctx.get(name) for name in ("scale", "softcap")})
-        mass = share(mass, k.shape[1], "sum") if self.summed else mass
-        near = grid.near(self.sinks, self.near)
-        keep = top_k(mass, self.blocks, among=grid.reach() & ~near) | near
-        return Selection(grid.plan(grid.ended(keep, self.dense_tiles)))
+        return top_k(mass, self.blocks, among=reach & ~near)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ..selection.budgets import above, share
+from ..selection.budgets import above
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
-from .base import Context, Method, Selection, check_counts, check_shares
+from .base import check_counts, check_shares
+from .blocks import BlockMethod
 
 
 @dataclass(frozen=True)
-class FlashPrefill(Method):
+class FlashPrefill(BlockMethod):
     """Each tile of queries sees the blocks whose estimated mass is not far below that of its best block.
 
     Every query is multiplied with the mean of each `stride` keys, and the weights of a tile are relative to
@@ -28,14 +30,8 @@ class FlashPrefill(Method):
         What a block must have of the mass of its tile's best one, in (0, 1].
     stride : int
         Keys of a mean; divides the block.
-    block : int
-        Queries of a tile, and keys of a block.
-    sinks, near : int
-        First blocks, and blocks back from the tile's own, that are kept whatever is estimated.
-    dense_tiles : int
-        Last tiles that see everything before them.
-    summed : bool
-        Judge for all query heads of a KV head together.
+    block, sinks, near, dense_tiles, summed
+        As in every method that chooses blocks (`BlockMethod`).
 
     Notes
     -----
@@ -53,28 +49,21 @@ class FlashPrefill(Method):
 
     alpha: float = 0.1
     stride: int = 16
-    block: int = 128
-    sinks: int = 2
-    near: int = 4
-    dense_tiles: int = 8
-    summed: bool = False
+    sinks: int = field(default=2, kw_only=True)
+    near: int = field(default=4, kw_only=True)
+    dense_tiles: int = field(default=8, kw_only=True)
 
-    reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2603.06199"
-    phases = ("prefill",)
-    causal_selection = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_shares(self, "alpha")
-        check_counts(self, 1, "stride", "block", "near")
-        check_counts(self, 0, "sinks", "dense_tiles")
+        check_counts(self, 1, "stride")
 
-    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+    def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
+        """By the energy of mean keys."""
+        return tile_mass(q, k, grid, "energy", stride=self.stride, **told)
+
+    def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
         """The blocks of each tile above its threshold."""
-        ctx = ctx or {}
-        grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
-        told = {name: ctx.get(name) for name in ("scale", "softcap")}
-        mass = tile_mass(q, k, grid, "energy", stride=self.stride, **told)
-        mass = share(mass, k.shape[1], "sum") if self.summed else mass
-        keep = above(mass, self.alpha, among=grid.reach()) | grid.near(self.sinks, self.near)
-        return Selection(grid.plan(grid.ended(keep, self.dense_tiles)))
+        return above(mass, self.alpha, among=reach)

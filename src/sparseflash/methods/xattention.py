@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ..selection.budgets import share, top_p
+from ..selection.budgets import top_p
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
-from .base import Context, Method, Selection, check_counts, check_shares
+from .base import check_counts, check_shares
+from .blocks import BlockMethod
 
 
 @dataclass(frozen=True)
-class XAttention(Method):
+class XAttention(BlockMethod):
     """Each tile of queries sees the blocks of keys that hold most of its mass, as antidiagonals estimate it.
 
     Queries and keys stand in groups of `stride`; a pair of groups is judged by the products along its
@@ -28,14 +30,8 @@ class XAttention(Method):
         Share of the estimated mass that a tile keeps, in (0, 1]. It is no recall.
     stride : int
         Tokens of a group; divides the block. More is cheaper and coarser.
-    block : int
-        Queries of a tile, and keys of a block.
-    sinks, near : int
-        First blocks, and blocks back from the tile's own, that are kept whatever is estimated.
-    dense_tiles : int
-        Last tiles that see everything before them: questions stand at the end of a prompt.
-    summed : bool
-        Judge for all query heads of a KV head together.
+    block, sinks, near, dense_tiles, summed
+        As in every method that chooses blocks (`BlockMethod`).
 
     Notes
     -----
@@ -53,28 +49,18 @@ class XAttention(Method):
 
     threshold: float = 0.9
     stride: int = 8
-    block: int = 128
-    sinks: int = 1
-    near: int = 1
-    dense_tiles: int = 0
-    summed: bool = False
 
-    reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2503.16428"
-    phases = ("prefill",)
-    causal_selection = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_shares(self, "threshold")
-        check_counts(self, 1, "stride", "block", "near")
-        check_counts(self, 0, "sinks", "dense_tiles")
+        check_counts(self, 1, "stride")
 
-    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+    def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
+        """By antidiagonals of groups."""
+        return tile_mass(q, k, grid, "antidiagonal", stride=self.stride, **told)
+
+    def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
         """The fewest blocks of each tile that hold the share of the mass."""
-        ctx = ctx or {}
-        grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
-        told = {name: ctx.get(name) for name in ("scale", "softcap")}
-        mass = tile_mass(q, k, grid, "antidiagonal", stride=self.stride, **told)
-        mass = share(mass, k.shape[1], "sum") if self.summed else mass
-        keep = top_p(mass, self.threshold, among=grid.reach()) | grid.near(self.sinks, self.near)
-        return Selection(grid.plan(grid.ended(keep, self.dense_tiles)))
+        return top_p(mass, self.threshold, among=reach)
