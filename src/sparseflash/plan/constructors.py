@@ -401,14 +401,7 @@ class Constructors(Record):
         return cls._made(
             **listed.from_blocks(
                 keep_blocks,
-                Tq=Tq,
-                Tk=Tk,
-                tile=tile,
-                unit=unit,
-                causal=causal,
-                q_offset=q_offset,
-                q_order=q_order,
-                k_order=k_order,
+                listed.Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order),
                 capacity=capacity,
             )
         )
@@ -444,14 +437,7 @@ class Constructors(Record):
         return cls._made(
             **listed.from_keys(
                 index,
-                Tq=Tq,
-                Tk=Tk,
-                tile=tile,
-                unit=unit,
-                causal=causal,
-                q_offset=q_offset,
-                q_order=q_order,
-                k_order=k_order,
+                listed.Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order),
                 unique=unique,
                 capacity=capacity,
             )
@@ -546,14 +532,7 @@ class Constructors(Record):
         return cls._made(
             **listed.from_spans(
                 spans,
-                Tq=Tq,
-                Tk=Tk,
-                tile=tile,
-                unit=unit,
-                causal=causal,
-                q_offset=q_offset,
-                q_order=q_order,
-                k_order=k_order,
+                listed.Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order),
                 capacity=capacity,
             )
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...errors import PlanError, require
 from ..options import INTEGERS, TILE, UNIT, Fields, check_options, host, is_length, normal_offset, shape_of
-from .listed import from_keys
+from .listed import Frame, from_keys
 from .masks import from_rows
 
 GATHERED = 3
@@ -77,9 +77,7 @@ def from_choice(
         tile = tile if by_rule else TILE
     if tile == 1 and by_rule:
         first = offset if causal and isinstance(offset, int) else 0
-        return from_keys(
-            chosen, Tq=index.shape[2], Tk=Tk, tile=1, unit=unit, causal=causal, q_offset=first, unique=unique
-        )
+        return from_keys(chosen, Frame(index.shape[2], Tk, 1, unit, causal, first), unique=unique)
     return _tiles(chosen, at if causal else None, k_keep, Tk, unit, tile)
 
 

@@ -12,7 +12,7 @@ from ..options import INTEGERS, TILE, UNIT, Fields, fit, is_count, is_length, sh
 from ..ragged import expand
 from .intervals import from_intervals
 from .lifetimes import from_lifetimes
-from .listed import from_keys
+from .listed import Frame, from_keys
 from .masks import from_rows
 
 
@@ -139,7 +139,7 @@ def from_bsr(
     width = int(count.max()) if R else 0
     index = torch.full((R, width), -1, dtype=torch.int64, device=indices.device)
     index[owner, place] = indices.long()
-    return from_keys(index[None, None], Tq=Tq, Tk=Tk, tile=tile, unit=unit, causal=causal, q_offset=q_offset)
+    return from_keys(index[None, None], Frame(Tq, Tk, tile, unit, causal, q_offset))
 
 
 def _matrix(x: Any) -> tuple[Tensor, Tensor, dict[str, int]]:

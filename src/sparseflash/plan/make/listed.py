@@ -17,8 +17,6 @@ from torch import Tensor
 from ...errors import PlanError, require
 from ..options import (
     INTEGERS,
-    TILE,
-    UNIT,
     Fields,
     check_options,
     common_heads,
@@ -218,24 +216,11 @@ def check_capacity(capacity: int | None) -> None:
     )
 
 
-def from_blocks(
-    keep_blocks: Tensor,
-    *,
-    Tq: int,
-    Tk: int,
-    tile: int = TILE,
-    unit: int = UNIT,
-    causal: bool = False,
-    q_offset: int | Tensor = 0,
-    q_order: Tensor | None = None,
-    k_order: Tensor | None = None,
-    capacity: int | None = None,
-) -> Fields:
+def from_blocks(keep_blocks: Tensor, frame: Frame, *, capacity: int | None = None) -> Fields:
     """Fields of `Plan.from_blocks`."""
-    frame = Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order)
     check_capacity(capacity)
     R, C = frame.tiles, frame.columns
-    expected = f"bool [B|1, H|1, {R} tiles of {tile}, {C} units of {unit}]"
+    expected = f"bool [B|1, H|1, {R} tiles of {frame.tile}, {C} units of {frame.unit}]"
     require(
         (
             isinstance(keep_blocks, Tensor)
@@ -258,29 +243,16 @@ def from_blocks(
     return frame.fields() | lists
 
 
-def from_keys(
-    index: Tensor,
-    *,
-    Tq: int,
-    Tk: int,
-    tile: int = 1,
-    unit: int = 1,
-    causal: bool = False,
-    q_offset: int | Tensor = 0,
-    q_order: Tensor | None = None,
-    k_order: Tensor | None = None,
-    unique: bool = False,
-    capacity: int | None = None,
-) -> Fields:
+def from_keys(index: Tensor, frame: Frame, *, unique: bool = False, capacity: int | None = None) -> Fields:
     """Fields of `Plan.from_keys`."""
     check_options(unique=unique)
-    frame = Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order)
     check_capacity(capacity)
     R, C = frame.tiles, frame.columns
     require(
         (
             isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R and index.shape[1] > 0,
-            f"index: {shape_of(index)}; expected integers [B|1, H|1, {R} tiles of {tile}, n], -1 = none",
+            f"index: {shape_of(index)}; expected integers [B|1, H|1, {R} tiles of {frame.tile}, n], "
+            "-1 = none",
         ),
         error=PlanError,
     )
@@ -302,21 +274,8 @@ def from_keys(
     return frame.fields() | frame.lists(index, candidates, capacity, unique=unique)
 
 
-def from_spans(
-    spans: Tensor,
-    *,
-    Tq: int,
-    Tk: int,
-    tile: int = TILE,
-    unit: int = UNIT,
-    causal: bool = False,
-    q_offset: int | Tensor = 0,
-    q_order: Tensor | None = None,
-    k_order: Tensor | None = None,
-    capacity: int | None = None,
-) -> Fields:
+def from_spans(spans: Tensor, frame: Frame, *, capacity: int | None = None) -> Fields:
     """Fields of `Plan.from_spans`."""
-    frame = Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order)
     check_capacity(capacity)
     R, rows = frame.tiles, frame.k_rows
     require(
@@ -326,7 +285,7 @@ def from_spans(
             and spans.shape[2] == R
             and spans.shape[4] == 2
             and spans.shape[1] > 0,
-            f"spans: {shape_of(spans)}; expected integers [B|1, H|1, {R} tiles of {tile}, m, 2]",
+            f"spans: {shape_of(spans)}; expected integers [B|1, H|1, {R} tiles of {frame.tile}, m, 2]",
         ),
         error=PlanError,
     )
