@@ -277,7 +277,7 @@ def prefill() -> str:
     body = []
     for row in rows("prefill"):
         shares = [
-            f"{float(row[name]):.3f}" for name in ("density", "recall", "window_recall", "random_recall")
+            f"{float(row[name]):.4f}" for name in ("density", "recall", "window_recall", "random_recall")
         ]
         times = [f"{float(row['ms_select']):.3g}", f"{float(row['share']):.0%}", f"{float(row['gain']):.2g}x"]
         body.append([row["case"], *shares, f"{float(row['error']):.3f}", *times])

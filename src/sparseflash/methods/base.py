@@ -17,9 +17,12 @@ from ..ops._arguments import AnyPlan
 from ..ops._register import untraced
 from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
+from ..selection.budgets import share
 from . import heads
 
 Context = Mapping[str, Any]
+Share = Literal["", "sum", "max"]
+"""How query heads are judged that share a head of k: each by itself, or together."""
 
 UNREAD: Context = {
     **dict.fromkeys(
@@ -383,6 +386,18 @@ def check_shares(method: Method, *names: str) -> None:
             raise SparseFlashError(f"{name}={x!r}: expected a share in (0, 1]")
 
 
+def check_share(method: Method) -> None:
+    """Check a `share`: how the query heads of a KV head are judged together."""
+    how = method.share  # type: ignore[attr-defined]  # a method that is checked so has it
+    if how not in ("", "sum", "max"):
+        raise SparseFlashError(f"share={how!r}: expected 'sum', 'max', or '' for none")
+
+
+def shared(score: Tensor, k: Tensor, how: Share) -> Tensor:
+    """Scores of query heads `[B,Hq,...]` as those of the heads of k, by sum or largest; "" is no change."""
+    return share(score, k.shape[1], how) if how else score
+
+
 def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
     """Position of the first query by `ctx["q_offset"]`, int64 [B|1, 1, 1] on the device of q."""
     offset = normal_offset((ctx or {}).get("q_offset", default))
@@ -481,15 +496,18 @@ __all__ = [
     "Method",
     "Options",
     "Selection",
+    "Share",
     "begin",
     "check_context",
     "check_counts",
     "check_qk",
+    "check_share",
     "check_shares",
     "check_square",
     "check_tokens",
     "find",
     "get",
     "names",
+    "shared",
     "slug",
 ]

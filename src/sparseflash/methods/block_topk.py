@@ -25,7 +25,7 @@ class BlockTopK(BlockMethod):
     ----------
     blocks : int
         Blocks of a tile that are chosen, beside those that are kept in any case.
-    block, sinks, near, dense_tiles, summed
+    block, sinks, near, dense_tiles, share
         As in every method that chooses blocks (`BlockMethod`).
 
     Notes

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..selection.budgets import share
 from ..selection.grid import Grid
-from .base import Context, Method, Selection, check_counts
+from .base import Context, Method, Selection, Share, check_counts, check_share, shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +26,23 @@ class BlockMethod(Method):
         First blocks, and blocks back from the tile's own, that are kept whatever is estimated.
     dense_tiles : int
         Last tiles that see everything before them: questions stand at the end of a prompt.
-    summed : bool
-        Judge for all query heads of a KV head together.
+    share : "", "sum" or "max"
+        "": each query head is judged by itself; else those of a KV head together, by the sum or the largest
+        of what they give, and lists are shared.
     """
 
     block: int = 128
     sinks: int = 1
     near: int = 1
     dense_tiles: int = 0
-    summed: bool = False
+    share: Share = ""
 
     reads = ("q_offset", "scale", "softcap")
     phases = ("prefill",)
     causal_selection = False
 
     def __post_init__(self) -> None:
+        check_share(self)
         check_counts(self, 1, "block", "near")
         check_counts(self, 0, "sinks", "dense_tiles")
 
@@ -58,7 +59,7 @@ class BlockMethod(Method):
         ctx = ctx or {}
         grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
         mass = self.estimate(q, k, grid, {name: ctx.get(name) for name in ("scale", "softcap")})
-        mass = share(mass, k.shape[1], "sum") if self.summed else mass
+        mass = shared(mass, k, self.share)
         near = grid.near(self.sinks, self.near)
         keep = self.choose(mass, grid.reach(), near) | near
         return Selection(grid.plan(grid.ended(keep, self.dense_tiles)))

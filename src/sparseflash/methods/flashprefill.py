@@ -30,7 +30,7 @@ class FlashPrefill(BlockMethod):
         What a block must have of the mass of its tile's best one, in (0, 1].
     stride : int
         Keys of a mean; divides the block.
-    block, sinks, near, dense_tiles, summed
+    block, sinks, near, dense_tiles, share
         As in every method that chooses blocks (`BlockMethod`).
 
     Notes

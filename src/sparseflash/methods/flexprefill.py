@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..errors import SparseFlashError
-from ..selection.budgets import share, top_k, top_p
+from ..selection.budgets import top_k, top_p
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
 from ..selection.probes import probe
-from .base import Context, Method, Selection, begin, check_counts, check_shares
+from .base import Context, Method, Selection, Share, begin, check_counts, check_share, check_shares, shared
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class FlexPrefill(Method):
     shared : bool
         Whether the tiles of a query-aware head share one budget, as in the paper (here each keeps its best
         block in any case). What a tile sees then depends on the others of its chunk.
-    summed : bool
-        Judge for all query heads of a KV head together.
+    share : "", "sum" or "max"
+        "": each query head is judged by itself; else those of a KV head together, by the sum or the largest
+        of what they give, and lists are shared.
 
     Notes
     -----
@@ -67,7 +68,7 @@ class FlexPrefill(Method):
     max_budget: int | None = None
     halo: bool = False
     shared: bool = True
-    summed: bool = False
+    share: Share = ""
 
     reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2502.20766"
@@ -75,6 +76,7 @@ class FlexPrefill(Method):
     causal_selection = False
 
     def __post_init__(self) -> None:
+        check_share(self)
         check_shares(self, "gamma")
         check_counts(self, 1, "block", "min_budget")
         if self.max_budget is not None:
@@ -109,7 +111,7 @@ class FlexPrefill(Method):
 
     def _judged(self, mass: Tensor, k: Tensor) -> Tensor:
         """Shares that sum to 1, of the heads that are judged for."""
-        mass = share(mass, k.shape[1], "sum") if self.summed else mass
+        mass = shared(mass, k, self.share)
         return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
     def _blocks(self, mass: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..plan import Plan
-from ..selection.budgets import share, top_indices, top_k
+from ..selection.budgets import top_indices, top_k
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
 from ..selection.probes import probe
-from .base import Context, Method, Selection, check_counts
+from .base import Context, Method, Selection, Share, check_counts, check_share, shared
 
 PATTERNS = ("vertical-slash", "a-shape", "block-sparse")
 
@@ -41,9 +41,9 @@ class MInference(Method):
         Queries at the end that columns and distances are judged by.
     sinks, near : int
         First keys and nearest distances that are kept whatever they are given.
-    share : str
-        "": each query head is judged by itself. "sum" or "max": those of a KV head together, by the sum or
-        the largest of what they give; lists are shared, and a third cheaper.
+    share : "", "sum" or "max"
+        "": each query head is judged by itself; else those of a KV head together, by the sum or the largest
+        of what they give, and lists are shared.
 
     Notes
     -----
@@ -66,7 +66,7 @@ class MInference(Method):
     last: int = 64
     sinks: int = 30
     near: int = 100
-    share: str = ""
+    share: Share = ""
 
     reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2407.02490"
@@ -78,8 +78,7 @@ class MInference(Method):
         check_counts(self, 0, "sinks", "near")
         if self.pattern not in PATTERNS:
             raise SparseFlashError(f"pattern={self.pattern!r}: expected one of {', '.join(PATTERNS)}")
-        if self.share not in ("", "sum", "max"):
-            raise SparseFlashError(f"share={self.share!r}: expected 'sum', 'max', or '' for none")
+        check_share(self)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """What the pattern keeps, for queries from `q_offset` on."""
@@ -90,10 +89,10 @@ class MInference(Method):
             return Selection(Plan.dense(Tq, Tk, causal=True, q_offset=at, device=q.device, **shape))
         if self.pattern == "block-sparse":
             grid = Grid(Tq, Tk, tile=64, unit=64, q_offset=at, device=q.device)
-            mass = self._shared(tile_mass(q, k, grid, "mean", **told), k)
+            mass = shared(tile_mass(q, k, grid, "mean", **told), k, self.share)
             return Selection(grid.plan(top_k(mass, self.blocks, among=grid.reach())))
         seen = probe(q, k, self.last, q_offset=at, **told)
-        columns, distances = (self._shared(x, k) for x in (seen.keys(), seen.distances()))
+        columns, distances = (shared(x, k, self.share) for x in (seen.keys(), seen.distances()))
         return Selection(
             Plan.from_slashes(
                 _best(columns, max(self.vertical, self.sinks), self.sinks),
@@ -103,10 +102,6 @@ class MInference(Method):
                 q_offset=at,
             )
         )
-
-    def _shared(self, score: Tensor, k: Tensor) -> Tensor:
-        how = self.share
-        return share(score, k.shape[1], how) if how == "sum" or how == "max" else score
 
 
 def _best(score: Tensor, n: int, first: int) -> Tensor:

@@ -14,7 +14,7 @@ from ..selection.budgets import share, top_p
 from ..selection.grid import Grid
 from ..selection.probes import probe
 from ..selection.scores import pooled
-from .base import Context, Method, Selection, begin, check_counts, check_shares
+from .base import Context, Method, Selection, Share, begin, check_counts, check_share, check_shares, shared
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class PBSAttn(Method):
         Keys that are sorted together: a multiple of the block. A last one that is not full stays as it is.
     pooling : "mean" or "max"
         How queries and keys of a block are pooled.
-    summed : bool
-        Choose blocks for all query heads of a KV head together; keys are sorted for a KV head in any case.
+    share : "", "sum" or "max"
+        "": blocks are chosen for each query head by itself; "sum" or "max": for those of a KV head together.
+        Keys are sorted for a KV head in any case.
 
     Notes
     -----
@@ -59,7 +60,7 @@ class PBSAttn(Method):
     block: int = 128
     segment: int = 256
     pooling: Literal["mean", "max"] = "mean"
-    summed: bool = False
+    share: Share = ""
 
     reads = ("q_offset", "scale", "softcap")
     paper = "arXiv 2510.21270"
@@ -67,6 +68,7 @@ class PBSAttn(Method):
     causal_selection = False
 
     def __post_init__(self) -> None:
+        check_share(self)
         check_shares(self, "threshold")
         check_counts(self, 1, "block", "segment")
         if self.segment % self.block:
@@ -93,7 +95,7 @@ class PBSAttn(Method):
         seen = (segment >= own) & (segment <= until) | (unit == origin[..., None, None] // block)
 
         mass = self._mass(q, k.detach().gather(2, order[..., None].expand_as(k)), earlier, told)
-        mass = share(mass, k.shape[1], "sum") if self.summed else mass
+        mass = shared(mass, k, self.share)
         group = mass.shape[1] // k.shape[1]
         seen, earlier = (
             (x & reach).repeat_interleave(group if x.shape[1] > 1 else 1, 1) for x in (seen, earlier)

@@ -30,7 +30,7 @@ class XAttention(BlockMethod):
         Share of the estimated mass that a tile keeps, in (0, 1]. It is no recall.
     stride : int
         Tokens of a group; divides the block. More is cheaper and coarser.
-    block, sinks, near, dense_tiles, summed
+    block, sinks, near, dense_tiles, share
         As in every method that chooses blocks (`BlockMethod`).
 
     Notes
