@@ -106,11 +106,12 @@ def test_a_row_holds_what_was_measured():
 
 
 def test_memory_is_that_of_the_call():
+    """64 MiB: up to 32, glibc may hand out what earlier tests have left, and nothing is added."""
     try:
-        extra = memory.peak(lambda: torch.ones(8 << 20))
+        extra = memory.peak(lambda: torch.ones(16 << 20))
     except OSError as error:
         pytest.skip(str(error))
-    assert 28 << 20 < extra < 40 << 20
+    assert 60 << 20 < extra < 72 << 20
 
 
 def test_names_that_are_none_are_told_with_the_nearest():
