@@ -15,6 +15,7 @@ import transformers as hf
 
 import sparseflash as sf
 from sparseflash.integrations.transformers.documents import mixing
+from sparseflash.integrations.transformers.mask import _untold as untold
 from test_transformers import alone, close, everywhere, model, tokens
 from transformer_models import TEXT, tiny
 
@@ -45,6 +46,22 @@ def test_a_compiled_windowed_model_with_a_cache_checks_its_positions(family):
         if family == "mistral":  # gpt-oss tells its mask of no positions
             apart = compiled(input_ids=ids, position_ids=packed, use_cache=False).logits
             close(apart, alone(one, ids, EDGES))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["NemotronForCausalLM", "XGLMForCausalLM", "MistralForCausalLM"])
+def test_a_compiled_model_says_what_its_attention_cannot_hear_of_documents(name, caplog):
+    torch._dynamo.reset()
+    untold.clear()
+    models = dropping() | {"MistralForCausalLM": hf.MistralConfig(**TEXT)}
+    one = everywhere(getattr(hf, name)(models[name]).eval(), "sparse")
+    compiled = torch.compile(one, fullgraph="XGLM" not in name, backend="eager")  # it attends by itself
+    with torch.no_grad():
+        compiled(input_ids=tokens(1, 60), position_ids=positions((0, 60)))
+    said = {"NemotronForCausalLM": ["no cu_seq_lens:"], "XGLMForCausalLM": ["no position_ids"]}.get(name, [])
+    heard = [r.message for r in caplog.records if r.name == "sparseflash"]
+    assert len(heard) == len(said) and all(x in one for x, one in zip(said, heard))
     torch._dynamo.reset()
 
 

@@ -12,7 +12,7 @@ from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
 from .._host import exact
-from .documents import by_edges, by_positions, into, mixing, told
+from .documents import by_edges, by_positions, into, mixing, told, unheard
 from .keep import plain_mask
 from .learned import learned_plan
 from .mask import Bits, Plain, SparseMask
@@ -173,6 +173,8 @@ def _as_mask(
         return given
     if not given.causal or given.edges is not None:  # others may be of another sequence
         return given
+    if torch.compiler.is_compiling():
+        unheard(name, given, positions)
     return by_positions(given, positions)
 
 

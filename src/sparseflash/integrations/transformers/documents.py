@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
-from .mask import Bits, Packed, SparseMask
+from .mask import Bits, Packed, SparseMask, untold
 
 # ---------------------------------------------------------------- what a model was called with
 
@@ -165,6 +165,19 @@ def by_positions(mask: SparseMask, positions: Any, hold: bool = False) -> Sparse
         if made is not mask or hold:
             made.held = Held(begin, _carried(mask, positions))
     return _read.keep(made, mask, positions) or mask
+
+
+_DROP_EDGES = frozenset("nemotron stablelm".split())
+"""Models whose layers hand on positions, and no `cu_seq_lens`."""
+
+
+def unheard(name: str, mask: SparseMask, positions: Any) -> None:
+    """Say what the attention of a model that is being compiled cannot hear of packed documents."""
+    what = "" if _says(mask, positions) else "position_ids, nor cu_seq_lens"
+    if what == "" and mask.owner in _DROP_EDGES:
+        what = "cu_seq_lens"
+    if what and mask.shape[2] > 1 and mask.causal and not mask.documents:
+        untold(name, what)
 
 
 _read: Last[SparseMask | None] = Last()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,22 @@ from ...plan import Plan
 from ...plan.options import ANY, NONE
 from .keep import KeepMask, keep_mask
 from .packed import Documents, Group, Padded
+
+_untold: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def untold(name: str, what: str) -> None:
+    """Say once, while a model is compiled, what is not known of packed documents; no part of the trace."""
+    if (name, what) in _untold:
+        return
+    _untold.add((name, what))
+    logging.getLogger("sparseflash").warning(
+        "%s is compiled, and attention is told no %s: documents packed into one row may see one another. "
+        "Give each document a row of its own",
+        name,
+        what,
+    )
 
 
 class _Dense:
@@ -27,6 +44,8 @@ class _Dense:
 
     def keep(self) -> Tensor:
         """That tensor, for a model to use as a mask, not as numbers."""
+        if torch.compiler.is_compiling():
+            untold(self.owner, "position_ids")
         return keep_mask(self.to_dense(), self.owner)
 
     def __getattr__(self, name: str) -> Any:
