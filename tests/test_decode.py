@@ -8,7 +8,7 @@ import torch
 import plans
 import sparseflash as sf
 import tolerance
-from harness import BACKENDS, EACH, EVERY, FAST, MAIN, inputs, same_bits
+from harness import BACKENDS, EACH, EVERY, FAST, MAIN, inputs, run, same_bits
 from sparseflash import Plan, PlanError, SparseFlashError
 
 
@@ -106,6 +106,69 @@ def test_a_paged_cache_with_pages_in_common(backend, dtype, generator):
     assert torch.equal(plan.check().to_dense(), mask)
     nan = [x.masked_fill(free[:, None], torch.nan) for x in (k, v)]
     tolerance.compare(decode(q, *nan, plan, backend=backend), q, k, v, mask)
+
+
+@EVERY
+@pytest.mark.parametrize("page", [16, 40])
+def test_pages_that_each_head_chose_behind_a_first_one(backend, dtype, page, generator):
+    """Null pages before the first and beyond the length; a choice in any order, holes in it."""
+    lengths, first = torch.tensor([3 * page + 5, 7 * page, page - 2, 0]), torch.tensor([1, 2, 0, 0])
+    q, k, v, table, mask = paged(generator, lengths, page, 2, H=4, Hkv=2, dtype=dtype)
+    choice = torch.stack([torch.randperm(7, generator=generator)[:5] for _ in range(8)]).view(4, 2, 5)
+    choice[:, 1, 2] = -1
+    at = torch.arange(7)
+    table[(at < first[:, None]) | (at * page >= lengths[:, None])] = -1
+    kept = (choice[..., None] == at).any(-2) & (at >= first[:, None, None])  # [B,H,n]
+    want = torch.zeros(4, 2, k.shape[2] // page, dtype=torch.bool)
+    for b, h, n in kept.nonzero().tolist():
+        if table[b, n] >= 0:
+            want[b, h, table[b, n]] = True
+    want = mask & want.repeat_interleave(page, -1)[:, :, None]
+    given = {"page_size": page, "Tk": k.shape[2], "first_page": first}
+    plan = Plan.from_pages(table, lengths, choice=choice, **given)
+    assert torch.equal(plan.check().to_dense(), want)
+    free = ~want.any(0).any(1)
+    nan = [x.masked_fill(free[:, :, None], torch.nan) for x in (k, v)]
+    tolerance.compare(decode(q, *nan, plan, backend=backend), q, k, v, want.repeat_interleave(2, 1))
+    every = Plan.from_pages(table, lengths, **given)
+    whole = Plan.from_pages(table, lengths, choice=at.expand(4, 1, 7), **given)
+    assert torch.equal(every.check().to_dense(), whole.to_dense())
+
+
+@MAIN
+@pytest.mark.parametrize("chosen", [False, True])
+def test_sequences_with_different_numbers_of_queries_in_one_call(backend, dtype, chosen, generator):
+    """A chunk of a prompt, one token, a few, none; a page that stands at two places."""
+    page, lengths, counts = 16, torch.tensor([70, 33, 100, 20]), torch.tensor([45, 1, 5, 0])
+    q, k, v, table, _ = paged(generator, lengths, page, 1, dtype=dtype)
+    table[1, 1] = table[0, 3]
+    q = torch.randn(1, 4, int(counts.sum()), q.shape[-1], generator=generator).to(dtype)
+    edges = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    choice = torch.randint(0, 7, (4, 1, 1), generator=generator) if chosen else None
+    mask = torch.zeros(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
+    for b, (length, n) in enumerate(zip(lengths.tolist(), counts.tolist())):
+        for i in range(n):
+            for place in range(length - n + i + 1):
+                if choice is None or place // page == int(choice[b, 0, 0]):
+                    row = int(edges[b]) + i
+                    mask[0, 0, row, table[b, place // page] * page + place % page] = True
+    plan = Plan.from_pages(table, lengths, page_size=page, Tk=k.shape[2], cu_seqlens_q=edges, choice=choice)
+    assert torch.equal(plan.check().to_dense(), mask)
+    tolerance.compare(decode(q, k, v, plan, backend=backend), q, k, v, mask)
+    tolerance.compare(run(q, k, v, plan, backend=backend), q, k, v, mask)
+
+
+def test_what_a_pool_holds_beside_its_pages_costs_nothing():
+    """No tensor of the plan grows with the pool."""
+    table = torch.arange(8).view(2, 4)
+    sizes = {
+        Tk: sum(
+            x.numel()
+            for x in Plan.from_pages(table, torch.tensor([64, 50]), page_size=16, Tk=Tk).tensors().values()
+        )
+        for Tk in (128, 1 << 20)
+    }
+    assert sizes[128] == sizes[1 << 20] < 100
 
 
 @MAIN
@@ -223,8 +286,13 @@ def test_lengths_that_make_no_sense_are_refused(lengths, said, generator):
         ([[0, 4]], [3], {}, "pages 0..4"),
         ([[0, -1]], [3], {}, "pages -1..0"),
         ([[0, 1]], [5], {}, "0..4"),
-        ([[0, 0]], [3], {}, "different places"),
-        ([[0, 1], [1, 2]], [3, 3], {}, "different places"),
+        ([[0, 0]], [3], {}, "stands twice"),
+        ([[0, 1]], [3], {"choice": torch.tensor([[[0, 0]]])}, "stands twice"),
+        ([[0, 1]], [3], {"choice": torch.tensor([[[2]]])}, "choice holds 2..2"),
+        ([[0, 1]], [3], {"choice": torch.tensor([[0]])}, "choice"),
+        ([[0, 1]], [3], {"first_page": -1}, "first_page=-1"),
+        ([[0, 1]], [3], {"first_page": torch.tensor([1, 0])}, "first_page"),
+        ([[0, 1]], [3], {"cu_seqlens_q": torch.tensor([0, 1, 2])}, "cu_seqlens_q is for 2 sequences"),
         ([[0, 1]], [3, 3], {}, "1 sequences, lengths for 2"),
         ([[0, 1]], [3], {"Tk": 7}, "multiple of page_size"),
         ([[0, 1]], [3], {"page_size": 0}, "page_size=0"),

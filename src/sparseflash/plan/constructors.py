@@ -605,21 +605,41 @@ class Constructors(Record):
 
     @classmethod
     def from_pages(
-        cls, block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int, Tq: int = 1
+        cls,
+        block_table: Tensor,
+        lengths: Tensor,
+        *,
+        page_size: int,
+        Tk: int,
+        Tq: int | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        choice: Tensor | None = None,
+        first_page: int | Tensor | None = None,
     ) -> Self:
-        """The last Tq queries of each sequence over a paged cache: k and v are one pool, of batch size 1.
+        """The last queries of each sequence over a paged cache: k and v are one pool, of batch size 1.
 
         A cache `[pages, page_size, Hkv, D]` is the pool `cache.view(1, -1, Hkv, D).transpose(1, 2)`, without
-        a copy. Sequences may share pages where they begin alike (a page stands at one place in all of them).
+        a copy. Sequences may share pages, at any place; what they do not use may hold any page, none (-1) and
+        NaN. The cost follows the pages of the table, not those of the pool.
 
         Parameters
         ----------
         block_table : Tensor
             Integers `[B, n]`: the pages of each sequence, in order; anything beyond its length.
         lengths : Tensor
-            Integers `[B]`: keys in use.
-        page_size, Tk, Tq : int
-            Keys of a page; keys of the whole pool; queries of a sequence, its last ones.
+            Integers `[B]`: keys in use. Query i of a sequence sits at position `length - queries + i`.
+        page_size, Tk : int
+            Keys of a page; keys of the whole pool.
+        Tq : int, optional
+            Queries of a sequence, its last ones: 1. With `cu_seqlens_q` those of all sequences together.
+        cu_seqlens_q : Tensor, optional
+            Integers `[B + 1]`: running totals of queries, where sequences have different numbers; q is then
+            one row, `[1, Hq, Tq, D]`, of the queries of all behind one another.
+        choice : Tensor, optional
+            Integers `[B, H, m]`: the pages that are seen, by their place in the sequence, each once; -1 =
+            none. None: all.
+        first_page : int or Tensor, optional
+            The page that a sequence begins with, `[B]` where they differ: what lies before it is not seen.
 
         Examples
         --------
@@ -629,7 +649,18 @@ class Constructors(Record):
         >>> plan.to_dense()[:, 0, 0].int().tolist()
         [[1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]]
         """
-        return cls._made(**caches.from_pages(block_table, lengths, page_size=page_size, Tk=Tk, Tq=Tq))
+        return cls._made(
+            **caches.from_pages(
+                block_table,
+                lengths,
+                page_size=page_size,
+                Tk=Tk,
+                Tq=Tq,
+                cu_seqlens_q=cu_seqlens_q,
+                choice=choice,
+                first_page=first_page,
+            )
+        )
 
     @classmethod
     def from_flashmask(

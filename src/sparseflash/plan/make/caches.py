@@ -6,11 +6,15 @@ In both, the queries are the last tokens of their sequence: query i of sequence 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...errors import PlanError, require
+from ..bits import WORD
 from ..options import INTEGERS, TILE, Fields, fit, host, is_length, narrow, shape_of
+from .documents import edges_of, tiles_of
 
 
 def _numbers(x: object, name: str, shape: str, dims: int) -> None:
@@ -61,9 +65,132 @@ def from_lengths(lengths: Tensor, *, Tk: int, Tq: int = 1) -> Fields:
     }
 
 
-def from_pages(block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int, Tq: int = 1) -> Fields:
-    """Fields of `Plan.from_pages`."""
-    _sizes(page_size=page_size, Tq=Tq, Tk=Tk)
+class _Tiles(NamedTuple):
+    """Tiles of queries, each of one sequence: [B,1,R] numbers.
+
+    `of` says whose it is, `first` and `last` how many keys its first and its last query see; `first` is
+    below 0 where a sequence is shorter than its queries.
+    """
+
+    Tq: int
+    tile: int
+    of: Tensor
+    first: Tensor
+    last: Tensor
+    order: Tensor | None = None
+
+
+def _rows(lengths: Tensor, Tq: int) -> _Tiles:
+    """The last Tq queries of each sequence, in rows of their own."""
+    tile = min(max(Tq, 1), TILE)
+    row = torch.arange(0, Tq, tile, device=lengths.device)
+    length = lengths[:, None, None]
+    first = length - Tq + row + 1
+    of = torch.arange(len(lengths), device=lengths.device)[:, None, None].expand(first.shape)
+    return _Tiles(Tq, tile, of, first, torch.minimum(first + (tile - 1), length).clamp_(min=0))
+
+
+def _packed(lengths: Tensor, Tq: int | None, cu_seqlens_q: Tensor) -> _Tiles:
+    """Queries of all sequences behind one another: tiles as long as a sequence has queries on average."""
+    edges = edges_of(cu_seqlens_q, "cu_seqlens_q", Tq)
+    require(
+        (
+            len(edges) == len(lengths) + 1,
+            f"cu_seqlens_q is for {len(edges) - 1} sequences, lengths for {len(lengths)}: expected as many",
+        ),
+        error=PlanError,
+    )
+    Tq = int(edges[-1]) if Tq is None else Tq
+    tile = min(max(Tq // max(len(lengths), 1), 1), TILE)
+    begin, end = (torch.nn.functional.pad(x, (0, 1)) for x in (edges[:-1], edges[1:]))
+    of, start, stop, token = tiles_of(begin, end, tile, Tq)
+    of = of.clamp(max=max(len(lengths) - 1, 0))
+    first = lengths[of] - stop + start + 1
+    last = torch.minimum(first + (tile - 1), lengths[of]).clamp(min=0)
+    last = torch.where(start < stop, last, 0)
+    of, first, last = (x.view(1, 1, -1) for x in (of, first, last))
+    return _Tiles(Tq, tile, of, first, last, token.view(1, 1, -1))
+
+
+def _first_pages(first_page: int | Tensor | None, like: Tensor, n: int) -> Tensor:
+    """The page that each sequence begins with, [B]."""
+    if not isinstance(first_page, Tensor):
+        fits = first_page is None or is_length(first_page)
+        require((fits, f"first_page={first_page!r}: expected an int >= 0, or integers [B]"), error=PlanError)
+        return torch.full_like(like, first_page or 0)
+    _numbers(first_page, "first_page", "[B]: the page that each sequence begins with", 1)
+    require(
+        (
+            len(first_page) in (1, len(like)) and first_page.device == like.device,
+            f"first_page: {shape_of(first_page)} on {first_page.device}; expected [{len(like)}] on "
+            f"{like.device}",
+        ),
+        error=PlanError,
+    )
+    return fit(first_page, "first_page holds", 0, n).long().expand(len(like))
+
+
+def _chosen(choice: Tensor, tiles: _Tiles, B: int, n: int) -> Tensor:
+    """The chosen pages of each tile, int64 [B,H,R,m]; -1 = none."""
+    _numbers(choice, "choice", f"[{B}, H, m]: pages of a sequence by their place in it, -1 = none", 3)
+    require(
+        (
+            len(choice) == B and choice.shape[1] > 0 and choice.device == tiles.of.device,
+            f"choice: {shape_of(choice)} on {choice.device}; expected [{B}, H, m] on {tiles.of.device}",
+        ),
+        error=PlanError,
+    )
+    choice = fit(choice, "choice holds", -1, n - 1).long()
+    if tiles.order is not None:
+        return choice[tiles.of[0, 0]].transpose(0, 1)[None]
+    return choice[:, :, None].expand(-1, -1, tiles.of.shape[2], -1)
+
+
+def _check_used(pages: Tensor, used: Tensor, most: int) -> None:
+    """Pages `[..., n]` of lists, as far as they are used: they exist, and none stands twice in a list."""
+    there = pages[used]
+    if not there.numel():
+        return
+    low, high = (int(x) for x in torch.aminmax(there))
+    known = torch.where(used, pages, -1 - torch.arange(pages.shape[-1])).sort(-1).values
+    require(
+        (low >= 0 and high < most, f"block_table names pages {low}..{high}: there are 0..{most - 1}"),
+        (
+            not bool(((known[..., 1:] == known[..., :-1]) & (known[..., 1:] >= 0)).any()),
+            "a page stands twice in what a sequence sees, and its keys would count twice: expected each page "
+            "of block_table, and of choice, once (null pages lie beyond the length or before first_page)",
+        ),
+        error=PlanError,
+    )
+
+
+def _up_to(first: Tensor, tile: int, page: Tensor, page_size: int) -> Tensor:
+    """Bits of pages [..., n] of tiles whose first query sees `first` keys, and each later one more."""
+    row = torch.arange(tile, device=page.device)[:, None]
+    word = torch.arange(0, page_size, WORD, device=page.device)
+    keys = (first[..., None] - page * page_size)[..., None, None] + row - word
+    keys = torch.minimum(keys, page_size - word).clamp(0, WORD)
+    return torch.where(keys == WORD, -1, (1 << keys.clamp(max=WORD - 1)) - 1).int()
+
+
+def from_pages(
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    page_size: int,
+    Tk: int,
+    Tq: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    choice: Tensor | None = None,
+    first_page: int | Tensor | None = None,
+) -> Fields:
+    """Fields of `Plan.from_pages`.
+
+    Pages that all queries of a tile see are full units. Those that hold the tile's own tokens are partial,
+    and bits say how far each query sees. No position of a key is ever asked for, so that the size of the
+    pool costs nothing, and a page may stand at different places of two sequences.
+    """
+    _sizes(page_size=page_size, Tk=Tk, Tq=1 if Tq is None else Tq)
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)
     B, n = block_table.shape
     lengths = _lengths(lengths, n * page_size, f"the keys that {n} pages of {page_size} hold")
@@ -82,42 +209,49 @@ def from_pages(block_table: Tensor, lengths: Tensor, *, page_size: int, Tk: int,
         ),
         error=PlanError,
     )
-    pages = block_table.long()
-    tile, offset, sure, seen = _reach(lengths, Tq)
-    order = torch.arange(n, device=pages.device)
-    used = order * page_size < lengths[:, None]
-    place = torch.full((Tk // page_size + 1,), -1, device=pages.device)
-    if host(pages) and bool(used.any()):
-        low, high = (int(x) for x in torch.aminmax(pages[used]))
-        most = Tk // page_size
-        require(
-            (low >= 0 and high < most, f"block_table names pages {low}..{high}: there are 0..{most - 1}"),
-            error=PlanError,
-        )
-    # where a page stands in its sequence: the same for all that share it
-    place.scatter_(0, torch.where(used, pages, Tk // page_size).flatten(), order.expand(B, n).flatten())
-    if host(pages):
-        alike = place[torch.where(used, pages, 0)] == order
-        require(
-            (
-                bool((alike | ~used).all()),
-                "block_table: a page stands at different places of two sequences (or twice in one); pages "
-                "are shared by sequences that begin alike",
-            ),
-            error=PlanError,
-        )
-    start = torch.arange(0, B * n, n, device=pages.device) if n else lengths.new_zeros(B)
-    slot = torch.arange(page_size, device=pages.device)
+    first = _first_pages(first_page, lengths, n)
+    packed = cu_seqlens_q is not None
+    tiles = _packed(lengths, Tq, cu_seqlens_q) if packed else _rows(lengths, 1 if Tq is None else Tq)
+    sure, seen = tiles.first.clamp(min=0) // page_size, -(-tiles.last // page_size)
+    begin, most = first[tiles.of], (tiles.tile + page_size - 2) // page_size + 1
+    if choice is None:
+        begin = torch.minimum(begin, seen)
+        full, count = torch.maximum(sure, begin).clamp_(max=seen) - begin, seen - begin
+        start, index = tiles.of * n + begin, block_table.flatten()
+        own = (begin + full)[..., None] + torch.arange(most, device=full.device)
+    else:
+        own = _chosen(choice, tiles, B, n)
+        listed = (own >= begin[..., None]) & (own < seen[..., None])
+        kind = torch.where(listed, (own >= sure[..., None]).byte(), 2)
+        order = kind.argsort(dim=-1, stable=True)
+        own, full, count = own.gather(-1, order), (kind == 0).sum(-1), (kind < 2).sum(-1)
+        m = own.shape[-1]
+        start, most = _every(full, m), min(most, m)
+        index = block_table[tiles.of[..., None], own.clamp(min=0)].flatten() if n else lengths.new_zeros(0)
+        at = full[..., None] + torch.arange(most, device=full.device)
+        own = own.gather(-1, at.clamp_(max=max(m - 1, 0)))
+    if host(index):
+        if choice is None:
+            page = torch.arange(n)
+            used = (page >= first[:, None]) & (page * page_size < lengths[:, None])
+            _check_used(block_table, used, Tk // page_size)
+        else:
+            _check_used(index.view(*count.shape, m), torch.arange(m) < count[..., None], Tk // page_size)
     return {
-        "Tq": Tq,
+        "Tq": tiles.Tq,
         "Tk": Tk,
-        "tile": tile,
+        "tile": tiles.tile,
         "unit": page_size,
-        "causal": True,
-        "q_offset": offset,
-        "k_pos": (place[:-1, None] * page_size + slot).int().view(1, 1, Tk),
-        "start": start[:, None, None].expand(sure.shape).contiguous(),
-        "full": (sure.clamp(max=seen) // page_size).int(),
-        "count": (-(-seen // page_size)).int(),
-        "index": narrow(pages.flatten()),
+        "q_order": tiles.order,
+        "start": start.contiguous(),
+        "full": full.int(),
+        "count": count.int(),
+        "index": narrow(index),
+        "bits": _up_to(tiles.first, tiles.tile, own, page_size).flatten(0, -3),
+        "bits_start": _every(full, most),
     }
+
+
+def _every(like: Tensor, n: int) -> Tensor:
+    """0, n, 2 n, ... in the shape of `like`: where lists of that room begin."""
+    return (torch.arange(like.numel(), device=like.device) * n).view(like.shape)

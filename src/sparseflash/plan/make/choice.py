@@ -66,7 +66,7 @@ def from_choice(
     chosen = index.expand(batch, -1, -1, -1)
     if causal:
         chosen = chosen.masked_fill(chosen * unit > at[..., None], -1)
-    by_rule = isinstance(offset, int) and k_keep is None  # what `from_keys` says itself of a block's keys
+    by_rule = k_keep is None  # what `from_keys` says itself of a block's keys
     if unit == 1:
         if k_keep is not None and Tk:
             real = k_keep[:, None, None].expand(-1, *chosen.shape[1:3], -1)
@@ -76,7 +76,7 @@ def from_choice(
         tile = _tile(chosen, Tk, unit) if host(chosen) else 1
         tile = tile if by_rule else TILE
     if tile == 1 and by_rule:
-        first = offset if causal and isinstance(offset, int) else 0
+        first = offset if causal else 0
         return from_keys(chosen, Frame(index.shape[2], Tk, 1, unit, causal, first), unique=unique)
     return _tiles(chosen, at if causal else None, k_keep, Tk, unit, tile)
 

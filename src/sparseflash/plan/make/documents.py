@@ -98,6 +98,23 @@ def from_documents(
     )
 
 
+def tiles_of(q_begin: Tensor, q_end: Tensor, tile: int, Tq: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whole tiles for the rows `[q_begin, q_end)` of each document, int64 [n], the last of which is empty.
+
+    The document of each tile, the first of its tokens and the end of the document, [R]; and the token of
+    each row, int32 [R, tile], -1 behind the end. The last document owns the tiles that nobody needs.
+    """
+    tiles = (q_end - q_begin + (tile - 1)).div(tile, rounding_mode="floor")
+    done = tiles.cumsum(0)
+    # elsewhere than in main memory no length is waited for: the most tiles that so many tokens can need
+    R = int(done[-1]) if host(done) else Tq // tile + len(tiles) - 1
+    r = torch.arange(R, device=done.device)
+    document = torch.searchsorted(done, r, right=True).clamp(max=len(tiles) - 1)
+    begin, end = (r - (done - tiles)[document]) * tile + q_begin[document], q_end[document]
+    token = begin.int()[:, None] + torch.arange(tile, dtype=torch.int32, device=done.device)
+    return document, begin, end, token.masked_fill_(token >= end[:, None], -1)
+
+
 def from_ranges(
     q_begin: Tensor,
     q_end: Tensor,
@@ -133,15 +150,7 @@ def from_ranges(
         k_begin, k_end = (torch.nn.functional.pad(x, (0, 1)) for x in (k_begin, k_end))
     else:
         k_begin, k_end = q_begin, q_end
-    tiles = (q_end - q_begin + (tile - 1)).div(tile, rounding_mode="floor")
-    done = tiles.cumsum(0)
-    # elsewhere than in main memory no length is waited for: the most tiles that so many tokens can need
-    R = int(done[-1]) if host(done) else Tq // tile + len(tiles) - 1
-    r = torch.arange(R, device=done.device)
-    document = torch.searchsorted(done, r, right=True).clamp(max=len(tiles) - 1)
-    begin, end = (r - (done - tiles)[document]) * tile + q_begin[document], q_end[document]
-    token = begin.int()[:, None] + torch.arange(tile, dtype=torch.int32, device=done.device)
-    token = token.masked_fill_(token >= end[:, None], -1)
+    document, begin, end, token = tiles_of(q_begin, q_end, tile, Tq)
     live, last = begin < end, torch.minimum(begin + tile, end) - 1
     q_pos = None
     if not same:
@@ -149,7 +158,7 @@ def from_ranges(
         if (causal or window) and not (host(shift) and bool((shift == 0).all())):
             own = shift[document]
             begin, last = begin + own, last + own
-            place = torch.zeros(Tq + 1, dtype=torch.int32, device=done.device)  # the last one is nobody's
+            place = torch.zeros(Tq + 1, dtype=torch.int32, device=token.device)  # the last one is nobody's
             place[torch.where(token < 0, Tq, token).long()] = token + own.int()[:, None]
             q_pos = place[:Tq].view(1, 1, -1)
     low, high = k_begin[document], k_end[document]
