@@ -210,8 +210,10 @@ def from_pages(
         error=PlanError,
     )
     first = _first_pages(first_page, lengths, n)
-    packed = cu_seqlens_q is not None
-    tiles = _packed(lengths, Tq, cu_seqlens_q) if packed else _rows(lengths, 1 if Tq is None else Tq)
+    if cu_seqlens_q is None:
+        tiles = _rows(lengths, 1 if Tq is None else Tq)
+    else:
+        tiles = _packed(lengths, Tq, cu_seqlens_q)
     sure, seen = tiles.first.clamp(min=0) // page_size, -(-tiles.last // page_size)
     begin, most = first[tiles.of], (tiles.tile + page_size - 2) // page_size + 1
     if choice is None:
