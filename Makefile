@@ -1,4 +1,4 @@
-# The whole contributor interface: setup, demo, test, check, bench, compare, models. Each does the set-up it needs.
+# The whole contributor interface: setup, demo, test, lint, check, bench, compare, models. Each does the set-up it needs.
 #
 #   make test PYTEST_ARGS="-k plan -x"       options for pytest
 #   make bench BENCH_ARGS="mqar --steps 50"  one experiment, or options for `sparseflash bench`; by default the short
@@ -26,12 +26,13 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench compare models figures gpu
+.PHONY: help setup demo test lint check bench compare models figures gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
 	@echo 'make demo    train the same small language model dense and sparse, and write a report'
 	@echo 'make test    the default tests: no GPU, no network, two cores'
+	@echo 'make lint    ruff, format and strict types on the core: seconds'
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
 	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
@@ -82,10 +83,12 @@ SHARES ?= 2
 test: $(READY)
 	SPARSEFLASH_SHARES=$(SHARES) $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
-check: $(READY)
+lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+check: lint
 	$(PY) -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
 bench: $(READY)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from sparseflash.bench import figures
 from sparseflash.bench.results import read
+from sparseflash.files import write
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -599,7 +600,7 @@ def main() -> None:
         raise SystemExit(f"stale, run make figures: {', '.join(old)}" if old else 0)
     PICTURES.mkdir(parents=True, exist_ok=True)
     for path, text in made().items():
-        path.write_text(text, encoding="utf-8")
+        write(path, text)
     sys.stdout.write("\n".join(old or ["nothing was stale"]) + "\n")
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("safetensors")
 import sparseflash as sf
 from benchmarks.experiments.commands import experiments
 from sparseflash import cli, methods, options
-from sparseflash.bench import demo, harness
+from sparseflash.bench import demo, harness, results
 from sparseflash.bench.commands import app as bench_app
 from sparseflash.bench.commands import methods as bench_methods
 from sparseflash.train import TrainConfig
@@ -103,6 +103,47 @@ def test_what_needs_more_memory_than_there_is_says_so(run, tmp_path):
 def test_a_file_is_what_its_name_says(run, tmp_path):
     status, _, err = run("show", "window", "--out", tmp_path / "plan.jpg")
     assert status == 1 and "ends in .png, .svg, .pdf, .txt" in err and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 64 bytes: what a full disk does to a program, without one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("old", [None, "what was there\n"])
+@pytest.mark.parametrize("name", ["plan.png", "plan.svg", "plan.pdf", "plan.txt", "rows.csv", "lines.svg"])
+def test_a_full_disk_leaves_files_whole_or_none(run, tmp_path, request, name, old):
+    out = tmp_path / "out" / name
+    out.parent.mkdir()
+    if name.startswith("plan"):
+        command = ("show", "window", "--length", 32, "--out", out)
+    elif name.endswith(".csv"):
+        command = ("bench", "curves", "--out", out, "--lengths", "16", "--heads", 1, "--dim", 16)
+    else:
+        row = {"bench": "curves", "dtype": "fp32", "case": "window", "ms": 1.0}
+        results.write(tmp_path / "curves.csv", [{**row, "T": n} for n in (8, 16)])
+        out = out.with_name("curves-fp32.svg")
+        command = ("bench", "plot", tmp_path / "curves.csv", "--out", out.parent)
+    if old:
+        out.write_text(old)
+    request.getfixturevalue("full_disk")
+    status, _, err = run(*command)
+    assert status == 1 and err.startswith("error: ") and "large" in err, err
+    assert [x.name for x in out.parent.iterdir()] == [out.name] * bool(old)
+    assert not old or out.read_text() == old
+
+
+def test_doctor_builds_and_says_so(run, monkeypatch):
+    status, out, _ = run("doctor", "--build")
+    assert status == 0 and re.search(r"^CPU kernels +ready after \d+ s: fp32", out, re.MULTILINE)
+    monkeypatch.setattr("sparseflash.backends.cpu.status", lambda: (False, "no C++ compiler found"))
+    status, out, _ = run("doctor", "--build")
+    assert status == 1 and re.search(r"^CPU kernels +failed: no C\+\+ compiler", out, re.MULTILINE)
 
 
 def test_a_seed_that_no_generator_takes_is_a_usage_error(run):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import sparseflash as sf
+from sparseflash import files
 from sparseflash.backends import cpu
 from sparseflash.backends.cpu import build
 
@@ -176,12 +177,65 @@ def test_a_folder_that_others_can_write_is_not_trusted(fresh, copying, mode):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
+def somebody_else(monkeypatch, *paths):
+    """Let these belong to another user."""
+    me, real = os.getuid(), files.distrust
+
+    def distrust(path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getuid", lambda: me + (path in paths))
+            return real(path)
+
+    monkeypatch.setattr(build, "distrust", distrust)
+
+
 def test_a_folder_of_somebody_else_is_not_trusted(fresh, copying, monkeypatch):
     fresh.mkdir(mode=0o700)
-    me = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    somebody_else(monkeypatch, fresh)
     with pytest.warns(RuntimeWarning, match="belongs to another user"):
         assert build.library(PORTABLE)[1].parent != fresh
+
+
+@pytest.mark.parametrize("suffix", [".so", ".sha256"])
+@pytest.mark.parametrize("whose", ["all can write", "the group can write", "of somebody else"])
+def test_a_library_that_others_can_change_is_built_again(fresh, copying, monkeypatch, suffix, whose):
+    """A trusted folder may hold files that are not: put there when it was open, or by `cp -p`."""
+    target = build.library(PORTABLE)[1]
+    file = target.with_suffix(suffix)
+    apart(target)
+    if whose == "of somebody else":
+        somebody_else(monkeypatch, file)
+        with pytest.warns(RuntimeWarning, match="loads no libraries"):  # the fresh one is theirs too, here
+            assert build.library(PORTABLE)[1].parent != fresh
+    else:
+        file.chmod(0o702 if whose == "all can write" else 0o720)
+        build.library(PORTABLE)
+    assert copying.count(target) == 2
+
+
+def test_what_is_built_under_a_lax_umask_is_trusted(fresh, tool):
+    calls = tool('exec "$cxx" "$@" -O0')
+    before = os.umask(0)
+    try:
+        build.library(PORTABLE)
+    finally:
+        os.umask(before)
+    seen = calls.read_text()
+    build.library(PORTABLE)
+    assert calls.read_text() == seen
+
+
+def test_a_cache_named_from_the_current_directory_serves_every_process(fresh, copying, monkeypatch):
+    """A loader takes a name without a slash for that of a library of the system."""
+    fresh.mkdir(mode=0o700)
+    monkeypatch.chdir(fresh)
+    for name in (".", "deep/er"):
+        monkeypatch.setenv("SPARSEFLASH_CACHE", name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            first, second = build.library(PORTABLE), build.library(PORTABLE)
+        assert first[1] == second[1] and first[1].parent == fresh / name
+    assert len(copying) == 2
 
 
 def test_a_library_in_a_folder_that_cannot_be_written_is_used(fresh, copying, monkeypatch):
@@ -334,6 +388,47 @@ def test_ctrl_c_while_compiling_leaves_nothing_behind(fresh, tool, tmp_path):
     helper.join()
     assert not any(alive(pid) for pid in sleepers(tmp_path))
     assert [x for x in fresh.iterdir() if x.is_dir()] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_what_a_killed_process_left_is_removed_by_the_next(fresh, tool, tmp_path):
+    tool(f'[ -e "{tmp_path}/sleepers" ] && exec "$cxx" "$@" -O0\n{HANG.format(tmp_path)}')
+    child = os.fork()
+    if child == 0:
+        build.library(PORTABLE)
+        os._exit(0)
+    while not (tmp_path / "sleepers").exists():
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for pid in sleepers(tmp_path):
+        os.kill(pid, signal.SIGKILL)
+    (left,) = [x for x in fresh.iterdir() if x.is_dir()]
+    other, old = fresh / f"another{build.WORK}1", fresh / f"another{build.WORK}2"  # who may be at work
+    other.mkdir(), old.mkdir()
+    os.utime(old, (0, 0))
+    build.library(PORTABLE)
+    assert not left.exists() and not old.exists() and other.exists()
+
+
+def test_a_compiler_that_is_not_found_is_named_with_the_one_that_serves(fresh, copying, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.warns(RuntimeWarning, match="CXX=no-such-compiler -m64 is no compiler here: .* is used"):
+        build.library(PORTABLE)
+    monkeypatch.setenv("CXX", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build.library(PORTABLE)
+
+
+def test_warnings_point_at_the_line_of_the_caller(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    q = torch.randn(1, 1, 20, 8)
+    for call in (lambda: sf.attention(q, q, q), sf.backend_status, lambda: sf.methods.Window(4)(q, q, q)):
+        cpu.native.cache_clear()
+        with pytest.warns(RuntimeWarning) as said:
+            call()
+        assert {x.filename for x in said} == {__file__}
 
 
 def test_cxx_may_hold_spaces_or_arguments(fresh, tool, monkeypatch):

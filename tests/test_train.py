@@ -210,11 +210,33 @@ def test_the_tail_of_each_file_is_held_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a" * 95 + b"A" * 5)
     (tmp_path / "b.txt").write_bytes(b"b" * 190 + b"B" * 10)
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "late.bin").write_bytes(b"c" * 5000 + b"\0")
     (tmp_path / ".hidden").write_bytes(b"hidden")
     corpus = load(tmp_path)
     assert corpus.files == 2
     assert bytes(corpus.train.tolist()) == b"a" * 95 + b"\0" + b"b" * 190
     assert bytes(corpus.val.tolist()) == b"A" * 5 + b"\0" + b"B" * 10
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("Grüße\r\n\tund\fweiter\x1b[0m".encode(), True),
+        ("Grüße".encode("latin-1"), True),
+        ("Привет".encode("koi8-r"), True),
+        ("Grüße".encode("utf-16"), False),
+        (b"\x7fELF\x02\x01", False),
+        (b"a" * 5000 + b"\x00", False),
+    ],
+)
+def test_what_is_text_as_a_file_is_text_in_a_folder(tmp_path, data, text):
+    (tmp_path / "a.txt").write_bytes(data * 40)
+    for path in (tmp_path, tmp_path / "a.txt"):
+        if text:
+            assert bytes(load(path).train.tolist()) == (data * 40)[: -(len(data) * 2)]
+        else:
+            with pytest.raises(TrainError, match="without control characters such as NUL"):
+                load(path)
 
 
 def test_validation_windows_do_not_depend_on_the_run():

@@ -7,6 +7,7 @@ import dataclasses
 import shlex
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,8 @@ except ModuleNotFoundError:
         "sparseflash: the commands need typer and rich; install: pip install 'sparseflash[train]'"
     ) from None
 
+from sparseflash import files, options
 from sparseflash import methods as registry
-from sparseflash import options
 from sparseflash.bench.commands import bench
 from sparseflash.bench.commands.app import call
 from sparseflash.errors import SparseFlashError
@@ -227,16 +228,30 @@ app.add_typer(bench, name="bench")
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    build: Annotated[
+        bool,
+        typer.Option(
+            "--build", help="Compile the CPU kernels and say how that went; exit status 1 if it failed."
+        ),
+    ] = False,
+) -> None:
     """Say what is usable on this machine, and why the rest is not."""
     import sparseflash as sf
+    from sparseflash.backends import cpu
     from sparseflash.bench.machine import describe
 
+    able, started = True, time.monotonic()
+    if build:
+        able, detail = cpu.status()
+        done = f"ready after {time.monotonic() - started:.0f} s" if able else "failed"
+        typer.echo(f"{'CPU kernels':12} {done}: {detail}")
     for name, value in describe().items():
         if value and name != "backend":
             typer.echo(f"{name:12} {value}")
     for status in sf.backend_status().values():
         typer.echo(f"{status.name:12} {'usable' if status.usable else 'not usable'}: {status.detail}")
+    raise typer.Exit(0 if able else 1)
 
 
 @app.command()
@@ -298,7 +313,7 @@ def show(
         return
     try:
         if out.suffix.lower() not in known[:3]:
-            out.write_text(text + "\n", encoding="utf-8")
+            files.write(out, text + "\n")
             return
         several.plot(out)
         typer.echo(several.explain())

@@ -1,4 +1,9 @@
-"""The errors a user of this library can meet."""
+"""The errors a user of this library can meet, and its warnings."""
+
+from __future__ import annotations
+
+import sys
+import warnings
 
 
 class SparseFlashError(ValueError):
@@ -22,3 +27,14 @@ def require(*rules: tuple[bool, str], error: type[SparseFlashError] = SparseFlas
     for holds, message in rules:
         if not holds:
             raise error(message)
+
+
+def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
+    """Warn at the line of whoever called the library: the first that is neither ours nor torch's."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_INSIDE = (__name__.partition(".")[0], "torch")

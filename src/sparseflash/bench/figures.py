@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparseflash.bench import chart, results
 from sparseflash.errors import SparseFlashError
+from sparseflash.files import write
 
 Cells = Mapping[str, str]
 STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "hash-1", "qk-1")
@@ -158,7 +159,7 @@ def redraw(
         for name, svg in drawn.items():
             path = (out or file.parent) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(svg, encoding="utf-8")
+            write(path, svg)
             written.append(path)
             on_file(path)
     return written

@@ -53,7 +53,7 @@ def git_hash() -> str:
             return ""
         # results are what a run writes, not what it runs
         changed = ("--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
-        dirty = _git(here, "status", *changed)
+        dirty = _git(here, "--no-optional-locks", "status", *changed)
         return _git(here, "rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
+from ..files import write
 from .entries import ranges, sees
 from .figures import density, extent_of, kept, partial_area, parts_of, work
 from .record import Record
@@ -157,7 +159,9 @@ def plot(plan: Parts, path: str | Path, *, batch: int = 0, head: int = 0, size: 
         frameon=False,
         fontsize=9,
     )
-    figure.savefig(path, dpi=144)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=144, format=path.suffix[1:])
+    write(path, drawn.getvalue())
     return path
 
 

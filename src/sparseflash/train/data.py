@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from sparseflash.train.errors import TrainError
 
 HELD_OUT = 0.05
 SEPARATOR = b"\0"  # between files; text never contains it
+TEXT = "any encoding of single bytes, such as UTF-8 and Latin-1, without control characters such as NUL"
+_CONTROL = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b"))
 
 
 class Corpus:
@@ -99,19 +101,22 @@ def load(path: str | Path) -> Corpus:
     path = Path(path).expanduser()
     try:
         if path.is_dir():
-            texts = [text for file in _walk(path) if (text := _text_or_none(file))]
+            texts = _texts(_walk(path))
             if not texts:
-                raise TrainError(
-                    f"--data {path} has no text files (UTF-8, not empty) in it; give another directory"
-                )
+                raise TrainError(f"--data {path} has no text files in it ({TEXT}); give another directory")
         elif kind := no_file(path):
             raise TrainError(
                 f"--data {path} is {kind}: it may have no end; give a text file or a directory of text files"
             )
         else:
-            texts = [path.read_bytes()]
-            if not texts[0]:
+            data = path.read_bytes()
+            if not data:
                 raise TrainError(f"--data {path} is empty; give a text file with at least a few kilobytes")
+            if not _is_text(data):
+                raise TrainError(
+                    f"--data {path} is no text ({TEXT}); give a text file, of UTF-16: iconv -t utf-8"
+                )
+            texts = [data]
     except FileNotFoundError:
         raise TrainError(
             f"--data {path} does not exist; give a text file or a directory of text files"
@@ -131,7 +136,7 @@ def stdlib() -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = (f for f in _walk(root) if f.suffix == ".py" and skipped.isdisjoint(f.relative_to(root).parts))
-    texts = [text for file in files if (text := _text_or_none(file))]
+    texts = _texts(files)
     if not texts:
         raise TrainError(
             f"this Python has no readable standard library sources in {root}; give a text file with --data"
@@ -146,17 +151,19 @@ def _walk(root: Path) -> list[Path]:
     return sorted(p for p in files if p.is_file())
 
 
-def _text_or_none(file: Path) -> bytes | None:
-    with file.open("rb") as stream:
-        head = stream.read(4096)
-        if not head or b"\0" in head:
-            return None
-        text = head + stream.read()
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return text
+def _is_text(data: bytes) -> bool:
+    return len(data.translate(None, _CONTROL)) == len(data)
+
+
+def _texts(files: Iterable[Path]) -> list[bytes]:
+    """What lies in those of the files that are text and not empty."""
+    found = []
+    for file in files:
+        with file.open("rb") as stream:
+            head = stream.read(4096)
+            if head and _is_text(head) and _is_text(data := head + stream.read()):
+                found.append(data)
+    return found
 
 
 def _tensor(data: bytes) -> Tensor:

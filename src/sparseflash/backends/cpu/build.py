@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import errno
 import functools
 import hashlib
 import logging
@@ -21,17 +20,16 @@ import platform
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import BackendError
+from ...errors import BackendError, warn
+from ...files import cache, distrust
 
 NATIVE = Path(__file__).parent / "native"
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-w")
@@ -39,6 +37,8 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mtune=native")
 AVX512 = ("-march=x86-64-v4", "-mtune=native")
 TIME_LIMIT = 240.0
 """Seconds after which a compiler is given up."""
+WORK = ".compiling-"
+"""What stands in the names of folders in which a compiler works."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,26 @@ def choices() -> list[list[Level]]:
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler as a command: `CXX` (with arguments, if it has any), else c++, g++ or clang++."""
+    return _first(*_given(), ["c++"], ["g++"], ["clang++"])
+
+
+def not_found() -> str:
+    """The compiler that `CXX` names, where there is none of that name; else nothing."""
+    return "" if _first(*_given()) else os.environ.get("CXX", "")
+
+
+def _given() -> tuple[list[str], list[str]]:
+    """What `CXX` may mean: a path with spaces in it, or a command with arguments."""
     given = os.environ.get("CXX", "")
     try:
-        words = shlex.split(given)
+        return [given], shlex.split(given)
     except ValueError:  # an unbalanced quote
-        words = []
-    for command in ([given], words, ["c++"], ["g++"], ["clang++"]):
+        return [given], []
+
+
+def _first(*commands: list[str]) -> list[str] | None:
+    """The first command whose program there is."""
+    for command in commands:
         if command and command[0] and (found := shutil.which(command[0])):
             return [found, *command[1:]]
     return None
@@ -161,36 +175,21 @@ def find_compiler() -> list[str] | None:
 # ---------------------------------------------------------------- the cache
 
 
-def _distrust(folder: Path) -> str:
-    """Why code must not be loaded from a folder; empty when it is ours alone to write."""
-    if not hasattr(os, "getuid"):
-        return ""
-    info = folder.stat()
-    if info.st_uid != os.getuid():
-        return "belongs to another user"
-    return "is writable by other users" if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""
-
-
 def cache_folders() -> Iterator[Path]:
     """Where the library may be: `SPARSEFLASH_CACHE`, else the user's cache, if private; then a fresh one."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    given = os.environ.get("SPARSEFLASH_CACHE")
-    folder = Path(given) if given else Path(base, "sparseflash")
+    folder = Path(os.path.expanduser("~"))  # named where there is none
     try:
-        if not given and not folder.is_absolute():  # no home at all
-            raise NotADirectoryError(errno.ENOTDIR, "there is no home folder")
+        folder = cache()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        why = _distrust(folder)
+        why = distrust(folder)
     except OSError as error:
         why = f"cannot be used: {error.strerror}"
     if not why:
         yield folder
         why = "loads no libraries" if os.access(folder, os.W_OK) else "is not writable"
-    warnings.warn(
+    warn(
         f"sparseflash: the cache folder {folder} {why}; compiling into a temporary one, "
-        "again in every process. Set SPARSEFLASH_CACHE to a private folder to compile once",
-        RuntimeWarning,
-        stacklevel=2,
+        "again in every process. Set SPARSEFLASH_CACHE to a private folder to compile once"
     )
     yield _temporary_folder()
 
@@ -209,14 +208,16 @@ def _temporary_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that processes that start together compile once."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock file, so that processes that start together compile once; whether there are locks here."""
+    alone = False
     with open(path, "w") as file:
         with contextlib.suppress(ImportError, OSError):  # no locks here: the final rename is atomic anyway
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            alone = True
+        yield alone
 
 
 def _sum_file(target: Path) -> Path:
@@ -226,6 +227,9 @@ def _sum_file(target: Path) -> Path:
 def _load(target: Path) -> ctypes.CDLL | str:
     """The library in a file, or why not: it has to be whole, and the one that was built."""
     try:
+        for file in (target, _sum_file(target)):
+            if why := distrust(file):
+                return f"{file} {why}"
         if _sum_file(target).read_text() != hashlib.sha256(target.read_bytes()).hexdigest():
             return f"{target} is damaged"
         loaded = ctypes.CDLL(str(target))
@@ -280,6 +284,15 @@ def _run(commands: list[list[str]], work: Path, log: Path) -> None:
                 _end(process)
 
 
+def _sweep(target: Path, alone: bool) -> None:
+    """Remove what compilers left that were killed: of this library under its lock, others if old."""
+    for left in target.parent.glob(f"*{WORK}*"):
+        with contextlib.suppress(OSError):
+            ours = alone and left.name.startswith(target.stem)
+            if ours or time.time() - left.stat().st_mtime > 2 * TIME_LIMIT:
+                shutil.rmtree(left)
+
+
 def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
     log = target.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -288,7 +301,7 @@ def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
         "half a minute",
         Path(compiler[0]).name,
     )
-    with tempfile.TemporaryDirectory(dir=target.parent) as made:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.stem}{WORK}") as made:
         work = Path(made)
         have = [f"-DSF_WITH_{(x.source or x.name).upper()}=1" for x in levels]
         jobs = [(NATIVE / "api.cpp", have), *((x.path, list(x.flags)) for x in levels)]
@@ -305,6 +318,8 @@ def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
         _run([[*compiler, *COMMON, "-shared", "-pthread", *objects, "-o", str(built)]], work, log)
         digest = work / "lib.sha256"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
+        for made_now in (built, digest):
+            made_now.chmod(0o700)  # whatever the umask lets a group do
         os.replace(built, target)
         os.replace(digest, _sum_file(target))
 
@@ -329,6 +344,8 @@ def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
     Where there is no compiler any more, one that another compiler made of the same sources serves as well.
     """
     compiler, why = find_compiler(), ""
+    if compiler is not None and (other := not_found()):
+        warn(f"sparseflash: CXX={other} is no compiler here: {compiler[0]} is used; install it, or unset CXX")
     name, tool = _names(levels, compiler)
     for folder in cache_folders():
         target = folder / f"{name}-{tool}.so"
@@ -339,9 +356,10 @@ def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
             break
         found = _load(target)
         if isinstance(found, str) and os.access(folder, os.W_OK):
-            with _locked(target.with_suffix(".lock")):
+            with _locked(target.with_suffix(".lock")) as alone:
                 found = _load(target)  # another process may have built it meanwhile
                 if isinstance(found, str):
+                    _sweep(target, alone)
                     _compile(levels, compiler, target)
                     found = _load(target)
         if not isinstance(found, str):

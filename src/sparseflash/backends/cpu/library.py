@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ...errors import warn
 from . import build
 from .call import Call
 
@@ -59,11 +59,7 @@ def native() -> Native | str:
             return Native(library, str(path), 0, bf16, tuple(level.name for level in levels))
     except (build.BuildError, OSError) as error:
         failure = str(error)
-    warnings.warn(
-        f"sparseflash: the native CPU backend is not available, the slow reference runs instead: {failure}",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+    warn(f"sparseflash: the native CPU backend is not available, the slow reference runs instead: {failure}")
     return failure
 
 

@@ -19,6 +19,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from ...errors import BackendError
+from ...files import replacing
 from .common import INTERPRETED
 
 MAX_DIM = 256
@@ -141,7 +142,7 @@ def tuned(path: Path = TABLE) -> dict[tuple[str, Case], Blocks]:
 def write_tuned(rows: dict[tuple[str, Case], Blocks], path: Path = TABLE) -> None:
     """Write the table, in order."""
     columns = ["architecture", *Case._fields, *(f.name for f in fields(Blocks))]
-    with path.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for (name, case), blocks in sorted(rows.items()):

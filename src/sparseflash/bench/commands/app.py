@@ -84,6 +84,10 @@ def call(app: typer.Typer) -> None:
             raise
         much = f": {int(asked[1]) / 2**30:,.0f} GiB at once" if asked else ""
         said = f"this needs more memory than there is{much}; ask for less: a smaller --length or --batch"
+    except OSError as error:  # a full disk, a path that cannot be written
+        if error.errno is None or isinstance(error, BrokenPipeError):
+            raise
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     else:
         return
     typer.secho(f"error: {said}", fg="red", err=True)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SparseFlashError
+from ...files import cache, distrust
 
 SUMS = "SHA256SUMS"
 """Checksums of the files of a folder, as `sha256sum` writes them; the last file that is written."""
@@ -188,18 +189,16 @@ def whole(target: Path) -> bool:
 
 def _cache() -> Path:
     """Where models are kept: a folder that nobody else can write to."""
-    given = os.environ.get("SPARSEFLASH_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    place = Path(given) if given else Path(base, "sparseflash")
+    place = Path("~")
     try:
+        place = cache()
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         models = place / "models"
         models.mkdir(mode=0o700, exist_ok=True)
         for one in (place, models):
-            info = one.stat()
-            if hasattr(os, "getuid") and (info.st_uid != os.getuid() or info.st_mode & 0o022):
+            if why := distrust(one):
                 raise SparseFlashError(
-                    f"{one}: weights are kept where nobody else can write; chmod go-w it, or set "
+                    f"{one} {why}: weights are kept where nobody else can write; chmod go-w it, or set "
                     "SPARSEFLASH_CACHE to a folder of your own"
                 )
     except OSError as error:
