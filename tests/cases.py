@@ -28,7 +28,7 @@ class Case:
         Density of `hyper` over 512 tokens of `directions` lies within these two figures.
     needles
         Who may ask for planted needles so that the method finds them: some of `KINDS` ("question", "mid",
-        "lone"). None where the method is blind to content.
+        "lone"). Where none is named, the method is blind to content, or its scores to single keys.
     recall
         Least share of these needles' mass that it shows, on average.
     seeking
@@ -302,6 +302,8 @@ CASES = [
         [{"threshold": 0.1}, {"threshold": 0.5}, {"threshold": 1.0}],
         (0.4, 0.7),
         687489843,
+        needles=("question",),
+        seeking={"dense_tiles": 2},  # its scores find none of these
         chunk=32,
     ),
     Case(
@@ -311,6 +313,8 @@ CASES = [
         [{"alpha": 1.0}, {"alpha": 0.95}, {"alpha": 1e-9}],
         (0.2, 0.9),
         141649365,
+        needles=("question",),
+        seeking={"dense_tiles": 2},  # its scores find none of these
         chunk=32,
     ),
     Case(
@@ -320,6 +324,8 @@ CASES = [
         [{"blocks": 1}, {"blocks": 4}, {"blocks": 20}],
         (0.15, 0.3),
         3785025735,
+        needles=("question",),
+        seeking={"dense_tiles": 2},  # its scores find none of these
         chunk=32,
     ),
     Case(
@@ -329,6 +335,8 @@ CASES = [
         [{"window": 1}, {"window": 64}, {"window": 200}],
         (0.15, 0.3),
         1156311607,
+        needles=("question",),
+        seeking={"last": 32},
         chunk=32,
     ),
     Case(

@@ -120,6 +120,19 @@ def test_a_capacity_bounds_the_lists_and_says_what_it_dropped(maker, generator):
                 plan.check()
 
 
+@pytest.mark.parametrize("unit", [None, 4])
+def test_a_capacity_bounds_what_expires(unit, generator):
+    given = {"k_end": torch.randint(0, 61, (B, H, 61), generator=generator), "tile": TILE, "unit": unit}
+    exact = Plan.from_expiry(**given)
+    for capacity, lost in ((1, True), (64, False)):
+        plan = Plan.from_expiry(**given, capacity=capacity)
+        assert bool(plan.overflow) == lost
+        if not lost:
+            assert torch.equal(plan.check().to_dense(), exact.to_dense())
+    with pytest.raises(PlanError, match="capacity=0: expected a positive int"):
+        Plan.from_expiry(**given, capacity=0)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -64,9 +64,10 @@ def test_a_method_finds_more_than_chance_and_than_a_window(slug):
 
 @pytest.mark.slow
 def test_minference_over_8192_tokens_of_a_pretrained_model(books):
-    """500 columns and 700 slashes: .96 of the mass, by a selection that takes little of the time.
+    """500 columns and 700 slashes: .96 of the mass at .31 of the pairs, in little time.
 
-    How many pairs that is depends on the text: .324 from "Call me Ishmael" on, .382 from the title page on.
+    96 rows judge: they leave out slashes that 64 take for good ones, and lose little of the mass. How many
+    pairs that is depends on the text.
     """
     text = next(book for book in books if "moby" in book.name).read_text(encoding="utf-8")
     try:
@@ -75,7 +76,7 @@ def test_minference_over_8192_tokens_of_a_pretrained_model(books):
         if "not installed" not in str(error):
             raise
         pytest.skip("smollm2 is not installed: make models")
-    method = sf.methods.MInference(vertical=500, slash=700, share="sum")
+    method = sf.methods.MInference(vertical=500, slash=700, last=96, share="sum")
     kept, recall, share = [], [], []
     for number in (4, 15, 21):
         q, k, v = (tensors[f"layer.{number}.{x}"].float() for x in "qkv")
@@ -88,4 +89,4 @@ def test_minference_over_8192_tokens_of_a_pretrained_model(books):
         kept.append(density(selection.plan))
         recall.append(dense.recall(q, k, v, selection.plan))
         share.append((times[1] - times[0]) / (times[2] - times[0]))
-    assert sum(recall) / 3 >= 0.96 and sum(kept) / 3 <= 0.33 and min(share) <= 0.15
+    assert sum(recall) / 3 >= 0.96 and sum(kept) / 3 <= 0.31 and min(share) <= 0.15

@@ -301,6 +301,7 @@ class Constructors(Record):
         q_offset: int | Tensor = 0,
         tile: int = TILE,
         unit: int | None = None,
+        capacity: int | None = None,
     ) -> Self:
         """Key j is seen from position j up to, not including, position `k_end[j]`: caches that evict, trees.
 
@@ -316,6 +317,8 @@ class Constructors(Record):
         unit : int, optional
             Keys that stand or fall together in the lists; what none of a tile's queries sees is then visited
             with its neighbours.
+        capacity : int, optional
+            As of `from_lifetimes`: the most units that a tile lists.
 
         Examples
         --------
@@ -323,7 +326,9 @@ class Constructors(Record):
         >>> sf.Plan.from_expiry(torch.tensor([[[3, 2, 3]]])).to_dense()[0, 0].int().tolist()
         [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
         """
-        return cls._made(**intervals.from_expiry(k_end, Tq=Tq, q_offset=q_offset, tile=tile, unit=unit))
+        return cls._made(
+            **intervals.from_expiry(k_end, Tq=Tq, q_offset=q_offset, tile=tile, unit=unit, capacity=capacity)
+        )
 
     @classmethod
     def from_lifetimes(

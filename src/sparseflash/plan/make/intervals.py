@@ -25,7 +25,7 @@ from ..options import (
     shape_of,
 )
 from .lifetimes import from_lifetimes
-from .listed import unit_lists
+from .listed import check_capacity, unit_lists
 from .masks import bit_lists, runs, span_lists
 from .spans import pack_spans
 
@@ -191,11 +191,13 @@ def from_expiry(
     q_offset: int | Tensor = 0,
     tile: int = TILE,
     unit: int | None = None,
+    capacity: int | None = None,
 ) -> Fields:
     """Fields of `Plan.from_expiry`."""
     if unit is None:
-        return from_lifetimes(None, k_end, Tq=Tq, q_offset=q_offset, tile=tile)
+        return from_lifetimes(None, k_end, Tq=Tq, q_offset=q_offset, tile=tile, capacity=capacity)
     check_options(tile=tile, unit=unit)
+    check_capacity(capacity)
     k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # a large one is never
     Tk = k_end.shape[-1]
     Tq = Tk if Tq is None else Tq
@@ -225,5 +227,5 @@ def from_expiry(
         "causal": True,
         "q_offset": q_offset,
         "k_end": k_end,
-        **unit_lists(kind, lambda x: (column.expand(x.shape), x), lambda _, kind, __: kind, None),
+        **unit_lists(kind, lambda x: (column.expand(x.shape), x), lambda _, kind, __: kind, capacity),
     }
