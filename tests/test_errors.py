@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 import plans
 import sparseflash as sf
-from sparseflash import Plan, PlanError, SparseFlashError
+from sparseflash import Plan, PlanError, SparseFlashError, dispatch
 
 Q = torch.randn(2, 4, 33, 16)
 K = torch.randn(2, 2, 33, 16)
@@ -120,6 +120,24 @@ NUMBERS = [
 
 def _names(cases):
     return [f"{n}-{','.join(change)}" for n, (change, _) in enumerate(cases)]
+
+
+def test_all_reasons_of_all_backends_are_in_one_message():
+    """Whoever mends one of two at a time has to ask twice."""
+    q = torch.empty(1, 1, 4, 8, dtype=torch.int8, device="meta")
+    with pytest.raises(sf.BackendError) as said:
+        dispatch.choose("forward", "cpu", q)
+    assert str(said.value).splitlines()[1:] == [
+        "  cpu: tensors are on meta",
+        "  cpu: dtype torch.int8 (fp32, bf16, fp16 run here)",
+    ]
+    with pytest.raises(sf.BackendError) as said:
+        dispatch.choose("no_such_op", "", torch.empty(1))
+    assert [x.split(":")[0].strip() for x in str(said.value).splitlines()[1:]] == [
+        "cpu",
+        "reference",
+        "triton",
+    ]
 
 
 @pytest.mark.parametrize("changes, parts", TENSORS + NUMBERS, ids=_names(TENSORS + NUMBERS))

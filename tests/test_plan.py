@@ -442,6 +442,44 @@ def test_check_finds_an_entry_that_is_wrongly_marked_full(seed):
         _lists(**rules, span_full=_i32(1, 1)).check()
 
 
+EDGES = {
+    "the last key is the last query": ([[0, 2], [0, 4]], 8, {"causal": True}),
+    "the last key is the first query, which does not see itself": (
+        [[0, 0], [0, 3]],
+        8,
+        {"causal": True, "include_self": False},
+    ),
+    "the first behind the sinks": ([[0, 5]] * 4, 3, {"window": (1, 1), "sink": 4}),
+    "one too far left": ([[0, 2], [0, 4]], 4, {"window": (2, None)}),
+    "one too far right": ([[0, 4], [0, 4]], 4, {"window": (None, 2)}),
+    "a key that ends with the last query": ([[0, 2], [0, 4]], 4, {"k_end": _i32(3, 9, 9, 9)}),
+}
+
+
+@pytest.mark.parametrize("spans, tile, rules", EDGES.values(), ids=EDGES)
+def test_check_looks_at_the_very_edge_of_an_entry_marked_full(spans, tile, rules):
+    """By one key: what is right, and the same with one query or key more."""
+    tiles, T = len(spans), 2 * len(spans)
+    fields = {
+        "spans": torch.tensor(spans, dtype=torch.int32),
+        "span_start": torch.arange(tiles).view(1, 1, -1),
+        "span_count": torch.ones(1, 1, tiles, dtype=torch.int32),
+        "Tq": T,
+        "Tk": T,
+    }
+    plan = _lists(**fields, **rules, span_full=torch.zeros(1, 1, tiles, dtype=torch.int32)).check()
+    keep = plan.to_dense()[0, 0].view(tiles, 2, T)
+    for n, (lo, hi) in enumerate(spans):
+        one = torch.zeros(1, 1, tiles, dtype=torch.int32)
+        one[..., n] = 1
+        marked = _lists(**fields, **rules, span_full=one)
+        if bool(keep[n, :, lo:hi].all()):
+            marked.check()
+        else:
+            with pytest.raises(sf.PlanError, match=f"tile {n} .*marked full"):
+                marked.check()
+
+
 def test_check_finds_a_ragged_unit_that_is_marked_full():
     fields = {
         "Tq": 3,

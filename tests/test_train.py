@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import functools
 import math
 import os
 import signal
@@ -282,6 +283,37 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, text_file):
     Trainer(config, load(text_file)).run(tmp_path / "killed", resume=True)
     Trainer(config, load(text_file)).run(tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_the_learning_rate_at_every_corner_of_its_schedule():
+    corpus, about = Corpus([TEXT]), functools.partial(pytest.approx, rel=1e-12)
+    rate = Trainer(tiny(steps=40, lr=0.5, warmup=0.1), corpus).learning_rate
+    assert [rate(n) for n in range(5)] == about([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert rate(22) == about(0.275)  # half of the way down
+    assert rate(40) == about(0.05) and rate(5) < 0.5
+    assert all(rate(n) > rate(n + 1) for n in range(4, 40))
+    rate = Trainer(tiny(steps=40, lr=0.5, warmup=0.0), corpus).learning_rate
+    assert rate(0) == about(0.5) and rate(1) == about(0.5)  # one step of warm-up, the full rate
+    rate = Trainer(tiny(steps=4, lr=0.5, warmup=1.0), corpus).learning_rate
+    assert [rate(n) for n in range(4)] == about([0.125, 0.25, 0.375, 0.5])
+    trainer = Trainer(tiny(steps=40, lr=0.5), corpus)
+    trainer.step()
+    assert [x["lr"] for x in trainer.optimizer.param_groups] == about([0.125] * 2)
+
+
+def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(tmp_path):
+    """Whatever draws from torch's own generator, such as a dropout, goes on where it was."""
+    corpus = Corpus([TEXT])
+    first = Trainer(tiny(), corpus)
+    first.step()
+    torch.manual_seed(77)
+    torch.rand(5)
+    first.save(tmp_path)
+    want = torch.rand(5)
+    second = Trainer(tiny(), corpus)
+    assert not torch.equal(torch.rand(5), want)
+    second.load(tmp_path)
+    assert torch.equal(torch.rand(5), want)
 
 
 def test_ctrl_c_saves_and_names_the_command_that_continues(tmp_path, text_file):

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 
 import sparseflash as sf
+from sparseflash.integrations import transformers
 from sparseflash.integrations.transformers import SparseMask
 from transformer_models import FAMILIES, both, run, tiny
 
@@ -457,6 +458,49 @@ def test_document_edges_hold_beside_any_mask(family, beside):
             close(got[:, : edges[-1]], want)
 
 
+def eager(q, k, v, keep, sinks=None):
+    """Attention of a layer in float64, the mask written out; out `[B,S,Hq,Dv]`."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = (q.double() @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -torch.inf)
+    if sinks is not None:
+        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    return (scores.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2).float()
+
+
+def near(window, T, causal=True):
+    """The window of a layer, bool [T, T]: of so many tokens a query's own is one."""
+    apart = torch.arange(T)[:, None] - torch.arange(T)
+    return (apart < window) & (apart >= 0 if causal else apart > -window)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 24, 149, 150, 400])
+def test_a_layer_with_a_window_and_no_mask_sees_its_window(window, causal):
+    layer = sf.transformers.attention_layers(model("mistral"))[0].module
+    q, k, v = torch.randn(2, 4, T, 16), *torch.randn(2, 2, 2, T, 16)
+    given = {"sliding_window": window, "is_causal": causal}
+    got, weights = sf.transformers.sparse_attention(layer, q, k, v, None, **given)
+    assert weights is None
+    close(got, eager(q, k, v, near(window, T, causal)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 24, 70])
+def test_a_layer_given_edges_alone_sees_each_document_alone(window, causal):
+    """No mask, no positions: `cu_seq_lens` and the layer's own window say all of it."""
+    layer = sf.transformers.attention_layers(model("mistral"))[0].module
+    edges = [0, 1, 64, 150]
+    q, k, v = torch.randn(1, 4, T, 16), *torch.randn(2, 1, 2, T, 16)
+    cu = torch.tensor(edges, dtype=torch.int32)
+    given = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "sliding_window": window, "is_causal": causal}
+    got, _ = sf.transformers.sparse_attention(layer, q, k, v, None, **given)
+    for a, b in zip(edges, edges[1:]):
+        keep = near(window or 2 * T, b - a, causal)
+        close(got[:, a:b], eager(*(x[:, :, a:b] for x in (q, k, v)), keep))
+
+
 def test_document_edges_that_would_be_ignored_are_refused():
     one, cu = model("llama"), torch.tensor([0, 70, 150], dtype=torch.int32)
     both_cu = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
@@ -499,6 +543,37 @@ def test_a_whole_graph_compiles():
         want = one(input_ids=ids, attention_mask=mask).logits
         close(compiled(input_ids=ids, attention_mask=mask).logits, want, mask.bool())
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_falls_to_a_mask_of_all_pairs(family, monkeypatch):
+    """Padded, packed, in chunks, with a static cache: a mask of S x T would be right, and slow."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a mask of all pairs was made")
+
+    one = model(family)
+    for owner, name in ((SparseMask, "to_dense"), (sf.Plan, "to_dense"), (sf.Plan, "from_mask")):
+        monkeypatch.setattr(owner, name, refuse)
+    monkeypatch.setattr(transformers.ranges, "_any_plan", refuse)
+    calls = [given(family)]
+    if "input_ids" in calls[0]:
+        calls += [calls[0] | {"attention_mask": padded(side)} for side in ("left", "right", "holes")]
+    if family not in ("siglip", "vit", "bert", "bart"):
+        at = torch.cat([torch.arange(64), torch.arange(86)])[None]
+        calls.append({"input_ids": tokens(1), "position_ids": at, "use_cache": False})
+        static = hf.StaticCache(config=one.config, max_cache_len=T)
+        calls += [
+            {"input_ids": tokens(2, 64), "past_key_values": static},
+            {"input_ids": tokens(2, 1), "past_key_values": static},
+        ]
+    with torch.no_grad():
+        for call in calls:
+            assert torch.isfinite(run(one, "sparse", **call)).all()
+        if len(calls) > 1:
+            with pytest.raises(AssertionError, match="of all pairs"):
+                own = torch.ones(2, 1, T, T, dtype=torch.bool)
+                run(one, "sparse", **calls[0] | {"attention_mask": own})
 
 
 def test_the_mask_is_linear_in_the_tokens():

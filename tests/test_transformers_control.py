@@ -15,7 +15,7 @@ import transformers as hf
 
 import sparseflash as sf
 from sparseflash.methods.base import Method, Selection
-from test_transformers import T, close, model, padded, tokens
+from test_transformers import T, close, eager, model, padded, tokens
 from transformer_models import FAMILIES, tiny
 
 WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)
@@ -213,6 +213,23 @@ def test_layers_and_heads_have_methods_of_their_own():
     plain = sf.attention(q, k, v, causal=True)
     close(got[:, [1, 3]], plain[:, [1, 3]])
     close(got[:, :1], WINDOW(q, k, v)[:, :1])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0, 1), (1, 0, 0, 1), (0, 0, 1, 1), (2, 1, 2, 0)])
+def test_heads_of_unlike_methods_keep_their_own_sinks(order):
+    """GPT-OSS: four heads on two heads of keys, a sink for each."""
+    layer = sf.transformers.attention_layers(own("gpt-oss"))[0].module
+    q, k, v = torch.randn(2, 4, 90, 16), *torch.randn(2, 2, 2, 90, 16)
+    sinks = torch.tensor([-2.0, 0.0, 1.5, 4.0])
+    methods = [WINDOW, sf.methods.Strided(stride=4), None]
+    with sf.transformers.sparse(model("gpt-oss"), prefill=[methods[n] for n in order], layers=[0]):
+        got, _ = sf.transformers.sparse_attention(layer, q, k, v, None, s_aux=sinks)
+    for head, n in enumerate(order):
+        keep = torch.ones(90, 90, dtype=torch.bool).tril()
+        if methods[n] is not None:
+            keep = methods[n].select(q, k).plan.to_dense()[:, :1]
+        want = eager(q[:, [head]], k[:, [head // 2]], v[:, [head // 2]], keep, sinks[[head]])
+        close(got[:, :, [head]], want)
 
 
 def test_everything_is_restored():
