@@ -10,6 +10,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, EVERY, FAST, MAIN, inputs, run, same_bits
 from sparseflash import Plan, PlanError, SparseFlashError
+from sparseflash.numerics import Softmax
 
 
 def decode(q, k, v, plan=None, **options):
@@ -256,7 +257,7 @@ def test_it_is_an_op_that_compiles(generator):
 
     tensors, ints = flatten(Plan.from_lengths(lengths, Tk=64))
     torch.library.opcheck(
-        torch.ops.sparseflash.decode.default, (q, k, v, None, None, tensors, ints, 0.1, 0.0, "")
+        torch.ops.sparseflash.decode.default, (q, k, v, None, None, tensors, ints, *Softmax(0.1, 0.0))
     )
 
 

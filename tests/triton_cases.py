@@ -171,6 +171,27 @@ def large() -> str:
     return "large logits as exact as an eager softmax"
 
 
+def partial() -> str:
+    """Two pieces in fp32, merged and summed, are one call in fp16; delta stands for out."""
+    q, k, v, dout, dlse = inputs(torch.Generator().manual_seed(3), 9, 21, D=16, dtype=torch.float16)
+    pieces = [
+        (slice(a, e), sf.Plan.dense(9, e - a, causal=True, q_offset=12 - a)) for a, e in ((0, 5), (5, 21))
+    ]
+    given = {"backend": "triton", "out_dtype": torch.float32, "return_lse": True}
+    out, lse = sf.merge([sf.attention(q, k[:, :, s], v[:, :, s], plan, **given) for s, plan in pieces])
+    given = {"delta": (dout * out).sum(-1), "dlse": dlse, "grad_dtype": torch.float32, "backend": "triton"}
+    parts = [
+        sf.attention_backward(dout, q, k[:, :, s], v[:, :, s], None, lse, plan, **given) for s, plan in pieces
+    ]
+    got = {"out": out, "dq": parts[0][0] + parts[1][0]}
+    got |= {f"d{name}": torch.cat([part[n] for part in parts], 2) for n, name in ((1, "k"), (2, "v"))}
+    assert {x.dtype for x in got.values()} == {torch.float32}
+    got = {name: x.half() for name, x in got.items()} | {"lse": lse}
+    mask = sf.Plan.dense(9, 21, causal=True, q_offset=12).to_dense()
+    tolerance.compare(got, q, k, v, mask, dout=dout, dlse=dlse)
+    return "partial results in fp32"
+
+
 def linear(seed: int) -> None:
     """Linear attention of one token, of a ragged chunk, and over two segments."""
     generator = torch.Generator().manual_seed(seed)
@@ -210,7 +231,7 @@ def main() -> None:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
     if not first:
-        print(odd_units(), uneven(), large(), far(), sep="\n", flush=True)
+        print(odd_units(), uneven(), large(), far(), partial(), sep="\n", flush=True)
     print(poisoned(), flush=True)
 
 

@@ -29,6 +29,7 @@ class Softmax(NamedTuple):
     scale: float
     softcap: float  # 0: none
     backend: str = ""  # any
+    dtype: torch.dtype | None = None  # of out, or of the gradients; None: that of the inputs
 
 
 class Statistics(NamedTuple):
@@ -200,10 +201,10 @@ def over_plans(
     sink_logits: Tensor | None,
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `attend` gives over each plan, as one softmax: out like q, lse, and where `normed` its norm."""
-    alone, state = len(plans) == 1 and sink_logits is None, state_dtype(q)
+    """What `attend` gives over each plan, as one softmax: out, lse, and where `normed` its norm."""
+    alone, state, wanted = len(plans) == 1 and sink_logits is None, state_dtype(q), options.dtype or q.dtype
     if alone:
-        return attend(q, k, v, plans[0], options, key_bias=key_bias, out_dtype=q.dtype, normed=normed)
+        return attend(q, k, v, plans[0], options, key_bias=key_bias, out_dtype=wanted, normed=normed)
     parts = [
         attend(q, k, v, plan, options, key_bias=key_bias, out_dtype=state, normed=True) for plan in plans
     ]
@@ -219,5 +220,5 @@ def over_plans(
     some = total > 0
     rest = torch.where(some, torch.log(torch.where(some, total, 1)), 0)
     mixed = _weighed([out for out, *_ in parts], (weight / torch.where(some, total, 1)).to(state))
-    out = empty_like_layout(q, v.shape[-1]).copy_(mixed)
+    out = empty_like_layout(q, v.shape[-1], wanted).copy_(mixed)
     return out, (top * unit + rest).to(state), torch.stack([top, rest]).to(state)

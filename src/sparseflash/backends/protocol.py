@@ -63,7 +63,7 @@ class Backend(Protocol):
         key_bias: Tensor | None,
         sink_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """One softmax over all plans and the sinks, for few queries over many keys: out like q, and lse."""
+        """One softmax over all plans and the sinks, for few queries over many keys: out and lse."""
         ...
 
     def backward(
@@ -72,16 +72,20 @@ class Backend(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        out: Tensor,
+        out: Tensor | None,
         norm: Tensor,
         dlse: Tensor | None,
         plan: Plan,
         options: Softmax,
         *,
+        delta: Tensor | None = None,
         key_bias: Tensor | None,
         grad_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v and (per query head, full precision) key_bias."""
+        """Gradients of q, k, v and (per query head, full precision) key_bias.
+
+        `delta` is the sum over Dv of dout times out, [B,Hq,Tq]; where it is given, there may be no out.
+        """
         ...
 
     def stats(

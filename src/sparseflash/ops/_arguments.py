@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError, SparseFlashError
+from ..numerics import state_dtype
 from ..plan import Plan
 
 AnyPlan = Plan | Sequence[Plan]
@@ -127,6 +128,14 @@ def as_backend(backend: object) -> str:
     if not isinstance(backend, str):
         raise SparseFlashError(f"backend={backend!r}: expected a name, or None")
     return backend
+
+
+def as_dtype(name: str, dtype: object, q: Tensor) -> torch.dtype | None:
+    """What results are to be: the dtype of q, or that of the sums; None where nobody asked."""
+    if dtype is None or dtype in (q.dtype, state_dtype(q)):
+        return dtype
+    wide = f", {state_dtype(q)} (what sums are kept in)" if state_dtype(q) != q.dtype else ""
+    raise SparseFlashError(f"{name}={dtype!r}: expected {q.dtype} (that of q){wide}, or None for that of q")
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

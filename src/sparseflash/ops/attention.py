@@ -17,6 +17,7 @@ from ..plan import Plan
 from ._arguments import (
     AnyPlan,
     as_backend,
+    as_dtype,
     as_plans,
     as_scale,
     as_softcap,
@@ -61,9 +62,9 @@ def _forward(
 
 
 def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    state = state_dtype(q)
+    state, options = state_dtype(q), rest[-1]
     lse, norm = q.new_empty(q.shape[:3], dtype=state), q.new_empty((2, *q.shape[:3]), dtype=state)
-    return empty_like_layout(q, v.shape[-1]), lse, norm
+    return empty_like_layout(q, v.shape[-1], options.dtype), lse, norm
 
 
 def _backward(
@@ -72,18 +73,19 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     norm: Tensor,
+    delta: Tensor | None,
     key_bias: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias; that of no key_bias is empty."""
-    alone, state = len(plans) == 1, state_dtype(q)
+    alone, state, wanted = len(plans) == 1, state_dtype(q), options.dtype or q.dtype
     run = choose("backward", options.backend, q, k, v).backward
-    wide = None if alone else state
+    wide = wanted if alone else state
     parts = [
-        run(dout, q, k, v, out, norm, dlse, plan, options, key_bias=key_bias, grad_dtype=wide)
+        run(dout, q, k, v, out, norm, dlse, plan, options, delta=delta, key_bias=key_bias, grad_dtype=wide)
         for plan in plans
     ]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
@@ -94,14 +96,15 @@ def _backward(
         own_batch, own = key_bias.shape[:2]
         dbias = _sum([part[3] for part in parts]).view(B, own, H // own, Tk).sum(2)
         dbias = dbias.sum(0, keepdim=True) if own_batch == 1 and B != 1 else dbias
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous(), dbias
+    dq, dk, dv = (x.to(wanted).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv, dbias
 
 
 def _empty_gradients(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, norm: Any, key_bias: Any, *rest: Any
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, norm: Any, delta: Any, key_bias: Any, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias_shape = (0,) if key_bias is None else key_bias.shape
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape, dtype=rest[-1].dtype or x.dtype) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(bias_shape, dtype=state_dtype(q))
 
 
@@ -126,7 +129,8 @@ def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any
     q, k, v, key_bias, sink_logits, out, norm = kept
     dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, key_bias, plans, options)
+    own = options._replace(dtype=None)
+    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, key_bias, plans, own)
     dsink = None
     if sink_logits is not None:
         unit = unit_of(options.scale, options.softcap, key_bias)
@@ -176,6 +180,7 @@ class _Options(TypedDict, total=False):
     key_bias: Tensor | None
     sink_logits: Tensor | None
     softcap: float | None
+    out_dtype: torch.dtype | None
     deterministic: bool
     backend: str | None
 
@@ -212,6 +217,7 @@ def attention(
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
+    out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
     backend: str | None = None,
@@ -236,6 +242,9 @@ def attention(
         `[Hq]`: the logit of an extra key with value 0, with gradient.
     softcap : float, optional
         c in `c * tanh(score / c)`.
+    out_dtype : torch.dtype, optional
+        That of out: fp32 (fp64 for fp64 inputs) for partial results, so that `merge` rounds nothing twice.
+        None: that of q.
     return_lse : bool
         Also return the natural-log sum of exponentials, fp32 `[B,Hq,Tq]`, differentiable.
     deterministic : bool
@@ -286,7 +295,8 @@ def attention(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    wanted = as_dtype("out_dtype", out_dtype, q)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted)
     out, lse, _ = _attention(q, k, v, key_bias, sink_logits, plans, options)
     return (out, lse) if return_lse else out
 
@@ -296,12 +306,14 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     plan: AnyPlan,
     *,
     dlse: Tensor | None = None,
     lse_low: Tensor | None = None,
+    delta: Tensor | None = None,
+    grad_dtype: torch.dtype | None = None,
     scale: float | None = None,
     key_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -312,6 +324,10 @@ def attention_backward(
     `out [B,Hq,Tq,Dv]` and `lse [B,Hq,Tq]` may come from a softmax over more keys than k and v hold here (ring
     attention, merged pieces, sinks): the result is this piece's share of the gradients. `dbias` is None
     without `key_bias`.
+
+    All that is asked of out is `delta [B,Hq,Tq]`, the sum over Dv of dout * out: who makes many pieces may
+    compute it once, in fp32, and give it with None for out. `grad_dtype=torch.float32` (fp64 for fp64 inputs)
+    keeps shares that are to be summed as they were computed; None rounds them to the dtype of q.
 
     One fp32 number for lse is known to eps |lse|, and every weight of its row is off by that share: the error
     is at most three times an eager run's, plus eps |lse| of the result. (Inside `attention` nothing is lost:
@@ -332,7 +348,8 @@ def attention_backward(
         check_plan(one, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
-    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    wanted = as_dtype("grad_dtype", grad_dtype, q)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted)
     want = (*q.shape[:3], v.shape[-1])
     for label, x, shape in (
         ("dout", dout, want),
@@ -340,13 +357,15 @@ def attention_backward(
         ("lse", lse, want[:3]),
         ("dlse", dlse, want[:3]),
         ("lse_low", lse_low, want[:3]),
+        ("delta", delta, want[:3]),
     ):
-        if x is None and label in ("dlse", "lse_low"):
+        if x is None and (label in ("dlse", "lse_low", "delta") or (label == "out" and delta is not None)):
             continue
         good = is_real(x, shape, q.device)
         if not good:
             raise SparseFlashError(
                 f"{label}: {describe(x)}; expected floating point {list(shape)} on {q.device}"
+                + (", or None where delta is given" if label == "out" else "")
             )
     state = state_dtype(q)
     unit = unit_of(options.scale, options.softcap, key_bias)
@@ -356,8 +375,9 @@ def attention_backward(
         q,
         k,
         v,
-        out.to(q.dtype),
+        None if out is None else out.to(q.dtype if out.dtype not in (q.dtype, state) else out.dtype),
         norm_of(lse, lse_low, unit, state),
+        None if delta is None else delta.to(state),
         key_bias,
         plans,
         options,

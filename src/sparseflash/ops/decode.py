@@ -16,6 +16,7 @@ from ..plan import Plan
 from ._arguments import (
     AnyPlan,
     as_backend,
+    as_dtype,
     as_plans,
     as_scale,
     as_softcap,
@@ -43,7 +44,7 @@ def _forward(
 
 
 def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
-    return empty_like_layout(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=state_dtype(q))
+    return empty_like_layout(q, v.shape[-1], rest[-1].dtype), q.new_empty(q.shape[:3], dtype=state_dtype(q))
 
 
 _decode = register("decode", _forward, _empty)
@@ -85,6 +86,7 @@ class _Options(TypedDict, total=False):
     softcap: float | None
     key_bias: Tensor | None
     sink_logits: Tensor | None
+    out_dtype: torch.dtype | None
     backend: str | None
 
 
@@ -118,6 +120,7 @@ def decode(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -139,7 +142,7 @@ def decode(
         `length - Tq + i` and sees the keys up to there. Or what is seen, as plans: `Plan.from_pages` for a
         paged cache, `(prefix, own)` with a prefix of batch size 1 that all sequences share, or any other;
         made once, they serve all layers of a step. None: all Tk keys are in use.
-    scale, softcap, key_bias, sink_logits, return_lse, backend
+    scale, softcap, key_bias, sink_logits, out_dtype, return_lse, backend
         As in `sparseflash.attention`.
 
     Returns
@@ -179,6 +182,7 @@ def decode(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    wanted = as_dtype("out_dtype", out_dtype, q)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted)
     out, lse = _decode(q, k, v, key_bias, sink_logits, plans, options)
     return (out, lse) if return_lse else out

@@ -114,9 +114,9 @@ def decode(
     alive: list[Tensor] = []
     scale, softcap = options.scale, options.softcap
     calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, alive) for plan in plans))
-    out, lse = empty_like_layout(q, v.shape[-1]), empty(q.shape[:3], dtype=torch.float32)
+    out, lse = empty_like_layout(q, v.shape[-1], options.dtype), empty(q.shape[:3], dtype=torch.float32)
     for call in calls:
-        call.out, call.lse = view(out), lse.data_ptr()
+        call.out_dtype, call.out, call.lse = CODES[out.dtype], view(out), lse.data_ptr()
     calls[0].threads = max(call.threads for call in calls)
     whole = Decode(ctypes.sizeof(Decode), calls, len(plans), CODES[q.dtype])
     if sink_logits is not None:
@@ -139,12 +139,13 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
     options: Softmax,
     *,
+    delta: Tensor | None = None,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -153,13 +154,18 @@ def backward(
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     wanted = grad_dtype or q.dtype
     dout = aligned(dout.to(q.dtype), alive)
-    out = aligned(out if out.dtype in CODES else out.to(q.dtype), alive)
     norm = _given(norm, q, alive)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=wanted)
     dk, dv = empty(k.shape, dtype=wanted), empty(v.shape, dtype=wanted)
-    call.out_dtype, call.grad_dtype = CODES[out.dtype], CODES[wanted]
-    call.out, call.dout = view(out), view(dout)
+    call.grad_dtype, call.dout = CODES[wanted], view(dout)
+    if delta is None:
+        assert out is not None, "without out there is delta"
+        out = aligned(out if out.dtype in CODES else out.to(q.dtype), alive)
+        call.out_dtype, call.out = CODES[out.dtype], view(out)
+    else:
+        delta = aligned(delta.to(torch.float32).contiguous(), alive)
+        call.delta = delta.data_ptr()
     call.dq, call.dk, call.dv = view(dq), view(dk), view(dv)
     call.norm = norm.data_ptr()
     if dlse is not None:

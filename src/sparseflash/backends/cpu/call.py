@@ -110,7 +110,7 @@ class Call(ctypes.Structure):
             ("stat", ctypes.c_void_p),
         ]
         + [("stat_width", ctypes.c_int64), ("entry_width", ctypes.c_int64)]
-        + [("weights", ctypes.c_int32), ("out_scale", ctypes.c_float)]
+        + [("weights", ctypes.c_int32), ("out_scale", ctypes.c_float), ("delta", ctypes.c_void_p)]
     )
 
 

@@ -115,12 +115,13 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
     options: Softmax,
     *,
+    delta: Tensor | None = None,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -146,10 +147,12 @@ def backward(
         do = queries.read(dout, work, live)
         x, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work))
         p = _weights(x, torch.stack([queries.read(n, work, live) for n in norm]), unit, view.keep)
-        delta = (do * queries.read(out, work, live)).sum(-1)
+        level = (
+            (do * queries.read(out, work, live)).sum(-1) if delta is None else queries.read(delta, work, live)
+        )
         if dlse is not None:
-            delta = delta - queries.read(dlse, work, live)
-        ds = p * (do @ vr.transpose(-1, -2) - delta[..., None])
+            level = level - queries.read(dlse, work, live)
+        ds = p * (do @ vr.transpose(-1, -2) - level[..., None])
         values.add(dv, p.transpose(-1, -2) @ do)
         if dbias is not None:
             Rows(view.k_token, H).add(dbias, ds.sum(-2))

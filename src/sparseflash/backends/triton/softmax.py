@@ -152,25 +152,28 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     norm: Tensor,
     dlse: Tensor | None,
     plan: Plan,
     options: Softmax,
     *,
+    delta: Tensor | None = None,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     wanted, dout = grad_dtype or q.dtype, dout.to(q.dtype)
-    delta = (dout.float() * out.float()).sum(-1)
+    if delta is None:
+        assert out is not None, "without out there is delta"
+        delta = (dout.float() * out.float()).sum(-1)
     if dlse is not None:
         delta = delta - torch.where(norm[0] == NEVER, 0, dlse.float())
     dq = torch.zeros_like(q, dtype=wanted)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     norm = norm.float().contiguous()
-    a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout}
-    a.named["DELTA"] = delta.contiguous()
+    delta = delta.float().contiguous()
+    a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout, "DELTA": delta}
     a.strides(a.named, "o", dq)
     a.strides(a.named, "d", dout)
     launch_rows(a, plan, backward=True)

@@ -44,6 +44,7 @@ struct SfCall {
     int64_t stat_width, entry_width;
     int32_t weights;    // what a score becomes (SfWeights); other than a softmax: no lse, bias or softcap
     float out_scale;    // factor of the weights that are no softmax
+    const float *delta; // [B,Hq,Tq]: dout . out of a row, or null: the backward computes it
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.

@@ -270,7 +270,7 @@ bool tensors_ok(const SfCall &c) {
     auto item = [](int32_t dtype) { return dtype == SF_F32 ? 4 : 2; };
     for (auto &v : of_queries) if (!view_ok(v.x, c.B, c.Hq, c.Tq, v.D) || !whole(item(v.dtype), v.x.data)) return false;
     for (auto &v : of_keys) if (!view_ok(v.x, c.Bk, c.Hkv, c.Tk, v.D) || !whole(item(v.dtype), v.x.data)) return false;
-    return table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat);
+    return table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta);
 }
 
 bool call_ok(const SfCall &c, Kind kind) {
@@ -283,7 +283,7 @@ bool call_ok(const SfCall &c, Kind kind) {
     const bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
     const bool given = kind == BACKWARD || kind == STATS;  // a normaliser
     if (some_q && (!c.q.data || (softmax && !again && !(given ? c.norm : c.lse)))) return false;
-    if (some_q && kind != STATS && (softmax ? !again : !backward) && !c.out.data) return false;
+    if (some_q && kind != STATS && (softmax ? !again : !backward) && !c.out.data && !(backward && c.delta)) return false;
     if (some_k && (!c.k.data || (kind != STATS && !c.v.data))) return false;
     if (kind == STATS) {
         if (!fits({c.plan.tiles, c.entry_width})) return false;

@@ -21,13 +21,16 @@ struct KeyGrads {
     }
 };
 
-// What a query subtracts from its row of dP: dout . out - dlse. Leaves the row of dout in `dout`.
+// What a query subtracts from its row of dP: dout . out - dlse.
 inline float row_delta(const SfCall &c, int64_t b, int64_t h, int64_t t, float *dout, float *out) {
+    const int64_t row = (b * c.Hq + h) * c.Tq + t;
+    const float slope = c.dlse ? c.dlse[row] : 0.f;
+    if (c.delta) return c.delta[row] - slope;
     read_row(c.dout, row_of(c.dout, b, h, t, c.dtype), c.dtype, c.Dv, dout);
     read_row(c.out, row_of(c.out, b, h, t, c.out_dtype), c.out_dtype, c.Dv, out);
     float x = 0;
     for (int64_t d = 0; d < c.Dv; d++) x += dout[d] * out[d];
-    return x - (c.dlse ? c.dlse[(b * c.Hq + h) * c.Tq + t] : 0.f);
+    return x - slope;
 }
 
 // P and dS of one vector of queries: x is the logit's x without the bias, y the entry of dP.
