@@ -25,6 +25,7 @@ from .figures import by_position, dense_pairs, visible_pairs
 from .options import check_options, host, laid_out, shift_at
 from .ragged import begins, expand
 from .record import LISTS, Record
+from .restrict import uses_positions
 
 LIMIT = 2 << 30
 """Bytes of bits that an operation may build before it refuses."""
@@ -267,18 +268,13 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
 
 
-def _uses_positions(p: Record) -> bool:
-    windowed = p.window is not None or p.head_window is not None
-    return p.causal or not p.include_self or windowed or p.k_end is not None
-
-
 def _join_rules(a: Record, b: Record) -> dict[str, Any] | None:
     """The rules of both in one formula, or None where one formula cannot say it."""
     rules: dict[str, Any] = {
         "causal": a.causal or b.causal,
         "include_self": a.include_self and b.include_self,
     }
-    placed = [p for p in (a, b) if _uses_positions(p)]
+    placed = [p for p in (a, b) if uses_positions(p)]
     if len(placed) == 2:
         if not all(_same(getattr(a, n), getattr(b, n)) for n in _POSITIONS):
             return None

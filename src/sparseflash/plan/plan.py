@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import PlanError
-from . import algebra, beside, checks, draw, entries, figures, flex, reorder, saved, transpose
+from . import algebra, beside, checks, draw, entries, figures, flex, reorder, restrict, saved, transpose
 from .constructors import Constructors
 from .options import head_rules, host, normal_offset
 from .record import KeyLists
@@ -206,6 +206,26 @@ class Plan(Constructors):
         [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
         """
         return algebra.with_rules(self, rules)
+
+    def restrict(self, q_tokens: Tensor | None = None, k_tokens: Tensor | None = None) -> Plan:
+        """The plan for some of its queries and some of its keys: what one rank of many attends.
+
+        Exact, and made of the lists alone: nothing of size Tq x Tk is made. Looks at values, and so waits for
+        an accelerator.
+
+        Parameters
+        ----------
+        q_tokens, k_tokens : Tensor, optional
+            Integers `[n]`, each token once: query i of the new plan is `q_tokens[i]` of this one. None: all.
+
+        Examples
+        --------
+        >>> import torch, sparseflash as sf
+        >>> plan = sf.Plan.dense(6, 6, causal=True)
+        >>> plan.restrict(torch.tensor([4, 5]), torch.tensor([0, 3, 5])).to_dense()[0, 0].int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+        """
+        return restrict.restrict(self, q_tokens, k_tokens)
 
     def reordered(self) -> Plan:
         """The same visible set with its tokens in another order, where that visits less. Needs SciPy.
@@ -468,6 +488,10 @@ class Plans(tuple[Plan, ...]):
     def retile(self, tile: int, unit: int | None = None) -> Self:
         """`Plan.retile` of each."""
         return self._each(lambda one: one.retile(tile, unit))
+
+    def restrict(self, q_tokens: Tensor | None = None, k_tokens: Tensor | None = None) -> Self:
+        """`Plan.restrict` of each."""
+        return self._each(lambda one: one.restrict(q_tokens, k_tokens))
 
     def __and__(self, other: Plan) -> Self:
         """Pairs that some plan of these and the other let see."""
