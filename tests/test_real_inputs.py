@@ -16,6 +16,15 @@ from sparseflash.bench.quality import Dense, density
 T = 2048
 
 
+@pytest.fixture
+def one_thread():
+    """For times of the process: threads that wait for one another take time too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def real(number: int, tokens: int):
     """q, k, v of SmolLM2 over a book, and what dense attention makes of them."""
@@ -63,7 +72,7 @@ def test_a_method_finds_more_than_chance_and_than_a_window(slug):
 
 
 @pytest.mark.slow
-def test_minference_over_8192_tokens_of_a_pretrained_model(books):
+def test_minference_over_8192_tokens_of_a_pretrained_model(books, one_thread):
     """500 columns and 700 slashes: .96 of the mass at .31 of the pairs, in little time.
 
     96 rows judge: they leave out slashes that 64 take for good ones, and lose little of the mass. How many
