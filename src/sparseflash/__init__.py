@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, calibrate, methods, nn, selection
+from . import _moved, backends, cache, calibrate, methods, nn, selection
 from .costs import predict
 from .dispatch import backend_status
 from .errors import BackendError, PlanError, SparseFlashError
@@ -53,6 +53,7 @@ __all__ = [
     "attention_stats",
     "attention_varlen",
     "backend_status",
+    "cache",
     "calibrate",
     "decode",
     "cu_seqlens_of",

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.options import narrow
+from .caches import roomy
 from .documents import apart, call_of, mixing
 from .mask import Bits, Plain, Ranges, SparseMask, intervals, on_host, ranged, shared_rows
 
@@ -70,7 +71,9 @@ def sparse_mask(
     config = options.get("config")
     mask.owner, mask.mixes = getattr(config, "model_type", ""), mixing(config)
     if not torch.compiler.is_compiling():
-        mask = apart(mask, call_of(sys._getframe(1)), kv_offset)
+        call = call_of(sys._getframe(1))
+        roomy(call.cache)
+        mask = apart(mask, call, kv_offset)
     return mask
 
 

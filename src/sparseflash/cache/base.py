@@ -1,0 +1,157 @@
+"""What the key cache of one attention layer is: four verbs, and the names that hosts call them by."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..plan import Plan
+from ..plan.options import shape_of
+
+
+class Layer:
+    """The keys and values of one attention layer: `append`, `plan`, `bytes`, `tokens`.
+
+    A list of layers is a cache. Transformers takes them as `Cache(layers=[...])` once `sf.transformers` is
+    imported; the lower half of the methods is what it calls. Positions are those of the tokens: a layer that
+    has forgotten some counts on where the last one was.
+    """
+
+    is_sliding: ClassVar[bool] = False
+    is_compileable: ClassVar[bool] = False
+    is_croppable: ClassVar[bool] = True
+    supports_early_init: ClassVar[bool] = True
+
+    first: Tensor | None = None
+    """Integers [B]: the first key of each sequence that is no padding; None: there is none on the left."""
+
+    # ------------------------------------------------------------ the four verbs
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n further tokens behind the others."""
+        raise NotImplementedError
+
+    def plan(self, Tq: int = 1) -> Plan:
+        """What the last Tq tokens see, as a plan over `keys` and `values`."""
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the layer holds."""
+        return sum(x.untyped_storage().nbytes() for x in self.tensors().values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were appended and not cropped, whether or not they are still held."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ what they stand on
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the layer holds, by name."""
+        raise NotImplementedError
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with these sequences of the batch, in this order; one may stand there several times."""
+        raise NotImplementedError
+
+    def crop(self, n: int) -> None:
+        """Forget tokens at the end: all but the first n, or, below 0, so many."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forget everything."""
+        raise NotImplementedError
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file is to hold: tensors, and options that JSON can hold."""
+        raise NotImplementedError
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
+        """A layer of what a file held."""
+        raise NotImplementedError
+
+    def _left(self, n: int) -> int:
+        """The tokens that are left by `crop(n)`."""
+        require(
+            (
+                isinstance(n, int) and not isinstance(n, bool) and -self.tokens <= n,
+                f"crop({n!r}): expected a number of tokens to keep, or one below 0 to remove, of the "
+                f"{self.tokens} there are",
+            )
+        )
+        return min(n, self.tokens) if n > 0 else self.tokens + n
+
+    # ------------------------------------------------------------ as Transformers calls them
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether something was appended."""
+        return bool(self.tensors())
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the first `append` says how large things are."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """`append`, and the keys and values to attend to."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        """`tokens`."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys the next call attends to, and the position of the first."""
+        return self.tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no end."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """`select_rows`, for beams."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """`select_rows`, for sequences that go on."""
+        self.select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """`select_rows`, for samples of one prompt."""
+        if self.is_initialized:
+            batch = next(iter(self.tensors().values())).shape[0]
+            self.select_rows(torch.arange(batch).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing: a layer stays where its keys were made."""
+
+    prefetch = offload
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(tokens={self.tokens}, bytes={self.bytes})"
+
+
+def check_new(k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+    """Check tokens that go behind others."""
+    fits = isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == v.dim() == 4
+    if not fits or k.shape[:3] != v.shape[:3]:
+        raise SparseFlashError(f"k: {shape_of(k)}, v: {shape_of(v)}; expected [B,Hkv,n,D] and [B,Hkv,n,Dv]")
+    for name, new, old in (("k", k, keys), ("v", v, values)):
+        if old is None:
+            continue
+        if (new.shape[0], new.shape[1], new.shape[3]) != (old.shape[0], old.shape[1], old.shape[3]):
+            raise SparseFlashError(
+                f"{name}: shape {list(new.shape)} behind {list(old.shape)}: batch, heads and width of a "
+                "cache stay. A cache of another model, or of another batch? reset() makes it an empty one"
+            )
+        if (new.dtype, new.device) != (old.dtype, old.device):
+            raise SparseFlashError(
+                f"{name}: {new.dtype} on {new.device} behind {old.dtype} on {old.device}: a cache stays what "
+                "it is; convert the tensor, or reset() the cache"
+            )

@@ -1,0 +1,87 @@
+"""Caches as files: a prompt that is read once, and asked about later."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..files import replacing
+from .base import Layer
+
+FORMAT = "sparseflash cache 1"
+_KINDS: dict[str, type[Layer]] = {}
+
+
+def kind(cls: type[Layer]) -> type[Layer]:
+    """A class of layers that files may hold: `saved` says of what, `restored` makes it of that again."""
+    _KINDS[cls.__name__] = cls
+    return cls
+
+
+def save(layers: Iterable[Layer] | Any, path: str | Path) -> None:
+    """Write the layers of a cache into one safetensors file.
+
+    Parameters
+    ----------
+    layers : iterable of Layer, or Cache
+        Or a `Cache` of Transformers whose layers are such.
+    path : str or Path
+        Whole at every moment: an earlier file stays until the new one is.
+
+    Raises
+    ------
+    SparseFlashError
+        For layers of another kind.
+
+    Examples
+    --------
+    >>> import tempfile, torch, sparseflash as sf
+    >>> layer = sf.cache.Growing()
+    >>> layer.append(*torch.randn(2, 1, 2, 40, 64))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sf.cache.save([layer], f"{folder}/chat.safetensors")
+    ...     sf.cache.load(f"{folder}/chat.safetensors")[0].tokens
+    40
+    """
+    from safetensors.torch import save_file
+
+    layers = list(getattr(layers, "layers", layers))
+    tensors: dict[str, Tensor] = {}
+    said = []
+    for n, layer in enumerate(layers):
+        if type(layer).__name__ not in _KINDS or type(layer) is not _KINDS[type(layer).__name__]:
+            raise SparseFlashError(
+                f"layer {n} is a {type(layer).__name__}: files hold layers of kind {', '.join(_KINDS)}"
+            )
+        held, options = layer.saved()
+        tensors |= {f"{n}.{name}": x.contiguous() for name, x in held.items()}
+        said.append({"kind": type(layer).__name__, **options})
+    with replacing(Path(path)) as at:
+        save_file(tensors, at, {"format": FORMAT, "layers": json.dumps(said)})
+
+
+def load(path: str | Path) -> Sequence[Layer]:
+    """The layers that `save` wrote.
+
+    Raises
+    ------
+    SparseFlashError
+        For a file that is something else.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        told = file.metadata() or {}
+        if told.get("format") != FORMAT:
+            raise SparseFlashError(f"{path} holds no cache ({told.get('format')!r}): expected {FORMAT!r}")
+        layers = []
+        for n, options in enumerate(json.loads(told["layers"])):
+            made = _KINDS[options.pop("kind")]
+            own = {name: file.get_tensor(name) for name in file.keys() if name.startswith(f"{n}.")}
+            layers.append(made.restored({name.partition(".")[2]: x for name, x in own.items()}, options))
+    return layers

@@ -1,0 +1,167 @@
+"""`Growing`: all keys and values, with room for more behind them."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from ..plan import Plan
+from ..plan.options import TILE, is_count
+from .base import Layer, check_new
+from .files import kind
+from .summaries import Kept, Summary
+
+SHARE = 8
+"""One token of room for so many that are there: what is copied once in a while is not copied every time."""
+
+
+@kind
+class Growing(Layer):
+    """All keys and values of a layer, appended in place: what `torch.cat` gives, without its copies.
+
+    `torch.cat` moves the whole cache for each token, which takes longer than attending to it. Here the cache
+    has room at its end, an eighth of its length and `room` at least, and moves when that is full. Where keys
+    learn, it concatenates after all: gradients need the tensors as they were.
+
+    Parameters
+    ----------
+    room : int
+        The least number of tokens to make room for.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> cache = sf.cache.Growing()
+    >>> for n in (100, 1, 1):
+    ...     k, v = torch.randn(2, 2, 4, n, 64)
+    ...     cache.append(k, v)
+    >>> out = sf.decode(torch.randn(2, 8, 1, 64), cache.keys, cache.values, cache.plan())
+    >>> out.shape, cache.tokens, cache.bytes
+    (torch.Size([2, 8, 1, 64]), 102, 2916352)
+    """
+
+    def __init__(self, room: int = 256) -> None:
+        require((is_count(room), f"room={room!r}: expected an int >= 0, tokens"))
+        self.room = room
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._tokens = 0
+        self.first = None
+        self._summaries: dict[Summary, Kept] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache."""
+        return self._tokens
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B,Hkv,tokens,D]`, without the room; None of an empty cache."""
+        return None if self._keys is None else self._keys[:, :, : self._tokens]
+
+    @keys.setter
+    def keys(self, x: Tensor | None) -> None:
+        self._keys, self._tokens = x, 0 if x is None else x.shape[2]
+        self._summaries.clear()
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B,Hkv,tokens,Dv]`, without the room; None of an empty cache."""
+        return None if self._values is None else self._values[:, :, : self._tokens]
+
+    @values.setter
+    def values(self, x: Tensor | None) -> None:
+        self._values = x
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys and values with their room, and the summaries."""
+        own = {"keys": self._keys, "values": self._values, "first": self.first}
+        own |= {f"summary.{n}": kept.rows for n, kept in enumerate(self._summaries.values())}
+        return {name: x for name, x in own.items() if x is not None}
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` behind the others, in place while there is room."""
+        check_new(k, v, self._keys, self._values)
+        n, end = self._tokens, self._tokens + k.shape[2]
+        if torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (k, v, self._keys, self._values)
+        ):
+            old = (self.keys, self.values)
+            self._keys, self._values = (
+                new if x is None else torch.cat([x, new], 2) for x, new in zip(old, (k, v), strict=True)
+            )
+        else:
+            self._keys = self._with_room(self._keys, k, end)
+            self._values = self._with_room(self._values, v, end)
+            self._keys[:, :, n:end] = k
+            self._values[:, :, n:end] = v
+        self._tokens = end
+
+    def _with_room(self, x: Tensor | None, new: Tensor, end: int) -> Tensor:
+        if x is not None and x.shape[2] >= end and not x.requires_grad:
+            return x
+        B, H, _, D = new.shape
+        made = new.new_empty(B, H, end + max(self.room, end // SHARE), D)
+        if x is not None:
+            made[:, :, : self._tokens] = x[:, :, : self._tokens].detach()
+        return made
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """`append`, and all keys and values."""
+        self.append(key_states, value_states)
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return keys, values
+
+    def plan(self, Tq: int = 1) -> Plan:
+        """Causal attention of the last Tq tokens, from each sequence's first key that is no padding."""
+        T, device = self._tokens, None if self._keys is None else self._keys.device
+        offset = T - Tq
+        if self.first is None:
+            return Plan.dense(Tq, T, causal=True, q_offset=offset, device=device)
+        tile = max(1, min(Tq, TILE))
+        span = torch.stack([self.first.clamp(max=T), torch.full_like(self.first, T)], -1)
+        spans = span.view(-1, 1, 1, 1, 2).expand(-1, 1, -(-Tq // tile), 1, 2)
+        return Plan.from_spans(spans, Tq=Tq, Tk=T, tile=tile, causal=True, q_offset=offset)
+
+    def summary(self, of: Summary) -> Tensor:
+        """What a summary says of the keys, `[B,Hkv,pages,width]`: kept from its first use on."""
+        assert self._keys is not None
+        if of not in self._summaries:
+            self._summaries[of] = Kept(of)
+        return self._summaries[of].upto(self._keys[:, :, : self._tokens], self.first)
+
+    def crop(self, n: int) -> None:
+        """Forget tokens at the end: all but the first n, or, below 0, so many."""
+        self._tokens = self._left(n)
+        for kept in self._summaries.values():
+            kept.crop(self._tokens)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with these sequences of the batch, in this order."""
+        if self._keys is None or self._values is None:
+            return
+        at = rows.to(self._keys.device)
+        self._keys, self._values = self._keys.index_select(0, at), self._values.index_select(0, at)
+        self.first = None if self.first is None else self.first.index_select(0, at)
+        for kept in self._summaries.values():
+            kept.select_rows(at)
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file is to hold: tensors and options."""
+        own = {"keys": self.keys, "values": self.values, "first": self.first}
+        return {name: x for name, x in own.items() if x is not None}, {"room": self.room}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
+        """A layer of what a file held."""
+        made = cls(**options)
+        made.keys, made.values, made.first = (tensors.get(name) for name in ("keys", "values", "first"))
+        return made

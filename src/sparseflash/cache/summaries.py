@@ -1,0 +1,149 @@
+"""Summaries of pages of keys, kept while keys are appended: what a decode method scores instead of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..plan.options import is_count, is_length
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is kept of each page: `of` its keys, whatever other pages hold.
+
+    Parameters
+    ----------
+    page : int
+        Keys of a page, counted from the first key that is no padding.
+    """
+
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        require((is_length(self.page, 1), f"page={self.page!r}: expected a positive int, keys of a page"))
+
+    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+        """`[B,H,n,page,D]` as `[B,H,n,width]`; `real [B|1,n,page]`: False for lanes that hold no key."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class PageBounds(Summary):
+    """The smallest and the largest number of each channel, side by side: `[..., 2 D]` (Quest)."""
+
+    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+        """As of a summary."""
+        hidden = ~real[:, None, ..., None]
+        low, high = keys.masked_fill(hidden, torch.inf).amin(3), keys.masked_fill(hidden, -torch.inf).amax(3)
+        return torch.cat([low, high], -1)
+
+
+@dataclass(frozen=True)
+class PageMean(Summary):
+    """The mean key."""
+
+    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+        """As of a summary."""
+        there = real[:, None, ..., None]
+        total = torch.where(there, keys, 0).sum(3, dtype=torch.float32)
+        return (total / there.sum(3).clamp(min=1)).to(keys.dtype)
+
+
+@dataclass(frozen=True)
+class Labels(Summary):
+    """A few channels of each key, its label: `[..., channels]` (Double Sparsity).
+
+    Parameters
+    ----------
+    channels : tuple of tuple of int
+        For each KV head, which.
+    """
+
+    page: int = 1
+    channels: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        each = self.channels
+        fits = (
+            self.page == 1
+            and bool(each)
+            and all(is_count(c) for own in each for c in own)
+            and len({len(own) for own in each}) == 1
+        )
+        require((fits, f"channels={each!r}: expected as many channel numbers for each KV head, and page=1"))
+
+    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+        """As of a summary."""
+        at = torch.tensor(self.channels, device=keys.device)
+        if len(at) != keys.shape[1] or int(at.max()) >= keys.shape[4]:
+            raise SparseFlashError(
+                f"labels of {len(at)} KV heads, channels up to {int(at.max())}, for keys {list(keys.shape)}: "
+                "they were calibrated on another model"
+            )
+        return keys[:, :, :, 0].gather(3, at[None, :, None].expand(*keys.shape[:3], -1))
+
+
+class Kept:
+    """The rows of a summary, one a page, of as many keys as it has been shown.
+
+    The last page is summed up anew whenever keys are added to it, so nothing stays of keys that were cropped.
+    """
+
+    def __init__(self, of: Summary) -> None:
+        self.summary = of
+        self.rows: Tensor | None = None
+        self._keys = 0
+
+    def crop(self, n: int) -> None:
+        """Forget what was said of keys from the n-th on."""
+        self._keys = min(self._keys, n)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Those of other sequences of the batch."""
+        self.rows = None if self.rows is None else self.rows.index_select(0, rows)
+
+    def upto(self, keys: Tensor, first: Tensor | None) -> Tensor:
+        """The rows of all keys `[B,H,T,D]`, the new ones summed up; `first [B]`: where sequences begin."""
+        T, page = keys.shape[2], self.summary.page
+        pages = -(-T // page)
+        if self._keys < T:
+            new, at = self._of(keys, first)
+            end = at + new.shape[2] if isinstance(at, int) else pages
+            if self.rows is None or self.rows.shape[2] < end:
+                room = new.new_zeros(*new.shape[:2], end + max(16, end // 8), new.shape[3])
+                if self.rows is not None:
+                    room[:, :, : self.rows.shape[2]] = self.rows
+                self.rows = room
+            if isinstance(at, int):
+                self.rows[:, :, at : at + new.shape[2]] = new
+            else:
+                place = (at[:, None] + torch.arange(new.shape[2], device=at.device)).clamp(max=end)
+                index = place[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+                self.rows.scatter_(2, index, new)
+            self._keys = T
+        assert self.rows is not None
+        return self.rows[:, :, :pages]
+
+    def _of(self, keys: Tensor, first: Tensor | None) -> tuple[Tensor, int | Tensor]:
+        """Rows of the pages that new keys lie in, and the number of the first of them (of each sequence)."""
+        (B, H, T, D), page = keys.shape, self.summary.page
+        if first is None:
+            at = self._keys // page
+            own = keys[:, :, at * page :]
+            n = -(-own.shape[2] // page)
+            real = (torch.arange(n * page, device=keys.device) < own.shape[2]).view(1, n, page)
+            if own.shape[2] < n * page:
+                own = torch.nn.functional.pad(own, (0, 0, 0, n * page - own.shape[2]))
+            return self.summary.of(own.view(B, H, n, page, D), real), at
+        first = first.to(keys.device).long()
+        begin = (self._keys - first).clamp(min=0) // page
+        n = (T - self._keys + page - 2) // page + 1  # the most that so many keys lie in
+        slot = (first + begin * page)[:, None] + torch.arange(n * page, device=keys.device)
+        index = slot.clamp(max=T - 1)[:, None, :, None].expand(B, H, -1, D)
+        own = keys.gather(2, index).view(B, H, n, page, D)
+        return self.summary.of(own, (slot < T).view(B, n, page)), begin
