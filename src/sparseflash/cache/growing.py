@@ -40,7 +40,7 @@ class Growing(Layer):
     ...     cache.append(k, v)
     >>> out = sf.decode(torch.randn(2, 8, 1, 64), cache.keys, cache.values, cache.plan())
     >>> out.shape, cache.tokens, cache.bytes
-    (torch.Size([2, 8, 1, 64]), 102, 2916352)
+    (torch.Size([2, 8, 1, 64]), 102, 1458176)
     """
 
     def __init__(self, room: int = 256) -> None:
