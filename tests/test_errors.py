@@ -102,8 +102,8 @@ NUMBERS = [
     ({"plan": None, "q_offset": 1.5}, ["1.5", "int"]),
     ({"plan": None, "q_offset": 2**40}, [str(2**40), "32 bits"]),
     ({"plan": None, "q_offset": torch.zeros(3, dtype=torch.int32)}, ["batch size 3"]),
-    ({"dropout": 0.1}, ["dropout", "residual stream"]),
-    ({"dropout_p": 0.1}, ["dropout", "residual stream"]),
+    ({"dropout": 0.1}, ["called dropout_p"]),
+    ({"dropout_p": 1.0}, ["dropout_p=1.0", "[0, 1)"]),
     ({"alibi_slopes": torch.zeros(4)}, ["ALiBi", "window, or RoPE"]),
     ({"attn_mask": torch.ones(33, 33)}, ["attn_mask", "Plan.from_mask"]),
     ({"bias": torch.zeros(33, 33)}, ["[T,T] bias", "key_bias"]),
@@ -576,5 +576,6 @@ def test_attention_varlen_takes_the_arguments_of_flash_attention_in_its_order():
     got = sf.attention_varlen(q, k, v, ends, ends, 6, 6, 0.0, 0.3, True, (2, 0), 5.0)
     named = {"softmax_scale": 0.3, "causal": True, "window_size": (2, 0), "softcap": 5.0}
     assert torch.equal(got, sf.attention_varlen(q, k, v, ends, ends, **named))
-    with pytest.raises(SparseFlashError, match="attention dropout is not supported"):
-        sf.attention_varlen(q, k, v, ends, ends, 6, 6, 0.1)
+    dropped = sf.attention_varlen(q, k, v, ends, ends, 6, 6, 0.1, dropout_seed=3)
+    named = {"dropout_p": 0.1, "dropout_seed": 3}
+    assert torch.equal(dropped, sf.attention_varlen(q, k, v, ends, ends, **named))

@@ -173,7 +173,7 @@ CU = _edges([10, 20])
         ({"max_seqlen_q": "long"}, "max_seqlen_q='long'"),
         ({"window_size": 5}, r"expected \(left, right\)"),
         ({"window_size": (-2, 0)}, "window"),
-        ({"dropout_p": 0.1}, "dropout on the residual stream"),
+        ({"dropout_p": 1.5}, "dropout_p=1.5"),
         ({"alibi_slopes": torch.ones(2)}, "ALiBi is not supported"),
         ({"return_attn_probs": True}, "return_lse=True"),
         ({"block_table": CU}, "pool"),

@@ -27,6 +27,7 @@ at most u of a term each, add up like that; eps = 2 u is then about five standar
 - g = p (do.v - delta + dlse), delta = do.out. The difference cancels, its terms do not, and out itself was
   rounded: |g| = p (|do.v| + |do.out| + |dlse|). Common to a row are its lse and its delta:
   dq: (eps + c) * (scale * |g.k| + scale * |do.out| * abs(p.k) + abs(dq)).
+- dropout multiplies p with a factor, in out and dv, and do.v in g.
 - dk: (eps + c) * scale * |g.q|, dv: (eps + c) * |p.do|, dbias: (eps + c) * |g|, dsink alike; each
   + eps * abs(result), the final rounding, and e * sqrt(n) * abs(result) for its n terms.
 
@@ -61,8 +62,12 @@ def softmax_attention(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masked softmax attention in the dtype of q: (out, lse). `mask` bool [B|1, H', Tq, Tk], True attends."""
+    """Masked softmax attention in the dtype of q: (out, lse). `mask` bool [B|1, H', Tq, Tk], True attends.
+
+    `factor` [B,H,Tq,Tk] multiplies the weights: dropout.
+    """
     heads = q.shape[1]
     keep = _spread(mask, heads).expand(q.shape[0], -1, -1, -1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -82,7 +87,8 @@ def softmax_attention(
     lse = torch.where(some[..., 0], torch.logsumexp(torch.where(some, s, 0), -1), -math.inf)
     if s.shape[-1] == 0:
         lse = torch.full_like(q[..., 0], -math.inf)
-    return p[..., : v.shape[2]] @ v, lse
+    p = p[..., : v.shape[2]]
+    return (p if factor is None else p * factor.to(p.dtype)) @ v, lse
 
 
 def _all(
@@ -150,6 +156,7 @@ def bands(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    factor: Tensor | None = None,
     large: bool = False,
 ) -> dict[str, Tensor]:
     """The rounding band of each result (see above), given the exact ones; `large`: without the logits'."""
@@ -192,18 +199,20 @@ def bands(
         total = (x**2).view(B, kv_heads, H // kv_heads, *x.shape[2:]).sum(2)
         return (total.sum(0, keepdim=True) if pool else total).sqrt()
 
-    found = {"out": both[..., None] * (root(p, vd) + want["out"].abs()), "lse": of_lse}
+    kept = p if factor is None else p * factor
+    found = {"out": both[..., None] * (root(kept, vd) + want["out"].abs()), "lse": of_lse}
     if dout is None and dlse is None:
         return found
     do = torch.zeros_like(want["out"]) if dout is None else torch.where(alive[..., None], dout.double(), 0)
     dl = torch.zeros_like(lse) if dlse is None else torch.where(alive, dlse.double(), 0).abs()
     delta = ((do * want["out"]) ** 2).sum(-1).sqrt()[..., None]
-    level = root(do, vd.transpose(-1, -2)) + delta + dl[..., None]
+    of_weights = root(do, vd.transpose(-1, -2))
+    level = (of_weights if factor is None else of_weights * factor) + delta + dl[..., None]
     g, g_of_key = both[..., None] * p * level, both_of_key * p * level
     common = scale * delta * (p @ kd).abs() + want["dq"].abs()
     found["dq"] = scale * root(g, kd) + both[..., None] * common
     found["dk"] = scale * per_kv((g_of_key.transpose(-1, -2) ** 2 @ q2).sqrt())
-    found["dv"] = per_kv(root((both_of_key * p).transpose(-1, -2), do))
+    found["dv"] = per_kv(root((both_of_key * kept).transpose(-1, -2), do))
     if key_bias is not None:
         total = (g_of_key**2).sum(-2)
         own_batch, own = key_bias.shape[:2]
@@ -240,7 +249,7 @@ def compare(
         Any of out, lse, dq, dk, dv, dbias, dsink.
     q, k, v, dout, dlse, options
         The inputs as the kernel had them (their dtype is the precision that is judged); `scale`, `softcap`,
-        `key_bias`, `sink_logits` as for `attention`.
+        `key_bias`, `sink_logits` as for `attention`; `factor`, what dropout multiplies the weights with.
     mask : Tensor
         bool [B|1, H', Tq, Tk], True attends; H' divides the number of query heads.
     note : str

@@ -12,7 +12,7 @@ sees nothing has top -inf and rest 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Softmax(NamedTuple):
     softcap: float  # 0: none
     backend: str = ""  # any
     dtype: torch.dtype | None = None  # of out, or of the gradients; None: that of the inputs
+    dropout: float = 0.0  # the share of weights that are left out; a seed goes with it
 
 
 class Statistics(NamedTuple):
@@ -120,6 +121,11 @@ class Running(NamedTuple):
     backend: str = ""
 
 
+def dropout_bar(share: float) -> int:
+    """Numbers of 32 bits below this bar are left out."""
+    return round(share * 2**32)
+
+
 def in_order(score: Tensor, among: Tensor | None) -> Tensor:
     """Scores as integers of one order: NaN below all numbers, below that what is not among those asked."""
     wide = score.dtype == torch.float64
@@ -200,14 +206,17 @@ def over_plans(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     normed: bool,
+    **also: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `attend` gives over each plan, as one softmax: out, lse, and where `normed` its norm."""
+    """What `attend` gives over each plan, as one softmax: out, lse, and where `normed` its norm.
+
+    What else it takes goes to every call of `attend`.
+    """
     alone, state, wanted = len(plans) == 1 and sink_logits is None, state_dtype(q), options.dtype or q.dtype
+    also["key_bias"] = key_bias
     if alone:
-        return attend(q, k, v, plans[0], options, key_bias=key_bias, out_dtype=wanted, normed=normed)
-    parts = [
-        attend(q, k, v, plan, options, key_bias=key_bias, out_dtype=state, normed=True) for plan in plans
-    ]
+        return attend(q, k, v, plans[0], options, out_dtype=wanted, normed=normed, **also)
+    parts = [attend(q, k, v, plan, options, out_dtype=state, normed=True, **also) for plan in plans]
     unit = unit_of(options.scale, options.softcap, key_bias)
     norms = [norm for *_, norm in parts if norm is not None]
     if sink_logits is not None:  # a sink is a key with that logit, and value 0

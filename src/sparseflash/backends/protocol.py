@@ -48,8 +48,12 @@ class Backend(Protocol):
         key_bias: Tensor | None,
         out_dtype: torch.dtype,
         normed: bool,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`)."""
+        """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
+
+        With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says.
+        """
         ...
 
     def decode(
@@ -81,6 +85,7 @@ class Backend(Protocol):
         delta: Tensor | None = None,
         key_bias: Tensor | None,
         grad_dtype: torch.dtype | None,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and (per query head, full precision) key_bias.
 

@@ -18,6 +18,7 @@ from ._arguments import (
     AnyPlan,
     as_backend,
     as_dtype,
+    as_dropout,
     as_plans,
     as_scale,
     as_softcap,
@@ -48,6 +49,7 @@ def _forward(
     v: Tensor,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
+    seed: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
     *,
@@ -55,9 +57,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and, for a backward, the norm over all plans (None in its place if not `normed`)."""
     attend = choose("forward", options.backend, q, k, v).forward
-    found: tuple[Tensor, Tensor, Any] = over_plans(
-        attend, q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits, normed=normed
-    )
+    how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "seed": seed}
+    found: tuple[Tensor, Tensor, Any] = over_plans(attend, q, k, v, plans, options, normed=normed, **how)
     return found
 
 
@@ -77,17 +78,16 @@ def _backward(
     norm: Tensor,
     delta: Tensor | None,
     key_bias: Tensor | None,
+    seed: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and key_bias; that of no key_bias is empty."""
     alone, state, wanted = len(plans) == 1, state_dtype(q), options.dtype or q.dtype
     run = choose("backward", options.backend, q, k, v).backward
-    wide = wanted if alone else state
-    parts = [
-        run(dout, q, k, v, out, norm, dlse, plan, options, delta=delta, key_bias=key_bias, grad_dtype=wide)
-        for plan in plans
-    ]
+    how: dict[str, Any] = {"delta": delta, "key_bias": key_bias, "seed": seed}
+    how["grad_dtype"] = wanted if alone else state
+    parts = [run(dout, q, k, v, out, norm, dlse, plan, options, **how) for plan in plans]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
         dbias = q.new_empty(0, dtype=state)
@@ -125,17 +125,17 @@ def _sink_gradient(
 
 
 def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any:
-    """Gradients of q, k, v, key_bias and sink_logits."""
-    q, k, v, key_bias, sink_logits, out, norm = kept
+    """Gradients of q, k, v, key_bias and sink_logits; the seed has none."""
+    q, k, v, key_bias, sink_logits, seed, out, norm = kept
     dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
     own = options._replace(dtype=None)
-    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, key_bias, plans, own)
+    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, key_bias, seed, plans, own)
     dsink = None
     if sink_logits is not None:
         unit = unit_of(options.scale, options.softcap, key_bias)
         dsink = once(_sink_gradient(dout, dlse, out, norm, sink_logits, unit))
-    return dq, dk, dv, None if key_bias is None else dbias, dsink
+    return dq, dk, dv, None if key_bias is None else dbias, dsink, None
 
 
 _attention = register(
@@ -161,8 +161,7 @@ def _dense(q: Tensor, k: Tensor, causal: bool, q_offset: int | Tensor) -> Plan:
 
 
 _ELSEWHERE = {
-    "dropout": "attention dropout is not supported: use dropout on the residual stream",
-    "dropout_p": "attention dropout is not supported: use dropout on the residual stream",
+    "dropout": "the argument is called dropout_p",
     "alibi_slopes": "ALiBi is not supported: use a window, or RoPE",
     "attn_mask": "give a bool mask as plan=Plan.from_mask(mask)",
     "bias": "a full [T,T] bias is not supported: key_bias [B,H,Tk] adds one number per key",
@@ -180,6 +179,8 @@ class _Options(TypedDict, total=False):
     key_bias: Tensor | None
     sink_logits: Tensor | None
     softcap: float | None
+    dropout_p: float
+    dropout_seed: int | Tensor | None
     out_dtype: torch.dtype | None
     deterministic: bool
     backend: str | None
@@ -217,6 +218,8 @@ def attention(
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
@@ -242,11 +245,19 @@ def attention(
         `[Hq]`: the logit of an extra key with value 0, with gradient.
     softcap : float, optional
         c in `c * tanh(score / c)`.
+    dropout_p : float
+        The share in [0, 1) of weights that are left out, after the softmax; the others are multiplied with
+        `1 / (1 - dropout_p)`, as PyTorch does. It is asked for by the call: nothing looks at `training`.
+    dropout_seed : int or Tensor, optional
+        What the draw follows from, with the numbers of batch slot, query head, query token and key token: it
+        is the same on every backend and in every plan. An int, or int64 of no dimensions. None draws one
+        from the default generator of the device, whose state checkpoints restore.
     out_dtype : torch.dtype, optional
         That of out: fp32 (fp64 for fp64 inputs) for partial results, so that `merge` rounds nothing twice.
         None: that of q.
     return_lse : bool
-        Also return the natural-log sum of exponentials, fp32 `[B,Hq,Tq]`, differentiable.
+        Also return the natural-log sum of exponentials, fp32 `[B,Hq,Tq]`, differentiable. Dropout does not
+        change it.
     deterministic : bool
         Bitwise repeatable results. All present backends always are.
     backend : str, optional
@@ -295,9 +306,10 @@ def attention(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
+    share, seed = as_dropout(dropout_p, dropout_seed, q)
     wanted = as_dtype("out_dtype", out_dtype, q)
-    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted)
-    out, lse, _ = _attention(q, k, v, key_bias, sink_logits, plans, options)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
+    out, lse, _ = _attention(q, k, v, key_bias, sink_logits, seed, plans, options)
     return (out, lse) if return_lse else out
 
 
@@ -317,6 +329,8 @@ def attention_backward(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     softcap: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and key_bias from the GLOBAL out and lse: for rings, cascades and chunks.
@@ -334,6 +348,9 @@ def attention_backward(
     there maximum and sum stay apart.) Where logits are in the thousands, give lse in fp64, or as two fp32
     numbers: `lse_low [B,Hq,Tq]` is what `lse` does not hold of it.
 
+    With dropout, give the `dropout_seed` that the forward of this piece was given; pieces of one softmax take
+    different ones, since each counts its own tokens from 0.
+
     Examples
     --------
     >>> import torch, sparseflash as sf
@@ -348,8 +365,11 @@ def attention_backward(
         check_plan(one, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
+    share, seed = as_dropout(dropout_p, dropout_seed, q)
+    if share and dropout_seed is None:
+        raise SparseFlashError("dropout_p without dropout_seed: give the seed that the forward was given")
     wanted = as_dtype("grad_dtype", grad_dtype, q)
-    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted)
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
     want = (*q.shape[:3], v.shape[-1])
     for label, x, shape in (
         ("dout", dout, want),
@@ -379,6 +399,7 @@ def attention_backward(
         norm_of(lse, lse_low, unit, state),
         None if delta is None else delta.to(state),
         key_bias,
+        seed,
         plans,
         options,
     )

@@ -13,7 +13,6 @@ from ._arguments import check_unknown, describe
 from .attention import attention
 
 _ELSEWHERE = {
-    "dropout_p": "attention dropout is not supported: use dropout on the residual stream",
     "alibi_slopes": "ALiBi is not supported: use window_size, or RoPE",
     "return_attn_probs": "the probabilities are never formed: return_lse=True returns the log-sum-exp, and "
     "attention_stats() sums or maxima of the probabilities",
@@ -27,6 +26,7 @@ _ELSEWHERE = {
 
 class _Options(TypedDict, total=False):
     sink_logits: Tensor | None
+    dropout_seed: int | Tensor | None
     plan: Plan | None
     deterministic: bool
     backend: str | None
@@ -83,6 +83,7 @@ def attention_varlen(
     softcap: float = 0.0,
     *,
     sink_logits: Tensor | None = None,
+    dropout_seed: int | Tensor | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
@@ -104,7 +105,7 @@ def attention_varlen(
     max_seqlen_q, max_seqlen_k : int, optional
         Taken so that calls need no change; nothing depends on them.
     dropout_p : float
-        0: attention dropout is not supported.
+        The share of weights that are left out, as in `sparseflash.attention`: 0 when evaluating.
     causal : bool
         The last query of a document sees all its keys, the one before all but the last, and so on.
     window_size : (left, right)
@@ -115,6 +116,8 @@ def attention_varlen(
         c in `c * tanh(score / c)`; 0 is none.
     sink_logits : Tensor, optional
         `[Hq]`: the logit of an extra key with value 0, with gradient.
+    dropout_seed : int or Tensor, optional
+        As in `sparseflash.attention`; tokens count through all documents.
     plan : Plan, optional
         `Plan.from_documents(...)`, made once for all layers and steps, in place of the lengths, `causal` and
         `window_size`.
@@ -157,8 +160,6 @@ def attention_varlen(
         _ELSEWHERE,
         ("causal", "window_size", "softmax_scale", "softcap", "return_lse", *_Options.__annotations__),
     )
-    if dropout_p:
-        check_unknown("attention_varlen", {"dropout_p": dropout_p}, _ELSEWHERE)
     good = all(isinstance(x, Tensor) and x.dim() == 3 for x in (q, k, v))
     if not good:
         raise SparseFlashError(
@@ -201,6 +202,8 @@ def attention_varlen(
         scale=softmax_scale,
         softcap=softcap,
         sink_logits=sink_logits,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         return_lse=True,
         backend=backend,
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...numerics import Softmax, Statistics, empty_like_layout
+from ...numerics import Softmax, Statistics, dropout_bar, empty_like_layout
 from ...plan import Plan
 from . import build, lists
 from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, view, zeros
@@ -80,6 +80,7 @@ def forward(
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq] and, where wanted, its norm [2,B,Hq,Tq]."""
     alive: list[Tensor] = []
@@ -92,12 +93,20 @@ def forward(
         lse.fill_(float("-inf"))
         if norm is not None:
             norm[0], norm[1] = float("-inf"), 0
+    drop(call, options, seed)
     call.out_dtype = CODES[out_dtype]
     call.out, call.lse = view(out), lse.data_ptr()
     if norm is not None:
         call.norm = norm.data_ptr()
     run("sf_forward", call, q.dtype)
     return out, lse, norm
+
+
+def drop(call: Call, options: Softmax, seed: Tensor | None) -> None:
+    """Say what dropout leaves out, if there is a seed."""
+    if seed is not None:
+        call.dropout_seed, call.dropout_bar = int(seed), dropout_bar(options.dropout)
+        call.dropout_scale = 1 / (1 - options.dropout)
 
 
 def decode(
@@ -148,10 +157,12 @@ def backward(
     delta: Tensor | None = None,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
+    drop(call, options, seed)
     wanted = grad_dtype or q.dtype
     dout = aligned(dout.to(q.dtype), alive)
     norm = _given(norm, q, alive)

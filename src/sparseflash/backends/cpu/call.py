@@ -111,6 +111,11 @@ class Call(ctypes.Structure):
         ]
         + [("stat_width", ctypes.c_int64), ("entry_width", ctypes.c_int64)]
         + [("weights", ctypes.c_int32), ("out_scale", ctypes.c_float), ("delta", ctypes.c_void_p)]
+        + [
+            ("dropout_seed", ctypes.c_int64),
+            ("dropout_bar", ctypes.c_uint32),
+            ("dropout_scale", ctypes.c_float),
+        ]
     )
 
 

@@ -7,9 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...numerics import NEVER, Softmax, Statistics, bends, empty_like_layout, over_plans, unit_of
+from ...numerics import (
+    NEVER,
+    Softmax,
+    Statistics,
+    bends,
+    dropout_bar,
+    empty_like_layout,
+    over_plans,
+    unit_of,
+)
 from ...plan import Plan
 from ...plan.entries import TileView, tile_parts, tile_view
+from . import dropout
 from .rows import Rows
 
 STREAMED = 1 << 19
@@ -38,6 +48,12 @@ def _weights(x: Tensor, norm: Tensor, unit: float, seen: Tensor) -> Tensor:
     return x.sub_(top).mul_(unit).sub_(rest).exp_().masked_fill_(~(seen & (top > NEVER)), 0)
 
 
+def _factor(seed: Tensor, options: Softmax, view: TileView, like: Tensor) -> Tensor:
+    """What dropout multiplies the weights of a tile with: 0, or one over the share that stays."""
+    keep = dropout.left(seed, dropout_bar(options.dropout), view.q_token, view.k_token)
+    return keep.to(like.dtype) / (1 - options.dropout)
+
+
 def _bias_rows(key_bias: Tensor | None, keys: Rows, heads: int, dtype: torch.dtype) -> Tensor | None:
     if key_bias is None:
         return None
@@ -55,6 +71,7 @@ def forward(
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 (fp64) [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     B, H, Tq, _ = q.shape
@@ -86,6 +103,8 @@ def forward(
         p = x.sub_(torch.where(top == NEVER, 0, top)[..., None]).mul_(unit).exp_()
         total = p.sum(-1)
         rest = torch.where(total > 0, total, 1).log()
+        if seed is not None:
+            p = p * _factor(seed, options, view, p)
         queries.write(out, p @ values.read(v, work, seen) / total.clamp(min=1)[..., None])
         queries.write(lse, (top.double() * unit + rest).to(work))
         queries.write(norm[0], top)
@@ -124,6 +143,7 @@ def backward(
     delta: Tensor | None = None,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients for a given norm: dq, dk, dv (in `grad_dtype`), dbias [B,Hq,Tk] fp32|fp64."""
     B, H, Tq, D = q.shape
@@ -152,7 +172,13 @@ def backward(
         )
         if dlse is not None:
             level = level - queries.read(dlse, work, live)
-        ds = p * (do @ vr.transpose(-1, -2) - level[..., None])
+        of_weights = do @ vr.transpose(-1, -2)
+        if seed is None:
+            ds = p * (of_weights - level[..., None])
+        else:
+            factor = _factor(seed, options, view, p)
+            ds = p * (of_weights * factor - level[..., None])
+            p = p * factor
         values.add(dv, p.transpose(-1, -2) @ do)
         if dbias is not None:
             Rows(view.k_token, H).add(dbias, ds.sum(-2))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import BackendError
 from ...numerics import NEVER, Softmax, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.options import TILE
@@ -65,8 +66,11 @@ def forward(
     key_bias: Tensor | None,
     out_dtype: torch.dtype,
     normed: bool,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
+    if seed is not None:
+        raise BackendError("dropout runs on 'reference' and 'cpu': give dropout_p=0 here")
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
@@ -161,6 +165,7 @@ def backward(
     delta: Tensor | None = None,
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     wanted, dout = grad_dtype or q.dtype, dout.to(q.dtype)

@@ -45,6 +45,9 @@ struct SfCall {
     int32_t weights;    // what a score becomes (SfWeights); other than a softmax: no lse, bias or softcap
     float out_scale;    // factor of the weights that are no softmax
     const float *delta; // [B,Hq,Tq]: dout . out of a row, or null: the backward computes it
+    int64_t dropout_seed;
+    uint32_t dropout_bar;  // weights are left out whose number of 32 bits is below; 0: none
+    float dropout_scale;   // factor of the others
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.

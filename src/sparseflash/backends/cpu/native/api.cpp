@@ -277,6 +277,8 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (!sizes_ok(c) || !plan_ok(c) || !tensors_ok(c)) return false;
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
     const bool backward = kind == BACKWARD || kind == STICK_BACKWARD, softmax = c.weights == SF_SOFTMAX;
+    const bool drops = c.dropout_bar && (!softmax || (kind != FORWARD && kind != BACKWARD));
+    if (drops || (c.dropout_bar && !fits({c.B, c.Hq, c.Tk, 2}))) return false;
     if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;

@@ -63,6 +63,24 @@ struct Slopes {
     }
 };
 
+// The same where dropout leaves weights out: P is what V was multiplied with.
+struct DroppedSlopes {
+    const Slopes &whole;
+    const Draw &draw;
+    const vf scale;
+    const bool &sums = whole.sums;
+
+    struct Lane { Slopes::Lane whole; Draw::Lane drawn; };
+    inline Lane lane(int i) const { return {whole.lane(i), draw.lane(i)}; }
+
+    template <bool PLAIN, bool FINE>
+    inline void one(const Lane &q, int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
+        const vf factor = draw.left(q.drawn, j, scale);
+        whole.one<PLAIN, FINE>(q.whole, j, i, x, y * factor, p, ds, total);
+        p *= factor;
+    }
+};
+
 // The weights and slopes of a chunk, as a law (Slopes) gives them: fp32 in place of S and dP.
 template <bool PLAIN, class Law>
 inline void weigh_rows(const Law &law, const Chunk &k, int n, float *s, float *g, float *sums) {
@@ -227,6 +245,7 @@ template <bool BF> struct BackwardBlock {
     const SfCall &c;
     const Rules &rules;
     const Logits &logits;
+    const Dropout &dropout;
     const int64_t b, h;
     Lanes<BF> &x;
     Queries q;
@@ -264,6 +283,21 @@ template <bool BF> struct BackwardBlock {
 #endif
         }
         memset(x.ot.p, 0, round_up(c.D, 32) * BQ * 4);
+        if (dropout.on()) dropout.of_queries(q, b, h, x.drawn[0], x.drawn[1]);
+    }
+
+    // P and dS of a chunk: fp32 in place, bf16 in the three layouts the products read.
+    template <class Law> void weigh(const Law &law, const Chunk &k, const Steps &steps, bool plain, Scratch<BF> &w) {
+        float *s = w.s.p, *g = w.g.p;
+        if (!BF) {
+            if (plain) weigh_rows<true>(law, k, n, s, g, nullptr);
+            else weigh_rows<false>(law, k, n, s, g, w.sums);
+        } else {
+#if SF_HAS_BF16
+            if (plain) weigh_pairs<true>(law, steps.a, steps.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
+            else weigh_pairs<false>(law, steps.a, steps.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
+#endif
+        }
     }
 
     // Whether there was anything to do. The keys are near if another block has just visited them.
@@ -281,21 +315,18 @@ template <bool BF> struct BackwardBlock {
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, nullptr, s);
         }
-        // P = exp(logit - lse), dS = P (dP - delta); fp32 in place, bf16 in the three layouts the products read
+        // P = exp(logit - lse), dS = P (dP - delta)
         const bool biased = key_bias != nullptr;
         Slopes slopes = {c, logits, x.top, x.rest2, x.delta, k.partial ? w.see : nullptr, biased ? w.bias : nullptr, dbias != nullptr};
         const bool plain = !k.partial && !dbias && !biased && c.softcap == 0;
-        if (!BF) {
-            if (plain) weigh_rows<true>(slopes, k, n, s, g, nullptr);
-            else weigh_rows<false>(slopes, k, n, s, g, w.sums);
-        } else {
-#if SF_HAS_BF16
+        if (BF) {
             fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
             fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
-            if (plain) weigh_pairs<true>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
-            else weigh_pairs<false>(slopes, a, e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
-#endif
         }
+        if (dropout.on()) {
+            const Draw draw = dropout.draw(rules, k, b, h, x.drawn, w.key_words);
+            weigh(DroppedSlopes{slopes, draw, set1(dropout.scale())}, k, steps, plain, w);
+        } else weigh(slopes, k, steps, plain, w);
         if (dbias)
             for (int j = k.a; j < k.b; j++) {
                 int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
@@ -319,9 +350,10 @@ template <bool BF> struct BackwardBlock {
 // Up to two blocks of a tile's queries go over its chunks together: the second finds the sums of a chunk's dK and dV
 // where the first has just left them.
 template <bool BF>
-void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
-                     int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
-    BackwardBlock<BF> first = {c, rules, logits, b, h, w}, second = {c, rules, logits, b, h, w.next};
+void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+                     int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,
+                     float *dbias) {
+    BackwardBlock<BF> first = {c, rules, logits, dropout, b, h, w}, second = {c, rules, logits, dropout, b, h, w.next};
     const int64_t from = row - tile * c.plan.tile;
     first.load(row, least<int64_t>(rows, BQ), from);
     if (rows > BQ) second.load(row + BQ, rows - BQ, from + BQ);

@@ -61,7 +61,14 @@ template <bool BF> struct Seen {
     int64_t row[BK + 1];
     const T *k[BK + W], *v[BK + W];
     float bias[BK + W];
+    uint32_t words[2][BK + W];
 
+    // The draw of one of the queries with these keys, whose words are known by their place in the chunk.
+    Draw draw(const Dropout &dropout, const uint32_t (*of_chunk)[BK], const uint32_t (*queries)[BQ], int lane) {
+        for (int side = 0; side < 2; side++)
+            for (int j = 0; j < round_up(n, W); j++) words[side][j] = of_chunk[side][at[least(j, n - 1)]];
+        return {words[0], words[1], queries[0] + lane, queries[1] + lane, dropout.bar()};
+    }
     void find(const Rules &rules, const Keys &x, const Chunk &c, const uint64_t *see, int lane, const float *key_bias) {
         const T *keys = BF ? (const T *)x.kb : (const T *)x.k, *values = BF ? (const T *)x.vb : (const T *)x.v;
         n = 0;
@@ -153,8 +160,8 @@ template <class F4, class F1> inline void by_vectors(int64_t D, F4 four, F1 one)
 }
 
 template <bool BF>
-void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
-                 int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
+void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+                 int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
@@ -166,12 +173,14 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         memset(x.sum, 0, sizeof x.sum);
         if (q.real >> i & 1) x.take(c, c.q, b, h, q.token[i], c.D, x.q, x.qb);
     }
+    if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
     float *s = w.s.p;
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            if (dropout.on()) dropout.of_keys(rules, k, b, h, w.key_words[0], w.key_words[1]);
             for (int i = 0; i < q.lanes; i++) {
                 if (!(q.real >> i & 1)) continue;
                 Query<BF> &x = query[i];
@@ -199,6 +208,10 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                     store(s + j, p);
                 }
                 x.l += sum(total);
+                if (dropout.on()) {
+                    const Draw draw = seen.draw(dropout, w.key_words, w.drawn, i);
+                    for (int j = 0; j < seen.n; j += W) store(s + j, draw.left(draw.lane(j), 0, load(s + j)));
+                }
                 by_vectors(c.Dv, [&](int64_t d) { add_weighted<4>(s, seen.v, seen.n, d, c.Dv, x.sum); },
                            [&](int64_t d) { add_weighted<1>(s, seen.v, seen.n, d, c.Dv, x.sum); });
             }
@@ -207,13 +220,14 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         if (q.token[i] < 0) continue;
         Query<BF> &x = query[i];
         logits.finish(c, (b * c.Hq + h) * c.Tq + q.token[i], x.m, x.l);
-        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, x.sum, x.l == 0 ? 0.f : 1.f / x.l);
+        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, x.sum, x.l == 0 ? 0.f : dropout.scale() / x.l);
     }
 }
 
 template <bool BF>
-void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
-                  int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads, float *dbias) {
+void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+                  int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,
+                  float *dbias) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
@@ -233,6 +247,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
         x.top = norm.top[t];
         x.rest2 = norm.rest[t] * LOG2E;
     }
+    if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
     // queries that see the same keys of a chunk: their weights, the slopes of these, and what those multiply
     const float *ps[FEW], *gs[FEW], *douts[FEW], *qs[FEW];
     if (alive)
@@ -240,6 +255,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
             Chunk k = given;
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
+            if (dropout.on()) dropout.of_keys(rules, k, b, h, w.key_words[0], w.key_words[1]);
             int together = 0;
             for (int i = 0; i < q.lanes; i++) {
                 if (!(alive >> i & 1)) continue;
@@ -249,6 +265,10 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                 if (!seen.n) continue;
                 x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
                 x.score(x.dout, x.doutb, seen.v, seen.n, c.Dv, g);
+                const Draw draw = dropout.on() ? seen.draw(dropout, w.key_words, w.drawn, i) : Draw();
+                if (dropout.on())
+                    for (int j = 0; j < seen.n; j += W)
+                        store(g + j, draw.left(draw.lane(j), 0, load(g + j) * dropout.scale()));
                 for (int j = 0; j < seen.n; j += W) {
                     vf y = load(s + j), slope = set1(1.f);
                     if (logits.bent) y = logits.bend(c, y);
@@ -263,6 +283,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                             if (t >= 0) dbias[t] += g[i];
                         }
                     store(g + j, ds * slope);
+                    if (dropout.on()) store(s + j, draw.left(draw.lane(j), 0, p * dropout.scale()));
                 }
                 if (k.partial || q.lanes == 1) {
                     for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);
@@ -290,22 +311,26 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
 
 template <bool BF> int forward(const SfCall &c, SfParallel parallel) {
     Logits logits(c);
+    Dropout dropout(c);
+    if (dropout.make(parallel)) return 1;
     const bool few = few_queries(c);
     auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<BF> &w) {
-        if (few) few_forward<BF>(c, keys, rules, logits, b, h, tile, row, rows, w);
-        else forward_block<BF>(c, keys, rules, logits, b, h, tile, row, rows, w);
+        if (few) few_forward<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w);
+        else forward_block<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w);
     };
     return forward_over<BF>(c, parallel, block, few);
 }
 
 template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
     Logits logits(c);
+    Dropout dropout(c);
+    if (dropout.make(parallel)) return 1;
     const bool few = few_queries(c);
     auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<BF> &w, KeyGrads &grads, float *dbias) {
-        if (few) few_backward<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
-        else backward_blocks<BF>(c, keys, rules, logits, b, h, tile, row, rows, w, grads, dbias);
+        if (few) few_backward<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w, grads, dbias);
+        else backward_blocks<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w, grads, dbias);
     };
     return backward_over<BF, 2>(c, parallel, block, few);
 }

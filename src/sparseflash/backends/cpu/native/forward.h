@@ -9,8 +9,8 @@ namespace {
 inline int columns(const Queries &q, bool pairs) { return (int)round_up(q.lanes, pairs ? 32 : W); }
 
 template <bool BF>
-void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
-                   int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
+void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+                   int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     uint64_t any_lane = 0;
@@ -33,6 +33,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
 #endif
                 memset(w.ot.p, 0, Dv * BQ * 4);
                 for (int i = 0; i < BQ; i++) w.m[i] = -INF, w.l[i] = 0;
+                if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
             }
             Operands o = operands<BF, false>(c, keys, k, holes, w.see, w);
             int a = k.a, e = k.b;
@@ -56,7 +57,10 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
                 fill_rows(w.s.p, a, k.a, -INF);
                 fill_rows(w.s.p, k.b, e, -INF);
             }
-            online_softmax<BF>(w.s.p, a, e, logits.factor, w.m, w.l, w.ot.p, Dv, n, w.p.p);
+            if (dropout.on()) {
+                const Draw draw = dropout.draw(rules, k, b, h, w.drawn, w.key_words);
+                online_softmax<BF>(w.s.p, a, e, logits.factor, w.m, w.l, w.ot.p, Dv, n, w.p.p, draw);
+            } else online_softmax<BF>(w.s.p, a, e, logits.factor, w.m, w.l, w.ot.p, Dv, n, w.p.p, All());
             if (!BF) gemm_f32(c.Dv, n, e - a, o.v + a * o.ldv, 1, o.ldv, w.s + a * BQ, BQ, w.ot.p, BQ, ADD);
 #if SF_HAS_BF16
             else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
@@ -69,7 +73,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
         float total = packed && (q.real >> i & 1) ? w.l[i] : 0.f, *out = w.spare + i * ld;
         if (total == 0) memset(out, 0, ld * 4);
         logits.finish(c, (b * c.Hq + h) * c.Tq + q.token[i], w.m[i], total);
-        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : 1.f / total);
+        write_row(c.out, b, h, q.token[i], c.out_dtype, c.Dv, out, total == 0 ? 0.f : dropout.scale() / total);
     }
 }
 

@@ -43,6 +43,7 @@ template <bool BF> struct Lanes {
     Buffer<float> ot, qt, dot, qr, dor;
     Buffer<bf> qtb, dotb, qrb, dorb;
     float m[BQ], l[BQ], top[BQ], rest2[BQ], delta[BQ];
+    uint32_t drawn[2][BQ];  // words of the queries, for dropout
 
     bool make(const SfCall &c, bool backward) {
         int64_t D = round_up(c.D, 32) * BQ, Dv = round_up(c.Dv, 32) * BQ;
@@ -59,6 +60,7 @@ template <bool BF> struct Scratch : Lanes<BF> {
     Buffer<bf> p, pr, dr, kcb, vcb, tc;
     uint64_t see[BK];
     float bias[BK], sums[BK];
+    uint32_t key_words[2][BK];
 
     bool make(const SfCall &c, bool backward) {
         int64_t D = round_up(c.D, 32), Dv = round_up(c.Dv, 32), top = most(D, Dv);

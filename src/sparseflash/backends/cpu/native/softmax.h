@@ -1,7 +1,7 @@
 // From scores to weights: scale, softcap and bias, hidden keys, and the online softmax of a block.
 #pragma once
 #include <math.h>
-#include "scratch.h"
+#include "dropout.h"
 
 namespace {
 
@@ -73,10 +73,10 @@ inline void fill_rows(float *s, int from, int to, float with) {
 }
 
 // Running max m and sum l take in rows [a,b) of S; S becomes P (fp32 in place, or bf16 pairs in p).
-// The accumulator O^T [Dv][64] is rescaled only when some maximum grew.
-template <bool BF, int G>
+// The accumulator O^T [Dv][64] is rescaled only when some maximum grew. What dropout leaves out is in l, but not in P.
+template <bool BF, int G, class Law>
 inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv,
-                          [[maybe_unused]] bf *p) {
+                          [[maybe_unused]] bf *p, const Law &drop) {
     vf top[G];
     for (int g = 0; g < G; g++) top[g] = set1(-INF);
     for (int j = a; j < b; j++)
@@ -107,7 +107,9 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
             }
     }
     vf total[G];
+    typename Law::Lane drawn[G];
     for (int g = 0; g < G; g++) {
+        drawn[g] = drop.lane(i0 + g * W);
         ref[g] = ref[g] == -INF ? set1(0.f) : ref[g];
         total[g] = load(l + i0 + g * W);
     }
@@ -118,7 +120,7 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
                 float *x = s + j * BQ + i0 + g * W;
                 vf e = exp2v<true>((load(x) - ref[g]) * factor);
                 total[g] += e;
-                store(x, e);
+                store(x, drop.left(drawn[g], j, e));
             }
     } else {
 #if SF_HAS_BF16
@@ -128,18 +130,19 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
                 const float *x = s + j * BQ + i0 + g * W;
                 vf e = exp2v<false>((load(x) - ref[g]) * factor), f = exp2v<false>((load(x + BQ) - ref[g]) * factor);
                 total[g] += e + f;
+                e = drop.left(drawn[g], j, e), f = drop.left(drawn[g], j + 1, f);
                 store_pairs(p + j * BQ + 2 * (i0 + g * W), (__m512)e, (__m512)f);
             }
 #endif
     }
     for (int g = 0; g < G; g++) store(l + i0 + g * W, total[g]);
 }
-template <bool BF>
+template <bool BF, class Law>
 inline void online_softmax(float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv, int lanes,
-                           bf *p) {
+                           bf *p, const Law &drop) {
     int i = 0;
-    for (; i + 4 * W <= lanes; i += 4 * W) softmax_lanes<BF, 4>(i, s, a, b, factor, m, l, ot, Dv, p);
-    for (; i < lanes; i += W) softmax_lanes<BF, 1>(i, s, a, b, factor, m, l, ot, Dv, p);
+    for (; i + 4 * W <= lanes; i += 4 * W) softmax_lanes<BF, 4>(i, s, a, b, factor, m, l, ot, Dv, p, drop);
+    for (; i < lanes; i += W) softmax_lanes<BF, 1>(i, s, a, b, factor, m, l, ot, Dv, p, drop);
 }
 
 }  // namespace
