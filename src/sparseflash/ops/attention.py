@@ -17,8 +17,8 @@ from ..plan import Plan
 from ._arguments import (
     AnyPlan,
     as_backend,
-    as_dtype,
     as_dropout,
+    as_dtype,
     as_plans,
     as_scale,
     as_softcap,
