@@ -126,11 +126,9 @@ def as_dropout(p: object, seed: object, q: Tensor) -> tuple[float, Tensor | None
     p = 0.0 if p is None else number_of(p)
     if not (is_finite(p) and 0 <= p < 1):
         raise SparseFlashError(f"dropout_p={p!r}: expected a number in [0, 1), 0 for none")
-    if isinstance(seed, Tensor):
-        good = seed.dim() == 0 and seed.dtype == torch.int64
-    else:
-        whole = isinstance(seed, (int, torch.SymInt)) and not isinstance(seed, bool)
-        good = seed is None or (whole and -(2**63) <= seed < 2**63)
+    good = seed is None or (isinstance(seed, Tensor) and seed.dim() == 0 and seed.dtype == torch.int64)
+    if isinstance(seed, (int, torch.SymInt)) and not isinstance(seed, bool):
+        good = bool(-(2**63) <= seed < 2**63)
     if not good:
         given = describe(seed) if isinstance(seed, Tensor) else repr(seed)
         raise SparseFlashError(
@@ -139,11 +137,11 @@ def as_dropout(p: object, seed: object, q: Tensor) -> tuple[float, Tensor | None
         )
     if not p:
         return 0.0, None
-    if seed is None:
-        return float(p), torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
     if isinstance(seed, Tensor):
         return float(p), seed.to(q.device)
-    return float(p), torch.full((), seed, dtype=torch.int64, device=q.device)
+    if isinstance(seed, (int, torch.SymInt)):
+        return float(p), torch.full((), seed, dtype=torch.int64, device=q.device)
+    return float(p), torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
 
 
 def as_backend(backend: object) -> str:
