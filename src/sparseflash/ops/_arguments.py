@@ -140,7 +140,7 @@ def as_dropout(p: object, seed: object, q: Tensor) -> tuple[float, Tensor | None
     if isinstance(seed, Tensor):
         return float(p), seed.to(q.device)
     if isinstance(seed, (int, torch.SymInt)):
-        return float(p), torch.full((), seed, dtype=torch.int64, device=q.device)
+        return float(p), torch.full((), seed, dtype=torch.int64, device=q.device)  # type: ignore[arg-type]  # SymInt
     return float(p), torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
 
 
