@@ -2,6 +2,7 @@
 
 from ..calibrate import Profile
 from ..selection.orders import coverage
+from .adaspa import AdaSpa
 from .anchor_attention import AnchorAttention
 from .base import Method, Selection, find, get, names
 from .bigbird import BigBird
@@ -12,12 +13,15 @@ from .dilated import Dilated
 from .documents import Documents
 from .dual_chunk_attention import DualChunkAttention
 from .dynamic_mask import DynamicMask
+from .efficient_vdit import EfficientVDiT
 from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
 from .minference import MInference
 from .mminference import MMInference
+from .orion_msp import OrionMSP
+from .paro_attention import PAROAttention
 from .pbs_attn import PBSAttn
 from .prefix_lm import PrefixLM
 from .profiled import Profiled
@@ -25,6 +29,9 @@ from .qk_sparse import QKSparse
 from .reformer import Reformer
 from .session import Session
 from .sink_window import SinkWindow
+from .sliding_tile import SlidingTile
+from .sparse_vdit import SparseVDiT
+from .sparsed import SparseD
 from .strided import Strided
 from .tree import Tree
 from .tri_shape import TriShape
@@ -32,6 +39,13 @@ from .window import Window
 from .xattention import XAttention
 
 __all__ = [
+    "AdaSpa",
+    "SparseD",
+    "SlidingTile",
+    "EfficientVDiT",
+    "SparseVDiT",
+    "PAROAttention",
+    "OrionMSP",
     "BigBird",
     "BlockCausal",
     "CycleScan",

@@ -26,7 +26,21 @@ Share = Literal["", "sum", "max"]
 
 UNREAD: Context = {
     **dict.fromkeys(
-        ("v", "scale", "softcap", "rope", "layer", "step", "steps", "branch", "cache", "state"), ...
+        (
+            "v",
+            "scale",
+            "softcap",
+            "rope",
+            "layer",
+            "step",
+            "steps",
+            "branch",
+            "cache",
+            "state",
+            "grid",
+            "text",
+        ),
+        ...,
     ),
     "q_offset": 0,
 }
@@ -102,8 +116,9 @@ class Method:
     - `decodes`: appending tokens one by one gives what one call over all of them gives.
     - `trainable`: the selection learns (through `gate` or `key_bias`).
     - `approximate`: pairs that the method's own rule asks for may be missed.
-    - `by_shape`: the selection depends on the lengths, the heads and `q_offset`, and `select` reads nothing
-      else. On the host, where making it may take longer than attending, it is made once.
+    - `by_shape`: the selection depends on the lengths, the heads, and on what `reads` names, which are
+      numbers (`q_offset`, `grid`, `text`). On the host, where making it may take longer than attending, it is
+      made once.
     - `per_head`: fields that `select` takes as a tuple, one value a query head.
 
     Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
@@ -140,6 +155,8 @@ class Method:
             cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[assignment]  # it is: as below
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
+        if "observe" in vars(cls):
+            cls.observe = _by_head(cls.observe)  # type: ignore[method-assign]  # as above
         if cls.__module__.startswith(__name__.removesuffix("base")) and cls.paper:
             _REGISTRY[slug(cls)] = cls
 
@@ -178,7 +195,7 @@ class Method:
         ctx : mapping, optional
             What the method may use beside q and k: the keys of its `reads`, which its docstring explains, and
             those that any caller may pass (`v`, `scale`, `softcap`, `rope`, `layer`, `step`, `steps`,
-            `branch`, `cache`, `state`; `q_offset=0`).
+            `branch`, `cache`, `state`, `grid`, `text`; `q_offset=0`).
         selection : Selection, optional
             An earlier result of `select`, used again instead of selecting (layers, recomputation,
             compiled code).
@@ -298,17 +315,36 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
             return Selection(**heads.select(methods, q, k, ctx))
         if not (type(self).by_shape and q.device.type == "cpu" and untraced(q, k)):
             return select(self, q, k, ctx)
-        at = (ctx or {}).get("q_offset", 0) if "q_offset" in type(self).reads else 0
-        if not isinstance(at, int):
+        given = ((name, (ctx or {}).get(name)) for name in type(self).reads)
+        told = tuple((name, x) for name, x in given if x is not None)
+        if not all(_is_plain(x) for _, x in told):
             return select(self, q, k, ctx)
-        return again(self, q.shape, k.shape, at, torch.is_inference_mode_enabled())
+        return again(self, q.shape, k.shape, told, torch.is_inference_mode_enabled())
 
     @functools.lru_cache(16)
-    def again(method: Method, of_q: Any, of_k: Any, at: int, inference: bool) -> Selection:
+    def again(method: Method, of_q: Any, of_k: Any, told: Any, inference: bool) -> Selection:
         q, k = (torch.empty(0, device="cpu").expand(*shape[:-1], 0) for shape in (of_q, of_k))
-        return select(method, q, k, {"q_offset": at} if "q_offset" in type(method).reads else None)
+        return select(method, q, k, dict(told))
 
     return checked
+
+
+def _is_plain(x: object) -> bool:
+    """Numbers, and tuples of them: what a plan can be remembered by."""
+    return isinstance(x, int) or (isinstance(x, tuple) and all(isinstance(n, int) for n in x))
+
+
+def _by_head(observe: Callable[..., Any]) -> Callable[..., Any]:
+    """An `observe` that is asked for each group of heads, where settings differ."""
+
+    @functools.wraps(observe)
+    def asked(self: Method, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, *given: Any) -> Any:
+        methods = heads.apart(self)
+        if methods is None:
+            return observe(self, q, k, out, lse, *given)
+        return heads.observe(methods, q, k, out, lse, *given)
+
+    return asked
 
 
 def _each(check: Callable[[Method], None]) -> Callable[[Method], None]:

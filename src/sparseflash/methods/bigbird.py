@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
-from ..selection.orders import random_bits
+from ..selection.orders import random_picks
 from .base import Context, Method, Selection, check_counts, check_square
 
 
@@ -78,7 +78,7 @@ class BigBird(Method):
 
         left = lo - head if self.causal else blocks - head - (hi - lo)  # blocks to draw from
         left = torch.where(everything, 0, left).expand(1, k.shape[1], -1)
-        pick = self._draw(left) + head
+        pick = random_picks(left, self.random_blocks, seed=self.seed) + head
         if not self.causal:
             pick = torch.where(pick >= lo[:, None], pick + (hi - lo)[:, None], pick)
         count = left.clamp(max=self.random_blocks).int()
@@ -96,16 +96,3 @@ class BigBird(Method):
                 index=torch.where(live, pick, 0).flatten().int(),
             )
         )
-
-    def _draw(self, left: Tensor) -> Tensor:
-        """Different numbers below `left [1,H,R]`, ascending: [1,H,R,random_blocks]; none is large."""
-        bits = random_bits(*left.shape[1:], self.random_blocks, seed=self.seed, device=left.device)
-        none = torch.iinfo(torch.int32).max
-        picks = torch.zeros(*left.shape, 0, dtype=torch.int64, device=left.device)
-        for n in range(self.random_blocks):  # the x-th of the numbers that are still free
-            x = bits[None, ..., n] % (left - n).clamp(min=1)
-            for taken in picks.unbind(-1):
-                x = x + (x >= taken)
-            x = torch.where(left > n, x, none)
-            picks = torch.cat([picks, x[..., None]], -1).sort(-1).values
-        return picks

@@ -103,6 +103,21 @@ def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) ->
     }
 
 
+def observe(
+    methods: Sequence[Any], q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Any, ctx: Context
+) -> dict[Any, Any] | None:
+    """What each head's own method wants to know at its next call, by method."""
+    H, found, kept = q.shape[1], {}, selection.state or {}
+    for method, own in groups(methods):
+        if method is None:
+            continue
+        part = dataclasses.replace(selection, state=kept.get(method))
+        parts = (of_heads(x, own, H) for x in (q, k, out, lse))
+        state = method.observe(*parts, part, context(ctx, own, H))
+        found |= {} if state is None else {method: state}
+    return found or None
+
+
 def _beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
     """The plans of groups of heads side by side; where some have several, so has the result."""
     made = []

@@ -81,6 +81,12 @@ class Profiled(Method):
         """What the methods of this layer's heads select."""
         return Selection(**heads.select(self.methods((ctx or {}).get("layer")), q, k, ctx))
 
+    def observe(
+        self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
+    ) -> Any:
+        """What the methods of this layer's heads observe."""
+        return heads.observe(self.methods(ctx.get("layer")), q, k, out, lse, selection, ctx)
+
 
 def _method(setting: dict[str, Any]) -> Method | None:
     slug = setting.pop("method")

@@ -54,6 +54,30 @@ def random_bits(
     return key
 
 
+def random_picks(left: Tensor, n: int, *, seed: int) -> Tensor:
+    """For each row n different numbers below `left [1,H,R]`, ascending: int64 [1,H,R,n].
+
+    A row that has fewer ends in numbers of 2^31 - 1. What a row gets depends on its place and the seed alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from sparseflash.selection.orders import random_picks
+    >>> random_picks(torch.tensor([[[2, 1]]]), 2, seed=0).tolist()
+    [[[[0, 1], [0, 2147483647]]]]
+    """
+    bits = random_bits(*left.shape[1:], n, seed=seed, device=left.device)
+    none = torch.iinfo(torch.int32).max
+    picks = torch.zeros(*left.shape, 0, dtype=torch.int64, device=left.device)
+    for place in range(n):  # the x-th of the numbers that are still free
+        x = bits[None, ..., place] % (left - place).clamp(min=1)
+        for taken in picks.unbind(-1):
+            x = x + (x >= taken)
+        x = torch.where(left > place, x, none)
+        picks = torch.cat([picks, x[..., None]], -1).sort(-1).values
+    return picks
+
+
 @functools.lru_cache(maxsize=256)
 def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

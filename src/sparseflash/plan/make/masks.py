@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PlanError, require
-from ..bits import pack_words
+from ..bits import pack_bits, pack_words
 from ..options import TILE, UNIT, Fields, check_options, is_length, shape_of
 from ..ragged import begins
 from .native import builders
@@ -76,6 +76,8 @@ def from_mask(
     if native := builders(mask.numel(), mask):
         return _fields(*native.read_mask(mask, tile, unit), tuple(mask.shape), tile, unit)
     lists = mask.flatten(0, 1)
+    if torch.compiler.is_compiling():
+        return _every_unit(lists, tuple(mask.shape), tile, unit)
     return from_rows(lambda of, rows: lists[of, rows], tuple(mask.shape), mask.device, tile=tile, unit=unit)
 
 
@@ -102,6 +104,27 @@ def from_rows(
             kinds.append(kind)
             bits += own
     return _fields(torch.cat(kinds), bits, shape, tile, unit)
+
+
+def _every_unit(lists: Tensor, shape: tuple[int, ...], tile: int, unit: int) -> Fields:
+    """Fields of masks [n,Tq,Tk] that list every unit with its bits: no shape depends on a value."""
+    B, H, Tq, Tk = shape
+    R, C = -(-Tq // tile), -(-Tk // unit)
+    wide = torch.nn.functional.pad(lists, (0, C * unit - Tk, 0, R * tile - Tq))
+    cells = wide.view(-1, R, tile, C, unit).transpose(2, 3).reshape(-1, tile, unit)
+    column = torch.arange(C, device=lists.device)
+    return {
+        "Tq": Tq,
+        "Tk": Tk,
+        "tile": tile,
+        "unit": unit,
+        **bit_lists(
+            torch.arange(B * H * R, device=lists.device).repeat_interleave(C),
+            column.repeat(B * H * R),
+            [pack_bits(cells)],
+            (B, H, R),
+        ),
+    }
 
 
 def _fields(kind: Tensor, bits: list[Tensor], shape: tuple[int, ...], tile: int, unit: int) -> Fields:

@@ -1,0 +1,196 @@
+"""What methods for diffusion share: where video and text lie, and patterns that last over several steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..plan import Plan
+from ..plan.options import is_count
+from ..selection.orders import grid_order
+from .base import Context, Method, Selection, check_square
+
+
+class Layout(NamedTuple):
+    """Tokens of one sequence: `before` of text, a grid in raster order, `behind` of text."""
+
+    grid: tuple[int, ...]
+    tokens: int
+    """Tokens of the grid; its last plane may hold fewer than the others."""
+    before: int
+    behind: int
+
+    def order(
+        self,
+        device: torch.device,
+        *,
+        axes: tuple[int, ...] | None = None,
+        tile: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """`selection.grid_order` of these tokens, int32 [1,1,rows]."""
+        text, whole = (self.before, self.behind), math.prod(self.grid)
+        order = grid_order(self.grid, axes=axes, tile=tile, text=text, device=device)
+        behind = order >= self.before + whole
+        there = order < self.before + self.tokens
+        order = torch.where(behind, order - (whole - self.tokens), torch.where(there, order, -1))
+        if tile is not None:
+            return order
+        real = (order < 0).to(torch.uint8).argsort(dim=-1, stable=True)
+        return order.gather(-1, real[..., : self.before + self.tokens + self.behind])
+
+    def text(self, size: int, device: torch.device, order: Tensor | None = None) -> Tensor:
+        """Which blocks of `size` rows hold text, bool [1,1,blocks]."""
+        total = self.before + self.tokens + self.behind
+        token = torch.arange(total, device=device)[None, None] if order is None else order
+        words = (token >= 0) & ((token < self.before) | (token >= self.before + self.tokens))
+        words = torch.nn.functional.pad(words, (0, -words.shape[-1] % size))
+        return words.unflatten(-1, (-1, size)).any(-1)
+
+
+def crossed(rows: Tensor, columns: Tensor) -> Tensor:
+    """Blocks in one of these rows or columns: bool [1,1,R,C]."""
+    return rows[..., :, None] | columns[..., None, :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridMethod(Method):
+    """Methods that look at where a token stands in a video or an image.
+
+    Parameters
+    ----------
+    grid : tuple of int
+        Sizes of the grid in tokens, outermost axis first, in raster order. The first may be -1: as many as
+        the tokens fill.
+    text : (int, int)
+        Tokens of text before and behind the grid. They see, and are seen by, everything.
+    """
+
+    grid: tuple[int, ...] = (-1, 30, 52)
+    text: tuple[int, int] = (0, 0)
+
+    reads = ("grid", "text")
+    phases = ("diffusion",)
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        _check(self.grid, self.text)
+
+    def layout(self, q: Tensor, k: Tensor, ctx: Context | None, axes: int | None = None) -> Layout:
+        """Where the tokens lie, by `ctx` or the method's own fields; `axes` is how many a grid must have."""
+        T = check_square(self, q, k)
+        ctx = ctx or {}
+        grid, text = ctx.get("grid"), ctx.get("text")
+        grid, text = _check(self.grid if grid is None else grid, self.text if text is None else text)
+        require((axes in (None, len(grid)), f"grid={grid!r}: expected {axes} sizes, outermost first"))
+        return located(T, grid, text)
+
+
+def _check(grid: Any, text: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
+    fits = isinstance(grid, (tuple, list)) and grid and all(is_count(x, 1) for x in grid[1:])
+    fits = fits and (grid[0] == -1 or is_count(grid[0]))
+    require((bool(fits), f"grid={grid!r}: expected sizes, outermost first; only the first may be -1"))
+    return tuple(grid), ends_of(text)
+
+
+def ends_of(text: Any) -> tuple[int, int]:
+    """`ctx["text"]`: tokens behind the grid, or (before, behind)."""
+    ends = (0, text) if isinstance(text, int) else text
+    fits = isinstance(ends, (tuple, list)) and len(ends) == 2 and all(is_count(x) for x in ends)
+    require((bool(fits), f"text={text!r}: expected tokens behind the grid, or (before, behind)"))
+    return tuple(ends)
+
+
+def located(T: int, grid: tuple[int, ...], text: tuple[int, int]) -> Layout:
+    """The layout of T tokens.
+
+    Raises
+    ------
+    SparseFlashError
+        If grid and text are not as many tokens.
+    """
+    tokens, rest = T - sum(text), math.prod(grid[1:])
+    fits = tokens >= 0 and (grid[0] == -1 or tokens == grid[0] * rest)
+    require(
+        (
+            fits,
+            f"grid={grid!r} and text={text!r} (before, behind) are not {T} tokens: give "
+            'ctx["grid"] and ctx["text"] of this sequence; the first size may be -1',
+        )
+    )
+    return Layout((-(-tokens // rest), *grid[1:]), tokens, *text)
+
+
+class Pattern(NamedTuple):
+    """What was found at one step, for the steps behind it."""
+
+    plan: Plan
+    lse: Tensor | None = None
+
+
+class StepMethod(Method):
+    """Methods whose first denoising steps are dense, and whose pattern is found at the last of these.
+
+    It is used, and where the method says so found again, at later steps: `ctx` has `step` (from 0), `steps`
+    (how many there are) and `state`, which a `Session` keeps for each layer and branch. A call without a step
+    is one by itself: the pattern is found from its own q and k, and used at once.
+    """
+
+    reads = ("step", "steps", "state", "scale", "softcap")
+    phases = ("diffusion",)
+    causal_selection = False
+
+    def first(self, steps: int | None) -> int:
+        """The step at which the pattern is found; it and those before it are dense."""
+        raise NotImplementedError(f"{type(self).__name__}.first")
+
+    def again(self, step: int) -> bool:
+        """Whether a later step finds the pattern anew."""
+        return False
+
+    def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
+        """Find the pattern; `lse` is that of dense attention, now or at an earlier step."""
+        raise NotImplementedError(f"{type(self).__name__}.pattern")
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """Everything at the first steps, then the pattern that was found."""
+        ctx, T = ctx or {}, check_square(self, q, k)
+        step, known = ctx.get("step"), ctx.get("state")
+        first = self._first(ctx)
+        if step is None:
+            return Selection(self.pattern(q, k, None, ctx).plan)
+        if step <= first:
+            return Selection(Plan.dense(T, T, device=q.device))
+        if not isinstance(known, Pattern):
+            raise SparseFlashError(
+                f"{type(self).__name__}: step {step}, and no pattern of step {first} is kept: run all steps "
+                "of a generation from 0 through one Session (layer=, branch=)"
+            )
+        if known.plan.Tq != T:
+            raise SparseFlashError(
+                f"{type(self).__name__}: step {step} has {T} tokens, the pattern of step {first} "
+                f"{known.plan.Tq}: a generation of another size is another Session, from step 0"
+            )
+        if self.again(step):
+            known = self.pattern(q, k, known.lse, ctx)
+        return Selection(known.plan, state=known)
+
+    def observe(
+        self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
+    ) -> Any:
+        """The pattern, from the log-sum-exp of the last dense step."""
+        step = ctx.get("step")
+        if step is not None and step == self._first(ctx):
+            return self.pattern(q, k, lse, ctx)
+        return selection.state
+
+    def _first(self, ctx: Context) -> int:
+        for name in ("step", "steps"):
+            x = ctx.get(name)
+            require((x is None or is_count(x), f"ctx[{name!r}]={x!r}: expected an int >= 0"))
+        steps = ctx.get("steps")
+        return 0 if ctx.get("step") is None else self.first(steps)

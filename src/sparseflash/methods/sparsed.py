@@ -1,0 +1,105 @@
+"""Blocks of each head found once, and used again at later denoising steps of a language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..plan.options import is_count
+from ..selection.budgets import top_k
+from ..selection.grid import Grid
+from ..selection.mass import tile_mass
+from .base import Context, check_counts, check_shares
+from .denoising import Pattern, StepMethod
+
+
+@dataclass(frozen=True)
+class SparseD(StepMethod):
+    """Masked-diffusion models: the first steps are dense, the others see the blocks that were best by then.
+
+    The last dense step says exactly which blocks of keys each tile of queries gives its mass to. The best of
+    the prompt and the best of the generated part are chosen apart, so that every query keeps some of what is
+    being written. They stay: where a head looks changes little from step to step.
+
+    Papers: Wang et al., "SparseD: Sparse Attention for Diffusion Language Models", arXiv 2509.24014.
+
+    Parameters
+    ----------
+    select_share : float
+        Blocks to keep, as a share of those of the prompt and of the generated part, in (0, 1].
+    skip : float
+        Steps that are dense, as a share of all, in [0, 1); `int(skip * steps) + 2` at least.
+    block : int
+        Queries of a tile, and keys of a block.
+    scaling : "head_dim" or "heads"
+        What blocks are judged with: the scale of the attention, or 1 / sqrt(heads), as the released code has
+        it.
+
+    Notes
+    -----
+    `ctx`: `step` and `steps`, `state` (a `Session` keeps it), `generated`, the number of tokens at the end
+    that are being generated (all by default), `scale` and `softcap`. Without a step, a call finds its own
+    pattern. Blocks of the prompt are chosen among all, as in the paper, so there may be fewer.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> session = sf.methods.Session(sf.methods.SparseD(select_share=0.25, block=32))
+    >>> q, k, v = torch.randn(3, 1, 2, 256, 32)
+    >>> for step in range(10):
+    ...     out = session(q, k, v, layer=0, ctx={"step": step, "steps": 10})
+    >>> session.select(q, k, {"layer": 0, "step": 9, "steps": 10}).plan.density
+    0.375
+    """
+
+    select_share: float = 0.3
+    skip: float = 0.2
+    block: int = 128
+    scaling: str = "head_dim"
+
+    reads = (*StepMethod.reads, "generated")
+    paper = "arXiv 2509.24014"
+
+    def __post_init__(self) -> None:
+        check_shares(self, "select_share")
+        check_counts(self, 1, "block")
+        skips = isinstance(self.skip, (int, float)) and not isinstance(self.skip, bool) and 0 <= self.skip < 1
+        require(
+            (skips, f"skip={self.skip!r}: expected a share in [0, 1)"),
+            (self.scaling in ("head_dim", "heads"), f"scaling={self.scaling!r}: expected head_dim or heads"),
+        )
+
+    def first(self, steps: int | None) -> int:
+        """Step `int(steps * skip) + 1`."""
+        if steps is None:
+            raise SparseFlashError(
+                'ctx has "step" and no "steps", the number of all steps, of which some are dense'
+            )
+        return int(steps * self.skip) + 1
+
+    def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
+        """The best blocks of the prompt, and the best of what is generated."""
+        T, size = q.shape[2], self.block
+        generated = ctx.get("generated", T)
+        require(
+            (is_count(generated) and generated <= T, f"generated={generated!r}: expected 0 ... {T} tokens")
+        )
+        told = {name: ctx.get(name) for name in ("scale", "softcap")}
+        if self.scaling == "heads":
+            told["scale"], lse = q.shape[1] ** -0.5, None
+        grid = Grid(T, T, size, size, causal=False, device=q.device)
+        edge = max(0, min(-(-(T - generated) // size), grid.units - 1))
+        late = k[:, :, edge * size :]
+        written = Grid(T, late.shape[2], size, size, causal=False, device=q.device)
+        mass = tile_mass(q, late, written, "exact", lse=None if edge else lse, **told)
+        keep = top_k(mass, self._budget(written.units))
+        if edge:
+            mass = tile_mass(q, k, grid, "exact", lse=lse, **told)
+            keep = torch.cat([top_k(mass, self._budget(grid.units))[..., :edge], keep], -1)
+        return Pattern(grid.plan(keep))
+
+    def _budget(self, blocks: int) -> int:
+        return min(int(blocks * self.select_share) + 1, max(blocks, 1))
