@@ -81,6 +81,16 @@ RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
         Lines("step", "bpb", "step", BITS, log=False, keep=_late),
         Lines("minutes", "bpb", "minutes of training", BITS, log=False, keep=_late, name="time"),
     ),
+    "recommend": Lines(
+        "attention_gain",
+        "kl",
+        "times faster than dense attention",
+        "KL of the next tokens from dense",
+        label="slug",
+        split=("tokens",),
+        apart=("model", "text"),
+        keep=lambda row: float(row["kl"]) > 0,
+    ),
     "attention": Lines(
         "T",
         "ms",

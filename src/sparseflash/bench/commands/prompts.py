@@ -1,0 +1,163 @@
+"""Commands for long prompts of a real model: what a method brings, which to take, what heads follow."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseflash import options
+from sparseflash.errors import SparseFlashError
+
+from .app import integers
+
+Model = Annotated[
+    str,
+    typer.Option(help="smollm2 or gemma3 (see: sparseflash bench models), a folder, a name of Transformers."),
+]
+Text = Annotated[
+    list[Path],
+    typer.Option("--text", help="A text file, whose first tokens are the prompt; may be repeated."),
+]
+Tokens = Annotated[int, typer.Option(min=64, help="Of the prompt.")]
+Layers = Annotated[
+    str, typer.Option(help="Layers that get the method; by default all without a window of their own.")
+]
+Dtype = Annotated[str, typer.Option(help="Of the weights: fp32 or bf16.")]
+SHOWN = ("case", "ms", "gain", "attention_gain", "kept", "recall", "recall_worst", "loss", "kl")
+
+
+def prefill(
+    text: Text,
+    method: Annotated[str, typer.Option(help="One that sparseflash methods lists.")] = "minference",
+    changes: Annotated[list[str] | None, options.changes()] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Or a profile: a method of its own for every head of every layer.")
+    ] = None,
+    model: Model = "smollm2",
+    tokens: Tokens = 4096,
+    layers: Layers = "",
+    dtype: Dtype = "fp32",
+    new: Annotated[int, typer.Option(min=1, help="Next tokens whose probabilities are compared.")] = 48,
+    rounds: Annotated[int, typer.Option(min=0, help="Times of each, in turn; 0 takes none.")] = 3,
+    out: Annotated[Path, typer.Option(help="CSV file of the rows; an existing one is replaced.")] = Path(
+        "bench/prefill.csv"
+    ),
+) -> None:
+    """Measure what a method does to the prompts of a real model, beside dense attention.
+
+    **sparseflash prefill --text book.txt --method minference --set vertical=500 --set slash=700**
+
+    ms: to the first token, and gain: over our dense attention; attention_gain: of attention alone. kept:
+    share of the causal pairs that it sees; recall: share of dense attention's mass that they hold. loss: on
+    the prompt, nats a token. kl: of the next tokens' probabilities, from those after a dense prompt.
+    """
+    from sparseflash import methods
+    from sparseflash.bench import prompts
+    from sparseflash.bench.session import session
+    from sparseflash.calibrate import Profile
+
+    if profile is not None and changes:
+        raise SparseFlashError(
+            "--set and --profile: a profile has the settings of every head; give one of them"
+        )
+    if profile is not None:
+        method, chosen = f"profile {profile.name}", methods.Profiled(Profile.load(profile))
+    else:
+        chosen = methods.get(method, **options.settings(changes))
+    prepared = _prompts(model, text, tokens, dtype, new)
+    for path, prompt in zip(text, prepared, strict=True):
+        named = out if len(text) == 1 else out.with_stem(f"{out.stem}-{path.stem}")
+        given: dict[str, Any] = {"layers": integers(layers) or None, "rounds": rounds}
+        session(path.name, named, partial(prompts.measure, prompt, {method: chosen}, **given), SHOWN)
+
+
+def recommend(
+    text: Text,
+    model: Model = "smollm2",
+    tokens: Tokens = 4096,
+    max_kl: Annotated[
+        float, typer.Option(min=0, help="The most that probabilities of the next tokens may differ.")
+    ] = 0.005,
+    layers: Layers = "",
+    dtype: Dtype = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Times of each, in turn.")] = 2,
+    out: Annotated[
+        Path, typer.Option(help="Folder of trials.csv, frontier.svg and profile.json; taken up again.")
+    ] = Path("recommend"),
+) -> None:
+    """Find which method makes the prompts of your model faster, on your texts, at a loss that you name.
+
+    **sparseflash recommend --model smollm2 --text book.txt --text code.txt --tokens 8192 --max-kl 0.005**
+
+    Each method is tried at several budgets: time of attention against kl of the next tokens (mean over the
+    texts). What is best is printed and drawn, and written as a profile for **sparseflash prefill --profile**
+    and for **sparse(model, prefill=Profiled(Profile.load(...)))**. Where dense attention wins, it says so.
+    A run that was stopped goes on where it was.
+    """
+    from sparseflash.bench import recommend as chooser
+
+    prepared = _prompts(model, text, tokens, dtype, 48)
+    given: dict[str, Any] = {"layers": integers(layers) or None, "rounds": rounds, "max_kl": max_kl}
+    chooser.run(model, [path.name for path in text], prepared, out, **given)
+
+
+def calibrate(
+    text: Text,
+    method: Annotated[
+        str, typer.Argument(help="minference: which pattern each head follows.")
+    ] = "minference",
+    model: Model = "smollm2",
+    tokens: Tokens = 4096,
+    layers: Layers = "",
+    out: Annotated[
+        Path, typer.Option(help="The profile, JSON; a file of this model is gone on with.")
+    ] = Path("profile.json"),
+) -> None:
+    """Find the pattern of every head of a model, on its own queries and keys, and keep it as a profile.
+
+    **sparseflash calibrate minference --model smollm2 --text book.txt --out smollm2.json**
+
+    Of patterns that see about the same number of pairs, each head gets the one that holds most of its dense
+    attention. Use it: **sparseflash prefill --profile smollm2.json**; in Python
+    **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**.
+    """
+    from sparseflash.bench import recommend as chooser
+
+    if method != "minference":
+        raise SparseFlashError(
+            f"calibrate {method}: expected minference, the one whose heads follow patterns"
+        )
+    found = chooser.patterns(model, [_read(path) for path in text], tokens, integers(layers), out)
+    count: dict[str, int] = {}
+    for number in found.numbers:
+        for head in found.heads(number):
+            count[head["pattern"]] = count.get(head["pattern"], 0) + 1
+    print(f"{out}: {', '.join(f'{n} heads {name}' for name, n in sorted(count.items()))}")
+
+
+def _prompts(model: str, text: list[Path], tokens: int, dtype: str, new: int) -> list[Any]:
+    """The model, with the first tokens of each text."""
+    from sparseflash.bench.cases import DTYPES
+    from sparseflash.bench.prompts import Prompt
+    from sparseflash.integrations.transformers import load
+
+    from .app import dtypes_of
+
+    [kind] = dtypes_of(dtype)
+    read = [_read(path) for path in text]
+    loaded, tokenizer = load(model, dtype=DTYPES[kind])
+    return [Prompt.of(loaded, tokenizer, one, tokens, new) for one in read]
+
+
+def _read(path: Path) -> str:
+    from sparseflash.files import no_file
+
+    try:
+        if kind := no_file(path):
+            raise SparseFlashError(f"--text {path} is {kind}: expected a text file")
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise SparseFlashError(f"--text {path}: {error.strerror}; expected a text file") from None

@@ -1,0 +1,223 @@
+"""A prompt through a real model, dense and with methods in its attention: time, what is seen, what is lost.
+
+Taken of each case, of the same tokens: seconds to the first token, all cases in turn; the share of pairs that
+attention sees, and of its mass that they hold; the loss on the prompt; and how far the next tokens are from
+those after a dense prompt (Kullback-Leibler, dense to sparse, at the text's own next tokens, which all cases
+read densely over the cache that the prompt left).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseflash.bench.results import Row
+from sparseflash.bench.timing import Timing, seconds
+from sparseflash.errors import SparseFlashError
+from sparseflash.methods.base import Method
+
+CHUNK = 512
+"""Tokens whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A model and what it reads: `ids [1, tokens + new]`, of which the last `new` follow the prompt."""
+
+    model: Any
+    ids: Tensor
+    new: int
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, text: str, tokens: int, new: int = 48) -> Prompt:
+        """The first tokens of a text.
+
+        Raises
+        ------
+        SparseFlashError
+            If the text is too short, or the model knows fewer positions.
+        """
+        wanted = tokens + new
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=wanted).input_ids
+        if ids.shape[1] < wanted:
+            raise SparseFlashError(
+                f"the text has {ids.shape[1]} tokens; {tokens} of a prompt and {new} behind it are wanted: "
+                "give a longer text, or ask for fewer --tokens"
+            )
+        known = getattr(model.config, "max_position_embeddings", None)
+        if known is not None and wanted > known:
+            raise SparseFlashError(
+                f"{tokens} tokens and {new} behind them: the model knows {known} positions; ask for at most "
+                f"{known - new} --tokens"
+            )
+        return cls(model, ids.to(model.device), new)
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt itself."""
+        return self.ids.shape[1] - self.new
+
+    def under(self, method: Method | None, layers: Sequence[int] | None) -> AbstractContextManager[Any]:
+        """The model with a method in its prompts (None: dense)."""
+        from sparseflash.integrations.transformers import sparse
+
+        return sparse(self.model, prefill=method, layers=layers)
+
+    @torch.no_grad()
+    def first(self) -> Tensor:
+        """The logits of the first new token: what a user waits for."""
+        prompt = self.ids[:, : self.tokens]
+        return self.model(prompt, use_cache=True, logits_to_keep=1).logits
+
+    @torch.no_grad()
+    def judge(self, method: Method | None, layers: Sequence[int] | None) -> tuple[float, Tensor]:
+        """The loss on the prompt, nats a token; and log-probabilities of the next tokens, `[new, words]`."""
+        prompt, behind = self.ids[:, : self.tokens], self.ids[:, self.tokens : -1]
+        with self.under(method, layers):
+            out = self.model.base_model(prompt, use_cache=True)
+        read, loss = out.last_hidden_state[0], 0.0
+        for rows, words in zip(read[:-1].split(CHUNK), prompt[0, 1:].split(CHUNK), strict=True):
+            loss += float(torch.nn.functional.cross_entropy(self._logits(rows), words, reduction="sum"))
+        with self.under(None, layers):
+            last = self.model.base_model(behind, past_key_values=out.past_key_values, use_cache=True)
+        following = self._logits(torch.cat([read[-1:], last.last_hidden_state[0]]))
+        return loss / max(self.tokens - 1, 1), following.log_softmax(-1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Of some tokens: all of a long prompt are larger than the model."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def measure(
+    prompt: Prompt,
+    cases: Mapping[str, Method],
+    *,
+    layers: Sequence[int] | None = None,
+    rounds: int = 3,
+    stock: bool = True,
+    on_run: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """One row a case: stock attention, our dense attention, and each method.
+
+    Parameters
+    ----------
+    prompt : Prompt
+    cases : mapping
+        Methods by the name of their row.
+    layers : sequence of int, optional
+        Where methods serve; None: in all layers that have no window of their own.
+    rounds : int
+        Times of each case, in turn with all others; 0 takes none.
+    stock : bool
+        Whether the model's own implementation is a case.
+
+    Yields
+    ------
+    dict
+        ``case``, ``tokens``; ``ms`` to the first token (median) and ``gain`` over our dense attention;
+        ``kept`` and ``recall``, means over the layers and heads that a method serves, and ``recall_worst``;
+        ``attention_gain``, of these layers' attention alone, selection included; ``loss``, and ``kl``.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from sparseflash.bench.prompts import Prompt, measure
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> prompt = Prompt(LlamaForCausalLM(config).eval(), torch.arange(100)[None], new=10)
+    >>> window = sf.methods.SinkWindow(window=16)
+    >>> [row["case"] for row in measure(prompt, {"window": window}, rounds=1)]
+    ['sdpa', 'dense', 'window']
+    """
+    spent = times(prompt, cases, layers=layers, rounds=rounds, stock=stock, on_run=on_run) if rounds else {}
+    lost = {row["case"]: row for row in losses(prompt, cases, layers=layers, on_run=on_run)}
+    for name in dict.fromkeys((*spent, *lost)):
+        row: Row = lost.get(name) or {"bench": "prompts", "case": name, "tokens": prompt.tokens}
+        if name in spent:
+            row |= {"rounds": rounds, "ms": spent[name].median * 1e3}
+            row |= {"gain": spent["dense"].over(spent[name])}
+        yield row
+
+
+def losses(
+    prompt: Prompt,
+    cases: Mapping[str, Method],
+    *,
+    layers: Sequence[int] | None = None,
+    on_run: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """What dense attention and each method see and lose: the rows of `measure` without its times."""
+    on_run("dense: what it loses")
+    loss, dense = prompt.judge(None, layers)
+    same: Row = {"bench": "prompts", "tokens": prompt.tokens, "new": prompt.new}
+    yield {"case": "dense", **same, "kept": 1.0, "recall": 1.0, "recall_worst": 1.0, "loss": loss, "kl": 0.0}
+    for name, method in cases.items():
+        on_run(f"{name}: what it sees and loses")
+        loss, found = prompt.judge(method, layers)
+        kl = {"loss": loss, "kl": divergence(dense, found), "method": repr(method)}
+        yield {"case": name, **same, **_seen(prompt, method, layers), **kl}
+
+
+def times(
+    prompt: Prompt,
+    cases: Mapping[str, Method],
+    *,
+    layers: Sequence[int] | None = None,
+    rounds: int = 3,
+    stock: bool = False,
+    on_run: Callable[[str], None] = lambda text: None,
+) -> dict[str, Timing]:
+    """Seconds to the first token: dense, each method, and the model's own attention, in turn."""
+    runs: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
+    if stock:
+        runs[prompt.model.config._attn_implementation] = nullcontext
+    for name, method in {"dense": None, **cases}.items():
+        runs[name] = functools.partial(prompt.under, method, layers)
+    found: dict[str, Timing] = {}
+    for n in range(rounds + 1):
+        for name, under in runs.items():
+            on_run(f"{name}, " + (f"round {n} of {rounds}" if n else "warming up"))
+            with under():
+                spent = seconds(prompt.first)
+            if n:
+                found[name].times.append(spent)
+            else:
+                found[name] = Timing(spent)
+    return found
+
+
+def divergence(dense: Tensor, sparse: Tensor) -> float:
+    """Kullback-Leibler divergence from dense to sparse log-probabilities `[n, words]`, mean over the n."""
+    return float((dense.exp() * (dense - sparse)).sum(-1).mean())
+
+
+def _seen(prompt: Prompt, method: Method, layers: Sequence[int] | None) -> Row:
+    """What the layers with a method see of a prompt."""
+    from sparseflash.integrations.transformers import report
+
+    with prompt.under(method, layers):
+        rows = [
+            row
+            for row in report(prompt.model, input_ids=prompt.ids[:, : prompt.tokens], logits_to_keep=1)
+            if set(row.methods) != {"dense"}
+        ]
+    if not rows:
+        raise SparseFlashError(
+            f"{method!r} serves none of the layers: they have windows of their own; name layers"
+        )
+    kept, recall = ([x for row in rows for x in getattr(row, name)] for name in ("density", "recall"))
+    dense, sparse = (sum(getattr(row, name) for row in rows) for name in ("dense_seconds", "seconds"))
+    return {
+        "kept": sum(kept) / len(kept),
+        "recall": sum(recall) / len(recall),
+        "recall_worst": min(recall),
+        "attention_gain": dense / sparse,
+    }

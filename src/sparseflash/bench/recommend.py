@@ -1,0 +1,208 @@
+"""Which method to take for the prompts of a model: trials on its texts, and a profile of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+from sparseflash.bench import figures, results
+from sparseflash.bench.prompts import Prompt, losses, times
+from sparseflash.bench.results import Row
+from sparseflash.bench.session import show
+from sparseflash.calibrate import EVERY, Profile, Setting, search
+from sparseflash.errors import SparseFlashError
+
+LEAST = 1.03
+"""The gain to the first token from which on a method is worth its loss: less is noise."""
+
+
+def candidates(tokens: int) -> dict[str, dict[str, Any]]:
+    """What is tried for prompts of that many tokens: methods at two or three budgets, by a name for each."""
+
+    def of(part: int, least: int = 16) -> int:
+        return max(least, tokens // part)
+
+    vertical_slash = {"method": "minference", "share": "sum", "near": min(30, of(64)), "last": 96}
+    tried: list[dict[str, Any]] = [
+        *({"method": "sink-window", "window": of(n)} for n in (8, 4)),
+        *({"method": "tri-shape", "window": of(n), "sinks": min(128, of(8))} for n in (8, 4)),
+        *(vertical_slash | {"vertical": of(v), "slash": of(s)} for v, s in ((32, 24), (16, 12), (10, 6))),
+        *({"method": "flexprefill", "gamma": gamma, "halo": True} for gamma in (0.9, 0.95)),
+        *({"method": "xattention", "threshold": p} for p in (0.9, 0.95)),
+        *({"method": "flashprefill", "alpha": a} for a in (0.1, 0.02)),
+        *({"method": "anchor-attention", "theta": theta} for theta in (5.0, 8.0)),
+        {"method": "pbs-attn"},
+    ]
+    return {_name(setting): setting for setting in tried}
+
+
+def run(
+    model: str,
+    names: Sequence[str],
+    prompts: Sequence[Prompt],
+    out: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    rounds: int = 2,
+    max_kl: float = 0.005,
+    tried: Mapping[str, Setting] | None = None,
+) -> Profile | None:
+    """Try every candidate on every text, show the frontier, and keep the best one's profile in a folder.
+
+    Parameters
+    ----------
+    model, names : str, sequence of str
+        Names of the model and of the texts, for the rows.
+    prompts : sequence of Prompt
+        One for each text.
+    out : Path
+        Folder of `trials.csv` (written trial by trial, and gone on with), `frontier.svg` and `profile.json`.
+    layers : sequence of int, optional
+        Where methods serve.
+    rounds : int
+        Times of each that loses little enough, in turn.
+    max_kl : float
+        The most that probabilities of the next tokens may differ from those after a dense prompt: mean of
+        the Kullback-Leibler divergence over tokens and texts.
+    tried : mapping, optional
+        Settings by name; by default `candidates(tokens)`.
+
+    Returns
+    -------
+    Profile or None
+        None: dense attention is best.
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    tokens = prompts[0].tokens
+    settings = dict(candidates(tokens) if tried is None else tried)
+    methods = {name: _method(setting) for name, setting in settings.items()}
+    sheet = results.Sheet(out / "trials.csv", _before(out / "trials.csv"))
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_run(text: str) -> None:
+            bar.update(task, description=text)
+
+        for name, prompt in zip(names, prompts, strict=True):
+            here = {"model": model, "text": name, "tokens": str(tokens)}
+            known = {row["case"] for row in sheet.rows if here.items() <= row.items()}
+            left = {case: method for case, method in methods.items() if case not in known}
+            for row in losses(prompt, left, layers=layers, on_run=on_run) if left else ():
+                if row["case"] in left:
+                    slug = settings[row["case"]]["method"]
+                    sheet.append(row | here | {"bench": "recommend", "slug": slug})
+        trials = {case: _mean(sheet.rows, model, names, tokens, case) for case in methods}
+        near = {case: methods[case] for case, trial in trials.items() if trial["kl"] <= max_kl}
+        if near:
+            spent = times(prompts[0], near, layers=layers, rounds=rounds, on_run=on_run)
+            for case in near:
+                trials[case] |= {"ms": spent[case].median * 1e3, "gain": spent["dense"].over(spent[case])}
+    figures.redraw(out / "trials.csv")
+    show(
+        sorted(trials.values(), key=lambda trial: trial["kl"]),
+        out / "trials.csv",
+        ("case", "kl", "kept", "recall", "attention_gain", "gain", "ms"),
+    )
+    best = max(
+        (trial for trial in trials.values() if trial.get("gain")), key=lambda t: t["gain"], default=None
+    )
+    if best is None or best["gain"] < LEAST:
+        why = (
+            f"no method differs by at most {max_kl:g}"
+            if best is None
+            else f"the fastest, {best['case']}, brings {best['gain']:.2f}x to the first token"
+        )
+        print(f"dense attention is best for {tokens} tokens of {model}: {why}")
+        return None
+    heads = prompts[0].model.config.get_text_config().num_attention_heads
+    profile = Profile.of(model, {EVERY: [settings[best["case"]]] * heads})
+    where = profile.save(out / "profile.json")
+    print(
+        f"{best['case']}: {best['gain']:.2f}x to the first token, {best['attention_gain']:.1f}x in "
+        f"attention, at a KL of {best['kl']:.2g} (recall {best['recall']:.3f} at {best['kept']:.3f} of the "
+        f"pairs); {where}"
+    )
+    return profile
+
+
+def patterns(
+    model: str, texts: Sequence[str], tokens: int, layers: Sequence[int], path: Path, *, progress: bool = True
+) -> Profile:
+    """The pattern of MInference for every head: that which finds most of dense attention beyond chance.
+
+    The score of a pattern is its recall less the share of pairs that it sees, which is what a random choice
+    of as many would hold: so dense attention scores 0, as chance does. Mean over the texts.
+
+    Papers: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3.2 (its search is at equal cost).
+    """
+    from sparseflash.bench import capture
+
+    captured = [capture.of_model(model, text, tokens, layers)[0] for text in texts]
+    numbers = sorted({int(name.split(".")[1]) for name in captured[0]})
+
+    def score(number: int, setting: Setting) -> list[float]:
+        found = [
+            _beyond_chance(setting, *(tensors[f"layer.{number}.{x}"].float() for x in "qk"))
+            for tensors in captured
+        ]
+        return torch.stack(found).mean(0).tolist()
+
+    part = {n: max(16, tokens // n) for n in (64, 24, 16, 12, 6)}
+    same = {"method": "minference"}
+    tried = [
+        *(
+            same | {"pattern": "vertical-slash", "vertical": part[v], "slash": part[s], "near": 30}
+            for v, s in ((16, 12), (64, 6), (6, 24))
+        ),
+        same | {"pattern": "a-shape", "vertical": part[64], "slash": part[6]},
+        same | {"pattern": "block-sparse", "blocks": max(2, part[6] // 64)},
+    ]
+    return search(model, numbers, tried, score, path=path, progress=progress)
+
+
+@torch.no_grad()
+def _beyond_chance(setting: Setting, q: Tensor, k: Tensor) -> Tensor:
+    """Recall less the share of pairs seen, of each query head [Hq]."""
+    plan = _method(setting).select(q, k).plan
+    seen = sf.attention(torch.zeros_like(q), torch.zeros_like(k), k, plan, return_lse=True)[1].exp()
+    T = q.shape[2]
+    return sf.recall(q, k, plan).mean((0, 2)) - seen.sum((0, 2)) / (len(q) * T * (T + 1) / 2)
+
+
+def _method(setting: Setting) -> Any:
+    given = dict(setting)
+    return sf.methods.get(given.pop("method"), **given)
+
+
+def _name(setting: Setting) -> str:
+    """The slug and what is set, such as "sink-window window=512"."""
+    skip = ("method", "share", "near", "last", "halo", "sinks")
+    return " ".join([setting["method"], *(f"{n}={x}" for n, x in setting.items() if n not in skip)])
+
+
+def _before(path: Path) -> list[Row]:
+    """The rows of an earlier run."""
+    return [dict(row) for row in results.read(path, "case", "text", "tokens", "kl")] if path.exists() else []
+
+
+def _mean(rows: Sequence[Row], model: str, names: Sequence[str], tokens: int, case: str) -> Row:
+    """The figures of a case, mean over the texts."""
+    own = {
+        (row["text"], row["case"]): row
+        for row in rows
+        if (row["model"], str(row["tokens"])) == (model, str(tokens))
+    }
+    found: Row = {"case": case}
+    for figure in ("kl", "loss", "kept", "recall", "attention_gain"):
+        found[figure] = sum(float(own[name, case][figure]) for name in names) / len(names)
+    if not found["kl"] == found["kl"]:
+        raise SparseFlashError(f"{case}: the probabilities of the next tokens are NaN")
+    return found
