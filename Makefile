@@ -58,7 +58,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt $(TORCH_ARGS) torch
 	@echo 'setup: the library and every extra'
 	@$(PIP) install -c constraints.txt hatchling editables
-	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[triton,transformers,train,bench,masks,gguf,dev]'
+	@$(PIP) install -c constraints.txt --no-build-isolation -e '.[triton,transformers,diffusers,train,bench,masks,gguf,dev]'
 	@touch $@
 	@echo 'setup: done'
 

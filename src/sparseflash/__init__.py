@@ -29,9 +29,11 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`sf.transformers`, loaded when it is first asked for (it imports Transformers); and names of 0.1."""
+    """`sf.transformers` and `sf.diffusers`, loaded when first asked for (they import these); names of 0.1."""
     if name == "transformers":
         return importlib.import_module("sparseflash.integrations.transformers")
+    if name == "diffusers":
+        return importlib.import_module("sparseflash.integrations.diffusers")
     if name == "explain":
         _moved.warn("sparseflash.explain", "sparseflash.predict")
         return predict

@@ -92,6 +92,10 @@ class Session:
         """Forget all states."""
         self._states.clear()
 
+    def forget(self, branch: Hashable) -> None:
+        """Forget the states of one branch: it begins anew."""
+        self._states = {key: state for key, state in self._states.items() if key[1] != branch}
+
 
 def _key(ctx: Context) -> tuple[Hashable, ...]:
     return ctx.get("layer"), ctx.get("branch"), ctx.get("slot")

@@ -1,0 +1,20 @@
+"""Any method inside the transformers of Diffusers: `with sf.diffusers.sparse(pipe.transformer, method)`.
+
+Importing this package imports Diffusers, and changes nothing of it.
+"""
+
+from __future__ import annotations
+
+from ...errors import SparseFlashError
+
+try:
+    import diffusers  # noqa: F401  # what is missing is said here, once
+except ImportError as missing:
+    raise SparseFlashError(
+        f"Diffusers is needed ({missing}): pip install 'sparseflash[diffusers]'"
+    ) from missing
+
+from .host import Report, sparse
+from .layouts import LAYOUTS
+
+__all__ = ["LAYOUTS", "Report", "sparse"]
