@@ -351,6 +351,22 @@ CASES = [
         2102748155,
     ),
     Case(
+        "last-dense",
+        {"method": sf.methods.PBSAttn(threshold=0.3, block=16, segment=32), "rows": 16},
+        {"method": sf.methods.Window(window=20), "rows": 256},
+        [
+            {"method": sf.methods.Window(window=9), "rows": 0},
+            {"method": sf.methods.Window(window=9)},
+            {"method": sf.methods.Window(window=90)},
+            {"method": sf.methods.Window(window=90), "rows": 512},
+        ],
+        (0.3, 0.6),
+        3591541521,
+        needles=("question",),
+        seeking={"rows": 32},
+        chunk=32,
+    ),
+    Case(
         "flexprefill",
         {"gamma": 0.3, "tau": 0.0, "block": 16, "min_budget": 16},
         {"gamma": 1.0, "block": 16},

@@ -695,3 +695,39 @@ def test_in_a_model_of_transformers(method, full):
         with sf.transformers.sparse(model, prefill=now):
             changes.append((model(ids).logits - dense).abs())
     assert changes[0][:, :9].max() < 1e-5 < 1e-4 < changes[0].max() and changes[1].max() < 1e-5
+
+
+# ---------------------------------------------------------------- last queries
+
+
+@pytest.mark.parametrize(
+    ("inner", "tile"),
+    [
+        (sf.methods.PBSAttn(threshold=0.3, block=16, segment=32), 16),  # its rows are permuted
+        (sf.methods.MInference(vertical=9, slash=4, near=2, sinks=1, last=9), 64),
+        (sf.methods.MMInference(strides=(4, 9), sinks=2, near=5, last=16), 64),  # several plans
+        (sf.methods.AnchorAttention(theta=0.5, block=16, step=2), 16),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+@pytest.mark.parametrize(("rows", "at"), [(0, 0), (40, 0), (1, 129), (999, 0)])
+def test_the_last_rows_see_everything_and_the_others_what_they_would(inner, tile, rows, at, generator):
+    q, k = (torch.randn(2, H, T, 16, generator=generator) for H, T in ((4, 300), (2, 300 + at)))
+    ctx = {"q_offset": at}
+    outer = sf.methods.LastDense(inner, rows=rows)
+    mask, want = (mask_of(x.select(q, k, ctx).plan).expand(2, 4, -1, -1) for x in (outer, inner))
+    first = max(0, 300 - rows)
+    past = torch.arange(300 + at) <= torch.arange(300)[:, None] + at
+    assert torch.equal(mask[:, :, first:], past[first:].expand(2, 4, -1, -1))
+    kept = [torch.equal(mask[:, :, r], want[:, :, r]) for r in range(first)]
+    assert all(kept[: first // tile * tile])
+    out = outer(q, k, k, ctx=ctx)
+    torch.testing.assert_close(out, sf.attention(q, k, k, sf.Plan.from_mask(mask)), atol=2e-6, rtol=0)
+
+
+def test_dense_rows_want_a_method_of_the_rows_themselves(generator):
+    q = torch.randn(1, 2, 60, 16, generator=generator)
+    with pytest.raises(sf.SparseFlashError, match="no method: expected LastDense"):
+        sf.methods.LastDense()(q, q, q)
+    with pytest.raises(sf.SparseFlashError, match="method='window': expected a method"):
+        sf.methods.LastDense("window")

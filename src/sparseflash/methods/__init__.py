@@ -18,6 +18,7 @@ from .flashprefill import FlashPrefill
 from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
+from .last_dense import LastDense
 from .minference import MInference
 from .mminference import MMInference
 from .orion_msp import OrionMSP
@@ -53,6 +54,7 @@ __all__ = [
     "Documents",
     "GridWindow",
     "HashSparse",
+    "LastDense",
     "MInference",
     "Method",
     "PrefixLM",

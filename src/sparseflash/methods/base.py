@@ -360,7 +360,7 @@ def _each(check: Callable[[Method], None]) -> Callable[[Method], None]:
 
 def check_context(method: Method, ctx: Context) -> None:
     """Refuse what `ctx` holds and the method's result would leave out."""
-    name, reads = type(method).__name__, type(method).reads
+    name, reads = type(method).__name__, method.reads
     for key, value in ctx.items():
         taken = UNREAD.get(key)
         if key in reads or taken is ... or (key in UNREAD and same_offset(value, taken)):

@@ -113,7 +113,7 @@ class QKSparse(Method):
         ctx = ctx or {}
         q_keep, k_keep = ctx.get("q_keep"), ctx.get("k_keep")
         if q_keep is None or k_keep is None:
-            drawn = self.keep(q, k, step=ctx.get("step", 0))
+            drawn = self.keep(q, k, step=ctx.get("step") or 0)
             q_keep = drawn[0] if q_keep is None else q_keep
             k_keep = drawn[1] if k_keep is None else k_keep
         check_tokens("q_keep", q_keep, q.shape[2], q)

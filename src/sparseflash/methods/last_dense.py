@@ -1,0 +1,96 @@
+"""Any method, and last queries that see everything: questions stand at the end of a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..plan import Plan, Plans
+from .base import Context, Method, Selection, check_counts
+
+
+@dataclass(frozen=True)
+class LastDense(Method):
+    """The last queries of a prompt see everything before them, the others what a method selects.
+
+    Methods that judge blocks by their means miss the single keys that a question asks for; a few dense rows
+    cost next to nothing and keep them.
+
+    Papers: the dense last rows of SCBench's tri-shape, arXiv 2412.10319, and of XAttention's released code,
+    arXiv 2503.16428.
+
+    Parameters
+    ----------
+    method : Method
+        What decides for the others.
+    rows : int
+        Last queries of a call that see everything; rounded up so that whole tiles of the method do.
+
+    Notes
+    -----
+    Of `ctx`: `q_offset`, the position of the first query, and what the method reads (`scale`, `softcap`).
+    A bias that the method adds to keys is added for the dense rows too.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> method = sf.methods.LastDense(sf.methods.BlockTopK(blocks=2, block=64), rows=64)
+    >>> seen = method.select(q, k).plan.to_dense()[0, 0].sum(-1)
+    >>> int(seen[500]) < 200, seen[-64:].tolist() == list(range(961, 1025))
+    (True, True)
+    """
+
+    method: Method | None = None
+    rows: int = 64
+
+    reads = ("q_offset",)
+    paper = "arXiv 2412.10319"
+    phases = ("prefill",)
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, 0, "rows")
+        if not (self.method is None or isinstance(self.method, Method)):
+            raise SparseFlashError(f"method={self.method!r}: expected a method, such as BlockTopK()")
+        inner = () if self.method is None else self.method.reads
+        object.__setattr__(self, "reads", tuple(dict.fromkeys((*type(self).reads, *inner))))
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """What the method selects, but for the last rows, and all that these reach."""
+        if self.method is None:
+            raise SparseFlashError("LastDense() has no method: expected LastDense(BlockTopK()), for example")
+        selection = self.method.select(q, k, ctx)
+        if selection.inputs is not None:
+            raise SparseFlashError(f"{self.method!r} attends other rows than it is given: none are dense")
+        own = selection.plan if isinstance(selection.plan, (tuple, list)) else (selection.plan,)
+        Tq, Tk, tile = q.shape[2], k.shape[2], math.lcm(*(plan.tile for plan in own))
+        first = max(0, Tq - self.rows) // tile * tile
+        ends = torch.zeros(-(-Tq // tile), 1, 2, dtype=torch.int64, device=q.device)
+        ends[first // tile :, :, 1] = Tk
+        at = (ctx or {}).get("q_offset", 0)
+        dense = Plan.from_spans(ends[None, None], Tq=Tq, Tk=Tk, tile=tile, causal=True, q_offset=at)
+        return dataclasses.replace(selection, plan=Plans((*(_before(first, one) for one in own), dense)))
+
+    def observe(
+        self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
+    ) -> Any:
+        """What the method observes."""
+        assert self.method is not None
+        return self.method.observe(q, k, out, lse, selection, ctx)
+
+
+def _before(first: int, plan: Plan) -> Plan:
+    """The plan for the tokens before the first dense one, which begins a tile."""
+    if plan.q_order is not None:
+        return plan._changed(q_order=torch.where(plan.q_order < first, plan.q_order, -1))
+    there = torch.arange(-(-plan.Tq // plan.tile), device=plan.device) * plan.tile < first
+    lists = ("count", "full", "span_count", "span_full")
+    some = {name: x for name in lists if (x := getattr(plan, name)) is not None}
+    return plan._changed(**{name: torch.where(there, x, 0) for name, x in some.items()})
