@@ -67,6 +67,8 @@ class LastDense(Method):
         if self.method is None:
             raise SparseFlashError("LastDense() has no method: expected LastDense(BlockTopK()), for example")
         selection = self.method.select(q, k, ctx)
+        if self.rows == 0:
+            return selection
         if selection.inputs is not None:
             raise SparseFlashError(f"{self.method!r} attends other rows than it is given: none are dense")
         own = selection.plan if isinstance(selection.plan, (tuple, list)) else (selection.plan,)

@@ -36,6 +36,9 @@ def prefill(
     profile: Annotated[
         Path | None, typer.Option(help="Or a profile: a method of its own for every head of every layer.")
     ] = None,
+    last_dense: Annotated[
+        int, typer.Option(min=0, help="Last rows of the prompt that see everything, whatever the method.")
+    ] = 0,
     model: Model = "smollm2",
     tokens: Tokens = 4096,
     layers: Layers = "",
@@ -67,6 +70,8 @@ def prefill(
         method, chosen = f"profile {profile.name}", methods.Profiled(Profile.load(profile))
     else:
         chosen = methods.get(method, **options.settings(changes))
+    if last_dense:
+        chosen = methods.LastDense(chosen, rows=last_dense)
     prepared = _prompts(model, text, tokens, dtype, new)
     for path, prompt in zip(text, prepared, strict=True):
         named = out if len(text) == 1 else out.with_stem(f"{out.stem}-{path.stem}")

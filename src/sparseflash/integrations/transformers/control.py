@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SparseFlashError
-from ...methods.base import Method, Selection, find, names
+from ...methods.base import UNREAD, Method, Selection, find, names
 from ...methods.session import Session
 from ...plan.options import same_offset
 from .._host import exact, over
@@ -20,6 +21,7 @@ from .attention import SETTING
 from .layers import Layer, chosen
 from .mask import Plain, SparseMask
 from .packed import gather, scatter
+from .tokens import Ear, heard
 
 Heads = Sequence[Method | None]
 Choice = Method | Heads | Mapping[int, Any] | None
@@ -89,15 +91,16 @@ def sparse(
         if strange := set(choice) - set(numbers):
             raise SparseFlashError(f"methods for the layers {sorted(strange)}, which are not among {numbers}")
     settings = [_setting(layer, prefill, decode) for layer in picked]
-    with on_sparse(model), attached(picked, settings):
+    with on_sparse(model), heard(model) as ear, attached(picked, settings, ear):
         yield model
 
 
 @contextmanager
-def attached(layers: Sequence[Layer], settings: Sequence[Any]) -> Iterator[None]:
+def attached(layers: Sequence[Layer], settings: Sequence[Any], ear: Ear | None = None) -> Iterator[None]:
     """Settings on the modules of layers, and what was there before afterwards."""
     before = [getattr(layer.module, SETTING, None) for layer in layers]
-    hooks = [layer.module.register_forward_pre_hook(_overhear, with_kwargs=True) for layer in layers]
+    overhear = functools.partial(_overhear, ear)
+    hooks = [layer.module.register_forward_pre_hook(overhear, with_kwargs=True) for layer in layers]
     try:
         for layer, setting in zip(layers, settings):
             setattr(layer.module, SETTING, setting)
@@ -110,11 +113,13 @@ def attached(layers: Sequence[Layer], settings: Sequence[Any]) -> Iterator[None]
             vars(layer.module).pop(OVERHEARD, None)
 
 
-def _overhear(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Keep what an attention module is told and does not hand on: its cache, the rotation of its queries."""
+def _overhear(ear: Ear | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Keep what an attention module, or its model, is told and does not hand on: cache, rotation, tokens."""
     if not torch.compiler.is_compiling():
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-        vars(module)[OVERHEARD] = {"cache": cache, "rope": kwargs.get("position_embeddings")}
+        told = {"cache": cache, "rope": kwargs.get("position_embeddings")}
+        tokens = None if ear is None else ear.tokens
+        vars(module)[OVERHEARD] = told if tokens is None else told | tokens._asdict()
 
 
 @contextmanager
@@ -167,7 +172,7 @@ class Setting:
     watch: Callable[..., None] | None = None
     sessions: Sessions = dataclasses.field(default_factory=Sessions)
     told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the call that runs: cache and rope, where they are known."""
+    """Of the call that runs: cache, rope, modality and grid, where they are known."""
 
     def __call__(
         self,
@@ -181,7 +186,7 @@ class Setting:
         """Attention of this layer, out `[B,Hq,S,Dv]`."""
         told = vars(module).pop(OVERHEARD, None)
         if told is not None:
-            self = dataclasses.replace(self, told=_of_all_keys(module, told, k.shape[2]))
+            self = dataclasses.replace(self, told=_of_all_keys(module, told, q.shape[2], k.shape[2]))
         choice = self.decode if q.shape[2] == 1 and k.shape[2] > 1 else self.prefill
         mask = mask if choice is None else mask.for_methods()
         if isinstance(choice, Sequence):
@@ -256,7 +261,8 @@ class Setting:
         session = self.sessions.of(self.told.get("cache"), method)
         scale = k.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
         own = {"v": v, "q_offset": offset, "scale": scale, "softcap": options["softcap"]}
-        return session, session.context({**self.told, **own, "layer": self.layer.index})
+        told = {x: self.told[x] for x in self.told if x == "slot" or x in UNREAD or x in method.reads}
+        return session, session.context({**told, **own, "layer": self.layer.index})
 
     def _select(self, session: Session, q: Tensor, k: Tensor, ctx: dict[str, Any]) -> Selection:
         """What the method selects, its plans as a tuple."""
@@ -273,10 +279,16 @@ class Setting:
         told = dict(self.told)
         if rows is not None:
             told["slot"] = tuple(rows.tolist())
-        if "rope" in told and keys is not None:
+        if keys is not None:
             batch = len(keys) if rows is None else 1 + int(rows.max())
-            wide = (x if x.shape[0] > 1 else x.expand(batch, -1, -1) for x in told["rope"])
-            told["rope"] = tuple(gather(x[:, None], rows, keys)[:, 0] for x in wide)
+
+            def moved(x: Tensor) -> Tensor:
+                return gather((x if x.shape[0] > 1 else x.expand(batch, -1, -1))[:, None], rows, keys)[:, 0]
+
+            if "rope" in told:
+                told["rope"] = tuple(map(moved, told["rope"]))
+            if "modality" in told:
+                told["modality"] = moved(told["modality"][..., None])[..., 0]
         return dataclasses.replace(self, told=told)
 
     def _unpadded(
@@ -374,9 +386,15 @@ class Setting:
 _rotations = Rotations()
 
 
-def _of_all_keys(module: nn.Module, told: Mapping[str, Any], keys: int) -> dict[str, Any]:
-    """What a module was told, with the rotation of all keys of its cache in place of that of the new ones."""
+def _of_all_keys(module: nn.Module, told: Mapping[str, Any], new: int, keys: int) -> dict[str, Any]:
+    """What a module was told of its new tokens, with that of all keys of its cache in the place of it."""
     given = {name: x for name, x in told.items() if x is not None}
+    modality = given.pop("modality", None)
+    if modality is not None and modality.shape[1] == new:  # not so in the tower that sees the images
+        whole = _rotations.of(given.get("cache"), "modality", (modality, modality), keys)
+        given |= {} if whole is None else {"modality": whole[0][..., 0]}
+    if "modality" not in given:
+        given.pop("grid", None)
     rope = given.pop("rope", None)
     if isinstance(rope, (tuple, list)) and len(rope) == 2 and all(isinstance(x, Tensor) for x in rope):
         kind = str(getattr(module, "layer_type", getattr(module, "is_sliding", "")))

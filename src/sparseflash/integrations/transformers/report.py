@@ -17,6 +17,7 @@ from .attention import SETTING
 from .control import Setting, attached, on_sparse
 from .layers import Layer, attention_layers
 from .mask import SparseMask
+from .tokens import heard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def report(model: Any, **inputs: Any) -> Report:
     layers = attention_layers(model)
     rows: list[Row] = []
     probes = [_Probe(layer, getattr(layer.module, SETTING, None) or Setting(layer), rows) for layer in layers]
-    with torch.no_grad(), on_sparse(model), attached(layers, probes):
+    with torch.no_grad(), on_sparse(model), heard(model) as ear, attached(layers, probes, ear):
         model(**inputs)
     return Report(tuple(rows))
 

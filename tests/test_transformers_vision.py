@@ -1,0 +1,179 @@
+"""Models that see images and videos: their methods are told which tokens these are, and of what grid."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers as hf
+
+import sparseflash as sf
+from sparseflash.integrations.transformers.tokens import read
+
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "vocab_size": 120, "max_position_embeddings": 512}
+IDS = {"image_token_id": 101, "video_token_id": 102, "vision_start_token_id": 103, "vision_end_token_id": 104}
+GRID = (4, 4, 4)  # frames, rows and columns of tokens: each of them stands for 2 x 2 patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Told(sf.methods.Method):
+    """A method that sees everything and writes down what it was told."""
+
+    heard: list = dataclasses.field(default_factory=list, compare=False, hash=False)
+    reads = ("q_offset", "grid", "modality")
+    phases = ("prefill",)
+    causal_selection = False
+
+    def select(self, q, k, ctx=None):
+        self.heard.append(((ctx or {}).get("modality"), (ctx or {}).get("grid"), ctx["layer"]))
+        plan = sf.Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=ctx["q_offset"])
+        return sf.methods.Selection(plan)
+
+
+def qwen(kind: str):
+    """A tiny model of the Qwen family, and what it takes of a video of GRID."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    if kind == "Qwen2_5_VL":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [0]}
+    else:
+        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    text = TEXT | {"rope_parameters": rope, "head_dim": 16}
+    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=vision, **IDS)
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
+    return model, {
+        "pixel_values_videos": torch.randn(4 * 8 * 8, 3 * 2 * 4 * 4),
+        "video_grid_thw": torch.tensor([[4, 8, 8]]),
+    }
+
+
+def llava(kind: str):
+    """A tiny model of the LLaVA family, and what it takes of a video of GRID: it is given no sizes."""
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    ids = {"image_token_index": 101, "video_token_index": 102, "vision_feature_layer": -1}
+    more = {"spatial_pool_stride": 1} if kind == "LlavaNextVideo" else {}
+    config = getattr(hf, f"{kind}Config")(
+        vision_config=vision, text_config=hf.LlamaConfig(**TEXT), **ids, **more
+    )
+    model = getattr(hf, f"{kind}ForConditionalGeneration")(config).eval()
+    return model, {"pixel_values_videos": torch.randn(1, 4, 3, 16, 16)}
+
+
+def prompt(before: int, behind: int, frame: int = 16, frames: int = 4, stamps: int = 0):
+    """Text, a video (with text before each frame) and text: ids, and which of them are the video."""
+    parts = [torch.randint(1, 100, (before,))]
+    for _ in range(frames):
+        parts += [torch.randint(1, 100, (stamps,)), torch.full((frame,), 102)]
+    ids = torch.cat([*parts, torch.randint(1, 100, (behind,))])[None]
+    return ids, (ids == 102).long()
+
+
+def text_layers(model):
+    return [x.name for x in sf.transformers.attention_layers(model) if "language_model" in x.name]
+
+
+FAMILIES = {"Qwen2_5_VL": qwen, "Qwen3VL": qwen, "LlavaNextVideo": llava, "VideoLlava": llava}
+
+
+def made(kind):
+    torch.manual_seed(0)
+    model, seen = FAMILIES[kind](kind)
+    frame = 17 if kind == "VideoLlava" else 16  # with a token for the whole frame
+    ids, video = prompt(9, 23, frame, stamps=2 if kind == "Qwen3VL" else 0)
+    given = {"input_ids": ids, **seen}
+    if FAMILIES[kind] is qwen:
+        given["mm_token_type_ids"] = (2 * video).int()
+    return model, given, video, (4, 17) if frame == 17 else GRID
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_method_hears_of_every_token_what_it_shows_and_of_which_grid(kind):
+    model, given, video, grid = made(kind)
+    told = Told()
+    with torch.no_grad(), sf.transformers.sparse(model, prefill=told, layers=text_layers(model)):
+        model(**given)
+    assert len(told.heard) == 2
+    for modality, shape, _ in told.heard:
+        assert torch.equal(modality, video) and shape == grid
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("pattern", ["grid", "2d-boundary"])
+def test_at_full_budget_the_model_is_itself(kind, pattern):
+    model, given, _, _ = made(kind)
+    budget = {"near": 512} if pattern == "grid" else {"vertical": 512, "slash": 512}
+    method = sf.methods.MMInference(pattern=pattern, **budget)
+    with torch.no_grad():
+        want = model(**given).logits
+        with sf.transformers.sparse(model, prefill=method, layers=text_layers(model)):
+            torch.testing.assert_close(model(**given).logits, want, atol=1e-5, rtol=1e-4)
+
+
+def test_tokens_of_a_padded_batch_move_with_it_and_those_of_a_cache_stay_known():
+    model, given, video, _ = made("Qwen2_5_VL")
+    ids = given["input_ids"]
+    text = torch.randint(1, 100, (1, 50))
+    pad = ids.shape[1] - 50
+    both = torch.cat([ids, torch.nn.functional.pad(text, (pad, 0))])
+    given |= {
+        "input_ids": both,
+        "mm_token_type_ids": torch.nn.functional.pad(given["mm_token_type_ids"], (0, 0, 0, 1)),
+        "attention_mask": torch.nn.functional.pad(torch.ones(2, 50, dtype=torch.long), (pad, 0), value=0),
+    }
+    given["attention_mask"][0] = 1
+    told = Told()
+    with torch.no_grad(), sf.transformers.sparse(model, prefill=told, layers=text_layers(model)):
+        cache = model(**given, use_cache=True).past_key_values
+    shown = {modality.shape[1]: modality for modality, *_ in told.heard}
+    assert torch.equal(shown[ids.shape[1]], video) and not shown[50].any()
+
+    told.heard.clear()
+    more, at = torch.randint(1, 100, (2, 5)), torch.arange(200, 205).expand(3, 2, -1)
+    mask = torch.cat([given["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
+    with torch.no_grad(), sf.transformers.sparse(model, prefill=told, layers=text_layers(model)):
+        model(input_ids=more, attention_mask=mask, position_ids=at, past_key_values=cache)
+    shown = {modality.shape[1]: modality for modality, *_ in told.heard if modality is not None}
+    assert torch.equal(shown[ids.shape[1] + 5], torch.nn.functional.pad(video, (0, 5)))
+
+
+def test_a_report_and_a_profile_hear_it_too():
+    model, given, _, _ = made("Qwen2_5_VL")
+    grid = {"method": "mminference", "near": 4, "sinks": 2}
+    profile = sf.methods.Profiled(sf.calibrate.Profile.of("tiny", {-1: [grid] * 4}))
+    inner = sf.methods.MMInference(near=4, sinks=2)
+    with sf.transformers.sparse(
+        model, prefill=sf.methods.LastDense(inner, rows=0), layers=text_layers(model)
+    ):
+        one = sf.transformers.report(model, **given)
+    with sf.transformers.sparse(model, prefill=profile, layers=text_layers(model)):
+        other = sf.transformers.report(model, **given)
+    densities = [[row.density for row in rows if min(row.density) < 1] for rows in (one, other)]
+    assert densities[0] == densities[1] and len(densities[0]) == 2
+
+
+def test_what_a_model_was_told_is_read_with_care():
+    config = hf.Qwen2_5_VLConfig(text_config=dict(TEXT), **IDS)
+    ids = torch.tensor([[1, 102, 102, 101, 5]])
+    assert read(config, {"input_ids": ids}).modality[..., 0].tolist() == [[0, 1, 1, 1, 0]]
+    assert read(hf.LlamaConfig(), {"input_ids": ids}) is None and read(None, {}) is None
+    found = read(config, {"input_ids": ids, "image_grid_thw": torch.tensor([[1, 4, 6]])})
+    assert found.grid == (
+        1,
+        4 // config.vision_config.spatial_merge_size,
+        6 // config.vision_config.spatial_merge_size,
+    )
+    odd = {"input_ids": ids, "pixel_values_videos": torch.zeros(1, 3, 3, 4, 4)}
+    assert read(config, odd).grid is None  # two tokens are not three frames
