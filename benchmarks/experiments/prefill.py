@@ -8,8 +8,10 @@ pairs, mean over queries; `gain` is dense attention's time over that of selectin
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from sparseflash.bench.quality import Dense, density
 from sparseflash.bench.results import Row
 from sparseflash.methods.base import Method, Selection
 
+LAYERS = (4, 15, 21)
 METHODS: Mapping[str, Method] = {
     "tri-shape": methods.TriShape(sinks=128, window=512),
     "block-topk": methods.BlockTopK(),
@@ -37,6 +40,17 @@ METHODS: Mapping[str, Method] = {
     "anchor-attention, theta 5": methods.AnchorAttention(theta=5.0),
     "pbs-attn": methods.PBSAttn(),
 }
+LONG: Mapping[str, Method] = METHODS | {
+    "tri-shape": methods.TriShape(sinks=128, window=1024),
+    "minference": methods.MInference(vertical=500, slash=700),
+    "minference, summed": methods.MInference(vertical=500, slash=700, share="sum"),
+    "minference, summed, near 30": methods.MInference(vertical=500, slash=700, share="sum", near=30),
+    "minference, summed, 96 rows": methods.MInference(vertical=500, slash=700, share="sum", last=96),
+    "minference, largest": methods.MInference(vertical=500, slash=700, share="max"),
+    "anchor-attention, theta 5": methods.AnchorAttention(theta=5.0, step=4),
+    "anchor-attention, theta 5, pooled": methods.AnchorAttention(theta=5.0, step=4, anchor="pooled"),
+}
+"""From 8192 tokens on."""
 
 
 def window_of(T: int, wanted: float) -> Method:
@@ -67,29 +81,34 @@ def measure(
     length: int = 4096,
     rounds: int = 5,
     threads: int = 0,
+    text: Path | None = None,
+    skip: int = 0,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """One row a method: means over the layers of a capture, times of rounds in which all take turns."""
+    """One row a method: means over the layers of a capture, times of rounds in which all take turns.
+
+    With a text (from character `skip` on), `name` is a model, and layers 4, 15 and 21 are listened to.
+    """
+    tried = LONG if length >= 8192 else METHODS
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        captured = capture.load(name)
-        layers = [captured.layer(n, tokens=length) for n in captured.layers]
+        layers = list(_layers(name, length, text, skip))
         found: dict[str, Row] = {}
-        spent: dict[str, list[list[float]]] = {case: [[], [], []] for case in METHODS}
+        spent: dict[str, list[list[float]]] = {case: [[], [], []] for case in tried}
         for at, layer in enumerate(layers):
             selections = {
-                case: m.select(layer.q, layer.k, {"scale": layer.scale}) for case, m in METHODS.items()
+                case: m.select(layer.q, layer.k, {"scale": layer.scale}) for case, m in tried.items()
             }
             for n in range(rounds):
-                for case, method in METHODS.items():
+                for case, method in tried.items():
                     runs = timed(layer, method, selections[case])
                     for times, run in zip(spent[case], runs, strict=True):
                         times.append(seconds(run))
                 on_run(f"layer {at + 1} of {len(layers)}, round {n + 1}")
-            for case in METHODS:
+            for case in tried:
                 row = found.setdefault(case, {})
-                for figure, value in quality(layer, METHODS[case], selections[case]).items():
+                for figure, value in quality(layer, tried[case], selections[case]).items():
                     row[figure] = float(row.get(figure) or 0) + value / len(layers)
         shape: Row = {"bench": "prefill", "capture": name, "T": length, "rounds": rounds}
         for case, row in found.items():
@@ -98,12 +117,25 @@ def measure(
                 for times in spent[case]
             )
             whole = select + attend
-            yield shape | {"case": case, "method": repr(METHODS[case])} | row | {
+            yield shape | {"case": case, "method": repr(tried[case])} | row | {
                 "ms_dense": dense * 1e3, "ms_select": select * 1e3, "ms_attend": attend * 1e3,
                 "share": select / whole, "gain": dense / whole,
             }  # fmt: skip
     finally:
         torch.set_num_threads(before)
+
+
+def _layers(name: str, length: int, text: Path | None, skip: int) -> Iterator[capture.Layer]:
+    if text is None:
+        captured = capture.load(name)
+        yield from (captured.layer(n, tokens=length) for n in captured.layers)
+        return
+    words = text.read_text(encoding="utf-8", errors="replace")[skip:]
+    tensors, about = capture.of_model(name, words, length, LAYERS)
+    said = json.loads(about["layers"])
+    for n in LAYERS:
+        q, k, v = (tensors[f"layer.{n}.{x}"].float().contiguous() for x in "qkv")
+        yield capture.Layer(q, k, v, said[str(n)]["scale"])
 
 
 def timed(layer: capture.Layer, method: Method, selection: Selection) -> tuple[Callable[[], Any], ...]:

@@ -108,6 +108,10 @@ def bench_prefill(
     length: Length = 4096,
     rounds: Rounds = 5,
     threads: Annotated[int, typer.Option(help="Threads; 0 is all.", min=0, max=1024)] = 0,
+    text: Annotated[
+        Path | None, typer.Option(help="A text for the model of that name, in the place of a capture.")
+    ] = None,
+    skip: Annotated[int, typer.Option(help="Characters of the text to leave out.", min=0)] = 0,
 ) -> None:
     """Prefill methods on SmolLM2's queries and keys: time, density, recall, error, beside two controls."""
     from sparseflash.bench.session import session
@@ -116,4 +120,5 @@ def bench_prefill(
 
     columns = ("case", "density", "recall", "window_recall", "random_recall", "ms_select", "share", "gain")
     given = {"name": capture, "length": length, "rounds": rounds, "threads": threads}
+    given |= {"text": text, "skip": skip}
     session("prefill", out, partial(prefill.measure, **given), columns)
