@@ -50,6 +50,16 @@ class Flipped(Method):
         return out.flip(2), lse.flip(2)
 
 
+def test_a_method_takes_dropout(generator):
+    q, k, v, _, _ = inputs(generator, 60)
+    window = sf.methods.Window(16)
+    given = {"dropout_p": 0.3, "dropout_seed": 8}
+    want = sf.attention(q, k, v, window.select(q, k).plan, **given)
+    assert torch.equal(window(q, k, v, **given), want)
+    assert torch.equal(Session(window)(q, k, v, **given), want)
+    assert not torch.equal(window(q, k, v), want)
+
+
 def test_a_method_takes_what_attention_takes(generator):
     q, k, v, _, _ = inputs(generator, 20, 60)
     given = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -526,8 +527,42 @@ def test_arguments_that_would_be_ignored_are_refused():
         run(one, "sparse", input_ids=ids, novelty=torch.ones(1), shift_labels=ids)
     finally:
         sf.transformers.HARMLESS.remove("novelty")
-    with pytest.raises(sf.SparseFlashError, match="dropout 0.1"):
-        run(tiny("llama", attention_dropout=0.1).train(), "sparse", input_ids=ids)
+
+
+@pytest.mark.parametrize("method", [None, sf.methods.Window(24)])
+def test_a_model_trains_with_attention_dropout_and_checkpoints_draw_it_again(method):
+    one, ids = tiny("llama", attention_dropout=0.2), tokens()
+    plain = run(one, "sparse", input_ids=ids)
+    with sf.transformers.sparse(one, method) if method else contextlib.nullcontext():
+        still = run(one, "sparse", input_ids=ids)
+
+        def step(seed):
+            torch.manual_seed(seed)
+            one.zero_grad()
+            out = run(one.train(), "sparse", input_ids=ids)
+            out.square().mean().backward()
+            return out.detach(), torch.cat([x.grad.flatten() for x in one.parameters()])
+
+        first, again, other = step(0), step(0), step(1)
+        one.gradient_checkpointing_enable()
+        repeated = step(0)
+        with torch.no_grad():  # few queries, for which `decode` is faster where nothing is dropped
+            assert not torch.equal(*(run(one, "sparse", input_ids=ids[:, :9]) for _ in range(2)))
+        one.eval()
+        assert torch.equal(run(one, "sparse", input_ids=ids), still)
+    for x, y, z, w in zip(first, again, repeated, other, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z) and not torch.equal(x, w)
+    assert not torch.equal(first[0], plain) and (method is not None or torch.equal(still, plain))
+
+
+def test_dropout_of_a_layer_is_that_of_the_op():
+    layer = sf.transformers.attention_layers(model("llama"))[0].module
+    q, k, v = torch.randn(2, 4, T, 16), *torch.randn(2, 2, 2, T, 16)
+    torch.manual_seed(5)
+    got, _ = sf.transformers.sparse_attention(layer, q, k, v, None, dropout=0.3)
+    torch.manual_seed(5)
+    want = sf.attention(q, k, v, causal=True, dropout_p=0.3)
+    assert torch.equal(got, want.transpose(1, 2))
 
 
 def test_a_whole_graph_compiles():

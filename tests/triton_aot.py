@@ -46,7 +46,7 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIMS = (16, 32, 64, 128, 256)
 T, HEADS = 512, 4
-PLAIN = ("carry", "merge")
+PLAIN = ("carry", "merge", "words")
 """Kernels that multiply no matrices."""
 
 PRODUCTS = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
@@ -163,6 +163,17 @@ def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> No
     backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
 
 
+def dropout(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
+    """The same with dropout."""
+    how: dict[str, Any] = {
+        "options": Softmax(0.1, 0.0, dropout=0.1),
+        "seed": torch.zeros((), dtype=torch.int64),
+    }
+    how["key_bias"] = torch.zeros(1, HEADS, T) if named == "everything" else None
+    out, _, norm = backend.forward(q, q, q, plan, **how, out_dtype=dtype, normed=True)
+    backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
+
+
 def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """One query a head over a cache that heads share in pairs; with everything, the plan's own queries."""
     cap = named == "everything"
@@ -195,7 +206,14 @@ def stick(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     backend.stick_backward(out, rem, q, q, q, plan, Stick(0.1))
 
 
-OPS = {"attention": attention, "decode": decode, "statistics": statistics, "linear": linear, "stick": stick}
+OPS = {
+    "attention": attention,
+    "dropout": dropout,
+    "decode": decode,
+    "statistics": statistics,
+    "linear": linear,
+    "stick": stick,
+}
 
 
 def runs(
@@ -208,7 +226,7 @@ def runs(
             continue
         plan = made[name]().prepare()
         for dtype in dtypes:
-            for dim in dims:
+            for dim in dims if op != "dropout" else [dim for dim in dims if dim >= 64]:
                 q = torch.zeros(1, HEADS, T, dim, dtype=DTYPES[dtype])
                 yield Run(name, dtype, dim, partial(OPS[op], plan, name, q, DTYPES[dtype]))
 
@@ -224,6 +242,7 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
         name = own or self.__name__.removesuffix("_kernel")
         name += ", backward" if kwargs.get("BACKWARD") else ""
         name += ", statistics" if "F" in kwargs and kwargs["F"].STATS else ""
+        name += ", dropout" if "F" in kwargs and kwargs["F"].DROP else ""
         name += ", edges" if kwargs.get("KEEP") else ""
         name += ", against time" if kwargs.get("REVERSE") else ""
         found.append((name, kernel))

@@ -24,6 +24,7 @@ from sparseflash.backends.triton import stick
 from sparseflash.backends.triton.launch import multiprocessors
 from sparseflash.backends.triton.softmax import packed
 from sparseflash.backends.triton.split import work_of
+from test_dropout import left
 
 
 def hold(seed: int, kind: str) -> str:
@@ -42,9 +43,15 @@ def hold(seed: int, kind: str) -> str:
         "key_bias": draw.choice((None, torch.randn(1, 2, plan.Tk, generator=generator))),
         "sink_logits": draw.choice((None, torch.randn(4, generator=generator))),
     }
-    note = f"{example.line}; {dtype}, " + ", ".join(n for n, x in options.items() if x is not None)
+    p = draw.choice((0.0, 0.3))
+    note = f"{example.line}; {dtype}, dropout {p}, " + ", ".join(
+        n for n, x in options.items() if x is not None
+    )
     options = {n: x for n, x in options.items() if x is not None}
-    got = run(q, k, v, plan, backend="triton", dout=dout, dlse=dlse, **options)
+    dropped = {"dropout_p": p, "dropout_seed": seed - 2**40}
+    got = run(q, k, v, plan, backend="triton", dout=dout, dlse=dlse, **options, **dropped)
+    if p:
+        options["factor"] = left(p, seed - 2**40, 2, 4, plan.Tq, plan.Tk).double() / (1 - p)
     shares = tolerance.compare(got, q, k, v, example.mask, dout=dout, dlse=dlse, note=note, **options)
     return f"{max(shares.values()):.2f} of what is allowed; {note}"
 

@@ -20,7 +20,7 @@ FEW = 16
 
 def exact(q: Tensor, k: Tensor, v: Tensor, plan: Plan | Sequence[Plan], options: dict[str, Any]) -> Tensor:
     """Attention over a plan."""
-    return _fastest(q, k, v, *options.values())(q, k, v, plan, **options)
+    return _fastest(q, options, k, v)(q, k, v, plan, **options)
 
 
 def over(
@@ -34,12 +34,13 @@ def over(
 ) -> Tensor:
     """Attention over what the method of a session selected, and what it wants to remember of it."""
     method = session.method
-    op = _fastest(q, k, v, selection.key_bias, *options.values())
+    op = _fastest(q, options, k, v, selection.key_bias)
     out, lse = method.attend(q, k, v, selection, op, **options)
     session.keep(ctx, method.observe(q, k, out, lse, selection, ctx))
     return out
 
 
-def _fastest(q: Tensor, *others: Any) -> Callable[..., Any]:
-    learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, *others))
-    return decode if q.shape[2] <= FEW and not learns else attention
+def _fastest(q: Tensor, options: dict[str, Any], *others: Any) -> Callable[..., Any]:
+    given = (q, *others, *options.values())
+    learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
+    return decode if q.shape[2] <= FEW and not learns and "dropout_p" not in options else attention

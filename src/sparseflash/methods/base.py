@@ -92,6 +92,8 @@ class Options(TypedDict, total=False):
     softcap: float | None
     key_bias: Tensor | None
     sink_logits: Tensor | None
+    dropout_p: float
+    dropout_seed: int | Tensor | None
     q_offset: int | Tensor | None
     backend: str | None
     ctx: Context | None
@@ -188,7 +190,7 @@ class Method:
         ----------
         q, k, v : Tensor
             `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`.
-        scale, softcap, key_bias, sink_logits, return_lse, backend
+        scale, softcap, key_bias, sink_logits, dropout_p, dropout_seed, return_lse, backend
             As in `sparseflash.attention`; a key_bias of the method's own is added.
         q_offset : int or Tensor, optional
             Position of the first query: `ctx["q_offset"]`.
@@ -223,6 +225,8 @@ class Method:
         softcap: float | None = None,
         key_bias: Tensor | None = None,
         sink_logits: Tensor | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: int | Tensor | None = None,
         q_offset: int | Tensor | None = None,
         return_lse: bool = False,
         backend: str | None = None,
@@ -245,6 +249,8 @@ class Method:
             softcap=softcap,
             key_bias=key_bias,
             sink_logits=sink_logits,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             backend=backend,
         )
         state = self.observe(q, k, out, lse, selection, given)

@@ -28,6 +28,7 @@ from .common import (
     store_rows,
     visible,
 )
+from .dropout import Draw, stays, words_at
 
 
 class Queries(NamedTuple):
@@ -58,7 +59,7 @@ class Columns(NamedTuple):
 
 
 @triton.jit
-def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside, Tq, rows,
+def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, inside, Tq, rows,
          RULES: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """What BM rows of a tile (CUT with RULES) give to the keys: S^T, so that dK and dV are plain products.
 
@@ -90,9 +91,15 @@ def take(dk, dv, db, C, Q, T, R, b, h, H, tile, part, live, WORDS, word, inside,
     if F.STATS:
         db = gathered(db, p, 1, F)
     else:
-        dv = dot(p.to(do.dtype), do, dv)
+        left = p
+        if F.DROP:
+            left = tl.where(stays(X, token, real), p * X.scale, 0.0)
+        dv = dot(left.to(do.dtype), do, dv)
         delta = tl.load(Q.delta + token, mask=real, other=0.0)  # late: registers are short before
-        ds = p * (dot(C.v, tl.trans(do)) - delta[None, :])
+        of_weights = dot(C.v, tl.trans(do))
+        if F.DROP:
+            of_weights = tl.where(stays(X, token, real), of_weights * X.scale, 0.0)
+        ds = p * (of_weights - delta[None, :])
         if RULES:
             ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
         if F.BIAS:
@@ -117,7 +124,8 @@ def columns_kernel(
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
-    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, columns,
+    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
+    Q_DRAW, K_DRAW, bar, kept, columns,
     GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them.
@@ -169,6 +177,10 @@ def columns_kernel(
             bias = tl.load(base + token, mask=token >= 0, other=0.0)[:, None]
         C = Columns(k, v, n, token, pos, end, seg, bias)
         state = (b64 * H + h64) * Tq
+        first_word, second_word = token, token
+        if F.DROP:
+            first_word, second_word = words_at(K_DRAW + (b64 * H + h64) * Tk * 2, token, token >= 0)
+        draw = Draw(first_word, second_word, Q_DRAW + state * 2, bar, kept)
         queries = Queries(
             Q + b64 * q_batch + h64 * q_head, q_row, q_lane, DOUT + b64 * d_batch + h64 * d_head, d_row,
             d_lane,
@@ -182,7 +194,7 @@ def columns_kernel(
             for e in range(first, whole):
                 tile, until = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e)
                 for p in tl.range(tile * PARTS, until * PARTS, num_stages=F.STAGES):
-                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // PARTS, p % PARTS,
+                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, p // PARTS, p % PARTS,
                                       live, WORDS, n, n, Tq, q_rows, False, False, F)  # fmt: skip
             lists = SPAN_START + place(b, h, H, span_heads, span_batch, tiles)
             for e in range(whole, last):
@@ -191,7 +203,7 @@ def columns_kernel(
                 for p in tl.range(tile * CUTS, until * CUTS, num_stages=1):
                     span = SPANS + 2 * (tl.load(lists + p // CUTS) + source)
                     inside = live & (n >= tl.load(span)) & (n < tl.load(span + 1))
-                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, p // CUTS, p % CUTS,
+                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, p // CUTS, p % CUTS,
                                       inside, WORDS, n, n, Tq, q_rows, True, False, F)  # fmt: skip
         if F.UNITS:
             group = column * BN // (MEMBERS * F.PART)
@@ -211,7 +223,7 @@ def columns_kernel(
                     word = tl.where(
                         member >= full, member - full + tl.load(WORDS_START + units + tile).to(tl.int32), -1
                     )
-                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, b, h, H, tile, p % CUTS,
+                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, tile, p % CUTS,
                                   live & (member >= 0), WORDS, word, n % F.UNIT,
                                   Tq, q_rows, True, F.BITS, F)  # fmt: skip
         if F.BIAS or F.STATS:

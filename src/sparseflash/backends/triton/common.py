@@ -68,6 +68,7 @@ class Flags(NamedTuple):
     STATS: bool = False
     """Whether sums (with PEAK maxima) of the weights are wanted, under a given lse, instead of results."""
     PEAK: bool = False
+    DROP: bool = False
 
 
 class Rows(NamedTuple):

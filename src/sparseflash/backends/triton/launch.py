@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ...numerics import bends, unit_of
+from ...numerics import bends, dropout_bar, unit_of
 from ...plan import Plan
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import Blocks, Case, choose
 from .common import INTERPRETED, LOG2E, Flags
+from .dropout import KEYS, QUERIES, words
 
 _TOLD = ("QUERY_ORDER", "KEY_ORDER", "QUERY_POS", "KEY_POS", "QUERY_SEG", "KEY_SEG", "END")
 _HEAVY = ("BITS", "HEAD_RULES", "SHIFT", "BIAS", "SOFTCAP")
@@ -195,7 +196,7 @@ class Arguments:
             "offset": 0 if shift is not None else plan.q_offset,
             "left": -1 if left is None else left, "right": -1 if right is None else right, "sink": plan.sink,
             "H": H, "KV": keys.k.shape[1], "Tq": Tq, "Tk": Tk, "q_rows": plan.q_rows, "k_rows": plan.k_rows,
-            "tiles": plan.tiles,
+            "tiles": plan.tiles, "Q_DRAW": p(None), "K_DRAW": p(None), "bar": 0, "kept": 1.0,
         }  # fmt: skip
         self.named = named
         self.switches = {
@@ -214,6 +215,15 @@ class Arguments:
             "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
         }  # fmt: skip
 
+    def drop(self, share: float, seed: Tensor | None) -> None:
+        """Leave out a share of the weights, if there is a seed."""
+        if seed is None:
+            return
+        (B, H, Tq, _), Tk = self.named["Q"].shape, self.named["Tk"]
+        self.named |= {"Q_DRAW": words(seed, B, H, Tq, QUERIES), "K_DRAW": words(seed, B, H, Tk, KEYS)}
+        self.named |= {"bar": dropout_bar(share) - 2**31, "kept": 1 / (1 - share)}
+        self.switches["DROP"] = True
+
     @property
     def dim(self) -> int:
         """The larger of D and Dv, padded."""
@@ -223,11 +233,17 @@ class Arguments:
         """The blocks of a kernel for this call."""
         unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
         dtype = str(self.named["Q"].dtype).removeprefix("torch.")
-        return choose(Case(kernel, self.dim, unit, dtype), self.heavy, self.plain)
+        drops = self.switches.get("DROP", False)
+        blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or drops, self.plain)
+        if kernel != "columns" or not (self.heavy and drops):
+            return blocks
+        blocks = replace(blocks, rows=min(blocks.rows, 16))  # both leave too few registers
+        wide = self.dim > 128 and dtype == "float32"
+        return replace(blocks, warps=16, registers=128) if wide else blocks
 
     @property
     def heavy(self) -> bool:
-        """Whether the call has what takes many registers."""
+        """Whether the call has what takes many registers; dropout apart, which takes some too."""
         has = self.switches
         return any(has[name] for name in _HEAVY) or (has["SPANS"] and has["UNITS"])
 

@@ -30,10 +30,11 @@ from .common import (
     store_rows,
     visible,
 )
+from .dropout import Draw, stays, words_at
 
 
 @triton.jit
-def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
+def chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
           BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Take in key rows base + lane: the online softmax, or with a norm (its top in m) their share of dQ.
 
@@ -50,7 +51,7 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         k = load_rows(K.k, at, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
         if not F.STATS:
             v = load_rows(K.v, at, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
-    if RULES or F.BIAS:
+    if RULES or F.BIAS or F.DROP:
         token, pos, end, seg = key_facts(K, n, live, F)
     bias = R.factor
     if F.BIAS:
@@ -70,7 +71,10 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
         mass = gathered(mass, tl.exp2((x - m[:, None]) * R.factor) * Q.share[:, None], 1, F)
     elif BACKWARD:
         p = tl.exp2((x - m[:, None]) * R.factor) * Q.share[:, None]
-        ds = p * (dot(Q.do, tl.trans(v)) - Q.delta[:, None])
+        of_weights = dot(Q.do, tl.trans(v))
+        if F.DROP:
+            of_weights = tl.where(stays(X, token, token >= 0), of_weights * X.scale, 0.0)
+        ds = p * (of_weights - Q.delta[:, None])
         if F.SOFTCAP:
             ds *= 1.0 - bent * bent
         if RULES:
@@ -83,7 +87,10 @@ def chunk(acc, m, mass, Q, K, R, base, lane, live, bits, RULES: tl.constexpr, NE
             level = tl.where(now == NEVER, 0.0, now)
         p = tl.exp2((x - level[:, None]) * R.factor)
         shrink = tl.exp2((m - level) * R.factor)
-        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        left = p
+        if F.DROP:
+            left = tl.where(stays(X, token, token >= 0), p, 0.0)
+        acc = dot(left.to(v.dtype), v, acc * shrink[:, None])
         mass = mass * shrink + tl.sum(p, 1)  # after the product: before it, a register too many is in use
         m = now
     return acc, m, mass
@@ -102,7 +109,7 @@ def span_at(SPANS, s, rows, piece, pieces, SPLIT: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, piece, pieces,
+def over_spans(acc, m, mass, Q, K, R, X, SPANS, first, full, last, piece, pieces,
                SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Spans first..last: those before `full` in whole chunks without a test, then the rest, CUT at a time."""
     BN: tl.constexpr = F.BN
@@ -118,12 +125,12 @@ def over_spans(acc, m, mass, Q, K, R, SPANS, first, full, last, piece, pieces,
     for s in range(first, full):
         lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         for t in tl.range(lo, lo + (hi - lo) // BN * BN, BN, num_stages=F.STAGES):
-            acc, m, mass = chunk(acc, m, mass, Q, K, R, t, wide, wide >= 0, 1, False, True, BACKWARD, F)
+            acc, m, mass = chunk(acc, m, mass, Q, K, R, X, t, wide, wide >= 0, 1, False, True, BACKWARD, F)
     for s in range(first, last):
         lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         lo = tl.where(s < full, lo + tl.maximum(hi - lo, 0) // BN * BN, lo)
         for t in tl.range(lo, hi, CUT, num_stages=1):
-            acc, m, mass = chunk(acc, m, mass, Q, K, R, t, lane, t + lane < hi, 1, True, True, BACKWARD, F)
+            acc, m, mass = chunk(acc, m, mass, Q, K, R, X, t, lane, t + lane < hi, 1, True, True, BACKWARD, F)
     return acc, m, mass
 
 
@@ -149,7 +156,7 @@ def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pieces,
+def over_units(acc, m, mass, Q, K, R, X, INDEX, WORDS, first, full, last, piece, pieces,
                SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Units first..last of the index: those before `full` in whole chunks without a test, then the rest."""
     BN: tl.constexpr = F.BN
@@ -170,7 +177,7 @@ def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pi
     for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
         _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN, WIDE)
         base = tl.maximum(tl.minimum(base, K.rows - (BN if NEAR else 1 + lane)), 0 if NEAR else -lane)
-        acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, 1, False, NEAR, BACKWARD, F)
+        acc, m, mass = chunk(acc, m, mass, Q, K, R, X, base, lane, live, 1, False, NEAR, BACKWARD, F)
     WIDE_CUT: tl.constexpr = F.UNIT if F.UNIT >= CUT else F.UNIT_LANES
     CUTS: tl.constexpr = (WIDE_CUT + CUT - 1) // CUT
     PER_CUT: tl.constexpr = (CUT + WIDE_CUT - 1) // WIDE_CUT
@@ -189,7 +196,7 @@ def over_units(acc, m, mass, Q, K, R, INDEX, WORDS, first, full, last, piece, pi
                 at = ((slot - full)[None, :] * F.TILE + Q.within[:, None]) * W + (inside // 32)[None, :]
                 word = tl.load(WORDS + at, mask=tested[None, :] & Q.real[:, None], other=-1)
             bits = (word >> (inside % 32)[None, :]) & 1
-        acc, m, mass = chunk(acc, m, mass, Q, K, R, base, lane, live, bits, True, ONE, BACKWARD, F)
+        acc, m, mass = chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, True, ONE, BACKWARD, F)
     return acc, m, mass
 
 
@@ -203,7 +210,8 @@ def rows_kernel(
     Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
-    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, blocks,
+    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
+    Q_DRAW, K_DRAW, bar, kept, blocks,
     WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT, LSE and the norm of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given norm and DELTA.
@@ -258,11 +266,16 @@ def rows_kernel(
         K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, bias, k_rows,
     )  # fmt: skip
 
+    first_word, second_word = token, token
+    if F.DROP:
+        first_word, second_word = words_at(Q_DRAW + bh.to(tl.int64) * Tq * 2, token, real)
+    draw = Draw(first_word, second_word, K_DRAW + bh.to(tl.int64) * Tk * 2, bar, kept)
+
     if F.SPANS:
         cell = place(b, h, H, span_heads, span_batch, tiles) + tile
         first = tl.load(SPAN_START + cell)
         full, last = first + tl.load(SPAN_FULL + cell), first + tl.load(SPAN_COUNT + cell)
-        acc, m, mass = over_spans(acc, m, mass, rows, head, R, SPANS, first, full, last, piece, pieces,
+        acc, m, mass = over_spans(acc, m, mass, rows, head, R, draw, SPANS, first, full, last, piece, pieces,
                                   SPLIT, BACKWARD, F)  # fmt: skip
     if F.UNITS:
         cell = place(b, h, H, unit_heads, unit_batch, tiles) + tile
@@ -271,8 +284,8 @@ def rows_kernel(
         words = WORDS
         if F.BITS:
             words = WORDS + tl.load(WORDS_START + cell) * (F.TILE * ((F.UNIT + 31) // 32))
-        acc, m, mass = over_units(acc, m, mass, rows, head, R, INDEX, words, first, full, last, piece, pieces,
-                                  SPLIT, BACKWARD, F)  # fmt: skip
+        acc, m, mass = over_units(acc, m, mass, rows, head, R, draw, INDEX, words, first, full, last, piece,
+                                  pieces, SPLIT, BACKWARD, F)  # fmt: skip
 
     base, row = OUT + b64 * o_batch + h64 * o_head, token
     if SPLIT:
@@ -285,6 +298,8 @@ def rows_kernel(
     else:
         some = mass > 0
         total = tl.where(some, mass, 1.0)
+        if F.DROP:
+            acc *= kept
         store_rows(base, row, o_row, o_lane, real, acc / total[:, None], F.DV, F.BDV)
         rest = tl.log2(total) * LN2
         tl.store(TOP + state, tl.where(some, m, NEVER), mask=real)

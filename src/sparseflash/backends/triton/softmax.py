@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
 from ...numerics import NEVER, Softmax, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.options import TILE
@@ -69,10 +68,9 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
-    if seed is not None:
-        raise BackendError("dropout runs on 'reference' and 'cpu': give dropout_p=0 here")
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
+    a.drop(options.dropout, seed)
     a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
     for name in "o", "d":
         a.strides(a.named, name, out)
@@ -176,6 +174,7 @@ def backward(
         delta = delta - torch.where(norm[0] == NEVER, 0, dlse.float())
     dq = torch.zeros_like(q, dtype=wanted)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
+    a.drop(options.dropout, seed)
     norm = norm.float().contiguous()
     delta = delta.float().contiguous()
     a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout, "DELTA": delta}

@@ -80,7 +80,7 @@ def sparse_attention(
     SparseFlashError
         For arguments that would change the result and are not supported. Nothing is ignored in silence.
     """
-    _refuse(module, dropout, kwargs)
+    _refuse(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     mask = _as_mask(
         module,
@@ -106,6 +106,8 @@ def sparse_attention(
     if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, one set for all
         query = query.expand(mask.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    if dropout:  # what the layer gives while it trains; the seed is of torch's own generator
+        options["dropout_p"] = dropout
     setting = getattr(module, SETTING, None)
     if indices is not None or block_indices is not None:
         if setting is not None:
@@ -121,12 +123,7 @@ def sparse_attention(
     return out.transpose(1, 2), None
 
 
-def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    if dropout:
-        raise SparseFlashError(
-            f"{type(module).__name__}: attention dropout {dropout} is not supported: set attention_dropout=0 "
-            "in the model's config (or call model.eval()), and use dropout on the residual stream"
-        )
+def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
         if name in HARMLESS or given is None or given is False:
             continue
