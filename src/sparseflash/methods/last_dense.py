@@ -43,7 +43,7 @@ class LastDense(Method):
     >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
     >>> method = sf.methods.LastDense(sf.methods.BlockTopK(blocks=2, block=64), rows=64)
     >>> seen = method.select(q, k).plan.to_dense()[0, 0].sum(-1)
-    >>> int(seen[500]) < 200, seen[-64:].tolist() == list(range(961, 1025))
+    >>> int(seen[500]) < 300, seen[-64:].tolist() == list(range(961, 1025))
     (True, True)
     """
 
