@@ -355,6 +355,82 @@ def dense_together(layer: Any, x: Tensor) -> Tensor:
     return dense_self(layer.layers[0], x) + dense_routing(layer.layers[1], x)
 
 
+def dense_hrsam(layer: Any, x: Tensor) -> Tensor:
+    """Every window gathered from an image that is padded with the learned token, slot by slot."""
+    B, T, C = x.shape
+    columns, w = layer.grid[1], layer.window
+    rows, before = -(-T // columns), (w - w // 2) % w if layer.shifted else 0
+    high, wide = (-(-(before + n) // w) * w for n in (rows, columns))
+    image = layer.pad.expand(B, high, wide, C).clone()
+    for t in range(T):
+        image[:, before + t // columns, before + t % columns] = x[:, t]
+    q, k, v = (
+        (image @ m.weight.T + m.bias).unflatten(-1, (HEADS, -1)).movedim(3, 1)
+        for m in (layer.query, layer.key, layer.value)
+    )
+    if layer.positions == "rotary":
+        half = layer.head_dim // 2
+        rate = layer.base ** (-torch.arange(0, half, 2, dtype=x.dtype) / half)
+
+        def turned(y):
+            for n, axis in enumerate((2, 3)):
+                angle = torch.arange(y.shape[axis], dtype=y.dtype)[:, None] * layer.spacing * rate
+                angle = angle[:, None] if axis == 2 else angle
+                a, b = y[..., n * half : (n + 1) * half].chunk(2, -1)
+                own = [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]
+                y = torch.cat([y[..., : n * half], *own, y[..., (n + 1) * half :]], -1)
+            return y
+
+        q, k = turned(q), turned(k)
+    number = torch.arange(high)[:, None] // w * wide + torch.arange(wide) // w
+    same = number.flatten()[:, None] == number.flatten()
+    out = softmax(*(y.flatten(2, 3) for y in (q, k, v)), same)
+    out = out.transpose(1, 2).flatten(2).view(B, high, wide, -1)
+    out = out[:, before : before + rows, before : before + columns].flatten(1, 2)[:, :T]
+    return out @ layer.output.weight.T + layer.output.bias
+
+
+def dense_cyclic(layer: Any, x: Tensor) -> Tensor:
+    """The recurrence, step by step."""
+    u, gate = torch.nn.functional.silu(x @ layer.enter.weight.T + layer.enter.bias).chunk(2, -1)
+    T, N = x.shape[1], layer.size
+    chosen = u @ layer.choose.weight.T
+    pace, into, out = chosen[..., : layer.rank], chosen[..., -2 * N : -N], chosen[..., -N:]
+    delta = torch.nn.functional.softplus(pace @ layer.pace.weight.T + layer.pace.bias)
+    h, y = x.new_zeros(len(x), layer.width, N), [0.0 * x[:, t] for t in range(T)]
+    for r in range(layer.repeats):
+        for t in range(T):
+            d = delta[:, t, :, None]
+            h = h * (-d * layer.log_decay.exp()).exp() + d * into[:, t, None] * u[:, t, :, None]
+            y[t] = y[t] + layer.rounds[:, r] * ((h * out[:, t, None]).sum(-1) + layer.skip * u[:, t])
+    y = torch.stack(y, 1) if T else x
+    y = torch.nn.functional.layer_norm(y, (layer.width,))
+    return (gate * y) @ layer.output.weight.T + layer.output.bias
+
+
+def dense_sparsifiner(layer: Any, x: Tensor) -> Tensor:
+    """The prediction, row by row; it also sets the layer's loss."""
+    T = x.shape[1]
+    q, k, v = (
+        heads(layer, m.weight, x) + m.bias.view(HEADS, 1, -1) for m in (layer.query, layer.key, layer.value)
+    )
+    a, b = q.detach() @ layer.low_query.weight.T, k.detach() @ layer.low_key.weight.T
+    wanted = ((a[:, :, 1:] @ (b.mT @ layer.mixer[:T])) * layer.scale).softmax(-1)
+    nth = wanted.sort(-1, descending=True).values[..., min(layer.top, wanted.shape[-1]) - 1, None]
+    basis = layer.basis[:T].abs() if layer.phase == "sparse" else layer.basis[:T]
+    guess = (wanted * (wanted >= nth)) @ (
+        basis * (basis > layer.floor) if layer.phase == "sparse" else basis
+    ).mT
+    truth = (q.detach() @ k.detach().mT * layer.head_dim**-0.5).softmax(-1)[:, :, 1:]
+    layer._aux = layer.weight * (guess - truth).square().sum((-1, -2)).mean()
+    mask = torch.ones(len(x), HEADS, T, T, dtype=torch.bool)
+    if layer.phase == "sparse":
+        least = guess.sort(-1, descending=True).values[..., math.ceil(layer.keep * T) - 1, None]
+        mask[:, :, 1:] = guess >= least
+    out = softmax(q, k, v, mask)
+    return out.transpose(1, 2).flatten(2) @ layer.output.weight.T + layer.output.bias
+
+
 # ---------------------------------------------------------------- the table
 
 ROWS = [
@@ -556,4 +632,49 @@ ROWS = [
         note="relu2",
     ),
     Row(together, {}, dense_together, [({"near": 0}, ">= 1")]),
+    Row(
+        sf.nn.HRSAMAttention,
+        {"window": 3, "columns": 5},
+        dense_hrsam,
+        [
+            ({"window": 0}, ">= 1"),
+            ({"shifted": 1}, "True or False"),
+            ({"head_dim": 6}, "multiple of 4"),
+            ({"spacing": 0}, "positive number"),
+        ],
+        causal=False,
+    ),
+    Row(
+        sf.nn.HRSAMAttention,
+        {"window": 4, "columns": 6, "shifted": True, "positions": "none"},
+        dense_hrsam,
+        causal=False,
+        note="shifted",
+    ),
+    Row(
+        sf.nn.CyclicScan,
+        {"state": 3, "repeats": 2},
+        dense_cyclic,
+        [({"state": 0}, ">= 1"), ({"repeats": 0}, ">= 1")],
+        causal=False,
+    ),
+    Row(
+        sf.nn.SparsifinerAttention,
+        {"tokens": 160, "mixtures": 6, "keep": 0.3, "top": 4},
+        dense_sparsifiner,
+        [
+            ({"keep": 0}, "share"),
+            ({"top": 0}, ">= 1"),
+            ({"phase": "dense"}, "'reconstruct' or 'sparse'"),
+            ({"weight": -1}, ">= 0"),
+        ],
+        causal=False,
+    ),
+    Row(
+        sf.nn.SparsifinerAttention,
+        {"tokens": 160, "mixtures": 6, "phase": "reconstruct", "scaling": "heads"},
+        dense_sparsifiner,
+        causal=False,
+        note="reconstruct",
+    ),
 ]

@@ -19,6 +19,7 @@ from .ops.linear import linear_attention
 from .ops.merge import merge
 from .ops.pointwise import pointwise_attention
 from .ops.recall import recall
+from .ops.scan import scan
 from .ops.stats import attention_stats
 from .ops.stick_breaking import stick_breaking
 from .ops.varlen import attention_varlen
@@ -72,6 +73,7 @@ __all__ = [
     "predict",
     "qk_sparse_attention",
     "recall",
+    "scan",
     "selection",
     "stick_breaking",
 ]

@@ -9,20 +9,29 @@
 from .base import Layer, State, update
 from .combiner import Combiner
 from .dynamic_mask import DynamicMaskAttention
+from .hrsam import CyclicScan, HRSAMAttention, HRSAMBlocks
 from .lightning import LightningAttention
 from .longgen import LongGenAttention
 from .lookups import Lookups
 from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
+from .orion import MultiScaleRows, PerceiverMemory
 from .routing import RoutingAttention
 from .self_attention import SelfAttention
 from .seqboat import EMA, SeqBoat
 from .sparsek import SparseKAttention, sparsek_threshold
+from .sparsifiner import SparsifinerAttention
 from .stick_breaking import StickBreakingAttention
 from .together import Together
 
 __all__ = [
     "Combiner",
+    "CyclicScan",
+    "HRSAMAttention",
+    "HRSAMBlocks",
+    "MultiScaleRows",
+    "PerceiverMemory",
+    "SparsifinerAttention",
     "DynamicMaskAttention",
     "EMA",
     "Layer",
