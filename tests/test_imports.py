@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "calibrate": (*OPS, "selection"),
     "nn": METHOD,
     "distributed": METHOD,
-    "fusion": METHOD,
+    "fusion": ("errors",),
     "integrations": ("*",),
     "options": ("errors",),
     "train": ("*",),

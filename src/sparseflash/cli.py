@@ -323,6 +323,48 @@ def show(
         raise SparseFlashError(f"cannot write --out {out}: {error.strerror}; give a writable path") from None
 
 
+@app.command()
+def fuse(
+    program: Annotated[str, typer.Argument(help="attention, layernorm-matmul or rmsnorm-swiglu.")],
+    local: Annotated[int, typer.Option(min=1, help="Local memory, KiB.")] = 1024,
+    bandwidth: Annotated[float, typer.Option(min=1e-3, help="Between global and local memory, GB/s.")] = 10.0,
+    gflops: Annotated[float, typer.Option(min=1e-3, help="Speed of arithmetic, Gflop/s.")] = 200.0,
+    draw: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture of the start and of each step (SVG) into this directory."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the inputs of the check.")] = 0,
+    changes: Annotated[
+        list[str] | None,
+        options.changes("Elements of a dimension, as name=value, such as n=8192; may be repeated."),
+    ] = None,
+) -> None:
+    """Watch loops being fused: nine rules, none of which knows attention, find flash attention.
+
+    Shows the derivation with the bytes that each step saves, the cost before and after, and how far both
+    are apart on random inputs.
+    """
+    from sparseflash import fusion
+
+    if program not in fusion.GOLDEN:
+        raise SparseFlashError(f"no program {program}; expected {', '.join(fusion.GOLDEN)}")
+    sizes = fusion.SIZES[program] | options.settings(changes)
+    tiers = fusion.Tiers(local << 10, bandwidth * 1e9, gflops * 1e9)
+    found = fusion.fuse(fusion.GOLDEN[program](), sizes, tiers=tiers)
+    typer.echo(found.explain())
+    typer.echo(f"largest difference to one by one, of fp64 inputs: {found.check(seed):.1e}")
+    if draw is None:
+        return
+    try:
+        draw.mkdir(parents=True, exist_ok=True)
+        for name, picture in found.pictures().items():
+            (draw / f"{program}-{name}.svg").write_text(picture, encoding="utf-8")
+    except OSError as error:
+        raise SparseFlashError(
+            f"cannot write --draw {draw}: {error.strerror}; give a writable path"
+        ) from None
+
+
 def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().split("\n")[0]
 

@@ -1,0 +1,42 @@
+"""Blockbuster: programs of blocks, rewritten until nothing travels twice.
+
+A program is loops over blocks and operators on tiles, between a large slow memory and a small fast one. It
+starts with loops for every operator; nine rules (Dekel 2025, arXiv 2505.07829), none of which knows an
+attention or a norm, turn softmax(q k^T) v into flash attention. Start with `fuse`, or with ``sparseflash
+fuse attention``.
+"""
+
+from .build import GOLDEN, SIZES, Array, Builder, layer_norm, rms_norm, softmax
+from .cost import Cost, Tiers, choose, cost
+from .derive import Derivation, Step, fuse, simplify
+from .program import Loop, Op, Program
+from .read import read
+from .rules import RULES
+from .run import Meter, run
+from .safety import centre
+
+__all__ = [
+    "GOLDEN",
+    "RULES",
+    "SIZES",
+    "Array",
+    "Builder",
+    "Cost",
+    "Derivation",
+    "Loop",
+    "Meter",
+    "Op",
+    "Program",
+    "Step",
+    "Tiers",
+    "centre",
+    "choose",
+    "cost",
+    "fuse",
+    "layer_norm",
+    "read",
+    "rms_norm",
+    "run",
+    "simplify",
+    "softmax",
+]

@@ -1,0 +1,186 @@
+"""What a program costs, in closed form: bytes between the tiers, flops, and local memory, for given blocks.
+
+The interpreter's meter counts the same while it runs; a test holds them equal, byte for byte.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+from ..errors import require
+from .items import Axes
+from .program import ACC, FIRST, REST, Access, Loop, Program
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """A machine with a large slow memory and a small fast one.
+
+    Attributes
+    ----------
+    local : int
+        Bytes of the fast one: what a tile's turn may hold.
+    bandwidth : float
+        Bytes a second between the two.
+    flops : float
+        Operations a second.
+    """
+
+    local: int = 1 << 20
+    bandwidth: float = 10e9
+    flops: float = 200e9
+
+
+CACHE = Tiers()
+"""About two CPU cores with a second-level cache."""
+
+
+class Cost(NamedTuple):
+    """What a run does: see `Meter`, which counts it."""
+
+    read: int
+    written: int
+    flops: int
+    local: int
+
+    @property
+    def bytes(self) -> int:
+        """Both ways."""
+        return self.read + self.written
+
+    def seconds(self, tiers: Tiers) -> float:
+        """Time where moving and computing do not overlap: the careful guess."""
+        return self.bytes / tiers.bandwidth + self.flops / tiers.flops
+
+
+class _Count:
+    """Turns and extents of loops for given sizes and blocks."""
+
+    def __init__(self, sizes: Mapping[str, int], blocks: Mapping[str, int]) -> None:
+        self.sizes = sizes
+        self.blocks = {dim: min(blocks.get(dim, n), n) for dim, n in sizes.items()}
+
+    def turns(self, loop: Loop, part: str) -> int:
+        blocks = -(-self.sizes[loop.dim] // self.blocks[loop.dim])
+        return 1 if part == FIRST else blocks - (part == REST)
+
+    def extent(self, loop: Loop, part: str) -> int:
+        n, block = self.sizes[loop.dim], self.blocks[loop.dim]
+        return block if part == FIRST else n - block * (part == REST)
+
+    def tile(self, loop: Loop, part: str) -> int:
+        return min(self.blocks[loop.dim], self.extent(loop, part))
+
+    def elements(self, axes: Axes, access: Access, dims: Axes = ()) -> int:
+        """Elements over `axes` that pass in all turns of the loops of an access.
+
+        A tile that is read stays as long as its indices do: loops that stand still inside cost nothing.
+        """
+        parts = [REST if x.dim in access.held and not x.part else x.part for x in access.loops]
+        loops, last = list(zip(access.loops, parts)), len(access.loops)
+        if access.kind == "read":
+            moving = (
+                i + 1 for i, (x, part) in enumerate(loops) if x.dim in dims and self.turns(x, part) != 1
+            )
+            last = max(moving, default=0)
+        return prod(
+            self.extent(x, part) if x.dim in axes else self.turns(x, part) if i < last else 1
+            for i, (x, part) in enumerate(loops)
+        )
+
+    def held(self, axes: Axes, access: Access) -> int:
+        """Elements of the largest tile."""
+        parts = {x.dim: REST if x.dim in access.held and not x.part else x.part for x in access.loops}
+        return prod(self.tile(x, parts[x.dim]) for x in access.loops if x.dim in axes)
+
+
+def cost(program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], itemsize: int = 4) -> Cost:
+    """What a run of the program costs.
+
+    Parameters
+    ----------
+    program : Program
+        Any.
+    sizes, blocks : mapping
+        Elements of each dimension, and of a block of it; a dimension without one is one block.
+    itemsize : int
+        Bytes of an element of the inputs. Sums and row statistics have 4 at least.
+
+    Returns
+    -------
+    Cost
+        Bytes and flops are exact; `local` is the most that any turn holds, exact where blocks divide their
+        sizes.
+    """
+    count, given, total = (
+        _Count(sizes, blocks),
+        {name for name, _ in program.inputs},
+        dict.fromkeys(("read", "write"), 0),
+    )
+    flops = peak = 0
+    stack: list[tuple[Loop | None, int]] = [(None, 0)]
+    for access in program.accesses:
+        value = program.values[access.name]
+        if access.kind in total:
+            for axes in value.parts:
+                wide = len(axes) < 2 and access.name not in given
+                total[access.kind] += (max(4, itemsize) if wide else itemsize) * count.elements(
+                    axes, access, value.dims
+                )
+        if access.kind == "compute":
+            flops += sum(each * count.elements(axes, access) for each, axes in value.work)
+        if access.kind == "write" or access.kind == "compute" and program.ops[access.name].fn == ACC:
+            continue
+        size = sum(count.held(axes, access) for axes in value.parts)
+        around = [loop for loop in access.around if loop.part != FIRST]
+        shared = sum(1 for _ in itertools.takewhile(lambda two: two[0] is two[1][0], zip(around, stack[1:])))
+        stack = [*stack[: shared + 1], *((loop, 0) for loop in around[shared:])]
+        depth = sum(loop.part != FIRST for loop in access.around[: access.depth])
+        loop, before = stack[depth]
+        stack[depth] = loop, before + size * (itemsize if access.name in given else max(4, itemsize))
+        peak = max(peak, sum(n for _, n in stack))
+    return Cost(total["read"], total["write"], flops, peak)
+
+
+def choose(
+    program: Program, sizes: Mapping[str, int], tiers: Tiers, itemsize: int = 4, least: int = 16
+) -> tuple[dict[str, int], Cost]:
+    """The blocks at which a program is quickest in local memory's bounds, and what it costs there.
+
+    Blocks are `least` times powers of two, or a whole dimension (or half of it): all combinations of powers
+    of four are tried, then half and twice of the best. Of equally quick ones those that move the fewest
+    bytes win, then those with the fewest turns.
+
+    Raises
+    ------
+    SparseFlashError
+        If the smallest blocks are too large already.
+    """
+    best: tuple[tuple[float, ...], dict[str, int], Cost] | None = None
+    for steps in (_powers(sizes, least), None):
+        if steps is None:  # around the best so far
+            require(
+                (
+                    best is not None,
+                    f"no blocks of {least} or more fit into {tiers.local} bytes; raise Tiers(local=)",
+                )
+            )
+            assert best is not None
+            steps = [sorted({max(least, n // 2), n, min(2 * n, sizes[dim])}) for dim, n in best[1].items()]
+        for each in itertools.product(*steps):
+            blocks = {dim: min(n, sizes[dim]) for dim, n in zip(sizes, each)}
+            found = cost(program, sizes, blocks, itemsize)
+            turns = prod(-(-sizes[dim] // n) for dim, n in blocks.items())
+            key = (found.seconds(tiers), found.bytes, turns)
+            if found.local <= tiers.local and (best is None or key < best[0]):
+                best = key, blocks, found
+    assert best is not None
+    return best[1], best[2]
+
+
+def _powers(sizes: Mapping[str, int], least: int) -> list[list[int]]:
+    return [[*(least * 4**i for i in range(4) if least * 4**i < size), size] for size in sizes.values()]

@@ -1,0 +1,315 @@
+"""The nine rules of Blockbuster (Dekel 2025, arXiv 2505.07829): each lists what it may rewrite.
+
+R1, R2 and R3 make one loop of two, so that what the first makes is in local memory when the second reads
+it. R4 and R5 are two laws of linear maps: a scale or a shift of rows may wait until after a product and its
+sum. R8 gives every reader a scale of its own, so that R4 may move it. R9 makes one operator of two. R6
+repeats work inside a loop to save what it would have to read; R7 takes some of that repetition back. No
+rule looks for a softmax, a norm or an attention.
+
+A condition is a function of its own, so that a test can switch it off and see what breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from .items import substituted
+from .program import (
+    ACC,
+    ADD,
+    DOT,
+    EW,
+    FIRST,
+    MUL,
+    REST,
+    SUM,
+    Body,
+    Loop,
+    Op,
+    Program,
+    defines,
+    every,
+    live,
+    reads,
+)
+
+
+class Rewrite(NamedTuple):
+    """Where a rule applies, in words, and the program after."""
+
+    place: str
+    program: Program
+
+
+Rule = Callable[[Program], Iterator[Rewrite]]
+
+
+# Conditions
+
+
+def same_turn(program: Program, first: Loop, second: Loop) -> bool:
+    """What the second loop reads of the first is of the same turn, no sum that the last turn completes."""
+    return all(first.dim in program.values[name].dims for name in defines(first) & reads(second))
+
+
+def nothing_between(body: Body, i: int, j: int) -> bool:
+    """No statement between has to run after the first and before the second."""
+    return not reads(body[j]) & defines(*_after(body, i, j))
+
+
+def constant(program: Program, name: str, over: str) -> bool:
+    """A value is the same for all that a sum over this dimension adds up."""
+    return over not in program.values[name].dims
+
+
+def sole(program: Program, name: str) -> bool:
+    """One operator reads a value, once, and it is no output."""
+    users = program.uses.get(name, [])
+    return len(users) == 1 and users[0].args.count(name) == 1 and name not in program.outputs
+
+
+def only_there(program: Program, group: Body, loop: Loop) -> bool:
+    """Nobody but a loop reads what a group makes."""
+    inside = {op.out for op in every((*group, loop))}
+    names = defines(*group)
+    return not names & {*program.outputs} and all(
+        user.out in inside for name in names for user in program.uses.get(name, [])
+    )
+
+
+def can_be_centred(program: Program, name: str) -> bool:
+    """A value is an input, so that `centre` can make up for what R5 cancels."""
+    return name in dict(program.inputs)
+
+
+def loops_differ(group: Body, loop: Loop) -> bool:
+    """A group has no loop over the dimension of the loop that it is to move into."""
+    return all(loop.dim != dim for dim in _dims(group))
+
+
+def a_map(loop: Loop) -> bool:
+    """A loop sums nothing up over its own turns."""
+    return not any(isinstance(x, Op) and x.fn == ACC for x in loop.body)
+
+
+# Loops
+
+
+def _dims(body: Body) -> Iterator[str]:
+    for stmt in body:
+        if isinstance(stmt, Loop):
+            yield stmt.dim
+            yield from _dims(stmt.body)
+
+
+def _after(body: Body, i: int, j: int) -> Body:
+    """The statements between i and j that need what i makes."""
+    made, found = defines(body[i]), []
+    for stmt in body[i + 1 : j]:
+        if reads(stmt) & made:
+            made |= defines(stmt)
+            found.append(stmt)
+    return tuple(found)
+
+
+def _joined(program: Program, wanted: Callable[[set[str], Loop, Loop], bool]) -> Iterator[Rewrite]:
+    """Every pair of loops made one that may be, and that `wanted` wants, given what passes between them."""
+    for place, body in program.bodies:
+        for j, second in enumerate(body):
+            for i, first in enumerate(body[:j]):
+                if not (isinstance(first, Loop) and isinstance(second, Loop)):
+                    continue
+                if (first.dim, first.part) != (second.dim, "") or not wanted(
+                    defines(first) & reads(second), first, second
+                ):
+                    continue
+                if same_turn(program, first, second) and nothing_between(body, i, j):
+                    later = _after(body, i, j)
+                    sooner = tuple(x for x in body[i + 1 : j] if x not in later)
+                    one = Loop(first.dim, first.body + second.body)
+                    new = (*body[:i], *sooner, one, *later, *body[j + 1 :])
+                    yield Rewrite(f"for {one.dim}", program.put(place, new))
+
+
+def _sums(loop: Loop) -> bool:
+    return all(op.fn == ACC for op in every(loop.body))
+
+
+def consecutive_maps(program: Program) -> Iterator[Rewrite]:
+    """R1: a loop that reads, turn by turn, what a loop before it makes becomes part of it."""
+    return _joined(program, lambda passed, first, second: bool(passed) and not _sums(second))
+
+
+def sibling_maps(program: Program) -> Iterator[Rewrite]:
+    """R2: two loops that do not need each other and read something in common become one: it is read once."""
+    return _joined(program, lambda passed, first, second: not passed and bool(reads(first) & reads(second)))
+
+
+def map_and_reduce(program: Program) -> Iterator[Rewrite]:
+    """R3: a loop that only adds up what a loop before it makes becomes part of it."""
+    return _joined(program, lambda passed, first, second: bool(passed) and _sums(second))
+
+
+def extend_map(program: Program) -> Iterator[Rewrite]:
+    """R6: a loop, with what stands between, moves into the only loop that needs it, and is repeated there."""
+    for place, body in program.bodies:
+        for j, target in enumerate(body):
+            for i, moved in enumerate(body[:j]):
+                if not isinstance(moved, Loop) or not isinstance(target, Loop) or target.part:
+                    continue
+                later = _after(body, i, j)
+                group = (moved, *later)
+                if not defines(*group) & reads(target):
+                    continue
+                if only_there(program, group, target) and loops_differ(group, target):
+                    sooner = tuple(x for x in body[i + 1 : j] if x not in later)
+                    new = (*body[:i], *sooner, replace(target, body=group + target.body), *body[j + 1 :])
+                    yield Rewrite(f"for {moved.dim} into for {target.dim}", program.put(place, new))
+
+
+def peel_first(program: Program) -> Iterator[Rewrite]:
+    """R7: the first turn of a loop stands alone, and the others read what does not change from it."""
+    for place, body in program.bodies:
+        for i, loop in enumerate(body):
+            if not isinstance(loop, Loop) or loop.part or not a_map(loop):
+                continue
+            items = {x.out for x in loop.body if isinstance(x, Op)}
+            items |= {
+                x.out
+                for y in loop.body
+                if isinstance(y, Loop)
+                for x in y.body
+                if isinstance(x, Op) and x.fn == ACC
+            }
+            carried = frozenset(name for name in items if constant(program, name, loop.dim))
+            outside = {op.out for op in every(program.body)} - defines(loop)
+            wanted = {
+                name
+                for name in defines(loop)
+                if name in program.outputs or any(x.out in outside for x in program.uses.get(name, []))
+            }
+            if carried and not carried & wanted:
+                rest = live(loop.body, wanted, carried)
+                new = (replace(loop, part=FIRST), Loop(loop.dim, rest, REST))
+                yield Rewrite(f"for {loop.dim}", program.put(place, (*body[:i], *new, *body[i + 1 :])))
+
+
+# Operators
+
+
+def _factors(program: Program, name: str, fn: str, over: str) -> Iterator[tuple[str, str]]:
+    """The two parts of a product (or sum) by name: the one that a sum runs over, and the constant one."""
+    made = program.ops.get(name)
+    if made and made.fn == fn and sole(program, name):
+        for x, c in (made.args, made.args[::-1]):
+            if constant(program, c, over) and not constant(program, x, over):
+                yield x, c
+
+
+def _summing(program: Program) -> Iterator[tuple[tuple[int, ...], int, Body, Op]]:
+    """Every loop's sum: the body that holds the loop, where in it, and the sum."""
+    for place, body in program.bodies:
+        for i, loop in enumerate(body):
+            if isinstance(loop, Loop) and not loop.part:
+                yield from ((place, i, body, x) for x in loop.body if isinstance(x, Op) and x.fn == ACC)
+
+
+def _after_loop(
+    program: Program, place: tuple[int, ...], i: int, acc: Op, sums: tuple[Op, ...], last: Op
+) -> Program:
+    """The program with a sum replaced by others, and an operator on them behind the loop."""
+    body = dict(program.bodies)[place]
+    loop = body[i]
+    assert isinstance(loop, Loop)
+    at = loop.body.index(acc)
+    new = replace(loop, body=(*loop.body[:at], *sums, *loop.body[at + 1 :]))
+    return program.put(place, (*body[:i], new, last, *body[i + 1 :]))
+
+
+def swap_scale(program: Program) -> Iterator[Rewrite]:
+    """R4: dot(a * c, b) = dot(a, b) * c, and a sum of x * c is c times a sum of x, where c is constant."""
+    for op in every(program.body):
+        if op.fn in (DOT, SUM):
+            for i, arg in enumerate(op.args):
+                for x, c in _factors(program, arg, MUL, op.over):
+                    inner = replace(op, out=program.fresh(op.out), args=(*op.args[:i], x, *op.args[i + 1 :]))
+                    yield Rewrite(
+                        f"{op.out}, {c}", program.put_op(op.out, (inner, Op(op.out, MUL, (inner.out, c))))
+                    )
+    for place, i, body, acc in _summing(program):
+        for x, c in _factors(program, acc.args[0], MUL, acc.over):
+            if c not in defines(body[i]):
+                inner = Op(program.fresh(acc.out), ACC, (x,), acc.over)
+                last = Op(acc.out, MUL, (inner.out, c))
+                yield Rewrite(f"{acc.out}, {c}", _after_loop(program, place, i, acc, (inner,), last))
+
+
+def swap_shift(program: Program) -> Iterator[Rewrite]:
+    """R5: dot(a + c, b) = dot(a, b) + c * sum(b), and a sum of x + c * y is that of x plus that of c * y."""
+    for op in every(program.body):
+        if op.fn == DOT:
+            for i, arg in enumerate(op.args):
+                for x, c in _factors(program, arg, ADD, op.over):
+                    if not can_be_centred(program, x):
+                        continue
+                    inner = replace(op, out=program.fresh(op.out), args=(*op.args[:i], x, *op.args[i + 1 :]))
+                    total = Op(program.fresh(op.out, (inner.out,)), SUM, (op.args[1 - i],), op.over)
+                    outer = Op(program.fresh("x1"), MUL, (c, total.out))
+                    last = Op(op.out, EW, (inner.out, outer.out), expr=("add", 0, 1))
+                    new = program.put_op(op.out, (inner, total, outer, last))
+                    yield Rewrite(
+                        f"{op.out}, {c}", replace(new, centred=tuple(dict.fromkeys((*new.centred, x))))
+                    )
+    for place, i, _, acc in _summing(program):
+        made = program.ops.get(acc.args[0])
+        if made and made.expr == ("add", 0, 1) and sole(program, made.out):
+            if any(True for arg in made.args for _ in _factors(program, arg, MUL, acc.over)):
+                one = Op(program.fresh(acc.out), ACC, made.args[:1], acc.over)
+                two = Op(program.fresh(acc.out, (one.out,)), ACC, made.args[1:], acc.over)
+                last = Op(acc.out, EW, (one.out, two.out), expr=("add", 0, 1))
+                yield Rewrite(f"{acc.out}", _after_loop(program, place, i, acc, (one, two), last))
+
+
+def duplicate_scale(program: Program) -> Iterator[Rewrite]:
+    """R8: a scale or shift that several read is made once for each product that may take it over."""
+    for scale in every(program.body):
+        users = program.uses.get(scale.out, [])
+        if scale.fn not in (MUL, ADD) or len(users) < 2:
+            continue
+        for user in users:
+            if user.fn == DOT and any(constant(program, arg, user.over) for arg in scale.args):
+                copy = replace(scale, out=program.fresh(scale.out))
+                args = tuple(copy.out if arg == scale.out else arg for arg in user.args)
+                new = program.put_op(user.out, (replace(user, args=args),)).put_op(scale.out, (scale, copy))
+                yield Rewrite(f"{scale.out} for {user.out}", new)
+
+
+def consecutive_elementwise(program: Program) -> Iterator[Rewrite]:
+    """R9: an elementwise operator that only the next one reads becomes part of it."""
+    for _, body in program.bodies:
+        here = {op.out: op for op in body if isinstance(op, Op) and op.fn == EW}
+        for op in here.values():
+            for i, arg in enumerate(op.args):
+                if arg in here and sole(program, arg):
+                    before = here[arg]
+                    args = (*before.args, *(x for j, x in enumerate(op.args) if j != i))
+                    places = [before.expr if x == arg else args.index(x) for x in op.args]
+                    expr = substituted(op.expr, places)
+                    yield Rewrite(
+                        f"{arg} into {op.out}", program.put_op(op.out, (replace(op, args=args, expr=expr),))
+                    )
+
+
+RULES: dict[str, tuple[str, Rule]] = {
+    "R1": ("fuse consecutive maps", consecutive_maps),
+    "R2": ("fuse sibling maps", sibling_maps),
+    "R3": ("fuse a map with a reduction", map_and_reduce),
+    "R4": ("swap scale and product", swap_scale),
+    "R5": ("swap shift and product", swap_shift),
+    "R6": ("extend a map", extend_map),
+    "R7": ("peel off the first turn", peel_first),
+    "R8": ("duplicate a scale", duplicate_scale),
+    "R9": ("fuse consecutive elementwise operators", consecutive_elementwise),
+}
