@@ -333,6 +333,7 @@ def fuse(
         Path | None,
         typer.Option(help="Write a picture of the start and of each step (SVG) into this directory."),
     ] = None,
+    emit: Annotated[bool, typer.Option("--emit", help="Print the fused program as a Triton kernel.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Of the inputs of the check.")] = 0,
     changes: Annotated[
         list[str] | None,
@@ -353,6 +354,10 @@ def fuse(
     found = fusion.fuse(fusion.GOLDEN[program](), sizes, tiers=tiers)
     typer.echo(found.explain())
     typer.echo(f"largest difference to one by one, of fp64 inputs: {found.check(seed):.1e}")
+    if emit:
+        name = program.replace("-", "_")
+        blocks = {dim: min(n, 64) for dim, n in found.sizes.items()}
+        typer.echo(f"\n{fusion.Kernel(found.program, found.sizes, blocks, name).source}")
     if draw is None:
         return
     try:

@@ -9,6 +9,7 @@ fuse attention``.
 from .build import GOLDEN, SIZES, Array, Builder, layer_norm, rms_norm, softmax
 from .cost import Cost, Tiers, choose, cost
 from .derive import Derivation, Step, fuse, simplify
+from .emit import Kernel
 from .program import Loop, Op, Program
 from .read import read
 from .rules import RULES
@@ -23,6 +24,7 @@ __all__ = [
     "Builder",
     "Cost",
     "Derivation",
+    "Kernel",
     "Loop",
     "Meter",
     "Op",

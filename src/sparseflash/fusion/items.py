@@ -135,6 +135,9 @@ def evaluate(on: Machine, expr: Expr, args: list[Item]) -> Any:
             return x._replace(p=on.ew("neg", x.p))
         case "inverse":
             return Pair(on.ew("inverse", x.p), on.ew("minus", x.t), -x.degree)
+        case "log":
+            if x.degree == 1:
+                return on.ew("add", on.ew("log", x.p), x.t)
         case "mul":
             (p, t, n), (q, u, m) = _parts(x), _parts(rest[0])
             return _pair(on, on.ew("mul", p, q), _joined(on, t, u), n + m)

@@ -50,9 +50,13 @@ def _two(fn: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _matmul(x: View, y: View) -> View:
+    matrices = len(x.order) == len(y.order) == 2
     require(
-        (len(x.order) == len(y.order) == 2, "matmul of something that is no matrix; expected two matrices"),
-        (x.order[-1] == y.order[-2], f"matmul of {x.order} and {y.order}: the inner axes differ in name"),
+        (matrices, f"{x.order} @ {y.order}; expected two matrices"),
+        (
+            matrices and x.order[1] == y.order[0],
+            f"{x.order} @ {y.order}; expected one name inside",
+        ),
     )
     return View(x.array.dot(y.array), (x.order[0], y.order[1]))
 
@@ -73,11 +77,14 @@ def _softmax(x: View, dim: int, **_: Any) -> View:
     return View(softmax(x.array, x.order[dim]), x.order)
 
 
-def _normed(how: Callable[..., Array], eps: float) -> Callable[..., View]:
+def _normed(how: Callable[..., Array], usual: float | None) -> Callable[..., View]:
     def call(
-        x: View, shape: Any, weight: View | None = None, bias: View | None = None, eps: float = eps
+        x: View, shape: Any, weight: View | None = None, bias: View | None = None, eps: float | None = usual
     ) -> View:
-        require((x.array.axes[-1] == x.order[-1], "a norm of a transposed matrix; expected one of its rows"))
+        require(
+            (x.array.axes[-1] == x.order[-1], "a norm of a transposed matrix; expected one of its rows"),
+            (eps is not None, "rms_norm without eps, which depends on the dtype; give one, such as eps=1e-6"),
+        )
         made = how(x.array, eps)
         made = made * weight.array if weight else made
         return View(made + bias.array if bias else made, x.order)
@@ -107,7 +114,7 @@ KNOWN: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "softmax": _softmax,
     "layer_norm": _normed(layer_norm, 1e-5),
-    "rms_norm": _normed(rms_norm, 1e-6),
+    "rms_norm": _normed(rms_norm, None),
     "sum": _sum,
     "mean": _mean,
     "pow": _power,

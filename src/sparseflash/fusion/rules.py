@@ -11,7 +11,7 @@ A condition is a function of its own, so that a test can switch it off and see w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from .program import (
     Loop,
     Op,
     Program,
+    Stmt,
     defines,
     every,
     live,
@@ -64,6 +65,11 @@ def constant(program: Program, name: str, over: str) -> bool:
     return over not in program.values[name].dims
 
 
+def made_outside(name: str, loop: Stmt) -> bool:
+    """A value is there when a loop is over, since it was before the loop began."""
+    return name not in defines(loop)
+
+
 def sole(program: Program, name: str) -> bool:
     """One operator reads a value, once, and it is no output."""
     users = program.uses.get(name, [])
@@ -89,9 +95,9 @@ def loops_differ(group: Body, loop: Loop) -> bool:
     return all(loop.dim != dim for dim in _dims(group))
 
 
-def a_map(loop: Loop) -> bool:
-    """A loop sums nothing up over its own turns."""
-    return not any(isinstance(x, Op) and x.fn == ACC for x in loop.body)
+def handed_on_only(carried: Set[str], wanted: Set[str]) -> bool:
+    """What the first turn hands to the others is for them alone: what is wanted outside, all turns make."""
+    return not carried & wanted
 
 
 # Loops
@@ -173,7 +179,7 @@ def peel_first(program: Program) -> Iterator[Rewrite]:
     """R7: the first turn of a loop stands alone, and the others read what does not change from it."""
     for place, body in program.bodies:
         for i, loop in enumerate(body):
-            if not isinstance(loop, Loop) or loop.part or not a_map(loop):
+            if not isinstance(loop, Loop) or loop.part:
                 continue
             items = {x.out for x in loop.body if isinstance(x, Op)}
             items |= {
@@ -190,7 +196,7 @@ def peel_first(program: Program) -> Iterator[Rewrite]:
                 for name in defines(loop)
                 if name in program.outputs or any(x.out in outside for x in program.uses.get(name, []))
             }
-            if carried and not carried & wanted:
+            if carried and handed_on_only(carried, wanted):
                 rest = live(loop.body, wanted, carried)
                 new = (replace(loop, part=FIRST), Loop(loop.dim, rest, REST))
                 yield Rewrite(f"for {loop.dim}", program.put(place, (*body[:i], *new, *body[i + 1 :])))
@@ -204,8 +210,17 @@ def _factors(program: Program, name: str, fn: str, over: str) -> Iterator[tuple[
     made = program.ops.get(name)
     if made and made.fn == fn and sole(program, name):
         for x, c in (made.args, made.args[::-1]):
-            if constant(program, c, over) and not constant(program, x, over):
+            if constant(program, c, over):
                 yield x, c
+
+
+def _scaled_twice(program: Program, name: str, over: str) -> Iterator[tuple[str, str, str]]:
+    """Of x * c * weight: x, what is constant in a sum, and the weight, which is not."""
+    made = program.ops.get(name)
+    if made and made.fn == MUL and sole(program, name):
+        for arg, weight in (made.args, made.args[::-1]):
+            if not constant(program, weight, over):
+                yield from ((x, c, weight) for x, c in _factors(program, arg, MUL, over))
 
 
 def _summing(program: Program) -> Iterator[tuple[tuple[int, ...], int, Body, Op]]:
@@ -229,20 +244,27 @@ def _after_loop(
 
 
 def swap_scale(program: Program) -> Iterator[Rewrite]:
-    """R4: dot(a * c, b) = dot(a, b) * c, and a sum of x * c is c times a sum of x, where c is constant."""
+    """R4: dot(a * c, b) = dot(a, b) * c, and a sum of x * c is c times a sum of x, where c is constant.
+
+    A weight along the summed dimension lets it pass: (x * c) * weight = (x * weight) * c.
+    """
     for op in every(program.body):
         if op.fn in (DOT, SUM):
             for i, arg in enumerate(op.args):
                 for x, c in _factors(program, arg, MUL, op.over):
                     inner = replace(op, out=program.fresh(op.out), args=(*op.args[:i], x, *op.args[i + 1 :]))
-                    yield Rewrite(
-                        f"{op.out}, {c}", program.put_op(op.out, (inner, Op(op.out, MUL, (inner.out, c))))
-                    )
+                    new = program.put_op(op.out, (inner, Op(op.out, MUL, (inner.out, c))))
+                    yield Rewrite(f"{op.out}, {c}", new)
+                for x, c, weight in _scaled_twice(program, arg, op.over):
+                    inner = Op(program.fresh(arg), MUL, (x, weight))
+                    new = program.put_op(arg, (inner, Op(arg, MUL, (inner.out, c))))
+                    yield Rewrite(f"{weight}, {c}", new)
     for place, i, body, acc in _summing(program):
         for x, c in _factors(program, acc.args[0], MUL, acc.over):
-            if c not in defines(body[i]):
+            if made_outside(c, body[i]):
                 inner = Op(program.fresh(acc.out), ACC, (x,), acc.over)
-                last = Op(acc.out, MUL, (inner.out, c))
+                args = (c, inner.out) if program.ops[acc.args[0]].args[0] == c else (inner.out, c)
+                last = Op(acc.out, MUL, args)
                 yield Rewrite(f"{acc.out}, {c}", _after_loop(program, place, i, acc, (inner,), last))
 
 

@@ -143,7 +143,8 @@ class Run:
                 lists = [self.turns(Loop(dim, ())).stop for dim in value.dims if dim not in axes]
                 dtype = like.dtype if len(axes) > 1 else self.wide
                 shape = lists + [self.sizes[dim] for dim in axes]
-                self.kept[name].append(torch.empty(shape, dtype=dtype, device=like.device))
+                made = torch.empty(shape, dtype=dtype, device=like.device)
+                self.kept[name].append(made.fill_(torch.nan) if meter else made)
 
     def turns(self, loop: Loop) -> range:
         """The blocks of a loop."""
@@ -297,7 +298,7 @@ def run(
     blocks : mapping, optional
         Elements of a block of each dimension; one that is not named is one block.
     meter : Meter, optional
-        Counts what the run does. A metered run is one of one thread.
+        Counts what the run does, on one thread; memory that nobody wrote is NaN then.
     threads : int
         Turns of an outermost loop run on so many threads, where they sum nothing up.
 
