@@ -92,6 +92,24 @@ def bench_decode(
     session("decode", out, partial(decode.measure, **options), columns)
 
 
+@experiments.command("fusion", rich_help_panel=PANEL)
+def bench_fusion(
+    out: Out = RESULTS / "fusion.csv",
+    length: Length = 4096,
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 7,
+    minutes: Minutes = 4.0,
+) -> None:
+    """Compare a gated layer as row tiles of one fused program with eager torch and torch.compile."""
+    from sparseflash.bench.session import session
+
+    from .. import fusion
+
+    options = {"length": length, "dtypes": dtypes_of(dtypes), "rounds": rounds, "minutes": minutes}
+    columns = ("case", "dtype", "T", "ms_eager", "ms", "ratio", "mib", "rounds")
+    session("fusion", out, partial(fusion.measure, **options), columns)
+
+
 @experiments.command("levels", rich_help_panel=PANEL)
 def bench_levels(
     out: Out = RESULTS / "levels.csv",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,12 +169,17 @@ class Run:
             inner = [turn.inside(at, stmt, block) for block in self.turns(stmt)]
             if self.threads > 1 and not turn.loops and not sums:
                 with _one_thread_each(), ThreadPoolExecutor(self.threads) as pool:
-                    list(pool.map(lambda one, stmt=stmt: self.body(stmt.body, one), inner))
+                    list(pool.map(partial(self.alone, stmt.body), inner))
             else:
                 for one in inner:
                     self.body(stmt.body, one)
             for name in sums:
                 self.write(name, turn)
+
+    @torch.no_grad()
+    def alone(self, body: Body, turn: Turn) -> None:
+        """Run a turn on a thread, where gradients are off only if they are switched off there."""
+        self.body(body, turn)
 
     def find(self, name: str, turn: Turn) -> Item:
         """A tile: from local memory, or read into that of the innermost loop that it is indexed by."""
@@ -307,7 +313,7 @@ def run(
     SparseFlashError
         If shapes do not agree with the axes.
     """
-    this = Run(program, given, blocks or {}, meter, 1 if meter else threads)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        this = Run(program, given, blocks or {}, meter, 1 if meter else threads)
         this.body(program.body, Turn((), {}, ({},)))
     return tuple(this.kept[name][0] for name in program.outputs)

@@ -19,6 +19,7 @@ EXPERIMENTS = (
     "coverage",
     "decode",
     "documents",
+    "fusion",
     "indexer",
     "kernel-table",
     "levels",
