@@ -186,11 +186,12 @@ def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def statistics(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
-    """What is summed over rows, keys, entries and diagonals."""
+    """What is summed over rows, keys, entries, diagonals and blocks."""
     cap = named == "everything"
     numbers, bias = {"scale": 0.1, "softcap": 30.0 if cap else 0.0}, torch.zeros(1, HEADS, T) if cap else None
-    for over, width in (("row", T), ("key", T), ("entry", 2 * plan.tiles), ("diagonal", 2 * T - 1)):
-        asked = Statistics(over=over, width=width, peak=False, **numbers)
+    widths = {"row": T, "key": T, "entry": 2 * plan.tiles, "diagonal": 2 * T - 1, "block": (T // 64) ** 2}
+    for over, width in widths.items():
+        asked = Statistics(over=over, width=width, peak=False, **numbers, tile=64, unit=64)
         backend.stats(q, q, torch.stack([q[..., 0]] * 2), plan, asked, key_bias=bias)
 
 
@@ -238,7 +239,8 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
-        own = "diagonals" if kwargs.get("BAND") else "decode" if kwargs.get("SPLIT") else ""
+        band = {0: "", -1: "blocks"}.get(kwargs.get("BAND", 0), "diagonals")
+        own = band or ("decode" if kwargs.get("SPLIT") else "")
         name = own or self.__name__.removesuffix("_kernel")
         name += ", backward" if kwargs.get("BACKWARD") else ""
         name += ", statistics" if "F" in kwargs and kwargs["F"].STATS else ""

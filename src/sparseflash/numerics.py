@@ -31,6 +31,8 @@ class Softmax(NamedTuple):
     backend: str = ""  # any
     dtype: torch.dtype | None = None  # of out, or of the gradients; None: that of the inputs
     dropout: float = 0.0  # the share of weights that are left out; a seed goes with it
+    tile: int = 0  # queries and keys of a block, where the largest weight of each is wanted; 0: it is not
+    unit: int = 0
 
 
 class Statistics(NamedTuple):
@@ -42,6 +44,8 @@ class Statistics(NamedTuple):
     softcap: float
     width: int
     backend: str = ""
+    tile: int = 1  # queries and keys of a block
+    unit: int = 1
 
 
 class Pointwise(NamedTuple):
@@ -141,6 +145,11 @@ def in_order(score: Tensor, among: Tensor | None) -> Tensor:
 def state_dtype(q: Tensor) -> torch.dtype:
     """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def blocks(Tq: int, Tk: int, tile: int, unit: int) -> tuple[int, int]:
+    """How many blocks of `tile` query tokens by `unit` key tokens there are, down and across."""
+    return -(-Tq // tile), -(-Tk // unit)
 
 
 def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

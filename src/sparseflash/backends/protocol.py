@@ -53,6 +53,8 @@ class Backend(Protocol):
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
         With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says.
+        Where a backend has `PEAKS = True` it also takes `peaks`, zeros [B,Hq,tiles,units], and writes into
+        them the largest weight of each block of `options.tile` query by `options.unit` key tokens.
         """
         ...
 
@@ -104,6 +106,22 @@ class Backend(Protocol):
         key_bias: Tensor | None,
     ) -> Tensor:
         """Statistics of the weights under a given norm, [B,Hq,width]."""
+        ...
+
+    def influence(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        norm: Tensor,
+        delta: Tensor,
+        plan: Plan,
+        options: Statistics,
+        *,
+        key_bias: Tensor | None,
+    ) -> Tensor:
+        """The same of what taking a pair away moves: `ops.stats` says how it is defined."""
         ...
 
     def indexer_topk(

@@ -20,6 +20,8 @@ from ..plan import Plan
 
 AnyPlan = Plan | Sequence[Plan]
 """A plan, or the disjoint plans of one softmax."""
+LARGEST = 2**31 - 1
+"""Tokens of a block: more than there are."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -151,6 +153,15 @@ def as_backend(backend: object) -> str:
     if not isinstance(backend, str):
         raise SparseFlashError(f"backend={backend!r}: expected a name, or None")
     return backend
+
+
+def as_block(name: str, block: object) -> tuple[int, int]:
+    """Tile and unit: query tokens by key tokens of a block."""
+    if isinstance(block, (tuple, list)) and len(block) == 2:
+        tile, unit = block
+        if all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in block):
+            return min(tile, LARGEST), min(unit, LARGEST)
+    raise SparseFlashError(f"{name}={block!r}: expected (tile, unit), two counts of tokens from 1 on")
 
 
 def as_dtype(name: str, dtype: object, q: Tensor) -> torch.dtype | None:

@@ -78,7 +78,9 @@ class Gradient(NamedTuple):
     """(tensors, results) -> what `find` needs of them."""
     by: Op[..., Any] | None = None
     constants: int = 0
-    """So many of the last results have no gradient; they are for `keep`, and callers do without them."""
+    """So many of the last results have no gradient; they are for `keep`, and callers do without them,"""
+    told: int = 0
+    """but for so many, the first of these."""
 
 
 class _Form:
@@ -274,8 +276,8 @@ def _of_whole(form: _Form, direct: Call, gradient: Gradient) -> Call:
 
     Results without gradient are None.
     """
-    find, keep, by, constants = gradient
-    count, none = form.tensors, (None,) * constants
+    find, keep, by, constants, told = gradient
+    count, none = form.tensors, (None,) * (constants - told)
 
     class Untraced(torch.autograd.Function):
         @staticmethod
@@ -285,18 +287,20 @@ def _of_whole(form: _Form, direct: Call, gradient: Gradient) -> Call:
             ctx.dtypes = _dtypes(tensors)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*keep(tensors, results))
-            return results[:-constants] if constants else results
+            if told:
+                ctx.mark_non_differentiable(*results[-constants:][:told])
+            return results[: len(results) - len(none)]
 
         @staticmethod
         def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
             way = None
             if by is not None:  # under create_graph an op's gradients have a graph, which refuses
                 way = by.traced if torch.is_grad_enabled() else by.direct
-            found = find(way, ctx.saved_tensors, slopes, *ctx.rest)
+            found = find(way, ctx.saved_tensors, slopes[: len(slopes) - told], *ctx.rest)
             return (*_in_dtypes(found, ctx.dtypes), *(None for _ in ctx.rest))
 
     apply: Call = Untraced.apply
-    return (lambda *given: (*apply(*given), *none)) if constants else apply
+    return (lambda *given: (*apply(*given), *none)) if none else apply
 
 
 def _differentiable(op: Any, backward: Call, setup_context: Call) -> Call:

@@ -12,12 +12,22 @@ from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import SparseFlashError
-from ..numerics import Softmax, empty_like_layout, norm_of, over_plans, state_dtype, unit_of
+from ..numerics import (
+    Softmax,
+    Statistics,
+    blocks,
+    empty_like_layout,
+    norm_of,
+    over_plans,
+    state_dtype,
+    unit_of,
+)
 from ..plan import Plan
 from ._arguments import (
     AnyPlan,
     as_backend,
     as_dropout,
+    as_block,
     as_dtype,
     as_plans,
     as_scale,
@@ -129,7 +139,7 @@ def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any
     q, k, v, key_bias, sink_logits, seed, out, norm = kept
     dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
-    own = options._replace(dtype=None)
+    own = options._replace(dtype=None, tile=0, unit=0)
     dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, key_bias, seed, plans, own)
     dsink = None
     if sink_logits is not None:
@@ -144,6 +154,56 @@ _attention = register(
     _empty,
     gradient=Gradient(_find, lambda given, found: (*given, found[0], found[2]), _gradients, constants=1),
     inference=functools.partial(_forward, normed=False),
+)
+
+
+def _peaks_like(q: Tensor, k: Tensor, options: Softmax) -> Tensor:
+    shape = blocks(q.shape[2], k.shape[2], options.tile, options.unit)
+    return q.new_zeros((*q.shape[:2], *shape), dtype=state_dtype(q))
+
+
+def _forward_with_peaks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    seed: Tensor | None,
+    plans: Sequence[Plan],
+    options: Softmax,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out, lse, the largest weight of each block, and the norm.
+
+    Where a softmax is in pieces its norm is known in the end, and weights are computed once more. Dropout
+    does not change them.
+    """
+    run: Any = choose("forward", options.backend, q, k, v)
+    peaks = _peaks_like(q, k, options)
+    alone = len(plans) == 1 and sink_logits is None and getattr(run, "PEAKS", False)
+    attend = functools.partial(run.forward, peaks=peaks) if alone else run.forward
+    how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "seed": seed}
+    found: tuple[Tensor, Tensor, Any] = over_plans(attend, q, k, v, plans, options, normed=True, **how)
+    out, lse, norm = found
+    if not alone:
+        numbers = (options.scale, options.softcap, peaks[0, 0].numel(), "", options.tile, options.unit)
+        for plan in plans:
+            own = run.stats(q, k, norm, plan, Statistics("block", True, *numbers), key_bias=key_bias)
+            torch.maximum(peaks, own.view(peaks.shape), out=peaks)
+    return out, lse, peaks, norm
+
+
+def _empty_with_peaks(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, lse, norm = _empty(q, k, v, *rest)
+    return out, lse, _peaks_like(q, k, rest[-1]), norm
+
+
+_with_peaks = register(
+    "attention_with_peaks",
+    _forward_with_peaks,
+    _empty_with_peaks,
+    gradient=Gradient(
+        _find, lambda given, found: (*given, found[0], found[3]), _gradients, constants=2, told=1
+    ),
 )
 
 
@@ -206,6 +266,17 @@ def attention(
     return_lse: Literal[True],
     **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AnyPlan | None = None,
+    *,
+    return_lse: bool = False,
+    return_block_max: tuple[int, int],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, ...]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -222,10 +293,11 @@ def attention(
     dropout_seed: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
+    return_block_max: tuple[int, int] | None = None,
     deterministic: bool = True,
     backend: str | None = None,
     **unsupported: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Exact softmax attention over the keys that a plan lets each query see, with exact gradients.
 
     Parameters
@@ -258,6 +330,10 @@ def attention(
     return_lse : bool
         Also return the natural-log sum of exponentials, fp32 `[B,Hq,Tq]`, differentiable. Dropout does not
         change it.
+    return_block_max : (tile, unit), optional
+        Also return, last, the largest weight P of each block of `tile` query by `unit` key tokens, fp32
+        `[B,Hq,ceil(Tq/tile),ceil(Tk/unit)]`, without gradient: on the CPU, and of one plan without sinks, a
+        by-product of the forward; else as long as `attention_stats`, which finds them.
     deterministic : bool
         Bitwise repeatable results. All present backends always are.
     backend : str, optional
@@ -265,8 +341,8 @@ def attention(
 
     Returns
     -------
-    Tensor or (Tensor, Tensor)
-        out `[B,Hq,Tq,Dv]`: 0 (lse -inf, gradients 0) for a query that sees nothing.
+    Tensor, or a tuple of what was asked for
+        out `[B,Hq,Tq,Dv]`: 0 (lse -inf, gradients 0) for a query that sees nothing; lse; block maxima.
 
     Raises
     ------
@@ -282,7 +358,12 @@ def attention(
     torch.Size([1, 2, 256, 64])
     """
     if unsupported:
-        check_unknown("attention", unsupported, _ELSEWHERE, ("plan", "return_lse", *_Options.__annotations__))
+        check_unknown(
+            "attention",
+            unsupported,
+            _ELSEWHERE,
+            ("plan", "return_lse", "return_block_max", *_Options.__annotations__),
+        )
     if not isinstance(causal, bool):
         raise SparseFlashError(f"causal={causal!r}: expected True or False")
     if plan is not None and causal:
@@ -309,6 +390,11 @@ def attention(
     share, seed = as_dropout(dropout_p, dropout_seed, q)
     wanted = as_dtype("out_dtype", out_dtype, q)
     options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
+    if return_block_max is not None:
+        tile, unit = as_block("return_block_max", return_block_max)
+        asked = options._replace(tile=tile, unit=unit)
+        out, lse, peaks, _ = _with_peaks(q, k, v, key_bias, sink_logits, seed, plans, asked)
+        return (out, lse, peaks) if return_lse else (out, peaks)
     out, lse, _ = _attention(q, k, v, key_bias, sink_logits, seed, plans, options)
     return (out, lse) if return_lse else out
 

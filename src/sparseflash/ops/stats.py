@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import SparseFlashError
-from ..numerics import Statistics, norm_of, state_dtype, unit_of
+from ..numerics import Statistics, blocks, norm_of, state_dtype, unit_of
 from ..plan import Plan
 from ._arguments import (
     as_backend,
+    as_block,
     as_scale,
     as_softcap,
     check_bias,
@@ -22,22 +24,58 @@ from ._arguments import (
 )
 from ._register import register
 
-Over = Literal["key", "entry", "row", "diagonal"]
+Over = Literal["key", "entry", "row", "diagonal", "block"]
 
 
 def _forward(
-    q: Tensor, k: Tensor, norm: Tensor, key_bias: Tensor | None, plan: Plan, options: Statistics
+    q: Tensor,
+    k: Tensor,
+    norm: Tensor,
+    key_bias: Tensor | None,
+    v: Tensor | None,
+    dout: Tensor | None,
+    delta: Tensor | None,
+    plan: Plan,
+    options: Statistics,
 ) -> Tensor:
-    run = choose("stats", options.backend, q, k, k).stats
-    return run(q, k, norm, plan, options, key_bias=key_bias)
+    if v is None or dout is None or delta is None:
+        run = choose("stats", options.backend, q, k, k).stats
+        return run(q, k, norm, plan, options, key_bias=key_bias)
+    moved = choose("influence", options.backend, q, k, v).influence
+    return moved(q, k, v, dout, norm, delta, plan, options, key_bias=key_bias)
 
 
-def _empty(q: Any, k: Any, norm: Any, key_bias: Any, plan: Any, options: Statistics) -> Tensor:
-    found: Tensor = q.new_empty((q.shape[0], q.shape[1], options.width), dtype=state_dtype(q))
+def _empty(q: Any, *rest: Any) -> Tensor:
+    found: Tensor = q.new_empty((q.shape[0], q.shape[1], rest[-1].width), dtype=state_dtype(q))
     return found
 
 
 _stats = register("attention_stats", _forward, _empty)
+
+
+def _slopes(
+    q: Tensor, v: Tensor | None, dout: Tensor | None, delta: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """What influences need beside weights, as backends take it; nothing where nobody asked."""
+    given = {"v": v, "dout": dout, "delta": delta}
+    missing = [name for name, x in given.items() if x is None]
+    if v is None or dout is None or delta is None:
+        if len(missing) < len(given):
+            raise SparseFlashError(
+                f"influences need v, dout and delta: there is no {' and no '.join(missing)}"
+            )
+        return None, None, None
+    shape = (*q.shape[:3], v.shape[3])
+    wanted: tuple[tuple[str, Tensor, tuple[int, ...]], ...] = (
+        ("dout", dout, shape),
+        ("delta", delta, shape[:3]),
+    )
+    for name, x, want in wanted:
+        if not is_real(x, want, q.device):
+            raise SparseFlashError(
+                f"{name}: {describe(x)}; expected floating point {list(want)} on {q.device}"
+            )
+    return v.detach(), dout.detach().to(q.dtype), delta.detach().to(state_dtype(q))
 
 
 def attention_stats(
@@ -48,6 +86,10 @@ def attention_stats(
     *,
     over: Over = "key",
     reduce: Literal["sum", "max"] = "sum",
+    block: tuple[int, int] | None = None,
+    v: Tensor | None = None,
+    dout: Tensor | None = None,
+    delta: Tensor | None = None,
     lse_low: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -56,7 +98,9 @@ def attention_stats(
 ) -> Tensor:
     """Sums or maxima of the attention weights `P = exp(S - lse)`, from a given lse, without forming P.
 
-    Memory is that of the result; no gradient.
+    Memory is that of the result; no gradient. With `v`, `dout` and `delta` the same of influences instead of
+    weights: how far the loss moves, at first order, where a pair is taken away and the rest of its row is
+    normalised again.
 
     Parameters
     ----------
@@ -68,11 +112,19 @@ def attention_stats(
         where logits are in the thousands give lse in fp64, or `lse_low`.
     plan : Plan
         The pairs that are looked at.
-    over : "key", "row", "entry" or "diagonal"
+    over : "key", "row", "entry", "diagonal" or "block"
         What is left: each key `[B,Hq,Tk]`; each query `[B,Hq,Tq]`; each listed span or unit
         `[B,Hq,tiles,n]`, spans before units in list order, n the longest list; each distance between query
-        and key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`.
+        and key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`; each block of tokens
+        `[B,Hq,ceil(Tq/tile),ceil(Tk/unit)]`.
     reduce : "sum" or "max"
+    block : (tile, unit)
+        With over="block": how many query tokens by how many key tokens a block has.
+    v, dout, delta : Tensor, optional
+        `[B,Hkv,Tk,Dv]`, the gradient of out `[B,Hq,Tq,Dv]`, and `(dout * out).sum(-1)`, `[B,Hq,Tq]`, from an
+        out that nobody rounded (`out_dtype=torch.float32`): the statistics are of
+        `|P (delta - dP) / (1 - P)|`, dP = dout v^T. Where 1 - P is less than 2^-16 or the eps of q's dtype,
+        what is left of the row is rounding, and `|P dP|` counts: what zeroing the pair moves.
     lse_low : Tensor, optional
         `[B,Hq,Tq]`: what lse, in fp32, does not hold of it.
     scale, softcap, key_bias, backend
@@ -82,6 +134,11 @@ def attention_stats(
     -------
     Tensor
         fp32 (fp64 for fp64 input).
+
+    References
+    ----------
+    The influence: MoA (arXiv 2406.14909), section 4.1. Maxima over blocks: what SeerAttention (arXiv
+    2410.13276), section 4.2, trains its gate on; `attention(..., return_block_max=)` finds them on its way.
 
     Examples
     --------
@@ -93,13 +150,13 @@ def attention_stats(
     >>> bool((mass.sum(-1) - 100).abs().max() < 1e-3)
     True
     """
-    if over not in ("key", "row", "entry", "diagonal"):
-        raise SparseFlashError(f"over={over!r}: expected key, row, entry or diagonal")
+    if over not in get_args(Over):
+        raise SparseFlashError(f"over={over!r}: expected key, row, entry, diagonal or block")
     if reduce not in ("sum", "max"):
         raise SparseFlashError(f"reduce={reduce!r}: expected sum or max")
     if not isinstance(plan, Plan):
         raise SparseFlashError(f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)")
-    check_inputs(q, k, k)
+    check_inputs(q, k, k if v is None else v)
     check_plan(plan, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)
@@ -111,6 +168,10 @@ def attention_stats(
     factor, cap = as_scale(scale, q.shape[-1]), as_softcap(softcap)
     low = None if lse_low is None else lse_low.detach()
     norm = norm_of(lse.detach(), low, unit_of(factor, cap, key_bias), state_dtype(q))
+    tile, unit = as_block("block", block) if over == "block" else (1, 1)
+    if over != "block" and block is not None:
+        raise SparseFlashError(f'block={block!r} with over={over!r}: it is for over="block"')
+    v, dout, delta = _slopes(q, v, dout, delta)
     per = (
         sum(int(n.max()) if n is not None and n.numel() else 0 for n in (plan.span_count, plan.count))
         if (over == "entry")
@@ -121,8 +182,11 @@ def attention_stats(
         "row": q.shape[2],
         "entry": plan.tiles * per,
         "diagonal": max(q.shape[2] + k.shape[2] - 1, 0),
+        "block": math.prod(blocks(q.shape[2], k.shape[2], tile, unit)),
     }[over]
-    options = Statistics(over, reduce == "max", factor, cap, width, as_backend(backend))
+    options = Statistics(over, reduce == "max", factor, cap, width, as_backend(backend), tile, unit)
     bias = None if key_bias is None else key_bias.detach()
-    found = _stats(q.detach(), k.detach(), norm, bias, plan, options)
+    found = _stats(q.detach(), k.detach(), norm, bias, v, dout, delta, plan, options)
+    if over == "block":
+        return found.view(*found.shape[:2], *blocks(q.shape[2], k.shape[2], tile, unit))
     return found.view(*found.shape[:2], plan.tiles, per) if over == "entry" else found

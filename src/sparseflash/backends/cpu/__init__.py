@@ -21,11 +21,13 @@ from .stick import stick_backward, stick_forward
 
 __all__ = [
     "NAME",
+    "PEAKS",
     "backward",
     "decode",
     "forward",
     "indexer_loss",
     "indexer_topk",
+    "influence",
     "linear_backward",
     "linear_forward",
     "lists",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 NAME = "cpu"
+PEAKS = True
 
 
 def status() -> tuple[bool, str]:
@@ -81,8 +84,9 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq] and, where wanted, its norm [2,B,Hq,Tq]."""
+    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq]; where wanted, its norm [2,B,Hq,Tq], and peaks."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
@@ -98,6 +102,9 @@ def forward(
     call.out, call.lse = view(out), lse.data_ptr()
     if norm is not None:
         call.norm = norm.data_ptr()
+    if peaks is not None:
+        call.over, call.stat, call.stat_width = OVER["block"], peaks.data_ptr(), peaks[0, 0].numel()
+        call.stat_tile, call.stat_unit = options.tile, options.unit
     run("sf_forward", call, q.dtype)
     return out, lse, norm
 
@@ -190,7 +197,7 @@ def backward(
     return dq, dk, dv, dbias
 
 
-OVER = {"key": 0, "row": 1, "entry": 2, "diagonal": 3}
+OVER = {"key": 0, "row": 1, "entry": 2, "diagonal": 3, "block": 4}
 
 
 def stats(
@@ -202,10 +209,37 @@ def stats(
     *,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
+    """Sums (or maxima) of the weights under a norm, by key, row, entry, diagonal or block: [B,Hq,width]."""
     alive: list[Tensor] = []
     call = call_of(q, k, k, plan, options.scale, options.softcap, key_bias, alive)
     call.v = View()
+    return _stats(call, q, norm, plan, options, alive)
+
+
+def influence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    norm: Tensor,
+    delta: Tensor,
+    plan: Plan,
+    options: Statistics,
+    *,
+    key_bias: Tensor | None,
+) -> Tensor:
+    """The same of what taking a pair away moves."""
+    alive: list[Tensor] = []
+    call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
+    dout = aligned(dout.to(q.dtype), alive)
+    delta = aligned(delta.to(torch.float32).contiguous(), alive)
+    call.dout, call.delta = view(dout), delta.data_ptr()
+    return _stats(call, q, norm, plan, options, [*alive, dout, delta])
+
+
+def _stats(
+    call: Call, q: Tensor, norm: Tensor, plan: Plan, options: Statistics, alive: list[Tensor]
+) -> Tensor:
     norm, width = _given(norm, q, alive), options.width
     found = empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
     if not width:  # there is no distance between no query and no key
@@ -213,5 +247,6 @@ def stats(
     call.norm, call.stat = norm.data_ptr(), found.data_ptr()
     call.over, call.peak, call.stat_width = OVER[options.over], options.peak, width
     call.entry_width = width // max(plan.tiles, 1) if options.over == "entry" else 0
+    call.stat_tile, call.stat_unit = options.tile, options.unit
     run("sf_stats", call, q.dtype)
     return found

@@ -116,6 +116,7 @@ class Call(ctypes.Structure):
             ("dropout_bar", ctypes.c_uint32),
             ("dropout_scale", ctypes.c_float),
         ]
+        + [("stat_tile", ctypes.c_int64), ("stat_unit", ctypes.c_int64)]
     )
 
 

@@ -9,7 +9,7 @@ from .indexer import indexer_loss, indexer_topk
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
 from .selection import probe, running_kth, tile_mass, top_indices
-from .softmax import backward, decode, forward, stats
+from .softmax import backward, decode, forward, influence, stats
 from .stick import stick_backward, stick_forward
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "forward",
     "indexer_loss",
     "indexer_topk",
+    "influence",
     "linear_backward",
     "linear_forward",
     "pointwise_backward",

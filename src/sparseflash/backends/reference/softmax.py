@@ -12,6 +12,7 @@ from ...numerics import (
     Softmax,
     Statistics,
     bends,
+    blocks,
     dropout_bar,
     empty_like_layout,
     over_plans,
@@ -24,6 +25,8 @@ from .rows import Rows
 
 STREAMED = 1 << 19
 """Pairs whose weights `stats` holds at a time."""
+ROUNDING = 2.0**-16
+"""What is left of a row beside one weight is no less than this, or it is rounding."""
 
 
 def _logits(
@@ -199,7 +202,35 @@ def stats(
     *,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: [B,Hq,width]."""
+    """Sums (or maxima) of the weights under a norm, by key, row, entry, diagonal or block: [B,Hq,width]."""
+    return _stats(q, k, norm, plan, options, key_bias, None)
+
+
+def influence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    norm: Tensor,
+    delta: Tensor,
+    plan: Plan,
+    options: Statistics,
+    *,
+    key_bias: Tensor | None,
+) -> Tensor:
+    """The same of |P (delta - dP) / (1 - P)|, or of |P dP| where 1 - P is no more than rounding."""
+    return _stats(q, k, norm, plan, options, key_bias, (v, dout, delta))
+
+
+def _stats(
+    q: Tensor,
+    k: Tensor,
+    norm: Tensor,
+    plan: Plan,
+    options: Statistics,
+    key_bias: Tensor | None,
+    slopes: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
     B, H, Tq, _ = q.shape
     Tk, over, peak, width = k.shape[2], options.over, options.peak, options.width
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -225,6 +256,13 @@ def stats(
         given = torch.stack([queries.read(n, work, live) for n in norm])
         known = view.keep & (given[0] > NEVER)[..., None]
         p = _weights(x, given, unit, known)
+        if slopes is not None:
+            v, dout, delta = slopes
+            values = Rows(view.k_token, v.shape[1]).read(v, work, seen)
+            dp = queries.read(dout, work, live) @ values.transpose(-1, -2)
+            rest, moved = 1 - p, p * (queries.read(delta, work, live)[..., None] - dp)
+            p = torch.where(rest < max(ROUNDING, torch.finfo(q.dtype).eps), p * dp, moved / rest).abs()
+            p = p.masked_fill_(~known, 0)
         if over == "key":
             place, p = view.k_token[..., None, :], (p.amax(-2) if peak else p.sum(-2))[..., None, :]
         elif over == "row":
@@ -235,6 +273,10 @@ def stats(
                 torch.where(view.entry < 0, -1, r * per + view.entry)[..., None, :],
                 (p.amax(-2) if peak else p.sum(-2))[..., None, :],
             )
+        elif over == "block":
+            units = blocks(Tq, Tk, options.tile, options.unit)[1]
+            down, across = view.q_token // options.tile, view.k_token // options.unit
+            place = torch.where(known, down[..., :, None] * units + across[..., None, :], width)
         else:
             place = view.q_token[..., :, None] - view.k_token[..., None, :] + Tk - 1
             place = torch.where(known, place, width)

@@ -1,7 +1,8 @@
-"""Statistics of list entries and of diagonals: kernels that look at one entry of a list at a time.
+"""Statistics of list entries, diagonals and blocks: kernels that look at one entry of a list at a time.
 
-A program owns what it writes: one entry, or a band of diagonals, which it looks for in every tile. So nothing
-is added from two places, and memory is that of the result.
+A program owns what it writes: one entry, a band of diagonals, which it looks for in every tile, or a block,
+which it looks for in the tiles of its queries. So nothing is added from two places, and memory is that of the
+result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 
 from .common import (
     Keys,
+    Rows,
     Rule,
     Tokens,
     gathered,
@@ -24,6 +26,8 @@ from .common import (
 )
 
 FAR = tl.constexpr(1 << 30)
+BLOCK = tl.constexpr(-1)
+"""In place of diagonals in a band: what is wanted is blocks."""
 
 
 @triton.jit
@@ -50,23 +54,27 @@ def unit_range(INDEX, p, full, rows, F: tl.constexpr):
 @triton.jit
 def mine(slot, count, BAND: tl.constexpr):
     """Which of a list's entries a program looks at: the one in its slot, if it has one there, or all."""
-    if BAND > 0:
+    if BAND != 0:
         return 0, count
     return tl.minimum(tl.maximum(slot, 0), count), tl.minimum(tl.maximum(slot + 1, 0), count)
 
 
 @triton.jit
-def over_range(total, Q, token, top, share, K, R, lo, hi, word, origin, WORDS, first, order, Tk,
+def over_range(total, Q, token, top, share, K, R, lo, hi, word, origin, WORDS, first, order, limit,
                BAND: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Take in the weights of key rows lo..hi: each lane's own with BAND 0, else those of each diagonal.
+    """Take in the weights of key rows lo..hi: each lane's own, or with a BAND those of each diagonal.
 
-    Diagonal i of a band is where query token - key token is `first` + i.
+    Diagonal i of a band is where query token - key token is `first` + i, of key tokens before `limit`; of
+    a BLOCK the keys are the tokens `first` to `limit` - 1.
     """
     CUT: tl.constexpr = F.CUT
     lane = tl.arange(0, CUT)
     for t in tl.range(lo, hi, CUT, num_stages=1):
         live = t + lane < hi
-        if BAND == 0:
+        if BAND == BLOCK and F.KEY_ORDER:
+            key = tl.load(K.order + t + lane, mask=live, other=-1)
+            live = live & (key >= first) & (key < limit)
+        if BAND <= 0:
             p = weights(Q, top, share, K, R, t, lane, live, word, origin, WORDS, F)
             total = gathered(total, p, 0, F)
         else:
@@ -79,7 +87,7 @@ def over_range(total, Q, token, top, share, K, R, lo, hi, word, origin, WORDS, f
             if (newest >= first) & (oldest < first + BAND):
                 p = weights(Q, top, share, K, R, t, lane, live, word, origin, WORDS, F)
                 wanted = token[:, None] - first - tl.arange(0, BAND)[None, :]
-                some = Q.real[:, None] & (wanted >= 0) & (wanted < Tk)
+                some = Q.real[:, None] & (wanted >= 0) & (wanted < limit)
                 row = wanted
                 if F.KEY_ORDER:
                     row = tl.load(order + wanted, mask=some, other=-1)
@@ -99,16 +107,18 @@ def entries_kernel(
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch, TOKEN_ROW, token_batch,
     inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, width,
-    BAND: tl.constexpr, F: tl.constexpr,
+    block_tile, block_unit, BAND: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT [B,H,width]: of each entry of each tile, `width // tiles` places a tile; or of BAND diagonals each.
+
+    With BLOCK in place of a number of diagonals: of each block of `block_tile` by `block_unit` tokens.
 
     TOKEN_ROW [B,H,Tk] is the key row of each token where there is a K_ORDER.
     """
     BM: tl.constexpr = F.BM
     CUT: tl.constexpr = F.CUT
     PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
-    owned = width if BAND == 0 else (width + BAND - 1) // BAND
+    owned = width if BAND <= 0 else (width + BAND - 1) // BAND
     bh, own = tl.program_id(0) // owned, tl.program_id(0) % owned
     b, h = bh // H, bh % H
     b64, kv = b.to(tl.int64), (h * KV // H).to(tl.int64)
@@ -128,12 +138,20 @@ def entries_kernel(
     state = bh.to(tl.int64) * Tq
     of_spans = place(b, h, H, span_heads, span_batch, tiles)
     of_units = place(b, h, H, unit_heads, unit_batch, tiles)
-    total = tl.zeros([CUT if BAND == 0 else BAND], tl.float32)
-    first, slot = 0, 0
+    total = tl.zeros([CUT if BAND <= 0 else BAND], tl.float32)
+    first, slot, down, limit = 0, 0, 0, Tk
     if BAND == 0:
         per = width // tiles
         tile_from, slot = own // per, own % per
         tile_to = tile_from + 1
+    elif BAND == BLOCK:
+        units = (Tk + block_unit - 1) // block_unit
+        down, first = own // units, own % units * block_unit
+        limit = first + block_unit
+        tile_from, tile_to = 0, tiles
+        if not F.QUERY_ORDER:
+            tile_from = down * block_tile // F.TILE
+            tile_to = tl.minimum((down * block_tile + block_tile + F.TILE - 1) // F.TILE, tiles)
     else:
         tile_from, tile_to = 0, tiles
         first = own * BAND - (Tk - 1)
@@ -141,6 +159,11 @@ def entries_kernel(
         tile = part // PARTS
         rows, token = rows_of(tokens, Q, b, h, H, tile, part % PARTS, q_batch, q_head, q_row, q_lane, Tq,
                               q_rows, BM, F)  # fmt: skip
+        if BAND == BLOCK:
+            mine_too = rows.real & (token // block_tile == down)
+            rows = Rows(
+                rows.q, rows.do, rows.delta, rows.share, mine_too, rows.pos, rows.seg, rows.within
+            )  # fmt: skip
         top, _ = given_top(TOP + state, token, rows.real)
         share = given_share(REST + state, token, rows.real)
         # of key rows that lie as their tokens, only these can be on the band
@@ -148,6 +171,8 @@ def entries_kernel(
         if BAND > 0 and not F.KEY_ORDER:
             low = tl.maximum(tl.min(tl.where(rows.real, token, FAR), 0) - first - BAND + 1, 0)
             high = tl.minimum(tl.max(tl.where(rows.real, token, -FAR), 0) - first + 1, k_rows)
+        if BAND == BLOCK and not F.KEY_ORDER:
+            low, high = first, tl.minimum(limit, k_rows)
         spans = 0
         if F.SPANS:
             start, spans = tl.load(SPAN_START + of_spans + tile), tl.load(SPAN_COUNT + of_spans + tile)
@@ -156,7 +181,7 @@ def entries_kernel(
                 lo, hi = span_range(SPANS, s, k_rows)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
                 total = over_range(total, rows, token, top, share, head, R, begin, end, -1, lo, WORDS,
-                                   first, order, Tk, BAND, F)  # fmt: skip
+                                   first, order, limit, BAND, F)  # fmt: skip
         if F.UNITS:
             start, count = tl.load(START + of_units + tile), tl.load(COUNT + of_units + tile)
             words = WORDS
@@ -168,9 +193,9 @@ def entries_kernel(
                 lo, hi, word = unit_range(INDEX, p, full, k_rows, F)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
                 total = over_range(total, rows, token, top, share, head, R, begin, end, word, lo, words,
-                                   first, order, Tk, BAND, F)  # fmt: skip
+                                   first, order, limit, BAND, F)  # fmt: skip
     to = OUT + bh.to(tl.int64) * width
-    if BAND == 0:
+    if BAND <= 0:
         tl.store(to + own, tl.max(total, 0) if F.PEAK else tl.sum(total, 0))
     else:
         at = own * BAND + tl.arange(0, BAND)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...numerics import Statistics
 from ...plan import Plan
 from .blocks import Blocks, fitting
-from .entries import entries_kernel
+from .entries import BLOCK, entries_kernel
 from .launch import Arguments, found, power_of_two
 from .softmax import launch_columns, launch_rows
 
@@ -25,7 +25,7 @@ def stats(
     *,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """Sums (or maxima) of the weights under a norm, by key, row, entry or diagonal: fp32 [B,Hq,width]."""
+    """Sums (or maxima) of the weights under a norm, by key, row, entry, diagonal or block: [B,Hq,width]."""
     out = torch.zeros((*q.shape[:2], options.width), dtype=torch.float32, device=q.device)
     if not out.numel() or not plan.tiles:
         return out
@@ -40,12 +40,13 @@ def stats(
     elif options.over == "key":
         launch_columns(a, plan, q, q, out)  # no gradient is written
     else:
-        _launch_entries(a, plan, BAND if options.over == "diagonal" else 0)
+        band = {"diagonal": BAND, "block": BLOCK.value}.get(options.over, 0)
+        _launch_entries(a, plan, band, (min(options.tile, plan.Tq), min(options.unit, plan.Tk)))
     return out
 
 
-def _launch_entries(a: Arguments, plan: Plan, band: int) -> None:
-    """Run the kernel over entries, or over bands of so many diagonals."""
+def _launch_entries(a: Arguments, plan: Plan, band: int, block: tuple[int, int]) -> None:
+    """Run the kernel over entries, over bands of so many diagonals, or over blocks."""
     out, order = a.named["OUT"], a.keys.order
     row_of = out
     if order is not None:
@@ -54,8 +55,9 @@ def _launch_entries(a: Arguments, plan: Plan, band: int) -> None:
         row_of = row_of.scatter_(-1, torch.where(order < 0, a.named["Tk"], order).long(), row)
         row_of = row_of[..., :-1].contiguous()
     width = out.shape[2]
-    owned = -(-width // band) if band else width
+    owned = -(-width // band) if band > 0 else width
     named = {n: x for n, x in a.named.items() if n in entries_kernel.arg_names}
+    named |= {"block_tile": block[0], "block_unit": block[1]}
     named |= {"TOKEN_ROW": row_of, "token_batch": found(row_of if order is not None else None)[0]}
 
     def start(blocks: Blocks) -> None:

@@ -48,6 +48,8 @@ struct SfCall {
     int64_t dropout_seed;
     uint32_t dropout_bar;  // weights are left out whose number of 32 bits is below; 0: none
     float dropout_scale;   // factor of the others
+    int64_t stat_tile, stat_unit;  // queries and keys of a block. A forward with `stat`, which is zeros, raises it to the
+                        // largest weight of each block; statistics with dout, v and delta are of influences
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.
@@ -61,7 +63,7 @@ struct SfDecode {
 
 enum SfWeights : int32_t { SF_SOFTMAX = 0, SF_SILU = 1, SF_RELU2 = 2 };
 
-enum SfOver : int32_t { SF_OVER_KEY = 0, SF_OVER_ROW = 1, SF_OVER_ENTRY = 2, SF_OVER_DIAGONAL = 3 };
+enum SfOver : int32_t { SF_OVER_KEY = 0, SF_OVER_ROW = 1, SF_OVER_ENTRY = 2, SF_OVER_DIAGONAL = 3, SF_OVER_BLOCK = 4 };
 
 // Linear attention: B, Hq, T, D, Dv as above; a state is [B,Hq,D,Dv], fp32 and contiguous.
 struct SfLinear {

@@ -273,6 +273,17 @@ bool tensors_ok(const SfCall &c) {
     return table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta);
 }
 
+bool statistics_ok(const SfCall &c) {
+    const bool blocks = c.over == SF_OVER_BLOCK;
+    if (c.over < SF_OVER_KEY || c.over > SF_OVER_BLOCK || !fits({c.plan.tiles, c.entry_width})) return false;
+    if (blocks && (c.stat_tile < 1 || c.stat_tile > INT32_MAX || c.stat_unit < 1 || c.stat_unit > INT32_MAX)) return false;
+    const int64_t tiles = blocks ? (c.Tq + c.stat_tile - 1) / c.stat_tile : 0;
+    const int64_t units = blocks ? (c.Tk + c.stat_unit - 1) / c.stat_unit : 0;
+    const int64_t widths[] = {c.Tk, c.Tq, c.plan.tiles * c.entry_width, c.Tq + c.Tk - 1, tiles * units};
+    if (c.stat_width != widths[c.over] || !fits({c.B, c.Hq, c.stat_width})) return false;
+    return c.B * c.stat_width == 0 || c.stat;
+}
+
 bool call_ok(const SfCall &c, Kind kind) {
     if (!sizes_ok(c) || !plan_ok(c) || !tensors_ok(c)) return false;
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
@@ -287,12 +298,9 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (some_q && (!c.q.data || (softmax && !again && !(given ? c.norm : c.lse)))) return false;
     if (some_q && kind != STATS && (softmax ? !again : !backward) && !c.out.data && !(backward && c.delta)) return false;
     if (some_k && (!c.k.data || (kind != STATS && !c.v.data))) return false;
-    if (kind == STATS) {
-        if (!fits({c.plan.tiles, c.entry_width})) return false;
-        const int64_t widths[] = {c.Tk, c.Tq, c.plan.tiles * c.entry_width, c.Tq + c.Tk - 1};
-        if (c.over < 0 || c.over > 3 || c.stat_width != widths[c.over]) return false;
-        if (!fits({c.B, c.Hq, c.stat_width}) || (c.B * c.stat_width > 0 && !c.stat)) return false;
-    }
+    if (kind == STATS && c.dout.data && (!c.delta || (some_k && !c.v.data))) return false;  // influences
+    if (kind == STATS && !statistics_ok(c)) return false;
+    if (kind == FORWARD && c.stat && !(c.over == SF_OVER_BLOCK && softmax && statistics_ok(c))) return false;
     return !backward || ((!some_q || (c.dout.data && c.dq.data)) && (!some_k || (c.dk.data && c.dv.data)));
 }
 

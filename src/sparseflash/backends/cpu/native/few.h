@@ -175,6 +175,8 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
     }
     if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
     float *s = w.s.p;
+    const Peaks peaks = {c, w.peaks.p};
+    if (c.stat) peaks.clear();
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
@@ -193,6 +195,12 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                     store(s + j, y);
                     top = vmax(top, y);
                 }
+                if (c.stat)
+                    for (int j = 0; j < seen.n; j++) {
+                        const int64_t token = rules.key_token(seen.row[j]);
+                        float *y = w.peaks + token / c.stat_unit * BQ + i;
+                        if (token >= 0) *y = most(*y, s[j]);
+                    }
                 float m = x.m;
                 for (int j = 0; j < W; j++) m = most(m, (float)top[j]);
                 if (m > x.m) {
@@ -216,6 +224,10 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                            [&](int64_t d) { add_weighted<1>(s, seen.v, seen.n, d, c.Dv, x.sum); });
             }
         });
+    if (c.stat) {
+        for (int i = 0; i < rows; i++) w.m[i] = query[i].m, w.l[i] = query[i].l;
+        peaks.finish(logits, b, h, q, w.m, w.l);
+    }
     for (int i = 0; i < rows; i++) {
         if (q.token[i] < 0) continue;
         Query<BF> &x = query[i];

@@ -1,7 +1,7 @@
 // The forward pass of one query block over the chunks of its tile.
 #pragma once
+#include "blocks.h"
 #include "chunk.h"
-#include "softmax.h"
 
 namespace {
 
@@ -19,6 +19,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
     int n = columns(q, BF);
     int64_t Dv = BF ? round_up(c.Dv, 32) : c.Dv;
+    const Peaks peaks = {c, w.peaks.p};
     bool packed = false;
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
@@ -34,6 +35,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
                 memset(w.ot.p, 0, Dv * BQ * 4);
                 for (int i = 0; i < BQ; i++) w.m[i] = -INF, w.l[i] = 0;
                 if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
+                if (c.stat) peaks.clear();
             }
             Operands o = operands<BF, false>(c, keys, k, holes, w.see, w);
             int a = k.a, e = k.b;
@@ -53,6 +55,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
                 logits.bend(c, k, key_bias ? w.bias : nullptr, w.s.p);
             }
             if (k.partial) hide(k, w.see, w.s.p, -INF);
+            if (c.stat) peaks.take(rules, k, n, w.s.p);
             if (BF) {
                 fill_rows(w.s.p, a, k.a, -INF);
                 fill_rows(w.s.p, k.b, e, -INF);
@@ -66,6 +69,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
 #endif
         });
+    if (c.stat && packed) peaks.finish(logits, b, h, q, w.m, w.l);
     const int64_t ld = round_up(c.Dv, 16);
     if (packed) lanes_to_rows(w.ot.p, c.Dv, w.spare.p);
     for (int i = 0; i < BQ; i++) {

@@ -56,7 +56,7 @@ template <bool BF> struct Lanes {
 // Room for a block of queries and for one chunk of keys; in the backward `next` is a second block's.
 template <bool BF> struct Scratch : Lanes<BF> {
     Lanes<BF> next;
-    Buffer<float> s, g, kc, vc, spare;
+    Buffer<float> s, g, kc, vc, spare, peaks;
     Buffer<bf> p, pr, dr, kcb, vcb, tc;
     uint64_t see[BK];
     float bias[BK], sums[BK];
@@ -65,6 +65,7 @@ template <bool BF> struct Scratch : Lanes<BF> {
     bool make(const SfCall &c, bool backward) {
         int64_t D = round_up(c.D, 32), Dv = round_up(c.Dv, 32), top = most(D, Dv);
         bool ok = Lanes<BF>::make(c, backward) && s.make(BK * BQ) && spare.make(top + BK * top);
+        if (c.lse && c.stat) ok = ok && peaks.make((c.Tk + c.stat_unit - 1) / c.stat_unit * BQ);
         if (BF) ok = ok && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
         else ok = ok && kc.make(BK * c.D) && vc.make(BK * c.Dv);
         if (!backward) return ok;

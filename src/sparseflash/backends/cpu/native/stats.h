@@ -1,4 +1,6 @@
-// Statistics of P = exp(S - lse) for a given lse, streamed: sums or maxima over each key, row, list entry or diagonal.
+// Statistics of P = exp(S - lse) for a given lse, streamed: sums or maxima over each key, row, list entry, diagonal or
+// block. With dout they are of influences: how far out . dout moves, at first order, where the pair is taken away and the
+// rest of its row normalised again: |P (delta - dP) / (1 - P)|. Where nothing is left of a row but rounding: |P dP|.
 #pragma once
 #include "few.h"
 
@@ -10,7 +12,7 @@ struct Tally {
     float *stat;
 
     // What is gathered within a tile: no other tile adds to it, so its place is the result itself.
-    static bool within_tiles(const SfCall &c) { return c.over == SF_OVER_ROW || c.over == SF_OVER_ENTRY; }
+    static bool within_tiles(const SfCall &c) { return c.over == SF_OVER_ROW || c.over == SF_OVER_ENTRY || c.over == SF_OVER_BLOCK; }
 
     vf both(vf x, vf y) const { return c.peak ? vmax(x, y) : x + y; }
     float across(vf x) const {
@@ -24,6 +26,10 @@ struct Tally {
     void key(int64_t token, float x) { take(token, x); }
     void entry(int64_t tile, int64_t n, float x) {
         if (n >= 0 && n < c.entry_width) take(tile * c.entry_width + n, x);
+    }
+    void block(const TileRuns &runs, int64_t unit, const float *x) {
+        for (auto &run : runs)
+            take(run.tile * units_of(c) + unit, ::across(x, run.from, run.to, [&](vf a, vf b) { return both(a, b); }));
     }
     void pair(int64_t query, int64_t token, float x) { take(query - token + c.Tk - 1, x); }
 };
@@ -66,7 +72,14 @@ inline uint64_t with_mass(const Queries &q, const Given &norm) {
     return alive;
 }
 
-template <bool BF>
+// Influences in place of weights, of dP = dout . v and what is known of the row.
+inline vf influence(vf p, vf dp, vf delta, float rounding) {
+    const vf left = 1.f - p, x = left < rounding ? p * dp : p * (delta - dp) / left;
+    return vmax(x, -x);
+}
+inline float rounding_of(int32_t dtype) { return dtype == SF_F32 ? 0x1p-16f : dtype == SF_F16 ? 0x1p-10f : 0x1p-7f; }
+
+template <bool BF, bool SLOPES>
 void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
                  int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
     Queries q;
@@ -79,29 +92,36 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         w.top[i] = real ? norm.top[q.token[i]] : 0.f;
         w.rest2[i] = real ? norm.rest[q.token[i]] * LOG2E : NO_ROW;
         w.m[i] = 0;
+        if (SLOPES) w.delta[i] = real ? c.delta[(b * c.Hq + h) * c.Tq + q.token[i]] : 0.f;
     }
     int n = columns(q, BF);
     if (BF) {
 #if SF_HAS_BF16
         pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
+        if (SLOPES) pack_lanes(c.dout, b, h, q, q.real, c.Dv, w.dotb.p, nullptr);
 #endif
     } else {
         pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
+        if (SLOPES) pack_lanes(c, c.dout, b, h, q, q.real, c.Dv, w.dot.p, w.spare.p);
     }
+    const TileRuns runs(q, c.over == SF_OVER_BLOCK ? c.stat_tile : INT32_MAX);
+    const float rounding = rounding_of(c.dtype);
     const bool tokens = c.over == SF_OVER_DIAGONAL && !c.plan.q_order.data && !c.plan.k_order.data;
     for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
         Chunk k = given;
         bool holes = false;
         // also for full entries: lanes that saw nothing must not count
         if (!look(rules, q, k, w.see, holes)) return;
-        Operands o = operands<BF, false>(c, keys, k, false, w.see, w);
+        Operands o = operands<BF, SLOPES>(c, keys, k, false, w.see, w);
         float *s = w.s.p;
         if (!BF) {
             gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + k.a * BQ, BQ, SET);
+            if (SLOPES) gemm_f32(k.b - k.a, n, c.Dv, o.v + k.a * o.ldv, o.ldv, 1, w.dot.p, BQ, w.g + k.a * BQ, BQ, SET);
         } else {
 #if SF_HAS_BF16
             int from = GRAIN > 2 ? (int)round_down(k.a, GRAIN) : k.a, to = GRAIN > 2 ? (int)round_up(k.b, GRAIN) : k.b;
             gemm_bf16(to - from, n, round_up(c.D, GRAIN), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
+            if (SLOPES) gemm_bf16(to - from, n, round_up(c.Dv, GRAIN), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, w.g + from * BQ, BQ, SET);
 #endif
         }
         if (logits.bent) {
@@ -110,8 +130,21 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         }
         auto weight = [&](int j, int i) {
             vf p = exp2v<true>((load(s + j * BQ + i) - load(w.top + i)) * logits.factor - load(w.rest2 + i));
+            if (SLOPES) p = influence(p, load(w.g + j * BQ + i), load(w.delta + i), rounding);
             return pick(w.see[j] >> i, p, set1(0.f));
         };
+        if (c.over == SF_OVER_BLOCK) {
+            by_units(c, rules, k, [&](int64_t unit, int from, int to) {
+                alignas(64) float lanes[BQ] = {};
+                for (int i = 0; i < n; i += W) {
+                    vf all = {};
+                    for (int j = from; j < to; j++) all = tally.both(all, weight(j, i));
+                    store(lanes + i, all);
+                }
+                tally.block(runs, unit, lanes);
+            });
+            return;
+        }
         if (tokens && !k.gather) return by_diagonal(tally, k, n, row, k.base, weight);
         for (int j = k.a; j < k.b; j++) {
             int64_t token = rules.key_token(k.gather ? k.gather[j] : k.base + j);
@@ -135,7 +168,7 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
 }
 
 // The same for tiles of few queries, one at a time.
-template <bool BF>
+template <bool BF, bool SLOPES>
 void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
                int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
     Queries q;
@@ -147,7 +180,11 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
     Seen<BF> seen;
     vf total[FEW] = {};
     for (int i = 0; i < rows; i++)
-        if (q.real >> i & 1) query[i].take(c, c.q, b, h, q.token[i], c.D, query[i].q, query[i].qb);
+        if (q.real >> i & 1) {
+            query[i].take(c, c.q, b, h, q.token[i], c.D, query[i].q, query[i].qb);
+            if (SLOPES) query[i].take(c, c.dout, b, h, q.token[i], c.Dv, query[i].dout, query[i].doutb);
+        }
+    const float rounding = rounding_of(c.dtype);
     float *s = w.s.p;
     for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
         Chunk k = given;
@@ -157,9 +194,15 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
             if (!(q.real >> i & 1)) continue;
             if (k.partial || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
             query[i].score(query[i].q, query[i].qb, seen.k, seen.n, c.D, s);
+            if (SLOPES) query[i].score(query[i].dout, query[i].doutb, seen.v, seen.n, c.Dv, w.g.p);
             const float top = norm.top[q.token[i]], rest2 = norm.rest[q.token[i]] * LOG2E;
+            const float delta = SLOPES ? c.delta[(b * c.Hq + h) * c.Tq + q.token[i]] : 0.f;
             for (int j = 0; j < seen.n; j += W) {
                 vf p = exp2v<true>((seen.logits(c, logits, s, j) - top) * logits.factor - rest2);
+                if (SLOPES) {  // behind the last key are no slopes
+                    p = influence(p, load(w.g + j), set1(delta), rounding);
+                    if (j + W > seen.n) p = pick((1ull << (seen.n - j)) - 1, p, set1(0.f));
+                }
                 total[i] = tally.both(total[i], p);
                 store(s + j, p);
             }
@@ -170,6 +213,8 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
                     int64_t token = rules.key_token(seen.row[j]);
                     if (token < 0) continue;
                     if (c.over == SF_OVER_KEY) tally.key(token, s[j]);
+                    else if (c.over == SF_OVER_BLOCK)
+                        tally.take(q.token[i] / c.stat_tile * units_of(c) + token / c.stat_unit, s[j]);
                     else tally.pair(q.token[i], token, s[j]);
                 }
         }
@@ -179,18 +224,26 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
 }
 
 // Over keys and diagonals, the tiles of a head are shared out in a fixed number of runs whose results are combined in
-// order: the result does not depend on the number of threads. Over rows and entries no two tiles meet.
-template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
+// order: the result does not depend on the number of threads. Over rows and entries no two tiles meet; over blocks as
+// many tiles go together as end where a block does.
+inline int64_t tiles_together(const SfCall &c) {
+    if (c.over != SF_OVER_BLOCK) return 1;
+    return c.plan.q_order.data ? c.plan.tiles : common_multiple(c.plan.tile, c.stat_tile) / c.plan.tile;
+}
+
+template <bool BF, bool SLOPES> int stats_of(const SfCall &c, SfParallel parallel) {
     const SfPlan &p = c.plan;
     const bool few = few_queries(c), apart = Tally::within_tiles(c);
     const int64_t heads = c.B * c.Hq, width = c.stat_width;
     const int64_t shares = apart ? 1 : most<int64_t>(1, least<int64_t>(8, p.tiles));
-    const int64_t runs = apart ? most<int64_t>(1, p.tiles * least<int64_t>(p.tile, BQ) / BQ) : shares;
-    Packed<BF, false> packed;
+    const int64_t together = most<int64_t>(1, tiles_together(c)), groups = (p.tiles + together - 1) / together;
+    const int64_t wanted = most<int64_t>(1, p.tiles * least<int64_t>(p.tile, BQ) / BQ);
+    const int64_t runs = apart ? least(wanted, most<int64_t>(groups, 1)) : shares;
+    Packed<BF, SLOPES> packed;
     Buffer<float> part;
     Desks<BF> scratch;
     if (!width) return 0;
-    if (packed.make(c, parallel, few) || !scratch.make(c, false)) return 1;
+    if (packed.make(c, parallel, few) || !scratch.make(c, SLOPES)) return 1;
     if (!apart && !part.make(heads * shares * width)) return 1;
     float *into = apart ? c.stat : part.p;
     Logits logits(c);
@@ -203,10 +256,11 @@ template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
         Tally tally = {c, into + (apart ? i / runs : i) * width};
         Rules rules(c, b, h);
         Keys keys = packed.keys(c, b, h);
-        for (int64_t r = run * p.tiles / runs; r < (run + 1) * p.tiles / runs; r++) {
+        const int64_t first = run * groups / runs * together, last = least((run + 1) * groups / runs * together, p.tiles);
+        for (int64_t r = first; r < last; r++) {
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
             for (int64_t row = r * p.tile; row < end; row += BQ) {
-                auto block = few ? few_stats<BF> : stats_block<BF>;
+                auto block = few ? few_stats<BF, SLOPES> : stats_block<BF, SLOPES>;
                 block(c, keys, rules, logits, b, h, r, row, least<int64_t>(BQ, end - row), scratch[thread], tally);
             }
         }
@@ -225,6 +279,10 @@ template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
     in_parallel(parallel, c.threads, heads * runs, task);
     if (!apart) in_parallel(parallel, c.threads, heads, gather);
     return 0;
+}
+
+template <bool BF> int stats(const SfCall &c, SfParallel parallel) {
+    return c.dout.data ? stats_of<BF, true>(c, parallel) : stats_of<BF, false>(c, parallel);
 }
 
 }  // namespace
