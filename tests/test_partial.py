@@ -48,7 +48,10 @@ def _wide(x):
     return state_dtype(x)
 
 
-@EVERY
+HALVES = [(name, dtype) for name in BACKENDS for dtype in (torch.float16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("backend, dtype", [x for x in HALVES if x != ("triton", torch.bfloat16)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_merged_pieces_and_summed_gradients_are_exact_as_one_call_is(backend, dtype, causal, generator):
     q, k, v, dout, dlse = inputs(generator, 129, 193, D=40, Dv=24, dtype=dtype)

@@ -26,8 +26,8 @@ from ..plan import Plan
 from ._arguments import (
     AnyPlan,
     as_backend,
-    as_dropout,
     as_block,
+    as_dropout,
     as_dtype,
     as_plans,
     as_scale,
