@@ -7,7 +7,7 @@ import torch
 
 import sparseflash as sf
 import tolerance
-from harness import BACKENDS, EACH, EVERY, FAST, inputs, randn, same_bits
+from harness import BACKENDS, EACH, FAST, inputs, randn, same_bits
 from sparseflash import Plan, SparseFlashError
 from sparseflash.numerics import state_dtype
 
@@ -48,10 +48,11 @@ def _wide(x):
     return state_dtype(x)
 
 
-HALVES = [(name, dtype) for name in BACKENDS for dtype in (torch.float16, torch.bfloat16)]
+ABLE = [(name, dtype) for name in BACKENDS for dtype in FAST if (name, dtype) != ("triton", torch.bfloat16)]
+"""Not fp64, of which the yardstick is no better than the result; and the interpreter truncates bf16."""
 
 
-@pytest.mark.parametrize("backend, dtype", [x for x in HALVES if x != ("triton", torch.bfloat16)])
+@pytest.mark.parametrize("backend, dtype", [x for x in ABLE if x[1] != torch.float32])
 @pytest.mark.parametrize("causal", [True, False])
 def test_merged_pieces_and_summed_gradients_are_exact_as_one_call_is(backend, dtype, causal, generator):
     q, k, v, dout, dlse = inputs(generator, 129, 193, D=40, Dv=24, dtype=dtype)
@@ -96,7 +97,7 @@ def test_in_bf16_pieces_add_nothing_to_the_error_of_one_call_where_rounded_ones_
         assert found[None][name] > 1.05 * whole[name], name
 
 
-@EVERY
+@pytest.mark.parametrize("backend, dtype", ABLE)
 def test_what_one_call_returns_is_its_wide_result_rounded(backend, dtype, generator):
     q, k, v, dout, dlse = inputs(generator, 65, dtype=dtype)
     bias = randn(generator, 1, 2, 65)
@@ -121,7 +122,7 @@ def test_what_one_call_returns_is_its_wide_result_rounded(backend, dtype, genera
         assert torch.equal(grads[3], sums[3])
 
 
-@EVERY
+@pytest.mark.parametrize("backend, dtype", ABLE)
 def test_a_wide_result_has_its_gradients(backend, dtype, generator):
     q, k, v, dout, dlse = inputs(generator, 65, dtype=dtype)
     leaves = [x.requires_grad_() for x in (q, k, v)]
