@@ -346,8 +346,8 @@ def test_defaults_are_those_of_the_dataclasses():
     [
         (
             "hash-sparse",
-            ("--nb", 4, "--local-heads", 1, "--window", 8),
-            {"nb": 4, "causal_heads": 1, "window": 8},
+            ("--nb", 4, "--window-heads", 1, "--window", 8),
+            {"nb": 4, "window_heads": 1, "window": 8},
         ),
         ("hash-sparse", ("--planes", "shared", "--set", "nb=8"), {"planes": "shared", "nb": 8}),
         ("qk-sparse", ("--drop", 0.25), {"q_drop": 0.25, "k_drop": 0.25}),
@@ -380,9 +380,9 @@ def test_a_value_that_a_method_refuses_is_one_line(run, tmp_path, text_file):
 def test_the_sparse_models_of_the_demo_take_settings(run):
     changed = demo.sparse({"nb": 4, "window": 32})
     assert [x.changes["options"] for x in changed] == [
-        {"nb": 4, "window": 32, "causal_heads": n} for n in (1, 0)
+        {"nb": 4, "window": 32, "window_heads": n} for n in (1, 0)
     ]
     assert all("(4 buckets)" in x.what for x in changed)
-    assert [x.changes["options"] for x in demo.sparse({})] == [{"nb": 16, "causal_heads": n} for n in (1, 0)]
-    assert "it has: nb=16" in run("demo", "--set", "buckets=4")[2]
-    assert "differ in" in run("demo", "--set", "causal_heads=4")[2]
+    assert [x.changes["options"] for x in demo.sparse({})] == [{"nb": 16, "window_heads": n} for n in (1, 0)]
+    assert "it has: nb=16" in run("demo", "--set", "bucket=4")[2]
+    assert "differ in" in run("demo", "--set", "window_heads=4")[2]

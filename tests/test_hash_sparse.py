@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sparseflash as sf
+from cases import mask_of as selected_mask
 from harness import EACH
 from selected import Selected, tensors
 from sparseflash.selection.orders import lsh_buckets, lsh_planes
@@ -76,11 +77,11 @@ def test_buckets_that_look_for_trouble(kind, include_self, backend, generator):
         assert all(got[name].abs().max() == 0 for name in ("out", "dq", "dk", "dv"))
 
 
-@pytest.mark.parametrize("causal_heads", [0, 1, 4])
+@pytest.mark.parametrize("heads", [0, 1, 4])
 @pytest.mark.parametrize("include_self", [True, False])
-def test_queries_that_begin_later_are_the_last_rows_of_all(include_self, causal_heads, generator):
+def test_queries_that_begin_later_are_the_last_rows_of_all(include_self, heads, generator):
     q, k, *_ = tensors(generator, 200)
-    method = sf.methods.HashSparse(nb=4, include_self=include_self, causal_heads=causal_heads, window=20)
+    method = sf.methods.HashSparse(nb=4, include_self=include_self, window_heads=heads, head_window=20)
     whole = method.select(q, k).plan.to_dense().expand(2, 4, -1, -1)
     for begin in (130, torch.tensor(130)):
         plan = method.select(q[:, :, 130:], k, {"q_offset": begin}).plan.check()
@@ -194,8 +195,8 @@ def test_the_buckets_that_are_refused(generator):
         attend(q, k, v, bucket[:, :3], bucket)
     with pytest.raises(sf.SparseFlashError, match="belong together"):
         sf.methods.HashSparse()(q, k, v, ctx={"q_bucket": bucket})
-    with pytest.raises(sf.SparseFlashError, match="causal_heads=5: q has 4 heads"):
-        sf.methods.HashSparse(causal_heads=5)(q, k, v)
+    with pytest.raises(sf.SparseFlashError, match="window_heads=5: q has 4 heads"):
+        sf.methods.HashSparse(window_heads=5)(q, k, v)
 
 
 # ---------------------------------------------------------------- hashing
@@ -237,20 +238,20 @@ def test_a_bucket_is_the_first_largest_of_both_signs(H, h, nb, generator, monkey
 def test_tied_queries_and_normalised_keys_share_their_buckets(generator):
     q = 5 * torch.randn(2, 4, 500, 64, generator=generator)
     k = torch.nn.functional.normalize(q, dim=-1)
-    q_bucket, k_bucket = sf.methods.HashSparse(nb=32).buckets(q, k)
+    q_bucket, k_bucket = sf.methods.HashSparse(nb=32).ids(q, k)
     assert (q_bucket == k_bucket).float().mean() > 0.999
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = sf.methods.HashSparse(nb=32).buckets(q, k)
+        again = sf.methods.HashSparse(nb=32).ids(q, k)
     assert torch.equal(again[0], q_bucket) and torch.equal(again[1], k_bucket)
 
 
 def test_planes_per_head_or_shared_and_inside_a_group(generator):
     x = torch.randn(1, 1, 300, 16, generator=generator)
     q, k = x.expand(1, 4, -1, -1), x.expand(1, 2, -1, -1)
-    own, k_own = sf.methods.HashSparse(nb=8).buckets(q, k)
+    own, k_own = sf.methods.HashSparse(nb=8).ids(q, k)
     assert torch.equal(own[:, 0], own[:, 1]) and torch.equal(own[:, 2], k_own[:, 1])
     assert not torch.equal(own[:, 1], own[:, 2])
-    shared, k_shared = sf.methods.HashSparse(nb=8, planes="shared").buckets(q, k)
+    shared, k_shared = sf.methods.HashSparse(nb=8, planes="shared").ids(q, k)
     assert (shared == shared[:, :1]).all() and torch.equal(k_shared[:, 1], shared[:, 0])
 
 
@@ -259,7 +260,7 @@ def test_a_needle_is_always_reached_however_far(generator):
     far = (torch.rand(1, 4, 1024, generator=generator) * (torch.arange(1024) + 1)).long()
     q = k.gather(2, far[..., None].expand_as(k)) * 90  # of the direction of one earlier key, anywhere
     method = sf.methods.HashSparse(nb=32)
-    q_bucket, k_bucket = method.buckets(q, k)
+    q_bucket, k_bucket = method.ids(q, k)
     mask = method.select(q, k).plan.to_dense()
     future = torch.ones(1024, 1024).triu(1).bool()
     target = (q @ k.mT).masked_fill(future, float("-inf")).argmax(-1)
@@ -278,8 +279,8 @@ def test_a_needle_is_always_reached_however_far(generator):
 )
 def test_the_last_heads_are_causal_windows(Hq, Hkv, n, include_self, backend, generator):
     q, k, v, dout = tensors(generator, 150, B=1, Hq=Hq, Hkv=Hkv)
-    method = sf.methods.HashSparse(nb=4, causal_heads=n, window=50, include_self=include_self)
-    mask = SELECTED.mask(*method.buckets(q, k), Hq, include_self)
+    method = sf.methods.HashSparse(nb=4, window_heads=n, head_window=50, include_self=include_self)
+    mask = SELECTED.mask(*method.ids(q, k), Hq, include_self)
     gap = torch.arange(150)[:, None] - torch.arange(150)
     mask[:, Hq - n :] = (gap < 50) & (gap >= (0 if include_self else 1))
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -295,7 +296,7 @@ def test_window_heads_ignore_given_buckets(generator):
     q, k, v, _ = tensors(generator, 200, Tk=150)
     q_bucket = torch.randint(5, (1, 1, 200), generator=generator)
     k_bucket = torch.randint(5, (2, 4, 150), generator=generator)
-    method = sf.methods.HashSparse(causal_heads=2, window=30)
+    method = sf.methods.HashSparse(window_heads=2, head_window=30)
     plan = method.select(q, k, {"q_bucket": q_bucket, "k_bucket": k_bucket}).plan.check()
     mask = SELECTED.mask(q_bucket, k_bucket, 4).expand(2, -1, -1, -1).clone()
     gap = torch.arange(200)[:, None] - torch.arange(150)
@@ -327,7 +328,7 @@ def test_every_pair_of_equal_buckets_is_covered(nb, generator):
     method = sf.methods.HashSparse(nb=nb)
     for include_self in (True, False):
         plan = method.select(q, k).plan
-        assert sf.methods.coverage(plan, *method.buckets(q, k), include_self=include_self) == 1.0
+        assert sf.methods.coverage(plan, *method.ids(q, k), include_self=include_self) == 1.0
 
 
 def test_coverage_is_what_counting_gives(generator):
@@ -347,3 +348,99 @@ def test_coverage_is_what_counting_gives(generator):
     assert sf.methods.coverage((some, window), q_bucket, k_bucket) == pytest.approx(want, rel=1e-9)
     alone = torch.arange(300).expand(1, 1, 300)
     assert sf.methods.coverage(window, alone, alone) == 1.0  # no pair to miss
+
+
+# ---------------------------------------------------------------- a window in every head
+
+
+@EACH
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize(("window", "heads"), [(2, 0), (40, 0), (40, 2), (500, 0)])
+def test_every_head_sees_its_last_keys_and_behind_them_its_bucket(
+    window, heads, include_self, backend, generator
+):
+    """One softmax over both, each pair once: output and all gradients against the mask."""
+    q, k, v, dout = tensors(generator, 150, B=1, Hq=4, Hkv=2)
+    own = {"window_heads": heads, "head_window": 9, "include_self": include_self}
+    method = sf.methods.HashSparse(nb=4, window=window, **own)
+    least = 0 if include_self else 1
+    gap = torch.arange(150)[:, None] - torch.arange(150)
+    mask = SELECTED.mask(*method.ids(q, k), 4, include_self) | (gap < window)
+    mask &= gap >= least
+    mask[:, 4 - heads :] = (gap < 9) & (gap >= least)
+    assert torch.equal(selected_mask(method.select(q, k).plan), mask)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = method(*leaves, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(out, leaves, dout)
+    got = dict(zip(("out", "lse", "dq", "dk", "dv"), (out.detach(), lse.detach(), *grads), strict=True))
+    compare(got, *(x.detach() for x in (q, k, v)), mask, dout=dout)
+
+
+@pytest.mark.parametrize("at", [0, 37, torch.tensor([5, 90])])
+@pytest.mark.parametrize("local", [1, 13])
+def test_buckets_with_a_window_are_their_union(local, at, generator):
+    ids = torch.randint(5, (2, 3, 70), generator=generator)
+    k_ids = torch.randint(5, (2, 1, 160), generator=generator)
+    for include_self in (True, False):
+        plan = sf.Plan.from_buckets(ids, k_ids, local=local, q_offset=at, include_self=include_self)
+        position = torch.arange(70)[:, None] + torch.as_tensor(at).reshape(-1, 1, 1, 1)
+        gap = position - torch.arange(160)
+        want = ((ids[..., None] == k_ids[..., None, :]) | (gap < local)) & (gap >= int(not include_self))
+        assert torch.equal(plan.to_dense().expand_as(want), want)
+        assert int(sum(one.check().to_dense().expand_as(want).sum() for one in plan)) == int(want.sum())
+    with pytest.raises(sf.PlanError, match="local=3: a window of last keys wants causal=True"):
+        sf.Plan.from_buckets(ids, k_ids, local=3, causal=False)
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_centroids_find_what_a_hash_of_untied_keys_does_not(top, generator):
+    """Keys around eight directions, queries that ask for one each, turned far away from it."""
+    centre = torch.nn.functional.normalize(torch.randn(8, 32, generator=generator), dim=-1)
+    group = torch.randint(8, (1, 2, 600), generator=generator)
+    k = 6 * centre[group] + 0.3 * torch.randn(1, 2, 600, 32, generator=generator)
+    away = torch.randn(1, 2, 1, 32, generator=generator)
+    q = 3 * centre[group.roll(7, -1)] + 6 * (away - (away @ centre.T @ torch.linalg.pinv(centre.T)))
+    own = {"nb": 8, "buckets": "kmeans", "top": top}
+    method = sf.methods.HashSparse(**own)
+    recall = {
+        name: float(sf.recall(q, k, one.select(q, k).plan).mean())
+        for name, one in (("kmeans", method), ("lsh", sf.methods.HashSparse(nb=8)))
+    }
+    assert recall["kmeans"] > 0.65 > recall["lsh"] + 0.3, recall
+    q_ids, k_ids = method.ids(q, k)
+    ranks = q_ids[None] if top == 1 else q_ids
+    want = (ranks[..., None] == k_ids[:, :, None]).any(0) & torch.ones(600, 600, dtype=torch.bool).tril()
+    assert torch.equal(selected_mask(method.select(q, k).plan), want)
+    assert not method.causal_selection and sf.methods.HashSparse().causal_selection
+
+
+def test_planes_drawn_anew_at_each_step_are_the_same_within_it(generator):
+    q, k, _, _ = tensors(generator, 100)
+    fixed, anew = sf.methods.HashSparse(nb=8), sf.methods.HashSparse(nb=8, resample=True)
+    first, again, second = (anew.select(q, k, {"step": n}).plan.to_dense() for n in (4, 4, 5))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    assert torch.equal(anew.select(q, k).plan.to_dense(), fixed.select(q, k).plan.to_dense())
+    assert torch.equal(fixed.select(q, k, {"step": 9}).plan.to_dense(), fixed.select(q, k).plan.to_dense())
+
+
+def test_the_old_name_of_window_heads_means_what_it_did():
+    with pytest.warns(DeprecationWarning, match="window_heads"):
+        old = sf.methods.HashSparse(nb=4, causal_heads=2, window=40)
+    assert old == sf.methods.HashSparse(nb=4, window_heads=2, head_window=40)
+    with pytest.warns(DeprecationWarning):
+        assert sf.methods.get("hash-sparse", causal_heads=1) == sf.methods.HashSparse(window_heads=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"buckets": "kmean"}, "buckets='kmean': expected one of lsh, kmeans"),
+        ({"top": 2}, "a hash has one bucket"),
+        ({"top": 9, "nb": 8, "buckets": "kmeans"}, "top=9: there are 8 buckets"),
+        ({"window": -1}, "window=-1"),
+        ({"window": 1, "include_self": False}, "shows no key"),
+    ],
+)
+def test_what_a_window_and_buckets_may_not_be(wrong, said):
+    with pytest.raises(sf.SparseFlashError, match=said):
+        sf.methods.HashSparse(**wrong)

@@ -323,7 +323,7 @@ def test_an_unknown_hyper_parameter_says_which_exist():
         ("hash-sparse", {"nb": 0}, "nb=0"),
         ("hash-sparse", {"nb": 4.0}, "nb=4.0"),
         ("hash-sparse", {"planes": "own"}, "expected one of per-head, shared"),
-        ("hash-sparse", {"causal_heads": -1}, "causal_heads=-1"),
+        ("hash-sparse", {"window_heads": -1}, "window_heads=-1"),
         ("hash-sparse", {"window": 1, "include_self": False}, "window=1"),
         ("qk-sparse", {"q_drop": 30}, "q_drop=30: expected a fraction"),
         ("qk-sparse", {"k_drop": float("nan")}, "k_drop=nan"),

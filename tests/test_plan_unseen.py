@@ -126,7 +126,7 @@ SELECT = {
     "sink-window": lambda q, k: methods.SinkWindow(window=100, sink_tokens=4).select(q, k).plan,
     "hash-sparse": lambda q, k: methods.HashSparse(nb=8).select(q, k).plan,
     "hash-sparse, tied": lambda q, k: methods.HashSparse(nb=8, include_self=False).select(q, k).plan,
-    "hash-sparse and windows": lambda q, k: methods.HashSparse(nb=8, causal_heads=2).select(q, k).plan,
+    "hash-sparse and windows": lambda q, k: methods.HashSparse(nb=8, window_heads=2).select(q, k).plan,
     "qk-sparse": lambda q, k: methods.QKSparse(q_drop=0.3, k_drop=0.5).select(q, k, {"step": 3}).plan,
     "documents": lambda q, k: Plan.from_documents(edges(q), Tq=512, Tk=512),
     "moving intervals": lambda q, k: Plan.from_intervals(

@@ -145,7 +145,7 @@ def test_pairs_found_in_several_rounds_count_several_times(generator):
 def test_unbalanced_buckets_are_not_covered_and_more_rounds_cover_more(generator):
     q = torch.nn.functional.normalize(torch.randn(1, 2, 1024, 16, generator=generator) + 1.5, dim=-1)
     exact = sf.methods.HashSparse(nb=16)
-    buckets = exact.buckets(q, q)
+    buckets = exact.ids(q, q)
     assert sf.methods.coverage(exact.select(q, q).plan, *buckets) == 1.0
     one = sf.methods.Reformer(64)
     assert sf.methods.coverage(one.select(q, q).plan, *(x[0] for x in one.buckets(q, q))) < 0.9

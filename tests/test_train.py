@@ -339,7 +339,7 @@ def test_ctrl_c_saves_and_names_the_command_that_continues(tmp_path, text_file):
     "attention, options",
     [
         ("dense", {}),
-        ("hash-sparse", {"nb": 4, "causal_heads": 1, "window": 8}),
+        ("hash-sparse", {"nb": 4, "window_heads": 1, "head_window": 8}),
         ("qk-sparse", {"q_drop": 0.3, "k_drop": 0.3}),
     ],
 )

@@ -19,7 +19,7 @@ from test_transformers import T, close, eager, model, padded, tokens
 from transformer_models import FAMILIES, tiny
 
 WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)
-HASHED = sf.methods.HashSparse(nb=4, causal_heads=2, window=16)
+HASHED = sf.methods.HashSparse(nb=4, window_heads=2, head_window=16)
 FULL = (sf.methods.HashSparse(nb=1), sf.methods.SinkWindow(window=1 << 20))
 
 

@@ -65,7 +65,7 @@ OFFSETS = {
     "sink-window": lambda at: sf.methods.SinkWindow(window=4).select(*QK, {"q_offset": at}).plan,
     "hash-sparse": lambda at: sf.methods.HashSparse(nb=2).select(*QK, {"q_offset": at}).plan,
     "windows of hash-sparse": lambda at: (
-        sf.methods.HashSparse(causal_heads=2, include_self=False).select(*QK, {"q_offset": at}).plan
+        sf.methods.HashSparse(window_heads=2, include_self=False).select(*QK, {"q_offset": at}).plan
     ),
     "stick-breaking": lambda at: sf.stick_breaking(*QK, QK[1], q_offset=at),
     "indexer": lambda at: sf.indexer_topk(QK[0], QK[1][:, 0], torch.ones(1, 2, T), 4, q_offset=at),
@@ -224,5 +224,5 @@ def test_a_method_with_a_number_beyond_all_tensors_says_so():
     with pytest.raises(sf.SparseFlashError, match="below 2\\^62"):
         sf.methods.Window(window=2**63)
     q = k = torch.randn(1, 2, T, 16)
-    wide = sf.methods.HashSparse(nb=2, causal_heads=1, window=2**40).select(q, k).plan
+    wide = sf.methods.HashSparse(nb=2, window_heads=1, head_window=2**40).select(q, k).plan
     assert mask_of(wide)[0, 1].sum() == T * (T + 1) // 2

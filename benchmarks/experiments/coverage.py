@@ -55,7 +55,7 @@ def measure(
             for nb in buckets:
                 on_run(f"{name}, T = {length}, {nb} buckets")
                 exact = HashSparse(nb=nb)
-                ids = exact.buckets(q, k)
+                ids = exact.ids(q, k)
                 context = {"q_bucket": ids[0][None], "k_bucket": ids[1][None]}
                 cases = {"hash-sparse": exact.select(q, k).plan}
                 for label, size in (

@@ -38,7 +38,7 @@ class Contender:
     chance: bool = False
 
 
-HASH, LOCAL = {"nb": BUCKETS}, {"nb": BUCKETS, "causal_heads": 1}
+HASH, LOCAL = {"nb": BUCKETS}, {"nb": BUCKETS, "window_heads": 1}
 CONTENDERS = {
     # causal dense attention through our kernels: the function of torch SDPA, sooner
     "dense": Contender("window", {"window": 2**30}),

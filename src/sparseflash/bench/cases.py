@@ -75,7 +75,7 @@ class Naive:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Hash, build the mask, attend."""
         with torch.no_grad():
-            q_bucket, k_bucket = self.method.buckets(q, k)
+            q_bucket, k_bucket = self.method.ids(q, k)
             keep = (q_bucket[..., :, None] == k_bucket[..., None, :]).tril_()
             empty = ~keep.any(-1, keepdim=True)  # a row without any visible key would be NaN
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep | empty)

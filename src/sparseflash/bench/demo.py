@@ -53,12 +53,12 @@ def sparse(changes: Mapping[str, Any]) -> list[Contender]:
     SparseFlashError
         For a field that the method does not have, a value that it refuses, and the one that they differ in.
     """
-    if "causal_heads" in changes:
-        raise SparseFlashError("--set causal_heads is what the hash-sparse models differ in; leave it out")
+    if "window_heads" in changes:
+        raise SparseFlashError("--set window_heads is what the hash-sparse models differ in; leave it out")
     method = methods.get("hash-sparse", **changes)
     buckets = f"see the earlier keys of their own hash bucket ({method.nb} buckets)"
     kinds = (
-        ("hash-sparse + 1 local head", f"three heads {buckets}, one head sees a causal window", "hash-2", 1),
+        ("hash-sparse + 1 window head", f"three heads {buckets}, one head sees a causal window", "hash-2", 1),
         ("hash-sparse, pure", f"all heads {buckets}", "hash-1", 0),
     )
     return [
@@ -66,7 +66,7 @@ def sparse(changes: Mapping[str, Any]) -> list[Contender]:
             label,
             what,
             style,
-            {"attention": "hash-sparse", "options": {"nb": method.nb, **changes, "causal_heads": heads}},
+            {"attention": "hash-sparse", "options": {"nb": method.nb, **changes, "window_heads": heads}},
         )
         for label, what, style, heads in kinds
     ]

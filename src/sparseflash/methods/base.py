@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack, overload
@@ -19,6 +20,7 @@ from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
 from ..selection.budgets import share
 from . import heads
+from .heads import beside
 
 Context = Mapping[str, Any]
 Share = Literal["", "sum", "max"]
@@ -154,7 +156,7 @@ class Method:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__post_init__" in vars(cls):
-            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[assignment]  # it is: as below
+            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[method-assign]  # as below
         if "select" in vars(cls):
             cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
         if "observe" in vars(cls):
@@ -164,6 +166,11 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check the hyper-parameters; where heads differ, those of each head are checked by themselves."""
+
+    def _set(self, **facts: Any) -> None:
+        """Facts of this one, which follow from its hyper-parameters; only while it is made."""
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """Select what each query of `q [B,Hq,Tq,D]` sees of `k [B,Hkv,Tk,D]`; `ctx` may hold more."""
@@ -353,13 +360,13 @@ def _by_head(observe: Callable[..., Any]) -> Callable[..., Any]:
     return asked
 
 
-def _each(check: Callable[[Method], None]) -> Callable[[Method], None]:
+def _each(check: Callable[..., None]) -> Callable[..., None]:
     """A `__post_init__` that is asked about the settings of every head, where they differ."""
 
     @functools.wraps(check)
-    def checked(self: Method) -> None:
+    def checked(self: Method, *given: Any) -> None:
         if heads.apart(self) is None:  # made one by one: each is checked
-            check(self)
+            check(self, *given)
 
     return checked
 
@@ -523,7 +530,7 @@ def get(name: str, /, **hyperparameters: Any) -> Method:
     cls = find(name)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for given in hyperparameters:
-        if given not in fields:
+        if given not in inspect.signature(cls).parameters:
             known = ", ".join(f"{n}={f.default!r}" for n, f in fields.items())
             raise SparseFlashError(
                 f"{name} has no hyper-parameter {given!r}: {_nearest(given, fields)}it has: {known}"
@@ -540,6 +547,7 @@ __all__ = [
     "Selection",
     "Share",
     "begin",
+    "beside",
     "check_context",
     "check_counts",
     "check_qk",

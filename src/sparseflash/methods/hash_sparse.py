@@ -1,32 +1,39 @@
-"""Hash-sparse attention: all keys of a query's own bucket, exactly; some heads may be causal windows."""
+"""Hash-sparse attention: all keys of a query's own bucket, exactly, and those near it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import require
 from ..ops.attention import attention
-from ..plan import Plan
+from ..plan import Plan, Plans
 from ..plan.options import earlier, is_count, spread_heads
+from ..selection.clusters import kmeans
 from ..selection.orders import lsh_buckets, lsh_planes
-from .base import Context, Method, Selection, check_counts, check_qk, check_tokens
+from .base import Context, Method, Selection, beside, check_counts, check_qk, check_tokens
 
 _PLANES = ("per-head", "shared")
+_BUCKETS = ("lsh", "kmeans")
+_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of two steps: far enough that no other seed of a run is among them."""
 
 
 @dataclass(frozen=True)
 class HashSparse(Method):
-    """Each query sees every earlier key of its own hash bucket, per head, with 100 % coverage.
+    """Each query sees every earlier key of its own bucket, per head, with 100 % coverage; and a window.
 
     Buckets come from angular hashing: queries and keys that point the same way share one with high
     probability, so the heaviest attention weights are kept. Cost is about 1/nb of dense for balanced
-    buckets. The hash sees one token at a time: nothing about a token depends on later ones.
+    buckets. The hash sees one token at a time: nothing about a token depends on later ones. Where queries and
+    keys are not tied, the nearest centroids of the keys find more of the mass than a hash does.
 
     Paper: Pagliardini, Paliotta, Jaggi, Fleuret, "Faster Causal Attention Over Large Sequences Through
-    Sparse Flash Attention", arXiv 2306.01160 (hash-sparse); hashing after Reformer, arXiv 2001.04451.
+    Sparse Flash Attention", arXiv 2306.01160 (hash-sparse); hashing after Reformer, arXiv 2001.04451;
+    centroids after Routing Transformer, arXiv 2003.05997.
 
     Parameters
     ----------
@@ -41,32 +48,43 @@ class HashSparse(Method):
     include_self : bool
         Whether a token sees its own key, in all heads. The paper's tied q and k = q/|q| need False, lest
         a token sees little else; the first token of a bucket then sees nothing and has output 0.
-    causal_heads : int
-        This many of the last query heads are causal sliding windows instead, so that every token reaches
-        its neighbours. Free to choose under GQA; a multiple of the group size shares the sorted keys of a
-        group.
     window : int
-        Keys that a window head sees, the query's own position included, >= 1.
+        Last keys that every head sees beside its bucket, the query's own position included; 0: the bucket
+        alone. Neighbours are what language models need first, and what a bucket does not hold.
+    window_heads : int
+        This many of the last query heads are causal windows and nothing else. Free to choose under GQA; a
+        multiple of the group size shares the sorted keys of a group.
+    head_window : int
+        Keys that such a head sees, the query's own position included, >= 1.
+    buckets : "lsh" or "kmeans"
+        By a random hash, or by the nearest of nb centroids of the keys (largest product for a query), which
+        are found anew at every call: where a key belongs then depends on later keys.
+    top : int
+        With centroids: how many of the nearest a query looks into.
+    resample : bool
+        Whether the planes are drawn anew at each `ctx["step"]`, as the paper's released code does.
+    causal_heads : int, optional
+        The old name of `window_heads`, with which `window` means `head_window`.
 
     Notes
     -----
     `ctx`: `q_bucket [B|1, H|1, Tq]` and `k_bucket [B|1, H|1, Tk]`, any integer ids (of all
     heads, if some are windows, whose ids are ignored), replace the hash; `q_offset`, the position of the
-    first query (int, or a tensor, 0-d or [B]), 0 by default.
+    first query (int, or a tensor, 0-d or [B]), 0 by default; `step`, with `resample`.
 
     A window head is not another plan: the rule `window` may differ from head to head, so hashed and window
-    heads run in one kernel call: no slower than two calls whose outputs are concatenated, and faster than a
-    tuple of plans, whose parts are merged in fp32 over all heads.
+    heads run in one kernel call. A window in every head is a second plan, in one softmax: its keys lie in
+    order and need no sorting, and the bucket shows what is further away.
 
     Examples
     --------
     >>> import torch, sparseflash as sf
     >>> q, k, v = torch.randn(3, 1, 4, 300, 32)
-    >>> method = sf.methods.HashSparse(nb=4, causal_heads=1, window=64)
+    >>> method = sf.methods.HashSparse(nb=4, window=64)
     >>> method(q, k, v).shape
     torch.Size([1, 4, 300, 32])
-    >>> plan = sf.methods.HashSparse(nb=4).select(q, k).plan
-    >>> sf.methods.coverage(plan, *sf.methods.HashSparse(nb=4).buckets(q, k))
+    >>> method = sf.methods.HashSparse(nb=4)
+    >>> sf.methods.coverage(method.select(q, k).plan, *method.ids(q, k))
     1.0
     """
 
@@ -74,82 +92,129 @@ class HashSparse(Method):
     planes: str = "per-head"
     seed: int = 0
     include_self: bool = True
-    causal_heads: int = 0
-    window: int = 512
+    window: int = 0
+    window_heads: int = 0
+    head_window: int = 512
+    buckets: str = "lsh"
+    top: int = 1
+    resample: bool = False
+    causal_heads: InitVar[int | None] = None
 
     reads = ("q_bucket", "k_bucket", "q_offset")
     paper = "arXiv 2306.01160"
     phases = ("training", "prefill")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, causal_heads: int | None = None) -> None:
+        if causal_heads is not None:
+            warnings.warn(
+                "HashSparse(causal_heads=, window=) is HashSparse(window_heads=, head_window=)",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+            wide = self.window or self.head_window
+            self._set(window_heads=causal_heads, head_window=wide, window=0)
         require(
             (
                 is_count(self.nb, 1) and (self.nb == 1 or self.nb % 2 == 0),
                 f"nb={self.nb!r}: expected an even number of buckets, or 1 for dense",
             ),
             (self.planes in _PLANES, f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"),
+            (self.buckets in _BUCKETS, f"buckets={self.buckets!r}: expected one of {', '.join(_BUCKETS)}"),
         )
-        check_counts(self, 0, "causal_heads")
-        check_counts(self, 1 if self.include_self else 2, "window")
+        check_counts(self, 0, "window_heads", "window")
+        require((self.window != 1 or self.include_self, "window=1 without the self pair shows no key"))
+        check_counts(self, 1 if self.include_self else 2, "head_window")
+        check_counts(self, 1, "top")
+        require(
+            (
+                self.top == 1 or self.buckets == "kmeans",
+                f"top={self.top}: a hash has one bucket, centroids more",
+            ),
+            (self.top <= self.nb, f"top={self.top}: there are {self.nb} buckets"),
+        )
+        if self.resample:
+            self._set(reads=(*type(self).reads, "step"))
+        if self.buckets == "kmeans":
+            self._set(causal_selection=False)
 
-    def buckets(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The bucket of every query `[B,Hq,Tq]` and key `[B,Hkv,Tk]`, int32 in 0 .. nb - 1."""
+    def ids(self, q: Tensor, k: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """The bucket of every query `[B,Hq,Tq]` and key `[B,Hkv,Tk]`, int32 in 0 .. nb - 1.
+
+        With several centroids a query, `[top,B,Hq,Tq]`, the nearest first.
+        """
         if self.nb == 1:
             q_bucket, k_bucket = (
                 torch.zeros(x.shape[:3], dtype=torch.int32, device=x.device) for x in (q, k)
             )
             return q_bucket, k_bucket
+        if self.buckets == "kmeans":
+            return self._nearest(q.detach(), k.detach())
         heads = k.shape[1] if self.planes == "per-head" else 1
-        planes = lsh_planes(q.shape[-1], self.nb, heads=heads, seed=self.seed, device=q.device)[0]
+        seed = (self.seed + _STRIDE * int(step)) % 2**63 if self.resample else self.seed
+        planes = lsh_planes(q.shape[-1], self.nb, heads=heads, seed=seed, device=q.device)[0]
         return lsh_buckets(q, planes), lsh_buckets(k, planes)
 
+    def _nearest(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The cluster of each key, and the centroids that each query has the largest products with."""
+        group = q.shape[1] // k.shape[1]
+        with torch.autocast(q.device.type, enabled=False):  # the same choice in any precision
+            label, centroid = kmeans(k, self.nb)
+            product = q.unflatten(1, (-1, group)).to(centroid.dtype) @ centroid[:, :, None].mT
+        best = product.flatten(1, 2).topk(self.top, -1).indices.int()
+        return (best[..., 0] if self.top == 1 else best.movedim(-1, 0)), label
+
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The plan of the given or the hashed buckets, with the window heads behind."""
+        """The plans of the given or the hashed buckets and of the windows."""
         ctx = ctx or {}
         given = [name for name in ("q_bucket", "k_bucket") if ctx.get(name) is not None]
         require((len(given) != 1, f"ctx holds {given} alone: buckets of queries and keys belong together"))
         require(
-            (self.causal_heads <= q.shape[1], f"causal_heads={self.causal_heads}: q has {q.shape[1]} heads")
+            (self.window_heads <= q.shape[1], f"window_heads={self.window_heads}: q has {q.shape[1]} heads")
         )
-        hashed = q.shape[1] - self.causal_heads
+        hashed = q.shape[1] - self.window_heads
         q_offset = ctx.get("q_offset", 0)
+        step = ctx.get("step") or 0 if self.resample else 0
         if not hashed:
-            return Selection(self._windows(q, k, q_offset))
+            return Selection(self._windows(q, k, q_offset, self.head_window))
         if given:
             q_bucket, k_bucket, bound = ctx["q_bucket"], ctx["k_bucket"], None
             check_tokens("q_bucket", q_bucket, q.shape[2], q)
             check_tokens("k_bucket", k_bucket, k.shape[2], q)
         else:
-            (q_bucket, k_bucket), bound = self.buckets(q, k), self.nb
-        if not self.causal_heads:
-            return Selection(self._bucket_plan(q_bucket, k_bucket, bound, q_offset))
-        # the sorted keys of a KV head serve its whole group, unless windows begin inside the group
-        Hq, Hkv = q.shape[1], k.shape[1]
-        whole = self.causal_heads % (Hq // Hkv) == 0 and Hkv % k_bucket.shape[1] == 0
-        k_heads = Hkv if whole else Hq
-        plan = self._bucket_plan(
-            spread_heads(q_bucket, Hq)[:, :hashed],
-            spread_heads(k_bucket, k_heads)[:, : hashed * k_heads // Hq],
-            bound,
-            q_offset,
-        )
-        return Selection(Plan.by_head([plan, self._windows(q, k, q_offset)], [hashed, self.causal_heads]))
+            (q_bucket, k_bucket), bound = self.ids(q, k, step), self.nb
+        ranks = list(q_bucket) if q_bucket.dim() == 4 else [q_bucket]
+        if self.window_heads:
+            # the sorted keys of a KV head serve its whole group, unless windows begin inside the group
+            Hq, Hkv = q.shape[1], k.shape[1]
+            whole = self.window_heads % (Hq // Hkv) == 0 and Hkv % k_bucket.shape[1] == 0
+            k_heads = Hkv if whole else Hq
+            ranks = [spread_heads(x, Hq)[:, :hashed] for x in ranks]
+            k_bucket = spread_heads(k_bucket, k_heads)[:, : hashed * k_heads // Hq]
+        plans = [self._bucket_plan(x, k_bucket, bound, q_offset) for x in ranks]
+        if self.window:
+            plans = [*plans, self._windows(q, k, q_offset, self.window)]
+        if self.window_heads:
+            windows = self._windows(q, k, q_offset, self.head_window)
+            sides = [list(range(hashed)), list(range(hashed, q.shape[1]))]
+            return Selection(beside([tuple(plans), (windows,)], sides))
+        return Selection(plans[0] if len(plans) == 1 else Plans(plans))
 
     def _bucket_plan(
         self, q_bucket: Tensor, k_bucket: Tensor, bound: int | None, q_offset: int | Tensor
     ) -> Plan:
-        return Plan.from_buckets(
-            q_bucket, k_bucket, include_self=self.include_self, buckets=bound, q_offset=q_offset
-        )
+        """The bucket, from where the window ends."""
+        strict = self.include_self or self.window > 0
+        at = earlier(q_offset, self.window)
+        return Plan.from_buckets(q_bucket, k_bucket, include_self=strict, buckets=bound, q_offset=at)
 
-    def _windows(self, q: Tensor, k: Tensor, q_offset: int | Tensor) -> Plan:
+    def _windows(self, q: Tensor, k: Tensor, q_offset: int | Tensor, width: int) -> Plan:
         """A causal window. Without the self pair: seen from one position earlier."""
         strict = int(not self.include_self)
         return Plan.dense(
             q.shape[2],
             k.shape[2],
             causal=True,
-            window=(self.window - 1 - strict, 0),
+            window=(width - 1 - strict, 0),
             q_offset=earlier(q_offset, strict),
             device=q.device,
         )

@@ -96,7 +96,7 @@ def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) ->
             kept[method] = part.state
     plans, biases, gates = zip(*parts, strict=True)
     return {
-        "plan": _beside(plans, heads),
+        "plan": beside(plans, heads),
         "key_bias": _joined(biases, heads, 0.0),
         "gate": _joined(gates, heads, 1.0),
         "state": kept or None,
@@ -118,7 +118,7 @@ def observe(
     return found or None
 
 
-def _beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
+def beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
     """The plans of groups of heads side by side; where some have several, so has the result."""
     made = []
     for n in range(max(map(len, plans))):

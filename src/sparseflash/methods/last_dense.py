@@ -60,7 +60,7 @@ class LastDense(Method):
         if not (self.method is None or isinstance(self.method, Method)):
             raise SparseFlashError(f"method={self.method!r}: expected a method, such as BlockTopK()")
         inner = () if self.method is None else self.method.reads
-        object.__setattr__(self, "reads", tuple(dict.fromkeys((*type(self).reads, *inner))))
+        self._set(reads=tuple(dict.fromkeys((*type(self).reads, *inner))))
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """What the method selects, but for the last rows, and all that these reach."""

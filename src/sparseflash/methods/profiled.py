@@ -55,7 +55,7 @@ class Profiled(Method):
         if self.profile is not None and not isinstance(self.profile, Profile):
             raise SparseFlashError(f"profile={self.profile!r:.80}: expected a Profile (Profile.load(path))")
         inner = (x for own in self._layers.values() for m in own if m is not None for x in m.reads)
-        object.__setattr__(self, "reads", tuple(dict.fromkeys((*type(self).reads, *inner))))
+        self._set(reads=tuple(dict.fromkeys((*type(self).reads, *inner))))
         for number, own in self._layers.items():  # made now: what a profile has wrong is said at once
             if not own:
                 raise SparseFlashError(f"layer {number} of the profile has no heads: expected a setting each")

@@ -5,11 +5,13 @@ The work is done in `make/`, on plain tensors, one family a file.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from ..errors import PlanError, require
 from . import flex
 from .make import buckets as buckets_
 from .make import (
@@ -26,8 +28,20 @@ from .make import (
     slashes,
     sparse,
 )
-from .options import TILE, UNIT, Window
+from .options import TILE, UNIT, Window, earlier, is_length
 from .record import Record
+
+
+class Bucketed(TypedDict, total=False):
+    """Options of `Plan.from_buckets`."""
+
+    causal: bool
+    include_self: bool
+    tile: int
+    unit: int
+    buckets: int | None
+    q_offset: int | Tensor
+    window: Window | None
 
 
 class Constructors(Record):
@@ -116,11 +130,27 @@ class Constructors(Record):
         )
 
     @classmethod
+    def _together(cls, plans: Sequence[Self]) -> Any:
+        """Disjoint plans of one softmax, as one value."""
+        raise NotImplementedError
+
+    @overload
+    @classmethod
+    def from_buckets(
+        cls, q_bucket: Tensor, k_bucket: Tensor, *, local: Literal[0] = 0, **options: Unpack[Bucketed]
+    ) -> Self: ...
+    @overload
+    @classmethod
+    def from_buckets(
+        cls, q_bucket: Tensor, k_bucket: Tensor, *, local: int, **options: Unpack[Bucketed]
+    ) -> Any: ...
+    @classmethod
     def from_buckets(
         cls,
         q_bucket: Tensor,
         k_bucket: Tensor,
         *,
+        local: int = 0,
         causal: bool = True,
         include_self: bool = True,
         tile: int = TILE,
@@ -128,14 +158,16 @@ class Constructors(Record):
         buckets: int | None = None,
         q_offset: int | Tensor = 0,
         window: Window | None = None,
-    ) -> Self:
+    ) -> Any:
         """Queries see the keys of their bucket, per head (hash-sparse; SCFA, arXiv 2306.01160).
 
         `q_bucket [B|1, H|1, Tq]`, `k_bucket [B|1, H|1, Tk]`: any integer ids. Every pair of equal ids is
         attended (coverage 1). Tiles end at bucket edges and ranges are exact in (bucket, position).
         `buckets` bounds the number of distinct ids, so that no value has to reach the host (accelerators).
         `q_offset` is the position of the first query (int, or a tensor, 0-d or [B]). `window=(left, right)`
-        counts members of the bucket: `(2, 0)` shows a query its last three, itself among them.
+        counts members of the bucket: `(2, 0)` shows a query its last three, itself among them. `local=W`
+        shows the last W keys too, whatever their bucket (the query's own position counted): the result is
+        then `Plans`, of the window and of the buckets behind it.
 
         Examples
         --------
@@ -144,19 +176,39 @@ class Constructors(Record):
         >>> sf.Plan.from_buckets(bucket, bucket).to_dense()[0, 0].int().tolist()
         [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
         """
-        return cls._made(
+        require(
+            (is_length(local), f"local={local!r}: expected an int >= 0, the keys of a window"),
+            (not local or causal, f"local={local}: a window of last keys wants causal=True"),
+            (not local or window is None, "local= and window=: give one of them"),
+            error=PlanError,
+        )
+        far = cls._made(
             **buckets_.from_buckets(
                 q_bucket,
                 k_bucket,
                 causal=causal,
-                include_self=include_self,
+                include_self=include_self or local > 0,
                 tile=tile,
                 unit=unit,
                 buckets=buckets,
-                q_offset=q_offset,
+                q_offset=earlier(q_offset, local),
                 window=window,
             )
         )
+        if not local:
+            return far
+        strict = int(not include_self)
+        if local == strict:  # the query's own key alone, which it may not see
+            return cls._together([far])
+        near = cls.dense(
+            far.Tq,
+            far.Tk,
+            causal=True,
+            window=(local - 1 - strict, 0),
+            q_offset=earlier(q_offset, strict),
+            device=q_bucket.device,
+        )
+        return cls._together([far, near])
 
     @classmethod
     def from_documents(

@@ -183,6 +183,10 @@ class Plan(Constructors):
         """
         return algebra.retile(self, tile, self.unit if unit is None else unit)
 
+    @classmethod
+    def _together(cls, plans: Sequence[Plan]) -> Plans:
+        return Plans(plans)
+
     def with_rules(self, **rules: Any) -> Plan:
         """The plan's lists under other rules: what was listed as full and no longer is, is tested.
 

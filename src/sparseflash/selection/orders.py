@@ -293,7 +293,7 @@ def coverage(
     >>> import torch, sparseflash as sf
     >>> q = torch.nn.functional.normalize(torch.randn(1, 1, 512, 16) + 1, dim=-1)
     >>> exact, chunked = sf.methods.HashSparse(nb=8), sf.methods.Reformer(bucket=64)
-    >>> buckets = exact.buckets(q, q)
+    >>> buckets = exact.ids(q, q)
     >>> sf.methods.coverage(exact.select(q, q).plan, *buckets)
     1.0
     >>> sf.methods.coverage(chunked.select(q, q).plan, *buckets) < 1

@@ -53,7 +53,7 @@ def cli_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "nb": ("hash-sparse", ("nb",)),
-    "local_heads": ("hash-sparse", ("causal_heads",)),
+    "window_heads": ("hash-sparse", ("window_heads",)),
     "planes": ("hash-sparse", ("planes",)),
     "drop": ("qk-sparse", ("q_drop", "k_drop")),
     "window": ("window", ("window",)),
