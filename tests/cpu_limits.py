@@ -50,6 +50,7 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
         "softcap": {"softcap": 5.0},
         "bias": {"key_bias": normal(1, Hq, T)},
         "negative": {"scale": -0.1, "sink_logits": normal(Hq)},
+        "pairs": {"alibi_slopes": normal(Hq).abs(), "pair_bias": normal(1, Hq, T, T), "softcap": 5.0},
         "dropout": {"dropout_p": 0.1, "dropout_seed": D - 2**62, "key_bias": normal(1, Hq, T)},
     }
     for (named, plan), (how, given) in itertools.product(plans.items(), options.items()):

@@ -62,6 +62,7 @@ def softmax_attention(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masked softmax attention in the dtype of q: (out, lse). `mask` bool [B|1, H', Tq, Tk], True attends.
@@ -79,6 +80,8 @@ def softmax_attention(
         s = torch.tanh(s / softcap) * softcap
     if key_bias is not None:
         s = s + _spread(key_bias, heads).to(s.dtype)[:, :, None, :]
+    if pair_bias is not None:
+        s = s + pair_bias.to(s.dtype)
     s = s.masked_fill(~keep, -math.inf)
     if sink_logits is not None:
         s = torch.cat([s, sink_logits.to(s.dtype)[None, :, None, None].expand(*s.shape[:-1], 1)], -1)
@@ -156,6 +159,7 @@ def bands(
     softcap: float | None = None,
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     factor: Tensor | None = None,
     large: bool = False,
 ) -> dict[str, Tensor]:
@@ -178,6 +182,9 @@ def bands(
     s = s if softcap is None or softcap == 0 else torch.tanh(s / softcap) * softcap
     if bias is not None:
         s, size = s + bias, size + torch.where(torch.isfinite(bias), bias.abs(), 0)
+    if pair_bias is not None:
+        pair = pair_bias.double()
+        s, size = s + pair, size + torch.where(torch.isfinite(pair), pair.abs(), 0)
     safe = torch.where(alive, lse, 0)
     p = torch.where(keep, torch.exp(s - safe[..., None]), 0)
     worst = torch.where(keep, size, 0).amax(-1) if keep.shape[-1] else torch.zeros_like(safe)
@@ -249,7 +256,8 @@ def compare(
         Any of out, lse, dq, dk, dv, dbias, dsink.
     q, k, v, dout, dlse, options
         The inputs as the kernel had them (their dtype is the precision that is judged); `scale`, `softcap`,
-        `key_bias`, `sink_logits` as for `attention`; `factor`, what dropout multiplies the weights with.
+        `key_bias`, `sink_logits`, `pair_bias` as for `attention`; `factor`, what dropout multiplies the
+        weights with.
     mask : Tensor
         bool [B|1, H', Tq, Tk], True attends; H' divides the number of query heads.
     note : str

@@ -161,14 +161,18 @@ def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) 
     return torch.empty((B, H, T, dim), dtype=dtype, device=like.device)
 
 
-def bends(scale: float, softcap: float, key_bias: Tensor | None) -> bool:
+BIASES = ("key_bias", "alibi_slopes", "pair_bias")
+"""What is added to logits, by the names of arguments."""
+
+
+def bends(scale: float, softcap: float, *biases: Tensor | None) -> bool:
     """Whether x is a logit already: else it is the score q.k itself, and the scale comes last."""
-    return bool(softcap) or key_bias is not None or not scale > SMALLEST_UNIT
+    return bool(softcap) or any(x is not None for x in biases) or not scale > SMALLEST_UNIT
 
 
-def unit_of(scale: float, softcap: float, key_bias: Tensor | None) -> float:
+def unit_of(scale: float, softcap: float, *biases: Tensor | None) -> float:
     """What x is multiplied with to be a logit."""
-    return 1.0 if bends(scale, softcap, key_bias) else scale
+    return 1.0 if bends(scale, softcap, *biases) else scale
 
 
 def norm_of(lse: Tensor, low: Tensor | None, unit: float, dtype: torch.dtype) -> Tensor:
@@ -226,7 +230,7 @@ def over_plans(
     if alone:
         return attend(q, k, v, plans[0], options, out_dtype=wanted, normed=normed, **also)
     parts = [attend(q, k, v, plan, options, out_dtype=state, normed=True, **also) for plan in plans]
-    unit = unit_of(options.scale, options.softcap, key_bias)
+    unit = unit_of(options.scale, options.softcap, *(also.get(name) for name in BIASES))
     norms = [norm for *_, norm in parts if norm is not None]
     if sink_logits is not None:  # a sink is a key with that logit, and value 0
         logit = sink_logits.double()[:, None].expand(q.shape[:3])

@@ -49,10 +49,13 @@ class Backend(Protocol):
         out_dtype: torch.dtype,
         normed: bool,
         seed: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        pair_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
-        With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says.
+        With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says. ALiBi's
+        slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk]; neither has a gradient.
         Where a backend has `PEAKS = True` it also takes `peaks`, zeros [B,Hq,tiles,units], and writes into
         them the largest weight of each block of `options.tile` query by `options.unit` key tokens.
         """
@@ -88,6 +91,8 @@ class Backend(Protocol):
         key_bias: Tensor | None,
         grad_dtype: torch.dtype | None,
         seed: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+        pair_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and (per query head, full precision) key_bias.
 

@@ -234,8 +234,31 @@ def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
     if not good:
         raise SparseFlashError(
             f"key_bias: {describe(key_bias)}; expected floating point [B|1, H, Tk={Tk}] on {q.device}, H "
-            f"dividing {H}: one number a key. A full [T,T] bias is not supported; what it hides is a plan"
+            f"dividing {H}: one number a key; pair_bias takes one for each pair, and what is hidden is a plan"
         )
+
+
+def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -> None:
+    """Whether ALiBi's slopes are numbers of heads, and pair_bias one for each pair; neither may learn."""
+    B, H, Tq, Tk = *q.shape[:3], k.shape[2]
+    given = {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
+    for name, x in given.items():
+        if x is None:
+            continue
+        good = isinstance(x, Tensor) and x.is_floating_point() and x.device == q.device
+        if good and isinstance(x, Tensor):
+            shape = tuple(x.shape)
+            own = all(n in (1, size) for n, size in zip(shape, (B, H, Tq, Tk)))
+            good = (shape in ((H,), (B, H))) if name == "alibi_slopes" else (len(shape) == 4 and own)
+        if not good:
+            wanted = f"[Hq={H}] or [{B},{H}]" if name == "alibi_slopes" else f"[{B}|1, {H}|1, {Tq}|1, {Tk}|1]"
+            raise SparseFlashError(f"{name}: {describe(x)}; expected floating point {wanted} on {q.device}")
+        assert isinstance(x, Tensor)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise SparseFlashError(
+                f"{name} requires a gradient, and has none here: give x.detach(); what learns may be "
+                "key_bias, or a bias of low rank in further dimensions of q and k"
+            )
 
 
 def check_sink(sink_logits: object, q: Tensor) -> None:

@@ -35,6 +35,7 @@ from ._arguments import (
     autocast,
     check_bias,
     check_inputs,
+    check_pairs,
     check_plan,
     check_sink,
     check_unknown,
@@ -60,6 +61,8 @@ def _forward(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     seed: Tensor | None,
+    alibi_slopes: Tensor | None,
+    pair_bias: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
     *,
@@ -68,6 +71,7 @@ def _forward(
     """Out, lse and, for a backward, the norm over all plans (None in its place if not `normed`)."""
     attend = choose("forward", options.backend, q, k, v).forward
     how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "seed": seed}
+    how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     found: tuple[Tensor, Tensor, Any] = over_plans(attend, q, k, v, plans, options, normed=normed, **how)
     return found
 
@@ -89,6 +93,8 @@ def _backward(
     delta: Tensor | None,
     key_bias: Tensor | None,
     seed: Tensor | None,
+    alibi_slopes: Tensor | None,
+    pair_bias: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,6 +102,7 @@ def _backward(
     alone, state, wanted = len(plans) == 1, state_dtype(q), options.dtype or q.dtype
     run = choose("backward", options.backend, q, k, v).backward
     how: dict[str, Any] = {"delta": delta, "key_bias": key_bias, "seed": seed}
+    how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     how["grad_dtype"] = wanted if alone else state
     parts = [run(dout, q, k, v, out, norm, dlse, plan, options, **how) for plan in plans]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
@@ -135,17 +142,18 @@ def _sink_gradient(
 
 
 def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any:
-    """Gradients of q, k, v, key_bias and sink_logits; the seed has none."""
-    q, k, v, key_bias, sink_logits, seed, out, norm = kept
+    """Gradients of q, k, v, key_bias and sink_logits; seed, slopes and pair_bias have none."""
+    q, k, v, key_bias, sink_logits, seed, alibi_slopes, pair_bias, out, norm = kept
     dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
     own = options._replace(dtype=None, tile=0, unit=0)
-    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, key_bias, seed, plans, own)
+    given = key_bias, seed, alibi_slopes, pair_bias
+    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, *given, plans, own)
     dsink = None
     if sink_logits is not None:
-        unit = unit_of(options.scale, options.softcap, key_bias)
+        unit = unit_of(options.scale, options.softcap, key_bias, alibi_slopes, pair_bias)
         dsink = once(_sink_gradient(dout, dlse, out, norm, sink_logits, unit))
-    return dq, dk, dv, None if key_bias is None else dbias, dsink, None
+    return dq, dk, dv, None if key_bias is None else dbias, dsink, None, None, None
 
 
 _attention = register(
@@ -169,6 +177,8 @@ def _forward_with_peaks(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
     seed: Tensor | None,
+    alibi_slopes: Tensor | None,
+    pair_bias: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,6 +192,12 @@ def _forward_with_peaks(
     alone = len(plans) == 1 and sink_logits is None and getattr(run, "PEAKS", False)
     attend = functools.partial(run.forward, peaks=peaks) if alone else run.forward
     how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "seed": seed}
+    how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
+    if not alone and not (alibi_slopes is None and pair_bias is None):
+        raise SparseFlashError(
+            "return_block_max together with alibi_slopes or pair_bias: on backend 'cpu' alone, over one plan "
+            "and without sink_logits"
+        )
     found: tuple[Tensor, Tensor, Any] = over_plans(attend, q, k, v, plans, options, normed=True, **how)
     out, lse, norm = found
     if not alone:
@@ -222,9 +238,8 @@ def _dense(q: Tensor, k: Tensor, causal: bool, q_offset: int | Tensor) -> Plan:
 
 _ELSEWHERE = {
     "dropout": "the argument is called dropout_p",
-    "alibi_slopes": "ALiBi is not supported: use a window, or RoPE",
     "attn_mask": "give a bool mask as plan=Plan.from_mask(mask)",
-    "bias": "a full [T,T] bias is not supported: key_bias [B,H,Tk] adds one number per key",
+    "bias": "key_bias [B,H,Tk] adds a number for each key, pair_bias [B,H,Tq,Tk] one for each pair",
     "is_causal": "the argument is called causal",
     "softmax_scale": "the argument is called scale",
     "window_size": "give a window as plan=Plan.dense(Tq, Tk, causal=True, window=(left, right))",
@@ -238,6 +253,8 @@ class _Options(TypedDict, total=False):
     scale: float | None
     key_bias: Tensor | None
     sink_logits: Tensor | None
+    alibi_slopes: Tensor | None
+    pair_bias: Tensor | None
     softcap: float | None
     dropout_p: float
     dropout_seed: int | Tensor | None
@@ -288,6 +305,8 @@ def attention(
     scale: float | None = None,
     key_bias: Tensor | None = None,
     sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
@@ -315,6 +334,12 @@ def attention(
         `[B|1, H, Tk]`, added to the logits of each key, with gradient.
     sink_logits : Tensor, optional
         `[Hq]`: the logit of an extra key with value 0, with gradient.
+    alibi_slopes : Tensor, optional
+        `[Hq]` or `[B,Hq]`: the logit of a pair has `-slope * |distance|` added, by the positions of the plan
+        (a chunk behind `q_offset` goes on). Without gradient.
+    pair_bias : Tensor, optional
+        Expands to `[B,Hq,Tq,Tk]`, any floating dtype and strides: added to the logit of each pair; -inf hides
+        it, but is computed (what hides much is a plan). Without gradient; not in Triton's kernels.
     softcap : float, optional
         c in `c * tanh(score / c)`.
     dropout_p : float
@@ -387,15 +412,17 @@ def attention(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
+    check_pairs(alibi_slopes, pair_bias, q, k)
     share, seed = as_dropout(dropout_p, dropout_seed, q)
     wanted = as_dtype("out_dtype", out_dtype, q)
     options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
+    beside = sink_logits, seed, alibi_slopes, pair_bias
     if return_block_max is not None:
         tile, unit = as_block("return_block_max", return_block_max)
         asked = options._replace(tile=tile, unit=unit)
-        out, lse, peaks, _ = _with_peaks(q, k, v, key_bias, sink_logits, seed, plans, asked)
+        out, lse, peaks, _ = _with_peaks(q, k, v, key_bias, *beside, plans, asked)
         return (out, lse, peaks) if return_lse else (out, peaks)
-    out, lse, _ = _attention(q, k, v, key_bias, sink_logits, seed, plans, options)
+    out, lse, _ = _attention(q, k, v, key_bias, *beside, plans, options)
     return (out, lse) if return_lse else out
 
 
@@ -414,6 +441,8 @@ def attention_backward(
     grad_dtype: torch.dtype | None = None,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
@@ -454,6 +483,7 @@ def attention_backward(
     share, seed = as_dropout(dropout_p, dropout_seed, q)
     if share and dropout_seed is None:
         raise SparseFlashError("dropout_p without dropout_seed: give the seed that the forward was given")
+    check_pairs(alibi_slopes, pair_bias, q, k)
     wanted = as_dtype("grad_dtype", grad_dtype, q)
     options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
     want = (*q.shape[:3], v.shape[-1])
@@ -474,7 +504,7 @@ def attention_backward(
                 + (", or None where delta is given" if label == "out" else "")
             )
     state = state_dtype(q)
-    unit = unit_of(options.scale, options.softcap, key_bias)
+    unit = unit_of(options.scale, options.softcap, key_bias, alibi_slopes, pair_bias)
     dq, dk, dv, dbias = _gradients(
         dout.to(q.dtype),
         None if dlse is None else dlse.to(state),
@@ -486,6 +516,8 @@ def attention_backward(
         None if delta is None else delta.to(state),
         key_bias,
         seed,
+        alibi_slopes,
+        pair_bias,
         plans,
         options,
     )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..plan import Plan
+from ..plan.options import SHORT
 from ._arguments import check_unknown, describe
 from .attention import attention
 
 _ELSEWHERE = {
-    "alibi_slopes": "ALiBi is not supported: use window_size, or RoPE",
     "return_attn_probs": "the probabilities are never formed: return_lse=True returns the log-sum-exp, and "
     "attention_stats() sums or maxima of the probabilities",
     "block_table": "a paged cache is a plan over a pool: decode(q, k, v, Plan.from_pages(...))",
@@ -26,6 +26,7 @@ _ELSEWHERE = {
 
 class _Options(TypedDict, total=False):
     sink_logits: Tensor | None
+    alibi_slopes: Tensor | None
     dropout_seed: int | Tensor | None
     plan: Plan | None
     deterministic: bool
@@ -83,6 +84,7 @@ def attention_varlen(
     softcap: float = 0.0,
     *,
     sink_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dropout_seed: int | Tensor | None = None,
     plan: Plan | None = None,
     return_lse: bool = False,
@@ -116,6 +118,8 @@ def attention_varlen(
         c in `c * tanh(score / c)`; 0 is none.
     sink_logits : Tensor, optional
         `[Hq]`: the logit of an extra key with value 0, with gradient.
+    alibi_slopes : Tensor, optional
+        `[Hq]`: as in `sparseflash.attention`; the last query of a document stands at its last key.
     dropout_seed : int or Tensor, optional
         As in `sparseflash.attention`; tokens count through all documents.
     plan : Plan, optional
@@ -179,6 +183,8 @@ def attention_varlen(
                 "attention_varlen() needs cu_seqlens_q (or a plan): running totals of the lengths, as in "
                 "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
+        if alibi_slopes is not None and cu_seqlens_k is not None and not causal and window == (-1, -1):
+            window = (SHORT.max, SHORT.max)  # hides nothing, and gives queries the positions of their keys
         plan = Plan.from_documents(
             cu_seqlens_q,
             cu_seqlens_k,
@@ -202,6 +208,7 @@ def attention_varlen(
         scale=softmax_scale,
         softcap=softcap,
         sink_logits=sink_logits,
+        alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
         return_lse=True,

@@ -141,6 +141,14 @@ def visible(plan: Record, q_token: Tensor, k_token: Tensor) -> Tensor:
     return formula(plan, q_token[..., :, None], k_token[..., None, :], shift, q, k)
 
 
+def standing(plan: Record, q_token: Tensor, k_token: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tokens q [B,H,m] and k [B,H,n] stand; those below 0 stand anywhere."""
+    batch, heads = q_token.shape[:2]
+    q, k = plan.q_pos, plan.k_pos
+    at = q_token + shift_of(plan.q_offset, 2) if q is None else read(laid_out(q, batch, heads), q_token)
+    return at, k_token if k is None else read(laid_out(k, batch, heads), k_token)
+
+
 def read(x: Tensor, token: Tensor) -> Tensor:
     """x [B,H,T] at tokens [B,H,...], int64; tokens below 0 read anything."""
     if not x.shape[-1]:  # no tokens: all lanes are empty

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...numerics import Softmax, Statistics, dropout_bar, empty_like_layout
 from ...plan import Plan
 from . import build, lists
-from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, view, zeros
+from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, table, view, zeros
 from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
@@ -84,6 +84,8 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
     peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq]; where wanted, its norm [2,B,Hq,Tq], and peaks."""
@@ -98,6 +100,7 @@ def forward(
         if norm is not None:
             norm[0], norm[1] = float("-inf"), 0
     drop(call, options, seed)
+    add(call, alibi_slopes, pair_bias, alive)
     call.out_dtype = CODES[out_dtype]
     call.out, call.lse = view(out), lse.data_ptr()
     if norm is not None:
@@ -114,6 +117,17 @@ def drop(call: Call, options: Softmax, seed: Tensor | None) -> None:
     if seed is not None:
         call.dropout_seed, call.dropout_bar = int(seed), dropout_bar(options.dropout)
         call.dropout_scale = 1 / (1 - options.dropout)
+
+
+def add(call: Call, alibi_slopes: Tensor | None, pair_bias: Tensor | None, alive: list[Tensor]) -> None:
+    """Say what is added to the logits of pairs."""
+    if alibi_slopes is not None:
+        alive.append(alibi_slopes.to(torch.float32).reshape(-1, call.Hq, 1))
+        call.alibi = table("alibi_slopes", alive[-1], torch.float32, alive)
+    if pair_bias is not None:
+        pair_bias = aligned(pair_bias if pair_bias.dtype in CODES else pair_bias.float(), alive)
+        alive.append(pair_bias.expand(call.B, call.Hq, call.Tq, call.Tk))
+        call.pair, call.pair_dtype = view(alive[-1]), CODES[pair_bias.dtype]
 
 
 def decode(
@@ -165,11 +179,14 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
     seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     drop(call, options, seed)
+    add(call, alibi_slopes, pair_bias, alive)
     wanted = grad_dtype or q.dtype
     dout = aligned(dout.to(q.dtype), alive)
     norm = _given(norm, q, alive)

@@ -117,6 +117,7 @@ class Call(ctypes.Structure):
             ("dropout_scale", ctypes.c_float),
         ]
         + [("stat_tile", ctypes.c_int64), ("stat_unit", ctypes.c_int64)]
+        + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32)]
     )
 
 

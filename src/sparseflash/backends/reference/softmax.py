@@ -19,7 +19,7 @@ from ...numerics import (
     unit_of,
 )
 from ...plan import Plan
-from ...plan.entries import TileView, tile_parts, tile_view
+from ...plan.entries import TileView, standing, tile_parts, tile_view
 from . import dropout
 from .rows import Rows
 
@@ -30,18 +30,26 @@ ROUNDING = 2.0**-16
 
 
 def _logits(
-    q: Tensor, k: Tensor, view: TileView, scale: float, softcap: float, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    view: TileView,
+    scale: float,
+    softcap: float,
+    bias: Tensor | None,
+    pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The x of a tile's masked logits `unit * x` (see `numerics`), and tanh of the score under a softcap."""
     x = q @ k.transpose(-1, -2)
     bent = None
-    if bends(scale, softcap, bias):
+    if bends(scale, softcap, bias, pairs):
         x = x * scale
     if softcap:
         bent = torch.tanh(x / softcap)
         x = bent * softcap
     if bias is not None:
         x = x + bias[..., None, :]
+    if pairs is not None:
+        x = x + pairs
     return x.masked_fill_(~view.keep, NEVER), bent
 
 
@@ -55,6 +63,25 @@ def _factor(seed: Tensor, options: Softmax, view: TileView, like: Tensor) -> Ten
     """What dropout multiplies the weights of a tile with: 0, or one over the share that stays."""
     keep = dropout.left(seed, dropout_bar(options.dropout), view.q_token, view.k_token)
     return keep.to(like.dtype) / (1 - options.dropout)
+
+
+def _pairs(
+    plan: Plan, view: TileView, alibi_slopes: Tensor | None, pair_bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the logits of a tile's pairs: -slope * |distance of positions|, and a matrix."""
+    total = None
+    B, H, _ = view.q_token.shape
+    if alibi_slopes is not None:
+        q, k = standing(plan, view.q_token, view.k_token)
+        distance = (q[..., :, None] - k[..., None, :]).abs().to(dtype)
+        total = distance * -alibi_slopes.to(dtype).view(-1, H, 1, 1)
+    if pair_bias is not None:
+        b, h = (torch.arange(n, device=pair_bias.device) for n in (B, H))
+        at = view.q_token.clamp(min=0)[..., :, None], view.k_token.clamp(min=0)[..., None, :]
+        whole = pair_bias.expand(B, H, plan.Tq, plan.Tk)
+        given = whole[b[:, None, None, None], h[:, None, None], *at].to(dtype)
+        total = given if total is None else total + given
+    return total
 
 
 def _bias_rows(key_bias: Tensor | None, keys: Rows, heads: int, dtype: torch.dtype) -> Tensor | None:
@@ -75,12 +102,14 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 (fp64) [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     B, H, Tq, _ = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale, softcap = options.scale, options.softcap
-    unit = unit_of(scale, softcap, key_bias)
+    unit = unit_of(scale, softcap, key_bias, alibi_slopes, pair_bias)
     out = empty_like_layout(q, v.shape[-1], out_dtype).zero_()
     lse = torch.full((B, H, Tq), NEVER, dtype=work, device=q.device)
     norm = torch.stack([lse, torch.zeros_like(lse)])
@@ -101,6 +130,7 @@ def forward(
             scale,
             softcap,
             _bias_rows(key_bias, keys, H, work),
+            _pairs(plan, view, alibi_slopes, pair_bias, work),
         )
         top = x.amax(-1)
         p = x.sub_(torch.where(top == NEVER, 0, top)[..., None]).mul_(unit).exp_()
@@ -147,6 +177,8 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
     seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients for a given norm: dq, dk, dv (in `grad_dtype`), dbias [B,Hq,Tk] fp32|fp64."""
     B, H, Tq, D = q.shape
@@ -154,7 +186,7 @@ def backward(
     dq = torch.zeros(B, H, Tq, D, dtype=work, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=work, device=q.device) for x in (k, v))
     scale, softcap = options.scale, options.softcap
-    unit = unit_of(scale, softcap, key_bias)
+    unit = unit_of(scale, softcap, key_bias, alibi_slopes, pair_bias)
     dbias = torch.zeros(B, H, k.shape[2], dtype=work, device=q.device) if key_bias is not None else None
     for r in range(plan.tiles):
         view = tile_view(plan, r, B, H)
@@ -168,7 +200,8 @@ def backward(
         )
         qr, kr, vr = queries.read(q, work, live), keys.read(k, work, seen), values.read(v, work, seen)
         do = queries.read(dout, work, live)
-        x, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work))
+        pairs = _pairs(plan, view, alibi_slopes, pair_bias, work)
+        x, bent = _logits(qr, kr, view, scale, softcap, _bias_rows(key_bias, keys, H, work), pairs)
         p = _weights(x, torch.stack([queries.read(n, work, live) for n in norm]), unit, view.keep)
         level = (
             (do * queries.read(out, work, live)).sum(-1) if delta is None else queries.read(delta, work, live)

@@ -15,7 +15,7 @@ from ...numerics import bends, dropout_bar, unit_of
 from ...plan import Plan
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
-from .blocks import Blocks, Case, choose
+from .blocks import Blocks, Case, choose, target
 from .common import INTERPRETED, LOG2E, Flags
 from .dropout import KEYS, QUERIES, words
 
@@ -235,10 +235,14 @@ class Arguments:
         dtype = str(self.named["Q"].dtype).removeprefix("torch.")
         drops = self.switches.get("DROP", False)
         blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or drops, self.plain)
-        if kernel != "columns" or not (self.heavy and drops):
+        if not (self.heavy and drops):
             return blocks
-        blocks = replace(blocks, rows=min(blocks.rows, 16))  # both leave too few registers
-        wide = self.dim > 128 and dtype == "float32"
+        if kernel == "rows, backward":  # both leave too few registers
+            return replace(blocks, keys=min(blocks.keys, 16))
+        if kernel != "columns":
+            return blocks
+        blocks = replace(blocks, rows=min(blocks.rows, 16))
+        wide = self.dim > 128 and dtype == "float32" and target()[1] // 10 == 9
         return replace(blocks, warps=16, registers=128) if wide else blocks
 
     @property

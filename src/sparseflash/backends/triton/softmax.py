@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import BackendError
 from ...numerics import NEVER, Softmax, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.options import TILE
@@ -66,8 +67,16 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
+    if pair_bias is not None:
+        raise BackendError(
+            "pair_bias runs on 'reference' and 'cpu'; here a bias of low rank may be dimensions of q and k"
+        )
+    if alibi_slopes is not None:
+        raise BackendError("alibi_slopes runs on 'reference' and 'cpu'")
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.drop(options.dropout, seed)
@@ -164,6 +173,8 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
     seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     wanted, dout = grad_dtype or q.dtype, dout.to(q.dtype)

@@ -50,6 +50,9 @@ struct SfCall {
     float dropout_scale;   // factor of the others
     int64_t stat_tile, stat_unit;  // queries and keys of a block. A forward with `stat`, which is zeros, raises it to the
                         // largest weight of each block; statistics with dout, v and delta are of influences
+    SfTable alibi;      // float [B|1,Hq,1] or null: slopes, of distances between positions
+    SfView pair;        // [B,Hq,Tq,Tk] or null: added to the logits
+    int32_t pair_dtype;
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.

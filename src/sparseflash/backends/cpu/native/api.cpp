@@ -270,7 +270,10 @@ bool tensors_ok(const SfCall &c) {
     auto item = [](int32_t dtype) { return dtype == SF_F32 ? 4 : 2; };
     for (auto &v : of_queries) if (!view_ok(v.x, c.B, c.Hq, c.Tq, v.D) || !whole(item(v.dtype), v.x.data)) return false;
     for (auto &v : of_keys) if (!view_ok(v.x, c.Bk, c.Hkv, c.Tk, v.D) || !whole(item(v.dtype), v.x.data)) return false;
-    return table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta);
+    if (c.pair_dtype < 0 || c.pair_dtype > 2) return false;
+    if (!view_ok(c.pair, c.B, c.Hq, c.Tq, c.Tk) || !whole(item(c.pair_dtype), c.pair.data)) return false;
+    if (c.alibi.data && c.alibi.heads != c.Hq) return false;
+    return table_ok(c.alibi, c, c.Hq, 1) && table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta);
 }
 
 bool statistics_ok(const SfCall &c) {
@@ -288,8 +291,9 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (!sizes_ok(c) || !plan_ok(c) || !tensors_ok(c)) return false;
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
     const bool backward = kind == BACKWARD || kind == STICK_BACKWARD, softmax = c.weights == SF_SOFTMAX;
-    const bool drops = c.dropout_bar && (!softmax || (kind != FORWARD && kind != BACKWARD));
-    if (drops || (c.dropout_bar && !fits({c.B, c.Hq, c.Tk, 2}))) return false;
+    const bool whole_softmax = softmax && (kind == FORWARD || kind == BACKWARD);
+    if ((c.dropout_bar || c.alibi.data || c.pair.data) && !whole_softmax) return false;
+    if (c.dropout_bar && !fits({c.B, c.Hq, c.Tk, 2})) return false;
     if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;

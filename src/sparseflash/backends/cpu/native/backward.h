@@ -39,7 +39,7 @@ struct Slopes {
     const Logits &logits;
     const float *top, *rest2, *delta;
     const uint64_t *see;   // null where all is visible
-    const float *bias;     // null where there is none
+    const float *bias, *pair;  // of keys, and of keys and queries; null where there is none
     bool sums;
 
     // What is known of W queries, for all their keys.
@@ -48,7 +48,8 @@ struct Slopes {
 
     template <bool PLAIN, bool FINE>
     inline void one(const Lane &q, int j, int i, vf x, vf y, vf &p, vf &ds, vf &total) const {
-        const vf biased = PLAIN || !bias ? x : x + bias[j];
+        vf biased = PLAIN || !bias ? x : x + bias[j];
+        if (!PLAIN && pair) biased += load(pair + j * BQ + i);
         p = exp2v<FINE>((biased - q.top) * logits.factor - q.rest2);
         ds = p * (y - q.delta);
         if (PLAIN) return;
@@ -314,11 +315,13 @@ template <bool BF> struct BackwardBlock {
         if (logits.bent) {
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, nullptr, s);
+            if (has_pairs(c)) fill_pairs(c, rules, q, k, b, h, w.pair.p);
         }
         // P = exp(logit - lse), dS = P (dP - delta)
         const bool biased = key_bias != nullptr;
-        Slopes slopes = {c, logits, x.top, x.rest2, x.delta, k.partial ? w.see : nullptr, biased ? w.bias : nullptr, dbias != nullptr};
-        const bool plain = !k.partial && !dbias && !biased && c.softcap == 0;
+        const float *pair = has_pairs(c) ? w.pair.p : nullptr;
+        Slopes slopes = {c, logits, x.top, x.rest2, x.delta, k.partial ? w.see : nullptr, biased ? w.bias : nullptr, pair, dbias != nullptr};
+        const bool plain = !k.partial && !dbias && !biased && !pair && c.softcap == 0;
         if (BF) {
             fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
             fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);

@@ -69,7 +69,8 @@ template <bool BF> struct Seen {
             for (int j = 0; j < round_up(n, W); j++) words[side][j] = of_chunk[side][at[least(j, n - 1)]];
         return {words[0], words[1], queries[0] + lane, queries[1] + lane, dropout.bar()};
     }
-    void find(const Rules &rules, const Keys &x, const Chunk &c, const uint64_t *see, int lane, const float *key_bias) {
+    void find(const Rules &rules, const Keys &x, const Chunk &c, const uint64_t *see, int lane, const float *key_bias,
+              const float *pair = nullptr) {
         const T *keys = BF ? (const T *)x.kb : (const T *)x.k, *values = BF ? (const T *)x.vb : (const T *)x.v;
         n = 0;
         for (int j = c.a; j < c.b; j++) {
@@ -85,12 +86,14 @@ template <bool BF> struct Seen {
                 int64_t t = rules.key_token(row[j]);
                 bias[j] = t < 0 ? 0.f : key_bias[t];
             }
+        if (pair)
+            for (int j = 0; j < n; j++) bias[j] = (key_bias ? bias[j] : 0.f) + pair[at[j] * BQ + lane];
     }
     // The x of W logits, of scores s, those of keys from j on; -inf where there is none.
     vf logits(const SfCall &c, const Logits &l, const float *s, int j) const {
         vf y = load(s + j);
         if (l.bent) y = l.bend(c, y);
-        if (c.key_bias.data) y += load(bias + j);
+        if (c.key_bias.data || has_pairs(c)) y += load(bias + j);
         return j + W > n ? pick((1ull << (n - j)) - 1, y, set1(-INF)) : y;
     }
 };
@@ -174,7 +177,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         if (q.real >> i & 1) x.take(c, c.q, b, h, q.token[i], c.D, x.q, x.qb);
     }
     if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
-    float *s = w.s.p;
+    float *s = w.s.p, *pair = has_pairs(c) ? w.pair.p : nullptr;
     const Peaks peaks = {c, w.peaks.p};
     if (c.stat) peaks.clear();
     if (q.real)
@@ -183,10 +186,11 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             if (dropout.on()) dropout.of_keys(rules, k, b, h, w.key_words[0], w.key_words[1]);
+            if (pair) fill_pairs(c, rules, q, k, b, h, pair);
             for (int i = 0; i < q.lanes; i++) {
                 if (!(q.real >> i & 1)) continue;
                 Query<BF> &x = query[i];
-                if (k.partial || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
+                if (k.partial || pair || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias, pair);
                 if (!seen.n) continue;
                 x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
                 vf top = set1(-INF);
@@ -262,18 +266,20 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
     if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
     // queries that see the same keys of a chunk: their weights, the slopes of these, and what those multiply
     const float *ps[FEW], *gs[FEW], *douts[FEW], *qs[FEW];
+    float *pair = has_pairs(c) ? w.pair.p : nullptr;
     if (alive)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             if (dropout.on()) dropout.of_keys(rules, k, b, h, w.key_words[0], w.key_words[1]);
+            if (pair) fill_pairs(c, rules, q, k, b, h, pair);
             int together = 0;
             for (int i = 0; i < q.lanes; i++) {
                 if (!(alive >> i & 1)) continue;
                 Query<BF> &x = query[i];
                 float *s = w.s + i * BK, *g = w.g + i * BK;
-                if (k.partial || !(alive & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
+                if (k.partial || pair || !(alive & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias, pair);
                 if (!seen.n) continue;
                 x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
                 x.score(x.dout, x.doutb, seen.v, seen.n, c.Dv, g);
@@ -285,7 +291,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                     vf y = load(s + j), slope = set1(1.f);
                     if (logits.bent) y = logits.bend(c, y);
                     if (c.softcap > 0) slope -= (y / logits.outer) * (y / logits.outer);
-                    if (key_bias) y += load(seen.bias + j);
+                    if (key_bias || pair) y += load(seen.bias + j);
                     vf p = exp2v<true>((y - x.top) * logits.factor - x.rest2), ds = p * (load(g + j) - x.delta);
                     store(s + j, p);
                     store(g + j, ds);

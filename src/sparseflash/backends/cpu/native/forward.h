@@ -53,6 +53,10 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             if (logits.bent) {
                 logits.bias(rules, key_bias, k, w.bias);
                 logits.bend(c, k, key_bias ? w.bias : nullptr, w.s.p);
+                if (has_pairs(c)) {
+                    fill_pairs(c, rules, q, k, b, h, w.pair.p);
+                    logits.add(k, w.pair.p, w.s.p);
+                }
             }
             if (k.partial) hide(k, w.see, w.s.p, -INF);
             if (c.stat) peaks.take(rules, k, n, w.s.p);

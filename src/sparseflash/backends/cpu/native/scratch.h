@@ -56,7 +56,7 @@ template <bool BF> struct Lanes {
 // Room for a block of queries and for one chunk of keys; in the backward `next` is a second block's.
 template <bool BF> struct Scratch : Lanes<BF> {
     Lanes<BF> next;
-    Buffer<float> s, g, kc, vc, spare, peaks;
+    Buffer<float> s, g, kc, vc, spare, pair, peaks;
     Buffer<bf> p, pr, dr, kcb, vcb, tc;
     uint64_t see[BK];
     float bias[BK], sums[BK];
@@ -68,6 +68,7 @@ template <bool BF> struct Scratch : Lanes<BF> {
         if (c.lse && c.stat) ok = ok && peaks.make((c.Tk + c.stat_unit - 1) / c.stat_unit * BQ);
         if (BF) ok = ok && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
         else ok = ok && kc.make(BK * c.D) && vc.make(BK * c.Dv);
+        if (c.alibi.data || c.pair.data) ok = ok && pair.make(BK * BQ);
         if (!backward) return ok;
         ok = ok && g.make(BK * BQ) && (c.plan.tile <= BQ || next.make(c, true));
         return ok && (!BF || (pr.make(BK * BQ) && dr.make(BK * BQ)));

@@ -1,7 +1,7 @@
 // From scores to weights: scale, softcap and bias, hidden keys, and the online softmax of a block.
 #pragma once
 #include <math.h>
-#include "dropout.h"
+#include "bias.h"
 
 namespace {
 
@@ -16,7 +16,7 @@ struct Logits {
     float inner, outer;   // what bends: tanh(score * inner) * outer with a softcap, else score * inner
 
     explicit Logits(const SfCall &c) {
-        bent = c.softcap > 0 || c.key_bias.data || !(c.scale > SMALLEST_UNIT);
+        bent = c.softcap > 0 || c.key_bias.data || has_pairs(c) || !(c.scale > SMALLEST_UNIT);
         inner = c.softcap > 0 ? c.scale / c.softcap : c.scale;
         outer = c.softcap;
         unit = bent ? 1.f : c.scale;
@@ -40,6 +40,9 @@ struct Logits {
                 vf x = bend(c, load(s + j * BQ + i));
                 store(s + j * BQ + i, bias ? x + bias[j] : x);
             }
+    }
+    static void add(const Chunk &k, const float *pair, float *s) {
+        for (int64_t i = k.a * BQ; i < k.b * BQ; i += W) store(s + i, load(s + i) + load(pair + i));
     }
     // Writes the normaliser of a row, whose largest x is m and whose sum of exponentials is l.
     void finish(const SfCall &c, int64_t row, float m, float l) const {
