@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "methods": METHOD,
     "calibrate": (*OPS, "selection"),
     "nn": METHOD,
+    "compat": OPS,
     "distributed": METHOD,
     "fusion": ("errors",),
     "integrations": ("*",),
