@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from sparseflash import fusion
 from sparseflash.bench import figures
 from sparseflash.bench.results import read
 from sparseflash.files import write
@@ -23,7 +24,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers")),
+    *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers", "fusion")),
 )
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
@@ -35,6 +36,7 @@ DRAWN = {
     "curves": "curves-fp32",
 }
 """Result file to the one of its pictures that a page shows."""
+DERIVATIONS = DOCS / "images" / "fusion"
 DTYPES = ("fp32", "bf16")
 
 Cell = Callable[[str], str]
@@ -537,7 +539,30 @@ def imports() -> str:
     return "```mermaid\ngraph LR\n" + "\n".join(lines) + "\n```"
 
 
+@cache
+def derivation(name: str) -> fusion.Derivation:
+    """How a program is fused where only bytes count, as `sparseflash fuse` shows it."""
+    return fusion.fuse(fusion.GOLDEN[name](), fusion.SIZES[name], tiers=fusion.BYTES)
+
+
+def fused() -> str:
+    """A fused layer as row tiles, beside eager torch and torch.compile."""
+    body = []
+    for case in dict.fromkeys(row["case"] for row in rows("fusion")):
+        cells = [f"{figure('fusion', 'ms', case=case, dtype=dtype):.0f} ms" for dtype in DTYPES]
+        cells += [f"{figure('fusion', 'ratio', case=case, dtype=dtype):.2f}x" for dtype in DTYPES]
+        cells += [f"{figure('fusion', 'mib', case=case, dtype=dtype):.0f} MiB" for dtype in DTYPES]
+        body.append([case, *cells])
+    kinds = ("time", "over eager", "memory")
+    return table(["", *(f"{kind}, {dtype}" for kind in kinds for dtype in DTYPES)], body)
+
+
 BLOCKS = {
+    **{
+        f"fusion-{name}": lambda name=name: f"```\n{derivation(name).explain()}\n```"
+        for name in fusion.GOLDEN
+    },
+    "fusion": fused,
     "layers": layers,
     "dsa": dsa,
     "learned": learned,
@@ -577,6 +602,9 @@ def made() -> dict[Path, str]:
             page.read_text(encoding="utf-8"),
             flags=re.DOTALL,
         )
+    for name in fusion.GOLDEN:
+        for step, picture in derivation(name).pictures().items():
+            found[DERIVATIONS / f"{name}-{step}.svg"] = picture
     for name, picture in DRAWN.items():
         found[PICTURES / f"{picture}.svg"] = figures.draw(rows(name), name)[f"{picture}.svg"]
     return found
@@ -598,7 +626,8 @@ def main() -> None:
     old = stale()
     if parser.parse_args().check:
         raise SystemExit(f"stale, run make figures: {', '.join(old)}" if old else 0)
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    for folder in (PICTURES, DERIVATIONS):
+        folder.mkdir(parents=True, exist_ok=True)
     for path, text in made().items():
         write(path, text)
     sys.stdout.write("\n".join(old or ["nothing was stale"]) + "\n")

@@ -8,16 +8,14 @@ import sys
 
 import torch
 
-from sparseflash.fusion import GOLDEN, RULES, SIZES, Kernel, Tiers, fuse, run
-
-SLOW_MEMORY = Tiers(local=1 << 24, bandwidth=1.0, flops=1e30)
+from sparseflash.fusion import BYTES, GOLDEN, RULES, SIZES, Kernel, fuse, run
 
 
 def programs():
     """Each of them fused, and attention with what a row shares made in the first turn."""
     for name, make in GOLDEN.items():
         sizes = dict.fromkeys(SIZES[name], 512)
-        program = fuse(make(), sizes, tiers=SLOW_MEMORY, least=64).program
+        program = fuse(make(), sizes, tiers=BYTES, least=64).program
         yield name.replace("-", "_"), program
         if name == "attention":
             yield "peeled", next(RULES["R7"][1](program)).program

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseflash.fusion import GOLDEN, RULES, Meter, Program, Tiers, centre, cost, fuse, run
+from sparseflash.fusion import BYTES, GOLDEN, RULES, Meter, Program, centre, cost, fuse, run
 
 FOLDER = Path(__file__).with_name("data") / "fusion"
-SLOW_MEMORY = Tiers(local=1 << 22, bandwidth=1.0, flops=1e30)
-"""Only bytes count, and everything fits."""
 
 SIZES = {
     "attention": {"m": 192, "d": 64, "n": 256, "l": 128},
@@ -49,7 +47,7 @@ TORCH = {"attention": torch_attention, "layernorm-matmul": torch_layernorm, "rms
 @cache
 def fused(name: str, rules=tuple(RULES)) -> Program:
     """The fused program before it is centred, where only bytes count."""
-    found = fuse(GOLDEN[name](), SIZES[name], tiers=SLOW_MEMORY, least=64, rules=rules)
+    found = fuse(GOLDEN[name](), SIZES[name], tiers=BYTES, least=64, rules=rules)
     return next(step.program for step in reversed(found.steps) if step.rule != "S")
 
 
@@ -113,14 +111,14 @@ def test_fused_or_not_the_result_is_torchs(name, generator):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_predicted_bytes_and_flops_are_those_that_are_counted(name, dtype, generator):
     sizes = {dim: 3 + 2 * i for i, dim in enumerate(GOLDEN[name]().dims)}
-    found = fuse(GOLDEN[name](), SIZES[name], tiers=SLOW_MEMORY, least=64)
+    found = fuse(GOLDEN[name](), SIZES[name], tiers=BYTES, least=64)
     for program in (found.start, found.operators, *(step.program for step in found.steps)):
         given = inputs(program, sizes, generator, dtype=dtype)
         for blocks in blockings(program, generator, 3):
             meter = Meter()
             run(program, given, blocks, meter=meter)
             said = cost(program, sizes, blocks, dtype.itemsize)
-            assert said[:3] == (meter.read, meter.written, meter.flops), f"{blocks}\n{program}"
+            assert said[:4] == (meter.read, meter.written, meter.flops, meter.calls), f"{blocks}\n{program}"
             assert said.local >= meter.local
 
 

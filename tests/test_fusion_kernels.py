@@ -9,11 +9,9 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash.fusion import GOLDEN, SIZES, Kernel, Program, Tiers, fuse, run
+from sparseflash.fusion import BYTES, GOLDEN, SIZES, Kernel, Program, fuse, run
 
 SCRIPT = Path(__file__).with_name("fusion_kernels.py")
-SLOW_MEMORY = Tiers(local=1 << 24, bandwidth=1.0, flops=1e30)
-"""Only bytes count, and everything fits."""
 
 
 def script(*arguments: str, interpret: bool) -> str:
@@ -41,7 +39,7 @@ def test_the_kernels_compile_for_a_card(target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_kernels_run_on_the_card(name, dtype):
     sizes = {dim: min(n, 1000) for dim, n in SIZES[name].items()}
-    program = fuse(GOLDEN[name](), sizes, tiers=SLOW_MEMORY).program
+    program = fuse(GOLDEN[name](), sizes, tiers=BYTES).program
     given = {
         x: torch.randn([sizes[dim] for dim in axes], dtype=dtype, device="cuda") for x, axes in program.inputs
     }
@@ -53,7 +51,7 @@ def test_the_kernels_run_on_the_card(name, dtype):
 
 def text(name: str) -> tuple[list[str], Program]:
     sizes = dict.fromkeys(SIZES[name], 512)
-    program = fuse(GOLDEN[name](), sizes, tiers=SLOW_MEMORY, least=64).program
+    program = fuse(GOLDEN[name](), sizes, tiers=BYTES, least=64).program
     return Kernel(program, sizes, dict.fromkeys(sizes, 64)).source.splitlines(), program
 
 
@@ -78,7 +76,7 @@ def test_what_is_no_kernel_is_refused():
     found = fuse(program, sizes, rules=("R1", "R2", "R3"))
     with pytest.raises(sf.SparseFlashError, match="goes through global memory; fuse further"):
         Kernel(found.program, sizes, {})
-    found = fuse(program, sizes, tiers=SLOW_MEMORY)
+    found = fuse(program, sizes, tiers=BYTES)
     with pytest.raises(sf.SparseFlashError, match="a block of n is 24; expected a power of two"):
         Kernel(found.program, sizes, {"n": 24})
     kernel = Kernel(found.program, sizes, {})

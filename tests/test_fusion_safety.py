@@ -7,9 +7,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseflash import SparseFlashError
 from sparseflash.fusion import (
+    BYTES,
     GOLDEN,
     RULES,
     Builder,
@@ -24,8 +26,6 @@ from sparseflash.fusion import (
     simplify,
 )
 
-SLOW_MEMORY = Tiers(local=1 << 22, bandwidth=1.0, flops=1e30)
-
 
 def normal(generator, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ def masked_attention(q, k, v, bias):
 
 def fused(program: Program) -> Program:
     sizes = dict.fromkeys(program.dims, 128)
-    return fuse(program, sizes, tiers=SLOW_MEMORY, least=64).program
+    return fuse(program, sizes, tiers=BYTES, least=64).program
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_logits_of_any_size_and_rows_that_see_nothing_are_exact(attention, gener
         assert (found[2] == 0).all()
         assert (found - wanted).abs().max() <= 1e-12 * v.abs().max()
         said = cost(program, {"m": 6, "n": 11, "d": 4, "l": 3}, dict.fromkeys("mndl", block), 8)
-        assert said[:3] == (meter.read, meter.written, meter.flops)
+        assert said[:4] == (meter.read, meter.written, meter.flops, meter.calls)
 
 
 def test_without_pairs_large_logits_overflow(attention, generator):
@@ -247,6 +247,30 @@ def test_tiles_on_threads_give_what_one_thread_gives(generator, dtype):
     assert torch.get_num_threads() == before
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = isinstance(out, torch.Tensor) and not func.is_view and "empty" not in func.name()
+        if made and not func._schema.is_mutable:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_a_run_by_row_tiles_makes_nothing_larger_than_a_tile(generator):
+    program, sizes = GOLDEN["rmsnorm-swiglu"](), {"m": 256, "d": 12, "h": 20, "n": 9}
+    shapes = {name: [sizes[dim] for dim in axes] for name, axes in program.inputs}
+    given, largest = {name: normal(generator, *shape) for name, shape in shapes.items()}, []
+    for one in (fused(program), program):
+        with Largest() as seen:
+            run(one, given, {"m": 8})
+        largest.append(seen.elements)
+    assert largest == [8 * 20, 8 * 20]
+
+
 def test_local_memory_is_that_of_a_tile(generator):
     """Ten times the rows take no more."""
     program = fused(GOLDEN["attention"]())
@@ -268,8 +292,8 @@ def test_blocks_are_chosen_that_fit_and_smaller_memory_moves_more():
 def test_repeating_work_is_weighed_against_what_it_saves():
     """Few flops a byte: read again. Many: keep the list."""
     sizes = {"m": 1024, "n": 1024, "d": 64, "l": 256}
-    flash = fuse(GOLDEN["attention"](), sizes, tiers=Tiers(bandwidth=1e9, flops=1e13, local=1 << 17))
-    two = fuse(GOLDEN["attention"](), sizes, tiers=Tiers(bandwidth=1e12, flops=1e9, local=1 << 17))
+    flash = fuse(GOLDEN["attention"](), sizes, tiers=Tiers(1 << 17, bandwidth=1e9, flops=1e13, call=0))
+    two = fuse(GOLDEN["attention"](), sizes, tiers=Tiers(1 << 17, bandwidth=1e12, flops=1e9, call=0))
     assert "R6" in [step.rule for step in flash.steps]
     assert flash.cost(flash.program).bytes < two.cost(two.program).bytes
     assert flash.cost(flash.program).flops > two.cost(two.program).flops

@@ -21,7 +21,7 @@ from sparseflash.bench.cases import DTYPES
 from sparseflash.bench.memory import peak
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, Timing, interleave
-from sparseflash.fusion import GOLDEN, SIZES, fuse, run
+from sparseflash.fusion import BYTES, GOLDEN, SIZES, fuse, run
 
 NAME = "rmsnorm-swiglu"
 ROWS = (64, 256)
@@ -34,15 +34,24 @@ def eager(x: Tensor, g: Tensor, u: Tensor, w: Tensor) -> Tensor:
     return F.linear(F.silu(F.linear(h, g)) * F.linear(h, u), w)
 
 
-def cases(length: int, threads: int) -> dict[str, Callable[..., Any]]:
+def plain(layer: Callable[..., Tensor]) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A function of all inputs by name."""
+    return lambda given: layer(**given)
+
+
+def cases(length: int, dtype: str) -> dict[str, Callable[..., Any]]:
     """Every way to run the layer, by name: functions of its inputs."""
-    found = fuse(GOLDEN[NAME](), SIZES[NAME] | {"m": length})
-    tiled: dict[str, dict[str, int]] = {f"fused, {rows} rows a tile": {"m": rows} for rows in ROWS}
-    tiled["fused, blocks of the cost model"] = found.blocks
-    ways: dict[str, Callable[..., Any]] = {"eager": eager, "torch.compile": torch.compile(eager)}
-    for name, blocks in tiled.items():
-        ways[name] = lambda blocks=blocks, **given: run(found.program, given, blocks, threads=threads)
-    ways["one by one"] = lambda **given: run(found.operators, given, threads=threads)
+    threads, sizes = torch.get_num_threads(), SIZES[NAME] | {"m": length}
+    chosen = fuse(GOLDEN[NAME](), sizes, itemsize=DTYPES[dtype].itemsize)
+    found = fuse(GOLDEN[NAME](), sizes, tiers=BYTES)
+    ways: dict[str, Callable[..., Any]] = {
+        "eager": plain(eager),
+        "torch.compile": plain(torch.compile(eager)),
+    }
+    for n in ROWS:
+        ways[f"fused, {n} rows a tile"] = partial(run, found.program, blocks={"m": n}, threads=threads)
+    ways["fused as the cost model says"] = partial(run, chosen.program, blocks=chosen.blocks, threads=threads)
+    ways["one by one"] = partial(run, found.operators, threads=threads)
     return ways
 
 
@@ -81,7 +90,7 @@ def measure(
 def timed(length: int, dtype: str, rounds: int, box: Box, on_run: Callable[[str], None]) -> dict[str, Timing]:
     """All cases in turn; what compiles has done so before."""
     given = inputs(length, dtype)
-    runs = {name: partial(way, **given) for name, way in cases(length, torch.get_num_threads()).items()}
+    runs = {name: partial(way, given) for name, way in cases(length, dtype).items()}
     with torch.inference_mode():
         for _ in range(2):
             on_run(f"{dtype}, compiling")
@@ -92,12 +101,12 @@ def timed(length: int, dtype: str, rounds: int, box: Box, on_run: Callable[[str]
 def extra(name: str, length: int, dtype: str) -> int:
     """Bytes that a case takes beyond its inputs, after a call on little that loads and compiles."""
     with torch.inference_mode():
-        way = cases(length, torch.get_num_threads())[name]
-        way(**inputs(64, dtype))
+        way = cases(length, dtype)[name]
+        way(inputs(64, dtype))
         given = inputs(length, dtype)
         if name == "torch.compile":
-            way(**given)  # other shapes compile again
-        return peak(lambda: way(**given))
+            way(given)  # other shapes compile again
+        return peak(lambda: way(given))
 
 
 if __name__ == "__main__":

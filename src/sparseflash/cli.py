@@ -326,9 +326,11 @@ def show(
 @app.command()
 def fuse(
     program: Annotated[str, typer.Argument(help="attention, layernorm-matmul or rmsnorm-swiglu.")],
-    local: Annotated[int, typer.Option(min=1, help="Local memory, KiB.")] = 1024,
+    local: Annotated[int, typer.Option(min=1, help="Local memory, KiB.")] = 16384,
     bandwidth: Annotated[float, typer.Option(min=1e-3, help="Between global and local memory, GB/s.")] = 10.0,
-    gflops: Annotated[float, typer.Option(min=1e-3, help="Speed of arithmetic, Gflop/s.")] = 200.0,
+    gflops: Annotated[
+        float, typer.Option(min=1e-3, help="Speed of arithmetic, Gflop/s; by default only bytes count.")
+    ] = float("inf"),
     draw: Annotated[
         Path | None,
         typer.Option(help="Write a picture of the start and of each step (SVG) into this directory."),
@@ -350,7 +352,7 @@ def fuse(
     if program not in fusion.GOLDEN:
         raise SparseFlashError(f"no program {program}; expected {', '.join(fusion.GOLDEN)}")
     sizes = fusion.SIZES[program] | options.settings(changes)
-    tiers = fusion.Tiers(local << 10, bandwidth * 1e9, gflops * 1e9)
+    tiers = fusion.Tiers(local << 10, bandwidth * 1e9, gflops * 1e9, call=0.0)
     found = fusion.fuse(fusion.GOLDEN[program](), sizes, tiers=tiers)
     typer.echo(found.explain())
     typer.echo(f"largest difference to one by one, of fp64 inputs: {found.check(seed):.1e}")

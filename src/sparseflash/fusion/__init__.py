@@ -7,7 +7,7 @@ fuse attention``.
 """
 
 from .build import GOLDEN, SIZES, Array, Builder, layer_norm, rms_norm, softmax
-from .cost import Cost, Tiers, choose, cost
+from .cost import BYTES, CACHE, Cost, Tiers, choose, cost
 from .derive import Derivation, Step, fuse, simplify
 from .emit import Kernel
 from .program import Loop, Op, Program
@@ -17,6 +17,8 @@ from .run import Meter, run
 from .safety import centre
 
 __all__ = [
+    "BYTES",
+    "CACHE",
     "GOLDEN",
     "RULES",
     "SIZES",

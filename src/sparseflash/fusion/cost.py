@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import NamedTuple
 
-from ..errors import require
+from ..errors import SparseFlashError
 from .items import Axes
 from .program import ACC, FIRST, REST, Access, Loop, Program
 
@@ -28,15 +28,21 @@ class Tiers:
         Bytes a second between the two.
     flops : float
         Operations a second.
+    call : float
+        Seconds that an operator on a tile takes however small it is.
     """
 
-    local: int = 1 << 20
+    local: int = 4 << 20
     bandwidth: float = 10e9
     flops: float = 200e9
+    call: float = 20e-6
 
 
 CACHE = Tiers()
-"""About two CPU cores with a second-level cache."""
+"""About two CPU cores, each with its share of a cache, and `run` to drive them."""
+
+BYTES = Tiers(local=16 << 20, flops=inf, call=0.0)
+"""Where only bytes count, and a megabyte more or less is no matter."""
 
 
 class Cost(NamedTuple):
@@ -45,6 +51,7 @@ class Cost(NamedTuple):
     read: int
     written: int
     flops: int
+    calls: int
     local: int
 
     @property
@@ -53,8 +60,8 @@ class Cost(NamedTuple):
         return self.read + self.written
 
     def seconds(self, tiers: Tiers) -> float:
-        """Time where moving and computing do not overlap: the careful guess."""
-        return self.bytes / tiers.bandwidth + self.flops / tiers.flops
+        """Time where moving, computing and calling do not overlap: the careful guess."""
+        return self.bytes / tiers.bandwidth + self.flops / tiers.flops + self.calls * tiers.call
 
 
 class _Count:
@@ -113,15 +120,14 @@ def cost(program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], 
     Returns
     -------
     Cost
-        Bytes and flops are exact; `local` is the most that any turn holds, exact where blocks divide their
-        sizes.
+        All exact, but `local`: the most that any turn holds, exact where blocks divide their sizes.
     """
     count, given, total = (
         _Count(sizes, blocks),
         {name for name, _ in program.inputs},
         dict.fromkeys(("read", "write"), 0),
     )
-    flops = peak = 0
+    flops = calls = peak = 0
     stack: list[tuple[Loop | None, int]] = [(None, 0)]
     for access in program.accesses:
         value = program.values[access.name]
@@ -133,6 +139,7 @@ def cost(program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], 
                 )
         if access.kind == "compute":
             flops += sum(each * count.elements(axes, access) for each, axes in value.work)
+            calls += count.elements((), access)
         if access.kind == "write" or access.kind == "compute" and program.ops[access.name].fn == ACC:
             continue
         size = sum(count.held(axes, access) for axes in value.parts)
@@ -143,7 +150,7 @@ def cost(program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], 
         loop, before = stack[depth]
         stack[depth] = loop, before + size * (itemsize if access.name in given else max(4, itemsize))
         peak = max(peak, sum(n for _, n in stack))
-    return Cost(total["read"], total["write"], flops, peak)
+    return Cost(total["read"], total["write"], flops, calls, peak)
 
 
 def choose(
@@ -153,7 +160,7 @@ def choose(
 
     Blocks are `least` times powers of two, or a whole dimension (or half of it): all combinations of powers
     of four are tried, then half and twice of the best. Of equally quick ones those that move the fewest
-    bytes win, then those with the fewest turns.
+    bytes win, then those with the fewest calls.
 
     Raises
     ------
@@ -163,19 +170,14 @@ def choose(
     best: tuple[tuple[float, ...], dict[str, int], Cost] | None = None
     for steps in (_powers(sizes, least), None):
         if steps is None:  # around the best so far
-            require(
-                (
-                    best is not None,
-                    f"no blocks of {least} or more fit into {tiers.local} bytes; raise Tiers(local=)",
-                )
-            )
-            assert best is not None
+            if best is None:
+                said = f"no blocks of {least} or more fit into {tiers.local} bytes"
+                raise SparseFlashError(f"{said}; give Tiers(local=) more")
             steps = [sorted({max(least, n // 2), n, min(2 * n, sizes[dim])}) for dim, n in best[1].items()]
         for each in itertools.product(*steps):
             blocks = {dim: min(n, sizes[dim]) for dim, n in zip(sizes, each)}
             found = cost(program, sizes, blocks, itemsize)
-            turns = prod(-(-sizes[dim] // n) for dim, n in blocks.items())
-            key = (found.seconds(tiers), found.bytes, turns)
+            key = (found.seconds(tiers), found.bytes, found.calls)
             if found.local <= tiers.local and (best is None or key < best[0]):
                 best = key, blocks, found
     assert best is not None

@@ -25,11 +25,12 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 @dataclass
 class Meter:
-    """What a run did: bytes from and to global memory, flops, and the most bytes that local memory held."""
+    """What a run did: bytes to and from global memory, flops, operators called, bytes of local memory."""
 
     read: int = 0
     written: int = 0
     flops: int = 0
+    calls: int = 0
     local: int = 0
 
     @property
@@ -157,6 +158,8 @@ class Run:
         for at, stmt in enumerate(body):
             if isinstance(stmt, Op):
                 made = items.apply(self.on, stmt, [self.find(arg, turn) for arg in stmt.args])
+                if self.meter:
+                    self.meter.calls += 1
                 if stmt.fn == ACC:
                     self.accumulate(stmt.out, made, turn)
                 else:
