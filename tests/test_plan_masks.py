@@ -164,7 +164,7 @@ def test_a_key_is_seen_until_it_expires(Tq, Tk, offset, generator):
 
 
 @EACH
-@pytest.mark.parametrize("tile, unit", [(2, 2), (2, 1), (4, 2), (1, 4)])
+@pytest.mark.parametrize("tile, unit", [(2, 2), (2, 1), (4, 2), (1, 4), (2, None), (4, None)])
 @pytest.mark.parametrize("ends", [[3, 3, 4, 4], [1, 2, 3, 4], [9, 2, 9, 3], [2, 2, 2, 2]])
 def test_what_expires_within_a_tile_is_left_out_of_the_result(ends, tile, unit, backend, generator):
     """Executed, not only drawn: an entry that is marked full too soon is tested by nobody."""

@@ -1,0 +1,350 @@
+"""Do the tests notice a fault? Small ones are made one at a time in a sample of functions, and the tests run.
+
+    python tests/mutation.py --sample 40 --seed 7 --out faults.csv
+
+Every process that runs tests is a fork of one that has torch and all tests loaded, and a fault is another
+code object in a function that is there already: so a fault costs what the tests of its function cost. Which
+those are is seen first, in one run of all tests of the area that notes who comes by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import contextlib
+import csv
+import gc
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE.parent / "src" / "sparseflash"
+AREAS = {
+    "plan": (
+        "test_plan*.py",
+        "test_semantics.py",
+        "test_wide_numbers.py",
+        "test_errors.py",
+        "test_attention.py",
+    ),
+    "methods": ("test_*method*.py", "test_hash_sparse.py", "test_qk_sparse.py", "test_reformer.py"),
+    "integrations/transformers": ("test_transformers*.py",),
+}
+"""Parts of the library, each with the tests that are about it."""
+EQUAL = HERE / "mutation_equal.csv"
+"""Faults that are none: what they change is how fast something is, or nothing; each with the reason."""
+
+SWAPS: dict[type, type] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+NAMES = {"min": "max", "amin": "amax", "minimum": "maximum", "any": "all", "cummin": "cummax", "tril": "triu"}
+NAMES |= {there: here for here, there in NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The `n`-th place of a function where something can be another, and what becomes of it there."""
+
+    module: str
+    function: str
+    n: int
+    said: str
+    line: int
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What stays the same when lines move."""
+        return self.module, self.function, self.said
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods by their qualified names; what stands inside one is a part of it."""
+    todo: list[tuple[str, ast.AST]] = [("", tree)]
+    while todo:
+        prefix, node = todo.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                yield prefix + child.name, child
+            elif isinstance(child, (ast.ClassDef, ast.If, ast.Try)):
+                name = f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix
+                todo.append((name, child))
+
+
+def twice(node: Any) -> None:
+    """Not not x."""
+    node.operand = ast.UnaryOp(type(node.op)(), node.operand)
+
+
+def changes(function: ast.FunctionDef) -> list[tuple[ast.AST, str, Callable[[ast.AST], None]]]:
+    """Places of the body where something can be another: the node, words for it, and how to change it."""
+    found: list[tuple[ast.AST, str, Callable[[ast.AST], None]]] = []
+    todo: list[ast.AST] = list(reversed(function.body))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.AnnAssign)):
+            todo += [node.value] if isinstance(node, ast.AnnAssign) and node.value else []
+            continue  # messages, and invariants of our own
+        if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
+            op = SWAPS[type(node.op)]
+            found.append((node, ast.unparse(node), lambda x, op=op: setattr(x, "op", op())))
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in SWAPS:
+            op = SWAPS[type(node.ops[0])]
+            found.append((node, ast.unparse(node), lambda x, op=op: setattr(x, "ops", [op()])))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+            found.append((node, repr(node.value), lambda x: setattr(x, "value", not x.value)))
+        elif isinstance(node, ast.Constant) and type(node.value) is int and node.value in (0, 1):
+            found.append((node, repr(node.value), lambda x: setattr(x, "value", x.value + 1)))
+        elif isinstance(node, ast.Attribute) and node.attr in NAMES:
+            found.append((node, node.attr, lambda x: setattr(x, "attr", NAMES[x.attr])))
+        elif isinstance(node, ast.Name) and node.id in NAMES:
+            found.append((node, node.id, lambda x: setattr(x, "id", NAMES[x.id])))
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Invert, ast.Not)):
+            found.append((node, ast.unparse(node), twice))
+        todo += reversed([x for x in ast.iter_child_nodes(node) if not isinstance(x, ast.arguments)])
+    return found
+
+
+def faults(area: str) -> list[Fault]:
+    """All that can be made in an area."""
+    found = []
+    for path in sorted((SOURCE / area).rglob("*.py")):
+        module = path.relative_to(SOURCE).as_posix()
+        for name, function in functions(ast.parse(path.read_text())):
+            for n, (node, said, _) in enumerate(changes(function)):
+                found.append(Fault(module, name, n, f"{said} #{n}", getattr(node, "lineno", 0)))
+    return found
+
+
+def sample(count: int, seed: int) -> list[Fault]:
+    """As many of each area, in functions that differ, without those that are known to change nothing."""
+    known = set()
+    if EQUAL.exists():
+        with EQUAL.open(newline="") as file:
+            known = {(x["module"], x["function"], x["fault"]) for x in csv.DictReader(file)}
+    drawn, chance = [], random.Random(seed)
+    for at, area in enumerate(AREAS):
+        every, taken = [x for x in faults(area) if x.key not in known], set()
+        chance.shuffle(every)
+        share = count // len(AREAS) + (at < count % len(AREAS))
+        for fault in every:
+            if len(taken) < share and (where := (fault.module, fault.function)) not in taken:
+                taken.add(where)
+                drawn.append(fault)
+    return drawn
+
+
+# ---------------------------------------------------------------- other code in functions that are there
+
+
+def code_of(fault: Fault, change: Callable[[ast.FunctionDef], None]) -> types.CodeType:
+    """The code of a function after a change of its tree."""
+    path = SOURCE / fault.module
+    tree = ast.parse(path.read_text())
+    change(next(x for name, x in functions(tree) if name == fault.function))
+    todo = [compile(ast.fix_missing_locations(tree), str(path), "exec", dont_inherit=True)]
+    while todo:
+        code = todo.pop()
+        if code.co_qualname == fault.function:
+            return code
+        todo += [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    raise LookupError(f"{fault.module} has no {fault.function}")
+
+
+def broken(fault: Fault) -> types.CodeType:
+    """The code with the fault in it."""
+
+    def change(function: ast.FunctionDef) -> None:
+        node, _, alter = changes(function)[fault.n]
+        alter(node)
+
+    return code_of(fault, change)
+
+
+def noted(fault: Fault, name: str) -> types.CodeType:
+    """The code that notes that it runs."""
+
+    def change(function: ast.FunctionDef) -> None:
+        first = ast.parse(f"__seen__.add({name!r})").body[0]
+        documented = ast.get_docstring(function) is not None
+        function.body.insert(int(documented), first)
+
+    return code_of(fault, change)
+
+
+def put(fault: Fault, code: types.CodeType) -> bool:
+    """Put code into the function, however it is wrapped; whether there is such a function here."""
+    path, done = str(SOURCE / fault.module), False
+    for x in gc.get_objects():
+        if isinstance(x, types.FunctionType) and x.__code__.co_filename == path:
+            if x.__code__.co_qualname == fault.function and x.__code__.co_freevars == code.co_freevars:
+                x.__code__, done = code, True
+    return done
+
+
+# ---------------------------------------------------------------- runs of tests in forks
+
+
+class Note:
+    """A plugin of pytest: what each test takes, and which functions it comes by."""
+
+    def __init__(self, seen: set[str]) -> None:
+        self.seen, self.rows = seen, {}
+
+    def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
+        self.seen.clear()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        seconds, passed, seen = self.rows.get(report.nodeid, (0.0, True, set()))
+        self.rows[report.nodeid] = (seconds + report.duration, passed and not report.failed, seen | self.seen)
+
+
+class Only:
+    """A plugin of pytest: these tests and no others, in this order; the first that fails."""
+
+    def __init__(self, wanted: list[str]) -> None:
+        self.place, self.failed = {name: n for n, name in enumerate(wanted)}, ""
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = sorted((x for x in items if x.nodeid in self.place), key=lambda x: self.place[x.nodeid])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.failed = self.failed or report.nodeid
+
+
+def quiet(*arguments: str, plugin: Any = None) -> None:
+    """Run pytest, and say nothing."""
+    import pytest
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        pytest.main(["-q", "-x", "-p", "no:cacheprovider", *arguments], [plugin] if plugin else [])
+
+
+def forked(work: Callable[[], Any], limit: float) -> Any:
+    """What `work` returns in a fork of this process; None where it does not end in time, or dies."""
+    with tempfile.NamedTemporaryFile("r") as answer:
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.setpgid(0, 0)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                Path(answer.name).write_text(json.dumps(work()))
+            os._exit(0)
+        end = time.monotonic() + limit
+        while os.waitpid(child, os.WNOHANG)[0] == 0:
+            if time.monotonic() > end:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return None
+            time.sleep(0.02)
+        return json.loads(answer.read() or "null")
+
+
+def passers(drawn: list[Fault], files: list[str], limit: float) -> dict[str, list[tuple[float, str]]]:
+    """Of each function: the tests that come by and pass, quickest first."""
+
+    def work() -> list[Any]:
+        seen: set[str] = set()
+        builtins.__seen__ = seen  # type: ignore[attr-defined]  # what `noted` writes to
+        for fault in drawn:
+            put(fault, noted(fault, f"{fault.module}:{fault.function}"))
+        note = Note(seen)
+        quiet("--maxfail=1000", *files, plugin=note)
+        return [(name, *x[:2], sorted(x[2])) for name, x in note.rows.items()]
+
+    found: dict[str, list[tuple[float, str]]] = {}
+    for name, seconds, passed, seen in forked(work, limit) or ():
+        for function in seen if passed else ():
+            found.setdefault(function, []).append((seconds, name))
+    return {function: sorted(tests) for function, tests in found.items()}
+
+
+def caught(fault: Fault, tests: list[tuple[float, str]], most: float) -> str:
+    """The test that fails under the fault; "" if none of those that take `most` seconds together does."""
+    wanted, total = [], 0.0
+    for seconds, name in tests:
+        total += seconds
+        if total > most and wanted:
+            break
+        wanted.append(name)
+
+    def work() -> str:
+        if not put(fault, broken(fault)):
+            return "no such function"
+        only = Only(wanted)
+        quiet(*sorted({str(HERE / Path(x.split("::")[0]).name) for x in wanted}), plugin=only)
+        return only.failed
+
+    verdict = forked(work, 60 + 10 * min(total, most))
+    return "no end, or a crash" if verdict is None else verdict
+
+
+def judge(count: int, seed: int, out: Path | None = None, most: float = 60.0) -> list[dict[str, Any]]:
+    """A row for each fault of a sample: what it is, and the test that catches it."""
+    import torch
+
+    os.chdir(HERE.parent)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    drawn = sample(count, seed)
+    for area, patterns in AREAS.items():
+        files = sorted({str(x) for pattern in patterns for x in HERE.glob(pattern)})
+        here = [x for x in drawn if x.module.startswith(area)]
+        if not here:
+            continue
+        quiet("--collect-only", *files)  # so that every fork has them loaded
+        tests = passers(here, files, 3600)
+        for fault in here:
+            by = tests.get(f"{fault.module}:{fault.function}", [])
+            test = caught(fault, by, most) if by else ""
+            rows.append(
+                {
+                    "module": fault.module,
+                    "function": fault.function,
+                    "line": fault.line,
+                    "fault": fault.said,
+                    "tests": len(by),
+                    "caught": test,
+                }
+            )
+            print(
+                f"{'caught  ' if test else 'SURVIVED'} {fault.module}:{fault.line} {fault.said}", flush=True
+            )
+            if out:
+                with out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, list(rows[0]))
+                    writer.writeheader()
+                    writer.writerows(rows)
+    return rows
+
+
+def main() -> None:
+    """Judge a sample, and exit with 1 where more than one in twenty is not caught."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows = judge(given.sample, given.seed, given.out)
+    score = sum(bool(x["caught"]) for x in rows) / len(rows)
+    print(f"{score:.1%} of {len(rows)} faults are caught")
+    sys.exit(score < 0.95)
+
+
+if __name__ == "__main__":
+    main()
