@@ -385,7 +385,7 @@ def test_memory_grows_with_the_length_alone(generator, kind):
         units = sf.Plan.from_keys(index, Tq=T, Tk=T, tile=64, unit=64, causal=True)
         plan = sf.Plan.dense(T, T, causal=True) if kind == "dense" else units
         q, k, v, dout = torch.randn(4, 1, 1, T, D, generator=generator)
-        assert peak_memory(lambda: everything(q, k, v, dout, plan)) < 28 * T * D * 4  # noqa: B023
+        assert peak_memory(lambda: everything(q, k, v, dout, plan)) < 28 * T * D * 4
 
 
 # ---------------------------------------------------------------- garbage and sanitizers

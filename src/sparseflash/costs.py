@@ -117,7 +117,7 @@ class Costs:
         if not isinstance(found, dict):
             raise SparseFlashError(f"{path}: no costs of this machine there; {advice}")
         same = found.pop("machine", None) == machine() and tuple(found.pop("terms", ())) == TERMS
-        require((same, f"{path}: costs of another machine or version; {advice}"))
+        require((same, lambda: f"{path}: costs of another machine or version; {advice}"))
         return cls(machine(), **found)
 
 
@@ -228,10 +228,17 @@ def predict(
     >>> said.gain > 5 and said.dominates == "dots"
     True
     """
-    require((direction in DIRECTIONS, f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}"))
+    require(
+        (direction in DIRECTIONS, lambda: f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
+    )
     costs = costs or Costs.load()
     key = f"{direction} {'bf16' if q.element_size() == 2 else 'fp32'}"
-    require((key in costs.ours, f"the costs of this machine have no {key}: run sparseflash bench breakeven"))
+    require(
+        (
+            key in costs.ours,
+            lambda: f"the costs of this machine have no {key}: run sparseflash bench breakeven",
+        )
+    )
     Tq, Tk = q.shape[2], k.shape[2]
     own, dense = features(plan, q, k), features(Plan.dense(Tq, Tk, causal=True), q, k)
     parts = [n * cost for n, cost in zip(own, costs.ours[key])]

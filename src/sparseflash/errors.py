@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 
 
 class SparseFlashError(ValueError):
@@ -22,11 +23,18 @@ class DerivativeError(SparseFlashError, RuntimeError):
     """A derivative that there is not; torch's own refusals are `RuntimeError`s, and so is this."""
 
 
-def require(*rules: tuple[bool, str], error: type[SparseFlashError] = SparseFlashError) -> None:
-    """Raise `error` with the message of the first rule whose condition is false."""
+Message = str | Callable[[], str]
+
+
+def require(*rules: tuple[bool, Message], error: type[SparseFlashError] = SparseFlashError) -> None:
+    """Raise `error` with the message of the first rule whose condition is false.
+
+    What stands in a message is formatted when it is raised: a size that a compiler has put a symbol for would
+    become a constant of its graph by being written down.
+    """
     for holds, message in rules:
         if not holds:
-            raise error(message)
+            raise error(message if isinstance(message, str) else message())
 
 
 def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:

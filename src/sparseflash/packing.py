@@ -61,7 +61,10 @@ class PackingCollator:
         labels = [_ids(x, "labels", n) if "labels" in x else t for n, (x, t) in enumerate(zip(given, tokens))]
         for n, (t, y) in enumerate(zip(tokens, labels)):
             require(
-                (len(t) == len(y), f"example {n}: {len(t)} input_ids and {len(y)} labels; expected one each")
+                (
+                    len(t) == len(y),
+                    lambda: f"example {n}: {len(t)} input_ids and {len(y)} labels; expected one each",
+                )
             )
         lengths = [len(t) for t in tokens]
         edges = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -88,7 +91,9 @@ def _ids(example: Mapping[str, Any], name: str, n: int) -> Tensor:
     x = example[name]
     ids = x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=None if len(x) else torch.int64)
     good = ids.dim() == 1 and ids.dtype in INTEGERS
-    require((good, f"example {n}: {name} is {describe(ids)}; expected a row of integers, one a token"))
+    require(
+        (good, lambda: f"example {n}: {name} is {describe(ids)}; expected a row of integers, one a token")
+    )
     return ids.long()
 
 
@@ -117,7 +122,7 @@ def cu_seqlens_of(position_ids: Tensor) -> Tensor:
     require(
         (
             row,
-            f"position_ids: {describe(position_ids)}; expected one packed row of integers [total]",
+            lambda: f"position_ids: {describe(position_ids)}; expected one packed row of integers [total]",
         )
     )
     flat = position_ids.reshape(-1)

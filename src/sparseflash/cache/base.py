@@ -80,8 +80,10 @@ class Layer:
         require(
             (
                 isinstance(n, int) and not isinstance(n, bool) and -self.tokens <= n,
-                f"crop({n!r}): expected a number of tokens to keep, or one below 0 to remove, of the "
-                f"{self.tokens} there are",
+                lambda: (
+                    f"crop({n!r}): expected a number of tokens to keep, or one below 0 to remove, of the "
+                    f"{self.tokens} there are"
+                ),
             )
         )
         return min(n, self.tokens) if n > 0 else self.tokens + n

@@ -44,7 +44,7 @@ class Growing(Layer):
     """
 
     def __init__(self, room: int = 256) -> None:
-        require((is_count(room), f"room={room!r}: expected an int >= 0, tokens"))
+        require((is_count(room), lambda: f"room={room!r}: expected an int >= 0, tokens"))
         self.room = room
         self.reset()
 

@@ -24,7 +24,9 @@ class Summary:
     page: int = 16
 
     def __post_init__(self) -> None:
-        require((is_length(self.page, 1), f"page={self.page!r}: expected a positive int, keys of a page"))
+        require(
+            (is_length(self.page, 1), lambda: f"page={self.page!r}: expected a positive int, keys of a page")
+        )
 
     def of(self, keys: Tensor, real: Tensor) -> Tensor:
         """`[B,H,n,page,D]` as `[B,H,n,width]`; `real [B|1,n,page]`: False for lanes that hold no key."""
@@ -75,7 +77,12 @@ class Labels(Summary):
             and all(is_count(c) for own in each for c in own)
             and len({len(own) for own in each}) == 1
         )
-        require((fits, f"channels={each!r}: expected as many channel numbers for each KV head, and page=1"))
+        require(
+            (
+                fits,
+                lambda: f"channels={each!r}: expected as many channel numbers for each KV head, and page=1",
+            )
+        )
 
     def of(self, keys: Tensor, real: Tensor) -> Tensor:
         """As of a summary."""

@@ -65,12 +65,20 @@ class GridWindow(Method):
             sizes = getattr(self, name)
             if sizes is not None:
                 fits = isinstance(sizes, tuple) and sizes and all(is_count(x, least) for x in sizes)
-                require((bool(fits), f"{name}={sizes!r}: expected a tuple of ints >= {least}, one an axis"))
+                require(
+                    (
+                        bool(fits),
+                        lambda: f"{name}={sizes!r}: expected a tuple of ints >= {least}, one an axis",
+                    )
+                )
         self._check_grid(self.grid)
         require(
             (
                 self.shift is None or len(self.shift) == len(self.window),
-                f"shift={self.shift!r}: expected {len(self.window)} numbers, as window={self.window!r} has",
+                lambda: (
+                    f"shift={self.shift!r}: expected {len(self.window)} numbers, as "
+                    f"window={self.window!r} has"
+                ),
             )
         )
 
@@ -80,8 +88,10 @@ class GridWindow(Method):
         require(
             (
                 bool(fits),
-                f"grid={grid!r}: expected {len(self.window)} sizes, as window={self.window!r} has; "
-                "only the first may be -1",
+                lambda: (
+                    f"grid={grid!r}: expected {len(self.window)} sizes, as window={self.window!r} has; "
+                    "only the first may be -1"
+                ),
             )
         )
 
@@ -98,7 +108,7 @@ class GridWindow(Method):
         require(
             (
                 grid[0] == -1 or T == grid[0] * rest,
-                f"grid={tuple(grid)!r} is not {T} tokens; one size may be -1",
+                lambda: f"grid={tuple(grid)!r} is not {T} tokens; one size may be -1",
             )
         )
         sizes = (-(-T // rest), *grid[1:])

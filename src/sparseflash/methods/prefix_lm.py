@@ -57,7 +57,7 @@ class PrefixLM(Method):
         if isinstance(prefix, Tensor):
             fits = prefix.shape == (B,) and prefix.dtype in INTEGERS
             given = f"{list(prefix.shape)} {prefix.dtype}"
-            require((fits, f"ctx['prefix']: {given}; expected integers [{B}]"), error=PlanError)
+            require((fits, lambda: f"ctx['prefix']: {given}; expected integers [{B}]"), error=PlanError)
         elif isinstance(prefix, int):
             prefix = min(prefix, Tk)
         position = torch.arange(Tq, device=q.device) + begin(ctx, q)

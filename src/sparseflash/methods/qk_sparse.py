@@ -95,7 +95,7 @@ class QKSparse(Method):
             require(
                 (
                     isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1,
-                    f"{name}={rate!r}: expected a fraction between 0 and 1",
+                    lambda: f"{name}={rate!r}: expected a fraction between 0 and 1",
                 )
             )
 

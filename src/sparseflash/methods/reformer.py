@@ -81,7 +81,7 @@ class Reformer(Method):
     def __post_init__(self) -> None:
         check_counts(self, 1, "bucket", "rounds")
         known = self.planes in _PLANES
-        require((known, f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"))
+        require((known, lambda: f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"))
 
     def buckets(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Buckets of every round, int32: `[rounds, B, Hq, T]` and `[rounds, B, Hkv, T]`."""
@@ -98,7 +98,7 @@ class Reformer(Method):
         """A plan for each round."""
         ctx = ctx or {}
         Tq, Tk = q.shape[2], k.shape[2]
-        require((Tq == Tk, f"{Tq} queries, {Tk} keys: Reformer is self-attention over one sequence"))
+        require((Tq == Tk, lambda: f"{Tq} queries, {Tk} keys: Reformer is self-attention over one sequence"))
         given = [ctx.get("q_bucket"), ctx.get("k_bucket")]
         require(
             (
@@ -115,8 +115,10 @@ class Reformer(Method):
                     and x.shape[0] == self.rounds
                     and x.shape[-1] == Tq
                     and not x.is_floating_point(),
-                    f"ctx[{name!r}]: expected integers [rounds={self.rounds}, B|1, H|1, T={Tq}], got "
-                    + (f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__),
+                    lambda: (
+                        f"ctx[{name!r}]: expected integers [rounds={self.rounds}, B|1, H|1, T={Tq}], got "
+                        + (f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__)
+                    ),
                 )
             )
         if given[0] is not None:  # any ids become 0, 1, ...

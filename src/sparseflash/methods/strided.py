@@ -79,7 +79,7 @@ class Strided(Method):
         """Lists per KV head."""
         heads, device, b, v = k.shape[1], q.device, self.block, self.stride
         Tq, Tk = q.shape[2], k.shape[2]
-        require((self.dense_heads <= heads, f"dense_heads={self.dense_heads}: k has {heads} heads"))
+        require((self.dense_heads <= heads, lambda: f"dense_heads={self.dense_heads}: k has {heads} heads"))
         q_offset = (ctx or {}).get("q_offset", 0)
         order, first = self._aligned(Tq, q_offset, begin(ctx, q))  # first: [B|1, 1, R], block of each tile
         lead = (first.shape[0], heads, first.shape[2])

@@ -59,7 +59,12 @@ class Tree(Method):
         if self.parents is not None:
             fits = isinstance(self.parents, tuple) and all(is_count(x, -1) for x in self.parents)
             require(
-                (fits, f"parents={self.parents!r}: expected a tuple of ints >= -1; a tensor goes into ctx")
+                (
+                    fits,
+                    lambda: (
+                        f"parents={self.parents!r}: expected a tuple of ints >= -1; a tensor goes into ctx"
+                    ),
+                )
             )
             depth_first(torch.tensor(self.parents, dtype=torch.int64).view(1, -1))
 
@@ -71,7 +76,7 @@ class Tree(Method):
         if host(first):
             fits = bool(((first >= 0) & (first <= Tk - n)).all())
             said = f"a tree of {n} queries over {Tk} keys, the first at position {first.flatten().tolist()}"
-            require((fits, f"{said}: expected the keys of its nodes, at least"))
+            require((fits, lambda: f"{said}: expected the keys of its nodes, at least"))
         rank, end = (x[:, None] + first for x in depth_first(parents))
         node = torch.argsort(rank, dim=-1)
         token = torch.arange(Tk, device=device).expand(rank.shape[0], 1, -1)
@@ -104,7 +109,8 @@ class Tree(Method):
         fits = isinstance(x, Tensor) and x.dtype in INTEGERS and x.shape in ((n,), (1, n), (B, n))
         said = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         require(
-            (fits, f"parents: {said}; expected integers [{n}] or [{B}, {n}], one a query"), error=PlanError
+            (fits, lambda: f"parents: {said}; expected integers [{n}] or [{B}, {n}], one a query"),
+            error=PlanError,
         )
         return x.long() if x.dim() == 2 else x.long()[None]
 
@@ -124,7 +130,10 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
     if host(parents) and parents.numel():
         low, high = (int(x) for x in torch.aminmax(parents))
         require(
-            (low >= -1 and high < n, f"parents hold {low}..{high}: nodes are 0..{n - 1}, -1 is a root"),
+            (
+                low >= -1 and high < n,
+                lambda: f"parents hold {low}..{high}: nodes are 0..{n - 1}, -1 is a root",
+            ),
             error=PlanError,
         )
     root = B * n  # above all roots

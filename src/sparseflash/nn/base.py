@@ -121,31 +121,31 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         require(
-            (is_count(width, 1), f"width={width!r}: expected a positive int"),
-            (is_count(heads, 1), f"heads={heads!r}: expected a positive int"),
+            (is_count(width, 1), lambda: f"width={width!r}: expected a positive int"),
+            (is_count(heads, 1), lambda: f"heads={heads!r}: expected a positive int"),
         )
         kv_heads = heads if kv_heads is None else kv_heads
         require(
             (
                 is_count(kv_heads, 1) and heads % kv_heads == 0,
-                f"kv_heads={kv_heads!r}: expected a divisor of heads={heads}",
+                lambda: f"kv_heads={kv_heads!r}: expected a divisor of heads={heads}",
             ),
             (
                 head_dim is not None or width % heads == 0,
-                f"width={width} is no multiple of heads={heads}: give head_dim=",
+                lambda: f"width={width} is no multiple of heads={heads}: give head_dim=",
             ),
         )
         head_dim = width // heads if head_dim is None else head_dim
         require(
-            (is_count(head_dim, 1), f"head_dim={head_dim!r}: expected a positive int"),
-            (positions in ("rotary", "none"), f"positions={positions!r}: expected rotary or none"),
+            (is_count(head_dim, 1), lambda: f"head_dim={head_dim!r}: expected a positive int"),
+            (positions in ("rotary", "none"), lambda: f"positions={positions!r}: expected rotary or none"),
             (
                 positions == "none" or head_dim % 2 == 0,
-                f"head_dim={head_dim} is odd, and rotary positions turn pairs: or positions='none'",
+                lambda: f"head_dim={head_dim} is odd, and rotary positions turn pairs: or positions='none'",
             ),
             (
                 isinstance(base, (int, float)) and not isinstance(base, bool) and base > 0,
-                f"base={base!r}: expected a positive number",
+                lambda: f"base={base!r}: expected a positive number",
             ),
         )
         self.width, self.heads, self.kv_heads, self.head_dim = width, heads, kv_heads, head_dim
@@ -187,7 +187,7 @@ class Layer(nn.Module):
             require(
                 (
                     self.takes_plan,
-                    f"{name} chooses itself what is seen and takes no plan; documents: cu_seqlens=",
+                    lambda: f"{name} chooses itself what is seen and takes no plan; documents: cu_seqlens=",
                 ),
                 (state is None, "plan together with state: a plan is for whole sequences"),
                 (cu_seqlens is None, "plan together with cu_seqlens: Plan.from_documents(cu_seqlens) is one"),
@@ -196,11 +196,13 @@ class Layer(nn.Module):
             require(
                 (
                     isinstance(state, State),
-                    f"state: {type(state).__name__}; expected {name}.new_state(batch)",
+                    lambda: f"state: {type(state).__name__}; expected {name}.new_state(batch)",
                 ),
                 (cu_seqlens is None, "state together with cu_seqlens: one state holds one document a row"),
             )
-            require((x.shape[0] == state.batch, f"x has batch size {x.shape[0]}, its state {state.batch}"))
+            require(
+                (x.shape[0] == state.batch, lambda: f"x has batch size {x.shape[0]}, its state {state.batch}")
+            )
         self._aux = None
         if cu_seqlens is None:
             out = self.mix(x, plan, state)
@@ -227,8 +229,8 @@ class Layer(nn.Module):
     def new_state(self, batch: int) -> State:
         """An empty state for `batch` sequences, to be given to every forward over their tokens."""
         require(
-            (self.decodes, f"{type(self).__name__} has no state: it reads whole sequences"),
-            (is_count(batch), f"batch={batch!r}: expected an int >= 0"),
+            (self.decodes, lambda: f"{type(self).__name__} has no state: it reads whole sequences"),
+            (is_count(batch), lambda: f"batch={batch!r}: expected an int >= 0"),
         )
         return State(batch)
 
@@ -338,13 +340,13 @@ def taken(x: Tensor, place: Tensor) -> Tensor:
 def check_choice(**given: tuple[Any, Sequence[Any]]) -> None:
     """Refuse a word that is not among those there are."""
     for name, (x, known) in given.items():
-        require((x in known, f"{name}={x!r}: expected {' or '.join(map(repr, known))}"))
+        require((x in known, lambda: f"{name}={x!r}: expected {' or '.join(map(repr, known))}"))
 
 
 def check_sizes(least: int = 1, **given: Any) -> None:
     """Refuse what is no count."""
     for name, x in given.items():
-        require((is_count(x, least), f"{name}={x!r}: expected an int >= {least}"))
+        require((is_count(x, least), lambda: f"{name}={x!r}: expected an int >= {least}"))
 
 
 def _edges(cu_seqlens: Tensor | Sequence[int], T: int) -> list[int]:
@@ -357,5 +359,5 @@ def _edges(cu_seqlens: Tensor | Sequence[int], T: int) -> list[int]:
         and all(isinstance(x, int) for x in edges)
         and all(a <= b for a, b in zip(edges, edges[1:]))
     )
-    require((good, f"cu_seqlens={edges!r:.80}: expected ints that rise from 0 to T={T}"))
+    require((good, lambda: f"cu_seqlens={edges!r:.80}: expected ints that rise from 0 to T={T}"))
     return edges

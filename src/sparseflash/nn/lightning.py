@@ -73,7 +73,7 @@ class LightningAttention(Layer):
         super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim)
         check_sizes(1, layers=layers)
         check_sizes(0, layer=layer, gate=self.head_dim if gate is None else gate)
-        require((layer < layers, f"layer={layer}: expected less than layers={layers}"))
+        require((layer < layers, lambda: f"layer={layer}: expected less than layers={layers}"))
         self.layer, self.layers = layer, layers
         rank = self.head_dim if gate is None else gate
         self.project_heads(device=device, dtype=dtype)

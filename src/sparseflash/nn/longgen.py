@@ -64,8 +64,8 @@ class LongGenAttention(SelfAttention):
         check_sizes(0, layer=layer)
         fits = isinstance(share, (int, float)) and 0 <= share <= 1
         require(
-            (layer < layers, f"layer={layer}: expected less than layers={layers}"),
-            (fits, f"share={share!r}: expected a share in [0, 1]"),
+            (layer < layers, lambda: f"layer={layer}: expected less than layers={layers}"),
+            (fits, lambda: f"share={share!r}: expected a share in [0, 1]"),
             (
                 not options.keys() & {"method", "causal"},
                 "method= and causal= follow from the layer: give sparse=",

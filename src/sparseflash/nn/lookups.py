@@ -73,9 +73,9 @@ class Lookups(Layer):
         require(
             (
                 math.isfinite(penalty) and penalty >= 0,
-                f"penalty={penalty!r}: expected a number >= 0",
+                lambda: f"penalty={penalty!r}: expected a number >= 0",
             ),
-            (0 <= threshold <= 1, f"threshold={threshold!r}: expected a share in [0, 1]"),
+            (0 <= threshold <= 1, lambda: f"threshold={threshold!r}: expected a share in [0, 1]"),
         )
         self.size, self.lookups = size, lookups
         self.penalty, self.threshold = float(penalty), float(threshold)

@@ -120,20 +120,29 @@ def muse_attention(
             given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise SparseFlashError(f"{name}: {given}; expected floating point [B,H,T,D]")
     require(
-        (is_count(clusters, 1), f"clusters={clusters!r}: expected a positive int"),
-        (is_count(leaf, 1), f"leaf={leaf!r}: expected a positive int"),
-        (is_count(iterations), f"iterations={iterations!r}: expected an int >= 0"),
+        (is_count(clusters, 1), lambda: f"clusters={clusters!r}: expected a positive int"),
+        (is_count(leaf, 1), lambda: f"leaf={leaf!r}: expected a positive int"),
+        (is_count(iterations), lambda: f"iterations={iterations!r}: expected an int >= 0"),
         (
             k.shape[:3] == v.shape[:3] and q.shape[1] % max(1, k.shape[1]) == 0,
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected [B,Hq,Tq,D], [B,Hkv,Tk,D], "
-            "[B,Hkv,Tk,Dv], Hq a multiple of Hkv",
+            lambda: (
+                f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected [B,Hq,Tq,D], "
+                "[B,Hkv,Tk,D], "
+                "[B,Hkv,Tk,Dv], Hq a multiple of Hkv"
+            ),
         ),
-        (k.shape[3] + v.shape[3] <= WIDEST, f"D + Dv = {k.shape[3] + v.shape[3]}: expected at most {WIDEST}"),
+        (
+            k.shape[3] + v.shape[3] <= WIDEST,
+            lambda: f"D + Dv = {k.shape[3] + v.shape[3]}: expected at most {WIDEST}",
+        ),
         (
             not causal or q.shape[2] == k.shape[2],
-            f"{q.shape[2]} queries and {k.shape[2]} keys: causal MuSe takes as many",
+            lambda: f"{q.shape[2]} queries and {k.shape[2]} keys: causal MuSe takes as many",
         ),
-        (memory is None or isinstance(memory, dict), f"memory: {type(memory).__name__}; expected a dict"),
+        (
+            memory is None or isinstance(memory, dict),
+            lambda: f"memory: {type(memory).__name__}; expected a dict",
+        ),
     )
     memory = {} if memory is None else memory
     s = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -83,8 +83,11 @@ class NativeSparseAttention(Layer):
         check_sizes(1, block=block, stride=stride, select=select, top=top, near=near, window=window)
         check_sizes(0, first=first)
         require(
-            (stride <= block, f"stride={stride}: expected at most block={block}, or keys are in no summary"),
-            (first + near <= top, f"first={first} and near={near} blocks are more than top={top}"),
+            (
+                stride <= block,
+                lambda: f"stride={stride}: expected at most block={block}, or keys are in no summary",
+            ),
+            (first + near <= top, lambda: f"first={first} and near={near} blocks are more than top={top}"),
         )
         self.block, self.stride, self.select, self.top = block, stride, select, top
         self.first, self.near, self.window = first, near, window

@@ -94,10 +94,10 @@ class RoutingAttention(Layer):
         check_sizes(1, clusters=clusters, window=window)
         check_choice(strict=(strict, (True, False)), shared=(shared, (True, False)))
         require(
-            (0 <= decay < 1, f"decay={decay!r}: expected a share in [0, 1)"),
+            (0 <= decay < 1, lambda: f"decay={decay!r}: expected a share in [0, 1)"),
             (
                 math.isfinite(commitment) and commitment >= 0,
-                f"commitment={commitment!r}: expected a number >= 0",
+                lambda: f"commitment={commitment!r}: expected a number >= 0",
             ),
         )
         self.clusters, self.window, self.strict, self.shared = clusters, window, strict, shared

@@ -81,9 +81,9 @@ class SelfAttention(Layer):
         require(
             (
                 method is None or isinstance(method, Method),
-                f"method: {type(method).__name__}; expected a Method, or its name",
+                lambda: f"method: {type(method).__name__}; expected a Method, or its name",
             ),
-            (isinstance(causal, bool), f"causal={causal!r}: expected True or False"),
+            (isinstance(causal, bool), lambda: f"causal={causal!r}: expected True or False"),
             (causal or method is None, "causal=False beside a method: causality is a setting of the method"),
         )
         self.method, self.causal, self.normed = method, causal, normed
@@ -131,7 +131,7 @@ class SelfAttention(Layer):
             ),
             (
                 self.method is None or self.method.decodes,
-                f"{self.method!r} does not decode: what a token sees depends on the whole sequence",
+                lambda: f"{self.method!r} does not decode: what a token sees depends on the whole sequence",
             ),
         )
         return super().new_state(batch)

@@ -166,8 +166,8 @@ class SeqBoat(Layer):
         check_sizes(1, window=window, inner=inner, size=size)
         check_choice(law=(law, ("softmax", "relu2")))
         require(
-            (inner % heads == 0, f"inner={inner}: expected a multiple of heads={heads}"),
-            (temperature > 0, f"temperature={temperature!r}: expected a positive number"),
+            (inner % heads == 0, lambda: f"inner={inner}: expected a multiple of heads={heads}"),
+            (temperature > 0, lambda: f"temperature={temperature!r}: expected a positive number"),
         )
         self.window, self.inner, self.law, self.temperature = window, inner, law, float(temperature)
         self.average = EMA(width, size, device=device, dtype=dtype)

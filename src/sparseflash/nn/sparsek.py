@@ -134,7 +134,7 @@ def sparsek_threshold(u: Tensor, k: int) -> Tensor:
     if not good:
         given = f"{list(u.shape)} {u.dtype}" if isinstance(u, Tensor) else type(u).__name__
         raise SparseFlashError(f"u: {given}; expected floating point [..., T]")
-    require((is_count(k, 1), f"k={k!r}: expected a positive int"))
+    require((is_count(k, 1), lambda: f"k={k!r}: expected a positive int"))
     return _threshold(u.to(state_dtype(u)), _Keep(k)).to(u.dtype)
 
 
@@ -201,7 +201,7 @@ class SparseKAttention(Layer):
         require(
             (
                 isinstance(slope, (int, float)) and math.isfinite(slope),
-                f"slope={slope!r}: expected a finite number",
+                lambda: f"slope={slope!r}: expected a finite number",
             )
         )
         self.k, self.window, self.form, self.slope = k, window, form, float(slope)

@@ -97,9 +97,12 @@ def widen(plan: P, batch: int, heads: int) -> P:
 def _shared_extent(a: Record, b: Record) -> tuple[int, int]:
     (ba, ha), (bb, hb) = a.extent(), b.extent()
     require(
-        ((a.Tq, a.Tk) == (b.Tq, b.Tk), f"plans of {a.Tq} x {a.Tk} and {b.Tq} x {b.Tk} tokens do not combine"),
-        (ba == bb or 1 in (ba, bb), f"plans of batch size {ba} and {bb} do not combine"),
-        (a.device == b.device, f"plans on {a.device} and {b.device}: move them to one device"),
+        (
+            (a.Tq, a.Tk) == (b.Tq, b.Tk),
+            lambda: f"plans of {a.Tq} x {a.Tk} and {b.Tq} x {b.Tk} tokens do not combine",
+        ),
+        (ba == bb or 1 in (ba, bb), lambda: f"plans of batch size {ba} and {bb} do not combine"),
+        (a.device == b.device, lambda: f"plans on {a.device} and {b.device}: move them to one device"),
         error=PlanError,
     )
     return max(ba, bb), math.lcm(ha, hb)
@@ -131,8 +134,11 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
     require(
         (
             size <= LIMIT,
-            f"the result needs {size / 2**30:.2g} GiB of bits while it is built (limit {LIMIT / 2**30:.2g}): "
-            "use a tuple of disjoint plans, or larger units, or plans whose rules combine",
+            lambda: (
+                f"the result needs {size / 2**30:.2g} GiB of bits while it is built (limit "
+                f"{LIMIT / 2**30:.2g}): "
+                "use a tuple of disjoint plans, or larger units, or plans whose rules combine"
+            ),
         ),
         error=PlanError,
     )

@@ -129,10 +129,10 @@ def plot(plan: Parts, path: str | Path, *, batch: int = 0, head: int = 0, size: 
     require(
         (
             path.suffix.lower() in (".png", ".svg", ".pdf"),
-            f"path={str(path)!r}: expected a .png, .svg or .pdf file",
+            lambda: f"path={str(path)!r}: expected a .png, .svg or .pdf file",
         ),
-        (0 <= batch < max(batches, 1), f"batch={batch}: the plan has {batches}"),
-        (0 <= head < heads, f"head={head}: the plan has {heads}"),
+        (0 <= batch < max(batches, 1), lambda: f"batch={batch}: the plan has {batches}"),
+        (0 <= head < heads, lambda: f"head={head}: the plan has {heads}"),
         error=PlanError,
     )
     seen = picture(plan, size, size, batch=batch, head=head)

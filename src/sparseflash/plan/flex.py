@@ -83,8 +83,10 @@ def from_block_mask(block_mask: Any) -> dict[str, Any]:
     require(
         (
             hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod"),
-            f"block_mask is a {type(block_mask).__name__}: expected a BlockMask of "
-            "torch.nn.attention.flex_attention",
+            lambda: (
+                f"block_mask is a {type(block_mask).__name__}: expected a BlockMask of "
+                "torch.nn.attention.flex_attention"
+            ),
         ),
         error=PlanError,
     )

@@ -6,6 +6,7 @@ Numbers become int32 here, never modulo 2^32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -44,14 +45,41 @@ def check_options(**options: Any) -> None:
     """Tiles and units are positive, whatever else is given here True or False."""
     for name, x in options.items():
         if name in ("tile", "unit"):
-            require((is_length(x, 1), f"{name}={x!r}: expected a positive int of 32 bits"), error=PlanError)
+            require(
+                (is_length(x, 1), lambda: f"{name}={x!r}: expected a positive int of 32 bits"),
+                error=PlanError,
+            )
         else:
-            require((isinstance(x, bool), f"{name}={x!r}: expected True or False"), error=PlanError)
+            require((isinstance(x, bool), lambda: f"{name}={x!r}: expected True or False"), error=PlanError)
 
 
 def host(x: Tensor) -> bool:
     """Whether values may be looked at: they lie in main memory, and this is no trace of a later run."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def pieces(total: int, step: int) -> list[tuple[int, int]]:
+    """Ranges [at, to) of `step` that make up [0, total): what is held at once. A trace takes it whole.
+
+    It would unroll the loop, and so hold for one length alone; a compiler sees to memory itself.
+    """
+    if torch.compiler.is_compiling():
+        return [(0, total)]
+    return [(at, min(at + step, total)) for at in range(0, total, step)]
+
+
+def joint(sizes: Iterable[int]) -> int | None:
+    """The one size beside 1 that all broadcast to, 1 where there is no other; None where they do not fit.
+
+    Without a set: to hash a size that a compiler has put a symbol for makes it a constant.
+    """
+    found = 1
+    for n in sizes:
+        if n != 1 and found == 1:
+            found = n
+        elif n not in (1, found):
+            return None
+    return found
 
 
 def shape_of(x: object) -> str:
@@ -93,7 +121,7 @@ def normal_window(window: Window | None) -> Window | None:
     require(
         (
             isinstance(window, (tuple, list)) and len(window) == 2,
-            f"window={window!r}: expected (left, right)",
+            lambda: f"window={window!r}: expected (left, right)",
         ),
         error=PlanError,
     )
@@ -102,7 +130,9 @@ def normal_window(window: Window | None) -> Window | None:
         require(
             (
                 side is None or is_count(side),
-                f"window={window!r}: distances are counts of tokens >= 0, or None (or -1) for unbounded",
+                lambda: (
+                    f"window={window!r}: distances are counts of tokens >= 0, or None (or -1) for unbounded"
+                ),
             ),
             error=PlanError,
         )
@@ -124,7 +154,7 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
         require(
             (
                 x.dim() == 1 and x.shape[0] > 0 and x.dtype in INTEGERS,
-                f"window and sink per head: expected integers [H], got {shape_of(x)} {x.dtype}",
+                lambda: f"window and sink per head: expected integers [H], got {shape_of(x)} {x.dtype}",
             ),
             error=PlanError,
         )
@@ -138,7 +168,8 @@ def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | Non
                 x = torch.where(x > SHORT.max, far, x)
             return spread_heads(narrow(x)[None], heads)
         require(
-            (x is None or is_count(x, -1), f"{x!r}: expected a count, None or a tensor [H]"), error=PlanError
+            (x is None or is_count(x, -1), lambda: f"{x!r}: expected a count, None or a tensor [H]"),
+            error=PlanError,
         )
         x = -1 if x is None else far if x > SHORT.max else x
         return torch.full((1, heads), x, dtype=torch.int32, device=given[0].device)
@@ -153,13 +184,18 @@ def normal_offset(q_offset: int | Tensor) -> int | Tensor:
         require(
             (
                 q_offset.dtype in INTEGERS and q_offset.dim() <= 1,
-                f"q_offset: {shape_of(q_offset)} {q_offset.dtype}; expected an int, or int32, 0-d or [B]",
+                lambda: (
+                    f"q_offset: {shape_of(q_offset)} {q_offset.dtype}; expected an int, or int32, 0-d or [B]"
+                ),
             ),
             error=PlanError,
         )
         return narrow(q_offset, "q_offset holds")
     fits = isinstance(q_offset, torch.SymInt) or (is_count(q_offset, -(2**31)) and q_offset < 2**31)
-    require((fits, f"q_offset={q_offset!r}: expected an int of 32 bits, or an int32 tensor"), error=PlanError)
+    require(
+        (fits, lambda: f"q_offset={q_offset!r}: expected an int of 32 bits, or an int32 tensor"),
+        error=PlanError,
+    )
     return q_offset
 
 
@@ -218,10 +254,13 @@ def same_batch(a: Tensor, b: Tensor, names: str) -> int:
     require(
         (
             a.shape[0] in (1, batch) and b.shape[0] in (1, batch),
-            f"{names}: batch sizes {a.shape[0]} and {b.shape[0]}; expected one size, or 1",
+            lambda: f"{names}: batch sizes {a.shape[0]} and {b.shape[0]}; expected one size, or 1",
         ),
-        (a.shape[1] > 0 and b.shape[1] > 0, f"{names}: {a.shape[1]} and {b.shape[1]} heads; expected some"),
-        (a.device == b.device, f"{names} are on {a.device} and {b.device}: move them to one device"),
+        (
+            a.shape[1] > 0 and b.shape[1] > 0,
+            lambda: f"{names}: {a.shape[1]} and {b.shape[1]} heads; expected some",
+        ),
+        (a.device == b.device, lambda: f"{names} are on {a.device} and {b.device}: move them to one device"),
         error=PlanError,
     )
     return batch

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .options import TILE, UNIT, Window
+from .options import TILE, UNIT, Window, joint
 
 FLAT = frozenset(("spans", "index", "bits", "q_offset", "overflow"))
 """Tensors that are not laid out by batch and head."""
@@ -135,10 +135,12 @@ class Record:
         found: tuple[int, int] | None = getattr(self, "_extent", None)
         if found is None:  # every call of attention asks
             laid = [x for n, x in self.tensors().items() if n not in FLAT]
-            sizes = {x.shape[0] for x in laid}
+            sizes = [x.shape[0] for x in laid]
             if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
-                sizes.add(self.q_offset.shape[0])
-            found = next((n for n in sizes if n != 1), 1), math.lcm(*[x.shape[1] for x in laid])
+                sizes.append(self.q_offset.shape[0])
+            batch = joint(sizes)
+            assert batch is not None  # `requirements` has seen to it
+            found = batch, math.lcm(*[x.shape[1] for x in laid])
             object.__setattr__(self, "_extent", found)
         return found
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .options import is_count, is_length
+from .options import is_count, is_length, joint
 from .record import FLAT, LISTS, Record
 
 _ORDERS = ("q_order", "k_order")
@@ -87,14 +87,14 @@ def _of_lists(p: Record) -> Iterator[str]:
         if p.bits.dim() != 3 or tuple(p.bits.shape[1:]) != want:
             yield f"bits {list(p.bits.shape)}: expected [Nb, tile={want[0]}, {want[1]} words of 32 keys]"
     for names in (LISTS[:3], LISTS[3:]):
-        shapes = {tuple(x.shape) for n in names if (x := getattr(p, n)) is not None}
-        if len(shapes) > 1:
-            yield f"{', '.join(names)} differ in shape: {sorted(shapes)}"
+        shapes = [tuple(x.shape) for n in names if (x := getattr(p, n)) is not None]
+        if any(x != shapes[0] for x in shapes):
+            yield f"{', '.join(names)} differ in shape: {sorted(set(shapes))}"
     laid = {n: x for n, x in p.tensors().items() if n not in FLAT}
     batches = {n: x.shape[0] for n, x in laid.items()}
     if isinstance(p.q_offset, Tensor) and p.q_offset.dim():
         batches["q_offset"] = p.q_offset.shape[0]
-    if len(set(batches.values()) - {1}) > 1:
+    if joint(batches.values()) is None:
         yield f"batch axes {batches}: expected 1 or one common size"
     if not all(x.shape[1] > 0 for x in laid.values()):
         yield "a head axis of size 0: one list for all heads has size 1"

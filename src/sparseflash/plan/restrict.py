@@ -64,8 +64,8 @@ def _chosen(tokens: object, T: int, name: str, plan: Record) -> Tensor | None:
     if host(tokens) and tokens.numel():
         low, high = (int(x) for x in torch.aminmax(tokens))
         require(
-            (low >= 0 and high < T, f"{name} holds {low}..{high}: expected tokens 0..{T - 1}"),
-            (int(tokens.bincount().max()) == 1, f"{name} names a token twice: expected each once"),
+            (low >= 0 and high < T, lambda: f"{name} holds {low}..{high}: expected tokens 0..{T - 1}"),
+            (int(tokens.bincount().max()) == 1, lambda: f"{name} names a token twice: expected each once"),
             error=PlanError,
         )
     return tokens

@@ -143,7 +143,7 @@ def top_p(mass: Tensor, p: float | Tensor, among: Tensor | None = None, *, over:
     require(
         (
             over in (1, 2) and mass.dim() >= over,
-            f"over={over!r}: expected 1, or 2 for masses of two axes and more",
+            lambda: f"over={over!r}: expected 1, or 2 for masses of two axes and more",
         )
     )
     share = _of_heads("p", p, mass, axes=over)
@@ -198,7 +198,7 @@ def above(
     [[1, 0, 1]]
     """
     among = _candidates(score, among)
-    require((of in ("row-max", "value"), f"of={of!r}: expected row-max or value"))
+    require((of in ("row-max", "value"), lambda: f"of={of!r}: expected row-max or value"))
     least = _of_heads("bound", bound, score, axes=0)
     score = score.detach()
     if of == "row-max" and score.shape[-1]:
@@ -250,7 +250,7 @@ def top_indices(scores: Tensor, k: int, among: Tensor | None = None, *, backend:
     """
     own = None if among is None else _candidates(scores, among)
     _candidates(scores, None)
-    require((is_count(k, 1), f"k={k!r}: expected a positive int"))
+    require((is_count(k, 1), lambda: f"k={k!r}: expected a positive int"))
     *lead, n = scores.shape
     options = Best(min(k, n), as_backend(backend))
     flat = scores.detach().reshape(-1, n) if n else scores.new_empty((math.prod(lead), 0))
@@ -314,18 +314,20 @@ def running_kth(
     ([-inf, 1.0, 2.0, 2.0], [4, 2, 4, 3])
     """
     _candidates(x, None)
-    require((isinstance(return_until, bool), f"return_until={return_until!r}: expected True or False"))
+    require(
+        (isinstance(return_until, bool), lambda: f"return_until={return_until!r}: expected True or False")
+    )
     each = _of_heads("k", k, x)
     T = x.shape[-1]
     longest = T + 1  # as good as any larger number
     whole = not (each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, float))
-    require((whole, f"k={k!r}: expected integers"))
+    require((whole, lambda: f"k={k!r}: expected integers"))
     if isinstance(each, Tensor):
         most = int(each.max()) if host(each) and each.numel() else longest
         each = each.clamp(1, longest).int().expand(*x.shape[:-1], 1)[..., 0].reshape(-1).contiguous()
     else:
         most = int(each)
-        require((most >= 1, f"k={k!r}: expected at least 1"))
+        require((most >= 1, lambda: f"k={k!r}: expected at least 1"))
         rows = math.prod(x.shape[:-1])
         each = torch.full((rows,), min(most, longest), dtype=torch.int32, device=x.device)
     flat = x.detach().to(state_dtype(x)).reshape(each.shape[0], T)
@@ -357,16 +359,16 @@ def share(x: Tensor, Hkv: int, how: Literal["any", "sum", "max", "vote"] = "any"
     >>> share(torch.tensor([[[True, False], [False, False], [True, True]]]), 1, "vote").int().tolist()
     [[[1, 0]]]
     """
-    require((how in ("any", "sum", "max", "vote"), f"how={how!r}: expected any, sum, max or vote"))
+    require((how in ("any", "sum", "max", "vote"), lambda: f"how={how!r}: expected any, sum, max or vote"))
     kind = torch.bool if how in ("any", "vote") else None
     good = isinstance(x, Tensor) and x.dim() >= 2 and (x.dtype == torch.bool) == (kind is torch.bool)
     given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
     want = "bool" if kind is torch.bool else "numbers"
     require(
-        (good, f"x: {given}; expected {want} [B,Hq,...] for how={how!r}"),
-        (is_count(Hkv, 1), f"Hkv={Hkv!r}: expected a positive int"),
+        (good, lambda: f"x: {given}; expected {want} [B,Hq,...] for how={how!r}"),
+        (is_count(Hkv, 1), lambda: f"Hkv={Hkv!r}: expected a positive int"),
     )
-    require((x.shape[1] % Hkv == 0, f"Hkv={Hkv} does not divide the {x.shape[1]} heads of x"))
+    require((x.shape[1] % Hkv == 0, lambda: f"Hkv={Hkv} does not divide the {x.shape[1]} heads of x"))
     grouped = x.detach().view(x.shape[0], Hkv, x.shape[1] // Hkv, *x.shape[2:])
     if how == "any":
         return grouped.any(2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import SparseFlashError, require
 from ..numerics import state_dtype
-from ..plan.options import is_count
+from ..plan.options import is_count, pieces
 from .grid import check_keep
 
 HELD = 1 << 22
@@ -60,8 +60,8 @@ def kmeans(
         given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise SparseFlashError(f"x: {given}; expected floating point [B,H,T,D]")
     require(
-        (is_count(clusters, 1), f"clusters={clusters!r}: expected a positive int"),
-        (is_count(iterations), f"iterations={iterations!r}: expected an int >= 0"),
+        (is_count(clusters, 1), lambda: f"clusters={clusters!r}: expected a positive int"),
+        (is_count(iterations), lambda: f"iterations={iterations!r}: expected an int >= 0"),
     )
     B, H, T, D = x.shape
     check_keep("keep", keep, T, B)
@@ -106,7 +106,7 @@ def _step(x: Tensor, clusters: int) -> int:
 def _nearest(x: Tensor, centroid: Tensor) -> Tensor:
     B, H, T, _ = x.shape
     step, size = _step(x, centroid.shape[2]), (centroid**2).sum(-1)[:, :, None]
-    parts = [(size - 2 * x[:, :, at : at + step] @ centroid.mT).argmin(-1).int() for at in range(0, T, step)]
+    parts = [(size - 2 * x[:, :, at:to] @ centroid.mT).argmin(-1).int() for at, to in pieces(T, step)]
     return torch.cat(parts, -1) if parts else torch.zeros(B, H, 0, dtype=torch.int32, device=x.device)
 
 
@@ -114,10 +114,10 @@ def _means(x: Tensor, label: Tensor, centroid: Tensor, real: Tensor | None) -> T
     """Means of clusters. Members are told by a product, whose sums have one order on every run."""
     total, count = torch.zeros_like(centroid), torch.zeros_like(centroid[..., :1])
     names, step = torch.arange(centroid.shape[2], device=x.device)[:, None], _step(x, centroid.shape[2])
-    for at in range(0, x.shape[2], step):
-        member = label[:, :, None, at : at + step] == names
+    for at, to in pieces(x.shape[2], step):
+        member = label[:, :, None, at:to] == names
         if real is not None:
-            member = member & real[:, :, None, at : at + step]
-        total = total + member.to(x.dtype) @ x[:, :, at : at + step]
+            member = member & real[:, :, None, at:to]
+        total = total + member.to(x.dtype) @ x[:, :, at:to]
         count = count + member.sum(-1, keepdim=True)
     return torch.where(count > 0, total / count.clamp(min=1), centroid)

@@ -67,7 +67,7 @@ class Grid:
                 raise SparseFlashError(
                     f"{name}={getattr(self, name)!r}: expected a positive int, the tokens that share an entry"
                 )
-        require((isinstance(self.causal, bool), f"causal={self.causal!r}: expected True or False"))
+        require((isinstance(self.causal, bool), lambda: f"causal={self.causal!r}: expected True or False"))
         object.__setattr__(self, "q_offset", normal_offset(self.q_offset))
         for name, T in (("q_keep", self.Tq), ("k_keep", self.Tk)):
             check_keep(name, getattr(self, name), T)
@@ -128,7 +128,7 @@ class Grid:
             Within `reach`.
         """
         for name, n in (("sink", sink), ("local", local)):
-            require((is_count(n), f"{name}={n!r}: expected a count of units >= 0"))
+            require((is_count(n), lambda: f"{name}={n!r}: expected a count of units >= 0"))
         device = self._place()
         q, k = self._tiles(self.tile, None, device), self._units(self.unit, None, device)
         unit = torch.arange(self.units, device=device)
@@ -161,7 +161,7 @@ class Grid:
         [[[[0, 0], [1, 1]]]]
         """
         check_mask("keep", keep)
-        require((is_count(tiles), f"tiles={tiles!r}: expected a count >= 0"))
+        require((is_count(tiles), lambda: f"tiles={tiles!r}: expected a count >= 0"))
         if not tiles:
             return keep
         reach = self.reach().to(keep.device)

@@ -116,14 +116,20 @@ def tile_mass(
     True
     """
     check_inputs(q, k, k)
-    require((isinstance(grid, Grid), f"grid is {describe(grid)}: expected a selection.Grid"))
+    require((isinstance(grid, Grid), lambda: f"grid is {describe(grid)}: expected a selection.Grid"))
     given = (q.shape[2], k.shape[2])
     require(
-        (given == (grid.Tq, grid.Tk), f"{grid} is not for {given[0]} queries and {given[1]} keys: make one"),
-        (how in HOW, f"how={how!r}: expected mean, antidiagonal, energy or exact"),
-        (reduce in ("sum", "max"), f"reduce={reduce!r}: expected sum or max"),
-        (lse is None or how == "exact", f"lse is for how='exact', not for {how!r}"),
-        (products in (None, torch.bfloat16), f"products={products!r}: expected torch.bfloat16, or None"),
+        (
+            given == (grid.Tq, grid.Tk),
+            lambda: f"{grid} is not for {given[0]} queries and {given[1]} keys: make one",
+        ),
+        (how in HOW, lambda: f"how={how!r}: expected mean, antidiagonal, energy or exact"),
+        (reduce in ("sum", "max"), lambda: f"reduce={reduce!r}: expected sum or max"),
+        (lse is None or how == "exact", lambda: f"lse is for how='exact', not for {how!r}"),
+        (
+            products in (None, torch.bfloat16),
+            lambda: f"products={products!r}: expected torch.bfloat16, or None",
+        ),
     )
     if lse is not None and not is_real(lse, q.shape[:3], q.device):
         raise SparseFlashError(
@@ -155,7 +161,7 @@ def tile_mass(
 def _stride(how: str, stride: int | None, **sizes: int) -> int:
     """Tokens of a group, which divide these sizes."""
     size = STRIDES[how] if stride is None else stride
-    require((is_count(size, 1), f"stride={stride!r}: expected a positive int, or None"))
+    require((is_count(size, 1), lambda: f"stride={stride!r}: expected a positive int, or None"))
     for name, n in sizes.items():
         if n % size:
             raise SparseFlashError(

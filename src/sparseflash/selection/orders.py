@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import require
 from ..plan import Plan
 from ..plan.entries import tile_view, visible
-from ..plan.options import is_count, spread_heads
+from ..plan.options import is_count, pieces, spread_heads
 
 CHUNK = 1 << 22
 """Projections held at a time by `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
@@ -135,7 +135,10 @@ def lsh_planes(
     require(
         (
             is_count(buckets, 2) and buckets % 2 == 0,
-            f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and its opposite)",
+            lambda: (
+                f"{buckets!r} buckets: angular hashing needs an even number >= 2 (a direction and "
+                "its opposite)"
+            ),
         )
     )
     planes: Tensor = _planes(dim, buckets, heads, rounds, seed, torch.device(device or "cpu"))
@@ -177,9 +180,9 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     step = max(1, CHUNK // max(B * H * columns, 1))
     parts = []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        for at in range(0, T, step):
+        for at, to in pieces(T, step):
             # columns before tokens: reductions then run along memory, several times faster than an argmax
-            y = across @ x[:, :, at : at + step].float().mT
+            y = across @ x[:, :, at:to].float().mT
             top, bottom = y.amax(-2, keepdim=True), y.amin(-2, keepdim=True)
             upper = top >= -bottom
             found = ((y == torch.where(upper, top, bottom)) * rank).amax(-2).int()
@@ -248,10 +251,19 @@ def grid_order(
     block = (1,) * n if tile is None else tuple(tile)
     before, behind = text if isinstance(text, tuple) else (0, text)
     require(
-        (n > 0 and all(is_count(x) for x in sizes), f"grid={grid!r}: expected sizes >= 0"),
-        (sorted(across) == list(range(n)), f"axes={axes!r}: expected the axes of {grid!r}, each once"),
-        (len(block) == n and all(is_count(x, 1) for x in block), f"tile={tile!r}: expected {n} sizes >= 1"),
-        (is_count(before) and is_count(behind), f"text={text!r}: expected a count, or (before, behind)"),
+        (n > 0 and all(is_count(x) for x in sizes), lambda: f"grid={grid!r}: expected sizes >= 0"),
+        (
+            sorted(across) == list(range(n)),
+            lambda: f"axes={axes!r}: expected the axes of {grid!r}, each once",
+        ),
+        (
+            len(block) == n and all(is_count(x, 1) for x in block),
+            lambda: f"tile={tile!r}: expected {n} sizes >= 1",
+        ),
+        (
+            is_count(before) and is_count(behind),
+            lambda: f"text={text!r}: expected a count, or (before, behind)",
+        ),
     )
     token = torch.arange(math.prod(sizes), dtype=torch.int32, device=device).view(sizes) + before
     short = [-size % own for size, own in zip(sizes, block, strict=True)]

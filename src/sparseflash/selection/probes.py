@@ -53,7 +53,7 @@ class Probe:
 
     def units(self, unit: int) -> Tensor:
         """`keys()` summed over units of that many keys, fp32 `[B,Hq,ceil(Tk / unit)]`."""
-        require((is_length(unit, 1), f"unit={unit!r}: expected a positive int"))
+        require((is_length(unit, 1), lambda: f"unit={unit!r}: expected a positive int"))
         *lead, Tk = self._keys.shape
         n = -(-Tk // unit)
         return torch.nn.functional.pad(self._keys, (0, n * unit - Tk)).view(*lead, n, unit).sum(-1)
@@ -129,8 +129,8 @@ def probe(
     """
     check_inputs(q, k, k)
     require(
-        (is_count(rows, 1), f"rows={rows!r}: expected a positive int, the queries to look at"),
-        (isinstance(causal, bool), f"causal={causal!r}: expected True or False"),
+        (is_count(rows, 1), lambda: f"rows={rows!r}: expected a positive int, the queries to look at"),
+        (isinstance(causal, bool), lambda: f"causal={causal!r}: expected True or False"),
     )
     (B, _, Tq, D), Tk = q.shape, k.shape[2]
     check_keep("q_keep", q_keep, Tq, B)

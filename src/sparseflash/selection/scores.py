@@ -48,7 +48,7 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
     if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
         given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise SparseFlashError(f"x: {given}; expected floating point [B,H,T,D]")
-    require((is_length(size, 1), f"size={size!r}: expected a positive int, the tokens of a block"))
+    require((is_length(size, 1), lambda: f"size={size!r}: expected a positive int, the tokens of a block"))
     if how not in ("mean", "max", "min", "absmax"):
         raise SparseFlashError(f"how={how!r}: expected mean, max, min or absmax")
     B, T, work = x.shape[0], x.shape[2], state_dtype(x)

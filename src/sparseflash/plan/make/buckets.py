@@ -28,13 +28,19 @@ from .spans import band_spans, members, pack_spans
 
 def _as_bucket(x: Tensor, name: str) -> Tensor:
     require(
-        (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {shape_of(x)}"),
+        (
+            isinstance(x, Tensor) and x.dim() == 3,
+            lambda: f"{name}: expected [B|1, H|1, T], got {shape_of(x)}",
+        ),
         error=PlanError,
     )
     require(
         (
             x.dtype in INTEGERS,
-            f"{name} has dtype {x.dtype}: expected integer bucket ids; try {name}.long() (NaN has no bucket)",
+            lambda: (
+                f"{name} has dtype {x.dtype}: expected integer bucket ids; try {name}.long() (NaN "
+                "has no bucket)"
+            ),
         ),
         error=PlanError,
     )
@@ -76,7 +82,10 @@ def from_buckets(
     check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
     window = members(window, causal=causal, include_self=include_self)
     require(
-        (buckets is None or is_count(buckets, 1), f"buckets={buckets!r}: expected a positive int, or None"),
+        (
+            buckets is None or is_count(buckets, 1),
+            lambda: f"buckets={buckets!r}: expected a positive int, or None",
+        ),
         error=PlanError,
     )
     batch = same_batch(q_bucket, k_bucket, "q_bucket, k_bucket")

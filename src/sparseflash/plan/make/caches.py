@@ -27,7 +27,8 @@ def _sizes(**sizes: object) -> None:
     for name, x in sizes.items():
         least = int(name == "page_size")
         require(
-            (is_length(x, least), f"{name}={x!r}: expected an int >= {least}, of 32 bits"), error=PlanError
+            (is_length(x, least), lambda: f"{name}={x!r}: expected an int >= {least}, of 32 bits"),
+            error=PlanError,
         )
 
 
@@ -96,7 +97,10 @@ def _packed(lengths: Tensor, Tq: int | None, cu_seqlens_q: Tensor) -> _Tiles:
     require(
         (
             len(edges) == len(lengths) + 1,
-            f"cu_seqlens_q is for {len(edges) - 1} sequences, lengths for {len(lengths)}: expected as many",
+            lambda: (
+                f"cu_seqlens_q is for {len(edges) - 1} sequences, lengths for {len(lengths)}: "
+                "expected as many"
+            ),
         ),
         error=PlanError,
     )
@@ -116,14 +120,19 @@ def _first_pages(first_page: int | Tensor | None, like: Tensor, n: int) -> Tenso
     """The page that each sequence begins with, [B]."""
     if not isinstance(first_page, Tensor):
         fits = first_page is None or is_length(first_page)
-        require((fits, f"first_page={first_page!r}: expected an int >= 0, or integers [B]"), error=PlanError)
+        require(
+            (fits, lambda: f"first_page={first_page!r}: expected an int >= 0, or integers [B]"),
+            error=PlanError,
+        )
         return torch.full_like(like, first_page or 0)
     _numbers(first_page, "first_page", "[B]: the page that each sequence begins with", 1)
     require(
         (
             len(first_page) in (1, len(like)) and first_page.device == like.device,
-            f"first_page: {shape_of(first_page)} on {first_page.device}; expected [{len(like)}] on "
-            f"{like.device}",
+            lambda: (
+                f"first_page: {shape_of(first_page)} on {first_page.device}; expected [{len(like)}] on "
+                f"{like.device}"
+            ),
         ),
         error=PlanError,
     )
@@ -132,11 +141,13 @@ def _first_pages(first_page: int | Tensor | None, like: Tensor, n: int) -> Tenso
 
 def _chosen(choice: Tensor, tiles: _Tiles, B: int, n: int) -> Tensor:
     """The chosen pages of each tile, int64 [B,H,R,m]; -1 = none."""
-    _numbers(choice, "choice", f"[{B}, H, m]: pages of a sequence by their place in it, -1 = none", 3)
+    _numbers(choice, "choice", "[B, H, m]: pages of a sequence by their place in it, -1 = none", 3)
     require(
         (
             len(choice) == B and choice.shape[1] > 0 and choice.device == tiles.of.device,
-            f"choice: {shape_of(choice)} on {choice.device}; expected [{B}, H, m] on {tiles.of.device}",
+            lambda: (
+                f"choice: {shape_of(choice)} on {choice.device}; expected [{B}, H, m] on {tiles.of.device}"
+            ),
         ),
         error=PlanError,
     )
@@ -154,7 +165,7 @@ def _check_used(pages: Tensor, used: Tensor, most: int) -> None:
     low, high = (int(x) for x in torch.aminmax(there))
     known = torch.where(used, pages, -1 - torch.arange(pages.shape[-1])).sort(-1).values
     require(
-        (low >= 0 and high < most, f"block_table names pages {low}..{high}: there are 0..{most - 1}"),
+        (low >= 0 and high < most, lambda: f"block_table names pages {low}..{high}: there are 0..{most - 1}"),
         (
             not bool(((known[..., 1:] == known[..., :-1]) & (known[..., 1:] >= 0)).any()),
             "a page stands twice in what a sequence sees, and its keys would count twice: expected each page "
@@ -193,19 +204,22 @@ def from_pages(
     _sizes(page_size=page_size, Tk=Tk, Tq=1 if Tq is None else Tq)
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)
     B, n = block_table.shape
-    lengths = _lengths(lengths, n * page_size, f"the keys that {n} pages of {page_size} hold")
+    lengths = _lengths(lengths, n * page_size, "the keys that its pages hold")
     require(
         (
             len(lengths) == B,
-            f"block_table is for {B} sequences, lengths for {len(lengths)}: expected as many",
+            lambda: f"block_table is for {B} sequences, lengths for {len(lengths)}: expected as many",
         ),
         (
             block_table.device == lengths.device,
-            f"block_table is on {block_table.device}, lengths on {lengths.device}: use .to(device)",
+            lambda: f"block_table is on {block_table.device}, lengths on {lengths.device}: use .to(device)",
         ),
         (
             Tk % page_size == 0,
-            f"Tk={Tk} is no multiple of page_size={page_size}: expected the tokens of all pages of the pool",
+            lambda: (
+                f"Tk={Tk} is no multiple of page_size={page_size}: expected the tokens of all pages "
+                "of the pool"
+            ),
         ),
         error=PlanError,
     )

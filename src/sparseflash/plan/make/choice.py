@@ -30,10 +30,12 @@ def from_choice(
     require(
         (
             isinstance(index, Tensor) and index.dim() in (3, 4) and index.dtype in INTEGERS,
-            f"index: {shape_of(index)} {getattr(index, 'dtype', '')}; expected integers [B|1, Tq, n] or "
-            "[B|1, H, Tq, n], -1 = none",
+            lambda: (
+                f"index: {shape_of(index)} {getattr(index, 'dtype', '')}; expected integers [B|1, Tq, n] or "
+                "[B|1, H, Tq, n], -1 = none"
+            ),
         ),
-        (is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"),
+        (is_length(Tk), lambda: f"Tk={Tk!r}: expected an int >= 0 of 32 bits"),
         error=PlanError,
     )
     index = index[:, None] if index.dim() == 3 else index
@@ -51,7 +53,7 @@ def from_choice(
                 and k_keep.dim() == 2
                 and k_keep.shape[1] == Tk
                 and batch in (1, k_keep.shape[0]),
-                f"k_keep: {shape_of(k_keep)}; expected bool [B, Tk={Tk}], True = a real key",
+                lambda: f"k_keep: {shape_of(k_keep)}; expected bool [B, Tk={Tk}], True = a real key",
             ),
             error=PlanError,
         )
@@ -59,7 +61,9 @@ def from_choice(
     require(
         (
             index.shape[0] in (1, batch) and (at.dim() == 1 or at.shape[0] in (1, batch)),
-            f"index: {shape_of(index)}, q_offset: {shape_of(q_offset)}; expected one batch size, or 1",
+            lambda: (
+                f"index: {shape_of(index)}, q_offset: {shape_of(q_offset)}; expected one batch size, or 1"
+            ),
         ),
         error=PlanError,
     )
@@ -106,7 +110,7 @@ def _tiles(chosen: Tensor, at: Tensor | None, k_keep: Tensor | None, Tk: int, un
     if host(chosen) and chosen.numel():
         low, high = (int(x) for x in torch.aminmax(chosen))
         require(
-            (low >= -1 and high < C, f"index holds {low}..{high}: expected 0..{C - 1}, -1 = none"),
+            (low >= -1 and high < C, lambda: f"index holds {low}..{high}: expected 0..{C - 1}, -1 = none"),
             error=PlanError,
         )
 

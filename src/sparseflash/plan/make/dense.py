@@ -31,7 +31,7 @@ def dense(
     require(
         (
             isinstance(sink_tokens, Tensor) or is_count(sink_tokens),
-            f"sink_tokens={sink_tokens!r}: expected an int >= 0, or a tensor [H]",
+            lambda: f"sink_tokens={sink_tokens!r}: expected an int >= 0, or a tensor [H]",
         ),
         error=PlanError,
     )

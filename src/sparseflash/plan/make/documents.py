@@ -33,24 +33,29 @@ def edges_of(x: object, name: str, total: int | None = None) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() != 1 or x.shape[0] < 1:
         raise PlanError(f"{name}: expected a 1-d tensor [documents + 1], got {shape_of(x)}")
     require(
-        (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected int32; try {name}.int()"),
+        (x.dtype in INTEGERS, lambda: f"{name} has dtype {x.dtype}: expected int32; try {name}.int()"),
         error=PlanError,
     )
     edges = x.long()
     if host(edges):
         first, last = int(edges[0]), int(edges[-1])
         require(
-            (first == 0, f"{name} starts at {first}: expected 0, then running totals of document lengths"),
+            (
+                first == 0,
+                lambda: f"{name} starts at {first}: expected 0, then running totals of document lengths",
+            ),
             (
                 bool((edges[1:] >= edges[:-1]).all()),
-                f"{name} decreases: expected running totals of document lengths; "
-                f"lengths become them by torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
+                lambda: (
+                    f"{name} decreases: expected running totals of document lengths; "
+                    f"lengths become them by torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
+                ),
             ),
             (
                 total is None or last <= total,
-                f"{name} ends at {last}, but there are {total} tokens: expected at most that",
+                lambda: f"{name} ends at {last}, but there are {total} tokens: expected at most that",
             ),
-            (last <= SHORT.max, f"{name} ends at {last}: lengths are of 32 bits"),
+            (last <= SHORT.max, lambda: f"{name} ends at {last}: lengths are of 32 bits"),
             error=PlanError,
         )
         return edges
@@ -83,12 +88,15 @@ def from_documents(
         require(
             (
                 len(q) == len(k),
-                f"cu_seqlens tells of {len(q) - 1} documents, cu_seqlens_k of {len(k) - 1}: expected as many "
-                "(one without queries, or without keys, has length 0)",
+                lambda: (
+                    f"cu_seqlens tells of {len(q) - 1} documents, cu_seqlens_k of {len(k) - 1}: "
+                    "expected as many "
+                    "(one without queries, or without keys, has length 0)"
+                ),
             ),
             (
                 q.device == k.device,
-                f"cu_seqlens is on {q.device}, cu_seqlens_k on {k.device}: use .to(device)",
+                lambda: f"cu_seqlens is on {q.device}, cu_seqlens_k on {k.device}: use .to(device)",
             ),
             error=PlanError,
         )

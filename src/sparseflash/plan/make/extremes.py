@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import PlanError, require
+from ...errors import PlanError
 from ..checks import check_order
 from ..options import FAR, INTEGERS, host, narrow, shape_of, shift_of, spread_heads
 
@@ -45,10 +45,8 @@ def as_order(order: object, T: int, name: str) -> Tensor | None:
         return None
     if not (isinstance(order, Tensor) and order.dim() == 3 and order.shape[1] > 0):
         raise PlanError(f"{name}: {shape_of(order)}; expected integers [B|1, H|1, rows], -1 is an empty lane")
-    require(
-        (order.dtype in INTEGERS, f"{name} has dtype {order.dtype}: expected integers; try {name}.int()"),
-        error=PlanError,
-    )
+    if order.dtype not in INTEGERS:
+        raise PlanError(f"{name} has dtype {order.dtype}: expected integers; try {name}.int()")
     order = narrow(order, f"{name} holds")
     if host(order):
         check_order(order, T, name)

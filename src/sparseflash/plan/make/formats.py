@@ -26,9 +26,15 @@ def from_flashmask(
     *lead, Tk, n = indices.shape
     Tq = Tk if Tq is None else Tq
     require(
-        (n in ((1, 2) if causal else (2, 4)), f"startend_row_indices holds n = {n} a key; expected {wanted}"),
-        (indices.dtype in INTEGERS, f"startend_row_indices has dtype {indices.dtype}: expected {wanted}"),
-        (is_length(Tq), f"Tq={Tq!r}: expected an int >= 0 of 32 bits"),
+        (
+            n in ((1, 2) if causal else (2, 4)),
+            lambda: f"startend_row_indices holds n = {n} a key; expected {wanted}",
+        ),
+        (
+            indices.dtype in INTEGERS,
+            lambda: f"startend_row_indices has dtype {indices.dtype}: expected {wanted}",
+        ),
+        (is_length(Tq), lambda: f"Tq={Tq!r}: expected an int >= 0 of 32 bits"),
         error=PlanError,
     )
     ends = indices.long().unbind(-1)
@@ -54,16 +60,16 @@ def from_slices(
 ) -> Fields:
     """Fields of `Plan.from_slices`."""
     require(
-        (is_length(Tq) and is_length(Tk), f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits"),
+        (is_length(Tq) and is_length(Tk), lambda: f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits"),
         error=PlanError,
     )
     q, k = (_pairs(x, name, T) for x, name, T in ((q_ranges, "q_ranges", Tq), (k_ranges, "k_ranges", Tk)))
     kind = torch.as_tensor(types if types is not None else [0] * len(q), device=q.device)
     require(
-        (len(q) == len(k), f"{len(q)} q_ranges and {len(k)} k_ranges: a slice has one of each"),
+        (len(q) == len(k), lambda: f"{len(q)} q_ranges and {len(k)} k_ranges: a slice has one of each"),
         (
             kind.dim() <= 1 and kind.dtype in INTEGERS or not kind.numel(),
-            f"types: {shape_of(kind)} {kind.dtype}; expected an int, or integers [{len(q)}]",
+            lambda: f"types: {shape_of(kind)} {kind.dtype}; expected an int, or integers [{len(q)}]",
         ),
         error=PlanError,
     )
@@ -89,7 +95,10 @@ def _pairs(x: Any, name: str, T: int) -> Tensor:
     require(
         (
             given.dim() == 2 and given.shape[1] == 2 and given.dtype in INTEGERS,
-            f"{name}: {shape_of(given)} {given.dtype}; expected integers [n, 2]: [begin, end) of each slice",
+            lambda: (
+                f"{name}: {shape_of(given)} {given.dtype}; expected integers [n, 2]: [begin, end) "
+                "of each slice"
+            ),
         ),
         error=PlanError,
     )

@@ -37,7 +37,7 @@ def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
     if not (isinstance(x, Tensor) and x.dim() in dims and x.shape[1] > 0):
         raise PlanError(f"{name}: {shape_of(x)}; expected integers {said}")
     require(
-        (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
+        (x.dtype in INTEGERS, lambda: f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
     )
     return x if x.dtype in (torch.int32, torch.int64) else x.int()  # sums of bytes are no bytes
@@ -48,15 +48,14 @@ def from_intervals(
 ) -> Fields:
     """Fields of `Plan.from_intervals`."""
     check_options(tile=tile, unit=unit)
-    require((is_length(Tk), f"Tk={Tk!r}: expected an int >= 0 of 32 bits"), error=PlanError)
+    require((is_length(Tk), lambda: f"Tk={Tk!r}: expected an int >= 0 of 32 bits"), error=PlanError)
     hi = _numbers(hi, "hi", (3, 4), "[B|1, H|1, Tq], or [B|1, H|1, Tq, m] for m ranges a query")
     if lo is not None:
-        lo = _numbers(lo, "lo", (hi.dim(),), f"like hi {list(hi.shape)}, or None: from the first key on")
-        require(
-            (lo.shape[2:] == hi.shape[2:], f"lo {list(lo.shape)} and hi {list(hi.shape)} differ in shape"),
-            (lo.device == hi.device, f"lo is on {lo.device}, hi on {hi.device}: move them to one device"),
-            error=PlanError,
-        )
+        lo = _numbers(lo, "lo", (hi.dim(),), "of as many dimensions as hi, or None: from the first key on")
+        if lo.shape[2:] != hi.shape[2:]:
+            raise PlanError(f"lo {list(lo.shape)} and hi {list(hi.shape)} differ in shape")
+        if lo.device != hi.device:
+            raise PlanError(f"lo is on {lo.device}, hi on {hi.device}: move them to one device")
         lo, hi = (lo, hi) if lo.dtype == hi.dtype else (lo.long(), hi.long())
         lo, hi = (x[..., None] if x.dim() == 3 else x for x in torch.broadcast_tensors(lo, hi))  # type: ignore[no-untyped-call]
     ends = [x for x in (lo, hi) if x is not None and x.numel()]
@@ -67,8 +66,11 @@ def from_intervals(
         require(
             (
                 low >= 0 and high <= Tk,
-                f"lo and hi hold {low}..{high}: expected ranges [lo, hi) with 0 <= lo and hi <= Tk = {Tk} "
-                "(hi <= lo is empty)",
+                lambda: (
+                    f"lo and hi hold {low}..{high}: expected ranges [lo, hi) with 0 <= lo and hi <= "
+                    f"Tk = {Tk} "
+                    "(hi <= lo is empty)"
+                ),
             ),
             error=PlanError,
         )
@@ -201,7 +203,7 @@ def from_expiry(
     k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # a large one is never
     Tk = k_end.shape[-1]
     Tq = Tk if Tq is None else Tq
-    require((is_length(Tq), f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)
+    require((is_length(Tq), lambda: f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)
     q_offset = normal_offset(q_offset)
     R, C = -(-Tq // tile), -(-Tk // unit)
     shift = q_offset.long().reshape(-1, 1, 1, 1) if isinstance(q_offset, Tensor) else q_offset

@@ -23,13 +23,18 @@ from .spans import band_spans, members, pack_spans
 
 def _as_keep(x: Tensor, name: str) -> Tensor:
     require(
-        (isinstance(x, Tensor) and x.dim() == 3, f"{name}: expected [B|1, H|1, T], got {shape_of(x)}"),
+        (
+            isinstance(x, Tensor) and x.dim() == 3,
+            lambda: f"{name}: expected [B|1, H|1, T], got {shape_of(x)}",
+        ),
         error=PlanError,
     )
     require(
         (
             x.dtype in (torch.bool, torch.uint8),
-            f"{name} has dtype {x.dtype}: expected bool (or uint8), True = keep; try {name} = {name} > 0",
+            lambda: (
+                f"{name} has dtype {x.dtype}: expected bool (or uint8), True = keep; try {name} = {name} > 0"
+            ),
         ),
         error=PlanError,
     )

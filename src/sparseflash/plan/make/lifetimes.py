@@ -26,7 +26,7 @@ def _life(x: object, name: str) -> Tensor:
     if not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > 0):
         raise PlanError(f"{name}: {shape_of(x)}; expected integers [B|1, H|1, Tk]")
     require(
-        (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
+        (x.dtype in INTEGERS, lambda: f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
     )
     return narrow(x)  # a large one is never
@@ -47,12 +47,15 @@ def from_lifetimes(
     own = torch.arange(Tk, dtype=torch.int32, device=end.device).view(1, 1, -1)
     first = own if begin is None else _life(begin, "begin")
     require(
-        (first.shape[-1] == Tk, f"begin {list(first.shape)} and end {list(end.shape)}: expected one Tk"),
-        (first.device == end.device, f"begin is on {first.device}, end on {end.device}: move them"),
+        (
+            first.shape[-1] == Tk,
+            lambda: f"begin {list(first.shape)} and end {list(end.shape)}: expected one Tk",
+        ),
+        (first.device == end.device, lambda: f"begin is on {first.device}, end on {end.device}: move them"),
         error=PlanError,
     )
     Tq = Tk if Tq is None else Tq
-    require((is_length(Tq), f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)
+    require((is_length(Tq), lambda: f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)
     frame = Frame(Tq, Tk, tile, 1, True, q_offset)
     check_capacity(capacity)
     extent = frame.extent(end, first)

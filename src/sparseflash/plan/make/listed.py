@@ -24,6 +24,7 @@ from ..options import (
     host,
     is_count,
     is_length,
+    joint,
     laid_out,
     normal_offset,
     shape_of,
@@ -85,14 +86,15 @@ class Frame:
     def extent(self, *given: Tensor) -> tuple[int, int]:
         """Batch and heads of lists made of tensors [B|1, H|1, ...], the orders and the offset."""
         laid = [x for x in (*given, self.q_order, self.k_order) if x is not None]
-        sizes = {x.shape[0] for x in laid}
+        sizes = [x.shape[0] for x in laid]
         if self.causal and isinstance(self.q_offset, Tensor) and self.q_offset.dim():
-            sizes.add(len(self.q_offset))
-        if len(sizes - {1}) > 1:
+            sizes.append(self.q_offset.shape[0])
+        batch = joint(sizes)
+        if batch is None:
             raise PlanError(
-                f"lists, orders and q_offset have batch sizes {sorted(sizes)}: expected one, or 1"
+                f"lists, orders and q_offset have batch sizes {sorted(set(sizes))}: expected one, or 1"
             )
-        return next((n for n in sizes if n != 1), 1), common_heads(*laid)
+        return batch, common_heads(*laid)
 
     def of_tiles(self, device: torch.device) -> Extremes:
         """Where the queries of the tiles sit."""
@@ -210,7 +212,7 @@ def check_capacity(capacity: int | None) -> None:
     require(
         (
             capacity is None or is_count(capacity, 1),
-            f"capacity={capacity!r}: expected a positive int, or None",
+            lambda: f"capacity={capacity!r}: expected a positive int, or None",
         ),
         error=PlanError,
     )
@@ -220,21 +222,23 @@ def from_blocks(keep_blocks: Tensor, frame: Frame, *, capacity: int | None = Non
     """Fields of `Plan.from_blocks`."""
     check_capacity(capacity)
     R, C = frame.tiles, frame.columns
-    expected = f"bool [B|1, H|1, {R} tiles of {frame.tile}, {C} units of {frame.unit}]"
     require(
         (
             isinstance(keep_blocks, Tensor)
             and keep_blocks.dim() == 4
             and tuple(keep_blocks.shape[2:]) == (R, C)
             and keep_blocks.shape[1] > 0,
-            f"keep_blocks: {shape_of(keep_blocks)}; expected {expected}",
+            lambda: (
+                f"keep_blocks: {shape_of(keep_blocks)}; expected bool [B|1, H|1, {R} tiles of {frame.tile}, "
+                f"{C} units of {frame.unit}]"
+            ),
         ),
         error=PlanError,
     )
     require(
         (
             keep_blocks.dtype == torch.bool,
-            f"keep_blocks has dtype {keep_blocks.dtype}: expected bool, True = attends",
+            lambda: f"keep_blocks has dtype {keep_blocks.dtype}: expected bool, True = attends",
         ),
         error=PlanError,
     )
@@ -251,13 +255,18 @@ def from_keys(index: Tensor, frame: Frame, *, unique: bool = False, capacity: in
     require(
         (
             isinstance(index, Tensor) and index.dim() == 4 and index.shape[2] == R and index.shape[1] > 0,
-            f"index: {shape_of(index)}; expected integers [B|1, H|1, {R} tiles of {frame.tile}, n], "
-            "-1 = none",
+            lambda: (
+                f"index: {shape_of(index)}; expected integers [B|1, H|1, {R} tiles of {frame.tile}, n], "
+                "-1 = none"
+            ),
         ),
         error=PlanError,
     )
     require(
-        (index.dtype in INTEGERS, f"index has dtype {index.dtype}: expected integers; try index.int()"),
+        (
+            index.dtype in INTEGERS,
+            lambda: f"index has dtype {index.dtype}: expected integers; try index.int()",
+        ),
         error=PlanError,
     )
     seen = host(index)
@@ -285,12 +294,17 @@ def from_spans(spans: Tensor, frame: Frame, *, capacity: int | None = None) -> F
             and spans.shape[2] == R
             and spans.shape[4] == 2
             and spans.shape[1] > 0,
-            f"spans: {shape_of(spans)}; expected integers [B|1, H|1, {R} tiles of {frame.tile}, m, 2]",
+            lambda: (
+                f"spans: {shape_of(spans)}; expected integers [B|1, H|1, {R} tiles of {frame.tile}, m, 2]"
+            ),
         ),
         error=PlanError,
     )
     require(
-        (spans.dtype in INTEGERS, f"spans has dtype {spans.dtype}: expected integers; try spans.int()"),
+        (
+            spans.dtype in INTEGERS,
+            lambda: f"spans has dtype {spans.dtype}: expected integers; try spans.int()",
+        ),
         error=PlanError,
     )
     lo, hi = (spans if host(spans) else fit(spans, "spans hold", 0, rows)).long().unbind(-1)
@@ -299,7 +313,9 @@ def from_spans(spans: Tensor, frame: Frame, *, capacity: int | None = None) -> F
         require(
             (
                 not bool(bad.any()),
-                f"spans hold {lo.min()}..{hi.max()}: expected [lo, hi) with 0 <= lo <= hi <= {rows} keys",
+                lambda: (
+                    f"spans hold {lo.min()}..{hi.max()}: expected [lo, hi) with 0 <= lo <= hi <= {rows} keys"
+                ),
             ),
             error=PlanError,
         )

@@ -35,17 +35,23 @@ def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
     """A bool mask as scaled dot product attention takes it, as [B|1, H|1, Tq, Tk] without copies."""
     wanted = "expected bool [Tq, Tk], [H, Tq, Tk] or [B, H, Tq, Tk], where B and H may be 1"
     require(
-        (isinstance(mask, Tensor) and 2 <= mask.dim() <= 4, f"mask: {shape_of(mask)}; {wanted}"),
+        (isinstance(mask, Tensor) and 2 <= mask.dim() <= 4, lambda: f"mask: {shape_of(mask)}; {wanted}"),
         error=PlanError,
     )
     require(
         (
             mask.dtype == torch.bool,
-            f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive one (0 where seen) is "
-            "mask == 0, integers are mask != 0; a bias that is learned is no mask (key_bias=)",
+            lambda: (
+                f"mask has dtype {mask.dtype}: expected bool, True = attends; an additive one (0 "
+                "where seen) is "
+                "mask == 0, integers are mask != 0; a bias that is learned is no mask (key_bias=)"
+            ),
         ),
         *(
-            (T is None or is_length(T), f"{name}={T!r}: expected an int >= 0 of 32 bits")
+            (
+                T is None or is_length(T),
+                lambda name=name, T=T: f"{name}={T!r}: expected an int >= 0 of 32 bits",
+            )
             for name, T in (("Tq", Tq), ("Tk", Tk))
         ),
         error=PlanError,
@@ -56,11 +62,11 @@ def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
         require(
             (
                 T is None or own in (1, T),
-                f"mask: {shape_of(mask)} with {name}={T}: expected {T}, or 1, there",
+                lambda: f"mask: {shape_of(mask)} with {name}={T}: expected {T}, or 1, there",
             ),
             error=PlanError,
         )
-    require((mask.shape[1] > 0, f"mask: {shape_of(mask)} has no heads; {wanted}"), error=PlanError)
+    require((mask.shape[1] > 0, lambda: f"mask: {shape_of(mask)} has no heads; {wanted}"), error=PlanError)
     for axis in (0, 1):  # an expanded axis is one list
         if mask.shape[axis] > 1 and mask.stride(axis) == 0:
             mask = mask.narrow(axis, 0, 1)

@@ -18,7 +18,7 @@ def compact_order(keep: Tensor) -> tuple[Tensor, Tensor]:
         rows = int(seen[..., -1].max()) if seen.numel() else 0
     order = torch.full((*lead, rows + 1), -1, dtype=torch.int32, device=keep.device)
     order.scatter_(-1, torch.where(keep, seen[..., :-1], rows), token)
-    order[..., rows] = -1  # whatever was dropped landed here
+    order[..., rows:] = -1  # whatever was dropped landed here
     return order[..., :rows], seen
 
 

@@ -27,7 +27,7 @@ def _named(x: object, name: str) -> Tensor:
     if not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] > 0):
         raise PlanError(f"{name}: {shape_of(x)}; expected integers [B|1, H|1, n], -1 = none")
     require(
-        (x.dtype in INTEGERS, f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
+        (x.dtype in INTEGERS, lambda: f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
     )
     return x

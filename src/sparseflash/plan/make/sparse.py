@@ -48,15 +48,17 @@ def _entries(mask: Any) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
     require(
         (
             len(mask.shape) in (2, 4) and value.dim() == 1 and (len(mask.shape) == 2 or mask.shape[1] > 0),
-            f"mask {list(mask.shape)}: expected [Tq, Tk], or sparse in all axes of [B|1, H|1, Tq, Tk]",
+            lambda: (
+                f"mask {list(mask.shape)}: expected [Tq, Tk], or sparse in all axes of [B|1, H|1, Tq, Tk]"
+            ),
         ),
-        (all(map(is_length, mask.shape[-2:])), f"mask {list(mask.shape)}: lengths are of 32 bits"),
+        (all(map(is_length, mask.shape[-2:])), lambda: f"mask {list(mask.shape)}: lengths are of 32 bits"),
         error=PlanError,
     )
     shape = tuple(int(n) for n in mask.shape)
     if at.numel() and host(at):
         inside = (at >= 0).all() and (at < torch.tensor(shape, device=at.device)[:, None]).all()
-        require((bool(inside), f"mask {list(shape)} has entries outside"), error=PlanError)
+        require((bool(inside), lambda: f"mask {list(shape)} has entries outside"), error=PlanError)
     return shape, tuple(at[:, value != 0].long().unbind(0))
 
 
