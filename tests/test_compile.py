@@ -143,6 +143,72 @@ def test_other_lengths_do_not_recompile_for_ever(made, generator):
     assert counter.frame_count <= 3
 
 
+def _packed(length):
+    generator = torch.Generator().manual_seed(length)
+    q, k, v = (randn(generator, length, 2, 16) for _ in range(3))
+    return q, k, v, torch.tensor([0, length // 3, length], dtype=torch.int32)
+
+
+def _three(length):
+    q, k, v, _, _ = inputs(torch.Generator().manual_seed(length), length, B=1, H=2, Hkv=2, D=16)
+    return q, k, v
+
+
+def _lse(q, k, v):
+    return sf.attention(q, k, v, causal=True, return_lse=True, scale=0.3, softcap=5.0)[1]
+
+
+def _window(q, k):
+    return Plan.dense(q.shape[2], k.shape[2], causal=True, window=(9, 0))
+
+
+OPS = {
+    "attention": lambda q, k, v: sf.attention(q, k, v, causal=True),
+    "window": lambda q, k, v: sf.attention(q, k, v, _window(q, k)),
+    "varlen": lambda q, k, v, cu: sf.attention_varlen(q, k, v, cu, causal=True),
+    "linear": lambda q, k, v: sf.linear_attention(q, k, v),
+    "decay": lambda q, k, v: sf.linear_attention(q, k, v, decay_rate=torch.tensor([0.1, 0.2])),
+    "stick": lambda q, k, v: sf.stick_breaking(q, k, v),
+    "pointwise": lambda q, k, v: sf.pointwise_attention(q, k, v, causal=True),
+    "stats": lambda q, k, v: sf.attention_stats(q, k, _lse(q, k, v), _window(q, k)),
+    "recall": lambda q, k, v: sf.recall(q, k, _window(q, k)),
+    "merge": lambda q, k, v: sf.merge(
+        [sf.attention(q, k[:, :, at], v[:, :, at], return_lse=True) for at in (slice(40), slice(40, None))]
+    ),
+    "decode": lambda q, k, v: sf.decode(q[:, :, :1], k, v),
+    "indexer": lambda q, k, v: sf.indexer_topk(q, k[:, 0], v[..., 0].contiguous(), 8),
+    "keep": lambda q, k, v: sf.attention(q, k, v, Plan.from_keep(q[..., 0] > 0, k[..., 0] > 0)),
+    "buckets": lambda q, k, v: sf.attention(
+        q, k, v, Plan.from_buckets((q[..., 0] > 0).int(), (k[..., 0] > 0).int(), buckets=2)
+    ),
+    "intervals": lambda q, k, v: sf.attention(
+        q, k, v, Plan.from_intervals(None, torch.arange(1, q.shape[2] + 1)[None, None], Tk=k.shape[2])
+    ),
+    "expiry": lambda q, k, v: sf.attention(
+        q, k, v, Plan.from_expiry(torch.arange(20, q.shape[2] + 20)[None, None])
+    ),
+    "hash-sparse": lambda q, k, v: sf.methods.HashSparse(nb=4)(q, k, v),
+    "sink-window": lambda q, k, v: sf.methods.SinkWindow(window=20)(q, k, v),
+}
+QUICK = ("attention", "varlen", "linear", "decode", "keep", "hash-sparse")
+LENGTHS = (128, 192, 320, 448, 576, 704, 130, 65, 257, 97, 300, 512)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["as it comes", "dynamic"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in OPS]
+)
+def test_twelve_lengths_are_three_graphs(name, dynamic):
+    """Messages that are formatted, sets of sizes and loops over tokens would pin a length."""
+    counter, op = CompileCounterWithBackend("aot_eager"), OPS[name]
+    compiled = torch.compile(op, backend=counter, fullgraph=True, dynamic=dynamic)
+    make = _packed if name == "varlen" else _three
+    for length in LENGTHS:
+        given = make(length)
+        torch.testing.assert_close(compiled(*given), op(*given))
+    assert counter.frame_count <= 3
+
+
 def test_a_new_plan_of_the_same_kind_does_not_recompile(generator):
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(lambda q, k, v, plan: sf.attention(q, k, v, plan), backend=counter, fullgraph=True)

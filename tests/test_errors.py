@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -120,6 +122,20 @@ NUMBERS = [
 
 def _names(cases):
     return [f"{n}-{','.join(change)}" for n, (change, _) in enumerate(cases)]
+
+
+def test_messages_are_formatted_when_they_are_raised():
+    """A symbolic size that is written into a message becomes a constant, every length a graph."""
+    early = []
+    for path in sorted(Path(sf.__file__).parent.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "require":
+                for rule in (x for x in call.args if isinstance(x, ast.Tuple)):
+                    message = rule.elts[1]
+                    formats = any(isinstance(x, ast.FormattedValue) for x in ast.walk(message))
+                    if formats and not isinstance(message, ast.Lambda):
+                        early.append(f"{path.name}:{message.lineno}")
+    assert early == []
 
 
 def test_all_reasons_of_all_backends_are_in_one_message():

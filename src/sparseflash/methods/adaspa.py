@@ -71,12 +71,12 @@ class AdaSpa(StepMethod):
         for name, top in (("sparsity", 1), ("recall", 1)):
             x = getattr(self, name)
             fits = isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < top
-            require((fits, f"{name}={x!r}: expected a share in [0, 1)"))
+            require((fits, lambda: f"{name}={x!r}: expected a share in [0, 1)"))
         steps = self.search if isinstance(self.search, tuple) else ()
         rising = steps and all(is_count(x) for x in steps) and all(a < b for a, b in zip(steps, steps[1:]))
         require(
-            (bool(rising), f"search={self.search!r}: expected steps that rise, such as (10, 30)"),
-            (isinstance(self.adaptive, bool), f"adaptive={self.adaptive!r}: expected True or False"),
+            (bool(rising), lambda: f"search={self.search!r}: expected steps that rise, such as (10, 30)"),
+            (isinstance(self.adaptive, bool), lambda: f"adaptive={self.adaptive!r}: expected True or False"),
         )
 
     def first(self, steps: int | None) -> int:

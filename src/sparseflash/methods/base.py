@@ -332,14 +332,17 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
         told = tuple((name, x) for name, x in given if x is not None)
         if not all(_is_plain(x) for _, x in told):
             return select(self, q, k, ctx)
-        return again(self, q.shape, k.shape, told, torch.is_inference_mode_enabled())
-
-    @functools.lru_cache(16)
-    def again(method: Method, of_q: Any, of_k: Any, told: Any, inference: bool) -> Selection:
-        q, k = (torch.empty(0, device="cpu").expand(*shape[:-1], 0) for shape in (of_q, of_k))
-        return select(method, q, k, dict(told))
+        return _again(select, self, q.shape, k.shape, told, torch.is_inference_mode_enabled())
 
     return checked
+
+
+@functools.lru_cache(256)  # no cell of `checked`: a trace that makes a method cannot enter it
+def _again(select: Any, method: Method, of_q: Any, of_k: Any, told: Any, inference: bool) -> Selection:
+    """What a method selects by shapes alone, kept."""
+    q, k = (torch.empty(0, device="cpu").expand(*shape[:-1], 0) for shape in (of_q, of_k))
+    found: Selection = select(method, q, k, dict(told))
+    return found
 
 
 def _is_plain(x: object) -> bool:

@@ -86,14 +86,14 @@ class GridMethod(Method):
         ctx = ctx or {}
         grid, text = ctx.get("grid"), ctx.get("text")
         grid, text = _check(self.grid if grid is None else grid, self.text if text is None else text)
-        require((axes in (None, len(grid)), f"grid={grid!r}: expected {axes} sizes, outermost first"))
+        require((axes in (None, len(grid)), lambda: f"grid={grid!r}: expected {axes} sizes, outermost first"))
         return located(T, grid, text)
 
 
 def _check(grid: Any, text: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
     fits = isinstance(grid, (tuple, list)) and grid and all(is_count(x, 1) for x in grid[1:])
     fits = fits and (grid[0] == -1 or is_count(grid[0]))
-    require((bool(fits), f"grid={grid!r}: expected sizes, outermost first; only the first may be -1"))
+    require((bool(fits), lambda: f"grid={grid!r}: expected sizes, outermost first; only the first may be -1"))
     return tuple(grid), ends_of(text)
 
 
@@ -101,7 +101,7 @@ def ends_of(text: Any) -> tuple[int, int]:
     """`ctx["text"]`: tokens behind the grid, or (before, behind)."""
     ends = (0, text) if isinstance(text, int) else text
     fits = isinstance(ends, (tuple, list)) and len(ends) == 2 and all(is_count(x) for x in ends)
-    require((bool(fits), f"text={text!r}: expected tokens behind the grid, or (before, behind)"))
+    require((bool(fits), lambda: f"text={text!r}: expected tokens behind the grid, or (before, behind)"))
     return tuple(ends)
 
 
@@ -118,8 +118,10 @@ def located(T: int, grid: tuple[int, ...], text: tuple[int, int]) -> Layout:
     require(
         (
             fits,
-            f"grid={grid!r} and text={text!r} (before, behind) are not {T} tokens: give "
-            'ctx["grid"] and ctx["text"] of this sequence; the first size may be -1',
+            lambda: (
+                f"grid={grid!r} and text={text!r} (before, behind) are not {T} tokens: give "
+                'ctx["grid"] and ctx["text"] of this sequence; the first size may be -1'
+            ),
         )
     )
     return Layout((-(-tokens // rest), *grid[1:]), tokens, *text)
@@ -191,6 +193,6 @@ class StepMethod(Method):
     def _first(self, ctx: Context) -> int:
         for name in ("step", "steps"):
             x = ctx.get(name)
-            require((x is None or is_count(x), f"ctx[{name!r}]={x!r}: expected an int >= 0"))
+            require((x is None or is_count(x), lambda: f"ctx[{name!r}]={x!r}: expected an int >= 0"))
         steps = ctx.get("steps")
         return 0 if ctx.get("step") is None else self.first(steps)

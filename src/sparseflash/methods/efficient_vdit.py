@@ -57,7 +57,7 @@ class EfficientVDiT(GridMethod):
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "references")
-        require((isinstance(self.both, bool), f"both={self.both!r}: expected True or False"))
+        require((isinstance(self.both, bool), lambda: f"both={self.both!r}: expected True or False"))
         super().__post_init__()
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:

@@ -60,7 +60,10 @@ class OrionMSP(Method):
     def __post_init__(self) -> None:
         check_counts(self, 0, "special", "window", "random")
         require(
-            (isinstance(self.windowless, bool), f"windowless={self.windowless!r}: expected True or False")
+            (
+                isinstance(self.windowless, bool),
+                lambda: f"windowless={self.windowless!r}: expected True or False",
+            )
         )
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:

@@ -87,8 +87,8 @@ class PAROAttention(StepMethod, GridMethod):
         own = self.axes_order
         good = own is None or (isinstance(own, tuple) and sorted(own) == list(range(len(own))))
         require(
-            (is_count(self.search), f"search={self.search!r}: expected a step >= 0"),
-            (good, f"axes_order={own!r}: expected the axes, each once, or None"),
+            (is_count(self.search), lambda: f"search={self.search!r}: expected a step >= 0"),
+            (good, lambda: f"axes_order={own!r}: expected the axes, each once, or None"),
         )
         GridMethod.__post_init__(self)
 

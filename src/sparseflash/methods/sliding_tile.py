@@ -56,8 +56,13 @@ class SlidingTile(GridMethod):
         for name in ("tile", "window"):
             sizes = getattr(self, name)
             fits = isinstance(sizes, tuple) and sizes and all(is_count(x, 1) for x in sizes)
-            require((bool(fits), f"{name}={sizes!r}: expected a tuple of ints >= 1, one an axis"))
-        require((len(self.tile) == len(self.window), f"tile={self.tile!r}, window={self.window!r}: as many"))
+            require((bool(fits), lambda: f"{name}={sizes!r}: expected a tuple of ints >= 1, one an axis"))
+        require(
+            (
+                len(self.tile) == len(self.window),
+                lambda: f"tile={self.tile!r}, window={self.window!r}: as many",
+            )
+        )
         super().__post_init__()
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:

@@ -76,7 +76,7 @@ class SparseVDiT(GridMethod):
     paper = "arXiv 2506.03065"
 
     def __post_init__(self) -> None:
-        require((self.mode in MODES, f"mode={self.mode!r}: expected one of {', '.join(MODES)}"))
+        require((self.mode in MODES, lambda: f"mode={self.mode!r}: expected one of {', '.join(MODES)}"))
         check_counts(self, 0, "reach")
         check_counts(self, 1, "stripes", "sample", "block")
         super().__post_init__()

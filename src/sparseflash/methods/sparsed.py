@@ -68,8 +68,11 @@ class SparseD(StepMethod):
         check_counts(self, 1, "block")
         skips = isinstance(self.skip, (int, float)) and not isinstance(self.skip, bool) and 0 <= self.skip < 1
         require(
-            (skips, f"skip={self.skip!r}: expected a share in [0, 1)"),
-            (self.scaling in ("head_dim", "heads"), f"scaling={self.scaling!r}: expected head_dim or heads"),
+            (skips, lambda: f"skip={self.skip!r}: expected a share in [0, 1)"),
+            (
+                self.scaling in ("head_dim", "heads"),
+                lambda: f"scaling={self.scaling!r}: expected head_dim or heads",
+            ),
         )
 
     def first(self, steps: int | None) -> int:
@@ -85,7 +88,10 @@ class SparseD(StepMethod):
         T, size = q.shape[2], self.block
         generated = ctx.get("generated", T)
         require(
-            (is_count(generated) and generated <= T, f"generated={generated!r}: expected 0 ... {T} tokens")
+            (
+                is_count(generated) and generated <= T,
+                lambda: f"generated={generated!r}: expected 0 ... {T} tokens",
+            )
         )
         told = {name: ctx.get(name) for name in ("scale", "softcap")}
         if self.scaling == "heads":

@@ -245,7 +245,16 @@ def laid_out(x: Tensor, batch: int, heads: int) -> Tensor:
 
 def common_heads(*tensors: Tensor) -> int:
     """Smallest head count that every head axis (dim 1) divides."""
-    return math.lcm(*(t.shape[1] for t in tensors))
+    return multiple(*(t.shape[1] for t in tensors))
+
+
+def multiple(*sizes: int) -> int:
+    """The least common multiple; a symbolic size is compared, where `math.lcm` wants its number."""
+    found = 1
+    for n in sizes:
+        if n == 0 or found % n:
+            found = n if n and n % found == 0 else math.lcm(found, n)
+    return found
 
 
 def same_batch(a: Tensor, b: Tensor, names: str) -> int:

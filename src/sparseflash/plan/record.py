@@ -7,14 +7,13 @@ methods.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from .options import TILE, UNIT, Window, joint
+from .options import TILE, UNIT, Window, joint, multiple
 
 FLAT = frozenset(("spans", "index", "bits", "q_offset", "overflow"))
 """Tensors that are not laid out by batch and head."""
@@ -140,7 +139,7 @@ class Record:
                 sizes.append(self.q_offset.shape[0])
             batch = joint(sizes)
             assert batch is not None  # `requirements` has seen to it
-            found = batch, math.lcm(*[x.shape[1] for x in laid])
+            found = batch, multiple(*[x.shape[1] for x in laid])
             object.__setattr__(self, "_extent", found)
         return found
 

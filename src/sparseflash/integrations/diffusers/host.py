@@ -134,7 +134,12 @@ class _Root(ModelHook):
         if bool(keep.all()):
             return self._run(layer, query, key, value, scale, ctx)
         video = keep[:, before : T - behind]
-        require((bool(video.all()), f"{layer}: its mask hides tokens of the video; only text may be padded"))
+        require(
+            (
+                bool(video.all()),
+                lambda: f"{layer}: its mask hides tokens of the video; only text may be padded",
+            )
+        )
         out = torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[-1]).clone()
         for b, real in enumerate(keep):
             at = real.nonzero()[:, 0]
@@ -209,12 +214,14 @@ class _Through(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         require(
-            (not is_causal, f"{self.layer}: causal attention, which no known transformer has"),
-            (dropout_p == 0.0, f"{self.layer}: dropout_p={dropout_p} is not supported"),
+            (not is_causal, lambda: f"{self.layer}: causal attention, which no known transformer has"),
+            (dropout_p == 0.0, lambda: f"{self.layer}: dropout_p={dropout_p} is not supported"),
             (
                 query.shape[2] == key.shape[2],
-                f"{self.layer}: {query.shape[2]} queries and {key.shape[2]} keys, and it was to be "
-                "self-attention",
+                lambda: (
+                    f"{self.layer}: {query.shape[2]} queries and {key.shape[2]} keys, and it was to be "
+                    "self-attention"
+                ),
             ),
         )
         return self.root.attend(self.layer, query, key, value, attn_mask, scale)
@@ -286,12 +293,17 @@ def sparse(transformer: nn.Module, method: Method | None, *, steps: int | None =
     """
     good = isinstance(transformer, nn.Module)
     require(
-        (good, f"transformer: {type(transformer).__name__}; expected a module, such as pipe.transformer"),
+        (
+            good,
+            lambda: f"transformer: {type(transformer).__name__}; expected a module, such as pipe.transformer",
+        ),
         (
             method is None or isinstance(method, Method),
-            f"method={method!r}: expected a Method (sparseflash.methods.get(name) makes one), or None",
+            lambda: (
+                f"method={method!r}: expected a Method (sparseflash.methods.get(name) makes one), or None"
+            ),
         ),
-        (steps is None or is_count(steps, 1), f"steps={steps!r}: expected a positive int, or None"),
+        (steps is None or is_count(steps, 1), lambda: f"steps={steps!r}: expected a positive int, or None"),
     )
     root = _Root(transformer, method, steps)
     hooked: list[nn.Module] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,6 +13,7 @@ from ..options import (
     Fields,
     Window,
     check_options,
+    common_heads,
     host,
     is_count,
     normal_offset,
@@ -108,7 +107,7 @@ def from_buckets(
     label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)  # all rows of a tile carry one label
 
     # keys: the range of the label, cut at the last (first) row's position; (begin of its run, token) ascends
-    heads = math.lcm(q_order.shape[1], k_label.shape[1])
+    heads = common_heads(q_order, k_label)
 
     def wide(x: Tensor) -> Tensor:
         return spread_heads(x, heads).expand(batch, -1, -1).contiguous()
