@@ -53,13 +53,13 @@ def check_unknown(
             raise SparseFlashError(f"{op}() has no argument {name!r}: {elsewhere.get(name, hint)}")
 
 
-LARGEST = sys.float_info.max
+FINITE = sys.float_info.max
 
 
 def is_finite(x: object) -> TypeGuard[float]:
     """Whether x is a number (a traced one too, but no bool) and finite."""
     known = isinstance(x, (int, float, Real, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
-    return known and -LARGEST <= x <= LARGEST  # type: ignore[operator]  # math.isfinite wants a number now
+    return known and -FINITE <= x <= FINITE  # type: ignore[operator]  # math.isfinite wants a number now
 
 
 def number_of(x: object) -> object:
