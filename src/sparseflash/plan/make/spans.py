@@ -39,12 +39,12 @@ def pack_spans(
     is_full = torch.stack(kind, -1) == 0
     rank = torch.where(alive, torch.where(is_full, 0, 1), 2)
     order = torch.argsort(rank, dim=-1, stable=True)
-    pairs = torch.stack([first.gather(-1, order), last.gather(-1, order)], -1)
-    pairs = pairs * (rank.gather(-1, order) < 2)[..., None]
+    some = rank.gather(-1, order) < 2
+    ends = [(x.gather(-1, order) * some)[..., :most] for x in (first, last)]
     sure, count = (x.sum(-1, dtype=torch.int32) for x in (alive & is_full, alive))
     bound: Fields = {}
     if most is not None:
-        width, pairs = min(width, most), pairs[..., :most, :]
+        width = min(width, most)
         bound = {"overflow": (count > width).any().int()}
         sure, count = sure.clamp(max=width), count.clamp(max=width)
     start = torch.arange(count.numel(), device=first.device) * width
@@ -52,7 +52,7 @@ def pack_spans(
         "span_start": start.view(first.shape[:-1]),
         "span_full": sure,
         "span_count": count,
-        "spans": pairs.reshape(-1, 2).to(torch.int32),
+        "spans": torch.stack([x.reshape(-1) for x in ends], -1).to(torch.int32),
         "span_room": width if moving else 0,
         **bound,
     }
