@@ -127,7 +127,8 @@ def _names(cases):
 def test_messages_are_formatted_when_they_are_raised():
     """A symbolic size that is written into a message becomes a constant, every length a graph."""
     early = []
-    for path in sorted(Path(sf.__file__).parent.rglob("*.py")):
+    traced = ("plan", "ops", "selection", "methods", "nn")
+    for path in sorted(x for part in traced for x in (Path(sf.__file__).parent / part).rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text())):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "require":
                 for rule in (x for x in call.args if isinstance(x, ast.Tuple)):
@@ -135,7 +136,7 @@ def test_messages_are_formatted_when_they_are_raised():
                     formats = any(isinstance(x, ast.FormattedValue) for x in ast.walk(message))
                     if formats and not isinstance(message, ast.Lambda):
                         early.append(f"{path.name}:{message.lineno}")
-    assert early == []
+    assert early == [], "write: require((holds, lambda: f'...'))"
 
 
 def test_all_reasons_of_all_backends_are_in_one_message():

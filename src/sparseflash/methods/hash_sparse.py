@@ -116,10 +116,13 @@ class HashSparse(Method):
         require(
             (
                 is_count(self.nb, 1) and (self.nb == 1 or self.nb % 2 == 0),
-                f"nb={self.nb!r}: expected an even number of buckets, or 1 for dense",
+                lambda: f"nb={self.nb!r}: expected an even number of buckets, or 1 for dense",
             ),
-            (self.planes in _PLANES, f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"),
-            (self.buckets in _BUCKETS, f"buckets={self.buckets!r}: expected one of {', '.join(_BUCKETS)}"),
+            (self.planes in _PLANES, lambda: f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"),
+            (
+                self.buckets in _BUCKETS,
+                lambda: f"buckets={self.buckets!r}: expected one of {', '.join(_BUCKETS)}",
+            ),
         )
         check_counts(self, 0, "window_heads", "window")
         require((self.window != 1 or self.include_self, "window=1 without the self pair shows no key"))
@@ -128,9 +131,9 @@ class HashSparse(Method):
         require(
             (
                 self.top == 1 or self.buckets == "kmeans",
-                f"top={self.top}: a hash has one bucket, centroids more",
+                lambda: f"top={self.top}: a hash has one bucket, centroids more",
             ),
-            (self.top <= self.nb, f"top={self.top}: there are {self.nb} buckets"),
+            (self.top <= self.nb, lambda: f"top={self.top}: there are {self.nb} buckets"),
         )
         if self.resample:
             self._set(reads=(*type(self).reads, "step"))
@@ -167,9 +170,14 @@ class HashSparse(Method):
         """The plans of the given or the hashed buckets and of the windows."""
         ctx = ctx or {}
         given = [name for name in ("q_bucket", "k_bucket") if ctx.get(name) is not None]
-        require((len(given) != 1, f"ctx holds {given} alone: buckets of queries and keys belong together"))
         require(
-            (self.window_heads <= q.shape[1], f"window_heads={self.window_heads}: q has {q.shape[1]} heads")
+            (len(given) != 1, lambda: f"ctx holds {given} alone: buckets of queries and keys belong together")
+        )
+        require(
+            (
+                self.window_heads <= q.shape[1],
+                lambda: f"window_heads={self.window_heads}: q has {q.shape[1]} heads",
+            )
         )
         hashed = q.shape[1] - self.window_heads
         q_offset = ctx.get("q_offset", 0)

@@ -77,11 +77,14 @@ class HRSAMAttention(Layer):
         super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base)
         check_sizes(1, window=window, columns=columns)
         require(
-            (isinstance(shifted, bool), f"shifted={shifted!r}: expected True or False"),
-            (math.isfinite(spacing) and spacing > 0, f"spacing={spacing!r}: expected a positive number"),
+            (isinstance(shifted, bool), lambda: f"shifted={shifted!r}: expected True or False"),
+            (
+                math.isfinite(spacing) and spacing > 0,
+                lambda: f"spacing={spacing!r}: expected a positive number",
+            ),
             (
                 positions == "none" or self.head_dim % 4 == 0,
-                f"head_dim={self.head_dim}: rotary positions of two axes need a multiple of 4",
+                lambda: f"head_dim={self.head_dim}: rotary positions of two axes need a multiple of 4",
             ),
         )
         self.window, self.shifted, self.spacing = window, shifted, float(spacing)
@@ -97,7 +100,7 @@ class HRSAMAttention(Layer):
         """
         rows, columns = self.grid
         whole = rows == -1 or rows * columns == T
-        require((whole, f"grid={self.grid} is not {T} tokens; the first size may be -1"))
+        require((whole, lambda: f"grid={self.grid} is not {T} tokens; the first size may be -1"))
         rows, w = -(-T // columns), self.window
         before = (w - w // 2) % w if self.shifted else 0
         high, wide = (-(-(before + n) // w) for n in (rows, columns))
@@ -255,7 +258,7 @@ class HRSAMBlocks(nn.Module):
         scans: tuple[int, ...] = (2, 5, 8, 11),
     ) -> None:
         super().__init__()
-        require((is_count(depth, 1), f"depth={depth!r}: expected a positive int"))
+        require((is_count(depth, 1), lambda: f"depth={depth!r}: expected a positive int"))
         self.blocks = nn.ModuleList(
             HRSAMAttention(width, heads, window=window, shifted=n % 2 == 1) for n in range(depth)
         )

@@ -76,9 +76,9 @@ class MultiScaleRows(nn.Module):
         super().__init__()
         sizes = isinstance(scales, tuple) and scales and all(is_count(x, 1) for x in scales)
         require(
-            (bool(sizes), f"scales={scales!r}: expected a tuple of ints >= 1"),
-            (is_count(cls, 1), f"cls={cls!r}: expected a positive int"),
-            (is_count(global_), f"global_={global_!r}: expected an int >= 0"),
+            (bool(sizes), lambda: f"scales={scales!r}: expected a tuple of ints >= 1"),
+            (is_count(cls, 1), lambda: f"cls={cls!r}: expected a positive int"),
+            (is_count(global_), lambda: f"global_={global_!r}: expected an int >= 0"),
         )
         method = OrionMSP(cls + global_, window, random, windowless, seed)
         self.scales, self.cls = scales, cls
@@ -122,7 +122,7 @@ class _Cross(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        require((width % heads == 0, f"width={width} is no multiple of heads={heads}"))
+        require((width % heads == 0, lambda: f"width={width} is no multiple of heads={heads}"))
         self.heads = heads
         self.query, self.output = nn.Linear(width, width), nn.Linear(width, width)
         self.both = nn.Linear(width, 2 * width)
@@ -162,7 +162,7 @@ class PerceiverMemory(nn.Module):
 
     def __init__(self, width: int, heads: int, *, latents: int = 32, blocks: int = 2) -> None:
         super().__init__()
-        require((is_count(latents, 1), f"latents={latents!r}: expected a positive int"))
+        require((is_count(latents, 1), lambda: f"latents={latents!r}: expected a positive int"))
         self.latents = nn.Parameter(0.02 * torch.randn(latents, width))
         self.write, self.read = (
             nn.ModuleList(_Block(width, heads, _Cross(width, heads)) for _ in range(blocks)) for _ in range(2)
@@ -171,7 +171,7 @@ class PerceiverMemory(nn.Module):
     def forward(self, rows: Tensor, *, train: int) -> Tensor:
         """`rows [B, T, width]`, of which the first `train` are written, to the same."""
         fits = isinstance(rows, Tensor) and rows.dim() == 3 and is_count(train) and train <= rows.shape[1]
-        require((fits, f"train={train!r}: expected a number of the rows [B, T, width]"))
+        require((fits, lambda: f"train={train!r}: expected a number of the rows [B, T, width]"))
         memory = self.latents.expand(len(rows), -1, -1)
         for block in self.write:
             memory = block(memory, rows[:, :train])

@@ -91,9 +91,9 @@ class SparsifinerAttention(Layer):
         check_sizes(1, tokens=tokens, mixtures=mixtures, channels=channels, top=top)
         check_choice(phase=(phase, ("reconstruct", "sparse")), scaling=(scaling, ("channels", "heads")))
         require(
-            (0 < keep <= 1, f"keep={keep!r}: expected a share in (0, 1]"),
-            (floor >= 0, f"floor={floor!r}: expected a number >= 0"),
-            (math.isfinite(weight) and weight >= 0, f"weight={weight!r}: expected a number >= 0"),
+            (0 < keep <= 1, lambda: f"keep={keep!r}: expected a share in (0, 1]"),
+            (floor >= 0, lambda: f"floor={floor!r}: expected a number >= 0"),
+            (math.isfinite(weight) and weight >= 0, lambda: f"weight={weight!r}: expected a number >= 0"),
         )
         self.tokens, self.keep, self.top, self.floor = tokens, keep, top, floor
         self.weight, self.phase = weight, phase
@@ -116,7 +116,7 @@ class SparsifinerAttention(Layer):
     def predicted(self, q: Tensor, k: Tensor) -> Tensor:
         """The predicted attention of all queries but CLS, [B, H, T - 1, T]."""
         T = q.shape[2]
-        require((T <= self.tokens, f"x has {T} tokens, the layer was made for tokens={self.tokens}"))
+        require((T <= self.tokens, lambda: f"x has {T} tokens, the layer was made for tokens={self.tokens}"))
         low = self.low_key(k).mT @ self.mixer[:T].to(k.dtype)
         wanted = (self.low_query(q[:, :, 1:]) @ low * self.scale).softmax(-1)
         most = top_k(wanted, self.top)

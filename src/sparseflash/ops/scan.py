@@ -46,8 +46,8 @@ def scan(decay: Tensor, x: Tensor, *, initial: Tensor | None = None) -> Tensor:
     """
     for name, given in (("decay", decay), ("x", x)):
         real = isinstance(given, Tensor) and given.is_floating_point()
-        require((real, f"{name}: {describe(given)}; expected floating point"))
-    require((x.dim() >= 2, f"x: {describe(x)}; expected [B, T, ...]"))
+        require((real, lambda: f"{name}: {describe(given)}; expected floating point"))
+    require((x.dim() >= 2, lambda: f"x: {describe(x)}; expected [B, T, ...]"))
     try:
         decay = decay.expand(x.shape)
     except RuntimeError:
@@ -56,7 +56,7 @@ def scan(decay: Tensor, x: Tensor, *, initial: Tensor | None = None) -> Tensor:
     steps, inputs = decay.to(wide), x.to(wide)
     if initial is not None:
         fits = isinstance(initial, Tensor) and initial.shape == x.shape[:1] + x.shape[2:]
-        require((fits, f"initial: {describe(initial)}; expected {[len(x), *x.shape[2:]]}"))
+        require((fits, lambda: f"initial: {describe(initial)}; expected {[len(x), *x.shape[2:]]}"))
         first = inputs[:, :1] + steps[:, :1] * initial.to(wide)[:, None]
         inputs = torch.cat([first, inputs[:, 1:]], 1) if x.shape[1] else inputs
     found: Tensor = _Scan.apply(steps, inputs)  # type: ignore[no-untyped-call]  # torch declares none

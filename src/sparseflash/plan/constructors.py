@@ -177,8 +177,8 @@ class Constructors(Record):
         [[1, 0, 0], [0, 1, 0], [1, 0, 1]]
         """
         require(
-            (is_length(local), f"local={local!r}: expected an int >= 0, the keys of a window"),
-            (not local or causal, f"local={local}: a window of last keys wants causal=True"),
+            (is_length(local), lambda: f"local={local!r}: expected an int >= 0, the keys of a window"),
+            (not local or causal, lambda: f"local={local}: a window of last keys wants causal=True"),
             (not local or window is None, "local= and window=: give one of them"),
             error=PlanError,
         )
