@@ -30,11 +30,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`sf.transformers` and `sf.diffusers`, loaded when first asked for (they import these); names of 0.1."""
+    """`sf.transformers`, `sf.diffusers` and `sf.compat`, loaded when first asked for; names of 0.1."""
     if name == "transformers":
         return importlib.import_module("sparseflash.integrations.transformers")
     if name == "diffusers":
         return importlib.import_module("sparseflash.integrations.diffusers")
+    if name == "compat":
+        return importlib.import_module("sparseflash.compat")
     if name == "explain":
         _moved.warn("sparseflash.explain", "sparseflash.predict")
         return predict
