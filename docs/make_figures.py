@@ -275,10 +275,10 @@ def selection() -> str:
     return table(["", "products", "time", "of dense attention", "faster than PyTorch alone"], body)
 
 
-def prefill() -> str:
+def prefill(name: str = "prefill") -> str:
     """Methods for long prompts on a pretrained model's queries and keys, beside two controls."""
     body = []
-    for row in rows("prefill"):
+    for row in rows(name):
         shares = [
             f"{float(row[name]):.4f}" for name in ("density", "recall", "window_recall", "random_recall")
         ]
@@ -583,6 +583,7 @@ BLOCKS = {
     "imports": imports,
     "selection": selection,
     "prefill": prefill,
+    "prefill-8k": lambda: prefill("prefill-8k"),
 }
 
 
