@@ -17,7 +17,7 @@ import sparseflash as sf
 
 BACKENDS = [name for name, status in sf.backend_status().items() if status.usable]
 FAST = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = {"q": "dq", "k": "dk", "v": "dv", "key_bias": "dbias", "sink_logits": "dsink"}
+NAMES = {"q": "dq", "k": "dk", "v": "dv", "key_bias": "dbias", "sink_logits": "dsink", "pair_bias": "dpair"}
 
 
 def _pairs(dtypes: dict[str, tuple[torch.dtype, ...]]) -> list[Any]:
@@ -85,7 +85,7 @@ def run(
         "q": q,
         "k": k,
         "v": v,
-        **{n: options[n] for n in ("key_bias", "sink_logits") if options.get(n) is not None},
+        **{n: options[n] for n in ("key_bias", "sink_logits", "pair_bias") if options.get(n) is not None},
     }
     if dout is None and dlse is None:
         out, lse = sf.attention(q, k, v, plan, return_lse=True, backend=backend, **options)

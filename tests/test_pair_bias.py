@@ -1,4 +1,4 @@
-"""Biases for pairs: ALiBi by the positions of a plan, a matrix without gradient, and one of low rank with."""
+"""Biases for pairs: ALiBi by the positions of a plan, a matrix, and one of low rank."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, MAIN, inputs, randn, run
 from sparseflash import Plan
+from test_dropout import left
 
 MATRIX = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 """Backends that take pair_bias."""
@@ -81,11 +82,13 @@ def test_random_plans_under_a_matrix_are_exact_forward_and_backward(backend, kin
     shape = (d.pick((1, 2)), d.pick((1, 4)), d.pick((1, Tq)), Tk)
     pair = (randn(d.torch, *shape) * 2).to(d.pick((torch.float32, torch.bfloat16, torch.float16)))
     pair = pair.mT.contiguous().mT if d.chance(0.3) else pair
-    options = {"softcap": 5.0} if d.chance(0.3) else {}
-    options |= {"key_bias": randn(d.torch, 1, 2, Tk)} if d.chance(0.5) else {}
+    options = {"key_bias": randn(d.torch, 1, 2, Tk)} if d.chance(0.5) else {}
     options |= {"sink_logits": randn(d.torch, 4)} if d.chance(0.5) else {}
+    options |= {"dropout_p": 0.3, "dropout_seed": 5} if d.chance(0.3) else {}
     options["pair_bias"] = pair
     got = run(q, k, v, example.plan, backend=backend, dout=dout, dlse=dlse, **options)
+    if options.pop("dropout_seed", 0):
+        options["factor"] = left(options.pop("dropout_p"), 5, 2, 4, Tq, Tk).double() / 0.7
     tolerance.compare(got, q, k, v, example.mask, dout=dout, dlse=dlse, note=example.line, **options)
 
 
@@ -113,7 +116,10 @@ def test_minus_infinity_hides_a_pair_and_what_is_hidden_may_be_anything(backend,
     pair = torch.zeros(1, 1, 65, 65).masked_fill(hidden, -math.inf)
     plan = Plan.dense(65, 65, causal=True)
     got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, pair_bias=pair)
-    tolerance.compare(got, q, k, v, plan.to_dense() & ~hidden, dout=dout, dlse=dlse)
+    seen = plan.to_dense() & ~hidden
+    dpair = got.pop("dpair")
+    assert not dpair[~seen].any() and dpair[seen].any()
+    tolerance.compare(got, q, k, v, seen, dout=dout, dlse=dlse)
     wild = pair.masked_fill(~plan.to_dense(), math.nan)
     again = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, pair_bias=wild)
     for name, x in got.items():
@@ -146,9 +152,9 @@ def test_what_does_not_fit_is_refused_by_name(generator):
         ({"alibi_slopes": slopes.clone().requires_grad_()}, "alibi_slopes requires a gradient"),
         ({"pair_bias": torch.zeros(20, 20)}, r"pair_bias: \[20, 20\].*\[2\|1, 4\|1, 20\|1, 20\|1\]"),
         ({"pair_bias": pair.bool()}, "pair_bias: .*bool.*expected floating point"),
-        ({"pair_bias": pair.clone().requires_grad_()}, "pair_bias requires a gradient.*low rank"),
+        ({"pair_bias": pair.clone().requires_grad_(), "softcap": 2.0}, "pair_bias.*none under a softcap"),
     ):
         with pytest.raises(sf.SparseFlashError, match=said):
             sf.attention(q, k, v, **given)
     with torch.no_grad():
-        sf.attention(q, k, v, pair_bias=pair.clone().requires_grad_())
+        sf.attention(q, k, v, pair_bias=pair.clone().requires_grad_(), softcap=2.0)

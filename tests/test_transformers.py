@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import subprocess
 import sys
@@ -178,8 +179,6 @@ def test_masks_of_the_users_own_are_taken():
         close(got, want)
         bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
         close(run(one, "sparse", input_ids=tokens(), attention_mask=bias), want)
-        with pytest.raises(sf.SparseFlashError, match="neither 0"):
-            run(one, "sparse", input_ids=tokens(), attention_mask=torch.rand(2, 1, T, T))
 
 
 @pytest.mark.parametrize("how", ["in place", "data", "set_", "inference"])
@@ -331,42 +330,65 @@ def test_models_that_attend_by_themselves_are_right_or_refused(given):
                 close(got, want, at if kind == "mpt" else None)
 
 
-def test_a_bias_that_learns_is_refused_and_its_gradient_never_lost():
-    config = hf.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=16, depths=[1], num_heads=[2], window_size=4
-    )
-    swin = hf.SwinModel(config)
-    everywhere(swin, "sparse")
-    try:  # in older versions of Transformers it attends by itself
-        swin(pixel_values=torch.randn(1, 3, 32, 32)).last_hidden_state.square().sum().backward()
-    except sf.SparseFlashError as fault:
-        assert "SwinAttention: attention_mask carries a gradient" in str(fault)
-    else:
-        biases = [x.grad for name, x in swin.named_parameters() if "relative_position_bias" in name]
-        assert biases and all(x.any() for x in biases)
-    with torch.no_grad():  # a bias of zero that nobody trains is none
-        want = everywhere(swin, "eager").eval()(pixel_values=torch.ones(1, 3, 32, 32)).last_hidden_state
-        swin.zero_grad()
-        for name, x in swin.named_parameters():
-            if "relative_position_bias" in name:
-                x.zero_()
-        want, got = (
-            everywhere(swin, x)(pixel_values=torch.ones(1, 3, 32, 32)).last_hidden_state
-            for x in ("eager", "sparse")
+def _with_gradients(one, implementation, inputs):
+    one = everywhere(one, implementation)
+    one.zero_grad()
+    out = one(**inputs).last_hidden_state
+    out.square().mean().backward()
+    return [out.detach(), *(x.grad for x in one.parameters() if x.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", ["swin", "t5"])
+def test_a_bias_of_every_pair_learns(kind):
+    torch.manual_seed(0)
+    if kind == "swin":
+        config = hf.SwinConfig(
+            image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4
         )
-    close(got, want)
-    one, bias = model("llama"), torch.zeros(2, 1, T, T)
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    bias = bias.masked_fill(~causal, torch.finfo(torch.float32).min).requires_grad_()
-    with pytest.raises(sf.SparseFlashError, match="carries a gradient"):
-        run(one, "sparse", input_ids=tokens(), attention_mask=bias)
+        one, inputs = hf.SwinModel(config).eval(), {"pixel_values": torch.randn(1, 3, 32, 32)}
+    else:
+        config = hf.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+        one, ids = hf.T5Model(config).eval(), tokens(2, 40)
+        mask = torch.ones(2, 40, dtype=torch.long)
+        mask[1, 30:] = 0
+        inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :21], "attention_mask": mask}
     with torch.no_grad():
-        want, got = both(one, "llama", input_ids=tokens(), attention_mask=bias)
-    close(got, want)
-    with pytest.raises(
-        sf.SparseFlashError, match="carries a gradient"
-    ):  # also of a mask that was read before
-        run(one, "sparse", input_ids=tokens(), attention_mask=bias)
+        for name, x in one.named_parameters():
+            if "relative" in name:
+                x.normal_()
+    want, got = (_with_gradients(one, x, inputs) for x in ("eager", "sparse"))
+    names = [name for name, x in one.named_parameters() if x.grad is not None]
+    assert any("relative" in name for name in names)
+    for name, x, y in zip(["out", *names], got, want, strict=True):
+        close(x, y, what=name)
+    if kind == "t5":
+        how = {"max_new_tokens": 5, "do_sample": False, "decoder_start_token_id": 0}
+        assert torch.equal(*(x.generate(ids, **how) for x in _generators(one)))
+
+
+def _generators(one):
+    """A T5 that generates, on eager and on sparse."""
+    made = hf.T5ForConditionalGeneration(one.config).eval()
+    for implementation in ("eager", "sparse"):
+        yield everywhere(copy.deepcopy(made), implementation)
+
+
+def test_floats_of_a_mask_are_a_bias_and_learn():
+    one, g = model("llama"), torch.Generator().manual_seed(3)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    bias = torch.randn(2, 1, T, T, generator=g).masked_fill(~causal, torch.finfo(torch.float32).min)
+    found = []
+    for implementation in ("eager", "sparse"):
+        leaf = bias.clone().requires_grad_()
+        out = run(one, implementation, input_ids=tokens(), attention_mask=leaf)
+        found.append((out.detach(), *torch.autograd.grad(out.square().mean(), leaf)))
+    for x, y in zip(found[1], found[0], strict=True):
+        close(x, y)
+    with torch.no_grad():
+        close(run(one, "sparse", input_ids=tokens(), attention_mask=bias), found[0][0])
+    with sf.transformers.sparse(one, sf.methods.Window(24)):
+        with pytest.raises(sf.SparseFlashError, match="adds a bias to every pair, and a method was set"):
+            run(one, "sparse", input_ids=tokens(), attention_mask=bias)
     with pytest.raises(sf.SparseFlashError, match="dtype torch.int64, which eager attention would add"):
         run(one, "sparse", input_ids=tokens(), attention_mask=causal.long().expand(2, 1, T, T))
 

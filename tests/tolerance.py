@@ -106,8 +106,8 @@ def _all(
 ) -> dict[str, Tensor]:
     """Out, lse and, with dout or dlse, the gradients, computed in dtype."""
     options = dict(options)
-    bias, sink = options.pop("key_bias", None), options.pop("sink_logits", None)
-    leaves = {"q": q, "k": k, "v": v, "bias": bias, "sink": sink}
+    names = {"bias": "key_bias", "sink": "sink_logits", "pair": "pair_bias"}
+    leaves = {"q": q, "k": k, "v": v} | {short: options.pop(name, None) for short, name in names.items()}
     backward = dout is not None or dlse is not None
     leaves = {n: x.detach().to(dtype).requires_grad_(backward) for n, x in leaves.items() if x is not None}
     out, lse = softmax_attention(
@@ -117,6 +117,7 @@ def _all(
         mask,
         key_bias=leaves.get("bias"),
         sink_logits=leaves.get("sink"),
+        pair_bias=leaves.get("pair"),
         **options,
     )
     found = {"out": out.detach(), "lse": lse.detach()}
@@ -225,6 +226,8 @@ def bands(
         own_batch, own = key_bias.shape[:2]
         total = total.view(B, own, H // own, -1).sum(2)
         found["dbias"] = (total.sum(0, keepdim=True) if own_batch == 1 else total).sqrt()
+    if pair_bias is not None:
+        found["dpair"] = (g**2).sum_to_size(pair_bias.shape).sqrt()
     if sink_logits is not None:
         share = torch.where(alive, torch.exp(sink_logits.double()[None, :, None] - safe), 0)
         term = (eps + c + fine * c.numel() ** 0.5) * share * (delta[..., 0] + dl)

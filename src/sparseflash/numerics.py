@@ -33,6 +33,7 @@ class Softmax(NamedTuple):
     dropout: float = 0.0  # the share of weights that are left out; a seed goes with it
     tile: int = 0  # queries and keys of a block, where the largest weight of each is wanted; 0: it is not
     unit: int = 0
+    pairs: bool = False  # whether the gradient of pair_bias is wanted
 
 
 class Statistics(NamedTuple):

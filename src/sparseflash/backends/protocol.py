@@ -55,7 +55,7 @@ class Backend(Protocol):
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
         With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says. ALiBi's
-        slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk]; neither has a gradient.
+        slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk].
         Where a backend has `PEAKS = True` it also takes `peaks`, zeros [B,Hq,tiles,units], and writes into
         them the largest weight of each block of `options.tile` query by `options.unit` key tokens.
         """
@@ -93,6 +93,7 @@ class Backend(Protocol):
         seed: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         pair_bias: Tensor | None = None,
+        dpair: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of q, k, v and (per query head, full precision) key_bias.
 

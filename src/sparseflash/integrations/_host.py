@@ -43,4 +43,5 @@ def over(
 def _fastest(q: Tensor, options: dict[str, Any], *others: Any) -> Callable[..., Any]:
     given = (q, *others, *options.values())
     learns = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
-    return decode if q.shape[2] <= FEW and not learns and "dropout_p" not in options else attention
+    able = not learns and not options.keys() & {"dropout_p", "pair_bias"}
+    return decode if q.shape[2] <= FEW and able else attention

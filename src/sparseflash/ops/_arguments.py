@@ -242,7 +242,7 @@ def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
 
 
 def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -> None:
-    """Whether ALiBi's slopes are numbers of heads, and pair_bias one for each pair; neither may learn."""
+    """Whether ALiBi's slopes are numbers of heads, and pair_bias one for each pair; slopes may not learn."""
     B, H, Tq, Tk = *q.shape[:3], k.shape[2]
     given = {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     for name, x in given.items():
@@ -257,10 +257,10 @@ def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -
             wanted = f"[Hq={H}] or [{B},{H}]" if name == "alibi_slopes" else f"[{B}|1, {H}|1, {Tq}|1, {Tk}|1]"
             raise SparseFlashError(f"{name}: {describe(x)}; expected floating point {wanted} on {q.device}")
         assert isinstance(x, Tensor)
-        if x.requires_grad and torch.is_grad_enabled():
+        if name == "alibi_slopes" and x.requires_grad and torch.is_grad_enabled():
             raise SparseFlashError(
-                f"{name} requires a gradient, and has none here: give x.detach(); what learns may be "
-                "key_bias, or a bias of low rank in further dimensions of q and k"
+                "alibi_slopes requires a gradient, and has none: give alibi_slopes.detach(); what learns is "
+                "key_bias or pair_bias"
             )
 
 

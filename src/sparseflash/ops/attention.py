@@ -97,13 +97,16 @@ def _backward(
     pair_bias: Tensor | None,
     plans: Sequence[Plan],
     options: Softmax,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and key_bias; that of no key_bias is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, key_bias and pair_bias; one that is not wanted is empty."""
     alone, state, wanted = len(plans) == 1, state_dtype(q), options.dtype or q.dtype
     run = choose("backward", options.backend, q, k, v).backward
     how: dict[str, Any] = {"delta": delta, "key_bias": key_bias, "seed": seed}
     how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     how["grad_dtype"] = wanted if alone else state
+    dpair = q.new_empty(0, dtype=state)
+    if options.pairs:  # plans are disjoint: each writes pairs of its own
+        how["dpair"] = dpair = q.new_zeros((*q.shape[:3], k.shape[2]), dtype=state)
     parts = [run(dout, q, k, v, out, norm, dlse, plan, options, **how) for plan in plans]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
@@ -113,16 +116,21 @@ def _backward(
         own_batch, own = key_bias.shape[:2]
         dbias = _sum([part[3] for part in parts]).view(B, own, H // own, Tk).sum(2)
         dbias = dbias.sum(0, keepdim=True) if own_batch == 1 and B != 1 else dbias
+    if options.pairs and pair_bias is not None:
+        dpair = dpair.sum_to_size(pair_bias.shape)
     dq, dk, dv = (x.to(wanted).contiguous() for x in (dq, dk, dv))
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, dpair
 
 
 def _empty_gradients(
     dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, norm: Any, delta: Any, key_bias: Any, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias_shape = (0,) if key_bias is None else key_bias.shape
-    dq, dk, dv = (x.new_empty(x.shape, dtype=rest[-1].dtype or x.dtype) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(bias_shape, dtype=state_dtype(q))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, pair_bias, _, options = rest
+    biases = key_bias, pair_bias if options.pairs else None
+    shapes = [(0,) if x is None else x.shape for x in biases]
+    dq, dk, dv = (x.new_empty(x.shape, dtype=options.dtype or x.dtype) for x in (q, k, v))
+    dbias, dpair = (q.new_empty(shape, dtype=state_dtype(q)) for shape in shapes)
+    return dq, dk, dv, dbias, dpair
 
 
 _gradients = register("attention_backward", _backward, _empty_gradients)
@@ -142,18 +150,19 @@ def _sink_gradient(
 
 
 def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any:
-    """Gradients of q, k, v, key_bias and sink_logits; seed, slopes and pair_bias have none."""
+    """Gradients of q, k, v, key_bias, sink_logits and pair_bias; seed and slopes have none."""
     q, k, v, key_bias, sink_logits, seed, alibi_slopes, pair_bias, out, norm = kept
     dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
     own = options._replace(dtype=None, tile=0, unit=0)
     given = key_bias, seed, alibi_slopes, pair_bias
-    dq, dk, dv, dbias = run(dout, dlse, q, k, v, out, norm, None, *given, plans, own)
+    dq, dk, dv, dbias, dpair = run(dout, dlse, q, k, v, out, norm, None, *given, plans, own)
     dsink = None
     if sink_logits is not None:
         unit = unit_of(options.scale, options.softcap, key_bias, alibi_slopes, pair_bias)
         dsink = once(_sink_gradient(dout, dlse, out, norm, sink_logits, unit))
-    return dq, dk, dv, None if key_bias is None else dbias, dsink, None, None, None
+    found = None if key_bias is None else dbias, dsink, None, None, dpair if options.pairs else None
+    return dq, dk, dv, *found
 
 
 _attention = register(
@@ -339,7 +348,8 @@ def attention(
         (a chunk behind `q_offset` goes on). Without gradient.
     pair_bias : Tensor, optional
         Expands to `[B,Hq,Tq,Tk]`, any floating dtype and strides: added to the logit of each pair; -inf hides
-        it, but is computed (what hides much is a plan). Without gradient; not in Triton's kernels.
+        it, but is computed (what hides much is a plan). With gradient, which is as large; not in Triton's
+        kernels.
     softcap : float, optional
         c in `c * tanh(score / c)`.
     dropout_p : float
@@ -416,6 +426,12 @@ def attention(
     share, seed = as_dropout(dropout_p, dropout_seed, q)
     wanted = as_dtype("out_dtype", out_dtype, q)
     options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
+    if pair_bias is not None and pair_bias.requires_grad and torch.is_grad_enabled():
+        if options.softcap:
+            raise SparseFlashError(
+                "pair_bias requires a gradient, and has none under a softcap: give pair_bias.detach()"
+            )
+        options = options._replace(pairs=True)
     beside = sink_logits, seed, alibi_slopes, pair_bias
     if return_block_max is not None:
         tile, unit = as_block("return_block_max", return_block_max)
@@ -505,7 +521,7 @@ def attention_backward(
             )
     state = state_dtype(q)
     unit = unit_of(options.scale, options.softcap, key_bias, alibi_slopes, pair_bias)
-    dq, dk, dv, dbias = _gradients(
+    dq, dk, dv, dbias, _ = _gradients(
         dout.to(q.dtype),
         None if dlse is None else dlse.to(state),
         q,

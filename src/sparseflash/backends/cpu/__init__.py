@@ -181,12 +181,15 @@ def backward(
     seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    dpair: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     drop(call, options, seed)
     add(call, alibi_slopes, pair_bias, alive)
+    if dpair is not None:
+        call.dpair = dpair.data_ptr()
     wanted = grad_dtype or q.dtype
     dout = aligned(dout.to(q.dtype), alive)
     norm = _given(norm, q, alive)

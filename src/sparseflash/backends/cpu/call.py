@@ -117,7 +117,7 @@ class Call(ctypes.Structure):
             ("dropout_scale", ctypes.c_float),
         ]
         + [("stat_tile", ctypes.c_int64), ("stat_unit", ctypes.c_int64)]
-        + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32)]
+        + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32), ("dpair", ctypes.c_void_p)]
     )
 
 

@@ -179,6 +179,7 @@ def backward(
     seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    dpair: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients for a given norm: dq, dk, dv (in `grad_dtype`), dbias [B,Hq,Tk] fp32|fp64."""
     B, H, Tq, D = q.shape
@@ -218,6 +219,9 @@ def backward(
         values.add(dv, p.transpose(-1, -2) @ do)
         if dbias is not None:
             Rows(view.k_token, H).add(dbias, ds.sum(-2))
+        if dpair is not None:
+            b, h, i, j = at = view.keep.nonzero(as_tuple=True)
+            dpair[b, h, view.q_token[b, h, i], view.k_token[b, h, j]] = ds[at]
         if bent is not None:
             ds = ds * (1 - bent * bent)
         queries.write(dq, ds @ kr * scale)

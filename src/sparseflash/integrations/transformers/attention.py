@@ -30,7 +30,6 @@ HARMLESS: set[str] = {
 else that is not None is refused."""
 
 _REFUSED = {
-    "position_bias": "a bias for every pair (T5) is not supported: keep 'sdpa' for this model",
     "cache": "continuous batching gives a paged cache, which 'sparse' does not read: use generate()",
     "head_mask": "masks of whole heads are not supported: multiply the output of the heads instead",
     "output_attentions": "attention weights are never formed: set_attn_implementation('eager') forms them",
@@ -53,6 +52,7 @@ def sparse_attention(
     cu_seq_lens_k: Tensor | None = None,
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Exact attention of one layer: dense, or what `sparse(...)` set for this module.
@@ -69,6 +69,8 @@ def sparse_attention(
         As models give them; `s_aux [Hq]` are sink logits.
     indices, block_indices : Tensor, optional
         `[B,S,topk]` and `[B,Hkv,S,topk]`: keys, or blocks of them, that the model's own indexer chose.
+    position_bias : Tensor, optional
+        `[B|1,Hq|1,S,T]`, added to the logits, with gradient (T5).
 
     Returns
     -------
@@ -106,6 +108,11 @@ def sparse_attention(
     if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, one set for all
         query = query.expand(mask.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    if mask.biased and isinstance(attention_mask, Tensor):
+        own = attention_mask[..., : key.shape[2]]
+        position_bias = own if position_bias is None else position_bias + own
+    if position_bias is not None:
+        options["pair_bias"] = position_bias
     if dropout:  # what the layer gives while it trains; the seed is of torch's own generator
         options["dropout_p"] = dropout
     setting = getattr(module, SETTING, None)
@@ -117,6 +124,11 @@ def sparse_attention(
             )
         out = exact(query, key, value, learned_plan(module, mask, indices, block_indices), options)
     elif setting is not None:
+        if position_bias is not None:
+            raise SparseFlashError(
+                f"{type(module).__name__} adds a bias to every pair, and a method was set for it, which "
+                "chooses by queries and keys alone: leave this layer out (layers=)"
+            )
         out = setting(module, query, key, value, mask, options)
     else:
         out = exact(query, key, value, mask.plan, options)
@@ -206,30 +218,21 @@ _last: Last[SparseMask] = Last()
 
 
 def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> SparseMask:
-    """A 4-d mask of the user's, bool or 0 and -inf; read once for all layers."""
+    """A 4-d mask of the user's, bool, or floats: -inf (or below -1e4) hides, other numbers are a bias."""
     name = type(module).__name__
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise SparseFlashError(
-            f"{name}: attention_mask carries a gradient: a bias for every pair that is learned is not "
-            "supported, and its gradient would be lost. Keep 'sdpa' or 'eager' for this model"
-        )
-    if known := _last.get(mask, key=(B, S, T)):
+    learns = mask.requires_grad and torch.is_grad_enabled()
+    if known := _last.get(mask, key=(B, S, T, learns)):
         return known[0]
     if mask.dim() != 4 or mask.shape[-2] not in (1, S) or mask.shape[-1] < T:
         raise SparseFlashError(f"{name}: attention_mask {list(mask.shape)}; expected [B|1, H|1, {S}, {T}]")
-    keep = plain_mask(mask)
+    keep, biased = plain_mask(mask), learns
     if keep.is_floating_point():
-        hidden = keep <= -1e4
-        keep = keep == 0
-        if not bool((keep | hidden).all()):
-            raise SparseFlashError(
-                f"{name}: attention_mask holds numbers that are neither 0 (seen) nor below "
-                "-1e4 (hidden). A bias for every pair is not supported: keep 'sdpa' for this model"
-            )
+        numbers, keep = keep, keep > -1e4
+        biased = learns or bool((keep & (numbers != 0)).any())
     elif keep.dtype != torch.bool:
         raise SparseFlashError(
             f"{name}: attention_mask has dtype {keep.dtype}, which eager attention would add to the scores: "
-            "expected bool (True = seen), or floats (0 = seen, -inf = hidden). Use mask.bool()"
+            "expected bool (True = seen), or floats (-inf = hidden). Use mask.bool()"
         )
     keep = keep[..., :T]
     plan = Plan.from_mask(keep, Tq=S, Tk=T)
@@ -237,4 +240,5 @@ def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> Spars
     later = torch.arange(T, device=mask.device) > own
     mixes = mixing(getattr(module, "config", None))
     made = SparseMask(plan, B, causal=not bool((keep & later).any()), offset=T - S, mixes=mixes)
-    return _last.keep(made, mask, key=(B, S, T))
+    made.biased = biased
+    return _last.keep(made, mask, key=(B, S, T, learns))

@@ -155,6 +155,8 @@ class SparseMask(_Dense):
         The `cu_seq_lens_q` that it keeps to already.
     held : Held, optional
         The documents that this call puts into a cache, until there is one.
+    biased : bool
+        Whether the tensor that it was read from also holds numbers to add to the logits.
     """
 
     ndim = 4
@@ -174,6 +176,7 @@ class SparseMask(_Dense):
     mixes: str = ""
     edges: Tensor | None = None
     held: Any = None
+    biased: bool = False
 
     def __post_init__(self) -> None:
         self.shape = torch.Size((self.batch, 1, self.plan.Tq, self.plan.Tk))

@@ -53,6 +53,7 @@ struct SfCall {
     SfTable alibi;      // float [B|1,Hq,1] or null: slopes, of distances between positions
     SfView pair;        // [B,Hq,Tq,Tk] or null: added to the logits
     int32_t pair_dtype;
+    float *dpair;       // [B,Hq,Tq,Tk] or null: the gradient of the pairs that are visited
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.

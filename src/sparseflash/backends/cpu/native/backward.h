@@ -301,6 +301,18 @@ template <bool BF> struct BackwardBlock {
         }
     }
 
+    // dS as the gradient of a bias of pairs, each of which is visited once.
+    void write_pairs(const Chunk &k, const Scratch<BF> &w) {
+        for (int j = k.a; j < k.b; j++) {
+            const int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
+            const uint64_t some = k.partial ? alive & w.see[j] : alive;
+            for (int i = 0; t >= 0 && i < q.lanes; i++)
+                if (some >> i & 1)
+                    c.dpair[((b * c.Hq + h) * c.Tq + q.token[i]) * c.Tk + t] =
+                        BF ? from_bf16(w.dr[j * BQ + i]) : w.g[j * BQ + i];
+        }
+    }
+
     // Whether there was anything to do. The keys are near if another block has just visited them.
     bool visit(Chunk k, const Keys &keys, Reach reach, const float *key_bias, Scratch<BF> &w, KeyGrads &grads,
                float *dbias) {
@@ -330,6 +342,7 @@ template <bool BF> struct BackwardBlock {
             const Draw draw = dropout.draw(rules, k, b, h, x.drawn, w.key_words);
             weigh(DroppedSlopes{slopes, draw, set1(dropout.scale())}, k, steps, plain, w);
         } else weigh(slopes, k, steps, plain, w);
+        if (c.dpair) write_pairs(k, w);
         if (dbias)
             for (int j = k.a; j < k.b; j++) {
                 int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);

@@ -278,6 +278,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
             for (int i = 0; i < q.lanes; i++) {
                 if (!(alive >> i & 1)) continue;
                 Query<BF> &x = query[i];
+                const int64_t own = q.token[i];
                 float *s = w.s + i * BK, *g = w.g + i * BK;
                 if (k.partial || pair || !(alive & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias, pair);
                 if (!seen.n) continue;
@@ -299,6 +300,11 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                         for (int i = j; i < least(j + W, seen.n); i++) {
                             int64_t t = rules.key_token(seen.row[i]);
                             if (t >= 0) dbias[t] += g[i];
+                        }
+                    if (c.dpair)
+                        for (int i = j; i < least(j + W, seen.n); i++) {
+                            int64_t t = rules.key_token(seen.row[i]);
+                            if (t >= 0) c.dpair[((b * c.Hq + h) * c.Tq + own) * c.Tk + t] = g[i];
                         }
                     store(g + j, ds * slope);
                     if (dropout.on()) store(s + j, draw.left(draw.lane(j), 0, p * dropout.scale()));
