@@ -519,3 +519,30 @@ def test_the_window_matters_and_wide_rows_have_its_gradients(generator):
     got = {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
     compare(got, *(x.detach() for x in (q, k, v)), mask, dout=dout)
     assert not torch.equal(out, sf.methods.OrionMSP(4, 4, 2, windowless=True)(q, k, v))
+
+
+# ---------------------------------------------------------------- experiments
+
+
+def test_what_the_experiments_measure_is_what_they_say(generator):
+    pytest.importorskip("safetensors")
+    from benchmarks.experiments import diffusion, vision
+
+    q, k, v = diffusion.planted((4, 8, 16), generator)
+    p = softmax(q, k)
+    rows = list(diffusion.measure_planted((4, 8, 16)))
+    assert {row["head"] for row in rows} == set(diffusion.HEADS) and all(
+        0 < row["density"] <= 1 for row in rows
+    )
+    modes = [diffusion.found_profile(q, k, v, (4, 8, 16)).heads(0)[h]["mode"] for h in range(3)]
+    assert modes == ["diagonal", "multi-diagonal", "stripe"]
+    plan = sf.methods.SparseD(0.2, block=64).select(q, k).plan
+    for name, control in diffusion.controls(plan, q).items():
+        assert control.kept == pytest.approx(plan.kept, abs=0.06), name
+    assert bool((p.sum(-1) - 1).abs().max() < 1e-9)
+
+    x, label = vision.rows_of(500, generator)
+    assert 0.3 < float(label.float().mean()) < 0.7
+    assert label.tolist() == [int("11" in "".join(map(str, row))) for row in x.tolist()]
+    rows = list(vision.measure(parts=("orion",), steps=1))
+    assert [row["case"] for row in rows][:2] == ["window", "windowless"] and rows[-1]["density"] == 1

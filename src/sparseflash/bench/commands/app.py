@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "attention-table",
     "coverage",
     "decode",
+    "diffusion",
     "documents",
     "fusion",
     "indexer",
@@ -29,10 +30,11 @@ EXPERIMENTS = (
     "ops",
     "pixels",
     "plan-costs",
-    "selection",
     "prefill",
+    "selection",
     "step",
     "transformers",
+    "vision",
 )
 """Commands of `benchmarks/experiments`, which no install has."""
 

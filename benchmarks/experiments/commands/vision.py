@@ -1,0 +1,66 @@
+"""Commands about video, images and tables."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from sparseflash.bench.commands.app import Data, Lengths, Minutes, Out, integers, known, lengths_of, words
+
+from .app import RESULTS, experiments
+
+PANEL = "Diffusion, vision and tables"
+Steps = Annotated[int, typer.Option(min=1, help="Training steps of a small model.")]
+Parts = Annotated[str, typer.Option(help="Which parts, with commas; all by default.")]
+
+
+@experiments.command("diffusion", rich_help_panel=PANEL)
+def bench_diffusion(
+    out: Out = RESULTS / "diffusion.csv",
+    data: Data = "",
+    parts: Parts = "planted,masked,time",
+    lengths: Lengths = "4096,8192,16384",
+    steps: Steps = 500,
+    minutes: Minutes = 5.0,
+) -> None:
+    """Recall on planted heads, KL on a small masked-diffusion model, time over denoising steps."""
+    from sparseflash.bench.session import session
+    from sparseflash.train.data import named
+
+    from .. import diffusion
+
+    asked = known("parts", ("planted", "masked", "time"), words(parts))
+    options = {"parts": asked, "lengths": lengths_of(lengths), "steps": steps, "minutes": minutes}
+    columns = (
+        "what", "case", "head", "T", "share", "density", "recall", "recall_random", "recall_window", "kl",
+        "overlap_next", "overlap_last", "overlap_heads", "ms_dense", "ms_search", "ms_step", "gain",
+    )  # fmt: skip
+    session("diffusion", out, partial(diffusion.measure, named(data), **options), columns)
+
+
+@experiments.command("vision", rich_help_panel=PANEL)
+def bench_vision(
+    out: Out = RESULTS / "vision.csv",
+    parts: Parts = "orion,features,hrsam",
+    steps: Steps = 600,
+    features: Annotated[
+        str, typer.Option(help="Numbers of features to time.")
+    ] = "128,256,512,1024,2048,4096",
+    pixels: Annotated[str, typer.Option(help="Sides of square images.")] = "512,1024,2048",
+    minutes: Minutes = 3.0,
+) -> None:
+    """Planted neighbours in a table, time over features; equal patches and time over pixels."""
+    from sparseflash.bench.session import session
+
+    from .. import vision
+
+    asked = known("parts", ("orion", "features", "hrsam"), words(parts))
+    options = {"features": integers(features, least=1), "pixels": integers(pixels, "512,1024", 16)}
+    columns = (
+        "what", "case", "T", "density", "accuracy", "base_rate", "ms", "ms_dense", "gain", "us_per_token",
+        "difference",
+    )  # fmt: skip
+    measure = partial(vision.measure, parts=asked, steps=steps, minutes=minutes, **options)
+    session("vision", out, measure, columns)
