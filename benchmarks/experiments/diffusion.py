@@ -69,8 +69,13 @@ def controls(plan: sf.Plan, q: Tensor) -> dict[str, sf.Plan]:
     T, wanted = q.shape[2], plan.kept
     grid = sf.selection.Grid(T, T, 64, 64, causal=False)
     draw = torch.rand(1, q.shape[1], grid.tiles, grid.units, generator=torch.Generator().manual_seed(0))
+    return {"random": grid.plan(draw < wanted), "window": window_of(T, wanted)}
+
+
+def window_of(T: int, wanted: float) -> sf.Plan:
+    """The window to both sides whose density over T tokens comes next to the one that is wanted."""
     width = next(w for w in range(1, T + 1) if ((2 * w - 1) * T - w * (w - 1)) / T**2 >= wanted or w == T)
-    return {"random": grid.plan(draw < wanted), "window": sf.Plan.dense(T, T, window=(width - 1,) * 2)}
+    return sf.Plan.dense(T, T, window=(width - 1,) * 2)
 
 
 def measure_planted(grid: tuple[int, int, int] = (8, 16, 16)) -> Iterator[Row]:
@@ -240,14 +245,15 @@ def measure_masked(
             return Run({n: grid.plan(sf.selection.top_k(draw, count[n])) for n in like})
 
         reused, early = found(first), found(0)
-        kls: dict[str, list[float]] = {name: [] for name in ("reuse", "own", "first", "random")}
+        near = {n: window_of(length, plan.kept) for n, plan in reused.plans.items()}
+        kls: dict[str, list[float]] = {}
         overlaps: dict[int, float] = {}
         for step in range(first + 1, denoising):
             on_run(f"select {share}: step {step} of {denoising}")
             given, want = trajectory[step]
             own = found(step)
             runs = {"reuse": Run(reused.plans), "own": Run(own.plans), "first": Run(early.plans)}
-            runs["random"] = drawn(reused.plans, step)
+            runs |= {"random": drawn(reused.plans, step), "window": Run(near)}
             masked = given == MASK
             if not bool(masked.any()):
                 break
@@ -255,7 +261,7 @@ def measure_masked(
             for name, run in runs.items():
                 log = model(given, run).log_softmax(-1)
                 divergence = (want.softmax(-1) * (want.log_softmax(-1) - log)).sum(-1)
-                kls[name].append(float(divergence[masked].mean()))
+                kls.setdefault(name, []).append(float(divergence[masked].mean()))
         heads = [overlap_heads(plan) for plan in reused.plans.values()]
         shape: Row = {"what": "masked", "T": length, "steps": denoising, "share": share}
         shape |= {"density": sum(p.kept for p in reused.plans.values()) / len(reused.plans)}
