@@ -374,6 +374,14 @@ CASES = [
         2102748155,
     ),
     Case(
+        "moa",
+        {"alpha": 0, "beta": 0.25, "sinks": 4, "least": 16, "block": 8},
+        {"beta": 1.0, "sinks": 4},
+        [{"beta": 0.1}, {"beta": 0.25}, {"beta": 0.5, "alpha": 64}, {"beta": 1.0}],
+        (1.0, 1.0),
+        1356642973,
+    ),
+    Case(
         "last-dense",
         {"method": sf.methods.PBSAttn(threshold=0.3, block=16, segment=32), "rows": 16},
         {"method": sf.methods.Window(window=20), "rows": 256},

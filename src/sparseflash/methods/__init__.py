@@ -21,6 +21,7 @@ from .hash_sparse import HashSparse
 from .last_dense import LastDense
 from .minference import MInference
 from .mminference import MMInference
+from .moa import MoA
 from .orion_msp import OrionMSP
 from .paro_attention import PAROAttention
 from .pbs_attn import PBSAttn
@@ -56,6 +57,7 @@ __all__ = [
     "HashSparse",
     "LastDense",
     "MInference",
+    "MoA",
     "Method",
     "PrefixLM",
     "Profile",

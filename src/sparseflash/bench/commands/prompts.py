@@ -112,29 +112,40 @@ def recommend(
 def calibrate(
     text: Text,
     method: Annotated[
-        str, typer.Argument(help="minference: which pattern each head follows.")
+        str, typer.Argument(help="minference: which pattern each head follows; moa: which span it needs.")
     ] = "minference",
     model: Model = "smollm2",
     tokens: Tokens = 4096,
     layers: Layers = "",
+    bound: Annotated[
+        float, typer.Option(min=0, max=1, help="With moa: most pairs, as a share of causal attention's.")
+    ] = 0.5,
     out: Annotated[
-        Path, typer.Option(help="The profile, JSON; a file of this model is gone on with.")
+        Path, typer.Option(help="The profile, JSON; with minference a file of this model is gone on with.")
     ] = Path("profile.json"),
 ) -> None:
-    """Find the pattern of every head of a model, on its own queries and keys, and keep it as a profile.
+    """Find the pattern, or the span, of every head of a model, and keep it as a profile.
 
     **sparseflash calibrate minference --model smollm2 --text book.txt --out smollm2.json**
 
-    Of patterns that see about the same number of pairs, each head gets the one that holds most of its dense
-    attention. Use it: **sparseflash prefill --profile smollm2.json**; in Python
+    minference: each head gets the pattern that finds most of its dense attention beyond chance. moa: each
+    gets a span, by how much the loss moves when its far pairs go, at half of --tokens and at all of them.
+    Use it: **sparseflash prefill --profile smollm2.json**; in Python
     **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**.
     """
     from sparseflash.bench import recommend as chooser
+    from sparseflash.bench import spans
 
-    if method != "minference":
-        raise SparseFlashError(
-            f"calibrate {method}: expected minference, the one whose heads follow patterns"
-        )
+    if method not in ("minference", "moa"):
+        raise SparseFlashError(f"calibrate {method}: expected minference (patterns of heads) or moa (spans)")
+    if method == "moa":
+        [prompt] = _prompts(model, text[:1], tokens - 1, "fp32", 1)
+        lengths = (tokens // 2, tokens)
+        given: dict[str, Any] = {"bound": bound, "layers": integers(layers) or None, "path": out}
+        made = spans.profile(model, prompt.model, prompt.ids, lengths, **given)
+        means = (f"{spans.mean(made, n):.0f} of {n}" for n in lengths)
+        print(f"{out}: mean spans {', '.join(means)}")
+        return
     found = chooser.patterns(model, [_read(path) for path in text], tokens, integers(layers), out)
     count: dict[str, int] = {}
     for number in found.numbers:
