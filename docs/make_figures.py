@@ -583,7 +583,6 @@ BLOCKS = {
     "imports": imports,
     "selection": selection,
     "prefill": prefill,
-    "prefill-8k": lambda: prefill("prefill-8k"),
 }
 
 
