@@ -299,6 +299,7 @@ def judge(count: int, seed: int, out: Path | None = None, most: float = 60.0) ->
     import torch
 
     os.chdir(HERE.parent)
+    os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(os.cpu_count() or 1)  # one thread: a fork has no others
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     drawn = sample(count, seed)

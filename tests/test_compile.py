@@ -209,6 +209,35 @@ def test_twelve_lengths_are_three_graphs(name, dynamic):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("name", ["keep", "buckets", "hash-sparse"])
+def test_batches_of_any_size_are_two_graphs_with_the_plan_made_inside(name):
+    counter, op = CompileCounterWithBackend("aot_eager"), OPS[name]
+    compiled = torch.compile(op, backend=counter, fullgraph=True)
+    for batch in (1, 2, 3, 4, 5, 6):
+        given = [x.expand(batch, -1, -1, -1).roll(batch, 0).contiguous() for x in _three(66)]
+        torch.testing.assert_close(compiled(*given), op(*given))
+    assert counter.frame_count <= 2
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+
+    def forward(self, *given):
+        return self.op(*given)
+
+
+@pytest.mark.parametrize("name", ["attention", "linear"])
+def test_an_exported_program_holds_for_lengths_across_the_edges_of_tiles(name):
+    length = torch.export.Dim("length", min=2 if name == "linear" else 129, max=4096)
+    module = _Module(OPS[name])
+    shapes = {"given": tuple({2: length} for _ in range(3))}
+    program = torch.export.export(module, _three(300), dynamic_shapes=shapes).module()
+    for other in (129, 255, 256, 257, 513, 1000):
+        torch.testing.assert_close(program(*_three(other)), module(*_three(other)))
+
+
 def test_a_new_plan_of_the_same_kind_does_not_recompile(generator):
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(lambda q, k, v, plan: sf.attention(q, k, v, plan), backend=counter, fullgraph=True)

@@ -139,6 +139,36 @@ def test_messages_are_formatted_when_they_are_raised():
     assert early == [], "write: require((holds, lambda: f'...'))"
 
 
+class _Card:
+    """A backend for a card that nobody has asked for: usable, and not to be chosen yet."""
+
+    NAME, CAUTION = "triton", "has not run on a card yet: ask for it with backend='triton'"
+    forward = staticmethod(lambda *_: None)
+
+    @staticmethod
+    def status():
+        return True, "Triton on a card"
+
+    @staticmethod
+    def refuse(*tensors):
+        return []
+
+
+def test_a_slow_backend_in_place_of_one_to_be_asked_for_says_so_once(monkeypatch):
+    load = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda name: _Card if name == "triton" else load(name))
+    monkeypatch.setattr(dispatch, "_order", lambda x: ("triton", "reference"))
+    dispatch._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning) as said:
+        for _ in range(3):
+            assert dispatch.choose("forward", "", Q).NAME == "reference"
+    (text,) = (str(x.message) for x in said)
+    assert "the reference runs, which is slow" in text and "backend='triton'" in text
+    assert said[0].filename == __file__
+    assert dispatch.choose("forward", "triton", Q) is _Card
+    assert "ask for it with" in sf.backend_status()["triton"].detail
+
+
 def test_all_reasons_of_all_backends_are_in_one_message():
     """Whoever mends one of two at a time has to ask twice."""
     q = torch.empty(1, 1, 4, 8, dtype=torch.int8, device="meta")

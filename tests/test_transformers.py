@@ -19,7 +19,7 @@ import transformers as hf
 import sparseflash as sf
 from sparseflash.integrations import transformers
 from sparseflash.integrations.transformers import SparseMask
-from transformer_models import FAMILIES, both, run, tiny
+from transformer_models import FAMILIES, VISION, both, run, tiny
 
 T = 150
 
@@ -659,3 +659,23 @@ def test_the_package_is_loaded_when_it_is_used():
         "assert 'sparse' in AttentionInterface().valid_keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pictures_of_unlike_sizes_are_pooled_under_the_repeated_mask():
+    """SigLIP 2 repeats its mask for the one learned query that pools."""
+    torch.manual_seed(0)
+    config = hf.Siglip2VisionConfig(**{**VISION, "num_patches": 16, "patch_size": 4})
+    one = hf.Siglip2VisionModel(config).eval()
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 10:] = 0
+    given = {"pixel_values": torch.randn(2, 16, 48), "pixel_attention_mask": mask}
+    given["spatial_shapes"] = torch.tensor([[4, 4], [2, 5]])
+    found = []
+    for name in ("sdpa", "sparse"):
+        one.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(one(**given))
+    close(found[1].pooler_output, found[0].pooler_output)
+    close(found[1].last_hidden_state, found[0].last_hidden_state, mask.bool())
+    held = SparseMask(sf.Plan.dense(5, 5, causal=True), 2, causal=True)
+    assert torch.equal(torch.logical_not(held), ~held.to_dense()) and held.repeat(1, 3, 1, 1).shape[1] == 3

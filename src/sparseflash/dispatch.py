@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import Tensor
 
 from .backends.protocol import Backend
-from .errors import BackendError
+from .errors import BackendError, warn
 from .plan.make import native as builders
 
 PREFERENCE = ("triton", "cpu", "reference")
@@ -51,6 +51,8 @@ def backend_status() -> dict[str, BackendStatus]:
     for name in PREFERENCE:
         module = _load(name)
         usable, detail = (False, module) if isinstance(module, str) else module.status()
+        if usable and (caution := getattr(module, "CAUTION", "")):
+            detail = f"{detail}; {caution}"
         found[name] = BackendStatus(name, usable, detail)
     return found
 
@@ -60,12 +62,18 @@ def _order(x: Tensor) -> tuple[str, ...]:
     return ("cpu", "reference", "triton") if x.device.type == "cpu" else PREFERENCE
 
 
+@functools.cache
+def _say_once(text: str) -> None:
+    """Say which backend runs in place of a faster one that nobody has asked for."""
+    warn(text)
+
+
 def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
     """The first backend by preference that has the op and can run it on these tensors, or the wanted one."""
     wanted = wanted or os.environ.get("SPARSEFLASH_BACKEND", "")
     if wanted and wanted not in PREFERENCE:
         raise BackendError(f"backend={wanted!r}: expected one of {', '.join(PREFERENCE)}, or None to choose")
-    said = []
+    said, held = [], ""
     for name in (wanted,) if wanted else _order(tensors[0]):
         module = _load(name)
         if isinstance(module, str):
@@ -74,7 +82,10 @@ def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
         reasons = module.refuse(*tensors) if hasattr(module, op) else [f"has no {op}"]
         if not wanted and not reasons and (caution := getattr(module, "CAUTION", "")):
             reasons = [caution]
+            held = f"{name} {caution}"
         if not reasons:
+            if held:
+                _say_once(f"sparseflash: on {tensors[0].device} the {name} runs, which is slow: {held}")
             return module
         said += [f"{name}: {reason}" for reason in reasons]
     raise BackendError("no backend can run this call:\n  " + "\n  ".join(said))

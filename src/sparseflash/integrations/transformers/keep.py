@@ -26,7 +26,7 @@ _LOOKS = frozenset(
 )
 # What names a dtype, which changes nothing: a model's dtype is no word about a mask. But for bool.
 _CASTS = frozenset("to float half bfloat16 double type type_as".split())
-_INVERSIONS = frozenset("__invert__ bitwise_not".split())
+_INVERSIONS = frozenset("__invert__ bitwise_not logical_not".split())
 _COMPARISONS = frozenset("__eq__ __ne__ eq ne equal".split())
 _SUMS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 _JOINS = frozenset("cat concat concatenate stack".split())
