@@ -66,7 +66,7 @@ THIRD_PARTY = {
     "pynvml": {"bench": True},
     "attn_gym": {"bench": True},
     "fla": {"bench": True},
-    "scipy": {"plan": True},
+    "scipy": {"plan": True, "bench": True},
     "matplotlib": {"plan": True, "train": True, "bench": True},
 }
 
