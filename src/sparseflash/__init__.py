@@ -18,6 +18,7 @@ from .ops.jagged import jagged_attention
 from .ops.linear import linear_attention
 from .ops.merge import merge
 from .ops.pointwise import pointwise_attention
+from .ops.quantised import attention_quantised
 from .ops.recall import recall
 from .ops.scan import scan
 from .ops.stats import attention_stats
@@ -55,6 +56,7 @@ __all__ = [
     "SparseFlashError",
     "attention",
     "attention_backward",
+    "attention_quantised",
     "attention_stats",
     "attention_varlen",
     "backend_status",
