@@ -3,10 +3,10 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, cache, calibrate, methods, nn, selection
+from . import _moved, backends, cache, calibrate, distributed, methods, nn, selection
 from .costs import predict
 from .dispatch import backend_status
-from .errors import BackendError, PlanError, SparseFlashError
+from .errors import BackendError, PlanError, RankError, SparseFlashError
 from .methods.hash_sparse import hash_sparse_attention
 from .methods.qk_sparse import qk_sparse_attention
 from .nn.muse import muse_attention
@@ -53,6 +53,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Plans",
+    "RankError",
     "SparseFlashError",
     "attention",
     "attention_backward",
@@ -64,6 +65,7 @@ __all__ = [
     "calibrate",
     "decode",
     "cu_seqlens_of",
+    "distributed",
     "hash_sparse_attention",
     "indexer_kl_loss",
     "indexer_topk",

@@ -233,15 +233,36 @@ def over_plans(
     parts = [attend(q, k, v, plan, options, out_dtype=state, normed=True, **also) for plan in plans]
     unit = unit_of(options.scale, options.softcap, *(also.get(name) for name in BIASES))
     norms = [norm for *_, norm in parts if norm is not None]
-    if sink_logits is not None:  # a sink is a key with that logit, and value 0
-        logit = sink_logits.double()[:, None].expand(q.shape[:3])
-        norms.append(_pair(logit / unit, logit, unit, state))
-    tops, rests = torch.stack(norms, 1).double()
+    if sink_logits is not None:
+        norms.append(of_sinks(sink_logits, q.shape[:3], unit, state))
+    mixed, norm = combined([out for out, *_ in parts], norms, unit, state)
+    out = empty_like_layout(q, v.shape[-1], wanted).copy_(mixed)
+    top, rest = norm
+    return out, (top * unit + rest).to(state), norm.to(state)
+
+
+def of_sinks(sink_logits: Tensor, rows: torch.Size, unit: float, state: torch.dtype) -> Tensor:
+    """The norm of a sink: a key with that logit, and value 0."""
+    logit = sink_logits.double()[:, None].expand(rows)
+    return _pair(logit / unit, logit, unit, state)
+
+
+def combined(
+    outs: Sequence[Tensor], norms: Sequence[Tensor], unit: float, state: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Parts of one softmax as one: out in full precision, and the norm in fp64; norms may have no out."""
+    tops, rests = torch.stack([norm.double() for norm in norms], 1)
     top = tops.amax(0)
     weight = torch.exp((tops - torch.where(top == NEVER, 0, top)) * unit + rests)
     total = weight.sum(0)
     some = total > 0
     rest = torch.where(some, torch.log(torch.where(some, total, 1)), 0)
-    mixed = _weighed([out for out, *_ in parts], (weight / torch.where(some, total, 1)).to(state))
-    out = empty_like_layout(q, v.shape[-1], wanted).copy_(mixed)
-    return out, (top * unit + rest).to(state), torch.stack([top, rest]).to(state)
+    return _weighed(outs, (weight / torch.where(some, total, 1)).to(state)), torch.stack([top, rest])
+
+
+def bias_gradient(dbias: Tensor, key_bias: Tensor) -> Tensor:
+    """Gradients [B,H,T] of every query head as those of a bias [B|1,H',T], summed in a fixed order."""
+    B, H, T = dbias.shape
+    own_batch, own = key_bias.shape[:2]
+    dbias = dbias.view(B, own, H // own, T).sum(2)
+    return dbias.sum(0, keepdim=True) if own_batch == 1 and B != 1 else dbias

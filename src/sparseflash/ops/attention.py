@@ -15,6 +15,7 @@ from ..errors import SparseFlashError
 from ..numerics import (
     Softmax,
     Statistics,
+    bias_gradient,
     blocks,
     empty_like_layout,
     norm_of,
@@ -111,11 +112,8 @@ def _backward(
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
         dbias = q.new_empty(0, dtype=state)
-    else:  # heads and batch slots that share a row of the bias add up, in a fixed order
-        B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
-        own_batch, own = key_bias.shape[:2]
-        dbias = _sum([part[3] for part in parts]).view(B, own, H // own, Tk).sum(2)
-        dbias = dbias.sum(0, keepdim=True) if own_batch == 1 and B != 1 else dbias
+    else:
+        dbias = bias_gradient(_sum([part[3] for part in parts]), key_bias)
     if options.pairs and pair_bias is not None:
         dpair = dpair.sum_to_size(pair_bias.shape)
     dq, dk, dv = (x.to(wanted).contiguous() for x in (dq, dk, dv))
@@ -136,7 +134,7 @@ def _empty_gradients(
 _gradients = register("attention_backward", _backward, _empty_gradients)
 
 
-def _sink_gradient(
+def sink_gradient(
     dout: Tensor, dlse: Tensor | None, out: Tensor, norm: Tensor, sink_logits: Tensor, unit: float
 ) -> Tensor:
     """The sink is a key with value 0: d = sum over rows of p_sink * (dlse - delta)."""
@@ -160,7 +158,7 @@ def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any
     dsink = None
     if sink_logits is not None:
         unit = unit_of(options.scale, options.softcap, key_bias, alibi_slopes, pair_bias)
-        dsink = once(_sink_gradient(dout, dlse, out, norm, sink_logits, unit))
+        dsink = once(sink_gradient(dout, dlse, out, norm, sink_logits, unit))
     found = None if key_bias is None else dbias, dsink, None, None, dpair if options.pairs else None
     return dq, dk, dv, *found
 

@@ -1,0 +1,7 @@
+"""Attention over the tokens of many ranks: any plan, exactly, forward and backward, balanced."""
+
+from .attention import attention
+from .context import ContextParallel, context_parallel
+from .layouts import Layout, areas, balance, readers
+
+__all__ = ["ContextParallel", "Layout", "areas", "attention", "balance", "context_parallel", "readers"]

@@ -1,0 +1,309 @@
+"""Attention over sharded tokens: each rank attends its own queries to the keys of all, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..dispatch import choose
+from ..errors import SparseFlashError
+from ..numerics import NEVER, Softmax, bias_gradient, combined, of_sinks, state_dtype, unit_of
+from ..ops._arguments import (
+    AnyPlan,
+    as_backend,
+    as_scale,
+    as_softcap,
+    autocast,
+    check_bias,
+    check_inputs,
+    check_sink,
+)
+from ..ops.attention import attention as whole
+from ..ops.attention import sink_gradient
+from .context import ContextParallel, current
+from .pairs import of_heads
+from .transports import swapped
+
+
+class Job(NamedTuple):
+    """What the pieces of one call have in common."""
+
+    cp: ContextParallel
+    transport: Any
+    options: Softmax
+    call: int
+
+
+class _Attend(torch.autograd.Function):
+    """One softmax over the keys of all ranks; the gradient takes the way of the keys again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        job: Job,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Tensor | None,
+        sink_logits: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        options, state = job.options, state_dtype(q)
+        unit = unit_of(options.scale, options.softcap, key_bias)
+        attend = choose("forward", options.backend, q, k, v).forward
+        found = None  # out in full precision, and its norm
+        for step, (origin, keys) in enumerate(job.transport.forward(_keys(k, v, key_bias))):
+            job.cp.at(f"forward of call {job.call}, step {step}")
+            bias = keys[2] if key_bias is not None else None
+            for plan in job.transport.plans(origin):
+                out, _, norm = attend(
+                    q, keys[0], keys[1], plan, options, key_bias=bias, out_dtype=state, normed=True
+                )
+                assert norm is not None
+                if found is None:
+                    found = out, norm
+                else:
+                    found = combined([found[0], out], [found[1], norm], unit, state)
+        if found is None:  # nothing is seen
+            out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=state)
+            norm = q.new_zeros(2, *q.shape[:3], dtype=state)
+            norm[0] = NEVER
+            found = out, norm
+        if sink_logits is not None:
+            sinks = of_sinks(sink_logits, q.shape[:3], unit, state)
+            found = combined([found[0]], [found[1], sinks], unit, state)
+        out, norm = found[0].to(q.dtype), found[1].to(state)
+        top, rest = norm.double()
+        lse = (top * unit + rest).to(state)
+        ctx.job, ctx.unit = job, unit
+        ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, norm)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        job, (q, k, v, key_bias, sink_logits, out, norm) = ctx.job, ctx.saved_tensors
+        options, state = job.options, state_dtype(q)
+        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        delta = (dout.to(state) * out.to(state)).sum(-1)
+        run = choose("backward", options.backend, q, k, v).backward
+        dq = torch.zeros(q.shape, dtype=state, device=q.device)
+        walk, step = job.transport.backward(_keys(k, v, key_bias), state), 0
+        origin, keys = next(walk)
+        while True:
+            job.cp.at(f"backward of call {job.call}, step {step}")
+            bias = keys[2] if key_bias is not None else None
+            given: tuple[Tensor, ...] | None = None
+            for plan in job.transport.plans(origin):
+                found = run(
+                    dout,
+                    q,
+                    *keys[:2],
+                    None,
+                    norm,
+                    dlse,
+                    plan,
+                    options,
+                    delta=delta,
+                    key_bias=bias,
+                    grad_dtype=state,
+                )
+                dq += found[0]
+                mine = tuple(found[1:3])
+                if bias is not None:
+                    mine = (*mine, bias_gradient(found[3], bias))
+                given = mine if given is None else tuple(a + b for a, b in zip(given, mine))
+            step += 1
+            try:
+                origin, keys = walk.send(given)
+            except StopIteration as stop:
+                total = stop.value
+                break
+        dsink = None
+        if sink_logits is not None:
+            dsink = sink_gradient(dout, dlse, out, norm, sink_logits, ctx.unit).to(sink_logits.dtype)
+        dbias = total[2].to(key_bias.dtype) if key_bias is not None else None
+        return None, dq.to(q.dtype), total[0].to(k.dtype), total[1].to(v.dtype), dbias, dsink
+
+
+def _keys(k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, ...]:
+    return (k, v) if key_bias is None else (k, v, key_bias)
+
+
+class Options(TypedDict, total=False):
+    """Options of `attention` here, those of `sparseflash.attention`."""
+
+    scale: float | None
+    softcap: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    backend: str | None
+    return_lse: bool
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None = None, **options: Unpack[Options]
+) -> Any:
+    """Exact attention of this rank's queries to the keys of all ranks, with gradients.
+
+    Call it on every rank of a `context_parallel`, with the shards of `cp.shard`. The result is that of
+    `sparseflash.attention` over all tokens, for this rank's queries. The gradient of a parameter that every
+    rank has (`sink_logits`, and weights before and behind) is this rank's share: sum it over ranks.
+
+    Parameters
+    ----------
+    q, k, v : Tensor
+        This rank's tokens, `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]`; or DTensors of all with `Shard(2)`,
+        under the layout "chunks".
+    plan : Plan or tuple of Plan, optional
+        Of all tokens, the same on every rank; that of the context by default, or what its method selects.
+    scale, softcap, sink_logits, backend
+        As in `sparseflash.attention`.
+    key_bias : Tensor, optional
+        `[B|1, H, n]` of this rank's keys, with gradient.
+    return_lse : bool
+        Also return the log-sum-exp `[B,Hq,n]`, differentiable.
+
+    Returns
+    -------
+    Tensor or (Tensor, Tensor)
+        out `[B,Hq,n,Dv]`, and lse.
+
+    Raises
+    ------
+    RankError
+        Where another rank has another plan, other shapes or options; or died, or is silent for longer than
+        the timeout: naming it, and the step.
+
+    Examples
+    --------
+    On one rank it is `sparseflash.attention`; `docs/distributed.md` has an example of two.
+
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 300, 32)
+    >>> plan = sf.Plan.dense(300, 300, causal=True)
+    >>> with sf.distributed.context_parallel(None, plan) as cp:
+    ...     out = sf.distributed.attention(*(cp.shard(x, 2) for x in (q, k, v)))
+    >>> torch.allclose(cp.unshard(out, 2), sf.attention(q, k, v, plan), atol=1e-5)
+    True
+    """
+    cp = current()
+    if not isinstance(q, Tensor) or hasattr(q, "to_local"):
+        return _of_dtensors(cp, q, k, v, plan, options)
+    return _local(cp, q, k, v, plan, **options)
+
+
+def _local(
+    cp: ContextParallel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AnyPlan | None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    key_bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    q, k, v = autocast(q, k, v)
+    check_inputs(q, k, v)
+    if key_bias is not None:
+        check_bias(key_bias, q, k)
+    if sink_logits is not None:
+        check_sink(sink_logits, q)
+    plans = cp.plans(q, k, v, plan, scale=scale, softcap=softcap)
+    for one in plans:
+        if q.shape[1] % one.extent()[1] or one.extent()[0] not in (1, q.shape[0]):
+            raise SparseFlashError(f"a plan of {one.extent()} (batch, heads) is not for q {list(q.shape)}")
+    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
+    call = cp.begin(plans, q, k, v, key_bias, sink_logits, options)
+    if cp.world == 1:
+        extra = {"scale": scale, "softcap": softcap, "key_bias": key_bias, "sink_logits": sink_logits}
+        return whole(q, k, v, plans, backend=backend, return_lse=return_lse, **extra)
+    if cp.heads_move:
+        out, lse = _over_heads(cp, q, k, v, plans, options, key_bias, sink_logits)
+    else:
+        job = Job(cp, cp.transport_of(plans), options, call)
+        out, lse = _Attend.apply(job, q, k, v, key_bias, sink_logits)
+    return (out, lse) if return_lse else out
+
+
+class _Swap(torch.autograd.Function):
+    """`swapped`, whose gradient is the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, cp: ContextParallel, x: Tensor, keys: bool, to_heads: bool) -> Tensor:
+        ctx.given = cp, keys, to_heads
+        return swapped(cp.peers, cp.key_layout if keys else cp.layout, x, to_heads=to_heads)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        cp, keys, to_heads = ctx.given
+        return None, _Swap.apply(cp, slope, keys, not to_heads), None, None
+
+
+def _over_heads(
+    cp: ContextParallel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: Sequence[Any],
+    options: Softmax,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Ulysses (arXiv 2309.14509): all tokens of some heads on each rank, and back."""
+    heads, world = q.shape[1], cp.world
+    if heads % world or k.shape[1] % world:
+        raise SparseFlashError(
+            f"transport='ulysses' needs heads that {world} ranks can share; q has {heads}, k {k.shape[1]}: "
+            "use 'ring' or 'groupcast'"
+        )
+    cp.at("moving heads")
+    first, last = heads // world * cp.rank, heads // world * (cp.rank + 1)
+    if key_bias is not None:
+        wide = key_bias.repeat_interleave(heads // key_bias.shape[1], 1).expand(q.shape[0], -1, -1)
+        key_bias = _Swap.apply(cp, wide[..., None], True, True)[..., 0]
+    out, lse = whole(
+        _Swap.apply(cp, q, False, True),
+        _Swap.apply(cp, k, True, True),
+        _Swap.apply(cp, v, True, True),
+        tuple(of_heads(plan, first, last, heads) for plan in plans),
+        scale=options.scale,
+        softcap=options.softcap or None,
+        backend=options.backend or None,
+        key_bias=key_bias,
+        sink_logits=None if sink_logits is None else sink_logits[first:last],
+        return_lse=True,
+    )
+    return _Swap.apply(cp, out, False, False), _Swap.apply(cp, lse[..., None], False, False)[..., 0]
+
+
+def _of_dtensors(cp: ContextParallel, q: Any, k: Any, v: Any, plan: AnyPlan | None, options: Any) -> Any:
+    """The same for DTensors: their shards attend, and are a DTensor again."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    for x in (q, k, v):
+        if not isinstance(x, DTensor) or tuple(x.placements) != (Shard(2),) or cp.layout.name != "chunks":
+            given = f"{type(x).__name__} {getattr(x, 'placements', '')}"
+            raise SparseFlashError(
+                f"q, k, v: {given} under layout {cp.layout.name!r}: expected three tensors of this rank's "
+                "tokens, or three DTensors with placements [Shard(2)] and layout='chunks'"
+            )
+    found = _local(cp, *(x.to_local() for x in (q, k, v)), plan, **options)
+    several = found if isinstance(found, tuple) else (found,)
+    shapes = [(*q.shape[:3], v.shape[-1]), q.shape[:3]]
+    made = []
+    for x, shape in zip(several, shapes):
+        stride = torch.empty(shape, device="meta").stride()
+        placed = DTensor.from_local(
+            x, q.device_mesh, [Shard(2)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
+        made.append(placed)
+    return tuple(made) if isinstance(found, tuple) else made[0]

@@ -1,0 +1,84 @@
+"""The plan of one rank: what its queries see of the keys of each rank, as local plans."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from ..plan.options import spread_heads
+from ..plan.record import FLAT
+from ..plan.stamps import Last
+from .layouts import Layout, readers
+
+M = TypeVar("M")
+
+
+class Pairs:
+    """Plans restricted to the queries of a rank, and to the keys of each rank; made when first asked for."""
+
+    def __init__(self, plans: Sequence[Plan], rank: int, layout: Layout, key_layout: Layout) -> None:
+        self.plans, self.rank, self.layout, self.key_layout = tuple(plans), rank, layout, key_layout
+        own = layout.ranks[rank]
+        self.mine = [plan.restrict(own) for plan in self.plans]
+        self._made: dict[tuple[int, bool], tuple[Plan, ...]] = {}
+        self._reads: Tensor | None = None
+
+    def of(self, origin: int, *, read: bool = False) -> tuple[Plan, ...]:
+        """What is seen of the keys of a rank (or of those that are read of them): plans that list any."""
+        if (origin, read) not in self._made:
+            keys = self.key_layout.ranks[origin]
+            keys = keys[self.needs(self.rank, origin)] if read else keys
+            made = [plan.restrict(None, keys) for plan in self.mine] if len(keys) else []
+            some = [plan for plan in made if any(x is not None and len(x) for x in (plan.spans, plan.index))]
+            self._made[origin, read] = tuple(some)
+        return self._made[origin, read]
+
+    @property
+    def reads(self) -> Tensor:
+        """Which keys each rank reads, bool [world, Tk]."""
+        if self._reads is None:
+            self._reads = readers(self.plans, self.layout, self.key_layout)
+        return self._reads
+
+    def needs(self, reader: int, origin: int) -> Tensor:
+        """Places in the shard of `origin` of the keys that `reader` reads."""
+        return self.reads[reader, self.key_layout.ranks[origin]].nonzero()[:, 0]
+
+    def sparse(self) -> bool:
+        """Whether sending only what is read sends less than half of what a ring does."""
+        own = torch.arange(self.layout.world)[:, None] == self.key_layout.owner
+        sent = int((self.reads & ~own).sum())
+        return 2 * sent <= (self.layout.world - 1) * self.key_layout.T
+
+
+def of_heads(plan: Plan, first: int, last: int, heads: int) -> Plan:
+    """The plan of query heads `first ... last - 1` of so many."""
+    own = {
+        name: spread_heads(x, heads)[:, first:last]
+        for name, x in plan.tensors().items()
+        if name not in FLAT and x.shape[1] > 1
+    }
+    return plan._changed(**own)
+
+
+class Memory(Generic[M]):
+    """What was made of plans, while they are the same: the layers and steps that share a plan."""
+
+    def __init__(self, most: int = 32) -> None:
+        self._known: deque[Last[M]] = deque(maxlen=most)
+
+    def of(self, plans: Sequence[Plan], make: Callable[[], M]) -> M:
+        """What was made of these plans, or is now."""
+        kept = [*plans, *(x for plan in plans for x in plan.tensors().values())]
+        for last in self._known:
+            found = last.get(*kept)
+            if found:
+                return found[0]
+        last = Last[M]()
+        self._known.append(last)
+        return last.keep(make(), *kept)

@@ -1,0 +1,174 @@
+"""Ranks that send one another tensors. A wait ends within a timeout, with an error that says who is lost.
+
+A rank that waits in vain says so in the store of the process group, and for whom it waited. Whoever did not
+say so is the one that is dead or stalls: the others follow one another to it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import RankError
+
+GRACE = 0.25
+"""Share of the timeout that is left for asking who is missing."""
+
+
+class Peers:
+    """The ranks of one process group, by their place in it.
+
+    Parameters
+    ----------
+    group : ProcessGroup or None
+        None: the default group.
+    timeout : float
+        Seconds until a wait ends.
+    """
+
+    def __init__(self, group: Any, timeout: float) -> None:
+        self.group = dist.group.WORLD if group is None else group
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.timeout = timeout
+        self.doing = "setting up"
+        self.faults = _Faults()
+
+    def everywhere(self, rank: int) -> int:
+        """The global rank of a place in the group."""
+        return dist.get_global_rank(self.group, rank)
+
+    def start(self, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Tensor]]) -> Transfer:
+        """Begin to send and receive: (place in the group, tensor); empty tensors are not sent."""
+        ops, peers = [], []
+        for op, given in ((dist.isend, send), (dist.irecv, receive)):
+            for peer, x in given:
+                if x.numel():
+                    ops.append(dist.P2POp(op, x, self.everywhere(peer), self.group))
+                    peers.append(peer)
+        works: Sequence[Any] = ()
+        if ops:
+            try:
+                works = dist.batch_isend_irecv(ops)
+            except RuntimeError as error:
+                self.fail(peers[0], error)
+        if len(works) != len(peers):  # backends that join them
+            peers = [-1] * len(works)
+        return Transfer(self, list(zip(works, peers)), [x for _, x in (*send, *receive)])
+
+    def gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """The tensors of all ranks, which may differ in the length `sizes` of their first axis."""
+        if self.world == 1:
+            return [x]
+        sizes = [len(x)] * self.world if sizes is None else sizes
+        most = max(sizes)
+        own = x.new_zeros(most, *x.shape[1:])
+        own[: len(x)] = x
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        if own.numel():
+            try:
+                self._end(dist.all_gather(found, own, group=self.group, async_op=True), x.device)
+            except RuntimeError as error:
+                self.fail(-1, error)
+        return [y[:n] for y, n in zip(found, sizes)]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1 and x.numel():
+            try:
+                self._end(dist.all_reduce(x, group=self.group, async_op=True), x.device)
+            except RuntimeError as error:
+                self.fail(-1, error)
+        return x
+
+    def _end(self, work: Any, device: torch.device) -> None:
+        if device.type == "cpu":
+            work.wait(timedelta(seconds=self.timeout * (1 - GRACE)))
+        else:
+            work.wait()
+
+    def fail(self, peer: int, error: BaseException) -> None:
+        """Say which rank is missing, and what was being done."""
+        mine = self.everywhere(self.rank)
+        waits = None if peer < 0 else self.everywhere(peer)
+        every = [self.everywhere(rank) for rank in range(self.world)]
+        lost = self.faults.trace(mine, waits, every, self.timeout * GRACE, self.doing)
+        who = f"rank {lost}" if lost is not None else "some rank"
+        via = f" (rank {mine} was waiting for rank {waits})" if waits not in (None, lost) else ""
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise RankError(
+            f"{who} died or stalls: nothing came within {self.timeout:g} s while rank {mine} was in the "
+            f"{self.doing}{via}. Start all ranks again from the last checkpoint, on any number of them; if "
+            f"one only takes longer, raise timeout= of context_parallel ({said})"
+        ) from error
+
+
+class Transfer:
+    """Sends and receives on their way; the tensors are kept until they have arrived."""
+
+    def __init__(self, peers: Peers, works: list[tuple[Any, int]], kept: list[Tensor]) -> None:
+        self.peers, self.works, self.kept = peers, works, kept
+
+    def wait(self) -> None:
+        """Until all has arrived.
+
+        Raises
+        ------
+        RankError
+            Naming the rank that is missing.
+        """
+        for work, peer in self.works:
+            try:
+                self.peers._end(work, self.kept[0].device)
+            except RuntimeError as error:
+                self.peers.fail(peer, error)
+        self.works = []
+
+
+class _Faults:
+    """Who waits for whom, once something is wrong; in the store that all ranks can read."""
+
+    def __init__(self) -> None:
+        try:
+            self.store = dist.PrefixStore("sparseflash/waits", dist.distributed_c10d._get_default_store())
+        except (AttributeError, ValueError):
+            self.store = None
+
+    def trace(
+        self, mine: int, waits: int | None, every: Sequence[int], grace: float, doing: str
+    ) -> int | None:
+        """The rank that nobody hears of any more; None where that cannot be told."""
+        if self.store is None:
+            return waits
+        deadline = time.monotonic() + grace
+        try:
+            self.store.set(str(mine), json.dumps({"waits": waits, "doing": doing}))
+            seen, at = {mine}, waits
+            while at is not None and at not in seen:
+                said = self._said(at, deadline)
+                if said is None:
+                    return at
+                seen.add(at)
+                at = said["waits"]
+            for rank in every:  # a circle, or a wait for all: whoever says nothing
+                if rank not in seen and self._said(rank, deadline) is None:
+                    return rank
+        except RuntimeError:  # the store died with the rank that had it
+            return waits if waits is not None else 0
+        return None
+
+    def _said(self, rank: int, deadline: float) -> Any:
+        left = max(deadline - time.monotonic(), 0.05)
+        try:
+            self.store.wait([str(rank)], timedelta(seconds=left))
+            return json.loads(self.store.get(str(rank)))
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, dist.DistNetworkError):
+                raise
+            return None

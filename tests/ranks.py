@@ -1,0 +1,316 @@
+"""Processes that are the ranks of a group: started once, they run many cases. Functions below run in all.
+
+with Ranks(4) as ranks:
+    results = ranks(attend, world=3, seed=1, ...)      # one a rank
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn  # before any group is made: its functions keep the one that they meet
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import plans
+import sparseflash as sf
+
+STARTS = 120.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _work(rank: int, world: int, port: int, jobs: Any, results: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    groups = {n: dist.new_group(range(n)) for n in range(1, world + 1)}
+    results.put((rank, None, None))
+    while (job := jobs.get()) is not None:
+        run, size, options = job
+        try:
+            found = run(groups[size], **options) if rank < size else None
+            results.put((rank, found, None))
+        except BaseException as error:
+            results.put(
+                (rank, error if isinstance(error, sf.SparseFlashError) else None, traceback.format_exc())
+            )
+    results.put((rank, None, None))  # all have done all before anybody leaves
+    jobs.get()
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """So many processes; a call runs a function of this module in the first `world` of them."""
+
+    def __init__(self, world: int) -> None:
+        context = mp.get_context("spawn")
+        self.world, port = world, free_port()
+        self.jobs = [context.Queue() for _ in range(world)]
+        self.results = context.Queue()
+        self.processes = [
+            context.Process(target=_work, args=(r, world, port, self.jobs[r], self.results), daemon=True)
+            for r in range(world)
+        ]
+        for process in self.processes:
+            process.start()
+        self._collect(STARTS)
+
+    def _collect(self, seconds: float, missing: tuple[int, ...] = ()) -> list[tuple[Any, str | None]]:
+        found: dict[int, tuple[Any, str | None]] = {}
+        for _ in range(self.world - len(missing)):
+            rank, result, error = self.results.get(timeout=seconds)
+            found[rank] = result, error
+        return [found.get(rank, (None, "no answer")) for rank in range(self.world)]
+
+    def start(self, run: Callable[..., Any], *, world: int, **options: Any) -> None:
+        """Begin a function in all."""
+        for jobs in self.jobs:
+            jobs.put((run, world, options))
+
+    def __call__(
+        self, run: Callable[..., Any], *, world: int, seconds: float = 90.0, **options: Any
+    ) -> list[Any]:
+        """What a function gives on each rank."""
+        self.start(run, world=world, **options)
+        found = self._collect(seconds)
+        for rank, (_, error) in enumerate(found):
+            assert error is None, f"rank {rank}:\n{error}"
+        return [result for result, _ in found[:world]]
+
+    def close(self) -> None:
+        """End the processes."""
+        for jobs in self.jobs:
+            jobs.put(None)
+        try:
+            self._collect(10)
+        except queue.Empty:
+            pass
+        for jobs in self.jobs:
+            jobs.put(None)
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def inputs(
+    seed: int, plan: Any, dtype: torch.dtype, *, heads: int, kv_heads: int, D: int, extras: bool
+) -> dict:
+    """Seeded q, k, v, slopes and, with `extras`, a bias of keys and sinks."""
+    one = plan[0] if isinstance(plan, tuple) else plan
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    made = {
+        "q": draw(2, heads, one.Tq, D).to(dtype),
+        "k": draw(2, kv_heads, one.Tk, D).to(dtype),
+        "v": draw(2, kv_heads, one.Tk, D).to(dtype),
+        "dout": draw(2, heads, one.Tq, D).to(dtype),
+        "dlse": draw(2, heads, one.Tq),
+    }
+    if extras:
+        made |= {"key_bias": draw(1, kv_heads, one.Tk), "sink_logits": draw(heads)}
+    return made
+
+
+def plan_of(seed: int, kind: str, *, Tq: int | None = None, Tk: int | None = None) -> tuple[Any, Tensor, str]:
+    """A plan of a kind of the generator, or several in one softmax; its mask, and its line."""
+    if kind == "several":
+        g = torch.Generator().manual_seed(seed)
+        T = Tq or 200
+        near = sf.Plan.dense(T, T, causal=True, window=(15, 0), tile=32)
+        bucket = torch.randint(4, (1, 2, T), generator=g)
+        both = sf.Plan.from_buckets(bucket, bucket, tile=32) | near
+        return both, both.to_dense(), f"several of {T}"
+    found = plans.example(seed, kind, batch=2, heads=4, Tq=Tq, Tk=Tk)
+    return found.plan, found.mask, found.line
+
+
+def attend(
+    group: Any,
+    *,
+    seed: int,
+    kind: str,
+    layout: Any = "auto",
+    transport: str = "auto",
+    extras: bool = False,
+    dtype: torch.dtype = torch.float32,
+    kv_heads: int = 2,
+    D: int = 16,
+    shape: tuple[int, int] = (None, None),
+    nodes: int = 1,
+    repeats: int = 1,
+) -> dict[str, Any]:
+    """Attention and all gradients, of all tokens (of sinks: this rank's share); and what is visited."""
+    plan, _, _ = plan_of(seed, kind, Tq=shape[0], Tk=shape[1])
+    given = inputs(seed, plan, dtype, heads=4, kv_heads=kv_heads, D=D, extras=extras)
+    place = group if nodes == 1 else _nodes(group, nodes)
+    found: dict[str, Any] = {}
+    for n in range(repeats):
+        with sf.distributed.context_parallel(
+            place, plan, layout=layout, transport=transport, timeout=40
+        ) as cp:
+            axes = {"q": "q", "dout": "q", "dlse": "q", "k": "k", "v": "k", "key_bias": "k"}
+            own = {}
+            for name, x in given.items():
+                side = {"q": cp.layout, "k": cp.key_layout}.get(axes.get(name, ""))
+                own[name] = x if side is None else x.index_select(2, side.ranks[cp.rank])
+            leaves = {name: x.requires_grad_() for name, x in own.items() if name not in ("dout", "dlse")}
+            options = {name: own[name] for name in ("key_bias", "sink_logits") if name in own}
+            out, lse = sf.distributed.attention(own["q"], own["k"], own["v"], return_lse=True, **options)
+            seen = lse > -torch.inf
+            total = (out.float() * own["dout"].float()).sum() + torch.where(seen, lse * own["dlse"], 0).sum()
+            gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
+            now = {"out": out.detach(), "lse": lse.detach()}
+            now |= {f"d{n.removeprefix('key_').removesuffix('_logits')}": x for n, x in gradients.items()}
+            if n:
+                same = all(torch.equal(now[name], found[name]) for name in now)
+                assert same, "another result for the same call"
+            found |= now
+        where = {"q": cp.layout.ranks[cp.rank], "k": cp.key_layout.ranks[cp.rank]}
+    made = cp.transport_of(cp.plan) if cp.world > 1 and transport != "ulysses" else None
+    pairs = 0
+    if made is not None:
+        from sparseflash.plan.figures import visible_pairs
+
+        pairs = sum(visible_pairs(p) / _lists(p) for o in range(cp.world) for p in made.plans(o))
+    return {
+        **{n: x.numpy() if x.dtype != torch.bfloat16 else x for n, x in found.items()},
+        "where": where,
+        "pairs": pairs,
+        "transport": type(made).__name__,
+        "layout": cp.layout.name,
+    }
+
+
+def _lists(plan: sf.Plan) -> int:
+    batch, heads = plan.extent()
+    return batch * heads
+
+
+_meshes: dict[Any, Any] = {}
+
+
+def _nodes(group: Any, nodes: int) -> tuple[Any, Any]:
+    """Outer and inner groups of so many nodes."""
+    world = dist.get_world_size(group)
+    if (world, nodes) not in _meshes:
+        _meshes[world, nodes] = init_device_mesh(
+            "cpu", (nodes, world // nodes), mesh_dim_names=("node", "place")
+        )
+    mesh = _meshes[world, nodes]
+    return mesh["node"], mesh["place"]
+
+
+AXES = {"out": "q", "lse": "q", "dq": "q", "dk": "k", "dv": "k", "dbias": "k"}
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The results of all ranks as those of one: tokens where they belong, shares of sinks summed."""
+    found: dict[str, Tensor] = {}
+    for name in results[0]:
+        if name in AXES:
+            parts = [torch.as_tensor(r[name]) for r in results]
+            order = torch.cat([torch.as_tensor(r["where"][AXES[name]]) for r in results])
+            found[name] = torch.cat(parts, 2).index_select(2, order.argsort())
+        elif name == "dsink":
+            found[name] = torch.stack([torch.as_tensor(r[name]) for r in results]).sum(0)
+    return found
+
+
+def differ(group: Any, *, what: str) -> str:
+    """The last rank gives something else than the others; what each is told."""
+    last = dist.get_rank() == dist.get_world_size(group) - 1
+    T, options = 96, {}
+    plan = sf.Plan.dense(T, T, causal=True, window=(9 if what == "plan" and last else 8, 0))
+    layout = "striped" if what == "layout" and last else "zigzag"
+    if what == "options" and last:
+        options["scale"] = 1.0
+    with sf.distributed.context_parallel(group, plan, layout=layout, timeout=20) as cp:
+        heads = 2 if what == "shape" and last else 4
+        q, k, v = (cp.shard(x, 2) for x in torch.randn(3, 1, heads, T, 16))
+        try:
+            sf.distributed.attention(q, k, v, **options)
+        except sf.RankError as error:
+            return str(error)
+    return "nothing"
+
+
+def lose(group: Any, *, how: str, seconds: float) -> str:
+    """Rank 1 dies or stalls inside its second call; what the others are told, and when."""
+    T = 512
+    plan = sf.Plan.dense(T, T, causal=True)
+    rank, begin = dist.get_rank(), time.monotonic()
+    with sf.distributed.context_parallel(group, plan, transport="ring", timeout=seconds) as cp:
+        q, k, v = (cp.shard(x, 2) for x in torch.randn(3, 1, 4, T, 16))
+        sf.distributed.attention(q, k, v)
+        if rank == 1:
+            transport = cp.transport_of(cp.plan)
+            of = transport.pairs.of
+
+            def fails(origin: int, **more: Any) -> Any:
+                if origin == 3:
+                    if how == "dies":
+                        os._exit(1)
+                    time.sleep(seconds * 3)
+                return of(origin, **more)
+
+            transport.pairs.of = fails
+        try:
+            for _ in range(3):  # a rank may have had all that it needed
+                sf.distributed.attention(q, k, v)
+        except sf.RankError as error:
+            return f"{time.monotonic() - begin:.1f} {error}"
+    return "nothing"
+
+
+def chosen(group: Any, *, method: Any, transport: str = "auto") -> dict[str, Any]:
+    """A method over sharded queries and keys, and over all of them: both results, of all tokens."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 1, 4, 500, 16, generator=g)
+    with (
+        sf.distributed.context_parallel(group, method, transport=transport, timeout=40) as cp,
+        torch.no_grad(),
+    ):
+        own = (cp.shard(x, 2) for x in (q, k, v))
+        out = cp.unshard(sf.distributed.attention(*own), 2)
+    return {"out": out.numpy(), "whole": method(q, k, v).numpy(), "sum": float(out.sum())}
+
+
+def as_dtensors(group: Any) -> float:
+    """The largest error of attention over DTensors, forward and backward."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 4, 301, 16, generator=g).unbind())
+    plan = sf.Plan.dense(301, 301, causal=True, window=(70, 0))
+    want = sf.attention(q, k, v, plan)
+    slopes = torch.autograd.grad(want.square().sum(), (q, k, v))
+    given = [distribute_tensor(x.detach(), mesh, [Shard(2)]).requires_grad_() for x in (q, k, v)]
+    with sf.distributed.context_parallel(mesh["cp"], plan, layout="chunks", timeout=40):
+        out = sf.distributed.attention(*given)
+    found = torch.autograd.grad(out.square().sum(), given)
+    pairs = [(out, want), *zip(found, slopes)]
+    return max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)

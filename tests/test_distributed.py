@@ -1,0 +1,138 @@
+"""Attention over ranks is that of one process: each kind of plan, layout, transport, with all gradients."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import plans
+import ranks
+import sparseflash as sf
+import tolerance
+
+KINDS = [*sorted(plans.KINDS), "several"]
+WAYS = [
+    ("contiguous", "ring"),
+    ("zigzag", "groupcast"),
+    ("striped", "ring"),
+    ("auto", "auto"),
+    ("chunks", "groupcast"),
+    ("zigzag", "ulysses"),
+]
+
+
+@pytest.fixture(scope="module")
+def group():
+    """Four processes, of which calls take the first few."""
+    made = ranks.Ranks(4)
+    yield made
+    made.close()
+
+
+def check(group, seed, kind, world, **options):
+    """Results of ranks against fp64."""
+    results = group(ranks.attend, world=world, seed=seed, kind=kind, **options)
+    shape = options.get("shape", (None, None))
+    plan, mask, line = ranks.plan_of(seed, kind, Tq=shape[0], Tk=shape[1])
+    made = {"dtype": torch.float32, "kv_heads": 2, "D": 16, "extras": False} | options
+    given = ranks.inputs(
+        seed, plan, made["dtype"], heads=4, **{n: made[n] for n in ("kv_heads", "D", "extras")}
+    )
+    q, k, v = (given.pop(n) for n in "qkv")
+    dlse = given.pop("dlse")
+    tolerance.compare(
+        ranks.joined(results), q, k, v, mask, dlse=dlse, note=f"{line} {world} ranks {options}", **given
+    )
+    return results, plan
+
+
+def seeds(kind, n=1):
+    """Seeds of a kind, the same every time, of plans that see something."""
+    start = zlib.crc32(kind.encode()) % 1000
+    found = []
+    while len(found) < n:
+        plan, mask, _ = ranks.plan_of(start, kind)
+        one = plan[0] if isinstance(plan, tuple) else plan
+        if min(one.Tq, one.Tk) > 14 and bool(mask.any()):
+            found.append(start)
+        start += 1
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_plan_on_two_and_four_ranks(group, kind):
+    at = KINDS.index(kind)
+    for n, (seed, world) in enumerate(zip(seeds(kind, 2), (2, 4))):
+        layout, transport = WAYS[(at + 3 * n) % len(WAYS)]
+        way = {"layout": layout, "transport": transport, "extras": bool((at + n) % 2)}
+        check(group, seed, kind, world, kv_heads=4 if transport == "ulysses" else 2, repeats=2, **way)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "options"),
+    [
+        ("dense", 3, {"shape": (131, 131), "transport": "ring", "extras": True}),
+        ("window", 4, {"shape": (3, 3), "layout": "contiguous", "transport": "groupcast"}),  # a rank has none
+        ("sink", 4, {"shape": (257, 257), "nodes": 2, "transport": "ring", "extras": True}),
+        ("buckets", 4, {"shape": (300, 300), "nodes": 2, "transport": "ring", "layout": "striped"}),
+        ("several", 3, {"shape": (201, 201), "transport": "groupcast", "layout": "zigzag"}),
+        ("dense", 1, {"shape": (77, 77), "extras": True}),
+        ("sink", 4, {"shape": (257, 257), "dtype": torch.bfloat16, "D": 40, "transport": "ring"}),
+    ],
+)
+def test_shapes_that_do_not_fit(group, kind, world, options):
+    """Three ranks, lengths that no number divides, ranks without a token, nodes of two ranks, bf16."""
+    (seed,) = seeds(kind)
+    results, plan = check(group, seed, kind, world, **options)
+    if world > 1:
+        from sparseflash.plan.figures import parts_of, visible_pairs
+
+        every = sum(visible_pairs(p) / (p.extent()[0] * p.extent()[1]) for p in parts_of(plan))
+        assert sum(r["pairs"] for r in results) == pytest.approx(every, rel=1e-9)
+
+
+@pytest.mark.parametrize("what", ["plan", "layout", "options", "shape"])
+def test_ranks_that_differ_are_told_before_anybody_waits(group, what):
+    for said in group(ranks.differ, world=3, what=what):
+        assert f"ranks differ in the {what}" in said
+        assert "rank 2 is not as rank 0" in said
+
+
+@pytest.mark.parametrize(
+    "method",
+    [sf.methods.Window(window=40), sf.methods.HashSparse(nb=4), sf.methods.MInference(vertical=9, slash=9)],
+    ids=lambda m: type(m).__name__,
+)
+def test_a_method_selects_over_ranks_what_it_selects_over_all(group, method):
+    for found in group(ranks.chosen, world=2, method=method):
+        np.testing.assert_allclose(found["out"], found["whole"], atol=2e-6)
+
+
+def test_dtensors_in_and_out(group):
+    assert max(group(ranks.as_dtensors, world=4)) < 2e-5
+
+
+@pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
+def test_a_lost_rank_is_named_within_the_timeout(how):
+    """By every other, with the step; also by those that waited for somebody who waited for it."""
+    seconds = 6.0
+    made = ranks.Ranks(4)
+    try:
+        made.start(ranks.lose, world=4, how=how, seconds=seconds)
+        said = {}
+        for _ in range(3):
+            rank, found, error = made.results.get(timeout=60)
+            assert error is None, error
+            said[rank] = found
+    finally:
+        for process in made.processes:
+            process.kill()
+    assert sorted(said) == [0, 2, 3]
+    for text in said.values():
+        took, _, message = text.partition(" ")
+        assert message.startswith("rank 1 died or stalls"), said
+        assert "of call 2, step" in message or "of call 3" in message
+        assert float(took) < seconds + 4
