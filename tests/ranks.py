@@ -314,3 +314,37 @@ def as_dtensors(group: Any) -> float:
     found = torch.autograd.grad(out.square().sum(), given)
     pairs = [(out, want), *zip(found, slopes)]
     return max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)
+
+
+def overlap(group: Any, *, method: Any) -> tuple[float, int]:
+    """The share of pairs that a method selects over ranks and over all tokens alike; and tokens of a rank."""
+    from sparseflash.distributed.select import selected
+    from sparseflash.plan.figures import visible_pairs
+
+    g = torch.Generator().manual_seed(7)
+    q, k = torch.randn(2, 1, 4, 700, 16, generator=g)
+    q, k = q + q[:, :, -1:], k[:, ::2]
+    with sf.distributed.context_parallel(group, method, layout="striped", timeout=40) as cp:
+        own = selected(cp, method, cp.shard(q, 2), cp.shard(k, 2), cp.shard(k, 2), {})
+    whole = method.select(q, k).plan
+    return visible_pairs(own & whole) / max(visible_pairs(own), visible_pairs(whole)), len(cp.positions)
+
+
+def sent(group: Any, *, plan: Any, layout: Any) -> int:
+    """Keys that this rank gets from others."""
+    with sf.distributed.context_parallel(group, plan, layout=layout, transport="groupcast", timeout=40) as cp:
+        made = cp.transport_of(cp.plan)
+    return sum(made.read.values())
+
+
+def generate(group: Any) -> float:
+    """The largest error of a decoding step over a cache of which one rank has nothing."""
+    g = torch.Generator().manual_seed(11)
+    q, k, v = (torch.randn(2, 4, n, 16, generator=g) for n in (3, 50, 50))
+    rank, edges = dist.get_rank(), [0, 20, 20, 37, 50]
+    own = slice(edges[rank], edges[rank + 1])
+    plan = sf.Plan.dense(3, 13, causal=True, q_offset=10) if rank == 3 else None
+    cp = sf.distributed.context_parallel(group, timeout=40)
+    out, lse = sf.distributed.decode(cp, q, k[:, :, own], v[:, :, own], plan, return_lse=True)
+    want = sf.attention(q, k, v, sf.Plan.dense(3, 50, causal=True, q_offset=47), return_lse=True)
+    return max(float((a - b).abs().max()) for a, b in zip((out, lse), want))

@@ -136,3 +136,24 @@ def test_a_lost_rank_is_named_within_the_timeout(how):
         assert message.startswith("rank 1 died or stalls"), said
         assert "of call 2, step" in message or "of call 3" in message
         assert float(took) < seconds + 4
+
+
+def test_mtraining_selects_over_ranks_what_it_selects_over_all(group):
+    """From the last queries and a few numbers a token: no keys of others."""
+    method = sf.methods.MTraining(vertical=40, slash=9, granularity=32, near=4, sinks=4)
+    for share, _ in group(ranks.overlap, world=4, method=method):
+        assert share >= 0.99
+
+
+def test_group_cast_sends_a_window_and_star_its_anchor(group):
+    T = 4096
+    window = sf.Plan.dense(T, T, causal=True, window=(300, 0))
+    got = group(ranks.sent, world=4, plan=window, layout="contiguous")
+    assert got[0] == 0 and all(300 <= n <= 1.2 * 300 for n in got[1:])
+    q = torch.zeros(1, 1, T, 8)
+    star = sf.methods.StarAttention(block=T // 4, anchor=128, last=0).select(q, q).plan
+    assert group(ranks.sent, world=4, plan=star, layout="contiguous") == [0, 128, 128, 128]
+
+
+def test_decoding_merges_the_caches_of_all_ranks(group):
+    assert max(group(ranks.generate, world=4)) < 2e-6

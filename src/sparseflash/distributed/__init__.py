@@ -2,6 +2,16 @@
 
 from .attention import attention
 from .context import ContextParallel, context_parallel
+from .decode import decode
 from .layouts import Layout, areas, balance, readers
 
-__all__ = ["ContextParallel", "Layout", "areas", "attention", "balance", "context_parallel", "readers"]
+__all__ = [
+    "ContextParallel",
+    "Layout",
+    "areas",
+    "attention",
+    "balance",
+    "context_parallel",
+    "decode",
+    "readers",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ..ops._arguments import (
 from ..ops.attention import attention as whole
 from ..ops.attention import sink_gradient
 from .context import ContextParallel, current
+from .options import Options
 from .pairs import of_heads
 from .transports import swapped
 
@@ -132,17 +133,6 @@ class _Attend(torch.autograd.Function):
 
 def _keys(k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, ...]:
     return (k, v) if key_bias is None else (k, v, key_bias)
-
-
-class Options(TypedDict, total=False):
-    """Options of `attention` here, those of `sparseflash.attention`."""
-
-    scale: float | None
-    softcap: float | None
-    key_bias: Tensor | None
-    sink_logits: Tensor | None
-    backend: str | None
-    return_lse: bool
 
 
 def attention(

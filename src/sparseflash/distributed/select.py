@@ -44,6 +44,12 @@ class Shards:
         """The sum of a tensor over ranks, the same everywhere."""
         return x if self._cp.peers is None else self._cp.peers.sum(x.contiguous().clone())
 
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """The log of the sum over ranks of the exponentials of a tensor."""
+        if self._cp.peers is None:
+            return x
+        return torch.logsumexp(torch.stack(self._cp.peers.gather(x.contiguous())), 0)
+
     def whole(self, x: Tensor, dim: int) -> Tensor:
         """All tokens of a tensor that has a few numbers a token."""
         found: Tensor = self._cp.unshard(x, dim)

@@ -22,6 +22,7 @@ from .last_dense import LastDense
 from .minference import MInference
 from .mminference import MMInference
 from .moa import MoA
+from .mtraining import MTraining
 from .orion_msp import OrionMSP
 from .paro_attention import PAROAttention
 from .pbs_attn import PBSAttn
@@ -34,6 +35,7 @@ from .sink_window import SinkWindow
 from .sliding_tile import SlidingTile
 from .sparse_vdit import SparseVDiT
 from .sparsed import SparseD
+from .star_attention import StarAttention
 from .strided import Strided
 from .tree import Tree
 from .tri_shape import TriShape
@@ -79,6 +81,8 @@ __all__ = [
     "XAttention",
     "AnchorAttention",
     "MMInference",
+    "MTraining",
+    "StarAttention",
     "DualChunkAttention",
     "coverage",
     "find",

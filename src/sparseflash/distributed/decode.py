@@ -1,0 +1,67 @@
+"""Few queries that every rank has, over a cache that is spread over ranks: phase 2 of Star Attention."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..numerics import merged
+from ..ops._arguments import AnyPlan, check_inputs
+from ..ops.attention import attention
+from .context import ContextParallel
+from .options import Options
+
+
+def decode(
+    cp: ContextParallel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AnyPlan | None = None,
+    **options: Unpack[Options],
+) -> Any:
+    """Attention of queries that every rank has over the keys of all; every rank gets the result.
+
+    Each rank attends its own keys, and results are merged by their log-sum-exps: what is sent is the size of
+    the output, not of the cache. Without gradient.
+
+    Parameters
+    ----------
+    cp : ContextParallel
+        The ranks; its layout and plan play no part.
+    q : Tensor
+        `[B,Hq,n,D]`, the same on every rank.
+    k, v : Tensor
+        This rank's keys and values, `[B,Hkv,m,D]` and `[B,Hkv,m,Dv]`; m may differ, and be 0.
+    plan : Plan or tuple of Plan, optional
+        Of q and this rank's keys; all of them by default. The rank that holds the newest keys gives a causal
+        one where there are several queries.
+    scale, softcap, key_bias, backend, return_lse
+        As in `sparseflash.attention`.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(1, 2, 1, 32), torch.randn(1, 2, 9, 32), torch.randn(1, 2, 9, 32)
+    >>> cp = sf.distributed.context_parallel(None)
+    >>> torch.allclose(sf.distributed.decode(cp, q, k, v), sf.attention(q, k, v), atol=1e-6)
+    True
+    """
+    if options.get("sink_logits") is not None:
+        raise SparseFlashError(
+            "sink_logits= of decode over ranks: every rank would count them; merge them once"
+        )
+    check_inputs(q, k, v)
+    return_lse = options.pop("return_lse", False)
+    with torch.no_grad():
+        out, lse = attention(q, k, v, plan, return_lse=True, out_dtype=torch.float32, **options)
+        if cp.peers is not None:
+            cp.at("merging of a decoding step")
+            both = torch.cat([out, lse[..., None]], -1).contiguous()
+            parts = cp.peers.gather(both)
+            out, lse = merged([(x[..., :-1], x[..., -1]) for x in parts])
+    out = out.to(q.dtype)
+    return (out, lse) if return_lse else out

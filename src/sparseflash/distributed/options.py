@@ -1,0 +1,18 @@
+"""What calls over ranks take, as `sparseflash.attention` does."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Options(TypedDict, total=False):
+    """Options of a call."""
+
+    scale: float | None
+    softcap: float | None
+    key_bias: Tensor | None
+    sink_logits: Tensor | None
+    backend: str | None
+    return_lse: bool

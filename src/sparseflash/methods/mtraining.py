@@ -1,0 +1,140 @@
+"""Vertical-slash for training, in whole blocks, so that many ranks get as much to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..plan import Plan
+from ..plan.options import FAR, host
+from ..selection.budgets import top_indices, top_p
+from ..selection.probes import probe
+from .base import Context, Method, Selection, check_counts, check_shares
+
+
+@dataclass(frozen=True)
+class MTraining(Method):
+    """Each head sees the diagonals of blocks, and the single keys, that the last queries look at most.
+
+    A diagonal through tokens meets two of blocks: both are seen, by every tile of queries, so ranks that hold
+    every n-th block (`layout="striped"`) have the same to do in each step of a ring. Keys of the chosen
+    columns are seen where no chosen block holds them. Over ranks (`sf.distributed`) the last queries go to
+    all, and a number a key and a distance comes back; no queries or keys of others are gathered.
+
+    The released code ranks columns by the sum of raw scores; here it is that of softmax weights, as in its
+    flexible mode.
+
+    Papers: Li et al., "MTraining", arXiv 2510.18830, sections on balanced and hierarchical sparse rings.
+
+    Parameters
+    ----------
+    vertical, slash : int
+        Columns, and distances, that a head keeps at most.
+    mass : float
+        Share of the last queries' weights that the kept columns (and the kept distances) hold, in (0, 1]; 1
+        keeps as many as may be.
+    granularity : int
+        Tokens of a block.
+    last : int
+        Queries at the end that columns and distances are judged by.
+    sinks, near : int
+        First keys, and nearest distances, that are kept whatever they are given.
+
+    Notes
+    -----
+    Of `ctx`: `scale` and `softcap`, and `q_offset`, which is a multiple of the granularity. The selection is
+    not differentiated.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> method = sf.methods.MTraining(vertical=30, slash=4, granularity=64, sinks=4, near=4)
+    >>> method(q, k, v).shape, method.select(q, k).plan.density < 0.8
+    (torch.Size([1, 2, 1024, 32]), True)
+    """
+
+    vertical: int = 1000
+    slash: int = 1000
+    mass: float = 1.0
+    granularity: int = 128
+    last: int = 64
+    sinks: int = 30
+    near: int = 100
+
+    reads = ("q_offset", "scale", "softcap")
+    paper = "arXiv 2510.18830"
+    phases = ("training", "prefill")
+    causal_selection = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "vertical", "slash", "granularity", "last")
+        check_counts(self, 0, "sinks", "near")
+        check_shares(self, "mass")
+
+    def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
+        """Columns and diagonals by what the last queries give them."""
+        ctx = ctx or {}
+        at = ctx.get("q_offset", 0)
+        seen = probe(q, k, self.last, q_offset=at, scale=ctx.get("scale"), softcap=ctx.get("softcap"))
+        return Selection(self.plan(seen.keys(), seen.distances(), q.shape[2], q_offset=at))
+
+    def select_across(self, q: Tensor, k: Tensor, shards: Any, ctx: Context) -> Selection:
+        """The same where each rank has some tokens; `shards` is `sparseflash.distributed`'s."""
+        T, n = shards.layout.T, min(self.last, shards.layout.T)
+        rows = shards.last(q, n).float().unflatten(1, (k.shape[1], -1))
+        key, query = shards.positions.to(k.device), torch.arange(T - n, T, device=k.device)
+        score = torch.einsum("bghid,bgjd->bghij", rows, k.float()).flatten(1, 2) * ctx["scale"]
+        if ctx.get("softcap"):
+            score = torch.tanh(score / ctx["softcap"]) * ctx["softcap"]
+        far = query[:, None] - key
+        score = score.masked_fill(far < 0, -torch.inf)
+        lse = torch.logsumexp(torch.cat([score, torch.full_like(score[..., :1], -torch.inf)], -1), -1)
+        weight = torch.exp(score - shards.logsumexp(lse)[..., None])
+        distances = score.new_zeros(*score.shape[:2], T)
+        place = far.clamp(min=0).flatten().expand(*score.shape[:2], -1)
+        distances.scatter_add_(-1, place, weight.flatten(2))
+        return Selection(self.plan(shards.whole(weight.sum(2), 2), shards.sum(distances), T))
+
+    def plan(self, columns: Tensor, distances: Tensor, Tq: int, *, q_offset: Any = 0) -> Plan:
+        """The plan of what is kept, by the mass of columns `[B,H,Tk]` and of distances `[B,H,n]`."""
+        size, Tk, device = self.granularity, columns.shape[-1], columns.device
+        at = torch.as_tensor(q_offset, device=device).long().reshape(-1, 1, 1, 1)
+        if host(at) and bool((at % size != 0).any()):
+            raise SparseFlashError(
+                f"q_offset={q_offset!r}: expected a multiple of the granularity, {size}: blocks begin there"
+            )
+        R, none = -(-Tq // size), distances.shape[-1] // size + 2  # no diagonal is as far
+        kept = self._best(columns, self.vertical, self.sinks)
+        far = self._best(distances, self.slash, self.near)
+        diagonal = torch.zeros(*far.shape[:2], none + 1, dtype=torch.bool, device=device)
+        for block in (far // size, (far + size - 1) // size):
+            diagonal.scatter_(-1, torch.where(far < 0, none, block), True)
+        diagonal[..., 0], diagonal[..., none] = True, False
+        most = min(2 * far.shape[-1] + 1, none)
+        if host(diagonal):
+            most = int(diagonal.sum(-1).max()) if diagonal.numel() else 0
+        back = torch.where(diagonal, torch.arange(none + 1, device=device), FAR).sort(-1).values
+        tile = torch.arange(R, device=device)[:, None] + at // size
+        begin = (tile - back[..., None, :most]) * size
+        begin, end = begin.clamp(0, Tk), (begin + size).clamp(0, Tk)
+        own = kept[..., None, :].div(size, rounding_mode="floor")
+        seen = diagonal[..., None, :].expand(-1, -1, R, -1).gather(-1, (tile - own).clamp(0, none))
+        bars = torch.where((own < tile) & (own >= 0) & ~seen, kept[..., None, :], -1)
+        frame = {"Tq": Tq, "Tk": Tk, "tile": size, "causal": True, "q_offset": q_offset}
+        spans = Plan.from_spans(torch.stack([begin, end], -1), **frame)
+        index = Plan.from_keys(bars, unit=1, unique=True, **frame)
+        return Plan.from_lists(spans=spans, index=index, disjoint=True)
+
+    def _best(self, mass: Tensor, most: int, first: int) -> Tensor:
+        """The best places of each row, those in any case among them; -1 behind."""
+        place = torch.arange(mass.shape[-1], device=mass.device)
+        found = top_indices(torch.where(place < first, torch.inf, mass), max(most, first)).long()
+        if self.mass < 1:
+            enough = top_p(mass, self.mass).gather(-1, found.clamp(min=0))
+            found = torch.where(enough | (found < first), found, -1)
+        return torch.where(found < mass.shape[-1], found, -1)
