@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -348,3 +349,26 @@ def generate(group: Any) -> float:
     out, lse = sf.distributed.decode(cp, q, k[:, :, own], v[:, :, own], plan, return_lse=True)
     want = sf.attention(q, k, v, sf.Plan.dense(3, 50, causal=True, q_offset=47), return_lse=True)
     return max(float((a - b).abs().max()) for a, b in zip((out, lse), want))
+
+
+TEXT = b"to be or not to be, that is the question: whether tis nobler in the mind " * 40
+SIZE = {"length": 160, "layers": 3, "width": 32, "heads": 2, "steps": 20, "lr": 3e-3, "eval_sequences": 2}
+
+
+def train(
+    group: Any, *, attention: str, options: dict, size: int, steps: int, folder: str, resume: bool
+) -> list:
+    """Losses of a small run whose sequences go over `size` processes, and those of the validation."""
+    from sparseflash.train import Corpus, TrainConfig, Trainer, World
+
+    groups = dist.get_world_size(group) // size
+    config = TrainConfig("", attention, options, batch=4 // groups, context_parallel=size, **SIZE)
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    trainer = Trainer(config, Corpus([TEXT]), world)
+    if resume:
+        trainer.load(Path(folder))
+    losses = [trainer.step().loss for _ in range(steps)]
+    held = trainer.validate()
+    trainer.save(Path(folder))
+    dist.barrier()
+    return [*losses, held]

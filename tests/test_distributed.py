@@ -157,3 +157,31 @@ def test_group_cast_sends_a_window_and_star_its_anchor(group):
 
 def test_decoding_merges_the_caches_of_all_ranks(group):
     assert max(group(ranks.generate, world=4)) < 2e-6
+
+
+TRAINED = {
+    "dense": {},
+    "mtraining": {"vertical": 8, "slash": 4, "granularity": 32, "last": 16, "sinks": 2, "near": 2},
+    "hash-sparse": {"nb": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("attention", "steps"),
+    [("dense", 6), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in TRAINED)],
+)
+def test_training_over_ranks_has_the_losses_of_one_process(group, attention, steps, tmp_path):
+    """Four to a sequence, then two to each of two: a run goes on on another number of ranks."""
+    from sparseflash.train import Corpus, TrainConfig, Trainer
+
+    corpus, options = Corpus([ranks.TEXT]), TRAINED[attention]
+    config = TrainConfig("", attention, options, batch=4, **ranks.SIZE)
+    alone = Trainer(config, corpus)
+    want = [alone.step().loss for _ in range(steps)]
+    run = {"attention": attention, "options": options, "folder": str(tmp_path)}
+    half = steps // 2
+    first = group(ranks.train, world=4, size=4, steps=half, resume=False, **run)
+    rest = group(ranks.train, world=4, size=2, steps=steps - half, resume=True, **run)
+    for one, other in zip(first, rest):
+        np.testing.assert_allclose([*one[:half], *other[:-1]], want, rtol=0, atol=1e-5)
+        assert other[-1] == pytest.approx(alone.validate(), abs=1e-5)

@@ -92,6 +92,9 @@ TRAINING = {
     "seed": _option(RUN, "Weights, batches and random planes.", 0, SEED),
     "eval_every": _option(RUN, "Steps between validations.", 1),
     "eval_sequences": _option(RUN, "Held-out sequences per validation; the same for all runs.", 1),
+    "context_parallel": _option(
+        RUN, "Processes that share each sequence, under torchrun; 1 is data parallel alone.", 1
+    ),
     "save_every": _option(RUN, "Steps between checkpoints (at the latest every two minutes).", 1),
 }
 """Fields of `TrainConfig` that are options, each with its panel, its words and the least it may be."""
@@ -136,6 +139,9 @@ def train(
     Ctrl-C saves and says how to go on; so does a kill, up to the last checkpoint.
 
     Data parallel: **torchrun --nproc-per-node 2 -m sparseflash train ...** (the batch is per process).
+
+    A sequence over two processes: **... train --context-parallel 2 ...**; with four, two of these beside one
+    another. A run may be resumed on another number of processes.
     """
     from sparseflash.train.errors import TrainError
     from sparseflash.train.session import train as run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..dispatch import choose
 from ..errors import SparseFlashError
+from ..methods.base import Method
 from ..numerics import NEVER, Softmax, bias_gradient, combined, of_sinks, state_dtype, unit_of
 from ..ops._arguments import (
     AnyPlan,
@@ -136,7 +137,7 @@ def _keys(k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None = None, **options: Unpack[Options]
+    q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | Method | None = None, **options: Unpack[Options]
 ) -> Any:
     """Exact attention of this rank's queries to the keys of all ranks, with gradients.
 
@@ -149,12 +150,14 @@ def attention(
     q, k, v : Tensor
         This rank's tokens, `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]`; or DTensors of all with `Shard(2)`,
         under the layout "chunks".
-    plan : Plan or tuple of Plan, optional
+    plan : Plan, tuple of Plan, or a method, optional
         Of all tokens, the same on every rank; that of the context by default, or what its method selects.
     scale, softcap, sink_logits, backend
         As in `sparseflash.attention`.
     key_bias : Tensor, optional
         `[B|1, H, n]` of this rank's keys, with gradient.
+    ctx : mapping, optional
+        What the method may know beside q and k.
     return_lse : bool
         Also return the log-sum-exp `[B,Hq,n]`, differentiable.
 
@@ -192,7 +195,7 @@ def _local(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: AnyPlan | None,
+    plan: AnyPlan | Method | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -200,6 +203,7 @@ def _local(
     sink_logits: Tensor | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    ctx: Mapping[str, Any] | None = None,
 ) -> Any:
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
@@ -207,7 +211,7 @@ def _local(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    plans = cp.plans(q, k, v, plan, scale=scale, softcap=softcap)
+    plans = cp.plans(q, k, v, plan, ctx={"scale": scale, "softcap": softcap, **(ctx or {})})
     for one in plans:
         if q.shape[1] % one.extent()[1] or one.extent()[0] not in (1, q.shape[0]):
             raise SparseFlashError(f"a plan of {one.extent()} (batch, heads) is not for q {list(q.shape)}")
@@ -275,7 +279,9 @@ def _over_heads(
     return _Swap.apply(cp, out, False, False), _Swap.apply(cp, lse[..., None], False, False)[..., 0]
 
 
-def _of_dtensors(cp: ContextParallel, q: Any, k: Any, v: Any, plan: AnyPlan | None, options: Any) -> Any:
+def _of_dtensors(
+    cp: ContextParallel, q: Any, k: Any, v: Any, plan: AnyPlan | Method | None, options: Any
+) -> Any:
     """The same for DTensors: their shards attend, and are a DTensor again."""
     from torch.distributed.tensor import DTensor, Shard
 

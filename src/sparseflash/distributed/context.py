@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RankError, SparseFlashError, require
+from ..methods import heads
 from ..methods.base import Method
 from ..numerics import Softmax
 from ..ops._arguments import AnyPlan, as_plans, describe
@@ -65,7 +66,8 @@ def context_parallel(
         keys of all ranks.
     layout : str or Layout
         "contiguous", "zigzag", "striped", "chunks" (see `Layout.of`), or "auto": what `balance` chooses for
-        the plan ("zigzag" for a method, whose plans come later).
+        the plan. For a method whose plan follows from the tokens: its own ("striped" for MTraining), or
+        "zigzag".
     transport : str
         "ring": keys go round, memory stays that of one shard more. "groupcast": a rank gets the keys that its
         plan reads (of a window, those of one neighbour). "ulysses": all tokens of a share of the heads.
@@ -168,7 +170,11 @@ class ContextParallel:
             return Layout.of("contiguous", T, 1)
         if self.plan is not None:
             return balance(tuple(plan.to("cpu") for plan in self.plan), self.world)
-        return Layout.of("zigzag", T, self.world)
+        method = self.method
+        if method is not None and type(method).by_shape and heads.apart(method) is None:
+            q = torch.empty(1).expand(1, 1, T, 1)
+            return balance(method.select(q, q).plan, self.world)
+        return Layout.of(getattr(method, "layout", "zigzag"), T, self.world)
 
     @property
     def layout(self) -> Layout:
@@ -228,15 +234,16 @@ class ContextParallel:
     # ---------------------------------------------------------------- calls
 
     def plans(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | None, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | Method | None, ctx: Mapping[str, Any]
     ) -> tuple[Plan, ...]:
-        """The plan of a call, of all tokens."""
-        if plan is not None:
+        """The plan of a call, of all tokens; a method is asked for it."""
+        method = plan if isinstance(plan, Method) else self.method if plan is None else None
+        if method is not None:
+            plans = as_plans(selected(self, method, q, k, v, ctx))
+        elif plan is not None:
             plans = as_plans(plan)
         elif self.plan is not None:
             plans = self.plan
-        elif self.method is not None:
-            plans = as_plans(selected(self, self.method, q, k, v, options))
         else:
             raise SparseFlashError("no plan: give one to context_parallel, or to the call")
         if self._layouts is None:

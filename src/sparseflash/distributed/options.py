@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -16,3 +17,4 @@ class Options(TypedDict, total=False):
     sink_logits: Tensor | None
     backend: str | None
     return_lse: bool
+    ctx: Mapping[str, Any] | None

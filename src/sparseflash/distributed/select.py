@@ -65,15 +65,15 @@ class Shards:
         return self.sum(found)
 
 
-def selected(cp: Any, method: Method, q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> AnyPlan:
+def selected(cp: Any, method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: Mapping[str, Any]) -> AnyPlan:
     """The plan that a method selects over the tokens of all ranks; the same on every rank.
 
     A method that knows of ranks (`select_across`) is asked so. One that looks at lengths alone is given them.
     Any other gets q and k of all ranks, for the time of the selection.
     """
     with torch.no_grad():
-        own = {name: x for name, x in options.items() if x is not None}
-        ctx = {"scale": own.get("scale", k.shape[-1] ** -0.5), "softcap": own.get("softcap")}
+        given = {name: x for name, x in ctx.items() if x is not None}
+        ctx = {"scale": k.shape[-1] ** -0.5, "softcap": None} | given
         across = getattr(method, "select_across", None)
         if across is not None:
             selection = across(q, k, Shards(cp), ctx)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class MTraining(Method):
     paper = "arXiv 2510.18830"
     phases = ("training", "prefill")
     causal_selection = False
+    layout: ClassVar[str] = "striped"
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "vertical", "slash", "granularity", "last")

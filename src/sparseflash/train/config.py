@@ -43,6 +43,8 @@ class TrainConfig:
         gradient norm limit.
     seed : int
         Fixes initial weights, batches and the methods' random planes.
+    context_parallel : int
+        Processes that share each sequence (under ``torchrun``); 1: every process has sequences of its own.
     eval_every, eval_sequences, save_every : int
         Steps between validations; held-out sequences per validation; steps between checkpoints.
     """
@@ -67,6 +69,7 @@ class TrainConfig:
     eval_every: int = 50
     eval_sequences: int = 4
     save_every: int = 100
+    context_parallel: int = 1
 
     def __post_init__(self) -> None:
         for broken, message in self._problems():
@@ -75,7 +78,7 @@ class TrainConfig:
 
     def _problems(self) -> list[tuple[bool, str]]:
         positive = ("length", "batch", "accumulate", "steps", "layers", "width", "heads")
-        positive += ("eval_every", "eval_sequences", "save_every")
+        positive += ("eval_every", "eval_sequences", "save_every", "context_parallel")
         table = [
             (
                 getattr(self, name) < 1,

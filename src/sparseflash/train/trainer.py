@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparseflash.train import checkpoint
 from sparseflash.train.config import SHAPE, TrainConfig
+from sparseflash.train.context import Context
 from sparseflash.train.data import Corpus, load
 from sparseflash.train.errors import TrainError
 from sparseflash.train.log import FILE as LOG_FILE
@@ -51,6 +53,9 @@ class Trainer:
         self.corpus.check(config.length)
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(self.world.device)
+        self.context = Context(self.world, config.context_parallel)
+        if self.context.size > 1:
+            self.context.share(self.model)
         free = ("embed.weight", "sharpness")
         named = list(self.model.named_parameters())
         groups = [
@@ -75,21 +80,21 @@ class Trainer:
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def step(self) -> Row:
-        """Take one optimiser step over ``world.size * accumulate * batch`` sequences."""
+        """Take one optimiser step over ``accumulate * batch`` sequences of each process, or group of them."""
         c, world, device = self.config, self.world, self.world.device
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
         self.model.context["step"] = self.done
         total = torch.zeros((), device=device)
+        groups, group = self.context.groups, self.context.group_rank
         for part in range(c.accumulate):
-            first = (part * world.size + world.rank) * c.batch
+            first = (part * groups + group) * c.batch
             rows = slice(first, first + c.batch)
             tokens, targets = self.corpus.batch(
-                c.seed, self.done, rows, world.size * c.accumulate * c.batch, c.length
+                c.seed, self.done, rows, groups * c.accumulate * c.batch, c.length
             )
-            with self.autocast():
-                loss = self.model(tokens.to(device), targets.to(device)) / c.accumulate
+            loss = self.loss(tokens.to(device), targets.to(device)) / c.accumulate
             loss.backward()
             total += loss.detach()
         world.average_gradients(self.model)
@@ -103,8 +108,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         seconds = time.perf_counter() - start
-        tokens_per_s = world.size * c.accumulate * c.batch * c.length / seconds
+        tokens_per_s = groups * c.accumulate * c.batch * c.length / seconds
         return Row(self.done, mean, None, seconds * 1e3, tokens_per_s)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss in nats; where processes share a sequence, this one's part, and their mean is it."""
+        size = self.context.size
+        if size == 1:
+            with self.autocast():
+                return self.model(tokens, targets)
+        with self.context.of(tokens.shape[1]) as cp, self.autocast():
+            own = [cp.shard(x, 1) for x in (tokens, targets)]
+            loss = self.model(*own, positions=cp.positions.to(tokens.device))
+        return loss * (own[0].shape[1] * size / tokens.shape[1])
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -113,10 +129,10 @@ class Trainer:
         self.model.eval()
         self.model.context["step"] = 0
         total = torch.zeros(2, dtype=torch.float64)
+        groups, group = self.context.groups, self.context.group_rank
         for number, (tokens, targets) in enumerate(self.corpus.validation(c.length, c.eval_sequences)):
-            if number % world.size == world.rank:
-                with self.autocast():
-                    loss = self.model(tokens.to(world.device), targets.to(world.device))
+            if number % groups == group:
+                loss = self.loss(tokens.to(world.device), targets.to(world.device))
                 total += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
         self.model.train()
         nats, count = (world.total(part) for part in total)
