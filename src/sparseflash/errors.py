@@ -23,6 +23,10 @@ class DerivativeError(SparseFlashError, RuntimeError):
     """A derivative that there is not; torch's own refusals are `RuntimeError`s, and so is this."""
 
 
+class RankError(SparseFlashError, RuntimeError):
+    """A rank of a process group that died, stalls, or does something else than the others."""
+
+
 Message = str | Callable[[], str]
 
 
@@ -32,14 +36,6 @@ def require(*rules: tuple[bool, Message], error: type[SparseFlashError] = Sparse
     What stands in a message is formatted when it is raised: a size that a compiler has put a symbol for would
     become a constant of its graph by being written down.
     """
-
-
-class RankError(SparseFlashError, RuntimeError):
-    """A rank of a process group that died, stalls, or does something else than the others."""
-
-
-def require(*rules: tuple[bool, str], error: type[SparseFlashError] = SparseFlashError) -> None:
-    """Raise `error` with the message of the first rule whose condition is false."""
     for holds, message in rules:
         if not holds:
             raise error(message if isinstance(message, str) else message())
