@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "calibrate": (*OPS, "selection"),
     "nn": METHOD,
     "compat": OPS,
-    "distributed": METHOD,
+    "distributed": (*METHOD, "costs"),
     "fusion": ("errors",),
     "integrations": ("*",),
     "options": ("errors",),

@@ -20,7 +20,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, Length, experiments
+from .app import RESULTS, Kept, Length, experiments
 
 PANEL = "Plans"
 
@@ -122,3 +122,31 @@ def bench_prefill(
     given = {"name": capture, "length": length, "rounds": rounds, "threads": threads}
     given |= {"text": text, "skip": skip}
     session("prefill", out, partial(prefill.measure, **given), columns)
+
+
+@experiments.command("ranks", rich_help_panel=PANEL)
+def bench_ranks(
+    out: Kept = RESULTS / "ranks.csv",
+    parts: Annotated[str, typer.Option(help="balance, step, forecast; by default all.")] = "",
+    length: Length = 16384,
+    lengths: Lengths = "131072,524288",
+    rounds: Rounds = 3,
+) -> None:
+    """Compare layouts and transports of attention over ranks: balance, bytes, a step of two, forecasts.
+
+    Rows of other parts of OUT stay. The step wants two idle cores.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session
+
+    from .. import ranks
+
+    names = known("parts", ranks.PARTS, words(parts))
+    there = results.read(out, "case", "part") if out.is_file() else []
+    kept = [row for row in there if row["part"] not in names]
+    columns = (
+        "part", "case", "T", "ranks", "layout", "chosen", "transport", "balance", "critical", "over_one",
+        "keys_sent", "ms", "ms_forecast", "forecast_ratio", "overhead", "mb_sent",
+    )  # fmt: skip
+    options = {"parts": names, "length": length, "lengths": lengths_of(lengths), "rounds": rounds}
+    session("ranks", out, partial(ranks.measure, **options), columns, kept=kept)

@@ -1,0 +1,232 @@
+"""Attention over ranks: balance and what is sent, exact; a step of two processes; more of both, forecast."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import sparseflash as sf
+from sparseflash import Plan
+from sparseflash.bench.results import Row
+from sparseflash.costs import Costs, features, fit, machine
+from sparseflash.distributed import Layout, Links, balance, readers, simulate
+from sparseflash.distributed.pairs import Pairs
+from sparseflash.plan.figures import visited_area
+
+LAYOUTS = ("contiguous", "zigzag", "striped", "auto")
+PARTS = ("balance", "step", "forecast")
+
+
+def plans(T: int) -> dict[str, Callable[[], Plan]]:
+    """Plans of one head, by name."""
+    g = torch.Generator().manual_seed(0)
+    cuts = torch.randint(1, T, (max(T // 1000, 1),), generator=g).sort().values
+    edges = torch.cat([torch.zeros(1, dtype=torch.int64), cuts, torch.tensor([T])])
+    bucket = torch.randint(8, (1, 1, T), generator=g)
+    keep = torch.rand(1, 1, T, generator=g) < 0.5
+
+    def blocks() -> Plan:
+        size = 128 if T <= 65536 else 512
+        some = torch.rand(1, 1, T // size, T // size, generator=g) < 0.25
+        return Plan.from_blocks(some, Tq=T, Tk=T, tile=size, unit=size, causal=True)
+
+    return {
+        "dense causal": lambda: Plan.dense(T, T, causal=True),
+        "window + sink": lambda: Plan.dense(T, T, causal=True, window=(1023, 0), sink_tokens=4),
+        "window": lambda: Plan.dense(T, T, causal=True, window=(1023, 0)),
+        "documents": lambda: Plan.from_documents(edges),
+        "hash 8": lambda: Plan.from_buckets(bucket, bucket),
+        "qk-sparse, half": lambda: Plan.from_keep(keep, keep),
+        "blocks 25 %": blocks,
+        "star, 4 blocks": lambda: (
+            sf.methods.StarAttention(block=T // 4, anchor=T // 16)
+            .select(*[torch.empty(1).expand(1, 1, T, 1)] * 2)
+            .plan
+        ),
+    }
+
+
+def _balance(T: int, worlds: Sequence[int], on_run: Callable[[str], None]) -> Iterator[Row]:
+    """Exact: what the lists that ranks are given visit, and which keys they read of others."""
+    for name, make in plans(T).items():
+        plan = make()
+        for world in worlds:
+            for asked in LAYOUTS:
+                on_run(f"{name}, {world} ranks, {asked}")
+                layout = balance(plan, world) if asked == "auto" else Layout.of(asked, T, world)
+                visits = torch.zeros(world, world, dtype=torch.float64)
+                for rank in range(world):
+                    pairs = Pairs([plan], rank, layout, layout)
+                    for origin in range(world):
+                        visits[rank, origin] = sum(visited_area(part) for part in pairs.of(origin))
+                mean = float(visits.sum()) / world
+                steps = torch.stack([torch.diagonal(visits.roll(n, 1)) for n in range(world)])
+                own = torch.arange(world)[:, None] == layout.owner
+                read = (readers(plan, layout) & ~own).sum(1)
+                yield {
+                    "bench": "ranks", "part": "balance", "case": name, "T": T, "ranks": world,
+                    "layout": asked, "chosen": layout.name,
+                    "balance": float(visits.sum(1).max()) / mean,
+                    "critical": float(steps.amax(1).sum()) / mean,
+                    "over_one": float(visits.sum()) / visited_area(plan),
+                    "keys_sent": int(read.max()), "keys_ring": T - min(layout.sizes),
+                }  # fmt: skip
+
+
+def _time(run: Callable[[], Any], rounds: int) -> float:
+    run()
+    taken = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - begin)
+    return sorted(taken)[len(taken) // 2]
+
+
+HEADS, DIM = 2, 64
+
+
+def _inputs(T: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return list(torch.randn(4, 1, HEADS, T, DIM, generator=g))
+
+
+def _of_one(plan: Any, q: Any, k: Any, v: Any, dout: Any, *, both: bool) -> None:
+    leaves = [x.detach().requires_grad_(both) for x in (q, k, v)]
+    out = sf.attention(*leaves, plan)
+    if both:
+        torch.autograd.grad(out, leaves, dout)
+
+
+def measured_costs(T: int, rounds: int, on_run: Callable[[str], None]) -> Costs:
+    """Costs of this machine on one thread, from shards of the plans themselves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    q, k, v, dout = _inputs(T)
+    ours = {}
+    for direction in ("forward", "both"):
+        points, seconds = [], []
+        for name, make in plans(T).items():
+            for n in (T, T // 2, T // 4):
+                on_run(f"one thread, {direction}, {name}, {n} tokens")
+                plan = make().restrict(torch.arange(n), torch.arange(n))
+                given = [x[:, :, :n] for x in (q, k, v, dout)]
+                points.append(features(plan, given[0], given[1]))
+                run = functools.partial(_of_one, plan, *given, both=direction == "both")
+                seconds.append(_time(run, rounds))
+        ours[f"{direction} fp32"] = fit(points, seconds)
+    torch.set_num_threads(threads)
+    return Costs(machine(), ours, {})
+
+
+def _rank(rank: int, world: int, port: int, T: int, rounds: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    q, k, v, dout = _inputs(T)
+    for name, make in plans(T).items():
+        with sf.distributed.context_parallel(None, make()) as cp:
+            own = [cp.shard(x, 2) for x in (q, k, v, dout)]
+
+            def run() -> None:
+                leaves = [x.detach().requires_grad_() for x in own[:3]]
+                torch.autograd.grad(sf.distributed.attention(*leaves), leaves, own[3])
+                dist.barrier()
+
+            seconds = _time(run, rounds)
+            if rank == 0:
+                made = type(cp.transport_of(cp.plan)).__name__.lower()
+                results.put((name, cp.layout.name, made, seconds))
+    dist.destroy_process_group()
+
+
+def _steps(T: int, rounds: int, costs: Costs, on_run: Callable[[str], None]) -> Iterator[Row]:
+    """Two processes of one thread each: measured, forecast, and one process of two threads."""
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    q, k, v, dout = _inputs(T)
+    threads, alone = torch.get_num_threads(), {}
+    torch.set_num_threads(2)
+    for name, make in plans(T).items():
+        on_run(f"one process, two threads, {name}")
+        plan = make()
+        alone[name] = _time(lambda plan=plan: _of_one(plan, q, k, v, dout, both=True), rounds)
+    torch.set_num_threads(threads)
+    on_run("two processes")
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, 2, port, T, rounds, results)) for r in range(2)]
+    for process in processes:
+        process.start()
+    memory = Links(inner=4e9, latency=2e-4)
+    for _ in alone:
+        name, layout, transport, seconds = results.get(timeout=600)
+        plan = plans(T)[name]()
+        of = balance(plan, 2)
+        said = simulate(
+            plan, of, transport=transport, costs=costs, heads=HEADS, kv_heads=HEADS, D=DIM, links=memory,
+            dtype="fp32",
+        )  # fmt: skip
+        yield {
+            "bench": "ranks", "part": "step", "case": name, "T": T, "ranks": 2, "layout": layout,
+            "transport": transport, "ms": seconds * 1e3, "ms_forecast": said.seconds * 1e3,
+            "forecast_ratio": said.seconds / seconds, "ms_one": alone[name] * 1e3,
+            "overhead": seconds / alone[name] - 1,
+        }  # fmt: skip
+    for process in processes:
+        process.join()
+
+
+def _forecast(
+    lengths: Sequence[int], worlds: Sequence[int], costs: Costs, on_run: Callable[[str], None]
+) -> Iterator[Row]:
+    """More ranks and longer sequences than there are here, at this machine's kernel times."""
+    links = Links(inner=4e9, outer=1e9, latency=2e-4, node=8)
+    for T in lengths:
+        for name, make in plans(T).items():
+            plan = make()
+            for world in worlds:
+                for asked in LAYOUTS:
+                    on_run(f"{name}, {T} tokens, {world} ranks, {asked}")
+                    layout = balance(plan, world) if asked == "auto" else Layout.of(asked, T, world)
+                    for transport in ("ring", "double ring", "groupcast"):
+                        said = simulate(
+                            plan, layout, transport=transport, costs=costs, heads=HEADS, kv_heads=HEADS,
+                            D=DIM, links=links, dtype="fp32",
+                        )  # fmt: skip
+                        yield {
+                            "bench": "ranks", "part": "forecast", "case": name, "T": T, "ranks": world,
+                            "layout": asked, "chosen": layout.name, "transport": transport,
+                            "ms_forecast": said.seconds * 1e3, "ms_computing": said.computing * 1e3,
+                            "balance": said.balance, "critical": said.critical,
+                            "mb_sent": max(said.sent) / 1e6,
+                        }  # fmt: skip
+
+
+def measure(
+    *,
+    parts: Sequence[str] = PARTS,
+    length: int = 16384,
+    worlds: Sequence[int] = (2, 4, 8),
+    lengths: Sequence[int] = (131072, 524288),
+    many: Sequence[int] = (8, 64),
+    rounds: int = 3,
+    on_run: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Balance at `length` over `worlds`; steps of two processes there; forecasts at `lengths` over `many`."""
+    if "balance" in parts:
+        yield from _balance(length, worlds, on_run)
+    if "step" in parts or "forecast" in parts:
+        costs = measured_costs(length, rounds, on_run)
+    if "step" in parts:
+        yield from _steps(length, rounds, costs, on_run)
+    if "forecast" in parts:
+        yield from _forecast(lengths, many, costs, on_run)

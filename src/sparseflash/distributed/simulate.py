@@ -1,0 +1,246 @@
+"""What a step over many ranks would take: from the plan, measured kernel costs, and the speed of links."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..costs import Costs, features
+from ..errors import SparseFlashError, require
+from ..ops._arguments import AnyPlan, as_plans
+from .layouts import Layout, areas, readers
+from .pairs import Pairs
+
+EXACT = 8
+"""Up to so many ranks the lists of each pair are made; beyond, the visited area is shared out."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """How fast messages are.
+
+    Attributes
+    ----------
+    inner, outer : float
+        Bytes per second between ranks of a node, and between nodes.
+    latency : float
+        Seconds a message takes beside that.
+    node : int
+        Ranks of a node; 0: all in one.
+    """
+
+    inner: float = 4e11
+    outer: float = 5e10
+    latency: float = 1e-5
+    node: int = 0
+
+    def seconds(self, sender: int, receiver: int, size: float) -> float:
+        """From the beginning of a message to its end."""
+        far = self.node and sender // self.node != receiver // self.node
+        return self.latency + size / (self.outer if far else self.inner) if size else 0.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What to expect of one forward and backward.
+
+    Attributes
+    ----------
+    seconds, computing : float
+        Until the last rank is done, and what the slowest rank computes of that.
+    balance, critical : float
+        Of the visited area: the largest share of a rank over the mean; and the sum over the steps of a ring
+        of the largest in that step, over the mean of ranks.
+    sent : list of float
+        Bytes that each rank sends.
+    """
+
+    seconds: float
+    computing: float
+    balance: float
+    critical: float
+    sent: Sequence[float]
+
+
+def simulate(
+    plan: AnyPlan,
+    layout: Layout,
+    *,
+    transport: str,
+    costs: Costs,
+    heads: int,
+    kv_heads: int,
+    D: int,
+    links: Links | None = None,
+    dtype: str = "bf16",
+) -> Forecast:
+    """Forecast the attention of one layer, forward and backward, of one sequence.
+
+    Parameters
+    ----------
+    plan : Plan or tuple of Plan
+        Of all tokens.
+    layout : Layout
+        Who holds which.
+    transport : str
+        "ring", "double ring" (a ring inside each node and one over nodes) or "groupcast".
+    costs : Costs
+        Of one rank's machine, "forward" and "both" of the dtype.
+    heads, kv_heads, D : int
+        Query heads, key heads, and their dimension.
+    links : Links, optional
+        Speeds; by default those of cards in one node.
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> from sparseflash.costs import Costs
+    >>> from sparseflash.distributed import Layout, simulate
+    >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4, 1e-6]
+    >>> costs = Costs("a machine", {"forward bf16": made_up, "both bf16": [3 * x for x in made_up]}, {})
+    >>> plan = sf.Plan.dense(2048, 2048, causal=True)
+    >>> of = dict(transport="ring", costs=costs, heads=4, kv_heads=4, D=64)
+    >>> said = [simulate(plan, Layout.of(name, 2048, 4), **of) for name in ("contiguous", "zigzag")]
+    >>> [round(x.balance, 2) for x in said], said[0].seconds > 1.3 * said[1].seconds
+    ([1.71, 1.0], True)
+    """
+    links, plans = links or Links(), as_plans(plan)
+    known = ("ring", "double ring", "groupcast")
+    require((transport in known, f"transport={transport!r}: expected one of {', '.join(known)}"))
+    for direction in ("forward", "both"):
+        if f"{direction} {dtype}" not in costs.ours:
+            raise SparseFlashError(f"costs have no {direction} {dtype}: expected forward and both")
+    world, area = layout.world, areas(plans, layout)
+    forward = costs.ours[f"forward {dtype}"]
+    backward = [b - f for b, f in zip(costs.ours[f"both {dtype}"], forward)]
+    points = _points(plans, layout, area, heads, kv_heads, D)
+    ahead, back = (points @ torch.tensor(c, dtype=torch.float64) for c in (forward, backward))
+    width = 2 * kv_heads * D * (2 if dtype == "bf16" else 4)  # of keys and values, a token
+    grads = 2 * kv_heads * D * 4
+    steps = torch.stack([torch.diagonal(area.roll(n, 1)) for n in range(world)])
+    mean = float(area.sum()) / world or 1.0
+    ranks = torch.arange(world)
+    if transport == "groupcast":
+        read = readers(plans, layout)[:, torch.cat(layout.ranks)].double()
+        read = torch.stack([part.sum(1) for part in read.split(layout.sizes, 1)], 1)
+        read[ranks, ranks] = 0
+        ends = [_cast(times, read * width, read * home, links) for times, home in ((ahead, 0), (back, grads))]
+        sent = read.sum(0) * 2 * width + read.sum(1) * grads
+    else:
+        size = torch.tensor(layout.sizes, dtype=torch.float64)
+        node = links.node if transport == "double ring" and links.node else world
+        ends = [
+            _rings(times, size * width, size * home, links, node)
+            for times, home in ((ahead, 0), (back, grads))
+        ]
+        hops = world - 1
+        sent = (size.sum() - size) * 2 * width + size.sum() * grads if hops else size * 0
+    return Forecast(
+        sum(ends),
+        float((ahead + back).sum(1).max()),
+        float(area.sum(1).max()) / mean,
+        float(steps.amax(1).sum()) / mean,
+        sent.tolist(),
+    )
+
+
+def _points(
+    plans: Sequence[AnyPlan], layout: Layout, area: Tensor, heads: int, kv_heads: int, D: int
+) -> Tensor:
+    """What a call for each pair of ranks has of what costs: fp64 [world, world, terms]."""
+    world, sizes = layout.world, layout.sizes
+
+    def like(h: int, n: int) -> Tensor:
+        return torch.empty(1, h, n, D, device="meta")
+
+    if world <= EXACT:
+        rows = []
+        for rank in range(world):
+            pairs = Pairs(plans, rank, layout, layout)
+            row = []
+            for origin in range(world):
+                q, k = like(heads, sizes[rank]), like(kv_heads, sizes[origin])
+                own = pairs.of(origin)
+                row.append(features(own, q, k) if own else [0.0] * 8)
+            rows.append(row)
+        return torch.tensor(rows, dtype=torch.float64)
+    whole = torch.tensor(
+        features(plans, like(heads, layout.T), like(kv_heads, layout.T)), dtype=torch.float64
+    )
+    share = area / area.sum().clamp(min=1)
+    found = share[..., None] * whole  # pairs, dots, tests, gathered and entries go with the area
+    some = (area > 0).double()
+    n = torch.tensor(sizes, dtype=torch.float64) / layout.T
+    found[..., 0] = some
+    for term in (1, 2):  # rows are read again for each pair that has some
+        found[..., term] = some * whole[term] * (n[:, None] + n[None]) / 2
+    return found
+
+
+def _cast(times: Tensor, taken: Tensor, home: Tensor, links: Links) -> float:
+    """All keys at once while a rank attends its own; then theirs; gradients go back."""
+    world, ends = len(times), []
+    for rank in range(world):
+        arrives = sum(links.seconds(other, rank, float(taken[rank, other])) for other in range(world))
+        leaves = sum(links.seconds(rank, other, float(taken[other, rank])) for other in range(world))
+        end = max(float(times[rank, rank]), arrives, leaves) + float(times[rank].sum() - times[rank, rank])
+        ends.append(end)
+    back = [
+        max(ends[other] for other in range(world) if other == rank or float(home[other, rank]))
+        + sum(links.seconds(other, rank, float(home[other, rank])) for other in range(world))
+        for rank in range(world)
+    ]
+    return max(back)
+
+
+def _rings(times: Tensor, size: Tensor, home: Tensor, links: Links, node: int) -> float:
+    """Step by step: a rank goes on when it has computed, and what comes next has come.
+
+    A link takes one message after another; keys go before gradients.
+    """
+    world = len(times)
+    nodes = world // node
+    start, ready = [0.0] * world, [0.0] * world  # ready: gradients that came with the step before
+    free: dict[tuple[int, int], float] = {}
+
+    def arrives(sender: int, receiver: int, since: float, size: float) -> float:
+        """When a message that may leave at some time has come."""
+        if not size:
+            return since
+        end = max(since, free.get((sender, receiver), 0.0)) + links.seconds(sender, receiver, size)
+        free[sender, receiver] = end
+        return end
+
+    def before(rank: int, far: bool) -> int:
+        at, of = rank % node, rank // node
+        return (of - 1) % nodes * node + at if far else of * node + (at - 1) % node
+
+    for s in range(nodes):
+        others = [before(rank, True) for rank in range(world)]
+        far = [
+            arrives(other, rank, start[other], float(size[other])) if s + 1 < nodes else 0.0
+            for rank, other in enumerate(others)
+        ]
+        for t in range(node):
+            held = [(r // node - s) % nodes * node + (r % node - t) % node for r in range(world)]
+            ends = [max(start[r] + float(times[r, held[r]]), ready[r]) for r in range(world)]
+            nearest = [before(rank, False) for rank in range(world)]
+            came = [
+                arrives(other, rank, start[other], float(size[held[other]])) if t + 1 < node else 0.0
+                for rank, other in enumerate(nearest)
+            ]
+            start = [max(pair) for pair in zip(ends, came)]
+            if node > 1:
+                ready = [
+                    arrives(other, rank, ends[other], float(home[held[other]])) if float(home.sum()) else 0.0
+                    for rank, other in enumerate(nearest)
+                ]
+        if nodes > 1:
+            start = [max(pair) for pair in zip(start, far)]
+            if float(home.sum()):
+                back = [arrives(o, r, max(start[o], ready[o]), float(home[o])) for r, o in enumerate(others)]
+                ready = [max(pair) for pair in zip(ready, back)]
+    return max(max(start), max(ready))
