@@ -253,6 +253,31 @@ def test_show_draws_a_plan(run, tmp_path):
     assert status == 1 and "has no plan to draw" in err
 
 
+def test_fuse_shows_the_derivation_and_draws_it(run, tmp_path):
+    sizes = ("--set", "m=256", "--set", "n=256")
+    status, out, err = run("fuse", "attention", *sizes, "--emit", "--draw", tmp_path / "steps")
+    assert status == 0, err
+    assert "R4 swap scale and product" in out and "@triton.jit" in out
+    (off,) = re.findall(r"of fp64 inputs: (\S+)", out)
+    assert float(off) < 1e-12
+    assert len(list((tmp_path / "steps").glob("attention-*.svg"))) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("layernorm",), "no program layernorm; expected attention, layernorm-matmul, rmsnorm-swiglu"),
+        (("attention", "--set", "z=3"), "sizes of m, d, n, l, z; expected m, d, n, l"),
+        (("attention", "--local", "1"), "no blocks of 16 or more fit into 1024 bytes"),
+        (("attention", "--set", "m=many"), "a size of m is many; expected a whole number"),
+        (("attention", "--draw", "/proc/nowhere"), "cannot write --draw /proc/nowhere"),
+    ],
+)
+def test_fuse_says_what_is_wrong_in_one_line(run, arguments, message):
+    status, _, err = run("fuse", *arguments)
+    assert status == 1 and message in err and len(err.splitlines()) == 1
+
+
 def test_bench_writes_its_rows(run, tmp_path):
     status, _, err = run(
         "bench", "curves", "--out", tmp_path / "c.csv", "--lengths", "64", "--heads", 1, "--dim", 16

@@ -176,8 +176,8 @@ GOLDEN: dict[str, Callable[[], Program]] = {
 """Programs in their naive form, by the names that `sparseflash fuse` takes."""
 
 SIZES = {
-    "attention": {"m": 4096, "d": 64, "n": 4096, "l": 64},
+    "attention": {"m": 65536, "d": 64, "n": 65536, "l": 64},
     "layernorm-matmul": {"m": 4096, "k": 576, "n": 576},
     "rmsnorm-swiglu": {"m": 4096, "d": 576, "h": 1536, "n": 576},
 }
-"""What they are shown at: one head over 4096 tokens, and layers of a model of 576 lanes."""
+"""What they are shown at: one head over 65,536 tokens, and layers of a model of 576 lanes."""

@@ -204,6 +204,9 @@ def fuse(
     require(
         (set(sizes) == set(program.dims), f"sizes of {', '.join(sizes)}; expected {', '.join(program.dims)}")
     )
+    for dim, n in sizes.items():
+        whole = isinstance(n, int) and n > 0
+        require((whole, f"a size of {dim} is {n}; expected a whole number from 1 on"))
     unknown = [rule for rule in rules if rule not in RULES]
     require((not unknown, f"no rule {', '.join(unknown)}; expected some of {', '.join(RULES)}"))
 

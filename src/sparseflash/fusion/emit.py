@@ -261,17 +261,24 @@ class Kernel:
         is then filled up to one. A dimension of one block may shrink between calls, others change freely.
     name : str
         Of the function in the text.
+    warps : int
+        That share a tile.
     """
 
     def __init__(
-        self, program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], name: str = "fused"
+        self,
+        program: Program,
+        sizes: Mapping[str, int],
+        blocks: Mapping[str, int],
+        name: str = "fused",
+        warps: int = 4,
     ) -> None:
         between = program.travelling - {*program.outputs}
         require(
             (len(program.body) == 1, f"{len(program.body)} outermost loops; a kernel has one, fuse further"),
             (not between, f"{', '.join(sorted(between))} goes through global memory; fuse further"),
         )
-        self.program, self.name = program, name
+        self.program, self.name, self.warps = program, name, warps
         self.whole = frozenset(dim for dim, n in sizes.items() if blocks.get(dim, n) >= n)
         self.blocks = {dim: max(16, 1 << (blocks.get(dim, n) - 1).bit_length()) for dim, n in sizes.items()}
         for dim in set(sizes) - self.whole:
@@ -320,5 +327,6 @@ class Kernel:
         grid = tuple(-(-sizes[dim] // self.blocks[dim]) for dim in self.grid) or (1,)
         strides = [stride for x in tensors for stride in x.stride()]
         blocks = {f"block_{dim}": self.blocks[dim] for dim in self.program.dims}
-        self.function[grid](*tensors, *(sizes[dim] for dim in self.program.dims), *strides, **blocks)
+        numbers = [*(sizes[dim] for dim in self.program.dims), *strides]
+        self.function[grid](*tensors, *numbers, **blocks, num_warps=self.warps)
         return tuple(made)
