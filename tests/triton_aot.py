@@ -159,6 +159,9 @@ def attention(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> No
     cap = named == "everything"
     how: dict[str, Any] = {"options": Softmax(0.1, 30.0 if cap else 0.0)}
     how["key_bias"] = torch.zeros(1, HEADS, T) if cap else None
+    if named == "dense":
+        met = torch.zeros(*q.shape[:2], 2, dtype=torch.int64)
+        backend.forward(q, q, q, plan, **how, out_dtype=dtype, normed=True, skipped=met)
     out, _, norm = backend.forward(q, q, q, plan, **how, out_dtype=dtype, normed=True)
     backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
 
@@ -245,6 +248,7 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
         name += ", backward" if kwargs.get("BACKWARD") else ""
         name += ", statistics" if "F" in kwargs and kwargs["F"].STATS else ""
         name += ", dropout" if "F" in kwargs and kwargs["F"].DROP else ""
+        name += ", skipping" if "F" in kwargs and kwargs["F"].SKIP else ""
         name += ", edges" if kwargs.get("KEEP") else ""
         name += ", against time" if kwargs.get("REVERSE") else ""
         found.append((name, kernel))

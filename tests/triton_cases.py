@@ -16,6 +16,7 @@ import torch
 import plans
 import sparseflash as sf
 import test_linear
+import test_skipping
 import test_stats
 import test_stick_breaking
 import tolerance
@@ -199,6 +200,20 @@ def partial() -> str:
     return "partial results in fp32"
 
 
+def skipping() -> str:
+    """Chunks far below what their rows have met are left out; a large threshold leaves out none."""
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = test_skipping.planted(generator, 90, torch.float16, B=1, H=2, Hkv=1, D=16)
+    plan, given = sf.Plan.dense(90, 90, causal=True, tile=32), {"return_lse": True, "backend": "triton"}
+    out, lse = sf.attention(q, k, v, plan, **given)
+    again, same, none = sf.attention(q, k, v, plan, skip_below=1e4, return_skipped=True, **given)
+    assert torch.equal(out, again) and torch.equal(lse, same) and not none[..., 1].any()
+    _, part, some = sf.attention(q, k, v, plan, skip_below=6.0, return_skipped=True, **given)
+    assert 0 < int(some[..., 1].sum()) < int(some[..., 0].sum())
+    assert float((lse - part).max()) < 90 * 2.72**-6
+    return f"(chunks, skipped): {some.sum((0, 1)).tolist()}"
+
+
 def linear(seed: int) -> None:
     """Linear attention of one token, of a ragged chunk, and over two segments."""
     generator = torch.Generator().manual_seed(seed)
@@ -238,7 +253,7 @@ def main() -> None:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
     if not first:
-        print(odd_units(), uneven(), large(), far(), partial(), sep="\n", flush=True)
+        print(odd_units(), uneven(), large(), far(), partial(), skipping(), sep="\n", flush=True)
     print(poisoned(), flush=True)
 
 

@@ -31,6 +31,7 @@ class Softmax(NamedTuple):
     backend: str = ""  # any
     dtype: torch.dtype | None = None  # of out, or of the gradients; None: that of the inputs
     dropout: float = 0.0  # the share of weights that are left out; a seed goes with it
+    skip: float = 0.0  # how far under a row's largest logit a block adds nothing, where blocks may be skipped
     tile: int = 0  # queries and keys of a block, where the largest weight of each is wanted; 0: it is not
     unit: int = 0
     pairs: bool = False  # whether the gradient of pair_bias is wanted

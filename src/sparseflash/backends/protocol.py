@@ -51,11 +51,15 @@ class Backend(Protocol):
         seed: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         pair_bias: Tensor | None = None,
+        skipped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
         With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says. ALiBi's
         slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk].
+        Where `skipped`, zeros [B,Hq,2], is given, blocks of keys may add nothing, as `attention` says: it
+        counts blocks, and those that were skipped.
+
         Where a backend has `PEAKS = True` it also takes `peaks`, zeros [B,Hq,tiles,units], and writes into
         them the largest weight of each block of `options.tile` query by `options.unit` key tokens.
         """

@@ -41,9 +41,11 @@ from ._arguments import (
     check_sink,
     check_unknown,
     describe,
+    is_finite,
     is_real,
+    number_of,
 )
-from ._register import Gradient, once, register, untraced
+from ._register import Gradient, learning, once, register, untraced
 
 
 def _sum(parts: Sequence[Tensor | None]) -> Tensor:
@@ -230,6 +232,49 @@ _with_peaks = register(
 )
 
 
+def _forward_skipping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
+    pair_bias: Tensor | None,
+    plans: Sequence[Plan],
+    options: Softmax,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out and lse of what was not skipped, and how many blocks there were and were skipped."""
+    attend = choose("forward", options.backend, q, k, v).forward
+    skipped = q.new_zeros((*q.shape[:2], 2), dtype=torch.int64)
+    how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "skipped": skipped}
+    how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
+    out, lse, _ = over_plans(attend, q, k, v, plans, options, normed=False, **how)
+    return out, lse, skipped
+
+
+def _empty_skipping(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, _ = _empty(q, k, v, *rest)
+    return out, lse, q.new_empty((*q.shape[:2], 2), dtype=torch.int64)
+
+
+_skipping = register("attention_skipping", _forward_skipping, _empty_skipping)
+
+
+def _as_skip(skip_below: object, seed: Tensor | None, *given: Tensor | None) -> float:
+    """The threshold, where nothing is asked for that skipped blocks stand against."""
+    threshold = number_of(skip_below)
+    if not (is_finite(threshold) and threshold >= 0):
+        raise SparseFlashError(f"skip_below={skip_below!r}: expected a number from 0 on, or None")
+    if learning(*given):
+        raise SparseFlashError(
+            "skip_below has no gradients, but an input requires some: leave it out, or call attention under "
+            "torch.no_grad()"
+        )
+    if seed is not None:
+        raise SparseFlashError("skip_below together with dropout_p: the one is for inference, leave one out")
+    return float(threshold)
+
+
 @functools.lru_cache(32)
 def _dense_again(Tq: int, Tk: int, causal: bool, q_offset: int, inference: bool) -> Plan:
     """For the layers of a step: making a plan takes longer than attending 128 tokens."""
@@ -263,6 +308,7 @@ class _Options(TypedDict, total=False):
     alibi_slopes: Tensor | None
     pair_bias: Tensor | None
     softcap: float | None
+    skip_below: float | None
     dropout_p: float
     dropout_seed: int | Tensor | None
     out_dtype: torch.dtype | None
@@ -298,7 +344,8 @@ def attention(
     plan: AnyPlan | None = None,
     *,
     return_lse: bool = False,
-    return_block_max: tuple[int, int],
+    return_block_max: tuple[int, int] | None = None,
+    return_skipped: bool = False,
     **options: Unpack[_Options],
 ) -> tuple[Tensor, ...]: ...
 def attention(
@@ -315,11 +362,13 @@ def attention(
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     softcap: float | None = None,
+    skip_below: float | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     return_block_max: tuple[int, int] | None = None,
+    return_skipped: bool = False,
     deterministic: bool = True,
     backend: str | None = None,
     **unsupported: Any,
@@ -350,6 +399,13 @@ def attention(
         kernels.
     softcap : float, optional
         c in `c * tanh(score / c)`.
+    skip_below : float, optional
+        Inference alone: a block of keys adds nothing where every query of the block has met, before, a logit
+        that is larger by more than this. So no weight that is left out is more than `exp(-skip_below)` of its
+        row's largest, and neither its exponentials nor its products with v are computed (BLASST, arXiv
+        2512.12087: its threshold lambda is `exp(-skip_below)`, and scales with one over the length). Blocks
+        are up to 64 queries by up to 64 keys, in the order of the plan's lists; Triton's are those of its
+        kernel, so it may skip others.
     dropout_p : float
         The share in [0, 1) of weights that are left out, after the softmax; the others are multiplied with
         `1 / (1 - dropout_p)`, as PyTorch does. It is asked for by the call: nothing looks at `training`.
@@ -367,6 +423,9 @@ def attention(
         Also return, last, the largest weight P of each block of `tile` query by `unit` key tokens, fp32
         `[B,Hq,ceil(Tq/tile),ceil(Tk/unit)]`, without gradient: on the CPU, and of one plan without sinks, a
         by-product of the forward; else as long as `attention_stats`, which finds them.
+    return_skipped : bool
+        With skip_below: also return, last, int64 `[B,Hq,2]`, how many blocks a head's queries met, and how
+        many of them were skipped.
     deterministic : bool
         Bitwise repeatable results. All present backends always are.
     backend : str, optional
@@ -395,7 +454,7 @@ def attention(
             "attention",
             unsupported,
             _ELSEWHERE,
-            ("plan", "return_lse", "return_block_max", *_Options.__annotations__),
+            ("plan", "return_lse", "return_block_max", "return_skipped", *_Options.__annotations__),
         )
     if not isinstance(causal, bool):
         raise SparseFlashError(f"causal={causal!r}: expected True or False")
@@ -431,6 +490,20 @@ def attention(
             )
         options = options._replace(pairs=True)
     beside = sink_logits, seed, alibi_slopes, pair_bias
+    if skip_below is None:
+        if return_skipped:
+            raise SparseFlashError("return_skipped without skip_below: nothing is skipped")
+    elif return_block_max is not None:
+        raise SparseFlashError(
+            "return_block_max together with skip_below: of what is skipped no weight is known"
+        )
+    else:
+        asked = options._replace(
+            skip=_as_skip(skip_below, seed, q, k, v, key_bias, sink_logits, alibi_slopes, pair_bias)
+        )
+        out, lse, skipped = _skipping(q, k, v, key_bias, sink_logits, alibi_slopes, pair_bias, plans, asked)
+        found = (out, *((lse,) if return_lse else ()), *((skipped,) if return_skipped else ()))
+        return found if len(found) > 1 else out
     if return_block_max is not None:
         tile, unit = as_block("return_block_max", return_block_max)
         asked = options._replace(tile=tile, unit=unit)

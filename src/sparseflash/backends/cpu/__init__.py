@@ -86,6 +86,7 @@ def forward(
     seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
     peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq]; where wanted, its norm [2,B,Hq,Tq], and peaks."""
@@ -105,6 +106,8 @@ def forward(
     call.out, call.lse = view(out), lse.data_ptr()
     if norm is not None:
         call.norm = norm.data_ptr()
+    if skipped is not None:
+        call.skipped, call.skip_below = skipped.data_ptr(), options.skip
     if peaks is not None:
         call.over, call.stat, call.stat_width = OVER["block"], peaks.data_ptr(), peaks[0, 0].numel()
         call.stat_tile, call.stat_unit = options.tile, options.unit

@@ -116,6 +116,7 @@ class Call(ctypes.Structure):
             ("dropout_bar", ctypes.c_uint32),
             ("dropout_scale", ctypes.c_float),
         ]
+        + [("skipped", ctypes.c_void_p), ("skip_below", ctypes.c_float)]
         + [("stat_tile", ctypes.c_int64), ("stat_unit", ctypes.c_int64)]
         + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32), ("dpair", ctypes.c_void_p)]
     )

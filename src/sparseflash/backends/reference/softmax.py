@@ -20,7 +20,7 @@ from ...numerics import (
 )
 from ...plan import Plan
 from ...plan.entries import TileView, standing, tile_parts, tile_view
-from . import dropout
+from . import dropout, skipping
 from .rows import Rows
 
 STREAMED = 1 << 19
@@ -104,6 +104,7 @@ def forward(
     seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 (fp64) [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     B, H, Tq, _ = q.shape
@@ -132,6 +133,8 @@ def forward(
             _bias_rows(key_bias, keys, H, work),
             _pairs(plan, view, alibi_slopes, pair_bias, work),
         )
+        if skipped is not None:
+            x = skipping.without_minor(x, view, plan, r, options.skip / unit, skipped)
         top = x.amax(-1)
         p = x.sub_(torch.where(top == NEVER, 0, top)[..., None]).mul_(unit).exp_()
         total = p.sum(-1)

@@ -170,7 +170,7 @@ def columns_kernel(
                        K_ORDER + facts, K_POS + facts, K_END + facts, K_SEG + facts, BIAS,
                        k_rows)  # fmt: skip
         token, pos, end, seg = key_facts(of_head, n, live, F)
-        R = rule_of(Rule(inner, cap, factor, left, right, sink), RULE, rule_heads, h, H, F)
+        R = rule_of(Rule(inner, cap, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
         bias = R.factor
         if F.BIAS:
             base = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)

@@ -69,6 +69,7 @@ class Flags(NamedTuple):
     """Whether sums (with PEAK maxima) of the weights are wanted, under a given lse, instead of results."""
     PEAK: bool = False
     DROP: bool = False
+    SKIP: bool = False
 
 
 class Rows(NamedTuple):
@@ -122,7 +123,10 @@ class Keys(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Numbers of the logits (inner: the scale where it bends, scale / cap under a softcap), the window."""
+    """Numbers of the logits (inner: the scale where it bends, scale / cap under a softcap), the window.
+
+    below: how far under a row's largest x others still count, where chunks may be skipped.
+    """
 
     inner: Any
     cap: Any
@@ -130,6 +134,7 @@ class Rule(NamedTuple):
     left: Any
     right: Any
     sink: Any
+    below: Any
 
 
 @triton.jit
@@ -254,7 +259,7 @@ def rule_of(R, RULE, rule_heads, h, H, F: tl.constexpr):
     if F.HEAD_RULES:
         at = RULE + 3 * (h * rule_heads // H)
         left, right, sink = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    return Rule(R.inner, R.cap, R.factor, left, right, sink)
+    return Rule(R.inner, R.cap, R.factor, left, right, sink, R.below)
 
 
 @triton.jit

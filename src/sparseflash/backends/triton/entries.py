@@ -127,7 +127,7 @@ def entries_kernel(
         q_seg_heads,
         SHIFT, shift_batch, offset,
     )  # fmt: skip
-    R = rule_of(Rule(inner, cap, factor, left, right, sink), RULE, rule_heads, h, H, F)
+    R = rule_of(Rule(inner, cap, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     base = K + b64 * k_batch + kv * k_head
     head = Keys(

@@ -233,8 +233,8 @@ class Arguments:
         """The blocks of a kernel for this call."""
         unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
         dtype = str(self.named["Q"].dtype).removeprefix("torch.")
-        drops = self.switches.get("DROP", False)
-        blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or drops, self.plain)
+        drops, skips = self.switches.get("DROP", False), self.switches.get("SKIP", False)
+        blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or drops or skips, self.plain)
         if not (self.heavy and drops):
             return blocks
         if kernel == "rows, backward":  # both leave too few registers

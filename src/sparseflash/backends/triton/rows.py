@@ -34,23 +34,33 @@ from .dropout import Draw, stays, words_at
 
 
 @triton.jit
-def chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
+def values_at(K, base, lane, live, RULES: tl.constexpr, NEAR: tl.constexpr, F: tl.constexpr):
+    """Rows base + lane of V."""
+    if NEAR:
+        at = base * tl.full([], 1, tl.int64)
+        v = load_rows(K.v + at * K.v_row, lane, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+    else:
+        v = load_rows(K.v, (base + lane).to(tl.int64), K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+    return v
+
+
+@triton.jit
+def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
           BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Take in key rows base + lane: the online softmax, or with a norm (its top in m) their share of dQ.
 
-    With STATS, m the top too, their weights join `mass`.
+    With STATS, m the top too, their weights join `mass`. With SKIP nothing is taken in where every row's
+    largest x lies more than R.below under its largest so far; `gone` counts chunks, 2^32 for each skipped.
     """
     n = base + lane
     if NEAR:
         at = base * tl.full([], 1, tl.int64)
         k = load_rows(K.k + at * K.k_row, lane, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
-        if not F.STATS:
-            v = load_rows(K.v + at * K.v_row, lane, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
     else:
         at = n.to(tl.int64)
         k = load_rows(K.k, at, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
-        if not F.STATS:
-            v = load_rows(K.v, at, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
+    if not F.STATS and not F.SKIP:
+        v = values_at(K, base, lane, live, RULES, NEAR, F)
     if RULES or F.BIAS or F.DROP:
         token, pos, end, seg = key_facts(K, n, live, F)
     bias = R.factor
@@ -65,7 +75,7 @@ def chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr,
         seen = (tl.max(x, 0) != NEVER)[:, None]
         if BACKWARD:
             k = tl.where(seen, k, 0.0)
-        elif not F.STATS:
+        elif not F.STATS and not F.SKIP:
             v = tl.where(seen, v, 0.0)
     if F.STATS:
         mass = gathered(mass, tl.exp2((x - m[:, None]) * R.factor) * Q.share[:, None], 1, F)
@@ -80,6 +90,22 @@ def chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr,
         if RULES:
             ds = tl.where(p == 0.0, 0.0, ds)
         acc = dot(ds.to(k.dtype), k, acc)
+    elif F.SKIP:
+        top = tl.max(x, 1)
+        now = tl.maximum(m, top)
+        some = tl.max(tl.where(Q.real & (top != NEVER), 1, 0), 0)
+        counts = tl.max(tl.where(Q.real & (top != NEVER) & (top >= now - R.below), 1, 0), 0)
+        gone += some.to(tl.int64) + ((some - counts).to(tl.int64) << 32)
+        if counts > 0:
+            v = values_at(K, base, lane, live, RULES, NEAR, F)
+            if RULES:
+                v = tl.where((tl.max(x, 0) != NEVER)[:, None], v, 0.0)
+            level = tl.where(now == NEVER, 0.0, now)
+            p = tl.exp2((x - level[:, None]) * R.factor)
+            shrink = tl.exp2((m - level) * R.factor)
+            acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+            mass = mass * shrink + tl.sum(p, 1)
+            m = now
     else:
         now = tl.maximum(m, tl.max(x, 1))
         level = now
@@ -93,7 +119,7 @@ def chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr,
         acc = dot(left.to(v.dtype), v, acc * shrink[:, None])
         mass = mass * shrink + tl.sum(p, 1)  # after the product: before it, a register too many is in use
         m = now
-    return acc, m, mass
+    return acc, m, mass, gone
 
 
 @triton.jit
@@ -109,7 +135,7 @@ def span_at(SPANS, s, rows, piece, pieces, SPLIT: tl.constexpr, BN: tl.constexpr
 
 
 @triton.jit
-def over_spans(acc, m, mass, Q, K, R, X, SPANS, first, full, last, piece, pieces,
+def over_spans(acc, m, mass, gone, Q, K, R, X, SPANS, first, full, last, piece, pieces,
                SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Spans first..last: those before `full` in whole chunks without a test, then the rest, CUT at a time."""
     BN: tl.constexpr = F.BN
@@ -125,13 +151,17 @@ def over_spans(acc, m, mass, Q, K, R, X, SPANS, first, full, last, piece, pieces
     for s in range(first, full):
         lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         for t in tl.range(lo, lo + (hi - lo) // BN * BN, BN, num_stages=F.STAGES):
-            acc, m, mass = chunk(acc, m, mass, Q, K, R, X, t, wide, wide >= 0, 1, False, True, BACKWARD, F)
+            acc, m, mass, gone = chunk(
+                acc, m, mass, gone, Q, K, R, X, t, wide, wide >= 0, 1, False, True, BACKWARD, F
+            )
     for s in range(first, last):
         lo, hi = span_at(SPANS, s, K.rows, piece, pieces, SPLIT, BN)
         lo = tl.where(s < full, lo + tl.maximum(hi - lo, 0) // BN * BN, lo)
         for t in tl.range(lo, hi, CUT, num_stages=1):
-            acc, m, mass = chunk(acc, m, mass, Q, K, R, X, t, lane, t + lane < hi, 1, True, True, BACKWARD, F)
-    return acc, m, mass
+            acc, m, mass, gone = chunk(
+                acc, m, mass, gone, Q, K, R, X, t, lane, t + lane < hi, 1, True, True, BACKWARD, F
+            )
+    return acc, m, mass, gone
 
 
 @triton.jit
@@ -156,7 +186,7 @@ def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def over_units(acc, m, mass, Q, K, R, X, INDEX, WORDS, first, full, last, piece, pieces,
+def over_units(acc, m, mass, gone, Q, K, R, X, INDEX, WORDS, first, full, last, piece, pieces,
                SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """Units first..last of the index: those before `full` in whole chunks without a test, then the rest."""
     BN: tl.constexpr = F.BN
@@ -177,7 +207,9 @@ def over_units(acc, m, mass, Q, K, R, X, INDEX, WORDS, first, full, last, piece,
     for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
         _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN, WIDE)
         base = tl.maximum(tl.minimum(base, K.rows - (BN if NEAR else 1 + lane)), 0 if NEAR else -lane)
-        acc, m, mass = chunk(acc, m, mass, Q, K, R, X, base, lane, live, 1, False, NEAR, BACKWARD, F)
+        acc, m, mass, gone = chunk(
+            acc, m, mass, gone, Q, K, R, X, base, lane, live, 1, False, NEAR, BACKWARD, F
+        )
     WIDE_CUT: tl.constexpr = F.UNIT if F.UNIT >= CUT else F.UNIT_LANES
     CUTS: tl.constexpr = (WIDE_CUT + CUT - 1) // CUT
     PER_CUT: tl.constexpr = (CUT + WIDE_CUT - 1) // WIDE_CUT
@@ -196,8 +228,10 @@ def over_units(acc, m, mass, Q, K, R, X, INDEX, WORDS, first, full, last, piece,
                 at = ((slot - full)[None, :] * F.TILE + Q.within[:, None]) * W + (inside // 32)[None, :]
                 word = tl.load(WORDS + at, mask=tested[None, :] & Q.real[:, None], other=-1)
             bits = (word >> (inside % 32)[None, :]) & 1
-        acc, m, mass = chunk(acc, m, mass, Q, K, R, X, base, lane, live, bits, True, ONE, BACKWARD, F)
-    return acc, m, mass
+        acc, m, mass, gone = chunk(
+            acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, True, ONE, BACKWARD, F
+        )
+    return acc, m, mass, gone
 
 
 @triton.jit
@@ -211,12 +245,13 @@ def rows_kernel(
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
     scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
-    Q_DRAW, K_DRAW, bar, kept, blocks,
+    Q_DRAW, K_DRAW, bar, kept, blocks, below, GONE,
     WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT, LSE and the norm of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given norm and DELTA.
 
     With STATS the sum or maximum of their weights (in OUT, [B,H,Tq]) under the given norm.
+    With SKIP also GONE [programs]: how many chunks they met, and 2^32 for each that added nothing.
     With SPLIT several programs share the keys of the rows, as WORK [programs, 3] says: a list, one of its
     pieces, how many it has. Each has an OUT [rows, DV], a TOP and a REST [rows] of its own.
     """
@@ -239,7 +274,7 @@ def rows_kernel(
         SHIFT, shift_batch, offset,
     )  # fmt: skip
     real, token, pos, seg = query_facts(tokens, b, h, H, tile, within, Tq, q_rows, F)
-    R = rule_of(Rule(inner, cap, factor, left, right, sink), RULE, rule_heads, h, H, F)
+    R = rule_of(Rule(inner, cap, factor, left, right, sink, below), RULE, rule_heads, h, H, F)
 
     b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
     state = bh.to(tl.int64) * Tq + token
@@ -249,6 +284,7 @@ def rows_kernel(
     acc = tl.zeros([BM, WIDTH], tl.float32)
     m = tl.full([BM], NEVER, tl.float32)
     mass = tl.zeros([BM], tl.float32)
+    gone = tl.full([], 0, tl.int64)
     do, delta, share = q, mass, mass
     if BACKWARD or F.STATS:
         m, seen = given_top(TOP, state, real)
@@ -275,8 +311,8 @@ def rows_kernel(
         cell = place(b, h, H, span_heads, span_batch, tiles) + tile
         first = tl.load(SPAN_START + cell)
         full, last = first + tl.load(SPAN_FULL + cell), first + tl.load(SPAN_COUNT + cell)
-        acc, m, mass = over_spans(acc, m, mass, rows, head, R, draw, SPANS, first, full, last, piece, pieces,
-                                  SPLIT, BACKWARD, F)  # fmt: skip
+        acc, m, mass, gone = over_spans(acc, m, mass, gone, rows, head, R, draw, SPANS, first, full, last,
+                                        piece, pieces, SPLIT, BACKWARD, F)  # fmt: skip
     if F.UNITS:
         cell = place(b, h, H, unit_heads, unit_batch, tiles) + tile
         first = tl.load(START + cell)
@@ -284,8 +320,8 @@ def rows_kernel(
         words = WORDS
         if F.BITS:
             words = WORDS + tl.load(WORDS_START + cell) * (F.TILE * ((F.UNIT + 31) // 32))
-        acc, m, mass = over_units(acc, m, mass, rows, head, R, draw, INDEX, words, first, full, last, piece,
-                                  pieces, SPLIT, BACKWARD, F)  # fmt: skip
+        acc, m, mass, gone = over_units(acc, m, mass, gone, rows, head, R, draw, INDEX, words, first, full,
+                                        last, piece, pieces, SPLIT, BACKWARD, F)  # fmt: skip
 
     base, row = OUT + b64 * o_batch + h64 * o_head, token
     if SPLIT:
@@ -304,6 +340,8 @@ def rows_kernel(
         rest = tl.log2(total) * LN2
         tl.store(TOP + state, tl.where(some, m, NEVER), mask=real)
         tl.store(REST + state, rest, mask=real)
+        if F.SKIP:
+            tl.store(GONE + pid, gone)
         if not SPLIT:
             unit = 1.0 if F.BENT else scale
             tl.store(LSE + state, tl.where(some, m * unit + rest, NEVER), mask=real)

@@ -24,18 +24,35 @@ _SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL
 _UNITED = ("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS")
 
 
-def launch_rows(a: Arguments, plan: Plan, *, backward: bool, work: Tensor | None = None) -> None:
-    """Run the kernel over query rows, each row by one program, or by those that a work list gives it."""
+def launch_rows(
+    a: Arguments,
+    plan: Plan,
+    *,
+    backward: bool,
+    work: Tensor | None = None,
+    below: float = 0.0,
+    skipped: Tensor | None = None,
+) -> None:
+    """Run the kernel over query rows, each row by one program, or by those that a work list gives it.
+
+    `skipped` [B,H,2] is to count the chunks, and those of them whose x lie `below` the rows' largest.
+    """
     programs = a.named["Q"].shape[0] * a.named["H"] * plan.tiles if work is None else len(work)
     shared = {"WORK": a.named["SPANS"] if work is None else work, "SPLIT": work is not None}
 
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))
         parts = -(-plan.tile // rows)
+        gone = a.named["SPANS"]
+        if skipped is not None:
+            gone = torch.empty(programs * parts, dtype=torch.int64, device=skipped.device)
         rows_kernel[(programs * parts,)](
-            **a.named, **shared, blocks=parts, BACKWARD=backward,
+            **a.named, **shared, blocks=parts, below=below, GONE=gone, BACKWARD=backward,
             F=a.flags(blocks, rows, min(32, blocks.keys)), **blocks.options(),
         )  # fmt: skip
+        if skipped is not None:
+            met = gone.view(*skipped.shape[:2], -1)
+            skipped.add_(torch.stack([met & 0xFFFFFFFF, met >> 32], -1).sum(-2))
 
     if programs:
         name = "rows, backward" if backward else "rows" if work is None else "decode"
@@ -69,6 +86,7 @@ def forward(
     seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], and its norm [2,B,Hq,Tq]."""
     if pair_bias is not None:
@@ -83,7 +101,9 @@ def forward(
     a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
     for name in "o", "d":
         a.strides(a.named, name, out)
-    launch_rows(a, plan, backward=False)
+    a.switches["SKIP"] = skipped is not None
+    below = options.skip / unit_of(options.scale, options.softcap, key_bias)
+    launch_rows(a, plan, backward=False, below=below, skipped=skipped)
     return out, lse, norm
 
 

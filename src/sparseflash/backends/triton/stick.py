@@ -112,7 +112,7 @@ def stick_kernel(
     )
     state = bh.to(tl.int64) * Tq + token
     drem = tl.load(DREM + state, mask=rows.real & BACKWARD, other=0.0)
-    R = rule_of(Rule(factor, factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
+    R = rule_of(Rule(factor, factor, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     head = Keys(
         K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
@@ -253,7 +253,7 @@ def stick_columns_kernel(
         answers = Answers(
             DOUT + b64 * d_batch + h64 * d_head, d_row, d_lane, DREM + bh.to(tl.int64) * Tq, LEFT, OLDER
         )
-        R = rule_of(Rule(factor, factor, factor, left, right, sink), RULE, rule_heads, h, H, F)
+        R = rule_of(Rule(factor, factor, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
         cells = place(b, h, H, visit_heads, visit_batch, tiles)
         if F.SPANS:
             group = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + base // GROUP

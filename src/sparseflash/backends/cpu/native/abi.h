@@ -48,6 +48,8 @@ struct SfCall {
     int64_t dropout_seed;
     uint32_t dropout_bar;  // weights are left out whose number of 32 bits is below; 0: none
     float dropout_scale;   // factor of the others
+    int64_t *skipped;   // [B,Hq,2]: blocks of keys, and those that added nothing; or null, and all add
+    float skip_below;   // where for every query their largest logit is so much less than the largest before
     int64_t stat_tile, stat_unit;  // queries and keys of a block. A forward with `stat`, which is zeros, raises it to the
                         // largest weight of each block; statistics with dout, v and delta are of influences
     SfTable alibi;      // float [B|1,Hq,1] or null: slopes, of distances between positions

@@ -274,7 +274,7 @@ bool tensors_ok(const SfCall &c) {
     if (!view_ok(c.pair, c.B, c.Hq, c.Tq, c.Tk) || !whole(item(c.pair_dtype), c.pair.data)) return false;
     if (c.alibi.data && c.alibi.heads != c.Hq) return false;
     if (c.dpair && (!c.pair.data || !whole(4, c.dpair) || !fits({c.B, c.Hq, c.Tq, c.Tk}))) return false;
-    return table_ok(c.alibi, c, c.Hq, 1) && table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta);
+    return table_ok(c.alibi, c, c.Hq, 1) && table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta) && whole(8, c.skipped);
 }
 
 bool statistics_ok(const SfCall &c) {

@@ -180,6 +180,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
     float *s = w.s.p, *pair = has_pairs(c) ? w.pair.p : nullptr;
     const Peaks peaks = {c, w.peaks.p};
     if (c.stat) peaks.clear();
+    Skips skips(c, logits);
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
@@ -205,8 +206,13 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                         float *y = w.peaks + token / c.stat_unit * BQ + i;
                         if (token >= 0) *y = most(*y, s[j]);
                     }
-                float m = x.m;
-                for (int j = 0; j < W; j++) m = most(m, (float)top[j]);
+                float highest = -INF, m = x.m;
+                for (int j = 0; j < W; j++) highest = most(highest, (float)top[j]);
+                const bool counts = skips.counts(highest, m);
+                if (c.skipped) {
+                    skips.met += highest > -INF, skips.gone += highest > -INF && !counts;
+                    if (!counts) continue;
+                }
                 if (m > x.m) {
                     vf shrink = exp2v<true>(set1(x.m - m) * logits.factor);  // -inf - m: 0
                     x.l *= shrink[0];
@@ -228,6 +234,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                            [&](int64_t d) { add_weighted<1>(s, seen.v, seen.n, d, c.Dv, x.sum); });
             }
         });
+    if (c.skipped) skips.tell(b, h);
     if (c.stat) {
         for (int i = 0; i < rows; i++) w.m[i] = query[i].m, w.l[i] = query[i].l;
         peaks.finish(logits, b, h, q, w.m, w.l);

@@ -2,6 +2,7 @@
 #pragma once
 #include "blocks.h"
 #include "chunk.h"
+#include "skip.h"
 
 namespace {
 
@@ -20,6 +21,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
     int n = columns(q, BF);
     int64_t Dv = BF ? round_up(c.Dv, 32) : c.Dv;
     const Peaks peaks = {c, w.peaks.p};
+    Skips skips(c, logits);
     bool packed = false;
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
@@ -64,6 +66,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
                 fill_rows(w.s.p, a, k.a, -INF);
                 fill_rows(w.s.p, k.b, e, -INF);
             }
+            if (c.skipped && !skips.cut(w.s.p, q, w.m, n, a, e)) return;
             if (dropout.on()) {
                 const Draw draw = dropout.draw(rules, k, b, h, w.drawn, w.key_words);
                 online_softmax<BF>(w.s.p, a, e, logits.factor, w.m, w.l, w.ot.p, Dv, n, w.p.p, draw);
@@ -73,6 +76,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             else gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
 #endif
         });
+    if (c.skipped) skips.tell(b, h);
     if (c.stat && packed) peaks.finish(logits, b, h, q, w.m, w.l);
     const int64_t ld = round_up(c.Dv, 16);
     if (packed) lanes_to_rows(w.ot.p, c.Dv, w.spare.p);
