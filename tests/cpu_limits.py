@@ -18,6 +18,8 @@ from sparseflash.backends import cpu
 
 DIMS = ((256, 256), (256, 1), (1, 256), (255, 129), (129, 255), (64, 256), (256, 64))
 """D and Dv: the largest, and beside the sizes of tiles; each with the other large and small."""
+WIDE = ((576, 576), (576, 1), (1, 576), (575, 513), (576, 512))
+"""The same for softmax attention."""
 
 SIZES = ((1, (1, 1)), (65, (8, 1)), (300, (2, 2)))
 """Tokens and heads."""
@@ -34,8 +36,10 @@ def results(op: Callable[..., Any], *leaves: Tensor) -> list[Tensor]:
     return [*(x.detach() for x in found), *grads]
 
 
-def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    """Every op on tensors of these shapes, as a function of the backend."""
+def inputs(
+    D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, dict[str, sf.Plan], Callable[..., Tensor]]:
+    """q, k, v, plans of tiles and of few queries, and normal numbers to follow."""
     g = torch.Generator().manual_seed(D + Dv + T)
 
     def normal(*shape: int) -> Tensor:
@@ -44,14 +48,21 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
     (Hq, Hkv), B = heads, 2
     q, k, v = ((normal(B, h, T, d) / d**0.25).to(dtype) for h, d in ((Hq, D), (Hkv, D), (Hkv, Dv)))
     few = sf.Plan.from_keys(torch.arange(8).expand(1, 1, -(-T // 2), 8) % T, Tq=T, Tk=T, tile=2)
-    plans = {"tiles": sf.Plan.dense(T, T, causal=True), "few": few}
+    return q, k, v, {"tiles": sf.Plan.dense(T, T, causal=True), "few": few}, normal
+
+
+def softmax(
+    q: Tensor, k: Tensor, v: Tensor, plans: dict[str, sf.Plan], normal: Callable[..., Tensor]
+) -> Iterator[tuple[str, Call]]:
+    """Attention, what it finds by the way, its statistics, and decoding."""
+    Hq, T = q.shape[1:3]
     options: dict[str, dict[str, Any]] = {
         "plain": {},
         "softcap": {"softcap": 5.0},
         "bias": {"key_bias": normal(1, Hq, T)},
         "negative": {"scale": -0.1, "sink_logits": normal(Hq)},
         "pairs": {"alibi_slopes": normal(Hq).abs(), "pair_bias": normal(1, Hq, T, T), "softcap": 5.0},
-        "dropout": {"dropout_p": 0.1, "dropout_seed": D - 2**62, "key_bias": normal(1, Hq, T)},
+        "dropout": {"dropout_p": 0.1, "dropout_seed": q.shape[3] - 2**62, "key_bias": normal(1, Hq, T)},
     }
     for (named, plan), (how, given) in itertools.product(plans.items(), options.items()):
         yield (
@@ -60,6 +71,47 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
                 lambda *x: sf.attention(*x, p, return_lse=True, backend=b, **o), q, k, v
             ),
         )
+    for named, plan in plans.items():
+        out, lse = sf.attention(q, k, v, plan, return_lse=True, out_dtype=torch.float32, backend="reference")
+        slopes = {"v": v, "dout": out.to(q.dtype), "delta": (out.to(q.dtype) * out).sum(-1)}
+        for over in ("key", "row", "entry", "diagonal", "block"):
+            block = {"block": (7, 65)} if over == "block" else {}
+            yield (
+                f"attention_stats, {named}, {over}",
+                lambda b, p=plan, o=over, x=lse, n=block: [
+                    sf.attention_stats(q, k, x, p, over=o, backend=b, **n)
+                ],
+            )
+        yield (
+            f"influences, {named}",
+            lambda b, p=plan, x=lse, s=slopes: [
+                sf.attention_stats(q, k, x, p, over="block", block=(64, 3), backend=b, **s)
+            ],
+        )
+        for block in ((1, 1), (65, 64)):
+            yield (
+                f"block maxima, {named}, {block}",
+                lambda b, p=plan, n=block: list(sf.attention(q, k, v, p, return_block_max=n, backend=b)),
+            )
+        yield f"skipping, {named}", lambda b, p=plan: [sf.attention(q, k, v, p, skip_below=1.0, backend=b)]
+    for new in (1, min(T, 17)):
+        yield f"decode, {new}", lambda b, n=new: [sf.decode(q[:, :, -n:], k, v, backend=b)]
+
+
+def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
+    """Every op on tensors of these shapes, as a function of the backend."""
+    q, k, v, plans, normal = inputs(D, Dv, T, heads, dtype)
+    yield from softmax(q, k, v, plans, normal)
+    if max(D, Dv) <= 256:
+        yield from others(q, k, v, plans, normal)
+
+
+def others(
+    q: Tensor, k: Tensor, v: Tensor, plans: dict[str, sf.Plan], normal: Callable[..., Tensor]
+) -> Iterator[tuple[str, Call]]:
+    """What is no softmax attention, and what selects."""
+    (B, Hq, T, D), Dv = q.shape, v.shape[3]
+    g = torch.Generator().manual_seed(D + Dv + T)
     for named, plan in plans.items():
         yield (
             f"stick_breaking, {named}",
@@ -71,15 +123,7 @@ def calls(D: int, Dv: int, T: int, heads: tuple[int, int], dtype: torch.dtype) -
             f"pointwise_attention, {named}",
             lambda b, p=plan: results(lambda *x: sf.pointwise_attention(*x, p, backend=b), q, k, v),
         )
-        lse = sf.attention(q, k, v, plan, return_lse=True, backend="reference")[1]
-        for over in ("key", "row", "entry", "diagonal"):
-            yield (
-                f"attention_stats, {named}, {over}",
-                lambda b, p=plan, o=over, x=lse: [sf.attention_stats(q, k, x, p, over=o, backend=b)],
-            )
     yield from selections(q, k, normal)
-    for new in (1, min(T, 17)):
-        yield f"decode, {new}", lambda b, n=new: [sf.decode(q[:, :, -n:], k, v, backend=b)]
     rate, state = torch.tensor([0.0, 1e-3, 1.0, 1e30]).repeat(2)[:Hq], normal(B, Hq, D, Dv)
     yield (
         "linear_attention",
@@ -156,7 +200,9 @@ def hold() -> int:
     """Compare every call with the reference; how many there were."""
     n = 0
     dtypes = tuple(cpu.CODES)
-    for (i, (D, Dv)), (j, (T, heads)), own in itertools.product(enumerate(DIMS), enumerate(SIZES), range(3)):
+    for (i, (D, Dv)), (j, (T, heads)), own in itertools.product(
+        enumerate(DIMS + WIDE), enumerate(SIZES), range(3)
+    ):
         dtype = dtypes[(i + j + own) % 3]  # each shape in one, and what has wide scratch in all
         for name, call in calls(D, Dv, T, heads, dtype):
             if own and name != "linear_attention":

@@ -10,7 +10,7 @@ import torch
 import plans
 import sparseflash as sf
 import tolerance
-from harness import EACH, EVERY, MAIN, inputs, randn, run
+from harness import BACKENDS, EACH, EVERY, MAIN, inputs, randn, run
 from sparseflash import Plan
 
 SIZES = (0, 1, 7, 33, 63, 129)
@@ -77,6 +77,28 @@ def test_every_head_dimension_is_exact(backend, dtype, D, Dv, generator):
     plan = Plan.dense(63, 129, causal=True, q_offset=66)
     got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse)
     tolerance.compare(got, q, k, v, plan.to_dense(), dout=dout, dlse=dlse)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D, Dv", [(512, 512), (576, 512), (40, 576), (529, 33)])
+def test_wide_heads_are_exact(backend, dtype, D, Dv, generator):
+    q, k, v, dout, dlse = inputs(generator, 63, 129, B=1, D=D, Dv=Dv, dtype=dtype)
+    few = Plan.from_keys(torch.randint(0, 129, (1, 1, 32, 9), generator=generator), Tq=63, Tk=129, tile=2)
+    for plan in (Plan.dense(63, 129, causal=True, q_offset=66), few):
+        got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse)
+        tolerance.compare(got, q, k, v, plan.to_dense(), dout=dout, dlse=dlse)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_latent_is_key_and_value_at_once(backend, dtype, generator):
+    """Absorbed MLA: one head of 576 keys a token, whose first 512 are the value, in place."""
+    q, k, *_ = inputs(generator, 2, 97, B=2, H=16, Hkv=1, D=576, dtype=dtype)
+    v, given = k[..., :512], {"return_lse": True, "backend": backend}
+    plan = Plan.dense(2, 97, causal=True, q_offset=95)
+    for out, lse in (sf.attention(q, k, v, plan, **given), sf.decode(q, k, v, plan, **given)):
+        tolerance.compare({"out": out, "lse": lse}, q, k, v, plan.to_dense())
 
 
 @MAIN

@@ -22,6 +22,8 @@ AnyPlan = Plan | Sequence[Plan]
 """A plan, or the disjoint plans of one softmax."""
 LARGEST = 2**31 - 1
 """Tokens of a block: more than there are."""
+WIDEST = 576
+"""Head dimensions of softmax attention: those of a latent and its rotated part."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -175,7 +177,7 @@ def as_dtype(name: str, dtype: object, q: Tensor) -> torch.dtype | None:
     raise SparseFlashError(f"{name}={dtype!r}: expected {q.dtype} (that of q){wide}, or None for that of q")
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, widest: int = 256) -> None:
     """Table of (condition, message) for q, k and v; each message follows what was given."""
     for x in (q, k, v):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
@@ -193,7 +195,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         (heads > 0 and H % heads == 0, "Hq must be a multiple of Hkv (GQA): repeat or drop heads"),
         (Dk == D, "q and k need the same head dimension"),
         (Tk == Tv, "k and v need the same number of tokens"),
-        (1 <= D <= 256 and 1 <= Dv <= 256, "head dimensions 1..256 are supported: use more heads"),
+        (
+            1 <= D <= widest and 1 <= Dv <= widest,
+            f"head dimensions 1..{widest} are supported: use more heads",
+        ),
     )
     for holds, message in rules:
         if not holds:

@@ -25,6 +25,7 @@ from ..numerics import (
 )
 from ..plan import Plan
 from ._arguments import (
+    WIDEST,
     AnyPlan,
     as_backend,
     as_block,
@@ -379,7 +380,7 @@ def attention(
     ----------
     q, k, v : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16,
-        bf16 (fp64 on the reference backend). D and Dv up to 256.
+        bf16 (fp64 on the reference backend). D and Dv up to 576 (256 on Triton).
     plan : Plan or tuple of Plan, optional
         What is seen; a tuple of plans with disjoint visible sets is one softmax over all. None: dense.
     causal : bool
@@ -469,7 +470,7 @@ def attention(
     if not isinstance(deterministic, bool):
         raise SparseFlashError(f"deterministic={deterministic!r}: expected True or False")
     q, k, v = autocast(q, k, v)
-    check_inputs(q, k, v)
+    check_inputs(q, k, v, WIDEST)
     if plan is None:
         plan = _dense(q, k, causal, q_offset)
     plans = as_plans(plan)
@@ -561,7 +562,7 @@ def attention_backward(
     >>> out, lse = sf.attention(q, k, v, plan, return_lse=True)
     >>> dq, dk, dv, _ = sf.attention_backward(dout, q, k, v, out, lse, plan)
     """
-    check_inputs(q, k, v)
+    check_inputs(q, k, v, WIDEST)
     plans = as_plans(plan)
     for one in plans:
         check_plan(one, q, k)

@@ -14,6 +14,7 @@ from ..errors import SparseFlashError
 from ..numerics import Softmax, empty_like_layout, state_dtype
 from ..plan import Plan
 from ._arguments import (
+    WIDEST,
     AnyPlan,
     as_backend,
     as_dtype,
@@ -168,7 +169,7 @@ def decode(
     torch.Size([2, 8, 1, 64])
     """
     q, k, v = autocast(q, k, v)
-    check_inputs(q, k, v)
+    check_inputs(q, k, v, WIDEST)
     bias, sinks = (x if isinstance(x, Tensor) else None for x in (key_bias, sink_logits))
     if learning(q, k, v, bias, sinks):
         raise SparseFlashError(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..plan import Plan
-from ._arguments import AnyPlan, as_plans, check_inputs
+from ._arguments import WIDEST, AnyPlan, as_plans, check_inputs
 from .attention import attention
 
 
@@ -60,7 +60,7 @@ def recall(
     >>> found.shape, bool((found[..., :64] > 0.999).all()), bool(found[..., 200:].mean() < 0.5)
     (torch.Size([1, 2, 256]), True, True)
     """
-    check_inputs(q, k, k)
+    check_inputs(q, k, k, WIDEST)
     plans = as_plans(plan)
     if dense is None:
         if any(x is not None for one in plans for x in (one.q_pos, one.k_pos)):

@@ -12,6 +12,7 @@ from ..errors import SparseFlashError
 from ..numerics import Statistics, blocks, norm_of, state_dtype, unit_of
 from ..plan import Plan
 from ._arguments import (
+    WIDEST,
     as_backend,
     as_block,
     as_scale,
@@ -156,7 +157,7 @@ def attention_stats(
         raise SparseFlashError(f"reduce={reduce!r}: expected sum or max")
     if not isinstance(plan, Plan):
         raise SparseFlashError(f"plan is a {type(plan).__name__}: expected one Plan (not a tuple)")
-    check_inputs(q, k, k if v is None else v)
+    check_inputs(q, k, k if v is None else v, WIDEST)
     check_plan(plan, q, k)
     if key_bias is not None:
         check_bias(key_bias, q, k)

@@ -93,8 +93,9 @@ def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.cons
     elif F.SKIP:
         top = tl.max(x, 1)
         now = tl.maximum(m, top)
-        some = tl.max(tl.where(Q.real & (top != NEVER), 1, 0), 0)
-        counts = tl.max(tl.where(Q.real & (top != NEVER) & (top >= now - R.below), 1, 0), 0)
+        # reduced as matrices: of a vector that came from a matrix Triton 3.7 makes no number on Blackwell
+        some = tl.max(tl.where(Q.real & (top != NEVER), 1, 0)[:, None])
+        counts = tl.max(tl.where(Q.real & (top != NEVER) & (top >= now - R.below), 1, 0)[:, None])
         gone += some.to(tl.int64) + ((some - counts).to(tl.int64) << 32)
         if counts > 0:
             v = values_at(K, base, lane, live, RULES, NEAR, F)

@@ -3,6 +3,8 @@
 #pragma once
 #include <stdint.h>
 
+constexpr int64_t SF_WIDEST = 576;  // head dimensions of softmax attention; 256 of what is none
+
 enum SfDtype : int32_t { SF_F32 = 0, SF_BF16 = 1, SF_F16 = 2 };
 
 // A [B,H,T,D] tensor; strides in elements.

@@ -237,7 +237,7 @@ enum Kind { FORWARD, BACKWARD, STATS, DECODE, STICK_FORWARD, STICK_BACKWARD };
 bool sizes_ok(const SfCall &c) {
     if (c.Bk != c.B && c.Bk != 1) return false;
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.Tq < 0 || c.Tk < 0) return false;
-    if (c.D < 1 || c.D > 256 || c.Dv < 1 || c.Dv > 256 || c.threads < 1) return false;
+    if (c.D < 1 || c.D > SF_WIDEST || c.Dv < 1 || c.Dv > SF_WIDEST || c.threads < 1) return false;
     if (c.dtype < 0 || c.dtype > 2 || c.out_dtype < 0 || c.out_dtype > 2 || c.grad_dtype < 0 || c.grad_dtype > 2) return false;
     const SfPlan &p = c.plan;
     for (int64_t n : {c.Tq, c.Tk, p.q_rows, p.k_rows, p.tile, p.unit}) if (n > INT32_MAX) return false;  // 32 bits each
@@ -298,6 +298,7 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;
+    if ((stick || !softmax) && (c.D > 256 || c.Dv > 256)) return false;
     const bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
     const bool given = kind == BACKWARD || kind == STATS;  // a normaliser
     if (some_q && (!c.q.data || (softmax && !again && !(given ? c.norm : c.lse)))) return false;

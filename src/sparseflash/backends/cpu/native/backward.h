@@ -188,8 +188,8 @@ inline void scores(const SfCall &c, const Operands &o, const Steps &steps, const
         const int rows = t.e - t.a, lanes = t.to - t.from;
         float *s = w.s + t.a * BQ + t.from, *g = w.g + t.a * BQ + t.from;
         if (!BF) {
-            gemm_f32(rows, lanes, c.D, o.k + t.a * o.ldk, o.ldk, 1, x.qt + t.from, BQ, s, BQ, SET, keys);
-            gemm_f32(rows, lanes, c.Dv, o.v + t.a * o.ldv, o.ldv, 1, x.dot + t.from, BQ, g, BQ, SET, keys);
+            gemm_rows_f32(rows, lanes, c.D, o.k + t.a * o.ldk, o.ldk, x.qt + t.from, BQ, s, BQ, keys);
+            gemm_rows_f32(rows, lanes, c.Dv, o.v + t.a * o.ldv, o.ldv, x.dot + t.from, BQ, g, BQ, keys);
         } else {
 #if SF_HAS_BF16
             const int64_t D = round_up(c.D, GRAIN), Dv = round_up(c.Dv, GRAIN);

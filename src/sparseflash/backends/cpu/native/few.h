@@ -100,13 +100,13 @@ template <bool BF> struct Seen {
 
 // A query and what is summed up for it.
 template <bool BF> struct Query {
-    alignas(64) float q[256], dout[256], sum[256];
-    alignas(64) bf qb[256], doutb[256];
+    alignas(64) float q[SF_WIDEST], dout[SF_WIDEST], sum[SF_WIDEST];
+    alignas(64) bf qb[SF_WIDEST], doutb[SF_WIDEST];
     float m, l, top, rest2, delta;
 
     void take(const SfCall &c, const SfView &v, int64_t b, int64_t h, int64_t t, int64_t D, float *x, bf *xb) {
         const char *row = row_of(v, b, h, t, c.dtype);
-        memset(x, 0, sizeof q);
+        memset(x, 0, round_up(D, 32) * 4);
         read_row(v, row, c.dtype, D, x);
         if (BF) Packed<true, true>::copy((const bf *)row, v.lane, D, xb, round_up(D, 32));
     }
@@ -173,7 +173,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
     for (int i = 0; i < rows; i++) {
         Query<BF> &x = query[i];
         x.m = -INF, x.l = 0;
-        memset(x.sum, 0, sizeof x.sum);
+        memset(x.sum, 0, round_up(c.Dv, 32) * 4);
         if (q.real >> i & 1) x.take(c, c.q, b, h, q.token[i], c.D, x.q, x.qb);
     }
     if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
@@ -261,7 +261,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
     for (int i = 0; i < rows; i++) {
         Query<BF> &x = query[i];
         int64_t t = q.token[i];
-        memset(x.sum, 0, sizeof x.sum);
+        memset(x.sum, 0, round_up(c.D, 32) * 4);
         if (!(q.real >> i & 1) || norm.none(t)) continue;
         alive |= 1ull << i;
         x.take(c, c.q, b, h, t, c.D, x.q, x.qb);

@@ -42,7 +42,7 @@ void forward_block(const SfCall &c, const Keys &keys, const Rules &rules, const 
             Operands o = operands<BF, false>(c, keys, k, holes, w.see, w);
             int a = k.a, e = k.b;
             if (!BF) {
-                gemm_f32(e - a, n, c.D, o.k + a * o.ldk, o.ldk, 1, w.qt.p, BQ, w.s + a * BQ, BQ, SET);
+                gemm_rows_f32(e - a, n, c.D, o.k + a * o.ldk, o.ldk, w.qt.p, BQ, w.s + a * BQ, BQ);
             } else {
 #if SF_HAS_BF16
                 a = (int)round_down(k.a, GRAIN);

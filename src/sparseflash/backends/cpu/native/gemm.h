@@ -87,6 +87,15 @@ inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai
     else strips_f32<true>(M, N, K, a, ak, b, ldb, c, ldc, into, rows);
 }
 
+// C = A B for rows of A. Over more than 256 numbers it is a sum of shorter products, of 128 each: what is rounded is what
+// was summed so far, and the part of B stays in the nearest cache.
+inline void gemm_rows_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
+                          float *c, int64_t ldc, Reach rows = NEAR) {
+    const int64_t part = K > 256 ? 128 : K;
+    for (int64_t k = 0; k < K; k += part)
+        gemm_f32(M, N, least(part, K - k), a + k, lda, 1, b + k * ldb, ldb, c, ldc, k ? ADD : SET, rows);
+}
+
 #if SF_HAS_BF16
 
 // bf16: A row-major with pairs along K, B as [K/2][N][2]; fp32 accumulators.

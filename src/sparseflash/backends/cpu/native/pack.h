@@ -130,7 +130,7 @@ template <bool BF, bool BACKWARD> struct Packed {
                 src[j] = t >= 0 ? (const bf *)row_of(x, b, hkv, t, SF_BF16) : nullptr;
             }
             // 32 keys at a time: neighbours as pairs, then the pairs transposed
-            alignas(64) bf line[2][32 * 8], pair[16 * 64 * 8];
+            alignas(64) bf line[2][SF_WIDEST], pair[16 * 2 * SF_WIDEST];
             for (int64_t j0 = 0; j0 < BK; j0 += 32) {
                 for (int64_t j = 0; j < 32; j += 2) {
                     for (int s = 0; s < 2; s++) {
@@ -194,7 +194,7 @@ inline void pack_lanes(const SfCall &c, const SfView &v, int64_t b, int64_t h, c
 inline void pack_lanes(const SfView &v, int64_t b, int64_t h, const Queries &q, uint64_t alive, int64_t D, bf *columns,
                        bf *rows) {
     int64_t Dp = round_up(D, 32);
-    alignas(64) bf line[16 * 256];
+    alignas(64) bf line[16 * SF_WIDEST];
     for (int i0 = 0; i0 < BQ; i0 += 16) {
         for (int i = 0; i < 16; i++) {
             const bf *x = alive >> (i0 + i) & 1 ? (const bf *)row_of(v, b, h, q.token[i0 + i], SF_BF16) : nullptr;

@@ -115,8 +115,8 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         Operands o = operands<BF, SLOPES>(c, keys, k, false, w.see, w);
         float *s = w.s.p;
         if (!BF) {
-            gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + k.a * BQ, BQ, SET);
-            if (SLOPES) gemm_f32(k.b - k.a, n, c.Dv, o.v + k.a * o.ldv, o.ldv, 1, w.dot.p, BQ, w.g + k.a * BQ, BQ, SET);
+            gemm_rows_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, w.qt.p, BQ, s + k.a * BQ, BQ);
+            if (SLOPES) gemm_rows_f32(k.b - k.a, n, c.Dv, o.v + k.a * o.ldv, o.ldv, w.dot.p, BQ, w.g + k.a * BQ, BQ);
         } else {
 #if SF_HAS_BF16
             int from = GRAIN > 2 ? (int)round_down(k.a, GRAIN) : k.a, to = GRAIN > 2 ? (int)round_up(k.b, GRAIN) : k.b;
