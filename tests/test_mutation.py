@@ -1,0 +1,41 @@
+"""The run that makes faults makes them, and judges the tests by them (`python tests/mutation.py`)."""
+
+import pytest
+
+import mutation
+from sparseflash.plan import options
+
+
+def test_a_fault_is_other_code_in_the_same_function():
+    before = options.multiple.__code__
+    fault = next(
+        x
+        for x in mutation.faults("plan")
+        if (x.module, x.function) == ("plan/options.py", "multiple") and x.said.startswith("n == 0")
+    )
+    assert options.multiple(2, 3) == 6
+    try:
+        assert mutation.put(fault, mutation.broken(fault))
+        assert options.multiple(2, 3) != 6 or options.multiple(1, 1) != 1 or options.multiple(4, 2) != 4
+    except ZeroDivisionError:
+        pass  # as good a difference
+    finally:
+        options.multiple.__code__ = before
+    assert options.multiple(2, 3) == 6
+
+
+def test_a_sample_is_the_same_for_a_seed_and_of_functions_that_differ():
+    one, two, other = (mutation.sample(12, seed) for seed in (5, 5, 6))
+    assert one == two != other
+    assert len({(x.module, x.function) for x in one}) == len(one) == 12
+    assert {x.module.split("/")[0] for x in one} == {"plan", "methods", "integrations"}
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_fork_answers_or_is_ended(works):
+    def work():
+        while not works:
+            pass
+        return [1, 2]
+
+    assert mutation.forked(work, 20.0 if works else 0.5) == ([1, 2] if works else None)
