@@ -524,6 +524,7 @@ def test_the_window_matters_and_wide_rows_have_its_gradients(generator):
 # ---------------------------------------------------------------- experiments
 
 
+@pytest.mark.slow
 def test_what_the_experiments_measure_is_what_they_say(generator):
     pytest.importorskip("safetensors")
     from benchmarks.experiments import diffusion, vision
