@@ -43,8 +43,9 @@ def pytest_collection_modifyitems(items):
 
 SHARE = 60.0
 """Seconds of one core that a file of tests may take in `make test`, on the two cores it is made for."""
-SHARES = {"test_methods.py": 5.0 * len(CASES), "test_triton.py": 240.0}
-"""Files that may take more: five seconds for each method, and all of Triton's kernels in its interpreter."""
+SHARES = {"test_methods.py": 5.0 * len(CASES), "test_triton.py": 240.0, "test_distributed.py": 90.0}
+"""Files that may take more: five seconds for each method, and all of Triton's kernels in its interpreter; and
+what starts four processes."""
 _spent: dict[str, float] = collections.Counter()
 
 
