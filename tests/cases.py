@@ -582,7 +582,7 @@ CASES = [
         {"special": 2, "window": 4, "random": 2},
         {"window": 256},
         [{"random": 0}, {"random": 2}, {"window": 40}, {"window": 512}],
-        (0.01, 0.03),
+        (1.0, 1.0),
         3698876035,
         full_mask="all",
         seeded=True,

@@ -49,10 +49,11 @@ def test_both_ops_pass_opcheck(name, backend, generator):
     for bias, sink in ((None, None), (randn(generator, 1, 2, T), randn(generator, 4))):
         leaves = [x.detach().requires_grad_() if x is not None else None for x in (q, k, v, bias, sink)]
         options = Softmax(0.25, 0.0, backend)
-        forward = (*leaves, tensors, ints, *options)
+        beside = (None, None, None)  # a seed, slopes, and a bias of pairs
+        forward = (*leaves, *beside, tensors, ints, *options)
         torch.library.opcheck(torch.ops.sparseflash.attention.default, forward)
         out, _, norm = torch.ops.sparseflash.attention(*forward)
-        backward = (dout, dlse, q, k, v, out, norm, None, bias, tensors, ints, *options)
+        backward = (dout, dlse, q, k, v, out, norm, None, bias, *beside, tensors, ints, *options)
         torch.library.opcheck(torch.ops.sparseflash.attention_backward.default, backward)
 
 
@@ -62,7 +63,7 @@ def test_the_fake_ops_have_the_strides_of_the_real_ones(layout, generator):
     if layout == "bshd":
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     tensors, ints = flatten_all((Plan.dense(T, T),))
-    arguments = (q, k, v, None, None, tensors, ints, *Softmax(0.25, 0.0))
+    arguments = (q, k, v, *(None,) * 5, tensors, ints, *Softmax(0.25, 0.0))
     torch.library.opcheck(torch.ops.sparseflash.attention.default, arguments, test_utils="test_faketensor")
 
 
