@@ -116,3 +116,118 @@ def test_layers_stand_in_a_cache_of_ones_own_under_any_attention(model):
             PROMPT, max_new_tokens=6, do_sample=False, pad_token_id=0, past_key_values=cache
         )
     assert torch.equal(stock, ours) and cache.get_seq_length() == 40
+
+
+READERS = [
+    sf.methods.Quest(budget=10**6),
+    sf.methods.LServe(budget=10**6),
+    sf.methods.DoubleSparsity(channels=(tuple(range(8)),), budget=10**6),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", READERS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("way", ["greedy", "prompt lookup"])
+def test_a_method_that_reads_everything_gives_the_tokens_of_the_stock_model(model, method, way):
+    mask = torch.ones_like(PROMPT)
+    mask[-1, :9] = 0
+    stock = generated(model, PROMPT, way, attention_mask=mask)
+    with sf.transformers.sparse(model, decode=method):
+        assert torch.equal(stock, generated(model, PROMPT, way, attention_mask=mask))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_behind_padding_a_sequence_reads_the_pages_that_it_reads_alone(model, way, monkeypatch):
+    """And nothing is gathered for it: neither keys nor values move."""
+    quest = sf.methods.Quest(budget=8, page=4)
+    mask = torch.ones_like(PROMPT)
+    mask[-1, :9] = 0
+    with sf.transformers.sparse(model, decode=quest):
+        alone = generated(model, PROMPT[1:, 9:], way)
+        monkeypatch.setattr(sf.integrations.transformers.control, "gather", None)
+        both = generated(model, PROMPT, way, attention_mask=mask)
+    assert torch.equal(both[1, 35:], alone[0, 26:])
+    assert not torch.equal(both, generated(model, PROMPT, way, attention_mask=mask))  # it read less
+
+
+@torch.no_grad()
+def test_what_a_method_reads_does_not_depend_on_whose_the_cache_is(model):
+    """Bounds that were kept while keys were appended, after a crop, and bounds made of all keys at once."""
+    quest = sf.methods.Quest(budget=8, page=4)
+    runs = []
+    with sf.transformers.sparse(model, decode=quest):
+        for cache in (DynamicCache(), Cache(layers=[DynamicLayer() for _ in range(2)])):
+            model(PROMPT, past_key_values=cache)
+            for _ in range(2):  # the second time behind a crop
+                logits = [model(PROMPT[:, n : n + 1], past_key_values=cache).logits for n in range(6)]
+                cache.crop(-5)
+            runs.append(torch.stack(logits))
+    torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-5)
+
+
+POLICIES = [
+    sf.cache.SnapKV(budget=10**6),
+    sf.cache.H2O(budget=10**6),
+    {1: sf.cache.StreamingLLM(budget=10**6)},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("way", ["greedy", "beams", "prompt lookup"])
+def test_a_policy_with_room_for_everything_gives_the_tokens_of_the_stock_model(model, policy, way):
+    mask = torch.ones_like(PROMPT)
+    mask[-1, :9] = 0
+    stock = generated(model, PROMPT, way, attention_mask=mask)
+    with sf.transformers.sparse(model, cache=policy):
+        assert torch.equal(stock, generated(model, PROMPT, way, attention_mask=mask))
+
+
+@torch.no_grad()
+def test_a_policy_holds_what_it_says_and_positions_go_on(model):
+    """Logits are those of a full cache whose other keys are hidden; padding is not held, a chat goes on."""
+    mask = torch.ones_like(PROMPT)
+    mask[-1, :9] = 0
+    policy = sf.cache.StreamingLLM(budget=12, sinks=2)
+    hidden, cache = DynamicCache(), DynamicCache()
+    model(PROMPT, attention_mask=mask, past_key_values=hidden)
+    with sf.transformers.sparse(model, cache=policy):
+        model(PROMPT, attention_mask=mask, past_key_values=cache)
+        assert {type(layer) for layer in cache.layers} == {sf.cache.Evicting}
+        for t in range(35, 41):
+            token = PROMPT[:, t - 35 : t - 34]
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+            where = mask.cumsum(1)[:, -1:] - 1
+            ours = model(token, attention_mask=mask, past_key_values=cache, position_ids=where).logits
+            first = torch.tensor([0, 9])[:, None]
+            at = torch.arange(t + 1)
+            seen = ((at >= first) & (at < first + 2)) | (at > t - 10)
+            want = model(
+                token, attention_mask=seen[:, None, None], past_key_values=hidden, position_ids=where
+            )
+            torch.testing.assert_close(ours, want.logits, atol=1e-4, rtol=1e-4)
+        assert cache.get_seq_length() == 41 and cache.layers[0].held.max() <= 12 + 64
+        model(PROMPT[:, :9], past_key_values=cache)
+        assert cache.get_seq_length() == 50
+
+
+@torch.no_grad()
+def test_what_a_policy_cannot_do_is_said(model):
+    policy = sf.cache.StreamingLLM(budget=12)
+    with pytest.raises(sf.SparseFlashError, match="mapping from the numbers of layers, 0..1"):
+        with sf.transformers.sparse(model, cache={7: policy}):
+            pass
+    with sf.transformers.sparse(model, cache=policy, decode=sf.methods.Quest()):
+        with pytest.raises(sf.SparseFlashError, match="decode= or cache="):
+            generated(model, PROMPT, "greedy")
+    filled = DynamicCache()
+    model(PROMPT, past_key_values=filled)
+    with sf.transformers.sparse(model, cache=policy), pytest.warns(UserWarning, match="keeps its layers"):
+        model(PROMPT[:, :1], past_key_values=filled)
+    own = Cache(layers=[sf.cache.Evicting(policy) for _ in range(2)])
+    with pytest.raises(sf.SparseFlashError, match="attn_implementation='sparse'"):
+        model.generate(PROMPT, past_key_values=own, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with sf.transformers.sparse(model, prefill=sf.methods.SinkWindow(window=8), cache=policy):
+        window = generated(model, PROMPT, "greedy")
+    assert not torch.equal(window, generated(model, PROMPT, "greedy"))

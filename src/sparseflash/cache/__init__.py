@@ -8,8 +8,43 @@ torch.Size([1, 4, 1, 64])
 """
 
 from .base import Layer
+from .evicting import Evicting
 from .files import load, save
 from .growing import Growing
+from .policies.adakv import AdaKV
+from .policies.base import Everything, Held, Policy, policies, policy
+from .policies.expected_attention import ExpectedAttention
+from .policies.h2o import H2O
+from .policies.knorm import KNorm
+from .policies.moa import MoA
+from .policies.pyramidkv import PyramidKV
+from .policies.snapkv import SnapKV
+from .policies.streaming_llm import StreamingLLM
+from .policies.tova import TOVA
 from .summaries import Labels, PageBounds, PageMean, Summary
 
-__all__ = ["Growing", "Labels", "Layer", "PageBounds", "PageMean", "Summary", "load", "save"]
+__all__ = [
+    "H2O",
+    "TOVA",
+    "AdaKV",
+    "Everything",
+    "Evicting",
+    "ExpectedAttention",
+    "Growing",
+    "Held",
+    "KNorm",
+    "Labels",
+    "Layer",
+    "MoA",
+    "PageBounds",
+    "PageMean",
+    "Policy",
+    "PyramidKV",
+    "SnapKV",
+    "StreamingLLM",
+    "Summary",
+    "load",
+    "policies",
+    "policy",
+    "save",
+]

@@ -25,9 +25,6 @@ class Layer:
     is_croppable: ClassVar[bool] = True
     supports_early_init: ClassVar[bool] = True
 
-    first: Tensor | None = None
-    """Integers [B]: the first key of each sequence that is no padding; None: there is none on the left."""
-
     # ------------------------------------------------------------ the four verbs
 
     def append(self, k: Tensor, v: Tensor) -> None:

@@ -53,13 +53,25 @@ class Growing(Layer):
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._tokens = 0
-        self.first = None
+        self._first: Tensor | None = None
         self._summaries: dict[Summary, Kept] = {}
 
     @property
     def tokens(self) -> int:
         """Tokens in the cache."""
         return self._tokens
+
+    @property
+    def first(self) -> Tensor | None:
+        """Integers [B]: the first key of each sequence that is no padding; None: no padding on the left."""
+        return self._first
+
+    @first.setter
+    def first(self, first: Tensor | None) -> None:
+        old = self._first
+        if not (first is old or (first is not None and old is not None and torch.equal(first, old))):
+            self._summaries.clear()
+        self._first = first
 
     @property
     def keys(self) -> Tensor | None:
@@ -150,7 +162,7 @@ class Growing(Layer):
             return
         at = rows.to(self._keys.device)
         self._keys, self._values = self._keys.index_select(0, at), self._values.index_select(0, at)
-        self.first = None if self.first is None else self.first.index_select(0, at)
+        self._first = None if self._first is None else self._first.index_select(0, at)
         for kept in self._summaries.values():
             kept.select_rows(at)
 

@@ -32,6 +32,14 @@ class Summary:
         """`[B,H,n,page,D]` as `[B,H,n,width]`; `real [B|1,n,page]`: False for lanes that hold no key."""
         raise NotImplementedError
 
+    def rows(self, keys: Tensor) -> Tensor:
+        """The summary of keys `[B,H,T,D]`, page by page: `[B,H,ceil(T / page),width]`."""
+        B, H, T, D = keys.shape
+        n = -(-T // self.page)
+        real = (torch.arange(n * self.page, device=keys.device) < T).view(1, n, self.page)
+        keys = torch.nn.functional.pad(keys.detach(), (0, 0, 0, n * self.page - T))
+        return self.of(keys.view(B, H, n, self.page, D), real)
+
 
 @dataclass(frozen=True)
 class PageBounds(Summary):
@@ -62,7 +70,7 @@ class Labels(Summary):
     Parameters
     ----------
     channels : tuple of tuple of int
-        For each KV head, which.
+        For each KV head, which; one for all of them where there is one.
     """
 
     page: int = 1
@@ -87,10 +95,10 @@ class Labels(Summary):
     def of(self, keys: Tensor, real: Tensor) -> Tensor:
         """As of a summary."""
         at = torch.tensor(self.channels, device=keys.device)
-        if len(at) != keys.shape[1] or int(at.max()) >= keys.shape[4]:
+        if len(at) not in (1, keys.shape[1]) or max(map(max, self.channels)) >= keys.shape[4]:
             raise SparseFlashError(
-                f"labels of {len(at)} KV heads, channels up to {int(at.max())}, for keys {list(keys.shape)}: "
-                "they were calibrated on another model"
+                f"labels of {len(at)} KV heads, channels up to {max(map(max, self.channels))}, for keys "
+                f"{list(keys.shape)}: they were calibrated on another model"
             )
         return keys[:, :, :, 0].gather(3, at[None, :, None].expand(*keys.shape[:3], -1))
 
@@ -141,12 +149,7 @@ class Kept:
         (B, H, T, D), page = keys.shape, self.summary.page
         if first is None:
             at = self._keys // page
-            own = keys[:, :, at * page :]
-            n = -(-own.shape[2] // page)
-            real = (torch.arange(n * page, device=keys.device) < own.shape[2]).view(1, n, page)
-            if own.shape[2] < n * page:
-                own = torch.nn.functional.pad(own, (0, 0, 0, n * page - own.shape[2]))
-            return self.summary.of(own.view(B, H, n, page, D), real), at
+            return self.summary.rows(keys[:, :, at * page :]), at
         first = first.to(keys.device).long()
         begin = (self._keys - first).clamp(min=0) // page
         n = (T - self._keys + page - 2) // page + 1  # the most that so many keys lie in

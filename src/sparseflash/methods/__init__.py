@@ -11,6 +11,7 @@ from .block_topk import BlockTopK
 from .cycle_scan import CycleScan
 from .dilated import Dilated
 from .documents import Documents
+from .double_sparsity import DoubleSparsity, heavy_channels
 from .dual_chunk_attention import DualChunkAttention
 from .dynamic_mask import DynamicMask
 from .efficient_vdit import EfficientVDiT
@@ -19,6 +20,7 @@ from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
 from .last_dense import LastDense
+from .lserve import LServe
 from .minference import MInference
 from .mminference import MMInference
 from .moa import MoA
@@ -29,6 +31,7 @@ from .pbs_attn import PBSAttn
 from .prefix_lm import PrefixLM
 from .profiled import Profiled
 from .qk_sparse import QKSparse
+from .quest import Quest
 from .reformer import Reformer
 from .session import Session
 from .sink_window import SinkWindow
@@ -84,7 +87,11 @@ __all__ = [
     "MTraining",
     "StarAttention",
     "DualChunkAttention",
+    "DoubleSparsity",
+    "LServe",
+    "Quest",
     "coverage",
+    "heavy_channels",
     "find",
     "get",
     "names",

@@ -123,6 +123,7 @@ class Method:
     - `by_shape`: the selection depends on the lengths, the heads, and on what `reads` names, which are
       numbers (`q_offset`, `grid`, `text`). On the host, where making it may take longer than attending, it is
       made once.
+    - `behind_padding`: over a `cache.Growing`, selects from each sequence's first key (`cache.first`) on.
     - `per_head`: fields that `select` takes as a tuple, one value a query head.
 
     Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
@@ -151,6 +152,7 @@ class Method:
     trainable: ClassVar[bool] = False
     approximate: ClassVar[bool] = False
     by_shape: ClassVar[bool] = False
+    behind_padding: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:

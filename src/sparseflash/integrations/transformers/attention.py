@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...cache.evicting import layer_behind
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
 from .._host import exact
+from .caches import attend
 from .documents import by_edges, by_positions, into, mixing, told, unheard
 from .keep import plain_mask
 from .learned import learned_plan
@@ -116,6 +118,9 @@ def sparse_attention(
     if dropout:  # what the layer gives while it trains; the seed is of torch's own generator
         options["dropout_p"] = dropout
     setting = getattr(module, SETTING, None)
+    held = None if torch.compiler.is_compiling() else layer_behind(key)
+    if held is not None:
+        return attend(module, held, setting, query, key, value, mask, options).transpose(1, 2), None
     if indices is not None or block_indices is not None:
         if setting is not None:
             raise SparseFlashError(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...cache import Growing, Policy
 from ...errors import SparseFlashError
 from ...methods.base import UNREAD, Method, Selection, find, names
 from ...methods.session import Session
@@ -18,6 +19,7 @@ from ...plan.options import same_offset
 from .._host import exact, over
 from .._sessions import Rotations, Sessions
 from .attention import SETTING
+from .caches import keeping, layer_of
 from .layers import Layer, chosen
 from .mask import Plain, SparseMask
 from .packed import gather, scatter
@@ -39,6 +41,7 @@ def sparse(
     prefill: Choice = None,
     decode: Choice = None,
     layers: Iterable[int | str] | int | str | None = None,
+    cache: Policy | Mapping[int, Policy] | None = None,
 ) -> Iterator[nn.Module]:
     """Let methods decide what chosen layers of a Transformers model see; everything is as before afterwards.
 
@@ -58,6 +61,9 @@ def sparse(
         For calls of one query over a cache. None: dense.
     layers : int, str or iterable, optional
         Layers by number or by name (`*` matches anything). None: all that have no window of their own.
+    cache : Policy or mapping, optional
+        What the caches keep that begin inside the block: a policy of `sf.cache`, for all layers without a
+        window of their own, or one for each of some layers, by number. None: everything.
 
     Yields
     ------
@@ -91,7 +97,9 @@ def sparse(
         if strange := set(choice) - set(numbers):
             raise SparseFlashError(f"methods for the layers {sorted(strange)}, which are not among {numbers}")
     settings = [_setting(layer, prefill, decode) for layer in picked]
-    with on_sparse(model), heard(model) as ear, attached(picked, settings, ear):
+    total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
+    kept = keeping(model, cache, total)
+    with on_sparse(model), kept, heard(model) as ear, attached(picked, settings, ear):
         yield model
 
 
@@ -173,6 +181,8 @@ class Setting:
     sessions: Sessions = dataclasses.field(default_factory=Sessions)
     told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Of the call that runs: cache, rope, modality and grid, where they are known."""
+    kept: Growing | None = None
+    """The layer of that cache, where it is one of ours and holds the very keys of the call."""
 
     def __call__(
         self,
@@ -186,7 +196,8 @@ class Setting:
         """Attention of this layer, out `[B,Hq,S,Dv]`."""
         told = vars(module).pop(OVERHEARD, None)
         if told is not None:
-            self = dataclasses.replace(self, told=_of_all_keys(module, told, q.shape[2], k.shape[2]))
+            known = _of_all_keys(module, told, q.shape[2], k.shape[2])
+            self = dataclasses.replace(self, told=known, kept=layer_of(told.get("cache"), module))
         choice = self.decode if q.shape[2] == 1 and k.shape[2] > 1 else self.prefill
         mask = mask if choice is None else mask.for_methods()
         if isinstance(choice, Sequence):
@@ -233,7 +244,7 @@ class Setting:
             return exact(q, k, v, mask.plan, options)
         if mask.documents:
             return self._apart(method, q, k, v, mask, options, heads)
-        if mask.padded is not None:
+        if mask.padded is not None and not self._begins(method, q, mask):
             if not mask.causal and (mask.cross or q.shape[2] != k.shape[2]):
                 raise SparseFlashError(
                     f"{self.layer.name}: {_named(method)} on a layer that attends to another sequence, with "
@@ -261,8 +272,18 @@ class Setting:
         session = self.sessions.of(self.told.get("cache"), method)
         scale = k.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
         own = {"v": v, "q_offset": offset, "scale": scale, "softcap": options["softcap"]}
+        own |= {} if self.kept is None else {"cache": self.kept}
         told = {x: self.told[x] for x in self.told if x == "slot" or x in UNREAD or x in method.reads}
         return session, session.context({**told, **own, "layer": self.layer.index})
+
+    def _begins(self, method: Method, q: Tensor, mask: SparseMask) -> bool:
+        """Whether a method takes keys that begin behind padding, and the cache knows where they do."""
+        fits = method.behind_padding and self.kept is not None and q.shape[2] == 1 and mask.by_rule
+        if not fits or mask.first is None:
+            return False
+        assert self.kept is not None
+        self.kept.first = mask.first
+        return True
 
     def _select(self, session: Session, q: Tensor, k: Tensor, ctx: dict[str, Any]) -> Selection:
         """What the method selects, its plans as a tuple."""
@@ -289,7 +310,7 @@ class Setting:
                 told["rope"] = tuple(map(moved, told["rope"]))
             if "modality" in told:
                 told["modality"] = moved(told["modality"][..., None])[..., 0]
-        return dataclasses.replace(self, told=told)
+        return dataclasses.replace(self, told=told, kept=None)
 
     def _unpadded(
         self,
@@ -362,7 +383,9 @@ class Setting:
             padding = None if bool(tokens.all()) else tokens
             alone = SparseMask(own, n, Plain(), causal=True, tokens=padding)
             # a document is no generation: nothing is remembered of it
-            parts.append(dataclasses.replace(self, told={})._attend(method, *part, alone, options, heads))
+            parts.append(
+                dataclasses.replace(self, told={}, kept=None)._attend(method, *part, alone, options, heads)
+            )
         return mask.apart.join(parts)
 
     def _within(self, method: Method, plan: Any, mask: SparseMask) -> Any:

@@ -230,6 +230,14 @@ class SparseMask(_Dense):
         return self._padded
 
     @functools.cached_property
+    def first(self) -> Tensor | None:
+        """The first token of each sequence, `[B]`, where all padding is before it. Looks at values."""
+        if self.tokens is None:
+            return None
+        first = self.tokens.byte().argmax(1)
+        return first if bool((self.tokens.sum(1) == self.tokens.shape[1] - first).all()) else None
+
+    @functools.cached_property
     def groups(self) -> list[tuple[Group, SparseMask]]:
         """Sequences of one length each, and what the mask says of their own tokens. Looks at values."""
         assert self.padded is not None

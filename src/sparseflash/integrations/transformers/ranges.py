@@ -72,7 +72,7 @@ def sparse_mask(
     mask.owner, mask.mixes = getattr(config, "model_type", ""), mixing(config)
     if not torch.compiler.is_compiling():
         call = call_of(sys._getframe(1))
-        roomy(call.cache)
+        roomy(call.cache, config)
         mask = apart(mask, call, kv_offset)
     return mask
 

@@ -44,7 +44,8 @@ def from_choice(
     at = torch.arange(index.shape[2], device=index.device) + (
         offset.to(index.device).view(-1, 1, 1) if isinstance(offset, Tensor) else offset
     )  # positions of the queries, [Tq] or [B,1,Tq]
-    batch = max(index.shape[0], at.shape[0] if at.dim() == 3 else 1)
+    sizes = [index.shape[0], *([at.shape[0]] if at.dim() == 3 else [])]
+    batch = next((n for n in sizes if n != 1), 1)
     if k_keep is not None:
         require(
             (

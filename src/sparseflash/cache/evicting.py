@@ -1,0 +1,417 @@
+"""`Evicting`: as many keys as a policy lets stay, at the positions they had."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..ops.attention import attention
+from ..ops.decode import decode
+from ..ops.merge import merge
+from ..ops.stats import attention_stats
+from ..plan import Plan
+from ..plan.options import is_count
+from ..plan.ragged import begins
+from .base import Layer, check_new
+from .policies.base import Held, Policy
+
+CACHED = "_sparseflash_cache"
+"""Name of the attribute of keys that a layer has handed to a host: the layer that attends to them."""
+
+
+class Evicting(Layer):
+    """The keys and values of a layer that a policy lets stay: memory for a budget, whatever the length.
+
+    Every KV head of every sequence has a place of its own in one pool, as large as what it holds and `slack`
+    tokens more. When a place is full, the policy chooses what stays. Keys keep the positions that they were
+    rotated for, and positions go on: the model does not notice but for what it no longer sees. Attention over
+    what is held is exact. Inference only.
+
+    Parameters
+    ----------
+    policy : Policy
+        `cache.SnapKV(budget=1024)`, `cache.StreamingLLM(...)`, ...
+    layer, layers : int
+        Which layer this is, of how many: some policies give them different budgets.
+    slack : int
+        Tokens that are appended before the policy is asked again.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> cache = sf.cache.Evicting(sf.cache.SnapKV(budget=64, recent=16))
+    >>> for n in (500, 1, 1):
+    ...     q, k, v = torch.randn(1, 8, n, 32), *torch.randn(2, 1, 2, n, 32)
+    ...     out = cache.attend(q, k, v)
+    >>> out.shape, cache.tokens, cache.held.tolist()
+    (torch.Size([1, 8, 1, 32]), 502, [[66, 66]])
+    """
+
+    def __init__(self, policy: Policy, *, layer: int = 0, layers: int = 1, slack: int = 64) -> None:
+        require(
+            (
+                isinstance(policy, Policy),
+                f"policy={policy!r}: expected one, such as cache.SnapKV(budget=1024)",
+            ),
+            (is_count(slack, 1), f"slack={slack!r}: expected an int >= 1, tokens"),
+        )
+        self.policy, self.slack = policy.of_layer(layer, layers), slack
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._tokens, self._prompt, self._floor = 0, 0, 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._position: Tensor | None = None
+        self._mass: Tensor | None = None
+        self._queries: Tensor | None = None
+        self._start: Tensor | None = None
+        self._used: Tensor | None = None
+        self._spare = 0
+        self._new: tuple[Tensor, Tensor] | None = None
+
+    # ------------------------------------------------------------ the four verbs
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were appended, whether or not they are still held."""
+        return self._tokens
+
+    @property
+    def held(self) -> Tensor:
+        """Keys that each KV head holds, `[B,Hkv]`."""
+        return torch.zeros(0, 0, dtype=torch.int64) if self._used is None else self._used
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The pool of all heads, `[1,1,places,D]`: `plan` says whose each place is."""
+        return self._keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """The pool of values, `[1,1,places,Dv]`."""
+        return self._values
+
+    @property
+    def positions(self) -> Tensor | None:
+        """When the token of each place came, int32 `[places]`."""
+        return self._position
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The pool, positions and places of the heads, and what the policy looks at."""
+        names = ("keys", "values", "position", "mass", "queries", "start", "used")
+        own = {name: getattr(self, f"_{name}") for name in names}
+        return {name: x for name, x in own.items() if x is not None}
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n further tokens behind the others; all of them stay.
+
+        `attend` and `evict` let go what is over the budget.
+        """
+        self._check(k, v)
+        self._put(k, v)
+
+    def plan(self, Tq: int = 1) -> Plan:
+        """What the last Tq tokens see of the pool: all that is held up to their own place."""
+        assert self._start is not None and self._used is not None and self._keys is not None
+        most = self._most()
+        row = torch.arange(1 - Tq, 1, device=self._used.device)
+        used = (self._used[..., None] + row).clamp(min=0)
+        if isinstance(most, Tensor):
+            most = most.to(used.device)[:, None]
+        spans = torch.stack([torch.stack(x, -1) for x in self.policy.seen(used, most)], -2)
+        spans = torch.maximum(spans, torch.zeros_like(spans)) + self._start[..., None, None, None]
+        spans[..., 1] = torch.maximum(spans[..., 0], spans[..., 1])
+        return Plan.from_spans(spans, Tq=Tq, Tk=self._keys.shape[2], tile=1)
+
+    # ------------------------------------------------------------ attending
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        among: Plan | None = None,
+        real: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        new: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """Attention of new tokens over what is held and over themselves; then the policy lets go.
+
+        Parameters
+        ----------
+        q, k, v : Tensor
+            `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]` of the new tokens.
+        among : Plan, optional
+            What they see of each other. None: causal attention.
+        real : Tensor, optional
+            bool `[B,n]`, False = padding, which is not kept.
+        scale, softcap, sink_logits
+            As in `sparseflash.attention`.
+        new : callable, optional
+            What attends among the tokens of a first call instead of `attention(q, k, v, among)`.
+
+        Returns
+        -------
+        Tensor
+            `[B,Hq,n,Dv]`.
+        """
+        self._check(k, v)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise SparseFlashError("a cache that evicts has no gradients: call it under torch.no_grad()")
+        n, own = q.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+        options: dict[str, Any] = {"scale": own, "softcap": softcap}
+        many = self._used is None or n > self.slack
+        if not many and self._spare < n:  # now, and no sooner: until here tokens may have been cropped
+            self.evict(own, softcap)
+        if n == 1 and self._used is not None and real is None:
+            self._put(k, v)
+            out, _ = self._over(q, self.plan(), options, sink_logits)
+        else:
+            if among is None:
+                among = Plan.dense(n, n, causal=True, device=q.device)
+            out, mass = self._beside(q, k, v, among, options, sink_logits, new)
+            self._put(k, v, real, mass)
+        self._see(q)
+        if many:
+            self.evict(own, softcap)
+        return out
+
+    def _over(
+        self, q: Tensor, plan: Plan, options: dict[str, Any], sink_logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the pool; what each key was given is added up, for policies that want it."""
+        assert self._keys is not None and self._values is not None
+        out, lse = decode(
+            q, self._keys, self._values, plan, return_lse=True, sink_logits=sink_logits, **options
+        )
+        if self._mass is not None and q.shape[2] == 1:
+            self._mass += attention_stats(q, self._keys, lse, plan, **options).sum((0, 1))
+        return out, lse
+
+    def _beside(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        among: Plan,
+        options: dict[str, Any],
+        sink_logits: Tensor | None,
+        new: Callable[..., Any] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of several tokens over what is held and over themselves; and the mass of the new keys."""
+        massed, first = self.policy.massed, self._used is None
+        if first and new is not None and not massed:
+            return new(q, k, v, among, sink_logits=sink_logits, **options), None
+        out, lse = attention(q, k, v, among, return_lse=True, sink_logits=sink_logits, **options)
+        before = None if first else self._before(q.shape[2])
+        if before is not None:
+            out, lse = merge([self._over(q, before, options), (out, lse)])
+        if first and new is not None:
+            out = new(q, k, v, among, sink_logits=sink_logits, **options)
+        if not massed:
+            return out, None
+        if before is not None:
+            assert self._mass is not None and self._keys is not None
+            self._mass += attention_stats(q, self._keys, lse, before, **options).sum((0, 1))
+        mass = attention_stats(q, k, lse, among, **options)
+        return out, mass.view(k.shape[0], k.shape[1], -1, k.shape[2]).sum(2)
+
+    def _before(self, n: int) -> Plan:
+        """All that is held, for each of n queries."""
+        assert self._start is not None and self._used is not None and self._keys is not None
+        most = self._most()
+        if isinstance(most, Tensor):
+            most = most.to(self._used.device)
+        spans = torch.stack([torch.stack(x, -1) for x in self.policy.seen(self._used, most)], -2)
+        spans = torch.maximum(spans, spans[..., :1]) + self._start[..., None, None]
+        tile = max(1, min(n, 128))
+        return Plan.from_spans(
+            spans[:, :, None].expand(-1, -1, -(-n // tile), -1, -1), Tq=n, Tk=self._keys.shape[2], tile=tile
+        )
+
+    def evict(self, scale: float | None = None, softcap: float | None = None) -> None:
+        """Let go what the policy does not want to stay, by the last queries that were attended."""
+        if self._used is None or self._keys is None:
+            return
+        held = self._held(self._keys.shape[-1] ** -0.5 if scale is None else scale, softcap)
+        if not self._prompt:
+            self._prompt = self._tokens
+            held = Held(**vars(held) | {"prompt": self._tokens})
+        keep = self.policy.keep(held)
+        mass = None if held.mass is None else _rows(held.mass[..., None], keep)[..., 0]
+        there = keep >= 0
+        position = held.position.gather(2, keep.clamp(min=0).long())
+        self._fill(_rows(held.k, keep), _rows(held.v, keep), position, mass, there)
+        if int(there.sum()) < int((held.position >= 0).sum()):
+            self._floor = self._tokens
+
+    # ------------------------------------------------------------ the pool
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        shape = None if self._used is None else self._used.shape
+        old = [
+            None if x is None or shape is None else x.expand(*shape, -1, -1)
+            for x in (self._keys, self._values)
+        ]
+        check_new(k, v, *old)
+
+    def _most(self) -> int | Tensor:
+        assert self._used is not None
+        return self.policy.most(self._tokens, self._prompt or self._tokens, self._used.shape[1])
+
+    def _see(self, q: Tensor) -> None:
+        """Keep the queries that the policy looks at."""
+        want = self.policy.queries
+        if want:
+            q = q[:, :, -want:]
+            old = self._queries
+            self._queries = q.clone() if old is None else torch.cat([old, q], 2)[:, :, -want:]
+
+    def _held(self, scale: float, softcap: float | None) -> Held:
+        """All that is held, heads side by side; -1 is the position of what is not there."""
+        assert self._used is not None and self._start is not None and self._position is not None
+        assert self._keys is not None and self._values is not None
+        place = torch.arange(int(self._used.max()), device=self._used.device)
+        there = place < self._used[..., None]
+        at = torch.where(there, self._start[..., None] + place, 0)
+        k, v = (torch.where(there[..., None], x[0, 0][at], 0) for x in (self._keys, self._values))
+        position = torch.where(there, self._position[at], -1)
+        q = self._queries
+        if q is None:
+            q = k.new_zeros(k.shape[0], k.shape[1], 0, k.shape[3])
+        mass = None if self._mass is None else torch.where(there, self._mass[at], 0)
+        prompt = self._prompt or self._tokens
+        return Held(k, v, position, q, mass, self._tokens, prompt, scale, softcap)
+
+    def _put(self, k: Tensor, v: Tensor, real: Tensor | None = None, mass: Tensor | None = None) -> None:
+        """Write new tokens behind those of each head; what is padding nowhere."""
+        B, H, n, _ = k.shape
+        position = torch.arange(self._tokens, self._tokens + n, device=k.device).expand(B, H, n)
+        there = torch.ones_like(position, dtype=torch.bool) if real is None else real[:, None].expand(B, H, n)
+        if self._used is None:
+            self._fill(k, v, position, mass, there)
+        else:
+            if self._spare < n:
+                old = self._held(1.0, None)
+                self._fill(old.k, old.v, old.position, old.mass, old.position >= 0, n)
+            assert self._start is not None and self._keys is not None and self._values is not None
+            assert self._position is not None
+            slot = ((self._start + self._used)[..., None] + there.cumsum(-1) - 1)[there]
+            self._keys[0, 0, slot], self._values[0, 0, slot] = k[there], v[there]
+            self._position[slot] = position[there].int()
+            if self._mass is not None:
+                self._mass[slot] = 0.0 if mass is None else mass[there]
+            self._used = self._used + there.sum(-1)
+            self._spare -= n
+        self._tokens += n
+
+    def _fill(
+        self, k: Tensor, v: Tensor, position: Tensor, mass: Tensor | None, there: Tensor, more: int = 0
+    ) -> None:
+        """A pool of these keys, each head's place with room for `slack`, and for so many tokens more."""
+        used, self._spare = there.sum(-1), self.slack + more
+        room = used + self._spare
+        start, places = begins(room), int(room.sum())
+        slot = (start[..., None] + there.cumsum(-1) - 1)[there]
+        pools = []
+        for x in (k, v):
+            pools.append(x.new_empty(1, 1, places, x.shape[3]))
+            pools[-1][0, 0, slot] = x[there]
+        self._keys, self._values = pools
+        self._position = torch.full((places,), -1, dtype=torch.int32, device=k.device)
+        self._position[slot] = position[there].int()
+        if mass is not None:
+            self._mass = torch.zeros(places, device=k.device)
+            self._mass[slot] = mass[there].float()
+        self._start, self._used = start, used
+
+    # ------------------------------------------------------------ other sequences, fewer tokens
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with these sequences of the batch, in this order."""
+        if self._used is None:
+            return
+        held = self._held(1.0, None)
+        at = rows.to(self._used.device)
+        k, v, position = (x[at] for x in (held.k, held.v, held.position))
+        self._queries = None if self._queries is None else self._queries[at]
+        self._fill(k, v, position, None if held.mass is None else held.mass[at], position >= 0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """`select_rows`, for samples of one prompt."""
+        if self._used is not None:
+            self.select_rows(torch.arange(len(self._used)).repeat_interleave(repeats))
+
+    def crop(self, n: int) -> None:
+        """Forget tokens at the end: all but the first n, or, below 0, so many.
+
+        Raises
+        ------
+        SparseFlashError
+            Where the policy has let go tokens since: they cannot come back.
+        """
+        left = self._left(n)
+        if left < self._floor:
+            raise SparseFlashError(
+                f"crop to {left} tokens: the policy has let go of keys at {self._floor} tokens, and what it "
+                "would have kept at fewer is gone. Copy the cache before (copy.deepcopy), or give it slack"
+            )
+        if self._used is not None and self._position is not None and self._start is not None:
+            held = self._held(1.0, None)
+            self._used = ((held.position >= 0) & (held.position < left)).sum(-1)
+        if self._queries is not None and left < self._tokens:
+            self._queries = self._queries[:, :, : max(self._queries.shape[2] - (self._tokens - left), 0)]
+        self._spare += self._tokens - left
+        self._tokens = left
+
+    # ------------------------------------------------------------ as Transformers calls it
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether something was appended."""
+        return self._used is not None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask is of the new tokens among themselves; of the others this layer knows what is held."""
+        return query_length, self._tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values, for the attention "sparse" to bring back to `attend`."""
+        if self._new is not None:
+            self._new = None
+            raise SparseFlashError(
+                "a cache that evicts is attended by attn_implementation='sparse' (set_attn_implementation), "
+                "and the last keys that it handed out were not: the model, or a layer of it, attends in a "
+                "way of its own"
+            )
+        self._check(key_states, value_states)
+        keys = key_states.view_as(key_states)
+        vars(keys)[CACHED] = weakref.ref(self)
+        self._new = keys, value_states
+        return keys, value_states
+
+    def taken(self) -> None:
+        """Called by the attention that brings back what `update` handed out."""
+        self._new = None
+
+
+def layer_behind(keys: Tensor) -> Evicting | None:
+    """The layer that handed out these keys."""
+    found = vars(keys).get(CACHED)
+    return None if found is None else found()
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """Rows `[B,H,m]` of `x [B,H,n,D]`; -1 is any."""
+    index = at.clamp(min=0).long()[..., None].expand(*at.shape, x.shape[3])
+    return x.gather(2, index)

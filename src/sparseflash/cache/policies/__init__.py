@@ -1,0 +1,1 @@
+"""What a cache keeps: one policy a file. A method chooses what is read, a policy what is kept."""

@@ -1,0 +1,60 @@
+"""Ada-KV: one budget for all heads of a layer, which the heads that need it use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import require
+from .base import Held
+from .snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class AdaKV(SnapKV):
+    """The best keys of all heads of a layer stay, by the scores of SnapKV: heads that look at few keep few.
+
+    Each head keeps a share of the budget in any case. Memory is really that of the keys that stay: each head
+    has a place of its own size.
+
+    Paper: Feng et al., "Ada-KV", arXiv 2407.11550, algorithm 1, with a safeguard of a fifth.
+
+    Parameters
+    ----------
+    safe : float
+        The share of the budget that each head keeps in any case.
+    budget
+        Mean over the heads of a layer.
+    recent, kernel, sinks
+        As of `SnapKV`.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> cache = sf.cache.Evicting(sf.cache.AdaKV(budget=64, recent=8))
+    >>> out = cache.attend(torch.randn(1, 8, 500, 32), *torch.randn(2, 1, 2, 500, 32))
+    >>> int(cache.held.sum()), int(cache.held.min()) >= 12
+    (128, True)
+    """
+
+    safe: float = 0.2
+
+    paper = "arXiv 2407.11550"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require((0 <= self.safe <= 1, f"safe={self.safe!r}: expected a share in [0, 1]"))
+
+    def counts(self, score: Tensor, held: Held) -> Tensor:
+        """How many of the best of all heads each head has."""
+        B, H, n = score.shape
+        most = self.most(held.tokens, held.prompt, H)
+        assert isinstance(most, int)
+        least = max(int(self.safe * most), min(self.sinks + self.recent, most))
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        own = score.masked_fill((rank < least) & (score > -torch.inf), torch.inf).flatten(1)
+        best = own.topk(min(most * H, H * n), -1).indices
+        kept = torch.zeros_like(own, dtype=torch.bool).scatter_(1, best, True) & (own > -torch.inf)
+        return kept.view(B, H, n).sum(-1)

@@ -1,0 +1,201 @@
+"""What a policy is: a score for each key that is held, and how many of the best stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import SparseFlashError, require
+from ...plan.options import is_count
+from ...selection.budgets import top_indices
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a layer holds when it is over its budget: `[B,Hkv,n]`, keys in the order of their positions.
+
+    Parameters
+    ----------
+    k, v : Tensor
+        `[B,Hkv,n,D]` and `[B,Hkv,n,Dv]`.
+    position : Tensor
+        Integers: when each token came; -1: no token (heads hold different numbers, sequences are padded).
+    q : Tensor
+        `[B,Hq,w,D]`: the last queries, as many as the policy asks for, or there were.
+    mass : Tensor, optional
+        What each key was given of all attention so far, summed over queries and the heads of a group.
+    tokens, prompt : int
+        How many tokens there were: so far, and when something was let go for the first time.
+    scale, softcap
+        Of the attention.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    q: Tensor
+    mass: Tensor | None
+    tokens: int
+    prompt: int
+    scale: float
+    softcap: float | None = None
+
+    def window(self, rows: int) -> Tensor:
+        """The attention of the last `rows` queries on each key, `[B,Hq,rows,n]`."""
+        q = self.q[:, :, -rows:]
+        B, Hq, w, _ = q.shape
+        group = q.reshape(B, self.k.shape[1], -1, q.shape[3])
+        logits = (group.float() @ self.k.float().mT * self.scale).view(B, Hq, w, -1)
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        at = torch.arange(self.tokens - w, self.tokens, device=q.device)[:, None]
+        place = self.position.repeat_interleave(Hq // self.k.shape[1], 1)[:, :, None]
+        return torch.where((place >= 0) & (place <= at), logits, -torch.inf).softmax(-1).nan_to_num(0)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: a frozen dataclass that scores the keys a layer holds; the best stay.
+
+    Parameters
+    ----------
+    budget : int or float
+        Keys that stay of each KV head, first and last ones included: a number, or a share of the tokens.
+    sinks : int
+        First tokens of a sequence that stay in any case.
+    recent : int
+        Last tokens that stay in any case.
+    """
+
+    budget: int | float = 1024
+    sinks: int = 0
+    recent: int = 0
+
+    paper: ClassVar[str] = ""
+    massed: ClassVar[bool] = False
+    """Whether `score` wants the mass of all attention."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.__module__.startswith(__name__.removesuffix("base")) and cls.paper:
+            _REGISTRY[cls.__module__.rpartition(".")[2].replace("_", "-")] = cls
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.budget, float) and 0 < self.budget <= 1
+        require(
+            (
+                share or is_count(self.budget, 1),
+                f"budget={self.budget!r}: expected keys >= 1, or a share in (0, 1]",
+            ),
+            (is_count(self.sinks), f"sinks={self.sinks!r}: expected an int >= 0"),
+            (is_count(self.recent), f"recent={self.recent!r}: expected an int >= 0"),
+        )
+        require(
+            (
+                share or self.sinks + self.recent <= self.budget,
+                f"budget={self.budget}: expected at least sinks={self.sinks} + recent={self.recent}",
+            )
+        )
+
+    @property
+    def queries(self) -> int:
+        """How many of the last queries `score` looks at."""
+        return 0
+
+    def of_layer(self, layer: int, layers: int) -> Policy:
+        """The policy of one layer of so many."""
+        return self
+
+    def score(self, held: Held) -> Tensor:
+        """What each key is worth, `[B,Hkv,n]`."""
+        raise NotImplementedError(f"{type(self).__name__}.score")
+
+    def most(self, tokens: int, prompt: int, heads: int) -> int | Tensor:
+        """Keys that stay of so many tokens: of each head, or integers `[heads]` where they differ."""
+        return max(1, int(self.budget * tokens)) if isinstance(self.budget, float) else self.budget
+
+    def counts(self, score: Tensor, held: Held) -> int | Tensor:
+        """Keys that stay, `[B,Hkv]` where they differ, by what they score; inf is what must stay."""
+        most = self.most(held.tokens, held.prompt, score.shape[1])
+        return most if isinstance(most, int) else most.to(score.device).expand(score.shape[:2])
+
+    def keep(self, held: Held) -> Tensor:
+        """Places of the keys that stay, ascending, `[B,Hkv,m]`; -1 behind the last."""
+        there = held.position >= 0
+        age = held.tokens - 1 - held.position
+        score = self.score(held).float().masked_fill(there & (age < self.recent), torch.inf)
+        if self.sinks:
+            score = score.masked_fill(there & (there.cumsum(-1) <= self.sinks), torch.inf)
+        score = score.masked_fill(~there, -torch.inf)
+        count = self.counts(score, held)
+        most = count if isinstance(count, int) else int(count.max())
+        kept = top_indices(score, max(1, min(most, score.shape[-1])), there)
+        if isinstance(count, int):
+            return kept
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        return top_indices(-rank.float(), max(1, most), there & (rank < count[..., None]))
+
+    def seen(self, used: Tensor, most: int | Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Ranges of the places that are seen, of heads that hold so many keys; `most` are to stay."""
+        return [(torch.zeros_like(used), used)]
+
+
+@dataclass(frozen=True)
+class Everything(Policy):
+    """Nothing is let go."""
+
+    def keep(self, held: Held) -> Tensor:
+        """All places."""
+        n = held.position.shape[-1]
+        return top_indices(
+            torch.zeros_like(held.position, dtype=torch.float32), max(n, 1), held.position >= 0
+        )
+
+    def most(self, tokens: int, prompt: int, heads: int) -> int:
+        """As many as there are."""
+        return tokens
+
+
+def pooled(score: Tensor, width: int) -> Tensor:
+    """Each key's score as the mean of `width` neighbours': keys stay in runs."""
+    if width <= 1:
+        return score
+    flat = score.flatten(0, -2)[:, None]
+    mean = torch.nn.functional.avg_pool1d(flat, width, 1, width // 2)
+    return mean[..., : score.shape[-1]].view(score.shape)
+
+
+_REGISTRY: dict[str, type[Policy]] = {}
+
+
+def policies() -> list[str]:
+    """Names of all policies.
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> "snapkv" in sf.cache.policies()
+    True
+    """
+    return sorted(_REGISTRY)
+
+
+def policy(name: str, /, **settings: object) -> Policy:
+    """Make a policy by its name.
+
+    Raises
+    ------
+    SparseFlashError
+        For an unknown name or setting, with those that exist.
+    """
+    if name not in _REGISTRY:
+        raise SparseFlashError(f"there is no policy {name!r}: policies: {', '.join(policies())}")
+    cls = _REGISTRY[name]
+    fields = [f.name for f in dataclasses.fields(cls)]
+    if strange := set(settings) - set(fields):
+        raise SparseFlashError(f"{name} has no {', '.join(sorted(strange))}: it has {', '.join(fields)}")
+    return cls(**settings)  # type: ignore[arg-type]  # checked by the policy itself
