@@ -32,6 +32,10 @@ class Summary:
         """`[B,H,n,page,D]` as `[B,H,n,width]`; `real [B|1,n,page]`: False for lanes that hold no key."""
         raise NotImplementedError
 
+    def query(self, q: Tensor) -> Tensor:
+        """What the rows are multiplied with to score pages, `[B,Hq,Tq,width]`."""
+        return q
+
     def rows(self, keys: Tensor) -> Tensor:
         """The summary of keys `[B,H,T,D]`, page by page: `[B,H,ceil(T / page),width]`."""
         B, H, T, D = keys.shape
@@ -50,6 +54,13 @@ class PageBounds(Summary):
         hidden = ~real[:, None, ..., None]
         low, high = keys.masked_fill(hidden, torch.inf).amin(3), keys.masked_fill(hidden, -torch.inf).amax(3)
         return torch.cat([low, high], -1)
+
+    def query(self, q: Tensor) -> Tensor:
+        """The negative part of a query for the smallest numbers, its positive part for the largest.
+
+        So the product is no less than that with any key of the page.
+        """
+        return torch.cat([q.clamp(max=0), q.clamp(min=0)], -1)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,12 @@ class Labels(Summary):
                 f"{list(keys.shape)}: they were calibrated on another model"
             )
         return keys[:, :, :, 0].gather(3, at[None, :, None].expand(*keys.shape[:3], -1))
+
+    def query(self, q: Tensor) -> Tensor:
+        """The same channels of the query."""
+        at = torch.tensor(self.channels, device=q.device)
+        at = at.repeat_interleave(q.shape[1] // len(at), 0)
+        return q.gather(3, at[None, :, None].expand(q.shape[0], -1, q.shape[2], -1))
 
 
 class Kept:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..cache import Labels, Summary
@@ -62,12 +61,6 @@ class DoubleSparsity(ReadingMethod):
                 "DoubleSparsity has no channels: find them on some text with heavy_channels(q, k, 16)"
             )
         return Labels(channels=self.channels)
-
-    def query(self, q: Tensor, k: Tensor) -> Tensor:
-        """The same channels of the query."""
-        at = torch.tensor(self.channels, device=q.device)
-        at = at.repeat_interleave(q.shape[1] // len(at), 0)
-        return q.gather(3, at[None, :, None].expand(q.shape[0], -1, q.shape[2], -1))
 
 
 def heavy_channels(q: Tensor, k: Tensor, n: int) -> tuple[tuple[int, ...], ...]:

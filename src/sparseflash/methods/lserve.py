@@ -10,11 +10,11 @@ from torch import Tensor
 from ..cache import PageBounds, Summary
 from ..errors import require
 from .base import check_counts
-from .quest import Quest
+from .reading import ReadingMethod
 
 
 @dataclass(frozen=True)
-class LServe(Quest):
+class LServe(ReadingMethod):
     """Some KV heads see first and near pages alone; the others read the pages whose parts score best.
 
     Large pages are read faster than small ones, but their bounds say little. So each is scored by the bounds

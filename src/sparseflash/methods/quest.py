@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..cache import PageBounds, Summary
@@ -47,7 +46,3 @@ class Quest(ReadingMethod):
     def summary(self, k: Tensor) -> Summary:
         """Bounds of each channel."""
         return PageBounds(self.page)
-
-    def query(self, q: Tensor, k: Tensor) -> Tensor:
-        """Its negative part for the smallest numbers, its positive part for the largest."""
-        return torch.cat([q.clamp(max=0), q.clamp(min=0)], -1)

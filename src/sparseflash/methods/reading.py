@@ -18,8 +18,8 @@ from .base import Context, Method, Selection, Share, begin, check_counts, check_
 class ReadingMethod(Method):
     """Each query reads the pages of keys that a summary of them scores best.
 
-    A method says what is kept of a page (`summary`) and what a query is multiplied with it as (`query`).
-    Over a `cache.Growing` summaries are kept while keys are appended; without one they are made of k.
+    A method says what is kept of a page: a `cache.Summary`, which a query is multiplied with. Over a
+    `cache.Growing` summaries are kept while keys are appended; without one they are made of k.
 
     Parameters
     ----------
@@ -54,14 +54,10 @@ class ReadingMethod(Method):
         """What is kept of the pages of k."""
         raise NotImplementedError(f"{type(self).__name__}.summary")
 
-    def query(self, q: Tensor, k: Tensor) -> Tensor:
-        """What the rows of the summary are multiplied with, `[B,Hq,Tq,width]`."""
-        raise NotImplementedError(f"{type(self).__name__}.query")
-
-    def scores(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, summary: Summary, rows: Tensor) -> Tensor:
         """The score of each page, `[B, Hq | Hkv, Tq, pages]`."""
         (B, Hq, Tq, _), Hkv = q.shape, k.shape[1]
-        own = self.query(q, k).to(rows.dtype).view(B, Hkv, Hq // Hkv, Tq, rows.shape[3])
+        own = summary.query(q).to(rows.dtype).view(B, Hkv, Hq // Hkv, Tq, rows.shape[3])
         with torch.autocast(q.device.type, enabled=False):  # scores are of the numbers that are kept
             if self.share == "sum":  # of products is the product of the sum
                 return own.sum(2) @ rows.mT
@@ -81,7 +77,7 @@ class ReadingMethod(Method):
         rows = summary.rows(k) if cache is None else cache.summary(summary)
         first = None if cache is None or cache.first is None else cache.first.to(q.device).view(-1, 1, 1, 1)
         at = (begin(ctx, q) + torch.arange(Tq, device=q.device))[..., None]
-        score = self.scores(q.detach(), k, rows)
+        score = self.scores(q.detach(), k, summary, rows)
         score = _whole(score, self.page // summary.page)
         place = torch.arange(score.shape[-1], device=q.device)
         among, forced = self.candidates(place, (at if first is None else at - first) // self.page, k.shape[1])
