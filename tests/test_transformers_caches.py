@@ -152,6 +152,27 @@ def test_behind_padding_a_sequence_reads_the_pages_that_it_reads_alone(model, wa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "method",
+    [
+        sf.methods.SinkWindow(window=6, sink_tokens=3),
+        sf.methods.Window(window=(4, 9, 4, 50)),
+        sf.methods.Strided(block=4, local=1, stride=2),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_behind_padding_a_method_that_looks_at_lengths_moves_no_key(model, method, monkeypatch):
+    mask = torch.ones_like(PROMPT)
+    mask[-1, :9] = 0
+    with sf.transformers.sparse(model, decode=method):
+        alone = generated(model, PROMPT[1:, 9:], "greedy")
+        if not isinstance(method, sf.methods.Strided):  # whose units are blocks of rows
+            monkeypatch.setattr(sf.integrations.transformers.control, "gather", None)
+        both = generated(model, PROMPT, "greedy", attention_mask=mask)
+    assert torch.equal(both[1, 35:], alone[0, 26:])
+
+
+@torch.no_grad()
 def test_what_a_method_reads_does_not_depend_on_whose_the_cache_is(model):
     """Bounds that were kept while keys were appended, after a crop, and bounds made of all keys at once."""
     quest = sf.methods.Quest(budget=8, page=4)

@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from sparseflash.bench.commands.app import (
+    Dtype,
     Dtypes,
     Lengths,
     Minutes,
+    Out,
     Rounds,
     dtypes_of,
     known,
@@ -19,7 +21,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, Kept, experiments
+from .app import RESULTS, Kept, Length, experiments
 
 PANEL = "Models"
 
@@ -85,3 +87,23 @@ def bench_transformers(
     measure = partial(models_.measure, wanted, rounds=rounds, minutes=minutes)
     columns = ("model", "what", "method", "dtype", "T", "ms_stock", "ms", "ratio", "mb_stock", "mb", "note")
     session("transformers", out, measure, columns, kept=kept)
+
+
+@experiments.command("generation", rich_help_panel=PANEL)
+def bench_generation(
+    out: Out = RESULTS / "generation.csv",
+    model: Annotated[str, typer.Option(help="What sf.transformers.load takes.")] = "smollm2",
+    length: Length = 8192,
+    dtype: Dtype = "bf16",
+    rounds: Rounds = 4,
+    threads: Annotated[int, typer.Option(help="Threads; 0 is all.", min=0, max=1024)] = 0,
+) -> None:
+    """Tokens per second of a model behind a long prompt, by what its cache keeps and reads."""
+    from sparseflash.bench.session import session
+
+    from .. import generation
+
+    (dtype,) = dtypes_of(dtype)
+    columns = ("case", "dtype", "T", "rate", "gain", "bytes", "agree")
+    given = {"model": model, "length": length, "rounds": rounds, "threads": threads, "dtype": dtype}
+    session("generation", out, partial(generation.measure, **given), columns)

@@ -150,3 +150,21 @@ def bench_ranks(
     )  # fmt: skip
     options = {"parts": names, "length": length, "lengths": lengths_of(lengths), "rounds": rounds}
     session("ranks", out, partial(ranks.measure, **options), columns, kept=kept)
+
+
+@experiments.command("caches", rich_help_panel=PANEL)
+def bench_caches(
+    out: Out = RESULTS / "caches.csv",
+    capture: Annotated[str, typer.Option(help="A capture: its name or its file.")] = "smollm2",
+    length: Length = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that come one at a time, behind the prompt.")
+    ] = 96,
+) -> None:
+    """Caches that keep or read few keys, on SmolLM2's queries and keys, beside two controls."""
+    from sparseflash.bench.session import session
+
+    from .. import caches
+
+    columns = ("case", "share", "recall", "window_recall", "random_recall", "error", "bytes", "beats")
+    session("caches", out, partial(caches.measure, name=capture, length=length, tokens=tokens), columns)

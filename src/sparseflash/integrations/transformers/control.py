@@ -22,7 +22,7 @@ from .attention import SETTING
 from .caches import keeping, layer_of
 from .layers import Layer, chosen
 from .mask import Plain, SparseMask
-from .packed import gather, scatter
+from .packed import behind, gather, scatter
 from .tokens import Ear, heard
 
 Heads = Sequence[Method | None]
@@ -331,6 +331,9 @@ class Setting:
         """
         assert mask.padded is not None
         traced = torch.compiler.is_compiling()
+        if method.by_shape and q.shape[2] == 1 and mask.by_rule and not traced and self.watch is None:
+            if (out := self._shifted(method, q, k, v, mask, options)) is not None:
+                return out
         if mask.by_rule and mask.causal and _whatever_follows(method) and self.watch is None:
             queries, keys = mask.padded.moved()
             offset: int | Tensor = mask.padded.begin.int()
@@ -358,6 +361,26 @@ class Setting:
         if not parts:
             return v.new_zeros(*q.shape[:3], v.shape[3])
         return scatter(parts, (q.shape[0], q.shape[2]))
+
+    def _shifted(
+        self, method: Method, q: Tensor, k: Tensor, v: Tensor, mask: SparseMask, options: dict[str, Any]
+    ) -> Tensor | None:
+        """One query behind padding on the left, by a method that looks at lengths alone: no key moves.
+
+        None where its plan has more than ranges, or padding is elsewhere, too.
+        """
+        assert mask.padded is not None
+        begin = mask.padded.begin
+        if mask.first is None or not mask.causal:
+            return None
+        session, ctx = self._alone(None, None)._session(method, q, k, v, options, begin.int())
+        selection = self._select(session, q, k, ctx)
+        if selection.inputs is not None or not all(_by_place(one, begin.int()) for one in selection.plan):
+            return None
+        plans = [behind(one, begin, mask.first) for one in selection.plan]
+        if any(plan is None for plan in plans):
+            return None
+        return over(session, q, k, v, dataclasses.replace(selection, plan=tuple(plans)), options, ctx)
 
     def _apart(
         self,

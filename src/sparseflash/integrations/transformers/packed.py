@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...plan import Plan
+
 
 class Documents:
     """The documents of packed rows as batches padded on the right, and the way back.
@@ -124,6 +126,38 @@ class Padded:
             for (n, m, begin), which in rows.items()
             if n
         ]
+
+
+def behind(plan: Plan, begin: Tensor, first: Tensor) -> Plan | None:
+    """A plan of one query for sequences whose keys begin amid the rows, made for keys that begin at 0.
+
+    `begin [B]`: the query's position, counted from the first key; `first [B]`: the row of that. Ranges move,
+    and positions are told; None where a plan has more than ranges, which keys would have to move for.
+    """
+    moves = plan.index is None and plan.spans is not None and plan.k_order is None and plan.q_order is None
+    told = (plan.q_pos, plan.k_pos, plan.k_end, plan.q_seg, plan.k_seg)
+    if not moves or any(x is not None for x in told):
+        return None
+    assert plan.span_start is not None and plan.span_count is not None and plan.span_full is not None
+    assert plan.spans is not None
+    B, device = len(first), first.device
+    start, count, full = (
+        x.expand(B, -1, -1).contiguous() for x in (plan.span_start, plan.span_count, plan.span_full)
+    )
+    n = int(count.max()) if count.numel() else 0
+    at = (start[..., None] + torch.arange(n, device=device)).clamp(max=max(len(plan.spans) - 1, 0))
+    shift = first.int().view(B, 1, 1, 1, 1)
+    spans = (plan.spans[at] + shift).clamp(max=plan.Tk) if n else plan.spans.view(B, 0, 1, 0, 2)
+    key = torch.arange(plan.Tk, dtype=torch.int32, device=device) - first.int()[:, None]
+    return plan._changed(
+        span_start=(torch.arange(start.numel(), device=device) * n).view(start.shape),
+        span_count=count,
+        span_full=full,
+        spans=spans.reshape(-1, 2).contiguous(),
+        q_offset=0,
+        q_pos=begin.int().view(B, 1, 1),
+        k_pos=key[:, None].contiguous(),
+    )
 
 
 def gather(x: Tensor, rows: Tensor | None, at: Tensor) -> Tensor:
