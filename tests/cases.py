@@ -544,6 +544,16 @@ CASES = [
         seeking={"share": "", "budget": 64, "channels": (tuple(range(64)),)},
     ),
     Case(
+        "squeezed-attention",
+        {"budget": 12, "context": 40, "clusters": 0.2, "window": 5},
+        {"budget": 256, "context": 40},
+        [{"budget": 5}, {"budget": 20}, {"budget": 512}],
+        (0.5, 1.0),
+        1317299812,
+        needles=("question",),
+        seeking={"context": 400, "budget": 100, "share": "", "window": 50},
+    ),
+    Case(
         "dual-chunk-attention",
         {},
         {"context": 1024},

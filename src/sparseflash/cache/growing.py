@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from typing import Any, Self
 
 import torch
@@ -55,6 +56,7 @@ class Growing(Layer):
         self._tokens = 0
         self._first: Tensor | None = None
         self._summaries: dict[Summary, Kept] = {}
+        self._remembered: dict[Hashable, tuple[int, tuple[Tensor, ...]]] = {}
 
     @property
     def tokens(self) -> int:
@@ -82,6 +84,7 @@ class Growing(Layer):
     def keys(self, x: Tensor | None) -> None:
         self._keys, self._tokens = x, 0 if x is None else x.shape[2]
         self._summaries.clear()
+        self._remembered.clear()
 
     @property
     def values(self) -> Tensor | None:
@@ -96,6 +99,8 @@ class Growing(Layer):
         """Keys and values with their room, and the summaries."""
         own = {"keys": self._keys, "values": self._values, "first": self.first}
         own |= {f"summary.{n}": kept.rows for n, kept in enumerate(self._summaries.values())}
+        made = [x for _, tensors in self._remembered.values() for x in tensors]
+        own |= {f"remembered.{n}": x for n, x in enumerate(made)}
         return {name: x for name, x in own.items() if x is not None}
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -150,11 +155,23 @@ class Growing(Layer):
             self._summaries[of] = Kept(of)
         return self._summaries[of].upto(self._keys[:, :, : self._tokens], self.first)
 
+    def remembered(
+        self, key: Hashable, tokens: int, make: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `make` once made of the first keys `[B,Hkv,tokens,D]`: tensors [B,...], which follow rows."""
+        keys = self.keys
+        assert keys is not None
+        known = self._remembered.get(key)
+        if known is None or known[0] != tokens:
+            known = self._remembered[key] = tokens, make(keys[:, :, :tokens])
+        return known[1]
+
     def crop(self, n: int) -> None:
         """Forget tokens at the end: all but the first n, or, below 0, so many."""
         self._tokens = self._left(n)
         for kept in self._summaries.values():
             kept.crop(self._tokens)
+        self._remembered = {key: x for key, x in self._remembered.items() if x[0] <= self._tokens}
 
     def select_rows(self, rows: Tensor) -> None:
         """Go on with these sequences of the batch, in this order."""
@@ -165,6 +182,8 @@ class Growing(Layer):
         self._first = None if self._first is None else self._first.index_select(0, at)
         for kept in self._summaries.values():
             kept.select_rows(at)
+        for key, (tokens, made) in self._remembered.items():
+            self._remembered[key] = tokens, tuple(x.index_select(0, at) for x in made)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file is to hold: tensors and options."""

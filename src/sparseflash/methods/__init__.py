@@ -39,6 +39,7 @@ from .sliding_tile import SlidingTile
 from .sparse_vdit import SparseVDiT
 from .sparsed import SparseD
 from .star_attention import StarAttention
+from .squeezed_attention import SqueezedAttention
 from .strided import Strided
 from .tree import Tree
 from .tri_shape import TriShape
@@ -90,6 +91,7 @@ __all__ = [
     "DoubleSparsity",
     "LServe",
     "Quest",
+    "SqueezedAttention",
     "coverage",
     "heavy_channels",
     "find",

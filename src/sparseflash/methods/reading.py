@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..cache import Growing, Summary
 from ..plan import Plan
+from ..plan.options import TILE
 from ..selection.budgets import top_indices
 from .base import Context, Method, Selection, Share, begin, check_counts, check_share, shared
 
@@ -54,10 +55,16 @@ class ReadingMethod(Method):
         """What is kept of the pages of k."""
         raise NotImplementedError(f"{type(self).__name__}.summary")
 
-    def scores(self, q: Tensor, k: Tensor, summary: Summary, rows: Tensor) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, cache: Growing | None) -> Tensor:
         """The score of each page, `[B, Hq | Hkv, Tq, pages]`."""
-        (B, Hq, Tq, _), Hkv = q.shape, k.shape[1]
-        own = summary.query(q).to(rows.dtype).view(B, Hkv, Hq // Hkv, Tq, rows.shape[3])
+        summary = self.summary(k)
+        rows = summary.rows(k) if cache is None else cache.summary(summary)
+        return _whole(self.products(summary.query(q), k, rows), self.page // summary.page)
+
+    def products(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+        """Each query times rows `[B,Hkv,n,width]`, shared by the heads of a group where they are to be."""
+        (B, Hq, Tq, D), Hkv = q.shape, k.shape[1]
+        own = q.to(rows.dtype).view(B, Hkv, Hq // Hkv, Tq, D)
         with torch.autocast(q.device.type, enabled=False):  # scores are of the numbers that are kept
             if self.share == "sum":  # of products is the product of the sum
                 return own.sum(2) @ rows.mT
@@ -73,12 +80,9 @@ class ReadingMethod(Method):
         """The best pages of each query, its own among them."""
         ctx, (Tq, Tk) = ctx or {}, (q.shape[2], k.shape[2])
         cache = kept_of(ctx, k)
-        summary = self.summary(k)
-        rows = summary.rows(k) if cache is None else cache.summary(summary)
         first = None if cache is None or cache.first is None else cache.first.to(q.device).view(-1, 1, 1, 1)
         at = (begin(ctx, q) + torch.arange(Tq, device=q.device))[..., None]
-        score = self.scores(q.detach(), k, summary, rows)
-        score = _whole(score, self.page // summary.page)
+        score = self.scores(q.detach(), k, cache)
         place = torch.arange(score.shape[-1], device=q.device)
         among, forced = self.candidates(place, (at if first is None else at - first) // self.page, k.shape[1])
         score = score.masked_fill(forced, torch.inf)
@@ -105,6 +109,9 @@ def _whole(score: Tensor, parts: int) -> Tensor:
 
 def plan_of_pages(chosen: Tensor, page: int, Tk: int, q_offset: Any, first: Tensor | None) -> Plan:
     """The plan of chosen pages `[B,H,Tq,n]`, -1 = none; of spans where sequences begin amid the keys."""
+    if first is None and chosen.shape[2] < TILE:
+        frame = {"Tq": chosen.shape[2], "Tk": Tk, "tile": 1, "unit": page}
+        return Plan.from_keys(chosen, **frame, causal=True, q_offset=q_offset, unique=True)
     if first is None:
         return Plan.from_choice(chosen, Tk=Tk, unit=page, q_offset=q_offset, unique=True)
     lo = first + chosen.long() * page

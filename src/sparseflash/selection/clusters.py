@@ -21,6 +21,7 @@ def kmeans(
     iterations: int = 10,
     init: Tensor | None = None,
     keep: Tensor | None = None,
+    of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm for every head at once: the same clusters every time, on every device.
 
@@ -40,6 +41,9 @@ def kmeans(
         First centroids `[B|1, H|1, K, D]`; by default K real tokens, evenly apart.
     keep : Tensor, optional
         bool `[B|1, T]`, True = a real token.
+    of : Tensor, optional
+        `[B,H,T,D']`: what the centroids that are returned are the means of, if that is not x (keys, of which
+        x are the directions); 0 of an empty cluster.
 
     Returns
     -------
@@ -81,6 +85,12 @@ def kmeans(
     for _ in range(iterations):
         centroid = _means(x, _nearest(x, centroid), centroid, real)
     label = _nearest(x, centroid)
+    if of is not None:
+        if not isinstance(of, Tensor) or of.shape[:3] != x.shape[:3]:
+            given = str(list(of.shape)) if isinstance(of, Tensor) else type(of).__name__
+            raise SparseFlashError(f"of: {given}; expected {[B, H, T]} as x and any width")
+        of = of.detach().to(state_dtype(of))
+        centroid = _means(of, label, of.new_zeros(B, H, clusters, of.shape[3]), real)
     return label if real is None else torch.where(real, label, -1), centroid
 
 
