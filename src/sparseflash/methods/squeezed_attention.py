@@ -79,7 +79,8 @@ class SqueezedAttention(ReadingMethod):
         """The cluster of each key of the text, `[B,Hkv,n]`, and the mean keys, `[B,Hkv,clusters,D]`."""
         count = max(1, int(self.clusters * k.shape[2]))
         directions = torch.nn.functional.normalize(k.float(), dim=-1)
-        label, centroid = kmeans(directions, count, of=k)
+        with torch.autocast(k.device.type, enabled=False):
+            label, centroid = kmeans(directions, count, of=k)
         return label.long(), centroid
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
