@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers", "fusion")),
+    *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches")),
 )
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
@@ -295,6 +295,30 @@ def prefill(name: str = "prefill") -> str:
         "share of time",
     ]
     return table([*head, "over dense"], body)
+
+
+def caches() -> str:
+    """What caches lose that keep or read few keys, by budget; where a control is as good, in brackets."""
+    found, shares = rows("caches"), ("1/2", "1/4", "1/8", "1/16")
+
+    def cells(of: dict[str, dict[str, str]], column: str = "recall") -> list[str]:
+        made = []
+        for share in shares:
+            row = of[share]
+            text = f"{float(row[column]):.3f}"
+            made.append(f"({text})" if column == "recall" and row["beats"] == "False" else text)
+        return made
+
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = {row["share"]: row for row in found if row["case"] == case}
+        held = [f"{float(own[share]['bytes']):.2f}" for share in ("1/2", "1/16")]
+        error = f"{float(own['1/8']['error']):.2f}"
+        body.append([case, own["1/2"]["few"], *cells(own), error, " to ".join(held)])
+    for name, said in (("window_recall", "the first four and the last"), ("random_recall", "random")):
+        body.append([said, "", *cells({row["share"]: row for row in found}, name), "", ""])
+    head = ["", "keys are", *(f"recall, {share}" for share in shares), "error, 1/8", "bytes"]
+    return table(head, body)
 
 
 def attention() -> str:

@@ -252,3 +252,31 @@ def test_what_a_policy_cannot_do_is_said(model):
     with sf.transformers.sparse(model, prefill=sf.methods.SinkWindow(window=8), cache=policy):
         window = generated(model, PROMPT, "greedy")
     assert not torch.equal(window, generated(model, PROMPT, "greedy"))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_real_model_says_what_it_says_by_itself(books):
+    """SmolLM2 in fp32, token by token: with room, with methods that read and policies that keep everything."""
+    try:
+        model, tokenizer = sf.transformers.load("smollm2")
+    except sf.SparseFlashError as error:
+        assert "not installed" in str(error)
+        pytest.skip("smollm2 is not installed: make models")
+    ids = tokenizer(books[0].read_text()[20000:24000], return_tensors="pt").input_ids[:, :600]
+    how = {"max_new_tokens": 24, "do_sample": False}
+    stock = model.generate(ids, **how)
+    everything = 10**6
+    for given in (
+        {},
+        {"decode": sf.methods.Quest(budget=everything)},
+        {"decode": sf.methods.LServe(budget=everything)},
+        {"cache": sf.cache.Everything()},
+        {"cache": sf.cache.SnapKV(budget=everything)},
+        {"cache": sf.cache.H2O(budget=everything)},
+    ):
+        with sf.transformers.sparse(model, **given):
+            assert torch.equal(model.generate(ids, **how), stock), given
+    with sf.transformers.sparse(model, cache=sf.cache.SnapKV(budget=300)):
+        some = model.generate(ids, **how)
+    assert float((some == stock)[:, 600:].float().mean()) > 0.5
