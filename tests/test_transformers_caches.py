@@ -257,7 +257,7 @@ def test_what_a_policy_cannot_do_is_said(model):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_real_model_says_what_it_says_by_itself(books):
-    """SmolLM2 in fp32, token by token: with room, with methods that read and policies that keep everything."""
+    """SmolLM2 in fp32, token by token: with room, methods that read and policies that keep everything."""
     try:
         model, tokenizer = sf.transformers.load("smollm2")
     except sf.SparseFlashError as error:
