@@ -607,11 +607,7 @@ BLOCKS = {
     "imports": imports,
     "selection": selection,
     "prefill": prefill,
-<<<<<<< HEAD
-=======
-    "prefill-8k": lambda: prefill("prefill-8k"),
     "caches": caches,
->>>>>>> 228f6c6 (docs(caches): the table)
 }
 
 
