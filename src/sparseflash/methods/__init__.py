@@ -38,8 +38,8 @@ from .sink_window import SinkWindow
 from .sliding_tile import SlidingTile
 from .sparse_vdit import SparseVDiT
 from .sparsed import SparseD
-from .star_attention import StarAttention
 from .squeezed_attention import SqueezedAttention
+from .star_attention import StarAttention
 from .strided import Strided
 from .tree import Tree
 from .tri_shape import TriShape
