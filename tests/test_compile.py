@@ -52,7 +52,7 @@ def test_both_ops_pass_opcheck(name, backend, generator):
         beside = (None, None, None)  # a seed, slopes, and a bias of pairs
         forward = (*leaves, *beside, tensors, ints, *options)
         torch.library.opcheck(torch.ops.sparseflash.attention.default, forward)
-        out, _, norm = torch.ops.sparseflash.attention(*forward)
+        out, _, norm = torch.ops.sparseflash.attention(q, k, v, bias, sink, *beside, tensors, ints, *options)
         backward = (dout, dlse, q, k, v, out, norm, None, bias, *beside, tensors, ints, *options)
         torch.library.opcheck(torch.ops.sparseflash.attention_backward.default, backward)
 

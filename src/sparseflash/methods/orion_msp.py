@@ -79,7 +79,7 @@ class OrionMSP(Method):
             return Selection(Plan.from_mask(keep[None, None]))
         near = Plan.dense(T, T, window=(self._window,) * 2, sink_tokens=self.special, device=q.device)
         head = at < self.special
-        lo = torch.where(head, at + self._window + 1, 0).clamp(min=self.special)
+        lo = torch.where(head, (at + self._window + 1).clamp(max=T), 0).clamp(min=self.special)
         hi = torch.where(head, T, lo)
         rest = Plan.from_intervals(lo.view(1, 1, -1), hi.view(1, 1, -1), Tk=T)
         far = (links - at[:, None]).abs() > self._window
