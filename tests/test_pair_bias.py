@@ -24,6 +24,14 @@ def alibi(slopes, q_pos, k_pos):
     return -slopes.double().view(-1, slopes.shape[-1], 1, 1) * far
 
 
+def standing(plan):
+    """Positions of the queries and of the keys of 4 heads."""
+    at = torch.arange(plan.Tq) + torch.as_tensor(plan.q_offset).view(-1, 1, 1)
+    at = at if plan.q_pos is None else plans._spread(plan.q_pos, 4)
+    key = torch.arange(plan.Tk) if plan.k_pos is None else plans._spread(plan.k_pos, 4)
+    return at.long(), key.long()
+
+
 @MAIN
 @pytest.mark.parametrize("kind", plans.KINDS)
 def test_random_plans_under_alibi_are_exact_forward_and_backward(backend, dtype, kind, seed):
@@ -35,10 +43,7 @@ def test_random_plans_under_alibi_are_exact_forward_and_backward(backend, dtype,
     options = {"softcap": 5.0} if d.chance(0.3) else {}
     options |= {"key_bias": randn(d.torch, 1, 2, plan.Tk)} if d.chance(0.5) else {}
     got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, alibi_slopes=slopes, **options)
-    at = torch.arange(plan.Tq) + torch.as_tensor(plan.q_offset).view(-1, 1, 1)
-    at = at if plan.q_pos is None else plans._spread(plan.q_pos, 4)
-    key = torch.arange(plan.Tk) if plan.k_pos is None else plans._spread(plan.k_pos, 4)
-    options["pair_bias"] = alibi(slopes, at.long(), key.long())
+    options["pair_bias"] = alibi(slopes, *standing(plan))
     tolerance.compare(got, q, k, v, example.mask, dout=dout, dlse=dlse, note=example.line, **options)
 
 

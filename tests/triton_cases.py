@@ -26,6 +26,7 @@ from sparseflash.backends.triton.launch import multiprocessors
 from sparseflash.backends.triton.softmax import packed
 from sparseflash.backends.triton.split import work_of
 from test_dropout import left
+from test_pair_bias import alibi, standing
 
 
 def hold(seed: int, kind: str) -> str:
@@ -44,13 +45,15 @@ def hold(seed: int, kind: str) -> str:
         "key_bias": draw.choice((None, torch.randn(1, 2, plan.Tk, generator=generator))),
         "sink_logits": draw.choice((None, torch.randn(4, generator=generator))),
     }
-    p = draw.choice((0.0, 0.3))
-    note = f"{example.line}; {dtype}, dropout {p}, " + ", ".join(
+    p, slopes = draw.choice((0.0, 0.3)), draw.choice((None, torch.rand(4), torch.rand(2, 4)))
+    note = f"{example.line}; {dtype}, dropout {p}, ALiBi {slopes}, " + ", ".join(
         n for n, x in options.items() if x is not None
     )
     options = {n: x for n, x in options.items() if x is not None}
-    dropped = {"dropout_p": p, "dropout_seed": seed - 2**40}
+    dropped = {"dropout_p": p, "dropout_seed": seed - 2**40, "alibi_slopes": slopes}
     got = run(q, k, v, plan, backend="triton", dout=dout, dlse=dlse, **options, **dropped)
+    if slopes is not None:
+        options["pair_bias"] = alibi(slopes, *standing(plan))
     if p:
         options["factor"] = left(p, seed - 2**40, 2, 4, plan.Tq, plan.Tk).double() / (1 - p)
     shares = tolerance.compare(got, q, k, v, example.mask, dout=dout, dlse=dlse, note=note, **options)

@@ -15,6 +15,7 @@ from .common import (
     Keys,
     Rule,
     Tokens,
+    apart,
     dot,
     gathered,
     given_share,
@@ -74,6 +75,8 @@ def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, insi
     if not F.STATS:
         do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
+    if F.ALIBI:
+        x -= X.slope * apart(pos[None, :], C.pos[:, None], F)
     share = given_share(Q.rest, token, real)
     p = tl.exp2((x - top[None, :]) * R.factor) * share[None, :]  # 0 in lanes without a query
     if RULES:
@@ -125,7 +128,7 @@ def columns_kernel(
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
     scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
-    Q_DRAW, K_DRAW, bar, kept, columns,
+    Q_DRAW, K_DRAW, bar, kept, SLOPE, slope_batch, columns,
     GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them.
@@ -180,7 +183,10 @@ def columns_kernel(
         first_word, second_word = token, token
         if F.DROP:
             first_word, second_word = words_at(K_DRAW + (b64 * H + h64) * Tk * 2, token, token >= 0)
-        draw = Draw(first_word, second_word, Q_DRAW + state * 2, bar, kept)
+        slope = factor
+        if F.ALIBI:
+            slope = tl.load(SLOPE + b * slope_batch + h)
+        draw = Draw(first_word, second_word, Q_DRAW + state * 2, bar, kept, slope)
         queries = Queries(
             Q + b64 * q_batch + h64 * q_head, q_row, q_lane, DOUT + b64 * d_batch + h64 * d_head, d_row,
             d_lane,

@@ -70,6 +70,7 @@ class Flags(NamedTuple):
     PEAK: bool = False
     DROP: bool = False
     SKIP: bool = False
+    ALIBI: bool = False
 
 
 class Rows(NamedTuple):
@@ -275,6 +276,15 @@ def logits(s, k_bias, R, F: tl.constexpr):
     if F.BIAS:
         x += k_bias
     return x, bent
+
+
+@triton.jit
+def apart(q_pos, k_pos, F: tl.constexpr):
+    """How far two positions are from one another, in fp32; they broadcast."""
+    if F.WIDE:
+        return tl.abs(q_pos - k_pos).to(tl.float32)
+    ahead = (k_pos - q_pos).to(tl.uint32, bitcast=True)  # fits without a sign, as in `inside`
+    return tl.where(q_pos >= k_pos, (q_pos - k_pos).to(tl.uint32, bitcast=True), ahead).to(tl.float32)
 
 
 @triton.jit

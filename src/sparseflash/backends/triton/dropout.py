@@ -15,7 +15,7 @@ BLOCK = 256
 
 
 class Draw(NamedTuple):
-    """The words of what a program holds, and where those of what it walks over lie."""
+    """What few calls have: words of what a program holds, where those of others lie; a slope, of ALiBi."""
 
     first: Any
     second: Any
@@ -23,6 +23,7 @@ class Draw(NamedTuple):
     bar: Any
     scale: Any
     """One over the share that stays."""
+    slope: Any
 
 
 @triton.jit

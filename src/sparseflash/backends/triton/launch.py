@@ -197,6 +197,7 @@ class Arguments:
             "left": -1 if left is None else left, "right": -1 if right is None else right, "sink": plan.sink,
             "H": H, "KV": keys.k.shape[1], "Tq": Tq, "Tk": Tk, "q_rows": plan.q_rows, "k_rows": plan.k_rows,
             "tiles": plan.tiles, "Q_DRAW": p(None), "K_DRAW": p(None), "bar": 0, "kept": 1.0,
+            "SLOPE": p(None), "slope_batch": 0,
         }  # fmt: skip
         self.named = named
         self.switches = {
@@ -224,6 +225,14 @@ class Arguments:
         self.named |= {"bar": dropout_bar(share) - 2**31, "kept": 1 / (1 - share)}
         self.switches["DROP"] = True
 
+    def lean(self, slopes: Tensor | None) -> None:
+        """Add ALiBi's bias, if there are slopes [H] or [B,H]: then x is a logit."""
+        if slopes is None:
+            return
+        batch = self.named["H"] if slopes.dim() == 2 else 0
+        self.named |= {"SLOPE": slopes.float().contiguous(), "slope_batch": batch, "factor": LOG2E.value}
+        self.switches |= {"ALIBI": True, "BENT": True}
+
     @property
     def dim(self) -> int:
         """The larger of D and Dv, padded."""
@@ -233,9 +242,10 @@ class Arguments:
         """The blocks of a kernel for this call."""
         unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
         dtype = str(self.named["Q"].dtype).removeprefix("torch.")
-        drops, skips = self.switches.get("DROP", False), self.switches.get("SKIP", False)
-        blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or drops or skips, self.plain)
-        if not (self.heavy and drops):
+        skips = self.switches.get("SKIP", False)
+        more = self.switches.get("DROP", False) or self.switches.get("ALIBI", False)
+        blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or more or skips, self.plain)
+        if not (self.heavy and more):
             return blocks
         if kernel == "rows, backward":  # both leave too few registers
             return replace(blocks, keys=min(blocks.keys, 16))
@@ -247,7 +257,7 @@ class Arguments:
 
     @property
     def heavy(self) -> bool:
-        """Whether the call has what takes many registers; dropout apart, which takes some too."""
+        """Whether the call has what takes many registers; dropout and ALiBi apart, which take some too."""
         has = self.switches
         return any(has[name] for name in _HEAVY) or (has["SPANS"] and has["UNITS"])
 

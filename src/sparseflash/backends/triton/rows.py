@@ -17,6 +17,7 @@ from .common import (
     Rows,
     Rule,
     Tokens,
+    apart,
     dot,
     gathered,
     given_share,
@@ -61,12 +62,14 @@ def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.cons
         k = load_rows(K.k, at, K.k_row, K.k_lane, live, F.D, F.BD, RULES)
     if not F.STATS and not F.SKIP:
         v = values_at(K, base, lane, live, RULES, NEAR, F)
-    if RULES or F.BIAS or F.DROP:
+    if RULES or F.BIAS or F.DROP or F.ALIBI:
         token, pos, end, seg = key_facts(K, n, live, F)
     bias = R.factor
     if F.BIAS:
         bias = tl.load(K.bias + token, mask=token >= 0, other=0.0)[None, :]
     x, bent = logits(dot(Q.q, tl.trans(k)), bias, R, F)
+    if F.ALIBI:
+        x -= X.slope * apart(Q.pos[:, None], pos[None, :], F)
     if RULES:
         real = Q.real[:, None] & (token >= 0)[None, :] & (bits != 0)
         keep = visible(real, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
@@ -246,7 +249,7 @@ def rows_kernel(
     K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
     SHIFT, shift_batch,
     scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
-    Q_DRAW, K_DRAW, bar, kept, blocks, below, GONE,
+    Q_DRAW, K_DRAW, bar, kept, SLOPE, slope_batch, blocks, below, GONE,
     WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT, LSE and the norm of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given norm and DELTA.
@@ -306,7 +309,10 @@ def rows_kernel(
     first_word, second_word = token, token
     if F.DROP:
         first_word, second_word = words_at(Q_DRAW + bh.to(tl.int64) * Tq * 2, token, real)
-    draw = Draw(first_word, second_word, K_DRAW + bh.to(tl.int64) * Tk * 2, bar, kept)
+    slope = factor
+    if F.ALIBI:
+        slope = tl.load(SLOPE + b * slope_batch + h)
+    draw = Draw(first_word, second_word, K_DRAW + bh.to(tl.int64) * Tk * 2, bar, kept, slope)
 
     if F.SPANS:
         cell = place(b, h, H, span_heads, span_batch, tiles) + tile

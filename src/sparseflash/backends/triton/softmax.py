@@ -93,11 +93,10 @@ def forward(
         raise BackendError(
             "pair_bias runs on 'reference' and 'cpu'; here a bias of low rank may be dimensions of q and k"
         )
-    if alibi_slopes is not None:
-        raise BackendError("alibi_slopes runs on 'reference' and 'cpu'")
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.drop(options.dropout, seed)
+    a.lean(alibi_slopes)
     a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
     for name in "o", "d":
         a.strides(a.named, name, out)
@@ -207,6 +206,7 @@ def backward(
     dq = torch.zeros_like(q, dtype=wanted)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.drop(options.dropout, seed)
+    a.lean(alibi_slopes)
     norm = norm.float().contiguous()
     delta = delta.float().contiguous()
     a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout, "DELTA": delta}

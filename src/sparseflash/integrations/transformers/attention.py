@@ -33,6 +33,7 @@ else that is not None is refused."""
 
 _REFUSED = {
     "cache": "continuous batching gives a paged cache, which 'sparse' does not read: use generate()",
+    "sinks": "a sink for every query (Inkling 2) is not supported: keep 'eager' for this model",
     "head_mask": "masks of whole heads are not supported: multiply the output of the heads instead",
     "output_attentions": "attention weights are never formed: set_attn_implementation('eager') forms them",
 }
