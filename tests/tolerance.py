@@ -168,8 +168,8 @@ def bands(
     B, H, Tq, D = q.shape
     eps = torch.finfo(q.dtype).eps
     fine = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps
-    factor = D**-0.5 if scale is None else scale
-    scale = abs(factor)
+    signed = D**-0.5 if scale is None else scale
+    scale = abs(signed)
     keep = _spread(mask, H).expand(B, -1, -1, -1)
     kv_heads = k.shape[1]
     sees, seen = keep.any(-1), keep.any(-2)
@@ -178,7 +178,7 @@ def bands(
     lse = want["lse"]
     alive = lse > -math.inf
     size = (q2 @ (kd**2).transpose(-1, -2)).sqrt() * scale
-    s = torch.where(sees[..., None], q.double(), 0) @ kd.transpose(-1, -2) * factor
+    s = torch.where(sees[..., None], q.double(), 0) @ kd.transpose(-1, -2) * signed
     bias = None if key_bias is None else _spread(key_bias.double(), H)[:, :, None, :]
     s = s if softcap is None or softcap == 0 else torch.tanh(s / softcap) * softcap
     if bias is not None:
