@@ -312,8 +312,8 @@ def test_an_unknown_name_says_which_exist():
 
 
 def test_an_unknown_hyper_parameter_says_which_exist():
-    with pytest.raises(sf.SparseFlashError, match=r"no hyper-parameter 'buckets'.*nb=16.*planes='per-head'"):
-        sf.methods.get("hash-sparse", buckets=4)
+    with pytest.raises(sf.SparseFlashError, match=r"no hyper-parameter 'bucket'.*nb=16.*planes='per-head'"):
+        sf.methods.get("hash-sparse", bucket=4)
 
 
 @pytest.mark.parametrize(

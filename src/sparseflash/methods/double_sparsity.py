@@ -50,7 +50,7 @@ class DoubleSparsity(ReadingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require((self.page == 1, f"page={self.page}: labels are of single keys, expected 1"))
+        require((self.page == 1, lambda: f"page={self.page}: labels are of single keys, expected 1"))
         if self.channels:
             Labels(channels=self.channels)
 
@@ -75,7 +75,9 @@ def heavy_channels(q: Tensor, k: Tensor, n: int) -> tuple[tuple[int, ...], ...]:
 
     Source: arXiv 2408.07092, section 3.1, by products of the means, summed over the query heads of a group.
     """
-    require((isinstance(n, int) and 0 < n <= q.shape[3], f"n={n!r}: expected 1..{q.shape[3]} channels"))
+    require(
+        (isinstance(n, int) and 0 < n <= q.shape[3], lambda: f"n={n!r}: expected 1..{q.shape[3]} channels")
+    )
     size = q.abs().float().mean((0, 2)).view(k.shape[1], -1, q.shape[3]).sum(1)
     best = (size * k.abs().float().mean((0, 2))).topk(n).indices.sort(-1).values
     return tuple(tuple(own) for own in best.tolist())

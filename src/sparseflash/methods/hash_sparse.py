@@ -63,8 +63,6 @@ class HashSparse(Method):
         With centroids: how many of the nearest a query looks into.
     resample : bool
         Whether the planes are drawn anew at each `ctx["step"]`, as the paper's released code does.
-    causal_heads : int, optional
-        The old name of `window_heads`, with which `window` means `head_window`.
 
     Notes
     -----
@@ -75,6 +73,8 @@ class HashSparse(Method):
     A window head is not another plan: the rule `window` may differ from head to head, so hashed and window
     heads run in one kernel call. A window in every head is a second plan, in one softmax: its keys lie in
     order and need no sorting, and the bucket shows what is further away.
+
+    `causal_heads=` is the old name of `window_heads`; with it, `window` means `head_window`.
 
     Examples
     --------

@@ -60,7 +60,7 @@ class LServe(ReadingMethod):
         super().__post_init__()
         check_counts(self, 1, "part", "local")
         require(
-            (self.page % self.part == 0, f"part={self.part}: expected a divisor of page={self.page}"),
+            (self.page % self.part == 0, lambda: f"part={self.part}: expected a divisor of page={self.page}"),
             (
                 bool(self.share) or not self.streaming,
                 "streaming names KV heads: share='sum' or 'max'",
@@ -79,7 +79,7 @@ class LServe(ReadingMethod):
         require(
             (
                 max(self.streaming) < heads,
-                f"streaming={self.streaming}: k has {heads} heads, 0..{heads - 1}",
+                lambda: f"streaming={self.streaming}: k has {heads} heads, 0..{heads - 1}",
             )
         )
         streams = torch.zeros(heads, dtype=torch.bool, device=place.device)

@@ -65,8 +65,8 @@ class MoA(Method):
         whole = isinstance(self.alpha, int) and not isinstance(self.alpha, bool)
         share = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
         require(
-            (whole and abs(self.alpha) < 2**40, f"alpha={self.alpha!r}: expected an int"),
-            (share and 0 <= self.beta <= 1, f"beta={self.beta!r}: expected a number in [0, 1]"),
+            (whole and abs(self.alpha) < 2**40, lambda: f"alpha={self.alpha!r}: expected an int"),
+            (share and 0 <= self.beta <= 1, lambda: f"beta={self.beta!r}: expected a number in [0, 1]"),
             error=SparseFlashError,
         )
 

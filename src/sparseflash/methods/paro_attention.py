@@ -116,7 +116,8 @@ class PAROAttention(StepMethod, GridMethod):
         )
         lanes = (T - torch.arange(mass.shape[2], device=q.device) * size).clamp(max=size)
         words = layout.text(size, q.device, each)
-        forced = crossed(words, words) | (mass == mass.amax(-1, keepdim=True))
+        best = mass == mass.amax(-1, keepdim=True) if T else mass > 0
+        forced = crossed(words, words) | best
         worth = torch.where(forced, torch.inf, mass * lanes[..., None]).flatten(-2)
         chosen = top_k(worth, round(self.keep * worth.shape[-1])).view(mass.shape)
         return Pattern(

@@ -70,9 +70,9 @@ class SqueezedAttention(ReadingMethod):
         super().__post_init__()
         check_shares(self, "clusters")
         require(
-            (is_count(self.context, 1), f"context={self.context!r}: expected a positive int, keys"),
-            (is_count(self.window), f"window={self.window!r}: expected an int >= 0, keys"),
-            (self.page == 1, f"page={self.page}: clusters are of single keys, expected 1"),
+            (is_count(self.context, 1), lambda: f"context={self.context!r}: expected a positive int, keys"),
+            (is_count(self.window), lambda: f"window={self.window!r}: expected an int >= 0, keys"),
+            (self.page == 1, lambda: f"page={self.page}: clusters are of single keys, expected 1"),
         )
 
     def clustered(self, k: Tensor) -> tuple[Tensor, Tensor]:

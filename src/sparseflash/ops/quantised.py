@@ -71,13 +71,13 @@ def attention_quantised(
     """
     check_inputs(q, k, v)
     require(
-        (isinstance(plan, Plan), f"plan: {describe(plan)}; expected one Plan"),
+        (isinstance(plan, Plan), lambda: f"plan: {describe(plan)}; expected one Plan"),
         *(
-            (n in (4, 8), f"{name}={n!r}: expected 8 or 4")
+            (n in (4, 8), lambda name=name, n=n: f"{name}={n!r}: expected 8 or 4")
             for name, n in (("qk_bits", qk_bits), ("pv_bits", pv_bits))
         ),
         *(
-            (is_count(n, 1), f"{name}={n!r}: expected rows >= 1")
+            (is_count(n, 1), lambda name=name, n=n: f"{name}={n!r}: expected rows >= 1")
             for name, n in (("q_group", q_group), ("k_group", k_group))
         ),
     )
