@@ -480,7 +480,8 @@ def attention(
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
-    check_pairs(alibi_slopes, pair_bias, q, k)
+    if not (alibi_slopes is None and pair_bias is None):
+        check_pairs(alibi_slopes, pair_bias, q, k)
     share, seed = as_dropout(dropout_p, dropout_seed, q)
     wanted = as_dtype("out_dtype", out_dtype, q)
     options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted, share)
