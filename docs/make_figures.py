@@ -607,6 +607,7 @@ BLOCKS = {
     "imports": imports,
     "selection": selection,
     "prefill": prefill,
+    "prefill-8k": lambda: prefill("prefill-8k"),
     "caches": caches,
 }
 
