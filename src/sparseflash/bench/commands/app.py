@@ -16,11 +16,13 @@ N = TypeVar("N", int, float)
 
 EXPERIMENTS = (
     "attention-table",
+    "caches",
     "coverage",
     "decode",
     "diffusion",
     "documents",
     "fusion",
+    "generation",
     "indexer",
     "kernel-table",
     "levels",
@@ -31,6 +33,7 @@ EXPERIMENTS = (
     "pixels",
     "plan-costs",
     "prefill",
+    "ranks",
     "selection",
     "step",
     "transformers",
