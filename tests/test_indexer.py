@@ -209,6 +209,5 @@ def test_memory_is_that_of_the_result(generator):
     extra(512)
     small, large = extra(2048), extra(8192)
     assert large < 8192 * (64 + 16 + 8) * 4 + (8 << 20), "index, K once more, and what does not grow"
-    assert large < 4 * small + (4 << 20), (
-        "four times the tokens; what the allocator gives back in between varies by megabytes"
-    )
+    free = 4 << 20  # what the allocator gives back or keeps in between varies by megabytes
+    assert large < 4 * small + free, "four times the tokens"
