@@ -26,7 +26,7 @@ from sparseflash.cache import (
 
 POLICIES = [
     StreamingLLM(24, sinks=3),
-    MoA(rules=((0, 0.1), (0, 0.5)), least=8, block=4, sinks=2),
+    MoA(rules=(((0, 0.1), (0, 0.5)),), least=8, block=4, sinks=2),
     SnapKV(24, recent=8),
     PyramidKV(24, recent=4, steep=3.0),
     AdaKV(24, recent=4),
@@ -85,8 +85,8 @@ def test_no_more_is_held_than_the_budget_and_the_slack(policy, generator):
     sizes = set()
     for n in (100, *[1] * 23):
         cache.attend(*drawn(generator, n))
-        most = cache.policy.most(cache.tokens, 100, 2)
-        most = most if isinstance(most, int) else int(most.sum()) // 2
+        most = cache.policy.most(torch.tensor([cache.tokens] * 2), torch.tensor([100] * 2), 2)
+        most = most if isinstance(most, int) else int(most.expand(2, 2)[0].sum()) // 2
         assert int(cache.held.sum(1).max()) <= 2 * (most + 5)
         sizes.add(cache.bytes)
     assert cache.tokens == 123 and max(sizes) < 0.6 * 2 * 2 * 2 * 123 * 16 * 4
@@ -119,7 +119,7 @@ def test_streaming_sees_the_first_and_the_last_whatever_is_held(generator):
 
 def test_moa_gives_each_head_a_window_of_its_own_and_memory_for_that(generator):
     """The rules are settled by the prompt: 100 tokens, 12 and 52 keys."""
-    cache = Evicting(MoA(rules=((0, 0.1), (2, 0.5)), least=8, block=4, sinks=2), slack=3)
+    cache = Evicting(MoA(rules=(((0, 0.1), (2, 0.5)),), least=8, block=4, sinks=2), slack=3)
     q, k, v = drawn(generator, 100)
     cache.attend(q, k, v)
     assert cache.held.tolist() == [[12, 52]] * 2
@@ -256,8 +256,6 @@ def test_rows_of_the_batch_go_their_own_ways(policy, generator):
 
 @every_policy
 def test_padding_is_not_kept_and_a_padded_sequence_is_what_it_is_alone(policy, generator):
-    if isinstance(policy, MoA) or isinstance(policy.budget, float):
-        pytest.skip("its budget follows the number of tokens, padding included")
     both, alone = Evicting(policy, slack=5), Evicting(policy, slack=5)
     q, k, v = drawn(generator, 60)
     real = torch.ones(2, 60, dtype=torch.bool)
@@ -309,7 +307,8 @@ def test_plain_torch_appends_and_decodes_by_the_plan(generator):
         (lambda: SnapKV(10, recent=11), "at least sinks"),
         (lambda: SnapKV(recent=0), "recent=0"),
         (lambda: StreamingLLM(sinks=-1), "sinks=-1"),
-        (lambda: MoA(), "no rules"),
+        (lambda: MoA(), "rules=\\(\\): expected"),
+        (lambda: MoA(rules=((0, 0.1), (2, 0.5))), "of each layer"),
         (lambda: PyramidKV(steep=0.5), "steep=0.5"),
         (lambda: AdaKV(safe=2.0), "safe=2.0"),
         (lambda: Evicting("snapkv"), "policy='snapkv'"),
@@ -317,7 +316,7 @@ def test_plain_torch_appends_and_decodes_by_the_plan(generator):
         (lambda: sf.cache.policy("snap"), "policies: adakv"),
         (lambda: sf.cache.policy("snapkv", windo=3), "has no windo"),
         (
-            lambda: Evicting(MoA(rules=((0, 1),))).attend(*drawn(torch.Generator(), 9)),
+            lambda: Evicting(MoA(rules=(((0, 1),),))).attend(*drawn(torch.Generator(), 9)),
             "1 KV heads: the layer has 2",
         ),
         (

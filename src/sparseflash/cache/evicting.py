@@ -65,7 +65,9 @@ class Evicting(Layer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._tokens, self._prompt, self._floor = 0, 0, 0
+        self._tokens = self._floor = 0
+        self._own: Tensor | None = None  # [B], tokens of each sequence that are no padding
+        self._prompt: Tensor | None = None  # the same when something was let go for the first time
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._position: Tensor | None = None
@@ -120,12 +122,8 @@ class Evicting(Layer):
     def plan(self, Tq: int = 1) -> Plan:
         """What the last Tq tokens see of the pool: all that is held up to their own place."""
         assert self._start is not None and self._used is not None and self._keys is not None
-        most = self._most()
         row = torch.arange(1 - Tq, 1, device=self._used.device)
-        used = (self._used[..., None] + row).clamp(min=0)
-        if isinstance(most, Tensor):
-            most = most.to(used.device)[:, None]
-        spans = torch.stack([torch.stack(x, -1) for x in self.policy.seen(used, most)], -2)
+        spans = self._seen((self._used[..., None] + row).clamp(min=0))
         spans = torch.maximum(spans, torch.zeros_like(spans)) + self._start[..., None, None, None]
         spans[..., 1] = torch.maximum(spans[..., 0], spans[..., 1])
         return Plan.from_spans(spans, Tq=Tq, Tk=self._keys.shape[2], tile=1)
@@ -229,24 +227,20 @@ class Evicting(Layer):
     def _before(self, n: int) -> Plan:
         """All that is held, for each of n queries."""
         assert self._start is not None and self._used is not None and self._keys is not None
-        most = self._most()
-        if isinstance(most, Tensor):
-            most = most.to(self._used.device)
-        spans = torch.stack([torch.stack(x, -1) for x in self.policy.seen(self._used, most)], -2)
-        spans = torch.maximum(spans, spans[..., :1]) + self._start[..., None, None]
+        spans = self._seen(self._used[..., None])
+        spans = torch.maximum(spans, spans[..., :1]) + self._start[..., None, None, None]
         tile = max(1, min(n, 128))
         return Plan.from_spans(
-            spans[:, :, None].expand(-1, -1, -(-n // tile), -1, -1), Tq=n, Tk=self._keys.shape[2], tile=tile
+            spans.expand(-1, -1, -(-n // tile), -1, -1), Tq=n, Tk=self._keys.shape[2], tile=tile
         )
 
     def evict(self, scale: float | None = None, softcap: float | None = None) -> None:
         """Let go what the policy does not want to stay, by the last queries that were attended."""
         if self._used is None or self._keys is None:
             return
+        if self._prompt is None:
+            self._prompt = self._own
         held = self._held(self._keys.shape[-1] ** -0.5 if scale is None else scale, softcap)
-        if not self._prompt:
-            self._prompt = self._tokens
-            held = Held(**vars(held) | {"prompt": self._tokens})
         keep = self.policy.keep(held)
         mass = None if held.mass is None else _rows(held.mass[..., None], keep)[..., 0]
         there = keep >= 0
@@ -265,9 +259,14 @@ class Evicting(Layer):
         ]
         check_new(k, v, *old)
 
-    def _most(self) -> int | Tensor:
-        assert self._used is not None
-        return self.policy.most(self._tokens, self._prompt or self._tokens, self._used.shape[1])
+    def _seen(self, used: Tensor) -> Tensor:
+        """The spans of its place that each head sees while `used [B,Hkv,n]` are there: `[B,Hkv,n,S,2]`."""
+        assert self._own is not None
+        prompt = self._own if self._prompt is None else self._prompt
+        most = self.policy.most(self._own, prompt, used.shape[1])
+        if isinstance(most, Tensor):
+            most = most[..., None]
+        return torch.stack([torch.stack(x, -1) for x in self.policy.seen(used, most)], -2)
 
     def _see(self, q: Tensor) -> None:
         """Keep the queries that the policy looks at."""
@@ -280,7 +279,7 @@ class Evicting(Layer):
     def _held(self, scale: float, softcap: float | None) -> Held:
         """All that is held, heads side by side; -1 is the position of what is not there."""
         assert self._used is not None and self._start is not None and self._position is not None
-        assert self._keys is not None and self._values is not None
+        assert self._keys is not None and self._values is not None and self._own is not None
         place = torch.arange(int(self._used.max()), device=self._used.device)
         there = place < self._used[..., None]
         at = torch.where(there, self._start[..., None] + place, 0)
@@ -290,8 +289,8 @@ class Evicting(Layer):
         if q is None:
             q = k.new_zeros(k.shape[0], k.shape[1], 0, k.shape[3])
         mass = None if self._mass is None else torch.where(there, self._mass[at], 0)
-        prompt = self._prompt or self._tokens
-        return Held(k, v, position, q, mass, self._tokens, prompt, scale, softcap)
+        prompt = self._own if self._prompt is None else self._prompt
+        return Held(k, v, position, q, mass, self._tokens, self._own, prompt, scale, softcap)
 
     def _put(self, k: Tensor, v: Tensor, real: Tensor | None = None, mass: Tensor | None = None) -> None:
         """Write new tokens behind those of each head; what is padding nowhere."""
@@ -314,6 +313,8 @@ class Evicting(Layer):
             self._used = self._used + there.sum(-1)
             self._spare -= n
         self._tokens += n
+        own = there[:, 0].sum(-1)
+        self._own = own if self._own is None else self._own + own
 
     def _fill(
         self, k: Tensor, v: Tensor, position: Tensor, mass: Tensor | None, there: Tensor, more: int = 0
@@ -344,7 +345,9 @@ class Evicting(Layer):
         held = self._held(1.0, None)
         at = rows.to(self._used.device)
         k, v, position = (x[at] for x in (held.k, held.v, held.position))
-        self._queries = None if self._queries is None else self._queries[at]
+        for name in ("_queries", "_own", "_prompt"):
+            x = getattr(self, name)
+            setattr(self, name, None if x is None else x[at])
         self._fill(k, v, position, None if held.mass is None else held.mass[at], position >= 0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -368,7 +371,10 @@ class Evicting(Layer):
             )
         if self._used is not None and self._position is not None and self._start is not None:
             held = self._held(1.0, None)
-            self._used = ((held.position >= 0) & (held.position < left)).sum(-1)
+            used = ((held.position >= 0) & (held.position < left)).sum(-1)
+            if self._own is not None:  # nothing was let go since: each head holds what goes
+                self._own = self._own - (self._used - used)[:, 0]
+            self._used = used
         if self._queries is not None and left < self._tokens:
             self._queries = self._queries[:, :, : max(self._queries.shape[2] - (self._tokens - left), 0)]
         self._spare += self._tokens - left

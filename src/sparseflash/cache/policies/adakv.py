@@ -50,11 +50,14 @@ class AdaKV(SnapKV):
     def counts(self, score: Tensor, held: Held) -> Tensor:
         """How many of the best of all heads each head has."""
         B, H, n = score.shape
-        most = self.most(held.tokens, held.prompt, H)
-        assert isinstance(most, int)
-        least = max(int(self.safe * most), min(self.sinks + self.recent, most))
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        own = score.masked_fill((rank < least) & (score > -torch.inf), torch.inf).flatten(1)
-        best = own.topk(min(most * H, H * n), -1).indices
-        kept = torch.zeros_like(own, dtype=torch.bool).scatter_(1, best, True) & (own > -torch.inf)
+        most = torch.as_tensor(self.most(held.own, held.prompt, H), device=score.device).expand(B, 1)
+        least = (self.safe * most.double()).long().clamp(min=self.sinks + self.recent).minimum(most)
+        rank = _ranks(score)
+        own = score.masked_fill((rank < least[..., None]) & (score > -torch.inf), torch.inf).flatten(1)
+        kept = (_ranks(own) < most * H) & (own > -torch.inf)
         return kept.view(B, H, n).sum(-1)
+
+
+def _ranks(score: Tensor) -> Tensor:
+    """How many of a row are better than each."""
+    return score.argsort(dim=-1, descending=True, stable=True).argsort(-1)

@@ -28,8 +28,10 @@ class Held:
         `[B,Hq,w,D]`: the last queries, as many as the policy asks for, or there were.
     mass : Tensor, optional
         What each key was given of all attention so far, summed over queries and the heads of a group.
-    tokens, prompt : int
-        How many tokens there were: so far, and when something was let go for the first time.
+    tokens : int
+        How many there were so far, padding included: positions are below it.
+    own, prompt : Tensor
+        Integers `[B]`: tokens of each sequence, so far and when something was let go for the first time.
     scale, softcap
         Of the attention.
     """
@@ -40,7 +42,8 @@ class Held:
     q: Tensor
     mass: Tensor | None
     tokens: int
-    prompt: int
+    own: Tensor
+    prompt: Tensor
     scale: float
     softcap: float | None = None
 
@@ -114,14 +117,20 @@ class Policy:
         """What each key is worth, `[B,Hkv,n]`."""
         raise NotImplementedError(f"{type(self).__name__}.score")
 
-    def most(self, tokens: int, prompt: int, heads: int) -> int | Tensor:
-        """Keys that stay of so many tokens: of each head, or integers `[heads]` where they differ."""
-        return max(1, int(self.budget * tokens)) if isinstance(self.budget, float) else self.budget
+    def most(self, tokens: Tensor, prompt: Tensor, heads: int) -> int | Tensor:
+        """Keys that stay of each head: one number, or integers `[B,heads|1]` where they differ.
+
+        `tokens [B]` are those of each sequence so far, `prompt [B]` those of its prompt; padding counts for
+        nothing.
+        """
+        if not isinstance(self.budget, float):
+            return self.budget
+        return (self.budget * tokens.double()).long().clamp(min=1)[:, None]
 
     def counts(self, score: Tensor, held: Held) -> int | Tensor:
         """Keys that stay, `[B,Hkv]` where they differ, by what they score; inf is what must stay."""
-        most = self.most(held.tokens, held.prompt, score.shape[1])
-        return most if isinstance(most, int) else most.to(score.device).expand(score.shape[:2])
+        most = self.most(held.own, held.prompt, score.shape[1])
+        return most if isinstance(most, int) else most.expand(score.shape[:2])
 
     def keep(self, held: Held) -> Tensor:
         """Places of the keys that stay, ascending, `[B,Hkv,m]`; -1 behind the last."""
@@ -155,9 +164,9 @@ class Everything(Policy):
             torch.zeros_like(held.position, dtype=torch.float32), max(n, 1), held.position >= 0
         )
 
-    def most(self, tokens: int, prompt: int, heads: int) -> int:
+    def most(self, tokens: Tensor, prompt: Tensor, heads: int) -> Tensor:
         """As many as there are."""
-        return tokens
+        return tokens[:, None]
 
 
 def pooled(score: Tensor, width: int) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ...errors import SparseFlashError, require
+from ...ops._arguments import is_finite
 from .base import Policy
 from .streaming_llm import StreamingLLM
 
 Rules = tuple[tuple[float, float], ...]
+"""alpha and beta of each KV head of a layer."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class MoA(StreamingLLM):
 
     Parameters
     ----------
-    rules : tuple of (float, float), or a tuple of these
-        alpha and beta of each KV head, for all layers; or that for each layer.
+    rules : tuple of tuple of (float, float)
+        For each layer, alpha and beta of each KV head; one layer's are for all of them.
     sinks : int
         First tokens that stay; they count.
     least, block : int
@@ -39,14 +41,14 @@ class MoA(StreamingLLM):
     Examples
     --------
     >>> import torch, sparseflash as sf
-    >>> cache = sf.cache.Evicting(sf.cache.MoA(rules=((0, 0.125), (64, 0.5))))
+    >>> cache = sf.cache.Evicting(sf.cache.MoA(rules=(((0, 0.125), (64, 0.5)),)))
     >>> out = cache.attend(torch.randn(1, 4, 1000, 32), *torch.randn(2, 1, 2, 1000, 32))
     >>> cache.held.tolist()
     [[128, 576]]
     """
 
     sinks: int = 64
-    rules: Rules | tuple[Rules, ...] = ()
+    rules: tuple[Rules, ...] = ()
     least: int = 128
     block: int = 64
 
@@ -54,18 +56,32 @@ class MoA(StreamingLLM):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require((bool(self.rules), "MoA has no rules: expected (alpha, beta) for each KV head"))
+        good = bool(self.rules) and all(_are_rules(own) for own in self.rules)
+        require(
+            (
+                good,
+                lambda: f"rules={self.rules!r}: expected ((alpha, beta) of each KV head) of each layer",
+            )
+        )
 
     def of_layer(self, layer: int, layers: int) -> Policy:
         """With the rules of that layer."""
-        if not isinstance(self.rules[0][0], tuple):
+        if len(self.rules) == 1:
             return self
         require((layer < len(self.rules), f"rules of {len(self.rules)} layers: there is no layer {layer}"))
-        return dataclasses.replace(self, rules=self.rules[layer])
+        return dataclasses.replace(self, rules=self.rules[layer : layer + 1])
 
-    def most(self, tokens: int, prompt: int, heads: int) -> Tensor:
-        """What the rules say of the prompt, for each head."""
-        if len(self.rules) != heads:
-            raise SparseFlashError(f"MoA has rules of {len(self.rules)} KV heads: the layer has {heads}")
-        each: list[float] = [max(self.least, alpha + beta * prompt) for alpha, beta in self.rules]  # type: ignore[operator, misc]  # of one layer
-        return torch.tensor([-(-int(x) // self.block) * self.block for x in each])
+    def most(self, tokens: Tensor, prompt: Tensor, heads: int) -> Tensor:
+        """What the rules say of each prompt, for each head."""
+        rules = torch.tensor(self.rules[0], dtype=torch.float64, device=prompt.device)
+        if len(rules) != heads:
+            raise SparseFlashError(f"MoA has rules of {len(rules)} KV heads: the layer has {heads}")
+        each = (rules[:, 0] + rules[:, 1] * prompt[:, None]).clamp(min=self.least)
+        return (each / self.block).ceil().long() * self.block
+
+
+def _are_rules(own: object) -> bool:
+    """Whether these are two numbers for each head."""
+    return isinstance(own, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(is_finite(x) for x in pair) for pair in own
+    )
