@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -107,3 +108,29 @@ def bench_generation(
     columns = ("case", "dtype", "T", "rate", "gain", "bytes", "agree")
     given = {"model": model, "length": length, "rounds": rounds, "threads": threads, "dtype": dtype}
     session("generation", out, partial(generation.measure, **given), columns)
+
+
+@experiments.command("prompt-losses", rich_help_panel=PANEL)
+def bench_prompt_losses(
+    text: Annotated[list[Path], typer.Option("--text", help="A text file; may be repeated.")],
+    out: Kept = RESULTS / "prompt-losses.csv",
+    model: Annotated[str, typer.Option(help="What sf.transformers.load takes.")] = "smollm2",
+    lengths: Lengths = "4096,8144",
+    skip: Annotated[int, typer.Option(help="Characters of each text to leave out.", min=0)] = 20000,
+    cases: Annotated[str, typer.Option(help="Methods, separated by semicolons; by default all.")] = "",
+) -> None:
+    """What methods lose on long prompts of a model: kl of the next tokens, recall, needles. No times.
+
+    What OUT has already is not measured again.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session
+
+    from .. import prompts
+
+    sizes = lengths_of(lengths)
+    wanted = known("cases", prompts.cases(max(sizes)), words(cases, ";"))
+    there = results.read(out, "model", "text", "tokens", "case") if out.is_file() else []
+    given: dict[str, Any] = {"model": model, "lengths": sizes, "skip": skip, "wanted": wanted, "known": there}
+    columns = ("text", "tokens", "case", "kl", "loss", "kept", "recall", "question", "mid", "lone")
+    session("prompt losses", out, partial(prompts.measure, text, **given), columns, kept=there)

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,21 @@ from sparseflash.methods.base import Method
 
 CHUNK = 512
 """Tokens whose logits are held at a time."""
+
+
+QUERIES = 512
+"""Queries of a prompt that density and recall are those of, one drawn of each part of it."""
+
+
+class Judgement(NamedTuple):
+    """What a prompt was like under a method."""
+
+    loss: float
+    """On the prompt, nats a token."""
+    following: Tensor
+    """Log-probabilities of the next tokens, `[new, words]`."""
+    seen: tuple[Any, ...]
+    """A `transformers.report.Row` for each layer."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +91,12 @@ class Prompt:
         return self.model(prompt, use_cache=True, logits_to_keep=1).logits
 
     @torch.no_grad()
-    def judge(self, method: Method | None, layers: Sequence[int] | None) -> tuple[float, Tensor]:
-        """The loss on the prompt, nats a token; and log-probabilities of the next tokens, `[new, words]`."""
+    def judge(self, method: Method | None, layers: Sequence[int] | None) -> Judgement:
+        """What a prompt under a method loses, and what its layers see: by one prefill."""
+        from sparseflash.integrations.transformers.report import measuring
+
         prompt, behind = self.ids[:, : self.tokens], self.ids[:, self.tokens : -1]
-        with self.under(method, layers):
+        with self.under(method, layers), measuring(self.model, QUERIES, dense=False) as seen:
             out = self.model.base_model(prompt, use_cache=True)
         read, loss = out.last_hidden_state[0], 0.0
         for rows, words in zip(read[:-1].split(CHUNK), prompt[0, 1:].split(CHUNK), strict=True):
@@ -87,7 +104,7 @@ class Prompt:
         with self.under(None, layers):
             last = self.model.base_model(behind, past_key_values=out.past_key_values, use_cache=True)
         following = self._logits(torch.cat([read[-1:], last.last_hidden_state[0]]))
-        return loss / max(self.tokens - 1, 1), following.log_softmax(-1)
+        return Judgement(loss / max(self.tokens - 1, 1), following.log_softmax(-1), tuple(seen))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Of some tokens: all of a long prompt are larger than the model."""
@@ -156,14 +173,15 @@ def losses(
 ) -> Iterator[Row]:
     """What dense attention and each method see and lose: the rows of `measure` without its times."""
     on_run("dense: what it loses")
-    loss, dense = prompt.judge(None, layers)
+    dense = prompt.judge(None, layers)
     same: Row = {"bench": "prompts", "tokens": prompt.tokens, "new": prompt.new}
-    yield {"case": "dense", **same, "kept": 1.0, "recall": 1.0, "recall_worst": 1.0, "loss": loss, "kl": 0.0}
+    everything = {"kept": 1.0, "recall": 1.0, "recall_worst": 1.0}
+    yield {"case": "dense", **same, **everything, "loss": dense.loss, "kl": 0.0}
     for name, method in cases.items():
         on_run(f"{name}: what it sees and loses")
-        loss, found = prompt.judge(method, layers)
-        kl = {"loss": loss, "kl": divergence(dense, found), "method": repr(method)}
-        yield {"case": name, **same, **_seen(prompt, method, layers), **kl}
+        found = prompt.judge(method, layers)
+        kl = {"loss": found.loss, "kl": divergence(dense.following, found.following)}
+        yield {"case": name, **same, **_seen(method, dense, found), **kl, "method": repr(method)}
 
 
 def times(
@@ -199,25 +217,18 @@ def divergence(dense: Tensor, sparse: Tensor) -> float:
     return float((dense.exp() * (dense - sparse)).sum(-1).mean())
 
 
-def _seen(prompt: Prompt, method: Method, layers: Sequence[int] | None) -> Row:
-    """What the layers with a method see of a prompt."""
-    from sparseflash.integrations.transformers import report
-
-    with prompt.under(method, layers):
-        rows = [
-            row
-            for row in report(prompt.model, input_ids=prompt.ids[:, : prompt.tokens], logits_to_keep=1)
-            if set(row.methods) != {"dense"}
-        ]
-    if not rows:
+def _seen(method: Method, dense: Judgement, found: Judgement) -> Row:
+    """What the layers with a method see of a prompt, and how much faster their attention is."""
+    pairs = [pair for pair in zip(dense.seen, found.seen, strict=True) if set(pair[1].methods) != {"dense"}]
+    if not pairs:
         raise SparseFlashError(
             f"{method!r} serves none of the layers: they have windows of their own; name layers"
         )
-    kept, recall = ([x for row in rows for x in getattr(row, name)] for name in ("density", "recall"))
-    dense, sparse = (sum(getattr(row, name) for row in rows) for name in ("dense_seconds", "seconds"))
+    kept, recall = ([x for _, row in pairs for x in getattr(row, name)] for name in ("density", "recall"))
+    before, after = (sum(pair[n].seconds for pair in pairs) for n in (0, 1))
     return {
         "kept": sum(kept) / len(kept),
         "recall": sum(recall) / len(recall),
         "recall_worst": min(recall),
-        "attention_gain": dense / sparse,
+        "attention_gain": before / after,
     }

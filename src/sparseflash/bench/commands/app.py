@@ -33,6 +33,7 @@ EXPERIMENTS = (
     "pixels",
     "plan-costs",
     "prefill",
+    "prompt-losses",
     "ranks",
     "selection",
     "step",
