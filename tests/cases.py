@@ -554,6 +554,15 @@ CASES = [
         seeking={"context": 400, "budget": 100, "share": "", "window": 50},
     ),
     Case(
+        "seer-attention",
+        {"blocks": 1, "block": 16, "dense_tiles": 0},
+        {"threshold": 0.0, "block": 16},
+        [{"blocks": 1}, {"blocks": 4}, {"blocks": 8}, {"blocks": 16}],
+        (0.1, 0.25),
+        2431409910,
+        chunk=16,
+    ),
+    Case(
         "dual-chunk-attention",
         {},
         {"context": 1024},

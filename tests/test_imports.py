@@ -58,6 +58,7 @@ THIRD_PARTY = {
         "train": False,
         "bench.capture": False,
         "cache.files": True,
+        "methods.gates": True,
         "integrations.transformers.pretrained": True,
     },
     "gguf": {"integrations.transformers.pretrained": True},

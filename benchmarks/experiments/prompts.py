@@ -83,6 +83,7 @@ def measure(
 
             for row in losses(prompt, left, on_run=said):
                 if row["case"] in left:
+                    row.pop("attention_gain")  # of one call, whatever else the machine does
                     yield row | here | needles(left[row["case"]], tensors)
 
 

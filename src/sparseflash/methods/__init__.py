@@ -33,6 +33,7 @@ from .profiled import Profiled
 from .qk_sparse import QKSparse
 from .quest import Quest
 from .reformer import Reformer
+from .seer_attention import Gates, SeerAttention
 from .session import Session
 from .sink_window import SinkWindow
 from .sliding_tile import SlidingTile
@@ -71,6 +72,8 @@ __all__ = [
     "QKSparse",
     "Reformer",
     "Selection",
+    "SeerAttention",
+    "Gates",
     "Session",
     "SinkWindow",
     "Strided",

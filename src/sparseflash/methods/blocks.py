@@ -47,7 +47,7 @@ class BlockMethod(Method):
         check_counts(self, 0, "sinks", "dense_tiles")
 
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
-        """The mass of each block, `[B,Hq,R,C]`; `told` are scale and softcap."""
+        """The mass of each block, `[B,Hq,R,C]`; `told` is what the method reads beside `q_offset`."""
         raise NotImplementedError(f"{type(self).__name__}.estimate")
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ class BlockMethod(Method):
         """Blocks by the estimate and the budget of the method, and those that are kept in any case."""
         ctx = ctx or {}
         grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
-        mass = self.estimate(q, k, grid, {name: ctx.get(name) for name in ("scale", "softcap")})
+        told = {name: ctx.get(name) for name in self.reads if name != "q_offset"}
+        mass = self.estimate(q, k, grid, told)
         mass = shared(mass, k, self.share)
         near = grid.near(self.sinks, self.near)
         keep = self.choose(mass, grid.reach(), near) | near

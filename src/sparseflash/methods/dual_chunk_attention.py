@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SparseFlashError
-from ..numerics import state_dtype
 from ..ops.attention import attention
 from ..ops.merge import merge
 from ..plan import Plan
 from ..plan.options import TILE
 from .base import Context, Method, Selection, begin, check_counts
+from .rotary import rotation, turned
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ class DualChunkAttention(Method):
             return Selection(Plan.dense(Tq, Tk, causal=True, q_offset=offset, device=q.device))
         if v is None:
             raise SparseFlashError("ctx['v']: a query has three rows, expected v to attend them with")
-        rope = _rotation(given["rope"], Tk)
+        rope = rotation(given["rope"], Tk)
         at = begin(ctx, q)[:, 0]
         position, key = at + torch.arange(Tq, device=q.device), torch.arange(Tk, device=q.device)[None]
         own = torch.div(position, size, rounding_mode="floor")
         behind = (position - own * size + size).clamp(max=furthest)
         places = (position - own * size, behind, torch.full_like(position, min(2 * size - 1, furthest)))
-        rows = torch.cat([_turned(q, position - place, rope, self.interleaved) for place in places], 2)
-        keys = _turned(k, key // size * size, rope, self.interleaved)
+        rows = torch.cat([turned(q, position - place, rope, self.interleaved) for place in places], 2)
+        keys = turned(k, key // size * size, rope, self.interleaved)
         return Selection(self._plan(position, own, Tk, size, offset), inputs=(rows, keys, v))
 
     def _plan(self, position: Tensor, own: Tensor, Tk: int, size: int, offset: int | Tensor) -> Plan:
@@ -146,37 +146,3 @@ class DualChunkAttention(Method):
         if selection.inputs is None:
             return out, lse
         return merge(list(zip(out.chunk(3, 2), lse.chunk(3, 2), strict=True)))
-
-
-def _rotation(rope: Any, Tk: int) -> list[Tensor]:
-    """(cos, sin) that are scaled by nothing, or the inverse frequencies."""
-    if isinstance(rope, Tensor) and rope.dim() == 1:
-        return [rope]
-    tables = isinstance(rope, (tuple, list)) and len(rope) == 2 and all(isinstance(x, Tensor) for x in rope)
-    if not (tables and all(x.dim() == 3 and x.shape[1] >= Tk for x in rope)):
-        shown = [list(x.shape) for x in rope] if tables else type(rope).__name__
-        raise SparseFlashError(
-            f"ctx['rope']: {shown}; expected (cos, sin), [B|1, n, D] each, of positions 0 up to the last of "
-            f"{Tk} keys, or the inverse frequencies [D / 2]"
-        )
-    return [x.to(state_dtype(x)) / rope[0][:, :1] for x in rope]  # cos 0 is 1
-
-
-def _turned(x: Tensor, back: Tensor, rope: list[Tensor], interleaved: bool) -> Tensor:
-    """Tokens [B,H,T,D] turned back by so many positions [B|1,T]."""
-    if len(rope) == 1:
-        angle = back[..., None].double() * rope[0].to(x.device).double()
-        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
-        cos, sin = angle.cos(), angle.sin()
-    else:
-        batch, n, width = rope[0].shape
-        batch = max(batch, len(back))
-        at = back.clamp(0, n - 1)[..., None].expand(batch, -1, width)
-        cos, sin = (y.to(x.device).expand(batch, -1, -1).gather(1, at) for y in rope)
-    d, work = cos.shape[-1], state_dtype(x)
-    cos, sin, own = cos[:, None].to(work), sin[:, None].to(work), x[..., :d].to(work)
-    if interleaved:
-        across = torch.stack([-own[..., 1::2], own[..., ::2]], -1).flatten(-2)
-    else:
-        across = torch.cat([-own[..., d // 2 :], own[..., : d // 2]], -1)
-    return torch.cat([(own * cos - across * sin).to(x.dtype), x[..., d:]], -1)

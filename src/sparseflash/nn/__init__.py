@@ -17,6 +17,7 @@ from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
 from .orion import MultiScaleRows, PerceiverMemory
 from .routing import RoutingAttention
+from .seer import SeerGate
 from .self_attention import SelfAttention
 from .seqboat import EMA, SeqBoat
 from .sparsek import SparseKAttention, sparsek_threshold
@@ -40,6 +41,7 @@ __all__ = [
     "Lookups",
     "NativeSparseAttention",
     "RoutingAttention",
+    "SeerGate",
     "SelfAttention",
     "SeqBoat",
     "SparseKAttention",

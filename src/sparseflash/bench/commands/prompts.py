@@ -112,7 +112,11 @@ def recommend(
 def calibrate(
     text: Text,
     method: Annotated[
-        str, typer.Argument(help="minference: which pattern each head follows; moa: which span it needs.")
+        str,
+        typer.Argument(
+            help="minference: which pattern each head follows; moa: which span it needs; seer-attention: a "
+            "gate for it."
+        ),
     ] = "minference",
     model: Model = "smollm2",
     tokens: Tokens = 4096,
@@ -120,24 +124,46 @@ def calibrate(
     bound: Annotated[
         float, typer.Option(min=0, max=1, help="With moa: most pairs, as a share of causal attention's.")
     ] = 0.5,
+    pieces: Annotated[
+        int, typer.Option(min=1, help="With seer-attention: of so many tokens, which gates learn from.")
+    ] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="With seer-attention: of the training of a layer.")] = 500,
+    target: Annotated[
+        str, typer.Option(help="With seer-attention: max, a block's largest weight; sum, its mass.")
+    ] = "max",
     out: Annotated[
-        Path, typer.Option(help="The profile, JSON; with minference a file of this model is gone on with.")
-    ] = Path("profile.json"),
+        Path | None,
+        typer.Option(
+            help="The profile, by default profile.json (with minference one of this model is gone on with); "
+            "with seer-attention the gates, gates.safetensors."
+        ),
+    ] = None,
 ) -> None:
-    """Find the pattern, or the span, of every head of a model, and keep it as a profile.
+    """Find the pattern, the span or the gate of every head of a model, and keep it.
 
     **sparseflash calibrate minference --model smollm2 --text book.txt --out smollm2.json**
 
     minference: each head gets the pattern that finds most of its dense attention beyond chance. moa: each
     gets a span, by how much the loss moves when its far pairs go, at half of --tokens and at all of them.
     Use it: **sparseflash prefill --profile smollm2.json**; in Python
-    **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**.
+    **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**. seer-attention: each layer gets a
+    gate, trained to tell from pooled queries and keys where its attention looks:
+    **sparseflash prefill --method seer-attention --set gates=gates.safetensors**.
     """
     from sparseflash.bench import recommend as chooser
     from sparseflash.bench import spans
 
-    if method not in ("minference", "moa"):
-        raise SparseFlashError(f"calibrate {method}: expected minference (patterns of heads) or moa (spans)")
+    if method not in ("minference", "moa", "seer-attention"):
+        raise SparseFlashError(
+            f"calibrate {method}: expected minference (patterns of heads), moa (spans) or seer-attention "
+            "(gates)"
+        )
+    if target not in ("max", "sum"):
+        raise SparseFlashError(f"--target {target}: expected max or sum")
+    if method == "seer-attention":
+        out = Path("gates.safetensors") if out is None else out
+        return _gates(model, text, tokens, pieces, integers(layers) or None, steps, target, out)
+    out = Path("profile.json") if out is None else out
     if method == "moa":
         [prompt] = _prompts(model, text[:1], tokens - 1, "fp32", 1)
         lengths = (tokens // 2, tokens)
@@ -152,6 +178,49 @@ def calibrate(
         for head in found.heads(number):
             count[head["pattern"]] = count.get(head["pattern"], 0) + 1
     print(f"{out}: {', '.join(f'{n} heads {name}' for name, n in sorted(count.items()))}")
+
+
+def _gates(
+    model: str,
+    text: list[Path],
+    tokens: int,
+    pieces: int,
+    layers: list[int] | None,
+    steps: int,
+    target: Any,
+    out: Path,
+) -> None:
+    """Train gates on pieces of the texts, judge them on one more, and keep them."""
+    from rich.progress import Progress
+
+    from sparseflash.bench import distill
+    from sparseflash.integrations.transformers import load
+
+    read = [_read(path) for path in text]
+    loaded, tokenizer = load(model)
+    ids = [tokenizer(one, return_tensors="pt").input_ids for one in read]
+    cut = [part for one in ids for part in one.split(tokens, 1) if part.shape[1] == tokens]
+    if len(cut) < 2:
+        raise SparseFlashError(
+            f"the texts have {sum(one.shape[1] for one in ids)} tokens: expected two pieces of {tokens} or "
+            "more, one to judge by; give longer texts, or fewer --tokens"
+        )
+    count = min(pieces, len(cut) - 1)
+    cut = [cut[n * (len(cut) - 1) // count] for n in range(count)] + cut[-1:]
+    with Progress(transient=True) as bar:
+        task = bar.add_task("listening", total=len(cut))
+        seen = []
+        for one in cut:
+            seen.append(distill.listen(loaded, one, layers, target=target))
+            bar.advance(task)
+        task = bar.add_task("training", total=len(seen[0]))
+        found = distill.train(seen[:-1], steps=steps, name=model, on_layer=lambda number: bar.advance(task))
+    found.save(out)
+    own, equal = distill.divergences(found, seen[-1])
+    print(
+        f"{out}: gates of {len(found.layers)} layers; on text that they did not see they are {own:.3f} nats "
+        f"from attention's blocks, equal weights {equal:.3f}"
+    )
 
 
 def _prompts(model: str, text: list[Path], tokens: int, dtype: str, new: int) -> list[Any]:

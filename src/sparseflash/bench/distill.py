@@ -1,0 +1,136 @@
+"""Gates that learn from a model where its attention looks, while the model stays as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+from sparseflash.errors import SparseFlashError
+from sparseflash.methods.gates import Blocks
+from sparseflash.selection.grid import Grid
+
+Seen = dict[int, tuple[Blocks, Tensor]]
+"""Of each layer: what a gate looks at, and what it should say of it."""
+
+
+@torch.no_grad()
+def listen(
+    model: Any,
+    ids: Tensor,
+    layers: Sequence[int] | None = None,
+    *,
+    block: int = 64,
+    target: Literal["max", "sum"] = "max",
+) -> Seen:
+    """What the gates of a model learn from one piece of text, `ids [1, T]`: one forward.
+
+    Parameters
+    ----------
+    model, ids, layers
+        None: all layers without a window of their own.
+    block : int
+        Tokens of a tile and of a block.
+    target : "max" or "sum"
+        The largest weight of a block, as in the paper, which the forward emits on its way; or a block's mass.
+    """
+    from sparseflash.integrations.transformers import attention_layers
+    from sparseflash.integrations.transformers.control import OVERHEARD, attached, on_sparse
+
+    chosen = [x for x in attention_layers(model) if not x.windowed and (layers is None or x.index in layers)]
+    found: Seen = {}
+
+    def listener(number: int) -> Callable[..., Tensor]:
+        def attend(
+            module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+        ) -> Tensor:
+            rope = vars(module).pop(OVERHEARD, {}).get("rope")
+            out, peaks = sf.attention(q, k, v, mask.plan, return_block_max=(block, block), **options)
+            grid = Grid(q.shape[2], k.shape[2], block, block, device=q.device)
+            if target == "sum":
+                told = {name: options.get(name) for name in ("scale", "softcap")}
+                peaks = sf.selection.tile_mass(q, k, grid, "exact", **told)
+            found[number] = Blocks.of(q, k, grid, rope), peaks
+            return out
+
+        return attend
+
+    with on_sparse(model), attached(chosen, [listener(x.index) for x in chosen]):
+        model.base_model(ids, use_cache=False)
+    return found
+
+
+def train(
+    seen: Sequence[Seen],
+    *,
+    block: int = 64,
+    steps: int = 500,
+    batch: int = 4,
+    lr: float = 1e-2,
+    warm: int = 20,
+    seed: int = 0,
+    name: str = "",
+    on_layer: Callable[[int], None] = lambda number: None,
+) -> sf.methods.Gates:
+    """Gates for every layer that was listened to, each by itself, with AdamW on a cosine of `steps`.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from sparseflash.bench import distill
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> seen = distill.listen(LlamaForCausalLM(config).eval(), torch.arange(300)[None])
+    >>> sorted(distill.train([seen], steps=5).layers)
+    [0, 1]
+    """
+    if not seen:
+        raise SparseFlashError("train(): nothing was listened to; expected at least one piece of text")
+    generator, weights = torch.Generator().manual_seed(seed), {}
+    rotary = all(blocks.rope is not None for piece in seen for blocks, _ in piece.values())
+    for number in sorted(seen[0]):
+        blocks, targets = _together([piece[number] for piece in seen])
+        _, heads, _, head_dim = blocks.q.shape
+        gate = sf.nn.SeerGate(heads, head_dim, block=block, generator=generator)
+        optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
+        for step in range(steps):
+            drawn = torch.randint(len(targets), (min(batch, len(targets)),), generator=generator)
+            loss = gate.loss(blocks._replace(q=blocks.q[drawn], k=blocks.k[drawn]), targets[drawn])
+            rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = lr * rate
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        weights[number] = gate.weight.detach()
+        on_layer(number)
+    return sf.methods.Gates(weights, block=block, rotary=rotary, name=name)
+
+
+def _together(pieces: Sequence[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:
+    """Pieces of one length, whose positions are the same, as one batch."""
+    lengths = {blocks.q.shape[2] for blocks, _ in pieces}
+    if len(lengths) > 1:
+        raise SparseFlashError(f"pieces of {sorted(lengths)} tiles: expected pieces of one length")
+    first = pieces[0][0]
+    q, k = (torch.cat([getattr(blocks, name) for blocks, _ in pieces]) for name in "qk")
+    return first._replace(q=q, k=k), torch.cat([target for _, target in pieces])
+
+
+@torch.no_grad()
+def divergences(gates: sf.methods.Gates, seen: Seen) -> tuple[float, float]:
+    """How far gates are from the targets of a piece of text, mean over layers; and how far equal weights are.
+
+    Kullback-Leibler divergence as `nn.SeerGate.loss` has it, nats.
+    """
+    trained, equal = [], []
+    for number, (blocks, target) in seen.items():
+        weight = gates.of(number)
+        gate = sf.nn.SeerGate(weight.shape[0], weight.shape[2], block=gates.block)
+        for value, found in ((weight, trained), (torch.zeros_like(weight), equal)):
+            gate.weight.copy_(value)
+            found.append(float(gate.loss(blocks, target)))
+    return sum(trained) / len(trained), sum(equal) / len(equal)

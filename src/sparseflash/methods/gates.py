@@ -1,0 +1,159 @@
+"""What a gate judges blocks by, and its weights, as data: found once for a model, kept as safetensors."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError
+from ..files import replacing
+from ..selection.grid import Grid
+from ..selection.scores import pooled
+from .rotary import rotation, turned
+
+FORMAT = "sparseflash gates 1"
+
+
+class Blocks(NamedTuple):
+    """Tiles of queries and blocks of keys as vectors: all that a gate looks at. No gradient."""
+
+    q: Tensor
+    """`[B,Hq,R,D]`: mean queries before their rotation, each then turned to the first place of its tile."""
+    k: Tensor
+    """`[B,Hkv,C,3 D]`: largest, smallest and mean keys before their rotation, side by side."""
+    at: Tensor
+    """Integers `[C]`: the first place of each block."""
+    rope: list[Tensor] | None
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, grid: Grid, rope: Any = None) -> Blocks:
+        """Of queries and keys that come rotated, as `rope` says (None: they are not)."""
+        tables = None if rope is None else rotation(rope, k.shape[2])
+        own = torch.as_tensor(grid.q_offset, device=q.device).view(-1, 1)
+        token = torch.arange(k.shape[2], device=k.device)[None]
+        if tables is not None:
+            q, k = (
+                turned(q, own + torch.arange(q.shape[2], device=q.device), tables),
+                turned(k, token, tables),
+            )
+        mean = pooled(q, grid.tile, keep=grid.q_keep)
+        keys = [pooled(k, grid.unit, how, keep=grid.k_keep) for how in ("max", "min", "mean")]
+        first = own + torch.arange(grid.tiles, device=q.device) * grid.tile
+        if tables is not None:
+            mean = turned(mean, -first, tables)
+        return cls(mean, torch.cat(keys, -1), token[0, :: grid.unit], tables)
+
+    def logits(self, weight: Tensor | None = None) -> Tensor:
+        """Scores `[B,Hq,R,C]` by the weights of a gate, `[Hq, 3 D, D]`, with gradient; None: untrained.
+
+        Equation 3 of SeerAttention (arXiv 2410.13276): keys through the weights, turned to the first place of
+        their block, times the queries, over sqrt(D).
+        """
+        (_, Hq, _, D), Hkv = self.q.shape, self.k.shape[1]
+        if weight is None:
+            keys = self.k[..., 2 * D :].repeat_interleave(Hq // Hkv, 1)
+        else:
+            if weight.shape != (Hq, 3 * D, D):
+                raise SparseFlashError(
+                    f"a gate of {list(weight.shape)}, and {Hq} query heads of {D}: expected "
+                    f"{[Hq, 3 * D, D]}, weights of this model"
+                )
+            own = weight.to(self.k).view(Hkv, Hq // Hkv, 3 * D, D)
+            keys = torch.einsum("bhce,hged->bhgcd", self.k, own).flatten(1, 2)
+        if self.rope is not None:
+            keys = turned(keys, -self.at[None], self.rope)
+        return self.q @ keys.mT * D**-0.5
+
+
+class Gates:
+    """The gates of a model's layers: weights `[Hq, 3 D, D]` by the number of the layer.
+
+    Parameters
+    ----------
+    layers : mapping from int to Tensor
+        As `nn.SeerGate` learns them.
+    block : int
+        Tokens of a tile and of a block that they were trained for.
+    rotary : bool
+        Whether queries and keys were taken before their rotation; `ctx["rope"]` is then needed.
+    name : str
+        What they are of, as errors and records call them.
+
+    Examples
+    --------
+    >>> import tempfile, torch, sparseflash as sf
+    >>> gates = sf.methods.Gates({3: torch.zeros(4, 96, 32)}, block=32, rotary=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = gates.save(f"{folder}/gates.safetensors")
+    ...     sf.methods.Gates.load(path).layers[3].shape
+    torch.Size([4, 96, 32])
+    """
+
+    def __init__(
+        self, layers: Mapping[int, Tensor], *, block: int = 64, rotary: bool = True, name: str = ""
+    ) -> None:
+        for number, weight in layers.items():
+            good = isinstance(weight, Tensor) and weight.dim() == 3 and weight.shape[1] == 3 * weight.shape[2]
+            if not good:
+                given = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+                raise SparseFlashError(f"layer {number}: weights {given}; expected [heads, 3 D, D]")
+        self.layers = {int(number): weight.detach() for number, weight in layers.items()}
+        self.block, self.rotary, self.name = block, rotary, name
+
+    def __repr__(self) -> str:
+        return repr(self.name) if self.name else f"Gates({sorted(self.layers)}, block={self.block})"
+
+    def of(self, layer: int | None) -> Tensor:
+        """The weights of a layer; of the only one, where the number is not told."""
+        if layer is None and len(self.layers) == 1:
+            return next(iter(self.layers.values()))
+        if layer not in self.layers:
+            raise SparseFlashError(
+                f"gates of the layers {sorted(self.layers)}, not of {layer}: give ctx['layer'], or train one "
+                "for this layer, too"
+            )
+        return self.layers[layer]
+
+    def save(self, path: str | Path) -> Path:
+        """Write them as safetensors, whole or not at all."""
+        from safetensors.torch import save_file
+
+        told = {"format": FORMAT, "about": json.dumps({"block": self.block, "rotary": self.rotary})}
+        with replacing(Path(path)) as at:
+            save_file({f"layer.{n}": x.contiguous().cpu() for n, x in self.layers.items()}, at, told)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Gates:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        SparseFlashError
+            For a file that is none, or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                told = file.metadata() or {}
+                if told.get("format") != FORMAT:
+                    raise SparseFlashError(f"{path} holds no gates: expected what Gates.save wrote")
+                layers = {int(name.partition(".")[2]): file.get_tensor(name) for name in file.keys()}
+            return cls(layers, **json.loads(told["about"]), name=str(path))
+        except (OSError, SafetensorError, ValueError) as error:
+            if isinstance(error, SparseFlashError):
+                raise
+            raise SparseFlashError(f"{path} holds no gates: {error}") from None
+
+
+@functools.lru_cache(8)
+def loaded(path: str, stamp: int) -> Gates:
+    """The gates of a file as of a time: a method that names a file reads it once."""
+    return Gates.load(path)
