@@ -170,7 +170,8 @@ def strangers(module: str, target: str, *, is_package: bool) -> bool:
     if part == "backends":
         return bool(inner and target_inner) and inner[0] != target_inner[0]
     if part == "methods":  # a package lists what is below it, a method knows what a method is and no other
-        ground = target_inner in (["base"], ["blocks"], ["denoising"], ["reading"]) and target_inner != inner
+        shared = ("base", "blocks", "denoising", "gates", "reading", "rotary")
+        ground = target_inner in ([name] for name in shared) and target_inner != inner
         ground |= target_inner == ["heads"] and inner in (["base"], ["profiled"])
         return not (is_package and target_inner[: len(inner)] == inner) and not ground
     return False
