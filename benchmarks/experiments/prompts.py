@@ -57,10 +57,14 @@ def measure(
     lengths: Sequence[int] = (4096, 8144),
     skip: int = 0,
     wanted: Sequence[str] = (),
+    planted: bool = True,
     known: Sequence[Mapping[str, str]] = (),
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """One row a method, text and length; `known` rows are left out, and methods that are not wanted."""
+    """One row a method, text and length; `known` rows are left out, and methods that are not wanted.
+
+    Needles are planted if `planted` says so: they cost another prefill of each text.
+    """
     there = {tuple(row[name] for name in ("model", "text", "tokens", "case")) for row in known}
     loaded, tokenizer = load(model)
     for tokens in lengths:
@@ -75,7 +79,8 @@ def measure(
                 continue
             words = path.read_text(encoding="utf-8", errors="replace")[skip:]
             prompt = Prompt.of(loaded, tokenizer, words, tokens, BEHIND)
-            tensors, _ = capture.of_model(model, words, tokens, LISTENED.get(model, ()))
+            layers = LISTENED.get(model, ())
+            tensors = capture.of_model(model, words, tokens, layers)[0] if planted else {}
             here = {"bench": "prompt-losses", "model": model, "text": path.stem, "skip": skip}
 
             def said(text: str, at: str = f"{path.stem}, {tokens} tokens: ") -> None:
@@ -84,7 +89,7 @@ def measure(
             for row in losses(prompt, left, on_run=said):
                 if row["case"] in left:
                     row.pop("attention_gain")  # of one call, whatever else the machine does
-                    yield row | here | needles(left[row["case"]], tensors)
+                    yield row | here | (needles(left[row["case"]], tensors) if planted else {})
 
 
 def needles(method: Method, tensors: Mapping[str, Any]) -> dict[str, float]:

@@ -118,6 +118,7 @@ def bench_prompt_losses(
     lengths: Lengths = "4096,8144",
     skip: Annotated[int, typer.Option(help="Characters of each text to leave out.", min=0)] = 20000,
     cases: Annotated[str, typer.Option(help="Methods, separated by semicolons; by default all.")] = "",
+    planted: Annotated[bool, typer.Option(help="Also plant needles, for another prefill a text.")] = True,
 ) -> None:
     """What methods lose on long prompts of a model: kl of the next tokens, recall, needles. No times.
 
@@ -131,6 +132,7 @@ def bench_prompt_losses(
     sizes = lengths_of(lengths)
     wanted = known("cases", prompts.cases(max(sizes)), words(cases, ";"))
     there = results.read(out, "model", "text", "tokens", "case") if out.is_file() else []
-    given: dict[str, Any] = {"model": model, "lengths": sizes, "skip": skip, "wanted": wanted, "known": there}
+    given: dict[str, Any] = {"model": model, "lengths": sizes, "skip": skip, "wanted": wanted}
+    given |= {"planted": planted, "known": there}
     columns = ("text", "tokens", "case", "kl", "loss", "kept", "recall", "question", "mid", "lone")
     session("prompt losses", out, partial(prompts.measure, text, **given), columns, kept=there)

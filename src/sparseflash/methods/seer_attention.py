@@ -48,11 +48,11 @@ class SeerAttention(BlockMethod):
     Examples
     --------
     >>> import torch, sparseflash as sf
-    >>> q, k, v = torch.randn(3, 1, 2, 1024, 32)
+    >>> q, k, v = torch.randn(3, 1, 2, 2048, 32)
     >>> gate = sf.nn.SeerGate(2, 32, generator=torch.Generator().manual_seed(0))
     >>> method = sf.methods.SeerAttention(sf.methods.Gates({0: gate.weight}, rotary=False), blocks=4)
     >>> method(q, k, v).shape, method.select(q, k).plan.density < 0.7
-    (torch.Size([1, 2, 1024, 32]), True)
+    (torch.Size([1, 2, 2048, 32]), True)
     """
 
     gates: Gates | str | None = None
