@@ -165,7 +165,7 @@ def test_lists_made_by_hand_mean_what_the_definition_says(seed, Tq, Tk, tile, un
 @MANY
 @given(seed=SEED, kind=st.sampled_from(sorted(plans.KINDS)), data=st.data())
 def test_a_pair_looked_up_alone_is_as_visible_as_in_the_mask(seed, kind, data):
-    from sparseflash.plan.entries import sees
+    from sparseflash.plan.lookup import Lookup
 
     plan = plans.example(seed, kind, batch=2, heads=4, Tq=data.draw(SIZE), Tk=data.draw(SIZE)).plan
     batch, heads = plan.extent()
@@ -174,7 +174,8 @@ def test_a_pair_looked_up_alone_is_as_visible_as_in_the_mask(seed, kind, data):
         torch.tensor(data.draw(st.lists(st.integers(0, T - 1)) if T else st.just([])), dtype=torch.int64)
         for T in (plan.Tq, plan.Tk)
     )
-    assert torch.equal(sees(plan, q, k, batch=b, head=h), plan.to_dense()[b, h][q][:, k])
+    seen = Lookup(plan, plan.extent()[1])(torch.tensor(b), torch.tensor(h), q[:, None], k)
+    assert torch.equal(seen, plan.to_dense()[b, h][q][:, k])
 
 
 @pytest.mark.slow

@@ -241,7 +241,8 @@ def test_plans_made_unseen_show_the_same_mask_and_transpose_to_every_visit(kind,
     with unseen():
         example = plans.example(seed, kind, batch=2, heads=4, Tq=(1, 33, 129, 257)[seed])
         plan = example.plan
-        keys = transpose_spans(plan) if plan.spans is not None else transpose_units(plan)
+        spans, units = plan.span_lists, plan.unit_lists
+        keys = transpose_units(units) if spans is None else transpose_spans(spans, plan.k_rows)
     heads = example.mask.shape[1]
     mask = plan.to_dense()
     mask = mask[:, torch.arange(heads) * mask.shape[1] // heads]

@@ -23,7 +23,6 @@ from .files import replacing
 from .ops._arguments import AnyPlan
 from .plan import Plan
 from .plan.entries import ranges
-from .plan.options import laid_out
 
 TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "gathered", "entries")
 """Costs: of a call, a row x dim (once more if sorted), a pair (x dim), a tested pair, a gathered
@@ -46,7 +45,8 @@ def features(plan: AnyPlan, q: Tensor, k: Tensor) -> list[float]:
         count["dots"] += pairs * D
         count["tests"] += float(area[~entries.full].sum()) * times / 1e6
         if one.index is not None:
-            spans = 0 if one.span_count is None else int(laid_out(one.span_count, batch, heads).sum())
+            own = one.span_lists
+            spans = 0 if own is None else int(own.laid_out(batch, heads).count.sum())
             count["gathered"] += float((entries.hi - entries.lo)[spans:].sum()) * times * D / 1e6
         count["entries"] += len(entries.lo) * times / 1e3
         count["sorted"] += (one.q_order is not None) * q_size + (one.k_order is not None) * k_size

@@ -93,6 +93,5 @@ def _before(first: int, plan: Plan) -> Plan:
     if plan.q_order is not None:
         return plan._changed(q_order=torch.where(plan.q_order < first, plan.q_order, -1))
     there = torch.arange(-(-plan.Tq // plan.tile), device=plan.device) * plan.tile < first
-    lists = ("count", "full", "span_count", "span_full")
-    some = {name: x for name in lists if (x := getattr(plan, name)) is not None}
+    some = {lists.NAMES[own]: getattr(lists, own) for lists in plan.lists() for own in ("count", "full")}
     return plan._changed(**{name: torch.where(there, x, 0) for name, x in some.items()})

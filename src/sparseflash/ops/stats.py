@@ -173,11 +173,8 @@ def attention_stats(
     if over != "block" and block is not None:
         raise SparseFlashError(f'block={block!r} with over={over!r}: it is for over="block"')
     v, dout, delta = _slopes(q, v, dout, delta)
-    per = (
-        sum(int(n.max()) if n is not None and n.numel() else 0 for n in (plan.span_count, plan.count))
-        if (over == "entry")
-        else 0
-    )
+    counts = [lists.count for lists in plan.lists()] if over == "entry" else []
+    per = sum(int(n.max()) for n in counts if n.numel())
     width = {
         "key": k.shape[2],
         "row": q.shape[2],

@@ -12,86 +12,35 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
-from .bits import bit
 from .checks import surely_full
-from .entries import cells, fetch, formula, ranges, real_rows
+from .entries import cells, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs
-from .options import check_options, host, laid_out, shift_at
+from .lists import Units
+from .lookup import Lookup
+from .options import Fields, check_options, host
 from .ragged import begins, expand
 from .record import LISTS, Record
-from .restrict import uses_positions
+from .rules import Rules, same
 
 LIMIT = 2 << 30
 """Bytes of bits that an operation may build before it refuses."""
 
-_ROWS = ("spans", "index", "bits", "unit", "q_order", "k_order")
-_POSITIONS = ("q_pos", "k_pos")
 P = TypeVar("P", bound=Record)
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class Lookup:
-    """Whether a plan of `heads` query heads lets query tokens see key tokens, pair by pair."""
-
-    def __init__(self, plan: Record, heads: int) -> None:
-        self.plan, self.heads = plan, heads
-        self.batch, self.own = plan.extent()
-        entries = ranges(plan)
-        entries = entries.of(entries.hi > entries.lo)
-        self.wide = plan.k_rows + 1
-        key = entries.cell * self.wide + entries.lo
-        order = torch.argsort(key)
-        self.entries, self.key = entries.of(order), key[order]
-        self.q_row = None if plan.q_order is None else _inverse(plan.q_order, plan.Tq)
-        self.k_row = None if plan.k_order is None else _inverse(plan.k_order, plan.Tk)
-
-    def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Broadcast batch, head, query and key tokens (-1: no token) to bool."""
-        plan, heads = self.plan, self.heads
-        b, h, q, k = torch.broadcast_tensors(b, h, q, k)  # type: ignore[no-untyped-call]
-        q_row = q if self.q_row is None else torch.where(q >= 0, fetch(self.q_row, b, h, q, heads), -1)
-        k_row = k if self.k_row is None else torch.where(k >= 0, fetch(self.k_row, b, h, k, heads), -1)
-        keep = (q_row >= 0) & (k_row >= 0)
-        if not len(self.key) or not plan.tiles:
-            return torch.zeros_like(keep)
-        own_b = b if self.batch > 1 else torch.zeros_like(b)
-        cell = (own_b * self.own + h * self.own // heads) * plan.tiles + q_row.clamp(min=0) // plan.tile
-        # the last range of the query's tile that begins at or before the key
-        at = torch.searchsorted(self.key, cell * self.wide + k_row.clamp(min=0), right=True) - 1
-        known = at.clamp(min=0)
-        keep = keep & (at >= 0) & (self.entries.cell[known] == cell) & (k_row < self.entries.hi[known])
-        shift = shift_at(plan.q_offset, b)
-        keep = keep & formula(
-            plan, q, k, shift, lambda x: fetch(x, b, h, q, heads), lambda x: fetch(x, b, h, k, heads)
-        )
-        if plan.bits is not None and len(plan.bits):
-            row = self.entries.bits[known]
-            lane = torch.where(row >= 0, k_row - self.entries.lo[known], 0).clamp(0, plan.unit - 1)
-            word = plan.bits[row.clamp(min=0), q_row.clamp(min=0) % plan.tile, lane // 32]
-            keep = keep & (bit(word, lane) | (row < 0))
-        return keep
-
-
-def _inverse(order: Tensor, T: int) -> Tensor:
-    """Row of each token of an order [B,H,rows], -1 for a dropped one: [B,H,T]."""
-    row = torch.full((*order.shape[:2], T + 1), -1, dtype=torch.int64, device=order.device)
-    place = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
-    row.scatter_(-1, torch.where(order >= 0, order, T).long(), place)
-    return row[..., :T]
-
-
 def widen(plan: P, batch: int, heads: int) -> P:
     """The same plan with lists of its own for every batch slot and head."""
-    lists: dict[str, Any] = {
-        n: laid_out(x, batch, heads).contiguous() for n in LISTS if (x := getattr(plan, n)) is not None
-    }
-    return plan._changed(**lists)
+    made: Fields = {}
+    for lists in plan.lists():
+        made |= lists.laid_out(batch, heads).fields()
+    return plan._changed(**made)
 
 
 def _shared_extent(a: Record, b: Record) -> tuple[int, int]:
@@ -243,9 +192,11 @@ def subtract(a: P, b: P) -> P:
     """`a - b`."""
     extent = _shared_extent(a, b)
     a = a._changed(overflow=_overflow(a, b))
-    if _one_grid(a, b) and _alike(a, b):  # what both list, both see alike: the rest is the difference
+    if _one_grid(a, b) and a.rules.alike(
+        b.rules
+    ):  # what both list, both see alike: the rest is the difference
         mine, theirs = (_units(widen(p, *extent)) for p in (a, b))
-        return _of_units(widen(a, *extent), mine.of(~torch.isin(mine.key, theirs.key)))
+        return _of_units(widen(a, *extent), mine.of(~torch.isin(mine.key, theirs.key)), a.rules)
     look = Lookup(b, extent[1])
     return refine(a, lambda *at: ~look(*at), tile=a.tile, unit=a.unit, extent=extent)
 
@@ -270,71 +221,22 @@ def _area(plan: Record) -> float:
     return float((entries.hi - entries.lo).sum()) * plan.tile / (batch * heads)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
-
-
-def _join_rules(a: Record, b: Record) -> dict[str, Any] | None:
-    """The rules of both in one formula, or None where one formula cannot say it."""
-    rules: dict[str, Any] = {
-        "causal": a.causal or b.causal,
-        "include_self": a.include_self and b.include_self,
-    }
-    placed = [p for p in (a, b) if uses_positions(p)]
-    if len(placed) == 2:
-        if not all(_same(getattr(a, n), getattr(b, n)) for n in _POSITIONS):
-            return None
-        tensors = [p.q_offset for p in placed if isinstance(p.q_offset, Tensor)]
-        if tensors and not (len(tensors) == 2 and _same(*tensors)):
-            return None
-        if not tensors and a.q_offset != b.q_offset:
-            return None
-    if placed:
-        rules |= {n: getattr(placed[0], n) for n in (*_POSITIONS, "q_offset")}
-    windowed = [p for p in (a, b) if p.window is not None or p.head_window is not None]
-    if len(windowed) == 2:
-        if a.head_window is not None or b.head_window is not None:
-            if not (_same(a.head_window, b.head_window) and _same(a.head_sink, b.head_sink)):
-                return None
-            rules |= {"head_window": a.head_window, "head_sink": a.head_sink}
-        elif a.sink != b.sink:
-            return None
-        else:
-            sides = zip(a.window or (), b.window or (), strict=True)
-            rules["window"] = tuple(
-                min(x) if (x := [s for s in pair if s is not None]) else None for pair in sides
-            )
-            rules["sink"] = a.sink
-    elif windowed:
-        rules |= {n: getattr(windowed[0], n) for n in ("window", "sink", "head_window", "head_sink")}
-    if a.k_end is not None and b.k_end is not None:
-        if a.k_end.shape != b.k_end.shape:
-            return None
-        rules["k_end"] = torch.minimum(a.k_end, b.k_end)
-    else:
-        rules["k_end"] = a.k_end if a.k_end is not None else b.k_end
-    labelled = [p for p in (a, b) if p.q_seg is not None or p.k_seg is not None]
-    if len(labelled) == 2 and not (_same(a.q_seg, b.q_seg) and _same(a.k_seg, b.k_seg)):
-        return None
-    if labelled:
-        rules |= {"q_seg": labelled[0].q_seg, "k_seg": labelled[0].k_seg}
-    return rules
-
-
 def _join_ranges(a: P, b: P, extent: tuple[int, int]) -> P | None:
     """Intersection of two plans of ranges in one row space whose rules join; None where it is not that."""
     if a.index is not None or b.index is not None or a.spans is None or b.spans is None:
         return None
-    if not (_same(a.q_order, b.q_order) and _same(a.k_order, b.k_order)):
+    if not (same(a.q_order, b.q_order) and same(a.k_order, b.k_order)):
         return None
     if max(a.tile, b.tile) % min(a.tile, b.tile):
         return None
-    rules = _join_rules(a, b)
+    rules = a.rules.join(b.rules)
     if rules is None:
         return None
     tile = min(a.tile, b.tile)
     a, b = (widen(retile(p, tile, p.unit), *extent) for p in (a, b))
-    (lo_a, hi_a, full_a), (lo_b, hi_b, full_b) = _padded(a), _padded(b)
+    if a.span_lists is None or b.span_lists is None:
+        return None
+    (lo_a, hi_a, full_a, _), (lo_b, hi_b, full_b, _) = a.span_lists.padded(), b.span_lists.padded()
     width = lo_a.shape[-1] * lo_b.shape[-1]
     if width > 64:
         return None
@@ -351,7 +253,7 @@ def _join_ranges(a: P, b: P, extent: tuple[int, int]) -> P | None:
         span_full=n_full.int(),
         span_count=count.int(),
         spans=spans.int(),
-        **rules,
+        **rules.fields(),
     )
 
 
@@ -367,55 +269,31 @@ class _Units:
 
 
 def _units(plan: Record) -> _Units:
-    assert plan.start is not None and plan.full is not None
-    assert plan.count is not None and plan.index is not None
-    count = plan.count.flatten().long()
-    cell, slot = expand(count)
-    unit = plan.index[plan.start.flatten()[cell] + slot]
-    return _Units(cell * -(-plan.k_rows // plan.unit) + unit, slot < plan.full.flatten()[cell])
+    lists = plan.unit_lists
+    if lists is None:
+        raise PlanError("no units")
+    listed = lists.listed()
+    return _Units(listed.cell * -(-plan.k_rows // plan.unit) + listed.entry, listed.full)
 
 
-def _of_units(plan: P, units: _Units, **rules: Any) -> P:
-    """The plan with these units as its lists, full ones first."""
+def _of_units(plan: P, units: _Units, rules: Rules) -> P:
+    """The plan with these units as its lists, full ones first, under these rules."""
     columns = max(-(-plan.k_rows // plan.unit), 1)
-    cell = units.key // columns
-    order = torch.argsort(cell * 2 + (~units.full).long(), stable=True)
-    count = torch.bincount(cell, minlength=plan.tiles * math.prod(plan.extent()))
-    full = torch.bincount(cell[units.full], minlength=len(count))
-    lead = (*plan.extent(), plan.tiles)
-    return plan._changed(
-        start=begins(count).view(lead),
-        full=full.int().view(lead),
-        count=count.int().view(lead),
-        index=(units.key % columns)[order].int(),
-        **rules,
-    )
+    shape = (*plan.extent(), plan.tiles)
+    made, _ = Units.arranged(units.key // columns, units.full, units.key % columns, shape)
+    return plan._changed(**made, **rules.fields())
 
 
 def _one_grid(a: Record, b: Record) -> bool:
     """Whether both plans are lists of units of one grid, and nothing but lists and rules."""
     listed = all(p.index is not None and p.spans is None and p.bits is None for p in (a, b))
-    rows = _same(a.q_order, b.q_order) and _same(a.k_order, b.k_order)
+    rows = same(a.q_order, b.q_order) and same(a.k_order, b.k_order)
     return listed and rows and (a.tile, a.unit) == (b.tile, b.unit)
-
-
-def _alike(a: Record, b: Record) -> bool:
-    """Whether both plans have the same rules."""
-    offsets = (a.q_offset, b.q_offset)
-    if any(isinstance(x, Tensor) for x in offsets):
-        if not _same(*(x if isinstance(x, Tensor) else torch.tensor(x) for x in offsets)):
-            return False
-    elif offsets[0] != offsets[1]:
-        return False
-    numbers = ("causal", "include_self", "window", "sink")
-    tensors = ("head_window", "head_sink", "q_pos", "k_pos", "k_end", "q_seg", "k_seg")
-    equal = all(getattr(a, n) == getattr(b, n) for n in numbers)
-    return equal and all(_same(getattr(a, n), getattr(b, n)) for n in tensors)
 
 
 def _join_units(a: P, b: P, extent: tuple[int, int]) -> P | None:
     """Intersection of two plans of units of one grid whose rules join; None where it is not that."""
-    rules = _join_rules(a, b) if _one_grid(a, b) else None
+    rules = a.rules.join(b.rules) if _one_grid(a, b) else None
     if rules is None:
         return None
     a, b = widen(a, *extent), widen(b, *extent)
@@ -423,19 +301,18 @@ def _join_units(a: P, b: P, extent: tuple[int, int]) -> P | None:
     theirs = theirs.of(torch.argsort(theirs.key))
     mine = mine.of(torch.isin(mine.key, theirs.key))
     at = torch.searchsorted(theirs.key, mine.key)
-    return _of_units(a, _Units(mine.key, mine.full & theirs.full[at]), **rules)
+    return _of_units(a, _Units(mine.key, mine.full & theirs.full[at]), rules)
 
 
 def _hand_rules(a: P, b: P, extent: tuple[int, int]) -> P | None:
     """Intersection where one plan is nothing but its rules: the other one's lists under the rules of both."""
     for listed, ruling in ((a, b), (b, a)):
-        rules = _join_rules(listed, ruling) if _only_rules(ruling) else None
+        rules = listed.rules.join(ruling.rules) if _only_rules(ruling) else None
         if rules is None:
             continue
         listed = widen(listed, *extent)
-        own = (*LISTS, *_ROWS)
-        probe = ruling._changed(tile=listed.tile, **{n: getattr(listed, n) for n in own})
-        return demoted(listed, surely_full(probe, ranges(probe)))._changed(**rules)
+        probe = listed._changed(**ruling.rules.fields())
+        return demoted(listed, surely_full(probe, ranges(probe)))._changed(**rules.fields())
     return None
 
 
@@ -448,51 +325,39 @@ def _only_rules(plan: Record) -> bool:
 
 def demoted(plan: P, sure: Tensor) -> P:
     """The plan with only those entries full (in the order of `ranges`) that stay so, the others tested."""
-    changed: dict[str, Any] = {}
-    at = 0
-    for pre, pool, name in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
-        if pool is None:
-            continue
-        start, full, count = (getattr(plan, pre + n) for n in ("start", "full", "count"))
-        batch, heads = plan.extent()
-        start, full, count = (laid_out(x, batch, heads).long() for x in (start, full, count))
-        flat = count.reshape(-1)
-        cell, slot = expand(flat)
-        was = slot < full.reshape(-1)[cell]
-        still = was & sure[at : at + len(cell)]
-        at += len(cell)
-        order = torch.argsort(cell * 2 + (~still).long(), stable=True)
-        left = torch.bincount(cell[still], minlength=len(flat))
-        changed |= {
-            pre + "start": begins(flat).view(count.shape),
-            pre + "full": left.int().view(count.shape),
-            pre + "count": count.int(),
-            name: pool[start.reshape(-1)[cell] + slot][order],
-        }
-        if not pre and plan.bits is not None and plan.bits_start is not None:
-            first = laid_out(plan.bits_start, batch, heads).reshape(-1)
-            row = torch.where(was, len(plan.bits), first[cell] + slot - full.reshape(-1)[cell])
-            part = order[~still[order]]  # what was full lets all its bits through
-            changed["bits"] = torch.cat([plan.bits, torch.full_like(plan.bits[:1], -1)])[row[part]]
-            changed["bits_start"] = begins(flat - left).view(count.shape)
+    changed: Fields = {}
+    at, shape = 0, (*plan.extent(), plan.tiles)
+    for lists in plan.lists():
+        own = lists.laid_out(*plan.extent())
+        listed = own.listed()
+        still = listed.full & sure[at : at + len(listed.cell)]
+        at += len(listed.cell)
+        made, order = own.arranged(listed.cell, still, listed.entry, shape)
+        changed |= made
+        if isinstance(own, Units) and own.bits is not None:
+            words = torch.cat([own.bits.words, torch.full_like(own.bits.words[:1], -1)])
+            row = own.bit_rows(listed)[order[~still[order]]]  # what was full lets all its bits through:
+            changed["bits"] = words[row]  # it has row -1, and that is the last
+            changed["bits_start"] = begins(made["count"].long() - made["full"].long())
     return plan._changed(**changed)
 
 
 def joined(spans: P, units: P, *, disjoint: bool) -> P:
     """A plan of ranges and a plan of units of the same rows and rules as one: both in the lists of a tile."""
     extent = _shared_extent(spans, units)
-    for plan, name, other in ((spans, "spans", "index"), (units, "index", "spans")):
-        if getattr(plan, name) is None or getattr(plan, other) is not None:
-            raise PlanError(f"{name}=: expected a plan with {name} and no {other}, got {plan!r}")
-    if not (spans.tile == units.tile and _alike(spans, units)):
+    ranges_, numbers = spans.span_lists, units.unit_lists
+    if ranges_ is None or spans.index is not None:
+        raise PlanError(f"spans=: expected a plan with spans and no index, got {spans!r}")
+    if numbers is None or units.spans is not None:
+        raise PlanError(f"index=: expected a plan with index and no spans, got {units!r}")
+    if not (spans.tile == units.tile and spans.rules.alike(units.rules)):
         raise PlanError(
             f"spans and index stand under one rule, in tiles of one size; given {spans!r} and {units!r}"
         )
-    if not (_same(spans.q_order, units.q_order) and _same(spans.k_order, units.k_order)):
+    if not (same(spans.q_order, units.q_order) and same(spans.k_order, units.k_order)):
         raise PlanError("spans and index have rows in different orders: use | or a tuple of the two")
-    spans, units = widen(spans, *extent), widen(units, *extent)
-    lists = {n: getattr(spans, n) for n in (*LISTS[:3], "spans")}
-    both = units._changed(**lists, overflow=_overflow(spans, units))
+    lists = ranges_.laid_out(*extent).fields()
+    both = widen(units, *extent)._changed(**lists, overflow=_overflow(spans, units))
     if not disjoint and all(host(x) for x in both.tensors().values()):
         entries = ranges(both)
         order = torch.argsort(entries.cell * (both.k_rows + 1) + entries.lo)
@@ -507,12 +372,10 @@ def joined(spans: P, units: P, *, disjoint: bool) -> P:
     return both
 
 
-_RULES = (
-    "causal", "include_self", "window", "sink", "q_offset", "q_pos", "k_pos", "k_end", "q_seg", "k_seg",
-)  # fmt: skip
+_RULES = tuple(name for name in vars(Rules()) if not name.startswith("head_"))
 
 
-def with_rules(plan: P, rules: dict[str, Any]) -> P:
+def with_rules(plan: P, rules: Fields) -> P:
     """`Plan.with_rules`."""
     for name in rules:
         if name not in _RULES:
@@ -527,20 +390,5 @@ def with_rules(plan: P, rules: dict[str, Any]) -> P:
         return demoted(ruled, ~entries.full | surely_full(ruled, entries))
     if ruled.bits is not None:
         return demoted(ruled, torch.zeros_like(ranges(ruled).full))
-    none = {n: torch.zeros_like(x) for n in ("span_full", "full") if (x := getattr(ruled, n)) is not None}
+    none = {lists.NAMES["full"]: torch.zeros_like(lists.full) for lists in ruled.lists()}
     return ruled._changed(**none)
-
-
-def _padded(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
-    """lo, hi, full of the ranges of each tile, [B,H,R,m], empty ones behind."""
-    start, full, count, spans = plan.span_start, plan.span_full, plan.span_count, plan.spans
-    if start is None or full is None or count is None or spans is None:
-        raise PlanError("no ranges")
-    slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
-    live = slot < count[..., None]
-    place = torch.where(live, start[..., None] + slot, 0)
-    if not len(spans):
-        none = torch.zeros_like(place)
-        return none, none, none.bool()
-    lo, hi = (torch.where(live, x, 0) for x in spans[place].long().unbind(-1))
-    return lo, hi, slot < full[..., None]

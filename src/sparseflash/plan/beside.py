@@ -20,14 +20,11 @@ from ..errors import PlanError
 from . import algebra
 from .options import ANY, SHORT, is_count, laid_out, narrow, same_offset, shift_of
 from .record import FLAT, Record
+from .rules import Rules
 
 P = TypeVar("P", bound=Record)
 _ROOMS = {"span_start": "span_room", "start": "room"}
 Heads = Sequence[int | Sequence[int]]
-_RULES: dict[str, Any] = {
-    "causal": False, "include_self": True, "window": None, "sink": 0, "q_offset": 0, "q_pos": None,
-    "k_pos": None, "k_end": None, "q_seg": None, "k_seg": None, "head_window": None, "head_sink": None,
-}  # fmt: skip
 
 
 def by_head(plans: Sequence[P], heads: Heads | None = None) -> P:
@@ -99,10 +96,6 @@ def _fits(plan: Record, tile: int, unit: int) -> bool:
     return plan.tile == tile and (plan.index is None or plan.unit == unit)
 
 
-def _windowed(plan: Record) -> bool:
-    return plan.window is not None or plan.head_window is not None
-
-
 def _with_one_law(plans: list[P]) -> list[P]:
     """Plans that agree on causality and the self pair."""
     if len({(p.causal, p.include_self) for p in plans}) == 1:
@@ -111,7 +104,7 @@ def _with_one_law(plans: list[P]) -> list[P]:
     mixed = len({p.causal for p in plans}) > 1
     found = []
     for p in plans:
-        exempt = p.causal and mixed and _windowed(p) and (p.head_sink is not None or p.sink > 0)
+        exempt = p.causal and mixed and p.rules.windowed and (p.head_sink is not None or p.sink > 0)
         if not p.include_self or exempt:  # a sink is exempt from windows, and would be from causality
             found.append(_written_out(p))
         elif p.causal and mixed:
@@ -133,7 +126,7 @@ def _from_earlier(plan: P) -> P:
     changed["q_offset"] = narrow(offset.long() - 1) if isinstance(offset, Tensor) else offset - 1
     if plan.k_end is not None:
         changed["k_end"] = narrow(plan.k_end.long() - 1)
-    if _windowed(plan):  # a window of no distance at all does not reach the next one
+    if plan.rules.windowed:  # a window of no distance at all does not reach the next one
         pair, sink = _window_table(plan)
         left = torch.where(pair[..., :1] > 0, pair[..., :1] - 1, pair[..., :1])
         if bool((pair[..., :1] == 0).any()):
@@ -146,7 +139,7 @@ def _from_earlier(plan: P) -> P:
 def _written_out(plan: P) -> P:
     """The same pairs with bits instead of rules."""
     bare = algebra.refine(plan, None, tile=plan.tile, unit=plan.unit, extent=plan.extent())
-    return bare._changed(**_RULES)
+    return bare._changed(**Rules().fields())
 
 
 def _window_table(plan: Record) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from .entries import CELLS, Ranges, band, cells, fetch, lanes, query_tokens, ranges, read, real_rows
+from .entries import CELLS, Ranges, cells, fetch, lanes, query_tokens, ranges, read, real_rows
+from .lists import Units
 from .options import FAR, laid_out, shift_of
 from .record import Record
 
@@ -33,31 +34,29 @@ def check_values(plan: Record) -> None:
     """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
     check_order(plan.q_order, plan.Tq, "q_order")
     check_order(plan.k_order, plan.Tk, "k_order")
-    for pre, pool, of in (("span_", plan.spans, "spans"), ("", plan.index, "index")):
-        if pool is None:
-            continue
-        start, full, count = (getattr(plan, pre + n).flatten().long() for n in ("start", "full", "count"))
-        _bounds(start, full, count, len(pool), pre, of)
+    for lists in plan.lists():
+        pool, names = lists.pool, lists.NAMES
+        start, full, count = (x.flatten().long() for x in (lists.start, lists.full, lists.count))
+        _bounds(start, full, count, len(pool), names)
         edge = torch.zeros(len(pool) + 1, dtype=torch.int64, device=pool.device)
         some = count > 0
         one = torch.ones_like(start[some])
         edge.index_add_(0, start[some], one).index_add_(0, (start + count)[some], -one)
         live = edge.cumsum(0)[:-1] > 0  # entries that no list reaches may hold anything
-        if pre:
-            lo, hi = pool.unbind(-1)
-            bad = live & ((lo < 0) | (hi < lo) | (hi > plan.k_rows))
-            said = "a range [lo, hi) with 0 <= lo <= hi <= {} key rows"
-            most = plan.k_rows
-        else:
+        if isinstance(lists, Units):
             most = -(-plan.k_rows // plan.unit)
-            bad, said = live & ((pool < 0) | (pool >= most)), "unit numbers below {}"
+            bad, said = live & ((pool < 0) | (pool >= most)), f"unit numbers below {most}"
+        else:
+            lo, hi = lists.rows(pool)
+            bad = live & ((lo < 0) | (hi < lo) | (hi > plan.k_rows))
+            said = f"a range [lo, hi) with 0 <= lo <= hi <= {plan.k_rows} key rows"
         if bool(bad.any()):
             at = int(bad.nonzero()[0])
-            _fail(f"{of}[{at}] = {pool[at].tolist()}: expected {said.format(most)}")
-    if plan.bits is not None:
-        assert plan.count is not None and plan.full is not None and plan.bits_start is not None
-        part = (plan.count - plan.full).flatten().long()
-        _bounds(plan.bits_start.flatten(), torch.zeros_like(part), part, len(plan.bits), "bits_", "bits")
+            _fail(f"{names['pool']}[{at}] = {pool[at].tolist()}: expected {said}")
+        if isinstance(lists, Units) and lists.bits is not None:
+            names = {"start": "bits_start", "full": "bits_full", "count": "bits_count", "pool": "bits"}
+            start, part = lists.bits.start.flatten(), count - full
+            _bounds(start, torch.zeros_like(part), part, len(lists.bits.words), names)
 
 
 def _place(plan: Record, cell: int) -> str:
@@ -95,21 +94,23 @@ def surely_full(plan: Record, entries: Ranges) -> Tensor:
     elif not plan.include_self:
         sure = sure & ((q_low > k_high) | (q_high < k_low))
     if plan.window is not None or plan.head_window is not None:
-        left, right, sink = band(plan, entries.cell // max(plan.tiles, 1) % heads)
+        left, right, sink = plan.rules.band(entries.cell // max(plan.tiles, 1) % heads, heads)
         inside = (q_high - k_low <= left) & (k_high - q_low <= right)
         sure = sure & (inside | (k_high < sink))
     return sure | (q_high == -FAR)  # a tile without a real row
 
 
-def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, pre: str, of: str) -> None:
+def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, names: dict[str, str]) -> None:
+    """That lists lie inside their pool of `size` entries; `names` are what a plan calls them."""
     if bool(((full < 0) | (full > count)).any()):
         at = int(((full < 0) | (full > count)).nonzero()[0])
-        _fail(f"{pre}full = {int(full[at])} of {pre}count = {int(count[at])}: expected 0 <= full <= count")
+        said = f"{names['full']} = {int(full[at])} of {names['count']} = {int(count[at])}"
+        _fail(f"{said}: expected 0 <= full <= count")
     bad = (count > 0) & ((start < 0) | (start > size - count))  # a sum could wrap
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        what = f"{pre}start = {int(start[at])} with {int(count[at])} entries"
-        _fail(f"{what} runs past {of}, which has {size}")
+        what = f"{names['start']} = {int(start[at])} with {int(count[at])} entries"
+        _fail(f"{what} runs past {names['pool']}, which has {size}")
 
 
 def check(plan: Record) -> None:

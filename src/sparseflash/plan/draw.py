@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import PlanError, require
 from ..files import write
-from .entries import ranges, sees
+from .entries import ranges
 from .figures import density, extent_of, kept, partial_area, parts_of, work
+from .lookup import Lookup
 from .record import Record
 
 Parts = Record | tuple[Record, ...]
@@ -54,7 +55,8 @@ def picture(plans: Parts, rows: int, columns: int, *, batch: int = 0, head: int 
         seen, near = [], []
         for one in parts:
             b, h = own(one)
-            seen.append(sees(one, *at, batch=b, head=h))
+            place = [torch.tensor(x, device=one.device) for x in (b, h)]
+            seen.append(Lookup(one, one.extent()[1])(place[0], place[1], at[0][:, None], at[1]))
             near.append(_touched(one, rows, columns, b, h))
         keep, touched = torch.stack(seen).any(0).float().cpu(), torch.stack(near).any(0)
         share = torch.zeros(rows, len(k)).index_add_(0, q_cell, keep)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .bits import bit
-from .options import ANY, FAR, NONE, laid_out, shift_at, shift_of
+from .lists import Units
+from .options import NONE, laid_out, shift_at, shift_of
 from .ragged import begins, expand
 from .record import Record
 
@@ -35,37 +36,15 @@ def _entries(plan: Record, r: int, batch: int, heads: int) -> tuple[Tensor, ...]
     """Entries of tile r: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; the rest is empty."""
     parts = []
     before: Tensor | int = 0
-    if plan.spans is not None:
-        start, count = (
-            laid_out(getattr(plan, n)[..., r], batch, heads) for n in ("span_start", "span_count")
-        )
-        slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
-        live = slot < count[..., None]
-        pair = plan.spans[torch.where(live, start[..., None] + slot, 0)].long() if len(plan.spans) else None
-        if pair is not None and slot.numel():
-            lo, hi = (torch.where(live, x, 0) for x in pair.unbind(-1))
-            parts.append((lo, hi, torch.full_like(lo, -1), slot.expand_as(lo)))
-        before = count[..., None].long()
-    if plan.index is not None and len(plan.index):
-        start, full, count = (
-            laid_out(getattr(plan, n)[..., r], batch, heads) for n in ("start", "full", "count")
-        )
-        slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
-        live = slot < count[..., None]
-        unit = plan.index[torch.where(live, start[..., None] + slot, 0)].long()
-        lo = torch.where(live, unit * plan.unit, 0)
-        hi = torch.where(live, ((unit + 1) * plan.unit).clamp(max=plan.k_rows), 0)
-        is_full = slot < full[..., None]
-        if plan.bits is None:
-            row = torch.full_like(lo, -1)
-        else:
-            assert plan.bits_start is not None
-            first = laid_out(plan.bits_start[..., r], batch, heads)[..., None]
-            row = torch.where(live & ~is_full, first + slot - full[..., None], -1)
-        parts.append((lo, hi, row, before + slot.expand_as(lo)))
-    if not parts:
-        none = torch.zeros(batch, heads, 0, dtype=torch.int64, device=plan.device)
-        return none, none, none, none
+    for lists in plan.lists():
+        own = lists.tile(r).laid_out(batch, heads)
+        lo, hi, full, slot = own.padded()
+        row = torch.full_like(lo, -1)
+        if isinstance(own, Units) and own.bits is not None:
+            at = own.bits.start[..., None] + slot - own.full[..., None]
+            row = torch.where((slot < own.count[..., None]) & ~full, at, row)
+        parts.append((lo, hi, row, before + slot))
+        before = before + own.count[..., None].long()
     return tuple(torch.cat(x, -1) for x in zip(*parts, strict=True))
 
 
@@ -138,7 +117,7 @@ def visible(plan: Record, q_token: Tensor, k_token: Tensor) -> Tensor:
         return read(laid_out(x, batch, heads), k_token)[..., None, :]
 
     shift = shift_of(plan.q_offset, 3)
-    return formula(plan, q_token[..., :, None], k_token[..., None, :], shift, q, k)
+    return plan.rules.see(q_token[..., :, None], k_token[..., None, :], shift, plan.Tk, q, k)
 
 
 def standing(plan: Record, q_token: Tensor, k_token: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,73 +135,12 @@ def read(x: Tensor, token: Tensor) -> Tensor:
     return x.gather(-1, token.clamp(min=0)).long()
 
 
-def formula(
-    plan: Record,
-    q_token: Tensor,
-    k_token: Tensor,
-    shift: Tensor | int,
-    of_q: Callable[[Tensor], Tensor],
-    of_k: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The one formula, for tokens that broadcast; `of_q` and `of_k` read a token tensor at them."""
-    keep = (q_token >= 0) & (k_token >= 0)
-    q = q_token + shift if plan.q_pos is None else of_q(plan.q_pos)
-    k = k_token if plan.k_pos is None else of_k(plan.k_pos)
-    if plan.causal:
-        keep = keep & ((q >= k) if plan.include_self else (q > k))
-    elif not plan.include_self:
-        keep = keep & (q != k)
-    if plan.window is not None:
-        left, right = plan.window
-        outside = k >= plan.sink
-        if left is not None and right is not None:
-            outside = outside & ((q - k > left) | (k - q > right))
-        else:
-            outside = outside & ((k - q > right) if left is None else (q - k > left))  # type: ignore[operator]
-        keep = keep & ~outside
-    if plan.head_window is not None:
-        before, after, sink = (of_k(x) for x in _head_rules(plan))
-        outside = (before >= 0) & (q - k > before) | (after >= 0) & (k - q > after)
-        keep = keep & ~(outside & (k >= sink))
-    if plan.k_end is not None:
-        keep = keep & (q < of_k(plan.k_end))
-    if plan.q_seg is not None or plan.k_seg is not None:
-        blank = torch.full((), ANY, dtype=torch.int64, device=q_token.device)
-        a = blank if plan.q_seg is None else of_q(plan.q_seg)
-        b = blank if plan.k_seg is None else of_k(plan.k_seg)
-        keep = keep & (a != NONE) & (b != NONE) & ((a == b) | (a == ANY) | (b == ANY))
-    return keep
-
-
-def band(plan: Record, head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left and right reach (FAR where unbounded) and sink of the window rule, for some heads."""
-    if plan.head_window is None:
-        left, right = (FAR if x is None else x for x in plan.window or (None, None))
-        sink = plan.sink if plan.window is not None else 0
-        return torch.full_like(head, left), torch.full_like(head, right), torch.full_like(head, sink)
-    heads = plan.extent()[1]
-    pair = laid_out(plan.head_window, 1, heads)[0, head].long()
-    pair = torch.where(pair < 0, FAR, pair)
-    sinks = torch.zeros_like(pair[:, 0])
-    if plan.head_sink is not None:
-        sinks = laid_out(plan.head_sink, 1, heads)[0, head, 0].long()
-    return pair[:, 0], pair[:, 1], sinks
-
-
 def positions(plan: Record, token: Tensor, b: Tensor, h: Tensor) -> Tensor:
     """Positions of query tokens [n, tile] of (batch, head) [n]; of lanes without a token, anything."""
     if plan.q_pos is not None:
         return fetch(plan.q_pos, b[:, None], h[:, None], token, plan.extent()[1])
     shift = shift_at(plan.q_offset, b)
     return token + (shift[:, None] if isinstance(shift, Tensor) else shift)
-
-
-def _head_rules(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
-    """Left, right and sink of each head, laid out like key tokens: [1,H,Tk] without memory of their own."""
-    pair, sink = plan.head_window, plan.head_sink
-    assert pair is not None
-    last = torch.zeros_like(pair[..., :1]) if sink is None else sink
-    return tuple(x.expand(-1, -1, plan.Tk) for x in (pair[..., :1], pair[..., 1:], last))  # type: ignore[return-value]
 
 
 # ---------------------------------------------------------------- all entries at once
@@ -253,28 +171,15 @@ class Ranges:
 
 def ranges(plan: Record) -> Ranges:
     """All entries of a plan, spans and units."""
-    batch, heads = plan.extent()
     parts = []
-    for pre, pool in (("span_", plan.spans), ("", plan.index)):
-        if pool is None:
-            continue
-        start, full, count = (
-            laid_out(getattr(plan, pre + n), batch, heads).reshape(-1).long()
-            for n in ("start", "full", "count")
-        )
-        cell, slot = expand(count)
-        is_full, entry = slot < full[cell], pool[start[cell] + slot].long()
-        bits, ragged = torch.full_like(cell, -1), torch.zeros_like(is_full)
-        if pre:
-            lo, hi = entry.unbind(-1)
-        else:
-            lo, hi = entry * plan.unit, (entry + 1) * plan.unit
-            ragged, hi = hi > plan.k_rows, hi.clamp(max=plan.k_rows)
-            if plan.bits is not None:
-                assert plan.bits_start is not None
-                first = laid_out(plan.bits_start, batch, heads).reshape(-1)
-                bits = torch.where(is_full, -1, first[cell] + slot - full[cell])
-        parts.append((cell, lo, hi, is_full, bits, ragged))
+    for lists in plan.lists():
+        own = lists.laid_out(*plan.extent())
+        listed = own.listed()
+        lo, hi = own.rows(listed.entry)
+        bits, ragged = torch.full_like(listed.cell, -1), torch.zeros_like(listed.full)
+        if isinstance(own, Units):
+            bits, ragged = own.bit_rows(listed), (listed.entry + 1) * plan.unit > plan.k_rows
+        parts.append((listed.cell, lo, hi, listed.full, bits, ragged))
     return Ranges(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
@@ -335,11 +240,11 @@ def cells(plan: Record, entries: Ranges) -> Iterator[Cells]:
         q_token = q_tokens[entries.cell[entry]].long()
         shift = shift_at(plan.q_offset, b)
         shift = shift[:, None] if isinstance(shift, Tensor) else shift
-        keep = formula(
-            plan,
+        keep = plan.rules.see(
             q_token,
             k_token[:, None],
             shift,
+            plan.Tk,
             functools.partial(fetch, b=b[:, None], h=h[:, None], at=q_token, heads=heads),
             functools.partial(fetch, b=b[:, None], h=h[:, None], at=k_token[:, None], heads=heads),
         )
@@ -349,61 +254,6 @@ def cells(plan: Record, entries: Ranges) -> Iterator[Cells]:
             words = plan.bits[row.clamp(min=0), :, within // 32]
             keep = keep & (bit(words, within[:, None]) | (row < 0)[:, None])
         yield Cells(entry, b, h, entries.lo[entry] + inside, q_token, k_token, keep)
-
-
-def _inverse(order: Tensor, T: int) -> Tensor:
-    """Row of each token, -1 for a dropped one."""
-    row = torch.full((T + 1,), -1, dtype=torch.int64, device=order.device)
-    row[torch.where(order >= 0, order, T).long()] = torch.arange(len(order), device=order.device)
-    return row[:T]
-
-
-def sees(plan: Record, q: Tensor, k: Tensor, *, batch: int = 0, head: int = 0) -> Tensor:
-    """Whether each of some query tokens sees each of some key tokens: bool [len(q), len(k)].
-
-    Looked up, pair by pair: linear in the lists and the pairs, not in the area.
-    """
-    heads = plan.extent()[1]
-
-    def own(x: Tensor) -> Tensor:
-        return x[batch if x.shape[0] > 1 else 0, head * x.shape[1] // heads]
-
-    q_row = q if plan.q_order is None else _inverse(own(plan.q_order), plan.Tq)[q]
-    k_row = k if plan.k_order is None else _inverse(own(plan.k_order), plan.Tk)[k]
-    entries = ranges(plan)
-    entries = entries.of((entries.cell // plan.tiles == batch * heads + head) & (entries.hi > entries.lo))
-    tile = entries.cell % plan.tiles
-    wide = plan.k_rows + 1
-    place = torch.argsort(tile * wide + entries.lo)
-    entries, tile = entries.of(place), tile[place]
-    keep = torch.zeros(len(q), len(k), dtype=torch.bool, device=plan.device)
-    if not len(tile) or not keep.numel():
-        return keep
-    # the last range of the query's tile that begins at or before the key
-    want = (q_row // plan.tile)[:, None] * wide + k_row
-    entry = torch.searchsorted(tile * wide + entries.lo, want, right=True) - 1
-    known = entry.clamp(min=0)
-    keep = (entry >= 0) & (tile[known] == (q_row // plan.tile)[:, None]) & (k_row < entries.hi[known])
-    keep = keep & (q_row >= 0)[:, None] & (k_row >= 0)
-    shift: Tensor | int = plan.q_offset
-    if isinstance(plan.q_offset, Tensor):
-        each = plan.q_offset.long().reshape(-1)
-        shift = each[batch if each.numel() > 1 else 0]
-    keep = keep & formula(
-        plan,
-        q[:, None],
-        k[None],
-        shift,
-        lambda x: own(x)[q].long()[:, None],
-        lambda x: own(x)[k].long()[None],
-    )
-    if plan.bits is not None and len(plan.bits):
-        row = entries.bits[known]
-        lane = torch.where(row >= 0, k_row - entries.lo[known], 0).clamp(0, plan.unit - 1)
-        row_in_tile = (q_row.clamp(min=0) % plan.tile)[:, None]
-        word = plan.bits[row.clamp(min=0), row_in_tile, lane // 32]
-        keep = keep & (bit(word, lane) | (row < 0))
-    return keep
 
 
 def real_rows(plan: Record) -> Tensor:

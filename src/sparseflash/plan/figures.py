@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .entries import CELLS, Ranges, band, cells, positions, query_tokens, ranges, real_rows
+from .entries import CELLS, Ranges, cells, positions, query_tokens, ranges, real_rows
 from .options import FAR, laid_out, shift_of
 from .record import Record
 
@@ -36,7 +36,7 @@ def _count_by_position(plan: Record, entries: Ranges) -> int:
     batch, heads = plan.extent()
     tokens = query_tokens(plan).reshape(-1, plan.tile)
     head = torch.arange(len(tokens), device=plan.device) // max(plan.tiles, 1) % heads
-    left, right, sink = band(plan, head)
+    left, right, sink = plan.rules.band(head, heads)
     total = 0
     step = max(1, CELLS // plan.tile)
     for at in range(0, len(entries.lo), step):

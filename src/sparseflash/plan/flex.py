@@ -11,7 +11,6 @@ from torch import Tensor
 from ..errors import PlanError, require
 from . import algebra
 from .bits import pack_bits
-from .options import spread_heads
 from .ragged import begins
 from .record import Record
 
@@ -36,11 +35,11 @@ def to_block_mask(plan: Record, block: int = 128) -> Any:
         p = algebra.refine(p, None, tile=block, unit=block, extent=p.extent())
     batch, heads = p.extent()
     C = max(-(-p.Tk // block), 1)
-    index, own_bits, bits_start = p.index, p.bits, p.bits_start
-    assert index is not None and own_bits is not None and bits_start is not None
-    start, full, count = (
-        spread_heads(getattr(p, n), heads).expand(batch, -1, -1) for n in ("start", "full", "count")
-    )
+    lists = p.unit_lists
+    own = None if lists is None else lists.laid_out(batch, heads)
+    if own is None or own.bits is None:
+        raise PlanError("no units with bits")
+    start, full, count, index, own_bits = own.start, own.full, own.count, own.pool, own.bits.words
     slot = torch.arange(C, device=p.device)
 
     def listed(first: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,8 +52,7 @@ def to_block_mask(plan: Record, block: int = 128) -> Any:
     n_full, whole = listed(start, full)
     ordinal = torch.full((batch, heads, p.tiles, C), -1, dtype=torch.int64, device=p.device)
     live = slot < n_part[..., None]
-    first = spread_heads(bits_start, heads).expand(batch, -1, -1)
-    value = torch.where(live, first[..., None] + slot, -1)
+    value = torch.where(live, own.bits.start[..., None] + slot, -1)
     _put(ordinal, part.long(), value, live)
     sure = slot < n_full[..., None]
     _put(ordinal, whole.long(), torch.full_like(value, _FULL), sure)

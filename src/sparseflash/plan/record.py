@@ -13,7 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from .lists import Bits, Lists, Spans, Units
 from .options import TILE, UNIT, Window, joint, multiple
+from .rules import Rules
 
 FLAT = frozenset(("spans", "index", "bits", "q_offset", "overflow"))
 """Tensors that are not laid out by batch and head."""
@@ -119,11 +121,35 @@ class Record:
         return -(-self.q_rows // self.tile)
 
     @property
+    def span_lists(self) -> Spans | None:
+        """The lists of spans as one value, if there are any."""
+        start, full, count, pool = self.span_start, self.span_full, self.span_count, self.spans
+        if start is None or full is None or count is None or pool is None:
+            return None
+        return Spans(start, full, count, pool, self.span_room)
+
+    @property
+    def unit_lists(self) -> Units | None:
+        """The lists of units as one value, if there are any."""
+        start, full, count, pool = self.start, self.full, self.count, self.index
+        if start is None or full is None or count is None or pool is None:
+            return None
+        bits = None if self.bits is None or self.bits_start is None else Bits(self.bits, self.bits_start)
+        return Units(start, full, count, pool, self.room, self.unit, self.k_rows, bits)
+
+    def lists(self) -> tuple[Lists, ...]:
+        """The lists that there are, spans before units: one kind at least."""
+        return tuple(x for x in (self.span_lists, self.unit_lists) if x is not None)
+
+    @property
+    def rules(self) -> Rules:
+        """What a listed pair has to pass, as one value."""
+        return Rules(**{name: getattr(self, name) for name in _RULES})
+
+    @property
     def device(self) -> torch.device:
         """Where the plan's tensors live."""
-        lists = self.span_start if self.span_start is not None else self.start
-        assert lists is not None  # one of the two is always there
-        return lists.device
+        return self.lists()[0].start.device
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's own tensors by field name (derived data not included)."""
@@ -144,4 +170,5 @@ class Record:
         return found
 
 
+_RULES = tuple(f.name for f in dataclasses.fields(Rules))
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Record)}

@@ -11,29 +11,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, require
 from .bits import bit, pack_bits
-from .entries import band, ranges, read
-from .options import FAR, INTEGERS, Fields, host, laid_out, narrow, shape_of, shift_of
+from .entries import ranges, read
+from .lists import Lists, Spans, Units
+from .options import FAR, INTEGERS, Fields, host, laid_out, shape_of, shift_of
 from .ragged import begins, expand
 from .record import LISTS, Record
+from .rules import Rules
 
 P = TypeVar("P", bound=Record)
 CHUNK = 1 << 24
 """Bits that are moved in one go."""
 LEAST, MORE = 32, 1.15
 """Tiles are halved down to so many rows while they visit more than so many times what their rows ask for."""
-
-
-def uses_positions(p: Record) -> bool:
-    """Whether some rule of a plan compares positions."""
-    windowed = p.window is not None or p.head_window is not None
-    return p.causal or not p.include_self or windowed or p.k_end is not None
 
 
 def restrict(plan: P, q_tokens: Tensor | None, k_tokens: Tensor | None) -> P:
@@ -50,7 +46,7 @@ def restrict(plan: P, q_tokens: Tensor | None, k_tokens: Tensor | None) -> P:
         q_order=_plain(lists.q_order, Tq),
         k_order=_plain(keys.order, Tk),
         **lists.made,
-        **_rules(plan, q, k),
+        **_rules(plan.rules, q, k).fields(),
     )
 
 
@@ -80,42 +76,24 @@ def _run(tokens: Tensor | None) -> int | None:
     return first if one else None
 
 
-def _rules(plan: Record, q: Tensor | None, k: Tensor | None) -> Fields:
+def _rules(rules: Rules, q: Tensor | None, k: Tensor | None) -> Rules:
     """Rules for the tokens that stay: positions are what they were, or all moved by as much."""
-
-    def of(x: Tensor | None, tokens: Tensor | None) -> Tensor | None:
-        return x if x is None or tokens is None else x[..., tokens]
-
-    made: Fields = {n: of(getattr(plan, n), q) for n in ("q_pos", "q_seg")}
-    made |= {n: of(getattr(plan, n), k) for n in ("k_pos", "k_end", "k_seg")}
-    if not uses_positions(plan):
-        return made
-    shift = 0
-    if plan.k_pos is None and k is not None:
-        begin = _run(k)
-        if begin is None:
-            made["k_pos"] = k.int().view(1, 1, -1)
-        else:  # keys count from 0 again, and everything else with them
-            shift = begin
-    if plan.q_pos is not None:
-        made["q_pos"] = narrow(made["q_pos"].long() - shift)
-    else:
+    rules = rules.of(q, k)
+    if not rules.positional:
+        return rules
+    made: Fields = {}
+    first = 0 if k is None or rules.k_pos is not None else _run(k)
+    if k is not None and first is None:
+        made["k_pos"] = k.int().view(1, 1, -1)
+    if q is not None and rules.q_pos is None:
         begin = _run(q)
-        offset = plan.q_offset.long() if isinstance(plan.q_offset, Tensor) else plan.q_offset
         if begin is None:
-            assert q is not None
-            offset = offset.reshape(-1, 1, 1) if isinstance(offset, Tensor) else offset
-            made |= {"q_pos": narrow(q.view(1, 1, -1) + offset - shift), "q_offset": 0}
+            made |= {"q_pos": q.view(1, 1, -1) + shift_of(rules.q_offset, 2), "q_offset": 0}
         else:
-            moved = offset + (begin - shift)
-            made["q_offset"] = narrow(moved) if isinstance(moved, Tensor) else moved
-    if shift:
-        made["sink"] = max(plan.sink - shift, 0)
-        if plan.head_sink is not None:
-            made["head_sink"] = (plan.head_sink.long() - shift).clamp(min=0).int()
-        if plan.k_end is not None:
-            made["k_end"] = narrow(made["k_end"].long() - shift)
-    return made
+            offset = rules.q_offset
+            made["q_offset"] = (offset.long() if isinstance(offset, Tensor) else offset) + begin
+    # where they follow one another, keys count from 0 again, and everything else with them
+    return rules.changed(made).shift(first or 0)
 
 
 @dataclass(frozen=True)
@@ -157,20 +135,25 @@ def _plain(order: Tensor, T: int) -> Tensor | None:
     return order
 
 
+class _Numbers(NamedTuple):
+    """Of each old unit [b,h,C]: its new number, and how many of its rows stay."""
+
+    number: Tensor
+    inside: Tensor
+
+
 @dataclass(frozen=True)
 class _Keys:
-    """Key rows: where those that stay go. `listed`: whether units stay units, of `unit` rows.
+    """Key rows: where those that stay go; place [b,h,n] is the new row of the n-th.
 
-    place [b,h,n] is the new row of the n-th that stays; number [b,h,C] of each old unit its new number.
+    `units` where units stay units, then of `unit` rows; None where they become ranges.
     """
 
     rows: _Rows
     place: Tensor
     order: Tensor
-    listed: bool
     unit: int
-    number: Tensor | None = None
-    inside: Tensor | None = None
+    units: _Numbers | None = None
 
     @classmethod
     def of(cls, plan: Record, tokens: Tensor | None) -> _Keys:
@@ -179,7 +162,7 @@ class _Keys:
         lead, n = rows.token.shape[:2], int(rows.seen[..., -1].max()) if rows.seen.numel() else 0
         packed = torch.arange(n, device=rows.token.device).expand(*lead, n)
         if plan.index is None:
-            return cls(rows, packed, _placed(rows.token, rows.seen[..., :-1], n), False, plan.unit)
+            return cls(rows, packed, _placed(rows.token, rows.seen[..., :-1], n), plan.unit)
         unit, columns = plan.unit, -(-plan.k_rows // plan.unit)
         edge = (torch.arange(columns + 1, device=rows.token.device) * unit).clamp(max=plan.k_rows)
         inside = rows.seen[..., edge].diff(dim=-1)
@@ -187,7 +170,7 @@ class _Keys:
         whole = bool(((inside == 0) | (inside == size)).all())
         most = int(inside.max()) if inside.numel() else 0
         if plan.bits is None and not whole:
-            return cls(rows, packed, _placed(rows.token, rows.seen[..., :-1], n), False, unit)
+            return cls(rows, packed, _placed(rows.token, rows.seen[..., :-1], n), unit)
         if not whole:  # units of as many lanes as any keeps
             unit = min(unit, -(-most // 16) * 16)
         number = (inside > 0).cumsum(-1) - 1
@@ -196,7 +179,7 @@ class _Keys:
         used = int(torch.where(rows.token >= 0, slot, -1).max()) + 1 if slot.numel() else 0
         place = torch.zeros(*lead, n + 1, dtype=torch.int64, device=edge.device)
         place.scatter_(-1, torch.where(rows.token >= 0, rows.seen[..., :-1], n), slot)
-        return cls(rows, place[..., :n], _placed(rows.token, slot, used), True, unit, number, inside)
+        return cls(rows, place[..., :n], _placed(rows.token, slot, used), unit, _Numbers(number, inside))
 
 
 @dataclass(frozen=True)
@@ -227,8 +210,8 @@ class _Lists:
         token, seen = q.laid_out(self.batch, self.heads)
         edge = (torch.arange(plan.tiles + 1, device=plan.device) * plan.tile).clamp(max=plan.q_rows)
         self.stay = seen[:, edge].diff(dim=-1)  # queries of each old tile
-        self.spans = self._entries("span_")
-        self.units = self._entries("")
+        self.spans = self._entries(plan.span_lists)
+        self.units = self._entries(plan.unit_lists)
         self.token, self.seen, self.edge = token, seen, edge
         self.made = self._best()
 
@@ -266,21 +249,16 @@ class _Lists:
         own = part.extent()
         return int((entries.hi - entries.lo).sum()) * rows * self.batch * self.heads / (own[0] * own[1])
 
-    def _entries(self, pre: str) -> _Entries | None:
-        """The entries of the spans, or of the units, of tiles of which a query stays."""
-        plan = self.plan
-        pool = plan.spans if pre else plan.index
-        if pool is None:
+    def _entries(self, lists: Lists | None) -> _Entries | None:
+        """The entries of tiles of which a query stays; of units, lo is the number, and hi its bits or -1."""
+        if lists is None:
             return None
-        start, full, count = (
-            laid_out(getattr(plan, pre + n), self.batch, self.heads).reshape(-1).long()
-            for n in ("start", "full", "count")
-        )
-        cell, slot = expand(torch.where(self.stay.reshape(-1) > 0, count, 0))
-        entry = pool[start[cell] + slot].long()
-        lo, hi = entry.unbind(-1) if pre else (entry, slot)
-        tiles = max(plan.tiles, 1)
-        return _Entries(cell // tiles, cell % tiles, lo, hi, slot < full[cell])
+        own = lists.laid_out(self.batch, self.heads)
+        stays = self.stay.view(own.count.shape) > 0
+        e = dataclasses.replace(own, count=torch.where(stays, own.count, 0)).listed()
+        lo, hi = (e.entry, own.bit_rows(e)) if isinstance(own, Units) else own.rows(e.entry)
+        tiles = max(self.plan.tiles, 1)
+        return _Entries(e.cell // tiles, e.cell % tiles, lo, hi, e.full)
 
     # ---------------------------------------------------------------- tiles
 
@@ -288,9 +266,9 @@ class _Lists:
         """Which of the tiles that stay begins a chain: rows of a chain may share lists."""
         plan, list_ = self.plan, self.old_list
         chain = torch.ones_like(list_, dtype=torch.bool)
-        if plan.index is None and self._worth():
+        if plan.index is None and self.spans is not None and self._worth():
             chain[1:] = list_[1:] != list_[:-1]
-            chain[1:] |= ~self._linked()
+            chain[1:] |= ~self._linked(self.spans)
         return chain
 
     def _cut(self, chain: Tensor) -> None:
@@ -336,14 +314,13 @@ class _Lists:
         total.index_add_(0, list_, n)
         return int(((total + self.plan.tile - 1) // self.plan.tile).sum()) < len(n)
 
-    def _linked(self) -> Tensor:
+    def _linked(self, spans: _Entries) -> Tensor:
         """Whether each tile that stays and the next one can share a list: the rules tell what each sees.
 
         That is so where positions ascend, the next one's further keys are all in the future of the first, and
         the first's further keys all too far in the past for the next. Then it holds along a chain.
         """
-        plan, spans, list_, old = self.plan, self.spans, self.old_list, self.old_tile
-        assert spans is not None
+        plan, list_, old = self.plan, self.old_list, self.old_tile
         if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg)):
             return torch.zeros(max(len(list_) - 1, 0), dtype=torch.bool, device=plan.device)
         number = self.number[spans.list_, spans.tile]
@@ -357,7 +334,8 @@ class _Lists:
         k_low, k_high, ordered = self._k_positions(list_[at], lo, hi)
         q_low, q_high = self._q_positions()
         q_low, q_high = (x[list_, old] for x in (q_low, q_high))
-        left, right, sink = band(plan, list_[at] % self.heads * (plan.extent()[1] // self.heads))
+        heads = plan.extent()[1]
+        left, right, sink = plan.rules.band(list_[at] % self.heads * (heads // self.heads), heads)
         if plan.causal:
             future = k_low > q_high[at] - int(not plan.include_self)
         else:
@@ -426,8 +404,8 @@ class _Lists:
     def fields(self) -> Fields:
         """All lists of the plan that is left."""
         made: Fields = dict.fromkeys((*LISTS, "spans", "index", "bits"))
-        if self.keys.listed:
-            made |= self._of_units()
+        if self.keys.units is not None and self.units is not None:
+            made |= self._of_units(self.units, self.keys.units)
             spans = [] if self.spans is None else [self.spans]
         else:
             spans = [x for x in (self.spans, self._as_ranges()) if x is not None]
@@ -470,60 +448,39 @@ class _Lists:
         fresh[1:] |= whole[1:] != whole[:-1]
         begin = fresh.nonzero()[:, 0]
         end = torch.cat([begin[1:], begin.new_full((1,), len(fresh))])[: len(begin)] - 1
-        return self._written(
-            "span_", part.group[begin], whole[begin], torch.stack([part.lo[begin], part.hi[end]], -1)
-        )
+        values = torch.stack([part.lo[begin], part.hi[end]], -1)
+        return Spans.arranged(part.group[begin], whole[begin], values, self._shape)[0]
 
-    def _written(self, pre: str, cell: Tensor, full: Tensor, values: Tensor) -> Fields:
-        """Lists of some entries, full ones first."""
-        order = torch.argsort(cell * 2 + (~full).long(), stable=True)
-        total, lead = self.batch * self.heads * self.R, (self.batch, self.heads, self.R)
-        count = torch.bincount(cell, minlength=total)[:total]
-        sure = torch.bincount(cell[full], minlength=total)[:total]
-        pool = "spans" if pre else "index"
-        return {
-            pre + "start": begins(count).view(lead),
-            pre + "full": sure.int().view(lead),
-            pre + "count": count.int().view(lead),
-            pool: values[order].int(),
-        }
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.batch, self.heads, self.R
 
-    def _of_units(self) -> Fields:
+    def _of_units(self, units: _Entries, numbers: _Numbers) -> Fields:
         """Units under their new numbers, with the bits of the rows and lanes that stay."""
-        plan, keys, units = self.plan, self.keys, self.units
-        assert units is not None and keys.number is not None and keys.inside is not None
-        assert plan.bits is None or plan.bits_start is not None
-        number, inside = (
-            laid_out(x, self.batch, self.heads).flatten(0, 1) for x in (keys.number, keys.inside)
-        )
+        number, inside = (laid_out(x, self.batch, self.heads).flatten(0, 1) for x in numbers)
         e = units.of(inside[units.list_, units.lo] > 0)
         entry, cell = self._spread(e)
         e = e.of(entry)
-        full = e.full & (inside[e.list_, e.lo] == keys.unit)
-        made = self._written("", cell, full, number[e.list_, e.lo])
-        if plan.bits is None:
+        full = e.full & (inside[e.list_, e.lo] == self.keys.unit)
+        made, order = Units.arranged(cell, full, number[e.list_, e.lo], self._shape)
+        if self.plan.bits is None:
             return made
-        order = torch.argsort(cell * 2 + (~full).long(), stable=True)
         order = order[~full[order]]
-        made["bits_start"] = begins(made["count"].long() - made["full"].long()).view(made["count"].shape)
-        made["bits"] = self._bits(e.of(order), cell[order])
+        made["bits_start"] = begins(made["count"].long() - made["full"].long())
+        made["bits"] = self._bits(self.plan.bits, e.of(order), cell[order], numbers)
         return made
 
-    def _bits(self, e: _Entries, cell: Tensor) -> Tensor:
+    def _bits(self, words: Tensor, e: _Entries, cell: Tensor, numbers: _Numbers) -> Tensor:
         """The bits of partial units, of the rows and lanes that stay; of what was full, all set."""
-        plan, keys = self.plan, self.keys
-        assert plan.bits is not None and plan.bits_start is not None and plan.full is not None
-        words = -(-keys.unit // 32)
+        plan, source = self.plan, e.hi
         if not len(e.lo):
-            return torch.zeros(0, self.tile, words, dtype=torch.int32, device=plan.device)
-        first, was = (
-            laid_out(x, self.batch, self.heads).flatten(0, 1)[e.list_, e.tile]
-            for x in (plan.bits_start, plan.full)
-        )
-        source = torch.where(e.full, len(plan.bits), first + e.hi - was)  # hi: the place in the list
-        bits = torch.cat([plan.bits, torch.full_like(plan.bits[:1], -1)])
+            shape = (0, self.tile, -(-self.keys.unit // 32))
+            return torch.zeros(shape, dtype=torch.int32, device=plan.device)
+        bits = torch.cat(
+            [words, torch.full_like(words[:1], -1)]
+        )  # row -1, that of what was full, is the last
         row = self._row_of(cell)
-        lane = self._lane_of(e)
+        lane = self._lane_of(e, numbers.inside)
         if row is None and lane is None:
             return bits[source]
         done = []
@@ -548,11 +505,10 @@ class _Lists:
         at.scatter_(1, torch.where(self.token >= 0, self.place, self.R * tile), own)
         return at[:, :-1].reshape(-1, tile)[cell]
 
-    def _lane_of(self, e: _Entries) -> Tensor | None:
+    def _lane_of(self, e: _Entries, inside: Tensor) -> Tensor | None:
         """Of each entry, the old lane of each new one; None where lanes stay."""
         plan, keys = self.plan, self.keys
-        assert keys.inside is not None
-        if keys.unit == plan.unit and bool(((keys.inside == 0) | (keys.inside == plan.unit)).all()):
+        if keys.unit == plan.unit and bool(((inside == 0) | (inside == plan.unit)).all()):
             return None
         token = keys.rows.laid_out(self.batch, self.heads)[0]
         token = torch.nn.functional.pad(token, (0, -plan.k_rows % plan.unit), value=-1)

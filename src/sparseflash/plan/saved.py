@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..errors import PlanError
 from .checks import check_values
+from .lists import Lists
 from .record import Record
 from .transpose import prepared as transposed
 
 _DERIVED = ("span_keys", "unit_keys")
-_ROOMS = {"span_room": ("span_start", "span_count", "spans"), "room": ("start", "count", "index")}
 
 
 def state(plan: Record) -> dict[str, Any]:
@@ -38,24 +38,24 @@ def restored(kind: type[Record], state: Any) -> dict[str, Any]:
     """
     try:
         plan = kind(**{f.name: state[f.name] for f in dataclasses.fields(kind) if f.init and f.name in state})
-        prepared, rooms = bool(state["prepared"]), {name: state[name] for name in _ROOMS}
+        prepared, rooms = bool(state["prepared"]), {name: state[name] for name in ("span_room", "room")}
     except (AttributeError, KeyError, TypeError) as fault:
         raise PlanError(f"this is no saved plan, or a broken one: {fault!r}; save it again") from None
     real = plan.device.type != "meta" and all(type(x) is Tensor for x in plan.tensors().values())
     if real and plan.device.type != "cpu":  # in main memory it has happened
         check_values(plan)
-    for name, room in rooms.items():
-        if _fits(plan, room, *_ROOMS[name], real=real):
-            object.__setattr__(plan, name, room)
+    for lists in plan.lists():
+        name = lists.NAMES["room"]
+        if _fits(lists, rooms[name], real=real):
+            object.__setattr__(plan, name, rooms[name])
     return vars(transposed(plan) if prepared and real else plan)
 
 
-def _fits(plan: Record, room: Any, *lists: str, real: bool) -> bool:
+def _fits(lists: Lists, room: Any, *, real: bool) -> bool:
     """Whether list n begins at n * room of its pool, which ends behind the last."""
-    start, count, pool = (getattr(plan, name) for name in lists)
-    if pool is None or type(room) is not int or room < 1 or len(pool) != count.numel() * room:
+    if type(room) is not int or room < 1 or len(lists.pool) != lists.count.numel() * room:
         return False
     if not real:  # there are no values to go astray
         return True
-    begin = torch.arange(0, len(pool), room, device=start.device)
-    return bool((start.flatten() == begin).all()) and bool((count <= room).all())
+    begin = torch.arange(0, len(lists.pool), room, device=lists.start.device)
+    return bool((lists.start.flatten() == begin).all()) and bool((lists.count <= room).all())

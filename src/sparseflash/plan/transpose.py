@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .lists import Spans, Units
 from .make.native import builders
 from .options import host
 from .ragged import begins, expand
@@ -25,7 +26,7 @@ ENTRIES = 1 << 22
 """Entries that are transposed in one go, where one (batch, head) has no more."""
 
 
-def transpose_spans(plan: Record) -> KeyLists:
+def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     """For each group of KEY_GROUP key rows, the tiles whose spans touch it, as ranges of tiles.
 
     Spans at one place of the lists of neighbouring tiles form a run while both their ends only move to the
@@ -33,22 +34,19 @@ def transpose_spans(plan: Record) -> KeyLists:
     Within a run, the tiles that touch a group are neighbours, and so are those that cover it; sorted searches
     find both. So dense causal attention over R tiles takes O(R) entries, not the R^2 / 2 of single tiles.
     """
-    assert plan.span_start is not None and plan.span_full is not None
-    assert plan.span_count is not None and plan.spans is not None
-    if plan.span_room and not host(plan.spans):
-        return _spans_unseen(plan)
-    batch, heads, R = plan.span_count.shape
-    columns, lists, device = -(-plan.k_rows // KEY_GROUP), batch * heads, plan.device
-    count = plan.span_count.flatten()
-    cell, place = expand(count)
-    lo, hi = plan.spans[plan.span_start.flatten()[cell] + place].long().unbind(-1)
+    if spans.room and not host(spans.pool):
+        return _spans_unseen(spans, k_rows)
+    batch, heads, R = spans.count.shape
+    columns, lists, device = -(-k_rows // KEY_GROUP), batch * heads, spans.pool.device
+    cell, place, entry, full = spans.listed()
+    lo, hi = spans.rows(entry)
     some = hi > lo
-    cell, place, lo, hi = (x[some] for x in (cell, place, lo, hi))
-    widest = int(count.max()) if len(count) else 0
+    cell, place, lo, hi, full = (x[some] for x in (cell, place, lo, hi, full))
+    widest = int(spans.count.max()) if spans.count.numel() else 0
     at, order = ((cell // max(R, 1) * widest + place) * R + cell % max(R, 1)).sort()
-    cell, place, lo, hi = (x[order] for x in (cell, place, lo, hi))  # by list, place in the list, tile
+    # by list, place in the list, tile
+    cell, place, lo, hi, full = (x[order] for x in (cell, place, lo, hi, full))
     tile, of_list = cell % max(R, 1), cell // max(R, 1)
-    full = place < plan.span_full.flatten()[cell]
 
     fresh = torch.ones_like(full)
     fresh[1:] = (at[1:] != at[:-1] + 1) | (tile[1:] == 0) | (full[1:] != full[:-1])
@@ -65,7 +63,7 @@ def transpose_spans(plan: Record) -> KeyLists:
         return torch.searchsorted(run * FAR + keys, own * FAR + value, right=after)
 
     a, b = search(hi, left, True), search(lo, right, False)  # the group is touched
-    s, e = search(hi, right.clamp(max=plan.k_rows), False), search(lo, left, True)  # and covered
+    s, e = search(hi, right.clamp(max=k_rows), False), search(lo, left, True)  # and covered
     covered = full[begin][own] & (torch.maximum(s, a) < e)
     s, e = torch.where(covered, torch.maximum(s, a), b), torch.where(covered, e, b)
     froms, ends, partial = torch.cat([s, a, e]), torch.cat([e, s, b]), torch.arange(3, device=device) > 0
@@ -86,18 +84,16 @@ def transpose_spans(plan: Record) -> KeyLists:
     )
 
 
-def transpose_units(plan: Record) -> KeyLists:
+def transpose_units(units: Units) -> KeyLists:
     """For each unit, the tiles that list it."""
-    assert plan.start is not None and plan.full is not None
-    assert plan.count is not None and plan.index is not None
-    batch, heads, R = plan.count.shape
-    columns, lists = -(-plan.k_rows // plan.unit), batch * heads
-    if plan.room and not host(plan.index):
-        return _units_unseen(plan)
-    starts, fulls, counts = (x.reshape(lists, R) for x in (plan.start, plan.full, plan.count))
-    native = builders(len(plan.index), plan.index, plan.count)
+    batch, heads, R = units.count.shape
+    columns, lists = -(-units.k_rows // units.unit), batch * heads
+    if units.room and not host(units.pool):
+        return _units_unseen(units)
+    starts, fulls, counts = (x.reshape(lists, R) for x in (units.start, units.full, units.count))
+    native = builders(len(units.pool), units.pool, units.count)
     transpose = _transpose if native is None else native.transpose
-    start, count, full, index, source = transpose(starts, fulls, counts, plan.index, columns)
+    start, count, full, index, source = transpose(starts, fulls, counts, units.pool, columns)
     lead = (batch, heads, columns)
     return KeyLists(
         start=start.view(lead),
@@ -106,7 +102,7 @@ def transpose_units(plan: Record) -> KeyLists:
         index=index,
         source=source,
         until=None,
-        group=plan.unit,
+        group=units.unit,
     )
 
 
@@ -144,26 +140,23 @@ class Entries(NamedTuple):
     real: Tensor
 
 
-def unit_entries(plan: Record) -> Entries:
-    """Every entry of a plan's unit lists; of lists with room every place, used or not, without a wait."""
-    assert plan.start is not None and plan.count is not None and plan.index is not None
-    count, device = plan.count.flatten().long(), plan.device
-    if plan.room:
-        at = torch.arange(count.numel() * plan.room, device=device)
-        cell, place = at // plan.room, at % plan.room
-        real = place < count[cell]
-        return Entries(cell, place, torch.where(real, plan.index, 0).long(), real)
-    cell, place = expand(count)
-    unit = plan.index[plan.start.flatten()[cell] + place].long()
-    return Entries(cell, place, unit, torch.ones_like(cell, dtype=torch.bool))
+def unit_entries(units: Units) -> Entries:
+    """Every entry of unit lists; of lists with room every place, used or not, without a wait."""
+    if not units.room:
+        listed = units.listed()
+        return Entries(listed.cell, listed.place, listed.entry, torch.ones_like(listed.full))
+    count = units.count.flatten().long()
+    at = torch.arange(count.numel() * units.room, device=count.device)
+    cell, place = at // units.room, at % units.room
+    real = place < count[cell]
+    return Entries(cell, place, torch.where(real, units.pool, 0).long(), real)
 
 
-def _units_unseen(plan: Record) -> KeyLists:
+def _units_unseen(units: Units) -> KeyLists:
     """`transpose_units` by shapes alone: a stable sort of all places, those that are not used behind."""
-    assert plan.count is not None and plan.full is not None
-    (batch, heads, R), columns = plan.count.shape, -(-plan.k_rows // plan.unit)
-    entries, none = unit_entries(plan), 2 * batch * heads * columns
-    partial = (entries.place >= plan.full.flatten()[entries.cell]).long()
+    (batch, heads, R), columns = units.count.shape, -(-units.k_rows // units.unit)
+    entries, none = unit_entries(units), 2 * batch * heads * columns
+    partial = (entries.place >= units.full.flatten()[entries.cell]).long()
     key = (entries.cell // max(R, 1) * columns + entries.unit) * 2 + partial
     key = torch.where(entries.real, key, none)
     order, met = key.sort(stable=True).indices, counted(key, none).view(batch, heads, columns, 2)
@@ -175,7 +168,7 @@ def _units_unseen(plan: Record) -> KeyLists:
         index=(entries.cell % max(R, 1))[order].int(),
         source=order.int() if len(order) < 2**31 else order,
         until=None,
-        group=plan.unit,
+        group=units.unit,
     )
 
 
@@ -185,22 +178,21 @@ def counted(key: Tensor, size: int) -> Tensor:
     return found.index_add_(0, key, torch.ones_like(key))[:size]
 
 
-def _spans_unseen(plan: Record) -> KeyLists:
+def _spans_unseen(spans: Spans, k_rows: int) -> KeyLists:
     """`transpose_spans` by shapes alone: for each place of the lists and each group, one run of tiles.
 
     The run is from the first tile that touches the group to the last; a tile between them that does not is
     tested in vain, and gives nothing. Where all tiles between the first and the last that cover the group do,
     these need no test, and the run is cut in three.
     """
-    assert plan.span_full is not None and plan.span_count is not None and plan.spans is not None
-    batch, heads, R = plan.span_count.shape
-    columns, room, G = -(-plan.k_rows // KEY_GROUP), plan.span_room, KEY_GROUP
-    lists, device = batch * heads, plan.device
-    lo, hi = plan.spans.view(lists, R, room, 2).transpose(1, 2).long().unbind(-1)  # [lists, room, R]
+    batch, heads, R = spans.count.shape
+    columns, room, G = -(-k_rows // KEY_GROUP), spans.room, KEY_GROUP
+    lists, device = batch * heads, spans.pool.device
+    lo, hi = spans.pool.view(lists, R, room, 2).transpose(1, 2).long().unbind(-1)  # [lists, room, R]
     slot = torch.arange(room, device=device)[:, None]
-    full, count = (x.reshape(lists, 1, R) for x in (plan.span_full, plan.span_count))
+    full, count = (x.reshape(lists, 1, R) for x in (spans.full, spans.count))
     some = (slot < count) & (hi > lo)
-    end = torch.where(hi >= plan.k_rows, columns, hi // G)  # the last group may be short
+    end = torch.where(hi >= k_rows, columns, hi // G)  # the last group may be short
     touched = (lo // G, torch.where(some, (hi + (G - 1)) // G, 0))
     covered = ((lo + (G - 1)) // G, torch.where(some & (slot < full), end, 0))
     begin, stop = (torch.cat(x) for x in zip(touched, covered))
@@ -272,9 +264,11 @@ def prepared(plan: P) -> P:
     """`Plan.prepare`: the plan with its transposed lists."""
     if plan.span_keys is not None or plan.unit_keys is not None:
         return plan
-    spans = transpose_spans(plan) if plan.spans is not None else None
-    units = transpose_units(plan) if plan.index is not None else None
-    made = plan._changed(span_keys=spans, unit_keys=units)
+    spans, units = plan.span_lists, plan.unit_lists
+    made = plan._changed(
+        span_keys=None if spans is None else transpose_spans(spans, plan.k_rows),
+        unit_keys=None if units is None else transpose_units(units),
+    )
     object.__setattr__(made, "_derived_from", stamp(made.tensors().values()))
     return made
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...numerics import bends, dropout_bar, unit_of
 from ...plan import Plan
+from ...plan.lists import Units
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import Blocks, Case, choose, target
@@ -38,16 +39,15 @@ def part_of(unit: int, keys: int) -> int:
     return unit if unit % keys == 0 or keys % unit == 0 else math.gcd(unit, keys)
 
 
-def readers_of(plan: Plan, keys: int) -> Readers:
+def readers_of(units: Units, keys: int) -> Readers:
     """The transposed unit lists for blocks of `keys` key rows (or of one unit, where that is larger)."""
-    assert plan.start is not None and plan.count is not None and plan.index is not None
-    R, part = plan.tiles, part_of(plan.unit, keys)
-    per, ratio = max(1, keys // part), plan.unit // part
-    lists, groups = plan.count[..., 0].numel() if R else 0, -(-plan.k_rows // (per * part))
-    entries, none = unit_entries(plan), lists * groups * R
+    R, part = units.count.shape[-1], part_of(units.unit, keys)
+    per, ratio = max(1, keys // part), units.unit // part
+    lists, groups = units.count[..., 0].numel() if R else 0, -(-units.k_rows // (per * part))
+    entries, none = unit_entries(units), lists * groups * R
     if ratio > 1:
         cell, place, unit, real = (x.repeat_interleave(ratio) for x in entries)
-        unit = unit * ratio + torch.arange(len(unit), device=plan.device) % ratio
+        unit = unit * ratio + torch.arange(len(unit), device=unit.device) % ratio
         entries = Entries(cell, place, unit, real & (unit < groups * per))
     key = (entries.cell // max(R, 1) * groups + entries.unit // per) * R + entries.cell % max(R, 1)
     key, order = torch.where(entries.real, key, none).sort(stable=True)
@@ -57,12 +57,12 @@ def readers_of(plan: Plan, keys: int) -> Readers:
     # a reader is a tile and a block of keys; the entries that are none are written behind all readers
     reader = torch.where(key < none, fresh.cumsum(0) - 1, len(key))
     unit, place = entries.unit[order], entries.place[order].int()
-    members = torch.full((len(key) + 1, per), -1, dtype=torch.int32, device=plan.device)
+    members = torch.full((len(key) + 1, per), -1, dtype=torch.int32, device=key.device)
     members[reader, unit % per] = place
-    tile = torch.zeros(len(key) + 1, dtype=torch.int32, device=plan.device)
+    tile = torch.zeros(len(key) + 1, dtype=torch.int32, device=key.device)
     tile[reader] = (key % max(R, 1)).int()
     read = counted(torch.where(fresh, key // max(R, 1), lists * groups), lists * groups)
-    shape = (*plan.count.shape[:2], groups)
+    shape = (*units.count.shape[:2], groups)
     return Readers((read.cumsum(0) - read).view(shape), read.int().view(shape), tile, members)
 
 

@@ -264,10 +264,11 @@ def summed(x: Tensor, shape: torch.Size) -> Tensor:
 
 def span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
     """Which tiles visit each group of keys by their spans, as arguments, and how many keys a group has."""
-    if not a.switches["SPANS"]:
+    spans = plan.span_lists
+    if spans is None:
         none: dict[str, Any] = dict.fromkeys(_SPANNED, a.named["SPANS"])
         return none | {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}, 0
-    keys = plan.span_keys or transpose_spans(plan)
+    keys = plan.span_keys or transpose_spans(spans, plan.k_rows)
     lists = (keys.start, keys.full, keys.count, keys.index, keys.until, keys.source)
     named: dict[str, Any] = dict(zip(_SPANNED, lists, strict=True))
     named["spanned_batch"], named["spanned_heads"] = found(keys.count)
@@ -276,10 +277,11 @@ def span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
 
 def unit_readers(a: Arguments, plan: Plan, keys: int) -> dict[str, Any]:
     """Which tiles list the units of each block of keys, as arguments."""
-    if not a.switches["UNITS"]:
+    units = plan.unit_lists
+    if units is None:
         none: dict[str, Any] = dict.fromkeys(_UNITED, a.named["SPANS"])
         return none | {"united_batch": 0, "united_heads": 1, "united_columns": 1}
-    readers = readers_of(plan, keys)
+    readers = readers_of(units, keys)
     lists = (readers.begin, readers.count, readers.tile, readers.members)
     named: dict[str, Any] = dict(zip(_UNITED, lists, strict=True))
     named["united_batch"], named["united_heads"] = found(readers.count)

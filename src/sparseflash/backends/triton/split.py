@@ -34,13 +34,13 @@ class Work(NamedTuple):
 def keys_listed(plan: Plan) -> Tensor:
     """How many key rows each list names: int64 [B|1,heads,tiles]."""
     spanned = united = None
-    if plan.spans is not None and plan.span_start is not None and plan.span_count is not None:
-        low, high = plan.spans.long().unbind(-1)
+    if (spans := plan.span_lists) is not None:
+        low, high = spans.rows(spans.pool.long())
         size = (high.clamp(max=plan.k_rows) - low.clamp(min=0)).clamp(min=0)
-        before, start = pad(size.cumsum(0), (1, 0)), plan.span_start.long()
-        spanned = before[start + plan.span_count] - before[start]
-    if plan.count is not None:
-        united = plan.count.long() * plan.unit
+        before, start = pad(size.cumsum(0), (1, 0)), spans.start.long()
+        spanned = before[start + spans.count] - before[start]
+    if (units := plan.unit_lists) is not None:
+        united = units.count.long() * units.unit
     some = [x for x in alike(spanned, united) if x is not None]
     return some[0] if len(some) == 1 else some[0] + some[1]
 
