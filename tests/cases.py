@@ -504,6 +504,16 @@ CASES = [
         note="boundary",
     ),
     Case(
+        "blasst",
+        {"factor": 60.0},
+        {"factor": 1e-30},
+        [{}],
+        (1.0, 1.0),
+        577544799,  # what is selected is everything
+        needles=KINDS,
+        chunk=64,
+    ),
+    Case(
         "quest",
         {"budget": 64},
         {"budget": 256},

@@ -12,6 +12,7 @@ from torch import Tensor
 import sparseflash as sf
 from cases import mask_of
 from sparseflash.methods.flexprefill import distance
+from tolerance import compare
 
 Mask = Tensor
 
@@ -731,3 +732,86 @@ def test_dense_rows_want_a_method_of_the_rows_themselves(generator):
         sf.methods.LastDense()(q, q, q)
     with pytest.raises(sf.SparseFlashError, match="method='window': expected a method"):
         sf.methods.LastDense("window")
+
+
+# ---------------------------------------------------------------- BLASST
+
+
+def sunk(generator: torch.Generator, T: int, Hkv: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads that look at the first keys and at their neighbours: much between them is small."""
+    q, k, v = (normal(generator, 2, H, T, 32) for H in (2, Hkv, Hkv))
+    q[..., 0], k[..., 0], k[:, :, :4, 0] = 8, -2, 8
+    k[..., 1], q[..., 1] = torch.arange(T) / 16, torch.arange(T) / 64
+    return q, k, v
+
+
+@pytest.mark.parametrize(
+    ("T", "causal", "backend"),
+    [
+        (5, True, "cpu"),
+        (64, False, "cpu"),
+        (129, False, "reference"),
+        (500, True, "cpu"),
+    ],
+)
+def test_blasst_attends_to_what_it_shows_and_factor_sets_how_little(T, causal, backend, generator):
+    q, k, v = sunk(generator, T)
+    densities = []
+    for factor in (1e-9, 10.0, 1e9):
+        method = sf.methods.BLASST(factor, causal)
+        selection = method.select(q, k, {"scale": 0.3, "softcap": 60.0})
+        assert selection.skip_below == pytest.approx(max(0, math.log(T / factor)))
+        plan = method.shown(q, k, selection, {"scale": 0.3, "softcap": 60.0})
+        out, lse = method(q, k, v, scale=0.3, softcap=60.0, return_lse=True, backend=backend)
+        compare({"out": out, "lse": lse}, q, k, v, mask_of(plan), scale=0.3, softcap=60.0)
+        densities.append(mask_of(plan).float().mean())
+    assert densities == sorted(densities, reverse=True)
+    assert densities[0] == (mask_of(selection.plan).float().mean())
+    assert T < 65 or densities[-1] < 0.9 * densities[0]
+
+
+def test_blasst_in_chunks_counts_all_keys_and_what_cannot_skip_refuses_it(generator):
+    q, k, v = sunk(generator, 400)
+    method = sf.methods.BLASST(40.0)
+    late = {"q_offset": torch.tensor([256, 256])}
+    selection = method.select(q[:, :, 256:], k, late)
+    assert selection.skip_below == pytest.approx(math.log(400 / 40))
+    plan = method.shown(q[:, :, 256:], k, selection, late)
+    assert torch.equal(mask_of(plan), mask_of(method.shown(q, k, method.select(q, k)))[:, :, 256:])
+    with pytest.raises(sf.SparseFlashError, match="is for inference"):
+        method(q.requires_grad_(), k, v)
+    with pytest.raises(sf.SparseFlashError, match="skip blocks of any row: none are dense"):
+        sf.methods.LastDense(method).select(q, k)
+    with pytest.raises(sf.SparseFlashError, match="one threshold for all heads"):
+        sf.methods.BLASST(factor=(1.0, 2.0)).select(q, k)
+    for wrong in (0, -1.0, math.inf, math.nan, "x"):
+        with pytest.raises(sf.SparseFlashError, match="factor=.*above 0"):
+            sf.methods.BLASST(factor=wrong)
+
+
+def test_blasst_in_a_model_is_what_its_report_says(generator):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    words = model.model.embed_tokens.weight.data
+    words[:, 0], words[:, 1], words[1, 1] = 1, 0, 1  # all words are words, and one is where sequences begin
+    for layer in model.model.layers:
+        for proj, channel in ((layer.self_attn.q_proj, 0), (layer.self_attn.k_proj, 1)):
+            proj.weight.data[15::32, channel] = 0.7  # which all look for, in the slowest rotation
+    ids = torch.randint(2, 64, (2, 300), generator=generator)
+    ids[0, :3] = ids[1, 70:73] = 1
+    keep = torch.ones_like(ids)
+    keep[1, :70] = 0
+    with torch.no_grad(), sf.transformers.sparse(model, prefill=sf.methods.BLASST(20.0)):
+        padded = model(ids, attention_mask=keep).logits
+        alone = model(ids[1:, 70:]).logits
+        rows = list(sf.transformers.report(model, input_ids=ids))
+    with torch.no_grad():
+        dense = model(ids, attention_mask=keep).logits
+    torch.testing.assert_close(padded[1:, 70:], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(padded[0], dense[0], atol=1e-3)
+    assert all(0.1 < x < 0.95 for row in rows for x in row.density)
+    assert all(0.5 < x < 1 for row in rows for x in row.recall)

@@ -87,8 +87,13 @@ def sees_alone(method, q, k, v, causal=True, within=None):
     But for a plan that is causal and says what is ahead (a prefix, a block): there the method's word holds.
     """
     n = q.shape[2]
-    plans = method.select(q, k, {"v": v, "q_offset": 0}).plan
-    plans = plans if isinstance(plans, tuple) else (plans,)
+    selection = method.select(q, k, {"v": v, "q_offset": 0})
+    plans = selection.plan if isinstance(selection.plan, tuple) else (selection.plan,)
+    if method.forward_only:  # what is left out depends on what else is seen
+        whole = torch.ones(n, n, dtype=torch.bool) if within is None else within
+        inside = tuple(plan & sf.Plan.from_mask(whole[None, None]) for plan in plans)
+        plans = method.shown(q, k, dataclasses.replace(selection, plan=inside))
+        plans = plans if isinstance(plans, tuple) else (plans,)
     mask = mask_of(plans).expand(len(q), -1, -1, -1)[-1:]
     if causal and (within is not None or not all(plan.causal for plan in plans)):
         mask = mask & torch.ones(n, n, dtype=torch.bool).tril()

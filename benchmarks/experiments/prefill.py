@@ -39,6 +39,8 @@ METHODS: Mapping[str, Method] = {
     "anchor-attention": methods.AnchorAttention(),
     "anchor-attention, theta 5": methods.AnchorAttention(theta=5.0),
     "pbs-attn": methods.PBSAttn(),
+    "blasst": methods.BLASST(),
+    "blasst, factor 1000": methods.BLASST(factor=1000),
 }
 LONG: Mapping[str, Method] = METHODS | {
     "tri-shape": methods.TriShape(sinks=128, window=1024),
@@ -152,11 +154,12 @@ def quality(layer: capture.Layer, method: Method, selection: Selection) -> dict[
     """Density, recall and error of a selection, and the recall of its two controls."""
     k, v, T = layer.k, layer.v, layer.q.shape[2]
     q = layer.q * (layer.scale * layer.q.shape[-1] ** 0.5)  # so that the default scale is the model's
-    dense, kept = Dense.of(q, k, v), density(selection.plan)
+    plan = method.shown(q, k, selection)
+    dense, kept = Dense.of(q, k, v), density(plan)
     out: Tensor = method(q, k, v, selection=selection)
     return {
         "density": kept,
-        "recall": dense.recall(q, k, v, selection.plan),
+        "recall": dense.recall(q, k, v, plan),
         "error": dense.error(out),
         "window_recall": dense.recall(q, k, v, window_of(T, kept).select(q, k).plan),
         "random_recall": dense.recall(q, k, v, random_plan((1, q.shape[1]), T, kept)),

@@ -313,7 +313,7 @@ def show(
         raise SparseFlashError(f"{method} has no plan to draw; choose one that `sparseflash methods` lists")
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, heads, length, 64, generator=generator) for _ in range(2))
-    plan = chosen.select(q, k).plan
+    plan = chosen.shown(q, k, chosen.select(q, k))
     several = plan if isinstance(plan, (Plan, Plans)) else Plans(plan)
     text = f"{several}\n{several.explain()}"
     if out is None:

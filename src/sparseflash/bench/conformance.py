@@ -53,15 +53,18 @@ def _reference(
 ) -> dict[str, Tensor]:
     """The subject's own selection, or dense causal attention, by the reference backend in `dtype`."""
     selection = subject.select(q, k, v)
-    q, k, v = (x.to(dtype).requires_grad_(True) for x in (q.detach().clone(), k.clone(), v.clone()))
+    learns = subject.backward
+    q, k, v = (x.to(dtype).requires_grad_(learns) for x in (q.detach().clone(), k.clone(), v.clone()))
     if selection is None or subject.method is None:
         out = attention(q, k, v, causal=True, backend="reference")
     elif subject.kind == "method":
         out = subject.method(q, k, v, selection=selection, backend="reference")
     else:
         out = attention(q, k, v, selection.plan, backend="reference")
-    grads = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
     found = {"out": out.detach().double()}
+    if not learns:
+        return found
+    grads = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
     return found | {f"the gradient of {n}": g.double() for n, g in zip("qkv", grads)}
 
 

@@ -235,8 +235,9 @@ def _quality(subject: Subject, q: Tensor, k: Tensor, v: Tensor, yardstick: Dense
     backend = choose("forward", "", q, k, v).NAME if subject.kind == "method" else "torch"
     row: Row = {"backend": backend, "density": 1.0, "work": None, "recall": 1.0}
     if (selection := subject.select(q, k, v)) is not None:
-        row |= {"density": density(selection.plan), "work": work(selection.plan)}
-        row["recall"] = yardstick.recall(q, k, v, selection.plan)
+        plan = selection.plan if subject.method is None else subject.method.shown(q, k, selection)
+        row |= {"density": density(plan), "work": work(plan)}
+        row["recall"] = yardstick.recall(q, k, v, plan)
     return row | {"error": yardstick.error(subject(q, k, v))}
 
 

@@ -93,12 +93,14 @@ def judge(
         q, k, v = captured.layer(number, tokens=tokens).usual()
         selection = method.select(q, k, {"v": v})
         dense = Dense.of(q, k, v)
-        shares = dense.shares(q, k, v, selection.plan)
-        row: Row = {"layer": number, "T": q.shape[2], "density": density(selection.plan)}
+        plan = method.shown(q, k, selection, {"v": v})
+        shares = dense.shares(q, k, v, plan)
+        row: Row = {"layer": number, "T": q.shape[2], "density": density(plan)}
         row |= {"recall": float(shares.mean()), "recall_late": float(shares[:, :, q.shape[2] // 2 :].mean())}
         row |= {"recall_worst": float(shares.mean((0, 2)).min())}
         row |= {"error": dense.error(method(q, k, v, selection=selection))}
         for kind in KINDS:
             found = plant(q, k, kind, torch.Generator().manual_seed(0))
-            row[kind] = float(found.kept(method.select(found.q, found.k, {"v": v}).plan).mean())
+            chosen = method.select(found.q, found.k, {"v": v})
+            row[kind] = float(found.kept(method.shown(found.q, found.k, chosen, {"v": v})).mean())
         yield row

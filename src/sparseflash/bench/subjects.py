@@ -64,6 +64,7 @@ def ours(name: str, method: Method) -> Subject:
         lambda q, k, v, selection: method(q, k, v, selection=selection),
         lambda q, k, v: method.select(q, k, {"v": v}),
         method,
+        not method.forward_only,
     )
 
 

@@ -83,7 +83,8 @@ def selected(cp: Any, method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: Mapp
         else:
             cp.at("gathering queries and keys for a selection")
             selection = method.select(cp.unshard(q, 2), cp.unshard(k, 2), ctx)
-    more = [n for n in ("key_bias", "gate", "inputs", "state") if getattr(selection, n) is not None]
+    beside = "key_bias", "gate", "inputs", "state", "skip_below"
+    more = [n for n in beside if getattr(selection, n) is not None]
     if more:
         raise SparseFlashError(
             f"{type(method).__name__} selects {', '.join(more)} beside a plan, which does not go over ranks: "

@@ -6,6 +6,7 @@ from .adaspa import AdaSpa
 from .anchor_attention import AnchorAttention
 from .base import Method, Selection, find, get, names
 from .bigbird import BigBird
+from .blasst import BLASST
 from .block_causal import BlockCausal
 from .block_topk import BlockTopK
 from .cycle_scan import CycleScan
@@ -55,6 +56,7 @@ __all__ = [
     "SparseVDiT",
     "PAROAttention",
     "OrionMSP",
+    "BLASST",
     "BigBird",
     "BlockCausal",
     "CycleScan",

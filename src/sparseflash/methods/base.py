@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import PlanError, SparseFlashError
 from ..ops._arguments import AnyPlan
-from ..ops._register import untraced
+from ..ops._register import learning, untraced
 from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
 from ..selection.budgets import share
@@ -70,6 +70,8 @@ class Selection:
     inputs : (Tensor, Tensor, Tensor), optional
         q, k and v to attend with, where they are not those that were given: other rotations, centroids,
         summaries. The plan is for their rows.
+    skip_below : float, optional
+        As in `sparseflash.attention`: blocks of the plan that the kernel may leave out by their scores.
     """
 
     plan: AnyPlan
@@ -77,6 +79,7 @@ class Selection:
     gate: Tensor | None = None
     state: Any = None
     inputs: tuple[Tensor, Tensor, Tensor] | None = None
+    skip_below: float | None = None
 
 
 class Called(NamedTuple):
@@ -124,6 +127,7 @@ class Method:
       numbers (`q_offset`, `grid`, `text`). On the host, where making it may take longer than attending, it is
       made once.
     - `behind_padding`: over a `cache.Growing`, selects from each sequence's first key (`cache.first`) on.
+    - `forward_only`: no gradient flows through its attention (`Selection.skip_below`): attention refuses one.
     - `per_head`: fields that `select` takes as a tuple, one value a query head.
 
     Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
@@ -153,6 +157,7 @@ class Method:
     approximate: ClassVar[bool] = False
     by_shape: ClassVar[bool] = False
     behind_padding: ClassVar[bool] = False
+    forward_only: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -283,13 +288,21 @@ class Method:
         selection : Selection
             What `select` returned, or a part of it.
         op : callable
-            `sparseflash.attention`, or `sparseflash.decode` where queries are few.
+            `sparseflash.attention`, or `sparseflash.decode` where queries are few (but the former where
+            blocks may be skipped).
         **options
             Those of the op.
         """
         if selection.key_bias is not None:
             bias = options.get("key_bias")
             options["key_bias"] = selection.key_bias if bias is None else bias + selection.key_bias
+        if selection.skip_below is not None:
+            if learning(q, k, v):
+                raise SparseFlashError(
+                    f"{type(self).__name__} is for inference, and an input requires a gradient: call it "
+                    "under torch.no_grad(), or take another method"
+                )
+            op, options["skip_below"] = attention, selection.skip_below
         q, k, v = selection.inputs or (q, k, v)
         out, lse = op(q, k, v, selection.plan, return_lse=True, **options)
         methods = heads.apart(self)
@@ -307,6 +320,10 @@ class Method:
     def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
         """Last touch on the result; the identity unless a method says otherwise."""
         return out, lse
+
+    def shown(self, q: Tensor, k: Tensor, selection: Selection, ctx: Context | None = None) -> AnyPlan:
+        """What takes part of a selection, for figures: its plan, unless the kernel leaves out some of it."""
+        return selection.plan
 
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context

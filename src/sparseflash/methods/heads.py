@@ -90,6 +90,11 @@ def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) ->
             raise SparseFlashError(
                 f"{method!r} attends other rows than it is given: it serves all heads or none"
             )
+        if part.skip_below is not None:
+            raise SparseFlashError(
+                f"{method!r} lets the kernel skip blocks, by one threshold for all heads: give it all heads "
+                "of the layer, with one setting"
+            )
         plans = tuple(part.plan) if isinstance(part.plan, (tuple, list)) else (part.plan,)
         parts.append((plans, part.key_bias, part.gate))
         if part.state is not None:

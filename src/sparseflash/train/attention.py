@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseflash import methods
 from sparseflash.methods.base import Method, Selection
+from sparseflash.ops._arguments import AnyPlan
 from sparseflash.train.errors import TrainError
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -35,6 +36,10 @@ class Sparse:
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select only."""
         return self.method.select(q, k, self.context)
+
+    def shown(self, q: Tensor, k: Tensor, selection: Selection) -> AnyPlan:
+        """What takes part of a selection."""
+        return self.method.shown(q, k, selection, self.context)
 
 
 def names() -> list[str]:

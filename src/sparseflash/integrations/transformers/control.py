@@ -256,7 +256,7 @@ class Setting:
         plans = tuple(self._within(method, one, mask) for one in selection.plan)
         selection = dataclasses.replace(selection, plan=plans)
         if self.watch is not None:
-            self.watch(method, heads, q, k, plans, mask.plan)
+            self.watch(method, heads, q, k, method.shown(q, k, selection, ctx), mask.plan)
         return over(session, q, k, v, selection, options, ctx)
 
     def _session(
