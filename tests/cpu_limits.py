@@ -62,6 +62,7 @@ def softmax(
         "bias": {"key_bias": normal(1, Hq, T)},
         "negative": {"scale": -0.1, "sink_logits": normal(Hq)},
         "pairs": {"alibi_slopes": normal(Hq).abs(), "pair_bias": normal(1, Hq, T, T), "softcap": 5.0},
+        "distances": {"pair_bias": normal(1, Hq, 2 * T - 1).requires_grad_()},
         "dropout": {"dropout_p": 0.1, "dropout_seed": q.shape[3] - 2**62, "key_bias": normal(1, Hq, T)},
     }
     for (named, plan), (how, given) in itertools.product(plans.items(), options.items()):

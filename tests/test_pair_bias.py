@@ -97,6 +97,83 @@ def test_random_plans_under_a_matrix_are_exact_forward_and_backward(backend, kin
     tolerance.compare(got, q, k, v, example.mask, dout=dout, dlse=dlse, note=example.line, **options)
 
 
+@pytest.mark.parametrize(
+    "backend, kind",
+    [("cpu", x) for x in plans.KINDS if "cpu" in BACKENDS] + [("reference", x) for x in plans.KINDS[::4]],
+)
+def test_a_bias_by_distance_is_its_matrix_and_its_gradient_that_of_diagonals(backend, kind, seed):
+    d = plans._Draw(seed)
+    lengths = (1, 7, 33, 129) if backend == "cpu" else (1, 33)
+    example = plans.example(seed % 1_000_000, kind, batch=2, heads=4, Tq=d.pick(lengths))
+    plan, Tq, Tk = example.plan, example.plan.Tq, example.plan.Tk
+    dtype = d.pick((torch.float32, torch.bfloat16) if backend == "cpu" else (torch.float32,))
+    q, k, v, dout, dlse = inputs(d.torch, Tq, Tk, D=16, Dv=40, dtype=dtype)
+    bias = (randn(d.torch, d.pick((1, 2)), d.pick((1, 4)), Tq + Tk - 1) * 2).to(
+        d.pick((torch.float32, torch.float16))
+    )
+    bias = bias.mT.contiguous().mT if d.chance(0.3) else bias
+    options = {"key_bias": randn(d.torch, 1, 2, Tk)} if d.chance(0.5) else {}
+    options |= {"dropout_p": 0.3, "dropout_seed": 5} if d.chance(0.3) else {}
+    place = torch.arange(Tk) - torch.arange(Tq)[:, None] + Tq - 1
+    got = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, pair_bias=bias, **options)
+    like = run(q, k, v, plan, backend=backend, dout=dout, dlse=dlse, pair_bias=bias[..., place], **options)
+    given = got.pop("dpair"), like.pop("dpair").double().sum_to_size(*bias.shape[:2], Tq, Tk)
+    assert all(torch.equal(got[name], like[name]) for name in got), example.line
+    sums = torch.zeros(bias.shape, dtype=torch.float64)
+    sums.index_add_(2, place.flatten(), given[1].flatten(2))
+    scale = torch.zeros_like(sums).index_add_(2, place.flatten(), given[1].flatten(2) ** 2).sqrt()
+    few = torch.finfo(torch.bfloat16 if bias.dtype != torch.float32 or dtype != torch.float32 else dtype).eps
+    assert bool(((given[0] - sums).abs() <= 4 * few * (scale + sums.abs()) + 1e-5).all()), example.line
+
+
+@MATRIX
+@pytest.mark.parametrize("Tq, Tk", [(1, 50), (63, 63), (129, 70)])
+def test_a_table_of_buckets_learns_what_a_dense_one_would(backend, Tq, Tk, generator):
+    """T5, in fp64: causal and not, over several plans, in sequences longer than the largest distance."""
+    q, k, v, dout, dlse = inputs(generator, Tq, Tk, dtype=torch.float32)
+    for causal in (False, True):
+        how = {"buckets": 16, "max_distance": 40, "causal": causal, "q_offset": 3}
+        table = randn(generator, 4, 16).requires_grad_()
+        near = Plan.dense(Tq, Tk, causal=causal, q_offset=3, window=(20, 0 if causal else 20))
+        for plan in (Plan.dense(Tq, Tk, causal=causal, q_offset=3), (near, Plan.dense(Tq, Tk) - near)):
+            bias = table[None, :, sf.t5_buckets(Tq, Tk, **how)]
+            out, lse = sf.attention(q, k, v, plan, pair_bias=bias, return_lse=True, backend=backend)
+            [got] = torch.autograd.grad((out, lse), table, (dout, dlse))
+            wide = table.detach().double().requires_grad_()
+            at = torch.arange(Tk) - torch.arange(Tq)[:, None] + Tq - 1
+            matrix = wide[None, :, sf.t5_buckets(Tq, Tk, **how)[at]]
+            mask = sum(p.to_dense().int() for p in (plan if isinstance(plan, tuple) else (plan,))).bool()
+            want, norm = tolerance.softmax_attention(*(x.double() for x in (q, k, v)), mask, pair_bias=matrix)
+            [exact] = torch.autograd.grad((want, norm), wide, (dout.double(), dlse.double()))
+            torch.testing.assert_close(out.double(), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=1e-4)
+
+
+def test_buckets_are_those_of_transformers():
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    for Tq, Tk, start, causal, n, far in (
+        (300, 300, 0, False, 32, 128),
+        (1, 400, 399, True, 32, 128),
+        (9, 90, 7, True, 10, 20),
+    ):
+        gap = torch.arange(Tk) - (torch.arange(Tq)[:, None] + start)
+        want = t5.T5Attention._relative_position_bucket(gap, not causal, n, far)
+        got = sf.t5_buckets(Tq, Tk, q_offset=start, buckets=n, max_distance=far, causal=causal)
+        at = torch.arange(Tk) - torch.arange(Tq)[:, None] + Tq - 1
+        assert torch.equal(got[at], want)
+    for wrong in (
+        {"buckets": 3},
+        {"buckets": 1, "causal": True},
+        {"max_distance": 8},
+        {"q_offset": 0.5},
+        {"buckets": "x"},
+    ):
+        with pytest.raises(sf.SparseFlashError, match="expected"):
+            sf.t5_buckets(4, 4, **wrong)
+    with pytest.raises(sf.SparseFlashError, match=r"by distance .*Tq\+Tk-1=7"):
+        sf.attention(*torch.zeros(3, 1, 1, 4, 8), pair_bias=torch.zeros(1, 1, 8))
+
+
 @EACH
 def test_packed_documents_have_distances_of_their_own(backend, generator):
     q, k, v, _, _ = (x[0].transpose(0, 1) for x in inputs(generator, 60))

@@ -20,6 +20,7 @@ from .ops.merge import merge
 from .ops.pointwise import pointwise_attention
 from .ops.quantised import attention_quantised
 from .ops.recall import recall
+from .ops.relative import t5_buckets
 from .ops.scan import scan
 from .ops.stats import attention_stats
 from .ops.stick_breaking import stick_breaking
@@ -82,4 +83,5 @@ __all__ = [
     "scan",
     "selection",
     "stick_breaking",
+    "t5_buckets",
 ]

@@ -56,7 +56,8 @@ class Backend(Protocol):
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
         With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says. ALiBi's
-        slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk].
+        slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk], or
+        to [B,Hq,Tq+Tk-1]: by key - query + Tq - 1.
         Where `skipped`, zeros [B,Hq,2], is given, blocks of keys may add nothing, as `attention` says: it
         counts blocks, and those that were skipped.
 

@@ -253,6 +253,7 @@ def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
 def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -> None:
     """Whether ALiBi's slopes are numbers of heads, and pair_bias one for each pair; slopes may not learn."""
     B, H, Tq, Tk = *q.shape[:3], k.shape[2]
+    distances = max(Tq + Tk - 1, 0)
     given = {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     for name, x in given.items():
         if x is None:
@@ -260,10 +261,14 @@ def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -
         good = isinstance(x, Tensor) and x.is_floating_point() and x.device == q.device
         if good and isinstance(x, Tensor):
             shape = tuple(x.shape)
-            own = all(n in (1, size) for n, size in zip(shape, (B, H, Tq, Tk)))
-            good = (shape in ((H,), (B, H))) if name == "alibi_slopes" else (len(shape) == 4 and own)
+            sizes = (B, H, Tq, Tk) if len(shape) == 4 else (B, H)
+            own = all(n in (1, size) for n, size in zip(shape, sizes))
+            by_distance = len(shape) == 3 and own and shape[2] == distances
+            fits = by_distance or (len(shape) == 4 and own)
+            good = (shape in ((H,), (B, H))) if name == "alibi_slopes" else fits
         if not good:
-            wanted = f"[Hq={H}] or [{B},{H}]" if name == "alibi_slopes" else f"[{B}|1, {H}|1, {Tq}|1, {Tk}|1]"
+            wanted = f"[{B}|1, {H}|1, {Tq}|1, {Tk}|1], or by distance [{B}|1, {H}|1, Tq+Tk-1={distances}]"
+            wanted = f"[Hq={H}] or [{B},{H}]" if name == "alibi_slopes" else wanted
             raise SparseFlashError(f"{name}: {describe(x)}; expected floating point {wanted} on {q.device}")
         assert isinstance(x, Tensor)
         if name == "alibi_slopes" and x.requires_grad and torch.is_grad_enabled():

@@ -109,8 +109,9 @@ def _backward(
     how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     how["grad_dtype"] = wanted if alone else state
     dpair = q.new_empty(0, dtype=state)
-    if options.pairs:  # plans are disjoint: each writes pairs of its own
-        how["dpair"] = dpair = q.new_zeros((*q.shape[:3], k.shape[2]), dtype=state)
+    if options.pairs and pair_bias is not None:  # plans are disjoint: each writes pairs of its own
+        last = (q.shape[2], k.shape[2]) if pair_bias.dim() == 4 else pair_bias.shape[2:]
+        how["dpair"] = dpair = q.new_zeros((*q.shape[:2], *last), dtype=state)
     parts = [run(dout, q, k, v, out, norm, dlse, plan, options, **how) for plan in plans]
     dq, dk, dv = (_sum([part[n] for part in parts]) for n in range(3))
     if key_bias is None:
@@ -396,8 +397,10 @@ def attention(
         (a chunk behind `q_offset` goes on). Without gradient.
     pair_bias : Tensor, optional
         Expands to `[B,Hq,Tq,Tk]`, any floating dtype and strides: added to the logit of each pair; -inf hides
-        it, but is computed (what hides much is a plan). With gradient, which is as large; not in Triton's
-        kernels.
+        it, but is computed (what hides much is a plan). With gradient, which is as large. Or `[B|1,Hq|1,
+        Tq + Tk - 1]`: one number for each distance of tokens, place `key - query + Tq - 1`, and as many
+        gradients: a table of buckets `[Hq, n]` is `table[None, :, bucket]` (`t5_buckets`, docs/moving.md).
+        Not in Triton's kernels.
     softcap : float, optional
         c in `c * tanh(score / c)`.
     skip_below : float, optional

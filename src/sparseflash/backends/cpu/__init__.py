@@ -128,6 +128,12 @@ def add(call: Call, alibi_slopes: Tensor | None, pair_bias: Tensor | None, alive
         alive.append(alibi_slopes.to(torch.float32).reshape(-1, call.Hq, 1))
         call.alibi = table("alibi_slopes", alive[-1], torch.float32, alive)
     if pair_bias is not None:
+        if pair_bias.dim() == 3:  # by distance, in the order in which the queries of a key are
+            if not call.Tq * call.Tk:
+                return
+            alive.append(pair_bias.float().flip(-1).contiguous())
+            call.distance = table("pair_bias", alive[-1], torch.float32, alive)
+            return
         pair_bias = aligned(pair_bias if pair_bias.dtype in CODES else pair_bias.float(), alive)
         alive.append(pair_bias.expand(call.B, call.Hq, call.Tq, call.Tk))
         call.pair, call.pair_dtype = view(alive[-1]), CODES[pair_bias.dtype]
@@ -192,7 +198,8 @@ def backward(
     drop(call, options, seed)
     add(call, alibi_slopes, pair_bias, alive)
     if dpair is not None:
-        call.dpair = dpair.data_ptr()
+        found = dpair if dpair.dim() == 4 else torch.zeros_like(dpair)
+        setattr(call, "dpair" if dpair.dim() == 4 else "ddistance", found.data_ptr())
     wanted = grad_dtype or q.dtype
     dout = aligned(dout.to(q.dtype), alive)
     norm = _given(norm, q, alive)
@@ -217,6 +224,8 @@ def backward(
         dbias = empty((q.shape[0], q.shape[1], k.shape[2]), dtype=torch.float32)
         call.dbias = dbias.data_ptr()
     run("sf_backward", call, q.dtype)
+    if call.ddistance and dpair is not None:
+        dpair += found.flip(-1)
     return dq, dk, dv, dbias
 
 

@@ -119,6 +119,7 @@ class Call(ctypes.Structure):
         + [("skipped", ctypes.c_void_p), ("skip_below", ctypes.c_float)]
         + [("stat_tile", ctypes.c_int64), ("stat_unit", ctypes.c_int64)]
         + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32), ("dpair", ctypes.c_void_p)]
+        + [("distance", Table), ("ddistance", ctypes.c_void_p)]
     )
 
 

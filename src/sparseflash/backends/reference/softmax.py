@@ -78,7 +78,10 @@ def _pairs(
     if pair_bias is not None:
         b, h = (torch.arange(n, device=pair_bias.device) for n in (B, H))
         at = view.q_token.clamp(min=0)[..., :, None], view.k_token.clamp(min=0)[..., None, :]
-        whole = pair_bias.expand(B, H, plan.Tq, plan.Tk)
+        if pair_bias.dim() == 3:
+            whole, at = pair_bias.expand(B, H, -1), (at[1] - at[0] + plan.Tq - 1,)
+        else:
+            whole = pair_bias.expand(B, H, plan.Tq, plan.Tk)
         given = whole[b[:, None, None, None], h[:, None, None], *at].to(dtype)
         total = given if total is None else total + given
     return total
@@ -224,7 +227,11 @@ def backward(
             Rows(view.k_token, H).add(dbias, ds.sum(-2))
         if dpair is not None:
             b, h, i, j = at = view.keep.nonzero(as_tuple=True)
-            dpair[b, h, view.q_token[b, h, i], view.k_token[b, h, j]] = ds[at]
+            query, key = view.q_token[b, h, i], view.k_token[b, h, j]
+            if dpair.dim() == 3:
+                dpair.index_put_((b, h, key - query + Tq - 1), ds[at], accumulate=True)
+            else:
+                dpair[b, h, query, key] = ds[at]
         if bent is not None:
             ds = ds * (1 - bent * bent)
         queries.write(dq, ds @ kr * scale)

@@ -58,6 +58,8 @@ struct SfCall {
     SfView pair;        // [B,Hq,Tq,Tk] or null: added to the logits
     int32_t pair_dtype;
     float *dpair;       // [B,Hq,Tq,Tk] or null: the gradient of the pairs that are visited
+    SfTable distance;   // float [B|1,H,Tq+Tk-1] or null: added to pairs, place query - key + Tk - 1
+    float *ddistance;   // [B,Hq,Tq+Tk-1] or null: to it its gradient is added
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.

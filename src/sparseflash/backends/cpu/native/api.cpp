@@ -274,6 +274,8 @@ bool tensors_ok(const SfCall &c) {
     if (!view_ok(c.pair, c.B, c.Hq, c.Tq, c.Tk) || !whole(item(c.pair_dtype), c.pair.data)) return false;
     if (c.alibi.data && c.alibi.heads != c.Hq) return false;
     if (c.dpair && (!c.pair.data || !whole(4, c.dpair) || !fits({c.B, c.Hq, c.Tq, c.Tk}))) return false;
+    if (!table_ok(c.distance, c, c.Hq, c.Tq + c.Tk - 1)) return false;
+    if (c.ddistance && (!c.distance.data || !whole(4, c.ddistance) || !fits({c.B, c.Hq, c.Tq + c.Tk}))) return false;
     return table_ok(c.alibi, c, c.Hq, 1) && table_ok(c.key_bias, c, c.Hq, c.Tk) && whole(4, c.lse, c.norm, c.dlse, c.dbias, c.stat, c.delta) && whole(8, c.skipped);
 }
 
@@ -293,7 +295,7 @@ bool call_ok(const SfCall &c, Kind kind) {
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
     const bool backward = kind == BACKWARD || kind == STICK_BACKWARD, softmax = c.weights == SF_SOFTMAX;
     const bool whole_softmax = softmax && (kind == FORWARD || kind == BACKWARD);
-    if ((c.dropout_bar || c.alibi.data || c.pair.data) && !whole_softmax) return false;
+    if ((c.dropout_bar || c.alibi.data || c.pair.data || c.distance.data) && !whole_softmax) return false;
     if (c.dropout_bar && !fits({c.B, c.Hq, c.Tk, 2})) return false;
     if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward

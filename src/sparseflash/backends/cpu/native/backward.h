@@ -21,6 +21,9 @@ struct KeyGrads {
     }
 };
 
+// Gradients of biases in memory that is a share's alone: [Tk] of keys, [Tq+Tk-1] of distances; or null.
+struct BiasGrads { float *key, *distance; };
+
 // What a query subtracts from its row of dP: dout . out - dlse.
 inline float row_delta(const SfCall &c, int64_t b, int64_t h, int64_t t, float *dout, float *out) {
     const int64_t row = (b * c.Hq + h) * c.Tq + t;
@@ -313,10 +316,29 @@ template <bool BF> struct BackwardBlock {
         }
     }
 
+    // dS as the gradient of a bias by distance: along the diagonals of a chunk.
+    void add_distances(const Chunk &k, const Scratch<BF> &w, float *to) {
+        const bool in_order = !rules.q_order && alive == (q.lanes < 64 ? (1ull << q.lanes) - 1 : ~0ull);
+        for (int j = k.a; j < k.b; j++) {
+            const int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
+            if (t < 0) continue;
+            const auto slope = [&](int i) { return BF ? from_bf16(w.dr[j * BQ + i]) : w.g[j * BQ + i]; };
+            float *x = to + c.Tk - 1 - t;
+            if (in_order) {  // what is not seen adds 0
+                x += q.token[0];
+                for (int i = 0; i < q.lanes; i++) x[i] += slope(i);
+                continue;
+            }
+            for (int i = 0; i < q.lanes; i++)
+                if (alive >> i & 1) x[q.token[i]] += slope(i);
+        }
+    }
+
     // Whether there was anything to do. The keys are near if another block has just visited them.
     bool visit(Chunk k, const Keys &keys, Reach reach, const float *key_bias, Scratch<BF> &w, KeyGrads &grads,
-               float *dbias) {
+               const BiasGrads &biases) {
         bool holes = false;
+        float *dbias = biases.key;
         if (!alive || (k.partial && !look(rules, q, k, w.see, holes))) return false;
         if (!packed) pack(w);
         Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
@@ -343,6 +365,7 @@ template <bool BF> struct BackwardBlock {
             weigh(DroppedSlopes{slopes, draw, set1(dropout.scale())}, k, steps, plain, w);
         } else weigh(slopes, k, steps, plain, w);
         if (c.dpair) write_pairs(k, w);
+        if (biases.distance) add_distances(k, w, biases.distance);
         if (dbias)
             for (int j = k.a; j < k.b; j++) {
                 int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
@@ -368,7 +391,7 @@ template <bool BF> struct BackwardBlock {
 template <bool BF>
 void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
                      int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,
-                     float *dbias) {
+                     const BiasGrads &biases) {
     BackwardBlock<BF> first = {c, rules, logits, dropout, b, h, w}, second = {c, rules, logits, dropout, b, h, w.next};
     const int64_t from = row - tile * c.plan.tile;
     first.load(row, least<int64_t>(rows, BQ), from);
@@ -376,8 +399,8 @@ void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, cons
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
     if (first.alive | second.alive)
         for_each_chunk(c, b, h, tile, [&](const Chunk &k) {
-            bool visited = first.visit(k, keys, FAR, key_bias, w, grads, dbias);
-            second.visit(k, keys, visited ? NEAR : FAR, key_bias, w, grads, dbias);
+            bool visited = first.visit(k, keys, FAR, key_bias, w, grads, biases);
+            second.visit(k, keys, visited ? NEAR : FAR, key_bias, w, grads, biases);
         });
     first.write(w);
     if (rows > BQ) second.write(w);

@@ -1,23 +1,29 @@
-// A bias for pairs: ALiBi, -slope * |distance| of positions, and numbers of a matrix [B,Hq,Tq,Tk], which learns nothing.
+// A bias for pairs: ALiBi, -slope * |distance| of positions; a number for each distance of tokens; a matrix [B,Hq,Tq,Tk].
 #pragma once
 #include "dropout.h"
 
 namespace {
 
-inline bool has_pairs(const SfCall &c) { return c.alibi.data || c.pair.data; }
-
 // The bias of a chunk's keys (rows of 64) and a block's queries, 0 in lanes without one.
 inline void fill_pairs(const SfCall &c, const Rules &r, const Queries &q, const Chunk &k, int64_t b, int64_t h, float *to) {
-    const float *slope = slice<float>(c.alibi, b, h, c.Hq);
+    const float *slope = slice<float>(c.alibi, b, h, c.Hq), *by = slice<float>(c.distance, b, h, c.Hq);
     for (int j = k.a; j < k.b; j++) {
         float *row = to + j * BQ;
         const int64_t token = r.key_token(k.gather ? k.gather[j] : k.base + j);
         const int32_t at = saturate((r.k_pos && token >= 0 ? r.k_pos[token] : token) - r.base);
-        for (int i = 0; i < BQ; i++) {
+        if (!slope) memset(row, 0, BQ * 4);
+        for (int i = 0; slope && i < BQ; i++) {
             const int32_t own = q.pos[i];  // the distance of two numbers of 32 bits fits without a sign
             const uint32_t far = own > at ? (uint32_t)own - (uint32_t)at : (uint32_t)at - (uint32_t)own;
-            row[i] = slope ? -*slope * (float)far : 0.f;
+            row[i] = -*slope * (float)far;
         }
+        if (!by || token < 0) continue;
+        const float *line = by + c.Tk - 1 - token;
+        if (!r.q_order)
+            for (int i = 0; i < q.lanes; i++) row[i] += line[q.token[0] + i];
+        else
+            for (int i = 0; i < q.lanes; i++)
+                if (q.real >> i & 1) row[i] += line[q.token[i]];
     }
     if (!c.pair.data) return;
     const bool in_order = !k.gather && !r.k_order;

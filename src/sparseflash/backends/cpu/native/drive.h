@@ -52,8 +52,38 @@ inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads
     return limit;
 }
 
+// Gradients of biases, [B,Hq,splits,length]: a share adds to memory of its own, and shares are summed in order.
+class BiasShares {
+    Buffer<float> key, distance;
+    int64_t keys = 0, distances = 0;
+
+    static void add(const float *from, int64_t rows, int64_t splits, int64_t length, bool over, float *to) {
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t t = 0; t < length; t++) {
+                float x = 0;
+                for (int64_t s = 0; s < splits; s++) x += from[(i * splits + s) * length + t];
+                to[i * length + t] = over ? x : to[i * length + t] + x;
+            }
+    }
+
+  public:
+    bool make(const SfCall &c, int64_t splits) {
+        keys = c.dbias ? c.Tk : 0, distances = c.ddistance ? c.Tq + c.Tk - 1 : 0;
+        const int64_t rows = c.B * c.Hq * splits;
+        if ((keys && !key.make(rows * keys)) || (distances && !distance.make(rows * distances))) return false;
+        if (keys) memset(key.p, 0, rows * keys * 4);
+        if (distances) memset(distance.p, 0, rows * distances * 4);
+        return true;
+    }
+    BiasGrads of(int64_t i) { return {keys ? key + i * keys : nullptr, distances ? distance + i * distances : nullptr}; }
+    void sum(const SfCall &c, int64_t splits) const {
+        if (keys) add(key.p, c.B * c.Hq, splits, keys, true, c.dbias);
+        if (distances) add(distance.p, c.B * c.Hq, splits, distances, false, c.ddistance);
+    }
+};
+
 // Runs a block function over the query blocks of every head, PER at a time, and sums what the shares add to dK, dV and
-// dbias.
+// biases.
 template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
     const SfPlan &p = c.plan;
     int threads = most(c.threads, 1);
@@ -80,15 +110,15 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
     const bool direct = splits == 1 && heads == c.Hkv && c.Bk == c.B;
     const int64_t held = direct ? threads : tasks;
 
-    Buffer<float> acc_k, acc_v, bias;
+    Buffer<float> acc_k, acc_v;
+    BiasShares shares;
     Buffer<char> touched;
     Desks<BF> scratch;
     Buffer<int32_t> row_of_token;
     bool ok = acc_k.make(held * rows * ldk) && acc_v.make(held * rows * ldv) && touched.make(held * blocks) &&
-              scratch.make(c, true) && (!c.dbias || bias.make(c.B * c.Hq * splits * c.Tk)) &&
+              scratch.make(c, true) && shares.make(c, splits) &&
               (!p.k_order.data || row_of_token.make(slots * c.Tk));
     if (!ok) return 1;
-    if (c.dbias) memset(bias.p, 0, c.B * c.Hq * splits * c.Tk * 4);
 
     auto invert = [&](int64_t s, int) {
         Rules r(c, s / heads, s % heads * group);
@@ -135,10 +165,10 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
             int64_t h = hp * group + j / p.tiles, r = j % p.tiles;
             Rules rules(c, b, h);
             Keys keys = packed.keys(c, b, h);
-            float *dbias = c.dbias ? bias + ((b * c.Hq + h) * splits + share) * c.Tk : nullptr;
+            const BiasGrads biases = shares.of((b * c.Hq + h) * splits + share);
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
             for (int64_t row = r * p.tile; row < end; row += PER * BQ)
-                block(keys, rules, b, h, r, row, least<int64_t>(PER * BQ, end - row), w, grads, dbias);
+                block(keys, rules, b, h, r, row, least<int64_t>(PER * BQ, end - row), w, grads, biases);
         }
         if (direct)
             for (int64_t t = 0; t < c.Tk; t++) write_token(b, hp, t, thread, w.spare.p);
@@ -154,13 +184,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
         };
         in_parallel(parallel, threads, c.Bk * c.Hkv * parts, reduce);
     }
-    if (c.dbias)
-        for (int64_t i = 0; i < c.B * c.Hq; i++)
-            for (int64_t t = 0; t < c.Tk; t++) {
-                float x = 0;
-                for (int64_t s = 0; s < splits; s++) x += bias[(i * splits + s) * c.Tk + t];
-                c.dbias[i * c.Tk + t] = x;
-            }
+    shares.sum(c, splits);
     return 0;
 }
 

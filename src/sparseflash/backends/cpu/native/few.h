@@ -250,7 +250,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
 template <bool BF>
 void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
                   int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,
-                  float *dbias) {
+                  const BiasGrads &biases) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
@@ -274,6 +274,7 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
     // queries that see the same keys of a chunk: their weights, the slopes of these, and what those multiply
     const float *ps[FEW], *gs[FEW], *douts[FEW], *qs[FEW];
     float *pair = has_pairs(c) ? w.pair.p : nullptr;
+    const bool asked = biases.key || biases.distance || c.dpair;
     if (alive)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
@@ -303,16 +304,13 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                     vf p = exp2v<true>((y - x.top) * logits.factor - x.rest2), ds = p * (load(g + j) - x.delta);
                     store(s + j, p);
                     store(g + j, ds);
-                    if (dbias)
-                        for (int i = j; i < least(j + W, seen.n); i++) {
-                            int64_t t = rules.key_token(seen.row[i]);
-                            if (t >= 0) dbias[t] += g[i];
-                        }
-                    if (c.dpair)
-                        for (int i = j; i < least(j + W, seen.n); i++) {
-                            int64_t t = rules.key_token(seen.row[i]);
-                            if (t >= 0) c.dpair[((b * c.Hq + h) * c.Tq + own) * c.Tk + t] = g[i];
-                        }
+                    for (int i = j; asked && i < least(j + W, seen.n); i++) {
+                        const int64_t t = rules.key_token(seen.row[i]);
+                        if (t < 0) continue;
+                        if (biases.key) biases.key[t] += g[i];
+                        if (biases.distance) biases.distance[own - t + c.Tk - 1] += g[i];
+                        if (c.dpair) c.dpair[((b * c.Hq + h) * c.Tq + own) * c.Tk + t] = g[i];
+                    }
                     store(g + j, ds * slope);
                     if (dropout.on()) store(s + j, draw.left(draw.lane(j), 0, p * dropout.scale()));
                 }
@@ -359,9 +357,9 @@ template <bool BF> int backward(const SfCall &c, SfParallel parallel) {
     if (dropout.make(parallel)) return 1;
     const bool few = few_queries(c);
     auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
-                     Scratch<BF> &w, KeyGrads &grads, float *dbias) {
-        if (few) few_backward<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w, grads, dbias);
-        else backward_blocks<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w, grads, dbias);
+                     Scratch<BF> &w, KeyGrads &grads, const BiasGrads &biases) {
+        if (few) few_backward<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w, grads, biases);
+        else backward_blocks<BF>(c, keys, rules, logits, dropout, b, h, tile, row, rows, w, grads, biases);
     };
     return backward_over<BF, 2>(c, parallel, block, few);
 }

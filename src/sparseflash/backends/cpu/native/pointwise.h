@@ -170,7 +170,7 @@ template <bool BF> int pointwise_forward(const SfCall &c, SfParallel parallel) {
 template <bool BF> int pointwise_backward(const SfCall &c, SfParallel parallel) {
     const Pointwise law(c);
     auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
-                     Scratch<BF> &w, KeyGrads &grads, float *) {
+                     Scratch<BF> &w, KeyGrads &grads, const BiasGrads &) {
         pointwise_slopes_block<BF>(c, keys, rules, law, b, h, tile, row, rows, w, grads);
     };
     return backward_over<BF>(c, parallel, block);

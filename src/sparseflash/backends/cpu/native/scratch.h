@@ -6,6 +6,9 @@
 
 namespace {
 
+// Whether logits of pairs have a bias (bias.h).
+inline bool has_pairs(const SfCall &c) { return c.alibi.data || c.distance.data || c.pair.data; }
+
 template <class T> struct Buffer {
     T *p = nullptr;
     Buffer() {}
@@ -68,7 +71,7 @@ template <bool BF> struct Scratch : Lanes<BF> {
         if (c.lse && c.stat) ok = ok && peaks.make((c.Tk + c.stat_unit - 1) / c.stat_unit * BQ);
         if (BF) ok = ok && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
         else ok = ok && kc.make(BK * c.D) && vc.make(BK * c.Dv);
-        if (c.alibi.data || c.pair.data) ok = ok && pair.make(BK * BQ);
+        if (has_pairs(c)) ok = ok && pair.make(BK * BQ);
         if (!backward) return ok;
         ok = ok && g.make(BK * BQ) && (c.plan.tile <= BQ || next.make(c, true));
         return ok && (!BF || (pr.make(BK * BQ) && dr.make(BK * BQ)));

@@ -200,7 +200,7 @@ inline int stick_forward(const SfCall &c, SfParallel parallel) {
 inline int stick_backward(const SfCall &c, SfParallel parallel) {
     char failed = 0;
     auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
-                     Scratch<false> &w, KeyGrads &grads, float *) {
+                     Scratch<false> &w, KeyGrads &grads, const BiasGrads &) {
         if (!stick_backward_block(c, keys, rules, b, h, tile, row, rows, w, grads))
             __atomic_store_n(&failed, (char)1, __ATOMIC_RELAXED);
     };
