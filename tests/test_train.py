@@ -316,6 +316,40 @@ def test_a_resumed_run_draws_the_random_numbers_that_it_would_have_drawn(tmp_pat
     assert torch.equal(torch.rand(5), want)
 
 
+@pytest.mark.parametrize("attention", ["dense", "hash-sparse"])
+def test_dropout_differs_by_process_and_step_and_a_resumed_run_draws_what_it_would_have(tmp_path, attention):
+    corpus, config = Corpus([TEXT]), tiny(attention=attention, dropout=0.5)
+    straight = Trainer(config, corpus)
+    rows = [straight.step().loss for _ in range(4)]
+    first = Trainer(config, corpus)
+    assert [first.step().loss for _ in range(2)] == rows[:2]
+    torch.manual_seed(
+        99
+    )  # what else draws in this process, or a checkpoint of another one, makes no difference
+    first.save(tmp_path)
+    second = Trainer(config, corpus)
+    second.load(tmp_path)
+    assert [second.step().loss for _ in range(2)] == rows[2:]
+    for name, x in straight.model.named_parameters():
+        assert torch.equal(x, dict(second.model.named_parameters())[name])
+    assert straight.validate() == second.validate()  # which leaves out nothing
+
+    drawn, plain = set(), set()
+    same = corpus.batch(0, 0, slice(0, 2), 4, 32)
+    corpus.batch = lambda *_: same
+    for rank in range(2):
+        for p, losses in ((0.5, drawn), (0.0, plain)):
+            trainer = Trainer(tiny(attention=attention, dropout=p, lr=1e-9), corpus)
+            trainer.model.load_state_dict(straight.model.state_dict())
+            trainer.context.groups, trainer.context.group_rank = 2, rank
+            losses.update(trainer.step().loss for _ in range(2))
+    assert len(drawn) == 4 and max(plain) - min(plain) < 1e-5
+    with pytest.raises(TrainError, match="--dropout is 1"):
+        tiny(dropout=1.0)
+    with pytest.raises(TrainError, match="--dropout does not go with --context-parallel"):
+        tiny(dropout=0.1, context_parallel=2)
+
+
 def test_ctrl_c_saves_and_names_the_command_that_continues(tmp_path, text_file):
     out = tmp_path / "run"
     options = ["--data", text_file, "--length", 32, "--layers", 1, "--width", 32, "--heads", 2]

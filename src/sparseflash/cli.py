@@ -95,6 +95,7 @@ TRAINING = {
     "context_parallel": _option(
         RUN, "Processes that share each sequence, under torchrun; 1 is data parallel alone.", 1
     ),
+    "dropout": _option(MODEL, "Share of attention weights left out while training, below 1.", 0, 1),
     "save_every": _option(RUN, "Steps between checkpoints (at the latest every two minutes).", 1),
 }
 """Fields of `TrainConfig` that are options, each with its panel, its words and the least it may be."""

@@ -14,12 +14,13 @@ from sparseflash.methods.base import Method, Selection
 from sparseflash.ops._arguments import AnyPlan
 from sparseflash.train.errors import TrainError
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[..., Tensor]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
     """Causal attention by torch: the baseline every method is compared with."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, dropout_p=dropout_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Sparse:
     method: Method
     context: Mapping[str, Any]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
         """Select and attend."""
-        return self.method(q, k, v, ctx=self.context)
+        return self.method(q, k, v, ctx=self.context, dropout_p=dropout_p)
 
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select only."""

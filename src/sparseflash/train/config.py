@@ -45,6 +45,9 @@ class TrainConfig:
         Fixes initial weights, batches and the methods' random planes.
     context_parallel : int
         Processes that share each sequence (under ``torchrun``); 1: every process has sequences of its own.
+    dropout : float
+        Share in [0, 1) of attention weights that are left out while training. Each step, pass and sequence
+        draws its own: processes differ, and a run that was resumed draws what it would have drawn.
     eval_every, eval_sequences, save_every : int
         Steps between validations; held-out sequences per validation; steps between checkpoints.
     """
@@ -70,6 +73,7 @@ class TrainConfig:
     eval_sequences: int = 4
     save_every: int = 100
     context_parallel: int = 1
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for broken, message in self._problems():
@@ -104,6 +108,14 @@ class TrainConfig:
             (
                 self.dtype not in DTYPES,
                 f"--dtype {self.dtype!r} is unknown; choose one of: {', '.join(DTYPES)}",
+            ),
+            (
+                not 0 <= self.dropout < 1,
+                f"--dropout is {self.dropout}; expected a share of 0 up to, not including, 1",
+            ),
+            (
+                self.dropout > 0 and self.context_parallel > 1,
+                "--dropout does not go with --context-parallel, whose attention leaves out no weights",
             ),
             (not self.lr > 0, f"--lr is {self.lr}; expected a positive number such as 0.002"),
             (not 0 <= self.warmup <= 1, f"--warmup is {self.warmup}; expected a fraction of the run, 0 to 1"),

@@ -51,6 +51,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TrainConfig, attention: Attention) -> None:
         super().__init__()
         self.heads, self.tied, self.attention = config.heads, config.qk == "tied", attention
+        self.dropout = config.dropout
         self.project = nn.Linear(config.width, config.width * (2 if self.tied else 3), bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
         if not self.tied:
@@ -67,7 +68,8 @@ class SelfAttention(nn.Module):
             q, k, v = heads.unbind(2)
             q, k = norm(rotate(q, table)) * self.sharpness.to(q.dtype), norm(rotate(k, table))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        out = self.attention(q, k, v) if plan is None else attention(q, k, v, plan)
+        drop = {"dropout_p": self.dropout} if self.training and self.dropout else {}
+        out = self.attention(q, k, v, **drop) if plan is None else attention(q, k, v, plan, **drop)
         return self.output(out.transpose(1, 2).flatten(2))
 
 

@@ -94,6 +94,11 @@ class Trainer:
             tokens, targets = self.corpus.batch(
                 c.seed, self.done, rows, groups * c.accumulate * c.batch, c.length
             )
+            if (
+                c.dropout
+            ):  # of the step and the rows: no two processes draw alike, and a resumed run as before
+                own = (((c.seed << 24) + self.done) << 20) + part * groups + group
+                torch.manual_seed(own % 2**63)
             loss = self.loss(tokens.to(device), targets.to(device)) / c.accumulate
             loss.backward()
             total += loss.detach()
