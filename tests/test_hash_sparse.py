@@ -355,19 +355,22 @@ def test_coverage_is_what_counting_gives(generator):
 
 @EACH
 @pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize(("window", "heads"), [(2, 0), (40, 0), (40, 2), (500, 0)])
+@pytest.mark.parametrize(
+    ("window", "heads", "sinks"), [(2, 0, 0), (40, 0, 3), (40, 2, 0), (40, 2, 5), (500, 0, 0)]
+)
 def test_every_head_sees_its_last_keys_and_behind_them_its_bucket(
-    window, heads, include_self, backend, generator
+    window, heads, sinks, include_self, backend, generator
 ):
     """One softmax over both, each pair once: output and all gradients against the mask."""
     q, k, v, dout = tensors(generator, 150, B=1, Hq=4, Hkv=2)
     own = {"window_heads": heads, "head_window": 9, "include_self": include_self}
-    method = sf.methods.HashSparse(nb=4, window=window, **own)
+    method = sf.methods.HashSparse(nb=4, window=window, sink_tokens=sinks, **own)
     least = 0 if include_self else 1
     gap = torch.arange(150)[:, None] - torch.arange(150)
-    mask = SELECTED.mask(*method.ids(q, k), 4, include_self) | (gap < window)
+    first = torch.arange(150) < sinks
+    mask = SELECTED.mask(*method.ids(q, k), 4, include_self) | (gap < window) | first
     mask &= gap >= least
-    mask[:, 4 - heads :] = (gap < 9) & (gap >= least)
+    mask[:, 4 - heads :] = ((gap < 9) | first) & (gap >= least)
     assert torch.equal(selected_mask(method.select(q, k).plan), mask)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = method(*leaves, return_lse=True, backend=backend)
@@ -439,6 +442,7 @@ def test_the_old_name_of_window_heads_means_what_it_did():
         ({"top": 9, "nb": 8, "buckets": "kmeans"}, "top=9: there are 8 buckets"),
         ({"window": -1}, "window=-1"),
         ({"window": 1, "include_self": False}, "shows no key"),
+        ({"sink_tokens": 4}, "sink_tokens=4: they are seen beside a window"),
     ],
 )
 def test_what_a_window_and_buckets_may_not_be(wrong, said):

@@ -20,6 +20,7 @@ from transformer_models import FAMILIES, tiny
 
 WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)
 HASHED = sf.methods.HashSparse(nb=4, window_heads=2, head_window=16)
+BOTH = sf.methods.HashSparse(nb=4, window=9, sink_tokens=2)
 FULL = (sf.methods.HashSparse(nb=1), sf.methods.SinkWindow(window=1 << 20))
 
 
@@ -63,7 +64,7 @@ def test_a_method_sees_what_a_mask_of_it_lets_see():
     assert float((want - logits(one, input_ids=tokens())).abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("method", [WINDOW, HASHED], ids=["sink-window", "hash-sparse"])
+@pytest.mark.parametrize("method", [WINDOW, HASHED, BOTH], ids=["sink-window", "hash-sparse", "both"])
 def test_padding_changes_nothing(method):
     one, mask = own("llama"), padded("left")
     got = prefilled(one, method, tokens(), **positions(mask))
@@ -73,7 +74,7 @@ def test_padding_changes_nothing(method):
     close(right[1:, :87], prefilled(one, method, tokens()[1:, :87]))
 
 
-@pytest.mark.parametrize("method", [WINDOW, HASHED], ids=["sink-window", "hash-sparse"])
+@pytest.mark.parametrize("method", [WINDOW, HASHED, BOTH], ids=["sink-window", "hash-sparse", "both"])
 def test_a_prompt_in_chunks_is_the_whole_prompt(method):
     one, ids, mask, cache, parts = model("llama"), tokens(), padded("left"), hf.DynamicCache(), []
     with sf.transformers.sparse(one, prefill=method):

@@ -51,6 +51,9 @@ class HashSparse(Method):
     window : int
         Last keys that every head sees beside its bucket, the query's own position included; 0: the bucket
         alone. Neighbours are what language models need first, and what a bucket does not hold.
+    sink_tokens : int
+        First tokens that every later query sees too, beside a window. A pretrained model rests its attention
+        there: without them it loses more than without everything else that is far away.
     window_heads : int
         This many of the last query heads are causal windows and nothing else. Free to choose under GQA; a
         multiple of the group size shares the sorted keys of a group.
@@ -93,6 +96,7 @@ class HashSparse(Method):
     seed: int = 0
     include_self: bool = True
     window: int = 0
+    sink_tokens: int = 0
     window_heads: int = 0
     head_window: int = 512
     buckets: str = "lsh"
@@ -124,8 +128,14 @@ class HashSparse(Method):
                 lambda: f"buckets={self.buckets!r}: expected one of {', '.join(_BUCKETS)}",
             ),
         )
-        check_counts(self, 0, "window_heads", "window")
-        require((self.window != 1 or self.include_self, "window=1 without the self pair shows no key"))
+        check_counts(self, 0, "window_heads", "window", "sink_tokens")
+        require(
+            (self.window != 1 or self.include_self, "window=1 without the self pair shows no key"),
+            (
+                self.window > 0 or not self.sink_tokens,
+                lambda: f"sink_tokens={self.sink_tokens}: they are seen beside a window; give window=, too",
+            ),
+        )
         check_counts(self, 1 if self.include_self else 2, "head_window")
         check_counts(self, 1, "top")
         require(
@@ -190,6 +200,10 @@ class HashSparse(Method):
             check_tokens("k_bucket", k_bucket, k.shape[2], q)
         else:
             (q_bucket, k_bucket), bound = self.ids(q, k, step), self.nb
+        if self.sink_tokens:  # which the window shows: in the bucket of nobody they are not seen twice
+            nobody = torch.minimum(q_bucket.amin(), k_bucket.amin()).long() - 1 if q_bucket.numel() else -1
+            sink = torch.arange(k.shape[2], device=k.device) < self.sink_tokens
+            k_bucket = torch.where(sink, nobody, k_bucket.long())
         ranks = list(q_bucket) if q_bucket.dim() == 4 else [q_bucket]
         if self.window_heads:
             # the sorted keys of a KV head serve its whole group, unless windows begin inside the group
@@ -223,6 +237,7 @@ class HashSparse(Method):
             k.shape[2],
             causal=True,
             window=(width - 1 - strict, 0),
+            sink_tokens=self.sink_tokens,
             q_offset=earlier(q_offset, strict),
             device=q.device,
         )

@@ -253,6 +253,7 @@ class Setting:
             return self._unpadded(method, q, k, v, mask, options, heads)
         session, ctx = self._session(method, q, k, v, options, mask.offset)
         selection = self._select(session, q, k, ctx)
+        self._at_their_place(method, selection.plan, mask)
         plans = tuple(self._within(method, one, mask) for one in selection.plan)
         selection = dataclasses.replace(selection, plan=plans)
         if self.watch is not None:
@@ -411,18 +412,22 @@ class Setting:
             )
         return mask.apart.join(parts)
 
+    def _at_their_place(self, method: Method, plans: Sequence[Any], mask: SparseMask) -> None:
+        """Refuse queries that no plan has where they are; one of several may take them for earlier ones."""
+        placed = [x for x in plans if x.causal and x.q_pos is None]
+        if placed and not any(same_offset(plan.q_offset, mask.offset) for plan in placed):
+            raise SparseFlashError(
+                f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
+                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts; where "
+                "these are refused too, it is not for this layer"
+            )
+
     def _within(self, method: Method, plan: Any, mask: SparseMask) -> Any:
         """The plan without what the model hides."""
         if plan.causal and not mask.causal:
             raise SparseFlashError(
                 f"{self.layer.name} is bidirectional (or attends to another sequence), {_named(method)} is "
                 "causal: choose other layers, or a method with causal=False"
-            )
-        if plan.causal and plan.q_pos is None and not same_offset(plan.q_offset, mask.offset):
-            raise SparseFlashError(
-                f"{self.layer.name}: {_named(method)} does not take queries that begin behind a cache "
-                "(ctx['q_offset']), or counts positions in a way of its own: give it whole prompts; where "
-                "these are refused too, it is not for this layer"
             )
         if mask.by_rule and plan.causal == mask.causal:
             return plan
