@@ -17,6 +17,7 @@ N = TypeVar("N", int, float)
 EXPERIMENTS = (
     "attention-table",
     "caches",
+    "claim",
     "coverage",
     "decode",
     "diffusion",
