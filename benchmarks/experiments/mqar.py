@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,11 @@ class Task:
                 f"vocabulary of {self.vocabulary}"
             )
 
+    @property
+    def words(self) -> int:
+        """Tokens up to the last value."""
+        return self.vocabulary
+
     def rows(self, count: int, generator: torch.Generator, *, test: bool = False) -> tuple[Tensor, Tensor]:
         """Tokens and labels, int64 [count, length]; labels stand where a key is asked for."""
         found: list[Tensor] = []
@@ -69,10 +75,10 @@ class Task:
 
     def _pairs(self, count: int, generator: torch.Generator) -> Tensor:
         """Distinct keys and distinct values, [count, 2, pairs]."""
-        half = self.vocabulary // 2
+        half = self.words // 2
         keys, values = (
             torch.rand(count, n, generator=generator).topk(self.pairs).indices + start
-            for n, start in ((half - 1, 1), (self.vocabulary - half, half))
+            for n, start in ((half - 1, 1), (self.words - half, half))
         )
         return torch.stack([keys, values], 1)
 
@@ -145,27 +151,33 @@ RATES = (3e-3, 1e-2, 2e-2)
 
 
 @torch.no_grad()
-def accuracy(model: Model, tokens: Tensor, labels: Tensor) -> float:
-    """Share of the questions that are answered right."""
-    asked = labels != IGNORED
-    return float((model(tokens).argmax(-1) == labels)[asked].float().mean())
+def accuracy(model: Model, tokens: Tensor, labels: Tensor, rows: int = 500) -> float:
+    """Share of the questions that are answered right, so many rows at a time."""
+    parts = zip(tokens.split(rows), labels.split(rows), strict=True)
+    right = [(model(some).argmax(-1) == wanted)[wanted != IGNORED] for some, wanted in parts]
+    return float(torch.cat(right).float().mean())
+
+
+Make = Callable[[dict[str, int]], Attention]
+"""From a context, in which the step is told, to the attention of the layer."""
 
 
 def train(
-    attention: str,
-    options: dict[str, object],
+    attention: Make,
     *,
     task: Task,
     rate: float,
     steps: int,
     batch: int = 128,
+    held: int = 500,
     width: int = 64,
     heads: int = 8,
     enough: float = 0.995,
     every: int = 50,
     seed: int = 0,
+    on_score: Callable[[int, float], None] = lambda step, found: None,
 ) -> tuple[Model, float, int]:
-    """Train on fresh rows until `enough` of 500 unseen ones' questions are answered, or for `steps`.
+    """Train on fresh rows until `enough` of the questions of `held` unseen ones are answered, or for `steps`.
 
     Returns
     -------
@@ -173,11 +185,11 @@ def train(
     """
     torch.manual_seed(seed)
     context = {"step": 0}
-    model = Model(task, build(attention, options, seed=seed, context=context), width=width, heads=heads)
+    model = Model(task, attention(context), width=width, heads=heads)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    test = task.rows(500, torch.Generator().manual_seed(seed + 1), test=True)
-    found = accuracy(model, *test)
+    test = task.rows(held, torch.Generator().manual_seed(seed + 1), test=True)
+    found = accuracy(model, *test, batch)
     for step in range(1, steps + 1):
         context["step"] = step
         for group in optimizer.param_groups:
@@ -189,7 +201,8 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % every == 0 or step == steps:
-            found = accuracy(model, *test)
+            found = accuracy(model, *test, batch)
+            on_score(step, found)
             if found >= enough:
                 return model, found, step
     return model, found, steps
@@ -212,7 +225,8 @@ def measure(
         for rate in rates:
             on_run(f"{name}, learning rate {rate:g}")
             start = time.perf_counter()
-            model, found, taken = train(slug, hyper, task=task, rate=rate, steps=steps, **options)
+            make = partial(_attention, slug, hyper, options.get("seed", 0))
+            model, found, taken = train(make, task=task, rate=rate, steps=steps, **options)
             row: Row = {"bench": "mqar", "case": name, "lr": rate, "accuracy": found, "steps": taken}
             row |= {"seconds": time.perf_counter() - start, "density": _density(model, task)}
             row |= {"vocabulary": task.vocabulary, "T": task.length, "pairs": task.pairs}
@@ -220,6 +234,10 @@ def measure(
         best = max(rows, key=lambda row: row["accuracy"])
         for row in rows:
             yield row | {"best": "yes" if row is best else ""}
+
+
+def _attention(slug: str, options: dict[str, object], seed: int, context: dict[str, int]) -> Attention:
+    return build(slug, options, seed=seed, context=context)
 
 
 @torch.no_grad()

@@ -60,6 +60,23 @@ class ByMass(HashSparse):
 
 
 @dataclass(frozen=True)
+class Early(HashSparse):
+    """Centroids of the first quarter of the keys: what later queries see has nothing to do with later keys."""
+
+    causal_selection = False
+
+    def ids(self, q: Tensor, k: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
+        """The nearest centroid of each key, and the best of each query."""
+        q, k = q.detach().float(), k.detach().float()
+        with torch.autocast(q.device.type, enabled=False):
+            _, centroid = kmeans(k[:, :, : max(1, k.shape[2] // 4)], self.nb)
+            label, _ = kmeans(k, self.nb, iterations=0, init=centroid)
+            score = q.unflatten(1, (k.shape[1], -1)) @ centroid[:, :, None].mT
+        best = score.flatten(1, 2).topk(self.top, -1).indices.int()
+        return (best[..., 0] if self.top == 1 else best.movedim(-1, 0)), label
+
+
+@dataclass(frozen=True)
 class Oracle(Method):
     """A window and sinks, and of what is left the keys with the largest scores: no choice can be better.
 

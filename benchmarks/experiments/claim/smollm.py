@@ -32,7 +32,7 @@ from sparseflash.methods import HashSparse, SinkWindow
 from sparseflash.methods.base import Method
 
 from . import texts
-from .controls import ByMass, Centred, Chance, Oracle
+from .controls import ByMass, Centred, Chance, Early, Oracle
 from .rows import Job, mean, numbers
 
 WINDOW, SINKS, BUCKETS = 128, 4, 16
@@ -58,6 +58,7 @@ def contenders(T: int, seed: int = 0) -> dict[str, Method | None]:
         "k-means": HashSparse(nb=BUCKETS, buckets="kmeans", **BOTH),
         "k-means, 4 of 64": HashSparse(nb=4 * BUCKETS, buckets="kmeans", top=4, **BOTH),
         "k-means, 4 of 64 by mass": ByMass(nb=4 * BUCKETS, buckets="kmeans", top=4, **BOTH),
+        "k-means, 4 of 64 of the first quarter": Early(nb=4 * BUCKETS, buckets="kmeans", top=4, **BOTH),
         "largest scores": Oracle(keys=T // (2 * BUCKETS), window=WINDOW, sink_tokens=SINKS),
         "window without the first tokens": SinkWindow(window=WINDOW, sink_tokens=0),
         "k-means without the first tokens": HashSparse(nb=BUCKETS, buckets="kmeans", window=WINDOW),
@@ -67,7 +68,14 @@ def contenders(T: int, seed: int = 0) -> dict[str, Method | None]:
 CASES = tuple(contenders(4096))
 TUNED = ("dense", "window", "random buckets", "LSH", "k-means")
 """Those that are fine-tuned, by default."""
-METHODS = ("LSH", "LSH, centred", "k-means", "k-means, 4 of 64", "k-means, 4 of 64 by mass")
+METHODS = (
+    "LSH",
+    "LSH, centred",
+    "k-means",
+    "k-means, 4 of 64",
+    "k-means, 4 of 64 by mass",
+    "k-means, 4 of 64 of the first quarter",
+)
 """Those that have to keep the gain."""
 
 
