@@ -61,7 +61,7 @@ class ByMass(HashSparse):
 
 @dataclass(frozen=True)
 class Early(HashSparse):
-    """Centroids of the first quarter of the keys: what later queries see has nothing to do with later keys."""
+    """Centroids of the first quarter of the keys: what later queries see does not depend on later keys."""
 
     causal_selection = False
 
