@@ -1,7 +1,7 @@
 """The pretrained model after some steps of training with the attention that it is judged by.
 
 All weights move, queries and keys too, so that a selection may become what it could not be on weights that
-were trained without it. Contenders see the same sequences in the same order, dense is tuned alike. The rate is
+were trained without it. Contenders see the same sequences in the same order, dense does too. The rate is
 constant after its warm-up, so that fewer steps are the beginning of more.
 """
 
