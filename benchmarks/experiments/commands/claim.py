@@ -10,46 +10,66 @@ import typer
 
 from sparseflash.bench.commands.app import Lengths, integers, known, lengths_of, words
 
-from .app import RESULTS, Kept, experiments
+from .app import RESULTS, experiments
 
-PARTS = ("smollm",)
+PARTS = ("smollm", "tuned", "mqar")
 
 
 @experiments.command("claim", rich_help_panel="Training and quality")
 def bench_claim(
     part: Annotated[str, typer.Argument(help=f"One of {', '.join(PARTS)}.")],
-    out: Kept = RESULTS / "claim.csv",
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file of the rows, which goes on; claim-PART.csv by default.")
+    ] = None,
     books: Annotated[
         Path | None, typer.Option(help="Directory of novels, plain text; without it source code alone.")
     ] = None,
     cases: Annotated[str, typer.Option(help="Contenders, separated by semicolons; by default all.")] = "",
     lengths: Lengths = "4096",
     seeds: Annotated[str, typer.Option(help="Of planes and random buckets; with commas between.")] = "0,1",
-    texts: Annotated[int, typer.Option(min=1, help="Texts of each kind, at most.")] = 4,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of each kind that are judged, at most.")] = 4,
+    steps: Annotated[str, typer.Option(help="tuned: steps after which it is judged.")] = "25,100",
+    runs: Annotated[
+        Path, typer.Option(help="tuned: directory of checkpoints; one goes on from there.")
+    ] = Path("runs/claim"),
 ) -> None:
     """Test SCFA's claim, speed without losing quality, by tests that can fail. Hours, row by row.
 
-    Rows that OUT has are not measured again: stop it at any time. OUT is claim-PART.csv by default.
+    smollm exchanges the attention of SmolLM2 (make models), tuned trains it so for a few steps, mqar asks for
+    what was said once, far back. Rows that OUT has are not measured again: stop it at any time.
     """
     from sparseflash.bench import results
     from sparseflash.bench.session import show, watch
 
-    from ..claim import measure, smollm, unfinished
+    from ..claim import measure, recall, smollm, tuning, unfinished
     from ..claim import texts as texts_
 
     (part,) = known("part", PARTS, [part])
-    out = out.with_stem(f"claim-{part}") if out == RESULTS / "claim.csv" else out
+    out = out or RESULTS / f"claim-{part}.csv"
     there = list(results.read(out)) if out.is_file() else []
-    kinds = {"code": texts_.code()} | ({"novels": texts_.novels(books)} if books else {})
-    documents = {kind: dict(list(named.items())[:texts]) for kind, named in kinds.items()}
-    jobs = smollm.untrained(
-        functools.cache(smollm.Subject.load),
-        documents,
-        lengths=lengths_of(lengths),
-        cases=known("cases", smollm.CASES, words(cases, ";")),
-        seeds=integers(seeds, "0,1"),
-    )
+    names = known("cases", recall.CONTENDERS if part == "mqar" else smollm.CASES, words(cases, ";"))
+    drawn = integers(seeds, "0,1")
+    if part == "mqar":
+        jobs = recall.jobs(cases=names, seeds=drawn)
+    else:
+        documents = {"code": texts_.code()} | ({"novels": texts_.novels(books)} if books else {})
+        held, learnt = tuning.apart(documents, texts)
+        sizes = lengths_of(lengths)
+        if part == "smollm":
+            jobs = smollm.untrained(
+                functools.cache(smollm.Subject.load), held, lengths=sizes, cases=names, seeds=drawn
+            )
+        else:
+            options = {"runs": runs, "steps": integers(steps, "25,100", least=1), "seeds": drawn}
+            names = names if cases else list(smollm.TUNED)
+            jobs = [x for T in sizes for x in tuning.jobs(learnt, held, T=T, cases=names, **options)]
     rows = watch("claim", out, functools.partial(measure, unfinished(jobs, there)), there)
+    if part == "mqar":
+        show(rows, out, ("case", "seed", "density", "accuracy", "steps_95", "minutes_95", "steps"))
+        print(
+            "\n".join(recall.verdict(rows)) or f"as it has to be: {', '.join(recall.MUST_SOLVE)} look it up"
+        )
+        return
     columns = ("text", "T", "steps", "case", "texts", "density", "loss", "loss_far", "kl", "kept", "kept_far")
     show(smollm.kept(rows), out, columns)
     print("\n".join(smollm.verdict(rows)))
