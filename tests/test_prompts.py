@@ -1,6 +1,7 @@
 """Long prompts of a model: what a method brings and loses there, which to take, what heads follow."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_the_fastest_that_loses_little_is_taken_and_written(prompt, tmp_path, mo
     found, timed = chosen(
         prompt, tmp_path, monkeypatch, {"narrow": 9.0, "wide": 1.5, "wider": 2.0}, max_kl=1e-4
     )
-    assert timed == ["wide", "wider"]  # what loses too much is not worth a time
+    assert sorted(timed) == ["wide", "wider"]  # what loses too much is not worth a time
     assert found.heads(0) == [TRIED["wider"]] * 4 == Profile.load(tmp_path / "profile.json").heads(7)
     assert "wider: 2.00x to the first token" in capsys.readouterr().out
     assert {row["case"] for row in results.read(tmp_path / "trials.csv")} == set(TRIED)
@@ -144,6 +145,29 @@ def test_a_stopped_run_goes_on_where_it_was(prompt, tmp_path, monkeypatch):
         chosen(prompt, tmp_path, monkeypatch, {}, max_kl=1e-4)
     chosen(prompt, tmp_path, monkeypatch, {}, max_kl=1e-4)
     assert asked == [["narrow", "wide", "wider"], ["wider"]]
+
+
+def test_what_one_text_rules_out_is_not_tried_on_another(prompt, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        recommend, "times", lambda prompt, cases, **_: {x: Timing(1.0, [1.0]) for x in ("dense", *cases)}
+    )
+    recommend.run("tiny", ["a", "b"], [prompt, prompt], tmp_path, tried=TRIED, max_kl=1e-4)
+    tried = [(row["text"], row["case"]) for row in results.read(tmp_path / "trials.csv")]
+    assert tried == [("a", "narrow"), ("a", "wide"), ("a", "wider"), ("b", "wide"), ("b", "wider")]
+    assert list(tmp_path.glob("trials-300-*frontier.svg"))
+
+
+@pytest.mark.slow
+def test_for_short_prompts_of_a_real_model_dense_attention_is_best(tmp_path, capsys):
+    """At 512 tokens selection costs more than it saves, or what it saves is lost in the rest of the model."""
+    try:
+        model, tokenizer = sf.transformers.load("smollm2")
+    except sf.SparseFlashError as error:
+        pytest.skip(str(error))
+    text = "\n".join(path.read_text() for path in sorted(Path(sf.__file__).parent.glob("*.py")))
+    prompt = prompts.Prompt.of(model, tokenizer, text, 512)
+    found = recommend.run("smollm2", ["the source"], [prompt], tmp_path)
+    assert found is None and "dense attention is best for 512 tokens" in capsys.readouterr().out
 
 
 def test_candidates_are_methods_and_grow_with_the_prompt():

@@ -90,6 +90,7 @@ RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
         split=("tokens",),
         apart=("model", "text"),
         keep=lambda row: float(row["kl"]) > 0,
+        name="frontier",
     ),
     "attention": Lines(
         "T",

@@ -191,24 +191,27 @@ def times(
     layers: Sequence[int] | None = None,
     rounds: int = 3,
     stock: bool = False,
+    warm: bool = True,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Timing]:
-    """Seconds to the first token: dense, each method, and the model's own attention, in turn."""
+    """Seconds to the first token: dense, each method, and the model's own attention, in turn.
+
+    Behind a round that does not count, unless `warm` is False: all of this has run before.
+    """
     runs: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
     if stock:
         runs[prompt.model.config._attn_implementation] = nullcontext
     for name, method in {"dense": None, **cases}.items():
         runs[name] = functools.partial(prompt.under, method, layers)
     found: dict[str, Timing] = {}
-    for n in range(rounds + 1):
+    for n in range(0 if warm else 1, rounds + 1):
         for name, under in runs.items():
             on_run(f"{name}, " + (f"round {n} of {rounds}" if n else "warming up"))
             with under():
                 spent = seconds(prompt.first)
+            timing = found.setdefault(name, Timing(spent))
             if n:
-                found[name].times.append(spent)
-            else:
-                found[name] = Timing(spent)
+                timing.times.append(spent)
     return found
 
 

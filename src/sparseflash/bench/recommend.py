@@ -17,6 +17,8 @@ from sparseflash.bench.session import show
 from sparseflash.calibrate import EVERY, Profile, Setting, search
 from sparseflash.errors import SparseFlashError
 
+TIMED = 3
+"""How many of those that lose little enough are timed: the fastest in attention."""
 LEAST = 1.03
 """The gain to the first token from which on a method is worth its loss: less is noise."""
 
@@ -65,10 +67,11 @@ def run(
     layers : sequence of int, optional
         Where methods serve.
     rounds : int
-        Times of each that loses little enough, in turn.
+        Times of each of the three fastest that lose little enough, in turn.
     max_kl : float
         The most that probabilities of the next tokens may differ from those after a dense prompt: mean of
-        the Kullback-Leibler divergence over tokens and texts.
+        the Kullback-Leibler divergence over tokens and texts. What is beyond that after some texts,
+        whatever the others say, is not tried on them.
     tried : mapping, optional
         Settings by name; by default `candidates(tokens)`.
 
@@ -94,22 +97,30 @@ def run(
         for name, prompt in zip(names, prompts, strict=True):
             here = {"model": model, "text": name, "tokens": str(tokens)}
             known = {row["case"] for row in sheet.rows if here.items() <= row.items()}
-            left = {case: method for case, method in methods.items() if case not in known}
+            lost = {case: _of(sheet.rows, model, names, tokens, case, "kl") for case in methods}
+            left = {
+                case: method
+                for case, method in methods.items()
+                if case not in known  # and some text may still bring it below
+                and (not lost[case] or sum(lost[case]) <= max_kl * len(names))
+            }
             for row in losses(prompt, left, layers=layers, on_run=on_run) if left else ():
                 if row["case"] in left:
                     slug = settings[row["case"]]["method"]
                     sheet.append(row | here | {"bench": "recommend", "slug": slug})
         trials = {case: _mean(sheet.rows, model, names, tokens, case) for case in methods}
         near = {case: methods[case] for case, trial in trials.items() if trial["kl"] <= max_kl}
+        near = dict(sorted(near.items(), key=lambda x: -trials[x[0]]["attention_gain"])[:TIMED])
         if near:
-            spent = times(prompts[0], near, layers=layers, rounds=rounds, on_run=on_run)
+            given: dict[str, Any] = {"layers": layers, "rounds": rounds, "warm": False, "on_run": on_run}
+            spent = times(prompts[0], near, **given)
             for case in near:
                 trials[case] |= {"ms": spent[case].median * 1e3, "gain": spent["dense"].over(spent[case])}
     figures.redraw(out / "trials.csv")
     show(
         sorted(trials.values(), key=lambda trial: trial["kl"]),
         out / "trials.csv",
-        ("case", "kl", "kept", "recall", "attention_gain", "gain", "ms"),
+        ("case", "texts", "kl", "kept", "recall", "attention_gain", "gain", "ms"),
     )
     best = max(
         (trial for trial in trials.values() if trial.get("gain")), key=lambda t: t["gain"], default=None
@@ -193,16 +204,22 @@ def _before(path: Path) -> list[Row]:
     return [dict(row) for row in results.read(path, "case", "text", "tokens", "kl")] if path.exists() else []
 
 
+def _of(
+    rows: Sequence[Row], model: str, names: Sequence[str], tokens: int, case: str, figure: str
+) -> list[float]:
+    """A figure of a case on each text that has it."""
+    here = (model, str(tokens), case)
+    own = (row for row in rows if (row["model"], str(row["tokens"]), row["case"]) == here)
+    return [float(row[figure]) for row in own if row["text"] in names]
+
+
 def _mean(rows: Sequence[Row], model: str, names: Sequence[str], tokens: int, case: str) -> Row:
-    """The figures of a case, mean over the texts."""
-    own = {
-        (row["text"], row["case"]): row
-        for row in rows
-        if (row["model"], str(row["tokens"])) == (model, str(tokens))
-    }
+    """The figures of a case, mean over the texts that it was tried on."""
     found: Row = {"case": case}
     for figure in ("kl", "loss", "kept", "recall", "attention_gain"):
-        found[figure] = sum(float(own[name, case][figure]) for name in names) / len(names)
+        each = _of(rows, model, names, tokens, case, figure)
+        found[figure] = sum(each) / len(each)
+    found["texts"] = len(each)
     if not found["kl"] == found["kl"]:
         raise SparseFlashError(f"{case}: the probabilities of the next tokens are NaN")
     return found
