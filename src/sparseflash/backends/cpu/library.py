@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...errors import warn
-from . import build
+from . import build, shipped
 from .call import Call
 
 
@@ -33,6 +33,14 @@ def borrow_threads(library: ctypes.CDLL) -> None:
         library.sf_borrow_threads(ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p))
 
 
+def _names(library: ctypes.CDLL) -> tuple[str, ...]:
+    """The levels of a library, in its order."""
+    names: list[str] = []
+    while name := library.sf_level_name(len(names)).decode():
+        names.append(name)
+    return tuple(names)
+
+
 @functools.cache
 def native() -> Native | str:
     """The native library, or the reason why there is none (said once as a warning).
@@ -46,7 +54,7 @@ def native() -> Native | str:
     try:
         for levels in build.choices():
             try:
-                library, path = build.library(levels)
+                library, path = shipped.find(levels) or build.library(levels)
             except build.CompilerFailed as error:  # too old for these instructions: there are simpler ones
                 failure = str(error)
                 continue
@@ -55,8 +63,11 @@ def native() -> Native | str:
             if levels[-1].name == "amx" and library.sf_request_amx() != 0:
                 continue  # the system refuses the tile registers
             borrow_threads(library)
-            bf16 = next((i for i, level in enumerate(levels) if level.bf16), 0)
-            return Native(library, str(path), 0, bf16, tuple(level.name for level in levels))
+            called = {level.source or level.name: level.name for level in levels}
+            names = tuple(called.get(name, name) for name in _names(library))
+            fp32 = names.index(levels[0].name)
+            bf16 = next((names.index(level.name) for level in levels if level.bf16), fp32)
+            return Native(library, str(path), fp32, bf16, names)
     except (build.BuildError, OSError) as error:
         failure = str(error)
     warn(f"sparseflash: the native CPU backend is not available, the slow reference runs instead: {failure}")
