@@ -83,7 +83,7 @@ wheel: $(READY)
 	@$(PY) -c 'from sparseflash.backends.cpu import shipped; print(shipped.make(machine="$(MACHINE)"))'
 	@$(PY) -m hatchling build -t wheel -d build/wheel; rm -rf src/sparseflash/backends/cpu/prebuilt
 	@mkdir -p dist; if test "$$(uname)" = Linux; then \
-	   PATH="$(abspath $(BIN)):$$PATH" $(PY) -m auditwheel --quiet repair --plat auto -w dist build/wheel/*.whl; \
+	   PATH="$(abspath $(BIN)):$$PATH" $(PY) -m auditwheel repair --plat auto -w dist build/wheel/*.whl; \
 	 else cp build/wheel/*.whl dist; fi
 	@rm -rf build/wheel; ls -l dist/*.whl
 
