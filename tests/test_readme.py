@@ -1,6 +1,8 @@
 """What the README and the documentation pages show runs, as it stands."""
 
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -50,3 +52,15 @@ def test_relative_links_of_the_pages_lead_somewhere():
             assert (page.parent / target).exists(), (
                 f"{page.relative_to(REPO)} links to {target}, which is not there"
             )
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_no_link_is_broken(tmp_path):
+    """Strict: a page that is missing, a link or an anchor that leads nowhere ends it."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    pages = {path.stem for path in (tmp_path / "site" / "api" / "methods").glob("*.html")}
+    assert pages == set(sparseflash.methods.names())
