@@ -153,7 +153,8 @@ class Record:
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's own tensors by field name (derived data not included)."""
-        return {name: x for name in _DEFAULTS if isinstance(x := getattr(self, name), Tensor)}
+        own = vars(self).items()  # most are None, and every call of attention asks
+        return {n: x for n, x in own if x is not None and n in _DEFAULTS and isinstance(x, Tensor)}
 
     def extent(self) -> tuple[int, int]:
         """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""
