@@ -139,6 +139,20 @@ def test_a_diagonal_of_tokens_meets_two_of_blocks(generator):
     assert missed < 0.6 and found > 0.99
 
 
+def test_flexprefill_says_how_far_each_head_is_from_its_switch(generator):
+    q, k = torch.randn(2, 1, 4, 300, 16, generator=generator)
+    far = sf.methods.FlexPrefill(0.9, 0.0, 64, 64).distances(q, k)
+    assert far.shape == (1, 4) and bool((far >= 0).all()) and bool((far <= math.log(2) ** 0.5).all())
+    for head in range(4):
+        alone, at = (q[:, head : head + 1], k[:, head : head + 1]), float(far[0, head])
+        below, above, never = (
+            kept(sf.methods.FlexPrefill(0.9, max(tau, 0.0), 64, 64), *alone)
+            for tau in (at - 1e-4, at + 1e-4, 0.0)
+        )
+        aware = kept(sf.methods.FlexPrefill(0.9, 1.0, 64, 64), *alone)
+        assert torch.equal(below, never) and torch.equal(above, aware)
+
+
 def test_flexprefill_by_numbers(generator):
     """Bounds: nothing but the first column and the diagonal, everything, and between them more for more."""
     q, k = normal(generator, 1, 2, 256, 16), normal(generator, 1, 2, 256, 16)
@@ -813,3 +827,32 @@ def test_blasst_in_a_model_is_what_its_report_says(generator):
     assert not torch.allclose(padded[0], dense[0], atol=1e-3)
     assert all(0.1 < x < 0.95 for row in rows for x in row.density)
     assert all(0.5 < x < 1 for row in rows for x in row.recall)
+
+
+@pytest.mark.slow
+def test_a_head_of_a_million_keys_is_selected_planned_and_attended_within_four_gib(generator):
+    """q, k and v are 768 MiB of them, the output 256; rows that are looked at are those of float64."""
+    from sparseflash.bench.memory import peak
+
+    T = 1 << 20
+    q, k, v = (torch.randn(1, 1, T, 64, generator=generator) for _ in range(3))
+    found = {}
+    method = sf.methods.MInference(vertical=500, slash=32, near=16)
+
+    def run():
+        found["selection"] = method.select(q, k)
+        found["out"], found["lse"] = method(q, k, v, selection=found["selection"], return_lse=True)
+
+    used = peak(run) + 3 * q.numel() * 4
+    print(f"{used / 2**30:.2f} GiB")
+    assert used <= 4 << 30
+    plan = found["selection"].plan
+    assert plan.work < 0.02
+    rows = torch.tensor([0, 63, 64, 70_000, 524_287, T - 65, T - 1])
+    for row, mask in zip(rows.tolist(), plan.restrict(rows).to_dense()[0, 0]):
+        keys = mask.nonzero()[:, 0]
+        logits = k[0, 0, keys].double() @ q[0, 0, row].double() / 8
+        want = logits.softmax(0) @ v[0, 0, keys].double()
+        torch.testing.assert_close(found["out"][0, 0, row].double(), want, atol=1e-5, rtol=1e-4)
+        assert float(found["lse"][0, 0, row]) == pytest.approx(float(logits.logsumexp(0)), abs=1e-4)
+        assert int(keys.max()) <= row and len(keys) < 6000 and (row < T - 1 or len(keys) >= 500)

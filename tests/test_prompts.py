@@ -199,6 +199,17 @@ def test_each_head_gets_the_pattern_that_finds_most_beyond_chance(folder, tmp_pa
             assert want[json.dumps(setting)][head] >= want[json.dumps(shape)][head] - 1e-4
 
 
+def test_each_head_gets_the_tau_that_finds_most_beyond_chance(folder, tmp_path):
+    text = (folder / "text.txt").read_text()
+    given = {"method": "flexprefill", "progress": False}
+    found = recommend.patterns(str(folder), [text], 300, [1], tmp_path / "p.json", **given)
+    tensors, _ = capture.of_model(str(folder), text, 300)
+    q, k = (tensors[f"layer.1.{x}"] for x in "qk")
+    taus, one = (0.1, 0.0, 1.0), found.heads(1)[0]
+    best = torch.stack([recommend._beyond_chance({**one, "tau": tau}, q, k) for tau in taus]).argmax(0)
+    assert [x["tau"] for x in found.heads(1)] == [taus[n] for n in best.tolist()]
+
+
 # ---------------------------------------------------------------- commands
 
 
@@ -229,7 +240,7 @@ def test_commands_measure_choose_and_calibrate(folder, tmp_path, monkeypatch):
         (("prefill", "--text", "/nowhere"), "/nowhere: No such file or directory; expected a text file"),
         (("prefill", "--text", "."), "is a directory: expected a text file"),
         (("prefill", "--text", "x", "--profile", "p", "--set", "a=1"), "give one of them"),
-        (("calibrate", "flexprefill", "--text", "x"), "expected minference"),
+        (("calibrate", "xattention", "--text", "x"), "expected minference"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_read(words, said):

@@ -157,7 +157,10 @@ def quality(layer: capture.Layer, method: Method, selection: Selection) -> dict[
     plan = method.shown(q, k, selection)
     dense, kept = Dense.of(q, k, v), density(plan)
     out: Tensor = method(q, k, v, selection=selection)
-    return {
+    share = {}
+    if isinstance(method, methods.FlexPrefill):  # of heads that the pattern test calls query-aware
+        share["aware"] = float((method.distances(q, k) < method.tau).float().mean())
+    return share | {
         "density": kept,
         "recall": dense.recall(q, k, v, plan),
         "error": dense.error(out),

@@ -136,3 +136,47 @@ def bench_prompt_losses(
     given |= {"planted": planted, "known": there}
     columns = ("text", "tokens", "case", "kl", "loss", "kept", "recall", "question", "mid", "lone")
     session("prompt losses", out, partial(prompts.measure, text, **given), columns, kept=there)
+
+
+@experiments.command("gates", rich_help_panel=PANEL)
+def bench_gates(
+    text: Annotated[Path, typer.Option(help="A text, whose first pieces teach and whose next one judges.")],
+    out: Out = RESULTS / "gates.csv",
+    model: Annotated[str, typer.Option(help="What sf.transformers.load takes.")] = "smollm2",
+    length: Length = 2048,
+    pieces: Annotated[int, typer.Option(min=1, help="That the gates learn from.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Of the training of a layer.")] = 500,
+    skip: Annotated[int, typer.Option(help="Characters of the text to leave out.", min=0)] = 20000,
+) -> None:
+    """Recall of SeerAttention's gates on text they did not see, beside means, chance and their targets."""
+    from sparseflash.bench.session import session
+
+    from .. import gates
+
+    given: dict[str, Any] = {"model": model, "length": length, "pieces": pieces, "steps": steps, "skip": skip}
+    session("gates", out, partial(gates.measure, text, **given), ("case", "blocks", "kept", "recall"))
+
+
+@experiments.command("long-positions", rich_help_panel=PANEL)
+def bench_long_positions(
+    text: Annotated[Path, typer.Option(help="A text that is long enough.")],
+    out: Kept = RESULTS / "long-positions.csv",
+    model: Annotated[str, typer.Option(help="What sf.transformers.load takes.")] = "smollm2",
+    lengths: Lengths = "8192,16384,32768",
+    cases: Annotated[str, typer.Option(help="plain, yarn, dual-chunk-attention; by default all.")] = "",
+    skip: Annotated[int, typer.Option(help="Characters of the text to leave out.", min=0)] = 20000,
+) -> None:
+    """Loss by position beyond the trained length: plain rotary positions, YaRN, dual-chunk-attention.
+
+    What OUT has already is not measured again.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session
+
+    from .. import long_positions
+
+    there = results.read(out, "case", "T", "part") if out.is_file() else []
+    chosen = known("cases", long_positions.CASES, words(cases))
+    given: dict[str, Any] = {"model": model, "lengths": lengths_of(lengths), "cases": chosen, "skip": skip}
+    measure = partial(long_positions.measure, text, **given, known=there)
+    session("long positions", out, measure, ("case", "T", "part", "loss", "seconds"), kept=there)

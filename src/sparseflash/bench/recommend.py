@@ -145,9 +145,18 @@ def run(
 
 
 def patterns(
-    model: str, texts: Sequence[str], tokens: int, layers: Sequence[int], path: Path, *, progress: bool = True
+    model: str,
+    texts: Sequence[str],
+    tokens: int,
+    layers: Sequence[int],
+    path: Path,
+    *,
+    method: str = "minference",
+    progress: bool = True,
 ) -> Profile:
     """The pattern of MInference for every head: that which finds most of dense attention beyond chance.
+
+    Or the `tau` of FlexPrefill, which is a pattern too: never query-aware, always, or as the paper has it.
 
     The score of a pattern is its recall less the share of pairs that it sees, which is what a random choice
     of as many would hold: so dense attention scores 0, as chance does. Mean over the texts.
@@ -167,7 +176,10 @@ def patterns(
         return torch.stack(found).mean(0).tolist()
 
     part = {n: max(16, tokens // n) for n in (64, 24, 16, 12, 6)}
-    same = {"method": "minference"}
+    same: dict[str, Any] = {"method": method}
+    if method == "flexprefill":
+        flex = [same | {"halo": True, "min_budget": part[16], "tau": tau} for tau in (0.1, 0.0, 1.0)]
+        return search(model, numbers, flex, score, path=path, progress=progress)
     tried = [
         *(
             same | {"pattern": "vertical-slash", "vertical": part[v], "slash": part[s], "near": 30}

@@ -86,7 +86,7 @@ class FlexPrefill(Method):
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """Columns and diagonals of blocks, and the blocks that pooled scores add on query-aware heads."""
-        ctx, (Tq, Tk), n = ctx or {}, (q.shape[2], k.shape[2]), min(self.block, q.shape[2])
+        ctx, (Tq, Tk) = ctx or {}, (q.shape[2], k.shape[2])
         at = ctx.get("q_offset", 0)
         told: dict[str, Any] = {name: ctx.get(name) for name in ("scale", "softcap")}
         grid = Grid(Tq, Tk, self.block, self.block, at, device=q.device)
@@ -94,9 +94,8 @@ class FlexPrefill(Method):
         (columns, n_columns), (diagonals, n_diagonals) = (
             self._blocks(self._judged(x, k)) for x in (seen.keys(), seen.distances())
         )
-        last = Grid(n, Tk, max(n, 1), self.block, at + (Tq - n), device=q.device)
-        pooled = self._judged(tile_mass(q[:, :, Tq - n :], k, last, "mean", **told).sum(2), k)
-        aware, least = distance(pooled, columns) < self.tau, -(-self.min_budget // self.block)
+        aware = self._apart(q, k, columns, at, told) < self.tau
+        least = -(-self.min_budget // self.block)
         column = top_k(_first(columns), torch.where(aware, least, n_columns))
         diagonal = top_k(_first(diagonals), torch.where(aware, least, n_diagonals))
         if self.halo:
@@ -108,6 +107,18 @@ class FlexPrefill(Method):
         mass = self._judged(tile_mass(q, k, grid, "mean", **told), k)
         chosen = top_p(mass, self.gamma, among=grid.reach(), over=2 if self.shared else 1)
         return Selection(grid.plan((keep & grid.reach()) | (chosen & aware[..., None, None])))
+
+    def distances(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Tensor:
+        """What `tau` is compared with, `[B, H]`: how far pooled scores of the last block are from the true."""
+        at, told = (ctx or {}).get("q_offset", 0), {n: (ctx or {}).get(n) for n in ("scale", "softcap")}
+        seen: Any = probe(q, k, self.block, q_offset=at, **told)  # type: ignore[arg-type]  # of any type
+        return self._apart(q, k, self._blocks(self._judged(seen.keys(), k))[0], at, told)
+
+    def _apart(self, q: Tensor, k: Tensor, columns: Tensor, at: Any, told: dict[str, Any]) -> Tensor:
+        (Tq, Tk), n = (q.shape[2], k.shape[2]), min(self.block, q.shape[2])
+        last = Grid(n, Tk, max(n, 1), self.block, at + (Tq - n), device=q.device)
+        pooled = self._judged(tile_mass(q[:, :, Tq - n :], k, last, "mean", **told).sum(2), k)
+        return distance(pooled, columns)
 
     def _judged(self, mass: Tensor, k: Tensor) -> Tensor:
         """Shares that sum to 1, of the heads that are judged for."""

@@ -114,8 +114,8 @@ def calibrate(
     method: Annotated[
         str,
         typer.Argument(
-            help="minference: which pattern each head follows; moa: which span it needs; seer-attention: a "
-            "gate for it."
+            help="minference: which pattern each head follows; flexprefill: which tau; moa: which span it "
+            "needs; seer-attention: a gate for it."
         ),
     ] = "minference",
     model: Model = "smollm2",
@@ -143,7 +143,8 @@ def calibrate(
 
     **sparseflash calibrate minference --model smollm2 --text book.txt --out smollm2.json**
 
-    minference: each head gets the pattern that finds most of its dense attention beyond chance. moa: each
+    minference: each head gets the pattern that finds most of its dense attention beyond chance; flexprefill:
+    the tau, which is whether it is query-aware never, always, or by the paper's test. moa: each
     gets a span, by how much the loss moves when its far pairs go, at half of --tokens and at all of them.
     Use it: **sparseflash prefill --profile smollm2.json**; in Python
     **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**. seer-attention: each layer gets a
@@ -153,10 +154,10 @@ def calibrate(
     from sparseflash.bench import recommend as chooser
     from sparseflash.bench import spans
 
-    if method not in ("minference", "moa", "seer-attention"):
+    if method not in ("minference", "flexprefill", "moa", "seer-attention"):
         raise SparseFlashError(
-            f"calibrate {method}: expected minference (patterns of heads), moa (spans) or seer-attention "
-            "(gates)"
+            f"calibrate {method}: expected minference (patterns of heads), flexprefill (taus), moa "
+            "(spans) or seer-attention (gates)"
         )
     if target not in ("max", "sum"):
         raise SparseFlashError(f"--target {target}: expected max or sum")
@@ -172,11 +173,13 @@ def calibrate(
         means = (f"{spans.mean(made, n):.0f} of {n}" for n in lengths)
         print(f"{out}: mean spans {', '.join(means)}")
         return
-    found = chooser.patterns(model, [_read(path) for path in text], tokens, integers(layers), out)
+    read = [_read(path) for path in text]
+    found = chooser.patterns(model, read, tokens, integers(layers), out, method=method)
     count: dict[str, int] = {}
     for number in found.numbers:
         for head in found.heads(number):
-            count[head["pattern"]] = count.get(head["pattern"], 0) + 1
+            name = str(head.get("pattern", f"tau {head.get('tau')}"))
+            count[name] = count.get(name, 0) + 1
     print(f"{out}: {', '.join(f'{n} heads {name}' for name, n in sorted(count.items()))}")
 
 
