@@ -109,7 +109,7 @@ class FlexPrefill(Method):
         return Selection(grid.plan((keep & grid.reach()) | (chosen & aware[..., None, None])))
 
     def distances(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Tensor:
-        """What `tau` is compared with: how far pooled scores of the last block are from true ones, `[B, H]`."""
+        """What `tau` is compared with, `[B, H]`: from pooled scores of the last block to its softmax."""
         at, told = (ctx or {}).get("q_offset", 0), {n: (ctx or {}).get(n) for n in ("scale", "softcap")}
         seen: Any = probe(q, k, self.block, q_offset=at, **told)  # type: ignore[arg-type]  # of any type
         return self._apart(q, k, self._blocks(self._judged(seen.keys(), k))[0], at, told)
