@@ -186,6 +186,14 @@ def selections(q: Tensor, k: Tensor, normal: Callable[..., Tensor]) -> Iterator[
         ],
     )
     scores, among = normal(B, Hq, 2 * T), normal(B, Hq, 2 * T) > 0
+    for share, parts in itertools.product(("", "sum", "max"), (1, 3)):
+        last = torch.randint(-1, T, (B, T), generator=torch.Generator().manual_seed(T))
+        yield (
+            f"page_scores, {share}, {parts}",
+            lambda b, s=share, p=parts: [
+                sf.selection.page_scores(q, k, last, near=0, share=s, parts=p, backend=b)
+            ],
+        )
     for n in (1, 64, 3 * T):
         yield (
             f"top_indices, {n}",

@@ -120,6 +120,17 @@ class Best(NamedTuple):
     backend: str = ""
 
 
+class Pages(NamedTuple):
+    """Options of `selection.page_scores` and `top_pages`: rows of a page, and pages that score infinity."""
+
+    parts: int
+    sinks: int
+    near: int
+    share: str
+    k: int
+    backend: str = ""
+
+
 class Running(NamedTuple):
     """Options of `selection.running_kth`: no k is larger than `most`."""
 

@@ -14,6 +14,7 @@ from ..numerics import (
     Likeness,
     Linear,
     Masses,
+    Pages,
     Pointwise,
     Probing,
     Running,
@@ -251,6 +252,12 @@ class Backend(Protocol):
 
     def top_indices(self, scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
         """The places of the best scores of each row."""
+        ...
+
+    def page_scores(
+        self, q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages
+    ) -> Tensor:
+        """What queries say of pages; one that has `top_pages` too finds the best of them in one go."""
         ...
 
     def running_kth(self, x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class Summary:
             (is_length(self.page, 1), lambda: f"page={self.page!r}: expected a positive int, keys of a page")
         )
 
-    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+    def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
         """`[B,H,n,page,D]` as `[B,H,n,width]`; `real [B|1,n,page]`: False for lanes that hold no key."""
         raise NotImplementedError
 
@@ -40,6 +40,8 @@ class Summary:
         """The summary of keys `[B,H,T,D]`, page by page: `[B,H,ceil(T / page),width]`."""
         B, H, T, D = keys.shape
         n = -(-T // self.page)
+        if n == 1 or T == n * self.page:
+            return self.of(keys.detach().view(B, H, n, -1, D))
         real = (torch.arange(n * self.page, device=keys.device) < T).view(1, n, self.page)
         keys = torch.nn.functional.pad(keys.detach(), (0, 0, 0, n * self.page - T))
         return self.of(keys.view(B, H, n, self.page, D), real)
@@ -49,8 +51,10 @@ class Summary:
 class PageBounds(Summary):
     """The smallest and the largest number of each channel, side by side: `[..., 2 D]` (Quest)."""
 
-    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+    def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
         """As of a summary."""
+        if real is None:
+            return torch.cat(torch.aminmax(keys, dim=3), -1)
         hidden = ~real[:, None, ..., None]
         low, high = keys.masked_fill(hidden, torch.inf).amin(3), keys.masked_fill(hidden, -torch.inf).amax(3)
         return torch.cat([low, high], -1)
@@ -67,8 +71,10 @@ class PageBounds(Summary):
 class PageMean(Summary):
     """The mean key."""
 
-    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+    def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
         """As of a summary."""
+        if real is None:
+            return keys.mean(3, dtype=torch.float32).to(keys.dtype)
         there = real[:, None, ..., None]
         total = torch.where(there, keys, 0).sum(3, dtype=torch.float32)
         return (total / there.sum(3).clamp(min=1)).to(keys.dtype)
@@ -103,7 +109,7 @@ class Labels(Summary):
             )
         )
 
-    def of(self, keys: Tensor, real: Tensor) -> Tensor:
+    def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
         """As of a summary."""
         at = torch.tensor(self.channels, device=keys.device)
         if len(at) not in (1, keys.shape[1]) or max(map(max, self.channels)) >= keys.shape[4]:

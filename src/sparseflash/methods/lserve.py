@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from ..cache import PageBounds, Summary
@@ -71,19 +70,12 @@ class LServe(ReadingMethod):
         """Bounds of each channel in each part."""
         return PageBounds(self.part)
 
-    def candidates(self, place: Tensor, own: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """First and near pages alone where a head streams."""
-        among, forced = super().candidates(place, own, heads)
-        if not self.streaming:
-            return among, forced
+    def closed(self, heads: int) -> tuple[tuple[int, int], ...]:
+        """Heads that stream."""
         require(
             (
-                max(self.streaming) < heads,
+                max(self.streaming, default=0) < heads,
                 lambda: f"streaming={self.streaming}: k has {heads} heads, 0..{heads - 1}",
             )
         )
-        streams = torch.zeros(heads, dtype=torch.bool, device=place.device)
-        streams[list(self.streaming)] = True
-        streams = streams[:, None, None]
-        kept = (place <= own) & ((place > own - self.local) | (place < self.sinks))
-        return torch.where(streams, kept, among), torch.where(streams, kept, forced)
+        return tuple((head, self.local) for head in self.streaming)

@@ -13,6 +13,7 @@ from ..plan import Plan
 from ..plan.options import is_count
 from ..selection.budgets import top_indices
 from ..selection.clusters import kmeans
+from ..selection.pages import page_scores
 from .base import Context, Selection, begin, check_shares
 from .reading import ReadingMethod, kept_of
 
@@ -102,7 +103,8 @@ class SqueezedAttention(ReadingMethod):
         """Each key of the text scores what its centroid does; its last ones without bound."""
         n = max(self.context - self.window, 1)
         label, centroid = self.clustered(k[:, :, :n]) if cache is None else self.kept(cache, n)
-        score = self.products(q, k, centroid)
+        best = torch.full((1, q.shape[2]), centroid.shape[2] - 1, device=q.device)
+        score = page_scores(q.to(centroid.dtype), centroid, best, near=0, share=self.share)
         label = label.repeat_interleave(score.shape[1] // k.shape[1], 1)[:, :, None]
         each = score.gather(3, label.expand(*score.shape[:3], -1))
         return torch.nn.functional.pad(each, (0, k.shape[2] - n), value=torch.inf)

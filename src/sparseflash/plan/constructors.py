@@ -477,12 +477,15 @@ class Constructors(Record):
         q_order: Tensor | None = None,
         k_order: Tensor | None = None,
         unique: bool = False,
+        ascending: bool = False,
         capacity: int | None = None,
     ) -> Self:
         """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
 
-        Say `unique=True` where no list names a key twice; otherwise doubles are dropped. The other arguments
-        are those of `from_blocks`.
+        Say `unique=True` where no list names a key twice; otherwise doubles are dropped. Say
+        `ascending=True` where each list is sorted besides, with what is -1 at its end (`top_indices` makes
+        such): then it is taken as it stands, which costs a few small operations. The other arguments are
+        those of `from_blocks`.
 
         Examples
         --------
@@ -496,6 +499,7 @@ class Constructors(Record):
                 index,
                 listed.Frame(Tq, Tk, tile, unit, causal, q_offset, q_order, k_order),
                 unique=unique,
+                ascending=ascending,
                 capacity=capacity,
             )
         )

@@ -16,6 +16,7 @@ from .clusters import kmeans
 from .grid import Grid
 from .mass import tile_mass
 from .orders import coverage, grid_order, lsh_buckets, lsh_planes, random_bits, sorted_order
+from .pages import page_scores, top_pages
 from .probes import Probe, probe
 from .scores import pooled
 
@@ -28,6 +29,7 @@ __all__ = [
     "kmeans",
     "lsh_buckets",
     "lsh_planes",
+    "page_scores",
     "pooled",
     "probe",
     "random_bits",
@@ -38,4 +40,5 @@ __all__ = [
     "top_indices",
     "top_k",
     "top_p",
+    "top_pages",
 ]

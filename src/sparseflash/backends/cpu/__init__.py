@@ -16,7 +16,7 @@ from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
-from .selection import probe, running_kth, tile_mass, top_indices
+from .selection import page_scores, probe, running_kth, tile_mass, top_indices, top_pages
 from .stick import stick_backward, stick_forward
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "linear_forward",
     "lists",
     "native",
+    "page_scores",
     "pointwise_backward",
     "pointwise_forward",
     "probe",
@@ -43,6 +44,7 @@ __all__ = [
     "stick_forward",
     "tile_mass",
     "top_indices",
+    "top_pages",
 ]
 
 NAME = "cpu"

@@ -220,16 +220,20 @@ _known: dict[int, tuple[weakref.ref[Plan], NativePlan, _Ask, list[int]]] = {}
 def _native(plan: Plan, alive: list[Tensor]) -> NativePlan:
     """The plan as a C structure; kept with the plan where it only points into the plan's tensors.
 
+    Not of a plan that is met for the first time: most of those that a decode method makes serve one call.
     A tensor may get other memory behind our back (`share_memory_`, `set_`, `resize_`, `.data =`, a plan that
     is sent to another process): what is kept is good while each lies where it lay and is as large as it was.
     """
     at = id(plan)
     known = _known.get(at)
-    if known is not None and known[0]() is plan and [ask() for ask in known[2]] == known[3]:
+    met = known is not None and known[0]() is plan
+    if known is not None and met and known[2] and [ask() for ask in known[2]] == known[3]:
         return known[1]
     made, copies = NativePlan(), len(alive)
     fill_plan(plan, made, alive)
-    if len(alive) == copies:
+    if not met:
+        _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made, [], [])
+    elif len(alive) == copies:
         asked = [ask for x in plan.tensors().values() for ask in (x.data_ptr, x.numel, x.is_contiguous)]
         answers = [ask() for ask in asked]
         _known[at] = (weakref.ref(plan, lambda gone: _forget(at, gone)), made, asked, answers)

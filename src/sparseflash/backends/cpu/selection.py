@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...numerics import Best, Masses, Probing, Running
+from ...numerics import Best, Masses, Pages, Probing, Running
 from .call import CODES, SMALL, View, aligned, empty, view, zeros
 from .library import run
 
@@ -41,6 +41,18 @@ class BestCall(ctypes.Structure):
         [(n, ctypes.c_int64) for n in ("size", "rows", "n", "k")]
         + [("threads", ctypes.c_int32)]
         + [(n, ctypes.c_void_p) for n in ("scores", "among", "index")]
+    )
+
+
+class PagesCall(ctypes.Structure):
+    """SfPages."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "B", "Hq", "Hkv", "Tq", "n", "w", "pages", "parts")]
+        + [(n, ctypes.c_int64) for n in ("sinks", "near", "k")]
+        + [(n, ctypes.c_int32) for n in ("dtype", "threads", "share")]
+        + [("rows", View)]
+        + [(n, ctypes.c_void_p) for n in ("q", "last", "rules", "scores", "index")]
     )
 
 
@@ -127,6 +139,45 @@ def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
     call.scores, call.among, call.index = (_address(x) for x in (scores, among, index))
     run("sf_best", call, torch.float32)
     return index
+
+
+def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
+    """What queries say of pages, in fp32 [B,heads,Tq,pages]."""
+    heads = rows.shape[1] if options.share else q.shape[1]
+    scores = empty((q.shape[0], heads, q.shape[2], -(-rows.shape[2] // options.parts)), dtype=torch.float32)
+    _pages(q, rows, last, rules, options, scores, None)
+    return scores
+
+
+def top_pages(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
+    """The best pages of each query, int32 [B,heads,Tq,k]."""
+    heads = rows.shape[1] if options.share else q.shape[1]
+    index = empty((q.shape[0], heads, q.shape[2], options.k), dtype=torch.int32)
+    _pages(q, rows, last, rules, options, None, index)
+    return index
+
+
+def _pages(
+    q: Tensor,
+    rows: Tensor,
+    last: Tensor,
+    rules: Tensor | None,
+    options: Pages,
+    scores: Tensor | None,
+    index: Tensor | None,
+) -> None:
+    (B, Hq, Tq, w), (_, Hkv, n, _) = q.shape, rows.shape
+    alive: list[Tensor] = []
+    q, rows = q.to(torch.float32).contiguous(), aligned(rows, alive)
+    last = last.to(torch.int32).contiguous()
+    rules = None if rules is None else rules.to(torch.int32).contiguous()
+    call = PagesCall(size=ctypes.sizeof(PagesCall), B=B, Hq=Hq, Hkv=Hkv, Tq=Tq, n=n, w=w)
+    call.pages, call.parts, call.sinks, call.near = -(-n // options.parts), *options[:3]
+    call.share, call.k = ("", "sum", "max").index(options.share), options.k
+    call.dtype, call.threads = CODES[rows.dtype], _threads(B * Hq * Tq * n * w)
+    call.rows = view(rows)
+    call.q, call.last, call.rules, call.scores, call.index = map(_address, (q, last, rules, scores, index))
+    run("sf_pages", call, torch.float32)
 
 
 def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...numerics import Best, Masses, Probing, Running, in_order, state_dtype
+from ...numerics import Best, Masses, Pages, Probing, Running, in_order, state_dtype
 
 HELD = 1 << 22
 """Scores that are held at a time."""
@@ -134,6 +134,24 @@ def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
         order = torch.where(among.gather(-1, order), order, n)
     order = order.sort(-1).values
     return torch.where(order < n, order, -1).int()
+
+
+def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
+    """What queries [B,Hq,Tq,w] say of pages by rows [B,Hkv,n,w]: [B,heads,Tq,pages]."""
+    (B, Hq, Tq, w), (_, Hkv, n, _), work = q.shape, rows.shape, state_dtype(q)
+    own = q.to(work).view(B, Hkv, Hq // Hkv, Tq, w)
+    if options.share == "sum":  # of products is the product of the sum
+        own = own.sum(2, keepdim=True)
+    score = (own.flatten(2, 3) @ rows.to(work).mT).view(B, Hkv, own.shape[2], Tq, n)
+    score = score.amax(2) if options.share else score.flatten(1, 2)
+    if options.parts > 1:
+        score = torch.nn.functional.pad(score, (0, -n % options.parts), value=-torch.inf)
+        score = score.view(*score.shape[:-1], score.shape[-1] // options.parts, options.parts).amax(-1)
+    page, at = torch.arange(score.shape[-1], device=q.device), last[:, None, :, None]
+    near, free = (options.near, True) if rules is None else rules[:, :, None, None].unbind(1)
+    forced = (page < options.sinks) | (page > at - near)
+    read = (page <= at) & (forced | torch.as_tensor(free, device=q.device).bool())
+    return score.masked_fill(forced, torch.inf).masked_fill(~read, -torch.inf)
 
 
 def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from .blocks import MAX_DIM
 from .common import INTERPRETED
 from .linear import linear_backward, linear_forward
+from .pages import page_scores
 from .softmax import backward, decode, forward
 from .statistics import stats
 from .stick import stick_backward, stick_forward
@@ -22,6 +23,7 @@ __all__ = [
     "forward",
     "linear_backward",
     "linear_forward",
+    "page_scores",
     "refuse",
     "stats",
     "status",

@@ -153,6 +153,30 @@ class Frame:
         return unit_lists(given, candidates, kinds, capacity)
 
 
+def ordered_lists(given: Tensor, frame: Frame) -> Fields:
+    """Lists of ascending unit numbers [B,H,R,n], as they are: those that are seen in part stand last.
+
+    Each has room for all n, and nobody looks at values: making them costs a few small operations.
+    """
+    n, unit, offset = given.shape[-1], frame.unit, frame.q_offset
+    assert isinstance(offset, int)
+    begun, whole = -(-frame.Tk // unit), frame.Tk // unit  # units of which some and all is seen, so far
+    count, full = given >= 0, given < whole
+    if frame.causal and frame.tiles == 1:
+        count = count & (given < min(begun, (offset + frame.Tq - 1) // unit + 1))
+        full = given < min(whole, (offset + 1) // unit)
+    elif frame.causal:
+        first = torch.arange(offset, offset + frame.Tq, frame.tile, device=given.device)[:, None]
+        last = (first + (frame.tile - 1)).clamp(max=offset + frame.Tq - 1)
+        count = count & (given <= last // unit)
+        full = full & (given < (first + 1) // unit)
+    start = torch.arange(0, given.numel(), n, device=given.device).view(given.shape[:3])
+    listed = count.sum(-1, dtype=torch.int32), (full & count).sum(-1, dtype=torch.int32)
+    return {"start": start, "count": listed[0], "full": listed[1], "room": n} | {
+        "index": given.clamp(min=0).flatten().int()
+    }
+
+
 def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
     """Unit lists from `given` [B,H,R,n], full units first: compact on the host, else of a static width."""
     if capacity is None and host(given):
@@ -247,9 +271,16 @@ def from_blocks(keep_blocks: Tensor, frame: Frame, *, capacity: int | None = Non
     return frame.fields() | lists
 
 
-def from_keys(index: Tensor, frame: Frame, *, unique: bool = False, capacity: int | None = None) -> Fields:
+def from_keys(
+    index: Tensor,
+    frame: Frame,
+    *,
+    unique: bool = False,
+    ascending: bool = False,
+    capacity: int | None = None,
+) -> Fields:
     """Fields of `Plan.from_keys`."""
-    check_options(unique=unique)
+    check_options(unique=unique, ascending=ascending)
     check_capacity(capacity)
     R, C = frame.tiles, frame.columns
     require(
@@ -272,15 +303,18 @@ def from_keys(index: Tensor, frame: Frame, *, unique: bool = False, capacity: in
     seen = host(index)
     index = fit(index, "index holds", -1, C - 1 if seen else C, "units are 0..{most}, -1 = none")
 
+    if ascending and frame.plain and capacity is None and index.shape[-1]:
+        return frame.fields() | ordered_lists(laid_out(index, *frame.extent(index)), frame)
+
     def candidates(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.long() if seen else torch.where(x < C, x.long(), -1)
-        if unique or x.shape[-1] < 2:
+        if unique or ascending or x.shape[-1] < 2:
             return x, x >= 0
         x = x.sort(-1).values  # a key named twice is one key
         fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
         return x, (x >= 0) & fresh
 
-    return frame.fields() | frame.lists(index, candidates, capacity, unique=unique)
+    return frame.fields() | frame.lists(index, candidates, capacity, unique=unique or ascending)
 
 
 def from_spans(spans: Tensor, frame: Frame, *, capacity: int | None = None) -> Fields:

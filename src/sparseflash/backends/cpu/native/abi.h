@@ -190,6 +190,19 @@ struct SfBest {
     int32_t *index;                    // [rows,k]
 };
 
+// What queries [B,Hq,Tq,w] say of pages, by rows [B,Hkv,n,w] that were kept of them (`pages.h`).
+struct SfPages {
+    int64_t size, B, Hq, Hkv, Tq, n, w, pages, parts;  // a page has `parts` rows, the last perhaps fewer
+    int64_t sinks, near, k;            // first pages, and those back from a query's own, that score infinity
+    int32_t dtype, threads, share;     // of a group of heads: 0 each by itself, 1 the sum, 2 the largest
+    SfView rows;
+    const float *q;
+    const int32_t *last;               // [B,Tq]: the page that a query lies in; later ones score -infinity
+    const int32_t *rules;              // [heads,2]: `near` of its own, and whether other pages may be read; or null
+    float *scores;                     // [B,heads,Tq,pages], or null
+    int32_t *index;                    // [B,heads,Tq,k]: the best, ascending, -1 where there are no more; or null
+};
+
 // The k-th best of each prefix, and where each place is not among the k best any more (T: never).
 struct SfRunning {
     int64_t size, rows, T, most;       // no k is larger than `most`, or it counts as one beyond T
@@ -221,6 +234,7 @@ struct SfLevel {
     int (*probe)(const SfProbe *call, SfParallel parallel);
     int (*best)(const SfBest *call, SfParallel parallel);  // these two: not at a bf16 level
     int (*running)(const SfRunning *call, SfParallel parallel);
+    int (*pages)(const SfPages *call, SfParallel parallel);  // fp32 arithmetic: not at a bf16 level
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // lists: not at a bf16 level
     int (*list_units)(const SfUnits *call, SfParallel parallel);
     int (*transpose)(const SfTranspose *call, SfParallel parallel);

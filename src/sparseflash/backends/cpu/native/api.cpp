@@ -36,6 +36,7 @@
     extern "C" int sf_probe_##level(const SfProbe *, SfParallel);            \
     extern "C" int sf_best_##level(const SfBest *, SfParallel);              \
     extern "C" int sf_running_##level(const SfRunning *, SfParallel);        \
+    extern "C" int sf_pages_##level(const SfPages *, SfParallel);            \
     extern "C" int sf_read_mask_##level(const SfMask *, SfParallel);         \
     extern "C" int sf_list_units_##level(const SfUnits *, SfParallel);       \
     extern "C" int sf_transpose_##level(const SfTranspose *, SfParallel);
@@ -43,7 +44,7 @@
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
      sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level, \
      sf_indexer_##level, sf_indexer_loss_##level, sf_mass_##level, sf_probe_##level, sf_best_##level, \
-     sf_running_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
+     sf_running_##level, sf_pages_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -457,10 +458,20 @@ bool ok(const SfRunning &c) {
     for (int64_t i = 0; i < c.rows; i++) if (c.k[i] < 1 || (c.k[i] > c.most && c.k[i] <= c.T)) return false;
     return true;
 }
+bool ok(const SfPages &c) {
+    for (int64_t n : {c.Tq, c.n, c.pages, c.parts, c.sinks, c.near, c.k}) if (n < 0 || n > INT32_MAX) return false;
+    if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.w < 1 || c.w > MOST_DEEP || c.threads < 1) return false;
+    if (c.dtype < 0 || c.dtype > 2 || c.share < 0 || c.share > 2) return false;
+    if (c.parts < 1 || c.pages != (c.n + c.parts - 1) / c.parts || !view_ok(c.rows, c.B, c.Hkv, c.n, c.w)) return false;
+    if (!whole(c.dtype == SF_F32 ? 4 : 2, c.rows.data) || !whole(4, c.q, c.last, c.rules, c.scores, c.index)) return false;
+    if (!fits({c.B, c.Hq, c.Tq, c.w}) || !fits({c.B, c.Hq, c.Tq, c.pages}) || !fits({c.B, c.Hq, c.Tq, c.k})) return false;
+    return c.B * c.Tq * c.n == 0 || (c.rows.data && c.q && c.last && (c.scores || c.index));
+}
 bool nothing(const SfMass &c) { return c.B * c.n * c.m == 0; }
 bool nothing(const SfProbe &c) { return c.B * c.n * c.Tk == 0; }
 bool nothing(const SfBest &c) { return c.rows * c.k == 0; }
 bool nothing(const SfRunning &c) { return c.rows * c.T == 0; }
+bool nothing(const SfPages &c) { return c.B * c.Tq * c.n == 0; }
 
 template <class C> int run_selection(const C *call, int level, int (*SfLevel::*entry)(const C *, SfParallel)) {
     if (!call || level < 0 || level >= N_LEVELS || call->size != (int64_t)sizeof *call || !ok(*call)) return 3;
@@ -600,6 +611,7 @@ SF_PUBLIC int sf_mass(const SfMass *call, int level) { return run_selection(call
 SF_PUBLIC int sf_probe(const SfProbe *call, int level) { return run_selection(call, level, &SfLevel::probe); }
 SF_PUBLIC int sf_best(const SfBest *call, int level) { return run_selection(call, level, &SfLevel::best); }
 SF_PUBLIC int sf_running(const SfRunning *call, int level) { return run_selection(call, level, &SfLevel::running); }
+SF_PUBLIC int sf_pages(const SfPages *call, int level) { return run_selection(call, level, &SfLevel::pages); }
 SF_PUBLIC int sf_decode(const SfDecode *call, int level) { return run_decode(call, level); }
 SF_PUBLIC int sf_read_mask(const SfMask *call, int level) { return run_lists(call, level, &SfLevel::read_mask); }
 SF_PUBLIC int sf_list_units(const SfUnits *call, int level) { return run_lists(call, level, &SfLevel::list_units); }
