@@ -95,6 +95,14 @@ def softmax(
                 lambda b, p=plan, n=block: list(sf.attention(q, k, v, p, return_block_max=n, backend=b)),
             )
         yield f"skipping, {named}", lambda b, p=plan: [sf.attention(q, k, v, p, skip_below=1.0, backend=b)]
+    for sparsity, int8 in ((0.7, False), (0.0, True), (0.5, True)):
+        packed = [sf.records.pack(x, sparsity=sparsity, int8=int8) for x in (k, v)]
+        yield (
+            f"decode, records, {sparsity}, {int8}",
+            lambda b, p=packed: [
+                sf.decode(q[:, :, -1:], *(p if b == "cpu" else (x.unpack() for x in p)), backend=b)
+            ],
+        )
     for new in (1, min(T, 17)):
         yield f"decode, {new}", lambda b, n=new: [sf.decode(q[:, :, -n:], k, v, backend=b)]
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, cache, calibrate, distributed, methods, nn, selection
+from . import _moved, backends, cache, calibrate, distributed, methods, nn, records, selection
 from .costs import predict
 from .dispatch import backend_status
 from .errors import BackendError, PlanError, RankError, SparseFlashError
@@ -80,6 +80,7 @@ __all__ = [
     "predict",
     "qk_sparse_attention",
     "recall",
+    "records",
     "scan",
     "selection",
     "stick_breaking",

@@ -37,6 +37,21 @@ class Softmax(NamedTuple):
     pairs: bool = False  # whether the gradient of pair_bias is wanted
 
 
+class Recorded(NamedTuple):
+    """Options of `decode` over records: what those of K and V are (`records.Form`)."""
+
+    scale: float
+    softcap: float
+    backend: str
+    dtype: torch.dtype | None
+    k_dim: int
+    k_kept: int
+    k_int8: bool
+    v_dim: int
+    v_kept: int
+    v_int8: bool
+
+
 class Statistics(NamedTuple):
     """Options of `attention_stats`: of what the sums (or maxima) are, and how many there are of a head."""
 

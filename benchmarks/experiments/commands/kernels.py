@@ -92,6 +92,24 @@ def bench_decode(
     session("decode", out, partial(decode.measure, **options), columns)
 
 
+@experiments.command("records", rich_help_panel=PANEL)
+def bench_records(
+    out: Out = RESULTS / "records.csv",
+    mib: Annotated[int, typer.Option(min=1, help="Keys and values, MiB.")] = 64,
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 9,
+    minutes: Minutes = 4.0,
+) -> None:
+    """Compare decode over records of keys and values with decode over these themselves."""
+    from sparseflash.bench.session import session
+
+    from .. import records
+
+    options = {"mib": mib, "dtypes": dtypes_of(dtypes), "rounds": rounds, "minutes": minutes}
+    columns = ("case", "dtype", "dim", "bytes", "roof", "ms_dense", "ms", "ratio")
+    session("records", out, partial(records.measure, **options), columns)
+
+
 @experiments.command("fusion", rich_help_panel=PANEL)
 def bench_fusion(
     out: Out = RESULTS / "fusion.csv",

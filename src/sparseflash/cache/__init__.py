@@ -7,7 +7,8 @@
 torch.Size([1, 4, 1, 64])
 """
 
-from .base import Layer
+from .base import Attended, Layer
+from .compressed import Compressed, Compression, Int8, Mustafar
 from .evicting import Evicting
 from .files import load, save
 from .growing import Growing
@@ -27,15 +28,20 @@ __all__ = [
     "H2O",
     "TOVA",
     "AdaKV",
+    "Attended",
+    "Compressed",
+    "Compression",
     "Everything",
     "Evicting",
     "ExpectedAttention",
     "Growing",
     "Held",
+    "Int8",
     "KNorm",
     "Labels",
     "Layer",
     "MoA",
+    "Mustafar",
     "PageBounds",
     "PageMean",
     "Policy",

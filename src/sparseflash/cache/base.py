@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 from ..errors import SparseFlashError, require
 from ..plan import Plan
 from ..plan.options import shape_of
+
+CACHED = "_sparseflash_cache"
+"""Name of the attribute of keys that a layer has handed to a host: the layer that attends to them."""
 
 
 class Layer:
@@ -31,8 +36,8 @@ class Layer:
         """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n further tokens behind the others."""
         raise NotImplementedError
 
-    def plan(self, Tq: int = 1) -> Plan:
-        """What the last Tq tokens see, as a plan over `keys` and `values`."""
+    def plan(self, Tq: int = 1) -> Plan | tuple[Plan, ...]:
+        """What the last Tq tokens see, as a plan over `keys` and `values`, or one for each part of them."""
         raise NotImplementedError
 
     @property
@@ -134,6 +139,79 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokens={self.tokens}, bytes={self.bytes})"
+
+
+class Attended(Layer):
+    """A layer that attends itself, since no tensor of all keys exists: `attend(q, k, v)`.
+
+    To a host that asks for all keys it hands out the new ones, marked; the attention "sparse" brings them
+    back.
+    """
+
+    _new: tuple[Tensor, Tensor] | None = None
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        among: Plan | None = None,
+        real: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        new: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """Attention of new tokens over what is held and over themselves, which are appended.
+
+        Parameters
+        ----------
+        q, k, v : Tensor
+            `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]` of the new tokens.
+        among : Plan, optional
+            What they see of each other. None: causal attention.
+        real : Tensor, optional
+            bool `[B,n]`, False = padding, which is not kept.
+        scale, softcap, sink_logits
+            As in `sparseflash.attention`.
+        new : callable, optional
+            What attends among the tokens of a first call instead of `attention(q, k, v, among)`.
+
+        Returns
+        -------
+        Tensor
+            `[B,Hq,n,Dv]`.
+        """
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask is of the new tokens among themselves; of the others this layer knows what is held."""
+        return query_length, self.tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """The new keys and values, for the attention "sparse" to bring back to `attend`."""
+        if self._new is not None:
+            self._new = None
+            raise SparseFlashError(
+                "a cache that does not hand out its keys is attended by attn_implementation='sparse' "
+                "(set_attn_implementation), and the last keys that it handed out were not: the model, or a "
+                "layer of it, attends in a way of its own"
+            )
+        keys = key_states.view_as(key_states)
+        vars(keys)[CACHED] = weakref.ref(self)
+        self._new = keys, value_states
+        return keys, value_states
+
+    def taken(self) -> None:
+        """Called by the attention that brings back what `update` handed out."""
+        self._new = None
+
+
+def layer_behind(keys: Tensor) -> Attended | None:
+    """The layer that handed out these keys."""
+    found = vars(keys).get(CACHED)
+    return None if found is None else found()
 
 
 def check_new(k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None) -> None:

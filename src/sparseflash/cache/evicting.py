@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,11 @@ from ..ops.stats import attention_stats
 from ..plan import Plan
 from ..plan.options import is_count
 from ..plan.ragged import begins
-from .base import Layer, check_new
+from .base import Attended, check_new
 from .policies.base import Held, Policy
 
-CACHED = "_sparseflash_cache"
-"""Name of the attribute of keys that a layer has handed to a host: the layer that attends to them."""
 
-
-class Evicting(Layer):
+class Evicting(Attended):
     """The keys and values of a layer that a policy lets stay: memory for a budget, whatever the length.
 
     Every KV head of every sequence has a place of its own in one pool, as large as what it holds and `slack`
@@ -76,7 +72,7 @@ class Evicting(Layer):
         self._start: Tensor | None = None
         self._used: Tensor | None = None
         self._spare = 0
-        self._new: tuple[Tensor, Tensor] | None = None
+        self.taken()
 
     # ------------------------------------------------------------ the four verbs
 
@@ -143,26 +139,7 @@ class Evicting(Layer):
         sink_logits: Tensor | None = None,
         new: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """Attention of new tokens over what is held and over themselves; then the policy lets go.
-
-        Parameters
-        ----------
-        q, k, v : Tensor
-            `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]` of the new tokens.
-        among : Plan, optional
-            What they see of each other. None: causal attention.
-        real : Tensor, optional
-            bool `[B,n]`, False = padding, which is not kept.
-        scale, softcap, sink_logits
-            As in `sparseflash.attention`.
-        new : callable, optional
-            What attends among the tokens of a first call instead of `attention(q, k, v, among)`.
-
-        Returns
-        -------
-        Tensor
-            `[B,Hq,n,Dv]`.
-        """
+        """As of every layer that attends itself; then the policy lets go."""
         self._check(k, v)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise SparseFlashError("a cache that evicts has no gradients: call it under torch.no_grad()")
@@ -386,35 +363,6 @@ class Evicting(Layer):
     def is_initialized(self) -> bool:
         """Whether something was appended."""
         return self._used is not None
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask is of the new tokens among themselves; of the others this layer knows what is held."""
-        return query_length, self._tokens
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values, for the attention "sparse" to bring back to `attend`."""
-        if self._new is not None:
-            self._new = None
-            raise SparseFlashError(
-                "a cache that evicts is attended by attn_implementation='sparse' (set_attn_implementation), "
-                "and the last keys that it handed out were not: the model, or a layer of it, attends in a "
-                "way of its own"
-            )
-        self._check(key_states, value_states)
-        keys = key_states.view_as(key_states)
-        vars(keys)[CACHED] = weakref.ref(self)
-        self._new = keys, value_states
-        return keys, value_states
-
-    def taken(self) -> None:
-        """Called by the attention that brings back what `update` handed out."""
-        self._new = None
-
-
-def layer_behind(keys: Tensor) -> Evicting | None:
-    """The layer that handed out these keys."""
-    found = vars(keys).get(CACHED)
-    return None if found is None else found()
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..dispatch import choose
 from ..errors import SparseFlashError
-from ..numerics import Softmax, empty_like_layout, state_dtype
+from ..numerics import Recorded, Softmax, empty_like_layout, state_dtype
 from ..plan import Plan
+from ..records import Form, Records
 from ._arguments import (
     WIDEST,
     AnyPlan,
@@ -51,6 +52,35 @@ def _empty(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
 _decode = register("decode", _forward, _empty)
 
 
+def _recorded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+    plans: Sequence[Plan],
+    options: Recorded,
+) -> tuple[Tensor, Tensor]:
+    keys = Records(k, Form(options.k_dim, options.k_kept, options.k_int8), q.dtype)
+    values = Records(v, Form(options.v_dim, options.v_kept, options.v_int8), q.dtype)
+    given = Softmax(options.scale, options.softcap, options.backend, options.dtype)
+    backend = choose("decode", options.backend, q, keys.like(), values.like())
+    own = {"key_bias": key_bias, "sink_logits": sink_logits}
+    if hasattr(backend, "decode_records"):
+        found: tuple[Tensor, Tensor] = backend.decode_records(q, keys, values, plans, given, **own)
+        return found
+    return backend.decode(q, keys.unpack(), values.unpack(), plans, given, **own)
+
+
+def _empty_recorded(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    options = rest[-1]
+    out = empty_like_layout(q, options.v_dim, options.dtype)
+    return out, q.new_empty(q.shape[:3], dtype=state_dtype(q))
+
+
+_decode_records = register("decode_records", _recorded, _empty_recorded)
+
+
 def _all_keys(Tq: int, Tk: int, device: torch.device) -> Plan:
     return Plan.from_lengths(torch.full((1,), Tk, device=device), Tk=Tk, Tq=Tq)
 
@@ -82,6 +112,18 @@ def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     return (Plan.from_lengths(given, Tk=Tk, Tq=Tq),)
 
 
+def _both_records(k: Tensor | Records, v: Tensor | Records) -> tuple[Records, Records] | None:
+    """Records of both, or None for tensors."""
+    if isinstance(k, Records) and isinstance(v, Records):
+        return k, v
+    if isinstance(k, Records) or isinstance(v, Records):
+        raise SparseFlashError(
+            f"k is a {type(k).__name__}, v a {type(v).__name__}: expected tensors, or records of both; "
+            "records.pack(x) keeps all items of a tensor as they are"
+        )
+    return None
+
+
 class _Options(TypedDict, total=False):
     scale: float | None
     softcap: float | None
@@ -94,8 +136,8 @@ class _Options(TypedDict, total=False):
 @overload
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Records,
+    v: Tensor | Records,
     plan_or_lengths: AnyPlan | Tensor | None = None,
     *,
     return_lse: Literal[False] = False,
@@ -104,8 +146,8 @@ def decode(
 @overload
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Records,
+    v: Tensor | Records,
     plan_or_lengths: AnyPlan | Tensor | None = None,
     *,
     return_lse: Literal[True],
@@ -113,8 +155,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]: ...
 def decode(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | Records,
+    v: Tensor | Records,
     plan_or_lengths: AnyPlan | Tensor | None = None,
     *,
     scale: float | None = None,
@@ -137,7 +179,8 @@ def decode(
         `[B,Hq,Tq,D]`: the last Tq tokens of each sequence; any Tq is right, up to 16 is what this is for.
     k, v : Tensor
         The cache, `[B,Hkv,Tk,D]` and `[B,Hkv,Tk,Dv]`, any strides; or a pool of batch size 1. fp32, fp16,
-        bf16 (fp64 on the reference backend).
+        bf16 (fp64 on the reference backend). Or both as `Records` (`sparseflash.records.pack`), in fewer
+        bytes: the result is that of the rows that they stand for.
     plan_or_lengths : Tensor, Plan or tuple of Plan, optional
         Integers `[B]`: how many keys of each sequence are in use; query i sits at position
         `length - Tq + i` and sees the keys up to there. Or what is seen, as plans: `Plan.from_pages` for a
@@ -168,22 +211,33 @@ def decode(
     >>> sf.decode(q, cache_k, cache_v, torch.tensor([17, 512])).shape
     torch.Size([2, 8, 1, 64])
     """
-    q, k, v = autocast(q, k, v)
-    check_inputs(q, k, v, WIDEST)
+    packed = _both_records(k, v)
+    if packed is None:
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
+        q, keys, values = autocast(q, k, v)
+    else:  # their dtype was settled when they were made
+        q = q.to(packed[0].dtype) if torch.is_autocast_enabled(q.device.type) else q
+        keys, values = packed[0].like(), packed[1].like()
+    check_inputs(q, keys, values, WIDEST)
     bias, sinks = (x if isinstance(x, Tensor) else None for x in (key_bias, sink_logits))
-    if learning(q, k, v, bias, sinks):
+    if learning(q, keys, values, bias, sinks):
         raise SparseFlashError(
             "decode() has no gradients, but an input requires some: use sparseflash.attention (it takes the "
             "same plans; lengths become one by Plan.from_lengths), or call it under torch.no_grad()"
         )
-    plans = _plans_of(plan_or_lengths, q, k)
+    plans = _plans_of(plan_or_lengths, q, keys)
     for one in plans:
-        check_plan(one, q, k)
+        check_plan(one, q, keys)
     if key_bias is not None:
-        check_bias(key_bias, q, k)
+        check_bias(key_bias, q, keys)
     if sink_logits is not None:
         check_sink(sink_logits, q)
     wanted = as_dtype("out_dtype", out_dtype, q)
     options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend), wanted)
-    out, lse = _decode(q, k, v, key_bias, sink_logits, plans, options)
+    if packed is None:
+        out, lse = _decode(q, keys, values, key_bias, sink_logits, plans, options)
+    else:
+        k_rows, v_rows = packed
+        form = Recorded(*options[:3], wanted, *k_rows.form, *v_rows.form)
+        out, lse = _decode_records(q, k_rows.data, v_rows.data, key_bias, sink_logits, plans, form)
     return (out, lse) if return_lse else out

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...numerics import Softmax, Statistics, dropout_bar, empty_like_layout
 from ...plan import Plan
+from ...records import Records
 from . import build, lists
-from .call import CODES, Call, Decode, View, aligned, call_of, empty, names_all, table, view, zeros
+from .call import CODES, Call, Decode, Record, View, aligned, call_of, empty, names_all, table, view, zeros
 from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
@@ -24,6 +25,7 @@ __all__ = [
     "PEAKS",
     "backward",
     "decode",
+    "decode_records",
     "forward",
     "indexer_loss",
     "indexer_topk",
@@ -152,9 +154,30 @@ def decode(
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over all plans and the sinks, few queries over many keys: `native/decode.h`."""
+    return decode_records(q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits)
+
+
+def decode_records(
+    q: Tensor,
+    k: Tensor | Records,
+    v: Tensor | Records,
+    plans: Sequence[Plan],
+    options: Softmax,
+    *,
+    key_bias: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same over rows, or records of them, which are expanded in the first cache level: `records.h`."""
     alive: list[Tensor] = []
     scale, softcap = options.scale, options.softcap
+    packed = {name: x for name, x in (("k", k), ("v", v)) if isinstance(x, Records)}
+    k, v = (x.like() if isinstance(x, Records) else x for x in (k, v))
     calls = (Call * len(plans))(*(call_of(q, k, v, plan, scale, softcap, key_bias, alive) for plan in plans))
+    for name, x in packed.items():
+        item = 3 if x.form.int8 else CODES[x.dtype]
+        for call in calls:
+            setattr(call, name, view(x.data))
+            setattr(call, f"{name}_record", Record(x.data.shape[3], x.form.kept, item))
     out, lse = empty_like_layout(q, v.shape[-1], options.dtype), empty(q.shape[:3], dtype=torch.float32)
     for call in calls:
         call.out_dtype, call.out, call.lse = CODES[out.dtype], view(out), lse.data_ptr()

@@ -76,6 +76,12 @@ FAR = 1 << 40  # further than any position
 _VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 
+class Record(ctypes.Structure):
+    """SfRecord."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in ("bytes", "kept", "item", "reserved")]
+
+
 class NativePlan(ctypes.Structure):
     """SfPlan."""
 
@@ -120,6 +126,7 @@ class Call(ctypes.Structure):
         + [("stat_tile", ctypes.c_int64), ("stat_unit", ctypes.c_int64)]
         + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32), ("dpair", ctypes.c_void_p)]
         + [("distance", Table), ("ddistance", ctypes.c_void_p)]
+        + [("k_record", Record), ("v_record", Record)]
     )
 
 

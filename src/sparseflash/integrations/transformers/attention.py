@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache.evicting import layer_behind
+from ...cache.base import layer_behind
 from ...errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last

@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ...cache import Everything, Evicting, Growing, Layer, Policy
+from ...cache import Attended, Compressed, Compression, Everything, Evicting, Growing, Layer, Policy
 from ...errors import SparseFlashError
 from .mask import SparseMask
 
 CacheLayerMixin.register(Layer)
 
+Kept = Policy | Compression
+"""What says how much of the past a layer keeps."""
 Make = Callable[[int], Layer]
 """A layer for the attention layer of that number."""
 
@@ -28,21 +30,23 @@ def _growing(index: int) -> Layer:
 
 
 @contextmanager
-def keeping(model: Any, cache: Policy | Mapping[int, Policy] | None, layers: int) -> Iterator[None]:
-    """Let a policy choose what caches keep that begin inside of the block."""
+def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) -> Iterator[None]:
+    """Let a policy or a compression say what caches keep that begin inside of the block."""
     if cache is None:
         yield
         return
     policies = cache if isinstance(cache, Mapping) else dict.fromkeys(range(layers), cache)
     for number, policy in policies.items():
-        if not isinstance(policy, Policy) or number not in range(layers):
+        if not isinstance(policy, Kept) or number not in range(layers):
             raise SparseFlashError(
-                f"cache={{{number!r}: {policy!r}}}: expected a policy, such as sf.cache.SnapKV(), or a "
-                f"mapping from the numbers of layers, 0..{layers - 1}, to policies"
+                f"cache={{{number!r}: {policy!r}}}: expected a policy or a compression, such as "
+                f"sf.cache.SnapKV() or sf.cache.Mustafar(), or a mapping from the numbers of layers, "
+                f"0..{layers - 1}, to such"
             )
 
     def make(index: int) -> Layer:
-        return Evicting(policies.get(index, Everything()), layer=index, layers=layers)
+        how = policies.get(index, Everything())
+        return Compressed(how) if isinstance(how, Compression) else Evicting(how, layer=index, layers=layers)
 
     config = model.config
     parts = {id(x) for x in (config, config.get_text_config(decoder=True))}
@@ -69,7 +73,7 @@ def roomy(cache: Any, config: Any) -> None:
     plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
     layers = getattr(cache, "layers", [])
     if not plain or any(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
-        if make is not None and not any(isinstance(layer, Evicting) for layer in layers):
+        if make is not None and not any(isinstance(layer, Attended) for layer in layers):
             warnings.warn(
                 f"a {type(cache).__name__} that is not empty, or of a kind of its own, keeps its layers: the "
                 "policy of sparse(cache=...) has no say in it. Begin with an empty DynamicCache",
@@ -84,7 +88,7 @@ def roomy(cache: Any, config: Any) -> None:
 
 def attend(
     module: Any,
-    layer: Evicting,
+    layer: Attended,
     setting: Any,
     q: Tensor,
     k: Tensor,
@@ -92,11 +96,12 @@ def attend(
     mask: SparseMask,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention of a layer whose cache keeps what a policy lets stay."""
+    """Attention of a layer whose cache attends itself: it has no tensor of all keys."""
     layer.taken()
     if mask.documents:
         raise SparseFlashError(
-            f"{type(module).__name__}: packed documents in a cache that evicts: give it one document a row"
+            f"{type(module).__name__}: packed documents in a cache that evicts or compresses: give it one "
+            "document a row"
         )
     new = None
     if setting is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...cache import Growing, Policy
+from ...cache import Growing
 from ...errors import SparseFlashError
 from ...methods.base import UNREAD, Method, Selection, find, names
 from ...methods.session import Session
@@ -19,7 +19,7 @@ from ...plan.options import same_offset
 from .._host import exact, over
 from .._sessions import Rotations, Sessions
 from .attention import SETTING
-from .caches import keeping, layer_of
+from .caches import Kept, keeping, layer_of
 from .layers import Layer, chosen
 from .mask import Plain, SparseMask
 from .packed import behind, gather, scatter
@@ -41,7 +41,7 @@ def sparse(
     prefill: Choice = None,
     decode: Choice = None,
     layers: Iterable[int | str] | int | str | None = None,
-    cache: Policy | Mapping[int, Policy] | None = None,
+    cache: Kept | Mapping[int, Kept] | None = None,
 ) -> Iterator[nn.Module]:
     """Let methods decide what chosen layers of a Transformers model see; everything is as before afterwards.
 
@@ -61,9 +61,9 @@ def sparse(
         For calls of one query over a cache. None: dense.
     layers : int, str or iterable, optional
         Layers by number or by name (`*` matches anything). None: all that have no window of their own.
-    cache : Policy or mapping, optional
-        What the caches keep that begin inside the block: a policy of `sf.cache`, for all layers without a
-        window of their own, or one for each of some layers, by number. None: everything.
+    cache : Policy, Compression or mapping, optional
+        What the caches keep that begin inside the block: a policy or compression of `sf.cache`, for all
+        layers without a window of their own, or one for each of some layers, by number. None: everything.
 
     Yields
     ------

@@ -19,6 +19,11 @@ struct SfTable {
     int64_t batch, heads, length;
 };
 
+// Rows of K or V as records (`records.h`), D items of which `kept` are stored; strides of the view are then in bytes.
+struct SfRecord {
+    int32_t bytes, kept, item, reserved;  // bytes 0: the view has plain rows
+};
+
 struct SfPlan {
     int64_t q_rows, k_rows, tiles, tile, unit;
     int64_t causal, include_self, windowed, left, right, sink, q_offset;
@@ -60,6 +65,7 @@ struct SfCall {
     float *dpair;       // [B,Hq,Tq,Tk] or null: the gradient of the pairs that are visited
     SfTable distance;   // float [B|1,H,Tq+Tk-1] or null: added to pairs, place query - key + Tk - 1
     float *ddistance;   // [B,Hq,Tq+Tk-1] or null: to it its gradient is added
+    SfRecord k_record, v_record;  // for decoding
 };
 
 // Decoding over several plans in one softmax, which the calls differ by; results are those of the first.

@@ -264,10 +264,21 @@ bool plan_ok(const SfCall &c) {
     return table_ok(p.q_shift, c, 1, 1);
 }
 
+// A record holds what it says, and its rows are whole.
+bool record_ok(const SfRecord &r, const SfView &v, int64_t B, int64_t H, int64_t T, int64_t D, int32_t dtype) {
+    if (r.bytes < 1 || r.bytes > 1 << 16 || r.kept < 1 || r.kept > D || (r.item != dtype && r.item != 3)) return false;
+    const int64_t bits = r.kept < D ? (D + 63) / 64 * 8 : 0, item = r.item == 3 ? 1 : r.item == SF_F32 ? 4 : 2;
+    return bits + (r.item == 3 ? 4 : 0) + r.kept * item <= r.bytes && v.lane == 1 && view_ok(v, B, H, T, r.bytes);
+}
+
 bool tensors_ok(const SfCall &c) {
+    const SfView none = {};
+    const bool k_dense = !c.k_record.bytes, v_dense = !c.v_record.bytes;
+    if (!k_dense && !record_ok(c.k_record, c.k, c.Bk, c.Hkv, c.Tk, c.D, c.dtype)) return false;
+    if (!v_dense && !record_ok(c.v_record, c.v, c.Bk, c.Hkv, c.Tk, c.Dv, c.dtype)) return false;
     const struct { const SfView &x; int64_t D; int32_t dtype; } of_queries[] = {
         {c.q, c.D, c.dtype}, {c.out, c.Dv, c.out_dtype}, {c.dout, c.Dv, c.dtype}, {c.dq, c.D, c.grad_dtype}
-    }, of_keys[] = {{c.k, c.D, c.dtype}, {c.v, c.Dv, c.dtype}, {c.dk, c.D, c.grad_dtype}, {c.dv, c.Dv, c.grad_dtype}};
+    }, of_keys[] = {{k_dense ? c.k : none, c.D, c.dtype}, {v_dense ? c.v : none, c.Dv, c.dtype}, {c.dk, c.D, c.grad_dtype}, {c.dv, c.Dv, c.grad_dtype}};
     auto item = [](int32_t dtype) { return dtype == SF_F32 ? 4 : 2; };
     for (auto &v : of_queries) if (!view_ok(v.x, c.B, c.Hq, c.Tq, v.D) || !whole(item(v.dtype), v.x.data)) return false;
     for (auto &v : of_keys) if (!view_ok(v.x, c.Bk, c.Hkv, c.Tk, v.D) || !whole(item(v.dtype), v.x.data)) return false;
@@ -294,6 +305,7 @@ bool statistics_ok(const SfCall &c) {
 bool call_ok(const SfCall &c, Kind kind) {
     if (!sizes_ok(c) || !plan_ok(c) || !tensors_ok(c)) return false;
     if (c.weights < SF_SOFTMAX || c.weights > SF_RELU2) return false;
+    if (kind != DECODE && (c.k_record.bytes || c.v_record.bytes)) return false;
     const bool backward = kind == BACKWARD || kind == STICK_BACKWARD, softmax = c.weights == SF_SOFTMAX;
     const bool whole_softmax = softmax && (kind == FORWARD || kind == BACKWARD);
     if ((c.dropout_bar || c.alibi.data || c.pair.data || c.distance.data) && !whole_softmax) return false;

@@ -23,18 +23,21 @@ template <class T> struct RowsRead {
     Buffer<Item> own;
     const char *copies[T::KEYS];  // the rows in `own`
     SfView view;
+    SfRecord record;
     int32_t dtype;
     int64_t D, ld, sides, lines;  // items of a row; with zeros; heads of a row; its cache lines
     bool in_place;
 
-    bool make(const SfView &v, int32_t dtype_, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
+    bool make(const SfView &v, const SfRecord &r, int32_t dtype_, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
         view = v;
+        record = r;
         dtype = dtype_;
         D = D_;
         sides = sides_;
         ld = round_up(D, whole);
         lines = v.lane == 1 ? (sides * D * element(dtype) + 63) / 64 : 0;
-        in_place = v.lane == 1 && dtype == T::DTYPE && (ends || D == ld);
+        if (record.bytes) lines = (record.bytes + 63) / 64;
+        in_place = !record.bytes && v.lane == 1 && dtype == T::DTYPE && (ends || D == ld);
         if (in_place) return true;
         if (!own.make(T::KEYS * sides * ld)) return false;
         for (int j = 0; j < T::KEYS; j++) copies[j] = (const char *)(own + j * sides * ld);
@@ -46,14 +49,28 @@ template <class T> struct RowsRead {
     KeyRows get(const KeyRows &rows, int j, int n) const {
         const KeyRows from = rows.from(j);
         if (in_place) return from;
-        for (int i = 0; i < n; i++)
-            for (int64_t side = 0; side < sides; side++) {
-                const char *row = from(i & 3, i >> 2);
-                Item *to = own + (((i & 3) * (T::KEYS / 4) + (i >> 2)) * sides + side) * ld;
-                if (row == PieceKeys::nothing()) memset(to, 0, ld * sizeof *to);
-                else T::copy(view, row + side * D * element(dtype), dtype, D, to, ld);
-            }
+        auto place = [&](int i) { return own + ((i & 3) * (T::KEYS / 4) + (i >> 2)) * sides * ld; };
+        if (record.bytes) expand(from, rows.quarter - j / 4, n, place);
+        else
+            for (int i = 0; i < n; i++)
+                for (int64_t side = 0; side < sides; side++) {
+                    const char *row = from(i & 3, i >> 2);
+                    Item *to = place(i) + side * ld;
+                    if (row == PieceKeys::nothing()) memset(to, 0, ld * sizeof *to);
+                    else T::copy(view, row + side * D * element(dtype), dtype, D, to, ld);
+                }
         return {copies, T::KEYS / 4};
+    }
+    // Records become rows; `fours` rows are left of each quarter. Those that come next are asked for meanwhile.
+    template <class Place> void expand(const KeyRows &from, int64_t fours, int n, Place place) const {
+        const RecordRows records = {record, dtype == SF_F16, D, ld};
+        records.template expand<Item>(n, [&](int i) __attribute__((always_inline)) {
+            const int64_t next = (i >> 2) + T::KEYS / 4;
+            if (next < fours)
+                for (int64_t x = 0; x < lines; x++) __builtin_prefetch(from(i & 3, next) + 64 * x);
+            const char *row = from(i & 3, i >> 2);
+            return row == PieceKeys::nothing() ? nullptr : row;
+        }, place);
     }
 };
 
@@ -69,8 +86,8 @@ template <class T> struct DecodeScratch {
     bool make(const SfCall &c, const Packs &packs) {
         const int64_t wide = round_up(c.D, T::QUAD);
         return q.make(ROWS_AT_ONCE * wide) && s.make(ROWS_AT_ONCE * SPLIT) &&
-               line.make(wide) && k.make(c.k, c.dtype, c.D, packs.sides, T::QUAD, false) &&
-               v.make(c.v, c.dtype, c.Dv, packs.sides, STRIP, true);
+               line.make(wide) && k.make(c.k, c.k_record, c.dtype, c.D, packs.sides, T::QUAD, false) &&
+               v.make(c.v, c.v_record, c.dtype, c.Dv, packs.sides, STRIP, true);
     }
 };
 

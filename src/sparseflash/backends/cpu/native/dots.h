@@ -8,6 +8,7 @@
 #include <type_traits>
 #include "gemm.h"
 #include "pack.h"
+#include "records.h"
 
 namespace {
 

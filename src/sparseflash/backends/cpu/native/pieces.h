@@ -62,7 +62,7 @@ struct Packs {
     // KV heads, of `alike` that share all tables, whose rows are read together: memory is read whole where it can be, if
     // there is room for the scores and for a row of zeros, and parts enough are left for all threads.
     int64_t together(const SfCall &c, int64_t alike) const {
-        if (packs != c.Hkv || c.k.head != c.D || c.v.head != c.Dv || c.k.lane != 1 || c.v.lane != 1) return 1;
+        if (c.k_record.bytes || c.v_record.bytes || packs != c.Hkv || c.k.head != c.D || c.v.head != c.Dv || c.k.lane != 1 || c.v.lane != 1) return 1;
         const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
         const int64_t bytes = most(c.D, c.Dv) * element(c.dtype);
         const int64_t keys = c.Tk / (c.Bk == 1 ? most<int64_t>(sequences, 1) : 1);  // of a sequence, about
@@ -174,11 +174,13 @@ struct PieceKeys {
                 take_seen(c, piece.units, e - entries.full, lo, from, to);
         }
         padded = (int)round_up(n, W);
-        const int64_t size = element(c.dtype), kr = c.k.row * size, vr = c.v.row * size;
+        const int64_t kr = c.k.row * stride_bytes(c.k_record, c.dtype), vr = c.v.row * stride_bytes(c.v_record, c.dtype);
         for (int j = 0; j < n; j++) k[j] = keys + token[j] * kr;
         for (int j = 0; j < n; j++) v[j] = values + token[j] * vr;
         for (int j = n; j < padded; j++) k[j] = v[j] = nothing();
-        if (packs.far) look_up(packs.sides * c.D * size, packs.sides * c.Dv * size);
+        const int64_t k_bytes = c.k_record.bytes ? c.k_record.bytes : packs.sides * c.D * element(c.dtype);
+        const int64_t v_bytes = c.v_record.bytes ? c.v_record.bytes : packs.sides * c.Dv * element(c.dtype);
+        if (packs.far) look_up(k_bytes, v_bytes);
     }
 
   private:
@@ -206,8 +208,11 @@ struct PieceKeys {
         rules = Rules(c, list.b, list.h);
         q.load(rules, list.row, list.rows, list.row - list.tile * c.plan.tile);
         const int64_t head = list.h * c.Hkv / c.Hq;
-        keys = row_of(c.k, list.b, head, 0, c.dtype);
-        values = row_of(c.v, list.b, head, 0, c.dtype);
+        auto first = [&](const SfView &v, const SfRecord &r) {
+            return (const char *)v.data + (list.b * v.batch + head * v.head) * stride_bytes(r, c.dtype);
+        };
+        keys = first(c.k, c.k_record);
+        values = first(c.v, c.v_record);
     }
     void take(int64_t t, uint64_t by) {
         if (t < 0) return;

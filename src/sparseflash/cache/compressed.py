@@ -1,0 +1,282 @@
+"""`Compressed`: all keys and values, older ones as records of fewer bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..errors import SparseFlashError, require
+from ..ops.attention import attention
+from ..ops.decode import decode
+from ..ops.merge import merge
+from ..plan import Plan
+from ..plan.options import is_count
+from ..records import Form, Records, pack
+from .base import Attended
+from .files import kind
+from .growing import Growing
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How keys and values are stored that are not among the last: what `Compressed` is made with.
+
+    Parameters
+    ----------
+    sparsity : float
+        The share of each key's and each value's items that is dropped, the smallest ones.
+    int8 : bool
+        What is kept becomes integers of 8 bits, with a scale for each key and value.
+    window : int
+        Last tokens that stay as they are, at least.
+    granule : int
+        Tokens that are stored at a time: so many more than `window` may wait.
+    """
+
+    sparsity: float = 0.0
+    int8: bool = False
+    window: int = 32
+    granule: int = 64
+
+    def __post_init__(self) -> None:
+        pack(torch.zeros(1, 1, 1, 1), sparsity=self.sparsity, int8=self.int8)
+        require(
+            (is_count(self.window), lambda: f"window={self.window!r}: expected an int >= 0, tokens"),
+            (is_count(self.granule, 1), lambda: f"granule={self.granule!r}: expected an int >= 1, tokens"),
+        )
+
+    def packed(self, x: Tensor) -> Records:
+        """Rows `[B,H,n,D]` as they are stored."""
+        return pack(x, sparsity=self.sparsity, int8=self.int8)
+
+
+@dataclass(frozen=True)
+class Mustafar(Compression):
+    """The largest items of every key and value stay, wherever they are, and bits that say where.
+
+    No token is forgotten; attention is computed on what is stored.
+
+    Paper: Joo et al., "Mustafar: Promoting Unstructured Sparsity for KV Cache Pruning", arXiv 2505.22913,
+    section 3: by token and magnitude, half or 0.7 of the items, the last 32 tokens left out.
+
+    Parameters
+    ----------
+    sparsity, int8, window, granule
+        As of every compression.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> cache = sf.cache.Compressed(sf.cache.Mustafar(0.7))
+    >>> for n in (4000, 1, 1):
+    ...     q, k, v = torch.randn(1, 8, n, 64), *torch.randn(2, 1, 2, n, 64)
+    ...     out = cache.attend(q, k, v)
+    >>> out.shape, cache.tokens, round(cache.bytes / (2 * 2 * 4002 * 64 * 4), 2)
+    (torch.Size([1, 8, 1, 64]), 4002, 0.41)
+    """
+
+    sparsity: float = 0.7
+
+    paper = "arXiv 2505.22913"
+
+
+@dataclass(frozen=True)
+class Int8(Compression):
+    """All items of keys and values, as integers of 8 bits with a scale for each key and value.
+
+    Parameters
+    ----------
+    sparsity, int8, window, granule
+        As of every compression.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> cache = sf.cache.Compressed(sf.cache.Int8())
+    >>> cache.append(*torch.randn(2, 1, 2, 4096, 64).bfloat16())
+    >>> cache.tokens, cache
+    (4096, Compressed(tokens=4096, bytes=1299328))
+    """
+
+    int8: bool = True
+
+
+@kind
+class Compressed(Attended):
+    """The keys and values of a layer, older ones in fewer bytes; attention over what is stored is exact.
+
+    The last tokens stay as they are; `granule` tokens at a time become records (`sparseflash.records`), which
+    decoding reads as they lie. A prompt is attended to before anything is stored. Inference only.
+
+    Parameters
+    ----------
+    how : Compression
+        `cache.Mustafar(0.7)`, `cache.Int8()`.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> cache = sf.cache.Compressed(sf.cache.Int8())
+    >>> for n in (500, 1, 1):
+    ...     q, k, v = torch.randn(1, 8, n, 32), *torch.randn(2, 1, 2, n, 32)
+    ...     out = cache.attend(q, k, v)
+    >>> out.shape, cache.tokens
+    (torch.Size([1, 8, 1, 32]), 502)
+    """
+
+    def __init__(self, how: Compression) -> None:
+        require(
+            (
+                isinstance(how, Compression),
+                lambda: f"how={how!r}: expected a compression, such as cache.Mustafar(0.7)",
+            )
+        )
+        self.how = how
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._stored, self._recent = Growing(), Growing(room=self.how.granule)
+        self._forms: tuple[Form, Form] | None = None
+        self._dtype = torch.float32
+        self.first: Tensor | None = None
+        """Integers [B]: the first key of each sequence that is no padding; None: no padding on the left."""
+        self.taken()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the cache."""
+        return self._stored.tokens + self._recent.tokens
+
+    @property
+    def keys(self) -> tuple[Records, Tensor] | None:
+        """The records of older keys, and the last keys as they are; None of an empty cache."""
+        return self._both(0)
+
+    @property
+    def values(self) -> tuple[Records, Tensor] | None:
+        """The same of values."""
+        return self._both(1)
+
+    def _both(self, which: int) -> tuple[Records, Tensor] | None:
+        stored, recent = ((x.keys, x.values)[which] for x in (self._stored, self._recent))
+        if stored is None or recent is None or self._forms is None:
+            return None
+        return Records(stored, self._forms[which], self._dtype), recent
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Records and last tokens, with their room."""
+        parts = {"stored": self._stored, "recent": self._recent}
+        own = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.tensors().items()}
+        return own if self.first is None else own | {"first": self.first}
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` behind the others, and store what is no longer recent."""
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise SparseFlashError("a cache that compresses has no gradients: call it under torch.no_grad()")
+        self._recent.append(k, v)
+        keys, values = self._recent.keys, self._recent.values
+        assert keys is not None and values is not None
+        n = max(self._recent.tokens - self.how.window, 0) // self.how.granule * self.how.granule
+        if not n and self._forms is not None:
+            return
+        own = tuple(self.how.packed(x[:, :, :n]) for x in (keys, values))
+        self._forms, self._dtype = (own[0].form, own[1].form), k.dtype
+        self._stored.append(own[0].data, own[1].data)
+        rest = keys[:, :, n:].clone(), values[:, :, n:].clone()
+        self._recent.reset()
+        self._recent.append(*rest)
+
+    def plan(self, Tq: int = 1) -> tuple[Plan, Plan]:
+        """What the last Tq tokens see: of the records, and of the last keys."""
+        stored, recent = self._stored.tokens, self._recent.tokens
+        device = next(iter(self.tensors().values())).device
+        if self.first is None:
+            return (
+                Plan.dense(Tq, stored, causal=True, q_offset=self.tokens - Tq, device=device),
+                Plan.dense(Tq, recent, causal=True, q_offset=recent - Tq, device=device),
+            )
+        made = []
+        for begin, size in ((0, stored), (stored, recent)):
+            low = (self.first - begin).clamp(0, size)
+            spans = torch.stack([low, torch.full_like(low, size)], -1).view(-1, 1, 1, 1, 2)
+            offset = self.tokens - Tq - begin
+            made.append(Plan.from_spans(spans, Tq=Tq, Tk=size, tile=max(Tq, 1), causal=True, q_offset=offset))
+        return made[0], made[1]
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        among: Plan | None = None,
+        real: Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        new: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        """As of every layer that attends itself; padding stands on the left, in the first call."""
+        n, begun = q.shape[2], self.is_initialized
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        if real is not None and not bool(real.all()):
+            first = real.int().argmax(-1)
+            if begun or not bool((real.sum(-1) == n - first).all()):
+                raise SparseFlashError(
+                    "a cache that compresses takes padding on the left, in the first call alone: "
+                    "tokenizer.padding_side = 'left'"
+                )
+            self.first = first
+        if not begun:
+            if among is None:
+                among = Plan.dense(n, n, causal=True, device=q.device)
+            out: Tensor = (new or attention)(q, k, v, among, **options)
+            self.append(k, v)
+            return out
+        self._recent.append(k, v)  # not stored before they are attended to
+        over_stored, over_recent = self.plan(n)
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        parts = [decode(q, keys[1], values[1], over_recent, return_lse=True, **options)]
+        if self._stored.tokens:
+            options["sink_logits"] = None  # it counts once
+            parts.append(decode(q, keys[0], values[0], over_stored, return_lse=True, **options))
+        self.append(k[:, :, :0], v[:, :, :0])
+        return parts[0][0] if len(parts) == 1 else merge(parts)[0]
+
+    def crop(self, n: int) -> None:
+        """Forget tokens at the end: all but the first n, or, below 0, so many; what is stored stays so."""
+        left = self._left(n)
+        self._recent.crop(max(left - self._stored.tokens, 0) - self._recent.tokens)
+        self._stored.crop(min(left, self._stored.tokens) - self._stored.tokens)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Go on with these sequences of the batch, in this order."""
+        self._stored.select_rows(rows)
+        self._recent.select_rows(rows)
+        self.first = None if self.first is None else self.first.index_select(0, rows.to(self.first.device))
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file is to hold: tensors and options."""
+        own = {"first": self.first}
+        for part, of in (("stored", self._stored), ("recent", self._recent)):
+            own |= {f"{part}.keys": of.keys, f"{part}.values": of.values}
+        form = {"forms": self._forms, "dtype": str(self._dtype).removeprefix("torch.")}
+        return {name: x for name, x in own.items() if x is not None}, {"how": vars(self.how), **form}
+
+    @classmethod
+    def restored(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
+        """A layer of what a file held."""
+        made = cls(Compression(**options["how"]))
+        for part, of in (("stored", made._stored), ("recent", made._recent)):
+            of.keys, of.values = tensors.get(f"{part}.keys"), tensors.get(f"{part}.values")
+        if options["forms"] is not None:
+            key, value = (Form(*x) for x in options["forms"])
+            made._forms = key, value
+        made._dtype, made.first = getattr(torch, options["dtype"]), tensors.get("first")
+        return made
