@@ -130,7 +130,7 @@ Q, NINE = torch.zeros(1, 1, 1, 4), pack(torch.zeros(1, 1, 9, 4))
             ),
             "records of both",
         ),
-        (lambda: sf.decode(torch.zeros(1, 1, 1, 8), *[pack(torch.zeros(1, 1, 9, 4))] * 2), "D"),
+        (lambda: sf.decode(torch.zeros(1, 1, 1, 8), *[pack(torch.zeros(1, 1, 9, 4))] * 2), "head dimension"),
         (lambda: sf.decode(torch.zeros(1, 1, 1, 4).half(), *[pack(torch.zeros(1, 1, 9, 4))] * 2), "dtype"),
     ],
 )
