@@ -38,6 +38,7 @@ EXPERIMENTS = (
     "prefill",
     "prompt-losses",
     "ranks",
+    "records",
     "selection",
     "step",
     "transformers",
