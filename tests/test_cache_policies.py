@@ -22,9 +22,11 @@ from sparseflash.cache import (
     PyramidKV,
     SnapKV,
     StreamingLLM,
+    Threshold,
 )
 
 POLICIES = [
+    Threshold(24, recent=4, share=0.8),
     StreamingLLM(24, sinks=3),
     MoA(rules=(((0, 0.1), (0, 0.5)),), least=8, block=4, sinks=2),
     SnapKV(24, recent=8),
@@ -93,7 +95,7 @@ def test_no_more_is_held_than_the_budget_and_the_slack(policy, generator):
 
 
 @pytest.mark.parametrize(
-    "policy", [Everything(), *(dataclasses.replace(p, budget=1000) for p in POLICIES[2:])], ids=repr
+    "policy", [Everything(), *(dataclasses.replace(p, budget=1000) for p in POLICIES[3:])], ids=repr
 )
 def test_with_a_budget_for_everything_it_is_dense_attention(policy, generator):
     cache, (q, k, v) = Evicting(policy, slack=3), drawn(generator, 40)
@@ -207,6 +209,26 @@ def test_adaptive_budgets_keep_the_best_of_all_heads(generator):
         assert worst >= rest or int(kept[b, 1].sum()) == 6
 
 
+def test_a_threshold_keeps_the_fewest_keys_that_hold_the_share(generator):
+    """A head that looks at few keys keeps few; the memory of a head is that of its keys."""
+    q, k, v = drawn(generator, 80)
+    k[:, 1] *= 6
+    cache = Evicting(Threshold(share=0.7, recent=4, kernel=1), slack=3)
+    cache.attend(q, k, v)
+    mass = of_group(weights(q, k, 4).mean(2))
+    kept = positions(cache)[:, :, 0]
+    for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        own, some = mass[b, h], kept[b, h]
+        assert bool(some[-4:].all()) and float(own[some].sum()) >= 0.7
+        chosen = some.clone()
+        chosen[-4:] = False
+        if chosen.any():  # without the worst of them it would be less
+            assert float(own[some].sum() - own[chosen].min()) < 0.7
+            assert own[chosen].min() >= own[~some].max()
+    assert int(kept[:, 1].sum()) < int(kept[:, 0].sum()) // 2
+    assert cache.keys.shape[2] == int(kept.sum()) + 4 * 3
+
+
 def test_budgets_of_a_pyramid_fall_and_keep_their_mean():
     policy = PyramidKV(1000, recent=10)
     each = [policy.of_layer(n, 10).budget for n in range(10)]
@@ -311,6 +333,7 @@ def test_plain_torch_appends_and_decodes_by_the_plan(generator):
         (lambda: MoA(rules=((0, 0.1), (2, 0.5))), "of each layer"),
         (lambda: PyramidKV(steep=0.5), "steep=0.5"),
         (lambda: AdaKV(safe=2.0), "safe=2.0"),
+        (lambda: Threshold(share=0.0), "share=0.0"),
         (lambda: Evicting("snapkv"), "policy='snapkv'"),
         (lambda: Evicting(SnapKV(), slack=0), "slack=0"),
         (lambda: sf.cache.policy("snap"), "policies: adakv"),

@@ -256,13 +256,14 @@ def test_what_a_policy_cannot_do_is_said(model):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_real_model_says_what_it_says_by_itself(books):
-    """SmolLM2 in fp32, token by token: with room, methods that read and policies that keep everything."""
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_real_model_says_what_it_says_by_itself(name, books):
+    """In fp32, token by token: with room, methods that read and caches that keep everything."""
     try:
-        model, tokenizer = sf.transformers.load("smollm2")
+        model, tokenizer = sf.transformers.load(name)
     except sf.SparseFlashError as error:
         assert "not installed" in str(error)
-        pytest.skip("smollm2 is not installed: make models")
+        pytest.skip(f"{name} is not installed: make models")
     ids = tokenizer(books[0].read_text()[20000:24000], return_tensors="pt").input_ids[:, :600]
     how = {"max_new_tokens": 24, "do_sample": False}
     stock = model.generate(ids, **how)
@@ -274,6 +275,7 @@ def test_a_real_model_says_what_it_says_by_itself(books):
         {"cache": sf.cache.Everything()},
         {"cache": sf.cache.SnapKV(budget=everything)},
         {"cache": sf.cache.H2O(budget=everything)},
+        {"cache": sf.cache.Compression()},
     ):
         with sf.transformers.sparse(model, **given):
             assert torch.equal(model.generate(ids, **how), stock), given

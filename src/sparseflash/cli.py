@@ -20,7 +20,7 @@ except ModuleNotFoundError:
 
 from sparseflash import files, options
 from sparseflash import methods as registry
-from sparseflash.bench.commands import bench, prompts
+from sparseflash.bench.commands import bench, generation, prompts
 from sparseflash.bench.commands.app import call
 from sparseflash.errors import SparseFlashError
 from sparseflash.train.attention import FLAGS, cli_options
@@ -232,7 +232,7 @@ def demo(
 
 
 app.add_typer(bench, name="bench")
-for _command in (prompts.prefill, prompts.recommend, prompts.calibrate):
+for _command in (prompts.prefill, generation.generate, prompts.recommend, prompts.calibrate):
     app.command(rich_help_panel="Long prompts of real models")(_command)
 
 

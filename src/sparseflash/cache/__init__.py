@@ -21,6 +21,7 @@ from .policies.moa import MoA
 from .policies.pyramidkv import PyramidKV
 from .policies.snapkv import SnapKV
 from .policies.streaming_llm import StreamingLLM
+from .policies.threshold import Threshold
 from .policies.tova import TOVA
 from .summaries import Labels, PageBounds, PageMean, Summary
 
@@ -49,6 +50,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Summary",
+    "Threshold",
     "load",
     "policies",
     "policy",

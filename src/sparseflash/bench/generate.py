@@ -1,0 +1,106 @@
+"""Generation with few keys or a small cache, beside the dense one: rates, bytes, and who says the same."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparseflash as sf
+from sparseflash.bench.results import Row
+from sparseflash.errors import SparseFlashError
+
+COMPRESSIONS = {"mustafar": sf.cache.Mustafar, "int8": sf.cache.Int8}
+
+
+def known() -> list[str]:
+    """Names of what decoding can be done with."""
+    reading = [name for name in sf.methods.names() if sf.methods.find(name).decodes]
+    return sorted({*reading, *sf.cache.policies(), *COMPRESSIONS})
+
+
+def how(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `sparse` is given for a name: a method that decodes, or what a cache keeps.
+
+    Raises
+    ------
+    SparseFlashError
+        For a name that is neither, with those that are.
+    """
+    if name in COMPRESSIONS:
+        try:
+            return {"cache": COMPRESSIONS[name](**settings)}
+        except TypeError:
+            fields = ", ".join(COMPRESSIONS[name].__dataclass_fields__)
+            raise SparseFlashError(f"{name} has no {', '.join(settings)}: it has {fields}") from None
+    if name in sf.cache.policies():
+        return {"cache": sf.cache.policy(name, **settings)}
+    if name in known():
+        return {"decode": sf.methods.get(name, **settings)}
+    raise SparseFlashError(f"--decode {name!r}: expected one of {', '.join(known())}")
+
+
+def begun(model: Any, ids: Tensor, enter: Callable[[], AbstractContextManager[Any]]) -> tuple[Any, Tensor]:
+    """The cache after a prompt `[1,T]`, and the next token."""
+    from transformers.cache_utils import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    with enter():
+        out = model(ids, past_key_values=cache, logits_to_keep=1)
+    return cache, out.logits[:, -1].argmax(-1, keepdim=True)
+
+
+def gone_on(
+    model: Any, cache: Any, token: Tensor, n: int, told: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """n tokens greedily, or those that are told; what would have been said, log-probabilities, seconds."""
+    said, logs, start = [token], [], time.perf_counter()
+    for i in range(n):
+        out = model(said[-1] if told is None else told[:, i : i + 1], past_key_values=cache)
+        logs.append(out.logits[:, -1].float().log_softmax(-1))
+        said.append(logs[-1].argmax(-1, keepdim=True))
+    return torch.cat(said, 1), torch.stack(logs, 1), time.perf_counter() - start
+
+
+def layers(cache: Any) -> list[tuple[float, int]]:
+    """Of each layer: keys that a KV head holds, mean; bytes."""
+    found = []
+    for layer in cache.layers:
+        ours = isinstance(layer, sf.cache.Layer)
+        size = layer.bytes if ours else layer.keys.nbytes + layer.values.nbytes
+        held = layer.held.double().mean() if isinstance(layer, sf.cache.Evicting) else layer.get_seq_length()
+        found.append((float(held), size))
+    return found
+
+
+@torch.no_grad()
+def measure(model: Any, ids: Tensor, given: dict[str, Any], new: int) -> Iterator[tuple[Row, Tensor, Any]]:
+    """A row, the tokens and the cache of dense generation, and then of what is given.
+
+    `agree`: the share of tokens that are dense attention's, where both have read the same words before. `kl`:
+    of the probabilities there, nats a token.
+    """
+    dense: dict[str, Any] = {}
+    for name, enter in {
+        "dense": lambda: sf.transformers.sparse(model),
+        "sparse": lambda: sf.transformers.sparse(model, **given),
+    }.items():
+        cache, token = begun(model, ids, enter)
+        with enter():
+            again = copy.deepcopy(cache) if dense else None
+            said, logs, seconds = gone_on(model, cache, token, new, None)
+            row: Row = {"case": name, "T": ids.shape[1], "rate": new / seconds}
+            if dense:
+                would, logs, _ = gone_on(model, again, token, new, dense["said"])
+                row["agree"] = float((would == dense["said"]).double().mean())
+                row["kl"] = float((dense["logs"].exp() * (dense["logs"] - logs)).sum(-1).mean())
+            else:
+                dense = {"said": said, "logs": logs}
+        row["kept"] = sum(kept for kept, _ in layers(cache)) / len(cache.layers)
+        row["bytes"] = sum(size for _, size in layers(cache))
+        yield row, said, cache

@@ -1,0 +1,87 @@
+"""`sparseflash generate`: rates, bytes, and whether a method says what dense attention says."""
+
+import pytest
+import torch
+
+import sparseflash as sf
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402  (they need Transformers)
+from typer.testing import CliRunner  # noqa: E402
+
+from sparseflash.bench import generate  # noqa: E402
+from sparseflash.cli import app  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a tokenizer of bytes, whose attention is sharp."""
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("model")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({x: n for n, x in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        vocab_size=len(letters),
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(where)
+    (where / "text.txt").write_text("So it goes on, and on, and then it ends. " * 10)
+    return where
+
+
+WHOLE = {
+    "quest": {"budget": 4096},
+    "snapkv": {"budget": 4096},
+    "mustafar": {"sparsity": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_forgets_nothing_says_the_same(name, folder):
+    model, tokenizer = sf.transformers.load(folder)
+    ids = tokenizer((folder / "text.txt").read_text(), return_tensors="pt").input_ids
+    dense, ours = generate.measure(model, ids, generate.how(name, WHOLE[name]), 8)
+    assert torch.equal(dense[1], ours[1]) and ours[0]["agree"] == 1 and ours[0]["kl"] < 1e-6
+    assert dense[0]["rate"] > 0 and ours[0]["rate"] > 0 and ours[0]["kept"] == ids.shape[1] + 8
+
+
+def test_a_small_cache_is_small_and_says_something_else(folder):
+    model, tokenizer = sf.transformers.load(folder)
+    ids = tokenizer((folder / "text.txt").read_text(), return_tensors="pt").input_ids
+    given = generate.how("streaming-llm", {"budget": 8, "sinks": 1})
+    dense, ours = (row for row, *_ in generate.measure(model, ids, given, 8))
+    assert ours["bytes"] < 0.4 * dense["bytes"] and 8 <= ours["kept"] <= 8 + 64 and ours["kl"] > 1e-3
+    packed = [row for row, *_ in generate.measure(model, ids, generate.how("mustafar", {}), 8)][1]
+    assert packed["kept"] == ids.shape[1] + 8 and packed["bytes"] < dense["bytes"] and packed["kl"] > 1e-6
+
+
+def said(folder, *words):
+    file = ["--prompt-file", str(folder / "text.txt")]
+    found = CliRunner().invoke(app, ["generate", "--model", str(folder), "--new", "4", *file, *words])
+    return found.output + str(found.exception or "")
+
+
+def test_the_command_says_rates_bytes_and_layers(folder):
+    text = said(folder, "--decode", "quest", "--set", "budget=64", "--tokens", "100", "--by-layer")
+    assert text.count("tokens/s") == 2 and "kept 104 of 104" in text and "agree" in text
+    assert text.count("layer 1: kept 104") == 2
+    assert "expected one of" in said(folder, "--decode", "nobody") and "mustafar" in said(
+        folder, "--decode", "x"
+    )
+    assert "has no windo" in said(folder, "--decode", "int8", "--set", "windo=3")
+    empty = folder / "empty.txt"
+    empty.write_text("")
+    assert "is empty" in said(folder, "--prompt-file", str(empty))
+    assert "prompt-file" in said(folder, "--prompt-file", str(folder / "none.txt"))
