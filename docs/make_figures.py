@@ -361,6 +361,35 @@ def prefill(name: str = "prefill") -> str:
     return table([*head, "over dense"], body)
 
 
+def gates() -> str:
+    """Recall of SeerAttention's gates by the blocks that a tile chooses, beside means, chance and targets."""
+    found = rows("gates")
+    budgets = list(dict.fromkeys(row["blocks"] for row in found))
+    kept = [float(next(row["kept"] for row in found if row["blocks"] == n)) for n in budgets]
+    body = [
+        [case, *(f"{float(row['recall']):.3f}" for row in found if row["case"] == case)]
+        for case in dict.fromkeys(row["case"] for row in found)
+    ]
+    said = [f"{n} blocks ({share:.2f} of the pairs)" for n, share in zip(budgets, kept, strict=True)]
+    return table(["chosen by", *said], body)
+
+
+def prompt_losses() -> str:
+    """What prompts under each method lose, by text, and the needles that it keeps where they were planted."""
+    found = rows("prompt-losses")
+    texts = list(dict.fromkeys((row["text"], row["tokens"]) for row in found))
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = {(row["text"], row["tokens"]): row for row in found if row["case"] == case}
+        first = next(iter(own.values()))
+        losses = [f"{float(own[x]['kl']):.4f}" if x in own else "" for x in texts]
+        needles = [f"{float(first[x]):.2f}" if first[x] else "" for x in ("question", "mid", "lone")]
+        shares = [f"{float(first[x]):.3f}" for x in ("kept", "recall")]
+        body.append([case, *shares, *losses, *needles])
+    said = [f"KL, {text}, {int(tokens):,}" for text, tokens in texts]
+    return table(["method", "kept", "recall", *said, "question", "middle", "lone"], body)
+
+
 def caches() -> str:
     """What caches lose that keep or read few keys, by budget; where a control is as good, in brackets."""
     found, shares = rows("caches"), ("1/2", "1/4", "1/8", "1/16")
@@ -672,6 +701,8 @@ BLOCKS = {
     "imports": imports,
     "selection": selection,
     "prefill": prefill,
+    "gates": gates,
+    "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
     "caches": caches,
 }
