@@ -109,7 +109,7 @@ def learn(
     *,
     stages: Sequence[tuple[FarTask, int]] = STAGES,
     most: int = 400,
-    last: int = 200,
+    last: int = 150,
     rate: float = 1e-2,
     width: int = 64,
     heads: int = 8,
@@ -117,7 +117,7 @@ def learn(
     seed: int = 0,
     on_step: Callable[[str], None] = lambda text: None,
 ) -> Row:
-    """Train through the stages, at most so many steps each; what the last one came to.
+    """Train through the stages, at most so many steps each, with a rate that falls in the last one.
 
     Returns
     -------
@@ -133,11 +133,11 @@ def learn(
     test = stages[-1][0].rows(held, torch.Generator().manual_seed(seed + 1), test=True)
     row: Row = {"steps_95": None, "minutes_95": None}
 
-    def step(task: FarTask, batch: int) -> float:
+    def step(task: FarTask, batch: int, share: float = 1.0) -> float:
         context["step"] += 1
         on_step(f"step {context['step']}, {task.length} tokens, {task.pairs} pairs")
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, context["step"] / 20)
+            group["lr"] = rate * share * min(1.0, context["step"] / 20)
         tokens, labels = task.rows(batch, generator)
         said, wanted = model(tokens)[labels != mqar.IGNORED], labels[labels != mqar.IGNORED]
         F.cross_entropy(said, wanted).backward()
@@ -152,7 +152,7 @@ def learn(
             right.append(step(task, batch))
     before, start, judging = context["step"], time.perf_counter(), 0.0
     for n in range(1, last + 1):
-        step(*stages[-1])
+        step(*stages[-1], share=1.05 - n / last)
         if n % EVERY == 0 or n == last:
             now = time.perf_counter()
             row["accuracy"] = mqar.accuracy(model, *test, rows=4)
