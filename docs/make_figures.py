@@ -23,6 +23,7 @@ from sparseflash.files import write
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
+sys.path.insert(0, str(DOCS.parent))  # for what the experiments make of their rows
 PAGES = (
     DOCS.parent / "README.md",
     *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches")),
@@ -134,12 +135,19 @@ SAID = {
     ),
     "training": (
         "*A whole training step of a small GPT with it, 8k / 16k tokens: **{step_fp32}** (fp32), "
-        "**{step_bf16}** (bf16) over SDPA.*"
+        "**{step_bf16}** (bf16) over SDPA. What it costs in quality is [a test of its "
+        "own](docs/benchmarks.md#scfas-own-claim): in SmolLM2, weights as they are, on source code, a window "
+        "of 128 with 4 of 64 centroids keeps **{far_kmeans}** of what dense attention gains further back, "
+        "in {far_pairs} of the pairs; with a hash {far_lsh}, with random buckets {far_random}.*"
     ),
 }
 
 
 DOORS: dict[str, Callable[[], str]] = {
+    "far_kmeans": lambda: share_kept("k-means, 4 of 64"),
+    "far_pairs": lambda: share_kept("k-means, 4 of 64", "density"),
+    "far_lsh": lambda: share_kept("LSH"),
+    "far_random": lambda: share_kept("random buckets"),
     "dense_fp32": lambda: times("attention-table", "dense forward")("fp32"),
     "dense_bf16": lambda: times("attention-table", "dense forward")("bf16"),
     "mask": lambda: f"{figure('masks', 'ratio', case='10 % of the tiles', T='4096'):.0f}x",
@@ -176,6 +184,68 @@ def mqar() -> str:
         found = [figure("mqar", "accuracy", case=case, lr=lr) for lr in rates]
         body.append([case, f"{float(density):.2f}", *(f"{x:.1%}" for x in found)])
     return table(["attention", "density", *(f"lr {x}" for x in rates)], body)
+
+
+@cache
+def claimed() -> list[dict[str, str]]:
+    """Shares of the far gain, by text and contender."""
+    from benchmarks.experiments.claim import smollm
+
+    return [{name: str(x) for name, x in row.items()} for row in smollm.kept(rows("claim-smollm"))]
+
+
+def share_kept(case: str, name: str = "kept", text: str = "code") -> str:
+    """One of these figures in per cent."""
+    [row] = [x for x in claimed() if (x["case"], x["text"], x["T"], x["steps"]) == (case, text, "4096", "0")]
+    return f"{float(row[name]):.0%}"
+
+
+def claim() -> str:
+    """The share of dense attention's far gain that each contender keeps, and what that says."""
+    from benchmarks.experiments.claim import smollm
+
+    parts = []
+    for T, steps in dict.fromkeys((row["T"], row["steps"]) for row in claimed()):
+        group = [row for row in claimed() if (row["T"], row["steps"]) == (T, steps)]
+        kinds = list(dict.fromkeys(row["text"] for row in group))
+        body = []
+        for case in dict.fromkeys(row["case"] for row in group):
+            of = {row["text"]: row for row in group if row["case"] == case}
+            cells = [
+                case,
+                "; ".join(dict.fromkeys(f"{float(of[x]['density']):.3f}" for x in kinds if x in of)),
+            ]
+            for kind in kinds:
+                own = of.get(kind)
+                cells += [f"{float(own[x]):.3f}" for x in ("loss", "loss_far")] if own else ["", ""]
+                cells += [f"{float(own[x]):.0%}" for x in ("kept", "kept_far")] if own else ["", ""]
+            body.append(cells)
+        head = ["", "pairs"]
+        for kind in kinds:
+            count = max(int(row["texts"]) for row in group if row["text"] == kind)
+            head += [f"{kind} ({count}): loss", "far slice", "kept", "of the far slice"]
+        parts.append(table(head, body))
+    said = [line for line in smollm.verdict(rows("claim-smollm")) if "not all there" not in line]
+    return "\n\n".join([*parts, "\n".join(f"- {line}." for line in said)])
+
+
+def claim_mqar() -> str:
+    """Far recall by contender."""
+    body = []
+    for row in rows("claim-mqar"):
+        when = f"{row['steps_95']} / {float(row['minutes_95']):.1f}" if row["steps_95"] else "not reached"
+        steps = f"{row['steps_last']} of {row['steps']}"
+        share = f"{float(row['density']):.2f}"
+        body.append([row["case"], row["seed"], share, f"{float(row['accuracy']):.1%}", when, steps])
+    head = [
+        "attention",
+        "seed",
+        "pairs",
+        "answered",
+        "steps / minutes to 95 %",
+        "steps at 4,096 tokens, of all",
+    ]
+    return table(head, body)
 
 
 def breakeven() -> str:
@@ -686,6 +756,8 @@ BLOCKS = {
     "brings": brings,
     **{f"door-{name}": door(text) for name, text in SAID.items()},
     "mqar": mqar,
+    "claim": claim,
+    "claim-mqar": claim_mqar,
     "breakeven": breakeven,
     "coverage": coverage,
     "pixels": pixels,

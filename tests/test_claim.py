@@ -6,8 +6,21 @@ import torch
 pytest.importorskip("safetensors")
 
 from benchmarks.experiments import mqar
-from benchmarks.experiments.claim import Chance, Job, Oracle, measure, recall, smollm, texts, unfinished
+from benchmarks.experiments.claim import (
+    Chance,
+    Job,
+    Oracle,
+    measure,
+    pairing,
+    recall,
+    smollm,
+    texts,
+    tuning,
+    unfinished,
+)
 from cases import mask_of as selected_mask
+from sparseflash.methods import HashSparse, Window
+from sparseflash.train import Corpus, TrainConfig
 
 
 def test_the_far_slice_is_what_can_be_read_off_far_away_and_nowhere_near():
@@ -108,3 +121,83 @@ def test_no_question_is_near_its_answer():
         assert min(rest) >= task.words  # filling is no key and no value
     with pytest.raises(ValueError, match="expected fewer pairs than keys and at most 180 questions"):
         recall.FarTask(length=600, pairs=20, gap=200, questions=181)
+
+
+class Letters:
+    """A tokenizer: every character is a token."""
+
+    def __call__(self, text, return_tensors):
+        return type("Tokens", (), {"input_ids": torch.tensor([[ord(x) % 60 for x in text]])})
+
+
+def tiny():
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape)
+    return smollm.Subject(transformers.LlamaForCausalLM(config).eval(), Letters())
+
+
+TEXT = "".join(chr(97 + n * n % 23) for n in range(9000))
+
+
+def test_a_row_without_training_is_what_the_models_own_loss_says():
+    subject = tiny()
+    documents, cases = {"code": {"a": TEXT}}, ("dense", "window", "LSH")
+    dense, window, lsh = measure(smollm.untrained(lambda: subject, documents, lengths=[300], cases=cases))
+    tokens = subject.tokens(TEXT, 0.3, 300)
+    own = float(subject.model(tokens, labels=tokens).loss.detach())
+    assert torch.is_grad_enabled() and dense["loss"] == pytest.approx(own, rel=1e-4)
+    assert dense["kl"] == 0 and dense["density"] == 1
+    assert window["kl"] > 0 and lsh["kl"] > 0 and window["density"] < lsh["density"] < 1
+    gap, first = torch.arange(300)[:, None] - torch.arange(300), torch.arange(300) < 4
+    seen = (gap >= 0) & ((gap < 128) | first)
+    assert window["density"] == pytest.approx(float(seen.sum()) / (300 * 301 / 2))
+
+
+def test_fine_tuning_that_stopped_goes_on_as_if_it_had_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "SAVE", 1)
+    learn = {"code": {"b": TEXT[:5000], "c": TEXT[::-1]}}
+
+    def trained(file, *marks):
+        for steps in marks:
+            own = tuning.Tuning(tiny(), "LSH", 0, 150, learn, file)
+            own.to(steps, lambda text: None)
+        return own
+
+    whole, parts = trained(tmp_path / "a.pt", 3), trained(tmp_path / "b.pt", 1, 3)
+    tokens = whole.subject.tokens(TEXT, 0.3, 150)
+    assert whole.done == parts.done == 3 and torch.equal(whole.judge(tokens), parts.judge(tokens))
+    before = tuning.Tuning(tiny(), "LSH", 0, 150, learn, tmp_path / "none").judge(tokens)
+    assert not torch.equal(before, whole.judge(tokens))
+
+
+def test_the_papers_pairing_is_tied_and_strict_and_chance_takes_the_place_of_the_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairing, "SHAPES", {8: {"layers": 2, "heads": 4, "width": 32}})
+    corpus = Corpus([TEXT.encode()], "text")
+    options = {"steps": 1, "length": 128, "tokens": 128, "judged": 1}
+    jobs = pairing.jobs(corpus, runs=tmp_path, heads=(8,), cases=("hash", "random buckets"), **options)
+    rows = list(measure(jobs))
+    assert all(0 < row["bpb"] < 9 for row in rows) and [row["case"] for row in rows] == [
+        "hash",
+        "random buckets",
+    ]
+    config = TrainConfig("", "hash-sparse", {"nb": 4, "resample": True}, length=128, width=32, qk="tied")
+    for case, kind in (("hash", HashSparse), ("random buckets", Chance)):
+        for block in pairing.Pair(case, config).trainer(corpus).model.blocks:
+            method = block.attention.attention.method
+            assert type(method) is kind and not method.include_self and method.resample and method.nb == 4
+    assert "8 heads: hash +" in pairing.verdict([*rows, rows[0] | {"case": "dense", "bpb": 1.0}])[0]
+
+
+def test_far_recall_goes_through_its_stages_and_judges_the_last():
+    near = recall.FarTask(vocabulary=40, filling=8, length=64, pairs=4, gap=0, questions=16)
+    far = recall.FarTask(vocabulary=40, filling=8, length=128, pairs=4, gap=60, questions=16)
+    options = {"stages": ((near, 4), (far, 2)), "most": 3, "last": 2, "width": 32, "heads": 2, "held": 2}
+    found = recall.learn(Window(window=16), **options)
+    assert (found["steps"], found["steps_last"], found["steps_95"]) == (5, 2, None)
+    assert found["accuracy"] < 0.5 and found["density"] == pytest.approx(1928 / (128 * 129 / 2))
+    rows = [{"case": x, "seed": 0, "accuracy": y} for x, y in (("dense", 0.995), ("window 512", 0.1))]
+    assert recall.verdict(rows) == []
+    assert "window 512, seed 0: 99.5%" in recall.verdict([rows[1] | {"accuracy": 0.995}])[0]
+    assert "dense, seed 0: 98.0%" in recall.verdict([rows[0] | {"accuracy": 0.98}])[0]

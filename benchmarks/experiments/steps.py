@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
 from sparseflash.train import Corpus, TrainConfig, Trainer
 
-ATTENTIONS = {
+ATTENTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense (torch SDPA)": ("dense", {}),
     "hash-sparse, 16 buckets": ("hash-sparse", {"nb": 16}),
     "qk-sparse, 30% dropped": ("qk-sparse", {"q_drop": 0.3, "k_drop": 0.3}),
 }
+WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense (torch SDPA)": ("dense", {}),
+    "window 128 + hash, 16 buckets": ("hash-sparse", {"nb": 16, "window": 128}),
+    "window 128 + k-means, 16 centroids": ("hash-sparse", {"nb": 16, "window": 128, "buckets": "kmeans"}),
+    "hash, 16 buckets": ("hash-sparse", {"nb": 16}),
+}
+"""With the window in every head, and without."""
 
 
 def measure(
     corpus: Corpus,
     *,
+    attentions: Mapping[str, tuple[str, dict[str, Any]]] = ATTENTIONS,
     lengths: Sequence[int] = (8192, 16384),
     dtypes: Sequence[str] = ("fp32", "bf16"),
     rounds: int = 5,
@@ -25,7 +34,7 @@ def measure(
     on_run: Callable[[str], None] = lambda text: None,
     **shape: int,
 ) -> Iterator[Row]:
-    """Measure milliseconds per optimiser step and the speed-up over dense attention.
+    """Measure milliseconds per optimiser step and the speed-up over the first attention.
 
     `shape` may change layers (4), width (256), heads (4) and batch (1).
     """
@@ -33,7 +42,7 @@ def measure(
     groups = [(length, dtype) for length in lengths for dtype in dtypes]
     for number, (length, dtype) in enumerate(groups):
         runs = {}
-        for label, (attention, options) in ATTENTIONS.items():
+        for label, (attention, options) in attentions.items():
             config = TrainConfig("", attention, options, length=length, dtype=dtype, steps=10**6, **shape)
             runs[label] = Trainer(config, corpus).step
         share = Box(box.left / (len(groups) - number))

@@ -35,9 +35,15 @@ class Tuning:
     """A model in fp32 with its optimiser; what it has learned is kept in a file."""
 
     def __init__(
-        self, case: str, seed: int, T: int, learn: Mapping[str, Mapping[str, str]], file: Path
+        self,
+        subject: Subject,
+        case: str,
+        seed: int,
+        T: int,
+        learn: Mapping[str, Mapping[str, str]],
+        file: Path,
     ) -> None:
-        self.subject = Subject(*sf.transformers.load("smollm2", dtype=torch.float32))
+        self.subject = subject
         self.method, self.T, self.file, self.done = contenders(T, seed)[case], T, file, 0
         self.texts = [learn[kind][name] for kind, name in in_turn(learn)]
         self.generator = torch.Generator().manual_seed(seed)
@@ -93,6 +99,11 @@ class Tuning:
             return losses(self.subject.model, self.subject.hidden(tokens, self.method), tokens)
 
 
+def smollm_in_fp32() -> Subject:
+    """The model to train."""
+    return Subject.load(dtype=torch.float32)
+
+
 def jobs(
     learn: Mapping[str, Mapping[str, str]],
     held: Mapping[str, Mapping[str, str]],
@@ -103,6 +114,7 @@ def jobs(
     cases: Sequence[str],
     seeds: Sequence[int] = (0,),
     begin: float = 0.3,
+    load: Callable[[], Subject] = smollm_in_fp32,
     on_step: Callable[[str], None] = lambda text: None,
 ) -> list[Job]:
     """A row for every text that is held out, contender, seed and number of steps."""
@@ -110,7 +122,7 @@ def jobs(
     @functools.lru_cache(maxsize=1)
     def tuning(case: str, seed: int) -> Tuning:
         name = re.sub(r"[^a-z0-9]+", "-", f"{case} {T} seed {seed}".lower())
-        return Tuning(case, seed, T, learn, runs / f"{name}.pt")
+        return Tuning(load(), case, seed, T, learn, runs / f"{name}.pt")
 
     def run(kind: str, name: str, case: str, seed: int, wanted: int) -> Row:
         own = tuning(case, seed)
