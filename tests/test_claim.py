@@ -73,8 +73,8 @@ def said(**losses):
 
 def test_a_test_is_one_only_where_dense_gains_and_chance_does_not():
     held = said(dense=(1.0, 1.0), window=(1.2, 2.0), chance=(1.19, 1.9), lsh=(1.02, 1.5))
-    assert "keeps 90% of the far gain" in held[0] and held[0].endswith("holds")
-    assert "LSH keeps 50%" in held[1] and held[1].endswith("below the goal of 80%")
+    assert "keeps 90.0% of the far gain" in held[0] and held[0].endswith("holds")
+    assert "LSH keeps 50.0%" in held[1] and held[1].endswith("below the goal of 80%")
     lucky = said(dense=(1.0, 1.0), window=(1.2, 2.0), chance=(1.1, 1.9), lsh=(1.02, 2.1))
     assert lucky[0].endswith("no credit to the choice")  # half of it comes by chance
     assert lucky[1].endswith("no credit to the choice")  # worse than the window

@@ -256,7 +256,7 @@ def judged(group: Mapping[str, Mapping[str, Any]], name: str, least: float) -> s
         float(group[x][f"{y}{name}"]) for x, y in (("window", "gain"), ("random buckets", "kept"))
     )
     best = max(methods, key=lambda x: methods[x])
-    found = f"{best} keeps {methods[best]:.0%} of the far gain, random buckets {chance:.0%}"
+    found = f"{best} keeps {methods[best]:.1%} of the far gain, random buckets {chance:.1%}"
     if not gain > least:
         return f"no test, dense gains {gain:.1%} over the window and it takes {least:.0%}"
     if not methods[best] > max(0.0, 3 * chance):
