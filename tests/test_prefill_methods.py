@@ -794,6 +794,8 @@ def test_blasst_in_chunks_counts_all_keys_and_what_cannot_skip_refuses_it(genera
     assert torch.equal(mask_of(plan), mask_of(method.shown(q, k, method.select(q, k)))[:, :, 256:])
     with pytest.raises(sf.SparseFlashError, match="is for inference"):
         method(q.requires_grad_(), k, v)
+    with pytest.raises(sf.SparseFlashError, match="skip blocks of any row: none are dense"):
+        sf.methods.LastDense(method).select(q, k)
     with pytest.raises(sf.SparseFlashError, match="one threshold for all heads"):
         sf.methods.BLASST(factor=(1.0, 2.0)).select(q, k)
     for wrong in (0, -1.0, math.inf, math.nan, "x"):

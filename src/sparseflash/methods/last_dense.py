@@ -71,6 +71,8 @@ class LastDense(Method):
             return selection
         if selection.inputs is not None:
             raise SparseFlashError(f"{self.method!r} attends other rows than it is given: none are dense")
+        if selection.skip_below is not None:
+            raise SparseFlashError(f"{self.method!r} lets the kernel skip blocks of any row: none are dense")
         own = selection.plan if isinstance(selection.plan, (tuple, list)) else (selection.plan,)
         Tq, Tk, tile = q.shape[2], k.shape[2], math.lcm(*(plan.tile for plan in own))
         first = max(0, Tq - self.rows) // tile * tile
