@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("safetensors")
 
 import sparseflash as sf
-from benchmarks.experiments import decode, documents, indexer, kernels, levels, masks, ops
+from benchmarks.experiments import arguments, decode, documents, indexer, kernels, levels, masks, ops
 from sparseflash.backends.cpu import build
 from sparseflash.bench import curves, machine, results
 from sparseflash.bench.cases import Case, Compacted, Naive, forward_backward, inputs
@@ -158,6 +158,19 @@ def test_the_plain_twins_compute_what_the_ops_do():
     rows = list(ops.measure(ops=(tiny,), dtypes=("fp32",), dim=16, rounds=1))
     assert [row["case"] for row in rows] == ["linear, forward", "linear, backward"]
     assert all(row["ratio"] > 0 and row["ratio_torch"] > 0 and row["rounds"] == 1 for row in rows)
+
+
+def test_arguments_are_measured_beside_calls_without_them_and_wide_heads_beside_narrow():
+    rows = list(arguments.measure(dtypes=("fp32",), length=128, dims=(16,), heads=1, rounds=1, threads=1))
+    assert all(row["ratio"] > 0 and row["rounds"] == 1 for row in rows)
+    forward, both = ({r["case"] for r in rows if r["direction"] == d} for d in ("forward", "both"))
+    assert {"dropout 0.1", "bias by distance, learning", "D = 576, Dv = 512"} <= forward & both
+    assert forward - both == {"block maxima, 64 x 64", "block maxima, 128 x 32"} | {
+        f"skipping, {x}" for x in ("nothing is skipped", "nearly all")
+    }
+    q, k, v, _ = arguments._sunk(arguments._inputs(1, 512, 16, 16, "fp32"))
+    _, met = sf.attention(q, k, v, causal=True, skip_below=1.0, return_skipped=True)
+    assert met[..., 1].sum() > 0.7 * met[..., 0].sum()
 
 
 def test_documents_are_those_of_the_text_and_every_way_to_run_them_is_measured():

@@ -45,6 +45,9 @@ TARGETS = {
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIMS = (16, 32, 64, 128, 256)
+WIDE = 512
+"""The same for attention and decoding, where a card has the shared memory; `latent` has more than that."""
+LATENT = 576
 T, HEADS = 512, 4
 PLAIN = ("carry", "merge", "words")
 """Kernels that multiply no matrices."""
@@ -177,6 +180,24 @@ def dropout(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None
     backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
 
 
+def alibi(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
+    """The same with slopes of distances."""
+    how: dict[str, Any] = {"options": Softmax(0.1, 0.0), "alibi_slopes": torch.zeros(HEADS)}
+    how["key_bias"] = torch.zeros(1, HEADS, T) if named == "everything" else None
+    out, _, norm = backend.forward(q, q, q, plan, **how, out_dtype=dtype, normed=True)
+    backend.backward(out, q, q, q, out, norm, None, plan, **how, grad_dtype=None)
+
+
+def latent(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
+    """Keys whose first dimensions are the values, as absorbed latent attention has them: no gradients."""
+    how: dict[str, Any] = {"options": Softmax(0.1, 0.0)}
+    how["key_bias"] = torch.zeros(1, HEADS, T) if named == "everything" else None
+    backend.forward(q, q, q[..., :WIDE], plan, **how, out_dtype=dtype, normed=True)
+    if named == "dense":
+        lengths, one = Plan.from_lengths(torch.tensor([T]), Tk=T), q[:, :1]
+        backend.decode(q[:, :, :1], one, one[..., :WIDE], (lengths,), **how, sink_logits=None)
+
+
 def decode(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
     """One query a head over a cache that heads share in pairs; with everything, the plan's own queries."""
     cap = named == "everything"
@@ -213,11 +234,23 @@ def stick(plan: Plan, named: str, q: torch.Tensor, dtype: torch.dtype) -> None:
 OPS = {
     "attention": attention,
     "dropout": dropout,
+    "alibi": alibi,
+    "latent": latent,
     "decode": decode,
     "statistics": statistics,
     "linear": linear,
     "stick": stick,
 }
+
+
+def _dims(op: str, name: str, dims: list[int]) -> list[int]:
+    """The head dimensions of an op, of those asked for; wide ones are for fewer plans."""
+    if op in ("dropout", "alibi"):
+        return [dim for dim in dims if 64 <= dim <= max(DIMS)]
+    if op == "latent":
+        return [dim for dim in dims if dim == LATENT]
+    wide = op in ("attention", "decode") and name in PLAINEST_AND_FULLEST
+    return [dim for dim in dims if dim <= max(DIMS) or (dim == WIDE and wide)]
 
 
 def runs(
@@ -230,7 +263,7 @@ def runs(
             continue
         plan = made[name]().prepare()
         for dtype in dtypes:
-            for dim in dims if op != "dropout" else [dim for dim in dims if dim >= 64]:
+            for dim in _dims(op, name, dims):
                 q = torch.zeros(1, HEADS, T, dim, dtype=DTYPES[dtype])
                 yield Run(name, dtype, dim, partial(OPS[op], plan, name, q, DTYPES[dtype]))
 
@@ -248,6 +281,7 @@ def compiled_by(run: Callable[[], None]) -> list[tuple[str, Any]]:
         name += ", backward" if kwargs.get("BACKWARD") else ""
         name += ", statistics" if "F" in kwargs and kwargs["F"].STATS else ""
         name += ", dropout" if "F" in kwargs and kwargs["F"].DROP else ""
+        name += ", alibi" if "F" in kwargs and kwargs["F"].ALIBI else ""
         name += ", skipping" if "F" in kwargs and kwargs["F"].SKIP else ""
         name += ", edges" if kwargs.get("KEEP") else ""
         name += ", against time" if kwargs.get("REVERSE") else ""
@@ -297,8 +331,11 @@ def table(
     blocks.target.cache_clear()
     softmax.multiprocessors = lambda device: 132
     plain: tuple[str, ...] = ("linear",)  # has no plan
+    if TARGETS[target][1] < 128 * KIB:
+        dims = [dim for dim in dims if dim <= max(DIMS)]
     if target != "sm_90":  # fewer elsewhere: the plainest and the fullest, of sticks the plainest
         names, plain = [name for name in names if name in PLAINEST_AND_FULLEST], ("linear", "stick")
+        ops = [op for op in ops if op != "alibi"]
     for i, run in enumerate(runs(dims, dtypes, names, ops, plain)):
         if i % share[1] == share[0]:
             for kernel, made in dict(compiled_by(run.call)).items():
@@ -309,7 +346,7 @@ def main() -> None:
     """Print the table as CSV."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_90"])
-    parser.add_argument("--dims", nargs="+", type=int, default=DIMS)
+    parser.add_argument("--dims", nargs="+", type=int, default=[*DIMS, WIDE, LATENT])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--plans", nargs="+", choices=plans(), default=[*plans()])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=[*OPS])

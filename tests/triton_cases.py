@@ -225,6 +225,43 @@ def linear(seed: int) -> None:
         test_linear.hold("triton", generator, T, **shape, dtype=dtype)
 
 
+def wide() -> str:
+    """Heads of 512, and of absorbed latent attention, whose last dimensions have a product of their own."""
+    worst, generator = 0.0, torch.Generator().manual_seed(5)
+    keep = torch.rand(1, 1, 20, 33, generator=generator) < 0.4
+    for D, Dv in ((512, 512), (300, 512), (576, 512), (513, 16)):
+        q, k, v, dout, dlse = inputs(generator, 20, 33, B=1, H=2, Hkv=1, D=D, Dv=Dv)
+        slopes = {"dout": dout, "dlse": dlse} if D <= 512 else {}
+        for plan in (
+            sf.Plan.dense(20, 33, causal=True, q_offset=13),
+            sf.Plan.from_mask(keep, tile=16, unit=16),
+        ):
+            got = run(q, k, v, plan, backend="triton", **slopes)
+            shares = tolerance.compare(got, q, k, v, plan.to_dense(), note=f"D {D}, Dv {Dv}", **slopes)
+            worst = max(worst, *shares.values())
+        last, length = q[:, :, -2:], torch.tensor([33])
+        found, want = (sf.decode(last, k, v, length, backend=name) for name in ("triton", "reference"))
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    for call, said in (
+        (
+            lambda: run(q, k, v, plan, backend="triton", dout=dout),
+            "gradients of head dimension 513 do not run",
+        ),
+        (lambda: sf.attention(q, k, k, plan, backend="triton"), "values of 513 dimensions"),
+        (
+            lambda: sf.attention_stats(q, k, dlse, plan, over="key", backend="triton"),
+            "statistics of head dimension 513",
+        ),
+    ):
+        try:
+            call()
+        except sf.BackendError as error:
+            assert said in str(error), error
+        else:
+            raise AssertionError(f"not refused: {said}")
+    return f"wide heads: {worst:.2f} of what is allowed"
+
+
 def main() -> None:
     """Every kind of plan for every seed."""
     parser = argparse.ArgumentParser()
@@ -256,7 +293,7 @@ def main() -> None:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
     if not first:
-        print(odd_units(), uneven(), large(), far(), partial(), skipping(), sep="\n", flush=True)
+        print(odd_units(), uneven(), large(), far(), partial(), skipping(), wide(), sep="\n", flush=True)
     print(poisoned(), flush=True)
 
 

@@ -74,6 +74,25 @@ def bench_ops(
     session("ops", out, partial(ops.measure, **options), columns)
 
 
+@experiments.command("arguments", rich_help_panel=PANEL)
+def bench_arguments(
+    out: Out = RESULTS / "arguments.csv",
+    dtypes: Dtypes = "fp32,bf16",
+    length: Length = 2048,
+    threads: Annotated[int, typer.Option(min=0, help="Of all cases; 0: as torch has.")] = 1,
+    rounds: Rounds = 7,
+    minutes: Minutes = 8.0,
+) -> None:
+    """Compare calls with block maxima, skipping, dropout and biases with those without; and wide heads."""
+    from sparseflash.bench.session import session
+
+    from .. import arguments
+
+    options = {"dtypes": dtypes_of(dtypes), "length": length, "threads": threads, "rounds": rounds}
+    columns = ("case", "dtype", "T", "dim", "direction", "ms_twin", "ms", "ratio")
+    session("arguments", out, partial(arguments.measure, **options, minutes=minutes), columns)
+
+
 @experiments.command("decode", rich_help_panel=PANEL)
 def bench_decode(
     out: Out = RESULTS / "decode.csv",

@@ -381,7 +381,8 @@ def attention(
     ----------
     q, k, v : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16,
-        bf16 (fp64 on the reference backend). D and Dv up to 576 (256 on Triton).
+        bf16 (fp64 on the reference backend). D and Dv up to 576 (on Triton 512, and
+        D 576 without gradients).
     plan : Plan or tuple of Plan, optional
         What is seen; a tuple of plans with disjoint visible sets is one softmax over all. None: dense.
     causal : bool

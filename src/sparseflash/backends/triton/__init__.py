@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .blocks import MAX_DIM
+from .blocks import MAX_DIM, WHOLE
 from .common import INTERPRETED
 from .linear import linear_backward, linear_forward
 from .pages import page_scores
@@ -59,4 +59,6 @@ def refuse(*tensors: Tensor) -> list[str]:
         reasons.append(f"dtype {q.dtype} (fp32, bf16, fp16 run here)")
     if (largest := max(x.shape[-1] for x in tensors)) > MAX_DIM:
         reasons.append(f"head dimension {largest} (up to {MAX_DIM} run here)")
+    elif len(tensors) > 2 and tensors[2].shape[-1] > WHOLE:
+        reasons.append(f"values of {tensors[2].shape[-1]} dimensions (up to {WHOLE} run here)")
     return reasons

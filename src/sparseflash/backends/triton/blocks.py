@@ -22,7 +22,9 @@ from ...errors import BackendError
 from ...files import replacing
 from .common import INTERPRETED
 
-MAX_DIM = 256
+MAX_DIM = 576
+WHOLE = 512
+"""Dimensions of q and k in one product, and of v at most; those behind have a product of their own."""
 TABLE = Path(__file__).with_name("tuned.csv")
 
 
@@ -73,18 +75,22 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
     "rows": {
         (64, 2): Blocks(128, 64, 8, 2), (128, 2): Blocks(128, 32, 8, 3), (256, 2): Blocks(32, 32, 8, 1),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+        (512, 2): Blocks(16, 16, 8, 1), (512, 4): Blocks(16, 16, 8, 1),
     },
     "decode": {  # few rows: what counts is how many keys are on their way
         (64, 2): Blocks(64, 128, 4, 3), (128, 2): Blocks(64, 64, 4, 3), (256, 2): Blocks(32, 32, 4, 3),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+        (512, 2): Blocks(16, 16, 8, 1), (512, 4): Blocks(16, 16, 8, 1),
     },
     "columns": {
         (64, 2): Blocks(64, 64, 8, 2), (128, 2): Blocks(32, 64, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+        (512, 2): Blocks(16, 16, 8, 1), (512, 4): Blocks(16, 16, 8, 1),
     },
     "entries": {
         (64, 2): Blocks(64, 32, 8, 1), (128, 2): Blocks(64, 32, 8, 1), (256, 2): Blocks(32, 32, 8, 1),
         (64, 4): Blocks(32, 16, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
+        (512, 2): Blocks(16, 16, 8, 1), (512, 4): Blocks(16, 16, 8, 1),
     },
     "linear": {  # tokens of a chunk; keys: rows and columns of the state
         (64, 2): Blocks(64, 64, 4, 1), (128, 2): Blocks(64, 64, 8, 1), (256, 2): Blocks(64, 64, 8, 1),
@@ -181,7 +187,7 @@ def _default(case: Case, heavy: bool, plain: bool) -> Blocks:
     if kernel == "decode" and heavy:  # no registers are left for more keys
         kernel = "rows"
     table = {9: HOPPER, 10: BLACKWELL}.get(target()[1] // 10, OTHERS)
-    dim = next(d for d in (64, 128, MAX_DIM) if case.dim <= d)
+    dim = next(d for d in (64, 128, 256, WHOLE) if case.dim <= d)
     blocks = table[kernel][dim, size]
     if COMPILER >= (3, 9) and table is not OTHERS and not heavy:
         blocks = NEWER.get((case.kernel, dim, size), blocks)
@@ -189,7 +195,7 @@ def _default(case: Case, heavy: bool, plain: bool) -> Blocks:
         if heavy and size == 4 and table is OTHERS:
             return replace(blocks, rows=16 if dim == 128 else blocks.rows, keys=16)
         return replace(blocks, keys=min(blocks.keys, 32), stages=1) if heavy and size == 2 else blocks
-    if kernel == "stick" and heavy and dim == MAX_DIM:
+    if kernel == "stick" and heavy and dim == 256:
         return replace(blocks, keys=16)
     if kernel != "rows":
         return blocks

@@ -71,6 +71,8 @@ class Flags(NamedTuple):
     DROP: bool = False
     SKIP: bool = False
     ALIBI: bool = False
+    TAIL: int = 0
+    """Lanes of the dimensions of q and k from BD on, where D is larger: the forward alone has them."""
 
 
 class Rows(NamedTuple):
@@ -86,6 +88,8 @@ class Rows(NamedTuple):
     seg: Any
     within: Any
     """Place in the tile."""
+    tail: Any
+    """The dimensions of q from BD on, [BM, TAIL]; q where there are none."""
 
 
 class Tokens(NamedTuple):
@@ -333,7 +337,7 @@ def rows_of(T, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, rows,
     real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
     base = Q + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head
     q = load_rows(base, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
-    return Rows(q, q, q, q, real, pos, seg, within), token
+    return Rows(q, q, q, q, real, pos, seg, within, q), token
 
 
 @triton.jit

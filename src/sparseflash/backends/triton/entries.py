@@ -162,7 +162,7 @@ def entries_kernel(
         if BAND == BLOCK:
             mine_too = rows.real & (token // block_tile == down)
             rows = Rows(
-                rows.q, rows.do, rows.delta, rows.share, mine_too, rows.pos, rows.seg, rows.within
+                rows.q, rows.do, rows.delta, rows.share, mine_too, rows.pos, rows.seg, rows.within, rows.q
             )  # fmt: skip
         top, _ = given_top(TOP + state, token, rows.real)
         share = given_share(REST + state, token, rows.real)

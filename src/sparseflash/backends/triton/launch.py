@@ -11,12 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
+from ...errors import BackendError
 from ...numerics import bends, dropout_bar, unit_of
 from ...plan import Plan
 from ...plan.lists import Units
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
-from .blocks import Blocks, Case, choose, target
+from .blocks import MAX_DIM, WHOLE, Blocks, Case, choose, target
 from .common import INTERPRETED, LOG2E, Flags
 from .dropout import KEYS, QUERIES, words
 
@@ -201,7 +202,8 @@ class Arguments:
         }  # fmt: skip
         self.named = named
         self.switches = {
-            "D": D, "DV": Dv, "BD": power_of_two(D), "BDV": power_of_two(Dv), "TILE": plan.tile, "FOLD": fold,
+            "D": D, "DV": Dv, "BD": min(power_of_two(D), WHOLE), "BDV": power_of_two(Dv),
+            "TAIL": power_of_two(D - WHOLE) if D > WHOLE else 0, "TILE": plan.tile, "FOLD": fold,
             "UNIT": plan.unit,
             "SPANS": plan.spans is not None and plan.spans.shape[0] > 0,
             "UNITS": plan.index is not None and plan.index.shape[0] > 0,
@@ -232,6 +234,14 @@ class Arguments:
         batch = self.named["H"] if slopes.dim() == 2 else 0
         self.named |= {"SLOPE": slopes.float().contiguous(), "slope_batch": batch, "factor": LOG2E.value}
         self.switches |= {"ALIBI": True, "BENT": True}
+
+    def check_whole(self, what: str) -> None:
+        """Refuse what has no dimensions beyond a block of them."""
+        if self.switches["TAIL"]:
+            raise BackendError(
+                f"{what} of head dimension {self.switches['D']} do not run on 'triton' (up to {WHOLE} do, "
+                f"without gradients {MAX_DIM}): use backend='reference'"
+            )
 
     @property
     def dim(self) -> int:

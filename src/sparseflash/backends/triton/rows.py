@@ -67,7 +67,13 @@ def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.cons
     bias = R.factor
     if F.BIAS:
         bias = tl.load(K.bias + token, mask=token >= 0, other=0.0)[None, :]
-    x, bent = logits(dot(Q.q, tl.trans(k)), bias, R, F)
+    s = dot(Q.q, tl.trans(k))
+    if F.TAIL:
+        rest = load_rows(
+            K.k + F.BD * K.k_lane, n.to(tl.int64), K.k_row, K.k_lane, live, F.D - F.BD, F.TAIL, True
+        )
+        s = dot(Q.tail, tl.trans(rest), s)
+    x, bent = logits(s, bias, R, F)
     if F.ALIBI:
         x -= X.slope * apart(Q.pos[:, None], pos[None, :], F)
     if RULES:
@@ -283,6 +289,10 @@ def rows_kernel(
     b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
     state = bh.to(tl.int64) * Tq + token
     q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
+    tail = q
+    if F.TAIL:
+        lanes = Q + b64 * q_batch + h64 * q_head + F.BD * q_lane
+        tail = load_rows(lanes, token.to(tl.int64), q_row, q_lane, real, F.D - F.BD, F.TAIL, True)
     BM: tl.constexpr = F.BM
     WIDTH: tl.constexpr = 16 if F.STATS else F.BD if BACKWARD else F.BDV
     acc = tl.zeros([BM, WIDTH], tl.float32)
@@ -300,7 +310,7 @@ def rows_kernel(
         delta = tl.load(DELTA + state, mask=seen, other=0.0)
     keys = place(b, h, H, key_heads, key_batch, k_rows)
     bias = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
-    rows = Rows(q, do, delta, share, real, pos, seg, within)
+    rows = Rows(q, do, delta, share, real, pos, seg, within, tail)
     head = Keys(
         K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
         K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, bias, k_rows,

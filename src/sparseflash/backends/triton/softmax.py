@@ -205,6 +205,7 @@ def backward(
         delta = delta - torch.where(norm[0] == NEVER, 0, dlse.float())
     dq = torch.zeros_like(q, dtype=wanted)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
+    a.check_whole("gradients")
     a.drop(options.dropout, seed)
     a.lean(alibi_slopes)
     norm = norm.float().contiguous()

@@ -30,6 +30,7 @@ def stats(
     if not out.numel() or not plan.tiles:
         return out
     a = Arguments(q, k, k, plan, options.scale, options.softcap, key_bias)
+    a.check_whole("statistics")
     a.switches |= {"STATS": True, "PEAK": options.peak}
     top, rest = norm.float().contiguous()
     a.named |= {"TOP": top, "REST": rest, "LSE": top, "DELTA": out, "OUT": out, "DOUT": out}

@@ -152,7 +152,7 @@ def stick_kernel(
                 if BACKWARD:
                     do = load_rows(DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane,
                                    rows.real, F.DV, F.BDV, True)  # fmt: skip
-                asking = Rows(q, do, drem, drem, rows.real, rows.pos, rows.seg, rows.within)
+                asking = Rows(q, do, drem, drem, rows.real, rows.pos, rows.seg, rows.within, q)
                 x, keep, key = pairs(asking, head, R, k, base, lane, live, word, low, WORDS, F)
                 x *= R.factor
                 if BACKWARD:
@@ -198,7 +198,7 @@ def take(dk, dv, A, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low, high
             older = tl.load(A.older + spots, mask=asked.within < F.TILE, other=0.0)
             do = load_rows(A.do, token.to(tl.int64), A.row, A.lane, asked.real, F.DV, F.BDV, True)
             drem = tl.load(A.drem + token, mask=asked.real, other=0.0)
-            rows = Rows(asked.q, do, drem, drem, asked.real, asked.pos, asked.seg, asked.within)
+            rows = Rows(asked.q, do, drem, drem, asked.real, asked.pos, asked.seg, asked.within, asked.q)
             k = keys_at(head.k, base, lane, head.k_row, head.k_lane, live, F.D, F.BD)
             v = keys_at(head.v, base, lane, head.v_row, head.v_lane, live, F.DV, F.BDV)
             x, keep, key = pairs(rows, head, R, k, base, lane, live, word, low, WORDS, F)
