@@ -104,11 +104,17 @@ def _attention_segments(c: Any) -> Iterator[tuple[int, int, int]]:
     for name, (shape, dtype) in views.items():
         x = getattr(c, name)
         yield getattr(call.Call, name).offset, x.data, _extent(x, *shape) * ITEM[dtype]
-    rows = c.B * c.Hq * c.Tq
-    for name, items in (("lse", rows), ("norm", 2 * rows), ("dlse", rows), ("dbias", c.B * c.Hq * c.Tk)):
+    if c.pair.data:
+        yield call.Call.pair.offset, c.pair.data, _extent(c.pair, *q, c.Tk) * ITEM[c.pair_dtype]
+    heads, rows = c.B * c.Hq, c.B * c.Hq * c.Tq
+    floats = {"lse": rows, "norm": 2 * rows, "dlse": rows, "delta": rows, "dbias": heads * c.Tk}
+    floats |= {"stat": heads * c.stat_width, "dpair": rows * c.Tk, "ddistance": heads * (c.Tq + c.Tk - 1)}
+    for name, items in floats.items():
         yield getattr(call.Call, name).offset, getattr(c, name), 4 * items
-    yield call.Call.stat.offset, c.stat, 4 * c.B * c.Hq * c.stat_width
-    tables = [(call.Call.key_bias.offset, c.key_bias, 4)]
+    yield call.Call.skipped.offset, c.skipped, 16 * heads
+    tables = [
+        (getattr(call.Call, name).offset, getattr(c, name), 4) for name in ("key_bias", "alibi", "distance")
+    ]
     for name in (*call._PLAN_TABLES, *call._PLAN_HEADS):
         wide = 8 if name in ("span_start", "start", "bits_start") else 4
         tables.append((at + getattr(call.NativePlan, name).offset, getattr(plan, name), wide))

@@ -11,11 +11,14 @@ import torch
 import cpu_cases
 import cpu_remote
 import test_decode
+import test_dropout
 import test_indexer
 import test_indexer_loss
 import test_linear
+import test_pair_bias
 import test_pointwise
 import test_selection_mass
+import test_skipping
 import test_stick_breaking
 from sparseflash.backends.cpu import build
 from sparseflash.backends.cpu.library import Native
@@ -92,6 +95,24 @@ def hold_other_ops(found: Native, dtype: torch.dtype) -> None:
                 test_indexer_loss.test_strides_softcap_and_heads_that_saw_nothing("cpu", stage, fresh())
 
 
+def hold_arguments(found: Native, dtype: torch.dtype, *, bf16: bool) -> None:
+    """Dropout, biases of pairs, skipping, over tiles and over lists of a few queries."""
+    with cpu_cases.using(found), cpu_cases.one_thread():
+        for seed, kind in enumerate(("lists", "members"), 1):
+            test_dropout.test_random_plans_give_the_exact_result_and_gradients("cpu", dtype, kind, seed)
+            test_pair_bias.test_random_plans_under_alibi_are_exact_forward_and_backward(
+                "cpu", dtype, kind, seed
+            )
+            if not bf16:  # these draw their dtype
+                test_pair_bias.test_random_plans_under_a_matrix_are_exact_forward_and_backward(
+                    "cpu", kind, seed
+                )
+                test_pair_bias.test_a_bias_by_distance_is_its_matrix_and_its_gradient_that_of_diagonals(
+                    "cpu", kind, seed
+                )
+        test_skipping.test_what_is_skipped_is_what_the_definition_says("cpu", dtype, 64, torch.Generator())
+
+
 def hold_decode(found: Native, dtype: torch.dtype) -> None:
     """Ragged, paged and shared caches, in several layouts; any plan; with scratch full of NaN."""
     fresh = torch.Generator
@@ -122,6 +143,12 @@ def test_a_level_agrees_with_fp64(name):
 @pytest.mark.parametrize("name", build.LEVELS)
 def test_a_level_runs_the_other_ops(name):
     hold_other_ops(native(name), torch.bfloat16 if build.LEVELS[name].bf16 else torch.float16)
+
+
+@pytest.mark.parametrize("name", build.LEVELS)
+def test_a_level_knows_dropout_biases_and_skipping(name):
+    own = build.LEVELS[name].bf16
+    hold_arguments(native(name), torch.bfloat16 if own else torch.float32, bf16=own)
 
 
 DECODES = [
@@ -187,4 +214,6 @@ def test_neon_agrees_with_fp64_on_an_emulated_processor(tmp_path):
     for dtype in cpu_cases.DTYPES:
         hold_other_ops(found, dtype)
         hold_decode(found, dtype)
+    hold_arguments(found, torch.float32, bf16=False)
+    hold_arguments(found, torch.bfloat16, bf16=True)
     remote.close()
