@@ -46,8 +46,10 @@ TARGETS = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DIMS = (16, 32, 64, 128, 256)
 WIDE = 512
-"""The same for attention and decoding, where a card has the shared memory; `latent` has more than that."""
+"""The same for attention and decoding; `latent` has more than that."""
 LATENT = 576
+WIDE_PLANS = {"sm_90": ("dense", "everything"), "sm_80": ("dense",)}
+"""Plans whose wide kernels are held to the table; with everything, that over keys spills on sm_80."""
 T, HEADS = 512, 4
 PLAIN = ("carry", "merge", "words")
 """Kernels that multiply no matrices."""
@@ -245,6 +247,8 @@ OPS = {
 
 def _dims(op: str, name: str, dims: list[int]) -> list[int]:
     """The head dimensions of an op, of those asked for; wide ones are for fewer plans."""
+    if op == "alibi" and name != "dense":
+        return [dim for dim in dims if dim == 64]
     if op in ("dropout", "alibi"):
         return [dim for dim in dims if 64 <= dim <= max(DIMS)]
     if op == "latent":
@@ -331,12 +335,12 @@ def table(
     blocks.target.cache_clear()
     softmax.multiprocessors = lambda device: 132
     plain: tuple[str, ...] = ("linear",)  # has no plan
-    if TARGETS[target][1] < 128 * KIB:
-        dims = [dim for dim in dims if dim <= max(DIMS)]
     if target != "sm_90":  # fewer elsewhere: the plainest and the fullest, of sticks the plainest
         names, plain = [name for name in names if name in PLAINEST_AND_FULLEST], ("linear", "stick")
         ops = [op for op in ops if op != "alibi"]
-    for i, run in enumerate(runs(dims, dtypes, names, ops, plain)):
+    wide = WIDE_PLANS.get(target, ())
+    every = runs(dims, dtypes, names, ops, plain)
+    for i, run in enumerate(one for one in every if one.dim <= max(DIMS) or one.plan in wide):
         if i % share[1] == share[0]:
             for kernel, made in dict(compiled_by(run.call)).items():
                 yield Row(target, kernel, run.plan, run.dtype, run.dim, **measured(made))

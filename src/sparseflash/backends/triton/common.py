@@ -286,9 +286,12 @@ def logits(s, k_bias, R, F: tl.constexpr):
 def apart(q_pos, k_pos, F: tl.constexpr):
     """How far two positions are from one another, in fp32; they broadcast."""
     if F.WIDE:
-        return tl.abs(q_pos - k_pos).to(tl.float32)
-    ahead = (k_pos - q_pos).to(tl.uint32, bitcast=True)  # fits without a sign, as in `inside`
-    return tl.where(q_pos >= k_pos, (q_pos - k_pos).to(tl.uint32, bitcast=True), ahead).to(tl.float32)
+        far = tl.abs(q_pos - k_pos)
+    else:  # fits without a sign, as in `inside`
+        behind = (q_pos - k_pos).to(tl.uint32, bitcast=True)
+        ahead = (k_pos - q_pos).to(tl.uint32, bitcast=True)
+        far = tl.where(q_pos >= k_pos, behind, ahead)
+    return far.to(tl.float32)
 
 
 @triton.jit
