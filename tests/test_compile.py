@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -10,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import sparseflash as sf
 from harness import BACKENDS, EACH, inputs, randn, run, same_bits
 from sparseflash import Plan
+from sparseflash.methods.base import Selection
 from sparseflash.numerics import Softmax
 from sparseflash.plan.flat import flatten_all
 
@@ -313,6 +317,57 @@ def test_training_after_inference_of_the_same_length_works(backend, generator):
         sf.attention(q, k, v, causal=True, backend=backend)
     sf.attention(q.requires_grad_(), k, v, causal=True, backend=backend).backward(dout)
     assert q.grad.abs().sum() > 0
+
+
+LEARNING = {
+    "attention": lambda q, k, v, plan: sf.attention(q, k, v, plan),
+    "peaks": lambda q, k, v, plan: sf.attention(q, k, v, plan, return_block_max=(16, 16))[0],
+    "stick": lambda q, k, v, plan: sf.stick_breaking(q, k, v, plan),
+    "pointwise": lambda q, k, v, plan: sf.pointwise_attention(q, k, v, plan),
+    "rules": lambda q, k, v, plan: sf.attention(q, k, v, plan.with_rules(causal=True)),
+    "selection": lambda q, k, v, plan: sf.methods.Window(9)(q, k, v, selection=Selection(plan)),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "func", "mode"])
+@pytest.mark.parametrize("op", LEARNING)
+def test_a_plan_made_in_inference_mode_trains(op, how, generator):
+    """Autograd refuses to save tensors of inference mode; a compiler and a transform save by its means."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    q, k, v, dout, _ = inputs(generator, T, Dv=16)
+    with torch.inference_mode():
+        plan = _plans(generator)["buckets" if op == "rules" else "prepared"]
+    normal = pickle.loads(pickle.dumps(plan))
+    assert plan.of_inference and not normal.of_inference
+    call = LEARNING[op]
+    want = torch.autograd.grad(call(q, k.requires_grad_(), v, normal), k, dout)[0]
+    if how == "func":
+        got = torch.func.grad(lambda k: (call(q, k, v, plan) * dout).sum())(k.detach())
+    else:
+        run = torch.compile(call, backend="aot_eager", fullgraph=op != "rules") if how == "compiled" else call
+        with Listen() if how == "mode" else contextlib.nullcontext():
+            got = torch.autograd.grad(run(q, k, v, plan), k, dout)[0]
+    assert torch.equal(got, want)
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_takes_what_begins_amid_an_item(backend, dtype, generator):
+    q, k, v, dout, dlse = inputs(generator, T, dtype=dtype)
+    plan = Plan.dense(T, T, causal=True)
+    out, lse = sf.attention(q, k, v, plan, return_lse=True, backend=backend)
+    given = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": dlse}
+    want = sf.attention_backward(plan=plan, backend=backend, **given)
+    for name, x in given.items():
+        x, room = x.contiguous(), bytearray(x.numel() * x.element_size() + 1)
+        moved = torch.frombuffer(room, dtype=x.dtype, offset=1, count=x.numel()).view(x.shape).copy_(x)
+        got = sf.attention_backward(plan=plan, backend=backend, **{**given, name: moved})
+        assert all(torch.equal(a, b) for a, b in zip(want[:3], got[:3], strict=True)), name
 
 
 @EACH

@@ -21,7 +21,7 @@ from torch.utils import _pytree
 
 from ..errors import DerivativeError
 from ..plan import Plan
-from ..plan.flat import flatten, flatten_all, unflatten, unflatten_all
+from ..plan.flat import flatten_all, unflatten, unflatten_all
 from ._arguments import casts
 
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
@@ -117,7 +117,11 @@ class _Form:
             return (*given[: self.tensors], *options)
         plans = rest[0]
         if not isinstance(plans, Flat):
-            plans = flatten(plans) if self.one else flatten_all(plans)
+            every = (plans,) if self.one else plans
+            tensors, ints = flatten_all(every)
+            if torch.is_grad_enabled() and any(one.of_inference for one in every):
+                tensors = [_own.traced(x) for x in tensors]
+            plans = Flat(tensors, ints)
         return (*given[: self.tensors], *plans, *options)
 
     def whole(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -358,10 +362,16 @@ def _each(op: Any, info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[An
     return tuple(torch.stack(x) for x in zip(*parts, strict=True)), (0,) * len(parts[0])
 
 
+def _copied(x: Tensor) -> Tensor:
+    return x.clone()
+
+
 def _copy(grad: Tensor, of: Tensor | None) -> Tensor:
     return grad.clone()
 
 
+_own = register("own", _copied, torch.empty_like)
+"""A copy that a compiler keeps as one: what autograd saves of tensors made under `torch.inference_mode()`."""
 _once = register("once", _copy, lambda grad, of: torch.empty_like(grad))
 
 

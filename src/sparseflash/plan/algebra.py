@@ -384,7 +384,7 @@ def with_rules(plan: P, rules: Fields) -> P:
         if "window" not in rules:
             raise PlanError("sink= beside windows that differ from head to head: give window= too")
         plan = plan._changed(head_window=None, head_sink=None)
-    ruled: P = dataclasses.replace(plan, **rules)  # checked as a new plan is
+    ruled: P = dataclasses.replace(plan, **rules)._told(plan.of_inference)  # checked as a new plan is
     if all(host(x) for x in ruled.tensors().values()):
         entries = ranges(ruled)
         return demoted(ruled, ~entries.full | surely_full(ruled, entries))

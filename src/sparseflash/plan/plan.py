@@ -85,12 +85,14 @@ class Plan(Constructors):
             raise PlanError(fault)
         if all(host(x) for x in self.tensors().values()):
             checks.check_values(self)
+        self._told()
 
     def __getstate__(self) -> dict[str, Any]:
         return saved.state(self)
 
     def __setstate__(self, state: Any) -> None:
         vars(self).update(saved.restored(type(self), state))
+        self._told()
 
     def to_block_mask(self, block: int = 128) -> Any:
         """The plan as a FlexAttention `BlockMask` (plans without row orders)."""
@@ -545,7 +547,7 @@ def _unflatten(moving: Iterable[Any], fixed: Any) -> Plan:
     plan = object.__new__(Plan)
     for name, m, s in zip(names, moving, fixed, strict=True):
         object.__setattr__(plan, name, s if m is None else m)
-    return plan
+    return plan._told()
 
 
 # files of 0.1.0 name the module that the class was in then

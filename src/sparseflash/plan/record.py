@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -83,6 +83,19 @@ class Record:
     # Lists of a fixed capacity, as the library makes them: list n owns the places n * room to
     # (n + 1) * room - 1 of its pool, and what it does not use is empty. So code that sees shapes alone (CUDA
     # graphs, compilers) can go over them. A plan whose lists are changed forgets it.
+    of_inference: ClassVar[bool] = False
+    """Whether some tensor was made under `torch.inference_mode()`: autograd refuses to save it. Seen when the
+    record is made, because a compiler cannot ask."""
+
+    def _told(self, inherited: bool = False) -> Self:
+        """The record, which knows where its tensors come from: by a look, or in a graph from another record."""
+        if torch.compiler.is_compiling():
+            known = inherited
+        else:
+            known = any(isinstance(x, Tensor) and x.is_inference() for x in vars(self).values())
+        if known:
+            object.__setattr__(self, "of_inference", True)
+        return self
 
     @classmethod
     def _made(cls, **fields: Any) -> Self:
@@ -90,7 +103,7 @@ class Record:
         made = object.__new__(cls)
         vars(made).update(_DEFAULTS)
         vars(made).update(fields)
-        return made
+        return made._told()
 
     def _changed(self, **fields: Any) -> Self:
         """The record with other values, which the library made itself: nothing is checked.
@@ -103,7 +116,7 @@ class Record:
         if not _LISTED.isdisjoint(fields):
             vars(made).update(_FORGOTTEN)
         vars(made).update(fields)
-        return made
+        return made._told(self.of_inference)
 
     @property
     def q_rows(self) -> int:
