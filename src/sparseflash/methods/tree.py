@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ..errors import PlanError, require
 from ..plan import Plan
-from ..plan.options import INTEGERS, host, is_count
+from ..plan.options import INTEGERS, doublings, host, is_count
 from .base import Context, Method, Selection, begin, check_counts
 
 
@@ -140,10 +140,10 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
     node = torch.arange(root, device=parents.device)
     shift = torch.arange(B, device=parents.device)[:, None] * n
     up = torch.where(parents < 0, root, parents + shift).flatten()
-    steps = range(max(root, 1).bit_length() + 1)
+    ups = torch.cat([up, up.new_full((1,), root)])  # the root's own is itself
     if host(parents):
-        top = pad(up, (0, 1), value=root)
-        for _ in steps:
+        top = ups
+        for _ in range(doublings(root) + 1):
             top = top[top]
         stuck = (top[:-1] != root).nonzero().flatten() % max(n, 1)
         if len(stuck):
@@ -155,10 +155,10 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
     follows = torch.where(family[1:] == family[:-1], order[1:], none)
     sibling = torch.full((root + 1,), none, device=up.device).scatter_(0, order[:-1], follows)
     leave = torch.arange(root + 1, device=up.device) + root + 1
-    after = torch.where(sibling < none, sibling, leave[pad(up, (0, 1), value=root)])
+    after = torch.where(sibling < none, sibling, leave[ups])
     link = torch.cat([torch.where(child < none, child, leave), after])
     entries = (torch.arange(len(link), device=up.device) <= root).long()  # still to come, from here on
-    for _ in range(len(link).bit_length()):
+    for _ in range(doublings(2 * root + 2)):
         entries, link = entries + entries[link], link[link]
     place = root - entries
     return place[:root].view(B, n) - shift, place[root + 1 : -1].view(B, n) - shift

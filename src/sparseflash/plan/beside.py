@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ..errors import PlanError
 from . import algebra
-from .options import ANY, SHORT, is_count, laid_out, narrow, same_offset, shift_of
+from .options import ANY, SHORT, common, is_count, laid_out, narrow, same_offset, shift_of
 from .record import FLAT, Record
 from .rules import Rules
 
@@ -190,7 +190,7 @@ class _Joined:
     def grouped(self, tables: Sequence[Tensor | None], plain: Tensor) -> Tensor:
         """Tables of few heads: neighbours that share a row in every plan go on sharing one."""
         own = [1 if x is None else x.shape[1] for x in tables]
-        group = math.gcd(*(n // h for n, h in zip(self.counts, own, strict=True)))
+        group = common(*(n // h for n, h in zip(self.counts, own, strict=True)))
         filled = [plain if x is None else x for x in tables]
         batch = _common([x.shape[0] for x in filled])
         return torch.cat(

@@ -58,6 +58,32 @@ def host(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
+def known(size: int) -> bool:
+    """Whether a size is a number now; in a graph for all lengths it may be a symbol, which no branch may ask.
+
+    Where it is one, code takes the way that is right for every size.
+    """
+    if not torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return bool(has_static_value(size))
+
+
+def doublings(size: int) -> int:
+    """How often 1 is doubled until it is as large as `size`, or larger; often enough for any, if it is a symbol."""
+    return max(size, 1).bit_length() if known(size) else 32
+
+
+def common(*sizes: int) -> int:
+    """The greatest common divisor, of sizes that may be symbols too."""
+    found = 0
+    for n in sizes:
+        while n:
+            found, n = n, found % n
+    return found
+
+
 def pieces(total: int, step: int) -> list[tuple[int, int]]:
     """Ranges [at, to) of `step` that make up [0, total): what is held at once. A trace takes it whole.
 

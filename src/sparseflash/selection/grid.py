@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import PlanError, SparseFlashError, require
 from ..plan import Plan
 from ..plan.make.extremes import Extremes, extremes, rows_of
-from ..plan.options import FAR, TILE, UNIT, is_count, is_length, normal_offset
+from ..plan.options import FAR, TILE, UNIT, is_count, is_length, known, normal_offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,13 +225,16 @@ class Grid:
 
     def _tiles(self, size: int, order: Tensor | None, device: torch.device) -> Extremes:
         order = _without(order, self.q_keep, device)
-        size = min(size, max(1, rows_of(self.Tq, order)))
-        return extremes(self.Tq, size, order=order, offset=_to(self.q_offset, device), device=device)
+        return extremes(self.Tq, _within(size, rows_of(self.Tq, order)), order=order, offset=_to(self.q_offset, device), device=device)
 
     def _units(self, size: int, order: Tensor | None, device: torch.device) -> Extremes:
         order = _without(order, self.k_keep, device)
-        size = min(size, max(1, rows_of(self.Tk, order)))
-        return extremes(self.Tk, size, order=order, device=device)
+        return extremes(self.Tk, _within(size, rows_of(self.Tk, order)), order=order, device=device)
+
+
+def _within(size: int, rows: int) -> int:
+    """A size that pads no further than it must, where that can be told."""
+    return min(size, max(1, rows)) if known(rows) else size
 
 
 def _without(order: Tensor | None, keep: Tensor | None, device: torch.device) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import SparseFlashError, require
 from ..numerics import state_dtype
-from ..plan.options import is_length
+from ..plan.options import is_length, known
 from .grid import check_keep
 
 Pooling = Literal["mean", "max", "min", "absmax"]
@@ -53,7 +53,11 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
         raise SparseFlashError(f"how={how!r}: expected mean, max, min or absmax")
     B, T, work = x.shape[0], x.shape[2], state_dtype(x)
     check_keep("keep", keep, T, B)
-    x, size = x.detach(), min(size, max(T, 1))
+    x = x.detach()
+    if keep is None and not known(T):
+        keep = torch.ones(1, T, dtype=torch.bool, device=x.device)  # the one way that is right for every T
+    elif known(T):
+        size = min(size, max(T, 1))
     n = -(-T // size)
     whole = T // size
     if keep is None and T == whole * size:
