@@ -93,7 +93,8 @@ def mixing(config: Any) -> str:
     found = [getattr(config, name, None) or () for name in ("layer_types", "layers_block_type")]
     kinds = {str(x) for one in found if isinstance(one, (list, tuple)) for x in one}
     still = ("moe", "mlp", "dense", "sparse", "minimax_m3_sparse")
-    return ", ".join(sorted(x for x in kinds if x not in still and ("attention" not in x or "linear" in x)))
+    attends = {x for x in kinds if "attention" in x and "linear" not in x and "compressed" not in x}
+    return ", ".join(sorted(x for x in kinds - attends if x not in still))
 
 
 def told(kind: str, labels: Any, edges: Any) -> bool:

@@ -222,6 +222,13 @@ class SparseMask(_Dense):
         kind = kind if isinstance(kind, Packed) else Packed(ranges=ranges)
         return dataclasses.replace(self, plan=plan, kind=kind)
 
+    def first_keys(self, n: int) -> SparseMask:
+        """The mask of the first keys alone, where it was made for more."""
+        kind = self.kind if self.by_rule and self.causal else Bits()
+        tokens = None if self.tokens is None else self.tokens[:, :n]
+        plan = self.plan.restrict(k_tokens=torch.arange(n, device=self.device))
+        return dataclasses.replace(self, plan=plan, kind=kind, tokens=tokens)
+
     @property
     def padded(self) -> Padded | None:
         """The sequences without their padding; None where there is none."""

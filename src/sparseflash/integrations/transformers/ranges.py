@@ -19,6 +19,10 @@ from .mask import Bits, Plain, Ranges, SparseMask, intervals, on_host, ranged, s
 SPREAD = 16
 """Keys that one round of the search for the end of a range looks at."""
 
+EXTENDED = frozenset(("deepseek_v4",))
+"""Models that go on with a mask over compressed keys of their own, if it is a tensor of numbers to add: theirs
+is one, of size S x T."""
+
 Sees = Callable[[Tensor], Tensor]
 
 
@@ -50,7 +54,8 @@ def sparse_mask(
     Returns
     -------
     SparseMask
-        Or `attention_mask` itself where it is one already: generation with static caches calls twice.
+        Or `attention_mask` itself where it is one already: generation with static caches calls twice. Models
+        that extend their mask over keys of their own (`EXTENDED`) get a tensor of numbers to add to scores.
     """
     if isinstance(attention_mask, SparseMask):
         return attention_mask
@@ -74,6 +79,9 @@ def sparse_mask(
         call = call_of(sys._getframe(1))
         roomy(call.cache, config)
         mask = apart(mask, call, kv_offset)
+    if mask.owner in EXTENDED:
+        kind = options.get("dtype") or torch.float32
+        return torch.where(mask.to_dense(), 0.0, torch.finfo(kind).min).to(kind)
     return mask
 
 
