@@ -18,7 +18,7 @@ import transformers as hf
 
 import sparseflash as sf
 from sparseflash.integrations import transformers
-from sparseflash.integrations.transformers import SparseMask
+from sparseflash.integrations.transformers import SparseMask, ranges
 from transformer_models import FAMILIES, VISION, both, run, tiny
 
 T = 150
@@ -678,3 +678,35 @@ def test_pictures_of_unlike_sizes_are_pooled_under_the_repeated_mask():
     close(found[1].last_hidden_state, found[0].last_hidden_state, mask.bool())
     held = SparseMask(sf.Plan.dense(5, 5, causal=True), 2, causal=True)
     assert torch.equal(torch.logical_not(held), ~held.to_dense()) and held.repeat(1, 3, 1, 1).shape[1] == 3
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_mask_made_for_more_keys_is_cut_to_those_that_are_there(window, generator):
+    """As models cut theirs: `attention_mask[..., : key.shape[2]]`."""
+    from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+    sees = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    padding = torch.ones(2, 50, dtype=torch.bool)
+    padding[0, :5] = False
+    for tokens in (None, padding):
+        mask = transformers.sparse_mask(2, 40, 50, 0, 0, sees, tokens)
+        q, k, v = (torch.randn(2, 4, n, 16, generator=generator) for n in (40, 40, 40))
+        module = torch.nn.Linear(1, 1)
+        got, _ = transformers.sparse_attention(module, q, k, v, mask)
+        want = sf.attention(q, k, v, sf.Plan.from_mask(mask.to_dense()[..., :40]))
+        torch.testing.assert_close(got.transpose(1, 2), want)
+
+
+def test_models_that_compute_with_their_mask_get_the_tensor_they_take_it_for(monkeypatch):
+    from transformers.masking_utils import causal_mask_function
+
+    config = type("Config", (), {"model_type": "own"})()
+    made = {"config": config, "dtype": torch.bfloat16}
+    monkeypatch.setattr(ranges, "NUMBERS", {"own"})
+    mask = transformers.sparse_mask(1, 4, 4, 0, 0, causal_mask_function, **made)
+    assert mask.dtype == torch.bfloat16 and mask.min() == torch.finfo(mask.dtype).min
+    assert torch.equal(mask == 0, torch.ones(1, 1, 4, 4).tril().bool())
+    monkeypatch.setattr(ranges, "NUMBERS", set())
+    monkeypatch.setattr(ranges, "TRUTHS", {"own"})
+    mask = transformers.sparse_mask(1, 4, 4, 0, 0, causal_mask_function, **made)
+    assert type(mask) is torch.Tensor and len(mask.nonzero()) == 10

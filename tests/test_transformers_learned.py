@@ -72,20 +72,121 @@ MODELS = {
     ),
 }
 
+MASKED = {
+    "deepseek-v4": (
+        "DeepseekV4Config",
+        "DeepseekV4ForCausalLM",
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "q_lora_rank": 32,
+            "num_experts_per_tok": 2,
+            "n_routed_experts": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 32,
+            "index_topk": 4,
+            "o_groups": 2,
+            "o_lora_rank": 16,
+            "sliding_window": 12,
+            "max_position_embeddings": 512,
+            "layer_types": [
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+            ],
+            "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+            "mlp_layer_types": ["moe"] * 3,
+        },
+    ),
+    "glm5-next": (
+        "Glm5NextTextConfig",
+        "Glm5NextTextModel",
+        DSA
+        | {
+            "qk_rope_head_dim": 0,
+            "index_kpool": 4,
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "mlp_layer_types": ["dense", "dense"],
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "pad_token_id": 0,
+        },
+    ),
+    "dots3-note": (
+        "Dots3NoteTextConfig",
+        "Dots3NoteForCausalLM",
+        DSA
+        | {
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 3,
+            "head_dim": 32,
+            "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
+            "sliding_window": 12,
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_q_lora_rank": 32,
+            "swa_kv_lora_rank": 32,
+            "swa_head_dim": 32,
+            "swa_qk_nope_head_dim": 16,
+            "swa_v_head_dim": 24,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "qwen4-exp": (
+        "Qwen4ExpTextConfig",
+        "Qwen4ExpForCausalLM",
+        {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "num_experts_per_tok": 2,
+            "num_experts": 4,
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "hc_count": 2,
+            "hc_lowrank": 16,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+        },
+    ),
+}
+"""Families whose choice reaches attention as a mask, or goes into a mask that is longer than the one made."""
+
 ALL_FAMILIES = (5, 23)
 """The release that is known to have them."""
 
 
-def pair(name, dtype=torch.float32, **change):
-    """Two models of one set of weights: stock sdpa and sparse."""
-    config, model, sizes = MODELS[name]
+def pair(name, dtype=torch.float32, attention="sdpa", **change):
+    """Two models of one set of weights: stock and sparse."""
+    config, model, sizes = (MODELS | MASKED)[name]
     if not hasattr(transformers, model):  # a family younger than an old version; every one is in the newest
         release = tuple(map(int, transformers.__version__.split(".")[:2]))
         assert release < ALL_FAMILIES, f"Transformers {transformers.__version__} has lost {model}"
         pytest.skip(f"Transformers {transformers.__version__} has no {model}")
     torch.manual_seed(0)
     made = getattr(transformers, config)(**(sizes | change))
-    stock = getattr(transformers, model)._from_config(copy.deepcopy(made), attn_implementation="sdpa").eval()
+    stock = (
+        getattr(transformers, model)._from_config(copy.deepcopy(made), attn_implementation=attention).eval()
+    )
     ours = getattr(transformers, model)._from_config(copy.deepcopy(made), attn_implementation="sparse").eval()
     for p in stock.parameters():
         if p.dim() > 1:
@@ -144,6 +245,23 @@ def test_padding_and_caches(name, generator):
             m.generate(ids, attention_mask=left, max_new_tokens=6, do_sample=False) for m in (stock, ours)
         ]
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n == "deepseek-v4" else [pytest.mark.slow]) for n in MASKED],
+)
+def test_families_that_choose_by_a_mask_are_the_stock_ones(name, generator):
+    stock, ours = pair(name, torch.float32, "eager")
+    ids, keep = tokens(generator, 2, 30), torch.ones(2, 30, dtype=torch.long)
+    keep[0, :9] = 0
+    with torch.no_grad():
+        for given in ({}, {"attention_mask": keep}):
+            want, got = (m(ids, use_cache=False, **given)[0][:, 9:] for m in (stock, ours))
+            torch.testing.assert_close(got, want, **CLOSE[torch.float32])
+        if "ForCausalLM" in MASKED[name][1]:
+            how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+            assert torch.equal(*(m.generate(ids, pad_token_id=0, **how) for m in (stock, ours)))
 
 
 def test_layers_that_share_a_choice_share_its_plan(monkeypatch, generator):

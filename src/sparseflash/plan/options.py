@@ -71,7 +71,7 @@ def known(size: int) -> bool:
 
 
 def doublings(size: int) -> int:
-    """How often 1 is doubled until it is as large as `size`, or larger; often enough for any, if it is a symbol."""
+    """How often 1 is doubled until it is as large as `size`; often enough for any size, if it is a symbol."""
     return max(size, 1).bit_length() if known(size) else 32
 
 

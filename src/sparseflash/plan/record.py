@@ -88,7 +88,7 @@ class Record:
     record is made, because a compiler cannot ask."""
 
     def _told(self, inherited: bool = False) -> Self:
-        """The record, which knows where its tensors come from: by a look, or in a graph from another record."""
+        """The record, which knows where its tensors come from: by a look, in a graph from another record."""
         if torch.compiler.is_compiling():
             known = inherited
         else:

@@ -225,7 +225,13 @@ class Grid:
 
     def _tiles(self, size: int, order: Tensor | None, device: torch.device) -> Extremes:
         order = _without(order, self.q_keep, device)
-        return extremes(self.Tq, _within(size, rows_of(self.Tq, order)), order=order, offset=_to(self.q_offset, device), device=device)
+        return extremes(
+            self.Tq,
+            _within(size, rows_of(self.Tq, order)),
+            order=order,
+            offset=_to(self.q_offset, device),
+            device=device,
+        )
 
     def _units(self, size: int, order: Tensor | None, device: torch.device) -> Extremes:
         order = _without(order, self.k_keep, device)

@@ -22,7 +22,7 @@ from .indexer import StreamedIndexer, streamed
 from .layers import Layer, attention_layers
 from .mask import SparseMask
 from .pretrained import MODELS, load
-from .ranges import sparse_mask
+from .ranges import NUMBERS, TRUTHS, sparse_mask
 from .report import Report, report
 from .verify import verify
 
@@ -32,10 +32,12 @@ AttentionMaskInterface.register("sparse", sparse_mask)
 __all__ = [
     "HARMLESS",
     "MODELS",
+    "NUMBERS",
     "Layer",
     "Report",
     "SparseMask",
     "StreamedIndexer",
+    "TRUTHS",
     "attention_layers",
     "load",
     "report",

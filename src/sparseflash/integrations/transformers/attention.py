@@ -26,7 +26,8 @@ HARMLESS: set[str] = {
     "position_ids", "use_cache", "cache_position", "max_length_q", "max_length_k", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "labels", "shift_labels",
     "deterministic", "target_dtype", "layer_idx", "token_type_ids", "mm_token_type_ids", "seq_idx",
-    "position_embeddings", "implementation", "vision_feature_layer", "vision_feature_select_strategy",
+    "position_embeddings", "input_ids", "inputs_embeds", "implementation", "vision_feature_layer",
+    "vision_feature_select_strategy",
 }  # fmt: skip
 """What models and trainers hand down that changes no attention (`add` puts in names of your own). Anything
 else that is not None is refused."""

@@ -19,9 +19,11 @@ from .mask import Bits, Plain, Ranges, SparseMask, intervals, on_host, ranged, s
 SPREAD = 16
 """Keys that one round of the search for the end of a range looks at."""
 
-EXTENDED = frozenset(("deepseek_v4",))
-"""Models that go on with a mask over compressed keys of their own, if it is a tensor of numbers to add: theirs
-is one, of size S x T."""
+NUMBERS: set[str] = {"deepseek_v4", "gemma4_audio"}
+"""Types of models that get their mask as a tensor of numbers to add to scores, of size S x T: they ask for
+the lowest number of its dtype, or join it with a mask over compressed keys (`add` puts in your own types)."""
+TRUTHS: set[str] = {"qwen4_exp_text"}
+"""Types of models that get their mask as a plain bool tensor, of size S x T: they look for its keys."""
 
 Sees = Callable[[Tensor], Tensor]
 
@@ -55,7 +57,7 @@ def sparse_mask(
     -------
     SparseMask
         Or `attention_mask` itself where it is one already: generation with static caches calls twice. Models
-        that extend their mask over keys of their own (`EXTENDED`) get a tensor of numbers to add to scores.
+        that compute with theirs get the tensor that they take it for (`NUMBERS`, `TRUTHS`).
     """
     if isinstance(attention_mask, SparseMask):
         return attention_mask
@@ -79,9 +81,11 @@ def sparse_mask(
         call = call_of(sys._getframe(1))
         roomy(call.cache, config)
         mask = apart(mask, call, kv_offset)
-    if mask.owner in EXTENDED:
+    if mask.owner in NUMBERS:
         kind = options.get("dtype") or torch.float32
         return torch.where(mask.to_dense(), 0.0, torch.finfo(kind).min).to(kind)
+    if mask.owner in TRUTHS:
+        return mask.to_dense()
     return mask
 
 
