@@ -13,6 +13,7 @@ from ..errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
 from ..ops.attention import attention
 from ..plan import Plan
+from ..plan.options import known, pieces
 from ..selection.scores import pooled
 from .base import Context, Method, Selection, begin, check_counts
 
@@ -100,27 +101,36 @@ class AnchorAttention(Method):
                 _, best = attention(q, k, k[..., :1], region, return_lse=True, **sharp)
                 level = pooled(best[..., None] / SHARP, self.block)
             k, found, key = k.to(rows.dtype), [], torch.arange(Tk, device=q.device)
-            for r in range(0, rows.shape[2], self.step):
-                tiles = slice(r, r + self.step)
+            for r, to in pieces(rows.shape[2], self.step):
+                tiles = slice(r, to)
                 score = _products(rows[:, :, tiles], k, scale, cap)
-                begins = own[..., r, None]
+                begins = own[..., tiles, None]
                 if level is None:
-                    near = ((key < sinks) | (key >= begins))[:, :, None] & (key < behind[..., tiles, None])
+                    near = ((key < sinks) | (key >= begins)) & (key < behind[..., tiles, None])
                     high = score.masked_fill(~near, -torch.inf).amax(-1, keepdim=True)
                 else:
                     high = level[:, :, tiles]
-                found.append((score >= high - self.theta).any(2) & (key >= sinks) & (key < begins))
+                found.append(self._any((score >= high - self.theta) & (key >= sinks) & (key < begins)))
         frame["q_offset"] = region.q_offset
-        stripes = Plan.from_blocks(torch.stack(found, 2), tile=group, unit=1, **frame)
+        stripes = Plan.from_blocks(torch.cat(found, 2), tile=group, unit=1, **frame)
         lists = {n: getattr(stripes, n) for n in ("start", "full", "count")}  # blocks share their group's
         lists = {n: x.repeat_interleave(self.step, -1)[..., : len(number)] for n, x in lists.items()}
         stripes = stripes._changed(tile=self.block, **lists)
         return Selection(Plan.from_lists(spans=region, index=stripes, disjoint=True))
 
+    def _any(self, tiles: Tensor) -> Tensor:
+        """What some tile of each group wants, of tiles `[B,H,n,Tk]`, all of whole groups but for the last."""
+        n = tiles.shape[2]
+        if known(n) and n <= self.step:
+            return tiles.any(2, keepdim=True)
+        group = torch.arange(n, device=tiles.device) // self.step
+        wanted = tiles.new_zeros(*tiles.shape[:2], -(-n // self.step), tiles.shape[3], dtype=torch.int32)
+        return wanted.index_add(2, group, tiles.int()) > 0
+
 
 def _products(rows: Tensor, k: Tensor, scale: float, cap: float) -> Tensor:
     """Logits of some rows of each query head [B,Hq,n,D] and all keys: [B,Hq,n,Tk]."""
     B, Hq, n, D = rows.shape
-    score = rows.reshape(B, k.shape[1], Hq // k.shape[1] * n, D) @ k.mT * scale
+    score = rows.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT * scale
     score = cap * (score / cap).tanh() if cap else score
-    return score.view(B, Hq, n, k.shape[2])
+    return score.flatten(1, 2)

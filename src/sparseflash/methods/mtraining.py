@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..plan import Plan
-from ..plan.options import FAR, host
+from ..plan.options import FAR, host, known
 from ..selection.budgets import top_indices, top_p
 from ..selection.probes import probe
 from .base import Context, Method, Selection, check_counts, check_shares
@@ -115,11 +115,15 @@ class MTraining(Method):
         diagonal = torch.zeros(*far.shape[:2], none + 1, dtype=torch.bool, device=device)
         for block in (far // size, (far + size - 1) // size):
             diagonal.scatter_(-1, torch.where(far < 0, none, block), True)
-        diagonal[..., 0], diagonal[..., none] = True, False
+        place = torch.arange(none + 1, device=device)
+        diagonal = (diagonal | (place == 0)) & (place < none)
         most = min(2 * far.shape[-1] + 1, none)
         if host(diagonal):
             most = int(diagonal.sum(-1).max()) if diagonal.numel() else 0
-        back = torch.where(diagonal, torch.arange(none + 1, device=device), FAR).sort(-1).values
+        back = torch.where(diagonal, place, FAR).sort(-1).values
+        if not known(none):  # lists of one length, whatever T is
+            most = 2 * max(self.slash, self.near) + 1
+            back = torch.cat([back, back.new_full((*back.shape[:2], most), FAR)], -1)
         tile = torch.arange(R, device=device)[:, None] + at // size
         begin = (tile - back[..., None, :most]) * size
         begin, end = begin.clamp(0, Tk), (begin + size).clamp(0, Tk)

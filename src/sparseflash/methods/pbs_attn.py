@@ -110,10 +110,13 @@ class PBSAttn(Method):
             return place
         # as in the paper all rows judge all full segments; what lies ahead of them is in their own segment
         given = probe(q, k[:, :, :whole], self.block, causal=False, **told).keys()
-        given = share(given, k.shape[1], "sum").view(*place.shape[:2], -1, self.segment)
-        best = given.argsort(dim=-1, descending=True, stable=True)
-        best = best + torch.arange(0, whole, self.segment, device=k.device)[:, None]
-        return torch.cat([best.flatten(2), place[..., whole:]], 2)
+        score = k.new_zeros(
+            *place.shape[:2], -(-k.shape[2] // self.segment) * self.segment, dtype=given.dtype
+        )
+        score.scatter_(-1, place[..., :whole], share(given, k.shape[1], "sum"))  # a last part keeps its order
+        best = score.unflatten(-1, (-1, self.segment)).argsort(dim=-1, descending=True, stable=True)
+        best = best + torch.arange(0, score.shape[-1], self.segment, device=k.device)[:, None]
+        return best.flatten(2)[..., : k.shape[2]]
 
     def _mass(self, q: Tensor, k: Tensor, among: Tensor, told: dict[str, Any]) -> Tensor:
         """The softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
