@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import sparseflash as sf
+from cases import CASES
 from harness import BACKENDS, EACH, inputs, randn, run, same_bits
 from sparseflash import Plan
 from sparseflash.methods.base import Selection
@@ -224,6 +225,34 @@ def test_batches_of_any_size_are_two_graphs_with_the_plan_made_inside(name):
     assert counter.frame_count <= 2
 
 
+SHORT = (128, 192, 130, 65, 257, 97, 63)
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["as it comes", "dynamic"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if str(c) == "block-topk" else [pytest.mark.slow]) for c in CASES],
+    ids=str,
+)
+def test_a_method_of_any_length_is_three_graphs(case, dynamic):
+    """Loops over tiles, lists that are as long as a row, and tails that may be empty would pin a length."""
+    counter, method = CompileCounterWithBackend("aot_eager"), case.method()
+    compiled = torch.compile(lambda *x: method(*x), backend=counter, fullgraph=True, dynamic=dynamic)
+    for length in SHORT:
+        generator = torch.Generator().manual_seed(length)
+        given = inputs(generator, length, B=1, D=16)[:3]
+        torch.testing.assert_close(compiled(*given), method(*given))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("length", [128, 150])
+def test_a_method_of_tensors_without_values_gives_one(case, length):
+    q, k, v = (torch.empty(2, heads, length, 16, device="meta") for heads in (4, 2, 2))
+    out, lse = case.method()(q, k, v, return_lse=True)
+    assert out.is_meta and out.shape == q.shape and lse.shape == q.shape[:3]
+
+
 class _Module(torch.nn.Module):
     def __init__(self, op):
         super().__init__()
@@ -233,14 +262,25 @@ class _Module(torch.nn.Module):
         return self.op(*given)
 
 
-@pytest.mark.parametrize("name", ["attention", "linear"])
-def test_an_exported_program_holds_for_lengths_across_the_edges_of_tiles(name):
-    length = torch.export.Dim("length", min=2 if name == "linear" else 129, max=4096)
+EXPORTED = ("attention", "linear", "window", "stick", "hash-sparse")
+
+
+@pytest.mark.parametrize("least", [129, 3])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "attention" else [pytest.mark.slow]) for n in EXPORTED]
+)
+def test_an_exported_program_holds_for_lengths_across_the_edges_of_tiles(name, least):
+    """Torch makes one tile another program than several, if it is not asked to leave sizes open."""
+    from torch.fx.experimental import _config
+
+    length = torch.export.Dim("length", min=least, max=4096)
     module = _Module(OPS[name])
     shapes = {"given": tuple({2: length} for _ in range(3))}
-    program = torch.export.export(module, _three(300), dynamic_shapes=shapes).module()
-    for other in (129, 255, 256, 257, 513, 1000):
-        torch.testing.assert_close(program(*_three(other)), module(*_three(other)))
+    with _config.patch(backed_size_oblivious=least < 129):
+        program = torch.export.export(module, _three(300), dynamic_shapes=shapes).module()
+        for other in (3, 64, 127, 128, 129, 255, 256, 257, 513, 1000):
+            if other >= least:
+                torch.testing.assert_close(program(*_three(other)), module(*_three(other)))
 
 
 def test_a_new_plan_of_the_same_kind_does_not_recompile(generator):

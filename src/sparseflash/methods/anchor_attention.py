@@ -13,7 +13,7 @@ from ..errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
 from ..ops.attention import attention
 from ..plan import Plan
-from ..plan.options import known, pieces
+from ..plan.options import known, pieces, precise
 from ..selection.scores import pooled
 from .base import Context, Method, Selection, begin, check_counts
 
@@ -94,7 +94,7 @@ class AnchorAttention(Method):
         if not (q.numel() and k.numel()):
             return Selection(region)
 
-        with torch.autocast(q.device.type, enabled=False):
+        with precise(q):
             rows, level = pooled(q, self.block), None
             if self.anchor == "max":
                 sharp: dict[str, Any] = {"scale": SHARP * scale, "softcap": SHARP * cap}

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import require
 from ..ops.attention import attention
 from ..plan import Plan, Plans
-from ..plan.options import earlier, is_count, spread_heads
+from ..plan.options import earlier, is_count, precise, spread_heads
 from ..selection.clusters import kmeans
 from ..selection.orders import lsh_buckets, lsh_planes
 from .base import Context, Method, Selection, beside, check_counts, check_qk, check_tokens
@@ -170,7 +170,7 @@ class HashSparse(Method):
     def _nearest(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The cluster of each key, and the centroids that each query has the largest products with."""
         group = q.shape[1] // k.shape[1]
-        with torch.autocast(q.device.type, enabled=False):  # the same choice in any precision
+        with precise(q):  # the same choice in any precision
             label, centroid = kmeans(k, self.nb)
             product = q.unflatten(1, (-1, group)).to(centroid.dtype) @ centroid[:, :, None].mT
         best = product.flatten(1, 2).topk(self.top, -1).indices.int()

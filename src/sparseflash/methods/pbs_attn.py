@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
+from ..plan.options import precise
 from ..selection.budgets import share, top_p
 from ..selection.grid import Grid
 from ..selection.probes import probe
@@ -122,7 +123,7 @@ class PBSAttn(Method):
         """The softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
         rows, columns = (pooled(x, self.block, self.pooling) for x in (q, k))
         columns = columns.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        with torch.autocast(q.device.type, enabled=False):
+        with precise(q):
             score = rows @ columns.mT * as_scale(told["scale"], q.shape[3])
         if cap := as_softcap(told["softcap"]):
             score = cap * (score / cap).tanh()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..cache import Growing
 from ..errors import require
 from ..plan import Plan
-from ..plan.options import is_count
+from ..plan.options import is_count, precise
 from ..selection.budgets import top_indices
 from ..selection.clusters import kmeans
 from ..selection.pages import page_scores
@@ -80,7 +80,7 @@ class SqueezedAttention(ReadingMethod):
         """The cluster of each key of the text, `[B,Hkv,n]`, and the mean keys, `[B,Hkv,clusters,D]`."""
         count = max(1, int(self.clusters * k.shape[2]))
         directions = torch.nn.functional.normalize(k.float(), dim=-1)
-        with torch.autocast(k.device.type, enabled=False):
+        with precise(k):
             label, centroid = kmeans(directions, count, of=k)
         return label.long(), centroid
 

@@ -15,7 +15,7 @@ from ..ops._arguments import AnyPlan
 from ..ops._register import Gradient, register
 from ..ops.attention import attention
 from ..plan import Plan
-from ..plan.options import is_count
+from ..plan.options import is_count, precise
 from .base import Layer, Positions, State, check_choice, check_sizes, survivors, taken
 
 WIDEST = 256
@@ -214,7 +214,7 @@ class SparseKAttention(Layer):
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         q, k = self.turn(q, state), self.turn(k, state)
         wide, T, past = state_dtype(x), x.shape[1], 0
-        with torch.autocast(x.device.type, enabled=False):  # half a digit of a score is many keys
+        with precise(x):  # half a digit of a score is many keys
             u = nn.functional.linear(x.to(wide), self.score.weight.to(wide)).transpose(1, 2)
             if self.slope:
                 begin = 0 if state is None else state.length

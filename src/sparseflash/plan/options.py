@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -56,6 +57,12 @@ def check_options(**options: Any) -> None:
 def host(x: Tensor) -> bool:
     """Whether values may be looked at: they lie in main memory, and this is no trace of a later run."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def precise(x: Tensor) -> AbstractContextManager[Any]:
+    """Where products have the precision of what is multiplied, whatever autocast is on."""
+    kind = x.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def known(size: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import require
 from ..plan import Plan
 from ..plan.entries import tile_view, visible
-from ..plan.options import is_count, pieces, spread_heads
+from ..plan.options import is_count, pieces, precise, spread_heads
 
 CHUNK = 1 << 22
 """Projections held at a time by `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
@@ -179,7 +179,7 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     rank = torch.arange(columns, 0, -1, dtype=narrow, device=x.device)[:, None]
     step = max(1, CHUNK // max(B * H * columns, 1))
     parts = []
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), precise(x):
         for at, to in pieces(T, step):
             # columns before tokens: reductions then run along memory, several times faster than an argmax
             y = across @ x[:, :, at:to].float().mT

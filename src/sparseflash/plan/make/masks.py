@@ -82,7 +82,7 @@ def from_mask(
     if native := builders(mask.numel(), mask):
         return _fields(*native.read_mask(mask, tile, unit), tuple(mask.shape), tile, unit)
     lists = mask.flatten(0, 1)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or mask.is_meta:
         return _every_unit(lists, tuple(mask.shape), tile, unit)
     return from_rows(lambda of, rows: lists[of, rows], tuple(mask.shape), mask.device, tile=tile, unit=unit)
 
