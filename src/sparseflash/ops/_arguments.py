@@ -61,7 +61,8 @@ FINITE = sys.float_info.max
 def is_finite(x: object) -> TypeGuard[float]:
     """Whether x is a number (a traced one too, but no bool) and finite."""
     known = isinstance(x, (int, float, Real, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
-    if known and hasattr(x, "item"):
+    plain = isinstance(x, (int, float, torch.SymInt, torch.SymFloat))
+    if known and not plain and hasattr(x, "item"):
         x = x.item()  # NumPy would cast the limit to its own narrow format, and warn
     return known and -FINITE <= x <= FINITE  # type: ignore[operator]  # math.isfinite wants a number now
 

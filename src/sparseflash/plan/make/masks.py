@@ -194,7 +194,8 @@ def runs(cell: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 
 def span_lists(cell: Tensor, spans: Tensor, lead: tuple[int, int, int]) -> Fields:
     """Lists of full ranges [n, 2], sorted by the cell (place in [B,H,R]) that they belong to."""
-    count = torch.bincount(cell, minlength=math.prod(lead))
+    count = torch.zeros(math.prod(lead), dtype=torch.int64, device=cell.device)
+    count.scatter_add_(0, cell, torch.ones_like(cell))  # as bincount, which knows no tensors without values
     return {
         "span_start": begins(count).view(lead),
         "span_full": count.int().view(lead),
