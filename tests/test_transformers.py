@@ -18,7 +18,7 @@ import transformers as hf
 
 import sparseflash as sf
 from sparseflash.integrations import transformers
-from sparseflash.integrations.transformers import SparseMask, ranges
+from sparseflash.integrations.transformers import SparseMask, ranges, tables
 from transformer_models import FAMILIES, VISION, both, run, tiny
 
 T = 150
@@ -710,3 +710,32 @@ def test_models_that_compute_with_their_mask_get_the_tensor_they_take_it_for(mon
     monkeypatch.setattr(ranges, "TRUTHS", {"own"})
     mask = transformers.sparse_mask(1, 4, 4, 0, 0, causal_mask_function, **made)
     assert type(mask) is torch.Tensor and len(mask.nonzero()) == 10
+
+
+TABLES = {
+    "FalconForCausalLM": lambda: hf.FalconConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "GPTJForCausalLM": lambda: hf.GPTJConfig(vocab_size=97, n_embd=64, n_layer=2, n_head=4, rotary_dim=8),
+    "GPTNeoForCausalLM": lambda: hf.GPTNeoConfig(
+        vocab_size=97, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_models_with_a_table_of_attention_classes_keep_their_own_and_are_named(name, caplog):
+    tables._named.clear()
+    config, kind = TABLES[name](), getattr(hf, name)
+    torch.manual_seed(0)
+    stock = kind._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    with caplog.at_level("WARNING", logger="sparseflash"):
+        ours = kind._from_config(copy.deepcopy(config), attn_implementation="sparse").eval()
+    assert len([x for x in caplog.messages if "goes on with its own attention" in x]) == 1
+    ours.load_state_dict(stock.state_dict())
+    keep = torch.ones(2, 30, dtype=torch.long)
+    keep[0, :4] = 0
+    with torch.no_grad():
+        ids = tokens(2, 30)
+        want, got = (m(ids, attention_mask=keep).logits[:, 4:] for m in (stock, ours))
+    torch.testing.assert_close(got, want)

@@ -1,7 +1,8 @@
 """Transformers models on these kernels: `attn_implementation="sparse"`, exact, and methods on top of it.
 
 Importing this package registers an attention function and a mask function under that name, in the two public
-registries. Nothing else of Transformers is touched.
+registries, and under that name the classes that models with a table of their own have (`tables`). Nothing else
+of Transformers is touched.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from .mask import SparseMask
 from .pretrained import MODELS, load
 from .ranges import NUMBERS, TRUTHS, sparse_mask
 from .report import Report, report
+from .tables import watch
 from .verify import verify
 
 AttentionInterface.register("sparse", sparse_attention)
 AttentionMaskInterface.register("sparse", sparse_mask)
+watch()
 
 __all__ = [
     "HARMLESS",

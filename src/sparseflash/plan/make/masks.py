@@ -192,10 +192,16 @@ def runs(cell: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     return cell[begins], torch.stack([lo[begins], hi[ends]], -1)
 
 
+def _counted(cell: Tensor, n: int) -> Tensor:
+    """How often each number below n is there: `bincount`, which does not know tensors without values."""
+    if not cell.is_meta:
+        return torch.bincount(cell, minlength=n)
+    return torch.empty(n, dtype=torch.int64, device=cell.device)
+
+
 def span_lists(cell: Tensor, spans: Tensor, lead: tuple[int, int, int]) -> Fields:
     """Lists of full ranges [n, 2], sorted by the cell (place in [B,H,R]) that they belong to."""
-    count = torch.zeros(math.prod(lead), dtype=torch.int64, device=cell.device)
-    count.scatter_add_(0, cell, torch.ones_like(cell))  # as bincount, which knows no tensors without values
+    count = _counted(cell, math.prod(lead))
     return {
         "span_start": begins(count).view(lead),
         "span_full": count.int().view(lead),
@@ -208,7 +214,7 @@ def bit_lists(cell: Tensor, column: Tensor, bits: list[Tensor], lead: tuple[int,
     """Lists of partial units with their bits, sorted by cell; nothing where there are none."""
     if not len(cell):
         return {}
-    count = torch.bincount(cell, minlength=math.prod(lead))
+    count = _counted(cell, math.prod(lead))
     start = begins(count).view(lead)
     return {
         "start": start,
