@@ -1,7 +1,7 @@
 """Transformers models on these kernels: `attn_implementation="sparse"`, exact, and methods on top of it.
 
 Importing this package registers an attention function and a mask function under that name, in the two public
-registries, and under that name the classes that models with a table of their own have (`tables`). Nothing else
+registries, and under it the classes that models with a table of their own have (`tables`). Nothing else
 of Transformers is touched.
 """
 
