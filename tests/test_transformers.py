@@ -18,7 +18,7 @@ import transformers as hf
 
 import sparseflash as sf
 from sparseflash.integrations import transformers
-from sparseflash.integrations.transformers import SparseMask, ranges, tables
+from sparseflash.integrations.transformers import SparseMask, attention, ranges, tables
 from transformer_models import FAMILIES, VISION, both, run, tiny
 
 T = 150
@@ -539,8 +539,6 @@ def test_document_edges_that_would_be_ignored_are_refused():
 
 def test_arguments_that_would_be_ignored_are_refused():
     one, ids = model("llama"), tokens()
-    with pytest.raises(sf.SparseFlashError, match="never formed.*eager"):
-        run(one, "sparse", input_ids=ids, output_attentions=True)
     with pytest.raises(sf.SparseFlashError, match="'novelty'.*HARMLESS"):
         run(one, "sparse", input_ids=ids, novelty=torch.ones(1))
     sf.transformers.HARMLESS.add("novelty")  # the way out that the message names
@@ -739,3 +737,68 @@ def test_models_with_a_table_of_attention_classes_keep_their_own_and_are_named(n
         ids = tokens(2, 30)
         want, got = (m(ids, attention_mask=keep).logits[:, 4:] for m in (stock, ours))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "mistral"])
+def test_weights_are_formed_where_rows_are_short(family, monkeypatch):
+    eager = tiny(family)
+    eager.set_attn_implementation("eager")
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("sparse")
+    keep = torch.ones(2, 40, dtype=torch.long)
+    keep[0, :3] = 0
+    with torch.no_grad():
+        how = {"input_ids": tokens(2, 40), "attention_mask": keep, "output_attentions": True}
+        want, got = (m(**how).attentions for m in (eager, ours))
+    assert len(want) == len(got) > 1
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(b[:, :, 3:], a[:, :, 3:])
+    monkeypatch.setattr(attention, "WEIGHTS", 4 * 2 * 4 * 40 * 40 - 1)
+    with pytest.raises(sf.SparseFlashError, match=r"weights \[2, 4, 40, 40\], 0 MiB a layer.*shorter rows"):
+        ours(**how)
+    monkeypatch.undo()
+    if family == "llama":
+        with sf.transformers.sparse(ours, sf.methods.Window(9)):
+            with pytest.raises(sf.SparseFlashError, match="a method or a cache that evicts"):
+                ours(**how)
+
+
+def test_methods_reach_a_model_inside_of_a_wrapper():
+    one, ids = copy.deepcopy(model("llama")), tokens(1, 40)
+    method = sf.methods.Window(9)
+    with torch.no_grad():
+        with sf.transformers.sparse(one, method) as same:
+            assert same is one
+            want = one(ids).logits
+        wrapped = torch.nn.DataParallel(one)
+        with sf.transformers.sparse(wrapped, method) as same:
+            assert same is wrapped
+            assert torch.equal(wrapped(ids).logits, want)
+        assert not torch.equal(wrapped(ids).logits, want)
+    with pytest.raises(sf.SparseFlashError, match="Linear has no config"):
+        with sf.transformers.sparse(torch.nn.Linear(1, 1), method):
+            pass
+
+
+@pytest.mark.parametrize("cut", [(0, 10), (20, 0), (7, 30)])
+def test_caches_may_hold_other_numbers_of_tokens_in_each_layer(cut):
+    """The last keys are the queries' own, and whatever a layer still has lies before them."""
+    one, ids = copy.deepcopy(model("llama")), tokens(2, 45)
+
+    def forward(kind, pieces):
+        one.set_attn_implementation(kind)
+        cache, at, found = hf.DynamicCache(config=one.config), 40, []
+        one(ids[:, :at], past_key_values=cache)
+        for layer, n in zip(cache.layers, cut, strict=False):
+            layer.keys = layer.keys[:, :, n:].clone()
+            layer.values = layer.values[:, :, n:].clone()
+        for n in pieces:
+            place = torch.arange(at, at + n)[None]
+            found.append(one(ids[:, at : at + n], past_key_values=cache, position_ids=place).logits)
+            at += n
+        return torch.cat(found, 1)
+
+    with torch.no_grad():
+        stock = forward("sdpa", (1,) * 5)  # which takes such caches token by token alone
+        torch.testing.assert_close(forward("sparse", (1,) * 5), stock)
+        torch.testing.assert_close(forward("sparse", (5,)), stock)

@@ -53,7 +53,7 @@ class Growing(Layer):
         """Forget everything."""
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._tokens = 0
+        self._tokens = self._valued = 0  # the same, but while somebody puts others into it
         self._first: Tensor | None = None
         self._summaries: dict[Summary, Kept] = {}
         self._remembered: dict[Hashable, tuple[int, tuple[Tensor, ...]]] = {}
@@ -89,11 +89,11 @@ class Growing(Layer):
     @property
     def values(self) -> Tensor | None:
         """`[B,Hkv,tokens,Dv]`, without the room; None of an empty cache."""
-        return None if self._values is None else self._values[:, :, : self._tokens]
+        return None if self._values is None else self._values[:, :, : self._valued]
 
     @values.setter
     def values(self, x: Tensor | None) -> None:
-        self._values = x
+        self._values, self._valued = x, 0 if x is None else x.shape[2]
 
     def tensors(self) -> dict[str, Tensor]:
         """Keys and values with their room, and the summaries."""
@@ -107,6 +107,9 @@ class Growing(Layer):
         """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` behind the others, in place while there is room."""
         check_new(k, v, self._keys, self._values)
         n, end = self._tokens, self._tokens + k.shape[2]
+        require(
+            (self._valued == n, lambda: f"{n} keys and {self._valued} values were put in: expected as many")
+        )
         if torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (k, v, self._keys, self._values)
         ):
@@ -119,7 +122,7 @@ class Growing(Layer):
             self._values = self._with_room(self._values, v, end)
             self._keys[:, :, n:end] = k
             self._values[:, :, n:end] = v
-        self._tokens = end
+        self._tokens = self._valued = end
 
     def _with_room(self, x: Tensor | None, new: Tensor, end: int) -> Tensor:
         if x is not None and x.shape[2] >= end and not x.requires_grad:
@@ -168,7 +171,7 @@ class Growing(Layer):
 
     def crop(self, n: int) -> None:
         """Forget tokens at the end: all but the first n, or, below 0, so many."""
-        self._tokens = self._left(n)
+        self._tokens = self._valued = self._left(n)
         for kept in self._summaries.values():
             kept.crop(self._tokens)
         self._remembered = {key: x for key, x in self._remembered.items() if x[0] <= self._tokens}

@@ -19,6 +19,8 @@ from .keep import plain_mask
 from .learned import learned_plan
 from .mask import Bits, Plain, SparseMask
 
+WEIGHTS = 64 << 20
+"""Bytes of attention weights, in fp32, that a layer forms where a model wants them (`output_attentions`)."""
 SETTING = "_sparseflash"
 """Name of the attribute of an attention module that holds what `sparse(...)` set for it."""
 
@@ -36,7 +38,6 @@ _REFUSED = {
     "cache": "continuous batching gives a paged cache, which 'sparse' does not read: use generate()",
     "sinks": "a sink for every query (Inkling 2) is not supported: keep 'eager' for this model",
     "head_mask": "masks of whole heads are not supported: multiply the output of the heads instead",
-    "output_attentions": "attention weights are never formed: set_attn_implementation('eager') forms them",
 }
 
 
@@ -57,8 +58,9 @@ def sparse_attention(
     indices: Tensor | None = None,
     block_indices: Tensor | None = None,
     position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Exact attention of one layer: dense, or what `sparse(...)` set for this module.
 
     Parameters
@@ -75,11 +77,13 @@ def sparse_attention(
         `[B,S,topk]` and `[B,Hkv,S,topk]`: keys, or blocks of them, that the model's own indexer chose.
     position_bias : Tensor, optional
         `[B|1,Hq|1,S,T]`, added to the logits, with gradient (T5).
+    output_attentions : bool, optional
+        Whether weights are wanted: formed beside, where they take `WEIGHTS` bytes at most.
 
     Returns
     -------
-    (Tensor, None)
-        out `[B,S,Hq,Dv]`; weights are never formed.
+    (Tensor, Tensor or None)
+        out `[B,S,Hq,Dv]`; the weights `[B,Hq,S,T]` where they are wanted, before dropout.
 
     Raises
     ------
@@ -121,6 +125,11 @@ def sparse_attention(
         options["dropout_p"] = dropout
     setting = getattr(module, SETTING, None)
     held = None if torch.compiler.is_compiling() else layer_behind(key)
+    if output_attentions and (setting is not None or held is not None):
+        raise SparseFlashError(
+            f"{type(module).__name__}: output_attentions=True, and a method or a cache that evicts was set "
+            "for this layer: leave it out (layers=), or do without the weights"
+        )
     if held is not None:
         return attend(module, held, setting, query, key, value, mask, options).transpose(1, 2), None
     if indices is not None or block_indices is not None:
@@ -129,7 +138,8 @@ def sparse_attention(
                 f"{type(module).__name__} chooses its keys by an indexer of its own, and a method was set "
                 "for it: leave this layer out (layers=)"
             )
-        out = exact(query, key, value, learned_plan(module, mask, indices, block_indices), options)
+        plan = learned_plan(module, mask, indices, block_indices)
+        out = exact(query, key, value, plan, options)
     elif setting is not None:
         if position_bias is not None:
             raise SparseFlashError(
@@ -138,8 +148,33 @@ def sparse_attention(
             )
         out = setting(module, query, key, value, mask, options)
     else:
-        out = exact(query, key, value, mask.plan, options)
-    return out.transpose(1, 2), None
+        plan = mask.plan
+        out = exact(query, key, value, plan, options)
+    weights = _weights(module, query, key, plan, options) if output_attentions else None
+    return out.transpose(1, 2), weights
+
+
+def _weights(module: nn.Module, q: Tensor, k: Tensor, plan: Any, options: dict[str, Any]) -> Tensor:
+    """The weights `[B,Hq,S,T]` of exact attention: a table, for rows that are short."""
+    (B, H, S, D), T = q.shape, k.shape[2]
+    need = 4 * B * H * S * T
+    if need > WEIGHTS:
+        raise SparseFlashError(
+            f"{type(module).__name__}: output_attentions=True wants weights {[B, H, S, T]}, "
+            f"{need / 2**20:.0f} MiB a layer, and attention forms {WEIGHTS >> 20} MiB at most: give shorter rows, or use "
+            "set_attn_implementation('eager'), which forms them anyway"
+        )
+    scale, cap, sinks = (options.get(name) for name in ("scale", "softcap", "sink_logits"))
+    score = (
+        q.float() @ k.float().repeat_interleave(H // k.shape[1], 1).mT * (D**-0.5 if scale is None else scale)
+    )
+    score = cap * (score / cap).tanh() if cap else score
+    score = score + options.get("pair_bias", 0.0)
+    keep = plan.to_dense()
+    score = score.masked_fill(~keep.repeat_interleave(H // keep.shape[1], 1), -torch.inf)
+    if sinks is not None:
+        score = torch.cat([score, sinks.float()[:, None, None].expand(B, H, S, 1)], -1)
+    return score.softmax(-1)[..., :T].nan_to_num(nan=0).to(q.dtype)
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -171,12 +206,12 @@ def _as_mask(
     B, name = max(B, key.shape[0]), type(module).__name__
     own = isinstance(given, SparseMask)
     if isinstance(given, SparseMask):
-        if given.shape[2] == S and given.shape[3] > T > 0:  # as models cut theirs: the first keys are there
-            given = given.first_keys(T)
+        given = given.for_keys(T) if given.shape[2] == S and given.shape[3] != T else given
         if given.shape[2:] != (S, T):
             raise SparseFlashError(
                 f"{name}: the mask is for {list(given.shape[2:])} tokens, queries and keys "
-                f"are {[S, T]}: the model built it for another cache or length"
+                f"are {[S, T]}: the model built it for another cache or length. Where caches "
+                "differ in length from layer to layer, rows have no padding"
             )
         causal = given.causal
         if given.mixes and told(given.owner, labels, edges):

@@ -20,7 +20,7 @@ from .._host import exact, over
 from .._sessions import Rotations, Sessions
 from .attention import SETTING
 from .caches import Kept, keeping, layer_of
-from .layers import Layer, chosen
+from .layers import Layer, bare, chosen
 from .mask import Plain, SparseMask
 from .packed import behind, gather, scatter
 from .tokens import Ear, heard
@@ -52,7 +52,7 @@ def sparse(
     Parameters
     ----------
     model : PreTrainedModel
-        Any model whose layers use Transformers' attention registry.
+        Any model whose layers use Transformers' attention registry, or what wraps one (`DataParallel`).
     prefill : Method, sequence or mapping, optional
         For calls of several queries: prompts, chunks of them, training. A method; a sequence with a method
         (or None: dense) for each query head; or a mapping from the number of a layer to either, whose other
@@ -88,6 +88,7 @@ def sparse(
     >>> logits.shape
     torch.Size([1, 37, 32000])
     """
+    given, model = model, bare(model)
     named = [x for x in (prefill, decode) if isinstance(x, Mapping)]
     if layers is None and named and all(x is None or isinstance(x, Mapping) for x in (prefill, decode)):
         layers = sorted(set().union(*named))
@@ -100,7 +101,7 @@ def sparse(
     total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
     kept = keeping(model, cache, total)
     with on_sparse(model), kept, heard(model) as ear, attached(picked, settings, ear):
-        yield model
+        yield given
 
 
 @contextmanager

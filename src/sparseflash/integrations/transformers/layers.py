@@ -63,6 +63,19 @@ def attention_layers(model: nn.Module) -> list[Layer]:
     return [Layer(name, numbers[i] if unique else i, m) for i, (name, m) in enumerate(found)]
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside of what wraps it: `DataParallel`, its distributed kin, `torch.compile`."""
+    while not hasattr(model, "config"):
+        inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+        if not isinstance(inner, nn.Module):
+            raise SparseFlashError(
+                f"{type(model).__name__} has no config, and wraps no model that has one: expected a model of "
+                "Transformers"
+            )
+        model = inner
+    return model
+
+
 def _follows(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and REGISTRY in code.co_names

@@ -222,8 +222,19 @@ class SparseMask(_Dense):
         kind = kind if isinstance(kind, Packed) else Packed(ranges=ranges)
         return dataclasses.replace(self, plan=plan, kind=kind)
 
-    def first_keys(self, n: int) -> SparseMask:
-        """The mask of the first keys alone, where it was made for more."""
+    def for_keys(self, n: int) -> SparseMask:
+        """The mask of a layer that has other keys than it was made for, where it says what these are.
+
+        A cache may hold other numbers of tokens in each layer, of which the last are the queries' own; and a
+        mask may be made for more room than there is yet.
+        """
+        (Tq, Tk), known = self.shape[2:], isinstance(self.offset, int)
+        if known and self.by_rule and self.tokens is None and self.offset + Tq == Tk and n >= Tq:
+            causal, at = self.causal and Tq > 1, n - Tq
+            plan = Plan.dense(Tq, n, causal=causal, q_offset=at if causal else 0, device=self.device)
+            return dataclasses.replace(self, plan=plan, offset=at, held=None)
+        if not (known and self.offset + Tq <= n < Tk):
+            return self
         kind = self.kind if self.by_rule and self.causal else Bits()
         tokens = None if self.tokens is None else self.tokens[:, :n]
         plan = self.plan.restrict(k_tokens=torch.arange(n, device=self.device))

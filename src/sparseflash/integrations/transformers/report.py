@@ -17,7 +17,7 @@ from .._host import exact
 from .._sessions import Sessions
 from .attention import SETTING
 from .control import OVERHEARD, Setting, attached, on_sparse
-from .layers import Layer, attention_layers
+from .layers import Layer, attention_layers, bare
 from .mask import SparseMask
 from .tokens import heard
 
@@ -127,6 +127,7 @@ def measuring(model: Any, queries: int | None = None, dense: bool = True) -> Ite
     list of Row
         Filled while the block runs.
     """
+    model = bare(model)
     layers = attention_layers(model)
     sheet = _Sheet(queries, dense)
     probes = [

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import SparseFlashError
 from .control import Choice, attached, sparse
-from .layers import attention_layers
+from .layers import attention_layers, bare
 from .pretrained import load
 
 
@@ -83,6 +83,7 @@ def verify(
             inputs = {**tokenizer(text, return_tensors="pt"), **inputs}
         if not inputs:
             raise SparseFlashError("verify of a model by its name: give text= or input_ids=")
+    model = bare(model)
     before = model.config._attn_implementation
     stock = against or ("eager" if before == "sparse" else before)
     every = attention_layers(model)
