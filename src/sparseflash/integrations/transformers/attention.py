@@ -161,8 +161,8 @@ def _weights(module: nn.Module, q: Tensor, k: Tensor, plan: Any, options: dict[s
     if need > WEIGHTS:
         raise SparseFlashError(
             f"{type(module).__name__}: output_attentions=True wants weights {[B, H, S, T]}, "
-            f"{need / 2**20:.0f} MiB a layer, and attention forms {WEIGHTS >> 20} MiB at most: give shorter rows, or use "
-            "set_attn_implementation('eager'), which forms them anyway"
+            f"{need / 2**20:.0f} MiB a layer, and attention forms {WEIGHTS >> 20} MiB at most: "
+            "give shorter rows, or use set_attn_implementation('eager'), which forms them anyway"
         )
     scale, cap, sinks = (options.get(name) for name in ("scale", "softcap", "sink_logits"))
     score = (
