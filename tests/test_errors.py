@@ -142,7 +142,9 @@ def test_messages_are_formatted_when_they_are_raised():
 class _Card:
     """A backend for a card that nobody has asked for: usable, and not to be chosen yet."""
 
-    NAME, CAUTION = "triton", "has not run on a card yet: ask for it with backend='triton'"
+    NAME = "triton"
+    caution = staticmethod(lambda x: "failed a check on this card: ask for it with backend='triton'")
+    standing = staticmethod(lambda: "ask for it with backend='triton'")
     forward = staticmethod(lambda *_: None)
 
     @staticmethod

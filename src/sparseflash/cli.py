@@ -255,6 +255,14 @@ def doctor(
         able, detail = cpu.status()
         done = f"ready after {time.monotonic() - started:.0f} s" if able else "failed"
         typer.echo(f"{'CPU kernels':12} {done}: {detail}")
+        import torch
+
+        if torch.cuda.is_available():
+            from sparseflash.backends.triton import trust
+
+            card = torch.device("cuda", torch.cuda.current_device())
+            found = trust.checked(trust.card_of(card), card)
+            typer.echo(f"{'Triton':12} kernels {found or 'passed their check on this card'}")
     for name, value in describe().items():
         if value and name != "backend":
             typer.echo(f"{name:12} {value}")

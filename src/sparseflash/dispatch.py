@@ -51,8 +51,8 @@ def backend_status() -> dict[str, BackendStatus]:
     for name in PREFERENCE:
         module = _load(name)
         usable, detail = (False, module) if isinstance(module, str) else module.status()
-        if usable and (caution := getattr(module, "CAUTION", "")):
-            detail = f"{detail}; {caution}"
+        if usable and (said := getattr(module, "standing", lambda: "")()):
+            detail = f"{detail}; {said}"
         found[name] = BackendStatus(name, usable, detail)
     return found
 
@@ -80,9 +80,10 @@ def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
             said.append(f"{name}: {module}")
             continue
         reasons = module.refuse(*tensors) if hasattr(module, op) else [f"has no {op}"]
-        if not wanted and not reasons and (caution := getattr(module, "CAUTION", "")):
-            reasons = [caution]
-            held = f"{name} {caution}"
+        caution = None if wanted or reasons else getattr(module, "caution", None)
+        if caution is not None and (why := caution(tensors[0])):
+            reasons = [why]
+            held = f"{name} {why}"
         if not reasons:
             if held:
                 _say_once(f"sparseflash: on {tensors[0].device} the {name} runs, which is slow: {held}")

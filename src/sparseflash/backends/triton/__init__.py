@@ -13,18 +13,20 @@ from .pages import page_scores
 from .softmax import backward, decode, forward
 from .statistics import stats
 from .stick import stick_backward, stick_forward
+from .trust import caution, standing
 
 __all__ = [
-    "CAUTION",
     "DTYPES",
     "NAME",
     "backward",
+    "caution",
     "decode",
     "forward",
     "linear_backward",
     "linear_forward",
     "page_scores",
     "refuse",
+    "standing",
     "stats",
     "status",
     "stick_backward",
@@ -32,7 +34,6 @@ __all__ = [
 ]
 
 NAME = "triton"
-CAUTION = "has been checked in the interpreter, but not yet on a card: ask for it with backend='triton'"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
