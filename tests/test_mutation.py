@@ -1,5 +1,8 @@
 """The run that makes faults makes them, and judges the tests by them (`python tests/mutation.py`)."""
 
+import subprocess
+import sys
+
 import pytest
 
 import mutation
@@ -39,3 +42,14 @@ def test_a_fork_answers_or_is_ended(works):
         return [1, 2]
 
     assert mutation.forked(work, 20.0 if works else 0.5) == ([1, 2] if works else None)
+
+
+@pytest.mark.slow
+def test_nineteen_of_twenty_faults_are_caught(tmp_path):
+    """Of a sample that changes when the library does; `python tests/mutation.py` takes another seed."""
+    out = tmp_path / "faults.csv"
+    how = [sys.executable, mutation.__file__, "--sample", "40", "--seed", "7", "--out", str(out)]
+    done = subprocess.run(how, capture_output=True, text=True)
+    survivors = [line for line in done.stdout.splitlines() if line.startswith("SURVIVED")]
+    print(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, "\n".join([*survivors, done.stderr[-2000:]])

@@ -260,6 +260,19 @@ def test_plans_made_unseen_show_the_same_mask_and_transpose_to_every_visit(kind,
     assert len(found) <= 1.2 * len(visits) + 4 * plan.tiles, f"much is tested in vain: {example.line}"
 
 
+def test_a_group_of_keys_that_all_its_tiles_cover_is_a_run_without_a_test():
+    """One tile is as good as several: what is called full is not only right, it is all there is."""
+    for Tq in (128, 384):
+        with unseen():
+            plan = Plan.dense(Tq, 512)
+            keys = transpose_spans(plan.span_lists, plan.k_rows)
+        first = keys.start[0, 0]
+        full = (keys.until - keys.index)[first]
+        assert torch.equal(full, torch.full_like(full, Tq // 128)) and int(keys.full.min()) > 0
+        tested = [(keys.until - keys.index)[first + n] for n in range(1, int(keys.count.max()))]
+        assert all(int(x.clamp(min=0).sum()) == 0 for x in tested)
+
+
 def test_a_changed_plan_forgets_what_its_lists_were_like():
     from dataclasses import replace
 

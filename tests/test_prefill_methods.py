@@ -858,3 +858,15 @@ def test_a_head_of_a_million_keys_is_selected_planned_and_attended_within_four_g
         torch.testing.assert_close(found["out"][0, 0, row].double(), want, atol=1e-5, rtol=1e-4)
         assert float(found["lse"][0, 0, row]) == pytest.approx(float(logits.logsumexp(0)), abs=1e-4)
         assert int(keys.max()) <= row and len(keys) < 6000 and (row < T - 1 or len(keys) >= 500)
+
+
+def test_rotations_of_dual_chunks_reach_to_the_last_key_at_least(generator):
+    q, k, v = (normal(generator, 1, 2, 70, 16) for _ in range(3))
+    angle = torch.arange(100)[None, :, None] * torch.rand(1, 1, 8, generator=generator).repeat(1, 1, 2)
+    method, tables = sf.methods.DualChunkAttention(32), (angle.cos(), angle.sin())
+    want = method(q, k, v, ctx={"rope": tables})
+    assert torch.equal(method(q, k, v, ctx={"rope": tuple(x[:, :70] for x in tables)}), want)
+    short, flat = tuple(x[:, :69] for x in tables), tuple(x[0] for x in tables)
+    for wrong in (short, (tables[0], short[1]), flat, (tables[0], flat[1]), tables[:1], (tables[0], 1)):
+        with pytest.raises(sf.SparseFlashError, match="the last of 70 keys"):
+            method(q, k, v, ctx={"rope": wrong})
