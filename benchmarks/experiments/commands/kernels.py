@@ -93,6 +93,23 @@ def bench_arguments(
     session("arguments", out, partial(arguments.measure, **options, minutes=minutes), columns)
 
 
+@experiments.command("short", rich_help_panel=PANEL)
+def bench_short(
+    out: Out = RESULTS / "short.csv",
+    dtypes: Dtypes = "fp32,bf16",
+    rounds: Rounds = 7,
+    minutes: Minutes = 2.0,
+) -> None:
+    """Compare calls on 16, 128 and 512 tokens with dense torch SDPA, in microseconds."""
+    from sparseflash.bench.session import session
+
+    from .. import short
+
+    options = {"dtypes": dtypes_of(dtypes), "rounds": rounds, "minutes": minutes}
+    columns = ("dtype", "T", "heads", "dim", "us_sdpa", "us", "ratio")
+    session("short", out, partial(short.measure, **options), columns)
+
+
 @experiments.command("decode", rich_help_panel=PANEL)
 def bench_decode(
     out: Out = RESULTS / "decode.csv",
