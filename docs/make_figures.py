@@ -105,6 +105,38 @@ def brings() -> str:
     return table(["", *DTYPES], body)
 
 
+LEAST = 3
+"""Rounds of a timed row that prose may quote: one is an anecdote."""
+
+
+def quoted(name: str, column: str, **wanted: str) -> float:
+    """A figure for prose, of a row that was measured often enough."""
+    if figure(name, "rounds", **wanted) < LEAST:
+        raise SystemExit(f"{name}.csv: {wanted} has fewer than {LEAST} rounds; measure it again")
+    return figure(name, column, **wanted)
+
+
+def ways() -> str:
+    """What is left of other ways to the same result."""
+    packed = {"what": "attention", "mix": "paragraphs", "case": "packed"}
+    gains = [quoted("documents-books", "over_sdpa", dtype=dtype, **packed) for dtype in DTYPES]
+    tiles = quoted("masks", "ratio", case="10 % of the tiles", T="8192", dtype="fp32")
+    said = (
+        "Against other ways to the same result, also forward + backward: packed documents "
+        f"{gains[0]:.1f}x and {gains[1]:.1f}x over SDPA on padded batches "
+        "(attention, paragraphs of novels, fp32 and bf16); a "
+        f"boolean mask with 10 % of its tiles in use {tiles:.0f}x over SDPA with that mask, 8k tokens."
+    )
+    if (RESULTS / "short.csv").exists():
+        body = [
+            [row["T"], row["dtype"], *(f"{float(row[x]):.0f}" for x in ("us", "us_sdpa"))]
+            for row in rows("short")
+        ]
+        head = ["tokens, 4 heads of 64, one forward", "dtype", "µs", "SDPA, µs"]
+        said += " On few tokens SDPA may be faster:\n\n" + table(head, body)
+    return textwrap.fill(said, 120) if "\n" not in said else said
+
+
 def door(text: str) -> Callable[[], str]:
     """A measured line of README; `text` names figures by the keys of DOORS."""
     wanted = {name: cell for name, cell in DOORS.items() if f"{{{name}}}" in text}
@@ -754,6 +786,7 @@ BLOCKS = {
     "dsa": dsa,
     "learned": learned,
     "brings": brings,
+    "ways": ways,
     **{f"door-{name}": door(text) for name, text in SAID.items()},
     "mqar": mqar,
     "claim": claim,

@@ -1,4 +1,4 @@
-"""Calls on few tokens, where what stands around the kernels costs more than they do: over dense torch SDPA."""
+"""Calls on few tokens, where what is around the kernels takes longer than they do: over dense torch SDPA."""
 
 from __future__ import annotations
 
