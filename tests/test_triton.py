@@ -67,9 +67,9 @@ def test_no_kernel_adds_from_two_places():
 def test_a_head_that_is_too_wide_is_refused_with_every_other_reason():
     from sparseflash.backends import triton as backend
 
-    wide = torch.empty(1, 1, 2, 320, dtype=torch.float64)
+    wide = torch.empty(1, 1, 2, 640, dtype=torch.float64)
     reasons = "; ".join(backend.refuse(wide, wide, wide))
-    assert "head dimension 320 (up to 256" in reasons and "float64" in reasons and "on cpu" in reasons
+    assert "head dimension 640 (up to 576" in reasons and "float64" in reasons and "on cpu" in reasons
 
 
 def test_without_a_gpu_the_backend_says_why_it_does_not_run():

@@ -41,7 +41,7 @@ class Summary:
         B, H, T, D = keys.shape
         n = -(-T // self.page)
         if n == 1 or T == n * self.page:
-            return self.of(keys.detach().view(B, H, n, -1, D))
+            return self.of(keys.detach().view(B, H, n, T if n == 1 else self.page, D))
         real = (torch.arange(n * self.page, device=keys.device) < T).view(1, n, self.page)
         keys = torch.nn.functional.pad(keys.detach(), (0, 0, 0, n * self.page - T))
         return self.of(keys.view(B, H, n, self.page, D), real)

@@ -40,7 +40,7 @@ def _forward(
     options: Statistics,
 ) -> Tensor:
     if v is None or dout is None or delta is None:
-        run = choose("stats", options.backend, q, k, k).stats
+        run = choose("stats", options.backend, q, k).stats
         return run(q, k, norm, plan, options, key_bias=key_bias)
     moved = choose("influence", options.backend, q, k, v).influence
     return moved(q, k, v, dout, norm, delta, plan, options, key_bias=key_bias)

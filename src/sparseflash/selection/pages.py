@@ -103,7 +103,10 @@ def _checked(
         )
     )
     options = Pages(parts, sinks, near, share, k, as_backend(backend))
-    rules = _rules(near, own, heads, q.device) if own else None
+    made = (
+        _rules.__wrapped__ if torch.compiler.is_compiling() else _rules
+    )  # a compiler looks through the cache
+    rules = made(near, own, heads, q.device) if own else None
     return q.detach(), rows.detach(), last.expand(B, Tq), rules, options
 
 

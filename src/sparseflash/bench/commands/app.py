@@ -41,6 +41,7 @@ EXPERIMENTS = (
     "ranks",
     "records",
     "selection",
+    "short",
     "step",
     "transformers",
     "vision",

@@ -23,7 +23,7 @@ inline float read_item(const char *p, int32_t item, float scale) {
     return item == SF_BF16 ? from_bf16(half) : from_f16(half);
 }
 
-#if defined(__AVX512F__)
+#if SF_MASKS
 // The first `left` of 16 items, and zeros. (No branch asks how many: it would be guessed wrong half of the time.)
 template <int32_t ITEM> inline __m512 read_items(const char *p, int64_t left, float scale, bool halves) {
     const __mmask16 some = (__mmask16)_bzhi_u32(0xffff, (uint32_t)least<int64_t>(left, 16));
@@ -64,7 +64,7 @@ template <int32_t ITEM, class Item> inline void expand_as(const char *row, const
         if (bits) memcpy(&word, row + d / 8, 8);
         const int64_t end = least<int64_t>(64, D - d);
         if (end < 64) word &= (1ull << end) - 1;
-#if defined(__AVX512F__)
+#if SF_MASKS
         for (int64_t i = 0; i < end; i += 16, word >>= 16) {
             const __mmask16 mine = (__mmask16)word;
             put_items(to + d + i, end - i, _mm512_maskz_expand_ps(mine, read_items<ITEM>(items, left, scale, halves)));
