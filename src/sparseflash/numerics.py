@@ -253,10 +253,11 @@ def over_plans(
 
     What else it takes goes to every call of `attend`.
     """
-    alone, state, wanted = len(plans) == 1 and sink_logits is None, state_dtype(q), options.dtype or q.dtype
+    wanted = options.dtype or q.dtype
     also["key_bias"] = key_bias
-    if alone:
+    if len(plans) == 1 and sink_logits is None:
         return attend(q, k, v, plans[0], options, out_dtype=wanted, normed=normed, **also)
+    state = state_dtype(q)
     parts = [attend(q, k, v, plan, options, out_dtype=state, normed=True, **also) for plan in plans]
     unit = unit_of(options.scale, options.softcap, *(also.get(name) for name in BIASES))
     norms = [norm for *_, norm in parts if norm is not None]

@@ -74,8 +74,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, lse and, for a backward, the norm over all plans (None in its place if not `normed`)."""
     attend = choose("forward", options.backend, q, k, v).forward
-    how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "seed": seed}
-    how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
+    how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits}
+    if seed is not None or alibi_slopes is not None or pair_bias is not None:
+        how |= {"seed": seed, "alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     found: tuple[Tensor, Tensor, Any] = over_plans(attend, q, k, v, plans, options, normed=normed, **how)
     return found
 

@@ -157,12 +157,18 @@ class Record:
     @property
     def rules(self) -> Rules:
         """What a listed pair has to pass, as one value."""
-        return Rules(**{name: getattr(self, name) for name in _RULES})
+        found: Rules | None = getattr(self, "_rules", None)
+        if found is None:  # asked for again and again while a plan is taken apart
+            found = Rules(**{name: getattr(self, name) for name in _RULES})
+            object.__setattr__(self, "_rules", found)
+        return found
 
     @property
     def device(self) -> torch.device:
         """Where the plan's tensors live."""
-        return self.lists()[0].start.device
+        lists = self.span_start if self.span_start is not None else self.start
+        assert lists is not None  # one of the two is always there; every call of attention asks
+        return lists.device
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's own tensors by field name (derived data not included)."""

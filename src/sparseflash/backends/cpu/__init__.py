@@ -104,8 +104,10 @@ def forward(
         lse.fill_(float("-inf"))
         if norm is not None:
             norm[0], norm[1] = float("-inf"), 0
-    drop(call, options, seed)
-    add(call, alibi_slopes, pair_bias, alive)
+    if seed is not None:
+        drop(call, options, seed)
+    if alibi_slopes is not None or pair_bias is not None:
+        add(call, alibi_slopes, pair_bias, alive)
     call.out_dtype = CODES[out_dtype]
     call.out, call.lse = view(out), lse.data_ptr()
     if norm is not None:
