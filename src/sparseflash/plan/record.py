@@ -92,7 +92,8 @@ class Record:
         if torch.compiler.is_compiling():
             known = inherited
         else:
-            known = any(isinstance(x, Tensor) and x.is_inference() for x in vars(self).values())
+            given = [x for x in vars(self).values() if x is not None and isinstance(x, Tensor)]
+            known = any(x.is_inference() for x in given)
         if known:
             object.__setattr__(self, "of_inference", True)
         return self
