@@ -70,10 +70,10 @@ def both(name: str, case: str, **wanted: str) -> Cell:
     return times(name, f"{case}, forward", f"{case}, backward", **wanted)
 
 
-def steps(case: str) -> Cell:
+def steps(case: str, name: str = "step") -> Cell:
     """Speed-ups of a training step at both lengths."""
     return lambda dtype: " / ".join(
-        times("step", case, column="speedup", T=T)(dtype) for T in ("8192", "16384")
+        times(name, case, column="speedup", T=T)(dtype) for T in ("8192", "16384")
     )
 
 
@@ -95,6 +95,9 @@ BRINGS: dict[str, Cell] = {
         "ops", "stick-breaking, every key counts", T="8192"
     ),
     "whole training step of a small GPT, hash-sparse, 8k / 16k tokens": steps("hash-sparse, 16 buckets"),
+    "the same with a window of 128 beside the bucket, in every head": steps(
+        "window 128 + hash, 16 buckets", "claim-steps"
+    ),
     "whole training step, 30 % of queries and keys dropped, 8k / 16k tokens": steps("qk-sparse, 30% dropped"),
 }
 
