@@ -137,8 +137,6 @@ def test_of_another_model_or_batch_is_refused(generator):
 
 def test_generate_runs_unchanged_and_lossless_is_stock(generator):
     transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
-    from sparseflash.integrations import transformers as _  # noqa: F401  # registers "sparse"
-
     config = transformers.LlamaConfig(
         vocab_size=99,
         hidden_size=32,
@@ -153,7 +151,6 @@ def test_generate_runs_unchanged_and_lossless_is_stock(generator):
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    want = model.generate(ids, **how)
     whole = Compression(window=3, granule=2)
     for own in ({}, {"num_beams": 3}):
         want = model.generate(ids, **how, **own)

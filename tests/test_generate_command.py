@@ -5,14 +5,15 @@ import torch
 
 import sparseflash as sf
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402  (they need Transformers)
-from typer.testing import CliRunner  # noqa: E402
+import transformers
+from typer.testing import CliRunner
 
-from sparseflash.bench import generate  # noqa: E402
-from sparseflash.cli import app  # noqa: E402
+from sparseflash.bench import generate
+from sparseflash.cli import app
+from transformer_models import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +21,12 @@ def folder(tmp_path_factory):
     """A tiny model with a tokenizer of bytes, whose attention is sharp."""
     torch.manual_seed(0)
     where = tmp_path_factory.mktemp("model")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({x: n for n, x in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
+    size = byte_tokenizer(where)
     config = transformers.LlamaConfig(
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
-        vocab_size=len(letters),
+        vocab_size=size,
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.5,

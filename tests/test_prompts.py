@@ -12,13 +12,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from sparseflash.bench import capture, prompts, recommend, results
 from sparseflash.bench.timing import Timing
 from sparseflash.calibrate import Profile
 from sparseflash.cli import app
+from transformer_models import byte_tokenizer
 
 WINDOW = sf.methods.SinkWindow(window=24)
 FULL = sf.methods.SinkWindow(window=512)
@@ -29,12 +29,8 @@ def folder(tmp_path_factory):
     """A tiny model with a tokenizer of bytes, as `from_pretrained` reads it."""
     torch.manual_seed(0)
     where = tmp_path_factory.mktemp("model")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({x: n for n, x in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": len(letters)}
+    size = byte_tokenizer(where)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": size}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 400}
     config = hf.LlamaConfig(**shape, **heads, bos_token_id=None, eos_token_id=None)
     model = hf.LlamaForCausalLM(config).eval()

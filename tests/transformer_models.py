@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 import sparseflash.integrations.transformers  # noqa: F401  (registers "sparse")
@@ -111,3 +113,13 @@ def run(model: hf.PreTrainedModel, implementation: str, **inputs: Any) -> Tensor
 def both(model: hf.PreTrainedModel, family: str, **inputs: Any) -> tuple[Tensor, Tensor]:
     """The model's own result, and ours."""
     return run(model, FAMILIES[family][3], **inputs), run(model, "sparse", **inputs)
+
+
+def byte_tokenizer(where: Path) -> int:
+    """Write a tokenizer of single bytes, as `from_pretrained` reads it; how many tokens it has."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({x: n for n, x in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(where)
+    return len(letters)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,11 +40,11 @@ def measure(
     parts = ids.split(length, 1)
     if parts[-1].shape[1] < length or len(parts) <= pieces:
         raise SparseFlashError(f"the text has {ids.shape[1]} tokens; {(pieces + 1) * length} are wanted")
-    seen: dict[str, list[distill.Seen]] = {"max": [], "sum": []}
+    seen: dict[Literal["max", "sum"], list[distill.Seen]] = {"max": [], "sum": []}
     for n, part in enumerate(parts):
         for target, found in seen.items():
             on_run(f"piece {n + 1} of {len(parts)}, {target}")
-            found.append(distill.listen(loaded, part, layers, target=target))  # type: ignore[arg-type]
+            found.append(distill.listen(loaded, part, layers, target=target))
     on_run("training")
     gates = {
         f"gate, of the {target}": distill.train(found[:-1], steps=steps) for target, found in seen.items()

@@ -109,10 +109,11 @@ class Subject:
 def exchanged(model: Any, method: Method | None, watch: Watch | None = None) -> Iterator[None]:
     """The model with a method in every layer, each with a seed of its own; `watch` hears of the plans."""
     choice: Any = method
+    seeded: Any = method
     if any(field.name == "seed" for field in dataclasses.fields(method or SinkWindow)):
         seed = 1009 * getattr(method, "seed", 0)
         layers = range(model.config.num_hidden_layers)
-        choice = {n: dataclasses.replace(method, seed=seed + n) for n in layers}  # type: ignore[type-var]
+        choice = {n: dataclasses.replace(seeded, seed=seed + n) for n in layers}
     with ExitStack() as inside:
         inside.enter_context(sf.transformers.sparse(model, prefill=choice))
         if watch is not None and method is not None:

@@ -90,8 +90,8 @@ class Tuning:
         with exchanged(model, self.method), torch.autocast("cpu", torch.bfloat16):
             hidden = model.model(tokens, use_cache=False).last_hidden_state[0, :-1]
             parts = zip(hidden.split(CHUNK), tokens[0, 1:].split(CHUNK), strict=True)
-            total = sum(checkpoint(some, *part, use_reentrant=False) for part in parts)
-        return total / len(hidden)  # type: ignore[return-value]  # there is at least one part
+            sums = [checkpoint(some, *part, use_reentrant=False) for part in parts]
+        return torch.stack(sums).sum() / len(hidden)
 
     def judge(self, tokens: Tensor) -> Tensor:
         """Nats of each next token."""

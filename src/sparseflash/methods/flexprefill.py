@@ -88,7 +88,7 @@ class FlexPrefill(Method):
         """Columns and diagonals of blocks, and the blocks that pooled scores add on query-aware heads."""
         ctx, (Tq, Tk) = ctx or {}, (q.shape[2], k.shape[2])
         at = ctx.get("q_offset", 0)
-        told: dict[str, Any] = {name: ctx.get(name) for name in ("scale", "softcap")}
+        told = self._told(ctx)
         grid = Grid(Tq, Tk, self.block, self.block, at, device=q.device)
         seen = probe(q, k, self.block, q_offset=at, **told)
         (columns, n_columns), (diagonals, n_diagonals) = (
@@ -110,9 +110,13 @@ class FlexPrefill(Method):
 
     def distances(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Tensor:
         """What `tau` is compared with, `[B, H]`: from pooled scores of the last block to its softmax."""
-        at, told = (ctx or {}).get("q_offset", 0), {n: (ctx or {}).get(n) for n in ("scale", "softcap")}
-        seen: Any = probe(q, k, self.block, q_offset=at, **told)  # type: ignore[arg-type]  # of any type
+        at, told = (ctx or {}).get("q_offset", 0), self._told(ctx)
+        seen = probe(q, k, self.block, q_offset=at, **told)
         return self._apart(q, k, self._blocks(self._judged(seen.keys(), k))[0], at, told)
+
+    @staticmethod
+    def _told(ctx: Context | None) -> dict[str, Any]:
+        return {name: (ctx or {}).get(name) for name in ("scale", "softcap")}
 
     def _apart(self, q: Tensor, k: Tensor, columns: Tensor, at: Any, told: dict[str, Any]) -> Tensor:
         (Tq, Tk), n = (q.shape[2], k.shape[2]), min(self.block, q.shape[2])

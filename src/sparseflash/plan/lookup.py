@@ -29,6 +29,7 @@ class Lookup:
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Broadcast batch, head, query and key tokens (-1: no token) to bool."""
         plan, heads = self.plan, self.heads
+        # PyTorch's own function has no types
         b, h, q, k = torch.broadcast_tensors(b, h, q, k)  # type: ignore[no-untyped-call]
         q_row = q if self.q_row is None else torch.where(q >= 0, fetch(self.q_row, b, h, q, heads), -1)
         k_row = k if self.k_row is None else torch.where(k >= 0, fetch(self.k_row, b, h, k, heads), -1)

@@ -103,9 +103,8 @@ def _checked(
         )
     )
     options = Pages(parts, sinks, near, share, k, as_backend(backend))
-    made = (
-        _rules.__wrapped__ if torch.compiler.is_compiling() else _rules
-    )  # a compiler looks through the cache
+    # a compiler looks through the cache, and would say so
+    made = _rules.__wrapped__ if torch.compiler.is_compiling() else _rules
     rules = made(near, own, heads, q.device) if own else None
     return q.detach(), rows.detach(), last.expand(B, Tq), rules, options
 

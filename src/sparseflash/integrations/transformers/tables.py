@@ -42,8 +42,16 @@ def _own(kind: type[nn.Module], *given: Any, **named: Any) -> nn.Module:
     return kind(*given, **named)
 
 
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Runs a module as everybody does, and enters its tables then."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        enter(module)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what everybody finds; modules of models have their tables entered when they have run."""
+    """Finds what everybody finds; modules of models get a loader that enters their tables."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,15 +59,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         if not (fullname.startswith(_PACKAGES) and ".modeling_" in fullname):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+        if spec is None or type(spec.loader) is not importlib.machinery.SourceFileLoader:
             return None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            enter(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader
+        spec.loader = _Loader(spec.loader.name, spec.loader.path)
         return spec
 
 
