@@ -1,6 +1,7 @@
 """The Triton backend without a GPU: its kernels run in Triton's interpreter, in a process of their own."""
 
 import ast
+import contextlib
 import os
 import subprocess
 import sys
@@ -109,6 +110,26 @@ def forget(trust):
     """As another process."""
     trust._known.clear()
     trust.card_of.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["inference", "no_grad", "default device", "autocast", "none"])
+def test_the_check_of_a_card_is_the_same_in_whatever_mode_it_is_asked_for(mode):
+    """What it finds is remembered: the first call of a server stands under `torch.inference_mode()`."""
+    from sparseflash.backends import reference
+    from sparseflash.backends.triton import trust
+
+    def wrong(*given, **how):
+        return [1.01 * x for x in reference.backward(*given, **how)[:3]]
+
+    modes = {
+        "inference": torch.inference_mode(),
+        "no_grad": torch.no_grad(),
+        "default device": torch.device("meta"),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+    }
+    with modes.get(mode, contextlib.nullcontext()):
+        assert trust.faults(torch.device("cpu"), (reference.forward, reference.backward)) == ""
+        assert "dq of dense" in trust.faults(torch.device("cpu"), (reference.forward, wrong))
 
 
 def test_a_card_is_checked_once_and_then_trusted_without_being_asked_for(card, monkeypatch):

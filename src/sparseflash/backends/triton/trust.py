@@ -157,9 +157,14 @@ def faults(device: torch.device, run: Any = None) -> str:
     """The first case in which out, lse or a gradient is further from fp64 than an eager run may be; or "".
 
     The bound is that of the tests: twice the error of an eager run in the same dtype, three times for
-    gradients, and a rounding band.
+    gradients, and a rounding band. The call that asks for it may stand in any mode; what is found is
+    remembered for all, so the check is made in none.
     """
-    attend, differentiate = run or (forward, backward)
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.device("cpu"):
+        return _first_fault(device, *(run or (forward, backward)))
+
+
+def _first_fault(device: torch.device, attend: Callable[..., Any], differentiate: Callable[..., Any]) -> str:
     for name, plan, dtype, D in _cases(device):
         generator = torch.Generator().manual_seed(0)
         q, k, v, dout = (
