@@ -31,7 +31,7 @@ PAGES = (
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
     "attention-table": "attention-table",
-    "breakeven": "breakeven-both-fp32-64",
+    "breakeven": "breakeven-both-fp32-64-4096",
     "coverage": "coverage-clustered-16",
     "mqar": "mqar",
     "long-run": "long-run-time",

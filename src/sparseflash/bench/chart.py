@@ -51,7 +51,9 @@ def lines(
         at = y_axis(y)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{edge}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y_format(y)}</text>')
-    for x in sorted(set(xs)) if log else _ticks(x_axis):
+    named = sorted(set(xs))  # measured values, where there is room to name each
+    few = log and len(named) <= 8
+    for x in named if few else _ticks_log(x_axis) if log else _ticks(x_axis):
         at = x_axis(x)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(

@@ -119,7 +119,7 @@ RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
         "gain",
         "visible share",
         "times faster than torch SDPA",
-        split=("direction", "dtype", "dim"),
+        split=("direction", "dtype", "dim", "T"),
     ),
     "pixels": Bars("perplexity", "perplexity of a held-out pixel", labels=("case",), mark=None),
     "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
