@@ -4,7 +4,7 @@
 // and no horizontal reduction appears; O^T = V^T P^T.
 #pragma once
 #include "decode.h"
-#include "few.h"
+#include "attention.h"
 #include "indexer.h"
 #include "linear.h"
 #include "selection.h"
