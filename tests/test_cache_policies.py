@@ -14,6 +14,7 @@ from sparseflash.cache import (
     H2O,
     TOVA,
     AdaKV,
+    Citrus,
     Everything,
     Evicting,
     ExpectedAttention,
@@ -24,6 +25,7 @@ from sparseflash.cache import (
     StreamingLLM,
     Threshold,
 )
+from sparseflash.rotary import turned
 
 POLICIES = [
     Threshold(24, recent=4, share=0.8),
@@ -34,6 +36,7 @@ POLICIES = [
     AdaKV(24, recent=4),
     H2O(24, recent=12),
     TOVA(24),
+    Citrus(24, recent=4),
     KNorm(24, sinks=1, recent=2),
     ExpectedAttention(24, last=16),
     SnapKV(0.4, recent=4),
@@ -360,3 +363,96 @@ def test_every_policy_has_a_name_a_paper_and_a_test():
     for policy in POLICIES:
         paper = type(policy).paper.removeprefix("arXiv ")
         assert paper and paper in type(policy).__doc__ and eval(repr(policy)) == policy
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_question_decides_what_stays_of_a_text_that_does_not_look_there(asked, generator):
+    """One key that only the question asks for; it is not kept itself."""
+    cache = Evicting(Citrus(40, recent=24), slack=4)
+    look = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    across = torch.eye(16) - look.outer(look)
+    question = drawn(generator, 5, B=1)
+    question = (question[0] + 60 * look, *question[1:])
+    for n in range(8):
+        q, k, v = drawn(generator, 24, B=1)
+        q, k = q @ across, k @ across
+        if n == 2:
+            k[:, :, 7] += 8 * look
+        if asked and n:
+            cache.asking = True
+            cache.attend(*question)
+            cache.asking = False
+        cache.attend(q, k, v)
+    assert cache.tokens == 8 * 24 and cache.held.tolist() == [[40, 40]]
+    held = cache.plan().check().to_dense()[0, :, 0]
+    each = [set(cache.positions[own].tolist()) for own in held]
+    assert each[0] == each[1] >= set(range(7 * 24, 8 * 24))  # the newest chunk, in all heads
+    assert (2 * 24 + 7 in each[0]) is asked
+
+
+@pytest.mark.parametrize("policy", [Citrus(40, recent=16), StreamingLLM(24), SnapKV(24, recent=8)], ids=repr)
+def test_what_is_asked_leaves_nothing_behind_and_sees_what_is_held(policy, generator):
+    cache = Evicting(policy, slack=4)
+    for _ in range(3):
+        cache.attend(*drawn(generator, 30))
+    before, (q, k, v) = copy.deepcopy(cache), drawn(generator, 6)
+    cache.asking = True
+    out = cache.attend(q, k, v)
+    cache.asking = False
+    assert cache.tokens == 90 and torch.equal(cache.held, before.held)
+    for name in ("keys", "values", "positions"):
+        assert torch.equal(getattr(cache, name), getattr(before, name))
+    torch.testing.assert_close(out, before.attend(q, k, v))
+
+
+def test_the_mass_of_a_question_is_that_of_its_dense_softmax(generator):
+    cache = Evicting(Citrus(1000), slack=1)
+    q, k, v = drawn(generator, 50)
+    cache.attend(q, k, v)
+    new = drawn(generator, 7)
+    cache.asking = True
+    cache.attend(*new, softcap=5.0, scale=0.3)
+    logits = new[0] @ torch.cat([k, new[1]], 2).repeat_interleave(2, 1).mT * 0.3
+    logits = (5 * (logits / 5).tanh()).masked_fill(torch.ones(7, 57).triu(51).bool(), -torch.inf)
+    want = logits.double().softmax(-1)[..., :50].sum(2).view(2, 2, 2, 50).sum(2)
+    held = cache._held(1.0, None)
+    torch.testing.assert_close(held.mass.double(), want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [TOVA(24), H2O(24, recent=12), SnapKV(24, recent=8), AdaKV(24, recent=4)])
+def test_renumbered_keys_lie_where_they_would_without_the_others(policy, generator):
+    """Attention is that of the keys that are held, unrotated, at the places 0, 1, ... behind each other."""
+    rope = 1.0 / 100.0 ** (torch.arange(8) / 8)
+    cache = Evicting(dataclasses.replace(policy, renumber=True), slack=5, rope=rope)
+
+    def at(x, place):
+        return turned(x, -torch.as_tensor(place).view(1, -1), [rope])
+
+    raw = drawn(generator, 60)
+    cache.attend(at(raw[0], range(60)), at(raw[1], range(60)), raw[2])
+    k, v = raw[1], raw[2]
+    for n in range(60, 90):
+        q, new_k, new_v = drawn(generator, 1)
+        k, v = torch.cat([k, new_k], 2), torch.cat([v, new_v], 2)
+        out = cache.attend(at(q, [n]), at(new_k, [n]), new_v)
+        seen = positions(cache)
+        for b in range(2):
+            for h in range(2):
+                own = seen[b, h, 0].nonzero()[:, 0]
+                where = torch.arange(len(own))
+                keys, values = at(k[b : b + 1, h : h + 1, own], where), v[b : b + 1, h : h + 1, own]
+                query = at(q[b : b + 1, 2 * h : 2 * h + 2], [len(own) - 1])
+                want = sf.attention(query, keys, values, backend="reference")
+                torch.testing.assert_close(out[b : b + 1, 2 * h : 2 * h + 2], want, atol=1e-4, rtol=1e-4)
+    assert int(cache.held.max()) <= 24 * 2 + 5
+
+
+def test_renumbering_takes_the_frequencies_and_padding_on_the_left(generator):
+    rope = torch.ones(8)
+    with pytest.raises(SparseFlashError, match="inverse frequencies"):
+        Evicting(TOVA(24, renumber=True))
+    with pytest.raises(SparseFlashError, match="no other does"):
+        Evicting(TOVA(24), rope=rope)
+    cache = Evicting(TOVA(24, renumber=True), rope=rope)
+    with pytest.raises(SparseFlashError, match="padding_side"):
+        cache.attend(*drawn(generator, 9), real=torch.arange(9).expand(2, 9) < 7)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "sparseflash"
 # takes its place in the picture of docs/design.md first. `*` stands for all.
 CORE = ("errors", "files", "plan")
 OPS = (*CORE, "numerics", "records", "dispatch", "ops")
-METHOD = (*OPS, "selection", "cache", "calibrate", "methods")
+METHOD = (*OPS, "selection", "cache", "calibrate", "rotary", "methods")
 MAY_IMPORT = {
     "errors": (),
     "files": (),
@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "records": ("errors",),
     "backends": (*CORE, "numerics", "records"),
     "selection": OPS,
-    "cache": (*OPS, "selection", "files"),
+    "rotary": ("errors", "numerics"),
+    "cache": (*OPS, "selection", "files", "rotary"),
     "dispatch": (*CORE, "backends"),
     "ops": (*CORE, "numerics", "records", "dispatch"),
     "packing": OPS,

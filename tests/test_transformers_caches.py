@@ -234,6 +234,46 @@ def test_a_policy_holds_what_it_says_and_positions_go_on(model):
 
 
 @torch.no_grad()
+def test_a_text_is_read_in_chunks_and_questions_that_are_not_kept(model):
+    """With room for everything it is one prompt; with little, chunk by chunk, as much as the policy says."""
+    ids, question = PROMPT[:, :30], PROMPT[:, 30:]
+    stock = model.generate(PROMPT, **{"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0})
+    for policy in (sf.cache.Citrus(10**6), sf.cache.H2O(10**6, renumber=True)):
+        with sf.transformers.sparse(model, cache=policy):
+            cache = sf.transformers.read(model, ids, chunk=8, question=question)
+            assert cache.get_seq_length() == 30
+            ours = model.generate(
+                PROMPT, max_new_tokens=8, do_sample=False, pad_token_id=0, past_key_values=cache
+            )
+        assert torch.equal(stock, ours)
+    sizes, book = [], PROMPT[:1].repeat(1, 18)
+    with sf.transformers.sparse(model, cache=sf.cache.Citrus(40, recent=32, renumber=True)):
+        for n in (100, 600):  # more than the model has positions for
+            cache = sf.transformers.read(model, book[:, :n], chunk=32, question=question[:1])
+            sizes.append(sum(layer.bytes for layer in cache.layers))
+    assert sizes[0] == sizes[1] and cache.get_seq_length() == 600
+    with sf.transformers.sparse(model), pytest.raises(sf.SparseFlashError, match="policy in every layer"):
+        sf.transformers.read(model, ids, chunk=8, question=question)
+
+
+@torch.no_grad()
+def test_what_was_let_go_is_as_if_it_had_never_been_where_a_policy_renumbers(model):
+    """One layer: what remains says what it says without the rest of the text before it."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**models.TEXT | {"initializer_range": 0.5, "num_hidden_layers": 1})
+    small = transformers.LlamaForCausalLM(config).eval()
+    policy = sf.cache.StreamingLLM(budget=12, sinks=2, renumber=True)
+    kept = torch.cat([PROMPT[:1, :2], PROMPT[:1, 25:]], 1)
+    want = small.generate(kept, max_new_tokens=1, do_sample=False, pad_token_id=0, output_logits=True,
+                          return_dict_in_generate=True)  # fmt: skip
+    with sf.transformers.sparse(small, cache=policy):
+        cache = sf.transformers.read(small, PROMPT[:1, :34], chunk=17)
+        ours = small(PROMPT[:1, 34:], past_key_values=cache).logits[:, -1]
+    size = float(want.logits[0].abs().max())
+    torch.testing.assert_close(ours, want.logits[0], atol=2e-5 * size, rtol=0)
+
+
+@torch.no_grad()
 def test_what_a_policy_cannot_do_is_said(model):
     policy = sf.cache.StreamingLLM(budget=12)
     with pytest.raises(sf.SparseFlashError, match="mapping from the numbers of layers, 0..1"):

@@ -14,6 +14,7 @@ from .files import load, save
 from .growing import Growing
 from .policies.adakv import AdaKV
 from .policies.base import Everything, Held, Policy, policies, policy
+from .policies.citrus import Citrus
 from .policies.expected_attention import ExpectedAttention
 from .policies.h2o import H2O
 from .policies.knorm import KNorm
@@ -30,6 +31,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "Attended",
+    "Citrus",
     "Compressed",
     "Compression",
     "Everything",

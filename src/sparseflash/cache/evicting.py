@@ -14,8 +14,9 @@ from ..ops.decode import decode
 from ..ops.merge import merge
 from ..ops.stats import attention_stats
 from ..plan import Plan
-from ..plan.options import is_count
+from ..plan.options import is_count, shape_of
 from ..plan.ragged import begins
+from ..rotary import turned
 from .base import Attended, check_new
 from .policies.base import Held, Policy
 
@@ -36,6 +37,8 @@ class Evicting(Attended):
         Which layer this is, of how many: some policies give them different budgets.
     slack : int
         Tokens that are appended before the policy is asked again.
+    rope : Tensor, optional
+        Inverse frequencies `[D / 2]` of the model's rotary embedding, for a policy that renumbers.
 
     Examples
     --------
@@ -48,7 +51,12 @@ class Evicting(Attended):
     (torch.Size([1, 8, 1, 32]), 502, [[66, 66]])
     """
 
-    def __init__(self, policy: Policy, *, layer: int = 0, layers: int = 1, slack: int = 64) -> None:
+    asking: bool = False
+    """While it is set, what is attended is a question: seen by the policy, and not appended."""
+
+    def __init__(
+        self, policy: Policy, *, layer: int = 0, layers: int = 1, slack: int = 64, rope: Tensor | None = None
+    ) -> None:
         require(
             (
                 isinstance(policy, Policy),
@@ -56,7 +64,12 @@ class Evicting(Attended):
             ),
             (is_count(slack, 1), f"slack={slack!r}: expected an int >= 1, tokens"),
         )
-        self.policy, self.slack = policy.of_layer(layer, layers), slack
+        if policy.renumber is (rope is None):
+            raise SparseFlashError(
+                f"renumber={policy.renumber}, rope={shape_of(rope)}: a policy that renumbers rotates keys by "
+                "rope=, the model's inverse frequencies [D / 2], and no other does"
+            )
+        self.policy, self.slack, self._rope = policy.of_layer(layer, layers), slack, rope
         self.reset()
 
     def reset(self) -> None:
@@ -72,6 +85,8 @@ class Evicting(Attended):
         self._start: Tensor | None = None
         self._used: Tensor | None = None
         self._spare = 0
+        self._end = 0  # place of the next token among what is held, where policies renumber
+        self._asked = False  # since the policy chose last
         self.taken()
 
     # ------------------------------------------------------------ the four verbs
@@ -146,30 +161,62 @@ class Evicting(Attended):
         n, own = q.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
         options: dict[str, Any] = {"scale": own, "softcap": softcap}
         many = self._used is None or n > self.slack
-        if not many and self._spare < n:  # now, and no sooner: until here tokens may have been cropped
+        if not many and not self.asking and self._spare < n:  # no sooner: tokens may have been cropped
             self.evict(own, softcap)
-        if n == 1 and self._used is not None and real is None:
+        q, k = self._placed(q, real), self._placed(k, real)
+        massed = self._massed(many)
+        if n == 1 and self._used is not None and real is None and not self.asking:
             self._put(k, v)
-            out, _ = self._over(q, self.plan(), options, sink_logits)
+            out, _ = self._over(q, self.plan(), options, sink_logits, massed)
         else:
             if among is None:
                 among = Plan.dense(n, n, causal=True, device=q.device)
-            out, mass = self._beside(q, k, v, among, options, sink_logits, new)
-            self._put(k, v, real, mass)
-        self._see(q)
-        if many:
+            out, mass = self._beside(q, k, v, among, options, sink_logits, new, massed)
+            if not self.asking:
+                self._put(k, v, real, mass)
+        if self.asking or not self._asked:
+            self._see(q)
+        if self.asking:
+            self._asked = self._used is not None
+        elif many:
             self.evict(own, softcap)
         return out
 
+    def _massed(self, many: bool) -> bool:
+        """Whether the policy wants the mass of this call; that of earlier calls goes if it wants the last."""
+        if self.policy.massed != "last":
+            return self.policy.massed == "all" and not self.asking
+        wanted = self.asking or (many and not self._asked)
+        if wanted and self._mass is not None:
+            self._mass.zero_()
+        return wanted
+
+    def _placed(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """New queries or keys at their place among what is held, if the policy renumbers."""
+        if self._rope is None:
+            return x
+        if real is not None and (self._used is not None or bool((real[:, :-1] > real[:, 1:]).any())):
+            raise SparseFlashError(
+                "a cache that renumbers takes padding on the left, in the first call alone: "
+                "tokenizer.padding_side = 'left'"
+            )
+        gone = self._tokens - self._end
+        return turned(x, torch.full((1, x.shape[2]), gone, device=x.device), [self._rope]) if gone else x
+
     def _over(
-        self, q: Tensor, plan: Plan, options: dict[str, Any], sink_logits: Tensor | None = None
+        self,
+        q: Tensor,
+        plan: Plan,
+        options: dict[str, Any],
+        sink_logits: Tensor | None = None,
+        massed: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the pool; what each key was given is added up, for policies that want it."""
+        """Attention over the pool; what each key was given is added up, if it is wanted."""
         assert self._keys is not None and self._values is not None
         out, lse = decode(
             q, self._keys, self._values, plan, return_lse=True, sink_logits=sink_logits, **options
         )
-        if self._mass is not None and q.shape[2] == 1:
+        if massed and self._mass is not None:
             self._mass += attention_stats(q, self._keys, lse, plan, **options).sum((0, 1))
         return out, lse
 
@@ -182,9 +229,10 @@ class Evicting(Attended):
         options: dict[str, Any],
         sink_logits: Tensor | None,
         new: Callable[..., Any] | None,
+        massed: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of several tokens over what is held and over themselves; and the mass of the new keys."""
-        massed, first = self.policy.massed, self._used is None
+        first = self._used is None
         if first and new is not None and not massed:
             return new(q, k, v, among, sink_logits=sink_logits, **options), None
         out, lse = attention(q, k, v, among, return_lse=True, sink_logits=sink_logits, **options)
@@ -222,9 +270,30 @@ class Evicting(Attended):
         mass = None if held.mass is None else _rows(held.mass[..., None], keep)[..., 0]
         there = keep >= 0
         position = held.position.gather(2, keep.clamp(min=0).long())
-        self._fill(_rows(held.k, keep), _rows(held.v, keep), position, mass, there)
+        k = _rows(held.k, keep)
+        if self._rope is not None:
+            k = self._renumbered(k, keep, there)
+        self._fill(k, _rows(held.v, keep), position, mass, there)
+        self._asked = False
         if int(there.sum()) < int((held.position >= 0).sum()):
             self._floor = self._tokens
+
+    def _renumbered(self, k: Tensor, keep: Tensor, there: Tensor) -> Tensor:
+        """Keys that stay at the places `end - held .. end` of the cache, for the smallest end that there is.
+
+        So the last one is right before the next token in every head, however many it holds.
+        """
+        assert self._used is not None and self._rope is not None
+        used = there.sum(-1)
+        end = int(used.max())
+        rank = there.cumsum(-1) - 1
+        back = (self._end - self._used)[..., None] + keep - ((end - used)[..., None] + rank)
+        turns = turned(k.flatten(0, 1)[:, None], (back * there).flatten(0, 1), [self._rope])
+        if self._queries is not None:
+            back = torch.full((1, self._queries.shape[2]), self._end - end, device=k.device)
+            self._queries = turned(self._queries, back, [self._rope])
+        self._end = end
+        return turns.view(k.shape)
 
     # ------------------------------------------------------------ the pool
 
@@ -290,6 +359,7 @@ class Evicting(Attended):
             self._used = self._used + there.sum(-1)
             self._spare -= n
         self._tokens += n
+        self._end += n
         own = there[:, 0].sum(-1)
         self._own = own if self._own is None else self._own + own
 
@@ -355,6 +425,7 @@ class Evicting(Attended):
         if self._queries is not None and left < self._tokens:
             self._queries = self._queries[:, :, : max(self._queries.shape[2] - (self._tokens - left), 0)]
         self._spare += self._tokens - left
+        self._end -= self._tokens - left
         self._tokens = left
 
     # ------------------------------------------------------------ as Transformers calls it

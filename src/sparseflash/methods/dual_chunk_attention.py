@@ -14,8 +14,8 @@ from ..ops.attention import attention
 from ..ops.merge import merge
 from ..plan import Plan
 from ..plan.options import TILE
+from ..rotary import rotation, turned
 from .base import Context, Method, Selection, begin, check_counts
-from .rotary import rotation, turned
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..files import replacing
+from ..rotary import rotation, turned
 from ..selection.grid import Grid
 from ..selection.scores import pooled
-from .rotary import rotation, turned
 
 FORMAT = "sparseflash gates 1"
 

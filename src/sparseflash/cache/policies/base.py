@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,15 +72,20 @@ class Policy:
         First tokens of a sequence that stay in any case.
     recent : int
         Last tokens that stay in any case.
+    renumber : bool
+        Positions are counted among what is held, as if the rest had never been: keys are rotated anew when
+        something is let go. So a model reads on beyond the length it was trained for (StreamingLLM). Keys
+        keep the positions they came with otherwise.
     """
 
     budget: int | float = 1024
     sinks: int = 0
     recent: int = 0
+    renumber: bool = field(default=False, kw_only=True)
 
     paper: ClassVar[str] = ""
-    massed: ClassVar[bool] = False
-    """Whether `score` wants the mass of all attention."""
+    massed: ClassVar[Literal["", "all", "last"]] = ""
+    """Whose attention `score` wants: that of all queries so far, or of the last prompt or question."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -96,6 +101,7 @@ class Policy:
             ),
             (is_count(self.sinks), f"sinks={self.sinks!r}: expected an int >= 0"),
             (is_count(self.recent), f"recent={self.recent!r}: expected an int >= 0"),
+            (isinstance(self.renumber, bool), f"renumber={self.renumber!r}: expected True or False"),
         )
         require(
             (

@@ -35,7 +35,7 @@ class H2O(Policy):
     recent: int = 512
 
     paper = "arXiv 2306.14048"
-    massed = True
+    massed = "all"
 
     def score(self, held: Held) -> Tensor:
         """The sum so far."""

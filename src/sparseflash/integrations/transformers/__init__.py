@@ -18,6 +18,7 @@ except ImportError as missing:
     ) from missing
 
 from .attention import HARMLESS, sparse_attention
+from .caches import read
 from .control import sparse
 from .indexer import StreamedIndexer, streamed
 from .layers import Layer, attention_layers
@@ -43,6 +44,7 @@ __all__ = [
     "TRUTHS",
     "attention_layers",
     "load",
+    "read",
     "report",
     "sparse",
     "sparse_attention",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -44,9 +45,13 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
                 f"0..{layers - 1}, to such"
             )
 
+    ropes = {n: rope_of(model, n) for n, how in policies.items() if isinstance(how, Policy) and how.renumber}
+
     def make(index: int) -> Layer:
         how = policies.get(index, Everything())
-        return Compressed(how) if isinstance(how, Compression) else Evicting(how, layer=index, layers=layers)
+        if isinstance(how, Compression):
+            return Compressed(how)
+        return Evicting(how, layer=index, layers=layers, rope=ropes.get(index))
 
     config = model.config
     parts = {id(x) for x in (config, config.get_text_config(decoder=True))}
@@ -84,6 +89,104 @@ def roomy(cache: Any, config: Any) -> None:
     if cache.layer_class_to_replicate is DynamicLayer and not layers:
         cache.layer_class_to_replicate = _Counted(cache, make)
     layers[:] = [make(n) if type(layer) is DynamicLayer else layer for n, layer in enumerate(layers)]
+
+
+def rope_of(model: Any, layer: int) -> Tensor:
+    """The inverse frequencies `[D / 2]` by which a model rotates the keys of a layer.
+
+    Raises
+    ------
+    SparseFlashError
+        For a model that has no such, or others for other lengths.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds else ""
+    for module in model.modules():
+        for name, key in ((f"{kind}_inv_freq", kind), ("inv_freq", "")):
+            found = getattr(module, name, None)
+            if not isinstance(found, Tensor):
+                continue
+            how = getattr(module, "rope_type", "default")
+            how = how.get(key, "default") if isinstance(how, dict) else how
+            if how not in ("dynamic", "longrope"):
+                return found
+            raise SparseFlashError(
+                f"{type(model).__name__} rotates keys by frequencies that change with the length ({how}): a "
+                "policy cannot renumber them. Leave renumber=True out"
+            )
+    raise SparseFlashError(
+        f"{type(model).__name__} has no rotary embedding with inverse frequencies (inv_freq): a policy "
+        "cannot renumber its keys. Leave renumber=True out"
+    )
+
+
+@torch.no_grad()
+def read(
+    model: Any, ids: Tensor, *, chunk: int = 256, question: Tensor | None = None, cache: Any = None
+) -> Any:
+    """Read a text in chunks, into a cache whose policy lets go in between: memory for a chunk and a budget.
+
+    Inside of `sparse(model, cache=policy)`. Before each chunk the question, if there is one, is put to what
+    is held and not kept: policies that look at attention go by it (`cache.Citrus`, `cache.SnapKV`).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Inside of `sparse`.
+    ids : Tensor
+        Integers `[B,T]`, all of them tokens.
+    chunk : int
+        Tokens of a chunk. Those of the newest one are best kept: `recent=chunk`.
+    question : Tensor, optional
+        Integers `[B,n]`: what will be asked about the text.
+    cache : Cache, optional
+        To go on with.
+
+    Returns
+    -------
+    Cache
+        To be given to `generate`, with all of the text and what follows it.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2)
+    >>> model = LlamaForCausalLM(config).eval()
+    >>> book, question = torch.randint(3, 100, (1, 300)), torch.randint(3, 100, (1, 7))
+    >>> with sf.transformers.sparse(model, cache=sf.cache.Citrus(budget=96, recent=64)):
+    ...     cache = sf.transformers.read(model, book, chunk=64, question=question)
+    >>> cache.get_seq_length(), int(cache.layers[0].held.max())
+    (300, 96)
+    """
+    if not isinstance(chunk, int) or chunk < 1:
+        raise SparseFlashError(f"chunk={chunk!r}: expected a positive int, tokens")
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    for part in ids.split(chunk, 1):
+        if question is not None and cache.get_seq_length():
+            with asking(cache):
+                model(question, past_key_values=cache, logits_to_keep=1)
+        model(part, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+@contextmanager
+def asking(cache: Any) -> Iterator[None]:
+    """What a model reads inside is a question: its policies see it, and no layer keeps it."""
+    other = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, Evicting)}
+    if other:
+        raise SparseFlashError(
+            f"a question that is not kept, and layers of kind {', '.join(sorted(other))}, which keep all "
+            "that they read: expected those of a policy in every layer, sparse(model, cache=policy)"
+        )
+    try:
+        for layer in cache.layers:
+            layer.asking = True
+        yield
+    finally:
+        for layer in cache.layers:
+            layer.asking = False
 
 
 def attend(
