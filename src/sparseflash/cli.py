@@ -18,7 +18,7 @@ except ModuleNotFoundError:
         "sparseflash: the commands need typer and rich; install: pip install 'sparseflash[train]'"
     ) from None
 
-from sparseflash import files, options
+from sparseflash import files, nn, options
 from sparseflash import methods as registry
 from sparseflash.bench.commands import bench, generation, prompts
 from sparseflash.bench.commands.app import call
@@ -76,8 +76,9 @@ def _option(
 TRAINING = {
     "attention": _option(
         MODEL,
-        "dense (torch SDPA) or a method: hash-sparse, qk-sparse, window, reformer, ... "
-        "See: sparseflash methods.",
+        "dense (torch SDPA), a method (hash-sparse, qk-sparse, window, ... See: sparseflash methods) "
+        f"or a layer ({', '.join(nn.names())}); or a pattern that the layers of the model take in turn, "
+        "such as sink-window*2,dense.",
     ),
     "length": _option(DATA, "Bytes per sequence (T). Sparse attention pays from about 2048 on.", 1),
     "batch": _option(DATA, "Sequences per forward pass and process.", 1),
@@ -96,6 +97,10 @@ TRAINING = {
         RUN, "Processes that share each sequence, under torchrun; 1 is data parallel alone.", 1
     ),
     "dropout": _option(MODEL, "Share of attention weights left out while training, below 1.", 0, 1),
+    "rope_base": _option(MODEL, "Of the frequencies of rotary positions; a larger one reaches further.", 0),
+    "eval_length": _option(
+        DATA, "Bytes of a validation sequence, 0 for --length; longer ones are read in parts with a state.", 0
+    ),
     "save_every": _option(RUN, "Steps between checkpoints (at the latest every two minutes).", 1),
 }
 """Fields of `TrainConfig` that are options, each with its panel, its words and the least it may be."""
@@ -128,7 +133,22 @@ def train(
             rich_help_panel=RUN,
         ),
     ] = False,
-    changes: Annotated[list[str] | None, options.changes(rich_help_panel=METHOD)] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with the weights of this run; its options are the defaults. A larger --length raises "
+            "--rope-base to suit.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        options.changes(
+            "An option of the method or layer, as name=value with a Python literal; of one in a pattern "
+            "as NAME.option=value; may be repeated.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     **more: Any,
 ) -> None:
     """Train a small byte-level GPT on any text, with dense or sparse attention.
@@ -136,6 +156,9 @@ def train(
     A first run: **sparseflash train --data my.txt --attention hash-sparse --length 4096 --out runs/hash**
 
     The same with dense attention, to compare log.csv: **... --attention dense --out runs/dense**
+
+    A hybrid, longer than the run it begins with: **... train --init runs/dense --length 4096
+    --attention sink-window,dense,sink-window --out runs/hybrid**
 
     Ctrl-C saves and says how to go on; so does a kill, up to the last checkpoint.
 
@@ -146,7 +169,7 @@ def train(
     """
     from sparseflash.train.errors import TrainError
     from sparseflash.train.session import train as run
-    from sparseflash.train.trainer import resume_config
+    from sparseflash.train.trainer import init_config, resume_config
 
     given = {name: value for name, value in context.params.items() if _explicit(context, name)}
     method = {name: options.literal(given.pop(name)) for name in FLAGS if name in given}
@@ -154,13 +177,19 @@ def train(
     given = {name: value for name, value in given.items() if name in ("data", *TRAINING)}
     if method:
         given["options"] = cli_options(method)
+    if resume and init:
+        raise TrainError(
+            "--resume goes on with the run in --out, --init begins another one; give one of them"
+        )
     if resume:
         config = resume_config(out, given)
+    elif init:
+        config = init_config(init, given)
     elif not data:
         raise TrainError("no --data given; name a text file or a directory of text files")
     else:
         config = TrainConfig(**given)
-    raise typer.Exit(run(config, out, resume=resume, device=device))
+    raise typer.Exit(run(config, out, resume=resume, device=device, init=init))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from .lookups import Lookups
 from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
 from .orion import MultiScaleRows, PerceiverMemory
+from .registry import find, get, names, options
 from .routing import RoutingAttention
 from .seer import SeerGate
 from .self_attention import SelfAttention
@@ -48,7 +49,11 @@ __all__ = [
     "State",
     "StickBreakingAttention",
     "Together",
+    "find",
+    "get",
     "muse_attention",
+    "names",
+    "options",
     "sparsek_threshold",
     "update",
 ]

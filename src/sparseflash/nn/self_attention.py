@@ -108,19 +108,8 @@ class SelfAttention(Layer):
         else:
             out = attention(q, k, v, causal=self.causal, q_offset=offset if self.causal else 0)
         if state is not None:
-            self._forget(state)
+            forget(self.method, state)
         return self.end(out)
-
-    def _forget(self, state: State) -> None:
-        """Drop keys that no later query sees, once they are more than half."""
-        method = self.method
-        if not isinstance(method, (Window, SinkWindow)) or not is_count(method.window):
-            return  # windows of their own for each head
-        sink, near = method.sink_tokens if isinstance(method, SinkWindow) else 0, method.window - 1
-        for name, x in state.tensors.items():
-            n = x.shape[2]
-            if n > 2 * (sink + near) and n > sink + near:
-                state.tensors[name] = torch.cat([x[:, :, :sink], x[:, :, max(sink, n - near) :]], 2)
 
     def new_state(self, batch: int) -> State:
         """An empty cache."""
@@ -140,3 +129,14 @@ class SelfAttention(Layer):
         """The shape, and what selects."""
         own = f", method={self.method!r}" if self.method is not None else ""
         return super().extra_repr() + own + ("" if self.causal else ", causal=False")
+
+
+def forget(method: Method | None, state: State) -> None:
+    """Drop keys of a cache that no later query of a method sees, once they are more than half."""
+    if not isinstance(method, (Window, SinkWindow)) or not is_count(method.window):
+        return  # windows of their own for each head
+    sink, near = method.sink_tokens if isinstance(method, SinkWindow) else 0, method.window - 1
+    for name, x in state.tensors.items():
+        n = x.shape[2]
+        if n > 2 * (sink + near) and n > sink + near:
+            state.tensors[name] = torch.cat([x[:, :, :sink], x[:, :, max(sink, n - near) :]], 2)

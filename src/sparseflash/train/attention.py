@@ -1,24 +1,29 @@
-"""From a name and options to a callable ``attention(q, k, v) -> out`` over [B, H, T, D]."""
+"""From a name and options to a callable ``attention(q, k, v) -> out`` over [B, H, T, D], or to a layer."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparseflash import methods
+from sparseflash import methods, nn
 from sparseflash.methods.base import Method, Selection
 from sparseflash.ops._arguments import AnyPlan
+from sparseflash.ops.attention import attention
+from sparseflash.train.config import TrainConfig
 from sparseflash.train.errors import TrainError
 
 Attention = Callable[..., Tensor]
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, q_offset: int | None = None) -> Tensor:
     """Causal attention by torch: the baseline every method is compared with."""
+    if q_offset:  # torch's causality counts from the first key
+        return attention(q, k, v, causal=True, q_offset=q_offset)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, dropout_p=dropout_p)
 
@@ -30,9 +35,11 @@ class Sparse:
     method: Method
     context: Mapping[str, Any]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, q_offset: int | None = None
+    ) -> Tensor:
         """Select and attend."""
-        return self.method(q, k, v, ctx=self.context, dropout_p=dropout_p)
+        return self.method(q, k, v, ctx=self.context, dropout_p=dropout_p, q_offset=q_offset)
 
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select only."""
@@ -45,7 +52,7 @@ class Sparse:
 
 def names() -> list[str]:
     """Everything ``--attention`` accepts."""
-    return ["dense", *methods.names()]
+    return ["dense", *methods.names(), *nn.names()]
 
 
 def cli_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,11 +102,107 @@ def build(
         if options:
             raise TrainError(f"dense attention takes no options; remove {', '.join(sorted(options))}")
         return dense
-    if name not in names():
-        raise TrainError(f"--attention {name!r} is unknown; choose one of: {', '.join(names())}")
     has = {field.name for field in dataclasses.fields(methods.find(name))}
     if "seed" in has:
         options.setdefault("seed", seed)
     if tied and "include_self" in has:
         options.setdefault("include_self", False)
     return Sparse(methods.get(name, **options), {} if context is None else context)
+
+
+def pattern(text: str) -> list[str]:
+    """The names in ``--attention``, each as often as it is told: of the layers in turn, and again.
+
+    Examples
+    --------
+    >>> pattern("sink-window*2,dense")
+    ['sink-window', 'sink-window', 'dense']
+    """
+    found: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([^*\s]+)\s*(?:\*\s*([1-9]\d*)\s*)?", part)
+        if match is None:
+            raise TrainError(
+                f"--attention {text!r}: {part!r} is no name, or name*count; write it as sink-window*2,dense"
+            )
+        name = match[1]
+        if name not in names():
+            raise TrainError(f"--attention {name!r} is unknown; choose one of: {', '.join(names())}")
+        found += [name] * int(match[2] or 1)
+    return found
+
+
+def mixers(config: TrainConfig, context: Mapping[str, Any]) -> list[Attention | nn.Layer]:
+    """What mixes along the sequence, layer by layer: callables over q, k and v, or layers with weights.
+
+    An option goes to every name of the pattern that has it, and ``name.option`` to that name alone.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Pattern, options, shape and seed.
+    context : mapping
+        What methods may read at every call.
+
+    Raises
+    ------
+    TrainError
+        For a pattern longer than the model, an option that no name has, or what layers do not go with.
+    """
+    turn = pattern(config.attention)
+    if len(turn) > config.layers:
+        raise TrainError(
+            f"--attention {config.attention!r} names {len(turn)} layers, --layers is {config.layers}; "
+            f"use --layers {len(turn)}"
+        )
+    options = _assign(turn, config.options)
+    found: list[Attention | nn.Layer] = []
+    for n in range(config.layers):
+        name = turn[n % len(turn)]
+        if name in nn.names():
+            found.append(_layer(name, options[name], config, n))
+            continue
+        seed, tied = config.seed * 1009 + n, config.qk == "tied"
+        found.append(build(name, options[name], seed=seed, tied=tied, context=context))
+    return found
+
+
+def _layer(name: str, options: Mapping[str, Any], config: TrainConfig, n: int) -> nn.Layer:
+    for broken, said in (
+        (config.qk == "tied", "--qk tied"),
+        (config.dropout > 0, "--dropout"),
+        (config.context_parallel > 1, "--context-parallel"),
+    ):
+        if broken:
+            raise TrainError(
+                f"{said} does not go with {name}, a layer with projections of its own: leave it out"
+            )
+    own = {"layer": n, "layers": config.layers, "base": config.rope_base}
+    takes = nn.options(nn.find(name))
+    return nn.get(name, config.width, config.heads, **{k: v for k, v in own.items() if k in takes} | options)
+
+
+def _assign(turn: list[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each name."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in turn}
+    for option, value in sorted(given.items(), key=lambda item: "." in item[0]):
+        name, dot, own = option.partition(".")
+        if dot:
+            if name not in found:
+                raise TrainError(f"--set {option}={value}: {name} is not in --attention {','.join(turn)}")
+            found[name][own] = value
+            continue
+        takes = [name for name in found if option in _options(name)] if len(found) > 1 else list(found)
+        if not takes:
+            raise TrainError(f"--set {option}={value}: none of {', '.join(found)} has an option {option!r}")
+        for name in takes:
+            found[name][option] = value
+    return found
+
+
+def _options(name: str) -> set[str]:
+    if name == "dense":
+        return set()
+    if name in nn.names():
+        return nn.options(nn.find(name))
+    return {field.name for field in dataclasses.fields(methods.find(name))}

@@ -12,7 +12,7 @@ DTYPES = ("fp32", "bf16")
 QK = ("untied", "tied")
 
 # What must not change when a run is resumed: the weights would not fit, or it would be another run.
-SHAPE = ("length", "layers", "width", "heads", "qk")
+SHAPE = ("length", "layers", "width", "heads", "qk", "rope_base")
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,11 @@ class TrainConfig:
     data : str
         A text file, or a directory that is searched for text files.
     attention : str
-        ``"dense"`` (torch SDPA) or the slug of a trainable method, e.g. ``"hash-sparse"``.
+        What mixes in each layer: ``"dense"`` (torch SDPA), the slug of a trainable method, e.g.
+        ``"hash-sparse"``, or of a layer, e.g. ``"lightning-attention"``; or several of them, which the layers
+        take in turn: ``"sink-window*2,dense"``. Names are looked up in ``methods``, then in ``nn``.
     options : dict
-        Hyper-parameters of the method, passed to ``sparseflash.methods.get(attention, **options)``.
+        Their hyper-parameters. ``option`` goes to every name that has it, ``name.option`` to that one.
     length, batch, accumulate : int
         Tokens (bytes) per sequence; sequences per forward pass and process; passes per optimiser step.
     steps : int
@@ -43,6 +45,11 @@ class TrainConfig:
         gradient norm limit.
     seed : int
         Fixes initial weights, batches and the methods' random planes.
+    rope_base : float
+        Of the frequencies of rotary positions; a larger one turns slower and reaches further.
+    eval_length : int
+        Bytes of a validation sequence; 0 is ``length``. Longer ones are read in parts of ``length`` that
+        carry a state from one to the next, where the attention has one, else at once.
     context_parallel : int
         Processes that share each sequence (under ``torchrun``); 1: every process has sequences of its own.
     dropout : float
@@ -74,6 +81,8 @@ class TrainConfig:
     save_every: int = 100
     context_parallel: int = 1
     dropout: float = 0.0
+    rope_base: float = 10_000.0
+    eval_length: int = 0
 
     def __post_init__(self) -> None:
         for broken, message in self._problems():
@@ -116,6 +125,12 @@ class TrainConfig:
             (
                 self.dropout > 0 and self.context_parallel > 1,
                 "--dropout does not go with --context-parallel, whose attention leaves out no weights",
+            ),
+            (not self.rope_base > 0, f"--rope-base is {self.rope_base}; expected a positive number"),
+            (self.eval_length < 0, f"--eval-length is {self.eval_length}; expected at least 0"),
+            (
+                self.eval_length > 0 and self.context_parallel > 1,
+                "--eval-length does not go with --context-parallel, whose ranks share sequences of --length",
             ),
             (not self.lr > 0, f"--lr is {self.lr}; expected a positive number such as 0.002"),
             (not 0 <= self.warmup <= 1, f"--warmup is {self.warmup}; expected a fraction of the run, 0 to 1"),

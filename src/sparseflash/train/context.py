@@ -47,11 +47,17 @@ class Context:
 
     def share(self, model: nn.Module) -> None:
         """Let the attention of all layers of a model go over the group."""
+        kinds = set()
         for module in model.modules():
             inner = getattr(module, "attention", None)
             if callable(inner) and not isinstance(inner, nn.Module):
                 module.attention = Across(inner)
                 self._method = inner.method if isinstance(inner, Sparse) else None
+                kinds.add(type(self._method))
+        if len(kinds) > 1:
+            raise TrainError(
+                "--context-parallel shares tokens for one --attention, not for a pattern of several"
+            )
 
     def of(self, length: int) -> ContextParallel:
         """The ranks, for sequences of so many tokens."""

@@ -2,7 +2,8 @@
 
 Pre-norm blocks, RMSNorm without parameters, rotary positions, a GELU MLP four times as wide, no biases.
 Output projections start at zero, so every block starts as the identity and the first steps are well behaved.
-The attention is a plain callable ``(q, k, v) -> out``: the model does not know which method it runs.
+The attention is a plain callable ``(q, k, v) -> out``, or a layer of `sparseflash.nn` in place of projections
+and attention: the model does not know which method it runs.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparseflash.nn import Layer, State
+from sparseflash.nn.base import draw
+from sparseflash.nn.self_attention import forget
 from sparseflash.ops.attention import attention
 from sparseflash.plan import Plan
-from sparseflash.train.attention import Attention, build
+from sparseflash.train.attention import Attention, Sparse, dense, mixers
 from sparseflash.train.config import TrainConfig
+from sparseflash.train.errors import TrainError
 
 VOCABULARY = 256
 HIGHEST = 15.0
@@ -57,7 +62,16 @@ class SelfAttention(nn.Module):
         if not self.tied:
             self.sharpness = nn.Parameter(torch.empty(config.heads, 1))
 
-    def forward(self, x: Tensor, table: Tensor, plan: Plan | None = None) -> Tensor:
+    @property
+    def decodes(self) -> bool:
+        """Whether tokens one by one see what they would see at once."""
+        if isinstance(self.attention, Sparse):
+            return self.attention.method.decodes
+        return self.attention is dense
+
+    def forward(
+        self, x: Tensor, table: Tensor, plan: Plan | None = None, state: State | None = None
+    ) -> Tensor:
         """Mix along the sequence, as the plan says where there is one; x [B, T, width]."""
         heads = self.project(x).unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))
         if self.tied:
@@ -68,23 +82,34 @@ class SelfAttention(nn.Module):
             q, k, v = heads.unbind(2)
             q, k = norm(rotate(q, table)) * self.sharpness.to(q.dtype), norm(rotate(k, table))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        drop = {"dropout_p": self.dropout} if self.training and self.dropout else {}
-        out = self.attention(q, k, v, **drop) if plan is None else attention(q, k, v, plan, **drop)
+        more: dict[str, float] = {"dropout_p": self.dropout} if self.training and self.dropout else {}
+        if state is not None:
+            k, v = state.append(k=k, v=v)
+            more["q_offset"] = k.shape[2] - x.shape[1]  # a place in the cache
+        out = self.attention(q, k, v, **more) if plan is None else attention(q, k, v, plan, **more)
+        if state is not None:
+            forget(self.attention.method if isinstance(self.attention, Sparse) else None, state)
+            state.length += x.shape[1]
         return self.output(out.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to its normalised input."""
+    """Attention, or another layer that mixes, then MLP, each added to its normalised input."""
 
-    def __init__(self, config: TrainConfig, attention: Attention) -> None:
+    def __init__(self, config: TrainConfig, mixer: Attention | Layer) -> None:
         super().__init__()
-        self.attention = SelfAttention(config, attention)
+        self.attention = mixer if isinstance(mixer, Layer) else SelfAttention(config, mixer)
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, plan: Plan | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, table: Tensor, plan: Plan | None = None, state: State | None = None
+    ) -> Tensor:
         """Transform x [B, T, width]."""
-        x = x + self.attention(norm(x), table, plan)
+        if isinstance(self.attention, Layer):
+            x = x + self.attention(norm(x), plan=plan, state=state)
+        else:
+            x = x + self.attention(norm(x), table, plan, state)
         return x + self.down(F.gelu(self.up(norm(x))))
 
 
@@ -109,22 +134,21 @@ class GPT(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, config.width)
         self.context = {"step": 0}  # what the methods may know beside q, k and v
-        self.blocks = nn.ModuleList(Block(config, self._attention(config, n)) for n in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers(config, self.context))
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
-        self.register_buffer(
-            "table", rotary_table(config.length, config.width // config.heads), persistent=False
-        )
+        self.base = config.rope_base
+        table = rotary_table(config.length, config.width // config.heads, self.base)
+        self.register_buffer("table", table, persistent=False)
         self.reset(config.seed)
-
-    def _attention(self, config: TrainConfig, layer: int) -> Attention:
-        seed, tied = config.seed * 1009 + layer, config.qk == "tied"
-        return build(config.attention, config.options, seed=seed, tied=tied, context=self.context)
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Fresh weights from `seed`, independent of the global random state."""
         generator = torch.Generator().manual_seed(seed)
+        layers = {f"blocks.{n}.attention.": layer for n, layer in enumerate(self.layers()) if layer}
         for name, weight in self.named_parameters():
+            if name.startswith(tuple(layers)):
+                continue
             if name.endswith(("output.weight", "down.weight", "head.weight")):
                 weight.zero_()
             elif name.endswith("sharpness"):
@@ -133,6 +157,36 @@ class GPT(nn.Module):
                 # The embedding is normalised right away: small ones turn quickly.
                 std = 0.02 if name == "embed.weight" else weight.shape[1] ** -0.5
                 weight.normal_(0.0, std, generator=generator)
+        for layer in layers.values():
+            layer.reset(generator)
+            draw(layer.output.weight, 0.0, None)
+
+    def layers(self) -> list[Layer | None]:
+        """The mixers of the blocks that are layers of `sparseflash.nn`; None for the others."""
+        found = [block.attention for block in self.blocks]
+        return [mixer if isinstance(mixer, Layer) else None for mixer in found]
+
+    def aux_loss(self) -> Tensor:
+        """What the layers add to the loss of the last forward."""
+        found = [layer.aux_loss for layer in self.layers() if layer]
+        return torch.stack(found).sum() if found else self.head.weight.new_zeros(())
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every layer has a state."""
+        return all(block.attention.decodes for block in self.blocks)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether some layer turns by positions, of which it has learnt those of a sequence."""
+        return any(layer is None or layer.positions == "rotary" for layer in self.layers())
+
+    def new_state(self, batch: int) -> list[State]:
+        """An empty state of each layer, for `batch` sequences whose tokens come in parts."""
+        return [
+            block.attention.new_state(batch) if isinstance(block.attention, Layer) else State(batch)
+            for block in self.blocks
+        ]
 
     def forward(
         self,
@@ -141,17 +195,34 @@ class GPT(nn.Module):
         *,
         positions: Tensor | None = None,
         plan: Plan | None = None,
+        state: list[State] | None = None,
     ) -> Tensor:
         """Compute logits [B, T, 256] of the next byte, or with `targets` [B, T] the mean loss in nats.
 
         Targets of -100 do not count. For packed documents: `positions` [B, T] restart with each, and a `plan`
-        (in place of the model's attention) keeps them apart.
+        (in place of the model's attention) keeps them apart. With a `state` of `new_state`, tokens continue
+        those that it holds.
         """
+        if positions is not None and any(self.layers()):
+            raise TrainError(
+                "positions= beside layers that count their own; expected sequences of one document"
+            )
         x = norm(self.embed(tokens))
-        table = self.table[:, : tokens.shape[1]] if positions is None else self.table[:, positions]
-        for block in self.blocks:
-            x = block(x, table, plan)
+        if positions is None:
+            past = state[0].length if state else 0
+            table = self._table(past + tokens.shape[1])[:, past:]
+        else:
+            table = self.table[:, positions]
+        for n, block in enumerate(self.blocks):
+            x = block(x, table, plan, state[n] if state else None)
         logits = self.head(norm(x)).float()
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _table(self, length: int) -> Tensor:
+        """Cos and sin of so many positions; beyond those of training they are made anew."""
+        if length > self.table.shape[1]:
+            dim = 2 * self.table.shape[2]
+            self.table = rotary_table(length, dim, self.base).to(self.table.device)
+        return self.table[:, :length]

@@ -28,7 +28,8 @@ def sample(
 ) -> Iterator[int]:
     """Draw `tokens` bytes after `prompt`, one at a time, seeing the last `length` bytes.
 
-    ``temperature=0`` always takes the likeliest byte.
+    A model whose layers have a state reads each byte once, up to `length` of them; without positions it goes
+    on beyond. ``temperature=0`` always takes the likeliest byte.
     """
     if not prompt:
         raise TrainError("--prompt is empty; give at least one character")
@@ -37,9 +38,14 @@ def sample(
     if tokens < 0:
         raise TrainError(f"--tokens is {tokens}; expected 0 or more")
     generator = torch.Generator().manual_seed(seed)
-    context = list(prompt)
+    context, read = list(prompt), 0
+    state = model.new_state(1) if model.decodes else None
     for _ in range(tokens):
-        logits = model(torch.tensor([context[-length:]]))[0, -1]
+        if state is not None and (len(context) <= length or not model.rotary):
+            new, read = context[read:], len(context)
+            logits = model(torch.tensor([new]), state=state)[0, -1]
+        else:
+            logits = model(torch.tensor([context[-length:]]))[0, -1]
         if temperature == 0:
             byte = int(logits.argmax())
         else:

@@ -13,11 +13,16 @@ from sparseflash.train.trainer import Trainer
 INTERRUPTED = 130  # the exit status shells use for Ctrl-C
 
 
-def train(config: TrainConfig, directory: Path, *, resume: bool, device: str = "auto") -> int:
-    """Run `config` into `directory` with a progress bar; the exit status."""
+def train(
+    config: TrainConfig, directory: Path, *, resume: bool, device: str = "auto", init: Path | None = None
+) -> int:
+    """Run `config` into `directory` with a progress bar, from the weights of `init`; the exit status."""
     world = World.from_environment(device)
     try:
-        return _train(Trainer(config, world=world), directory, resume)
+        trainer = Trainer(config, world=world)
+        if init is not None:
+            trainer.begin(init)
+        return _train(trainer, directory, resume)
     finally:
         world.close()
 

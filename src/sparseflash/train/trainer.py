@@ -7,11 +7,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sparseflash.nn import State, update
 from sparseflash.train import checkpoint
 from sparseflash.train.config import SHAPE, TrainConfig
 from sparseflash.train.context import Context
@@ -56,11 +58,11 @@ class Trainer:
         self.context = Context(self.world, config.context_parallel)
         if self.context.size > 1:
             self.context.share(self.model)
-        free = ("embed.weight", "sharpness")
         named = list(self.model.named_parameters())
+        free = [n.endswith(("embed.weight", "sharpness")) or p.dim() < 2 for n, p in named]
         groups = [
-            {"params": [p for n, p in named if not n.endswith(free)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in named if n.endswith(free)], "weight_decay": 0.0},
+            {"params": [p for (_, p), f in zip(named, free) if not f], "weight_decay": config.weight_decay},
+            {"params": [p for (_, p), f in zip(named, free) if f], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.done = 0
@@ -100,8 +102,13 @@ class Trainer:
                 own = (((c.seed << 24) + self.done) << 20) + part * groups + group
                 torch.manual_seed(own % 2**63)
             loss = self.loss(tokens.to(device), targets.to(device)) / c.accumulate
-            loss.backward()
+            (loss + self.model.aux_loss() / c.accumulate).backward()
             total += loss.detach()
+        for (
+            weight
+        ) in self.model.parameters():  # of a layer that used it for no token; another rank's may have
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
         world.average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         mean = world.mean(total)
@@ -111,37 +118,55 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        update(self.model)
         self.done += 1
         seconds = time.perf_counter() - start
         tokens_per_s = groups * c.accumulate * c.batch * c.length / seconds
         return Row(self.done, mean, None, seconds * 1e3, tokens_per_s)
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, targets: Tensor, state: list[State] | None = None) -> Tensor:
         """Mean loss in nats; where processes share a sequence, this one's part, and their mean is it."""
         size = self.context.size
         if size == 1:
             with self.autocast():
-                return self.model(tokens, targets)
+                return self.model(tokens, targets, state=state)
         with self.context.of(tokens.shape[1]) as cp, self.autocast():
             own = [cp.shard(x, 1) for x in (tokens, targets)]
             loss = self.model(*own, positions=cp.positions.to(tokens.device))
         return loss * (own[0].shape[1] * size / tokens.shape[1])
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """Measure bits per byte on the held-out windows, the same ones for every run on this text."""
+    def validate(self, length: int = 0) -> float:
+        """Measure bits per byte on the held-out windows, the same ones for every run on this text.
+
+        Parameters
+        ----------
+        length : int
+            Bytes of a window; by default ``config.eval_length``, or ``config.length`` where that is 0.
+        """
         c, world = self.config, self.world
         self.model.eval()
         self.model.context["step"] = 0
         total = torch.zeros(2, dtype=torch.float64)
         groups, group = self.context.groups, self.context.group_rank
-        for number, (tokens, targets) in enumerate(self.corpus.validation(c.length, c.eval_sequences)):
-            if number % groups == group:
-                loss = self.loss(tokens.to(world.device), targets.to(world.device))
-                total += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
+        windows = self.corpus.validation(length or c.eval_length or c.length, c.eval_sequences)
+        for number, (tokens, targets) in enumerate(windows):
+            if number % groups != group:
+                continue
+            parts = tokens.shape[1] > c.length and self.model.decodes
+            state = self.model.new_state(len(tokens)) if parts else None
+            size = c.length if parts else tokens.shape[1]
+            for some, wanted in zip(tokens.split(size, 1), targets.split(size, 1), strict=True):
+                loss = self.loss(some.to(world.device), wanted.to(world.device), state)
+                total += torch.tensor([loss.item() * wanted.numel(), wanted.numel()], dtype=torch.float64)
         self.model.train()
         nats, count = (world.total(part) for part in total)
         return nats / count / math.log(2)
+
+    def begin(self, directory: str | Path) -> None:
+        """Start from the weights of the run in `directory`, which may have had another length."""
+        tensors, _ = checkpoint.load(Path(directory), ("config",))
+        checkpoint.restore(tensors, self.model, path=Path(directory) / checkpoint.FILE)
 
     def save(self, directory: Path) -> None:
         """Write the checkpoint (rank 0 only); weights, optimiser, random state, data position."""
@@ -233,11 +258,30 @@ def resume_config(directory: str | Path, given: dict[str, object]) -> TrainConfi
     saved = checkpoint.read_config(Path(directory))
     for name in SHAPE:
         if name in given and given[name] != getattr(saved, name):
+            option = f"--{name.replace('_', '-')}"
             raise TrainError(
-                f"the checkpoint in {directory} is of another shape: --{name} {getattr(saved, name)} there, "
-                f"{given[name]} given; leave --{name} out to resume, or use another --out"
+                f"the checkpoint in {directory} is of another shape: {option} {getattr(saved, name)} there, "
+                f"{given[name]} given; leave {option} out to resume, or use another --out"
             )
     return TrainConfig(**{**vars(saved), **given})
+
+
+def init_config(directory: str | Path, given: dict[str, object]) -> TrainConfig:
+    """The config of a new run that begins with the weights of the run in `directory`.
+
+    Data, shape and attention are those of that run unless `given`, all else as `given` or by default. On
+    longer sequences rotary positions get a larger base: the slowest pair of a head turns as far over the
+    whole sequence as it did.
+    """
+    saved = checkpoint.read_config(Path(directory))
+    same = ("data", "attention", "layers", "width", "heads", "qk", "rope_base", "seed")
+    if "attention" not in given:
+        same += ("options",)
+    config = TrainConfig(**{**{name: getattr(saved, name) for name in same}, **given})
+    dim, longer = config.width // config.heads, config.length / saved.length
+    if "rope_base" in given or longer <= 1 or dim <= 2:
+        return config
+    return replace(config, rope_base=saved.rope_base * longer ** (dim / (dim - 2)))
 
 
 def _open(directory: Path, resume: bool) -> TrainError | None:

@@ -1,0 +1,90 @@
+"""Causal layers by name, for a model that takes any of them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from ..errors import SparseFlashError
+from .base import Layer
+from .combiner import Combiner
+from .dynamic_mask import DynamicMaskAttention
+from .lightning import LightningAttention
+from .longgen import LongGenAttention
+from .lookups import Lookups
+from .native_sparse import NativeSparseAttention
+from .routing import RoutingAttention
+from .self_attention import SelfAttention
+from .seqboat import SeqBoat
+from .sparsek import SparseKAttention
+from .stick_breaking import StickBreakingAttention
+
+_KNOWN: dict[str, type[Layer]] = {
+    "combiner": Combiner,
+    "dynamic-mask-attention": DynamicMaskAttention,
+    "lightning-attention": LightningAttention,
+    "longgen-attention": LongGenAttention,
+    "lookups": Lookups,
+    "native-sparse-attention": NativeSparseAttention,
+    "routing-attention": RoutingAttention,
+    "self-attention": SelfAttention,
+    "seqboat": SeqBoat,
+    "sparsek-attention": SparseKAttention,
+    "stick-breaking-attention": StickBreakingAttention,
+}
+
+
+def names() -> list[str]:
+    """Every layer that `get` makes."""
+    return sorted(_KNOWN)
+
+
+def find(name: str) -> type[Layer]:
+    """The class of that name."""
+    if name not in _KNOWN:
+        raise SparseFlashError(f"there is no layer {name!r}: layers: {', '.join(names())}")
+    return _KNOWN[name]
+
+
+def options(cls: type[Layer]) -> set[str]:
+    """What a class takes by name; of a class that hands options on, also what its base takes."""
+    found: set[str] = set()
+    for one in cls.__mro__:
+        own = inspect.signature(one).parameters.values()
+        found |= {x.name for x in own if x.kind is x.KEYWORD_ONLY}
+        if not any(x.kind is x.VAR_KEYWORD for x in own):
+            break
+    return found
+
+
+def get(name: str, width: int, heads: int, **given: Any) -> Layer:
+    """Make a layer by its name.
+
+    Parameters
+    ----------
+    name : str
+        Of `names()`.
+    width, heads
+        As in `Layer`.
+    **given
+        Options of the class.
+
+    Raises
+    ------
+    SparseFlashError
+        For a name or an option that there is not.
+
+    Examples
+    --------
+    >>> import sparseflash as sf
+    >>> sf.nn.get("stick-breaking-attention", 64, 4, rest="drop").rest
+    'drop'
+    """
+    cls = find(name)
+    known = options(cls)
+    for option in given:
+        if option not in known:
+            raise SparseFlashError(
+                f"{name} has no option {option!r}: expected some of {', '.join(sorted(known))}"
+            )
+    return cls(width, heads, **given)
