@@ -110,6 +110,47 @@ def bench_generation(
     session("generation", out, partial(generation.measure, **given), columns)
 
 
+@experiments.command("budgets", rich_help_panel=PANEL)
+def bench_budgets(
+    text: Annotated[Path, typer.Option("--text", help="A text file.")],
+    out: Kept = RESULTS / "budgets.csv",
+    model: Annotated[
+        str, typer.Option(help="What sf.transformers.load takes, and a capture is of.")
+    ] = "smollm2",
+    length: Length = 2048,
+    tokens: Annotated[int, typer.Option(help="Behind the prompt.", min=1)] = 32,
+    cases: Annotated[str, typer.Option(help="Separated by semicolons; by default all.")] = "",
+) -> None:
+    """What every policy, compression and method for decoding costs and loses, at four budgets.
+
+    What OUT has already is not measured again.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session
+
+    from .. import budgets
+
+    wanted = known("cases", budgets.cases(length), words(cases, ";"))
+    there = results.read(out, "model", "T", "case", "share") if out.is_file() else []
+    given: dict[str, Any] = {"model": model, "length": length, "tokens": tokens}
+    given |= {"wanted": wanted, "known": there}
+    columns = (
+        "case",
+        "share",
+        "few",
+        "bytes",
+        "rate",
+        "gain",
+        "agree",
+        "kl",
+        "asked",
+        "before",
+        "anew",
+        "beats",
+    )
+    session("budgets", out, partial(budgets.measure, text, **given), columns, kept=there)
+
+
 @experiments.command("prompt-losses", rich_help_panel=PANEL)
 def bench_prompt_losses(
     text: Annotated[list[Path], typer.Option("--text", help="A text file; may be repeated.")],

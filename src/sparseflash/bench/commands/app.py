@@ -17,6 +17,7 @@ N = TypeVar("N", int, float)
 EXPERIMENTS = (
     "arguments",
     "attention-table",
+    "budgets",
     "caches",
     "claim",
     "coverage",
