@@ -15,6 +15,7 @@ from .longgen import LongGenAttention
 from .lookups import Lookups
 from .muse import muse_attention
 from .native_sparse import NativeSparseAttention
+from .nm import NMConv2d, NMLinear, nm_mask
 from .orion import MultiScaleRows, PerceiverMemory
 from .registry import find, get, names, options
 from .routing import RoutingAttention
@@ -40,6 +41,8 @@ __all__ = [
     "LightningAttention",
     "LongGenAttention",
     "Lookups",
+    "NMConv2d",
+    "NMLinear",
     "NativeSparseAttention",
     "RoutingAttention",
     "SeerGate",
@@ -53,6 +56,7 @@ __all__ = [
     "get",
     "muse_attention",
     "names",
+    "nm_mask",
     "options",
     "sparsek_threshold",
     "update",
