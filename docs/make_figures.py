@@ -733,11 +733,11 @@ def _rows_of(model: str) -> list[dict[str, str]]:
 
 
 def imports() -> str:
-    """Who may import whom, from the table that tests/test_imports.py holds, as far as it is there.
+    """Who may import whom, from the table that tests/support/test_imports.py holds, as far as it is there.
 
     What follows from other arrows is left out, and programs may import everything.
     """
-    path = DOCS.parent / "tests" / "test_imports.py"
+    path = DOCS.parent / "tests" / "support" / "test_imports.py"
     spec = importlib.util.spec_from_file_location("test_imports", path)
     assert spec is not None and spec.loader is not None
     held = importlib.util.module_from_spec(spec)

@@ -77,8 +77,8 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def seed(request) -> int:
-    """A seed of the test's own, the same in every run and order; SPARSEFLASH_SEED shifts them all."""
-    return zlib.crc32(f"{SEED}:{request.node.nodeid}".encode())
+    """A seed of the test's own, the same in every run, order and folder; SPARSEFLASH_SEED shifts them all."""
+    return zlib.crc32(f"{SEED}:tests/{request.node.nodeid.rpartition('/')[2]}".encode())
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparseflash as sf
 
@@ -118,6 +119,46 @@ def unseen() -> Iterator[None]:
     """Constructors of plans take tensors of main memory for an accelerator's, and look at no value."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        yield
+
+
+aten = torch.ops.aten
+LOOKS = {
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.bincount,
+    aten.unique_consecutive, aten.equal, aten.is_nonzero, aten.histc, aten.repeat_interleave,
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Fails where an accelerator would be waited for: a look at values, or a copy from or to main memory."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        sized = op.overloadpacket is aten.repeat_interleave and kwargs.get("output_size") is not None
+        assert op.overloadpacket not in LOOKS or sized, f"{op} looks at values"
+        if op.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            assert not masks, f"{op} with a mask looks at values"
+        out = op(*args, **kwargs)
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        places = {x.device.type for x in made} | {x.device.type for x in given if x.dim()}
+        assert len(places) < 2, f"{op} copies between {places}"
+        return out
+
+
+@contextlib.contextmanager
+def watched():
+    """`Watch`, and an eye on tensors made of Python numbers, which are made in main memory and copied."""
+
+    def make(x, *, make=torch.tensor, **options):
+        assert str(options.get("device") or "cpu") == "cpu", "numbers of Python are copied"
+        return make(x, **options)
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(torch, "tensor", make)
+        patch.setattr(torch, "as_tensor", make)
+        patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # knows no such device
         yield
 
 

@@ -9,24 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness import inputs
 from tolerance import compare
 
 
 def tensors(
-    generator: torch.Generator,
-    Tq: int,
-    Tk: int | None = None,
-    B: int = 2,
-    Hq: int = 4,
-    Hkv: int = 4,
-    D: int = 16,
-    Dv: int = 8,
-    dtype: torch.dtype = torch.float32,
-) -> list[Tensor]:
-    """q, k, v and dout."""
-    Tk = Tq if Tk is None else Tk
-    shapes = ((B, Hq, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, Dv), (B, Hq, Tq, Dv))
-    return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    generator: torch.Generator, Tq: int, Tk: int | None = None, *, Hq: int = 4, Hkv: int = 4, **given: Any
+) -> tuple[Tensor, ...]:
+    """q, k, v and dout, with keys of their own for each head."""
+    return inputs(generator, Tq, Tk, H=Hq, Hkv=Hkv, **({"D": 16, "Dv": 8} | given))[:4]
 
 
 @dataclass(frozen=True)
