@@ -17,21 +17,20 @@ import torch
 
 sys.path.append(str(Path(__file__).with_name("ops")))  # what the tests of each op hold is held here too
 
+import plans
+import sparseflash as sf
 import test_linear
 import test_skipping
 import test_stats
 import test_stick_breaking
-from test_dropout import left
-from test_pair_bias import alibi, standing
-
-import plans
-import sparseflash as sf
 import tolerance
 from harness import inputs, randn, run, unseen
 from sparseflash.backends.triton import stick
 from sparseflash.backends.triton.launch import multiprocessors
 from sparseflash.backends.triton.softmax import packed
 from sparseflash.backends.triton.split import work_of
+from test_dropout import left
+from test_pair_bias import alibi, standing
 
 
 def hold(seed: int, kind: str) -> str:

@@ -6,6 +6,10 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+
+import cpu_cases
+import cpu_remote
 import test_decode
 import test_dropout
 import test_indexer
@@ -16,10 +20,6 @@ import test_pointwise
 import test_selection_mass
 import test_skipping
 import test_stick_breaking
-import torch
-
-import cpu_cases
-import cpu_remote
 from sparseflash.backends.cpu import build
 from sparseflash.backends.cpu.library import Native
 

@@ -12,10 +12,10 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers as hf
-from test_transformers import T, close, eager, model, padded, tokens
 
 import sparseflash as sf
 from sparseflash.methods.base import Method, Selection
+from test_transformers import T, close, eager, model, padded, tokens
 from transformer_models import FAMILIES, tiny
 
 WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)

@@ -12,11 +12,11 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers as hf
-from test_transformers import alone, close, everywhere, model, tokens
 
 import sparseflash as sf
 from sparseflash.integrations.transformers.documents import mixing
 from sparseflash.integrations.transformers.mask import _untold as untold
+from test_transformers import alone, close, everywhere, model, tokens
 from transformer_models import TEXT, tiny
 
 T, EDGES = 150, (0, 1, 64, 150)

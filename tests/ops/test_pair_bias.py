@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from test_dropout import left
 
 import plans
 import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, MAIN, inputs, randn, run
 from sparseflash import Plan
+from test_dropout import left
 
 MATRIX = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 """Backends that take pair_bias."""

@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from test_selection import OFFSETS, blocks, keep_of, oracle_order, pairs, scores
 
 import sparseflash as sf
 from harness import unseen, watched
@@ -15,6 +14,7 @@ from sparseflash import numerics
 from sparseflash.backends import cpu, reference
 from sparseflash.errors import SparseFlashError
 from sparseflash.selection import Grid, above, probe, running_kth, share, tile_mass, top_indices, top_k, top_p
+from test_selection import OFFSETS, blocks, keep_of, oracle_order, pairs, scores
 
 BACKENDS = ["reference", *(["cpu"] if cpu.status()[0] else [])]
 FAR = 1 << 40

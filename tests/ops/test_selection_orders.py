@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from test_selection import keep_of
 
 import sparseflash as sf
 from sparseflash.errors import SparseFlashError
 from sparseflash.selection import Grid, grid_order, kmeans
+from test_selection import keep_of
 
 
 def test_a_grid_is_gone_over_axis_by_axis():

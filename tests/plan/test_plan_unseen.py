@@ -7,7 +7,6 @@ constructors are told that they may not look.
 
 import pytest
 import torch
-from test_plan import _readers, _span_visits, _unit_visits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import plans
@@ -17,6 +16,7 @@ from sparseflash import Plan, methods
 from sparseflash.numerics import Softmax, Stick
 from sparseflash.plan.transpose import transpose_spans, transpose_units
 from sparseflash.selection.orders import _draw_planes
+from test_plan import _readers, _span_visits, _unit_visits
 
 
 class Made(TorchDispatchMode):

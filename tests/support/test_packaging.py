@@ -14,10 +14,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from test_imports import imports_of
 
 import sparseflash
 from sparseflash.backends.cpu import build, shipped
+from test_imports import imports_of
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "src" / "sparseflash"
