@@ -17,6 +17,7 @@ BENCH_ARGS  ?=
 OLD         ?=
 COMPARE_ARGS ?=
 GPU_ARGS    ?=
+GPU_PYTHON  ?=
 MACHINE     ?=
 
 BIN   := .venv/bin
@@ -27,7 +28,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench compare models figures golden docs wheel gpu
+.PHONY: help setup demo test lint check bench compare models figures golden docs wheel gpu gpu-prepare
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -43,6 +44,7 @@ help:
 	@echo 'make docs    build the documentation as a site, build/site/index.html'
 	@echo 'make wheel   build dist/*.whl with the CPU kernels compiled for every level of this kind of machine'
 	@echo 'make gpu     check, measure and tune the Triton kernels on this machine'"'"'s GPU'
+	@echo 'make gpu-prepare  compile, without a GPU, what the first minutes on one launch (GPU_ARGS=first)'
 	@echo
 	@echo 'Each target does its own set-up: a fresh clone needs only `make demo` or `make test`.'
 	@echo 'The head of the Makefile lists what can be passed, for example: make test PYTEST_ARGS="-k plan -x"'
@@ -128,5 +130,9 @@ models: $(READY)
 figures: $(READY)
 	$(PY) docs/make_figures.py
 
-gpu: $(READY)
-	$(PY) -m benchmarks.gpu $(GPU_ARGS)
+# A machine with a card may have PyTorch of its own, and no network: GPU_PYTHON=python3 runs on that, and sets up nothing.
+gpu: $(if $(GPU_PYTHON),,$(READY))
+	$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu $(GPU_ARGS)
+
+gpu-prepare: $(if $(GPU_PYTHON),,$(READY))
+	$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu prepare $(GPU_ARGS)

@@ -20,7 +20,10 @@ from sparseflash.bench.results import Row
 DRY = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this is a walk through the stages at tiny shapes, in the interpreter on the CPU."""
 
-DEVICE = "cpu" if DRY else "cuda"
+AHEAD = os.environ.get("SPARSEFLASH_AHEAD", "")
+"""The card that kernels are compiled for (`ahead.py`): tensors have no values then, nothing is launched."""
+
+DEVICE = "cpu" if DRY else "meta" if AHEAD else "cuda"
 DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter gets bf16 wrong
 LAST_LEVEL = 256 << 20
 """Bytes that push everything else out of a card's last cache."""
@@ -54,7 +57,7 @@ def _clocks() -> str:
 
 def wait() -> None:
     """Wait for the card."""
-    if not DRY:
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
@@ -100,6 +103,10 @@ class Times(list[float]):
 def times(runs: dict[str, Callable[[], Any]], *, rounds: int = 20, seconds: float = 12.0) -> dict[str, Times]:
     """Time every case in turn, round by round; cases that fail say why and are left out."""
     found = {name: Times() for name in runs}
+    if AHEAD:
+        for run in runs.values():
+            run()
+        return found
     for name, run in runs.items():
         try:
             for _ in range(0 if DRY else 3):
@@ -117,6 +124,11 @@ def times(runs: dict[str, Callable[[], Any]], *, rounds: int = 20, seconds: floa
     return found
 
 
+def generator(seed: int) -> torch.Generator:
+    """Random numbers on the device; what has no values takes any."""
+    return torch.Generator("cpu" if AHEAD else DEVICE).manual_seed(seed)
+
+
 def tensors(
     B: int,
     H: int,
@@ -128,10 +140,10 @@ def tensors(
     Tq: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v and dout; the first three want gradients."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    chance = generator(0)
 
     def normal(heads: int, length: int) -> Tensor:
-        return torch.randn(B, heads, length, D, generator=generator, device=DEVICE, dtype=dtype)
+        return torch.randn(B, heads, length, D, generator=chance, device=DEVICE, dtype=dtype)
 
     q, k, v, dout = normal(H, Tq or T), normal(Hkv or H, T), normal(Hkv or H, T), normal(H, Tq or T)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout

@@ -46,9 +46,9 @@ class Run:
         rows = [row for row in rows if all(row.get(n) == self.about[n] for n in SAME)]
         return [row for row in rows if not (self.retry and row.get("error"))]
 
-    def missing(self, name: str, tasks: list[Task]) -> list[int]:
-        """Numbers of the tasks that have no row."""
-        rows = self.kept(name)
+    def missing(self, name: str, tasks: list[Task], rows: list[Row] | None = None) -> list[int]:
+        """Numbers of the tasks that have no row, of those that are kept or of others."""
+        rows = self.kept(name) if rows is None else rows
 
         def done(key: Row) -> bool:
             return any(all(row.get(n) == cell(x) for n, x in key.items()) for row in rows)
@@ -59,7 +59,7 @@ class Run:
         """A line about a stage."""
         tasks = stage.tasks()
         left = self.missing(name, tasks)
-        following = f", next: {_said(tasks[left[0]].key)}" if left else ""
+        following = f", next: {said(tasks[left[0]].key)}" if left else ""
         return f"{name}: {len(tasks) - len(left)} of {len(tasks)} tasks done{following}"
 
     def stage(self, name: str, stage: Stage) -> bool:
@@ -73,7 +73,7 @@ class Run:
             write(self.path(name), rows)
             done += 1
             for row in found:
-                print(f"  {name}: {_said(row)}", flush=True)
+                print(f"  {name}: {said(row)}", flush=True)
         return done == len(left)
 
     def _results(self, name: str, stage: Stage, tasks: list[Task], left: list[int]) -> Iterator[list[Row]]:
@@ -92,5 +92,6 @@ class Run:
                 yield from pool.map(_worker, [name] * workers, left[at : at + workers])
 
 
-def _said(row: Row) -> str:
+def said(row: Row) -> str:
+    """A row as a line."""
     return ", ".join(f"{name} {cell(x)}" for name, x in row.items())

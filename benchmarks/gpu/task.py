@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from sparseflash.bench.results import Row
@@ -15,13 +15,25 @@ class Task:
     key: Row
     run: Callable[[], Iterable[Row]]
 
+    def each(self) -> Iterator[Row]:
+        """What is measured, row by row; where that fails, a row that says why."""
+        try:
+            for row in self.run():
+                yield self.key | row
+        except Exception as error:
+            yield self.failed(error)
+
     def rows(self) -> list[Row]:
         """What was measured; where that failed one row that says why."""
         try:
             return [self.key | row for row in self.run()]
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            return [self.key | {"error": " ".join(said.split())[:600]}]
+            return [self.failed(error)]
+
+    def failed(self, error: Exception | str) -> Row:
+        """The row that says why there is no other."""
+        said = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return self.key | {"error": " ".join(said.split())[:600]}
 
 
 @dataclass(frozen=True)

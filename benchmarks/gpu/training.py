@@ -24,7 +24,7 @@ from sparseflash.train import Corpus
 from sparseflash.train.attention import Attention, build
 
 from . import rivals
-from .device import DEVICE, DRY, wait
+from .device import AHEAD, DEVICE, DRY, DTYPE, wait
 from .task import Task
 
 VOCABULARY, LAYERS, WIDTH, HEADS = 50304, *((1, 16, 1) if DRY else (12, 768, 12))
@@ -37,12 +37,19 @@ METHODS = {f"hash, {nb} buckets": ("hash-sparse", {"nb": nb}) for nb in (8, 16, 
 
 def steps() -> list[Task]:
     """A task for each length and attention."""
-    names = [*rivals.dense(), *METHODS]
-    return [
-        Task({"T": T, "batch": batch, "case": name}, functools.partial(_steps, T, batch, name))
-        for T, batch in SHAPES
-        for name in names
-    ]
+    return [task(T, batch, name) for T, batch in SHAPES for name in (*rivals.dense(), *METHODS)]
+
+
+def few(count: int) -> list[Task]:
+    """A few steps at the shorter length: torch's dense kernel, and the middle setting of each method."""
+    names = [*list(rivals.dense())[:1], *(METHODS if DRY else ("hash, 16 buckets", "drop 50%"))]
+    return [task(*SHAPES[0], name, STEPS if DRY else count) for name in names]
+
+
+def task(T: int, batch: int, name: str, steps: int = STEPS) -> Task:
+    """Steps under one attention."""
+    key: Row = {"T": T, "batch": batch, "case": name}
+    return Task(key, functools.partial(_steps, T, batch, name, steps))
 
 
 @functools.cache
@@ -104,16 +111,20 @@ def _attention(name: str, context: dict[str, int]) -> list[Attention]:
     return [build(method, options, seed=n, tied=True, context=context) for n in range(LAYERS)]
 
 
-def _steps(T: int, batch: int, name: str) -> Iterator[Row]:
+def _steps(T: int, batch: int, name: str, steps: int) -> Iterator[Row]:
     torch.manual_seed(0)
     context, corpus = {"step": 0}, _corpus()
     model = Paper(T, WIDTH, HEADS, _attention(name, context)).to(DEVICE)
+    if AHEAD:  # autocast knows no such device
+        tokens = torch.zeros(batch, T, dtype=torch.long, device=DEVICE)
+        model.to(DTYPE)(tokens, tokens).backward()
+        return
     light = [p for n, p in model.named_parameters() if "norm" in n or "embed" in n]
     heavy = [p for n, p in model.named_parameters() if not ("norm" in n or "embed" in n)]
     groups = [{"params": light, "weight_decay": 0.0}, {"params": heavy, "weight_decay": 0.1}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     times, losses = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         tokens, targets = (x.to(DEVICE) for x in corpus.batch(0, step, slice(0, batch), batch, T))
         context["step"] = step
         for group in optimizer.param_groups:
@@ -128,11 +139,11 @@ def _steps(T: int, batch: int, name: str) -> Iterator[Row]:
         wait()
         times.append((time.perf_counter() - began) * 1e3)
         losses.append(loss.item())
-    ms = statistics.median(times[WARM:])
+    ms = statistics.median(times[min(WARM, steps // 2) :])
     weights = sum(p.numel() for p in model.parameters())
     yield {
         "model": f"GPT-2, {LAYERS} x {WIDTH}, {HEADS} heads, learned positions, keys are normalised queries",
-        "weights": weights, "steps": STEPS, "ms": ms, "tokens_per_s": batch * T / ms * 1e3,
+        "weights": weights, "steps": steps, "ms": ms, "tokens_per_s": batch * T / ms * 1e3,
         "first_loss": losses[0], "last_loss": losses[-1],
         "gib": 0.0 if DRY else torch.cuda.max_memory_allocated() / 2**30,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from sparseflash.backends.triton.blocks import Blocks, Case
 from sparseflash.bench.results import Row, read
 
 from . import rivals
-from .device import DEVICE, DRY, tensors, times
+from .device import DEVICE, DRY, generator, tensors, times
 from .task import Task
 
 KERNELS = ("rows", "rows, backward", "columns", "decode")
@@ -75,8 +75,8 @@ def _tune(kernel: str, dim: int, unit: int, dtype: torch.dtype) -> Iterator[Row]
     Tq = 1 if few else T
     q, k, v, dout = tensors(1, heads, T, dim, dtype=dtype, Tq=Tq)
     if unit:
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        keep = torch.rand(1, heads, -(-Tq // unit), T // unit, generator=generator, device=DEVICE) < 0.5
+        chance = generator(0)
+        keep = torch.rand(1, heads, -(-Tq // unit), T // unit, generator=chance, device=DEVICE) < 0.5
         plan = Plan.from_blocks(keep, Tq=Tq, Tk=T, tile=unit, unit=unit)
     else:
         plan = Plan.dense(Tq, T, causal=not few, device=DEVICE)

@@ -1,8 +1,11 @@
 """`make gpu` without a GPU: every stage walks through, and a run that was cut off goes on where it was."""
 
+import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,170 @@ def test_the_table_is_made_of_what_was_faster_than_the_default(runner, tmp_path,
     monkeypatch.setattr(blocks, "write_tuned", written.update)
     assert "1 rows, 1 cases keep" in tuning.write_table(tmp_path / "gpu-tune.csv")
     assert written == {("sm_90", blocks.Case("rows", 64, 0, "bfloat16")): blocks.Blocks(128, 64, 8, 2)}
+
+
+# ---------------------------------------------------------------- the first ten minutes
+
+
+def test_the_first_minutes_walk_through_in_the_interpreter(tmp_path):
+    said = script("first", "--dry-run", "--out", tmp_path)
+    assert " 0 failed, 0 skipped, " in said.splitlines()[-1]
+    rows = read(tmp_path / "gpu-first.csv")
+    assert not [row["error"] for row in rows if row.get("error")]
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    assert parts == ["check", "dense", "blocks", "curves", "step", "decode", "tune"]
+    again = script("first", "--dry-run", "--out", tmp_path)
+    assert again.splitlines()[-1].startswith("0 measured, 0 failed, 0 skipped")
+
+
+HANG, DIE = 2, 4
+
+
+def race_tasks():
+    """What a card may do to a task: measure, raise, never come back, end the process."""
+    from benchmarks.gpu.task import Task
+
+    def task(n):
+        def run():
+            yield {"ms": n + 0.5}
+            if n == 1:
+                raise RuntimeError("out of memory")
+            if n == HANG:
+                time.sleep(600)
+            if n == DIE:
+                os._exit(7)
+
+        return Task({"part": "ab"[n > HANG], "n": n}, run)
+
+    return [task(n) for n in range(7)]
+
+
+@pytest.fixture
+def race(runner, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the worker
+    from benchmarks.gpu import first
+
+    monkeypatch.setattr(first, "DEVICE", "cpu")
+
+    def make(out, minutes):
+        mine = [[task for task in race_tasks() if task.key["part"] == name] for name in "ab"]
+        parts = [
+            first.Part("a", 0.5, lambda: mine[0]),
+            first.Part("b", 0.5 - first.COMPILING, lambda: mine[1]),
+        ]
+        return first.Race(runner.Run(out), minutes, parts, f"{__name__}:race_tasks")
+
+    return make
+
+
+def test_a_task_that_hangs_or_dies_or_raises_costs_no_other(race):
+    from benchmarks.gpu.worker import Worker
+
+    worker, tasks = Worker(f"{__name__}:race_tasks"), race_tasks()
+
+    def errors(n, seconds=100.0):
+        rows = list(worker.run(n, tasks[n], time.monotonic() + seconds))
+        assert rows[0]["ms"] == n + 0.5  # what was measured before it failed stays
+        return [row["error"] for row in rows if "error" in row]
+
+    assert errors(0) == errors(3) == []
+    assert errors(1) == ["RuntimeError: out of memory"]
+    began = time.monotonic()
+    assert errors(HANG, 0.5) == ["stopped: it took longer than was left"]
+    assert time.monotonic() - began < 10
+    assert errors(DIE) == ["its process ended with 7"]
+    assert errors(5) == []
+    worker.close()
+
+
+def test_what_has_no_time_left_is_a_row_and_the_next_call_goes_on_there(race, tmp_path):
+    assert race(tmp_path, 1e-9).go().startswith("0 measured, 0 failed, 7 skipped")
+    rows = read(tmp_path / "gpu-first.csv")
+    assert [row["error"] for row in rows] == ["skipped: no time left"] * 7
+    assert all(row["gpu"] == "a card" for row in rows)
+    there = race(tmp_path, 9.0)
+    there.run.missing = lambda *_: [0, 1, 3]
+    assert there.go().startswith("2 measured, 1 failed, 0 skipped")
+    rows = read(tmp_path / "gpu-first.csv")
+    assert [(row["n"], row["error"]) for row in rows] == [
+        ("0", ""), ("1", ""), ("1", "RuntimeError: out of memory"), ("3", "")
+    ]  # fmt: skip
+
+
+def test_the_check_of_a_first_call_is_a_row_or_an_error(race, monkeypatch):
+    from benchmarks.gpu import conformance
+
+    for found in ("", "dq of window, D=64, torch.float16: off by 0.3"):
+        monkeypatch.setattr(conformance.trust, "faults", lambda device, found=found: found)
+        task = conformance.Task({"kind": "own"}, conformance.trusted)
+        assert task.rows() == [
+            {"kind": "own"} | ({"error": f"AssertionError: {found}"} if found else {"repeats": 1})
+        ]
+
+
+def test_every_part_has_its_share_of_the_minutes_and_what_compiles_too(race):
+    from benchmarks.gpu import first
+
+    assert first.COMPILING + sum(part.share for part in first.PARTS) == pytest.approx(1)
+    tasks = first.tasks()
+    assert len({tuple(task.key.items()) for task in tasks}) == len(tasks)
+
+
+@pytest.fixture
+def packed(monkeypatch, tmp_path):
+    """The decoding kernels of `first`, compiled for a Hopper card and packed, and the folder of the pack."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "made"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(sf.__file__).parent.parent))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from benchmarks.gpu import ahead
+
+    monkeypatch.setattr(ahead, "BUILD", tmp_path)
+    row = ahead.compile_all("sm_90", ["decode"], 1, 300)
+    assert row["kernels"] >= 2 and "error" not in row
+    return ahead, ahead.pack("sm_90", ["decode"], "abc"), row["kernels"]
+
+
+def test_kernels_are_compiled_without_a_card_and_found_where_they_travel_to(packed, monkeypatch, tmp_path):
+    ahead, path, count = packed
+    assert path.stat().st_size < 1 << 20
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "there"))
+    (tmp_path / "made").rename(tmp_path / "gone")  # the lists of files named this place
+    told, line = ahead.unpack("sm_90")
+    assert (told["git"], told["parts"]) == ("abc", "decode") and told["sources"] == ahead.sources()
+    assert line == f"{count} compiled kernels from {path.name}"
+    there = {file: file.stat().st_mtime_ns for file in (tmp_path / "there").rglob("*.cubin")}
+    assert len(there) == count
+    row = ahead.compile_all("sm_90", ["decode"], 1, 300)
+    assert row["kernels"] == count  # nothing was compiled again
+    assert there == {file: file.stat().st_mtime_ns for file in (tmp_path / "there").rglob("*.cubin")}
+
+
+def test_kernels_for_another_triton_are_left_where_they_lie(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    from benchmarks.gpu import ahead
+
+    monkeypatch.setattr(ahead, "BUILD", tmp_path)
+    assert ahead.unpack("sm_90") == ({}, "no kernels are compiled ahead (make gpu-prepare)")
+    here = ahead.about("sm_90")
+    for change, word in (
+        ({"triton": "3.6.0"}, "Triton 3.6.0"),
+        ({"target": "sm_80"}, "sm_80"),
+        ({}, "build"),
+    ):
+        (tmp_path / "about.json").write_text(json.dumps(here | change | {"key": "other", "sources": ""}))
+        with tarfile.open(tmp_path / "kernels-x.tar.xz", "w:xz") as file:
+            file.add(tmp_path / "about.json", "about.json")
+        told, line = ahead.unpack("sm_90")
+        assert not told and word in line and "of no use" in line and here["triton"] in line
+    assert not (tmp_path / "cache").exists()
+
+
+def test_time_that_is_over_ends_the_compiling(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from benchmarks.gpu import ahead
+
+    row = ahead.compile_all("sm_90", ["decode"], 2, 0.2)
+    assert row["error"] == "2 of 2 processes had no time to end" and row["seconds"] < 10

@@ -226,7 +226,7 @@ def test_the_whole_check_lints_before_it_tests_and_help_names_every_target():
     root = Path(__file__).parents[2]
     made = (root / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: help (.*)$", made, re.MULTILINE)[1].split()
-    assert set(targets) == set(re.findall(r"^\t@echo 'make (\w+)", made, re.MULTILINE))
+    assert set(targets) == set(re.findall(r"^\t@echo 'make ([\w-]+)", made, re.MULTILINE))
     lint = re.search(r"^lint: .*\n((?:\t.*\n)+)", made, re.MULTILINE)[1]
     assert [x for x in ("ruff check", "ruff format --check", "mypy") if x not in lint] == []
     if (root / ".ci" / "run").exists():  # not where a source distribution was unpacked

@@ -132,7 +132,8 @@ def checked(card: Card, device: torch.device, check: Callable[..., str] | None =
     return found
 
 
-def _cases(device: torch.device) -> Iterator[tuple[str, Plan, torch.dtype, int]]:
+def cases(device: torch.device) -> Iterator[tuple[str, Plan, torch.dtype, int]]:
+    """What is checked: the plan and its name, the dtype and the head dimension."""
     T = 200
     plans = {
         "dense": Plan.dense(T, T, causal=True, device=device),
@@ -165,7 +166,7 @@ def faults(device: torch.device, run: Any = None) -> str:
 
 
 def _first_fault(device: torch.device, attend: Callable[..., Any], differentiate: Callable[..., Any]) -> str:
-    for name, plan, dtype, D in _cases(device):
+    for name, plan, dtype, D in cases(device):
         generator = torch.Generator().manual_seed(0)
         q, k, v, dout = (
             torch.randn(1, h, 200, D, generator=generator).to(device, dtype) for h in (4, 2, 2, 4)
