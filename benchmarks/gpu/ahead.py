@@ -7,13 +7,9 @@ which it is, and one that is for another is left where it lies, with a word abou
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import json
-import logging
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from . import ROOT
@@ -42,7 +37,7 @@ def about(target: str) -> dict[str, str]:
         from triton.runtime.cache import triton_key
     except ImportError:  # before Triton 3.5
         from triton.compiler.compiler import triton_key
-    key = triton_key() + make_backend(_gpu(target)).hash()
+    key = triton_key() + make_backend(gpu(target)).hash()
     return {
         "triton": triton.__version__,
         "python": "{}.{}".format(*sys.version_info),
@@ -60,7 +55,7 @@ def sources() -> str:
     return found.hexdigest()[:16]
 
 
-def _gpu(target: str) -> Any:
+def gpu(target: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
     if not target.startswith("sm_"):
@@ -71,81 +66,13 @@ def _gpu(target: str) -> Any:
 # ---------------------------------------------------------------- compiling
 
 
-def pretend(target: str) -> None:
-    """From now on launches compile and do nothing else, for a card that need not be here."""
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    from sparseflash.backends import triton as backend
-    from sparseflash.backends.triton import blocks, softmax
-    from sparseflash.ops import _register
-
-    gpu = _gpu(target)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: gpu,
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
-    )
-    blocks.target.cache_clear()
-    softmax.multiprocessors = lambda device: 132
-    backend.refuse = lambda *tensors: []  # tensors without values are on no card
-    _register.untraced = lambda *tensors: True  # and ops would say shapes alone
-    start, seen = JITFunction.run, set()
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = start(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            _launcher(kernel)
-        return kernel
-
-    JITFunction.run = run
-
-
-def _launcher(kernel: Any) -> None:
-    """Up to Triton 3.6 every signature has a function in C that hands its arguments over: built now."""
-    from triton.backends.nvidia.driver import CudaLauncher
-
-    with contextlib.suppress(Exception):  # it is built and kept, and needs a driver only to be loaded
-        CudaLauncher(kernel.src, kernel.metadata)
-
-
-def _stand_in(folder: str) -> None:
-    """A library with the name of NVIDIA's driver, to link against where there is none."""
-    compiler = shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or "TRITON_LIBCUDA_PATH" in os.environ:
-        return
-    name = "libcuda.so.1"
-    command = [compiler, "-shared", "-x", "c", "/dev/null", "-o", f"{folder}/{name}", f"-Wl,-soname,{name}"]
-    if subprocess.run(command, capture_output=True).returncode == 0:
-        os.environ["TRITON_LIBCUDA_PATH"] = folder
-
-
-def work(target: str, names: Sequence[str], share: Sequence[int]) -> list[str]:
-    """Compile what every n-th task of some parts launches; what failed."""
-    from . import first
-
-    logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)
-    failed = []
-    pretend(target)
-    with tempfile.TemporaryDirectory() as folder:
-        _stand_in(folder)
-        for task in first.of_parts([x for x in first.PARTS if x.name in names])[share[0] :: share[1]]:
-            for row in task.each():
-                if row.get("error"):
-                    failed.append(", ".join(f"{name} {x}" for name, x in row.items()))
-    return failed
-
-
 def compile_all(target: str, names: Sequence[str], workers: int, seconds: float) -> dict[str, Any]:
-    """The same in processes side by side, until all is done or the time is over: a row about it."""
+    """Compile what parts launch, in processes side by side, until all is done or the time is over: a row."""
     env = {**os.environ, "SPARSEFLASH_AHEAD": target, "SPARSEFLASH_BACKEND": "triton"}
     env |= {"TRITON_STORE_BINARY_ONLY": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     env.pop("TRITON_INTERPRET", None)
     began = time.monotonic()
-    command = [sys.executable, "-m", f"{__package__}.ahead", target, *names, "--share"]
+    command = [sys.executable, "-m", f"{__package__}.launches", target, *names, "--share"]
     running = [
         subprocess.Popen(
             [*command, str(n), str(workers)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
@@ -237,17 +164,3 @@ def _settle(folder: Path) -> int:
             count += 1
         os.replace(one, there)
     return count
-
-
-def main() -> None:
-    """Compile a share, and say as a line of JSON what came of it."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("target")
-    parser.add_argument("parts", nargs="*")
-    parser.add_argument("--share", type=int, nargs=2, default=(0, 1))
-    given = parser.parse_args()
-    print(json.dumps(work(given.target, given.parts, given.share)))
-
-
-if __name__ == "__main__":
-    main()

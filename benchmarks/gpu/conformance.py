@@ -57,7 +57,7 @@ def _check(kind: str, dtype: torch.dtype, seed: int, repeats: int) -> Task:
 
 def trusted() -> Iterator[Row]:
     """The library's own short check, on which it depends whether calls without `backend=` run here."""
-    device = torch.device(DEVICE)
+    device = torch.device("cpu" if AHEAD else DEVICE)
     if AHEAD:
         for _, plan, dtype, D in trust.cases(device):
             shapes = ((1, heads, plan.Tq, D) for heads in (4, 2, 2, 4))
@@ -78,12 +78,12 @@ def _hold(kind: str, dtype: torch.dtype, seed: int, repeats: int) -> Iterator[Ro
     )
     q, k, v, dout, dlse = given
     k, v = (k[:1], v[:1]) if example.pool else (k, v)
+    if AHEAD:  # some lists are as long as their values say
+        run(q, k, v, example.plan, dout=dout, dlse=dlse)
+        sf.decode(q, k, v, example.plan, return_lse=True)
+        return
     on = [x.to(DEVICE) for x in (q, k, v, dout, dlse)]
     plan = example.plan.to(DEVICE)
-    if AHEAD:
-        run(*on[:3], plan, dout=on[3], dlse=on[4])
-        sf.decode(*on[:3], plan, return_lse=True)
-        return
 
     def both() -> dict[str, torch.Tensor]:
         found = run(*on[:3], plan, dout=on[3], dlse=on[4])
