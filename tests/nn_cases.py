@@ -11,6 +11,8 @@ from torch import Tensor
 import sparseflash as sf
 
 WIDTH, HEADS = 16, 4
+DROP: float | Tensor = 1.0
+"""What `softmax` multiplies weights with: a test of dropout sets it."""
 
 
 def one_thread():
@@ -95,7 +97,7 @@ def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None =
     s = s if bias is None else s + bias
     e = torch.where(mask, s, -torch.inf)
     e = torch.where(mask, (e - e.amax(-1, keepdim=True).clamp(min=-1e300).detach()).exp(), 0)
-    return e / e.sum(-1, keepdim=True).clamp(min=1e-300) @ v
+    return e * DROP / e.sum(-1, keepdim=True).clamp(min=1e-300) @ v
 
 
 def out(layer: Any, o: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import plans
 import sparseflash as sf
 from harness import BACKENDS, EACH, peak_memory, randn, same_bits
+from sparseflash.backends.reference.dropout import left
+from sparseflash.numerics import dropout_bar
 
 LENGTHS = (0, 1, 31, 32, 0, 33, 64)
 LONGEST = 40
@@ -29,8 +31,8 @@ def _weights(s, activation, post_mask, sees):
     return p.triu() if post_mask else p
 
 
-def _one_by_one(q, k, v, lengths_q, lengths_k, *, longest=None, **options):
-    """Packed rows [total,H,D] of every sample, in a loop; in fp64."""
+def _one_by_one(q, k, v, lengths_q, lengths_k, *, longest=None, factor=None, **options):
+    """Packed rows [total,H,D] of every sample, in a loop; in fp64. Weights times `factor` [H,total,total]."""
     options = {"activation": "softmax", "causal": False, "window": None, "post_mask": None} | options
     out = torch.zeros(*q.shape[:2], v.shape[2], dtype=q.dtype)
     begin = begin_k = 0
@@ -44,7 +46,11 @@ def _one_by_one(q, k, v, lengths_q, lengths_k, *, longest=None, **options):
             for x in (k, v)
         )
         s = qs @ ks.mT * options.get("scale", q.shape[2] ** -0.5)
+        if "alibi_slopes" in options:
+            s = s - options["alibi_slopes"][:, None, None] * (i - j).abs()
         p = _weights(s, options["activation"], options["post_mask"], sees) * options.get("out_scale", 1.0)
+        if factor is not None:
+            p = p * factor[:, begin : begin + a, begin_k : begin_k + b]
         out[begin : begin + a] = (p @ vs).transpose(0, 1)
         begin, begin_k = begin + n, begin_k + m
     return out
@@ -60,6 +66,9 @@ def _one_by_one(q, k, v, lengths_q, lengths_k, *, longest=None, **options):
         {"activation": "silu", "causal": True, "out_scale": 1 / 64},
         {"activation": "relu2", "post_mask": "upper", "max_length": LONGEST},
         {"post_mask": "upper", "max_length": LONGEST},
+        {"alibi_slopes": torch.tensor([0.5, 0.1, 0.0, 2.0], dtype=torch.float64)},
+        {"causal": True, "dropout_p": 0.4},
+        {"post_mask": "upper", "dropout_p": 0.4, "max_length": LONGEST},
     ],
     ids=lambda o: "-".join(o) or "plain",
 )
@@ -69,6 +78,10 @@ def test_a_jagged_batch_is_its_samples_one_by_one(axis, options, generator):
     q, k, v = (randn(generator, total, h, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))
     dout = randn(generator, total, 4, 8, dtype=torch.float64)
     rest = dict(options)
+    if p := rest.pop("dropout_p", 0):
+        tokens = torch.arange(total).expand(1, 4, total)
+        rest["factor"] = left(torch.tensor(7), dropout_bar(p), tokens, tokens)[0].double() / (1 - p)
+        options = options | {"dropout_seed": 7}
     want = _one_by_one(q, k, v, LENGTHS, LENGTHS, longest=rest.pop("max_length", None), **rest)
     edges = torch.tensor([0, *LENGTHS]).cumsum(0)
     nested = [torch.nested.nested_tensor_from_jagged(x, edges).transpose(1, axis) for x in (q, k, v)]
@@ -177,8 +190,10 @@ D = torch.zeros(2, 5, 2, 8)
         (A, A, A, {"max_length": -1}, "max_length=-1"),
         (A, A, A, {"out_scale": "x"}, "out_scale='x'"),
         (A, A, A, {"window": 5}, "window=5"),
+        (A, A, A, {"activation": "silu", "dropout_p": 0.1}, "silu' together with dropout_p"),
+        (A, A, A, {"activation": "relu2", "alibi_slopes": torch.ones(1)}, "together with alibi_slopes"),
     ],
-    ids=[str(n) for n in range(13)],
+    ids=[str(n) for n in range(15)],
 )
 def test_bad_arguments_have_their_message(q, k, v, change, said):
     with pytest.raises(sf.SparseFlashError, match=said):

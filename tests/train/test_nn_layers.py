@@ -1,16 +1,20 @@
 """What every layer promises, for each row of `nn_cases.py`."""
 
 import copy
+import inspect
 import io
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import nn_cases
 import sparseflash as sf
 from cases import CASES
 from nn_cases import HEADS, ROWS, WIDTH, one_thread, spun
+from sparseflash.backends.reference.dropout import left
 from sparseflash.nn.base import rotate
+from sparseflash.numerics import dropout_bar
 
 T = 17
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -335,3 +339,58 @@ def test_layers_that_do_not_fit_together_are_refused():
         one(torch.zeros(1, 3, 16), state=sf.nn.SelfAttention(16, 2).new_state(1))
     plan = sf.Plan.dense(3, 3, causal=True)
     assert one(torch.zeros(1, 3, 16), plan=plan).shape == (1, 3, 16)
+
+
+# ---------------------------------------------------------------- dropout
+
+DROPS = [
+    row
+    for row in ROWS
+    if "dropout" in inspect.signature(row.make).parameters or row.make is sf.nn.LongGenAttention
+]
+
+
+@pytest.mark.parametrize("row", DROPS, ids=str)
+def test_dropout_leaves_weights_out_in_training_and_on_average_nothing(row, generator):
+    layer, plain, x = row.layer(dropout=0.5), row.layer(), draw(generator)
+    assert "dropout=0.5" in repr(layer) and "dropout" not in repr(plain)
+    assert torch.equal(layer.eval()(x), plain.eval()(x))
+    layer.train(), plain.train()
+    with torch.no_grad():
+        want = plain(x)
+        torch.manual_seed(3)
+        off = torch.stack([layer(x) - want for _ in range(60)])
+        torch.manual_seed(3)
+        assert torch.equal(layer(x) - want, off[0]) and not torch.equal(off[0], off[1])
+    assert (
+        off.mean(0).square().sum() < 3 / 60 * off.square().sum((1, 2, 3)).mean()
+    )  # a mean of 60: 1/60 of the square
+    for reentrant in (False, True):
+        torch.manual_seed(4)
+        own = x.clone().requires_grad_()
+        again = torch.autograd.grad(layer(own).sum(), own)[0]
+        torch.manual_seed(4)
+        checkpoint(layer, own, use_reentrant=reentrant).sum().backward()
+        assert torch.equal(own.grad, again)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_heads": 2}, {"method": sf.methods.Window(window=5)}, {"causal": False}], ids=str
+)
+def test_a_layer_with_dropout_is_its_formula_with_the_same_weights_left_out(options, generator, monkeypatch):
+    layer, x = sf.nn.SelfAttention(WIDTH, HEADS, dropout=0.3, dtype=torch.float64, **options), draw(generator)
+    dout = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    torch.manual_seed(5)
+    got = gradients(layer, layer, x, dout)
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    tokens = torch.arange(T).expand(len(x), HEADS, T)
+    factor = left(seed, dropout_bar(0.3), tokens, tokens).double() / 0.7
+    monkeypatch.setattr(nn_cases, "DROP", factor)
+    close(got, gradients(lambda x: nn_cases.dense_self(layer, x), layer, x, dout))
+
+
+@pytest.mark.parametrize("p", [-0.1, 1, 1.5, True, "0.1", float("nan")])
+def test_a_share_that_is_none_is_refused(p):
+    with pytest.raises(sf.SparseFlashError, match="dropout"):
+        sf.nn.SelfAttention(WIDTH, HEADS, dropout=p)

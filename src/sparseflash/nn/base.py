@@ -98,6 +98,9 @@ class Layer(nn.Module):
         Whether queries and keys are turned by their positions.
     base : float
         Of the frequencies.
+    dropout : float
+        Share of the attention weights that training leaves out, as in `torch.nn.MultiheadAttention`; none in
+        evaluation. A layer without this argument has no weights of which some could be left out alone.
 
     Notes
     -----
@@ -118,6 +121,7 @@ class Layer(nn.Module):
         head_dim: int | None = None,
         positions: Positions = "none",
         base: float = 10_000.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         require(
@@ -147,10 +151,14 @@ class Layer(nn.Module):
                 isinstance(base, (int, float)) and not isinstance(base, bool) and base > 0,
                 lambda: f"base={base!r}: expected a positive number",
             ),
+            (
+                isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout < 1,
+                lambda: f"dropout={dropout!r}: expected a share in [0, 1)",
+            ),
         )
         self.width, self.heads, self.kv_heads, self.head_dim = width, heads, kv_heads, head_dim
         self.positions: Positions = positions
-        self.base = float(base)
+        self.base, self.dropout = float(base), float(dropout)
         self._aux: Tensor | None = None
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
@@ -222,6 +230,11 @@ class Layer(nn.Module):
         return torch.cat(parts, 1) if parts else x[:, :0]
 
     @property
+    def dropout_p(self) -> float:
+        """The share of weights that attention leaves out now: `dropout`, and 0 in evaluation."""
+        return self.dropout if self.training else 0.0
+
+    @property
     def aux_loss(self) -> Tensor:
         """What the last forward adds to the loss: 0-d, 0 where there is nothing."""
         return next(self.parameters()).new_zeros(()) if self._aux is None else self._aux
@@ -252,7 +265,8 @@ class Layer(nn.Module):
         """The shape, in a line."""
         few = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
         own = f", head_dim={self.head_dim}" if self.head_dim * self.heads != self.width else ""
-        return f"{self.width}, {self.heads}{few}{own}, positions={self.positions!r}"
+        less = f", dropout={self.dropout:g}" if self.dropout else ""
+        return f"{self.width}, {self.heads}{few}{own}, positions={self.positions!r}{less}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last loss, whose graph can be neither copied nor stored."""

@@ -39,7 +39,7 @@ class Combiner(Layer):
 
     Parameters
     ----------
-    width, heads, kv_heads, head_dim, positions, base
+    width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default. Queries are pooled for each query head.
     pattern : "fixed", "logsparse" or "axial"
         Which keys are direct, and which regions there are.
@@ -77,10 +77,19 @@ class Combiner(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(
+            width,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            base=base,
+            dropout=dropout,
+        )
         check_choice(pattern=(pattern, ("fixed", "logsparse", "axial")), log_size=(log_size, (True, False)))
         check_sizes(1, segment=segment)
         self.pattern, self.segment, self.log_size = pattern, segment, log_size
@@ -125,9 +134,10 @@ class Combiner(Layer):
                 q_offset=before + past,
                 buckets=c,
             )
+        p, sizes = self.dropout_p, self._sizes(key, [(key.shape[2], c)])
         parts = [
-            attention(q, k, v, near, return_lse=True),
-            attention(q, key, value, far, key_bias=self._sizes(key, [(key.shape[2], c)]), return_lse=True),
+            attention(q, k, v, near, dropout_p=p, return_lse=True),
+            attention(q, key, value, far, key_bias=sizes, dropout_p=p, return_lse=True),
         ]
         return self.end(merge(parts)[0])
 
@@ -174,7 +184,7 @@ class Combiner(Layer):
         key, value = torch.cat(keys, 2), torch.cat(values, 2)
         seen = torch.stack(index, -1)[None, None]
         plan = Plan.from_keys(seen, Tq=T, Tk=key.shape[2], unique=True)
-        return attention(q, key, value, plan, key_bias=self._sizes(key, runs))
+        return attention(q, key, value, plan, key_bias=self._sizes(key, runs), dropout_p=self.dropout_p)
 
     def new_state(self, batch: int) -> State:
         """An empty state."""

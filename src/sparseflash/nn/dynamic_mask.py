@@ -22,7 +22,7 @@ class DynamicMaskAttention(Layer):
 
     Parameters
     ----------
-    width, heads, kv_heads, head_dim, positions, base
+    width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default.
     window : int
         Keys that a query sees, at most.
@@ -59,10 +59,19 @@ class DynamicMaskAttention(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(
+            width,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            base=base,
+            dropout=dropout,
+        )
         check_sizes(1, window=window)
         self.method = DynamicMask(window)
         check_choice(exponential=(exponential, (True, False)), normed=(normed, (True, False)))
@@ -84,7 +93,7 @@ class DynamicMaskAttention(Layer):
             old = [state.tensors.get(name) for name in ("k", "v", "delta")]
             k, v, delta = (y if z is None else torch.cat([z, y], 2) for z, y in zip(old, (k, v, delta)))
             past = k.shape[2] - x.shape[1]
-        out = self.method(q, k, v, q_offset=past, ctx={"delta": delta})
+        out = self.method(q, k, v, q_offset=past, ctx={"delta": delta}, dropout_p=self.dropout_p)
         if state is not None:
             best = delta.detach().argsort(dim=-1, stable=True)[..., -self.window :].sort(-1).values
             state.tensors.update(k=taken(k, best), v=taken(v, best), delta=delta.gather(-1, best))

@@ -33,7 +33,7 @@ class HRSAMAttention(Layer):
 
     Parameters
     ----------
-    width, heads, head_dim, positions, base
+    width, heads, head_dim, positions, base, dropout
         As in `Layer`; rotary positions need a head_dim that 4 divides.
     window : int
         Tokens on a side of a window.
@@ -71,10 +71,11 @@ class HRSAMAttention(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base, dropout=dropout)
         check_sizes(1, window=window, columns=columns)
         require(
             (isinstance(shifted, bool), lambda: f"shifted={shifted!r}: expected True or False"),
@@ -126,7 +127,7 @@ class HRSAMAttention(Layer):
             part.reshape(B, self.heads, windows, n, self.head_dim).transpose(1, 2).flatten(0, 1)
             for part in (q, k, v)
         )
-        out = attention(q, k, v, Plan.dense(n, n, device=x.device))
+        out = attention(q, k, v, Plan.dense(n, n, device=x.device), dropout_p=self.dropout_p)
         out = out.view(B, windows, self.heads, n, self.head_dim).transpose(1, 2).flatten(2, 3)
         back = torch.zeros(T + 1, dtype=torch.int64, device=x.device)
         back[near] = torch.arange(len(near), device=x.device)

@@ -27,7 +27,7 @@ class Lookups(Layer):
 
     Parameters
     ----------
-    width, heads, kv_heads, head_dim, positions, base
+    width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default.
     size : int
         Tokens of the convolution, one filter a channel.
@@ -65,10 +65,19 @@ class Lookups(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(
+            width,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            base=base,
+            dropout=dropout,
+        )
         check_sizes(1, size=size, lookups=1 if lookups is None else lookups)
         require(
             (
@@ -108,7 +117,7 @@ class Lookups(Layer):
             k, v = state.append(k=k, v=v)
             state.tensors["x"] = long[:, T:]
         if self.training:
-            out = attention(q, k, v, causal=True, q_offset=past)
+            out = attention(q, k, v, causal=True, q_offset=past, dropout_p=self.dropout_p)
             quota = (T**0.5 if self.lookups is None else self.lookups) / max(1, T)
             if g.numel():
                 self._aux = self.penalty * (g.mean() - quota).clamp(min=0)

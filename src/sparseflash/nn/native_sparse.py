@@ -34,7 +34,7 @@ class NativeSparseAttention(Layer):
 
     Parameters
     ----------
-    width, heads, kv_heads, head_dim, positions, base
+    width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default. The heads of a KV head select together.
     block, stride : int
         Keys of a summary, and from one to the next (at most `block`).
@@ -76,10 +76,19 @@ class NativeSparseAttention(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(
+            width,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            base=base,
+            dropout=dropout,
+        )
         check_sizes(1, block=block, stride=stride, select=select, top=top, near=near, window=window)
         check_sizes(0, first=first)
         require(
@@ -117,7 +126,7 @@ class NativeSparseAttention(Layer):
         at = torch.arange(past, past + T, device=x.device)
         done = ((at + 1 - self.block).div(self.stride, rounding_mode="floor") + 1).clamp(min=0)
         far = Plan.from_intervals(None, done.view(1, 1, -1), Tk=k.shape[2], moving=True)
-        compressed, lse = attention(q, k, v, far, return_lse=True)
+        compressed, lse = attention(q, k, v, far, dropout_p=self.dropout_p, return_lse=True)
         q_turned, k_sel, k_near = (self.turn(y, state) for y in (q, k_sel, k_near))
         recent = 0
         if state is not None:
@@ -132,11 +141,11 @@ class NativeSparseAttention(Layer):
             unique=True,
             tile=1 if torch.compiler.is_compiling() else None,
         )
-        selected = attention(q_turned, k_sel, v_sel, chosen)
+        selected = attention(q_turned, k_sel, v_sel, chosen, dropout_p=self.dropout_p)
         local = Plan.dense(
             T, k_near.shape[2], causal=True, window=(self.window - 1, 0), q_offset=recent, device=x.device
         )
-        near = attention(q_turned, k_near, v_near, local)
+        near = attention(q_turned, k_near, v_near, local, dropout_p=self.dropout_p)
         gate = self.gate(x).sigmoid().view(*x.shape[:2], 3, self.heads, 1).permute(2, 0, 3, 1, 4)
         return self.end(gate[0] * compressed + gate[1] * selected + gate[2] * near)
 

@@ -35,7 +35,7 @@ class RoutingAttention(Layer):
 
     Parameters
     ----------
-    width, heads, kv_heads, head_dim, positions, base
+    width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default. Each KV head has centroids of its own.
     clusters, window : int
         Centroids of a head; keys of a cluster that a query sees, or items that a centroid takes.
@@ -87,10 +87,19 @@ class RoutingAttention(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(
+            width,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            base=base,
+            dropout=dropout,
+        )
         check_sizes(1, clusters=clusters, window=window)
         check_choice(strict=(strict, (True, False)), shared=(shared, (True, False)))
         require(
@@ -195,7 +204,7 @@ class RoutingAttention(Layer):
         )
         if state is not None:
             self._forget(state, k, v, own)
-        return attention(q, k, v, plan)
+        return attention(q, k, v, plan, dropout_p=self.dropout_p)
 
     def _forget(self, state: State, k: Tensor, v: Tensor, own: Tensor) -> None:
         """Keep the last members of each cluster; heads that keep less are padded in front, in no cluster."""
@@ -215,7 +224,7 @@ class RoutingAttention(Layer):
         plan = Plan.from_buckets(bucket, bucket, causal=False, buckets=self.clusters)
         each = keys.repeat_interleave(H // keys.shape[1], 1)
         plan = plan.with_rules(causal=True, q_pos=rows.int(), k_pos=each.int())
-        out, lse = attention(taken(q, rows), taken(k, keys), taken(v, keys), plan, return_lse=True)
+        out = attention(taken(q, rows), taken(k, keys), taken(v, keys), plan, dropout_p=self.dropout_p)
         into = rows[..., None].expand_as(out)
         times = torch.zeros(B, H, T, device=q.device).scatter_add(
             2, rows, torch.ones_like(rows, dtype=torch.float)

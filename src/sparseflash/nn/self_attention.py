@@ -26,7 +26,7 @@ class SelfAttention(Layer):
 
     Parameters
     ----------
-    width, heads, kv_heads, head_dim, positions, base
+    width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default.
     method : Method or str, optional
         What selects: an instance, or a name of `sparseflash.methods`.
@@ -69,6 +69,7 @@ class SelfAttention(Layer):
         head_dim: int | None = None,
         positions: Positions = "rotary",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         causal: bool = True,
         normed: bool = False,
         bias: bool = False,
@@ -76,7 +77,15 @@ class SelfAttention(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(
+            width,
+            heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            positions=positions,
+            base=base,
+            dropout=dropout,
+        )
         method = get(method) if isinstance(method, str) else method
         require(
             (
@@ -102,11 +111,13 @@ class SelfAttention(Layer):
             k, v = state.append(k=k, v=v)
             offset = k.shape[2] - x.shape[1]  # a place in the cache; distances of what is seen are the same
         if plan is not None:
-            out = attention(q, k, v, plan)
+            out = attention(q, k, v, plan, dropout_p=self.dropout_p)
         elif self.method is not None:
-            out = self.method(q, k, v, ctx=self.context, q_offset=None if state is None else offset)
+            at = None if state is None else offset
+            out = self.method(q, k, v, ctx=self.context, q_offset=at, dropout_p=self.dropout_p)
         else:
-            out = attention(q, k, v, causal=self.causal, q_offset=offset if self.causal else 0)
+            at = offset if self.causal else 0
+            out = attention(q, k, v, causal=self.causal, q_offset=at, dropout_p=self.dropout_p)
         if state is not None:
             forget(self.method, state)
         return self.end(out)

@@ -33,7 +33,7 @@ class SparsifinerAttention(Layer):
 
     Parameters
     ----------
-    width, heads, head_dim, positions, base
+    width, heads, head_dim, positions, base, dropout
         As in `Layer`.
     tokens : int
         The most tokens of a sequence; the first is CLS, which sees all.
@@ -82,10 +82,11 @@ class SparsifinerAttention(Layer):
         head_dim: int | None = None,
         positions: Positions = "none",
         base: float = 10_000.0,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base)
+        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base, dropout=dropout)
         mixtures = max(1, tokens // 6) if mixtures is None else mixtures
         channels = max(1, self.head_dim // 2) if channels is None else channels
         check_sizes(1, tokens=tokens, mixtures=mixtures, channels=channels, top=top)
@@ -157,7 +158,7 @@ class SparsifinerAttention(Layer):
             dense = (q.detach() @ k.detach().mT * self.head_dim**-0.5).softmax(-1)[:, :, 1:]
             self._aux = self.weight * (guess - dense).square().sum((-1, -2)).mean() if len(x) else None
         seen = Plan.dense(T, T, device=x.device) if self.phase == "reconstruct" else self._plan(guess, T)
-        return self.end(attention(q, k, v, seen))
+        return self.end(attention(q, k, v, seen, dropout_p=self.dropout_p))
 
     def extra_repr(self) -> str:
         """The shape, the budget and the phase."""

@@ -69,6 +69,9 @@ def jagged_attention(
     out_scale: float = 1.0,
     post_mask: Literal["upper"] | None = None,
     max_length: int | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Exact attention inside each sample of a jagged batch, forward and backward, without padding.
@@ -97,6 +100,12 @@ def jagged_attention(
         before the query.
     max_length : int, optional
         Tokens of a sample behind so many are left out: they give and get nothing.
+    alibi_slopes : Tensor, optional
+        `[Hq]`: as in `sparseflash.attention`; the last query of a sample stands at its last key.
+    dropout_p : float
+        The share of weights that a softmax leaves out, as in `sparseflash.attention`: 0 when evaluating.
+    dropout_seed : int or Tensor, optional
+        As in `sparseflash.attention`; tokens count through all samples.
     backend : str, optional
         As in `sparseflash.attention`.
 
@@ -143,11 +152,22 @@ def jagged_attention(
     ranges = _ranges(*sides, max_length=max_length)
     q, k, v = (side.rows for side in sides)
     options: dict[str, Any] = {"scale": scale, "backend": backend}
+    if activation != "softmax" and (dropout_p or alibi_slopes is not None):
+        given = "dropout_p" if dropout_p else "alibi_slopes"
+        raise SparseFlashError(
+            f"activation={activation!r} together with {given}: leave it out, or use activation='softmax', "
+            "whose weights it belongs to"
+        )
 
     def plan(**rules: Any) -> Plan:
         return Plan._made(**from_ranges(*ranges, Tq=q.shape[2], Tk=k.shape[2], **rules))
 
     seen: dict[str, Any] = {"causal": causal, "window": window}
+    if alibi_slopes is not None and not causal and window is None:
+        seen["window"] = (
+            SHORT.max,
+            SHORT.max,
+        )  # hides nothing, and gives queries the positions of their keys
     if post_mask is not None:
         seen = {"window": (0, None)}  # keys not before the query
     if activation != "softmax":
@@ -155,7 +175,10 @@ def jagged_attention(
             q, k, v, plan(**seen), activation=activation, out_scale=out_scale, **options
         )
         return sides[0].like(out)
-    out, lse = attention(q, k, v, plan(**seen), return_lse=True, **options)
+    options["alibi_slopes"] = alibi_slopes
+    out, lse = attention(
+        q, k, v, plan(**seen), dropout_p=dropout_p, dropout_seed=dropout_seed, return_lse=True, **options
+    )
     if post_mask is not None:
         rest = plan(causal=True, include_self=False)
         # nothing but its share of the softmax is wanted: one lane of v will do
