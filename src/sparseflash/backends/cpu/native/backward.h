@@ -109,11 +109,10 @@ inline void weigh_rows(const Law &law, const Chunk &k, int n, float *s, float *g
         if (law.sums) sums[j] = sum(total);
     }
 }
-#if SF_HAS_BF16
 // The same in bf16: both in rows of queries, and dS in pairs of keys.
-template <bool PLAIN, class Law>
-inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, const float *s, const float *g, bf *pr,
-                        bf *dr, bf *dp, float *sums) {
+template <bool PLAIN, class P, class Law>
+inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, const float *s, const float *g, typename P::Item *pr,
+                        typename P::Item *dr, typename P::Item *dp, float *sums) {
     for (int j = a; j < e; j += 2) {
         vf t0 = {}, t1 = {};
         bool in0 = j >= k.a && j < k.b, in1 = j + 1 >= k.a && j + 1 < k.b;
@@ -129,14 +128,13 @@ inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, con
                 law.template one<PLAIN, false>(low, j + 1, i, load(x + BQ), load(y + BQ), p10, d10, t1);
                 law.template one<PLAIN, false>(high, j + 1, i + 16, load(x + BQ + 16), load(y + BQ + 16), p11, d11, t1);
             } else p10 = p11 = d10 = d11 = set1(0.f);
-            bf *p = pr + j * BQ + i, *d = dr + j * BQ + i, *both = dp + j * BQ + 2 * i;
-            _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)p01, (__m512)p00));
-            _mm512_storeu_si512(p + BQ, (__m512i)_mm512_cvtne2ps_pbh((__m512)p11, (__m512)p10));
-            __m512i even = (__m512i)_mm512_cvtne2ps_pbh((__m512)d01, (__m512)d00);
-            __m512i odd = (__m512i)_mm512_cvtne2ps_pbh((__m512)d11, (__m512)d10);
-            _mm512_storeu_si512(d, even);
-            _mm512_storeu_si512(d + BQ, odd);
-            mix_rows(both, even, odd);
+            typename P::Item *d = dr + j * BQ + i;
+            P::store(pr + j * BQ + i, P::narrow(p00, p01));
+            P::store(pr + (j + 1) * BQ + i, P::narrow(p10, p11));
+            const auto even = P::narrow(d00, d01), odd = P::narrow(d10, d11);
+            P::store(d, even);
+            P::store(d + BQ, odd);
+            P::mix_rows(dp + j * BQ + 2 * i, even, odd);
         }
         if (!PLAIN && law.sums) {
             if (in0) sums[j] = sum(t0);
@@ -144,7 +142,6 @@ inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, con
         }
     }
 }
-#endif
 
 // Adds a scratch tile, whose first row is chunk row `from`, to the rows it stands for.
 inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int64_t ld) {
@@ -158,16 +155,13 @@ inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int
 // Rows [a, e) of a chunk and the lanes [from, to) that see any of them, in steps of 16 (of 32 for AMX). Across a
 // diagonal, products of all lanes would be zeros for a good part.
 struct Step { int a, e, from, to; };
-struct Steps {
+template <bool BF> struct Steps : Edges<BF> {
     Step step[BK / 16];
     int count = 0;
-    int a, e;  // all rows: k.a to k.b, and for bf16 what fills the last group
 
     // Of `n` lanes; `see` is null where all is visible.
-    Steps(const Chunk &k, int n, const uint64_t *see, bool bf16) {
-        const int grain = bf16 ? GRAIN : 1, size = most(GRAIN, 16);
-        a = (int)round_down(k.a, grain), e = (int)round_up(k.b, grain);
-        const int first = grain > 2 ? a : k.a, last = grain > 2 ? e : k.b;
+    Steps(const Chunk &k, int n, const uint64_t *see) : Edges<BF>(k) {
+        const int size = most(Products<BF>::TILE, 16), first = this->from, last = this->to;
         if (!see) step[count++] = {first, last, 0, n};
         for (int row = first, next; see && row < last; row = next) {
             next = least((int)round_down(row, size) + size, last);
@@ -185,63 +179,51 @@ struct Steps {
 
 // S^T = K Q^T and dP^T = V dO^T.
 template <bool BF>
-inline void scores(const SfCall &c, const Operands &o, const Steps &steps, const Lanes<BF> &x, Scratch<BF> &w,
+inline void scores(const SfCall &c, const Operands<BF> &o, const Steps<BF> &steps, const Lanes<BF> &x, Scratch<BF> &w,
                    Reach keys = FAR) {
+    typedef Products<BF> P;
+    const int64_t D = round_up(c.D, P::GRAIN), Dv = round_up(c.Dv, P::GRAIN);
     for (const Step &t : steps) {
-        const int rows = t.e - t.a, lanes = t.to - t.from;
-        float *s = w.s + t.a * BQ + t.from, *g = w.g + t.a * BQ + t.from;
-        if (!BF) {
-            gemm_rows_f32(rows, lanes, c.D, o.k + t.a * o.ldk, o.ldk, x.qt + t.from, BQ, s, BQ, keys);
-            gemm_rows_f32(rows, lanes, c.Dv, o.v + t.a * o.ldv, o.ldv, x.dot + t.from, BQ, g, BQ, keys);
-        } else {
-#if SF_HAS_BF16
-            const int64_t D = round_up(c.D, GRAIN), Dv = round_up(c.Dv, GRAIN);
-            gemm_bf16(rows, lanes, D, o.kb + t.a * o.ldk, o.ldk, x.qtb + 2 * t.from, BQ, s, BQ, SET, keys);
-            gemm_bf16(rows, lanes, Dv, o.vb + t.a * o.ldv, o.ldv, x.dotb + 2 * t.from, BQ, g, BQ, SET, keys);
-#endif
-        }
+        const int rows = t.e - t.a, lanes = t.to - t.from, from = P::PAIR * t.from;
+        const int64_t at = t.a * BQ + t.from;
+        P::score(rows, lanes, D, o.k + t.a * o.ldk, o.ldk, x.qt + from, BQ, w.s + at, BQ, keys);
+        P::score(rows, lanes, Dv, o.v + t.a * o.ldv, o.ldv, x.dot + from, BQ, w.g + at, BQ, keys);
     }
 }
 
 // One of dV += P^T dO and dK += dS^T Q, whose rows of keys and of queries are given; by way of w.spare where the keys
 // are scattered, or share rows of AMX with others.
-template <bool BF, class T>
-inline void add_keys(const Chunk &k, const Operands &o, const Steps &steps, const T *keys, const T *queries, float *to,
-                     int64_t ld, Scratch<BF> &w) {
-    const bool apart = BF ? o.own_rows : k.gather != nullptr;
-    const int first = steps.step[0].a;
-    float *c = apart ? w.spare.p : to + (k.base + first) * ld;
-    for (const Step &t : steps) {
-        const int rows = t.e - t.a, lanes = t.to - t.from;
-        const T *x = keys + t.a * BQ + t.from, *y = queries + t.from * ld;
-        float *z = c + (t.a - first) * ld;
-        if constexpr (!BF) gemm_f32(rows, ld, lanes, x, BQ, 1, y, ld, z, ld, apart ? SET : ADD_FAR);
-#if SF_HAS_BF16
-        else gemm_bf16(rows, ld, lanes, x, BQ, y, ld, z, ld, apart ? SET : ADD_FAR);
-#endif
-    }
-    if (apart) add_rows(k, first, c, to, ld);
+template <bool BF>
+inline void add_keys(const Chunk &k, const Operands<BF> &o, const Steps<BF> &steps, const typename Products<BF>::Item *keys,
+                     const typename Products<BF>::Item *queries, float *to, int64_t ld, Scratch<BF> &w) {
+    const int first = steps.from;
+    float *c = o.own_rows ? w.spare.p : to + (k.base + first) * ld;
+    for (const Step &t : steps)
+        Products<BF>::multiply(t.e - t.a, ld, t.to - t.from, keys + t.a * BQ + t.from, BQ, 1, queries + t.from * ld, ld,
+                               c + (t.a - first) * ld, ld, o.own_rows ? SET : ADD_FAR);
+    if (o.own_rows) add_rows(k, first, c, to, ld);
 }
 
 // dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T.
 template <bool BF>
-inline void add_products(const SfCall &c, const Chunk &k, const Operands &o, const Steps &steps, int n,
+inline void add_products(const SfCall &c, const Chunk &k, const Operands<BF> &o, const Steps<BF> &steps, int n,
                          const Lanes<BF> &x, Scratch<BF> &w, KeyGrads &grads, Reach keys = FAR) {
-    const int a = steps.a, depth = steps.e - a;
+    typedef Products<BF> P;
+    const int a = steps.a;
     if (k.gather) for (int j = k.a; j < k.b; j++) grads.touch(k.gather[j]);
     else grads.touch(k.base);
-    if constexpr (!BF) {
-        add_keys(k, o, steps, w.s.p, x.dor.p, grads.v, grads.ldv, w);
-        add_keys(k, o, steps, w.g.p, x.qr.p, grads.k, grads.ldk, w);
-        gemm_f32(c.D, n, depth, o.k + a * o.ldk, 1, o.ldk, w.g + a * BQ, BQ, x.ot.p, BQ, ADD);
-    } else {
-#if SF_HAS_BF16
-        add_keys(k, o, steps, w.pr.p, x.dorb.p, grads.v, grads.ldv, w);
-        add_keys(k, o, steps, w.dr.p, x.qrb.p, grads.k, grads.ldk, w);
-        const int64_t D = GRAIN > 2 ? grads.ldk : c.D;
-        gemm_bf16(D, n, depth, o.t + a, BK, w.p + a * BQ, BQ, x.ot.p, BQ, ADD, keys);
-#endif
-    }
+    add_keys<BF>(k, o, steps, w.weight_rows(), x.dor.p, grads.v, grads.ldv, w);
+    add_keys<BF>(k, o, steps, w.slope_rows(), x.qr.p, grads.k, grads.ldk, w);
+    P::multiply(round_up(c.D, P::TILE), n, steps.e - a, o.t + a * o.t_key, o.t_row, o.t_key, w.slopes() + a * BQ, BQ, x.ot.p, BQ,
+                ADD, keys);
+}
+
+// P and dS of a chunk: fp32 in place, bf16 in the three layouts the products read. PLAIN: nothing hides, bends or biases.
+template <bool PLAIN, bool BF, class Law>
+inline void weigh(const Law &law, const Chunk &k, const Steps<BF> &steps, int n, Scratch<BF> &w) {
+    if constexpr (BF)
+        weigh_pairs<PLAIN, Products<BF>>(law, steps.a, steps.e, k, n, w.s.p, w.g.p, w.pr.p, w.dr.p, w.p.p, w.sums);
+    else weigh_rows<PLAIN>(law, k, n, w.s.p, w.g.p, w.sums);
 }
 
 // One block of queries on its way over the chunks of its tile.
@@ -262,7 +244,7 @@ template <bool BF> struct BackwardBlock {
         const Given norm(c, b, h);
         for (int i = 0; i < BQ; i++)
             if ((q.real >> i & 1) && !norm.none(q.token[i])) alive |= 1ull << i;
-        n = columns(q, BF);
+        n = columns<BF>(q);
     }
 
     void pack(Scratch<BF> &w) {
@@ -277,31 +259,10 @@ template <bool BF> struct BackwardBlock {
             x.top[i] = norm.top[t];
             x.rest2[i] = norm.rest[t] * LOG2E;
         }
-        if (!BF) {
-            pack_lanes(c, c.q, b, h, q, alive, c.D, x.qt.p, x.qr.p);
-            pack_lanes(c, c.dout, b, h, q, alive, c.Dv, x.dot.p, x.dor.p);
-        } else {
-#if SF_HAS_BF16
-            pack_lanes(c.q, b, h, q, alive, c.D, x.qtb.p, x.qrb.p);
-            pack_lanes(c.dout, b, h, q, alive, c.Dv, x.dotb.p, x.dorb.p);
-#endif
-        }
+        pack_lanes<BF>(c, c.q, b, h, q, alive, c.D, x.qt.p, x.qr.p);
+        pack_lanes<BF>(c, c.dout, b, h, q, alive, c.Dv, x.dot.p, x.dor.p);
         memset(x.ot.p, 0, round_up(c.D, 32) * BQ * 4);
         if (dropout.on()) dropout.of_queries(q, b, h, x.drawn[0], x.drawn[1]);
-    }
-
-    // P and dS of a chunk: fp32 in place, bf16 in the three layouts the products read.
-    template <class Law> void weigh(const Law &law, const Chunk &k, const Steps &steps, bool plain, Scratch<BF> &w) {
-        float *s = w.s.p, *g = w.g.p;
-        if (!BF) {
-            if (plain) weigh_rows<true>(law, k, n, s, g, nullptr);
-            else weigh_rows<false>(law, k, n, s, g, w.sums);
-        } else {
-#if SF_HAS_BF16
-            if (plain) weigh_pairs<true>(law, steps.a, steps.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
-            else weigh_pairs<false>(law, steps.a, steps.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, w.sums);
-#endif
-        }
     }
 
     // dS as the gradient of a bias of pairs, each of which is visited once.
@@ -312,7 +273,7 @@ template <bool BF> struct BackwardBlock {
             for (int i = 0; t >= 0 && i < q.lanes; i++)
                 if (some >> i & 1)
                     c.dpair[((b * c.Hq + h) * c.Tq + q.token[i]) * c.Tk + t] =
-                        BF ? from_bf16(w.dr[j * BQ + i]) : w.g[j * BQ + i];
+                        Products<BF>::value(w.slope_rows()[j * BQ + i]);
         }
     }
 
@@ -322,7 +283,7 @@ template <bool BF> struct BackwardBlock {
         for (int j = k.a; j < k.b; j++) {
             const int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
             if (t < 0) continue;
-            const auto slope = [&](int i) { return BF ? from_bf16(w.dr[j * BQ + i]) : w.g[j * BQ + i]; };
+            const auto slope = [&](int i) { return Products<BF>::value(w.slope_rows()[j * BQ + i]); };
             float *x = to + c.Tk - 1 - t;
             if (in_order) {  // what is not seen adds 0
                 x += q.token[0];
@@ -335,17 +296,16 @@ template <bool BF> struct BackwardBlock {
     }
 
     // Whether there was anything to do. The keys are near if another block has just visited them.
-    bool visit(Chunk k, const Keys &keys, Reach reach, const float *key_bias, Scratch<BF> &w, KeyGrads &grads,
+    bool visit(Chunk k, const Keys<BF> &keys, Reach reach, const float *key_bias, Scratch<BF> &w, KeyGrads &grads,
                const BiasGrads &biases) {
         bool holes = false;
         float *dbias = biases.key;
         if (!alive || (k.partial && !look(rules, q, k, w.see, holes))) return false;
         if (!packed) pack(w);
-        Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-        const Steps steps(k, n, k.partial ? w.see : nullptr, BF);
+        const Operands<BF> o = operands<BF, true>(c, keys, k, holes, w.see, w);
+        const Steps<BF> steps(k, n, k.partial ? w.see : nullptr);
         scores<BF>(c, o, steps, x, w, reach);
         float *s = w.s.p, *g = w.g.p;
-        [[maybe_unused]] const int a = steps.a, e = steps.e;
         if (logits.bent) {
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, nullptr, s);
@@ -356,14 +316,16 @@ template <bool BF> struct BackwardBlock {
         const float *pair = has_pairs(c) ? w.pair.p : nullptr;
         Slopes slopes = {c, logits, x.top, x.rest2, x.delta, k.partial ? w.see : nullptr, biased ? w.bias : nullptr, pair, dbias != nullptr};
         const bool plain = !k.partial && !dbias && !biased && !pair && c.softcap == 0;
-        if (BF) {
-            fill_rows(s, a, k.a, -INF), fill_rows(s, k.b, e, -INF);
-            fill_rows(g, a, k.a, 0.f), fill_rows(g, k.b, e, 0.f);
-        }
+        fill_rows(s, steps.a, k.a, -INF), fill_rows(s, k.b, steps.e, -INF);
+        fill_rows(g, steps.a, k.a, 0.f), fill_rows(g, k.b, steps.e, 0.f);
+        const auto weigh_by = [&](const auto &law) {
+            if (plain) weigh<true>(law, k, steps, n, w);
+            else weigh<false>(law, k, steps, n, w);
+        };
         if (dropout.on()) {
             const Draw draw = dropout.draw(rules, k, b, h, x.drawn, w.key_words);
-            weigh(DroppedSlopes{slopes, draw, set1(dropout.scale())}, k, steps, plain, w);
-        } else weigh(slopes, k, steps, plain, w);
+            weigh_by(DroppedSlopes{slopes, draw, set1(dropout.scale())});
+        } else weigh_by(slopes);
         if (c.dpair) write_pairs(k, w);
         if (biases.distance) add_distances(k, w, biases.distance);
         if (dbias)
@@ -389,7 +351,7 @@ template <bool BF> struct BackwardBlock {
 // Up to two blocks of a tile's queries go over its chunks together: the second finds the sums of a chunk's dK and dV
 // where the first has just left them.
 template <bool BF>
-void backward_blocks(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+void backward_blocks(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
                      int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,
                      const BiasGrads &biases) {
     BackwardBlock<BF> first = {c, rules, logits, dropout, b, h, w}, second = {c, rules, logits, dropout, b, h, w.next};

@@ -1,26 +1,37 @@
 // One chunk of keys: the rows its products read, with scattered keys gathered and keys that may not be touched blanked.
 #pragma once
-#include "gemm.h"
 #include "pack.h"
 
 namespace {
 
-// What a chunk's products read, after gathering scattered keys and blanking keys that may not be touched.
-struct Operands {
-    const float *k, *v;
-    const bf *kb, *vb, *t;
-    int64_t ldk, ldv;
+// Rows of a chunk, made whole: [a, e) as products sum over them, [from, to) as they take rows.
+template <bool BF> struct Edges {
+    int a, e, from, to;
+    explicit Edges(const Chunk &k)
+        : a((int)round_down(k.a, Products<BF>::GRAIN)), e((int)round_up(k.b, Products<BF>::GRAIN)),
+          from((int)round_down(k.a, Products<BF>::TILE)), to((int)round_up(k.b, Products<BF>::TILE)) {}
+};
+
+// What a chunk's products read, after gathering scattered keys and blanking keys that may not be touched. Of V^T (forward)
+// or K^T (backward), item d of key j lies at t[d * t_row + j * t_key].
+template <bool BF> struct Operands {
+    typedef typename Products<BF>::Item Item;
+    const Item *k, *v, *t;
+    int64_t ldk, ldv, t_row, t_key;
     bool own_rows;  // gradients go through a scratch tile
 };
 
 template <bool BF, bool BACKWARD>
-inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool holes, const uint64_t *see,
-                         Scratch<BF> &w) {
-    Operands o = {};
+inline Operands<BF> operands(const SfCall &c, const Keys<BF> &x, const Chunk &k, bool holes, const uint64_t *see,
+                             Scratch<BF> &w) {
+    typedef Products<BF> P;
+    typedef typename P::Item Item;
+    Operands<BF> o = {};
     o.ldk = x.ldk;
     o.ldv = x.ldv;
-    if (!BF) {
-        o.k = x.k + k.base * x.ldk;
+    o.k = x.k + k.base * x.ldk;
+    o.own_rows = k.gather;
+    if constexpr (!BF) {
         o.v = x.v + k.base * x.ldv;
         bool blank = false;
         if (holes && x.v)
@@ -42,40 +53,42 @@ inline Operands operands(const SfCall &c, const Keys &x, const Chunk &k, bool ho
             o.k = w.kc.p; o.ldk = c.D;
             o.v = w.vc.p; o.ldv = c.Dv;
         }
+        o.t = BACKWARD ? o.k : o.v;
+        o.t_row = 1;
+        o.t_key = BACKWARD ? o.ldk : o.ldv;
     } else {
-#if SF_HAS_BF16
-        const int64_t Dk = round_up(c.D, 32), Dv = round_up(c.Dv, 32), Dt = BACKWARD ? Dk : Dv;
-        const bf *t = BACKWARD ? x.kt : x.vt;
-        o.kb = x.kb + k.base * x.ldk;
-        o.vb = BACKWARD ? x.vb + k.base * x.ldv : nullptr;
-        o.t = t ? t + k.base * Dt : nullptr;  // statistics have no V
+        const int64_t Dk = round_up(c.D, P::PADDED), Dv = round_up(c.Dv, P::PADDED), Dt = BACKWARD ? Dk : Dv;
+        o.v = BACKWARD ? x.v + k.base * x.ldv : nullptr;
+        o.t = x.t ? x.t + k.base * Dt : nullptr;  // statistics have no V
+        o.t_row = BK;
+        o.t_key = 1;
         if (k.gather) {
             int64_t nk = least(Dk, x.ldk == c.k.row ? c.D : x.ldk), nv = least(Dv, x.ldv == c.v.row ? c.Dv : x.ldv);
+            const SfView side_by_side = {nullptr, 0, 0, 0, 1};
             memset(w.tc.p, 0, BK * Dt * 2);
             for (int j = k.a; j < k.b; j++) {
                 if (holes && !see[j]) {
-                    memset(w.kcb + j * Dk, 0, Dk * 2);
-                    memset(w.vcb + j * Dv, 0, Dv * 2);
+                    memset(w.kc + j * Dk, 0, Dk * 2);
+                    memset(w.vc + j * Dv, 0, Dv * 2);
                     continue;
                 }
                 int64_t row = k.gather[j];
-                Packed<BF, BACKWARD>::copy(x.kb + row * x.ldk, 1, nk, w.kcb + j * Dk, Dk);
-                if (BACKWARD) Packed<BF, BACKWARD>::copy(x.vb + row * x.ldv, 1, nv, w.vcb + j * Dv, Dv);
-                if (!t) continue;
-                const bf *column = t + round_down(row, BK) * Dt + row % BK;
+                P::copy(side_by_side, (const char *)(x.k + row * x.ldk), c.dtype, nk, w.kc + j * Dk, Dk);
+                if (BACKWARD) P::copy(side_by_side, (const char *)(x.v + row * x.ldv), c.dtype, nv, w.vc + j * Dv, Dv);
+                if (!x.t) continue;
+                const Item *column = x.t + round_down(row, BK) * Dt + row % BK;
                 for (int64_t d = 0; d < Dt; d++) w.tc[d * BK + j] = column[d * BK];
             }
-            o.kb = w.kcb.p; o.ldk = Dk;
-            o.vb = w.vcb.p; o.ldv = Dv;
+            o.k = w.kc.p; o.ldk = Dk;
+            o.v = w.vc.p; o.ldv = Dv;
             o.t = w.tc.p;
-        } else if (!x.tame && (holes || k.a % GRAIN || k.b % GRAIN)) {
+        } else if (!x.tame && (holes || k.a % P::GRAIN || k.b % P::GRAIN)) {
             for (int64_t d = 0; d < Dt; d++)
                 for (int j = 0; j < BK; j++)
-                    w.tc[d * BK + j] = j >= k.a && j < k.b && (!holes || see[j]) ? o.t[d * BK + j] : (bf)0;
+                    w.tc[d * BK + j] = j >= k.a && j < k.b && (!holes || see[j]) ? o.t[d * BK + j] : (Item)0;
             o.t = w.tc.p;
         }
-        o.own_rows = k.gather || (GRAIN > 2 && (k.a % GRAIN || k.b % GRAIN));
-#endif
+        o.own_rows |= k.a % P::TILE || k.b % P::TILE;
     }
     return o;
 }

@@ -64,7 +64,7 @@ template <class T> struct RowsRead {
     // Records become rows; `fours` rows are left of each quarter. Those that come next are asked for meanwhile.
     template <class Place> void expand(const KeyRows &from, int64_t fours, int n, Place place) const {
         const RecordRows records = {record, dtype == SF_F16, D, ld};
-        records.template expand<Item>(n, [&](int i) __attribute__((always_inline)) {
+        records.template expand<T>(n, [&](int i) __attribute__((always_inline)) {
             const int64_t next = (i >> 2) + T::KEYS / 4;
             if (next < fours)
                 for (int64_t x = 0; x < lines; x++) __builtin_prefetch(from(i & 3, next) + 64 * x);
@@ -424,12 +424,6 @@ template <class T> int decode_as(const SfDecode &d, SfParallel parallel) {
     return ok ? 0 : 1;
 }
 
-template <bool BF> int decode(const SfDecode &d, SfParallel parallel) {
-#if SF_HAS_BF16
-    return decode_as<InBf16>(d, parallel);
-#else
-    return decode_as<InFp32>(d, parallel);
-#endif
-}
+template <bool BF> int decode(const SfDecode &d, SfParallel parallel) { return decode_as<Products<BF>>(d, parallel); }
 
 }  // namespace

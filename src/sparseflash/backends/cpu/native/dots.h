@@ -6,7 +6,6 @@
 // Weighted sums: lanes along the head dimension.
 #pragma once
 #include <type_traits>
-#include "gemm.h"
 #include "pack.h"
 #include "records.h"
 
@@ -16,61 +15,7 @@ constexpr int PACK = W / 4;         // queries of a vector of scores
 constexpr int PACKS = COLUMNS;      // of them at a time, with four accumulators each
 constexpr int STRIP = COLUMNS * W;  // a row of O is whole strips
 constexpr int DEEP = COLUMNS == 4 ? 8 : 4;  // rows of a weighted sum: the more, the fewer columns are in registers
-// Keys of a piece: the scores of 32 rows, and K of four heads, are to stay near.
-constexpr int SPLIT = SF_HAS_BF16 ? 256 : 128;
-
-// In which items the products are done.
-struct InFp32 {
-    typedef float Item;
-    static constexpr int DTYPE = SF_F32, QUAD = 4, PAIR = 1;  // items of a quad; keys of a weighted sum that go together
-    static constexpr bool FINE = true;
-    static constexpr int KEYS = 32;  // rows that stay in the first cache level while all queries read them
-
-    static void copy(const SfView &x, const char *row, int32_t dtype, int64_t n, Item *to, int64_t whole) {
-        read_row(x, row, dtype, n, to);
-        memset(to + n, 0, (whole - n) * sizeof *to);
-    }
-    static vf dot(vf sum, vf x, vf y) { return sum + x * y; }
-    static vf read(const Item *p, int64_t n) { return n >= W ? load(p) : load_first(p, most<int64_t>(n, 0)); }
-    template <int C> static void values(const char *const *rows, int64_t d, int64_t n, vf *y) {
-        const Item *x = (const Item *)rows[0] + d;
-#pragma GCC unroll 4
-        for (int i = 0; i < C; i++) y[i] = kept(read(x + i * W, n - i * W));
-    }
-    static void put(Item *to, vf weights) { store(to, weights); }
-    static vf weight(const Item *p) { return set1(*p); }
-};
-
-#if SF_HAS_BF16
-struct InBf16 {
-    typedef bf Item;
-    static constexpr int DTYPE = SF_BF16, QUAD = 8, PAIR = 2;
-    static constexpr bool FINE = false;
-    static constexpr int KEYS = 64;
-
-    static void copy(const SfView &x, const char *row, int32_t, int64_t n, Item *to, int64_t whole) {
-        for (int64_t i = 0; i < n; i++) to[i] = ((const bf *)row)[i * x.lane];
-        memset(to + n, 0, (whole - n) * sizeof *to);
-    }
-    static vf dot(vf sum, vf x, vf y) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
-    static __m512i read(const Item *p, int64_t n) {
-        if (n >= 32) return _mm512_loadu_si512(p);
-        return _mm512_maskz_loadu_epi16(n > 0 ? (1u << n) - 1 : 0, p);
-    }
-    template <int C> static void values(const char *const *rows, int64_t d, int64_t n, vf *y) {
-        const Item *a = (const Item *)rows[0] + d, *b = (const Item *)rows[1] + d;
-#pragma GCC unroll 2
-        for (int i = 0; i < C; i += 2) {
-            alignas(64) vf both[2];
-            mix_rows((bf *)both, read(a + i * W, n - i * W), read(b + i * W, n - i * W));
-            y[i] = kept(both[0]);
-            y[i + 1] = kept(both[1]);
-        }
-    }
-    static void put(Item *to, vf weights) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)weights)); }
-    static vf weight(const Item *p) { int32_t x; memcpy(&x, p, 4); return (vf)_mm512_set1_epi32(x); }
-};
-#endif
+constexpr int SPLIT = Products<SF_HAS_BF16>::SPLIT;  // keys of a piece
 
 // Addresses of rows of K or V. Four rows go together, a quarter of them apart: memory is faster where several places are
 // read in turn.

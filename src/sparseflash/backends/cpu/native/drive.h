@@ -17,12 +17,10 @@ template <bool BF, class Block> int forward_over(const SfCall &c, SfParallel par
     const int64_t per = most<int64_t>(BQ / p.tile, 1), runs = (p.tiles + per - 1) / per;  // tiles of a task; tasks of a head
     auto task = [&](int64_t i, int thread) {
         Scratch<BF> &w = scratch[thread];
-#if SF_HAS_BF16
-        if (BF) prepare_thread();
-#endif
+        Products<BF>::prepare_thread();
         int64_t slot = i / runs, b = slot / c.Hq, h = slot % c.Hq, last = p.tiles - i % runs * per;  // long rows first
         Rules rules(c, b, h);
-        Keys keys = packed.keys(c, b, h);
+        const Keys<BF> keys = packed.keys(c, b, h);
         for (int64_t r = most<int64_t>(last - per, 0); r < last; r++) {
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
             for (int64_t row = r * p.tile; row < end; row += BQ)
@@ -91,7 +89,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
     if (packed.make(c, parallel, rows_only)) return 1;
     const int64_t heads = packed.heads, group = c.Hq / heads, slots = c.B * heads, pairs = group * p.tiles;
     const int64_t rows = round_up(p.k_rows, BK), blocks = rows / BK;
-    const int64_t ldk = round_up(c.D, BF ? 32 : 16), ldv = round_up(c.Dv, BF ? 32 : 16);
+    const int64_t ldk = round_up(c.D, 16 * Products<BF>::PAIR), ldv = round_up(c.Dv, 16 * Products<BF>::PAIR);
 
     // cost of every (slot, query head of the group, tile): shares of a head are contiguous runs of equal cost
     Buffer<int64_t> cost, sum;
@@ -151,9 +149,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
 
     auto task = [&](int64_t i, int thread) {
         Scratch<BF> &w = scratch[thread];
-#if SF_HAS_BF16
-        if (BF) prepare_thread();
-#endif
+        Products<BF>::prepare_thread();
         int64_t slot = i / splits, share = i % splits, b = slot / heads, hp = slot % heads, at = direct ? thread : i;
         KeyGrads grads = {acc_k + at * rows * ldk, acc_v + at * rows * ldv, touched + at * blocks, ldk, ldv};
         memset(grads.touched, 0, blocks);
@@ -164,7 +160,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
             if (owner != share) continue;
             int64_t h = hp * group + j / p.tiles, r = j % p.tiles;
             Rules rules(c, b, h);
-            Keys keys = packed.keys(c, b, h);
+            const Keys<BF> keys = packed.keys(c, b, h);
             const BiasGrads biases = shares.of((b * c.Hq + h) * splits + share);
             int64_t end = least(p.q_rows, (r + 1) * p.tile);
             for (int64_t row = r * p.tile; row < end; row += PER * BQ)

@@ -10,53 +10,9 @@ constexpr int FEW = 8;  // query rows of a tile
 
 inline bool few_queries(const SfCall &c) { return least(c.plan.tile, c.plan.q_rows) <= FEW; }
 
-// Floats d..d+W of a row, zero from its end on.
-inline vf part(const float *row, int64_t d, int64_t end) {
-    return d + W <= end ? load(row + d) : load_first(row + d, end - d);
-}
-// Scores of W rows; x is padded with zeros.
-inline vf dots(const float *x, const float *const *rows, int64_t D) {
-    vf each[W] = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i += 4) {
-        const float *r[4] = {rows[i], rows[i + 1], rows[i + 2], rows[i + 3]};
-        int64_t d = 0;
-        for (; d + W <= D; d += W)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) each[i + j] += load(x + d) * load(r[j] + d);
-        if (d < D)
-            for (int j = 0; j < 4; j++) each[i + j] += load(x + d) * part(r[j], d, D);
-    }
-    return sums(each);
-}
-#if SF_HAS_BF16
-inline vf part(const bf *row, int64_t d, int64_t end) {
-    __mmask16 m = d + 16 <= end ? 0xffff : (__mmask16)((1u << (end - d)) - 1);
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row + d)), 16);
-}
-inline vf dots(const bf *x, const bf *const *rows, int64_t D) {
-    vf each[W] = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i += 4) {
-        const bf *r[4] = {rows[i], rows[i + 1], rows[i + 2], rows[i + 3]};
-        for (int64_t d = 0; d < D; d += 32) {
-            __mmask32 m = d + 32 <= D ? ~0u : (1u << (D - d)) - 1;
-            __m512bh y = (__m512bh)_mm512_loadu_si512(x + d);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-                each[i + j] = (vf)_mm512_dpbf16_ps((__m512)each[i + j], (__m512bh)_mm512_maskz_loadu_epi16(m, r[j] + d), y);
-        }
-    }
-    return sums(each);
-}
-#endif
-
-template <bool BF> struct Item { typedef float type; };
-template <> struct Item<true> { typedef bf type; };
-
 // The keys of a chunk that one query sees; statistics have no values.
 template <bool BF> struct Seen {
-    typedef typename Item<BF>::type T;
+    typedef typename Products<BF>::Item T;
     int n, at[BK + 1];  // how many, and where in the chunk
     int64_t row[BK + 1];
     const T *k[BK + W], *v[BK + W];
@@ -69,17 +25,16 @@ template <bool BF> struct Seen {
             for (int j = 0; j < round_up(n, W); j++) words[side][j] = of_chunk[side][at[least(j, n - 1)]];
         return {words[0], words[1], queries[0] + lane, queries[1] + lane, dropout.bar()};
     }
-    void find(const Rules &rules, const Keys &x, const Chunk &c, const uint64_t *see, int lane, const float *key_bias,
+    void find(const Rules &rules, const Keys<BF> &x, const Chunk &c, const uint64_t *see, int lane, const float *key_bias,
               const float *pair = nullptr) {
-        const T *keys = BF ? (const T *)x.kb : (const T *)x.k, *values = BF ? (const T *)x.vb : (const T *)x.v;
         n = 0;
         for (int j = c.a; j < c.b; j++) {
             row[n] = c.gather ? c.gather[j] : c.base + j;
             at[n] = j;
             n += c.partial ? (int)(see[j] >> lane & 1) : 1;
         }
-        for (int j = 0; j < n; j++) k[j] = keys + row[j] * x.ldk;
-        if (values) for (int j = 0; j < n; j++) v[j] = values + row[j] * x.ldv;
+        for (int j = 0; j < n; j++) k[j] = x.k + row[j] * x.ldk;
+        if (x.v) for (int j = 0; j < n; j++) v[j] = x.v + row[j] * x.ldv;
         for (int j = n; j < round_up(n, W); j++) k[j] = k[0], v[j] = v[0], bias[j] = 0;
         if (key_bias)
             for (int j = 0; j < n; j++) {
@@ -98,36 +53,44 @@ template <bool BF> struct Seen {
     }
 };
 
-// A query and what is summed up for it.
-template <bool BF> struct Query {
-    alignas(64) float q[SF_WIDEST], dout[SF_WIDEST], sum[SF_WIDEST];
-    alignas(64) bf qb[SF_WIDEST], doutb[SF_WIDEST];
-    float m, l, top, rest2, delta;
+// A row in fp32, and in the items that products take.
+template <bool BF> struct Line {
+    typedef Products<BF> P;
+    typedef typename P::Item Item;
+    alignas(64) float x[SF_WIDEST];
+    alignas(64) Item items[BF ? SF_WIDEST : 1];
 
-    void take(const SfCall &c, const SfView &v, int64_t b, int64_t h, int64_t t, int64_t D, float *x, bf *xb) {
+    void take(const SfCall &c, const SfView &v, int64_t b, int64_t h, int64_t t, int64_t D) {
         const char *row = row_of(v, b, h, t, c.dtype);
         memset(x, 0, round_up(D, 32) * 4);
         read_row(v, row, c.dtype, D, x);
-        if (BF) Packed<true, true>::copy((const bf *)row, v.lane, D, xb, round_up(D, 32));
+        if (BF) P::copy(v, row, c.dtype, D, items, round_up(D, 32));
     }
-    // x . rows, for all keys seen
-    template <class T> static void score(const float *x, const bf *xb, const T *const *rows, int n, int64_t D, float *to) {
-        for (int j = 0; j < n; j += W) {
-            if constexpr (BF) store(to + j, dots(xb, rows + j, D));
-            else store(to + j, dots(x, rows + j, D));
-        }
+    // x . rows
+    void score(const Item *const *rows, int n, int64_t D, float *to) const {
+        const Item *own;
+        if constexpr (BF) own = items;
+        else own = x;
+        for (int j = 0; j < n; j += W) store(to + j, P::dots(own, rows + j, D));
     }
 };
 
+// A query and what is summed up for it.
+template <bool BF> struct Query {
+    Line<BF> q, dout;
+    alignas(64) float sum[SF_WIDEST];
+    float m, l, top, rest2, delta;
+};
+
 // sum[d] += p[j] * row j, NV vectors of the head dimension from d on.
-template <int NV, class T>
-inline void add_weighted(const float *p, const T *const *rows, int n, int64_t d, int64_t D, float *sum) {
+template <class P, int NV>
+inline void add_weighted(const float *p, const typename P::Item *const *rows, int n, int64_t d, int64_t D, float *sum) {
     vf x[NV];
 #pragma GCC unroll 4
     for (int i = 0; i < NV; i++) x[i] = load(sum + d + i * W);
     for (int j = 0; j < n; j++)
 #pragma GCC unroll 4
-        for (int i = 0; i < NV; i++) x[i] += p[j] * part(rows[j], d + i * W, D);
+        for (int i = 0; i < NV; i++) x[i] += p[j] * P::part(rows[j], d + i * W, D);
 #pragma GCC unroll 4
     for (int i = 0; i < NV; i++) store(sum + d + i * W, x[i]);
 }
@@ -163,7 +126,7 @@ template <class F4, class F1> inline void by_vectors(int64_t D, F4 four, F1 one)
 }
 
 template <bool BF>
-void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+void few_forward(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
                  int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
@@ -174,7 +137,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         Query<BF> &x = query[i];
         x.m = -INF, x.l = 0;
         memset(x.sum, 0, round_up(c.Dv, 32) * 4);
-        if (q.real >> i & 1) x.take(c, c.q, b, h, q.token[i], c.D, x.q, x.qb);
+        if (q.real >> i & 1) x.q.take(c, c.q, b, h, q.token[i], c.D);
     }
     if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
     float *s = w.s.p, *pair = has_pairs(c) ? w.pair.p : nullptr;
@@ -193,7 +156,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                 Query<BF> &x = query[i];
                 if (k.partial || pair || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias, pair);
                 if (!seen.n) continue;
-                x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
+                x.q.score(seen.k, seen.n, c.D, s);
                 vf top = set1(-INF);
                 for (int j = 0; j < seen.n; j += W) {
                     vf y = seen.logits(c, logits, s, j);
@@ -230,8 +193,8 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
                     const Draw draw = seen.draw(dropout, w.key_words, w.drawn, i);
                     for (int j = 0; j < seen.n; j += W) store(s + j, draw.left(draw.lane(j), 0, load(s + j)));
                 }
-                by_vectors(c.Dv, [&](int64_t d) { add_weighted<4>(s, seen.v, seen.n, d, c.Dv, x.sum); },
-                           [&](int64_t d) { add_weighted<1>(s, seen.v, seen.n, d, c.Dv, x.sum); });
+                by_vectors(c.Dv, [&](int64_t d) { add_weighted<Products<BF>, 4>(s, seen.v, seen.n, d, c.Dv, x.sum); },
+                           [&](int64_t d) { add_weighted<Products<BF>, 1>(s, seen.v, seen.n, d, c.Dv, x.sum); });
             }
         });
     if (c.skipped) skips.tell(b, h);
@@ -248,7 +211,7 @@ void few_forward(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
 }
 
 template <bool BF>
-void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
+void few_backward(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
                   int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,
                   const BiasGrads &biases) {
     Queries q;
@@ -264,8 +227,8 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
         memset(x.sum, 0, round_up(c.D, 32) * 4);
         if (!(q.real >> i & 1) || norm.none(t)) continue;
         alive |= 1ull << i;
-        x.take(c, c.q, b, h, t, c.D, x.q, x.qb);
-        x.take(c, c.dout, b, h, t, c.Dv, x.dout, x.doutb);
+        x.q.take(c, c.q, b, h, t, c.D);
+        x.dout.take(c, c.dout, b, h, t, c.Dv);
         x.delta = row_delta(c, b, h, t, w.spare.p, w.spare + round_up(c.Dv, 32));
         x.top = norm.top[t];
         x.rest2 = norm.rest[t] * LOG2E;
@@ -290,8 +253,8 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                 float *s = w.s + i * BK, *g = w.g + i * BK;
                 if (k.partial || pair || !(alive & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias, pair);
                 if (!seen.n) continue;
-                x.score(x.q, x.qb, seen.k, seen.n, c.D, s);
-                x.score(x.dout, x.doutb, seen.v, seen.n, c.Dv, g);
+                x.q.score(seen.k, seen.n, c.D, s);
+                x.dout.score(seen.v, seen.n, c.Dv, g);
                 const Draw draw = dropout.on() ? seen.draw(dropout, w.key_words, w.drawn, i) : Draw();
                 if (dropout.on())
                     for (int j = 0; j < seen.n; j += W)
@@ -316,14 +279,14 @@ void few_backward(const SfCall &c, const Keys &keys, const Rules &rules, const L
                 }
                 if (k.partial || q.lanes == 1) {
                     for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);
-                    by_vectors(c.Dv, [&](int64_t d) { add_outer<4>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); },
-                               [&](int64_t d) { add_outer<1>(s, seen.row, seen.n, d, x.dout, grads.v, grads.ldv); });
-                    by_vectors(c.D, [&](int64_t d) { add_outer<4>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); },
-                               [&](int64_t d) { add_outer<1>(g, seen.row, seen.n, d, x.q, grads.k, grads.ldk); });
+                    by_vectors(c.Dv, [&](int64_t d) { add_outer<4>(s, seen.row, seen.n, d, x.dout.x, grads.v, grads.ldv); },
+                               [&](int64_t d) { add_outer<1>(s, seen.row, seen.n, d, x.dout.x, grads.v, grads.ldv); });
+                    by_vectors(c.D, [&](int64_t d) { add_outer<4>(g, seen.row, seen.n, d, x.q.x, grads.k, grads.ldk); },
+                               [&](int64_t d) { add_outer<1>(g, seen.row, seen.n, d, x.q.x, grads.k, grads.ldk); });
                 } else
-                    ps[together] = s, gs[together] = g, douts[together] = x.dout, qs[together++] = x.q;
-                by_vectors(c.D, [&](int64_t d) { add_weighted<4>(g, seen.k, seen.n, d, c.D, x.sum); },
-                           [&](int64_t d) { add_weighted<1>(g, seen.k, seen.n, d, c.D, x.sum); });
+                    ps[together] = s, gs[together] = g, douts[together] = x.dout.x, qs[together++] = x.q.x;
+                by_vectors(c.D, [&](int64_t d) { add_weighted<Products<BF>, 4>(g, seen.k, seen.n, d, c.D, x.sum); },
+                           [&](int64_t d) { add_weighted<Products<BF>, 1>(g, seen.k, seen.n, d, c.D, x.sum); });
             }
             if (!together) return;
             for (int j = 0; j < seen.n; j++) grads.touch(seen.row[j]);

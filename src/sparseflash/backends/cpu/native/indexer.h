@@ -9,16 +9,16 @@
 //
 // Scores are compared as integers in the order of floats; NaN ranks with -inf, below everything else.
 #pragma once
-#include "gemm.h"
 #include "scratch.h"
 
 namespace {
 
 template <bool BF> struct Indexer {
     static constexpr int64_t KEYS = 64, QUERIES = 16;
-    static constexpr int64_t GRID = BF ? 32 : 16;       // of rows and D, as products and transpositions want them
+    typedef Products<BF> P;
+    typedef typename P::Item Item;
+    static constexpr int64_t GRID = 16 * P::PAIR;       // of rows and D, as products and transpositions want them
     static constexpr int32_t NEVER = INT32_MIN, LOWEST = (int32_t)0x807fffff;  // below all scores; -inf
-    typedef typename std::conditional<BF, bf, float>::type Item;
 
     const SfIndexer &c;
     int64_t D = round_up(c.D, GRID), chunks = (c.Tk + KEYS - 1) / KEYS;
@@ -64,26 +64,13 @@ template <bool BF> struct Indexer {
         for (int64_t j0 = 0; j0 < KEYS; j0 += 16) {
             for (int64_t j = 0; j < 16; j++) {
                 const int64_t t = j0 + j;
-                copy(c.k, keys >> t & 1 ? row_of(c.k, b, 0, first + t, c.dtype) : nullptr, lines + j * D);
+                P::copy(c.k, keys >> t & 1 ? row_of(c.k, b, 0, first + t, c.dtype) : nullptr, c.dtype, c.D, lines + j * D, D);
             }
-            if constexpr (BF) for (int64_t d = 0; d < D; d += 32) transpose16(lines + d, D / 2, to + d * KEYS + 2 * j0, KEYS);
-            else for (int64_t d = 0; d < D; d += 16) transpose16(lines + d, D, to + d * KEYS + j0, KEYS);
+            for (int64_t d = 0; d < D; d += GRID) transpose16(lines + d, D / P::PAIR, to + d * KEYS + P::PAIR * j0, KEYS);
         }
     }
-    // A row of D items with zeros behind; all zeros for null.
-    void copy(const SfView &v, const char *from, Item *to) const {
-        const int64_t n = from ? c.D : 0;
-        if constexpr (!BF) { if (n) read_row(v, from, c.dtype, n, to); }
-        else for (int64_t d = 0; d < n; d++) to[d] = ((const bf *)from)[d * v.lane];
-        memset(to + n, 0, (D - n) * sizeof(Item));
-    }
-
     void multiply(int64_t rows, const Item *a, const Item *b, float *out) const {
-#if SF_HAS_BF16
-        gemm_bf16(round_up(rows, GRAIN), KEYS, D, a, D, b, KEYS, out, KEYS, SET);
-#else
-        gemm_f32(rows, KEYS, c.D, a, D, 1, b, KEYS, out, KEYS, SET);
-#endif
+        P::multiply(round_up(rows, P::GRAIN), KEYS, round_up(c.D, P::GRAIN), a, D, 1, b, KEYS, out, KEYS, SET);
     }
     // 64 scores out of the products of a query's heads.
     void fold(const float *products, const float *weight, int32_t *scores) const {
@@ -181,7 +168,7 @@ template <bool BF> struct Indexer {
                 from = least(from, low(b, s0 + i));
                 to = most(to, high(b, s0 + i));
                 for (int64_t h = 0; h < c.H; h++)
-                    copy(c.q, row_of(c.q, b, h, s0 + i, c.dtype), desk.rows + (i * c.H + h) * D);
+                    P::copy(c.q, row_of(c.q, b, h, s0 + i, c.dtype), c.dtype, c.D, desk.rows + (i * c.H + h) * D, D);
             }
             memset(desk.rows + n * c.H * D, 0, GRID * D * sizeof(Item));
             alignas(64) int32_t scores[KEYS];
@@ -201,30 +188,19 @@ template <bool BF> struct Indexer {
     }
 
     int run(SfParallel parallel) {
-        Buffer<char> desks;
-        int made = 0;
-        struct Clear {
-            Buffer<char> &desks;
-            int &made;
-            ~Clear() { while (made > 0) ((Desk *)desks.p)[--made].~Desk(); }
-        } clear = {desks, made};
-        bool ok = columns.make(c.B * chunks * KEYS * D) && real.make(c.B * chunks) &&
-                  desks.make(c.threads * (int64_t)sizeof(Desk));
-        for (; ok && made < c.threads; made++) {
-            Desk &desk = *new (desks + made * sizeof(Desk)) Desk();
-            ok = desk.rows.make((QUERIES * c.H + GRID) * D) && desk.held.make(QUERIES * 2 * room) &&
-                 desk.products.make(round_up(group * c.H, GRID) * KEYS);
-        }
+        Rooms<Desk> desks;
+        const bool ok = columns.make(c.B * chunks * KEYS * D) && real.make(c.B * chunks) && desks.make(c.threads, [&](Desk &desk) {
+            return desk.rows.make((QUERIES * c.H + GRID) * D) && desk.held.make(QUERIES * 2 * room) &&
+                   desk.products.make(round_up(group * c.H, GRID) * KEYS);
+        });
         if (!ok) return 1;
         auto packing = [&](int64_t i, int thread) { pack(i, thread); };
         in_parallel(parallel, c.threads, c.B * chunks, packing);
         const int64_t blocks = (c.Tq + QUERIES - 1) / QUERIES;
         auto choosing = [&](int64_t i, int thread) {  // under causality the last queries have most to do: they come first
-#if SF_HAS_BF16
-            prepare_thread();
-#endif
+            P::prepare_thread();
             const int64_t s0 = (blocks - 1 - i / c.B) * QUERIES;
-            choose(i % c.B, s0, least(QUERIES, c.Tq - s0), ((Desk *)desks.p)[thread]);
+            choose(i % c.B, s0, least(QUERIES, c.Tq - s0), desks[thread]);
         };
         in_parallel(parallel, c.threads, c.B * blocks, choosing);
         return 0;

@@ -3,14 +3,15 @@
 // Everything is transposed: S^T = K Q^T has keys as rows and 64 queries as columns, so max, exp and sum are vertical
 // and no horizontal reduction appears; O^T = V^T P^T.
 #pragma once
-#include "decode.h"
 #include "attention.h"
+#include "decode.h"
 #include "indexer.h"
 #include "linear.h"
-#include "selection.h"
 #include "pointwise.h"
+#include "selection.h"
 #include "stats.h"
 #if !SF_HAS_BF16
+#include "best.h"
 #include "indexer_loss.h"
 #include "lists.h"
 #include "pages.h"

@@ -16,8 +16,6 @@
 // (`before` is applied to Q S, in fp32), and Q K^T * M.
 #pragma once
 #include <math.h>
-#include <type_traits>
-#include "gemm.h"
 #include "pack.h"
 
 namespace {
@@ -28,27 +26,9 @@ struct Rows {
     int64_t heads, dim;
 };
 
-// C (+)= A B for either kind of operand: B in rows, or (bf16) in pairs of rows.
-inline void product(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-                    int64_t ldc, Into into) {
-    gemm_f32(M, N, K, a, lda, 1, b, ldb, c, ldc, into);
-}
-#if SF_HAS_BF16
-inline void product(int64_t M, int64_t N, int64_t K, const bf *a, int64_t lda, const bf *b, int64_t ldb, float *c,
-                    int64_t ldc, Into into) {
-    gemm_bf16(round_up(M, GRAIN), N, round_up(K, GRAIN), a, lda, b, ldb, c, ldc, into);
-}
-inline __m512i times(__m512i row, float factor) {  // 32 bf16
-    auto half = [&](__m256i x) {
-        return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16) * _mm512_set1_ps(factor);
-    };
-    __m512 low = half(_mm512_castsi512_si256(row)), high = half(_mm512_extracti64x4_epi64(row, 1));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-#endif
-
 template <bool BF, bool BACK> struct Sweep {
-    typedef std::conditional_t<BF, bf, float> Item;
+    typedef Products<BF> P;
+    typedef typename P::Item Item;
     struct Matrix { const Item *p; int64_t ld; };
 
     const SfLinear &c;
@@ -58,7 +38,7 @@ template <bool BF, bool BACK> struct Sweep {
     float *last;               // takes the state at the other end, or null
     float z_factor, o_factor;
 
-    static constexpr int64_t PER = BF ? 2 : 1, LANES = 16 * PER;  // items in 32 bits; in a vector
+    static constexpr int64_t PER = P::PAIR, LANES = 16 * PER;  // items in 32 bits; in a vector
     static constexpr int64_t STRIP = 32;      // rows of a triangle that share one length
     static constexpr int64_t PART = 16;       // rows of a state that one task scans
     static constexpr int64_t HELD = 1 << 17;  // floats of states at a time, if not one of each head is more
@@ -75,6 +55,12 @@ template <bool BF, bool BACK> struct Sweep {
     float after(int64_t h, int64_t m, int64_t i) const { return power(h, BACK ? i + 1 : m - 1 - i); }
     float before(int64_t h, int64_t m, int64_t i) const { return power(h, BACK ? m - 1 - i : i + 1); }
 
+    // C (+)= A B; rows of A and C, and the sum over K, may be taken a few further.
+    static void product(int64_t M, int64_t N, int64_t K, const Item *a, int64_t lda, const Item *b, int64_t ldb, float *c,
+                        int64_t ldc, Into into) {
+        P::multiply(round_up(M, P::GRAIN), N, round_up(K, P::GRAIN), a, lda, 1, b, ldb, c, ldc, into);
+    }
+
     bool make_table() {
         if (!table.make(c.Hq * width)) return false;
         memset(table.p, 0, c.Hq * width * 4);
@@ -88,16 +74,9 @@ template <bool BF, bool BACK> struct Sweep {
     Matrix rows(const Rows &r, int64_t wide, int64_t b, int64_t h, int64_t chunk, Item *desk) const {
         const int64_t m = tokens(chunk);
         auto from = [&](int64_t i) { return row_of(r.view, b, shared(r, h, c.Hq), chunk * C + i, c.dtype); };
-        if (c.dtype == (BF ? SF_BF16 : SF_F32) && m == C && r.dim == wide && r.view.lane == 1 && r.view.row % PER == 0)
+        if (c.dtype == P::DTYPE && m == C && r.dim == wide && r.view.lane == 1 && r.view.row % PER == 0)
             return {(const Item *)from(0), r.view.row};
-        for (int64_t i = 0; i < m; i++) {
-            Item *to = desk + i * wide;
-            if constexpr (BF) Packed<true, true>::copy((const bf *)from(i), r.view.lane, r.dim, to, wide);
-            else {
-                read_row(r.view, from(i), c.dtype, r.dim, to);
-                memset(to + r.dim, 0, (wide - r.dim) * 4);
-            }
-        }
+        for (int64_t i = 0; i < m; i++) P::copy(r.view, from(i), c.dtype, r.dim, desk + i * wide, wide);
         memset(desk + m * wide, 0, (C - m) * wide * sizeof(Item));
         return {desk, wide};
     }
@@ -107,26 +86,21 @@ template <bool BF, bool BACK> struct Sweep {
             for (int64_t d = 0; d < items; d += 16)
                 transpose16(from + (t * ld + d) * PER, ld, to + (d * lines + t) * PER, lines);
     }
-#if SF_HAS_BF16
     // Pairs of rows [C/2][wide][2]; row i times factor(i).
-    template <class Factor> void pairs(Matrix r, int64_t wide, bf *to, Factor factor) const {
+    template <class Factor> void pairs(Matrix r, int64_t wide, Item *to, Factor factor) const {
         for (int64_t i = 0; i < C; i += 2)
             for (int64_t d = 0; d < wide; d += 32) {
-                const bf *at = r.p + i * r.ld + d;
-                __m512i even = _mm512_loadu_si512(at), odd = _mm512_loadu_si512(at + r.ld);
-                mix_rows(to + i * wide + 2 * d, factor(even, i), factor(odd, i + 1));
+                const Item *at = r.p + i * r.ld + d;
+                P::mix_rows(to + i * wide + 2 * d, factor(P::load(at), i), factor(P::load(at + r.ld), i + 1));
             }
     }
-#endif
     // Z as the second operand of a product.
     Matrix below(Matrix zr, [[maybe_unused]] Item *desk) const {
-#if SF_HAS_BF16
-        if constexpr (BF) {
-            pairs(zr, Z, desk, [](__m512i row, int64_t) { return row; });
+        if constexpr (!BF) return zr;
+        else {
+            pairs(zr, Z, desk, [](auto row, int64_t) { return row; });
             return {desk, Z};
         }
-#endif
-        return zr;
     }
     // A = (X Y^T) * M (BACK: its transpose), in strips of rows up to (from) the diagonal. `sums` may be `a` itself.
     void triangle(int64_t h, int64_t m, Matrix xr, const Item *yt, float *sums, Item *a) const {
@@ -142,11 +116,8 @@ template <bool BF, bool BACK> struct Sweep {
             };
             for (int64_t i = i0; i < end; i++)
                 for (int64_t j = from; j < to; j += W * PER) {
-#if SF_HAS_BF16
-                    if constexpr (BF)
-                        _mm512_storeu_si512(a + i * C + j, (__m512i)_mm512_cvtne2ps_pbh((__m512)seen(i, j + W), (__m512)seen(i, j)));
-#endif
-                    if constexpr (!BF) store(a + i * C + j, seen(i, j));
+                    if constexpr (BF) P::store(a + i * C + j, P::narrow(seen(i, j), seen(i, j + W)));
+                    else store(a + i * C + j, seen(i, j));
                 }
         }
     }
@@ -175,19 +146,15 @@ template <bool BF, bool BACK> struct Sweep {
         int64_t low = 0, held = 0;  // chunks at hand
         auto add_up = [&](int64_t i, int thread) {
             const int64_t chunk = low + i % held, b = i / held / c.Hq, h = i / held % c.Hq, m = tokens(chunk);
+            P::prepare_thread();
             Item *yr = desks + thread * desk, *zr = yr + C * X, *yt = zr + C * Z;
             const Matrix from = rows(y, X, b, h, chunk, yr), other = rows(z, Z, b, h, chunk, zr);
-#if SF_HAS_BF16
             if constexpr (BF) {
-                bf *zp = yt + C * X;
-                prepare_thread();
-                auto fade = [&](__m512i row, int64_t t) { return t < m ? times(row, after(h, m, t) * z_factor) : row; };
+                auto fade = [&](auto row, int64_t t) { return t < m ? P::times(row, after(h, m, t) * z_factor) : row; };
                 pairs(from, X, yt, fade);
                 across(yt, X, C / 2, X, yr);
-                product(X, Z, m, yr, C, below(other, zp).p, Z, states + i * state, Z, SET);
-            }
-#endif
-            if constexpr (!BF) {
+                product(X, Z, m, yr, C, below(other, yt + C * X).p, Z, states + i * state, Z, SET);
+            } else {
                 for (int64_t t = 0; t < m; t++)
                     for (int64_t d = 0; d < X; d += W)
                         store(yt + t * X + d, load(from.p + t * from.ld + d) * (after(h, m, t) * z_factor));
@@ -209,11 +176,9 @@ template <bool BF, bool BACK> struct Sweep {
                 };
                 for (int64_t r = 0; r < PART; r += PER)
                     for (int64_t e = r * Z; e < (r + 1) * Z; e += W) {
-                        vf one = step(e);
-#if SF_HAS_BF16
-                        if constexpr (BF) store_pairs((bf *)(s + e), (__m512)one, (__m512)step(e + Z));
-#endif
-                        if constexpr (!BF) store(s + e, one);
+                        const vf one = step(e);
+                        if constexpr (BF) P::store_pairs((Item *)(s + e), one, step(e + Z));
+                        else store(s + e, one);
                     }
             }
         };
@@ -223,9 +188,7 @@ template <bool BF, bool BACK> struct Sweep {
             const bool alone = !first && chunk == (BACK ? n - 1 : 0);  // nothing came before
             Item *xr = desks + thread * desk, *yt = xr + C * X, *zr = yt + C * X, *zp = zr + C * Z, *a = zp + C * Z;
             float *out = sheets + thread * sheet, *sums = out + C * Z;
-#if SF_HAS_BF16
-            if constexpr (BF) prepare_thread();
-#endif
+            P::prepare_thread();
             for (int64_t h = ho * group; h < (ho + 1) * group; h++) {
                 const Matrix other = rows(y, X, b, h, chunk, xr);
                 across(other.p, other.ld / PER, C, X / PER, yt);

@@ -1,6 +1,6 @@
 // Scores of pages of keys by what is kept of each of them, and the best pages of every query, in one pass.
 #pragma once
-#include "selection.h"
+#include "best.h"
 
 namespace {
 

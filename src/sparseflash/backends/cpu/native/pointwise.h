@@ -52,12 +52,13 @@ inline uint64_t seeing(const Queries &q, const Chunk &k, const uint64_t *see) {
 }
 
 template <bool BF>
-void pointwise_block(const SfCall &c, const Keys &keys, const Rules &rules, Pointwise law, int64_t b, int64_t h,
+void pointwise_block(const SfCall &c, const Keys<BF> &keys, const Rules &rules, Pointwise law, int64_t b, int64_t h,
                      int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w) {
+    typedef Products<BF> P;
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const int n = columns(q, BF);
-    const int64_t Dv = BF ? round_up(c.Dv, 32) : c.Dv;
+    const int n = columns<BF>(q);
+    const int64_t Dv = round_up(c.Dv, P::PADDED);
     uint64_t alive = 0;
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
@@ -65,34 +66,25 @@ void pointwise_block(const SfCall &c, const Keys &keys, const Rules &rules, Poin
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             if (!alive) {
-                if (!BF) pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
-#if SF_HAS_BF16
-                else pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
-#endif
+                pack_lanes<BF>(c, c.q, b, h, q, q.real, c.D, w.qt.p);
                 memset(w.ot.p, 0, Dv * BQ * 4);
             }
             alive |= seeing(q, k, w.see);
             law.see = k.partial ? w.see : nullptr;
-            Operands o = operands<BF, false>(c, keys, k, holes, w.see, w);
+            const Operands<BF> o = operands<BF, false>(c, keys, k, holes, w.see, w);
+            const Edges<BF> x(k);
             float *s = w.s.p;
-            if (!BF) {
-                gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, s + k.a * BQ, BQ, SET);
-                for (int j = k.a; j < k.b; j++)
-                    for (int i = 0; i < n; i += W) store(s + j * BQ + i, law.value<true>(j, i, load(s + j * BQ + i)));
-                gemm_f32(c.Dv, n, k.b - k.a, o.v + k.a * o.ldv, 1, o.ldv, s + k.a * BQ, BQ, w.ot.p, BQ, ADD);
-            } else {
-#if SF_HAS_BF16
-                const int a = (int)round_down(k.a, GRAIN), e = (int)round_up(k.b, GRAIN);
-                const int from = GRAIN > 2 ? a : k.a, to = GRAIN > 2 ? e : k.b;
-                gemm_bf16(to - from, n, round_up(c.D, GRAIN), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
-                auto weight = [&](int j, int i) {
-                    return j >= k.a && j < k.b ? law.value<false>(j, i, load(s + j * BQ + i)) : set1(0.f);
-                };
-                for (int j = a; j < e; j += 2)
-                    for (int i = 0; i < n; i += W) store_pairs(w.p + j * BQ + 2 * i, (__m512)weight(j, i), (__m512)weight(j + 1, i));
-                gemm_bf16(GRAIN > 2 ? Dv : c.Dv, n, e - a, o.t + a, BK, w.p + a * BQ, BQ, w.ot.p, BQ, ADD);
-#endif
-            }
+            P::score(x.to - x.from, n, round_up(c.D, P::GRAIN), o.k + x.from * o.ldk, o.ldk, w.qt.p, BQ, s + x.from * BQ, BQ);
+            auto weight = [&](int j, int i) {
+                return j >= k.a && j < k.b ? law.value<P::FINE>(j, i, load(s + j * BQ + i)) : set1(0.f);
+            };
+            for (int j = x.a; j < x.e; j += P::PAIR)
+                for (int i = 0; i < n; i += W) {
+                    if constexpr (BF) P::store_pairs(w.p + j * BQ + 2 * i, weight(j, i), weight(j + 1, i));
+                    else store(s + j * BQ + i, weight(j, i));
+                }
+            P::multiply(round_up(c.Dv, P::TILE), n, x.e - x.a, o.t + x.a * o.t_key, o.t_row, o.t_key, w.weights() + x.a * BQ, BQ,
+                        w.ot.p, BQ, ADD);
         });
     const int64_t ld = round_up(c.Dv, 16);
     if (alive) lanes_to_rows(w.ot.p, c.Dv, w.spare.p);
@@ -105,11 +97,11 @@ void pointwise_block(const SfCall &c, const Keys &keys, const Rules &rules, Poin
 }
 
 template <bool BF>
-void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rules, Pointwise law, int64_t b, int64_t h,
+void pointwise_slopes_block(const SfCall &c, const Keys<BF> &keys, const Rules &rules, Pointwise law, int64_t b, int64_t h,
                             int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const int n = columns(q, BF);
+    const int n = columns<BF>(q);
     uint64_t alive = 0;  // the gradient of a row that sees nothing may be anything: find out before it is read
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
@@ -118,36 +110,22 @@ void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rule
             if (alive != q.real && (!k.partial || look(rules, q, k, w.see, holes))) alive |= seeing(q, k, w.see);
         });
     if (alive) {
-        if (!BF) {
-            pack_lanes(c, c.q, b, h, q, alive, c.D, w.qt.p, w.qr.p);
-            pack_lanes(c, c.dout, b, h, q, alive, c.Dv, w.dot.p, w.dor.p);
-        } else {
-#if SF_HAS_BF16
-            pack_lanes(c.q, b, h, q, alive, c.D, w.qtb.p, w.qrb.p);
-            pack_lanes(c.dout, b, h, q, alive, c.Dv, w.dotb.p, w.dorb.p);
-#endif
-        }
+        pack_lanes<BF>(c, c.q, b, h, q, alive, c.D, w.qt.p, w.qr.p);
+        pack_lanes<BF>(c, c.dout, b, h, q, alive, c.Dv, w.dot.p, w.dor.p);
         memset(w.ot.p, 0, round_up(c.D, 32) * BQ * 4);
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;
             bool holes = false;
             if (k.partial && !look(rules, q, k, w.see, holes)) return;
             law.see = k.partial ? w.see : nullptr;
-            Operands o = operands<BF, true>(c, keys, k, holes, w.see, w);
-            const Steps x(k, n, law.see, BF);
+            const Operands<BF> o = operands<BF, true>(c, keys, k, holes, w.see, w);
+            const Steps<BF> x(k, n, law.see);
             scores<BF>(c, o, x, w, w);
             float *s = w.s.p, *g = w.g.p;
-            if (!BF) {
-                if (k.partial) weigh_rows<false>(law, k, n, s, g, nullptr);
-                else weigh_rows<true>(law, k, n, s, g, nullptr);
-            } else {
-#if SF_HAS_BF16
-                fill_rows(s, x.a, k.a, 0.f), fill_rows(s, k.b, x.e, 0.f);
-                fill_rows(g, x.a, k.a, 0.f), fill_rows(g, k.b, x.e, 0.f);
-                if (k.partial) weigh_pairs<false>(law, x.a, x.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
-                else weigh_pairs<true>(law, x.a, x.e, k, n, s, g, w.pr.p, w.dr.p, w.p.p, nullptr);
-#endif
-            }
+            fill_rows(s, x.a, k.a, 0.f), fill_rows(s, k.b, x.e, 0.f);
+            fill_rows(g, x.a, k.a, 0.f), fill_rows(g, k.b, x.e, 0.f);
+            if (k.partial) weigh<false>(law, k, x, n, w);
+            else weigh<true>(law, k, x, n, w);
             add_products<BF>(c, k, o, x, n, w, w, grads);
         });
         lanes_to_rows(w.ot.p, c.D, w.spare.p);
@@ -162,14 +140,14 @@ void pointwise_slopes_block(const SfCall &c, const Keys &keys, const Rules &rule
 
 template <bool BF> int pointwise_forward(const SfCall &c, SfParallel parallel) {
     const Pointwise law(c);
-    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+    auto block = [&](const Keys<BF> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<BF> &w) { pointwise_block<BF>(c, keys, rules, law, b, h, tile, row, rows, w); };
     return forward_over<BF>(c, parallel, block);
 }
 
 template <bool BF> int pointwise_backward(const SfCall &c, SfParallel parallel) {
     const Pointwise law(c);
-    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+    auto block = [&](const Keys<BF> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<BF> &w, KeyGrads &grads, const BiasGrads &) {
         pointwise_slopes_block<BF>(c, keys, rules, law, b, h, tile, row, rows, w, grads);
     };

@@ -35,25 +35,16 @@ template <int32_t ITEM> inline __m512 read_items(const char *p, int64_t left, fl
     const __m256i half = _mm256_maskz_loadu_epi16(some, p);
     return ITEM == SF_F16 ? _mm512_cvtph_ps(half) : (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
 }
-inline void put_items(float *to, int64_t n, __m512 x) {
-    if (n >= 16) _mm512_storeu_ps(to, x);
+template <class P> inline void put_items(typename P::Item *to, int64_t n, __m512 x) {
+    if constexpr (P::PAIR > 1) P::put_items(to, n, (vf)x);
+    else if (n >= 16) _mm512_storeu_ps(to, x);
     else _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), x);
 }
-#if SF_HAS_BF16
-inline void put_items(bf *to, int64_t n, __m512 x) {
-    const __m256i y = (__m256i)_mm512_cvtneps_pbh(x);
-    if (n >= 16) _mm256_storeu_si256((__m256i *)to, y);
-    else _mm256_mask_storeu_epi16(to, (__mmask16)((1u << n) - 1), y);
-}
-#endif
-#else
-inline void put_item(float *to, float x) { *to = x; }
-inline void put_item(bf *to, float x) { *to = to_bf16(x); }
 #endif
 
 // A record becomes D items, and zeros up to `whole`. Bits beyond D or beyond the items that there are count for nothing.
-template <int32_t ITEM, class Item> inline void expand_as(const char *row, const SfRecord &r, bool halves, int64_t D, Item *to,
-                                                          int64_t whole) {
+template <class P, int32_t ITEM>
+inline void expand_as(const char *row, const SfRecord &r, bool halves, int64_t D, typename P::Item *to, int64_t whole) {
     const int64_t bits = record_bits(r, D), size = item_bytes(ITEM);
     const char *items = row + bits;
     float scale = 1;
@@ -67,7 +58,7 @@ template <int32_t ITEM, class Item> inline void expand_as(const char *row, const
 #if SF_MASKS
         for (int64_t i = 0; i < end; i += 16, word >>= 16) {
             const __mmask16 mine = (__mmask16)word;
-            put_items(to + d + i, end - i, _mm512_maskz_expand_ps(mine, read_items<ITEM>(items, left, scale, halves)));
+            put_items<P>(to + d + i, end - i, _mm512_maskz_expand_ps(mine, read_items<ITEM>(items, left, scale, halves)));
             const int64_t n = __builtin_popcount(mine);
             items += n * size;
             left = most<int64_t>(left - n, 0);
@@ -76,7 +67,7 @@ template <int32_t ITEM, class Item> inline void expand_as(const char *row, const
         memset(to + d, 0, end * sizeof *to);
         for (; word && left > 0; word &= word - 1, left--, items += size) {
             const float x = read_item(items, ITEM, scale);
-            put_item(to + d + __builtin_ctzll(word), ITEM == SF_I8 && halves ? from_f16(to_f16(x)) : x);
+            to[d + __builtin_ctzll(word)] = ITEM == SF_I8 && halves ? from_f16(to_f16(x)) : x;
         }
 #endif
     }
@@ -89,49 +80,17 @@ struct RecordRows {
     bool halves;  // rows are of fp16: so are products of integers and their scale
     int64_t D, whole;
 
-    template <int32_t ITEM, class Item, class From, class To> void expand_all(int n, From from, To to) const {
+    template <class P, int32_t ITEM, class From, class To> void expand_all(int n, From from, To to) const {
         for (int i = 0; i < n; i++)
-            if (const char *row = from(i)) expand_as<ITEM>(row, record, halves, D, (Item *)to(i), whole);
-            else memset(to(i), 0, whole * sizeof(Item));
+            if (const char *row = from(i)) expand_as<P, ITEM>(row, record, halves, D, to(i), whole);
+            else memset(to(i), 0, whole * sizeof(typename P::Item));
     }
-#if SF_HAS_BF16
-    // The same of bf16 items, 32 of them at a time, by processors that can.
-    template <class From, class To> __attribute__((noinline, target("avx512vbmi2"))) void expand_wide(int n, From from, To to) const {
-        const int64_t bits = record_bits(record, D);
-        for (int i = 0; i < n; i++) {
-            const char *row = from(i);
-            bf *out = (bf *)to(i);
-            if (!row) {
-                memset(out, 0, whole * sizeof *out);
-                continue;
-            }
-            const char *items = row + bits;
-            int64_t left = record.kept;
-            for (int64_t d = 0; d < D; d += 32) {
-                uint32_t word = ~0u;
-                if (bits) memcpy(&word, row + d / 8, 4);
-                const int64_t end = D - d;
-                if (end < 32) word &= (1u << end) - 1;
-                const __mmask32 some = _bzhi_u32(~0u, (uint32_t)least<int64_t>(left, 32));
-                const __m512i x = _mm512_maskz_expand_epi16(word, _mm512_maskz_loadu_epi16(some, items));
-                if (end >= 32) _mm512_storeu_si512(out + d, x);
-                else _mm512_mask_storeu_epi16(out + d, (1u << end) - 1, x);
-                const int64_t count = __builtin_popcount(word);
-                items += 2 * count;
-                left = most<int64_t>(left - count, 0);
-            }
-            memset(out + D, 0, (whole - D) * sizeof *out);
-        }
-    }
-#endif
-    template <class Item, class From, class To> void expand(int n, From from, To to) const {
-#if SF_HAS_BF16
-        if (record.item == SF_BF16 && __builtin_cpu_supports("avx512vbmi2")) return expand_wide(n, from, to);
-#endif
-        if (record.item == SF_F32) expand_all<SF_F32, Item>(n, from, to);
-        else if (record.item == SF_BF16) expand_all<SF_BF16, Item>(n, from, to);
-        else if (record.item == SF_F16) expand_all<SF_F16, Item>(n, from, to);
-        else expand_all<SF_I8, Item>(n, from, to);
+    template <class P, class From, class To> void expand(int n, From from, To to) const {
+        if (P::expand(*this, n, from, to)) return;
+        if (record.item == SF_F32) expand_all<P, SF_F32>(n, from, to);
+        else if (record.item == SF_BF16) expand_all<P, SF_BF16>(n, from, to);
+        else if (record.item == SF_F16) expand_all<P, SF_F16>(n, from, to);
+        else expand_all<P, SF_I8>(n, from, to);
     }
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <new>
 #include "plan.h"
-#include "rows.h"
+#include "products.h"
 
 namespace {
 
@@ -43,34 +43,41 @@ template <class F> inline void in_parallel(SfParallel parallel, int threads, int
 
 // What a block of queries holds while it goes over its chunks: its rows in the layouts of the products, sums, statistics.
 template <bool BF> struct Lanes {
-    Buffer<float> ot, qt, dot, qr, dor;
-    Buffer<bf> qtb, dotb, qrb, dorb;
+    Buffer<float> ot;
+    Buffer<typename Products<BF>::Item> qt, dot, qr, dor;
     float m[BQ], l[BQ], top[BQ], rest2[BQ], delta[BQ];
     uint32_t drawn[2][BQ];  // words of the queries, for dropout
 
     bool make(const SfCall &c, bool backward) {
         int64_t D = round_up(c.D, 32) * BQ, Dv = round_up(c.Dv, 32) * BQ;
-        bool ok = ot.make(most(D, Dv)) && (BF ? qtb.make(D) : qt.make(D));
-        if (!backward) return ok;
-        return ok && (BF ? dotb.make(Dv) && qrb.make(D) && dorb.make(Dv) : dot.make(Dv) && qr.make(D) && dor.make(Dv));
+        const bool ok = ot.make(most(D, Dv)) && qt.make(D);
+        return ok && (!backward || (dot.make(Dv) && qr.make(D) && dor.make(Dv)));
     }
 };
 
 // Room for a block of queries and for one chunk of keys; in the backward `next` is a second block's.
 template <bool BF> struct Scratch : Lanes<BF> {
+    typedef typename Products<BF>::Item Item;
     Lanes<BF> next;
-    Buffer<float> s, g, kc, vc, spare, pair, peaks;
-    Buffer<bf> p, pr, dr, kcb, vcb, tc;
+    Buffer<float> s, g, spare, pair, peaks;
+    Buffer<Item> kc, vc, tc, p, pr, dr;
     uint64_t see[BK];
     float bias[BK], sums[BK];
     uint32_t key_words[2][BK];
 
+    // Weights and slopes of a chunk as the products read them: pairs of keys, and rows of queries. fp32 is both in one, in
+    // place of the scores.
+    Item *weights() const { if constexpr (BF) return p.p; else return s.p; }
+    Item *weight_rows() const { if constexpr (BF) return pr.p; else return s.p; }
+    Item *slopes() const { if constexpr (BF) return p.p; else return g.p; }
+    Item *slope_rows() const { if constexpr (BF) return dr.p; else return g.p; }
+
     bool make(const SfCall &c, bool backward) {
-        int64_t D = round_up(c.D, 32), Dv = round_up(c.Dv, 32), top = most(D, Dv);
-        bool ok = Lanes<BF>::make(c, backward) && s.make(BK * BQ) && spare.make(top + BK * top);
+        const int64_t D = round_up(c.D, Products<BF>::PADDED), Dv = round_up(c.Dv, Products<BF>::PADDED);
+        const int64_t top = round_up(most(c.D, c.Dv), 32);
+        bool ok = Lanes<BF>::make(c, backward) && s.make(BK * BQ) && spare.make(top + BK * top) && kc.make(BK * D) && vc.make(BK * Dv);
         if (c.lse && c.stat) ok = ok && peaks.make((c.Tk + c.stat_unit - 1) / c.stat_unit * BQ);
-        if (BF) ok = ok && p.make(BK * BQ) && kcb.make(BK * D) && vcb.make(BK * Dv) && tc.make(BK * top);
-        else ok = ok && kc.make(BK * c.D) && vc.make(BK * c.Dv);
+        if (BF) ok = ok && p.make(BK * BQ) && tc.make(BK * top);
         if (has_pairs(c)) ok = ok && pair.make(BK * BQ);
         if (!backward) return ok;
         ok = ok && g.make(BK * BQ) && (c.plan.tile <= BQ || next.make(c, true));
@@ -79,18 +86,10 @@ template <bool BF> struct Scratch : Lanes<BF> {
 };
 
 // A Scratch for every thread of a call.
-template <bool BF> struct Desks {
-    Buffer<char> room;
-    int made = 0;
-
+template <bool BF> struct Desks : Rooms<Scratch<BF>> {
     bool make(const SfCall &c, bool backward) {
-        int threads = most(c.threads, 1);
-        bool ok = room.make(threads * (int64_t)sizeof(Scratch<BF>));
-        for (; ok && made < threads; made++) ok = (new (&(*this)[made]) Scratch<BF>())->make(c, backward);
-        return ok;
+        return Rooms<Scratch<BF>>::make(c.threads, [&](Scratch<BF> &w) { return w.make(c, backward); });
     }
-    ~Desks() { while (made > 0) (*this)[--made].~Scratch<BF>(); }
-    Scratch<BF> &operator[](int thread) { return ((Scratch<BF> *)room.p)[thread]; }
 };
 
 }  // namespace

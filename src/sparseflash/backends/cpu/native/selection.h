@@ -1,5 +1,5 @@
-// What selections estimate and pick: weights of rows against columns by tile and unit, the softmax of some rows by key and
-// by distance, the places of the best scores, and the k-th best of every prefix.
+// What selections estimate: weights of rows against columns by tile and unit, the softmax of some rows by key and by
+// distance.
 //
 // Keys are columns here, packed in chunks of 64, and scores of a row lie side by side: what is summed over rows is summed
 // lane by lane, and a row's own sums cross lanes once. Scores are in units of log 2.
@@ -11,8 +11,9 @@ namespace {
 
 // Columns [B,H,m,E] as the products read them: E^T in chunks of 64, for bf16 in pairs along E; zeros where there is none.
 template <bool BF> struct Columns {
-    static constexpr int64_t WIDE = 64, GRID = BF ? 32 : 16;
-    typedef typename std::conditional<BF, bf, float>::type Item;
+    typedef Products<BF> P;
+    typedef typename P::Item Item;
+    static constexpr int64_t WIDE = 64, GRID = 16 * P::PAIR;
 
     SfView view;
     int32_t dtype;
@@ -47,8 +48,8 @@ template <bool BF> struct Columns {
                     const int64_t t = j0 + j;
                     copy(view, there >> t & 1 ? row_of(view, b, h, chunk * WIDE + t, dtype) : nullptr, line + j * padded);
                 }
-                if constexpr (BF) for (int64_t d = 0; d < padded; d += 32) transpose16(line + d, padded / 2, to + d * WIDE + 2 * j0, WIDE);
-                else for (int64_t d = 0; d < padded; d += 16) transpose16(line + d, padded, to + d * WIDE + j0, WIDE);
+                for (int64_t d = 0; d < padded; d += GRID)
+                    transpose16(line + d, padded / P::PAIR, to + d * WIDE + P::PAIR * j0, WIDE);
             }
         };
         in_parallel(parallel, threads, B * heads * chunks, pack);
@@ -56,23 +57,16 @@ template <bool BF> struct Columns {
     }
     // A row of E items with zeros behind; all zeros for null.
     void copy(const SfView &v, const char *from, Item *to) const {
-        const int64_t n = from ? E : 0;
-        if constexpr (!BF) { if (n) read_row(v, from, dtype, n, to); }
-        else if (n && v.lane == 1) memcpy(to, from, n * 2);
-        else for (int64_t d = 0; d < n; d++) to[d] = ((const bf *)from)[d * v.lane];
-        memset(to + n, 0, (padded - n) * sizeof(Item));
+        P::copy(v, from, dtype, E, to, padded);
     }
+    static int64_t whole(int64_t rows) { return round_up(rows, P::GRAIN); }
     // Products of rows with the columns of a chunk. Long rows go in pieces, so that what they are multiplied with stays near.
     void multiply(int64_t rows, const Item *a, int64_t slot, int64_t chunk, float *out, int64_t ld) const {
         const Item *b = items + (slot * chunks + chunk) * WIDE * padded;
-        constexpr int64_t DEPTH = BF ? 256 : 128;
+        constexpr int64_t DEPTH = 128 * P::PAIR;
         for (int64_t d = 0; d < padded; d += DEPTH) {
             const int64_t n = least(DEPTH, padded - d);
-#if SF_HAS_BF16
-            gemm_bf16(round_up(rows, GRAIN), WIDE, n, a + d, padded, b + d * WIDE, WIDE, out, ld, d ? ADD : SET);
-#else
-            gemm_f32(rows, WIDE, n, a + d, padded, 1, b + d * WIDE, WIDE, out, ld, d ? ADD : SET);
-#endif
+            P::multiply(whole(rows), WIDE, n, a + d, padded, 1, b + d * WIDE, WIDE, out, ld, d ? ADD : SET);
         }
     }
     // The columns of a chunk that a row sees which sees `limit` of them.
@@ -149,7 +143,7 @@ template <bool BF> struct Mass {
             columns.copy(c.rows, limit[i] ? row_of(c.rows, b, h, first + i, c.dtype) : nullptr, desk.rows + i * columns.padded);
         }
         if (!end) return;
-        memset(desk.rows + n * columns.padded, 0, (round_up(n, GRAIN) - n) * columns.padded * sizeof(Item));
+        memset(desk.rows + n * columns.padded, 0, (columns.whole(n) - n) * columns.padded * sizeof(Item));
         const int64_t chunks = (end + 63) / 64;
         for (int64_t x = 0; x < chunks; x++) columns.multiply(n, desk.rows + 0, slot, x, desk.s + x * 64, wide);
         for (int64_t i = 0; i < n; i++) {
@@ -204,14 +198,12 @@ template <bool BF> struct Mass {
         if (columns.make(c.columns, c.dtype, c.B, c.Hkv, c.m, c.E, c.keep, c.threads, parallel)) return 1;
         Rooms<Desk> desks;
         bool ok = desks.make(c.threads, [&](Desk &desk) {
-            return desk.rows.make(round_up(BLOCK, GRAIN) * columns.padded) && desk.s.make(BLOCK * wide) && desk.sum.make(per * wide);
+            return desk.rows.make(columns.whole(BLOCK) * columns.padded) && desk.s.make(BLOCK * wide) && desk.sum.make(per * wide);
         });
         if (!ok) return 1;
         const int64_t parts = (R + per - 1) / per, heads = c.B * c.Hq;
         auto task = [&](int64_t i, int thread) {  // under causality the last tiles have most to do: they come first
-#if SF_HAS_BF16
-            prepare_thread();
-#endif
+            Products<BF>::prepare_thread();
             const int64_t slot = i % heads;
             tiles(slot / c.Hq, slot % c.Hq, (parts - 1 - i / heads) * per, desks[thread]);
         };
@@ -264,7 +256,7 @@ template <bool BF> struct Probe {
             store(desk.top + i * W, set1(LOW));
             store(desk.total + i * W, set1(0.f));
         }
-        memset(desk.rows + n * columns.padded, 0, (round_up(n, GRAIN) - n) * columns.padded * sizeof(Item));
+        memset(desk.rows + n * columns.padded, 0, (columns.whole(n) - n) * columns.padded * sizeof(Item));
         for (int64_t first = 0; first < end; first += PIECE) {  // lane by lane a softmax of its own
             products(b, slot, n, first, end, desk);
             for (int64_t i = 0; i < n; i++) {
@@ -315,13 +307,11 @@ template <bool BF> struct Probe {
         if (columns.make(c.k, c.dtype, c.B, c.Hkv, c.Tk, c.D, c.keep, c.threads, parallel)) return 1;
         Rooms<Desk> desks;
         bool ok = desks.make(c.threads, [&](Desk &desk) {
-            return desk.rows.make(round_up(BLOCK, GRAIN) * columns.padded) && desk.s.make(round_up(BLOCK, GRAIN) * PIECE);
+            return desk.rows.make(columns.whole(BLOCK) * columns.padded) && desk.s.make(columns.whole(BLOCK) * PIECE);
         });
         if (!ok) return 1;
         auto task = [&](int64_t i, int thread) {
-#if SF_HAS_BF16
-            prepare_thread();
-#endif
+            Products<BF>::prepare_thread();
             memset(c.keys + i * c.Tk, 0, c.Tk * sizeof(float));
             memset(c.distances + i * c.width, 0, c.width * sizeof(float));
             for (int64_t row = 0; row < c.n; row += BLOCK) rows(i / c.Hq, i % c.Hq, row, least(BLOCK, c.n - row), desks[thread]);
@@ -334,128 +324,5 @@ template <bool BF> struct Probe {
 
 template <bool BF> int run_mass(const SfMass &c, SfParallel parallel) { return Mass<BF>{c}.run(parallel); }
 template <bool BF> int run_probe(const SfProbe &c, SfParallel parallel) { return Probe<BF>{c}.run(parallel); }
-
-#if !SF_HAS_BF16
-// ---------------------------------------------------------------- the best of each row, and of each prefix
-
-constexpr int32_t NOBODY = INT32_MIN, NOT_A_NUMBER = INT32_MIN + 1;
-
-// Integers in the order of floats; both zeros are one, and NaN is below all numbers.
-inline vi in_order(vf x) {
-    vi bits = (vi)x;
-    bits ^= (bits >> 31) & INT32_MAX;
-    bits = x == 0.f ? (vi){} : bits;
-    return x == x ? bits : (vi){} + NOT_A_NUMBER;
-}
-inline int32_t in_order(float x) {
-    int32_t bits;
-    memcpy(&bits, &x, 4);
-    return x != x ? NOT_A_NUMBER : x == 0 ? 0 : bits ^ (bits >> 31 & INT32_MAX);
-}
-
-// The k largest of a row. A sample says about where the last of them lies; what is not below that is listed, and the list
-// has to be long enough: else everything is listed.
-struct Best {
-    static constexpr int64_t SAMPLE = 512;
-    Buffer<int32_t> order, score, place;
-
-    bool make(int64_t n) {
-        const int64_t room = round_up(n, 64) + 64;
-        return order.make(room) && score.make(most(room, SAMPLE + 64)) && place.make(room);
-    }
-    int64_t list(int64_t n, int32_t least_) {
-        int64_t found = 0;
-        for (int64_t i = 0; i < n; i += 64)
-            for (uint64_t bits = lanes<GE>(order + i, least_); bits; bits &= bits - 1, found++) {
-                const int64_t j = i + __builtin_ctzll(bits);
-                score[found] = order[j];
-                place[found] = (int32_t)j;
-            }
-        return found;
-    }
-    void row(const float *x, const uint8_t *among, int64_t n, int64_t k, int32_t *out) {
-        int64_t i = 0;
-        for (; i + W <= n; i += W) {
-            const vi y = in_order(load(x + i));
-            memcpy(order + i, &y, sizeof y);
-        }
-        for (; i < n; i++) order[i] = in_order(x[i]);
-        for (; i < round_up(n, 64); i++) order[i] = NOBODY;
-        for (int64_t j = 0; among && j < n; j++) order[j] = among[j] ? order[j] : NOBODY;
-        int64_t found = 0;
-        if (n >= 4 * SAMPLE && k < n / 4) {
-            const int64_t step = n / SAMPLE;
-            for (int64_t j = 0; j < SAMPLE; j++) score[j] = order[j * step];
-            const int64_t about = k * SAMPLE / n;  // so many of the sample are among the best, give or take
-            int64_t slack = 8;
-            while (slack * slack < 9 * (about + 1)) slack++;
-            found = list(n, most(NOT_A_NUMBER, Indexer<false>::reached_by(score.p, SAMPLE, about + slack)));
-        }
-        if (found < k) found = list(n, NOT_A_NUMBER);
-        const int32_t worst = found > k ? Indexer<false>::reached_by(score.p, found, k) : NOBODY;
-        int64_t above = 0, to = 0;
-        for (int64_t j = 0; j < found; j++) above += score[j] > worst;
-        int64_t ties = k - above;
-        for (int64_t j = 0; j < found; j++) {
-            const bool tie = score[j] == worst && ties > 0;
-            if (!tie && !(score[j] > worst)) continue;
-            ties -= tie;
-            out[to++] = place[j];
-        }
-        for (; to < k; to++) out[to] = -1;
-    }
-};
-
-inline int best(const SfBest &c, SfParallel parallel) {
-    Rooms<Best> desks;
-    if (!desks.make(c.threads, [&](Best &desk) { return desk.make(c.n); })) return 1;
-    auto task = [&](int64_t i, int thread) {
-        desks[thread].row(c.scores + i * c.n, c.among ? c.among + i * c.n : nullptr, c.n, c.k, c.index + i * c.k);
-    };
-    in_parallel(parallel, c.threads, c.rows, task);
-    return 0;
-}
-
-// A heap of the best so far, the worst of them first: of equal scores the later one is the worse. In one number a score
-// and a place, which counts downwards.
-inline int running(const SfRunning &c, SfParallel parallel) {
-    struct Heap {
-        Buffer<int64_t> held;
-    };
-    Rooms<Heap> desks;
-    if (!desks.make(c.threads, [&](Heap &x) { return x.held.make(most<int64_t>(1, least(c.most, c.T))); })) return 1;
-    auto task = [&](int64_t row, int thread) {
-        int64_t *heap = desks[thread].held.p, n = 0;
-        const int64_t k = c.k[row], room = most<int64_t>(1, least(c.most, c.T));
-        const float *x = c.x + row * c.T;
-        float *kth = c.kth + row * c.T;
-        int32_t *until = c.until + row * c.T;
-        auto place = [](int64_t key) { return (int64_t)(uint32_t)~key; };
-        for (int64_t t = 0; t < c.T; t++) {
-            const int64_t key = (int64_t)((uint64_t)(int64_t)in_order(x[t]) << 32 | (uint32_t)~t);
-            until[t] = (int32_t)c.T;
-            if (n < k && n < room) {
-                int64_t i = n++;
-                for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
-                heap[i] = key;
-            } else if (key > heap[0]) {
-                until[place(heap[0])] = (int32_t)t;
-                int64_t i = 0;
-                for (int64_t child; (child = 2 * i + 1) < n; i = child) {
-                    if (child + 1 < n && heap[child + 1] < heap[child]) child++;
-                    if (heap[child] >= key) break;
-                    heap[i] = heap[child];
-                }
-                heap[i] = key;
-            } else {
-                until[t] = (int32_t)t;
-            }
-            kth[t] = n == k ? x[place(heap[0])] : -INF;
-        }
-    };
-    in_parallel(parallel, c.threads, c.rows, task);
-    return 0;
-}
-#endif
 
 }  // namespace

@@ -79,7 +79,7 @@ inline void fill_rows(float *s, int from, int to, float with) {
 // The accumulator O^T [Dv][64] is rescaled only when some maximum grew. What dropout leaves out is in l, but not in P.
 template <bool BF, int G, class Law>
 inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv,
-                          [[maybe_unused]] bf *p, const Law &drop) {
+                          [[maybe_unused]] typename Products<BF>::Item *p, const Law &drop) {
     vf top[G];
     for (int g = 0; g < G; g++) top[g] = set1(-INF);
     for (int j = a; j < b; j++)
@@ -116,7 +116,7 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
         ref[g] = ref[g] == -INF ? set1(0.f) : ref[g];
         total[g] = load(l + i0 + g * W);
     }
-    if (!BF) {
+    if constexpr (!BF) {
         for (int j = a; j < b; j++)
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) {
@@ -126,7 +126,6 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
                 store(x, drop.left(drawn[g], j, e));
             }
     } else {
-#if SF_HAS_BF16
         for (int j = a; j < b; j += 2)
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) {
@@ -134,15 +133,14 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
                 vf e = exp2v<false>((load(x) - ref[g]) * factor), f = exp2v<false>((load(x + BQ) - ref[g]) * factor);
                 total[g] += e + f;
                 e = drop.left(drawn[g], j, e), f = drop.left(drawn[g], j + 1, f);
-                store_pairs(p + j * BQ + 2 * (i0 + g * W), (__m512)e, (__m512)f);
+                Products<BF>::store_pairs(p + j * BQ + 2 * (i0 + g * W), e, f);
             }
-#endif
     }
     for (int g = 0; g < G; g++) store(l + i0 + g * W, total[g]);
 }
 template <bool BF, class Law>
 inline void online_softmax(float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv, int lanes,
-                           bf *p, const Law &drop) {
+                           typename Products<BF>::Item *p, const Law &drop) {
     int i = 0;
     for (; i + 4 * W <= lanes; i += 4 * W) softmax_lanes<BF, 4>(i, s, a, b, factor, m, l, ot, Dv, p, drop);
     for (; i < lanes; i += W) softmax_lanes<BF, 1>(i, s, a, b, factor, m, l, ot, Dv, p, drop);

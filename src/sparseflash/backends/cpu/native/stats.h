@@ -80,8 +80,9 @@ inline vf influence(vf p, vf dp, vf delta, float rounding) {
 inline float rounding_of(int32_t dtype) { return dtype == SF_F32 ? 0x1p-16f : dtype == SF_F16 ? 0x1p-10f : 0x1p-7f; }
 
 template <bool BF, bool SLOPES>
-void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+void stats_block(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
                  int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
+    typedef Products<BF> P;
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     const float *key_bias = slice<float>(c.key_bias, b, h, c.Hq);
@@ -94,16 +95,9 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         w.m[i] = 0;
         if (SLOPES) w.delta[i] = real ? c.delta[(b * c.Hq + h) * c.Tq + q.token[i]] : 0.f;
     }
-    int n = columns(q, BF);
-    if (BF) {
-#if SF_HAS_BF16
-        pack_lanes(c.q, b, h, q, q.real, c.D, w.qtb.p, nullptr);
-        if (SLOPES) pack_lanes(c.dout, b, h, q, q.real, c.Dv, w.dotb.p, nullptr);
-#endif
-    } else {
-        pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
-        if (SLOPES) pack_lanes(c, c.dout, b, h, q, q.real, c.Dv, w.dot.p, w.spare.p);
-    }
+    int n = columns<BF>(q);
+    pack_lanes<BF>(c, c.q, b, h, q, q.real, c.D, w.qt.p);
+    if (SLOPES) pack_lanes<BF>(c, c.dout, b, h, q, q.real, c.Dv, w.dot.p);
     const TileRuns runs(q, c.over == SF_OVER_BLOCK ? c.stat_tile : INT32_MAX);
     const float rounding = rounding_of(c.dtype);
     const bool tokens = c.over == SF_OVER_DIAGONAL && !c.plan.q_order.data && !c.plan.k_order.data;
@@ -112,18 +106,14 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
         bool holes = false;
         // also for full entries: lanes that saw nothing must not count
         if (!look(rules, q, k, w.see, holes)) return;
-        Operands o = operands<BF, SLOPES>(c, keys, k, false, w.see, w);
+        const Operands<BF> o = operands<BF, SLOPES>(c, keys, k, false, w.see, w);
         float *s = w.s.p;
-        if (!BF) {
-            gemm_rows_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, w.qt.p, BQ, s + k.a * BQ, BQ);
-            if (SLOPES) gemm_rows_f32(k.b - k.a, n, c.Dv, o.v + k.a * o.ldv, o.ldv, w.dot.p, BQ, w.g + k.a * BQ, BQ);
-        } else {
-#if SF_HAS_BF16
-            int from = GRAIN > 2 ? (int)round_down(k.a, GRAIN) : k.a, to = GRAIN > 2 ? (int)round_up(k.b, GRAIN) : k.b;
-            gemm_bf16(to - from, n, round_up(c.D, GRAIN), o.kb + from * o.ldk, o.ldk, w.qtb.p, BQ, s + from * BQ, BQ, SET);
-            if (SLOPES) gemm_bf16(to - from, n, round_up(c.Dv, GRAIN), o.vb + from * o.ldv, o.ldv, w.dotb.p, BQ, w.g + from * BQ, BQ, SET);
-#endif
-        }
+        const Edges<BF> x(k);
+        auto score = [&](int64_t D, const typename P::Item *keys, int64_t ld, const typename P::Item *queries, float *to) {
+            P::score(x.to - x.from, n, round_up(D, P::GRAIN), keys + x.from * ld, ld, queries, BQ, to + x.from * BQ, BQ);
+        };
+        score(c.D, o.k, o.ldk, w.qt.p, s);
+        if (SLOPES) score(c.Dv, o.v, o.ldv, w.dot.p, w.g.p);
         if (logits.bent) {
             logits.bias(rules, key_bias, k, w.bias);
             logits.bend(c, k, key_bias ? w.bias : nullptr, s);
@@ -169,7 +159,7 @@ void stats_block(const SfCall &c, const Keys &keys, const Rules &rules, const Lo
 
 // The same for tiles of few queries, one at a time.
 template <bool BF, bool SLOPES>
-void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
+void few_stats(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
                int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
@@ -181,8 +171,8 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
     vf total[FEW] = {};
     for (int i = 0; i < rows; i++)
         if (q.real >> i & 1) {
-            query[i].take(c, c.q, b, h, q.token[i], c.D, query[i].q, query[i].qb);
-            if (SLOPES) query[i].take(c, c.dout, b, h, q.token[i], c.Dv, query[i].dout, query[i].doutb);
+            query[i].q.take(c, c.q, b, h, q.token[i], c.D);
+            if (SLOPES) query[i].dout.take(c, c.dout, b, h, q.token[i], c.Dv);
         }
     const float rounding = rounding_of(c.dtype);
     float *s = w.s.p;
@@ -193,8 +183,8 @@ void few_stats(const SfCall &c, const Keys &keys, const Rules &rules, const Logi
         for (int i = 0; i < q.lanes; i++) {
             if (!(q.real >> i & 1)) continue;
             if (k.partial || !(q.real & ((1ull << i) - 1))) seen.find(rules, keys, k, w.see, i, key_bias);
-            query[i].score(query[i].q, query[i].qb, seen.k, seen.n, c.D, s);
-            if (SLOPES) query[i].score(query[i].dout, query[i].doutb, seen.v, seen.n, c.Dv, w.g.p);
+            query[i].q.score(seen.k, seen.n, c.D, s);
+            if (SLOPES) query[i].dout.score(seen.v, seen.n, c.Dv, w.g.p);
             const float top = norm.top[q.token[i]], rest2 = norm.rest[q.token[i]] * LOG2E;
             const float delta = SLOPES ? c.delta[(b * c.Hq + h) * c.Tq + q.token[i]] : 0.f;
             for (int j = 0; j < seen.n; j += W) {
@@ -249,13 +239,11 @@ template <bool BF, bool SLOPES> int stats_of(const SfCall &c, SfParallel paralle
     Logits logits(c);
     auto clear = [&](int64_t i, int) { memset(into + i * width, 0, width * 4); };
     auto task = [&](int64_t i, int thread) {
-#if SF_HAS_BF16
-        if (BF) prepare_thread();
-#endif
+        Products<BF>::prepare_thread();
         int64_t run = i % runs, b = i / runs / c.Hq, h = i / runs % c.Hq;
         Tally tally = {c, into + (apart ? i / runs : i) * width};
         Rules rules(c, b, h);
-        Keys keys = packed.keys(c, b, h);
+        const Keys<BF> keys = packed.keys(c, b, h);
         const int64_t first = run * groups / runs * together, last = least((run + 1) * groups / runs * together, p.tiles);
         for (int64_t r = first; r < last; r++) {
             int64_t end = least(p.q_rows, (r + 1) * p.tile);

@@ -97,11 +97,11 @@ inline bool used_up(const float *m) {
     return true;
 }
 
-inline bool stick_forward_block(const SfCall &c, const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile,
+inline bool stick_forward_block(const SfCall &c, const Keys<false> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile,
                                 int64_t row, int64_t rows, Scratch<false> &w) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const int n = columns(q, false);
+    const int n = columns<false>(q);
     Ordered chunks;
     if (q.real && !chunks.make(c, b, h, tile)) return false;
     bool packed = false;
@@ -112,10 +112,10 @@ inline bool stick_forward_block(const SfCall &c, const Keys &keys, const Rules &
         if (k.partial && !look(rules, q, k, w.see, holes)) continue;
         if (!packed) {
             packed = true;
-            pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.spare.p);
+            pack_lanes<false>(c, c.q, b, h, q, q.real, c.D, w.qt.p);
             memset(w.ot.p, 0, c.Dv * BQ * 4);
         }
-        Operands o = operands<false, false>(c, keys, k, holes, w.see, w);
+        const Operands<false> o = operands<false, false>(c, keys, k, holes, w.see, w);
         float *s = w.s + k.a * BQ;
         gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, s, BQ, SET);
         break_sticks(k, k.partial ? w.see : nullptr, n, c.scale * LOG2E, w.s.p, w.m, nullptr);
@@ -137,18 +137,18 @@ inline bool stick_forward_block(const SfCall &c, const Keys &keys, const Rules &
 // Sticks are broken from the newest key on, gradients are summed from the oldest on. So first the scores alone, for what
 // is left before each chunk (64 numbers a chunk); then back, with everything else. Dividing the sticks up again from
 // the end instead would lose them: most are 0 there.
-inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile,
+inline bool stick_backward_block(const SfCall &c, const Keys<false> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile,
                                  int64_t row, int64_t rows, Scratch<false> &w, KeyGrads &grads) {
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
-    const int n = columns(q, false);
+    const int n = columns<false>(q);
     const float factor = c.scale * LOG2E;
     Ordered chunks;
     Buffer<float> left, share;
     if (q.real && (!chunks.make(c, b, h, tile) || !left.make(chunks.n * BQ) || !share.make(BK * BQ))) return false;
     if (q.real) {
-        pack_lanes(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.qr.p);
-        pack_lanes(c, c.dout, b, h, q, q.real, c.Dv, w.dot.p, w.dor.p);
+        pack_lanes<false>(c, c.q, b, h, q, q.real, c.D, w.qt.p, w.qr.p);
+        pack_lanes<false>(c, c.dout, b, h, q, q.real, c.Dv, w.dot.p, w.dor.p);
         memset(w.ot.p, 0, round_up(c.D, 32) * BQ * 4);
     }
     whole(q, w.m);
@@ -158,7 +158,7 @@ inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules 
         bool holes = false;
         memcpy(left + x * BQ, w.m, BQ * 4);
         if (k.partial && !look(rules, q, k, w.see, holes)) continue;
-        Operands o = operands<false, false>(c, keys, k, holes, w.see, w);
+        const Operands<false> o = operands<false, false>(c, keys, k, holes, w.see, w);
         gemm_f32(k.b - k.a, n, c.D, o.k + k.a * o.ldk, o.ldk, 1, w.qt.p, BQ, w.s + k.a * BQ, BQ, SET);
         break_sticks(k, k.partial ? w.see : nullptr, n, factor, w.s.p, w.m, nullptr);
     }
@@ -170,8 +170,8 @@ inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules 
         Chunk k = chunks.list[x];
         bool holes = false;
         if (k.partial && !look(rules, q, k, w.see, holes)) continue;
-        Operands o = operands<false, true>(c, keys, k, holes, w.see, w);
-        const Steps all(k, n, nullptr, false);
+        const Operands<false> o = operands<false, true>(c, keys, k, holes, w.see, w);
+        const Steps<false> all(k, n, nullptr);
         scores<false>(c, o, all, w, w);
         break_sticks(k, k.partial ? w.see : nullptr, n, factor, w.s.p, left + x * BQ, share.p);
         slope_sticks(k, n, w.s.p, share.p, w.delta, w.g.p, w.l);
@@ -190,7 +190,7 @@ inline bool stick_backward_block(const SfCall &c, const Keys &keys, const Rules 
 // Blocks run on several threads; one that finds no memory makes the call fail.
 inline int stick_forward(const SfCall &c, SfParallel parallel) {
     char failed = 0;
-    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+    auto block = [&](const Keys<false> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<false> &w) {
         if (!stick_forward_block(c, keys, rules, b, h, tile, row, rows, w)) __atomic_store_n(&failed, (char)1, __ATOMIC_RELAXED);
     };
@@ -199,7 +199,7 @@ inline int stick_forward(const SfCall &c, SfParallel parallel) {
 }
 inline int stick_backward(const SfCall &c, SfParallel parallel) {
     char failed = 0;
-    auto block = [&](const Keys &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
+    auto block = [&](const Keys<false> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,
                      Scratch<false> &w, KeyGrads &grads, const BiasGrads &) {
         if (!stick_backward_block(c, keys, rules, b, h, tile, row, rows, w, grads))
             __atomic_store_n(&failed, (char)1, __ATOMIC_RELAXED);

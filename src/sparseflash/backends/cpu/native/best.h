@@ -1,0 +1,126 @@
+// The places of the best scores of each row, and the k-th best of each of its prefixes.
+#pragma once
+#include "indexer.h"
+
+namespace {
+
+constexpr int32_t NOBODY = INT32_MIN, NOT_A_NUMBER = INT32_MIN + 1;
+
+// Integers in the order of floats; both zeros are one, and NaN is below all numbers.
+inline vi in_order(vf x) {
+    vi bits = (vi)x;
+    bits ^= (bits >> 31) & INT32_MAX;
+    bits = x == 0.f ? (vi){} : bits;
+    return x == x ? bits : (vi){} + NOT_A_NUMBER;
+}
+inline int32_t in_order(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? NOT_A_NUMBER : x == 0 ? 0 : bits ^ (bits >> 31 & INT32_MAX);
+}
+
+// The k largest of a row. A sample says about where the last of them lies; what is not below that is listed, and the list
+// has to be long enough: else everything is listed.
+struct Best {
+    static constexpr int64_t SAMPLE = 512;
+    Buffer<int32_t> order, score, place;
+
+    bool make(int64_t n) {
+        const int64_t room = round_up(n, 64) + 64;
+        return order.make(room) && score.make(most(room, SAMPLE + 64)) && place.make(room);
+    }
+    int64_t list(int64_t n, int32_t least_) {
+        int64_t found = 0;
+        for (int64_t i = 0; i < n; i += 64)
+            for (uint64_t bits = lanes<GE>(order + i, least_); bits; bits &= bits - 1, found++) {
+                const int64_t j = i + __builtin_ctzll(bits);
+                score[found] = order[j];
+                place[found] = (int32_t)j;
+            }
+        return found;
+    }
+    void row(const float *x, const uint8_t *among, int64_t n, int64_t k, int32_t *out) {
+        int64_t i = 0;
+        for (; i + W <= n; i += W) {
+            const vi y = in_order(load(x + i));
+            memcpy(order + i, &y, sizeof y);
+        }
+        for (; i < n; i++) order[i] = in_order(x[i]);
+        for (; i < round_up(n, 64); i++) order[i] = NOBODY;
+        for (int64_t j = 0; among && j < n; j++) order[j] = among[j] ? order[j] : NOBODY;
+        int64_t found = 0;
+        if (n >= 4 * SAMPLE && k < n / 4) {
+            const int64_t step = n / SAMPLE;
+            for (int64_t j = 0; j < SAMPLE; j++) score[j] = order[j * step];
+            const int64_t about = k * SAMPLE / n;  // so many of the sample are among the best, give or take
+            int64_t slack = 8;
+            while (slack * slack < 9 * (about + 1)) slack++;
+            found = list(n, most(NOT_A_NUMBER, Indexer<false>::reached_by(score.p, SAMPLE, about + slack)));
+        }
+        if (found < k) found = list(n, NOT_A_NUMBER);
+        const int32_t worst = found > k ? Indexer<false>::reached_by(score.p, found, k) : NOBODY;
+        int64_t above = 0, to = 0;
+        for (int64_t j = 0; j < found; j++) above += score[j] > worst;
+        int64_t ties = k - above;
+        for (int64_t j = 0; j < found; j++) {
+            const bool tie = score[j] == worst && ties > 0;
+            if (!tie && !(score[j] > worst)) continue;
+            ties -= tie;
+            out[to++] = place[j];
+        }
+        for (; to < k; to++) out[to] = -1;
+    }
+};
+
+inline int best(const SfBest &c, SfParallel parallel) {
+    Rooms<Best> desks;
+    if (!desks.make(c.threads, [&](Best &desk) { return desk.make(c.n); })) return 1;
+    auto task = [&](int64_t i, int thread) {
+        desks[thread].row(c.scores + i * c.n, c.among ? c.among + i * c.n : nullptr, c.n, c.k, c.index + i * c.k);
+    };
+    in_parallel(parallel, c.threads, c.rows, task);
+    return 0;
+}
+
+// A heap of the best so far, the worst of them first: of equal scores the later one is the worse. In one number a score
+// and a place, which counts downwards.
+inline int running(const SfRunning &c, SfParallel parallel) {
+    struct Heap {
+        Buffer<int64_t> held;
+    };
+    Rooms<Heap> desks;
+    if (!desks.make(c.threads, [&](Heap &x) { return x.held.make(most<int64_t>(1, least(c.most, c.T))); })) return 1;
+    auto task = [&](int64_t row, int thread) {
+        int64_t *heap = desks[thread].held.p, n = 0;
+        const int64_t k = c.k[row], room = most<int64_t>(1, least(c.most, c.T));
+        const float *x = c.x + row * c.T;
+        float *kth = c.kth + row * c.T;
+        int32_t *until = c.until + row * c.T;
+        auto place = [](int64_t key) { return (int64_t)(uint32_t)~key; };
+        for (int64_t t = 0; t < c.T; t++) {
+            const int64_t key = (int64_t)((uint64_t)(int64_t)in_order(x[t]) << 32 | (uint32_t)~t);
+            until[t] = (int32_t)c.T;
+            if (n < k && n < room) {
+                int64_t i = n++;
+                for (; i && heap[(i - 1) / 2] > key; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+                heap[i] = key;
+            } else if (key > heap[0]) {
+                until[place(heap[0])] = (int32_t)t;
+                int64_t i = 0;
+                for (int64_t child; (child = 2 * i + 1) < n; i = child) {
+                    if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+                    if (heap[child] >= key) break;
+                    heap[i] = heap[child];
+                }
+                heap[i] = key;
+            } else {
+                until[t] = (int32_t)t;
+            }
+            kth[t] = n == k ? x[place(heap[0])] : -INF;
+        }
+    };
+    in_parallel(parallel, c.threads, c.rows, task);
+    return 0;
+}
+
+}  // namespace
