@@ -566,6 +566,14 @@ CASES = [
         seeking={"context": 400, "budget": 100, "share": "", "window": 50},
     ),
     Case(
+        "round-attention",
+        {"rounds": (0, 10, 20, 30, 40), "budget": 10},
+        {"share": 1.0},
+        [{"budget": 5}, {"budget": 20}, {"share": 1.0, "budget": None}],
+        (0.5, 1.0),
+        3494975964,
+    ),
+    Case(
         "seer-attention",
         {"blocks": 1, "block": 16, "dense_tiles": 0},
         {"threshold": 0.0, "block": 16},

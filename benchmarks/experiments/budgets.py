@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ import sparseflash as sf
 from sparseflash import cache, methods
 from sparseflash.bench import capture, generate, needles
 from sparseflash.bench.results import Row
-from sparseflash.cache import Citrus, Compression, Evicting, Growing, Policy
+from sparseflash.cache import Citrus, Compressed, Compression, Evicting, Growing, Policy
 
 from .caches import CONTROLS, SLACK, step
 
 Make = Callable[[int, Tensor, Tensor], Any]
 """A policy, a compression or a method for so many keys, and some queries and keys of its layer."""
 SHARES = (2, 4, 8, 16)
+WATERSHED = 8
+"""Of SmolLM2: `sparseflash calibrate round`."""
 LAST = needles.RUN * 8
 """Tokens that ask for needles."""
 
@@ -62,23 +65,26 @@ def cases(prompt: int) -> dict[str, Make]:
         "squeezed-attention": lambda n, q, k: methods.SqueezedAttention(
             context=prompt, budget=n, window=min(100, n // 2)
         ),
+        "round-attention": lambda n, q, k: methods.RoundAttention(
+            watershed=WATERSHED, budget=n, share=1.0, rounds=tuple(range(0, prompt, prompt // 32))
+        ),
         "mustafar": lambda n, q, k: cache.Mustafar(1 - n / prompt),
         "mustafar, int8": lambda n, q, k: cache.Mustafar(1 - n / prompt, int8=True),
         "int8": lambda n, q, k: cache.Int8(),
     }
 
 
-def heard(model: Any, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """The queries and keys of every layer that has no window of its own, for `ids [1,T]`."""
+def heard(model: Any, ids: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """The queries, keys and values of every layer that has no window of its own, for `ids [1,T]`."""
     from sparseflash.integrations.transformers import attention_layers
     from sparseflash.integrations.transformers.control import attached, on_sparse
 
     chosen = [layer for layer in attention_layers(model) if not layer.windowed]
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def listener(number: int) -> Callable[..., Tensor]:
         def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: Any) -> Tensor:
-            found[number] = q, k
+            found[number] = q, k, v
             return sf.attention(q, k, v, mask.plan, **options)
 
         return attend
@@ -88,14 +94,24 @@ def heard(model: Any, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
     return found
 
 
-def begun(model: Any, ids: Tensor, case: str, made: Mapping[int, Any]) -> Any:
-    """The cache of a case after a prompt."""
+def begun(model: Any, ids: Tensor, case: str, made: Mapping[int, Any], inputs: Mapping[int, Any]) -> Any:
+    """The cache of a case after a prompt: it is attended to densely, but where it is read in chunks."""
+    from transformers.cache_utils import Cache
+
     one = next(iter(made.values()))
-    with sf.transformers.sparse(model, cache=dict(made)):
-        if isinstance(one, Citrus):
+    if isinstance(one, Citrus):
+        with sf.transformers.sparse(model, cache=dict(made)):
             asked = ids[:, -64:] if "asked" in case else None
             return sf.transformers.read(model, ids, chunk=one.recent, question=asked)
-        return generate.begun(model, ids, lambda: sf.transformers.sparse(model, cache=dict(made)))[0]
+    layers: list[Evicting | Compressed] = []
+    for number, how in made.items():
+        if isinstance(how, Compression):
+            layers.append(Compressed(how))
+        else:
+            layers.append(Evicting(how, layer=number, layers=len(made)))
+        q, k, v = inputs[number]
+        layers[-1].attend(q, k, v, new=lambda q, *others, **options: q)  # what comes out is known
+    return Cache(layers=layers)
 
 
 def planted(q: Tensor, k: Tensor, kind: str) -> tuple[needles.Needles, int]:
@@ -180,7 +196,7 @@ def measure(
     layers = capture.load(model)
     captured = [layers.layer(n, tokens=length) for n in layers.layers]
     on_run("dense")
-    few = heard(loaded, ids[:, : length // 4])
+    inputs, few = heard(loaded, ids), length // 4
     dense, first = generate.begun(loaded, ids, lambda: sf.transformers.sparse(loaded))
     with sf.transformers.sparse(loaded):
         said, logs, seconds = generate.gone_on(loaded, copy.deepcopy(dense), first, tokens, None)
@@ -192,11 +208,11 @@ def measure(
         if key in done or (case == "int8" and share != 2):
             continue
         on_run(f"{case}, 1/{share}")
-        made = {n: cases(length)[case](length // share, *pair) for n, pair in few.items()}
+        of_budget = functools.partial(cases(length)[case], length // share)
+        made = {n: of_budget(q[:, :, :few], k[:, :, :few]) for n, (q, k, _) in inputs.items()}
         reads = isinstance(next(iter(made.values())), methods.Method)
-        own = copy.deepcopy(dense) if reads else begun(loaded, ids, case, made)
-        given = {"decode": made} if reads else {"cache": made}
-        with sf.transformers.sparse(loaded, **given):
+        own = copy.deepcopy(dense) if reads else begun(loaded, ids, case, made, inputs)
+        with sf.transformers.sparse(loaded, decode=made if reads else None):
             would, found, seconds = generate.gone_on(loaded, own, first, tokens, said)
         row: Row = {
             "bench": "budgets", "model": model, "text": text.stem, "T": length, "tokens": tokens,

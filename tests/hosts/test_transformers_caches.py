@@ -257,6 +257,26 @@ def test_a_text_is_read_in_chunks_and_questions_that_are_not_kept(model):
 
 
 @torch.no_grad()
+def test_turns_of_a_chat_choose_rounds_in_one_layer_for_those_above_it(model):
+    """Two turns, then tokens: with all rounds the logits of the stock model; else upper layers read less."""
+    method = sf.methods.RoundAttention(watershed=0, share=1.0)
+    few = sf.methods.RoundAttention(watershed=0, share=0.05)
+
+    def chat(**given):
+        logits = []
+        with sf.transformers.sparse(model, **given):
+            cache = DynamicCache()
+            for a, b in ((0, 12), (12, 20), (20, 30), (30, 31), (31, 32)):
+                logits.append(model(PROMPT[:, a:b], past_key_values=cache).logits[:, -1])
+        return torch.stack(logits)
+
+    dense, all_rounds, less = chat(), chat(prefill=method, decode=method), chat(prefill=few, decode=few)
+    torch.testing.assert_close(dense, all_rounds, atol=1e-4, rtol=1e-4)
+    assert torch.equal(dense[0], less[0])
+    assert all(not torch.allclose(dense[n], less[n], atol=1e-2) for n in (2, 3, 4))
+
+
+@torch.no_grad()
 def test_what_was_let_go_is_as_if_it_had_never_been_where_a_policy_renumbers(model):
     """One layer: what remains says what it says without the rest of the text before it."""
     torch.manual_seed(0)

@@ -231,7 +231,8 @@ def test_where_a_method_decodes_one_token_at_a_time_is_the_whole_call(case, gene
     with torch.no_grad():
         whole = method(q, k, v, backend="reference")
         if not method.decodes or case.full_mask == "all":
-            assert "decode" not in method.phases or case.full_mask == "all"
+            asked = method.across_layers  # a prompt decides for all that follow it
+            assert "decode" not in method.phases or case.full_mask == "all" or asked
             return
         for t in range(60):
             now = k[:, :, : t + 1], v[:, :, : t + 1]
@@ -397,7 +398,8 @@ def test_whatever_ctx_holds_is_read_or_refused(case):
     method = (heads.apart(method) or [method])[0]  # what is told to all is read by each
     q, k = directions(1, 4, 96), directions(1, 4, 96, shift=7)
     step = None if "step" in method.reads else 0  # for some, a first step is dense
-    context = Recorder(v=k, layer=3, state=None, step=step, q_offset=0)
+    layer = None if method.across_layers else 3  # where the number decides what a layer does
+    context = Recorder(v=k, layer=layer, state=None, step=step, q_offset=0)
     whole = mask_of(method.select(q, k, context).plan)
     assert torch.equal(whole, mask_of(method.select(q, k).plan))
     assert context.asked == set(method.reads)

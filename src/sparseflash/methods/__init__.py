@@ -34,6 +34,7 @@ from .profiled import Profiled
 from .qk_sparse import QKSparse
 from .quest import Quest
 from .reformer import Reformer
+from .round_attention import RoundAttention, Rounds
 from .seer_attention import Gates, SeerAttention
 from .session import Session
 from .sink_window import SinkWindow
@@ -74,6 +75,8 @@ __all__ = [
     "QKSparse",
     "Reformer",
     "Selection",
+    "RoundAttention",
+    "Rounds",
     "SeerAttention",
     "Gates",
     "Session",

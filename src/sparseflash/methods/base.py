@@ -127,6 +127,7 @@ class Method:
       numbers (`q_offset`, `grid`, `text`). On the host, where making it may take longer than attending, it is
       made once.
     - `behind_padding`: over a `cache.Growing`, selects from each sequence's first key (`cache.first`) on.
+    - `across_layers`: `ctx["state"]` is one for all layers: what a layer decides, those after it know.
     - `forward_only`: no gradient flows through its attention (`Selection.skip_below`): attention refuses one.
     - `per_head`: fields that `select` takes as a tuple, one value a query head.
 
@@ -156,6 +157,7 @@ class Method:
     trainable: ClassVar[bool] = False
     approximate: ClassVar[bool] = False
     by_shape: ClassVar[bool] = False
+    across_layers: ClassVar[bool] = False
     behind_padding: ClassVar[bool] = False
     forward_only: ClassVar[bool] = False
     per_head: ClassVar[tuple[str, ...]] = ()

@@ -44,13 +44,13 @@ class Session:
     def context(self, ctx: Context | None = None) -> dict[str, Any]:
         """`ctx` with the state of its layer, branch and slot, where there is one."""
         given = dict(ctx or {})
-        key = _key(given)
+        key = self._key(given)
         return given | {"state": self._states[key]} if key in self._states else given
 
     def keep(self, ctx: Context | None, state: Any) -> None:
         """Remember a state for the layer, branch and slot of `ctx`; None is nothing to remember."""
         if state is not None:
-            self._states[_key(ctx or {})] = state
+            self._states[self._key(ctx or {})] = state
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """`Method.select` with the kept state; what it returns as state is kept."""
@@ -92,13 +92,13 @@ class Session:
         """Forget all states."""
         self._states.clear()
 
+    def _key(self, ctx: Context) -> tuple[Hashable, ...]:
+        layer = None if self.method.across_layers else ctx.get("layer")
+        return layer, ctx.get("branch"), ctx.get("slot")
+
     def forget(self, branch: Hashable) -> None:
         """Forget the states of one branch: it begins anew."""
         self._states = {key: state for key, state in self._states.items() if key[1] != branch}
-
-
-def _key(ctx: Context) -> tuple[Hashable, ...]:
-    return ctx.get("layer"), ctx.get("branch"), ctx.get("slot")
 
 
 def _without_slot(ctx: dict[str, Any]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def calibrate(
         str,
         typer.Argument(
             help="minference: which pattern each head follows; flexprefill: which tau; moa: which span it "
-            "needs; seer-attention: a gate for it."
+            "needs; seer-attention: a gate for it; round: the layer that chooses rounds of a chat."
         ),
     ] = "minference",
     model: Model = "smollm2",
@@ -125,12 +125,18 @@ def calibrate(
         float, typer.Option(min=0, max=1, help="With moa: most pairs, as a share of causal attention's.")
     ] = 0.5,
     pieces: Annotated[
-        int, typer.Option(min=1, help="With seer-attention: of so many tokens, which gates learn from.")
+        int,
+        typer.Option(
+            min=1, help="With seer-attention: of so many tokens, which gates learn from; with round: rounds."
+        ),
     ] = 8,
     steps: Annotated[int, typer.Option(min=1, help="With seer-attention: of the training of a layer.")] = 500,
     target: Annotated[
         str, typer.Option(help="With seer-attention: max, a block's largest weight; sum, its mass.")
     ] = "max",
+    alike: Annotated[
+        float, typer.Option(min=0, max=1, help="With round: how like the layers above it a layer must be.")
+    ] = 0.85,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -149,21 +155,24 @@ def calibrate(
     Use it: **sparseflash prefill --profile smollm2.json**; in Python
     **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**. seer-attention: each layer gets a
     gate, trained to tell from pooled queries and keys where its attention looks:
-    **sparseflash prefill --method seer-attention --set gates=gates.safetensors**.
+    **sparseflash prefill --method seer-attention --set gates=gates.safetensors**. round: the text is cut into
+    --pieces rounds; said is the first layer whose weights on them are like those of all layers above it.
     """
     from sparseflash.bench import recommend as chooser
     from sparseflash.bench import spans
 
-    if method not in ("minference", "flexprefill", "moa", "seer-attention"):
+    if method not in ("minference", "flexprefill", "moa", "seer-attention", "round"):
         raise SparseFlashError(
             f"calibrate {method}: expected minference (patterns of heads), flexprefill (taus), moa "
-            "(spans) or seer-attention (gates)"
+            "(spans), seer-attention (gates) or round (the layer that chooses)"
         )
     if target not in ("max", "sum"):
         raise SparseFlashError(f"--target {target}: expected max or sum")
     if method == "seer-attention":
         out = Path("gates.safetensors") if out is None else out
         return _gates(model, text, tokens, pieces, integers(layers) or None, steps, target, out)
+    if method == "round":
+        return _watershed(_prompts(model, text, tokens - 1, "fp32", 1), pieces, alike)
     out = Path("profile.json") if out is None else out
     if method == "moa":
         [prompt] = _prompts(model, text[:1], tokens - 1, "fp32", 1)
@@ -181,6 +190,23 @@ def calibrate(
             name = str(head.get("pattern", f"tau {head.get('tau')}"))
             count[name] = count.get(name, 0) + 1
     print(f"{out}: {', '.join(f'{n} heads {name}' for name, n in sorted(count.items()))}")
+
+
+def _watershed(prompts: list[Any], pieces: int, alike: float) -> None:
+    """Find the layer that may choose rounds for those above it, by the mean over the texts."""
+    from sparseflash.bench import rounds
+
+    if pieces < 4:
+        raise SparseFlashError(f"--pieces {pieces}: expected 4 rounds or more")
+    each = []
+    for prompt in prompts:
+        T = prompt.ids.shape[1]
+        starts = [n * T // pieces for n in range(pieces)]
+        each.append(rounds.likeness(rounds.masses(prompt.model, prompt.ids, starts)))
+    mean = {number: sum(one[number] for one in each) / len(each) for number in each[0]}
+    print("like the layers above: " + " ".join(f"{number}: {x:.2f}" for number, x in mean.items()))
+    found = rounds.watershed(mean, alike)
+    print(f"RoundAttention(watershed={found})")
 
 
 def _gates(

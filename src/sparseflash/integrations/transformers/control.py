@@ -97,7 +97,8 @@ def sparse(
     for choice in named:
         if strange := set(choice) - set(numbers):
             raise SparseFlashError(f"methods for the layers {sorted(strange)}, which are not among {numbers}")
-    settings = [_setting(layer, prefill, decode) for layer in picked]
+    sessions = Sessions()  # one for all layers: some methods decide in one what others read
+    settings = [_setting(layer, prefill, decode, sessions) for layer in picked]
     total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
     kept = keeping(model, cache, total)
     with on_sparse(model), kept, heard(model) as ear, attached(picked, settings, ear):
@@ -152,7 +153,7 @@ def on_sparse(model: Any) -> Iterator[None]:
             model.set_attn_implementation(before if parts else before[""])
 
 
-def _setting(layer: Layer, prefill: Choice, decode: Choice) -> Setting:
+def _setting(layer: Layer, prefill: Choice, decode: Choice, sessions: Sessions) -> Setting:
     own = [x.get(layer.index) if isinstance(x, Mapping) else x for x in (prefill, decode)]
     for (phase, able), choice in zip(PHASES.items(), own):
         several = isinstance(choice, Sequence) and not isinstance(choice, str)
@@ -168,7 +169,7 @@ def _setting(layer: Layer, prefill: Choice, decode: Choice) -> Setting:
                 raise SparseFlashError(
                     f"{phase}={method!r}: this method is for {', '.join(method.phases)}, not for {phase}"
                 )
-    return Setting(layer, *own)
+    return Setting(layer, *own, sessions=sessions)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
