@@ -35,7 +35,7 @@ from .caches import CONTROLS, SLACK, step
 Make = Callable[[int, Tensor, Tensor], Any]
 """A policy, a compression or a method for so many keys, and some queries and keys of its layer."""
 SHARES = (2, 4, 8, 16)
-WATERSHED = 8
+WATERSHED = 12
 """Of SmolLM2: `sparseflash calibrate round`."""
 LAST = needles.RUN * 8
 """Tokens that ask for needles."""

@@ -62,7 +62,7 @@ def likeness(mass: Mapping[int, Tensor]) -> dict[int, float]:
     }
 
 
-def watershed(alike: Mapping[int, float], least: float = 0.85) -> int:
+def watershed(alike: Mapping[int, float], least: float = 0.75) -> int:
     """The first layer that is, as all after it, at least so much like those above it."""
     found = None
     for number in sorted(alike, reverse=True):

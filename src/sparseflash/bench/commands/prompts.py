@@ -136,7 +136,7 @@ def calibrate(
     ] = "max",
     alike: Annotated[
         float, typer.Option(min=0, max=1, help="With round: how like the layers above it a layer must be.")
-    ] = 0.85,
+    ] = 0.75,
     out: Annotated[
         Path | None,
         typer.Option(
