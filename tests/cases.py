@@ -516,6 +516,17 @@ CASES = [
         chunk=64,
     ),
     Case(
+        "moba",
+        {"budget": 64, "page": 16},
+        {"budget": 256, "page": 16},
+        [{"budget": 16}, {"budget": 64}, {"budget": 128}, {"budget": 512}],
+        (0.2, 0.3),
+        1764120189,
+        needles=KINDS,
+        recall=0.5,
+        seeking={"budget": 128, "page": 4},
+    ),
+    Case(
         "quest",
         {"budget": 64},
         {"budget": 256},

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparseflash.bench.quality import density
 from sparseflash.bench.results import Row
+from sparseflash.nn import Layer, update
 from sparseflash.train.attention import Attention, build
 from sparseflash.train.model import norm
 
@@ -125,14 +126,32 @@ class Attend(nn.Module):
         return x + self.output(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class Model(nn.Module):
-    """Embedding, convolution, attention, and the embedding again as the head."""
+class Mix(nn.Module):
+    """A layer of `sparseflash.nn` under test, added to its input."""
 
-    def __init__(self, task: Task, attention: Attention, *, width: int, heads: int) -> None:
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look back; x [B, T, width]."""
+        return x + self.layer(norm(x))
+
+
+class Model(nn.Module):
+    """Embedding, convolution, attention or layers in its place, and the embedding again as the head."""
+
+    def __init__(self, task: Task, attention: Attention | Sequence[Layer], *, width: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(task.vocabulary, width)
         nn.init.normal_(self.embed.weight, std=0.02)
-        self.layers = nn.Sequential(Conv(width), Attend(width, heads, attention))
+        mixers = [Attend(width, heads, attention)] if callable(attention) else map(Mix, attention)
+        self.layers = nn.Sequential(Conv(width), *mixers)
+
+    def aux_loss(self) -> Tensor:
+        """What layers add to the loss of the last forward."""
+        found = [mixer.layer.aux_loss for mixer in self.layers if isinstance(mixer, Mix)]
+        return torch.stack(found).sum() if found else self.embed.weight.new_zeros(())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, T, vocabulary]."""
@@ -154,12 +173,14 @@ RATES = (3e-3, 1e-2, 2e-2)
 def accuracy(model: Model, tokens: Tensor, labels: Tensor, rows: int = 500) -> float:
     """Share of the questions that are answered right, so many rows at a time."""
     parts = zip(tokens.split(rows), labels.split(rows), strict=True)
+    model.eval()
     right = [(model(some).argmax(-1) == wanted)[wanted != IGNORED] for some, wanted in parts]
+    model.train()
     return float(torch.cat(right).float().mean())
 
 
-Make = Callable[[dict[str, int]], Attention]
-"""From a context, in which the step is told, to the attention of the layer."""
+Make = Callable[[dict[str, int]], Attention | Sequence[Layer]]
+"""From a context, in which the step is told, to the attention of the layer, or to layers."""
 
 
 def train(
@@ -196,10 +217,11 @@ def train(
             group["lr"] = rate * min(1.0, step / 20, 1.05 - step / steps)
         tokens, labels = task.rows(batch, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-        loss.backward()
+        (loss + model.aux_loss()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        update(model)
         if step % every == 0 or step == steps:
             found = accuracy(model, *test, batch)
             on_score(step, found)

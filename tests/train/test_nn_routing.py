@@ -21,7 +21,7 @@ def layer(generator, **options):
 def test_centroids_follow_the_formulas_of_a_scalar_loop(shared, generator):
     made = layer(generator, kv_heads=2, shared=shared)
     x = torch.randn(2, 20, 16, generator=generator, dtype=torch.float64)
-    q, k = made._heads(x)
+    q, k = made.routed(x)
     mu, n, m = made.centroid.clone(), torch.zeros(2, 3).double(), torch.zeros(2, 3, 4).double()
     for h in range(2):
         for token in [*q[:, 2 * h : 2 * h + 2].reshape(-1, 4), *([] if shared else k[:, h].reshape(-1, 4))]:
@@ -68,7 +68,7 @@ def test_planted_clusters_are_found(generator):
     for _ in range(30):
         made(draw())
         made.update()
-    label = made._scores(made._heads(draw())[0]).argmax(2)[0, 0]
+    label = made._scores(made.routed(draw())[0]).argmax(2)[0, 0]
     assert all(len(label[kind[0] == c].unique()) == 1 for c in range(4)) and len(label.unique()) == 4
 
 

@@ -1,6 +1,17 @@
 """One command an experiment, a page for each kind; importing them registers them."""
 
-from . import claim, kernels, models, plans, tables, training, vision
+from . import claim, kernels, layers, models, plans, tables, training, vision
 from .app import RESULTS, experiments
 
-__all__ = ["RESULTS", "claim", "experiments", "kernels", "models", "plans", "tables", "training", "vision"]
+__all__ = [
+    "RESULTS",
+    "claim",
+    "experiments",
+    "kernels",
+    "layers",
+    "models",
+    "plans",
+    "tables",
+    "training",
+    "vision",
+]

@@ -25,6 +25,7 @@ from .lserve import LServe
 from .minference import MInference
 from .mminference import MMInference
 from .moa import MoA
+from .moba import MoBA
 from .mtraining import MTraining
 from .orion_msp import OrionMSP
 from .paro_attention import PAROAttention
@@ -68,6 +69,7 @@ __all__ = [
     "LastDense",
     "MInference",
     "MoA",
+    "MoBA",
     "Method",
     "PrefixLM",
     "Profile",

@@ -131,12 +131,17 @@ class RoutingAttention(Layer):
         self.count.fill_(1.0)
         self._seen = None
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normed queries [B, Hq, T, D] and keys [B, Hkv, T, D]."""
         q = nn.functional.layer_norm(self.split(self.query(x)), (self.head_dim,))
         if self.shared:
             return q, q[:, :: self.heads // self.kv_heads]
         return q, nn.functional.layer_norm(self.split(self.key(x)), (self.head_dim,))
+
+    def labels(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The clusters of queries `[B, Hq, T]` and of keys `[B, Hkv, T]` of x `[B, T, width]`, int64."""
+        q, k = (self._scores(y).argmax(2) for y in self.routed(x))
+        return q, k
 
     def _scores(self, x: Tensor) -> Tensor:
         """`x . mu` of every head and centroid, [B, H, C, T], without gradient."""
@@ -164,7 +169,7 @@ class RoutingAttention(Layer):
         self, x: Tensor, state: State | None, document: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """The layer's output, and what there is to note."""
-        q, k = self._heads(x)
+        q, k = self.routed(x)
         v = self.split(self.value(x))
         scores = [self._scores(y) for y in ((k, q) if not self.shared or k.shape != q.shape else (q,))]
         labels = [s.argmax(2) for s in scores]
@@ -276,7 +281,7 @@ class RoutingAttention(Layer):
     @torch.no_grad()
     def start(self, x: Tensor, *, iterations: int = 10) -> None:
         """Begin with the clusters of a batch `[B, T, width]`: k-means from tokens evenly apart."""
-        q, k = self._heads(x)
+        q, k = self.routed(x)
         groups = q.view(len(q), self.kv_heads, -1, self.head_dim).transpose(0, 1).flatten(1, 2)
         if not self.shared:
             groups = torch.cat([groups, k.transpose(0, 1).flatten(1, 2)], 1)

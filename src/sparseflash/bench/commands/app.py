@@ -29,6 +29,7 @@ EXPERIMENTS = (
     "generation",
     "indexer",
     "kernel-table",
+    "layers",
     "levels",
     "long-positions",
     "long-run",

@@ -1,0 +1,89 @@
+"""The command of what layers promise, in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparseflash.bench.commands.app import Data, floats, integers, known, words
+from sparseflash.errors import SparseFlashError
+
+from .app import RESULTS, experiments
+
+COLUMNS = {
+    "recall": ("case", "lr", "seed", "accuracy", "pairs", "active", "steps", "seconds"),
+    "weights": ("case", "seed", "accuracy", "share_sparse", "share", "seconds"),
+    "extrapolation": ("case", "seed", "bpb_512", "bpb_1024", "bpb_2048", "bpb_4096", "bpb_8192", "apart"),
+    "clusters": ("model", "layer", "T", "case", "clusters", "error", "error_mean", "ratio", "ms"),
+    "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
+    "times": ("case", "T", "ms", "slope", "over_dense", "rounds"),
+}
+"""Columns that are printed, by part."""
+
+
+@experiments.command("layers", rich_help_panel="Training and quality")
+def bench_layers(
+    part: Annotated[str, typer.Argument(help=f"One of {', '.join(COLUMNS)}.")],
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file of the rows, which goes on; layers-PART.csv by default.")
+    ] = None,
+    cases: Annotated[str, typer.Option(help="Of the part, separated by semicolons; by default all.")] = "",
+    data: Data = "",
+    images: Annotated[Path | None, typer.Option(help="Of weights: images in IDX format, .gz too.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Of weights: their labels, in IDX format.")] = None,
+    rates: Annotated[str, typer.Option(help="Learning rates of recall, with commas between.")] = "1e-2",
+    seeds: Annotated[str, typer.Option(help="Of weights and data; with commas between.")] = "0,1",
+    steps: Annotated[int, typer.Option(min=1, help="Of recall and extrapolation, at most.")] = 400,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of times.")] = 3,
+) -> None:
+    """Test what the layers of sf.nn promise. Minutes, row by row: rows that OUT has are not measured again.
+
+    recall asks for what was said once, of each layer beside a window and chance of as many pairs (40
+    minutes); weights trains N:M layers on images (5); extrapolation judges short training on long text (20);
+    clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10).
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session, show, watch
+    from sparseflash.train.data import named
+
+    from ..claim.rows import Job, measure, unfinished
+    from ..layers import clusters, extrapolation, recall, routing, times, weights
+    from ..pixels import read_idx
+
+    (part,) = known("part", COLUMNS, [part])
+    out = out or RESULTS / f"layers-{part}.csv"
+    all_cases: Mapping[str, Any] = {
+        "recall": recall.CASES,
+        "weights": weights.CASES,
+        "extrapolation": extrapolation.CASES,
+        "clusters": dict.fromkeys(clusters.FORMS),
+        "routing": dict.fromkeys(("planted", "bytes")),
+        "times": times.CASES,
+    }[part]
+    names, drawn = known("cases", all_cases, words(cases, ";")), integers(seeds, "0,1")
+    if part == "times":
+        session("layers", out, partial(times.measure, cases=names, rounds=rounds), COLUMNS[part])
+        return
+    jobs: list[Job]
+    if part == "recall":
+        jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, steps=steps)
+    elif part == "extrapolation":
+        jobs = extrapolation.jobs(named(data), cases=names, seeds=drawn, steps=steps)
+    elif part == "clusters":
+        jobs = clusters.jobs(forms=names, rounds=rounds)
+    elif part == "routing":
+        jobs = routing.jobs(named(data), cases=names, seeds=drawn)
+    elif images is None or labels is None:
+        raise SparseFlashError("weights learn from --images and --labels, in IDX format; give both")
+    else:
+        jobs = weights.jobs(read_idx(images), read_idx(labels), cases=names, seeds=drawn)
+    there = list(results.read(out)) if out.is_file() else []
+    rows = watch("layers", out, partial(measure, unfinished(jobs, there)), there)
+    show(rows, out, COLUMNS[part])
+    judge = {"recall": recall.verdict, "extrapolation": extrapolation.verdict}.get(part)
+    if judge:
+        print("\n".join(judge(rows)) or "every promise is kept")

@@ -1,0 +1,102 @@
+"""The experiments on layers, at sizes that say nothing: rows have what the pages read, controls are fair."""
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+
+from benchmarks.experiments import mqar
+from benchmarks.experiments.claim.rows import unfinished
+from benchmarks.experiments.layers import extrapolation, recall, routing, times, weights
+from sparseflash.bench.results import cell
+from sparseflash.errors import SparseFlashError
+from sparseflash.train import Corpus
+
+TEXT = Corpus([b"".join(b"line %d of a text, with %d changes.\n" % (i, i * i % 97) for i in range(2000))])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: waking a second thread costs more than it brings, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "case, pairs",
+    [("dense", 32.5), ("window of 16", 14.125), ("random 16", 14.125), ("dynamic mask of 16", 14.125),
+     ("combiner, segments of 8", 8.0), ("hybrid, none dense", 3.90625), ("lookups", None)],
+)  # fmt: skip
+def test_pairs_are_counted_as_the_layers_spend_them(case, pairs):
+    """By the formulas: sums of min(i + 1, w) over 64 queries; of i % c + 1 + i // c; and so on."""
+    model = mqar.Model(mqar.Task(), recall.CASES[case].make(0), width=recall.WIDTH, heads=recall.HEADS)
+    found = recall.look(model, mqar.Task())
+    assert found["pairs"] == pairs or pairs is None
+    if case == "lookups":
+        assert 0 < found["pairs"] < 2 * found["active"] * 32.5
+
+
+def test_random_keys_are_earlier_ones_and_the_own():
+    q = torch.randn(2, 4, 40, 8)
+    keep = recall.RandomKeys(6).select(q, q).plan.to_dense()
+    assert (keep.sum(-1) == torch.arange(1, 41).clamp(max=6)).all()
+    assert keep.diagonal(dim1=-2, dim2=-1).all() and not keep.triu(1).any()
+
+
+def test_a_layer_learns_to_recall_and_the_verdict_reads_the_best_rate():
+    task = mqar.Task(vocabulary=32, length=16, pairs=2)
+    make = recall.CASES["lookups"].make
+    _, found, _ = mqar.train(lambda _: make(0), task=task, rate=1e-2, steps=100, batch=64, width=64)
+    assert found > 0.3
+    rows = [{"case": "dense", "seed": 0, "accuracy": x} for x in (0.2, 1.0)]
+    assert recall.verdict(rows) == []
+    assert len(recall.verdict([{**rows[0], "case": "window of 16", "accuracy": 0.9}, rows[0]])) == 2
+
+
+def test_jobs_are_told_from_one_another():
+    jobs = recall.jobs(cases=["dense", "lookups"], rates=(1e-2, 3e-3), seeds=(0, 1))
+    rows = [{name: cell(x) for name, x in job.key.items()} for job in jobs[:3]]
+    assert unfinished(jobs, rows) == jobs[3:]
+
+
+def test_weights_learn_and_their_multiplications_are_counted():
+    x = torch.randint(0, 256, (200, 64), dtype=torch.uint8)
+    y = (x[:, :32].float().mean(1) > x[:, 32:].float().mean(1)).to(torch.uint8)
+    weights_ = weights.jobs(x, y, cases=list(weights.CASES), seeds=[0], epochs=40)
+    rows = {job.key["case"]: job.run() for job in weights_}
+    shares = {case: row["share_sparse"] for case, row in rows.items()}
+    assert shares == {
+        "dense": 1.0, "bdwp 2:8": 0.5, "bdwp 2:4": pytest.approx(2 / 3), "sr-ste 2:8": 0.5,
+        "one-sided 2:8": 0.75, "drawn 2:8": 0.5,
+    }  # fmt: skip
+    assert all(row["loss"] < 0.6 and row["share"] >= shares[case] for case, row in rows.items())
+    with pytest.raises(SparseFlashError, match="--images has 200 images, --labels 199"):
+        weights.jobs(x, y[1:], cases=["dense"], seeds=[0])
+
+
+def test_short_training_is_judged_at_every_length_and_streams_as_one_pass():
+    jobs = extrapolation.jobs(
+        TEXT, cases=["stick-breaking", "lightning"], seeds=[0], steps=2, length=64, lengths=(64, 256)
+    )
+    for job in jobs:
+        row = job.run()
+        assert row["streamed"] and row["apart"] < 1e-4 and row["bpb_64"] > 0 < row["bpb_256"]
+    good = {"case": "stick-breaking", "seed": 0, "bpb_512": 2.0, "bpb_2048": 2.02}
+    rotary = {**good, "case": "dense, rotary", "bpb_2048": 2.5}
+    assert extrapolation.verdict([good, rotary]) == []
+    assert len(extrapolation.verdict([{**good, "bpb_2048": 2.6}, rotary])) == 2
+
+
+def test_routing_finds_planted_clusters_and_chance_does_not(monkeypatch):
+    monkeypatch.setattr(routing, "STEPS", 20)
+    (job,) = routing.jobs(TEXT, seeds=[0], cases=["planted"])
+    row = job.run()
+    assert row["recall"] > 1.5 * row["recall_chance"] and 0.1 < row["kept"] < 0.5
+
+
+def test_times_have_a_slope():
+    rows = list(times.measure(cases=["dense", "lightning"], lengths=(32, 64), width=32, rounds=1))
+    assert [row["T"] for row in rows] == [32, 32, 64, 64]
+    assert rows[0]["slope"] is None and rows[2]["slope"] is not None and rows[3]["over_dense"] > 0
