@@ -24,8 +24,8 @@ import test_skipping
 import test_stats
 import test_stick_breaking
 import tolerance
-from harness import inputs, randn, run, unseen
-from sparseflash.backends.triton import stick
+from harness import inputs, randn, run, same_bits, unseen
+from sparseflash.backends.triton import launch, stick
 from sparseflash.backends.triton.launch import multiprocessors
 from sparseflash.backends.triton.softmax import packed
 from sparseflash.backends.triton.split import work_of
@@ -266,6 +266,39 @@ def wide() -> str:
     return f"wide heads: {worst:.2f} of what is allowed"
 
 
+def apart() -> str:
+    """dK and dV of launches of their own have the bits of those of one; AMD's wide fp32 is refused."""
+    generator = torch.Generator().manual_seed(6)
+    q, k, v, dout, dlse = inputs(generator, 20, 33, B=1, H=2, Hkv=1, D=24, Dv=40)
+    plan = sf.Plan.from_mask(torch.rand(1, 2, 20, 33, generator=generator) < 0.4, tile=16, unit=16)
+    bias = torch.randn(1, 2, 33, generator=generator)
+    given = {
+        "backend": "triton",
+        "dout": dout,
+        "dlse": dlse,
+        "key_bias": bias,
+        "softcap": 5.0,
+        "dropout_p": 0.2,
+    }
+    one, crowded = run(q, k, v, plan, dropout_seed=3, **given), launch.Arguments.crowded
+    launch.Arguments.crowded = True
+    try:
+        same_bits(run(q, k, v, plan, dropout_seed=3, **given), one)
+    finally:
+        launch.Arguments.crowded = crowded
+    q, k, v, dout, dlse = inputs(generator, 3, 3, B=1, H=1, Hkv=1, D=300, Dv=16)
+    card, launch.target = launch.target, lambda: ("hip", 0)
+    try:
+        run(q, k, v, sf.Plan.dense(3, 3), backend="triton", dout=dout)
+    except sf.BackendError as error:
+        assert "gradients of head dimension 300 in float32" in str(error), error
+    else:
+        raise AssertionError("not refused: gradients of wide heads in fp32 on an AMD card")
+    finally:
+        launch.target = card
+    return "dK and dV apart: the same bits"
+
+
 def main() -> None:
     """Every kind of plan for every seed."""
     parser = argparse.ArgumentParser()
@@ -297,7 +330,18 @@ def main() -> None:
             began = time.perf_counter()
             print(f"{kind}: {hold(seed, kind)} ({time.perf_counter() - began:.1f} s)", flush=True)
     if not first:
-        print(odd_units(), uneven(), large(), far(), partial(), skipping(), wide(), sep="\n", flush=True)
+        print(
+            odd_units(),
+            uneven(),
+            large(),
+            far(),
+            partial(),
+            skipping(),
+            wide(),
+            apart(),
+            sep="\n",
+            flush=True,
+        )
     print(poisoned(), flush=True)
 
 

@@ -72,7 +72,7 @@ def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, insi
     top, real = given_top(Q.top, token, real)
     at = token.to(tl.int64)
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
-    if not F.STATS:
+    if not F.STATS and F.ONLY != "dk":
         do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
     x, bent = logits(dot(C.k, tl.trans(q)), C.bias, R, F)
     if F.ALIBI:
@@ -94,24 +94,28 @@ def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, insi
     if F.STATS:
         db = gathered(db, p, 1, F)
     else:
-        left = p
-        if F.DROP:
-            left = tl.where(stays(X, token, real), p * X.scale, 0.0)
-        dv = dot(left.to(do.dtype), do, dv)
-        delta = tl.load(Q.delta + token, mask=real, other=0.0)  # late: registers are short before
-        of_weights = dot(C.v, tl.trans(do))
-        if F.DROP:
-            of_weights = tl.where(stays(X, token, real), of_weights * X.scale, 0.0)
-        ds = p * (of_weights - delta[None, :])
-        if RULES:
-            ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
-        if F.BIAS:
-            db += tl.sum(ds, 1)
-        if F.SOFTCAP:
-            ds *= 1.0 - bent * bent
+        if F.ONLY != "dk":
+            left = p
+            if F.DROP:
+                left = tl.where(stays(X, token, real), p * X.scale, 0.0)
+            dv = dot(left.to(do.dtype), do, dv)
+        if F.ONLY != "dv":
+            if F.ONLY == "dk":
+                do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
+            delta = tl.load(Q.delta + token, mask=real, other=0.0)  # late: registers are short before
+            of_weights = dot(C.v, tl.trans(do))
+            if F.DROP:
+                of_weights = tl.where(stays(X, token, real), of_weights * X.scale, 0.0)
+            ds = p * (of_weights - delta[None, :])
             if RULES:
-                ds = tl.where(p == 0.0, 0.0, ds)
-        dk = dot(ds.to(q.dtype), q, dk)
+                ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
+            if F.BIAS:
+                db += tl.sum(ds, 1)
+            if F.SOFTCAP:
+                ds *= 1.0 - bent * bent
+                if RULES:
+                    ds = tl.where(p == 0.0, 0.0, ds)
+            dk = dot(ds.to(q.dtype), q, dk)
     return dk, dv, db
 
 
@@ -156,9 +160,9 @@ def columns_kernel(
     )  # fmt: skip
     at = n.to(tl.int64)
     k = load_rows(head.k, at, k_row, k_lane, live, F.D, F.BD, True)
-    v = k if F.STATS else load_rows(head.v, at, v_row, v_lane, live, F.DV, F.BDV, True)
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BDV], tl.float32)
+    v = k if F.STATS or F.ONLY == "dv" else load_rows(head.v, at, v_row, v_lane, live, F.DV, F.BDV, True)
+    dk = tl.zeros([BN, 16 if F.ONLY == "dv" else BD], tl.float32)
+    dv = tl.zeros([BN, 16 if F.ONLY == "dk" else BDV], tl.float32)
     tokens = Tokens(
         Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
         q_seg_heads,
@@ -232,10 +236,13 @@ def columns_kernel(
                 dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, tile, p % CUTS,
                                   live & (member >= 0), WORDS, word, n % F.UNIT,
                                   Tq, q_rows, True, F.BITS, F)  # fmt: skip
-        if F.BIAS or F.STATS:
+        if (F.BIAS and F.ONLY != "dv") or F.STATS:
             tl.store(DBIAS + (b64 * H + h64) * Tk + token, db, mask=token >= 0)
     if not F.STATS:
         stored = live & (own >= 0)
         to = tl.where(stored, own, 0).to(tl.int64)
-        store_rows(DK + b64 * dk_batch + kv64 * dk_head, to, dk_row, dk_lane, stored, dk * scale, F.D, F.BD)
-        store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, stored, dv, F.DV, F.BDV)
+        if F.ONLY != "dv":
+            to_k = DK + b64 * dk_batch + kv64 * dk_head
+            store_rows(to_k, to, dk_row, dk_lane, stored, dk * scale, F.D, F.BD)
+        if F.ONLY != "dk":
+            store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, stored, dv, F.DV, F.BDV)

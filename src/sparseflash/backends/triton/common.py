@@ -69,6 +69,8 @@ class Flags(NamedTuple):
     """Whether sums (with PEAK maxima) of the weights are wanted, under a given lse, instead of results."""
     PEAK: bool = False
     DROP: bool = False
+    ONLY: str = ""
+    """What a kernel over keys makes of "dk" and "dv", where there are no registers for both."""
     SKIP: bool = False
     ALIBI: bool = False
     TAIL: int = 0

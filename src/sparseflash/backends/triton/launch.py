@@ -243,6 +243,15 @@ class Arguments:
                 f"without gradients {MAX_DIM}): use backend='reference'"
             )
 
+    def check_registers(self, what: str, most: int) -> None:
+        """Refuse float32 of more dimensions than AMD's registers hold."""
+        dim = max(self.switches["D"], self.switches["DV"])
+        if dim > most and self.named["Q"].dtype == torch.float32 and target()[0] == "hip":
+            raise BackendError(
+                f"{what} of head dimension {dim} in float32 do not run on 'triton' on an AMD card (up to "
+                f"{most} do): use bfloat16 or float16, or backend='reference'"
+            )
+
     @property
     def dim(self) -> int:
         """The larger of D and Dv, padded."""
@@ -270,6 +279,12 @@ class Arguments:
         """Whether the call has what takes many registers; dropout and ALiBi apart, which take some too."""
         has = self.switches
         return any(has[name] for name in _HEAVY) or (has["SPANS"] and has["UNITS"])
+
+    @property
+    def crowded(self) -> bool:
+        """Whether sums of dK and dV leave too few registers, so that each takes a launch of its own."""
+        wide = self.heavy and self.dim > 256 and self.named["Q"].element_size() == 2
+        return wide and target()[0] == "cuda" and target()[1] < 90
 
     @property
     def plain(self) -> bool:

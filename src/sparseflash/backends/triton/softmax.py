@@ -14,7 +14,7 @@ from ...plan import Plan
 from ...plan.options import TILE
 from ...plan.record import FLAT
 from ...plan.transpose import transpose_spans
-from .blocks import Blocks, fitting
+from .blocks import WHOLE, Blocks, fitting
 from .columns import columns_kernel
 from .launch import Arguments, found, multiprocessors, power_of_two, readers_of
 from .rows import rows_kernel
@@ -95,6 +95,7 @@ def forward(
         )
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
+    a.check_registers("results", WHOLE)
     a.drop(options.dropout, seed)
     a.lean(alibi_slopes)
     a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
@@ -206,6 +207,7 @@ def backward(
     dq = torch.zeros_like(q, dtype=wanted)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.check_whole("gradients")
+    a.check_registers("gradients", 256)
     a.drop(options.dropout, seed)
     a.lean(alibi_slopes)
     norm = norm.float().contiguous()
@@ -247,10 +249,12 @@ def launch_columns(a: Arguments, plan: Plan, dk: Tensor, dv: Tensor, dbias: Tens
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))
         columns = -(-plan.k_rows // blocks.keys)
-        columns_kernel[(programs * columns,)](
-            **named, **spans, **unit_readers(a, plan, blocks.keys), columns=columns,
-            GROUP=group or blocks.keys, F=a.flags(blocks, rows, min(32, rows)), **blocks.options(),
-        )  # fmt: skip
+        flags, units = a.flags(blocks, rows, min(32, rows)), unit_readers(a, plan, blocks.keys)
+        for only in ("dk", "dv") if a.crowded else ("",):
+            columns_kernel[(programs * columns,)](
+                **named, **spans, **units, columns=columns,
+                GROUP=group or blocks.keys, F=flags._replace(ONLY=only), **blocks.options(),
+            )  # fmt: skip
 
     if programs * plan.k_rows:
         fitting("columns", a.blocks("columns"), start)
