@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ LONG: Mapping[str, Method] = METHODS | {
 """From 8192 tokens on."""
 
 
+def methods_of(length: int) -> Mapping[str, Method]:
+    """What is tried at a length, by name."""
+    return LONG if length >= 8192 else METHODS
+
+
 def window_of(T: int, wanted: float) -> Method:
     """The window whose density over T tokens comes next to the one that is wanted."""
     width = next(w for w in range(1, T + 1) if (w * T - w * (w - 1) / 2) / (T * (T + 1) / 2) >= wanted)
@@ -85,13 +90,15 @@ def measure(
     threads: int = 0,
     text: Path | None = None,
     skip: int = 0,
+    cases: Sequence[str] = (),
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
     """One row a method: means over the layers of a capture, times of rounds in which all take turns.
 
-    With a text (from character `skip` on), `name` is a model, and layers 4, 15 and 21 are listened to.
+    Of `cases`, if any are named. With a text (from character `skip` on), `name` is a model, and layers 4, 15
+    and 21 are listened to.
     """
-    tried = LONG if length >= 8192 else METHODS
+    tried = {name: method for name, method in methods_of(length).items() if name in cases or not cases}
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

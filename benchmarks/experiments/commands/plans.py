@@ -103,7 +103,8 @@ def bench_coverage(
 
 @experiments.command("prefill", rich_help_panel=PANEL)
 def bench_prefill(
-    out: Out = RESULTS / "prefill.csv",
+    out: Kept = RESULTS / "prefill.csv",
+    cases: Annotated[str, typer.Option(help="Which methods, separated by semicolons; by default all.")] = "",
     capture: Annotated[str, typer.Option(help="A capture: its name or its file.")] = "smollm2",
     length: Length = 4096,
     rounds: Rounds = 5,
@@ -113,15 +114,22 @@ def bench_prefill(
     ] = None,
     skip: Annotated[int, typer.Option(help="Characters of the text to leave out.", min=0)] = 0,
 ) -> None:
-    """Prefill methods on SmolLM2's queries and keys: time, density, recall, error, beside two controls."""
+    """Prefill methods on SmolLM2's queries and keys: time, density, recall, error, beside two controls.
+
+    Rows of other cases of OUT stay.
+    """
+    from sparseflash.bench import results
     from sparseflash.bench.session import session
 
     from .. import prefill
 
+    names = known("cases", prefill.methods_of(length), words(cases, ";"))
+    there = results.read(out, "case") if out.is_file() else []
+    kept = [row for row in there if row["case"] not in names]
     columns = ("case", "density", "recall", "window_recall", "random_recall", "ms_select", "share", "gain")
     given = {"name": capture, "length": length, "rounds": rounds, "threads": threads}
-    given |= {"text": text, "skip": skip}
-    session("prefill", out, partial(prefill.measure, **given), columns)
+    given |= {"text": text, "skip": skip, "cases": names}
+    session("prefill", out, partial(prefill.measure, **given), columns, kept=kept)
 
 
 @experiments.command("ranks", rich_help_panel=PANEL)
