@@ -51,12 +51,15 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=[], help="for `prepare`: of `first`; all by default")
     parser.add_argument("--minutes", type=float, help="begin no task later than this; none by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--text", type=Path, help="a file or folder that models are trained on")
     parser.add_argument("--again", action="store_true", help="measure anew what is there already")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing, and stop")
     parser.add_argument("--write-table", action="store_true", help="from gpu-tune.csv; runs nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     options = parser.parse_args()
+    if options.text:
+        os.environ["SPARSEFLASH_TEXT"] = str(options.text.resolve())
     if options.write_table:
         return print(write_table(options.out / "gpu-tune.csv"))
     if options.dry_run and options.out == parser.get_default("out"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import conformance, kernels, scfa, training, tuning
+from . import conformance, kernels, quality, scfa, training, tuning
 from .task import Stage
 
 STAGES = {
@@ -18,6 +18,7 @@ STAGES = {
     "hash": Stage(scfa.hashed, 8, "SCFA: hash-sparse over length and buckets (E1, E1b), all included"),
     "qk": Stage(scfa.kept, 7, "SCFA: QK-sparse over length and dropped share (E3), all included"),
     "train": Stage(training.steps, 8, "SCFA: steps of the 122M model, dense against hash and QK (E9, E10)"),
+    "quality": Stage(quality.quality, 7, "loss of the 122M model: dense, window and hash, window and chance"),
     "tune": Stage(tuning.tune, 12, "blocks of the kernels by D, unit and dtype"),
     "sanitize": Stage(conformance.sanitize, 6, "compute-sanitizer: memcheck and racecheck", True),
 }

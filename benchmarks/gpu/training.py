@@ -2,13 +2,14 @@
 
 GPT-2's shape with its vocabulary: 12 layers of 12 heads of 64, learned positions, embeddings tied with the
 head, no biases, no dropout, and each key is its query, normalised. Batches of 4 x 8192 and 2 x 16384 tokens
-in bf16 under AdamW, as on each of the paper's cards. The text is the source of the installed Python library,
-as bytes: losses compare with one another, and with nothing else.
+in bf16 under AdamW, as on each of the paper's cards. The text is a file or the source of the installed Python
+library, as bytes: losses compare with one another, and with nothing else.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import statistics
 import sysconfig
 import time
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from sparseflash.bench.results import Row
 from sparseflash.train import Corpus
 from sparseflash.train.attention import Attention, build
+from sparseflash.train.data import load
 
 from . import rivals
 from .device import AHEAD, DEVICE, DRY, DTYPE, wait
@@ -53,9 +55,12 @@ def task(T: int, batch: int, name: str, steps: int = STEPS) -> Task:
 
 
 @functools.cache
-def _corpus() -> Corpus:
+def corpus() -> Corpus:
+    """The text: a file or folder where one was named, or the source of the installed Python library."""
+    if named := os.environ.get("SPARSEFLASH_TEXT"):
+        return load(named)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return Corpus([path.read_bytes() for path in files])
+    return Corpus([path.read_bytes() for path in files], "the Python library")
 
 
 class Layer(nn.Module):
@@ -94,13 +99,14 @@ class Paper(nn.Module):
                 deep = (2 * len(attention)) ** -0.5 if name.endswith(("output.weight", "down.weight")) else 1
                 nn.init.normal_(weight, std=0.02 * deep)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss in nats of targets [B, T]."""
+    def forward(self, tokens: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """The loss in nats of targets [B, T], as cross-entropy reduces it."""
         words, places = self.embed
         x = words(tokens) + places.weight[: tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
-        return F.cross_entropy(F.linear(self.norm(x), words.weight).flatten(0, 1).float(), targets.flatten())
+        guess = F.linear(self.norm(x), words.weight).flatten(0, 1).float()
+        return F.cross_entropy(guess, targets.flatten(), reduction=reduction)
 
 
 def _attention(name: str, context: dict[str, int]) -> list[Attention]:
@@ -111,36 +117,60 @@ def _attention(name: str, context: dict[str, int]) -> list[Attention]:
     return [build(method, options, seed=n, tied=True, context=context) for n in range(LAYERS)]
 
 
-def _steps(T: int, batch: int, name: str, steps: int) -> Iterator[Row]:
-    torch.manual_seed(0)
-    context, corpus = {"step": 0}, _corpus()
-    model = Paper(T, WIDTH, HEADS, _attention(name, context)).to(DEVICE)
-    if AHEAD:  # autocast knows no such device
-        tokens = torch.zeros(batch, T, dtype=torch.long, device=DEVICE)
-        model.to(DTYPE)(tokens, tokens).backward()
-        return
-    light = [p for n, p in model.named_parameters() if "norm" in n or "embed" in n]
-    heavy = [p for n, p in model.named_parameters() if not ("norm" in n or "embed" in n)]
-    groups = [{"params": light, "weight_decay": 0.0}, {"params": heavy, "weight_decay": 0.1}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
-    times, losses = [], []
-    for step in range(steps):
-        tokens, targets = (x.to(DEVICE) for x in corpus.batch(0, step, slice(0, batch), batch, T))
-        context["step"] = step
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / (WARM + 1))
+class Training:
+    """A model on the device, its optimiser, and the batches of a text."""
+
+    def __init__(
+        self, T: int, batch: int, attention: list[Attention], context: dict[str, int], warm: int = WARM
+    ) -> None:
+        torch.manual_seed(0)
+        self.T, self.batch, self.context, self.warm = T, batch, context, warm
+        self.corpus, self.model = corpus(), Paper(T, WIDTH, HEADS, attention).to(DEVICE)
+        named = dict(self.model.named_parameters())
+        light = {name for name in named if "norm" in name or "embed" in name}
+        groups = [
+            {"params": [p for name, p in named.items() if (name in light) == of_light], "weight_decay": decay}
+            for of_light, decay in ((True, 0.0), (False, 0.1))
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+    def _losses(self, tokens: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        tokens, targets = tokens.to(DEVICE), targets.to(DEVICE)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=not DRY):  # the interpreter has no bf16
+            return self.model(tokens, targets, reduction)
+
+    def step(self, number: int) -> tuple[float, float]:
+        """One step: its milliseconds, and its loss."""
+        tokens, targets = self.corpus.batch(0, number, slice(0, self.batch), self.batch, self.T)
+        self.context["step"] = number
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (number + 1) / (self.warm + 1))
         wait()
         began = time.perf_counter()
-        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=not DRY):  # the interpreter has no bf16
-            loss = model(tokens, targets)
+        loss = self._losses(tokens, targets, "mean")
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         wait()
-        times.append((time.perf_counter() - began) * 1e3)
-        losses.append(loss.item())
+        return (time.perf_counter() - began) * 1e3, loss.item()
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What each target [B, T] costs, in nats; on the CPU."""
+        return self._losses(tokens, targets, "none").view(targets.shape).cpu()
+
+
+def _steps(T: int, batch: int, name: str, steps: int) -> Iterator[Row]:
+    context = {"step": 0}
+    attention = _attention(name, context)
+    if AHEAD:  # autocast knows no such device
+        tokens = torch.zeros(batch, T, dtype=torch.long, device=DEVICE)
+        Paper(T, WIDTH, HEADS, attention).to(DEVICE, DTYPE)(tokens, tokens).backward()
+        return
+    run = Training(T, batch, attention, context)
+    times, losses = zip(*(run.step(step) for step in range(steps)), strict=True)
     ms = statistics.median(times[min(WARM, steps // 2) :])
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in run.model.parameters())
     yield {
         "model": f"GPT-2, {LAYERS} x {WIDTH}, {HEADS} heads, learned positions, keys are normalised queries",
         "weights": weights, "steps": steps, "ms": ms, "tokens_per_s": batch * T / ms * 1e3,

@@ -20,7 +20,9 @@ pytest.importorskip("safetensors")
 from sparseflash.bench.results import read
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("check", "device", "dense", "blocks", "decode", "hash", "qk", "train", "tune", "sanitize")
+TIMED = ("dense", "blocks", "decode", "hash", "qk", "train", "quality", "tune")
+STAGES = ("check", "device", *TIMED, "sanitize")
+QUALITY = ("dense", "window 8 + hash", "window 8 + random")
 
 
 def script(*arguments: object) -> str:
@@ -41,6 +43,9 @@ def test_every_stage_walks_through_in_the_interpreter(tmp_path):
         assert all(row["gpu"] == "interpreter" and row["triton"] and row["git"] is not None for row in rows)
     assert {row["case"] for row in read(tmp_path / "gpu-qk.csv")} == {"math, dense", "qk, 50% dropped"}
     assert all(float(row["ms"]) > 0 for row in read(tmp_path / "gpu-train.csv"))
+    trained = read(tmp_path / "gpu-quality.csv")
+    assert [(row["case"], row["step"]) for row in trained] == [(x, n) for x in QUALITY for n in ("2", "4")]
+    assert all(0 < float(row["bits_per_byte"]) < 20 for row in trained)
 
 
 def test_the_model_of_the_train_stage_is_the_papers(monkeypatch):
