@@ -1,5 +1,6 @@
 """The demo's report: complete, self-contained, and true to its figures."""
 
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
@@ -160,6 +161,23 @@ def test_labels_of_equal_lines_do_not_overlap():
     assert len(at) == 8
     assert min(b - a for a, b in zip(at, at[1:])) >= 15.9
     assert at[-1] <= chart.HEIGHT
+
+
+def test_the_names_of_bars_have_room_and_bars_too():
+    label = "half dropped on both sides, forward + backward, bf16"
+    drawn = svg(chart.bars([(label, 2.0), ("dense", 1.0)], x_label="times"))
+    at = next(float(t.get("x")) for t in drawn.iter("text") if t.text == label)
+    assert at >= 7.5 * len(label)  # letters of 14 px, ending there
+    assert [float(b.get("width")) > 100 for b in drawn.iter("rect")] == [True, True]
+
+
+def test_a_narrow_page_scrolls_its_charts_and_shows_that_it_does():
+    """At 390 px a chart would be drawn at less than half its size: letters of 6 px."""
+    style = re.search(r"<style>(.*?)</style>", render(result()), re.DOTALL)[1]
+    least = float(re.search(r"\.chart {[^}]*min-width: ([\d.]+)rem", style)[1]) * 16
+    letters = float(re.search(r"\.chart {[^}]*font: (\d+)px", style)[1])
+    assert letters * least / chart.WIDTH >= 11
+    assert re.search(r"\.scroll, figure {[^}]*overflow-x: auto;[^}]*\blocal\b", style)
 
 
 def test_one_point_and_no_points_are_drawn_too():

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 760, 400
-LEFT, RIGHT, TOP, BOTTOM = 58, 190, 14, 44
-LETTER = 7
+LEFT, RIGHT, TOP, BOTTOM = 66, 190, 14, 48
+LETTER = 9
 """What a letter of a label may take: lines are named at their ends, whatever the fonts of the reader."""
 
 
@@ -91,7 +91,8 @@ def bars(
     """Draw horizontal bars with their values behind them; `mark` is a line across all."""
     if not values:
         return "<p>Nothing was measured.</p>"
-    left, step, tail = 330, 22, 60
+    step, tail = 22, 60
+    left = 16 + (LETTER - 1) * max(len(label) for label, _ in values)
     height = step * len(values) + 30
     axis = _Axis(0.0, max(mark or 0.0, *(x for _, x in values)) or 1.0, left, WIDTH - tail, log=False)
     name = html.escape(x_label)
@@ -122,7 +123,7 @@ def alone(svg: str) -> str:
 _STYLE = (
     "svg{--soft:#5b6675;--rule:#e3e5e8;--dense:#334155;--naive:#a0aab8;--reformer:#d97706;"
     "--hash-1:#8ab8fb;--hash-2:#3b82f6;--hash-3:#1e40af;--qk-1:#7ad8b0;--qk-2:#10a874;--qk-3:#04694b;"
-    "font:12px system-ui,sans-serif}"
+    "font:14px system-ui,sans-serif}"
     "@media(prefers-color-scheme:dark){svg{--soft:#97a3b3;--rule:#2a323d;--dense:#e2e8f0;--naive:#66758a;"
     "--reformer:#f5b546;--hash-1:#2f62c9;--hash-2:#6aa5f8;--hash-3:#bcd7fe;--qk-1:#0d8059;--qk-2:#3fd19b;"
     "--qk-3:#b0f3d6}}"
@@ -184,7 +185,7 @@ def _ticks_log(axis: _Axis) -> list[float]:
     return ticks if len(ticks) <= 10 else [t for t in ticks if f"{t:e}".startswith("1")]
 
 
-def _spread(ends: list[tuple[float, Line]], gap: float = 16.0) -> list[tuple[float, Line]]:
+def _spread(ends: list[tuple[float, Line]], gap: float = 17.0) -> list[tuple[float, Line]]:
     """Move labels apart until none overlap, keeping their order and staying on the page."""
     ends = sorted(ends, key=lambda end: end[0])
     at = [y for y, _ in ends]
