@@ -257,6 +257,36 @@ def test_a_text_is_read_in_chunks_and_questions_that_are_not_kept(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", ["greedy", "beams", "prompt lookup"])
+def test_keys_in_a_file_give_the_tokens_of_the_stock_model(model, way, tmp_path):
+    mask = torch.ones_like(PROMPT)
+    mask[-1, :9] = 0
+    stock = generated(model, PROMPT, way, attention_mask=mask)
+    for given in ({}, {"decode": sf.methods.Quest(budget=10**6)}):
+        with sf.transformers.sparse(model, cache=sf.cache.Offload(tmp_path), **given):
+            assert torch.equal(stock, generated(model, PROMPT, way, attention_mask=mask))
+
+
+@torch.no_grad()
+def test_of_keys_in_files_a_method_reads_what_it_chooses(model, tmp_path):
+    """The upper layer alone lies in a file; and in a chain of files each layer knows the next."""
+    quest = sf.methods.Quest(budget=8, page=4)
+    runs = []
+    for cache in (None, {1: sf.cache.Offload(tmp_path)}, sf.cache.Offload(tmp_path)):
+        with sf.transformers.sparse(model, decode=quest, cache=cache):
+            kept = DynamicCache()
+            model(PROMPT, past_key_values=kept)
+            logits = [model(PROMPT[:, n : n + 1], past_key_values=kept).logits for n in range(4)]
+        runs.append(torch.stack(logits))
+        kinds = [type(layer).__name__ for layer in kept.layers]
+        if cache is not None:
+            assert kinds == ["Growing" if isinstance(cache, dict) else "Offloaded", "Offloaded"]
+            assert kept.layers[1].reads.bytes > 0
+    assert kept.layers[0].following is kept.layers[1]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+@torch.no_grad()
 def test_turns_of_a_chat_choose_rounds_in_one_layer_for_those_above_it(model):
     """Two turns, then tokens: with all rounds the logits of the stock model; else upper layers read less."""
     method = sf.methods.RoundAttention(watershed=0, share=1.0)

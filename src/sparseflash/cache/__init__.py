@@ -12,6 +12,7 @@ from .compressed import Compressed, Compression, Int8, Mustafar
 from .evicting import Evicting
 from .files import load, save
 from .growing import Growing
+from .offloaded import Offload, Offloaded, Reads
 from .policies.adakv import AdaKV
 from .policies.base import Everything, Held, Policy, policies, policy
 from .policies.citrus import Citrus
@@ -45,10 +46,13 @@ __all__ = [
     "Layer",
     "MoA",
     "Mustafar",
+    "Offload",
+    "Offloaded",
     "PageBounds",
     "PageMean",
     "Policy",
     "PyramidKV",
+    "Reads",
     "SnapKV",
     "StreamingLLM",
     "Summary",

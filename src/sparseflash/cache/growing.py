@@ -158,6 +158,9 @@ class Growing(Layer):
             self._summaries[of] = Kept(of)
         return self._summaries[of].upto(self._keys[:, :, : self._tokens], self.first)
 
+    def expect(self, *plans: Plan) -> None:
+        """Told what is read next: nothing to do for keys in memory."""
+
     def remembered(
         self, key: Hashable, tokens: int, make: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:

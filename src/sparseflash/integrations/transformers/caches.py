@@ -11,14 +11,25 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from ...cache import Attended, Compressed, Compression, Everything, Evicting, Growing, Layer, Policy
+from ...cache import (
+    Attended,
+    Compressed,
+    Compression,
+    Everything,
+    Evicting,
+    Growing,
+    Layer,
+    Offload,
+    Offloaded,
+    Policy,
+)
 from ...errors import SparseFlashError
 from .mask import SparseMask
 
 CacheLayerMixin.register(Layer)
 
-Kept = Policy | Compression
-"""What says how much of the past a layer keeps."""
+Kept = Policy | Compression | Offload
+"""What says how much of the past a layer keeps, or where."""
 Make = Callable[[int], Layer]
 """A layer for the attention layer of that number."""
 
@@ -40,15 +51,21 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
     for number, policy in policies.items():
         if not isinstance(policy, Kept) or number not in range(layers):
             raise SparseFlashError(
-                f"cache={{{number!r}: {policy!r}}}: expected a policy or a compression, such as "
-                f"sf.cache.SnapKV() or sf.cache.Mustafar(), or a mapping from the numbers of layers, "
-                f"0..{layers - 1}, to such"
+                f"cache={{{number!r}: {policy!r}}}: expected a policy, a compression or where to offload, "
+                f"such as sf.cache.SnapKV(), sf.cache.Mustafar() or sf.cache.Offload(folder), or a mapping "
+                f"from the numbers of layers, 0..{layers - 1}, to such"
             )
 
     ropes = {n: rope_of(model, n) for n, how in policies.items() if isinstance(how, Policy) and how.renumber}
 
+    others = None if any(isinstance(how, Offload) for how in policies.values()) else Everything()
+
     def make(index: int) -> Layer:
-        how = policies.get(index, Everything())
+        how = policies.get(index, others)
+        if how is None:
+            return Growing()
+        if isinstance(how, Offload):
+            return Offloaded(how)
         if isinstance(how, Compression):
             return Compressed(how)
         return Evicting(how, layer=index, layers=layers, rope=ropes.get(index))
@@ -88,7 +105,8 @@ def roomy(cache: Any, config: Any) -> None:
     make = make or _growing
     if cache.layer_class_to_replicate is DynamicLayer and not layers:
         cache.layer_class_to_replicate = _Counted(cache, make)
-    layers[:] = [make(n) if type(layer) is DynamicLayer else layer for n, layer in enumerate(layers)]
+    for n, layer in enumerate(layers):
+        layers[n] = _behind(layers[:n], make(n)) if type(layer) is DynamicLayer else layer
 
 
 def rope_of(model: Any, layer: int) -> Tensor:
@@ -239,4 +257,11 @@ class _Counted:
         self.layers, self.make = cache.layers, make
 
     def __call__(self) -> Layer:
-        return self.make(len(self.layers))
+        return _behind(self.layers, self.make(len(self.layers)))
+
+
+def _behind(layers: list[Layer], new: Layer) -> Layer:
+    """A layer that the last one before it, if both lie in files, knows as the next to be read."""
+    if isinstance(new, Offloaded) and layers and isinstance(layers[-1], Offloaded):
+        layers[-1].following = new
+    return new

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...cache import Growing
 from ...errors import SparseFlashError
 from ...methods.base import UNREAD, Method, Selection, find, names
+from ...methods.reading import kept_of
 from ...methods.session import Session
 from ...plan.options import same_offset
 from .._host import exact, over
@@ -258,6 +259,8 @@ class Setting:
         self._at_their_place(method, selection.plan, mask)
         plans = tuple(self._within(method, one, mask) for one in selection.plan)
         selection = dataclasses.replace(selection, plan=plans)
+        if (cache := kept_of({"cache": self.kept}, k)) is not None:
+            cache.expect(*plans)
         if self.watch is not None:
             self.watch(method, heads, q, k, method.shown(q, k, selection, ctx), mask.plan)
         return over(session, q, k, v, selection, options, ctx)
