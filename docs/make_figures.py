@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from sparseflash import fusion
-from sparseflash.bench import figures
+from sparseflash.bench import board, figures
 from sparseflash.bench.results import read
 from sparseflash.files import write
 
@@ -495,6 +495,49 @@ def prompt_losses() -> str:
     return table(["method", "kept", "recall", *said, "question", "middle", "lone"], body)
 
 
+def board_best() -> str:
+    """What to take at each budget, from the board: the methods that lose least and beat both controls."""
+    found = board.lines(rows("board"))
+    parts = []
+    for model, tokens in dict.fromkeys((x.model, x.tokens) for x in found):
+        for phase, title in (("prompt", "Prompts"), ("decode", "Caches and decoding")):
+            own = [x for x in found if (x.phase, x.model, x.tokens) == (phase, model, tokens)]
+            body = []
+            for budget in sorted({x.budget for x in own} - {1}):
+                each = sorted((x for x in own if x.budget == budget), key=lambda x: x.figures["kl"])
+                named = {x.case: f"{x.case} ({x.figures['kl']:.2g} at {x.figures['kept']:.2f})" for x in each}
+                good = [named[x.case] for x in each if x.beats][:5]
+                control = [named[x] for x in board.CONTROLS[phase] if x in named]
+                bad = [x.case for x in each if x.beats is False] or ["none"]
+                body.append([f"1/{budget}", *map(", ".join, (good, control, bad))])
+            if body:
+                texts = max(x.texts for x in own)
+                sure = board.agreement(rows("board"), phase, model, tokens)
+                says = f", {texts} texts" + ("" if sure is None else f", rank correlation of two {sure:.2f}")
+                head = ["budget", "least KL (at what is kept)", "controls", "does not beat both"]
+                parts.append(f"**{title}: {model}, {tokens:,} tokens{says}**\n\n{table(head, body)}")
+    return "\n\n".join(parts)
+
+
+def board_tasks() -> str:
+    """Which questions about a long document are still answered, of the kinds that tell methods apart."""
+    own = [row for row in rows("board") if row["phase"] == "task"]
+    parts = []
+    for model, tokens in dict.fromkeys((row["model"], row["tokens"]) for row in own):
+        here = [row for row in own if (row["model"], row["tokens"]) == (model, tokens)]
+        right = {(row["case"], row["text"]): float(row["right"]) for row in here}
+        kinds = list(dict.fromkeys(row["text"] for row in here))
+        told = [kind for kind in kinds if board.tells(right, kind)]
+        body = [
+            [case, *(f"{right[case, kind]:.0%}" if (case, kind) in right else "" for kind in told)]
+            for case in dict.fromkeys(row["case"] for row in here)
+        ]
+        dropped = ", ".join(kind for kind in kinds if kind not in told) or "none"
+        says = f"**{model}, {int(tokens):,} tokens.** Kinds that random keys answer as well: {dropped}."
+        parts.append(f"{says}\n\n{table(['method', *told], body)}")
+    return "\n\n".join(parts)
+
+
 def caches() -> str:
     """What caches lose that keep or read few keys, by budget; where a control is as good, in brackets."""
     found, shares = rows("caches"), ("1/2", "1/4", "1/8", "1/16")
@@ -813,6 +856,8 @@ BLOCKS = {
     "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
     "caches": caches,
+    "board": board_best,
+    "board-tasks": board_tasks,
 }
 
 

@@ -22,6 +22,7 @@ from sparseflash import files, nn, options
 from sparseflash import methods as registry
 from sparseflash.bench.commands import bench, generation, prompts
 from sparseflash.bench.commands.app import call
+from sparseflash.bench.commands.board import board
 from sparseflash.errors import SparseFlashError
 from sparseflash.train.attention import FLAGS, cli_options
 from sparseflash.train.config import TrainConfig
@@ -261,7 +262,7 @@ def demo(
 
 
 app.add_typer(bench, name="bench")
-for _command in (prompts.prefill, generation.generate, prompts.recommend, prompts.calibrate):
+for _command in (prompts.prefill, generation.generate, prompts.recommend, prompts.calibrate, board):
     app.command(rich_help_panel="Long prompts of real models")(_command)
 
 
