@@ -24,7 +24,9 @@ def board(
     tasks: Annotated[
         str, typer.Option(help="Kinds of questions about a long document, or all; none: no questions.")
     ] = "",
-    task_budget: Annotated[int, typer.Option(help="The budget at which questions are asked.")] = 8,
+    task_budget: Annotated[
+        int, typer.Option(min=2, max=16, help="The budget at which questions are asked.")
+    ] = 8,
     skip: Annotated[int, typer.Option(min=0, help="Characters of each text that come before.")] = 0,
     dtype: Dtype = "fp32",
     minutes: Minutes = 0,
