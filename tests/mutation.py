@@ -34,10 +34,11 @@ AREAS = {
     "plan": (
         "plan/test_*.py",
         *(f"ops/test_{name}.py" for name in ("semantics", "attention", "decode", "varlen", "jagged")),
+        "methods/test_hash_sparse.py",
         "support/test_errors.py",
     ),
     "methods": ("methods/test_*.py", "train/test_reformer.py"),
-    "integrations/transformers": ("hosts/test_transformers*.py",),
+    "integrations/transformers": ("hosts/test_transformers*.py", "hosts/test_pretrained.py"),
 }
 """Parts of the library, each with the tests that are about it."""
 EQUAL = HERE / "mutation_equal.csv"

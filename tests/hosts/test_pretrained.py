@@ -387,3 +387,13 @@ def test_windows_of_gemma_hide_needles_that_its_global_layers_see(books):
     found = needles.plant(q, k, "question", torch.Generator().manual_seed(0), scale=0.0625)
     assert found.kept(sf.Plan.dense(2048, 2048, causal=True)).min() > 0.99
     assert found.kept(sf.Plan.dense(2048, 2048, causal=True, window=(511, 0))).max() < 0.01
+
+
+def test_the_folder_of_models_is_made_once_and_found_again(tmp_path, monkeypatch):
+    from sparseflash.integrations.transformers import pretrained
+
+    monkeypatch.setenv("SPARSEFLASH_CACHE", str(tmp_path / "far" / "away"))
+    first = pretrained._cache()
+    (first / "kept").write_text("")
+    assert pretrained._cache() == first and first.parent == tmp_path / "far" / "away"
+    assert (first / "kept").exists() and first.stat().st_mode & 0o077 == 0

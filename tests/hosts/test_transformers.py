@@ -212,6 +212,12 @@ SEEN = torch.ones(5, 7, dtype=torch.bool).tril(2).expand(2, 1, 5, 7)
 ADDED = torch.zeros(2, 1, 5, 7).masked_fill(~SEEN, torch.finfo(torch.float32).min)
 
 
+def test_the_rows_of_a_mask_have_its_batch():
+    mask = SparseMask(sf.Plan.dense(5, 7, causal=True, q_offset=2), 3, causal=True, offset=2)
+    rows = mask[:, 0, :, :]
+    assert rows.shape == (3, 5, 7) and torch.equal(rows.to_dense(), mask.to_dense()[:, 0])
+
+
 def own_mask():
     return SparseMask(
         sf.Plan.dense(5, 7, causal=True, q_offset=2), 2, causal=True, offset=2, owner="some-model"

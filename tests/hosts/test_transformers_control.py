@@ -348,3 +348,13 @@ def test_verify_names_the_first_layer_that_differs():
     assert one.config._attn_implementation == "eager"
     with sf.transformers.sparse(one, prefill=WINDOW):  # what is set elsewhere does not matter
         sf.transformers.verify(one, **inputs)
+
+
+@pytest.mark.parametrize(("numbers", "want"), [((5, 2), (5, 2)), ((3, 3), (0, 1)), ((None, 4), (0, 1))])
+def test_layers_have_their_own_numbers_where_these_tell_them_apart(numbers, want):
+    """Hybrid models number all their layers, of which few attend."""
+    one = tiny("llama")
+    layers = [x.module for x in sf.transformers.attention_layers(one)]
+    for layer, number in zip(layers, numbers):
+        layer.layer_idx = number
+    assert tuple(x.index for x in sf.transformers.attention_layers(one)[:2]) == want

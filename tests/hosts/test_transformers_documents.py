@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import sys
 
 import pytest
 import torch
@@ -369,3 +370,34 @@ def test_an_indexer_chooses_among_the_keys_of_a_document_by_its_edges():
         want = everywhere(one, "eager")(input_ids=ids, attention_mask=mask, use_cache=False).logits
         got = everywhere(one, "sparse")(input_ids=ids, cu_seq_lens_q=cu, cu_seq_lens_k=cu, use_cache=False)
     close(got.logits, want)
+
+
+def test_what_a_model_got_by_name_is_read_off_its_own_frames_and_those_of_its_heads():
+    """A call is several frames of one module; a head that it is the base of is heard, no one else."""
+    from sparseflash.integrations.transformers.documents import _named
+
+    def ask():
+        return {tuple(sorted(x)) for x in _named(sys._getframe())}
+
+    class Base(torch.nn.Module):
+        def forward(self, given=None, **kwargs):
+            return ask()
+
+        def decorated(self, *args, **kwargs):
+            return self.forward(*args, **kwargs)
+
+    class Head(torch.nn.Module):
+        def __init__(self, base, own):
+            super().__init__()
+            self.base, self.own = base, own
+
+        @property
+        def base_model(self):
+            return self.base if self.own else self
+
+        def forward(self, **kwargs):
+            return self.base.decorated(given=1, inner=2)
+
+    inside = {("inner",), ("given", "inner")}
+    assert Head(Base(), True)(outer=3) == inside | {("outer",)}
+    assert Head(Base(), False)(outer=3) == inside

@@ -177,3 +177,15 @@ def test_settings_that_do_not_fit_the_heads_are_refused(generator):
         sf.methods.Window(window=(4, 0, 4, 4))
     with pytest.raises(SparseFlashError, match="one value for each query head"):
         sf.methods.SinkWindow(window=(4, 8), sink_tokens=(1, 2, 3))
+
+
+@pytest.mark.parametrize("count", [2, 5, 130])
+def test_queries_over_a_cache_choose_the_pages_that_each_would_alone(count, generator):
+    q, k, _, _, _ = inputs(generator, count, 190, H=4, Hkv=2)
+    method = sf.methods.Quest(budget=24, page=8)
+    at = 190 - count
+    plan = method.select(q, k, {"q_offset": at}).plan
+    assert float(plan.kept) < 0.6
+    for n in {0, 1, count // 2, count - 1}:
+        one = method.select(q[:, :, n : n + 1], k, {"q_offset": at + n}).plan
+        assert torch.equal(plan.to_dense()[:, :, n], one.to_dense()[:, :, 0])

@@ -383,6 +383,14 @@ def test_boundary_heads_have_a_pattern_for_each_modality(two, generator):
     assert torch.equal(twice[1:], one)
 
 
+def test_tiles_of_a_modality_are_hardly_more_than_its_tokens_need(generator):
+    q, k = normal(generator, 1, 1, 700, 16), normal(generator, 1, 1, 700, 16)
+    method = sf.methods.MMInference("q-boundary", 9, 9, 16)
+    plan = method.select(q, k, {"modality": (torch.arange(700) % 40 < 20)[None].int()}).plan
+    rows = max(one.q_rows for one in (plan if isinstance(plan, tuple) else (plan,)))
+    assert rows <= 700 + 3 * 128  # a tile that is not full for each modality, and the last one
+
+
 @pytest.mark.parametrize("pattern", ["q-boundary", "2d-boundary"])
 def test_any_labels_are_dense_at_full_budget_and_a_question_finds_its_frame(pattern, generator):
     q, k = normal(generator, 2, 4, 200, 16), normal(generator, 2, 2, 200, 16)

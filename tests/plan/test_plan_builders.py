@@ -70,6 +70,17 @@ def test_units_are_listed_alike(both, generator, Tq, Tk, tile, unit, causal):
         both(lambda offset=offset: Plan.from_keys(some, q_offset=offset, **grid))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_no_list_names_a_unit_that_is_none_even_behind_its_end(native, generator, monkeypatch):
+    if not native:
+        monkeypatch.setattr(cpu.lists, "ROOM", 0)
+        monkeypatch.setenv("SPARSEFLASH_BACKEND", "reference")
+    some = torch.randint(-1, 4, (2, 3, 2, 5), generator=generator)
+    plan = Plan.from_keys(some, Tq=200, Tk=512, tile=128, unit=128, capacity=4)
+    assert plan.room == 4 and int(plan.index.min()) >= 0 and int(plan.index.max()) < 4
+    assert int((some < 0).sum()) > 0 < int((plan.count < 4).sum())
+
+
 def test_units_far_apart_are_sorted_across_the_words_of_the_set(both, generator):
     some = torch.randint(0, 1 << 20, (1, 1, 3, 200), generator=generator)
     plan = both(lambda: Plan.from_keys(some, Tq=3, Tk=1 << 20))

@@ -51,6 +51,17 @@ def test_a_part_is_the_mask_of_the_part(kind, seed, ways):
     assert torch.equal(*torch.broadcast_tensors(got, plans._spread(want, heads))), (example.line, ways)
 
 
+@pytest.mark.parametrize("left", [3, 4, 5])
+def test_tiles_are_not_joined_over_a_key_that_only_the_first_lists(left):
+    """Key 1 lies 4 before query 5, whose tile does not list it: the window alone may hide it or not."""
+    spans = torch.tensor([[[[[0, 2]], [[4, 8]]]]])
+    plan = Plan.from_spans(spans, Tq=8, Tk=8, tile=4, causal=True).with_rules(window=(left, 0))
+    some = torch.tensor([1, 5])
+    part = plan.restrict(some).check()
+    assert torch.equal(part.to_dense(), plan.to_dense()[..., some, :])
+    assert part.tiles == (1 if left < 4 else 2)
+
+
 @pytest.mark.parametrize(
     ("kind", "way"),
     [
