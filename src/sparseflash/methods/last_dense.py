@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..errors import SparseFlashError
 from ..plan import Plan, Plans
+from ..plan.options import multiple
 from .base import Context, Method, Selection, check_counts
 
 
@@ -74,7 +74,7 @@ class LastDense(Method):
         if selection.skip_below is not None:
             raise SparseFlashError(f"{self.method!r} lets the kernel skip blocks of any row: none are dense")
         own = selection.plan if isinstance(selection.plan, (tuple, list)) else (selection.plan,)
-        Tq, Tk, tile = q.shape[2], k.shape[2], math.lcm(*(plan.tile for plan in own))
+        Tq, Tk, tile = q.shape[2], k.shape[2], multiple(*(plan.tile for plan in own))
         first = max(0, Tq - self.rows) // tile * tile
         ends = torch.zeros(-(-Tq // tile), 1, 2, dtype=torch.int64, device=q.device)
         ends[first // tile :, :, 1] = Tk

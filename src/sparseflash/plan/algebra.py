@@ -23,7 +23,7 @@ from .entries import cells, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs
 from .lists import Units
 from .lookup import Lookup
-from .options import Fields, check_options, host
+from .options import Fields, check_options, host, multiple
 from .ragged import begins, expand
 from .record import LISTS, Record
 from .rules import Rules, same
@@ -54,7 +54,7 @@ def _shared_extent(a: Record, b: Record) -> tuple[int, int]:
         (a.device == b.device, lambda: f"plans on {a.device} and {b.device}: move them to one device"),
         error=PlanError,
     )
-    return max(ba, bb), math.lcm(ha, hb)
+    return max(ba, bb), multiple(ha, hb)
 
 
 def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[int, int]) -> P:
