@@ -1,5 +1,6 @@
 """What the README and the documentation pages show runs, as it stands."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -64,3 +65,17 @@ def test_the_site_builds_and_no_link_is_broken(tmp_path):
     assert run.returncode == 0, run.stderr
     pages = {path.stem for path in (tmp_path / "site" / "api" / "methods").glob("*.html")}
     assert pages == set(sparseflash.methods.names())
+
+
+def test_pages_that_name_triton_say_that_no_card_has_run_it_until_one_has():
+    said = re.compile(r"[Uu]nverified|(has|have) not run on a\s+card|not yet on a card")
+    files = (REPO / "benchmarks" / "results").glob("gpu-*.csv")
+    rows = [row for path in files for row in csv.DictReader(path.read_text().splitlines())]
+    measured = [
+        row for row in rows if row.get("gpu", "interpreter") != "interpreter" and not row.get("error")
+    ]
+    pages = [*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")]
+    named = {path.name: path.read_text() for path in pages if "log" not in path.stem.lower()}
+    named = {name: text for name, text in named.items() if re.search("Triton|CUDA|`triton`", text)}
+    assert measured or {"README.md", "benchmarks.md"} <= named.keys()
+    assert measured or [name for name, text in named.items() if not said.search(text)] == []
