@@ -77,7 +77,8 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
         prefix, node = todo.pop()
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef):
-                yield prefix + child.name, child
+                if not any("overload" in ast.unparse(x) for x in child.decorator_list):  # no code of its own
+                    yield prefix + child.name, child
             elif isinstance(child, (ast.ClassDef, ast.If, ast.Try)):
                 name = f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix
                 todo.append((name, child))

@@ -113,7 +113,7 @@ def test_a_paged_cache_with_pages_in_common(backend, dtype, generator):
 @pytest.mark.parametrize("page", [16, 40])
 def test_pages_that_each_head_chose_behind_a_first_one(backend, dtype, page, generator):
     """Null pages before the first and beyond the length; a choice in any order, holes in it."""
-    lengths, first = torch.tensor([3 * page + 5, 7 * page - 3, page - 2, 0]), torch.tensor([1, 2, 0, 0])
+    lengths, first = torch.tensor([3 * page + 5, 7 * page, page - 2, 0]), torch.tensor([1, 2, 0, 0])
     q, k, v, table, mask = paged(generator, lengths, page, 2, H=4, Hkv=2, dtype=dtype)
     choice = torch.stack([torch.randperm(7, generator=generator)[:5] for _ in range(8)]).view(4, 2, 5)
     choice[:, 1, 2] = -1
@@ -325,3 +325,12 @@ def test_tiles_hold_as_many_queries_as_there_are(Tq):
         Plan.from_pages(table, lengths, page_size=16, Tk=640, Tq=Tq),
     ):
         assert plan.tile == min(Tq, 128) and plan.tiles == -(-Tq // 128)
+
+
+@pytest.mark.parametrize("Tq", [1, 5, 16, 40])
+@pytest.mark.parametrize("length", [97, 109, 112])
+def test_all_pages_chosen_is_no_choice_though_the_last_is_hardly_begun(length, Tq):
+    table, sizes = torch.arange(7).flip(0)[None], {"page_size": 16, "Tk": 112, "Tq": Tq}
+    every = Plan.from_pages(table, torch.tensor([length]), **sizes)
+    chosen = Plan.from_pages(table, torch.tensor([length]), choice=torch.arange(7)[None, None], **sizes)
+    assert torch.equal(chosen.check().to_dense(), every.check().to_dense())
