@@ -23,7 +23,7 @@ from .entries import cells, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs
 from .lists import Units
 from .lookup import Lookup
-from .options import Fields, check_options, host, multiple
+from .options import Fields, check_options, divisor, host, multiple
 from .ragged import begins, expand
 from .record import LISTS, Record
 from .rules import Rules, same
@@ -170,7 +170,7 @@ def retile(plan: P, tile: int, unit: int) -> P:
         }
         return plan._changed(tile=tile, unit=unit, **lists)
     if max(tile, plan.tile) % min(tile, plan.tile):
-        plan = retile(plan, math.gcd(tile, plan.tile), unit)
+        plan = retile(plan, divisor(tile, plan.tile), unit)
     return refine(plan, None, tile=tile, unit=unit, extent=plan.extent())
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from ..errors import PlanError
 from . import algebra
-from .options import ANY, SHORT, common, is_count, laid_out, narrow, same_offset, shift_of
+from .options import ANY, SHORT, common, divisor, is_count, laid_out, narrow, same_offset, shift_of
 from .record import FLAT, Record
 from .rules import Rules
 
@@ -31,8 +31,8 @@ def by_head(plans: Sequence[P], heads: Heads | None = None) -> P:
     """`Plan.by_head`."""
     counts, place = _followers(plans, heads)
     _check_alike(plans)
-    tile = math.gcd(*(p.tile for p in plans))
-    unit = math.gcd(*(p.unit for p in plans if p.index is not None)) or plans[0].unit
+    tile = divisor(*(p.tile for p in plans))
+    unit = divisor(*(p.unit for p in plans if p.index is not None)) or plans[0].unit
     own = [p if _fits(p, tile, unit) else algebra.retile(p, tile, unit) for p in plans]
     own = _with_one_law([p._changed(unit=unit) if p.unit != unit else p for p in own])
     made = _Joined(own, counts, tile, unit).fields()

@@ -290,6 +290,15 @@ def multiple(*sizes: int) -> int:
     return found
 
 
+def divisor(*sizes: int) -> int:
+    """The greatest common divisor; symbolic sizes are compared, too."""
+    found = sizes[0] if sizes else 0
+    for n in sizes[1:]:
+        if found == 0 or n % found:
+            found = n if n and found % n == 0 else math.gcd(found, n)
+    return found
+
+
 def same_batch(a: Tensor, b: Tensor, names: str) -> int:
     """The common batch size (0 of an empty batch) of two plan tensors on one device."""
     batch = b.shape[0] if a.shape[0] == 1 else a.shape[0]
