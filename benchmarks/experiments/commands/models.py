@@ -110,6 +110,24 @@ def bench_generation(
     session("generation", out, partial(generation.measure, **given), columns)
 
 
+@experiments.command("offload", rich_help_panel=PANEL)
+def bench_offload(
+    folder: Annotated[Path, typer.Option(help="On the disk that is measured.")] = Path("/var/tmp"),
+    out: Out = RESULTS / "offload.csv",
+    length: Length = 32768,
+    share: Annotated[int, typer.Option(help="Methods read one key of so many.", min=1)] = 16,
+    rounds: Rounds = 3,
+) -> None:
+    """Tokens per second over keys and values in files that are not in memory."""
+    from sparseflash.bench.session import session
+
+    from .. import offload
+
+    columns = ("case", "ahead", "budget", "rate", "gain", "mib", "disk", "there")
+    given = {"length": length, "share": share, "rounds": rounds}
+    session("offload", out, partial(offload.measure, folder, **given), columns)
+
+
 @experiments.command("budgets", rich_help_panel=PANEL)
 def bench_budgets(
     text: Annotated[Path, typer.Option("--text", help="A text file.")],

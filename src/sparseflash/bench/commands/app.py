@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "long-run",
     "masks",
     "mqar",
+    "offload",
     "ops",
     "pixels",
     "plan-costs",
