@@ -91,10 +91,8 @@ def measure(
         }  # fmt: skip
 
 
-def _run(
-    layers: list[tuple[Offloaded, Tensor]], method: Any, tokens: int
-) -> tuple[float, float, float, float]:
-    """Seconds of some tokens without those of forgetting; bytes that were asked for, and were there; of disk."""
+def _run(layers: list[tuple[Offloaded, Tensor]], method: Any, tokens: int) -> tuple[float, ...]:
+    """Seconds of some tokens, without forgetting; bytes that were asked for, were there, and of the disk."""
     seconds, before = 0.0, [layer.reads for layer, _ in layers]
     disk = of_disk()
     for t in range(tokens):

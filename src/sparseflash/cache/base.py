@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -141,6 +141,21 @@ class Layer:
         return f"{type(self).__name__}(tokens={self.tokens}, bytes={self.bytes})"
 
 
+class Call(NamedTuple):
+    """What `Attended.attend` is told beside q, k and v."""
+
+    among: Plan | None
+    real: Tensor | None
+    new: Callable[..., Any] | None
+    options: dict[str, Any]
+    """scale, softcap, sink_logits."""
+
+    def among_new(self, q: Tensor) -> Plan:
+        """What new tokens see of each other."""
+        n = q.shape[2]
+        return Plan.dense(n, n, causal=True, device=q.device) if self.among is None else self.among
+
+
 class Attended(Layer):
     """A layer that attends itself, since no tensor of all keys exists: `attend(q, k, v)`.
 
@@ -183,6 +198,13 @@ class Attended(Layer):
         Tensor
             `[B,Hq,n,Dv]`.
         """
+        if real is not None and bool(real.all()):
+            real = None
+        options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
+        return self._attend(q, k, v, Call(among, real, new, options))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """`attend`, of what it was told."""
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,7 +15,7 @@ from ..ops.merge import merge
 from ..plan import Plan
 from ..plan.options import is_count
 from ..records import Form, Records, pack
-from .base import Attended
+from .base import Attended, Call
 from .files import kind
 from .growing import Growing
 
@@ -208,23 +207,10 @@ class Compressed(Attended):
             made.append(Plan.from_spans(spans, Tq=Tq, Tk=size, tile=max(Tq, 1), causal=True, q_offset=offset))
         return made[0], made[1]
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        among: Plan | None = None,
-        real: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sink_logits: Tensor | None = None,
-        new: Callable[..., Any] | None = None,
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """As of every layer that attends itself; padding stands on the left, in the first call."""
-        n, begun = q.shape[2], self.is_initialized
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits}
-        if real is not None and not bool(real.all()):
+        n, begun, real, options = q.shape[2], self.is_initialized, call.real, dict(call.options)
+        if real is not None:
             first = real.int().argmax(-1)
             if begun or not bool((real.sum(-1) == n - first).all()):
                 raise SparseFlashError(
@@ -233,9 +219,7 @@ class Compressed(Attended):
                 )
             self.first = first
         if not begun:
-            if among is None:
-                among = Plan.dense(n, n, causal=True, device=q.device)
-            out: Tensor = (new or attention)(q, k, v, among, **options)
+            out: Tensor = (call.new or attention)(q, k, v, call.among_new(q), **options)
             self.append(k, v)
             return out
         self._recent.append(k, v)  # not stored before they are attended to

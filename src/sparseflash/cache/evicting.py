@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..plan.options import is_count, shape_of
 from ..plan.ragged import begins
 from ..rotary import turned
-from .base import Attended, check_new
+from .base import Attended, Call, check_new
 from .policies.base import Held, Policy
 
 
@@ -141,24 +141,14 @@ class Evicting(Attended):
 
     # ------------------------------------------------------------ attending
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        among: Plan | None = None,
-        real: Tensor | None = None,
-        scale: float | None = None,
-        softcap: float | None = None,
-        sink_logits: Tensor | None = None,
-        new: Callable[..., Any] | None = None,
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         """As of every layer that attends itself; then the policy lets go."""
         self._check(k, v)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise SparseFlashError("a cache that evicts has no gradients: call it under torch.no_grad()")
-        n, own = q.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+        n, real = q.shape[2], call.real
+        own, softcap, sink_logits = (call.options[name] for name in ("scale", "softcap", "sink_logits"))
+        own = q.shape[-1] ** -0.5 if own is None else own
         options: dict[str, Any] = {"scale": own, "softcap": softcap}
         many = self._used is None or n > self.slack
         if not many and not self.asking and self._spare < n:  # no sooner: tokens may have been cropped
@@ -169,9 +159,7 @@ class Evicting(Attended):
             self._put(k, v)
             out, _ = self._over(q, self.plan(), options, sink_logits, massed)
         else:
-            if among is None:
-                among = Plan.dense(n, n, causal=True, device=q.device)
-            out, mass = self._beside(q, k, v, among, options, sink_logits, new, massed)
+            out, mass = self._beside(q, k, v, call.among_new(q), options, sink_logits, call.new, massed)
             if not self.asking:
                 self._put(k, v, real, mass)
         if self.asking or not self._asked:

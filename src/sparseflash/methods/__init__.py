@@ -21,7 +21,7 @@ from .flexprefill import FlexPrefill
 from .grid_window import GridWindow
 from .hash_sparse import HashSparse
 from .last_dense import LastDense
-from .lserve import LServe
+from .lserve import LServe, streaming_heads
 from .minference import MInference
 from .mminference import MMInference
 from .moa import MoA
@@ -107,4 +107,5 @@ __all__ = [
     "find",
     "get",
     "names",
+    "streaming_heads",
 ]

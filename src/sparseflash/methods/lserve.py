@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor
 
 from ..cache import PageBounds, Summary
-from ..errors import require
+from ..errors import SparseFlashError, require
 from .base import check_counts
 from .reading import ReadingMethod
 
@@ -18,7 +20,7 @@ class LServe(ReadingMethod):
 
     Large pages are read faster than small ones, but their bounds say little. So each is scored by the bounds
     of its parts: the best part speaks for the page. Which heads stream is found by training a gate for each
-    (DuoAttention); a number stands for the first heads, which is a guess.
+    (DuoAttention): **sparseflash calibrate lserve**, whose file `streaming_heads` reads.
 
     Paper: Yang et al., "LServe", arXiv 2502.14866, sections 3.3 and 3.4: physical pages of 64, logical of 16.
 
@@ -79,3 +81,37 @@ class LServe(ReadingMethod):
             )
         )
         return tuple((head, self.local) for head in self.streaming)
+
+
+def streaming_heads(path: str | Path, share: float = 0.5) -> dict[int, tuple[int, ...]]:
+    """The KV heads that stream, by layer, of the gates that **sparseflash calibrate lserve** has written.
+
+    Parameters
+    ----------
+    path : str or Path
+    share : float
+        Of all KV heads of all layers, how many: those of the smallest gates.
+
+    Examples
+    --------
+    >>> import json, tempfile, sparseflash as sf
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+    ...     _ = file.write(json.dumps({"gates": {"0": [0.1, 0.9], "1": [0.2, 0.3]}}))
+    ...     file.flush()
+    ...     heads = sf.methods.streaming_heads(file.name)
+    >>> heads, {n: sf.methods.LServe(streaming=own).streaming for n, own in heads.items()}
+    ({0: (0,), 1: (0,)}, {0: (0,), 1: (0,)})
+    """
+    try:
+        gates = json.loads(Path(path).read_text(encoding="utf-8"))["gates"]
+        each = sorted((float(x), int(n), head) for n, own in gates.items() for head, x in enumerate(own))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SparseFlashError(
+            f"{path}: no gates ({error!r}); expected a file of sparseflash calibrate lserve"
+        ) from None
+    require((0 <= share <= 1, lambda: f"share={share!r}: expected a number in [0, 1]"))
+    least = {(n, head) for _, n, head in each[: int(share * len(each))]}
+    return {
+        int(n): tuple(head for head in range(len(own)) if (int(n), head) in least)
+        for n, own in sorted(gates.items(), key=lambda pair: int(pair[0]))
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from ..ops._register import register
 from ..plan.options import INTEGERS, is_count
 
 Share = Literal["", "sum", "max"]
+
+
+class How(TypedDict, total=False):
+    """How pages are judged: `page_scores` says what each of these means."""
+
+    near: int
+    sinks: int
+    parts: int
+    share: Share
+    closed: Sequence[tuple[int, int]]
+    backend: str | None
 
 
 def _score(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
@@ -66,13 +77,14 @@ def _checked(
     q: Tensor,
     rows: Tensor,
     last: Tensor,
-    near: int,
-    sinks: int,
-    parts: int,
-    share: Share,
-    closed: Sequence[tuple[int, int]],
     k: int,
-    backend: str | None,
+    *,
+    near: int = 1,
+    sinks: int = 0,
+    parts: int = 1,
+    share: Share = "",
+    closed: Sequence[tuple[int, int]] = (),
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Pages]:
     """The arguments of the ops."""
     good = all(isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() for x in (q, rows))
@@ -113,13 +125,7 @@ def page_scores(
     q: Tensor,
     rows: Tensor,
     last: Tensor,
-    *,
-    near: int = 1,
-    sinks: int = 0,
-    parts: int = 1,
-    share: Share = "",
-    closed: Sequence[tuple[int, int]] = (),
-    backend: str | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """What queries say of pages of keys, by rows that were kept of them: one product a row.
 
@@ -161,7 +167,7 @@ def page_scores(
     >>> page_scores(torch.ones(1, 1, 1, 1), rows, torch.tensor([[3]])).tolist()
     [[[[1.0, 4.0, 2.0, inf, -inf]]]]
     """
-    return _page_scores(*_checked(q, rows, last, near, sinks, parts, share, closed, 0, backend))
+    return _page_scores(*_checked(q, rows, last, 0, **how))
 
 
 def top_pages(
@@ -169,13 +175,7 @@ def top_pages(
     rows: Tensor,
     last: Tensor,
     k: int,
-    *,
-    near: int = 1,
-    sinks: int = 0,
-    parts: int = 1,
-    share: Share = "",
-    closed: Sequence[tuple[int, int]] = (),
-    backend: str | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """The k best pages of each query: `top_indices` of `page_scores`, which nobody has to hold.
 
@@ -200,8 +200,8 @@ def top_pages(
     [[[[1, 3]]]]
     """
     require((is_count(k, 1), lambda: f"k={k!r}: expected a positive int, pages"))
-    q, rows, last, rules, options = _checked(q, rows, last, near, sinks, parts, share, closed, k, backend)
-    options = options._replace(k=min(k, -(-rows.shape[2] // parts)))
+    q, rows, last, rules, options = _checked(q, rows, last, k, **how)
+    options = options._replace(k=min(k, -(-rows.shape[2] // options.parts)))
     if not options.k:
         return torch.empty((*_shape(q, rows, options), 0), dtype=torch.int32, device=q.device)
     return _top_pages(q, rows, last, rules, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,7 +116,8 @@ def calibrate(
         str,
         typer.Argument(
             help="minference: which pattern each head follows; flexprefill: which tau; moa: which span it "
-            "needs; seer-attention: a gate for it; round: the layer that chooses rounds of a chat."
+            "needs; seer-attention: a gate for it; lserve: which KV heads stream; round: the layer that "
+            "chooses rounds of a chat."
         ),
     ] = "minference",
     model: Model = "smollm2",
@@ -127,10 +129,12 @@ def calibrate(
     pieces: Annotated[
         int,
         typer.Option(
-            min=1, help="With seer-attention: of so many tokens, which gates learn from; with round: rounds."
+            min=1,
+            help="With seer-attention and lserve: of so many tokens, for gates to learn from; with round: "
+            "rounds.",
         ),
     ] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="With seer-attention: of the training of a layer.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Of the training of gates (lserve: of all).")] = 500,
     target: Annotated[
         str, typer.Option(help="With seer-attention: max, a block's largest weight; sum, its mass.")
     ] = "max",
@@ -141,7 +145,7 @@ def calibrate(
         Path | None,
         typer.Option(
             help="The profile, by default profile.json (with minference one of this model is gone on with); "
-            "with seer-attention the gates, gates.safetensors."
+            "with seer-attention the gates, gates.safetensors; with lserve streaming.json."
         ),
     ] = None,
 ) -> None:
@@ -155,22 +159,28 @@ def calibrate(
     Use it: **sparseflash prefill --profile smollm2.json**; in Python
     **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**. seer-attention: each layer gets a
     gate, trained to tell from pooled queries and keys where its attention looks:
-    **sparseflash prefill --method seer-attention --set gates=gates.safetensors**. round: the text is cut into
-    --pieces rounds; said is the first layer whose weights on them are like those of all layers above it.
+    **sparseflash prefill --method seer-attention --set gates=gates.safetensors**. lserve: a gate of each
+    KV head learns whether phrases that stand far above are told as before without it;
+    **sf.methods.streaming_heads("streaming.json")** are the half that need not see far. round: the text is
+    cut into --pieces rounds; said is the first layer whose weights on them are like those of all layers
+    above it.
     """
     from sparseflash.bench import recommend as chooser
     from sparseflash.bench import spans
 
-    if method not in ("minference", "flexprefill", "moa", "seer-attention", "round"):
+    if method not in ("minference", "flexprefill", "moa", "seer-attention", "lserve", "round"):
         raise SparseFlashError(
             f"calibrate {method}: expected minference (patterns of heads), flexprefill (taus), moa "
-            "(spans), seer-attention (gates) or round (the layer that chooses)"
+            "(spans), seer-attention (gates), lserve (heads that stream) or round (the layer that chooses)"
         )
     if target not in ("max", "sum"):
         raise SparseFlashError(f"--target {target}: expected max or sum")
     if method == "seer-attention":
         out = Path("gates.safetensors") if out is None else out
         return _gates(model, text, tokens, pieces, integers(layers) or None, steps, target, out)
+    if method == "lserve":
+        out = Path("streaming.json") if out is None else out
+        return _streaming(model, text, tokens, pieces, steps, out)
     if method == "round":
         return _watershed(_prompts(model, text, tokens - 1, "fp32", 1), pieces, alike)
     out = Path("profile.json") if out is None else out
@@ -190,6 +200,45 @@ def calibrate(
             name = str(head.get("pattern", f"tau {head.get('tau')}"))
             count[name] = count.get(name, 0) + 1
     print(f"{out}: {', '.join(f'{n} heads {name}' for name, n in sorted(count.items()))}")
+
+
+def _streaming(model: str, text: list[Path], tokens: int, pieces: int, steps: int, out: Path) -> None:
+    """Train a gate for each KV head, judge halves of them on one more piece, and keep the gates."""
+    import torch
+    from rich.progress import Progress
+
+    from sparseflash import files
+    from sparseflash.bench import streaming
+    from sparseflash.integrations.transformers import load
+
+    loaded, tokenizer = load(model)
+    read, draw = [_read(path) for path in text], torch.Generator().manual_seed(0)
+    made = []
+    for n in range(pieces + 1):
+        one = read[n % len(read)]
+        begin = len(one) // (pieces + 1) * n
+        made.append(streaming.planted(tokenizer, one[begin:], tokens, draw))
+    ranges = {"sinks": 64, "local": 256}
+    with Progress(transient=True) as bar:
+        task = bar.add_task("training gates", total=steps)
+
+        def shown(loss: float) -> None:
+            bar.update(task, advance=1, description=f"training gates: {loss:.4f}")
+
+        gates = streaming.train(loaded, made[:-1], steps=steps, on_step=shown, **ranges)
+    files.write(
+        out,
+        json.dumps({"model": model, **ranges, "gates": {n: x.tolist() for n, x in gates.items()}}, indent=1)
+        + "\n",
+    )
+    chance = {n: torch.rand(len(x), generator=draw) for n, x in gates.items()}
+    near = streaming.near_mass(loaded, made[-1], **ranges)
+    halves = {"trained": gates, "most of its mass near": near, "random": chance}
+    with torch.no_grad():
+        for name, found in halves.items():
+            lost = float(streaming.moved(loaded, made[-1], streaming.halved(found), **ranges))
+            print(f"half of the heads stream, {name}: answers move by {lost:.4f} of their square")
+    print(out)
 
 
 def _watershed(prompts: list[Any], pieces: int, alike: float) -> None:

@@ -236,10 +236,7 @@ def attend(
             def new(q: Tensor, k: Tensor, v: Tensor, among: Any, **own: Any) -> Tensor:
                 return setting(module, q, k, v, mask, own)
 
-    real = mask.tokens
-    if real is not None and bool(real.all()):
-        real = None
-    return layer.attend(q, k, v, among=mask.plan, real=real, new=new, **options)
+    return layer.attend(q, k, v, among=mask.plan, real=mask.tokens, new=new, **options)
 
 
 def layer_of(cache: Any, module: Any) -> Growing | None:
