@@ -14,7 +14,7 @@ from .ops.attention import attention, attention_backward
 from .ops.decode import decode
 from .ops.indexer import indexer_topk
 from .ops.indexer_loss import indexer_kl_loss
-from .ops.jagged import jagged_attention
+from .ops.jagged import jagged_attention, jagged_pool
 from .ops.linear import linear_attention
 from .ops.merge import merge
 from .ops.pointwise import pointwise_attention
@@ -71,6 +71,7 @@ __all__ = [
     "indexer_kl_loss",
     "indexer_topk",
     "jagged_attention",
+    "jagged_pool",
     "linear_attention",
     "merge",
     "methods",

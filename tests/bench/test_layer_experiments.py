@@ -7,7 +7,7 @@ pytest.importorskip("safetensors")
 
 from benchmarks.experiments import mqar
 from benchmarks.experiments.claim.rows import unfinished
-from benchmarks.experiments.layers import extrapolation, recall, routing, times, weights
+from benchmarks.experiments.layers import extrapolation, pooling, recall, routing, times, weights
 from sparseflash.bench.results import cell
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus
@@ -69,7 +69,7 @@ def test_weights_learn_and_their_multiplications_are_counted():
     shares = {case: row["share_sparse"] for case, row in rows.items()}
     assert shares == {
         "dense": 1.0, "bdwp 2:8": 0.5, "bdwp 2:4": pytest.approx(2 / 3), "sr-ste 2:8": 0.5,
-        "one-sided 2:8": 0.75, "drawn 2:8": 0.5,
+        "one-sided 2:8": 0.75, "drawn 2:8": 0.5, "bdwp 2:8, all": 0.5,
     }  # fmt: skip
     assert all(row["loss"] < 0.6 and row["share"] >= shares[case] for case, row in rows.items())
     with pytest.raises(SparseFlashError, match="--images has 200 images, --labels 199"):
@@ -94,6 +94,14 @@ def test_routing_finds_planted_clusters_and_chance_does_not(monkeypatch):
     (job,) = routing.jobs(TEXT, seeds=[0], cases=["planted"])
     row = job.run()
     assert row["recall"] > 1.5 * row["recall_chance"] and 0.1 < row["kept"] < 0.5
+
+
+def test_pooling_of_jagged_histories_learns_and_is_timed():
+    (row,) = pooling.times(batch=8, longest=32, width=8, fills=(0.3,), rounds=1)
+    assert 0.1 < row["fill"] < 0.5 and row["speedup"] > 0
+    rows = {job.key["case"]: job.run() for job in pooling.clicks(seeds=[0], steps=5, batch=16)}
+    assert list(rows) == ["clicks, attention", "clicks, mean"]
+    assert all(0.4 < row["auc"] < 0.8 for row in rows.values())
 
 
 def test_times_have_a_slope():

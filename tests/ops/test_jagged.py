@@ -198,3 +198,74 @@ D = torch.zeros(2, 5, 2, 8)
 def test_bad_arguments_have_their_message(q, k, v, change, said):
     with pytest.raises(sf.SparseFlashError, match=said):
         sf.jagged_attention(q, k, v, **change)
+
+
+# ---------------------------------------------------------------- pooling with a bias of places
+
+
+def _pooled(q, k, v, bias, lengths, longest, scale):
+    """Sample by sample, as written down."""
+    out, begin = [], 0
+    for b, n in enumerate(lengths):
+        own = slice(begin, begin + min(n, longest))
+        s = scale * q[b] @ k[own].T
+        if bias is not None:
+            s = s + bias[b if len(bias) > 1 else 0, : min(n, longest)].T
+        out.append(s.softmax(-1) @ v[own])
+        begin += n
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("biases", [None, 1, len(LENGTHS)])
+@pytest.mark.parametrize("longest", [LONGEST, 1, 100, None])
+@pytest.mark.parametrize("T, D, Dv", [(4, 16, 16), (1, 40, 24), (35, 7, 5)])
+def test_pooling_is_each_sample_by_itself_with_every_gradient(biases, longest, T, D, Dv):
+    total, B, N = sum(LENGTHS), len(LENGTHS), longest or 80
+    g = torch.Generator().manual_seed(T)
+    shapes = [(B, T, D), (total, D), (total, Dv)] + ([(biases, N, T)] if biases else [])
+    given = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
+    q, k, v, *rest = given
+    bias = rest[0] if rest else None
+    k_, v_ = (_nested(x, LENGTHS) for x in (k, v))
+    found = sf.jagged_pool(q, k_, v_, bias, max_length=longest if bias is None else None, scale=0.3)
+    want = _pooled(q, k, v, bias, LENGTHS, N, 0.3)
+    torch.testing.assert_close(found, want)
+    dout = torch.randn(want.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad(x, given, dout) for x in (found, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_pooling_of_low_scores_is_finite_and_of_nothing_zero():
+    """FBGEMM's kernel lets keys out of range into the running maximum: scores below -100 gave NaN there."""
+    k = torch.full((sum(LENGTHS), 8), 20.0)
+    out = sf.jagged_pool(torch.full((len(LENGTHS), 2, 8), -20.0), _nested(k, LENGTHS), _nested(k, LENGTHS))
+    assert torch.equal(out, torch.tensor([20.0 * (n > 0) for n in LENGTHS])[:, None, None].expand_as(out))
+    empty = _nested(k[:0], (0, 0))
+    assert torch.equal(sf.jagged_pool(torch.randn(2, 3, 8), empty, empty), torch.zeros(2, 3, 8))
+
+
+def test_torch_has_the_products_and_the_softmax_of_jagged_axes():
+    """What stands around pooling in FBGEMM is torch's own: no function here repeats it."""
+    lengths = [n for n in LENGTHS if n]
+    k = torch.randn(sum(lengths), 6, dtype=torch.float64)
+    x, dense = _nested(k, lengths), torch.randn(len(lengths), 6, 4, dtype=torch.float64)
+    parts = list(zip(k.split(lengths), dense))
+    torch.testing.assert_close((x @ dense).values(), torch.cat([a @ b for a, b in parts]))
+    torch.testing.assert_close((x.transpose(1, 2) @ x), torch.stack([a.T @ a for a, _ in parts]))
+    torch.testing.assert_close(torch.softmax(x, 1).values(), torch.cat([a.softmax(0) for a, _ in parts]))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"q": torch.randn(3, 16)}, r"q: .*expected a dense tensor \[B, T, D\]"),
+        ({"k": torch.randn(3, 9, 16)}, r"expected nested tensors \[B, j, D\]"),
+        ({"bias": torch.randn(3, 9, 5)}, r"bias: .*expected \[3\|1, N, T=4\]"),
+        ({"q": torch.randn(2, 4, 16)}, "expected one number of samples"),
+        ({"max_length": -1}, "max_length=-1: expected a number of tokens >= 0"),
+    ],
+)
+def test_pooling_says_what_does_not_fit(changes, said):
+    history = torch.nested.nested_tensor([torch.randn(n, 16) for n in (5, 0, 9)], layout=torch.jagged)
+    with pytest.raises(sf.SparseFlashError, match=said):
+        sf.jagged_pool(**({"q": torch.randn(3, 4, 16), "k": history, "v": history} | changes))

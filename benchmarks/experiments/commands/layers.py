@@ -20,6 +20,7 @@ COLUMNS = {
     "extrapolation": ("case", "seed", "bpb_512", "bpb_1024", "bpb_2048", "bpb_4096", "bpb_8192", "apart"),
     "clusters": ("model", "layer", "T", "case", "clusters", "error", "error_mean", "ratio", "ms"),
     "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
+    "pooling": ("case", "fill", "ms_jagged", "speedup", "memory", "seed", "accuracy", "auc"),
     "times": ("case", "T", "ms", "slope", "over_dense", "rounds"),
 }
 """Columns that are printed, by part."""
@@ -44,14 +45,15 @@ def bench_layers(
 
     recall asks for what was said once, of each layer beside a window and chance of as many pairs (40
     minutes); weights trains N:M layers on images (5); extrapolation judges short training on long text (20);
-    clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10).
+    clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10), and
+    pooling is about jagged histories, times and a click model (3).
     """
     from sparseflash.bench import results
     from sparseflash.bench.session import session, show, watch
     from sparseflash.train.data import named
 
     from ..claim.rows import Job, measure, unfinished
-    from ..layers import clusters, extrapolation, recall, routing, times, weights
+    from ..layers import clusters, extrapolation, pooling, recall, routing, times, weights
     from ..pixels import read_idx
 
     (part,) = known("part", COLUMNS, [part])
@@ -62,12 +64,15 @@ def bench_layers(
         "extrapolation": extrapolation.CASES,
         "clusters": dict.fromkeys(clusters.FORMS),
         "routing": dict.fromkeys(("planted", "bytes")),
+        "pooling": dict.fromkeys(("times", "clicks")),
         "times": times.CASES,
     }[part]
     names, drawn = known("cases", all_cases, words(cases, ";")), integers(seeds, "0,1")
     if part == "times":
         session("layers", out, partial(times.measure, cases=names, rounds=rounds), COLUMNS[part])
         return
+    if part == "pooling":
+        session("layers", out, partial(pooling.times, rounds=rounds), COLUMNS[part])
     jobs: list[Job]
     if part == "recall":
         jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, steps=steps)
@@ -77,6 +82,8 @@ def bench_layers(
         jobs = clusters.jobs(forms=names, rounds=rounds)
     elif part == "routing":
         jobs = routing.jobs(named(data), cases=names, seeds=drawn)
+    elif part == "pooling":
+        jobs = pooling.clicks(seeds=drawn)
     elif images is None or labels is None:
         raise SparseFlashError("weights learn from --images and --labels, in IDX format; give both")
     else:

@@ -1,7 +1,8 @@
-"""N:M weights on images: a perceptron of 512, 512 whose hidden layers train dense, by BDWP, SR-STE, and more.
+"""N:M weights on images: a perceptron of 512, 512, 512 that trains dense, by BDWP, SR-STE, and more.
 
-The classifier stays dense, as in the paper; `share` is the multiplications of a training step over those of
-the dense net, `share_sparse` of the sparse layers over those. A mask drawn once and kept stands beside.
+The first layer and the classifier stay dense, as in the paper ("all" has the first one sparse too). `share` is
+the multiplications of a training step over those of the dense net, `share_sparse` that of the sparse layers. A
+mask drawn once and kept stands beside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sparseflash.errors import SparseFlashError
 from ..claim.rows import Job
 from ..pixels import HELD_OUT
 
-HIDDEN = (512, 512)
+HIDDEN = (512, 512, 512)
 Make = Callable[[int, int], nn.Module]
 
 
@@ -45,6 +46,7 @@ CASES: dict[str, Make] = {
     "sr-ste 2:8": partial(sf.nn.NMLinear, n=2, m=8, rule="sr-ste"),
     "one-sided 2:8": partial(sf.nn.NMLinear, n=2, m=8, rule="one-sided"),
     "drawn 2:8": Drawn,
+    "bdwp 2:8, all": partial(sf.nn.NMLinear, n=2, m=8),
 }
 
 
@@ -65,9 +67,11 @@ def jobs(
 
 def _run(key: Row, x: Tensor, y: Tensor, batch: int = 100, rate: float = 1e-3) -> Row:
     torch.manual_seed(key["seed"])
-    make = CASES[key["case"]]
     sizes = (x.shape[1], *HIDDEN)
-    hidden = [layer for pair in zip(sizes, sizes[1:]) for layer in (make(*pair), nn.ReLU())]
+    hidden: list[nn.Module] = []
+    for n, pair in enumerate(zip(sizes, sizes[1:])):
+        make = CASES[key["case"]] if n or key["case"].endswith("all") else nn.Linear
+        hidden += [make(*pair), nn.ReLU()]
     net = nn.Sequential(*hidden, nn.Linear(sizes[-1], int(y.max()) + 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.01)
     train = round(len(x) * (1 - HELD_OUT))

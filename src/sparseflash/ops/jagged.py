@@ -1,4 +1,4 @@
-"""`jagged_attention`: attention over `torch.nested` batches, without padding in between."""
+"""`jagged_attention` and `jagged_pool`: attention over `torch.nested` batches, without padding in between."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from ..plan.options import SHORT, Window, host, is_count
 from ._arguments import describe, is_finite, said
 from .attention import attention
 from .pointwise import Activation, pointwise_attention
+
+SHARED = 32
+"""Queries of a sample that share a tile although each has a bias of its own, at most."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,102 @@ def jagged_attention(
         share = torch.sigmoid(torch.where(alive, lse, 0) - torch.where(alive, lse_rest, 0))
         out = (out * share[..., None]).to(out.dtype)
     return sides[0].like(out if out_scale == 1 else out * out_scale)
+
+
+def jagged_pool(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    max_length: int | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Pool each history of a jagged batch by a few dense queries, which may weigh places by a bias.
+
+    `out_bt = sum_j softmax_j(scale q_bt . k_bj + bias_bjt) v_bj` over the tokens j of sample b.
+    Time and memory follow the sum of the lengths.
+
+    Parameters
+    ----------
+    q : Tensor
+        Dense, `[B, T, D]`: T queries of each sample; expand learned ones.
+    k, v : Tensor
+        `torch.nested` tensors `[B, j, D]` and `[B, j, Dv]` of `layout=torch.jagged`, of the same lengths.
+    bias : Tensor, optional
+        `[B|1, N, T]`, finite: added to the scores of token j < N for query t. It has a gradient.
+    max_length : int, optional
+        Tokens of a sample behind so many are left out; N where there is a bias.
+    scale : float, optional
+        1/sqrt(D) by default; FBGEMM's kernel of this kind has 1.
+    backend : str, optional
+        As in `sparseflash.attention`.
+
+    Returns
+    -------
+    Tensor
+        `[B, T, Dv]`; 0 for a sample without tokens.
+
+    Raises
+    ------
+    SparseFlashError
+        Saying what was given and what was expected.
+
+    References
+    ----------
+    Xu et al., Enhancing performance and scalability of large-scale recommendation systems with Jagged Flash
+    Attention (https://arxiv.org/abs/2409.15373): the jagged-dense form.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> history = torch.nested.nested_tensor([torch.randn(n, 16) for n in (5, 0, 9)], layout=torch.jagged)
+    >>> asked, places = torch.randn(4, 16, requires_grad=True), torch.zeros(1, 8, 4, requires_grad=True)
+    >>> pooled = sf.jagged_pool(asked.expand(3, -1, -1), history, history, places)  # the first 8 of each
+    >>> pooled.shape, bool(pooled[1].any())
+    (torch.Size([3, 4, 16]), False)
+    >>> pooled.sum().backward()
+    >>> places.grad.shape
+    torch.Size([1, 8, 4])
+    """
+    if not isinstance(q, Tensor) or q.is_nested or q.dim() != 3:
+        given = describe(q) if isinstance(q, Tensor) else type(q).__name__
+        raise SparseFlashError(f"q: {given}; expected a dense tensor [B, T, D], T queries of each sample")
+    nested = all(isinstance(x, Tensor) and x.is_nested and x.dim() == 3 for x in (k, v))
+    if not nested:
+        raise SparseFlashError(f"{said(k=k, v=v)}; expected nested tensors [B, j, D] of layout=torch.jagged")
+    _check(q, k, v)
+    B, T = q.shape[:2]
+    if max_length is not None and not is_count(max_length):
+        raise SparseFlashError(f"max_length={max_length!r}: expected a number of tokens >= 0, or None")
+    if bias is not None:
+        fits = isinstance(bias, Tensor) and bias.dim() == 3 and bias.shape[0] in (1, B) and bias.shape[2] == T
+        if not fits:
+            given = describe(bias) if isinstance(bias, Tensor) else type(bias).__name__
+            raise SparseFlashError(f"bias: {given}; expected [{B}|1, N, T={T}]")
+        max_length = bias.shape[1] if max_length is None else min(max_length, bias.shape[1])
+    asked, keys, values = _side(q, 1), _side(k, 1), _side(v, 1)
+    ranges = [asked.begin, asked.end, *_ranges(asked, keys, values, max_length=max_length)[2:]]
+    rows, key, scale = asked.rows, keys.rows, q.shape[2] ** -0.5 if scale is None else scale
+    total, key_bias = key.shape[2], None
+    if bias is not None and bias.shape[1]:
+        at = torch.arange(total, device=q.device)
+        sample = torch.searchsorted(keys.begin, at, right=True) - 1
+        place = (at - keys.begin[sample]).clamp(max=bias.shape[1] - 1)  # those behind it are not seen
+        own = bias[sample if bias.shape[0] == B else 0, place]  # [total, T]
+        if scale and T <= SHARED and key.dtype in (torch.float32, torch.float64):
+            # a dimension for each query, in which only that query is 1
+            key = torch.cat([key, (own / scale).to(key.dtype)[None, None]], -1)
+            one = torch.eye(T, dtype=q.dtype, device=q.device).expand(B, T, T)
+            rows = torch.cat([q, one], -1).view(1, 1, B * T, -1)
+        else:  # a head for each query, over one row a sample, so that the bias is one of keys
+            rows, key_bias = q.transpose(0, 1)[None], own.T[None]
+            begin = torch.arange(B, device=q.device)
+            ranges = [begin, begin + 1, *ranges[2:]]
+    plan = Plan._made(**from_ranges(*ranges, Tq=rows.shape[2], Tk=total))
+    out = attention(rows, key, values.rows, plan, key_bias=key_bias, scale=scale, backend=backend)
+    return out[0].transpose(0, 1) if key_bias is not None else out.view(B, T, -1)
 
 
 def _ragged_axis(x: Tensor) -> int:
