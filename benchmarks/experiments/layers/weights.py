@@ -1,8 +1,8 @@
 """N:M weights on images: a perceptron of 512, 512, 512 that trains dense, by BDWP, SR-STE, and more.
 
-The first layer and the classifier stay dense, as in the paper ("all" has the first one sparse too). `share` is
-the multiplications of a training step over those of the dense net, `share_sparse` that of the sparse layers. A
-mask drawn once and kept stands beside.
+The first layer and the classifier stay dense, as in the paper ("all" has the first one sparse too). `share`
+is the multiplications of a training step over those of the dense net, `share_sparse` that of the sparse
+layers. A mask drawn once and kept stands beside.
 """
 
 from __future__ import annotations
