@@ -7,7 +7,7 @@ pytest.importorskip("safetensors")
 
 from benchmarks.experiments import mqar
 from benchmarks.experiments.claim.rows import unfinished
-from benchmarks.experiments.layers import extrapolation, pooling, recall, routing, times, weights
+from benchmarks.experiments.layers import accelerator, extrapolation, pooling, recall, routing, times, weights
 from sparseflash.bench.results import cell
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus
@@ -102,6 +102,19 @@ def test_pooling_of_jagged_histories_learns_and_is_timed():
     rows = {job.key["case"]: job.run() for job in pooling.clicks(seeds=[0], steps=5, batch=16)}
     assert list(rows) == ["clicks, attention", "clicks, mean"]
     assert all(0.4 < row["auc"] < 0.8 for row in rows.values())
+
+
+def test_cycles_of_the_accelerator_follow_their_formulas():
+    array = accelerator.Array(4, 8)
+    assert array.cycles(8, 100, 16) == 2 * 2 * 100 + 10  # a tile of outputs stays
+    assert array.cycles(1000, 8, 16) == 2 * 2 * 1000 + 10  # a tile of weights stays
+    assert accelerator.Array(4, 8, interleaved=False).cycles(8, 100, 16) == 2 * 2 * (100 + 10)
+    assert array.cycles(8, 100, 16, 0.25) == 2 * 2 * 25 + 10
+    layer = accelerator.Product(64, 32, 16)
+    want = array.cycles(64, 32, 16) + array.cycles(64, 16, 32) + array.cycles(32, 64, 16) + 512 // 32
+    assert array.step(layer, 1, 1) == array.step(layer._replace(sparse=False), 2, 8) == want
+    rows = [row for row in accelerator.rows() if row["pattern"] == "2:8"]
+    assert all(1.7 < row["speedup"] < row["multiplications"] < 2 for row in rows)  # the paper's mean is 1.75
 
 
 def test_times_have_a_slope():

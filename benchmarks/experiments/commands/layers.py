@@ -21,6 +21,7 @@ COLUMNS = {
     "clusters": ("model", "layer", "T", "case", "clusters", "error", "error_mean", "ratio", "ms"),
     "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
     "pooling": ("case", "fill", "ms_jagged", "speedup", "memory", "seed", "accuracy", "auc"),
+    "accelerator": ("case", "pattern", "interleaved", "cycles_dense", "cycles", "speedup", "multiplications"),
     "times": ("case", "T", "ms", "slope", "over_dense", "rounds"),
 }
 """Columns that are printed, by part."""
@@ -46,14 +47,14 @@ def bench_layers(
     recall asks for what was said once, of each layer beside a window and chance of as many pairs (40
     minutes); weights trains N:M layers on images (5); extrapolation judges short training on long text (20);
     clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10), and
-    pooling is about jagged histories, times and a click model (3).
+    pooling is about jagged histories, times and a click model (3). accelerator counts cycles of a model.
     """
     from sparseflash.bench import results
     from sparseflash.bench.session import session, show, watch
     from sparseflash.train.data import named
 
     from ..claim.rows import Job, measure, unfinished
-    from ..layers import clusters, extrapolation, pooling, recall, routing, times, weights
+    from ..layers import accelerator, clusters, extrapolation, pooling, recall, routing, times, weights
     from ..pixels import read_idx
 
     (part,) = known("part", COLUMNS, [part])
@@ -65,6 +66,7 @@ def bench_layers(
         "clusters": dict.fromkeys(clusters.FORMS),
         "routing": dict.fromkeys(("planted", "bytes")),
         "pooling": dict.fromkeys(("times", "clicks")),
+        "accelerator": accelerator.NETS,
         "times": times.CASES,
     }[part]
     names, drawn = known("cases", all_cases, words(cases, ";")), integers(seeds, "0,1")
@@ -73,6 +75,9 @@ def bench_layers(
         return
     if part == "pooling":
         session("layers", out, partial(pooling.times, rounds=rounds), COLUMNS[part])
+    if part == "accelerator":
+        session("layers", out, accelerator.rows, COLUMNS[part])
+        return
     jobs: list[Job]
     if part == "recall":
         jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, steps=steps)

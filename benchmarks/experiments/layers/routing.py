@@ -2,7 +2,8 @@
 
 Chance is the learned labels in another order, so clusters are as large and as many pairs are seen. `planted`
 has tokens around as many centres as there are clusters; `bytes` is a small language model, a layer of local
-heads and one that routes, after 200 steps. Recall is of the layer's own queries and keys.
+heads and one that routes, after 200 steps. Recall is of the layer's own queries and keys; `_anew` are clusters that
+k-means finds in the end, whatever was learned online.
 """
 
 from __future__ import annotations
@@ -55,15 +56,23 @@ def _bytes(corpus: Corpus, seed: int) -> Row:
         options={"window.window": 64, "clusters": CLUSTERS, "routing-attention.window": 512, "decay": 0.95},
     )  # fmt: skip
     trainer = Trainer(config, corpus)
-    for _ in range(STEPS):
-        trainer.step()
     found: list[Tensor] = []
     layer = trainer.model.layers()[1]
     assert isinstance(layer, RoutingAttention)
     handle = layer.register_forward_pre_hook(lambda module, given: found.append(given[0].detach()))
+    trainer.validate(512)
+    layer.start(torch.cat(found))  # from random centroids all tokens end in one cluster
+    handle.remove()
+    for _ in range(STEPS):
+        trainer.step()
+    found.clear()
+    handle = layer.register_forward_pre_hook(lambda module, given: found.append(given[0].detach()))
     bits = trainer.validate(512)
     handle.remove()
-    return {"bpb": bits, "data": corpus.name} | dict(_recall(layer, torch.cat(found), seed))
+    x = torch.cat(found)
+    row: Row = {"bpb": bits, "data": corpus.name} | dict(_recall(layer, x, seed))
+    layer.start(x)
+    return row | {f"{name}_anew": value for name, value in _recall(layer, x, seed)}
 
 
 @torch.no_grad()
