@@ -479,6 +479,19 @@ def gates() -> str:
     return table(["chosen by", *said], body)
 
 
+def layers_recall() -> str:
+    """Accuracy of layers on associative recall, by seed, and the pairs that a query costs."""
+    found = rows("layers-recall")
+    seeds = sorted({row["seed"] for row in found})
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = [row for row in found if row["case"] == case]
+        best = {s: [float(row["accuracy"]) for row in own if row["seed"] == s] for s in seeds}
+        pairs = sum(float(row["pairs"]) for row in own) / len(own)
+        body.append([case, f"{pairs:.1f}", *(f"{max(x):.1%}" if x else "" for x in best.values())])
+    return table(["layer", "pairs a query", *(f"seed {s}" for s in seeds)], body)
+
+
 def prompt_losses() -> str:
     """What prompts under each method lose, by text, and the needles that it keeps where they were planted."""
     found = rows("prompt-losses")
@@ -853,6 +866,7 @@ BLOCKS = {
     "selection": selection,
     "prefill": prefill,
     "gates": gates,
+    "layers-recall": layers_recall,
     "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
     "caches": caches,

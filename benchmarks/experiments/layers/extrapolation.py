@@ -55,7 +55,7 @@ def _run(key: Row, base: TrainConfig, corpus: Corpus, lengths: Sequence[int]) ->
     trainer = Trainer(replace(base, attention=name, options=options, seed=key["seed"]), corpus)
     for _ in range(base.steps):
         row = trainer.step()
-    found: Row = {"loss": row.loss, "data": corpus.name, "streamed": trainer.model.decodes}
+    found: Row = {"loss": row.loss, "data": corpus.name.split("/")[-1], "streamed": trainer.model.decodes}
     found |= {f"bpb_{length}": trainer.validate(length) for length in lengths}
     found["apart"] = _apart(trainer, max(lengths))
     return found | {"parameters": sum(p.numel() for p in trainer.model.parameters())}

@@ -1,9 +1,9 @@
 """Routing: how much of dense attention's mass lies inside clusters learned online, and inside chance.
 
-Chance is the learned labels in another order, so clusters are as large and as many pairs are seen. `planted`
-has tokens around as many centres as there are clusters; `bytes` is a small language model, a layer of local
-heads and one that routes, after 200 steps. Recall is of the layer's own queries and keys; `_anew` are clusters that
-k-means finds in the end, whatever was learned online.
+Chance is the learned labels in another order, so clusters are as large and as many pairs are seen.
+`planted` has tokens around as many centres as there are clusters; `bytes` is a small language model, a
+layer of local heads and one that routes, after 200 steps. Recall is of the layer's own queries and keys;
+`_anew` are clusters that k-means finds in the end, whatever was learned online.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _bytes(corpus: Corpus, seed: int) -> Row:
     bits = trainer.validate(512)
     handle.remove()
     x = torch.cat(found)
-    row: Row = {"bpb": bits, "data": corpus.name} | dict(_recall(layer, x, seed))
+    row: Row = {"bpb": bits, "data": corpus.name.split("/")[-1]} | dict(_recall(layer, x, seed))
     layer.start(x)
     return row | {f"{name}_anew": value for name, value in _recall(layer, x, seed)}
 
