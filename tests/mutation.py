@@ -131,12 +131,15 @@ def faults(area: str) -> list[Fault]:
     return found
 
 
+def equal() -> set[tuple[str, str, str]]:
+    """Faults that are known to change nothing."""
+    with EQUAL.open(newline="") as file:
+        return {(x["module"], x["function"], x["fault"]) for x in csv.DictReader(file)}
+
+
 def sample(count: int, seed: int) -> list[Fault]:
     """As many of each area, in functions that differ, without those that are known to change nothing."""
-    known = set()
-    if EQUAL.exists():
-        with EQUAL.open(newline="") as file:
-            known = {(x["module"], x["function"], x["fault"]) for x in csv.DictReader(file)}
+    known = equal()
     drawn, chance = [], random.Random(seed)
     for at, area in enumerate(AREAS):
         every, taken = [x for x in faults(area) if x.key not in known], set()
@@ -197,7 +200,7 @@ def put(fault: Fault, code: types.CodeType) -> bool:
         parts[one.co_qualname, one.co_firstlineno, one.co_freevars] = one
         todo += [x for x in one.co_consts if isinstance(x, types.CodeType)]
     for x in gc.get_objects():
-        if isinstance(x, types.FunctionType) and x.__code__.co_filename == path:
+        if type(x) is types.FunctionType and x.__code__.co_filename == path:
             was = x.__code__
             new = parts.get((was.co_qualname, was.co_firstlineno, was.co_freevars))
             if new is not None:
@@ -308,7 +311,7 @@ def survivors(path: Path) -> list[Fault]:
     """What no test caught in an earlier run, as far as it can still be made."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if not row["caught"]]
-    left = {(row["module"], row["function"], row["fault"]) for row in rows}
+    left = {(row["module"], row["function"], row["fault"]) for row in rows} - equal()
     return [fault for area in AREAS for fault in faults(area) if fault.key in left]
 
 

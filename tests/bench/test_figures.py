@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("safetensors")
+typer = pytest.importorskip("typer")
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -47,6 +48,16 @@ OWED = set(
 )
 """Files with rows of a changed tree, of a commit that is in no history, or of fewer than three rounds. A file
 that is measured anew leaves this list; none joins it."""
+
+
+def test_what_is_measured_again_is_a_file_and_a_command_that_takes_these_options(made):
+    from benchmarks.experiments.commands import experiments
+    from benchmarks.experiments.commands.tables import AGAIN
+
+    commands = typer.main.get_command(experiments).commands
+    for name, given in AGAIN.items():
+        options = {x for option in commands[name].params for x in option.opts}
+        assert (made.RESULTS / f"{name}.csv").exists() and set(given[::2]) <= options
 
 
 def test_rows_are_of_commits_that_exist_and_were_repeated(made):

@@ -189,3 +189,19 @@ def test_queries_over_a_cache_choose_the_pages_that_each_would_alone(count, gene
     for n in {0, 1, count // 2, count - 1}:
         one = method.select(q[:, :, n : n + 1], k, {"q_offset": at + n}).plan
         assert torch.equal(plan.to_dense()[:, :, n], one.to_dense()[:, :, 0])
+
+
+def test_pages_are_counted_from_the_first_key_that_is_no_padding(generator):
+    from sparseflash.methods.reading import plan_of_pages
+
+    first, page, Tk = torch.tensor([[0], [5]]), 8, 50
+    chosen = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(12)]).view(2, 2, 3, 3)
+    chosen[0, 0, 0, 1] = -1
+    at = torch.arange(Tk)
+    want = torch.zeros(2, 2, 3, Tk, dtype=torch.bool)
+    for b, h, i, n in torch.cartesian_prod(*map(torch.arange, chosen.shape)).tolist():
+        begin = int(first[b]) + page * int(chosen[b, h, i, n])
+        if chosen[b, h, i, n] >= 0:
+            want[b, h, i] |= (at >= begin) & (at < begin + page) & (at <= 47 + i)
+    plan = plan_of_pages(chosen.sort(-1).values, page, Tk, 47, first)
+    assert torch.equal(plan.check().to_dense(), want)

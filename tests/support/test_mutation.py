@@ -34,6 +34,12 @@ def test_a_sample_is_the_same_for_a_seed_and_of_functions_that_differ():
     assert {x.module.split("/")[0] for x in one} == {"plan", "methods", "integrations"}
 
 
+def test_faults_that_are_none_can_be_made_and_have_a_reason():
+    every = {fault.key for area in mutation.AREAS for fault in mutation.faults(area)}
+    assert sorted(mutation.equal() - every) == []
+    assert all(len(row.split(",")[-1]) > 10 for row in mutation.EQUAL.read_text().splitlines()[1:])
+
+
 @pytest.mark.parametrize("works", [True, False])
 def test_a_fork_answers_or_is_ended(works):
     def work():

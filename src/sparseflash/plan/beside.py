@@ -164,7 +164,7 @@ class _Joined:
         rows = max(p.q_rows for p in plans)
         self.ordered = any(p.q_order is not None for p in plans)
         self.tiles = max(p.tiles for p in plans)
-        self.rows = self.tiles * tile if self.ordered and rows % tile else rows
+        self.rows = self.tiles * tile if self.ordered else rows
         self.device = plans[0].device
 
     def fields(self) -> dict[str, Any]:
