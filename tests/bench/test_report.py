@@ -128,8 +128,15 @@ def test_the_verdict_says_what_happened_whatever_it_is(ms, bpb, words):
 
 
 @pytest.mark.parametrize("letters, learned", [(4.6, True), (4.2, False)])
-def test_models_that_use_no_context_yet_are_not_called_equal(letters, learned):
-    assert ("says nothing of quality yet" in verdict(result(letters=letters))) is not learned
+def test_a_run_too_short_to_learn_says_so_first_and_offers_what_is_long_enough(letters, learned):
+    outcome = result(
+        letters=letters, command="sparseflash demo --minutes 0.5 --length 8192 --out x", length=2048
+    )
+    said = verdict(outcome)
+    assert said.startswith("Too short to learn: ") is not learned
+    assert ("says nothing of quality yet" in said) is not learned
+    # 100 steps of 400 and of 160 ms are 56 s, three quarters of the box
+    assert ("`sparseflash demo --out x --length 2048 --minutes 3`" in said) is not learned
 
 
 def test_an_unwritable_report_is_one_clear_error(tmp_path):

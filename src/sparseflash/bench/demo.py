@@ -17,12 +17,11 @@ import torch
 from sparseflash import methods
 from sparseflash.bench import cases, curves, results
 from sparseflash.bench.machine import describe
-from sparseflash.bench.report import Drawing, Result, Run, comparison, verdict, write
+from sparseflash.bench.report import CURVES_SHARE, Drawing, Result, Run, comparison, verdict, write
 from sparseflash.bench.timing import predict, seconds
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer
 
-CURVES_SHARE = 0.25  # of the box; the report takes a few seconds, training gets the rest
 LEARNING_RATE = 8e-3  # the better of 4e-3 and 8e-3 for the dense baseline in runs as short as this one
 REPORT_SECONDS = 12
 VALIDATIONS = 6

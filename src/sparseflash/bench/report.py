@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -27,6 +29,10 @@ STYLES = {
     "qk-sparse, 70% dropped": "qk-3",
 }
 
+CURVES_SHARE = 0.25
+"""Of the time box, for the curves; the report takes a few seconds, training gets the rest."""
+ENOUGH = 100
+"""Steps after which a model of the demo has used some context."""
 LEARNED = 0.9
 """Of the bits that letters take without their context: a model above this has not used any yet."""
 
@@ -101,7 +107,7 @@ def comparison(result: Result) -> list[dict[str, object]]:
 
 
 def verdict(result: Result) -> str:
-    """One sentence with the outcome, whatever it is."""
+    """The outcome, whatever it is; first that a run was too short to learn, and what would be long enough."""
     base, run = comparison(result)[:2]
     pace = f"{run['speedup']:.2f} times as fast as" if run["speedup"] >= 1 else "slower than"
     gap = run["worse"]
@@ -114,11 +120,19 @@ def verdict(result: Result) -> str:
         f"against {base['bpb']:.3f} bits per byte."
     )
     if min(run["bpb"], base["bpb"]) > LEARNED * result.letters:
-        said += (
-            f" That says nothing of quality yet: the frequency of letters alone gives {result.letters:.3f}; "
-            "train longer (--minutes)."
+        said = (
+            f"Too short to learn: the frequency of letters alone gives {result.letters:.3f} bits a byte, so "
+            f"this says nothing of quality yet; `{longer(result)}` should be long enough. {said}"
         )
     return said
+
+
+def longer(result: Result) -> str:
+    """The command that gives every model `ENOUGH` steps of this length, at the pace that was measured."""
+    seconds = ENOUGH * sum(run.ms for run in result.runs) / 1e3
+    minutes = math.ceil(seconds / 60 / (1 - CURVES_SHARE)) + 1  # the probes and the report
+    bare = re.sub(r" --(minutes|length)[ =]\S+", "", result.command)
+    return f"{bare} --length {result.length} --minutes {minutes}"
 
 
 def write(result: Result, path: Path) -> None:
