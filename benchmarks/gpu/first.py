@@ -138,7 +138,10 @@ class Race:
             return [part.name for part in self.parts]
         told, line = ahead.unpack(blocks.architecture())
         print(line, flush=True)
-        return told["parts"].split() if told.get("sources") == ahead.sources() else []
+        fresh = told.get("sources") == ahead.sources()
+        if fresh and not self.run.about["git"]:  # a tree that has travelled has no history: the pack names it
+            self.run.about["git"] = told["git"]
+        return told["parts"].split() if fresh else []
 
     def _compile(self, names: Sequence[str], end: float) -> None:
         """Compile what parts launch, as far as it is not there, on all processors but one."""

@@ -243,6 +243,33 @@ def test_every_part_has_its_share_of_the_minutes_and_what_compiles_too(race):
     assert len({tuple(task.key.items()) for task in tasks}) == len(tasks)
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_on_a_card_what_no_pack_brought_is_compiled_first_and_a_pack_names_the_commit(
+    race, tmp_path, monkeypatch, fresh
+):
+    from benchmarks.gpu import first
+
+    asked = []
+
+    def compile_all(target, names, workers, seconds):
+        asked.append((target, *names))
+        return {"kernels": 3, "seconds": 1.0}
+
+    told = {"parts": "a", "git": "1234", "sources": first.ahead.sources() if fresh else "other"}
+    monkeypatch.setattr(first, "DEVICE", "cuda")
+    monkeypatch.setattr(first.blocks, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(first.ahead, "unpack", lambda target: (told, "7 compiled kernels"))
+    monkeypatch.setattr(first.ahead, "compile_all", compile_all)
+    one = race(tmp_path, 1e-9)
+    one.run.about |= {"git": ""}
+    monkeypatch.setattr(first, "DEVICE", "cuda")
+    assert one.go().startswith("0 measured, 0 failed, 7 skipped")
+    assert asked == ([("sm_90", "b")] if fresh else [("sm_90", "a"), ("sm_90", "b")])
+    rows = read(tmp_path / "gpu-first.csv")
+    assert {row["git"] for row in rows if row["part"] != "compile"} == {"1234" if fresh else ""}
+    assert [row["kind"] for row in rows if row["part"] == "compile"] == [x[1] for x in asked]
+
+
 @pytest.fixture
 def packed(monkeypatch, tmp_path):
     """The decoding kernels of `first`, compiled for a Hopper card and packed, and the folder of the pack."""
