@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from ..errors import require
 from ..numerics import state_dtype
 from ..plan import Plan
-from ..plan.options import is_count
+from ..plan.options import is_count, pieces
 from ..selection.budgets import top_k
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
@@ -149,12 +149,12 @@ def order_costs(
         at = video.order(q.device, axes=axes)[0, 0].long()
         rows, columns = q[:, :, at], k[:, :, at].mT
         full, peak = q.new_zeros(B, H), q.new_zeros(B, H)
-        for first in range(0, blocks, part):
-            score = rows[:, :, first * size : (first + part) * size] @ columns
+        for first, last in pieces(blocks, part):
+            score = rows[:, :, first * size : last * size] @ columns
             score = score if softcap is None else torch.tanh(score / softcap) * softcap
             p = pad(score.softmax(-1), (0, blocks * size - n, 0, -score.shape[2] % size))
             p = p.unflatten(3, (blocks, size)).unflatten(2, (-1, size)).movedim(4, 3).flatten(4)
-            real = lanes[first : first + part, None] * lanes  # what is padded is 0, and small
+            real = lanes[first:last, None] * lanes  # what is padded is 0, and small
             small = (p < method.small / n).sum(-1) - (size**2 - real)
             full += (small < method.empty * real).sum((2, 3))
             peak += (p.amax(-1) * real / p.sum(-1).clamp(min=1e-30)).sum((2, 3))
