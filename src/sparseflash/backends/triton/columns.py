@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 
 from .common import (
-    Keys,
-    Rule,
-    Tokens,
     apart,
     dot,
     gathered,
     given_share,
     given_top,
+    head_at,
     key_facts,
+    keys_of,
     load_rows,
     logits,
     place,
     query_facts,
+    row_at,
     rule_of,
     store_rows,
     visible,
@@ -60,7 +60,7 @@ class Columns(NamedTuple):
 
 
 @triton.jit
-def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, inside, Tq, rows,
+def take(dk, dv, db, C, Q, T, R, X, b, h, tile, part, live, WORDS, word, inside, N,
          RULES: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):  # fmt: skip
     """What BM rows of a tile (CUT with RULES) give to the keys: S^T, so that dK and dV are plain products.
 
@@ -68,7 +68,7 @@ def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, insi
     """
     BM: tl.constexpr = F.CUT if RULES else F.BM
     within = part * BM + tl.arange(0, BM)
-    real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
+    real, token, pos, seg = query_facts(T, b, h, tile, within, N, F)
     top, real = given_top(Q.top, token, real)
     at = token.to(tl.int64)
     q = load_rows(Q.q, at, Q.q_row, Q.q_lane, real, F.D, F.BD, True)
@@ -121,27 +121,17 @@ def take(dk, dv, db, C, Q, T, R, X, b, h, H, tile, part, live, WORDS, word, insi
 
 @triton.jit
 def columns_kernel(
-    Q, K, V, DOUT, TOP, REST, DELTA, DK, DV, DBIAS,
-    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
-    d_batch, d_head, d_row, d_lane, dk_batch, dk_head, dk_row, dk_lane, dv_batch, dv_head, dv_row, dv_lane,
-    SPANS, SPAN_START, span_batch, span_heads, SPAN_BEGIN, SPAN_WHOLE, SPAN_READERS, SPAN_TILE, SPAN_UNTIL,
-    SPAN_SOURCE, spanned_batch, spanned_heads, spanned_columns,
-    FULL, WORDS_START, WORDS, unit_batch, unit_heads,
-    UNIT_BEGIN, UNIT_READERS, UNIT_TILE, UNIT_MEMBERS, united_batch, united_heads, united_columns,
-    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
-    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
-    SHIFT, shift_batch,
-    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
-    Q_DRAW, K_DRAW, bar, kept, SLOPE, slope_batch, columns,
-    GROUP: tl.constexpr, F: tl.constexpr,
+    Q, K, V, DOUT, TOP, REST, DELTA, DK, DV, DBIAS, SPANS, SPANNED, UNITS, UNITED, TOKENS, KEYS, BIAS, RULE,
+    DRAW, N, scale, columns, GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them.
 
     With STATS only DBIAS, and that is the sum or maximum of the weights on each key.
     """
     pid = tl.program_id(0)
+    H = N.H
     column, bk = pid % columns, pid // columns
-    b, kv = bk // KV, bk % KV
+    b, kv = bk // N.KV, bk % N.KV
     BN: tl.constexpr = F.BN
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV
@@ -150,99 +140,89 @@ def columns_kernel(
     CUTS: tl.constexpr = (F.TILE + F.CUT - 1) // F.CUT
     lane = tl.arange(0, BN)
     n = column * BN + lane
-    live = n < k_rows
+    live = n < N.k_rows
     b64, kv64 = b.to(tl.int64), kv.to(tl.int64)
-    first_head, heads = kv * (H // KV), H // KV
-    keys = place(b, first_head, H, key_heads, key_batch, k_rows)
-    head = Keys(
-        K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head, k_row, k_lane, v_row, v_lane,
-        K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, BIAS, k_rows,
-    )  # fmt: skip
+    first_head, heads = kv * (H // N.KV), H // N.KV
+    facts = place(b, first_head, H, KEYS.heads, KEYS.batch, N.k_rows)
+    head = keys_of(K, V, KEYS, BIAS.at, b64, kv64, facts, N.k_rows)
     at = n.to(tl.int64)
-    k = load_rows(head.k, at, k_row, k_lane, live, F.D, F.BD, True)
-    v = k if F.STATS or F.ONLY == "dv" else load_rows(head.v, at, v_row, v_lane, live, F.DV, F.BDV, True)
+    k = load_rows(head.k, at, K.row, K.lane, live, F.D, F.BD, True)
+    v = k if F.STATS or F.ONLY == "dv" else load_rows(head.v, at, V.row, V.lane, live, F.DV, F.BDV, True)
     dk = tl.zeros([BN, 16 if F.ONLY == "dv" else BD], tl.float32)
     dv = tl.zeros([BN, 16 if F.ONLY == "dk" else BDV], tl.float32)
-    tokens = Tokens(
-        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
-        q_seg_heads,
-        SHIFT, shift_batch, offset,
-    )  # fmt: skip
     own, _, _, _ = key_facts(head, n, live, F)
     for i in range(0, heads):
         h = first_head + i
         h64 = h.to(tl.int64)
-        facts = place(b, h, H, key_heads, key_batch, k_rows)
-        of_head = Keys(head.k, head.v, k_row, k_lane, v_row, v_lane,
-                       K_ORDER + facts, K_POS + facts, K_END + facts, K_SEG + facts, BIAS,
-                       k_rows)  # fmt: skip
+        facts = place(b, h, H, KEYS.heads, KEYS.batch, N.k_rows)
+        of_head = keys_of(K, V, KEYS, BIAS.at, b64, kv64, facts, N.k_rows)
         token, pos, end, seg = key_facts(of_head, n, live, F)
-        R = rule_of(Rule(inner, cap, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
+        R = rule_of(RULE, h, H, F)
         bias = R.factor
         if F.BIAS:
-            base = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
-            bias = tl.load(base + token, mask=token >= 0, other=0.0)[:, None]
+            bias = tl.load(row_at(BIAS, b, h, H, N.Tk) + token, mask=token >= 0, other=0.0)[:, None]
         C = Columns(k, v, n, token, pos, end, seg, bias)
-        state = (b64 * H + h64) * Tq
+        state = (b64 * H + h64) * N.Tq
         first_word, second_word = token, token
         if F.DROP:
-            first_word, second_word = words_at(K_DRAW + (b64 * H + h64) * Tk * 2, token, token >= 0)
-        slope = factor
+            first_word, second_word = words_at(DRAW.keys + (b64 * H + h64) * N.Tk * 2, token, token >= 0)
+        slope = RULE.factor
         if F.ALIBI:
-            slope = tl.load(SLOPE + b * slope_batch + h)
-        draw = Draw(first_word, second_word, Q_DRAW + state * 2, bar, kept, slope)
+            slope = tl.load(DRAW.slopes + b * DRAW.slopes_batch + h)
+        draw = Draw(first_word, second_word, DRAW.queries + state * 2, DRAW.bar, DRAW.kept, slope)
         queries = Queries(
-            Q + b64 * q_batch + h64 * q_head, q_row, q_lane, DOUT + b64 * d_batch + h64 * d_head, d_row,
-            d_lane,
+            head_at(Q, b64, h64), Q.row, Q.lane, head_at(DOUT, b64, h64), DOUT.row, DOUT.lane,
             TOP + state, REST + state, DELTA + state,
         )  # fmt: skip
         db = tl.zeros([BN], tl.float32)
         if F.SPANS:
-            cell = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + column * BN // GROUP
-            first = tl.load(SPAN_BEGIN + cell)
-            whole, last = first + tl.load(SPAN_WHOLE + cell), first + tl.load(SPAN_READERS + cell)
+            cell = place(b, h, H, SPANNED.heads, SPANNED.batch, SPANNED.columns) + column * BN // GROUP
+            first = tl.load(SPANNED.begin + cell)
+            whole, last = first + tl.load(SPANNED.whole + cell), first + tl.load(SPANNED.count + cell)
             for e in range(first, whole):
-                tile, until = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e)
+                tile, until = tl.load(SPANNED.tile + e), tl.load(SPANNED.until + e)
                 for p in tl.range(tile * PARTS, until * PARTS, num_stages=F.STAGES):
-                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, p // PARTS, p % PARTS,
-                                      live, WORDS, n, n, Tq, q_rows, False, False, F)  # fmt: skip
-            lists = SPAN_START + place(b, h, H, span_heads, span_batch, tiles)
+                    dk, dv, db = take(dk, dv, db, C, queries, TOKENS, R, draw, b, h, p // PARTS, p % PARTS,
+                                      live, UNITS.words, n, n, N, False, False, F)  # fmt: skip
+            lists = SPANS.start + place(b, h, H, SPANS.heads, SPANS.batch, N.tiles)
             for e in range(whole, last):
-                tile, until = tl.load(SPAN_TILE + e), tl.load(SPAN_UNTIL + e)
-                source = tl.load(SPAN_SOURCE + e)
+                tile, until = tl.load(SPANNED.tile + e), tl.load(SPANNED.until + e)
+                source = tl.load(SPANNED.source + e)
                 for p in tl.range(tile * CUTS, until * CUTS, num_stages=1):
-                    span = SPANS + 2 * (tl.load(lists + p // CUTS) + source)
+                    span = SPANS.at + 2 * (tl.load(lists + p // CUTS) + source)
                     inside = live & (n >= tl.load(span)) & (n < tl.load(span + 1))
-                    dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, p // CUTS, p % CUTS,
-                                      inside, WORDS, n, n, Tq, q_rows, True, False, F)  # fmt: skip
+                    dk, dv, db = take(dk, dv, db, C, queries, TOKENS, R, draw, b, h, p // CUTS, p % CUTS,
+                                      inside, UNITS.words, n, n, N, True, False, F)  # fmt: skip
         if F.UNITS:
             group = column * BN // (MEMBERS * F.PART)
-            cell = place(b, h, H, united_heads, united_batch, united_columns) + group
-            first = tl.load(UNIT_BEGIN + cell)
-            last = first + tl.load(UNIT_READERS + cell)
-            units = place(b, h, H, unit_heads, unit_batch, tiles)
+            cell = place(b, h, H, UNITED.heads, UNITED.batch, UNITED.columns) + group
+            first = tl.load(UNITED.begin + cell)
+            last = first + tl.load(UNITED.count + cell)
+            units = place(b, h, H, UNITS.heads, UNITS.batch, N.tiles)
             for p in tl.range(first * CUTS, last * CUTS, num_stages=1):
                 reader = p // CUTS
-                tile = tl.load(UNIT_TILE + reader)
+                tile = tl.load(UNITED.tile + reader)
                 member = tl.load(
-                    UNIT_MEMBERS + reader.to(tl.int64) * MEMBERS + lane * MEMBERS // BN
+                    UNITED.members + reader.to(tl.int64) * MEMBERS + lane * MEMBERS // BN
                 )  # place in the list, or -1
                 word = member
                 if F.BITS:
-                    full = tl.load(FULL + units + tile)
+                    full = tl.load(UNITS.full + units + tile)
                     word = tl.where(
-                        member >= full, member - full + tl.load(WORDS_START + units + tile).to(tl.int32), -1
+                        member >= full,
+                        member - full + tl.load(UNITS.words_start + units + tile).to(tl.int32),
+                        -1,
                     )
-                dk, dv, db = take(dk, dv, db, C, queries, tokens, R, draw, b, h, H, tile, p % CUTS,
-                                  live & (member >= 0), WORDS, word, n % F.UNIT,
-                                  Tq, q_rows, True, F.BITS, F)  # fmt: skip
+                dk, dv, db = take(dk, dv, db, C, queries, TOKENS, R, draw, b, h, tile, p % CUTS,
+                                  live & (member >= 0), UNITS.words, word, n % F.UNIT,
+                                  N, True, F.BITS, F)  # fmt: skip
         if (F.BIAS and F.ONLY != "dv") or F.STATS:
-            tl.store(DBIAS + (b64 * H + h64) * Tk + token, db, mask=token >= 0)
+            tl.store(DBIAS + (b64 * H + h64) * N.Tk + token, db, mask=token >= 0)
     if not F.STATS:
         stored = live & (own >= 0)
         to = tl.where(stored, own, 0).to(tl.int64)
         if F.ONLY != "dv":
-            to_k = DK + b64 * dk_batch + kv64 * dk_head
-            store_rows(to_k, to, dk_row, dk_lane, stored, dk * scale, F.D, F.BD)
+            to_k = head_at(DK, b64, kv64)
+            store_rows(to_k, to, DK.row, DK.lane, stored, dk * scale, F.D, F.BD)
         if F.ONLY != "dk":
-            store_rows(DV + b64 * dv_batch + kv64 * dv_head, to, dv_row, dv_lane, stored, dv, F.DV, F.BDV)
+            store_rows(head_at(DV, b64, kv64), to, DV.row, DV.lane, stored, dv, F.DV, F.BDV)

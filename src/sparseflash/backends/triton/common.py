@@ -2,6 +2,7 @@
 
 A plan's table is `[batch, heads, length]` with batch B or 1 and any divisor of Hq as heads: a kernel gets its
 pointer, its heads and the stride of its batch (0 where it is shared), and `place` finds the row of (b, h).
+What belongs together goes into a kernel as one named tuple, and on from there into what it calls.
 A logit is `unit * x` (see `numerics`); exponentials are of base 2, factor = unit * log2(e).
 """
 
@@ -94,21 +95,106 @@ class Rows(NamedTuple):
     """The dimensions of q from BD on, [BM, TAIL]; q where there are none."""
 
 
+class View(NamedTuple):
+    """A tensor [B,H,T,D] and its strides."""
+
+    at: Any
+    batch: Any
+    head: Any
+    row: Any
+    lane: Any
+
+
+class Table(NamedTuple):
+    """A table [B or 1, any divisor of Hq, n]: the stride of its batch (0: shared), how many heads it has."""
+
+    at: Any
+    batch: Any
+    heads: Any
+
+
+class Sizes(NamedTuple):
+    """Heads of queries, heads of keys as they lie, tokens, rows, tiles."""
+
+    H: Any
+    KV: Any
+    Tq: Any
+    Tk: Any
+    q_rows: Any
+    k_rows: Any
+    tiles: Any
+
+
 class Tokens(NamedTuple):
-    """Where the facts about query tokens lie."""
+    """Where the facts about query tokens lie: tables, and one number of each sequence."""
 
     order: Any
-    order_batch: Any
-    order_heads: Any
     pos: Any
-    pos_batch: Any
-    pos_heads: Any
     seg: Any
-    seg_batch: Any
-    seg_heads: Any
     shift: Any
     shift_batch: Any
     offset: Any
+
+
+class Spans(NamedTuple):
+    """The spans of every tile: tables of where they begin, of full ones, of all; and their edges."""
+
+    start: Any
+    full: Any
+    count: Any
+    at: Any
+    batch: Any
+    heads: Any
+
+
+class Units(NamedTuple):
+    """The units of every tile: the same, their numbers, and where the bits of partial ones begin."""
+
+    start: Any
+    full: Any
+    count: Any
+    index: Any
+    words_start: Any
+    words: Any
+    batch: Any
+    heads: Any
+
+
+class SpanReaders(NamedTuple):
+    """Which tiles visit a group of keys by their spans: the fields of `KeyLists`, by one table's shape."""
+
+    begin: Any
+    whole: Any
+    count: Any
+    tile: Any
+    until: Any
+    source: Any
+    batch: Any
+    heads: Any
+    columns: Any
+
+
+class UnitReaders(NamedTuple):
+    """Which tiles list the units of a block of keys: the fields of `Readers`, by one table's shape."""
+
+    begin: Any
+    count: Any
+    tile: Any
+    members: Any
+    batch: Any
+    heads: Any
+    columns: Any
+
+
+class KeyTables(NamedTuple):
+    """What is known of key rows, in tables of one shape."""
+
+    order: Any
+    pos: Any
+    end: Any
+    seg: Any
+    batch: Any
+    heads: Any
 
 
 class Keys(NamedTuple):
@@ -132,7 +218,8 @@ class Keys(NamedTuple):
 class Rule(NamedTuple):
     """Numbers of the logits (inner: the scale where it bends, scale / cap under a softcap), the window.
 
-    below: how far under a row's largest x others still count, where chunks may be skipped.
+    below: how far under a row's largest x others still count, where chunks may be skipped. of_heads: a table
+    [heads, 3] of left, right and sink, where heads differ.
     """
 
     inner: Any
@@ -142,6 +229,8 @@ class Rule(NamedTuple):
     right: Any
     sink: Any
     below: Any
+    of_heads: Any
+    heads: Any
 
 
 @triton.jit
@@ -163,6 +252,27 @@ def dot(a, b, acc=None):
 def place(b, h, H, heads, batch, length):
     """Where the row of (b, query head h) begins in a table."""
     return b.to(tl.int64) * batch + (h * heads // H).to(tl.int64) * length
+
+
+@triton.jit
+def row_at(T, b, h, H, length):
+    """Where the row of (b, query head h) of a table begins."""
+    return T.at + place(b, h, H, T.heads, T.batch, length)
+
+
+@triton.jit
+def head_at(X, b, h):
+    """Where a head of a tensor begins; b and h have 64 bits."""
+    return X.at + b * X.batch + h * X.head
+
+
+@triton.jit
+def keys_of(K, V, T, bias, b, kv, facts, rows):
+    """The keys of head kv, and what is known of them from place `facts` of their tables on."""
+    return Keys(
+        head_at(K, b, kv), head_at(V, b, kv), K.row, K.lane, V.row, V.lane,
+        T.order + facts, T.pos + facts, T.end + facts, T.seg + facts, bias, rows,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -231,23 +341,21 @@ def visible(real, q_pos, q_seg, k_pos, k_end, k_seg, R, F: tl.constexpr):
 
 
 @triton.jit
-def query_facts(T, b, h, H, tile, within, Tq, rows, F: tl.constexpr):
+def query_facts(T, b, h, tile, within, N, F: tl.constexpr):
     """Which lanes hold a query, and its token (0 where none), position and segment."""
     row = tile * F.TILE + within
-    real = (within < F.TILE) & (row < rows)
+    real = (within < F.TILE) & (row < N.q_rows)
     token = row
     if F.QUERY_ORDER:
-        token = tl.load(
-            T.order + place(b, h, H, T.order_heads, T.order_batch, rows) + row, mask=real, other=-1
-        )
+        token = tl.load(row_at(T.order, b, h, N.H, N.q_rows) + row, mask=real, other=-1)
         real = real & (token >= 0)
     token = tl.where(real, token, 0)
-    own, length = token, Tq
+    own, length = token, N.Tq
     if F.FOLD:
         own, length = token % F.FOLD, F.FOLD
     pos = own.to(tl.int64) if F.WIDE else own
     if F.QUERY_POS:
-        pos = tl.load(T.pos + place(b, h, H, T.pos_heads, T.pos_batch, length) + own, mask=real, other=0)
+        pos = tl.load(row_at(T.pos, b, h, N.H, length) + own, mask=real, other=0)
         pos = pos.to(tl.int64) if F.WIDE else pos
     elif F.SHIFT:
         pos += tl.load(T.shift + b * T.shift_batch)
@@ -255,18 +363,18 @@ def query_facts(T, b, h, H, tile, within, Tq, rows, F: tl.constexpr):
         pos += T.offset
     seg = token * 0 - 1
     if F.QUERY_SEG:
-        seg = tl.load(T.seg + place(b, h, H, T.seg_heads, T.seg_batch, length) + own, mask=real, other=-2)
+        seg = tl.load(row_at(T.seg, b, h, N.H, length) + own, mask=real, other=-2)
     return real, token, pos, seg
 
 
 @triton.jit
-def rule_of(R, RULE, rule_heads, h, H, F: tl.constexpr):
+def rule_of(R, h, H, F: tl.constexpr):
     """The rule with the window of head h, where heads differ."""
     left, right, sink = R.left, R.right, R.sink
     if F.HEAD_RULES:
-        at = RULE + 3 * (h * rule_heads // H)
+        at = R.of_heads + 3 * (h * R.heads // H)
         left, right, sink = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    return Rule(R.inner, R.cap, R.factor, left, right, sink, R.below)
+    return Rule(R.inner, R.cap, R.factor, left, right, sink, R.below, R.of_heads, R.heads)
 
 
 @triton.jit
@@ -335,13 +443,12 @@ def key_facts(K, n, live, F: tl.constexpr):
 
 
 @triton.jit
-def rows_of(T, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, rows, BM: tl.constexpr,
-            F: tl.constexpr):  # fmt: skip
+def rows_of(T, Q, b, h, tile, part, N, BM: tl.constexpr, F: tl.constexpr):
     """Part `part` of a tile, BM rows with their queries, and their tokens."""
     within = part * BM + tl.arange(0, BM)
-    real, token, pos, seg = query_facts(T, b, h, H, tile, within, Tq, rows, F)
-    base = Q + b.to(tl.int64) * q_batch + h.to(tl.int64) * q_head
-    q = load_rows(base, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
+    real, token, pos, seg = query_facts(T, b, h, tile, within, N, F)
+    base = head_at(Q, b.to(tl.int64), h.to(tl.int64))
+    q = load_rows(base, token.to(tl.int64), Q.row, Q.lane, real, F.D, F.BD, True)
     return Rows(q, q, q, q, real, pos, seg, within, q), token
 
 

@@ -14,8 +14,19 @@ QUERIES, KEYS = 0, 1
 BLOCK = 256
 
 
+class Draws(NamedTuple):
+    """What few calls have: words of all queries and keys, the bar, what is left times; slopes of ALiBi."""
+
+    queries: Any
+    keys: Any
+    bar: Any
+    kept: Any
+    slopes: Any
+    slopes_batch: Any
+
+
 class Draw(NamedTuple):
-    """What few calls have: words of what a program holds, where those of others lie; a slope, of ALiBi."""
+    """The same of a program: words of what it holds, where those of others lie; its head's slope."""
 
     first: Any
     second: Any

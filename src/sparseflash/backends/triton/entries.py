@@ -11,16 +11,15 @@ import triton
 import triton.language as tl
 
 from .common import (
-    Keys,
     Rows,
-    Rule,
-    Tokens,
     gathered,
     given_share,
     given_top,
     keys_at,
+    keys_of,
     pairs,
     place,
+    row_at,
     rows_of,
     rule_of,
 )
@@ -99,45 +98,30 @@ def over_range(total, Q, token, top, share, K, R, lo, hi, word, origin, WORDS, f
 
 @triton.jit
 def entries_kernel(
-    Q, K, TOP, REST, OUT,
-    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane,
-    SPAN_START, SPAN_COUNT, SPANS, span_batch, span_heads,
-    START, FULL, COUNT, INDEX, WORDS_START, WORDS, unit_batch, unit_heads,
-    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
-    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
-    SHIFT, shift_batch, TOKEN_ROW, token_batch,
-    inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles, width,
-    block_tile, block_unit, BAND: tl.constexpr, F: tl.constexpr,
+    Q, K, TOP, REST, OUT, SPANS, UNITS, TOKENS, KEYS, BIAS, RULE, ROW_OF, N, width, block_tile, block_unit,
+    BAND: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT [B,H,width]: of each entry of each tile, `width // tiles` places a tile; or of BAND diagonals each.
 
     With BLOCK in place of a number of diagonals: of each block of `block_tile` by `block_unit` tokens.
 
-    TOKEN_ROW [B,H,Tk] is the key row of each token where there is a K_ORDER.
+    ROW_OF is a table of the key row of each token where keys have an order.
     """
     BM: tl.constexpr = F.BM
     CUT: tl.constexpr = F.CUT
     PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
+    H, Tk, k_rows, tiles = N.H, N.Tk, N.k_rows, N.tiles
     owned = width if BAND <= 0 else (width + BAND - 1) // BAND
     bh, own = tl.program_id(0) // owned, tl.program_id(0) % owned
     b, h = bh // H, bh % H
-    b64, kv = b.to(tl.int64), (h * KV // H).to(tl.int64)
-    tokens = Tokens(
-        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
-        q_seg_heads,
-        SHIFT, shift_batch, offset,
-    )  # fmt: skip
-    R = rule_of(Rule(inner, cap, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
-    keys = place(b, h, H, key_heads, key_batch, k_rows)
-    base = K + b64 * k_batch + kv * k_head
-    head = Keys(
-        base, base, k_row, k_lane, k_row, k_lane, K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys,
-        BIAS + place(b, h, H, bias_heads, bias_batch, Tk), k_rows,
-    )  # fmt: skip
-    order = TOKEN_ROW + place(b, h, H, key_heads, token_batch, Tk)
-    state = bh.to(tl.int64) * Tq
-    of_spans = place(b, h, H, span_heads, span_batch, tiles)
-    of_units = place(b, h, H, unit_heads, unit_batch, tiles)
+    R = rule_of(RULE, h, H, F)
+    facts = place(b, h, H, KEYS.heads, KEYS.batch, k_rows)
+    kv = (h * N.KV // H).to(tl.int64)
+    head = keys_of(K, K, KEYS, row_at(BIAS, b, h, H, Tk), b.to(tl.int64), kv, facts, k_rows)
+    order = row_at(ROW_OF, b, h, H, Tk)
+    state = bh.to(tl.int64) * N.Tq
+    of_spans = place(b, h, H, SPANS.heads, SPANS.batch, tiles)
+    of_units = place(b, h, H, UNITS.heads, UNITS.batch, tiles)
     total = tl.zeros([CUT if BAND <= 0 else BAND], tl.float32)
     first, slot, down, limit = 0, 0, 0, Tk
     if BAND == 0:
@@ -157,8 +141,7 @@ def entries_kernel(
         first = own * BAND - (Tk - 1)
     for part in range(tile_from * PARTS, tile_to * PARTS):
         tile = part // PARTS
-        rows, token = rows_of(tokens, Q, b, h, H, tile, part % PARTS, q_batch, q_head, q_row, q_lane, Tq,
-                              q_rows, BM, F)  # fmt: skip
+        rows, token = rows_of(TOKENS, Q, b, h, tile, part % PARTS, N, BM, F)
         if BAND == BLOCK:
             mine_too = rows.real & (token // block_tile == down)
             rows = Rows(
@@ -175,22 +158,22 @@ def entries_kernel(
             low, high = first, tl.minimum(limit, k_rows)
         spans = 0
         if F.SPANS:
-            start, spans = tl.load(SPAN_START + of_spans + tile), tl.load(SPAN_COUNT + of_spans + tile)
+            start, spans = tl.load(SPANS.start + of_spans + tile), tl.load(SPANS.count + of_spans + tile)
             begun, ended = mine(slot, spans, BAND)
             for s in range(start + begun, start + ended):
-                lo, hi = span_range(SPANS, s, k_rows)
+                lo, hi = span_range(SPANS.at, s, k_rows)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
-                total = over_range(total, rows, token, top, share, head, R, begin, end, -1, lo, WORDS,
+                total = over_range(total, rows, token, top, share, head, R, begin, end, -1, lo, UNITS.words,
                                    first, order, limit, BAND, F)  # fmt: skip
         if F.UNITS:
-            start, count = tl.load(START + of_units + tile), tl.load(COUNT + of_units + tile)
-            words = WORDS
+            start, count = tl.load(UNITS.start + of_units + tile), tl.load(UNITS.count + of_units + tile)
+            words = UNITS.words
             if F.BITS:
-                words = WORDS + tl.load(WORDS_START + of_units + tile) * (F.TILE * ((F.UNIT + 31) // 32))
-            full = start + tl.load(FULL + of_units + tile)
+                words += tl.load(UNITS.words_start + of_units + tile) * (F.TILE * ((F.UNIT + 31) // 32))
+            full = start + tl.load(UNITS.full + of_units + tile)
             begun, ended = mine(slot - spans, count, BAND)
             for p in range(start + begun, start + ended):
-                lo, hi, word = unit_range(INDEX, p, full, k_rows, F)
+                lo, hi, word = unit_range(UNITS.index, p, full, k_rows, F)
                 begin, end = tl.maximum(lo, low), tl.minimum(hi, high)
                 total = over_range(total, rows, token, top, share, head, R, begin, end, word, lo, words,
                                    first, order, limit, BAND, F)  # fmt: skip

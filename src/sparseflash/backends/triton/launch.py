@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...numerics import bends, dropout_bar, unit_of
-from ...plan import Plan
-from ...plan.lists import Units
+from ...plan import Plan, lists
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
 from .blocks import MAX_DIM, WHOLE, Blocks, Case, choose, target
-from .common import INTERPRETED, LOG2E, Flags
-from .dropout import KEYS, QUERIES, words
+from .common import INTERPRETED, LOG2E, Flags, KeyTables, Rule, Sizes, Spans, Table, Tokens, Units, View
+from .dropout import KEYS, QUERIES, Draws, words
 
 _TOLD = ("QUERY_ORDER", "KEY_ORDER", "QUERY_POS", "KEY_POS", "QUERY_SEG", "KEY_SEG", "END")
 _HEAVY = ("BITS", "HEAD_RULES", "SHIFT", "BIAS", "SOFTCAP")
@@ -40,7 +39,7 @@ def part_of(unit: int, keys: int) -> int:
     return unit if unit % keys == 0 or keys % unit == 0 else math.gcd(unit, keys)
 
 
-def readers_of(units: Units, keys: int) -> Readers:
+def readers_of(units: lists.Units, keys: int) -> Readers:
     """The transposed unit lists for blocks of `keys` key rows (or of one unit, where that is larger)."""
     R, part = units.count.shape[-1], part_of(units.unit, keys)
     per, ratio = max(1, keys // part), units.unit // part
@@ -80,6 +79,11 @@ def power_of_two(n: int) -> int:
 def found(x: Tensor | None) -> tuple[int, int]:
     """Stride of the batch (0 where shared) and heads of a table [B|1, H, n]; kernels get it contiguous."""
     return (0, 1) if x is None else (x.shape[1] * x.shape[2] if x.shape[0] > 1 else 0, x.shape[1])
+
+
+def view(x: Tensor) -> View:
+    """A tensor [B,H,T,D] as kernels take it."""
+    return View(x, *x.stride())
 
 
 def _common(tables: Iterable[Tensor | None]) -> tuple[int, int]:
@@ -142,7 +146,7 @@ def wide(plan: Plan) -> bool:
 
 
 class Arguments:
-    """What every kernel over a plan is given, by name."""
+    """What every kernel over a plan is given, by name: `common` has the named tuples."""
 
     def __init__(
         self,
@@ -157,50 +161,47 @@ class Arguments:
     ):
         B, H, Tq, D = q.shape
         Tk, Dv = k.shape[2], v.shape[3]
-        self.keys = keys = key_rows(k, v, plan)
-        none = plan.spans if plan.spans is not None else plan.index
+        self.q, self.keys = q, key_rows(k, v, plan)
+        keys = self.keys
+        some = plan.spans if plan.spans is not None else plan.index
         span = alike(plan.span_start, plan.span_full, plan.span_count)
         unit = alike(plan.start, plan.full, plan.count, plan.bits_start)
         rules = head_rules(plan)
         shift = narrow(plan.q_offset) if isinstance(plan.q_offset, Tensor) else None
-        left, right = plan.window or (None, None)
+        left, right = (-1 if side is None else side for side in plan.window or (None, None))
         bias = None if key_bias is None else key_bias.float().contiguous()
         first = next((x for x in (keys.order, keys.pos, keys.end, keys.seg) if x is not None), None)
+        self.none = none = q if some is None else some
+        """Something must stand where there is nothing; what is absent is never read."""
 
-        def p(x: Tensor | None) -> Tensor:  # something must stand there; what is absent is never read
-            return x.contiguous() if x is not None else q if none is None else none
+        def p(x: Tensor | None) -> Tensor:
+            return none if x is None else x.contiguous()
 
-        named: dict[str, Any] = {
-            "SPAN_START": p(span[0]), "SPAN_FULL": p(span[1]), "SPAN_COUNT": p(span[2]),
-            "SPANS": p(plan.spans),
-            "START": p(unit[0]), "FULL": p(unit[1]), "COUNT": p(unit[2]), "INDEX": p(plan.index),
-            "WORDS_START": p(unit[3]), "WORDS": p(plan.bits),
-            "Q_ORDER": p(plan.q_order), "Q_POS": p(plan.q_pos), "Q_SEG": p(plan.q_seg),
-            "K_ORDER": p(keys.order), "K_POS": p(keys.pos), "K_END": p(keys.end), "K_SEG": p(keys.seg),
-            "BIAS": p(bias), "RULE": p(rules), "SHIFT": p(shift),
-            "rule_heads": 1 if rules is None else rules.shape[0],
-            "shift_batch": 1 if shift is not None and shift.numel() > 1 else 0,
-        }  # fmt: skip
-        for name, table in (
-            ("span", span[0]), ("unit", unit[0]), ("q_order", plan.q_order), ("q_pos", plan.q_pos),
-            ("q_seg", plan.q_seg), ("key", first), ("bias", bias),
-        ):  # fmt: skip
-            named[f"{name}_batch"], named[f"{name}_heads"] = found(table)
-        for name, x in (("q", q), ("k", keys.k), ("v", keys.v)):
-            self.strides(named, name, x)
+        def table(x: Tensor | None) -> Table:
+            return Table(p(x), *found(x))
+
+        inner = scale / softcap if softcap else scale
+        factor = unit_of(scale, softcap, key_bias) * LOG2E.value
+        by_head = 1 if rules is None else rules.shape[0]
+        apart = 1 if shift is not None and shift.numel() > 1 else 0
+        offset = 0 if shift is not None else plan.q_offset
+        of_k, of_v = view(keys.k), view(keys.v)
         if keys.k.shape[0] == 1 and B > 1:
-            named["k_batch"] = named["v_batch"] = 0
-        named |= {
-            "Q": q, "K": keys.k, "V": keys.v, "scale": scale,
-            "inner": scale / softcap if softcap else scale, "cap": softcap,
-            "factor": unit_of(scale, softcap, key_bias) * LOG2E.value,
-            "offset": 0 if shift is not None else plan.q_offset,
-            "left": -1 if left is None else left, "right": -1 if right is None else right, "sink": plan.sink,
-            "H": H, "KV": keys.k.shape[1], "Tq": Tq, "Tk": Tk, "q_rows": plan.q_rows, "k_rows": plan.k_rows,
-            "tiles": plan.tiles, "Q_DRAW": p(None), "K_DRAW": p(None), "bar": 0, "kept": 1.0,
-            "SLOPE": p(None), "slope_batch": 0,
+            of_k, of_v = of_k._replace(batch=0), of_v._replace(batch=0)
+        self.named: dict[str, Any] = {
+            "Q": view(q), "K": of_k, "V": of_v,
+            "SPANS": Spans(*map(p, span), p(plan.spans), *found(span[0])),
+            "UNITS": Units(*map(p, unit[:3]), p(plan.index), p(unit[3]), p(plan.bits), *found(unit[0])),
+            "TOKENS": Tokens(
+                table(plan.q_order), table(plan.q_pos), table(plan.q_seg), p(shift), apart, offset
+            ),
+            "KEYS": KeyTables(p(keys.order), p(keys.pos), p(keys.end), p(keys.seg), *found(first)),
+            "BIAS": table(bias),
+            "RULE": Rule(inner, softcap, factor, left, right, plan.sink, 0.0, p(rules), by_head),
+            "DRAW": Draws(none, none, 0, 1.0, none, 0),
+            "N": Sizes(H, keys.k.shape[1], Tq, Tk, plan.q_rows, plan.k_rows, plan.tiles),
+            "scale": scale,
         }  # fmt: skip
-        self.named = named
         self.switches = {
             "D": D, "DV": Dv, "BD": min(power_of_two(D), WHOLE), "BDV": power_of_two(Dv),
             "TAIL": power_of_two(D - WHOLE) if D > WHOLE else 0, "TILE": plan.tile, "FOLD": fold,
@@ -222,17 +223,21 @@ class Arguments:
         """Leave out a share of the weights, if there is a seed."""
         if seed is None:
             return
-        (B, H, Tq, _), Tk = self.named["Q"].shape, self.named["Tk"]
-        self.named |= {"Q_DRAW": words(seed, B, H, Tq, QUERIES), "K_DRAW": words(seed, B, H, Tk, KEYS)}
-        self.named |= {"bar": dropout_bar(share) - 2**31, "kept": 1 / (1 - share)}
+        (B, H, Tq, _), Tk = self.q.shape, self.named["N"].Tk
+        made = {"queries": words(seed, B, H, Tq, QUERIES), "keys": words(seed, B, H, Tk, KEYS)}
+        self.named["DRAW"] = self.named["DRAW"]._replace(
+            **made, bar=dropout_bar(share) - 2**31, kept=1 / (1 - share)
+        )
         self.switches["DROP"] = True
 
     def lean(self, slopes: Tensor | None) -> None:
         """Add ALiBi's bias, if there are slopes [H] or [B,H]: then x is a logit."""
         if slopes is None:
             return
-        batch = self.named["H"] if slopes.dim() == 2 else 0
-        self.named |= {"SLOPE": slopes.float().contiguous(), "slope_batch": batch, "factor": LOG2E.value}
+        batch = self.q.shape[1] if slopes.dim() == 2 else 0
+        given = {"slopes": slopes.float().contiguous(), "slopes_batch": batch}
+        self.named["DRAW"] = self.named["DRAW"]._replace(**given)
+        self.named["RULE"] = self.named["RULE"]._replace(factor=LOG2E.value)
         self.switches |= {"ALIBI": True, "BENT": True}
 
     def check_whole(self, what: str) -> None:
@@ -246,7 +251,7 @@ class Arguments:
     def check_registers(self, what: str, most: int) -> None:
         """Refuse float32 of more dimensions than AMD's registers hold."""
         dim = max(self.switches["D"], self.switches["DV"])
-        if dim > most and self.named["Q"].dtype == torch.float32 and target()[0] == "hip":
+        if dim > most and self.q.dtype == torch.float32 and target()[0] == "hip":
             raise BackendError(
                 f"{what} of head dimension {dim} in float32 do not run on 'triton' on an AMD card (up to "
                 f"{most} do): use bfloat16 or float16, or backend='reference'"
@@ -260,7 +265,7 @@ class Arguments:
     def blocks(self, kernel: str) -> Blocks:
         """The blocks of a kernel for this call."""
         unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
-        dtype = str(self.named["Q"].dtype).removeprefix("torch.")
+        dtype = str(self.q.dtype).removeprefix("torch.")
         skips = self.switches.get("SKIP", False)
         more = self.switches.get("DROP", False) or self.switches.get("ALIBI", False)
         blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or more or skips, self.plain)
@@ -283,7 +288,7 @@ class Arguments:
     @property
     def crowded(self) -> bool:
         """Whether sums of dK and dV leave too few registers, so that each takes a launch of its own."""
-        wide = self.heavy and self.dim > 256 and self.named["Q"].element_size() == 2
+        wide = self.heavy and self.dim > 256 and self.q.element_size() == 2
         return wide and target()[0] == "cuda" and target()[1] < 90
 
     @property
@@ -291,10 +296,9 @@ class Arguments:
         """Whether rows are tokens, and nothing tells tokens apart but their place."""
         return not any(self.switches[name] for name in _TOLD)
 
-    @staticmethod
-    def strides(named: dict[str, Any], name: str, x: Tensor) -> None:
-        """Add the four strides of x [B,H,T,D] under its name."""
-        named |= dict(zip((f"{name}_{n}" for n in ("batch", "head", "row", "lane")), x.stride(), strict=True))
+    def given(self, kernel: Any) -> dict[str, Any]:
+        """What a kernel takes of all that is named."""
+        return {name: x for name, x in self.named.items() if name in kernel.arg_names}
 
     def flags(self, blocks: Blocks, rows: int, cut: int) -> Flags:
         """The switches of a kernel of these blocks whose programs have so many rows."""

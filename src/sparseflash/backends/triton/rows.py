@@ -13,20 +13,20 @@ import triton.language as tl
 from .common import (
     LN2,
     NEVER,
-    Keys,
     Rows,
-    Rule,
-    Tokens,
     apart,
     dot,
     gathered,
     given_share,
     given_top,
+    head_at,
     key_facts,
+    keys_of,
     load_rows,
     logits,
     place,
     query_facts,
+    row_at,
     rule_of,
     store_rows,
     visible,
@@ -246,17 +246,8 @@ def over_units(acc, m, mass, gone, Q, K, R, X, INDEX, WORDS, first, full, last, 
 
 @triton.jit
 def rows_kernel(
-    Q, K, V, OUT, LSE, TOP, REST, DOUT, DELTA,
-    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
-    o_batch, o_head, o_row, o_lane, d_batch, d_head, d_row, d_lane,
-    SPAN_START, SPAN_FULL, SPAN_COUNT, SPANS, span_batch, span_heads,
-    START, FULL, COUNT, INDEX, WORDS_START, WORDS, unit_batch, unit_heads,
-    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
-    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, BIAS, bias_batch, bias_heads, RULE, rule_heads,
-    SHIFT, shift_batch,
-    scale, inner, cap, factor, offset, left, right, sink, H, KV, Tq, Tk, q_rows, k_rows, tiles,
-    Q_DRAW, K_DRAW, bar, kept, SLOPE, slope_batch, blocks, below, GONE,
-    WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
+    Q, K, V, OUT, DOUT, LSE, TOP, REST, DELTA, SPANS, UNITS, TOKENS, KEYS, BIAS, RULE, DRAW, N, scale, blocks,
+    GONE, WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT, LSE and the norm of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given norm and DELTA.
 
@@ -266,6 +257,7 @@ def rows_kernel(
     pieces, how many it has. Each has an OUT [rows, DV], a TOP and a REST [rows] of its own.
     """
     pid, piece, pieces = tl.program_id(0), 0, 1
+    H, tiles = N.H, N.tiles
     if SPLIT:
         work = WORK + pid // blocks * 3
         cell, piece, pieces = tl.load(work), tl.load(work + 1), tl.load(work + 2)
@@ -278,21 +270,17 @@ def rows_kernel(
     tile = at // blocks
     b, h = bh // H, bh % H
     within = at % blocks * F.BM + tl.arange(0, F.BM)
-    tokens = Tokens(
-        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
-        q_seg_heads,
-        SHIFT, shift_batch, offset,
-    )  # fmt: skip
-    real, token, pos, seg = query_facts(tokens, b, h, H, tile, within, Tq, q_rows, F)
-    R = rule_of(Rule(inner, cap, factor, left, right, sink, below), RULE, rule_heads, h, H, F)
+    real, token, pos, seg = query_facts(TOKENS, b, h, tile, within, N, F)
+    R = rule_of(RULE, h, H, F)
 
-    b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
-    state = bh.to(tl.int64) * Tq + token
-    q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, real, F.D, F.BD, True)
+    b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * N.KV // H).to(tl.int64)
+    state = bh.to(tl.int64) * N.Tq + token
+    of_head = head_at(Q, b64, h64)
+    q = load_rows(of_head, token.to(tl.int64), Q.row, Q.lane, real, F.D, F.BD, True)
     tail = q
     if F.TAIL:
-        lanes = Q + b64 * q_batch + h64 * q_head + F.BD * q_lane
-        tail = load_rows(lanes, token.to(tl.int64), q_row, q_lane, real, F.D - F.BD, F.TAIL, True)
+        lanes = of_head + F.BD * Q.lane
+        tail = load_rows(lanes, token.to(tl.int64), Q.row, Q.lane, real, F.D - F.BD, F.TAIL, True)
     BM: tl.constexpr = F.BM
     WIDTH: tl.constexpr = 16 if F.STATS else F.BD if BACKWARD else F.BDV
     acc = tl.zeros([BM, WIDTH], tl.float32)
@@ -305,55 +293,52 @@ def rows_kernel(
         share = given_share(REST, state, real)
     if BACKWARD:
         do = load_rows(
-            DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane, seen, F.DV, F.BDV, True
+            head_at(DOUT, b64, h64), token.to(tl.int64), DOUT.row, DOUT.lane, seen, F.DV, F.BDV, True
         )
         delta = tl.load(DELTA + state, mask=seen, other=0.0)
-    keys = place(b, h, H, key_heads, key_batch, k_rows)
-    bias = BIAS + place(b, h, H, bias_heads, bias_batch, Tk)
     rows = Rows(q, do, delta, share, real, pos, seg, within, tail)
-    head = Keys(
-        K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
-        K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, bias, k_rows,
-    )  # fmt: skip
+    facts = place(b, h, H, KEYS.heads, KEYS.batch, N.k_rows)
+    head = keys_of(K, V, KEYS, row_at(BIAS, b, h, H, N.Tk), b64, kv, facts, N.k_rows)
 
     first_word, second_word = token, token
     if F.DROP:
-        first_word, second_word = words_at(Q_DRAW + bh.to(tl.int64) * Tq * 2, token, real)
-    slope = factor
+        first_word, second_word = words_at(DRAW.queries + bh.to(tl.int64) * N.Tq * 2, token, real)
+    slope = RULE.factor
     if F.ALIBI:
-        slope = tl.load(SLOPE + b * slope_batch + h)
-    draw = Draw(first_word, second_word, K_DRAW + bh.to(tl.int64) * Tk * 2, bar, kept, slope)
+        slope = tl.load(DRAW.slopes + b * DRAW.slopes_batch + h)
+    of_keys = DRAW.keys + bh.to(tl.int64) * N.Tk * 2
+    draw = Draw(first_word, second_word, of_keys, DRAW.bar, DRAW.kept, slope)
 
     if F.SPANS:
-        cell = place(b, h, H, span_heads, span_batch, tiles) + tile
-        first = tl.load(SPAN_START + cell)
-        full, last = first + tl.load(SPAN_FULL + cell), first + tl.load(SPAN_COUNT + cell)
-        acc, m, mass, gone = over_spans(acc, m, mass, gone, rows, head, R, draw, SPANS, first, full, last,
+        cell = place(b, h, H, SPANS.heads, SPANS.batch, tiles) + tile
+        first = tl.load(SPANS.start + cell)
+        full, last = first + tl.load(SPANS.full + cell), first + tl.load(SPANS.count + cell)
+        acc, m, mass, gone = over_spans(acc, m, mass, gone, rows, head, R, draw, SPANS.at, first, full, last,
                                         piece, pieces, SPLIT, BACKWARD, F)  # fmt: skip
     if F.UNITS:
-        cell = place(b, h, H, unit_heads, unit_batch, tiles) + tile
-        first = tl.load(START + cell)
-        full, last = first + tl.load(FULL + cell), first + tl.load(COUNT + cell)
-        words = WORDS
+        cell = place(b, h, H, UNITS.heads, UNITS.batch, tiles) + tile
+        first = tl.load(UNITS.start + cell)
+        full, last = first + tl.load(UNITS.full + cell), first + tl.load(UNITS.count + cell)
+        words = UNITS.words
         if F.BITS:
-            words = WORDS + tl.load(WORDS_START + cell) * (F.TILE * ((F.UNIT + 31) // 32))
-        acc, m, mass, gone = over_units(acc, m, mass, gone, rows, head, R, draw, INDEX, words, first, full,
-                                        last, piece, pieces, SPLIT, BACKWARD, F)  # fmt: skip
+            words += tl.load(UNITS.words_start + cell) * (F.TILE * ((F.UNIT + 31) // 32))
+        acc, m, mass, gone = over_units(acc, m, mass, gone, rows, head, R, draw, UNITS.index, words, first,
+                                        full, last, piece, pieces, SPLIT, BACKWARD, F)  # fmt: skip
 
-    base, row = OUT + b64 * o_batch + h64 * o_head, token
+    base, row = head_at(OUT, b64, h64), token
     if SPLIT:
-        own = (pid // blocks).to(tl.int64) * o_batch
-        base, row, state = OUT + own, within, own // F.DV + within
+        own = (pid // blocks).to(tl.int64) * OUT.batch
+        base, row, state = OUT.at + own, within, own // F.DV + within
     if F.STATS:
-        tl.store(OUT + state, mass, mask=real)
+        tl.store(OUT.at + state, mass, mask=real)
     elif BACKWARD:
-        store_rows(base, row, o_row, o_lane, real, acc * scale, F.D, F.BD)
+        store_rows(base, row, OUT.row, OUT.lane, real, acc * scale, F.D, F.BD)
     else:
         some = mass > 0
         total = tl.where(some, mass, 1.0)
         if F.DROP:
-            acc *= kept
-        store_rows(base, row, o_row, o_lane, real, acc / total[:, None], F.DV, F.BDV)
+            acc *= DRAW.kept
+        store_rows(base, row, OUT.row, OUT.lane, real, acc / total[:, None], F.DV, F.BDV)
         rest = tl.log2(total) * LN2
         tl.store(TOP + state, tl.where(some, m, NEVER), mask=real)
         tl.store(REST + state, rest, mask=real)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +15,10 @@ from ...plan.record import FLAT
 from ...plan.transpose import transpose_spans
 from .blocks import WHOLE, Blocks, fitting
 from .columns import columns_kernel
-from .launch import Arguments, found, multiprocessors, power_of_two, readers_of
+from .common import SpanReaders, UnitReaders
+from .launch import Arguments, found, multiprocessors, power_of_two, readers_of, view
 from .rows import rows_kernel
 from .split import merge, work_of
-
-_SPANNED = ("SPAN_BEGIN", "SPAN_WHOLE", "SPAN_READERS", "SPAN_TILE", "SPAN_UNTIL", "SPAN_SOURCE")
-_UNITED = ("UNIT_BEGIN", "UNIT_READERS", "UNIT_TILE", "UNIT_MEMBERS")
 
 
 def launch_rows(
@@ -37,17 +34,18 @@ def launch_rows(
 
     `skipped` [B,H,2] is to count the chunks, and those of them whose x lie `below` the rows' largest.
     """
-    programs = a.named["Q"].shape[0] * a.named["H"] * plan.tiles if work is None else len(work)
-    shared = {"WORK": a.named["SPANS"] if work is None else work, "SPLIT": work is not None}
+    programs = a.q.shape[0] * a.q.shape[1] * plan.tiles if work is None else len(work)
+    shared = {"WORK": a.none if work is None else work, "SPLIT": work is not None}
+    shared["RULE"] = a.named["RULE"]._replace(below=below)
 
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))
         parts = -(-plan.tile // rows)
-        gone = a.named["SPANS"]
+        gone = a.none
         if skipped is not None:
             gone = torch.empty(programs * parts, dtype=torch.int64, device=skipped.device)
         rows_kernel[(programs * parts,)](
-            **a.named, **shared, blocks=parts, below=below, GONE=gone, BACKWARD=backward,
+            **(a.named | shared), blocks=parts, GONE=gone, BACKWARD=backward,
             F=a.flags(blocks, rows, min(32, blocks.keys)), **blocks.options(),
         )  # fmt: skip
         if skipped is not None:
@@ -98,9 +96,8 @@ def forward(
     a.check_registers("results", WHOLE)
     a.drop(options.dropout, seed)
     a.lean(alibi_slopes)
-    a.named |= {"OUT": out, "LSE": lse, "TOP": norm[0], "REST": norm[1], "DOUT": out, "DELTA": lse}
-    for name in "o", "d":
-        a.strides(a.named, name, out)
+    results = {"OUT": view(out), "LSE": lse, "TOP": norm[0], "REST": norm[1]}
+    a.named |= results | {"DOUT": view(out), "DELTA": lse}
     a.switches["SKIP"] = skipped is not None
     below = options.skip / unit_of(options.scale, options.softcap, key_bias)
     launch_rows(a, plan, backward=False, below=below, skipped=skipped)
@@ -137,16 +134,8 @@ def decode_plan(
         part = torch.empty((len(work.pieces), 1, rows, Dv), dtype=torch.float32, device=q.device)
         part_norm = torch.empty((2, len(work.pieces), rows), dtype=torch.float32, device=q.device)
         a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias, fold)
-        a.named |= {
-            "OUT": part,
-            "LSE": lse,
-            "TOP": part_norm[0],
-            "REST": part_norm[1],
-            "DOUT": part,
-            "DELTA": lse,
-        }
-        for name in "o", "d":
-            a.strides(a.named, name, part)
+        results = {"OUT": view(part), "LSE": lse, "TOP": part_norm[0], "REST": part_norm[1]}
+        a.named |= results | {"DOUT": view(part), "DELTA": lse}
         launch_rows(a, plan, backward=False, work=work.pieces)
         merge(part, part_norm, work, plan, unit_of(options.scale, options.softcap, key_bias), out, lse, norm)
     return out.view(B, heads, -1, Dv), lse.view(B, heads, -1), norm.view(2, B, heads, -1)
@@ -212,9 +201,8 @@ def backward(
     a.lean(alibi_slopes)
     norm = norm.float().contiguous()
     delta = delta.float().contiguous()
-    a.named |= {"OUT": dq, "LSE": delta, "TOP": norm[0], "REST": norm[1], "DOUT": dout, "DELTA": delta}
-    a.strides(a.named, "o", dq)
-    a.strides(a.named, "d", dout)
+    given = {"LSE": delta, "TOP": norm[0], "REST": norm[1], "DELTA": delta}
+    a.named |= given | {"OUT": view(dq), "DOUT": view(dout)}
     launch_rows(a, plan, backward=True)
     dk, dv, dbias = _key_gradients(a, plan, k, v, wanted)
     return dq, dk, dv, dbias
@@ -224,7 +212,7 @@ def _key_gradients(
     a: Arguments, plan: Plan, k: Tensor, v: Tensor, wanted: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dk, dv and dbias; where heads or sequences share a key, their parts are added in order."""
-    q, heads = a.named["Q"], a.keys.k.shape[1]
+    q, heads = a.q, a.keys.k.shape[1]
     (B, H), (Bk, Hkv, Tk, _) = q.shape[:2], k.shape
     direct = heads == Hkv and Bk == B
     dk, dv = (
@@ -239,20 +227,17 @@ def _key_gradients(
 
 def launch_columns(a: Arguments, plan: Plan, dk: Tensor, dv: Tensor, dbias: Tensor) -> None:
     """Run the kernel over keys: dk and dv of each packed head, dbias of each query head."""
-    programs = a.named["Q"].shape[0] * a.named["KV"]
-    named = {n: x for n, x in a.named.items() if n in columns_kernel.arg_names}
-    named |= {"DK": dk, "DV": dv, "DBIAS": dbias}
-    for name, x in (("dk", dk), ("dv", dv)):
-        a.strides(named, name, x)
-    spans, group = span_readers(a, plan)
+    programs = a.q.shape[0] * a.keys.k.shape[1]
+    named = a.given(columns_kernel) | {"DK": view(dk), "DV": view(dv), "DBIAS": dbias}
+    named["SPANNED"], group = span_readers(a, plan)
 
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))
         columns = -(-plan.k_rows // blocks.keys)
-        flags, units = a.flags(blocks, rows, min(32, rows)), unit_readers(a, plan, blocks.keys)
+        flags, united = a.flags(blocks, rows, min(32, rows)), unit_readers(a, plan, blocks.keys)
         for only in ("dk", "dv") if a.crowded else ("",):
             columns_kernel[(programs * columns,)](
-                **named, **spans, **units, columns=columns,
+                **named, UNITED=united, columns=columns,
                 GROUP=group or blocks.keys, F=flags._replace(ONLY=only), **blocks.options(),
             )  # fmt: skip
 
@@ -267,27 +252,21 @@ def summed(x: Tensor, shape: torch.Size) -> Tensor:
     return x.sum(0, keepdim=True) if x.shape[0] != shape[0] else x
 
 
-def span_readers(a: Arguments, plan: Plan) -> tuple[dict[str, Any], int]:
-    """Which tiles visit each group of keys by their spans, as arguments, and how many keys a group has."""
+def span_readers(a: Arguments, plan: Plan) -> tuple[SpanReaders, int]:
+    """Which tiles visit each group of keys by their spans, and how many keys a group has."""
     spans = plan.span_lists
     if spans is None:
-        none: dict[str, Any] = dict.fromkeys(_SPANNED, a.named["SPANS"])
-        return none | {"spanned_batch": 0, "spanned_heads": 1, "spanned_columns": 1}, 0
+        return SpanReaders(*[a.none] * 6, 0, 1, 1), 0
     keys = plan.span_keys or transpose_spans(spans, plan.k_rows)
     lists = (keys.start, keys.full, keys.count, keys.index, keys.until, keys.source)
-    named: dict[str, Any] = dict(zip(_SPANNED, lists, strict=True))
-    named["spanned_batch"], named["spanned_heads"] = found(keys.count)
-    return named | {"spanned_columns": keys.count.shape[-1]}, keys.group
+    return SpanReaders(*lists, *found(keys.count), keys.count.shape[-1]), keys.group
 
 
-def unit_readers(a: Arguments, plan: Plan, keys: int) -> dict[str, Any]:
-    """Which tiles list the units of each block of keys, as arguments."""
+def unit_readers(a: Arguments, plan: Plan, keys: int) -> UnitReaders:
+    """Which tiles list the units of each block of keys."""
     units = plan.unit_lists
     if units is None:
-        none: dict[str, Any] = dict.fromkeys(_UNITED, a.named["SPANS"])
-        return none | {"united_batch": 0, "united_heads": 1, "united_columns": 1}
+        return UnitReaders(*[a.none] * 4, 0, 1, 1)
     readers = readers_of(units, keys)
     lists = (readers.begin, readers.count, readers.tile, readers.members)
-    named: dict[str, Any] = dict(zip(_UNITED, lists, strict=True))
-    named["united_batch"], named["united_heads"] = found(readers.count)
-    return named | {"united_columns": readers.count.shape[-1]}
+    return UnitReaders(*lists, *found(readers.count), readers.count.shape[-1])

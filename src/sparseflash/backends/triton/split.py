@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from ...plan import Plan
 from ...plan.options import spread_heads
-from .common import INTERPRETED, LN2, LOG2E, NEVER, place
-from .launch import alike, found
+from .common import INTERPRETED, LN2, LOG2E, NEVER, Table, head_at, row_at
+from .launch import alike, found, view
 
 _LEAST = 16 if INTERPRETED.value else 256
 """Keys of a piece, at least."""
@@ -73,10 +73,8 @@ def work_of(plan: Plan, batch: int, heads: int, programs: int) -> Work:
 
 @triton.jit
 def merge_kernel(
-    PART, PART_TOP, PART_REST, LISTS, OUT, LSE, TOP, REST,
-    Q_ORDER, q_order_batch, q_order_heads, o_batch, o_head, o_row, o_lane,
-    unit, H, Tq, tiles, rows, TILE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ORDERED: tl.constexpr,
-    MANY: tl.constexpr,
+    PART, PART_TOP, PART_REST, LISTS, OUT, LSE, TOP, REST, ORDER, unit, H, Tq, tiles, rows,
+    TILE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ORDERED: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """OUT, LSE and norm of one row, from PART [programs, TILE, DV] and the norms of its programs."""
     cell, within = tl.program_id(0) // TILE, tl.program_id(0) % TILE
@@ -84,8 +82,7 @@ def merge_kernel(
     b, h = bh // H, bh % H
     token = row
     if ORDERED:
-        order = Q_ORDER + place(b, h, H, q_order_heads, q_order_batch, rows)
-        token = tl.load(order + row, mask=row < rows, other=-1)
+        token = tl.load(row_at(ORDER, b, h, H, rows) + row, mask=row < rows, other=-1)
     real = (row < rows) & (token >= 0)
     first, pieces = tl.load(LISTS + 2 * cell), tl.load(LISTS + 2 * cell + 1)
     d = tl.arange(0, BDV)
@@ -107,8 +104,8 @@ def merge_kernel(
         m = now
     some = total > 0
     total = tl.where(some, total, 1.0)
-    to = OUT + b.to(tl.int64) * o_batch + h.to(tl.int64) * o_head + token.to(tl.int64) * o_row
-    tl.store(to + d * o_lane, (acc / total).to(OUT.dtype.element_ty), mask=real & (d < DV))
+    to = head_at(OUT, b.to(tl.int64), h.to(tl.int64)) + token.to(tl.int64) * OUT.row
+    tl.store(to + d * OUT.lane, (acc / total).to(OUT.at.dtype.element_ty), mask=real & (d < DV))
     state, rest = bh.to(tl.int64) * Tq + token, tl.log2(total) * LN2
     tl.store(LSE + state, tl.where(some, m * unit + rest, NEVER), mask=real)
     tl.store(TOP + state, tl.where(some, m, NEVER), mask=real)
@@ -127,12 +124,10 @@ def merge(
 ) -> None:
     """Write the results of rows from those of programs: part [programs,1,rows,Dv] and their norms, fp32."""
     B, H, Tq, Dv = out.shape
-    batch, heads = found(plan.q_order)
-    strides: dict[str, Any] = dict(zip(("o_batch", "o_head", "o_row", "o_lane"), out.stride(), strict=True))
+    order = Table(out if plan.q_order is None else plan.q_order.contiguous(), *found(plan.q_order))
     tile = part.shape[2]
     merge_kernel[(B * H * plan.tiles * tile,)](
-        part, part_norm[0], part_norm[1], work.lists, out, lse, norm[0], norm[1],
-        out if plan.q_order is None else plan.q_order.contiguous(), batch, heads, **strides,
+        part, part_norm[0], part_norm[1], work.lists, view(out), lse, norm[0], norm[1], order,
         unit=unit, H=H, Tq=Tq, tiles=plan.tiles, rows=plan.q_rows, TILE=tile, DV=Dv,
         BDV=triton.next_power_of_2(Dv), ORDERED=plan.q_order is not None, MANY=16, num_warps=4,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 from ...numerics import Statistics
 from ...plan import Plan
 from .blocks import Blocks, fitting
+from .common import Table, View
 from .entries import BLOCK, entries_kernel
 from .launch import Arguments, found, power_of_two
 from .softmax import launch_columns, launch_rows
@@ -33,9 +34,11 @@ def stats(
     a.check_whole("statistics")
     a.switches |= {"STATS": True, "PEAK": options.peak}
     top, rest = norm.float().contiguous()
-    a.named |= {"TOP": top, "REST": rest, "LSE": top, "DELTA": out, "OUT": out, "DOUT": out}
-    for name in "o", "d":
-        a.strides(a.named, name, q)
+    a.named |= {"TOP": top, "REST": rest, "LSE": top, "DELTA": out}
+    a.named |= {
+        "OUT": View(out, *q.stride()),
+        "DOUT": View(out, *q.stride()),
+    }  # of out nothing but its place is read
     if options.over == "row":
         launch_rows(a, plan, backward=False)
     elif options.over == "key":
@@ -48,18 +51,16 @@ def stats(
 
 def _launch_entries(a: Arguments, plan: Plan, band: int, block: tuple[int, int]) -> None:
     """Run the kernel over entries, over bands of so many diagonals, or over blocks."""
-    out, order = a.named["OUT"], a.keys.order
-    row_of = out
+    out, order, Tk, row_of = a.named["OUT"].at, a.keys.order, a.named["N"].Tk, None
     if order is not None:
-        row_of = torch.full((*order.shape[:2], a.named["Tk"] + 1), -1, dtype=torch.int32, device=order.device)
+        row_of = torch.full((*order.shape[:2], Tk + 1), -1, dtype=torch.int32, device=order.device)
         row = torch.arange(order.shape[2], dtype=torch.int32, device=order.device).expand_as(order)
-        row_of = row_of.scatter_(-1, torch.where(order < 0, a.named["Tk"], order).long(), row)
+        row_of = row_of.scatter_(-1, torch.where(order < 0, Tk, order).long(), row)
         row_of = row_of[..., :-1].contiguous()
     width = out.shape[2]
     owned = -(-width // band) if band > 0 else width
-    named = {n: x for n, x in a.named.items() if n in entries_kernel.arg_names}
-    named |= {"block_tile": block[0], "block_unit": block[1]}
-    named |= {"TOKEN_ROW": row_of, "token_batch": found(row_of if order is not None else None)[0]}
+    named = a.given(entries_kernel) | {"OUT": out, "block_tile": block[0], "block_unit": block[1]}
+    named["ROW_OF"] = Table(a.none if row_of is None else row_of, *found(row_of))
 
     def start(blocks: Blocks) -> None:
         rows = min(blocks.rows, power_of_two(plan.tile))

@@ -19,13 +19,12 @@ from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
 from .blocks import Blocks, fitting
 from .common import (
-    Keys,
     Rows,
-    Rule,
-    Tokens,
     dot,
+    head_at,
     key_facts,
     keys_at,
+    keys_of,
     load_rows,
     pairs,
     place,
@@ -33,7 +32,7 @@ from .common import (
     rule_of,
     store_rows,
 )
-from .launch import Arguments, found, power_of_two
+from .launch import Arguments, found, power_of_two, view
 from .softmax import span_readers, summed, unit_readers
 from .visits import Visits, visits
 
@@ -81,59 +80,63 @@ def any_left(left, real):
     return tl.max(((left > 0.0) & real).to(tl.int32), 0) > 0
 
 
+class Visited(NamedTuple):
+    """The visits of every tile, newest keys first: the fields of `Visits`, by one table's shape."""
+
+    start: Any
+    count: Any
+    low: Any
+    high: Any
+    word: Any
+    slot: Any
+    span_at: Any
+    span_slot: Any
+    unit_at: Any
+    unit_slot: Any
+    batch: Any
+    heads: Any
+    slots: Any
+
+
 @triton.jit(do_not_specialize=("first_tile", "wave"))
 def stick_kernel(
-    Q, K, V, OUT, REM, DOUT, DREM, LEFT, OLDER,
-    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
-    o_batch, o_head, o_row, o_lane, d_batch, d_head, d_row, d_lane,
-    START, COUNT, LOW, HIGH, WORD, SLOT, WORDS, visit_batch, visit_heads,
-    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
-    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, RULE, rule_heads, SHIFT, shift_batch,
-    scale, factor, offset, left, right, sink, H, KV, Tq, q_rows, k_rows, tiles, parts, first_tile, wave,
-    slots, KEEP: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
+    Q, K, V, OUT, DOUT, REM, DREM, LEFT, OLDER, VISITS, UNITS, TOKENS, KEYS, RULE, N, scale, parts,
+    first_tile, wave, KEEP: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """OUT and REM of BM rows, of `wave` tiles from `first_tile` on.
 
     With KEEP only the LEFT of every block that they visit; with BACKWARD dQ (in OUT) and OLDER.
     """
     bh, at = tl.program_id(0) // (wave * parts), wave * parts - 1 - tl.program_id(0) % (wave * parts)
+    H = N.H
     tile, b, h = first_tile + at // parts, bh // H, bh % H
-    b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * KV // H).to(tl.int64)
-    tokens = Tokens(
-        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
-        q_seg_heads,
-        SHIFT, shift_batch, offset,
-    )  # fmt: skip
+    b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h * N.KV // H).to(tl.int64)
     BM: tl.constexpr = F.BM
     BN: tl.constexpr = F.BN
     WIDTH: tl.constexpr = 16 if KEEP else F.BD if BACKWARD else F.BDV
-    rows, token = rows_of(
-        tokens, Q, b, h, H, tile, at % parts, q_batch, q_head, q_row, q_lane, Tq, q_rows, BM, F
-    )
-    state = bh.to(tl.int64) * Tq + token
+    rows, token = rows_of(TOKENS, Q, b, h, tile, at % parts, N, BM, F)
+    state = bh.to(tl.int64) * N.Tq + token
     drem = tl.load(DREM + state, mask=rows.real & BACKWARD, other=0.0)
-    R = rule_of(Rule(factor, factor, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
-    keys = place(b, h, H, key_heads, key_batch, k_rows)
-    head = Keys(
-        K + b64 * k_batch + kv * k_head, V + b64 * v_batch + kv * v_head, k_row, k_lane, v_row, v_lane,
-        K_ORDER + keys, K_POS + keys, K_END + keys, K_SEG + keys, K, k_rows,
-    )  # fmt: skip
-    cell = place(b, h, H, visit_heads, visit_batch, tiles) + tile
-    first, count = tl.load(START + cell), tl.load(COUNT + cell)
+    R = rule_of(RULE, h, H, F)
+    facts = place(b, h, H, KEYS.heads, KEYS.batch, N.k_rows)
+    head = keys_of(K, V, KEYS, K.at, b64, kv, facts, N.k_rows)
+    cell = place(b, h, H, VISITS.heads, VISITS.batch, N.tiles) + tile
+    first, count = tl.load(VISITS.start + cell), tl.load(VISITS.count + cell)
     acc = tl.zeros([BM, WIDTH], tl.float32)
     run = tl.full([BM], 0.0 if BACKWARD else 1.0, tl.float32)  # what is left, or what older keys gathered
     lane = tl.arange(0, BN)
     inside = rows.within < F.TILE
     for n in range(0, count):
         i = first + (count - 1 - n if BACKWARD else n)
-        low, high, word = tl.load(LOW + i), tl.load(HIGH + i), tl.load(WORD + i)
+        low, high, word = tl.load(VISITS.low + i), tl.load(VISITS.high + i), tl.load(VISITS.word + i)
         times = (high - 1) // BN - low // BN + 1
         for c in range(0, times):
             nth = c if BACKWARD else times - 1 - c
             base = (low // BN + nth) * BN
             lasts = run
             if BACKWARD or KEEP:
-                spots = edge(bh, tile - first_tile, tl.load(SLOT + i) + nth, wave, slots, F) + rows.within
+                slot = tl.load(VISITS.slot + i) + nth
+                spots = edge(bh, tile - first_tile, slot, wave, VISITS.slots, F) + rows.within
                 if KEEP:
                     tl.store(LEFT + spots, run, mask=inside)
                 else:
@@ -143,17 +146,17 @@ def stick_kernel(
                 live = (base + lane >= low) & (base + lane < high)
                 # all that products read from shared memory is there before the first of them: a wait between
                 # two reads would hold the first in registers
-                k = keys_at(head.k, base, lane, k_row, k_lane, live, F.D, F.BD)
-                v = keys_at(head.v, base, lane, v_row, v_lane, live, F.DV, F.BDV)
+                k = keys_at(head.k, base, lane, K.row, K.lane, live, F.D, F.BD)
+                v = keys_at(head.v, base, lane, V.row, V.lane, live, F.DV, F.BDV)
                 # read again for each block: what a whole walk keeps in fp32 does not fit the registers
-                q = load_rows(Q + b64 * q_batch + h64 * q_head, token.to(tl.int64), q_row, q_lane, rows.real,
+                q = load_rows(head_at(Q, b64, h64), token.to(tl.int64), Q.row, Q.lane, rows.real,
                               F.D, F.BD, True)  # fmt: skip
                 do = q
                 if BACKWARD:
-                    do = load_rows(DOUT + b64 * d_batch + h64 * d_head, token.to(tl.int64), d_row, d_lane,
+                    do = load_rows(head_at(DOUT, b64, h64), token.to(tl.int64), DOUT.row, DOUT.lane,
                                    rows.real, F.DV, F.BDV, True)  # fmt: skip
                 asking = Rows(q, do, drem, drem, rows.real, rows.pos, rows.seg, rows.within, q)
-                x, keep, key = pairs(asking, head, R, k, base, lane, live, word, low, WORDS, F)
+                x, keep, key = pairs(asking, head, R, k, base, lane, live, word, low, UNITS.words, F)
                 x *= R.factor
                 if BACKWARD:
                     weight, dz, run = slopes(asking, v, x, keep, lasts, run)
@@ -162,11 +165,11 @@ def stick_kernel(
                     share, weight, run = broken(x, keep, run)
                     if not KEEP:
                         acc = dot(weight.to(v.dtype), seen(v, keep), acc)
-    to = OUT + b64 * o_batch + h64 * o_head
+    to = head_at(OUT, b64, h64)
     if BACKWARD:
-        store_rows(to, token, o_row, o_lane, rows.real, acc * scale, F.D, F.BD)
+        store_rows(to, token, OUT.row, OUT.lane, rows.real, acc * scale, F.D, F.BD)
     elif not KEEP:
-        store_rows(to, token, o_row, o_lane, rows.real, acc, F.DV, F.BDV)
+        store_rows(to, token, OUT.row, OUT.lane, rows.real, acc, F.DV, F.BDV)
         tl.store(REM + state, run, mask=rows.real)
 
 
@@ -182,16 +185,15 @@ class Answers(NamedTuple):
 
 
 @triton.jit
-def take(dk, dv, A, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low, high, word, slot, base, WORDS,
-         q_batch, q_head, q_row, q_lane, Tq, q_rows, wave, slots, F: tl.constexpr):  # fmt: skip
+def take(dk, dv, A, TOKENS, head, R, Q, b, h, bh, tile, first_tile, low, high, word, slot, base, WORDS,
+         N, wave, slots, F: tl.constexpr):  # fmt: skip
     """What the rows of a tile give to the keys low..high of a block, the `slot`-th that it visits."""
     BM: tl.constexpr = F.BM
     PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
     lane = tl.arange(0, F.BN)
     live = (base + lane >= low) & (base + lane < high)
     for part in range(0, PARTS):
-        asked, token = rows_of(tokens, Q, b, h, H, tile, part, q_batch, q_head, q_row, q_lane, Tq, q_rows, BM,
-                               F)  # fmt: skip
+        asked, token = rows_of(TOKENS, Q, b, h, tile, part, N, BM, F)
         spots = edge(bh, tile - first_tile, slot, wave, slots, F) + asked.within
         lasts = tl.load(A.left + spots, mask=asked.within < F.TILE, other=0.0)
         if any_left(lasts, asked.real):
@@ -211,34 +213,19 @@ def take(dk, dv, A, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low, high
 
 @triton.jit(do_not_specialize=("first_tile", "wave"))
 def stick_columns_kernel(
-    Q, K, V, DOUT, DREM, LEFT, OLDER, DK, DV,
-    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
-    d_batch, d_head, d_row, d_lane, dk_batch, dk_head, dk_row, dk_lane, dv_batch, dv_head, dv_row, dv_lane,
-    SPANS, SPAN_START, span_batch, span_heads, SPAN_BEGIN, SPAN_READERS, SPAN_TILE, SPAN_UNTIL, SPAN_SOURCE,
-    spanned_batch, spanned_heads, spanned_columns,
-    FULL, WORDS_START, WORDS, unit_batch, unit_heads, UNIT_BEGIN, UNIT_READERS, UNIT_TILE, UNIT_MEMBERS,
-    united_batch, united_heads, united_columns,
-    SPAN_AT, SPAN_SLOT, UNIT_AT, UNIT_SLOT, visit_batch, visit_heads,
-    Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch, q_seg_heads,
-    K_ORDER, K_POS, K_END, K_SEG, key_batch, key_heads, RULE, rule_heads, SHIFT, shift_batch,
-    scale, factor, offset, left, right, sink, H, KV, Tq, q_rows, k_rows, tiles, columns, first_tile, wave,
-    slots, GROUP: tl.constexpr, F: tl.constexpr,
+    Q, K, V, DOUT, DREM, LEFT, OLDER, DK, DV, SPANS, SPANNED, UNITS, UNITED, VISITS, TOKENS, KEYS, RULE, N,
+    scale, columns, first_tile, wave, GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """Add what `wave` tiles from `first_tile` on give to a block of key rows to DK and DV, which are fp32."""
     BN: tl.constexpr = F.BN
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV
     MEMBERS: tl.constexpr = (BN + F.PART - 1) // F.PART
+    H, KV, k_rows, tiles, slots = N.H, N.KV, N.k_rows, N.tiles, VISITS.slots
     column, bk = tl.program_id(0) % columns, tl.program_id(0) // columns
     b, kv = bk // KV, bk % KV
     b64, kv64 = b.to(tl.int64), kv.to(tl.int64)
     base, lane = column * BN, tl.arange(0, BN)
-    tokens = Tokens(
-        Q_ORDER, q_order_batch, q_order_heads, Q_POS, q_pos_batch, q_pos_heads, Q_SEG, q_seg_batch,
-        q_seg_heads,
-        SHIFT, shift_batch, offset,
-    )  # fmt: skip
-    from_k, from_v = K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head
     real = base + lane < k_rows
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
@@ -247,77 +234,67 @@ def stick_columns_kernel(
         h = kv * (H // KV) + one
         bh = b * H + h
         h64 = h.to(tl.int64)
-        facts = place(b, h, H, key_heads, key_batch, k_rows)
-        head = Keys(from_k, from_v, k_row, k_lane, v_row, v_lane, K_ORDER + facts, K_POS + facts,
-                    K_END + facts, K_SEG + facts, K, k_rows)  # fmt: skip
-        answers = Answers(
-            DOUT + b64 * d_batch + h64 * d_head, d_row, d_lane, DREM + bh.to(tl.int64) * Tq, LEFT, OLDER
-        )
-        R = rule_of(Rule(factor, factor, factor, left, right, sink, 0.0), RULE, rule_heads, h, H, F)
-        cells = place(b, h, H, visit_heads, visit_batch, tiles)
+        facts = place(b, h, H, KEYS.heads, KEYS.batch, k_rows)
+        head = keys_of(K, V, KEYS, K.at, b64, kv64, facts, k_rows)
+        drem = DREM + bh.to(tl.int64) * N.Tq
+        answers = Answers(head_at(DOUT, b64, h64), DOUT.row, DOUT.lane, drem, LEFT, OLDER)
+        R = rule_of(RULE, h, H, F)
+        cells = place(b, h, H, VISITS.heads, VISITS.batch, tiles)
         if F.SPANS:
-            group = place(b, h, H, spanned_heads, spanned_batch, spanned_columns) + base // GROUP
-            first = tl.load(SPAN_BEGIN + group)
-            lists = place(b, h, H, span_heads, span_batch, tiles)
-            for e in range(first, first + tl.load(SPAN_READERS + group)):
-                source = tl.load(SPAN_SOURCE + e)
-                begin = tl.maximum(tl.load(SPAN_TILE + e), first_tile)
-                for tile in range(begin, tl.minimum(tl.load(SPAN_UNTIL + e), last_tile)):
-                    span = SPANS + 2 * (tl.load(SPAN_START + lists + tile) + source)
+            group = place(b, h, H, SPANNED.heads, SPANNED.batch, SPANNED.columns) + base // GROUP
+            first = tl.load(SPANNED.begin + group)
+            lists = place(b, h, H, SPANS.heads, SPANS.batch, tiles)
+            for e in range(first, first + tl.load(SPANNED.count + group)):
+                source = tl.load(SPANNED.source + e)
+                begin = tl.maximum(tl.load(SPANNED.tile + e), first_tile)
+                for tile in range(begin, tl.minimum(tl.load(SPANNED.until + e), last_tile)):
+                    span = SPANS.at + 2 * (tl.load(SPANS.start + lists + tile) + source)
                     low, high = tl.maximum(tl.load(span), 0), tl.minimum(tl.load(span + 1), k_rows)
                     if (low < high) & (low < base + BN) & (high > base):
-                        slot = tl.load(SPAN_SLOT + tl.load(SPAN_AT + cells + tile) + source)
-                        dk, dv = take(dk, dv, answers, tokens, head, R, Q, b, h, H, bh, tile, first_tile, low,
-                                      high, -1, slot + column - low // BN, base, WORDS, q_batch, q_head,
-                                      q_row, q_lane, Tq, q_rows, wave, slots, F)  # fmt: skip
+                        slot = tl.load(VISITS.span_slot + tl.load(VISITS.span_at + cells + tile) + source)
+                        dk, dv = take(dk, dv, answers, TOKENS, head, R, Q, b, h, bh, tile, first_tile, low,
+                                      high, -1, slot + column - low // BN, base, UNITS.words, N, wave, slots,
+                                      F)  # fmt: skip
         if F.UNITS:
-            group = place(b, h, H, united_heads, united_batch, united_columns) + base // (MEMBERS * F.PART)
-            first = tl.load(UNIT_BEGIN + group)
-            lists = place(b, h, H, unit_heads, unit_batch, tiles)
-            for e in range(first, first + tl.load(UNIT_READERS + group)):
-                tile = tl.load(UNIT_TILE + e)
+            group = place(b, h, H, UNITED.heads, UNITED.batch, UNITED.columns) + base // (MEMBERS * F.PART)
+            first = tl.load(UNITED.begin + group)
+            lists = place(b, h, H, UNITS.heads, UNITS.batch, tiles)
+            for e in range(first, first + tl.load(UNITED.count + group)):
+                tile = tl.load(UNITED.tile + e)
                 if (tile >= first_tile) & (tile < last_tile):
                     for m in range(0, MEMBERS):
-                        member = tl.load(UNIT_MEMBERS + e * MEMBERS + m)
+                        member = tl.load(UNITED.members + e * MEMBERS + m)
                         at = base + m * F.PART
                         if (member >= 0) & ((m == 0) | (at % F.UNIT == 0)):  # once for each unit
                             low = at // F.UNIT * F.UNIT
                             word = tl.full([], -1, tl.int64)
                             if F.BITS:
-                                full = tl.load(FULL + lists + tile)
-                                start = tl.load(WORDS_START + lists + tile)
+                                full = tl.load(UNITS.full + lists + tile)
+                                start = tl.load(UNITS.words_start + lists + tile)
                                 word = tl.where(member >= full, start + member - full, word)
                             high = tl.minimum(low + F.UNIT, k_rows)
-                            slot = tl.load(UNIT_SLOT + tl.load(UNIT_AT + cells + tile) + member)
-                            dk, dv = take(dk, dv, answers, tokens, head, R, Q, b, h, H, bh, tile, first_tile,
-                                          low, high, word, slot + column - low // BN, base, WORDS, q_batch,
-                                          q_head, q_row, q_lane, Tq, q_rows, wave, slots, F)  # fmt: skip
-    facts = place(b, kv * (H // KV), H, key_heads, key_batch, k_rows)
-    own, _, _, _ = key_facts(
-        Keys(K, V, k_row, k_lane, v_row, v_lane, K_ORDER + facts, K_POS + facts, K_END + facts, K_SEG + facts,
-             K, k_rows),
-        base + lane, real, F,
-    )  # fmt: skip
+                            slot = tl.load(VISITS.unit_slot + tl.load(VISITS.unit_at + cells + tile) + member)
+                            dk, dv = take(dk, dv, answers, TOKENS, head, R, Q, b, h, bh, tile, first_tile,
+                                          low, high, word, slot + column - low // BN, base, UNITS.words, N,
+                                          wave, slots, F)  # fmt: skip
+    facts = place(b, kv * (H // KV), H, KEYS.heads, KEYS.batch, k_rows)
+    own, _, _, _ = key_facts(keys_of(K, V, KEYS, K.at, b64, kv64, facts, k_rows), base + lane, real, F)
     real = real & (own >= 0)
     to = tl.where(real, own, 0).to(tl.int64)
-    DK += b64 * dk_batch + kv64 * dk_head
-    DV += b64 * dv_batch + kv64 * dv_head
-    dk = dk * scale + load_rows(DK, to, dk_row, dk_lane, real, F.D, F.BD, True)
-    dv += load_rows(DV, to, dv_row, dv_lane, real, F.DV, F.BDV, True)
-    store_rows(DK, to, dk_row, dk_lane, real, dk, F.D, F.BD)
-    store_rows(DV, to, dv_row, dv_lane, real, dv, F.DV, F.BDV)
+    to_k, to_v = head_at(DK, b64, kv64), head_at(DV, b64, kv64)
+    dk = dk * scale + load_rows(to_k, to, DK.row, DK.lane, real, F.D, F.BD, True)
+    dv += load_rows(to_v, to, DV.row, DV.lane, real, F.DV, F.BDV, True)
+    store_rows(to_k, to, DK.row, DK.lane, real, dk, F.D, F.BD)
+    store_rows(to_v, to, DV.row, DV.lane, real, dv, F.DV, F.BDV)
 
 
 def _named(a: Arguments, kernel: Any, known: Visits) -> dict[str, Any]:
     """What a kernel is given of the call and of its visits."""
-    visit_batch, visit_heads = found(known.count)
-    given = a.named | {
-        "START": known.start, "COUNT": known.count, "LOW": known.low, "HIGH": known.high, "WORD": known.word,
-        "SLOT": known.slot, "SPAN_AT": known.span_at, "SPAN_SLOT": known.span_slot, "UNIT_AT": known.unit_at,
-        "UNIT_SLOT": known.unit_slot, "slots": known.slots, "visit_batch": visit_batch,
-        "visit_heads": visit_heads,
-    }  # fmt: skip
-    return {n: x for n, x in given.items() if n in kernel.arg_names}
+    visited = Visited(
+        known.start, known.count, known.low, known.high, known.word, known.slot, known.span_at,
+        known.span_slot, known.unit_at, known.unit_slot, *found(known.count), known.slots,
+    )  # fmt: skip
+    return a.given(kernel) | {"VISITS": visited}
 
 
 def _walk(
@@ -327,7 +304,7 @@ def _walk(
     """Run the kernel over query rows, over those of `wave` tiles."""
     rows = min(blocks.rows, power_of_two(plan.tile))
     parts = triton.cdiv(plan.tile, rows)
-    programs = a.named["Q"].shape[0] * a.named["H"] * wave * parts
+    programs = a.q.shape[0] * a.q.shape[1] * wave * parts
     stick_kernel[(programs,)](
         **_named(a, stick_kernel, known), parts=parts, first_tile=first, wave=wave, KEEP=keep,
         BACKWARD=backward, F=a.flags(blocks, rows, blocks.keys), **blocks.options(),
@@ -341,9 +318,8 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -
     if not out.numel() or not plan.tiles or not plan.k_rows:
         return out, rem
     a = Arguments(q, k, v, plan, options.scale, 0.0, None)
-    a.named |= dict.fromkeys(("DREM", "LEFT", "OLDER"), rem) | {"OUT": out, "REM": rem, "DOUT": out}
-    for name in "o", "d":
-        a.strides(a.named, name, out)
+    a.named |= dict.fromkeys(("DREM", "LEFT", "OLDER"), rem)
+    a.named |= {"OUT": view(out), "DOUT": view(out), "REM": rem}
     fitting(
         "stick", a.blocks("stick"),
         lambda blocks: _walk(a, plan, visits(plan, blocks.keys), blocks, 0, plan.tiles),
@@ -368,24 +344,29 @@ def stick_backward(
     dk, dv = (torch.zeros((B, heads, *x.shape[2:]), device=q.device) for x in (k, v))
     drem = torch.zeros((B, H, Tq), device=q.device) if drem is None else drem.float().contiguous()
     dout = dout.to(q.dtype)
-    a.named |= {"OUT": dq, "REM": drem, "DOUT": dout, "DREM": drem, "DK": dk, "DV": dv}
-    for name, x in (("o", dq), ("d", dout), ("dk", dk), ("dv", dv)):
-        a.strides(a.named, name, x)
+    a.named |= {
+        "OUT": view(dq),
+        "DOUT": view(dout),
+        "DK": view(dk),
+        "DV": view(dv),
+        "REM": drem,
+        "DREM": drem,
+    }
 
     def start(blocks: Blocks) -> None:
-        known, spans = visits(plan, blocks.keys), span_readers(a, plan)
+        known, (spanned, group) = visits(plan, blocks.keys), span_readers(a, plan)
         wave = at_once(q, plan, known.slots)
         edges = torch.empty((2, B * H, wave, known.slots, plan.tile), dtype=torch.float32, device=q.device)
         a.named["LEFT"], a.named["OLDER"] = edges
         rows, columns = min(blocks.rows, power_of_two(plan.tile)), triton.cdiv(plan.k_rows, blocks.keys)
-        a.named |= spans[0] | unit_readers(a, plan, blocks.keys) | {"columns": columns}
+        a.named |= {"SPANNED": spanned, "UNITED": unit_readers(a, plan, blocks.keys), "columns": columns}
         for first in range(0, plan.tiles, wave):
             some = min(wave, plan.tiles - first)
             _walk(a, plan, known, blocks, first, some, keep=True)
             _walk(a, plan, known, blocks, first, some, backward=True)
             stick_columns_kernel[(B * heads * columns,)](
                 **_named(a, stick_columns_kernel, known), first_tile=first, wave=some,
-                GROUP=spans[1] or blocks.keys, F=a.flags(blocks, rows, blocks.keys), **blocks.options(),
+                GROUP=group or blocks.keys, F=a.flags(blocks, rows, blocks.keys), **blocks.options(),
             )  # fmt: skip
 
     if dq.numel() and plan.tiles and plan.k_rows:
