@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...numerics import Linear, empty_like_layout
 from .blocks import Blocks, Case, choose, fitting
-from .common import INTERPRETED, dot
-from .launch import power_of_two
+from .common import INTERPRETED, dot, head_at
+from .launch import power_of_two, view
 from .softmax import summed
 
 SEGMENT = 256
@@ -30,18 +30,17 @@ def with_state(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def spots(X, T, r, row, lanes, REVERSE: tl.constexpr, C: tl.constexpr):
-    """Where C rows from r on lie, in time or against it, at these lanes of each."""
+def spots(X, head, T, r, lanes, REVERSE: tl.constexpr, C: tl.constexpr):
+    """Where C rows of a head of X lie from r on, in time or against it, at these lanes of each."""
     first = (T - 1 - r if REVERSE else r) * tl.full([], 1, tl.int64)
-    down = tl.arange(0, C) * (-row if REVERSE else row)
-    return X + first * row + down[:, None] + lanes[None, :]
+    down = tl.arange(0, C) * (-X.row if REVERSE else X.row)
+    return head + first * X.row + down[:, None] + (lanes * X.lane)[None, :]
 
 
 @triton.jit
 def states_kernel(
-    K, V, STATES, POWERS, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane, pair, H, KH, VH, T,
-    segments, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
+    K, V, STATES, POWERS, pair, H, KH, VH, T, segments, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
+    BD: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """BD x BV of what a segment adds to the state: STATES [B,H,segments,D,DV]."""
     DOWN: tl.constexpr = (D + BD - 1) // BD
@@ -54,8 +53,7 @@ def states_kernel(
         block // ACROSS * BD + tl.arange(0, BD),
         block % ACROSS * BV + tl.arange(0, BV),
     )
-    K += b * k_batch + (h * KH // H).to(tl.int64) * k_head
-    V += b * v_batch + (h * VH // H).to(tl.int64) * v_head
+    of_k, of_v = head_at(K, b, (h * KH // H).to(tl.int64)), head_at(V, b, (h * VH // H).to(tl.int64))
     powers = POWERS + h * (SEGMENT + 2)
     # against time, a state has faded once more when it meets a token
     LATE: tl.constexpr = 1 if REVERSE else 0
@@ -63,8 +61,8 @@ def states_kernel(
     state = tl.zeros([BD, BV], tl.float32)
     for r in range(first, end, C):
         live = r + lane < end
-        k = tl.load(spots(K, T, r, k_row, d * k_lane, REVERSE, C), mask=live[:, None] & (d < D), other=0.0)
-        v = tl.load(spots(V, T, r, v_row, e * v_lane, REVERSE, C), mask=live[:, None] & (e < DV), other=0.0)
+        k = tl.load(spots(K, of_k, T, r, d, REVERSE, C), mask=live[:, None] & (d < D), other=0.0)
+        v = tl.load(spots(V, of_v, T, r, e, REVERSE, C), mask=live[:, None] & (e < DV), other=0.0)
         after = tl.load(powers + tl.maximum(end - 1 - r - lane + LATE, 0)) * pair
         state += with_state(tl.trans(k * after[:, None]), v, k.dtype)
     at = STATES + cell.to(tl.int64) * D * DV + d[:, None] * DV + e[None, :]
@@ -93,9 +91,7 @@ def carry_kernel(STATES, FIRST, LAST, POWERS, H, segments, size, first_row, firs
 
 @triton.jit
 def linear_kernel(
-    Q, K, V, OUT, STATES, POWERS,
-    q_batch, q_head, q_row, q_lane, k_batch, k_head, k_row, k_lane, v_batch, v_head, v_row, v_lane,
-    o_batch, o_head, o_row, o_lane, pair, scale, H, QH, KH, VH, T, segments, chunks,
+    Q, K, V, OUT, STATES, POWERS, pair, scale, H, QH, KH, VH, T, segments, chunks,
     D: tl.constexpr, DV: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -107,10 +103,8 @@ def linear_kernel(
     pid, e = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS * BV + tl.arange(0, BV)
     bh, r = pid // chunks, pid % chunks * C
     b, h = (bh // H).to(tl.int64), bh % H
-    Q += b * q_batch + (h * QH // H).to(tl.int64) * q_head
-    K += b * k_batch + (h * KH // H).to(tl.int64) * k_head
-    V += b * v_batch + (h * VH // H).to(tl.int64) * v_head
-    OUT += b * o_batch + h.to(tl.int64) * o_head
+    of_q = head_at(Q, b, (h * QH // H).to(tl.int64))
+    of_k, of_v = head_at(K, b, (h * KH // H).to(tl.int64)), head_at(V, b, (h * VH // H).to(tl.int64))
     powers = POWERS + h * (SEGMENT + 2)
     lane, whole = tl.arange(0, C), tl.arange(0, WHOLE)
     live, first = r + lane < T, r // SEGMENT * SEGMENT
@@ -118,25 +112,21 @@ def linear_kernel(
     out = tl.zeros([C, BV], tl.float32)
     for part in range(0, D, BD):
         d = part + tl.arange(0, BD)
-        q = tl.load(spots(Q, T, r, q_row, d * q_lane, REVERSE, C), mask=live[:, None] & (d < D), other=0.0)
+        q = tl.load(spots(Q, of_q, T, r, d, REVERSE, C), mask=live[:, None] & (d < D), other=0.0)
         state = tl.load(STATES + d[:, None] * DV + e[None, :], mask=(d < D)[:, None] & (e < DV), other=0.0)
         out += with_state(q, state, q.dtype)
     LATE: tl.constexpr = 1 if REVERSE else 0
     out *= tl.load(powers + r - first + lane + 1 - LATE)[:, None]
-    q = tl.load(
-        spots(Q, T, r, q_row, whole * q_lane, REVERSE, C), mask=live[:, None] & (whole < D), other=0.0
-    )
+    q = tl.load(spots(Q, of_q, T, r, whole, REVERSE, C), mask=live[:, None] & (whole < D), other=0.0)
     for j in range(first, r + C, C):
         real = j + lane < T
-        k = tl.load(
-            spots(K, T, j, k_row, whole * k_lane, REVERSE, C), mask=real[:, None] & (whole < D), other=0.0
-        )
-        v = tl.load(spots(V, T, j, v_row, e * v_lane, REVERSE, C), mask=real[:, None] & (e < DV), other=0.0)
+        k = tl.load(spots(K, of_k, T, j, whole, REVERSE, C), mask=real[:, None] & (whole < D), other=0.0)
+        v = tl.load(spots(V, of_v, T, j, e, REVERSE, C), mask=real[:, None] & (e < DV), other=0.0)
         apart = r - j + lane[:, None] - lane[None, :]
         fade = tl.load(powers + tl.maximum(apart, 0), mask=apart >= 0, other=0.0) * pair
         out = dot((dot(q, tl.trans(k)) * fade).to(v.dtype), v, out)
-    put = spots(OUT, T, r, o_row, e * o_lane, REVERSE, C)
-    tl.store(put, (out * scale).to(OUT.dtype.element_ty), mask=live[:, None] & (e < DV))
+    put = spots(OUT, head_at(OUT, b, h.to(tl.int64)), T, r, e, REVERSE, C)
+    tl.store(put, (out * scale).to(OUT.at.dtype.element_ty), mask=live[:, None] & (e < DV))
 
 
 def _attend(
@@ -159,11 +149,17 @@ def _attend(
     segments = -(-T // SEGMENT)
     states = torch.empty((B, H, segments, D, Dv), dtype=torch.float32, device=q.device)
     powers = _powers(rate, H, T - (segments - 1) * SEGMENT, q.device)
-    named = {"K": k, "V": v, "STATES": states, "POWERS": powers, "KH": k.shape[1], "VH": v.shape[1]}
+    named = {
+        "K": view(k),
+        "V": view(v),
+        "STATES": states,
+        "POWERS": powers,
+        "KH": k.shape[1],
+        "VH": v.shape[1],
+    }
     named |= {"H": H, "T": T, "D": D, "DV": Dv, "SEGMENT": SEGMENT, "REVERSE": reverse, "pair": pair}
-    named |= _strides("k", k) | _strides("v", v) | {"segments": segments}
-    own = {"Q": q, "OUT": out, "QH": q.shape[1], "scale": scale, "WHOLE": power_of_two(D)}
-    own |= _strides("q", q) | _strides("o", out)
+    named["segments"] = segments
+    own = {"Q": view(q), "OUT": view(out), "QH": q.shape[1], "scale": scale, "WHOLE": power_of_two(D)}
     case = Case("linear", max(power_of_two(D), power_of_two(Dv)), 0, str(q.dtype).removeprefix("torch."))
 
     def add_up(blocks: Blocks) -> None:
@@ -185,10 +181,6 @@ def _attend(
     )  # fmt: skip
     fitting("linear", blocks, attend)
     return last
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    return dict(zip((f"{name}_{n}" for n in ("batch", "head", "row", "lane")), x.stride(), strict=True))
 
 
 def _sizes(blocks: Blocks, D: int, Dv: int) -> dict[str, int]:

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...numerics import Pages
+from .common import head_at
+from .launch import view
 
 WIDE = 4096
 """Numbers of rows that a program holds at a time."""
@@ -21,9 +23,9 @@ def larger(a, b):
 
 @triton.jit
 def page_kernel(
-    Q, ROWS, LAST, RULES, OUT, r_batch, r_head, r_row, r_lane, Hq, heads, Tq, n, w, pages, sinks, near,
-    PARTS: tl.constexpr, GROUP: tl.constexpr, SUM: tl.constexpr, SHARED: tl.constexpr, RULED: tl.constexpr,
-    BN: tl.constexpr, BW: tl.constexpr,
+    Q, ROWS, LAST, RULES, OUT, Hq, heads, Tq, n, w, pages, sinks, near, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, SUM: tl.constexpr, SHARED: tl.constexpr, RULED: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
     """OUT [B,heads,Tq,pages] of one query (a group's, where SHARED) and BN pages."""
     cell = tl.program_id(0).to(tl.int64)
@@ -34,14 +36,16 @@ def page_kernel(
     page, d = tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BW)
     last = tl.load(LAST + b * Tq + t)
     live = (page < pages) & (page <= last)
-    rows = ROWS + b * r_batch + kv * r_head
+    rows = head_at(ROWS, b, kv)
     made: tl.constexpr = 1 if SUM or not SHARED else GROUP
     score = tl.full([BN], float("-inf"), tl.float32)
     for part in range(PARTS):
         at = page.to(tl.int64) * PARTS + part
         there = live & (at < n)
         seen = there[:, None] & (d < w)[None, :]
-        row = tl.load(rows + at[:, None] * r_row + d[None, :] * r_lane, mask=seen, other=0.0).to(tl.float32)
+        row = tl.load(rows + at[:, None] * ROWS.row + d[None, :] * ROWS.lane, mask=seen, other=0.0).to(
+            tl.float32
+        )
         for g in tl.static_range(made):
             own = Q + ((b * Hq + first + g) * Tq + t) * w + d
             weight = tl.load(own, mask=d < w, other=0.0)
@@ -70,7 +74,7 @@ def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, opt
     block = max(1, min(triton.next_power_of_2(pages), WIDE // wide))
     q, last = q.float().contiguous(), last.to(torch.int32).contiguous()
     page_kernel[(B * heads * Tq, triton.cdiv(pages, block))](
-        q, rows, last, last if rules is None else rules.contiguous(), out, *rows.stride(),
+        q, view(rows), last, last if rules is None else rules.contiguous(), out,
         Hq, heads, Tq, n, w, pages, options.sinks, options.near, PARTS=options.parts, GROUP=Hq // Hkv,
         SUM=options.share == "sum", SHARED=bool(options.share), RULED=rules is not None, BN=block, BW=wide,
         num_warps=4,
