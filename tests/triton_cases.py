@@ -299,6 +299,18 @@ def apart() -> str:
     return "dK and dV apart: the same bits"
 
 
+def turned() -> str:
+    """Sticks under a scale below 0."""
+    generator = torch.Generator().manual_seed(7)
+    leaves = [randn(generator, 1, 2, 20, 16).requires_grad_() for _ in "qkv"]
+    found = {}
+    for backend in ("triton", "reference"):
+        out = sf.stick_breaking(*leaves, scale=-0.3, backend=backend)
+        found[backend] = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+    torch.testing.assert_close(*found.values(), rtol=1e-5, atol=1e-5)
+    return "sticks under a scale below 0"
+
+
 def main() -> None:
     """Every kind of plan for every seed."""
     parser = argparse.ArgumentParser()
@@ -339,6 +351,7 @@ def main() -> None:
             skipping(),
             wide(),
             apart(),
+            turned(),
             sep="\n",
             flush=True,
         )
