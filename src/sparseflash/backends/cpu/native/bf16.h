@@ -120,7 +120,7 @@ template <> struct Products<true> {
         int64_t i = 0;
         if (row && v.lane == 1) { memcpy(to, row, n * 2); i = n; }
         else if (row) for (; i < n; i++) to[i] = ((const Item *)row)[i * v.lane];
-        memset(to + i, 0, (whole - i) * 2);
+        if (i < whole) memset(to + i, 0, (whole - i) * 2);
     }
     static float value(Item x) { return from_bf16(x); }
 

@@ -66,13 +66,14 @@ template <bool BF, bool BACKWARD> struct Packed {
     void fill(const SfCall &c, int64_t b, int64_t hp, int64_t slot, int64_t row0) {
         int64_t hq = hp * (c.Hq / heads), hkv = hp * c.Hkv / heads;
         Rules r(c, b, hq);
-        auto row_or_null = [&](const SfView &x, int64_t j) {
-            const int64_t token = row0 + j < c.plan.k_rows ? r.key_token(row0 + j) : -1;
+        auto token_at = [&](int64_t j) { return row0 + j < c.plan.k_rows ? r.key_token(row0 + j) : -1; };
+        auto row_or_null = [&](const SfView &x, int64_t token) {
             return token >= 0 ? row_of(x, b, hkv, token, c.dtype) : nullptr;
         };
         for (int64_t j = 0, at = slot * rows + row0; j < BK; j++, at++) {
-            if (copy_k) P::copy(c.k, row_or_null(c.k, j), c.dtype, c.D, k + at * Dk, Dk);
-            if (copy_v) P::copy(c.v, row_or_null(c.v, j), c.dtype, c.Dv, v + at * Dv, Dv);
+            const int64_t token = token_at(j);
+            if (copy_k) P::copy(c.k, row_or_null(c.k, token), c.dtype, c.D, k + at * Dk, Dk);
+            if (copy_v) P::copy(c.v, row_or_null(c.v, token), c.dtype, c.Dv, v + at * Dv, Dv);
         }
         if constexpr (BF) {
             if (!columns) return;
@@ -85,7 +86,7 @@ template <bool BF, bool BACKWARD> struct Packed {
             for (int64_t j0 = 0; j0 < BK; j0 += 32) {
                 for (int64_t j = 0; j < 32; j += 2) {
                     for (int s = 0; s < 2; s++) {
-                        P::copy(x, row_or_null(x, j0 + j + s), c.dtype, D, line[s], Dp);
+                        P::copy(x, row_or_null(x, token_at(j0 + j + s)), c.dtype, D, line[s], Dp);
                         fine &= all_finite(line[s], Dp);
                     }
                     for (int64_t d = 0; d < Dp; d += 32)

@@ -32,7 +32,7 @@ template <> struct Products<false> {
     static void copy(const SfView &v, const char *row, int32_t dtype, int64_t n, Item *to, int64_t whole) {
         if (row) read_row(v, row, dtype, n, to);
         else n = 0;
-        memset(to + n, 0, (whole - n) * sizeof *to);
+        if (n < whole) memset(to + n, 0, (whole - n) * sizeof *to);  // rows are short: a call counts
     }
     static float value(Item x) { return x; }
 
