@@ -126,11 +126,20 @@ class Sizes(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Where the facts about query tokens lie: tables, and one number of each sequence."""
+    """Where the facts about query tokens lie: tables, and one number of each sequence.
+
+    (No tuple holds another: what is known at compile time in an inner one is lost in Triton 3.6.)
+    """
 
     order: Any
+    order_batch: Any
+    order_heads: Any
     pos: Any
+    pos_batch: Any
+    pos_heads: Any
     seg: Any
+    seg_batch: Any
+    seg_heads: Any
     shift: Any
     shift_batch: Any
     offset: Any
@@ -347,7 +356,8 @@ def query_facts(T, b, h, tile, within, N, F: tl.constexpr):
     real = (within < F.TILE) & (row < N.q_rows)
     token = row
     if F.QUERY_ORDER:
-        token = tl.load(row_at(T.order, b, h, N.H, N.q_rows) + row, mask=real, other=-1)
+        at = place(b, h, N.H, T.order_heads, T.order_batch, N.q_rows)
+        token = tl.load(T.order + at + row, mask=real, other=-1)
         real = real & (token >= 0)
     token = tl.where(real, token, 0)
     own, length = token, N.Tq
@@ -355,7 +365,8 @@ def query_facts(T, b, h, tile, within, N, F: tl.constexpr):
         own, length = token % F.FOLD, F.FOLD
     pos = own.to(tl.int64) if F.WIDE else own
     if F.QUERY_POS:
-        pos = tl.load(row_at(T.pos, b, h, N.H, length) + own, mask=real, other=0)
+        at = place(b, h, N.H, T.pos_heads, T.pos_batch, length)
+        pos = tl.load(T.pos + at + own, mask=real, other=0)
         pos = pos.to(tl.int64) if F.WIDE else pos
     elif F.SHIFT:
         pos += tl.load(T.shift + b * T.shift_batch)
@@ -363,7 +374,8 @@ def query_facts(T, b, h, tile, within, N, F: tl.constexpr):
         pos += T.offset
     seg = token * 0 - 1
     if F.QUERY_SEG:
-        seg = tl.load(row_at(T.seg, b, h, N.H, length) + own, mask=real, other=-2)
+        at = place(b, h, N.H, T.seg_heads, T.seg_batch, length)
+        seg = tl.load(T.seg + at + own, mask=real, other=-2)
     return real, token, pos, seg
 
 

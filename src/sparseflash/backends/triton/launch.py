@@ -193,7 +193,7 @@ class Arguments:
             "SPANS": Spans(*map(p, span), p(plan.spans), *found(span[0])),
             "UNITS": Units(*map(p, unit[:3]), p(plan.index), p(unit[3]), p(plan.bits), *found(unit[0])),
             "TOKENS": Tokens(
-                table(plan.q_order), table(plan.q_pos), table(plan.q_seg), p(shift), apart, offset
+                *table(plan.q_order), *table(plan.q_pos), *table(plan.q_seg), p(shift), apart, offset
             ),
             "KEYS": KeyTables(p(keys.order), p(keys.pos), p(keys.end), p(keys.seg), *found(first)),
             "BIAS": table(bias),
