@@ -575,6 +575,23 @@ def caches() -> str:
     return table(head, body)
 
 
+def budgets() -> str:
+    """What a model says with few keys, by budget; in brackets what a control says as well."""
+    found, shares = rows("budgets"), ("1/2", "1/4", "1/8", "1/16")
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = {row["share"]: row for row in found if row["case"] == case}
+        cells = []
+        for share in shares:
+            text = f"{float(own[share]['kl']):.4f}" if share in own else ""
+            cells.append(f"({text})" if text and own[share]["beats"] == "False" else text)
+        one = own.get("1/8", own["1/2"])
+        needles = [f"{float(one[kind]):.2f}" for kind in ("asked", "before", "anew")]
+        body.append([case, one["few"], *cells, f"{float(one['bytes']):.2f}", *needles])
+    head = ["", "keys are", *(f"KL, {share}" for share in shares), "bytes, 1/8", "asked", "before", "anew"]
+    return table(head, body)
+
+
 def attention() -> str:
     """Time, recall and error of methods on what a trained model sees, at the longest length."""
     found = [row for row in rows("attention") if row["inputs"] == "captured" and row["target"] == "0.125"]
@@ -869,6 +886,7 @@ BLOCKS = {
     "layers-recall": layers_recall,
     "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
+    "budgets": budgets,
     "caches": caches,
     "board": board_best,
     "board-tasks": board_tasks,
