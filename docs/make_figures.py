@@ -492,6 +492,27 @@ def layers_recall() -> str:
     return table(["layer", "pairs a query", *(f"seed {s}" for s in seeds)], body)
 
 
+def layers_weights() -> str:
+    """Accuracy of nets with N:M weights, by seed, beside their multiplications."""
+    found = rows("layers-weights")
+    seeds = sorted({row["seed"] for row in found})
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = {row["seed"]: row for row in found if row["case"] == case}
+        shares = [f"{float(next(iter(own.values()))[name]):.2f}" for name in ("share_sparse", "share")]
+        body.append([case, *shares, *(f"{float(own[s]['accuracy']):.1%}" if s in own else "" for s in seeds)])
+    head = ["weights", "multiplications of these layers", "of the net", *(f"seed {s}" for s in seeds)]
+    return table(head, body)
+
+
+def layers_lengths() -> str:
+    """Bits per byte of models that were trained on short sequences, by length."""
+    found = rows("layers-extrapolation")
+    lengths = [name for name in found[0] if name.startswith("bpb_")]
+    body = [[row["case"], row["seed"], *(f"{float(row[x]):.3f}" for x in lengths)] for row in found]
+    return table(["layer", "seed", *(x.removeprefix("bpb_") for x in lengths)], body)
+
+
 def prompt_losses() -> str:
     """What prompts under each method lose, by text, and the needles that it keeps where they were planted."""
     found = rows("prompt-losses")
@@ -883,7 +904,9 @@ BLOCKS = {
     "selection": selection,
     "prefill": prefill,
     "gates": gates,
+    "layers-lengths": layers_lengths,
     "layers-recall": layers_recall,
+    "layers-weights": layers_weights,
     "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
     "budgets": budgets,
