@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ import sparseflash as sf
 from sparseflash.methods.base import find
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import make_tutorials  # noqa: E402  # it lies beside this file, which mkdocs loads by its path
+
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 OPS = (
     "attention", "attention_varlen", "jagged_attention", "decode", "hash_sparse_attention",
@@ -48,11 +53,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The pages that lie elsewhere, and the results that pages link to."""
+    """The pages that lie elsewhere, the tutorials as text, and the results that pages link to."""
     for source, target in PAGES.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     for path, text in _reference().items():
         files.append(File.generated(config, path, content=text))
+    for path in make_tutorials.notebooks():
+        said = make_tutorials.text(make_tutorials.read(path))
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=said))
     for result in sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
         files.append(File.generated(config, f"results/{result.name}", abs_src_path=str(result)))
     return files
@@ -66,6 +74,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"\]\(\.\./benchmarks/results/([\w-]+\.csv)\)", r"](results/\1)", markdown)
     for source, target in PAGES.items():
         markdown = re.sub(rf"\]\((?:\.\./)?{source}", f"]({target}", markdown)
+    markdown = re.sub(r"(tutorials/[\w-]+)\.ipynb\)", r"\1.md)", markdown)
+    if page.file.src_uri.startswith("tutorials/"):
+        return markdown
     # what is no page is named, and not linked
     return re.sub(
         r"\[([^\]]+)\]\((?!\w+:|#)(?:\.\./[^)]*|[\w./-]*(?:/|\.(?:py|cff|cpp|h)))\)", r"\1", markdown
