@@ -35,7 +35,7 @@ HOLES = pytest.param("holes", marks=pytest.mark.slow)
 BY_PLACE = {
     *("hash-sparse", "hash-sparse-strict", "hash-sparse-mixed", "qk-sparse"),
     *("window", "sink-window", "dilated", "strided", "documents", "grid-window-video", "bigbird-causal"),
-    *("dual-chunk-attention", "quest", "lserve", "double-sparsity"),
+    *("dual-chunk-attention", "quest", "lserve", "moba", "double-sparsity"),
 }
 """The cases whose plans say by places alone who sees whom, whatever follows."""
 
@@ -87,7 +87,7 @@ def sees_alone(method, q, k, v, causal=True, within=None):
     But for a plan that is causal and says what is ahead (a prefix, a block): there the method's word holds.
     """
     n = q.shape[2]
-    selection = method.select(q, k, {"v": v, "q_offset": 0})
+    selection = method.select(q, k, {"v": v, "q_offset": 0, "layer": 0})
     plans = selection.plan if isinstance(selection.plan, tuple) else (selection.plan,)
     if method.forward_only:  # what is left out depends on what else is seen
         whole = torch.ones(n, n, dtype=torch.bool) if within is None else within

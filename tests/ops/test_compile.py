@@ -236,6 +236,8 @@ SHORT = (128, 192, 130, 65, 257, 97, 63)
 )
 def test_a_method_of_any_length_is_three_graphs(case, dynamic):
     """Loops over tiles, lists that are as long as a row, and tails that may be empty would pin a length."""
+    if case.slug == "blasst":
+        pytest.skip("its threshold is a number of the graph and follows the length, as it says")
     counter, method = CompileCounterWithBackend("aot_eager"), case.method()
     compiled = torch.compile(lambda *x: method(*x), backend=counter, fullgraph=True, dynamic=dynamic)
     for length in SHORT:

@@ -76,7 +76,7 @@ class LServe(ReadingMethod):
         """Heads that stream."""
         require(
             (
-                max(self.streaming, default=0) < heads,
+                all(head < heads for head in self.streaming),
                 lambda: f"streaming={self.streaming}: k has {heads} heads, 0..{heads - 1}",
             )
         )

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..errors import require
 from ..plan import Plan
+from ..plan.options import TILE
 from ..selection.orders import random_picks
 from .base import Context, Method, Selection, check_counts, check_square
 
-SHORT = 256
-"""Up to so many tokens, one mask with bits is faster than lists."""
+SHORT = TILE
+"""Up to so many tokens, one tile, one mask with bits is faster than lists."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ class OrionMSP(Method):
             keep = keep | linked.scatter_(1, torch.where(links < 0, T, links), True)[:, :T]
             return Selection(Plan.from_mask(keep[None, None]))
         near = Plan.dense(T, T, window=(self._window,) * 2, sink_tokens=self.special, device=q.device)
-        head = at < self.special
-        lo = torch.where(head, (at + self._window + 1).clamp(max=T), 0).clamp(min=self.special)
-        hi = torch.where(head, T, lo)
-        rest = Plan.from_intervals(lo.view(1, 1, -1), hi.view(1, 1, -1), Tk=T)
+        # what lies beyond their window is seen by special tokens: key j by those up to j - window - 1
+        end = torch.where(at < self.special, 0, (at - self._window).clamp(0, self.special)).view(1, 1, -1)
+        rest = Plan.from_lifetimes(torch.zeros_like(end), end, Tq=T, tile=max(1, self.special))
         far = (links - at[:, None]).abs() > self._window
         beside = Plan.from_choice(torch.where(far, links, -1)[None], Tk=T, causal=False, unique=True, tile=1)
         return Selection((near, *[rest] * (self.special > 0), *[beside] * (self.random > 0)))

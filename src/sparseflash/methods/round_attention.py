@@ -93,10 +93,12 @@ class RoundAttention(Method):
         """Everything up to the watershed, which chooses; the chosen rounds above it."""
         ctx, Tq, Tk = ctx or {}, q.shape[2], k.shape[2]
         offset, layer = ctx.get("q_offset", 0), ctx.get("layer")
-        if not isinstance(offset, int):
-            raise SparseFlashError(
-                f"ctx['q_offset']: {type(offset).__name__}: rounds are those of one chat, expected an int"
-            )
+        if isinstance(offset, Tensor):
+            if offset.numel() != 1:
+                raise SparseFlashError(
+                    f"ctx['q_offset'] {list(offset.shape)}: rounds are those of one chat: expected one number"
+                )
+            offset = int(offset)
         state = self.begun(ctx.get("state"), offset, Tq, Tk)
         chooses = layer is None or layer == self.watershed
         if chooses and len(state.starts) > 1 and Tq and (Tq > 1 or state.kept is None):
@@ -140,11 +142,11 @@ def round_mass(q: Tensor, k: Tensor, edges: Tensor, offset: int, **options: Any)
 
     `edges [n + 1]`: where the rounds begin, and the last one ends.
     """
-    frame = {"Tq": q.shape[2], "Tk": k.shape[2], "causal": True, "q_offset": offset}
-    lse = attention(q, k, k, Plan.dense(**frame, device=q.device), return_lse=True, **options)[1]
-    spans = torch.stack([edges[:-1], edges[1:]], -1)[None, None, None]
-    plan = Plan.from_spans(spans, **frame, tile=max(q.shape[2], 1))
-    return attention_stats(q, k, lse, plan, over="entry", **options).sum((1, 2))
+    plan = Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=offset, device=q.device)
+    lse = attention(q, k, k, plan, return_lse=True, **options)[1]
+    keys = attention_stats(q, k, lse, plan, over="key", **options).sum(1)
+    before = torch.nn.functional.pad(keys.double().cumsum(-1), (1, 0))[:, edges]
+    return before.diff().float()
 
 
 def _reading(state: Rounds, Tq: int, Tk: int, offset: int, device: torch.device) -> Plan:

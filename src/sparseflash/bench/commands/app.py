@@ -15,6 +15,7 @@ from sparseflash.errors import SparseFlashError
 N = TypeVar("N", int, float)
 
 EXPERIMENTS = (
+    "again",
     "arguments",
     "attention-table",
     "budgets",

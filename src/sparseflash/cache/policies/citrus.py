@@ -37,7 +37,7 @@ class Citrus(Policy):
     >>> for chunk in torch.randn(3, 10, 1, 4, 128, 32).unbind(1):
     ...     out = cache.attend(*chunk)
     >>> cache.tokens, cache.held.tolist()
-    (384, [[192, 192, 192, 192]])
+    (1280, [[192, 192, 192, 192]])
     """
 
     recent: int = 256

@@ -176,7 +176,7 @@ def read(
     >>> with sf.transformers.sparse(model, cache=sf.cache.Citrus(budget=96, recent=64)):
     ...     cache = sf.transformers.read(model, book, chunk=64, question=question)
     >>> cache.get_seq_length(), int(cache.layers[0].held.max())
-    (300, 96)
+    (300, 140)
     """
     if not isinstance(chunk, int) or chunk < 1:
         raise SparseFlashError(f"chunk={chunk!r}: expected a positive int, tokens")
