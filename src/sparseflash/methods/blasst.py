@@ -41,8 +41,8 @@ class BLASST(Method):
     Notes
     -----
     Of `ctx`: `q_offset`, the position of the first query. Inference only: `sparseflash.attention` refuses
-    `skip_below` where a gradient is asked for. `shown` says what is left, which needs the scores. Under torch.compile every
-    length is a graph of its own: the threshold follows it.
+    `skip_below` where a gradient is asked for. `shown` says what is left, which needs the scores. Under
+    torch.compile every length is a graph of its own: the threshold follows it.
 
     Examples
     --------

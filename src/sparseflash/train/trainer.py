@@ -104,10 +104,8 @@ class Trainer:
             loss = self.loss(tokens.to(device), targets.to(device)) / c.accumulate
             (loss + self.model.aux_loss() / c.accumulate).backward()
             total += loss.detach()
-        for (
-            weight
-        ) in self.model.parameters():  # of a layer that used it for no token; another rank's may have
-            if weight.grad is None:
+        for weight in self.model.parameters():
+            if weight.grad is None:  # its layer used it for no token; another rank's may have
                 weight.grad = torch.zeros_like(weight)
         world.average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
