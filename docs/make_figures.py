@@ -26,7 +26,10 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 sys.path.insert(0, str(DOCS.parent))  # for what the experiments make of their rows
 PAGES = (
     DOCS.parent / "README.md",
-    *(DOCS / f"{name}.md" for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches")),
+    *(
+        DOCS / f"{name}.md"
+        for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches", "board")
+    ),
 )
 PICTURES = DOCS / "images" / "bench"
 DRAWN = {
@@ -547,7 +550,9 @@ def board_best() -> str:
             if body:
                 texts = max(x.texts for x in own)
                 sure = board.agreement(rows("board"), phase, model, tokens)
-                says = f", {texts} texts" + ("" if sure is None else f", rank correlation of two {sure:.2f}")
+                says = (f", {texts} texts" if texts > 1 else ", one text") + (
+                    "" if sure is None else f", rank correlation of two {sure:.2f}"
+                )
                 head = ["budget", "least KL (at what is kept)", "controls", "does not beat both"]
                 parts.append(f"**{title}: {model}, {tokens:,} tokens{says}**\n\n{table(head, body)}")
     return "\n\n".join(parts)

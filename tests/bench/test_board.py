@@ -135,8 +135,9 @@ def test_what_beats_the_controls_at_as_many_pairs_is_told_between_their_budgets(
         row(name, n, 1 / n, kl * n) for name, kl in (("sink-window", 0.01), ("random", 0.02)) for n in (2, 8)
     ]
     good, bad = row("good", 4, 0.25, 0.035), row("bad", 4, 0.25, 0.045)
-    outside = row("outside", 16, 1 / 16, 0.07)
-    said = {x.case: x.beats for x in board.lines([*controls, good, bad, outside])}
+    outside, whole = row("outside", 16, 1 / 16, 0.07), row("whole", 8, 1.0, 0.01)
+    said = {x.case: x.beats for x in board.lines([*controls, good, bad, outside, whole])}
+    assert said.pop("whole") is None, "what leaves out nothing is no choice"
     # at a quarter, the window loses .04 and the random choice .08: logarithms, halfway
     assert said == {"sink-window": None, "random": None, "good": True, "bad": False, "outside": True}
     assert board.lines([good])[0].beats is None, "without controls nothing is said"

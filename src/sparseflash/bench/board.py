@@ -281,7 +281,8 @@ def key(row: Mapping[str, Any]) -> tuple[str, ...]:
 class Line:
     """A method at a budget: means over the texts.
 
-    `beats`: whether its KL is below both controls' at as many pairs or keys, or None where a control lacks.
+    `beats`: whether its KL is below both controls' at as many pairs or keys; None where a control lacks, and
+    of what leaves out nothing.
     """
 
     phase: str
@@ -324,7 +325,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
             for control in CONTROLS[phase]
         ]
         beats = None
-        if case != "dense" and case not in CONTROLS[phase] and None not in bounds:
+        some = means[at]["kept"] < 0.999 and case not in CONTROLS[phase]
+        if some and None not in bounds:
             beats = all(means[at]["kl"] < bound for bound in bounds if bound is not None)
         method = str(own[0].get("method") or "")
         made.append(Line(*at, len(own), means[at], beats, method))
