@@ -550,7 +550,8 @@ def board_best() -> str:
             if body:
                 texts = max(x.texts for x in own)
                 sure = board.agreement(rows("board"), phase, model, tokens)
-                says = (f", {texts} texts" if texts > 1 else ", one text") + (
+                says = f", {texts} texts" if texts > 1 else ", one text"
+                says += "" if sure is None else f", rank correlation of two {sure:.2f}"
                     "" if sure is None else f", rank correlation of two {sure:.2f}"
                 )
                 head = ["budget", "least KL (at what is kept)", "controls", "does not beat both"]
