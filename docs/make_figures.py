@@ -552,8 +552,6 @@ def board_best() -> str:
                 sure = board.agreement(rows("board"), phase, model, tokens)
                 says = f", {texts} texts" if texts > 1 else ", one text"
                 says += "" if sure is None else f", rank correlation of two {sure:.2f}"
-                    "" if sure is None else f", rank correlation of two {sure:.2f}"
-                )
                 head = ["budget", "least KL (at what is kept)", "controls", "does not beat both"]
                 parts.append(f"**{title}: {model}, {tokens:,} tokens{says}**\n\n{table(head, body)}")
     return "\n\n".join(parts)
