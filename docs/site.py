@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,6 @@ import sparseflash as sf
 from sparseflash.methods.base import find
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
-
-import make_tutorials  # noqa: E402  # it lies beside this file, which mkdocs loads by its path
-
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 OPS = (
     "attention", "attention_varlen", "jagged_attention", "decode", "hash_sparse_attention",
@@ -58,8 +54,12 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
     for path, text in _reference().items():
         files.append(File.generated(config, path, content=text))
-    for path in make_tutorials.notebooks():
-        said = make_tutorials.text(make_tutorials.read(path))
+    spec = importlib.util.spec_from_file_location("make_tutorials", ROOT / "docs" / "make_tutorials.py")
+    assert spec is not None and spec.loader is not None
+    tutorials = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tutorials)
+    for path in tutorials.notebooks():
+        said = tutorials.text(tutorials.read(path))
         files.append(File.generated(config, f"tutorials/{path.stem}.md", content=said))
     for result in sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
         files.append(File.generated(config, f"results/{result.name}", abs_src_path=str(result)))

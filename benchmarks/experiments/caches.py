@@ -10,7 +10,6 @@ and a random choice. What reads no more of the mass than they do has found nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor
 import sparseflash as sf
 from sparseflash import cache, methods
 from sparseflash.bench import capture
+from sparseflash.bench.board import Random
 from sparseflash.bench.results import Row
-from sparseflash.cache import Evicting, Growing, Held, Policy
+from sparseflash.cache import Evicting, Growing, Policy
 from sparseflash.methods.base import Method
 
 Make = Callable[[int], Any]
@@ -33,17 +33,6 @@ CONTROLS: Mapping[str, Make] = {
     "window": lambda n: cache.StreamingLLM(budget=n),
     "random": lambda n: Random(budget=n, sinks=4, recent=1),
 }
-
-
-@dataclass(frozen=True)
-class Random(Policy):
-    """A random choice, drawn once for each position and head."""
-
-    def score(self, held: Held) -> Tensor:
-        """Of each position its own number."""
-        B, H, _ = held.position.shape
-        draw = torch.rand(B, H, held.tokens, generator=torch.Generator().manual_seed(0))
-        return draw.gather(2, held.position.clamp(min=0))
 
 
 def cases(layer: capture.Layer, prompt: int) -> dict[str, Make]:

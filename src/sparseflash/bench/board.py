@@ -182,27 +182,25 @@ class Board:
         control = CONTROLS.get(phase, CONTROLS["prompt"])
         return {x: y for x, y in made.items() if not self.wanted or x in self.wanted or x in control}
 
-    def _left(self, phase: str, text: str, tokens: int, there: set[Any]) -> dict[tuple[str, int], Any]:
-        """List the cases of a phase without a row, budget by budget: a short run has all methods."""
-        return {
-            (name, budget): made
-            for budget in self.budgets
-            for name, made in self._cases(phase, tokens, budget).items()
-            if key(
-                {"phase": phase, "model": self.name, "tokens": tokens, "text": text, "case": name}
-                | {"budget": budget}
-            )
-            not in there
-        }
+    def _texts(
+        self, phase: str, tokens: int, there: set[Any], ends: float
+    ) -> Iterator[tuple[str, Prompt, dict[tuple[str, int], Any]]]:
+        """Each text with cases of a phase that have no row, budget by budget: a short run has all methods."""
+        for text, words in self.texts.items():
+            at = {"phase": phase, "model": self.name, "tokens": tokens, "text": text}
+            left = {
+                (name, budget): made
+                for budget in self.budgets
+                for name, made in self._cases(phase, tokens, budget).items()
+                if key(at | {"case": name, "budget": budget}) not in there
+            }
+            if left and time.monotonic() < ends:
+                yield text, Prompt.of(self.model, self.tokenizer, words, tokens, NEW), left
 
     def _prompts(
         self, tokens: int, there: set[Any], ends: float, on_run: Callable[[str], None]
     ) -> Iterator[Row]:
-        for text, words in self.texts.items():
-            left = self._left("prompt", text, tokens, there)
-            if not left or time.monotonic() > ends:
-                continue
-            prompt = Prompt.of(self.model, self.tokenizer, words, tokens, NEW)
+        for text, prompt, left in self._texts("prompt", tokens, there, ends):
             cases = {f"{name}, 1/{budget}": made for (name, budget), made in left.items()}
 
             def said(what: str, at: str = f"{text}, {tokens} tokens: ") -> None:
@@ -225,12 +223,8 @@ class Board:
     ) -> Iterator[Row]:
         import sparseflash as sf
 
-        for text, words in self.texts.items():
-            left = self._left("decode", text, tokens, there)
-            if not left or time.monotonic() > ends:
-                continue
-            ids = Prompt.of(self.model, self.tokenizer, words, tokens, NEW).ids
-            prompt, told = ids[:, :tokens], ids[:, tokens:]
+        for text, whole_text, left in self._texts("decode", tokens, there, ends):
+            prompt, told = whole_text.ids[:, :tokens], whole_text.ids[:, tokens:]
             on_run(f"{text}, {tokens} tokens: a dense cache")
             dense, first = generate.begun(self.model, prompt, lambda: sf.transformers.sparse(self.model))
             whole = sum(size for _, size in generate.layers(dense))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from sparseflash.bench import board, chart
 from sparseflash.bench.board import CONTROLS, Line
+from sparseflash.bench.report import asset, framed
 from sparseflash.errors import SparseFlashError
 from sparseflash.files import replacing
 from sparseflash.methods.base import Method
@@ -52,7 +52,6 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
     """Fill the page: nothing from elsewhere, and readable without its few lines of script."""
-    here = files("sparseflash.bench")
     found = board.lines(rows)
     sections = []
     for model, tokens in dict.fromkeys((x["model"], int(x["tokens"])) for x in rows):
@@ -63,11 +62,11 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
         sections.append(_tasks(model, tokens, rows))
     last = rows[-1]
     machine = {name: str(last[name]) for name in ("cpu", "threads", "torch", "git") if last.get(name)}
-    return Template(here.joinpath("board.html").read_text(encoding="utf-8")).substitute(
-        css=here.joinpath("report.css").read_text(encoding="utf-8"),
+    body = Template(asset("board.html")).substitute(
         sections="\n".join(filter(None, sections)),
         machine="".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in machine.items()),
     )
+    return framed("sparseflash: the board", asset("report.css") + asset("board.css"), body)
 
 
 def _section(

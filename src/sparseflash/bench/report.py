@@ -151,8 +151,7 @@ def render(result: Result) -> str:
     """Fill the page: no scripts, no fonts, nothing from elsewhere."""
     rows = comparison(result)
     steps = len(result.runs[0].rows)
-    return Template(_asset("report.html")).substitute(
-        css=_asset("report.css"),
+    body = Template(asset("report.html")).substitute(
         verdict=html.escape(verdict(result)),
         figures=_figures(rows, steps, result),
         parameters=f"{result.parameters / 1e6:.1f}",
@@ -173,9 +172,16 @@ def render(result: Result) -> str:
         notes="".join(f"<p>{html.escape(note)}</p>" for note in result.notes),
         command=html.escape(result.command),
     )
+    return framed("sparseflash: demo report", asset("report.css"), body)
 
 
-def _asset(name: str) -> str:
+def framed(title: str, css: str, body: str) -> str:
+    """A page that works alone."""
+    return Template(asset("frame.html")).substitute(title=title, css=css, body=body)
+
+
+def asset(name: str) -> str:
+    """Text of a file that lies beside this one."""
     return files("sparseflash.bench").joinpath(name).read_text(encoding="utf-8")
 
 

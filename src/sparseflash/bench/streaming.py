@@ -136,7 +136,7 @@ def train(
             gates = dict(zip(layers, flat.split(list(layers.values())), strict=True))
             loss = moved(model, piece, gates, sinks=sinks, local=local) + price * flat.mean()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+            (flat.grad,) = torch.autograd.grad(loss, (flat,))
             optimiser.step()
             with torch.no_grad():
                 flat.clamp_(0, 1)

@@ -106,9 +106,8 @@ class Offloaded(Growing):
     @property
     def on_disk(self) -> int:
         """Bytes of the tokens in the file."""
-        keys, values = self.keys, self.values
-        held = self._file is not None and keys is not None and values is not None
-        return keys.nbytes + values.nbytes if held else 0  # type: ignore[union-attr]  # as `held` says
+        there = () if self._file is None else (self.keys, self.values)
+        return sum(x.nbytes for x in there if x is not None)
 
     @property
     def bytes(self) -> int:

@@ -98,13 +98,11 @@ class Layer(nn.Module):
         Whether queries and keys are turned by their positions.
     base : float
         Of the frequencies.
-    dropout : float
-        Share of the attention weights that training leaves out, as in `torch.nn.MultiheadAttention`; none in
-        evaluation. A layer without this argument has no weights of which some could be left out alone.
 
     Notes
     -----
-    A subclass writes `mix`, and calls `reset` at the end of its `__init__`.
+    A subclass writes `mix`, and calls `reset` at the end of its `__init__`. One with weights of which some
+    can be left out alone takes `dropout`, and hands it to `leave_out`.
     """
 
     takes_plan: ClassVar[bool] = False
@@ -121,7 +119,6 @@ class Layer(nn.Module):
         head_dim: int | None = None,
         positions: Positions = "none",
         base: float = 10_000.0,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         require(
@@ -151,15 +148,17 @@ class Layer(nn.Module):
                 isinstance(base, (int, float)) and not isinstance(base, bool) and base > 0,
                 lambda: f"base={base!r}: expected a positive number",
             ),
-            (
-                isinstance(dropout, (int, float)) and not isinstance(dropout, bool) and 0 <= dropout < 1,
-                lambda: f"dropout={dropout!r}: expected a share in [0, 1)",
-            ),
         )
         self.width, self.heads, self.kv_heads, self.head_dim = width, heads, kv_heads, head_dim
         self.positions: Positions = positions
-        self.base, self.dropout = float(base), float(dropout)
+        self.base, self.dropout = float(base), 0.0
         self._aux: Tensor | None = None
+
+    def leave_out(self, dropout: float) -> None:
+        """Leave out a share of the attention weights in training, as `torch.nn.MultiheadAttention` does."""
+        real = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
+        require((real and 0 <= dropout < 1, lambda: f"dropout={dropout!r}: expected a share in [0, 1)"))
+        self.dropout = float(dropout)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
         """The layer on one batch of whole sequences, or on the next tokens of those in `state`."""

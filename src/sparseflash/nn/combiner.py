@@ -81,15 +81,8 @@ class Combiner(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            width,
-            heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            positions=positions,
-            base=base,
-            dropout=dropout,
-        )
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         check_choice(pattern=(pattern, ("fixed", "logsparse", "axial")), log_size=(log_size, (True, False)))
         check_sizes(1, segment=segment)
         self.pattern, self.segment, self.log_size = pattern, segment, log_size

@@ -63,15 +63,8 @@ class DynamicMaskAttention(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            width,
-            heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            positions=positions,
-            base=base,
-            dropout=dropout,
-        )
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         check_sizes(1, window=window)
         self.method = DynamicMask(window)
         check_choice(exponential=(exponential, (True, False)), normed=(normed, (True, False)))

@@ -75,7 +75,8 @@ class HRSAMAttention(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base, dropout=dropout)
+        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         check_sizes(1, window=window, columns=columns)
         require(
             (isinstance(shifted, bool), lambda: f"shifted={shifted!r}: expected True or False"),

@@ -69,15 +69,8 @@ class Lookups(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            width,
-            heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            positions=positions,
-            base=base,
-            dropout=dropout,
-        )
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         check_sizes(1, size=size, lookups=1 if lookups is None else lookups)
         require(
             (

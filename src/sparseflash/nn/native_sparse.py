@@ -80,15 +80,8 @@ class NativeSparseAttention(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            width,
-            heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            positions=positions,
-            base=base,
-            dropout=dropout,
-        )
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         check_sizes(1, block=block, stride=stride, select=select, top=top, near=near, window=window)
         check_sizes(0, first=first)
         require(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn import grad
 
 from ..errors import SparseFlashError, require
 from ..plan.options import is_count
 from .base import check_choice
 
 Rule = Literal["bdwp", "sr-ste", "one-sided"]
+conv2d_input: Callable[..., Tensor] = grad.conv2d_input  # torch declares no types of these
+conv2d_weight: Callable[..., Tensor] = grad.conv2d_weight
 
 
 def nm_mask(weight: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
@@ -88,14 +91,12 @@ class Conv(Linear):
     def of_input(self, shape: torch.Size, weight: Tensor, g: Tensor) -> Tensor:
         """Its transpose in x."""
         how = (self.stride, self.padding, self.dilation)
-        found: Tensor = conv2d_input(shape, weight, g, *how)  # type: ignore[no-untyped-call]  # torch declares none
-        return found
+        return conv2d_input(shape, weight, g, *how)
 
     def of_weight(self, x: Tensor, shape: torch.Size, g: Tensor) -> Tensor:
         """Its transpose in the weight."""
         how = (self.stride, self.padding, self.dilation)
-        found: Tensor = conv2d_weight(x, shape, g, *how)  # type: ignore[no-untyped-call]  # as above
-        return found
+        return conv2d_weight(x, shape, g, *how)
 
 
 class _Product(torch.autograd.Function):
@@ -121,6 +122,9 @@ class _Product(torch.autograd.Function):
             if ctx.pull:
                 dw = dw + ctx.pull * (weight * ~front)
         return dx, dw, None, None, None, None
+
+
+product: Callable[..., Tensor] = _Product.apply
 
 
 class _NM(nn.Module):
@@ -183,10 +187,7 @@ class _NM(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             kind = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(kind), weight.to(kind)
-        found: Tensor = _Product.apply(  # type: ignore[no-untyped-call]  # torch declares none
-            x, weight, front, back, self.decay, products
-        )
-        return found
+        return product(x, weight, front, back, self.decay, products)
 
     def share(self) -> float:
         """Multiplications of a training step over those of a dense layer: `(2 N/M + 1) / 3` with BDWP."""

@@ -91,15 +91,8 @@ class RoutingAttention(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            width,
-            heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            positions=positions,
-            base=base,
-            dropout=dropout,
-        )
+        super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         check_sizes(1, clusters=clusters, window=window)
         check_choice(strict=(strict, (True, False)), shared=(shared, (True, False)))
         require(

@@ -86,7 +86,8 @@ class SparsifinerAttention(Layer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base, dropout=dropout)
+        super().__init__(width, heads, head_dim=head_dim, positions=positions, base=base)
+        self.leave_out(dropout)
         mixtures = max(1, tokens // 6) if mixtures is None else mixtures
         channels = max(1, self.head_dim // 2) if channels is None else channels
         check_sizes(1, tokens=tokens, mixtures=mixtures, channels=channels, top=top)

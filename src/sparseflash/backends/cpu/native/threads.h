@@ -11,6 +11,14 @@
 
 namespace {
 
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
 // Threads that outlive a call. One call uses them at a time; a second caller meanwhile runs its tasks alone, which
 // on a busy machine is the faster choice and cannot deadlock. A fork copies no threads: the child starts a pool anew.
 class Pool {
@@ -31,11 +39,7 @@ class Pool {
     void live(int thread) {
         for (uint64_t seen = 0;;) {
             for (int spin = 0; spin < 2000 && round.load(std::memory_order_acquire) == seen; spin++)
-#if defined(__x86_64__) || defined(__i386__)
-                __builtin_ia32_pause();
-#else
-                std::this_thread::yield();
-#endif
+                relax();
             {
                 std::unique_lock<std::mutex> hold(gate);
                 wake.wait(hold, [&] { return round.load() != seen; });
@@ -75,11 +79,7 @@ class Pool {
         wake.notify_all();
         share(0);
         for (int spin = 0; spin < 2000 && busy.load(std::memory_order_acquire); spin++)
-#if defined(__x86_64__) || defined(__i386__)
-            __builtin_ia32_pause();
-#else
-            std::this_thread::yield();
-#endif
+            relax();
         std::unique_lock<std::mutex> hold(gate);
         done.wait(hold, [&] { return busy.load() == 0; });
         return true;
