@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`sf.transformers`, `sf.diffusers` and `sf.compat`, loaded when first asked for; names of 0.1."""
+    """Import `sf.transformers`, `sf.diffusers`, `sf.compat` on first access; resolve renamed names of 0.1."""
     if name == "transformers":
         return importlib.import_module("sparseflash.integrations.transformers")
     if name == "diffusers":

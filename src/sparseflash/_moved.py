@@ -1,4 +1,4 @@
-"""Names of 0.1 that are elsewhere now: they work for one release, and say where they went."""
+"""Module and function names of 0.1 that have moved: they work for one release and warn with the new name."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MODULES = {
 
 
 def warn(old: str, new: str) -> None:
-    """Say that a name will go."""
+    """Emit a `DeprecationWarning` that `old` is named `new` now."""
     said = f"{old} is {new} now; the old name goes with the next release"
     warnings.warn(said, DeprecationWarning, stacklevel=3)
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds modules under the names that they had."""
+    """Import hook: resolves the old module names in `MODULES` to the modules' new places."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         package, _, old = name.rpartition(".")
@@ -48,17 +48,17 @@ class _Moved(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._own  # the import system has given it the spec of the old name
+        module.__spec__ = self._own  # importlib has set __spec__ to that of the old name
 
 
 def install() -> None:
-    """Let old module names be found."""
+    """Register the import hook for old module names, once."""
     if not any(isinstance(x, _Moved) for x in sys.meta_path):
         sys.meta_path.append(_Moved())
 
 
 def callable_once(module: ModuleType, old: str, new: str, call: Callable[[], Any]) -> None:
-    """Make a package callable that a function of its name stood in front of."""
+    """Make `module` callable: its name was a function before, so a call forwards to `call` with a warning."""
 
     class Called(ModuleType):
         def __call__(self) -> Any:

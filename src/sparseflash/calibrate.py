@@ -1,6 +1,6 @@
-"""Profiles: which method serves each head of each layer of a model, with which settings; found once, kept.
+"""Profiles: the method and settings for each head of each layer of a model; searched once, kept in a file.
 
-A profile is plain data and knows no method. `methods.Profiled` turns it into one.
+A profile is plain data and does not import methods. `methods.Profiled` turns it into a method.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .errors import SparseFlashError
 from .files import replacing
 
 Setting = Mapping[str, Any]
-"""Of a head: `{"method": slug, field: value, ...}`; fields that are not named keep their defaults."""
+"""Settings of a head, `{"method": slug, field: value, ...}`; fields not named keep their defaults."""
 _PATTERNS = {"vertical_and_slash": "vertical-slash", "stream_llm": "a-shape", "block_sparse": "block-sparse"}
 EVERY = -1
-"""As the number of a layer: every layer that is not named."""
+"""Layer number that stands for every layer without an entry of its own."""
 _NUMBERS = (bool, int, float, str, type(None))
 
 
@@ -27,16 +27,15 @@ _NUMBERS = (bool, int, float, str, type(None))
 class Profile:
     """The settings of every head, by layer.
 
-    Equal profiles are equal and hash alike, so that a method that has one is a record of an experiment.
+    Profiles compare and hash by value, so a method that holds one identifies an experiment.
 
     Parameters
     ----------
     model : str
-        What it was found for.
+        Name of the model the profile was found for.
     layers : tuple of (int, heads)
-        Number of a layer (-1: every layer that is not named), and for each query head its setting as pairs
-        (name, value), "method" among them.
-        `Profile.of` makes this of dictionaries.
+        Layer number (-1: every layer without an entry of its own), and for each query head its setting as
+        (name, value) pairs, "method" among them. `Profile.of` builds this from dictionaries.
 
     Examples
     --------
@@ -52,7 +51,7 @@ class Profile:
 
     @classmethod
     def of(cls, model: str, layers: Mapping[int, Sequence[Setting]]) -> Profile:
-        """From a setting for each query head of each layer."""
+        """Build a profile from a list of settings per layer, one for each query head."""
         made = []
         for number in sorted(layers):
             heads = layers[number]
@@ -63,7 +62,7 @@ class Profile:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The layers it knows."""
+        """The layers that have an entry."""
         return tuple(number for number, _ in self.layers)
 
     def heads(self, layer: int | None) -> list[dict[str, Any]]:
@@ -72,7 +71,7 @@ class Profile:
         Raises
         ------
         SparseFlashError
-            For a layer that it does not know.
+            If the profile has no entry for that layer.
         """
         known = dict(self.layers)
         heads = known.get(layer, known.get(EVERY)) if layer is not None else known.get(EVERY)
@@ -84,7 +83,7 @@ class Profile:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON: {model, layers: {layer: {head: {method, field: value}}}}; whole or not at all."""
+        """Write the profile as JSON, {model, layers: {layer: {head: {method, field: value}}}}, atomically."""
         path = Path(path)
         layers = {
             str(number): {str(head): dict(setting) for head, setting in enumerate(heads)}
@@ -101,7 +100,7 @@ class Profile:
         Raises
         ------
         SparseFlashError
-            Naming the file and what in it is not as it should be.
+            If the file is no profile; the message names the file and what is wrong in it.
         """
         given = _read(path)
         try:
@@ -115,9 +114,9 @@ class Profile:
 
     @classmethod
     def from_minference(cls, source: str | Path | Sequence[Any], model: str = "") -> Profile:
-        """From a file that MInference publishes: for each layer `{head: [type, vertical, slash, score]}`.
+        """Convert a file published by MInference: for each layer `{head: [type, vertical, slash, score]}`.
 
-        Its `stream_llm` is the a-shape of `minference`, whose first keys are `vertical` and window `slash`.
+        Its `stream_llm` is the a-shape of `minference`: `vertical` sink keys and a window of `slash` keys.
         """
         given = _read(source) if isinstance(source, (str, Path)) else source
         if not isinstance(given, (list, tuple)):
@@ -153,23 +152,23 @@ def search(
     path: str | Path | None = None,
     progress: bool = True,
 ) -> Profile:
-    """The candidate of the largest score for every head: layer by layer, written as it goes, taken up again.
+    """Choose the best-scoring candidate for every head; saves after each layer and resumes from `path`.
 
     Parameters
     ----------
     model : str
-        What is searched for; a file of another model is not gone on with.
+        Name of the model; a file at `path` that names another model is an error.
     layers : iterable of int
-        Which layers.
+        Layer numbers to search.
     candidates : sequence of settings
-        `{"method": slug, field: value, ...}`; of equal scores the earlier one is taken. What they cost should
-        be alike, or be part of the score.
+        `{"method": slug, field: value, ...}`; equal scores take the earlier candidate. Candidates should cost
+        alike, or their cost be part of the score.
     score : callable
-        (layer, candidate) -> a number for each query head, larger is better; NaN is worst.
+        (layer, candidate) -> one number per query head; larger is better, NaN is worst.
     path : path, optional
-        A profile to write after each layer, and to go on with.
+        Profile file to write after each layer and to resume from.
     progress : bool
-        Whether a bar is shown on a terminal.
+        Whether to show a progress bar on a terminal.
 
     Examples
     --------
@@ -209,7 +208,7 @@ def _best(column: Sequence[float]) -> int:
 
 @contextlib.contextmanager
 def _bar(total: int, wanted: bool) -> Iterator[Callable[[str], None]]:
-    """A progress bar where there is a terminal, and rich to draw it."""
+    """Yield a function that advances a progress bar; a no-op unless a bar is wanted and rich is installed."""
     try:
         from rich.progress import Progress
     except ImportError:
@@ -235,7 +234,7 @@ def _check(layer: int, head: int, setting: Setting) -> None:
 
 
 def _in_order(heads: Mapping[str, Any], layer: object) -> list[Any]:
-    """Values by the numbers of heads, which must be 0, 1, ..."""
+    """Values ordered by head number; the numbers must be 0, 1, ..., n - 1."""
     found = {int(head): x for head, x in heads.items()}
     if sorted(found) != list(range(len(found))):
         raise ValueError(f"layer {layer} has the heads {sorted(found)}")

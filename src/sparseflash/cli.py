@@ -53,7 +53,7 @@ def program(
         typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is."),
     ] = False,
 ) -> None:
-    """Hold the options of the program itself; what it says stands above."""
+    """Hold the program-wide options; the help text is that of `app` above."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ DATA, MODEL, RUN, METHOD = "Data", "Model", "Run", "Attention options (for the m
 
 
 SEED = 2**63 - 1
-"""The largest that torch's generators take."""
+"""The largest seed that torch's generators take."""
 
 
 def _option(
@@ -104,7 +104,7 @@ TRAINING = {
     ),
     "save_every": _option(RUN, "Steps between checkpoints (at the latest every two minutes).", 1),
 }
-"""Fields of `TrainConfig` that are options, each with its panel, its words and the least it may be."""
+"""Fields of `TrainConfig` that become options: each with its help panel, help text and minimum."""
 
 
 @app.command()
@@ -161,12 +161,12 @@ def train(
     A hybrid, longer than the run it begins with: **... train --init runs/dense --length 4096
     --attention sink-window,dense,sink-window --out runs/hybrid**
 
-    Ctrl-C saves and says how to go on; so does a kill, up to the last checkpoint.
+    Ctrl-C saves a checkpoint and prints how to resume; after a kill, the last checkpoint is there.
 
     Data parallel: **torchrun --nproc-per-node 2 -m sparseflash train ...** (the batch is per process).
 
-    A sequence over two processes: **... train --context-parallel 2 ...**; with four, two of these beside one
-    another. A run may be resumed on another number of processes.
+    Context parallel, two processes per sequence: **... train --context-parallel 2 ...**; on four processes,
+    two such pairs run data parallel. A run may resume on another number of processes.
     """
     from sparseflash.train.errors import TrainError
     from sparseflash.train.session import train as run
@@ -237,7 +237,7 @@ def demo(
     """Watch a language model train with dense and with sparse attention, side by side, and get a report.
 
     Three parts: runtime curves of attention, the same model trained dense and hash-sparse in turn, and
-    **report.html** with plots, tables and the plans that were used. It needs no network.
+    **report.html** with plots, tables and the plans that were used. No network is needed.
     """
     from sparseflash.bench import demo as demo_
     from sparseflash.bench.machine import has_amx
@@ -305,7 +305,7 @@ def doctor(
 def methods(
     name: Annotated[str, typer.Argument(help="One of them: its fields, with defaults and meaning.")] = "",
 ) -> None:
-    """List the methods: name, what a query sees, parameters; or describe the one that is named."""
+    """List the methods: name, what a query attends to, parameters; or describe the named method."""
     if name:
         cls = registry.find(name)
         said, of = options.described(cls), dataclasses.fields(cls)
@@ -387,10 +387,10 @@ def fuse(
         options.changes("Elements of a dimension, as name=value, such as n=8192; may be repeated."),
     ] = None,
 ) -> None:
-    """Watch loops being fused: nine rules, none of which knows attention, find flash attention.
+    """Watch loops being fused: nine rules, none specific to attention, derive flash attention.
 
-    Shows the derivation with the bytes that each step saves, the cost before and after, and how far both
-    are apart on random inputs.
+    Shows the derivation with the bytes that each step saves, the cost before and after, and the largest
+    difference between both programs on random inputs.
     """
     from sparseflash import fusion
 

@@ -1,8 +1,8 @@
-"""What a plan should gain over dense attention on this machine, before it is run.
+"""Predict, before a plan is run, its time on this machine against dense attention.
 
-Time is modelled as a sum of costs that are never negative: a call, the rows that are read and written, the
-pairs that are visited (once more those that need an element test), and the entries of the lists.
-`sparseflash bench breakeven` measures plans of all kinds, fits the costs and keeps them for `predict`.
+Time is modelled as a sum of non-negative costs: per call, per row read or written, per visited pair (plus
+a surcharge for pairs that need an element test), and per list entry.
+`sparseflash bench breakeven` measures plans of all kinds, fits the costs and saves them for `predict`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .plan import Plan
 from .plan.entries import ranges
 
 TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "gathered", "entries")
-"""Costs: of a call, a row x dim (once more if sorted), a pair (x dim), a tested pair, a gathered
-key x dim, an entry."""
+"""Cost terms: per call, row x dim, sorted row x dim (extra), pair, pair x dim, tested pair,
+gathered key x dim, list entry."""
 DIRECTIONS = ("forward", "both")
 
 
 def features(plan: AnyPlan, q: Tensor, k: Tensor) -> list[float]:
-    """How many of each of `TERMS` a call has. Synchronises with an accelerator."""
+    """Count each of `TERMS` in one call. Synchronises with an accelerator."""
     B, H, _, D = q.shape
     q_size, k_size = (x.numel() / 1e6 for x in (q, k))
     count = dict.fromkeys(TERMS, 0.0) | {"call": 1.0, "rows": q_size + k_size}
@@ -54,9 +54,9 @@ def features(plan: AnyPlan, q: Tensor, k: Tensor) -> list[float]:
 
 
 def fit(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Costs, none negative, that minimise the sum of squared relative errors.
+    """Fit non-negative costs that minimise the sum of squared relative errors.
 
-    There are few terms, so every choice of those that are not 0 is solved for.
+    There are few terms, so least squares is solved for every subset of non-zero costs, and the best is kept.
     """
     y = torch.tensor(seconds, dtype=torch.float64)
     x = torch.tensor(points, dtype=torch.float64) / y[:, None]
@@ -77,14 +77,14 @@ def fit(points: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
 
 @dataclass(frozen=True)
 class Costs:
-    """What things cost on one machine, seconds: per direction for our kernels, and for dense torch SDPA.
+    """Measured costs of one machine in seconds, per direction and dtype: our kernels, and dense torch SDPA.
 
     Attributes
     ----------
     machine : str
-        Where it was measured.
+        The machine they were measured on (see `machine`).
     ours, dense : mapping
-        "forward fp32", "both bf16", ...: a cost for each of `TERMS`.
+        "forward fp32", "both bf16", ...: a cost for each of `TERMS`, in its order.
     """
 
     machine: str
@@ -92,7 +92,7 @@ class Costs:
     dense: Mapping[str, Sequence[float]]
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Write them where `predict` looks, or elsewhere."""
+        """Write the costs to `path`, by default where `predict` looks."""
         path = Path(path or default_path())
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -101,12 +101,12 @@ class Costs:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> Costs:
-        """Read them.
+        """Read the costs from `path`, by default where `save` writes.
 
         Raises
         ------
         SparseFlashError
-            If they were never measured, or on another machine or by another version.
+            If this machine was never measured, or the file is of another machine or version.
         """
         path = Path(path or default_path())
         advice = "measure this machine once with: sparseflash bench breakeven"
@@ -122,21 +122,21 @@ class Costs:
 
 
 def machine() -> str:
-    """What costs depend on: processor or GPU, threads, torch."""
+    """What the costs depend on: processor or GPU, number of threads, torch version."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     where = gpu or f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def default_path() -> Path:
-    """Where costs are kept: the user's cache folder."""
+    """Default file of the costs, in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "sparseflash" / "costs.json"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What to expect of a plan; printed, it reads as a sentence or two.
+    """Expected time of a plan; `str()` gives a summary in a few sentences.
 
     Attributes
     ----------
@@ -145,9 +145,9 @@ class Prediction:
     shares : dict
         Share of `seconds` of each of `TERMS`.
     break_even : float
-        The visited share of the causal area from which on dense attention is faster; 0 where it always is.
+        Visited share of the causal area above which dense attention is faster; 0 if dense is always faster.
     visited : float
-        The share that this plan visits.
+        Share of the causal area that this plan visits.
     """
 
     seconds: float
@@ -158,12 +158,12 @@ class Prediction:
 
     @property
     def gain(self) -> float:
-        """How many times faster than dense."""
+        """Speed-up over dense attention."""
         return self.dense_seconds / self.seconds
 
     @property
     def dominates(self) -> str:
-        """The largest cost."""
+        """The term with the largest share of the time."""
         return max(self.shares, key=self.shares.__getitem__)
 
     def __str__(self) -> str:
@@ -194,18 +194,18 @@ class Prediction:
 def predict(
     plan: AnyPlan, q: Tensor, k: Tensor, *, direction: str = "both", costs: Costs | None = None
 ) -> Prediction:
-    """Say what a plan should gain over dense causal attention on this machine, and why.
+    """Predict the speed-up of a plan over dense causal attention on this machine, and its main cost.
 
     Parameters
     ----------
     plan : Plan or tuple of Plan
-        What would be attended to. Making it is not counted.
+        The plan to attend over. The time to build it is not counted.
     q, k : Tensor
-        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`: shapes and dtype are read, no value is.
+        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`; only shapes and dtype are read, no values.
     direction : "forward" or "both"
-        Forward alone, or with the backward.
+        Forward alone, or forward plus backward.
     costs : Costs, optional
-        Of this machine; by default those that ``sparseflash bench breakeven`` has left.
+        Costs of this machine; by default those that ``sparseflash bench breakeven`` has saved.
 
     Returns
     -------
@@ -214,7 +214,7 @@ def predict(
     Raises
     ------
     SparseFlashError
-        Where this machine was never measured, or not for this dtype.
+        If this machine was never measured, or not for this dtype.
 
     Examples
     --------
@@ -243,7 +243,7 @@ def predict(
     own, dense = features(plan, q, k), features(Plan.dense(Tq, Tk, causal=True), q, k)
     parts = [n * cost for n, cost in zip(own, costs.ours[key])]
     seconds, other = sum(parts), sum(n * cost for n, cost in zip(dense, costs.dense[key]))
-    fixed = sum(parts[:3])  # what does not shrink with the pairs
+    fixed = sum(parts[:3])  # call, rows, sorted: independent of the number of pairs
     pairs = TERMS.index("pairs")
     visited = own[pairs] / dense[pairs] if dense[pairs] else 1.0
     slope = (seconds - fixed) / visited if visited else 0.0

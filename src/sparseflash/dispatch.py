@@ -1,4 +1,4 @@
-"""Which backend runs a call: the order of preference, and why a backend refuses."""
+"""Choose the backend for a call: order of preference, and the reasons for which a backend refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFERENCE = ("triton", "cpu", "reference")
 
 @dataclass(frozen=True)
 class BackendStatus:
-    """Whether a backend can run here, and what it is or why it cannot."""
+    """Whether a backend can run here, with its description or the reason why it cannot."""
 
     name: str
     usable: bool
@@ -31,7 +31,7 @@ class BackendStatus:
 
 @functools.cache
 def _load(name: str) -> ModuleType | str:
-    """The backend's module, or why there is none; asked on every call, so found once."""
+    """Import a backend; its module, or the reason why it is missing. Cached, because every call asks."""
     try:
         return importlib.import_module(f"sparseflash.backends.{name}")
     except ImportError as error:
@@ -39,7 +39,7 @@ def _load(name: str) -> ModuleType | str:
 
 
 def backend_status() -> dict[str, BackendStatus]:
-    """Every backend with whether it is usable on this machine, and why not where it is not.
+    """List every backend: whether it is usable on this machine, and if not, why.
 
     Examples
     --------
@@ -58,18 +58,18 @@ def backend_status() -> dict[str, BackendStatus]:
 
 
 def _order(x: Tensor) -> tuple[str, ...]:
-    """What to ask first: for tensors in main memory not what would only load a GPU's packages to refuse."""
+    """Backends in the order to ask: Triton last for CPU tensors, which it would import to refuse."""
     return ("cpu", "reference", "triton") if x.device.type == "cpu" else PREFERENCE
 
 
 @functools.cache
 def _say_once(text: str) -> None:
-    """Say which backend runs in place of a faster one that nobody has asked for."""
+    """Warn once that a slower backend replaces a faster one that declined."""
     warn(text)
 
 
 def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
-    """The first backend by preference that has the op and can run it on these tensors, or the wanted one."""
+    """Choose the wanted backend, or else the first in `PREFERENCE` that can run the op on these tensors."""
     wanted = wanted or os.environ.get("SPARSEFLASH_BACKEND", "")
     if wanted and wanted not in PREFERENCE:
         raise BackendError(f"backend={wanted!r}: expected one of {', '.join(PREFERENCE)}, or None to choose")
@@ -93,9 +93,9 @@ def choose(op: str, wanted: str, *tensors: Tensor) -> Backend:
 
 
 def choose_able(op: str, wanted: str, *tensors: Tensor) -> Backend:
-    """As `choose`, for ops around attention: `reference` has those that the backend of the environment lacks.
+    """Choose as `choose`, but fall back to `reference` if the backend of the environment lacks the op.
 
-    A backend that the call itself wants is not replaced.
+    For ops around attention. A backend that the call itself names (`wanted`) is never replaced.
     """
     try:
         return choose(op, wanted, *tensors)
@@ -106,7 +106,7 @@ def choose_able(op: str, wanted: str, *tensors: Tensor) -> Backend:
 
 
 def _builders() -> builders.Builders | None:
-    """Who makes lists in main memory: the CPU backend, if it runs here and no other one is wanted."""
+    """Native builders of lists in main memory: the CPU backend's, if it is usable and not overridden."""
     if os.environ.get("SPARSEFLASH_BACKEND", "") not in ("", "cpu"):
         return None
     module = _load("cpu")

@@ -1,4 +1,4 @@
-"""The errors a user of this library can meet, and its warnings."""
+"""Errors that this library raises, and its warnings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class BackendError(SparseFlashError, NotImplementedError):
 
 
 class DerivativeError(SparseFlashError, RuntimeError):
-    """A derivative that there is not; torch's own refusals are `RuntimeError`s, and so is this."""
+    """A derivative that does not exist; a `RuntimeError` too, as torch's own refusals are."""
 
 
 class RankError(SparseFlashError, RuntimeError):
-    """A rank of a process group that died, stalls, or does something else than the others."""
+    """A rank of a process group has died, stalls, or does something else than the other ranks."""
 
 
 Message = str | Callable[[], str]
@@ -33,8 +33,8 @@ Message = str | Callable[[], str]
 def require(*rules: tuple[bool, Message], error: type[SparseFlashError] = SparseFlashError) -> None:
     """Raise `error` with the message of the first rule whose condition is false.
 
-    What stands in a message is formatted when it is raised: a size that a compiler has put a symbol for would
-    become a constant of its graph by being written down.
+    A callable message is formatted only when it is raised: formatting a symbolic size would specialise it
+    to a constant of the compiled graph.
     """
     for holds, message in rules:
         if not holds:
@@ -42,7 +42,7 @@ def require(*rules: tuple[bool, Message], error: type[SparseFlashError] = Sparse
 
 
 def warn(message: str, category: type[Warning] = RuntimeWarning) -> None:
-    """Warn at the line of whoever called the library: the first that is neither ours nor torch's."""
+    """Warn at the caller's line: the first stack frame outside this library and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment, and files that end."""
+"""Atomic file writes, and checks that a path is a regular file."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _KINDS = {
 
 
 def no_file(path: str | os.PathLike[str]) -> str:
-    """What a path names instead of a regular file, which has an end and waits for nobody; "" if it is one.
+    """Kind of thing that a path names if it is not a regular file (reading may block); "" if it is one.
 
     Raises
     ------
     OSError
-        If there is nothing, or it cannot be looked at.
+        If nothing exists there, or it cannot be inspected.
     """
     kind = stat.S_IFMT(os.stat(path).st_mode)
     return "" if kind == stat.S_IFREG else _KINDS.get(kind, "no regular file")
 
 
 def cache() -> Path:
-    """The folder for what is made once: `SPARSEFLASH_CACHE`, else `sparseflash` in the user's cache.
+    """Folder for compiled kernels and the like: `SPARSEFLASH_CACHE`, else `sparseflash` in the user's cache.
 
     Raises
     ------
     NotADirectoryError
-        If there is no home folder either.
+        If the user has no home folder either.
     """
     if given := os.environ.get("SPARSEFLASH_CACHE"):
-        return Path(given).expanduser().absolute()  # a name without a slash is no path to a loader
+        return Path(given).expanduser().absolute()  # dlopen searches names without a slash
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(base):
         raise NotADirectoryError(errno.ENOTDIR, "there is no home folder")
@@ -47,12 +47,12 @@ def cache() -> Path:
 
 
 def distrust(path: Path) -> str:
-    """Why nothing must be run that lies there; empty when it is ours alone to write.
+    """Why files at `path` must not be trusted; "" if only the current user can write there.
 
     Raises
     ------
     OSError
-        If there is nothing, or it cannot be looked at.
+        If nothing exists there, or it cannot be inspected.
     """
     if not hasattr(os, "getuid"):
         return ""
@@ -64,10 +64,10 @@ def distrust(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to, beside `path`, and put it in its place at the end of the block.
+    """Yield a temporary path beside `path`; at the end of the block it atomically replaces `path`.
 
-    A kill, an exception or a full disk leaves the old file as it was, and none where there was none. A link
-    stays one, and what is no file (a pipe, /dev/stdout) is written to as it is.
+    After a kill, an exception or a full disk the old file is unchanged, or still absent. A symbolic link
+    stays a link; a path that is no regular file (a pipe, /dev/stdout) is written to directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and no_file(path):
@@ -83,6 +83,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write a file, all of it or nothing; a text as UTF-8."""
+    """Write a file atomically; text is encoded as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)

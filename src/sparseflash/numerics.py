@@ -1,12 +1,12 @@
-"""What ops and backends both know of a result: options, dtypes, layouts, and one softmax in pieces.
+"""What ops and backends share: option tuples, dtypes, memory layouts, and merging partial softmaxes.
 
-The pieces of a softmax are over disjoint keys (and sinks).
+Partial softmaxes are over disjoint sets of keys (and sinks).
 
-exp(logit - lse) must not be taken of one rounded lse, whose last place is worth more than 1 where logits are
-large. So a row's normaliser stays in two parts: a logit is `unit * x`, `top` is the largest x of the row, and
-`rest` the log of the sum of exp(unit * (x - top)); lse = unit * top + rest. A difference x - top is exact
-where it matters, and rest is small. Backends write both as `norm [2,B,H,T]`, in the dtype of lse; a row that
-sees nothing has top -inf and rest 0.
+exp(logit - lse) must not be computed from one rounded lse, whose last place is worth more than 1 where
+logits are large. So a row's normaliser has two parts: with logit = `unit * x`, `top` is the largest x of the
+row, and `rest` the log of the sum of exp(unit * (x - top)); lse = unit * top + rest. The difference x - top
+is exact where it matters, and rest is small. Backends write both as `norm [2,B,H,T]`, in the dtype of lse; a
+row without keys has top -inf and rest 0.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class Softmax(NamedTuple):
     """Options of softmax attention: `attention`, its backward, `decode`."""
 
     scale: float
-    softcap: float  # 0: none
-    backend: str = ""  # any
-    dtype: torch.dtype | None = None  # of out, or of the gradients; None: that of the inputs
-    dropout: float = 0.0  # the share of weights that are left out; a seed goes with it
-    skip: float = 0.0  # how far under a row's largest logit a block adds nothing, where blocks may be skipped
-    tile: int = 0  # queries and keys of a block, where the largest weight of each is wanted; 0: it is not
+    softcap: float  # 0: no softcap
+    backend: str = ""  # "": the first able backend
+    dtype: torch.dtype | None = None  # of out, or of the gradients; None: the dtype of the inputs
+    dropout: float = 0.0  # share of weights that are dropped; the seed is a separate argument
+    skip: float = 0.0  # blocks whose largest logit is this far below the row's may be skipped; 0: none
+    tile: int = 0  # queries per block, if the largest weight of each block is wanted; 0: it is not
     unit: int = 0
     pairs: bool = False  # whether the gradient of pair_bias is wanted
 
 
 class Recorded(NamedTuple):
-    """Options of `decode` over records: what those of K and V are (`records.Form`)."""
+    """Options of `decode` over records: the `records.Form` of K and that of V."""
 
     scale: float
     softcap: float
@@ -53,7 +53,7 @@ class Recorded(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Options of `attention_stats`: of what the sums (or maxima) are, and how many there are of a head."""
+    """Options of `attention_stats`: the axis of its sums (or maxima), and `width`, their number per head."""
 
     over: str
     peak: bool
@@ -106,18 +106,18 @@ class Likeness(NamedTuple):
 
 
 class Probing(NamedTuple):
-    """Options of `selection.probe`: place i of the distances is `position - key = i - before`."""
+    """Options of `selection.probe`: slot i of the distances stands for `position - key = i - before`."""
 
     scale: float
     softcap: float
     width: int  # distances
     before: int
-    consecutive: bool  # whether row i + 1 of a sequence stands one behind row i
+    consecutive: bool  # whether row i + 1 of a sequence is the token after row i
     backend: str = ""
 
 
 class Masses(NamedTuple):
-    """Options of `selection.tile_mass`: rows of a tile, columns of a unit, what becomes of their weights."""
+    """Options of `selection.tile_mass`: rows of a tile, columns of a unit, how weights are reduced."""
 
     scale: float
     softcap: float
@@ -136,7 +136,7 @@ class Best(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Options of `selection.page_scores` and `top_pages`: rows of a page, and pages that score infinity."""
+    """Options of `selection.page_scores` and `top_pages`: rows of a page, and pages that are always kept."""
 
     parts: int
     sinks: int
@@ -147,19 +147,19 @@ class Pages(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Options of `selection.running_kth`: no k is larger than `most`."""
+    """Options of `selection.running_kth`: `most` bounds every k."""
 
     most: int
     backend: str = ""
 
 
 def dropout_bar(share: float) -> int:
-    """Numbers of 32 bits below this bar are left out."""
+    """Threshold of dropout: random 32-bit integers below it drop their weight."""
     return round(share * 2**32)
 
 
 def in_order(score: Tensor, among: Tensor | None) -> Tensor:
-    """Scores as integers of one order: NaN below all numbers, below that what is not among those asked."""
+    """Map scores to integers of the same order: NaN below all numbers, entries outside `among` below NaN."""
     wide = score.dtype == torch.float64
     kind = torch.int64 if wide else torch.int32
     low = torch.iinfo(kind).min
@@ -171,17 +171,17 @@ def in_order(score: Tensor, among: Tensor | None) -> Tensor:
 
 
 def state_dtype(q: Tensor) -> torch.dtype:
-    """The dtype that sums, lse and row statistics have: fp32, fp64 for fp64 inputs."""
+    """Dtype of accumulators, lse and row statistics: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def blocks(Tq: int, Tk: int, tile: int, unit: int) -> tuple[int, int]:
-    """How many blocks of `tile` query tokens by `unit` key tokens there are, down and across."""
+    """Number of `tile` x `unit` blocks along queries and along keys."""
     return -(-Tq // tile), -(-Tk // unit)
 
 
 def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised [B,H,T,dim] in the memory order of `like` (BSHD memory stays BSHD)."""
+    """Allocate uninitialised [B,H,T,dim] in the memory order of `like` (BSHD memory stays BSHD)."""
     B, H, T, _ = like.shape
     dtype = like.dtype if dtype is None else dtype
     if like.stride(1) < like.stride(2):
@@ -190,38 +190,38 @@ def empty_like_layout(like: Tensor, dim: int, dtype: torch.dtype | None = None) 
 
 
 BIASES = ("key_bias", "alibi_slopes", "pair_bias")
-"""What is added to logits, by the names of arguments."""
+"""Arguments that are added to the logits."""
 
 
 def bends(scale: float, softcap: float, *biases: Tensor | None) -> bool:
-    """Whether x is a logit already: else it is the score q.k itself, and the scale comes last."""
+    """Whether x is the finished logit; otherwise x is the raw q.k and the exponent applies the scale."""
     return bool(softcap) or any(x is not None for x in biases) or not scale > SMALLEST_UNIT
 
 
 def unit_of(scale: float, softcap: float, *biases: Tensor | None) -> float:
-    """What x is multiplied with to be a logit."""
+    """Factor that turns x into a logit."""
     return 1.0 if bends(scale, softcap, *biases) else scale
 
 
 def norm_of(lse: Tensor, low: Tensor | None, unit: float, dtype: torch.dtype) -> Tensor:
-    """The norm of a given lse; `low` is what lse, rounded, does not hold of it."""
+    """Norm (top, rest) of a given lse; `low` is the rounding error of lse, to be added to it."""
     whole = lse.double() if low is None else lse.double() + low.double()
     return _pair(whole / unit, whole, unit, dtype)
 
 
 def _pair(x: Tensor, logit: Tensor, unit: float, dtype: torch.dtype) -> Tensor:
-    """Top x, rounded, and as its rest what that leaves of a logit; both in fp64."""
+    """Stack (top, rest): x rounded to `dtype`, and the remainder of the logit; both inputs are fp64."""
     top = x.to(dtype)
     rest = torch.where(top == NEVER, 0, logit - top.double() * unit)
     return torch.stack([top, rest.to(dtype)])
 
 
 def merged(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Out and lse, in full precision, of parts (out, lse) over disjoint keys; differentiable."""
+    """Merge parts (out, lse) over disjoint keys into out and lse in full precision; differentiable."""
     stack = torch.stack([lse for _, lse in parts])
     top = stack.detach().amax(0)
     top = torch.where(top == NEVER, 0, top)
-    weight = torch.exp(stack - top)  # -inf gives 0, also in the gradient
+    weight = torch.exp(stack - top)  # lse -inf gives weight 0 and a zero gradient
     total = weight.sum(0)
     some = total > 0
     lse = torch.where(some, torch.log(torch.where(some, total, 1)) + top, NEVER)
@@ -249,9 +249,9 @@ def over_plans(
     normed: bool,
     **also: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `attend` gives over each plan, as one softmax: out, lse, and where `normed` its norm.
+    """Run `attend` over each plan and merge as one softmax: out, lse and, if `normed`, the norm.
 
-    What else it takes goes to every call of `attend`.
+    Further keyword arguments are passed on to every call of `attend`.
     """
     wanted = options.dtype or q.dtype
     also["key_bias"] = key_bias
@@ -270,7 +270,7 @@ def over_plans(
 
 
 def of_sinks(sink_logits: Tensor, rows: torch.Size, unit: float, state: torch.dtype) -> Tensor:
-    """The norm of a sink: a key with that logit, and value 0."""
+    """Norm of an attention sink: a virtual key with that logit and value 0."""
     logit = sink_logits.double()[:, None].expand(rows)
     return _pair(logit / unit, logit, unit, state)
 
@@ -278,7 +278,7 @@ def of_sinks(sink_logits: Tensor, rows: torch.Size, unit: float, state: torch.dt
 def combined(
     outs: Sequence[Tensor], norms: Sequence[Tensor], unit: float, state: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Parts of one softmax as one: out in full precision, and the norm in fp64; norms may have no out."""
+    """Merge parts of one softmax: out in full precision, norm in fp64; a norm without an out is a sink."""
     tops, rests = torch.stack([norm.double() for norm in norms], 1)
     top = tops.amax(0)
     weight = torch.exp((tops - torch.where(top == NEVER, 0, top)) * unit + rests)
@@ -289,7 +289,7 @@ def combined(
 
 
 def bias_gradient(dbias: Tensor, key_bias: Tensor) -> Tensor:
-    """Gradients [B,H,T] of every query head as those of a bias [B|1,H',T], summed in a fixed order."""
+    """Reduce per-query-head gradients [B,H,T] to those of a bias [B|1,H',T], summed in a fixed order."""
     B, H, T = dbias.shape
     own_batch, own = key_bias.shape[:2]
     dbias = dbias.view(B, own, H // own, T).sum(2)

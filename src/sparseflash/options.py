@@ -1,4 +1,4 @@
-"""Options of commands that dataclasses define: names, types, defaults and words are written once, there."""
+"""CLI options generated from dataclasses, which hold names, types, defaults and help texts in one place."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def settings(texts: Iterable[str] | None) -> dict[str, Any]:
-    """Read all of ``--set``; of a name that is given twice the last counts."""
+    """Read all occurrences of ``--set``; the last one of a repeated name counts."""
     return dict(map(setting, texts or ()))
 
 
 def literal(text: str) -> Any:
-    """Read a Python literal; what is none is a string."""
+    """Parse a Python literal; any other text is returned as a string."""
     try:
         return ast.literal_eval(text.strip())
     except (SyntaxError, ValueError):
@@ -45,7 +45,7 @@ def literal(text: str) -> Any:
 
 
 def fields(cls: type, options: Mapping[str, Any]) -> list[inspect.Parameter]:
-    """An option for each of these fields of a dataclass, of its type and with its default."""
+    """Make an option for each named field of a dataclass, with the field's type and default."""
     hints = typing.get_type_hints(cls)
     default = {field.name: field.default for field in dataclasses.fields(cls)}
     return [_parameter(name, hints[name], default[name], option) for name, option in options.items()]
@@ -54,7 +54,7 @@ def fields(cls: type, options: Mapping[str, Any]) -> list[inspect.Parameter]:
 def flags(
     named: Mapping[str, tuple[str, tuple[str, ...]]], find: Callable[[str], type], **about: Any
 ) -> list[inspect.Parameter]:
-    """An option for each name that stands for fields of a method, which `find` finds; values are literals."""
+    """Make an option for each name in `named`, which stands for fields of the method that `find` returns."""
     found = []
     for name, (method, of) in named.items():
         cls = find(method)
@@ -68,7 +68,7 @@ def flags(
 
 
 def taking(*parameters: inspect.Parameter) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a command with ``**more`` take these options in their place."""
+    """Replace ``**more`` in a command's signature with these options."""
 
     def change(command: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(command, eval_str=True)
@@ -82,7 +82,7 @@ def taking(*parameters: inspect.Parameter) -> Callable[[Callable[..., Any]], Cal
 
 
 def described(cls: type) -> dict[str, str]:
-    """What the docstrings of a class, and of those it is made of, say of each parameter, in one line each."""
+    """Each parameter's description in the docstrings of a class and its bases, joined into one line."""
     found: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         _, _, text = inspect.cleandoc(one.__doc__ or "").partition("Parameters\n----------\n")

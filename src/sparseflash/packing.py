@@ -1,4 +1,4 @@
-"""From examples to one packed row and back: the collator, and document edges from positions."""
+"""Pack examples into one row, and recover document edges from position ids."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class PackingCollator:
     """A `collate_fn` without padding: the examples of a batch become one row `[1, total]`.
 
-    What comes back has the names that Transformers models take, so `model(**batch)` works where their
+    The batch has the argument names of Transformers models, so `model(**batch)` works if the model's
     attention keeps documents apart; `cu_seq_lens_q` is the `cu_seqlens` of `Plan.from_documents`.
 
     Parameters
     ----------
     separator_id : int
-        Label of the first token of every example, and the value that the loss ignores. A shifted loss would
-        otherwise predict the first token of one example from the last of the one before.
+        Label of the first token of every example, and the value that the loss ignores. Otherwise a shifted
+        loss predicts the first token of an example from the last token of the previous one.
     position_start : int
         Position of the first token of every example (2 for models that number from `padding_idx + 1`).
 
@@ -98,7 +98,7 @@ def _ids(example: Mapping[str, Any], name: str, n: int) -> Tensor:
 
 
 def cu_seqlens_of(position_ids: Tensor) -> Tensor:
-    """Document edges of a packed row: a document begins where positions do not go on by one.
+    """Recover document edges of a packed row: a document begins where positions do not count up by one.
 
     Parameters
     ----------
@@ -108,8 +108,8 @@ def cu_seqlens_of(position_ids: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        int32 `[documents + 1]`, on the same device; its size depends on values, so an accelerator is waited
-        for. An example of length 0 leaves no trace.
+        int32 `[documents + 1]`, on the same device. Its size depends on values, so the call synchronises with
+        an accelerator. An example of length 0 leaves no trace.
 
     Examples
     --------
@@ -127,6 +127,6 @@ def cu_seqlens_of(position_ids: Tensor) -> Tensor:
     )
     flat = position_ids.reshape(-1)
     before, own = flat[:-1], flat[1:]
-    goes_on = (own == before + 1) & (own > before)  # the number after the largest of its kind is the least
+    goes_on = (own == before + 1) & (own > before)  # not the wrap from a dtype's maximum to its minimum
     goes_on = torch.nn.functional.pad(goes_on, (1, 1))[: len(flat) + 1]
     return (~goes_on).nonzero().flatten().to(torch.int32)

@@ -1,9 +1,8 @@
-"""Keys and values in fewer bytes: the largest items of each row, 8-bit integers, or both.
+"""Compress keys and values: only the largest items of each row, 8-bit integers, or both.
 
-A row is one record, so that a cache of records is a tensor like any other: it is appended to, cropped and
-reordered by rows. The record of a row of D items has, one behind the other, bits that say which items are
-kept (of 64 items each, the first the lowest; none where all are), the scale of integers (fp32), and the
-items.
+Each row is one record, so a tensor of records is appended to, cropped and reordered by rows like any cache.
+The record of a row of D items concatenates: a bit mask of the kept items (padded to 64-bit words, lowest bit
+first; absent if all are kept), the fp32 scale (int8 only), and the items.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Form(NamedTuple):
-    """What a record of a row of `dim` items is."""
+    """Layout of the record of a row: `kept` of `dim` items, as int8 or in the rows' dtype."""
 
     dim: int
     kept: int
@@ -29,11 +28,11 @@ class Form(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Bytes of the bits."""
+        """Bytes of the bit mask."""
         return -(-self.dim // 64) * 8 if self.kept < self.dim else 0
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of a record, whole words of four."""
+        """Bytes of a record, a multiple of 4."""
         items = 4 + self.kept if self.int8 else self.kept * dtype.itemsize
         return -(-(self.bits + items) // 4) * 4
 
@@ -47,9 +46,9 @@ class Records:
     data : Tensor
         uint8 `[B,H,T,bytes]`.
     form : Form
-        What its bytes are.
+        Layout of those bytes.
     dtype : torch.dtype
-        That of the rows: fp32, bf16 or fp16.
+        Dtype of the rows: fp32, bf16 or fp16.
     """
 
     data: Tensor
@@ -58,7 +57,7 @@ class Records:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the rows."""
+        """Shape of the rows, [B,H,T,D]."""
         return torch.Size((*self.data.shape[:3], self.form.dim))
 
     @property
@@ -67,15 +66,15 @@ class Records:
         return self.data.nbytes
 
     def __getitem__(self, tokens: slice) -> Records:
-        """Those of some tokens; nothing is copied."""
+        """Records of a slice of tokens, as a view."""
         return Records(self.data[:, :, tokens], self.form, self.dtype)
 
     def like(self) -> Tensor:
-        """A tensor of the shape, dtype and device of the rows, and of no memory."""
+        """A placeholder with the shape, dtype and device of the rows, expanded from one element."""
         return torch.zeros((), dtype=self.dtype, device=self.data.device).expand(self.shape)
 
     def unpack(self) -> Tensor:
-        """The rows: what was not kept is 0."""
+        """Decompress to rows; dropped items are 0."""
         form, data = self.form, self.data
         lead = data.shape[:3]
         items = data[..., form.bits :]
@@ -94,27 +93,27 @@ class Records:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """The bytes of each row, side by side."""
+    """Reinterpret each row as its bytes."""
     return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def pack(x: Tensor, *, sparsity: float = 0.0, int8: bool = False) -> Records:
-    """Rows as records: of each the items that are largest by magnitude, as they are or as integers of 8 bits.
+    """Compress rows to records: keep the items largest by magnitude, optionally as 8-bit integers.
 
     Parameters
     ----------
     x : Tensor
         `[B,H,T,D]`; fp32, bf16 or fp16.
     sparsity : float
-        The share of items that is dropped, in [0, 1): of D there stay D - floor(sparsity * D), of equal ones
-        the first (Mustafar, arXiv 2505.22913, section 3: by token and magnitude).
+        Share of items to drop, in [0, 1): D - floor(sparsity * D) of D items are kept, the first of equal
+        ones (Mustafar, arXiv 2505.22913, section 3: by token and magnitude).
     int8 : bool
-        Items become integers of -127 .. 127 times a scale of the row.
+        Whether items become integers in -127 .. 127 with one scale per row.
 
     Raises
     ------
     SparseFlashError
-        For other tensors, or a sparsity out of range.
+        If x is no such tensor, or sparsity is out of range.
 
     Examples
     --------

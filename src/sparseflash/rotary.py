@@ -1,4 +1,4 @@
-"""Rotary positions that q and k come with: read from what a host says, undone, and done at other places."""
+"""Undo or redo rotary position embeddings of q and k, from the tables or frequencies of a host model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .numerics import state_dtype
 
 
 def rotation(rope: Any, Tk: int) -> list[Tensor]:
-    """What `ctx["rope"]` says: (cos, sin) that are scaled by nothing, or the inverse frequencies.
+    """Validate `ctx["rope"]`: returns unscaled (cos, sin) tables, or the inverse frequencies.
 
     Parameters
     ----------
@@ -30,11 +30,11 @@ def rotation(rope: Any, Tk: int) -> list[Tensor]:
             f"ctx['rope']: {shown}; expected (cos, sin), [B|1, n, D] each, of positions 0 up to the last of "
             f"{Tk} keys, or the inverse frequencies [D / 2]"
         )
-    return [x.to(state_dtype(x)) / rope[0][:, :1] for x in rope]  # cos 0 is 1
+    return [x.to(state_dtype(x)) / rope[0][:, :1] for x in rope]  # divides by cos 0 = attention scaling
 
 
 def turned(x: Tensor, back: Tensor, rope: list[Tensor], interleaved: bool = False) -> Tensor:
-    """Tokens `[B,H,T,D]` turned back by so many positions `[B|1,T]`; forth where they are negative."""
+    """Rotate tokens `[B,H,T,D]` back by `back` positions `[B|1,T]`, forward where `back` is negative."""
     if len(rope) == 1:
         angle = back[..., None].double() * rope[0].to(x.device).double()
         angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
