@@ -1,4 +1,4 @@
-"""Layers with parameters: `Layer(width, heads, **options)`, `x [B, T, width]` in and out; one file a system.
+"""Layers with parameters: `Layer(width, heads, **options)`, `x [B, T, width]` in and out; a file per paper.
 
 >>> import torch, sparseflash as sf
 >>> layer = sf.nn.SelfAttention(64, 4, method="window")

@@ -1,4 +1,4 @@
-"""What a layer is: `[B, T, width]` in and out, an auxiliary loss, a reset, and a state where it decodes."""
+"""Base of all layers: `[B, T, width]` in and out, an auxiliary loss, weight reset, and a decoding state."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Positions = Literal["rotary", "none"]
 
 
 def rotate(x: Tensor, offset: int | Tensor = 0, base: float = 10_000.0) -> Tensor:
-    """Rotary positions: the two halves of each head of `x [B,H,T,D]`, token t turned by its position.
+    """Apply rotary positions to `x [B,H,T,D]`: element i of a head is paired with element i + D/2.
 
-    Angles are those of position `offset + t` (or `offset[t]`) and frequency `base ** (-2 i / D)`, in float32
-    or better.
+    The angle of token t is its position, `offset + t` (or `offset[t]`), times the frequency
+    `base ** (-2 i / D)`, computed in float32 or better.
     """
     wide = state_dtype(x)
     half = torch.arange(0, x.shape[-1], 2, dtype=torch.float64, device=x.device) / x.shape[-1]
@@ -37,7 +37,7 @@ def rotate(x: Tensor, offset: int | Tensor = 0, base: float = 10_000.0) -> Tenso
 
 @dataclass
 class State:
-    """What a layer carries from one part of a sequence to the next; a layer updates it in place.
+    """State that a layer carries from one part of a sequence to the next and updates in place.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class State:
     length : int
         Tokens that the layer has seen.
     tensors : dict
-        What it keeps of them: a cache, a memory. Empty before the first token.
+        What the layer keeps of those tokens: a cache, a memory. Empty before the first token.
     """
 
     batch: int
@@ -55,7 +55,7 @@ class State:
     _room: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def append(self, **new: Tensor) -> tuple[Tensor, ...]:
-        """Put tokens `[B,H,n,...]` behind those that are kept, and return all. Room grows twofold."""
+        """Append tokens `[B,H,n,...]` to the kept ones and return all; capacity doubles as needed."""
         for name, x in new.items():
             old = self.tensors.get(name)
             if old is None:
@@ -74,7 +74,7 @@ class State:
         return tuple(self.tensors[name] for name in new)
 
     def detach_(self) -> State:
-        """Forget how the state came about: no gradient goes back beyond this point."""
+        """Detach all tensors: no gradient flows back beyond this point."""
         self.tensors = {name: x.detach() for name, x in self.tensors.items()}
         return self
 
@@ -82,33 +82,33 @@ class State:
 class Layer(nn.Module):
     """Base of all layers.
 
-    A layer maps `x [B, T, width]` to the same shape, causally unless it says otherwise. After a forward
-    `aux_loss` is a 0-d tensor to add to the loss (0 where a layer has none). `reset(generator)` draws fresh
-    weights. What a layer learns without gradient (centroids), it learns in `update()`, once a training step.
+    A layer maps `x [B, T, width]` to the same shape, causally unless its docstring says otherwise. After a
+    forward, `aux_loss` is a 0-d tensor to add to the loss (0 where a layer has none). `reset(generator)`
+    draws fresh weights. `update()`, once a training step, learns what has no gradient (centroids).
 
     Parameters
     ----------
     width, heads : int
-        Size of x, and query heads.
+        Width of x, and number of query heads.
     kv_heads : int, optional
-        Heads of keys and values, which divide `heads`; as many by default.
+        Heads of keys and values, a divisor of `heads`; `heads` by default.
     head_dim : int, optional
         `width / heads` by default.
     positions : "rotary" or "none"
-        Whether queries and keys are turned by their positions.
+        Whether queries and keys get rotary position embeddings.
     base : float
-        Of the frequencies.
+        Base of the rotary frequencies.
 
     Notes
     -----
-    A subclass writes `mix`, and calls `reset` at the end of its `__init__`. One with weights of which some
-    can be left out alone takes `dropout`, and hands it to `leave_out`.
+    A subclass implements `mix`, and calls `reset` at the end of its `__init__`. A layer that can drop single
+    attention weights takes `dropout` and passes it to `leave_out`.
     """
 
     takes_plan: ClassVar[bool] = False
-    """Whether a caller's plan can stand in place of what the layer would see."""
+    """Whether a caller's plan can replace the layer's own choice of keys."""
     decodes: ClassVar[bool] = True
-    """Whether it has a state."""
+    """Whether the layer decodes with a state."""
 
     def __init__(
         self,
@@ -155,13 +155,13 @@ class Layer(nn.Module):
         self._aux: Tensor | None = None
 
     def leave_out(self, dropout: float) -> None:
-        """Leave out a share of the attention weights in training, as `torch.nn.MultiheadAttention` does."""
+        """Set the share of attention weights to drop in training, as in `torch.nn.MultiheadAttention`."""
         real = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
         require((real and 0 <= dropout < 1, lambda: f"dropout={dropout!r}: expected a share in [0, 1)"))
         self.dropout = float(dropout)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """The layer on one batch of whole sequences, or on the next tokens of those in `state`."""
+        """Run the layer on a batch of whole sequences, or on the next tokens of the sequences in `state`."""
         raise NotImplementedError(f"{type(self).__name__}.mix")
 
     def forward(
@@ -179,11 +179,11 @@ class Layer(nn.Module):
         x : Tensor
             `[B, T, width]`.
         plan : Plan or tuple of Plan, optional
-            What is seen, in place of the layer's own choice, where the layer can.
+            Keys each query attends to, instead of the layer's own choice; only if `takes_plan`.
         state : State, optional
-            Of `new_state`: x continues the sequences that it holds, and it then holds x too.
+            From `new_state`: x continues the sequences in it, and the state then includes x.
         cu_seqlens : Tensor or list of int, optional
-            `[n + 1]`, running totals from 0 to T: documents packed in each row of x, which stay apart.
+            `[n + 1]`, prefix sums from 0 to T: edges of documents packed in each row of x, which do not mix.
         """
         name = type(self).__name__
         good = isinstance(x, Tensor) and x.dim() == 3 and x.shape[-1] == self.width and x.is_floating_point()
@@ -219,7 +219,7 @@ class Layer(nn.Module):
         return self.packed(x, _edges(cu_seqlens, x.shape[1]))
 
     def packed(self, x: Tensor, edges: list[int]) -> Tensor:
-        """The layer on documents packed in each row: one after another, unless a layer knows better."""
+        """Run the layer on documents packed in each row: one by one, unless a subclass overrides this."""
         parts, losses = [], []
         for lo, hi in zip(edges, edges[1:]):
             parts.append(self.mix(x[:, lo:hi], None, None))
@@ -230,16 +230,16 @@ class Layer(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The share of weights that attention leaves out now: `dropout`, and 0 in evaluation."""
+        """Dropout probability in effect: `dropout` in training, 0 in evaluation."""
         return self.dropout if self.training else 0.0
 
     @property
     def aux_loss(self) -> Tensor:
-        """What the last forward adds to the loss: 0-d, 0 where there is nothing."""
+        """Auxiliary loss of the last forward, a 0-d tensor; 0 if there is none."""
         return next(self.parameters()).new_zeros(()) if self._aux is None else self._aux
 
     def new_state(self, batch: int) -> State:
-        """An empty state for `batch` sequences, to be given to every forward over their tokens."""
+        """Make an empty state for `batch` sequences, to pass to every forward over their tokens."""
         require(
             (self.decodes, lambda: f"{type(self).__name__} has no state: it reads whole sequences"),
             (is_count(batch), lambda: f"batch={batch!r}: expected an int >= 0"),
@@ -248,38 +248,38 @@ class Layer(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Learn what has no gradient from the last forward, once a training step. Often nothing."""
+        """Learn from the last forward what has no gradient, once a training step; a no-op in most layers."""
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights, the same from the same generator: normal, 1 / sqrt(inputs) wide; biases 0."""
+        """Draw fresh weights, reproducible by generator: normal with std 1 / sqrt(inputs); biases 0."""
         for weight in self.parameters():
             draw(weight, weight.shape[-1] ** -0.5 if weight.dim() > 1 else 0.0, generator)
 
     def reset_parameters(self) -> None:
-        """`reset` from the global generator, as modules of torch.nn have it."""
+        """Call `reset` with the global generator, under the name that torch.nn modules use."""
         self.reset()
 
     def extra_repr(self) -> str:
-        """The shape, in a line."""
+        """One-line description of the shape."""
         few = f", kv_heads={self.kv_heads}" if self.kv_heads != self.heads else ""
         own = f", head_dim={self.head_dim}" if self.head_dim * self.heads != self.width else ""
         less = f", dropout={self.dropout:g}" if self.dropout else ""
         return f"{self.width}, {self.heads}{few}{own}, positions={self.positions!r}{less}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the last loss, whose graph can be neither copied nor stored."""
+        """State without the auxiliary loss, whose graph can be neither copied nor pickled."""
         return {**self.__dict__, "_aux": None}
 
     def linear(self, inputs: int, outputs: int, bias: bool, device: Any, dtype: Any) -> nn.Linear:
-        """A linear layer; `reset` fills it."""
+        """Make an uninitialised linear layer; `reset` fills its weights."""
         made: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]  # torch declares none
             nn.Linear, inputs, outputs, bias=bias, device=device or "cpu", dtype=dtype
         )
         return made
 
     def project_heads(self, *, bias: bool = False, device: Any = None, dtype: Any = None) -> None:
-        """Make `query`, `key`, `value` and `output`."""
+        """Make the projections `query`, `key`, `value` and `output`."""
         own, few = self.heads * self.head_dim, self.kv_heads * self.head_dim
         self.query = self.linear(self.width, own, bias, device, dtype)
         self.key = self.linear(self.width, few, bias, device, dtype)
@@ -287,20 +287,20 @@ class Layer(nn.Module):
         self.output = self.linear(own, self.width, bias, device, dtype)
 
     def split(self, x: Tensor) -> Tensor:
-        """`[B, T, H * head_dim]` as heads `[B, H, T, head_dim]`."""
+        """Split `[B, T, H * head_dim]` into heads `[B, H, T, head_dim]`."""
         return x.view(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def join(self, x: Tensor) -> Tensor:
-        """Heads `[B, H, T, head_dim]` as `[B, T, H * head_dim]`."""
+        """Join heads `[B, H, T, head_dim]` to `[B, T, H * head_dim]`."""
         return x.transpose(1, 2).flatten(2)
 
     def end(self, x: Tensor) -> Tensor:
-        """The output projection of `[B, H, T, head_dim]`."""
+        """Join heads `[B, H, T, head_dim]` and apply the output projection."""
         found: Tensor = self.output(self.join(x))
         return found
 
     def turn(self, x: Tensor, state: State | None, at: int = 0) -> Tensor:
-        """Heads at their positions, if positions are rotary."""
+        """Rotate heads by their positions, if positions are rotary."""
         if self.positions == "none":
             return x
         return rotate(x, at if state is None else state.length, self.base)
@@ -308,7 +308,7 @@ class Layer(nn.Module):
 
 @torch.no_grad()
 def draw(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Fill a weight with normal numbers: the same in every dtype, drawn where the generator is."""
+    """Fill a weight with normal numbers, equal in every dtype, drawn on the generator's device."""
     if std == 0.0:
         weight.zero_()
         return
@@ -318,7 +318,7 @@ def draw(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
 
 
 def update(model: nn.Module) -> None:
-    """`Layer.update` of every layer of a model.
+    """Call `Layer.update` on every layer of a model.
 
     Examples
     --------
@@ -331,14 +331,14 @@ def update(model: nn.Module) -> None:
 
 
 def rms(x: Tensor) -> Tensor:
-    """Each vector over its root mean square."""
+    """Divide each vector by its root mean square."""
     return nn.functional.rms_norm(x, (x.shape[-1],))
 
 
 def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of what is kept along the last axis, in order, and whether each is.
+    """Indices of the true entries along the last axis, in order and padded in front, and which are real.
 
-    Rows that keep less than the fullest begin with places that are not kept.
+    A row with fewer true entries than the fullest row begins with indices of false entries.
     """
     most = int(keep.sum(-1).max()) if keep.numel() else 0
     place = keep.to(torch.int8).argsort(dim=-1, stable=True)[..., keep.shape[-1] - most :]
@@ -346,24 +346,24 @@ def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def taken(x: Tensor, place: Tensor) -> Tensor:
-    """The tokens `place [B,H,n]` of `x [B,H,T,D]`."""
+    """Gather the tokens `place [B,H,n]` of `x [B,H,T,D]`."""
     return x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
 
 
 def check_choice(**given: tuple[Any, Sequence[Any]]) -> None:
-    """Refuse a word that is not among those there are."""
+    """Raise unless each option is one of its allowed values."""
     for name, (x, known) in given.items():
         require((x in known, lambda: f"{name}={x!r}: expected {' or '.join(map(repr, known))}"))
 
 
 def check_sizes(least: int = 1, **given: Any) -> None:
-    """Refuse what is no count."""
+    """Raise unless each option is an int >= `least`."""
     for name, x in given.items():
         require((is_count(x, least), lambda: f"{name}={x!r}: expected an int >= {least}"))
 
 
 def _edges(cu_seqlens: Tensor | Sequence[int], T: int) -> list[int]:
-    """Document edges, checked."""
+    """Document edges as a checked list of ints."""
     edges = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     good = (
         len(edges) > 0

@@ -1,4 +1,4 @@
-"""Combiner: direct attention to a few keys, and to regions that their own attention sums up."""
+"""Combiner: direct attention to a few keys, and to regions summarised by attention inside them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Pattern = Literal["fixed", "logsparse", "axial"]
 
 
 class Combiner(Layer):
-    """Every earlier token has some weight: keys directly, or as part of a region, in one softmax.
+    """Every earlier token has some weight, as a direct key or through a region, in one softmax.
 
-    `p(j | i) = a_i(j)` for direct keys and `a_i(R) p(j | R)` for those of a region R, where a_i is the
-    softmax over `s q_i . k_j` of direct keys and `s q_i . k_R` of regions. With `q_R`, `k_R` the elementwise
-    maxima over the region, `p(j | R) = softmax_j(s q_R . k_j)`, so `v_R = sum_j p(j | R) v_j` is the same for
-    all queries.
+    `p(j | i) = a_i(j)` for a direct key j, and `a_i(R) p(j | R)` for a key j in a region R, where a_i is the
+    softmax over the logits `s q_i . k_j` of direct keys and `s q_i . k_R` of regions. With `q_R`, `k_R` the
+    elementwise maxima over the region, `p(j | R) = softmax_j(s q_R . k_j)`, so `v_R = sum_j p(j | R) v_j` is
+    the same for all queries.
 
-    - "fixed": direct are the keys of the query's own segment of `segment` tokens, regions all earlier
-      segments. O(T (segment + T / segment)).
-    - "logsparse": direct is the query's own key, regions are the aligned blocks of powers of two that make up
-      what is before it. O(T log T).
-    - "axial": tokens are rows of `segment`; direct are the keys of the query's row up to its own, a region is
-      an earlier row as the token of the query's column there sums it up: `v_R` with that token's query for
-      `q_R`, and `k_R = W_s v_R`. O(T (segment + T / segment)).
+    - "fixed": direct keys are those of the query's own segment of `segment` tokens, up to itself; regions are
+      all earlier segments. O(T (segment + T / segment)).
+    - "logsparse": the only direct key is the query's own; regions are the aligned power-of-two blocks that
+      partition the tokens before it. O(T log T).
+    - "axial": tokens form rows of `segment` columns. Direct keys are those of the query's row up to itself;
+      each earlier row is a region, summarised at the query's column: `v_R` uses the query of the token there
+      as `q_R`, and `k_R = W_s v_R`. O(T (segment + T / segment)).
 
     Paper: Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv 2107.05768.
 
@@ -44,15 +44,15 @@ class Combiner(Layer):
     pattern : "fixed", "logsparse" or "axial"
         Which keys are direct, and which regions there are.
     segment : int
-        Tokens of a segment or row; the last may be shorter.
+        Tokens of a segment or row; the last one may be shorter.
     log_size : bool
-        Whether a region's logit gains the log of its size, so that a region of equal keys weighs what they
-        do. Not in the paper, where it weighs as one.
+        Whether to add the log of a region's size to its logit, so that a region of n equal keys weighs as
+        much as n direct keys. Not in the paper, where a region weighs as much as one key.
 
     Notes
     -----
-    The state holds the open segment and all summaries, T / segment of them ("axial": T). "logsparse" has
-    none.
+    The state holds the open segment and all summaries: T / segment of them ("axial": T). "logsparse" has no
+    state.
 
     Examples
     --------
@@ -135,7 +135,7 @@ class Combiner(Layer):
         return self.end(merge(parts)[0])
 
     def _sizes(self, key: Tensor, runs: list[tuple[int, int]]) -> Tensor | None:
-        """The log of the tokens that each key stands for."""
+        """Log of the number of tokens that each key stands for, as a key bias."""
         if not self.log_size:
             return None
         wide = state_dtype(key)
@@ -143,7 +143,7 @@ class Combiner(Layer):
         return torch.cat(parts)[None, None]
 
     def _pooled(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """(k_R, v_R) of regions of `size` tokens, [B, Hq, n, D]."""
+        """Summarise regions of `size` tokens: (k_R, v_R), [B, Hq, n, D] each."""
         group = self.heads // self.kv_heads
         q, k, v = (y.reshape(*y.shape[:2], y.shape[2] // size, size, y.shape[3]) for y in (q, k, v))
         wide = state_dtype(q)
@@ -154,14 +154,14 @@ class Combiner(Layer):
         return key, value.to(v.dtype)
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """(k_R, v_R) of every token of every whole row, [B, Hq, n, D]."""
+        """Summarise every token of every whole row over its row: (k_R, v_R), [B, Hq, n, D] each."""
         assert self.summary is not None
         edges = torch.arange(0, q.shape[2] + 1, size, device=q.device)
         value = attention(q, k, v, Plan.from_documents(edges, Tq=q.shape[2], Tk=q.shape[2], causal=False))
         return self.summary(value), value
 
     def _logsparse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Levels of blocks behind one another as keys; a query sees one for each bit of its place."""
+        """Concatenate block levels as keys; a query attends to itself and one block per bit of its place."""
         T, group = q.shape[2], self.heads // self.kv_heads
         keys, values = [k.repeat_interleave(group, 1)], [v.repeat_interleave(group, 1)]
         at = torch.arange(T, device=q.device)
@@ -185,6 +185,6 @@ class Combiner(Layer):
         return super().new_state(batch)
 
     def extra_repr(self) -> str:
-        """The shape, and the pattern."""
+        """One-line description of the shape and pattern."""
         own = f", pattern={self.pattern!r}, segment={self.segment}"
         return super().extra_repr() + own + (", log_size=True" if self.log_size else "")

@@ -1,4 +1,4 @@
-"""Dynamic-mask attention: keys that live as long as their learned number is among the largest."""
+"""Dynamic-mask attention: each KV head keeps the keys whose learned scores are largest so far."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .base import Layer, Positions, State, check_choice, check_sizes, rms, taken
 
 
 class DynamicMaskAttention(Layer):
-    """Each query sees the `window` keys before it with the largest learned numbers, which its logits gain.
+    """Each query attends to the `window` earlier keys with the largest learned scores, added to its logits.
 
-    `delta_j = exp(a * softplus(W_d v_j))`, one number a KV head and key, from the values of all KV heads.
-    Query i sees the `window` largest of `delta_0 .. delta_i` (of equal ones the later, so an untrained
-    layer is a sliding window), and `o_i = softmax_j(q_i . k_j / sqrt(D) + delta_j) v_j` over them. The
-    choice has no gradient; the numbers have one, through the logits.
+    `delta_j = exp(a * softplus(W_d v_j))` is one score per KV head and key, computed from the values of all
+    KV heads. Query i attends to the `window` largest of `delta_0 .. delta_i` (the later of equal ones, so an
+    untrained layer is a sliding window): `o_i = softmax_j(q_i . k_j / sqrt(D) + delta_j) v_j`. The choice has
+    no gradient; the scores have one, through the logits.
 
     Paper: Shi et al., "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124.
 
@@ -25,16 +25,16 @@ class DynamicMaskAttention(Layer):
     width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default.
     window : int
-        Keys that a query sees, at most.
+        Maximum number of keys per query.
     exponential : bool
-        False leaves the exponential out, as later versions of the authors' code do.
+        False omits the exponential, as later versions of the authors' code do.
     normed : bool
-        Whether queries and keys are divided by their root mean square before they are turned (theirs are).
+        Whether queries and keys are RMS-normalised before rotation (the authors' are).
 
     Notes
     -----
-    The state is the `window` keys that live, whatever the length. `sparseflash.methods.DynamicMask` is what
-    selects, for models with layers of their own.
+    The state holds the `window` best keys, whatever the length. `sparseflash.methods.DynamicMask` makes the
+    same choice for models with layers of their own.
 
     Examples
     --------
@@ -75,7 +75,7 @@ class DynamicMaskAttention(Layer):
         self.reset()
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Number the keys, attend; x [B, T, width]."""
+        """Score the keys, then attend; x [B, T, width]."""
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         if self.normed:
             q, k = rms(q), rms(k)
@@ -93,5 +93,5 @@ class DynamicMaskAttention(Layer):
         return self.end(out)
 
     def extra_repr(self) -> str:
-        """The shape, and how much is kept."""
+        """One-line description of the shape and budget."""
         return f"{super().extra_repr()}, window={self.window}, exponential={self.exponential}"

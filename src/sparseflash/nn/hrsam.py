@@ -1,4 +1,4 @@
-"""Windows of an image whose border is padded with a learned token, and a scan that goes around."""
+"""HRSAM: image windows padded with a learned token, and a selective scan that cycles over the image."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from ..plan.options import is_count
 from .base import Layer, Positions, State, check_sizes, draw, rotate
 
 CHUNK = 1024
-"""Tokens whose states are held together by the scan, without gradients."""
+"""Steps per chunk of the scan without gradients, which bounds the states in memory."""
 
 
 class HRSAMAttention(Layer):
-    """Attention inside the windows of an image, plain or shifted, with learned tokens that fill the border.
+    """Attention inside the windows of an image, plain or shifted, with learned tokens as padding.
 
-    Every window has as many slots. Those without a token hold one learned vector, which is attended to like
-    any other (a mask would be another model): so a window sees as many keys whatever the size of the image,
-    and what is learned at 1024 pixels holds at 4096. A shift cuts the windows elsewhere; nothing is rolled
-    around. Positions are those of the padded grid, rows in one half of a head, columns in the other.
+    Every window has the same number of slots. A slot outside the image holds one learned vector, which is
+    attended to like any other (a mask would be another model): so a window sees the same number of keys
+    whatever the image size, and weights learned at 1024 pixels work at 4096. A shift moves the window edges
+    by half a window without cyclic rolling. Positions are those of the padded grid: rows in one half of a
+    head, columns in the other.
 
     Papers: Huang et al., "HRSAM: Efficient Interactive Segmentation in High-Resolution Images", arXiv
     2407.02109, section 3.2.
@@ -34,20 +35,20 @@ class HRSAMAttention(Layer):
     Parameters
     ----------
     width, heads, head_dim, positions, base, dropout
-        As in `Layer`; rotary positions need a head_dim that 4 divides.
+        As in `Layer`; rotary positions need a head_dim divisible by 4.
     window : int
-        Tokens on a side of a window.
+        Side length of a window, in tokens.
     shifted : bool
-        Whether windows are cut half a window further.
+        Whether the window edges are shifted by half a window.
     columns : int
-        Tokens in a row of the image; `grid` may be set anew before a call.
+        Tokens in a row of the image; set `grid` before a call for another size.
     spacing : float
-        Distance of neighbours in positions.
+        Distance between neighbouring tokens, in positions.
 
     Attributes
     ----------
     grid : (int, int)
-        (rows, columns) of the image; rows -1: as many as the tokens fill.
+        (rows, columns) of the image; rows -1 infers them from the number of tokens.
 
     Examples
     --------
@@ -96,9 +97,9 @@ class HRSAMAttention(Layer):
         self.reset()
 
     def slots(self, T: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """The token of each slot of each window, int64 [windows, window^2], T where there is none; positions.
+        """Token and position of each slot: int64 [windows, window^2] (T for padding), [windows, window^2, 2].
 
-        Positions are int64 [windows, window^2, 2], of the padded grid.
+        Positions are (row, column) of the padded grid.
         """
         rows, columns = self.grid
         whole = rows == -1 or rows * columns == T
@@ -139,29 +140,29 @@ class HRSAMAttention(Layer):
         return torch.cat([rotate(part, at, self.base) for part, at in parts], -1)
 
     def extra_repr(self) -> str:
-        """The shape, and the window."""
+        """One-line description of the shape and window."""
         return f"{super().extra_repr()}, window={self.window}, shifted={self.shifted}, grid={self.grid}"
 
 
 class CyclicScan(Layer):
-    """A selective scan that runs over an image several times, so that every token hears of every other.
+    """A selective scan that runs over an image several times, so that every token sees every other.
 
     `h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t` and `y_t = C_t h_t + D u_t` for each channel, over the
-    tokens repeated `repeats` times: in the second round the first token knows the last. The rounds are added
-    with learned weights, and gated.
+    tokens repeated `repeats` times: from the second round on, the first token has seen the last. The outputs
+    of all rounds are summed with learned weights, and gated.
 
     Papers: Huang et al., "HRSAM", arXiv 2407.02109, section 3.3; Gu and Dao, "Mamba", arXiv 2312.00752.
 
     Parameters
     ----------
     width : int
-        Of x.
+        Width of x.
     heads : int
-        As every layer has; channels are scanned apart, so it changes nothing.
+        Ignored: channels are scanned independently. Every `Layer` takes it.
     state : int
-        Numbers that each channel remembers.
+        State size per channel.
     repeats : int
-        Rounds.
+        Number of rounds over the tokens.
 
     Examples
     --------
@@ -196,7 +197,7 @@ class CyclicScan(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: decays from 1 to `state`, steps of about 0.03, all rounds alike."""
+        """Draw fresh weights: decays from 1 to `state`, steps of about 0.03, equal weights for all rounds."""
         super().reset(generator)
         draw(self.pace.bias, 0.5, generator)
         self.pace.bias.sub_(3.5)
@@ -224,23 +225,23 @@ class CyclicScan(Layer):
         return found
 
     def extra_repr(self) -> str:
-        """The shape, the state and the rounds."""
+        """One-line description of the shape, state size and rounds."""
         return f"{super().extra_repr()}, state={self.size}, repeats={self.repeats}"
 
 
 class HRSAMBlocks(nn.Module):
-    """A stack of blocks: windows plain and shifted in turns, a cyclic scan before some, an MLP behind each.
+    """A stack of blocks, each windows (plain and shifted alternate) and an MLP, some behind a cyclic scan.
 
-    Papers: as of `HRSAMAttention`.
+    Papers: those of `HRSAMAttention`.
 
     Parameters
     ----------
     width, heads, depth : int
-        Of tokens, and how many blocks.
+        Width and heads of every block, and number of blocks.
     window : int
-        Tokens on a side of a window.
+        Side length of a window, in tokens.
     scans : tuple of int
-        Blocks that a scan comes before.
+        Indices of the blocks that a cyclic scan precedes.
 
     Examples
     --------
@@ -272,7 +273,7 @@ class HRSAMBlocks(nn.Module):
         )
 
     def forward(self, x: Tensor, *, grid: tuple[int, int]) -> Tensor:
-        """`x [B, rows * columns, width]` in raster order, to the same."""
+        """Map `x [B, rows * columns, width]` in raster order to the same shape."""
         for n, (layer, mlp) in enumerate(zip(self.blocks, self.mlps)):
             assert isinstance(layer, HRSAMAttention)
             if str(n) in self.scans:

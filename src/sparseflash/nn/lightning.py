@@ -1,4 +1,4 @@
-"""Lightning attention: linear attention with a decay per head, and a memory of one size."""
+"""Lightning attention: linear attention with a decay per head, and a state of constant size."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from .base import Layer, State, check_sizes
 
 
 def slopes(heads: int) -> list[float]:
-    """The rates of ALiBi: `2 ** (-8 (h + 1) / H)` for a power of two, others filled in from the next one."""
+    """ALiBi slopes: `2 ** (-8 (h + 1) / H)` for a power of two; other H add slopes of the next power."""
     near = 1 << int(math.log2(heads))
     first = [2.0 ** (-8 * (h + 1) / near) for h in range(near)]
     return first + [2.0 ** (-4 * (2 * h + 1) / near) for h in range(heads - near)]
 
 
 class LightningAttention(Layer):
-    """Linear attention with exponential decay, normed and gated: constant time and memory a token.
+    """Linear attention with exponential decay, layer norm and gate: constant time and memory per token.
 
     `o_t = sum_{j <= t} exp(-s_h (t - j)) (q_t . k_j) v_j` with `q, k, v = silu(W x)`, then
     `y = W_o (layer_norm(concat_h o) * sigmoid(W_2 W_1 x))`. There is no softmax and no positional embedding.
 
     Papers: Qin et al., "Lightning Attention-2", arXiv 2401.04658; Qin et al., "TransNormerLLM", arXiv
-    2307.14995, for what is around it.
+    2307.14995, for norm, gate and decay rates.
 
     Parameters
     ----------
     width, heads, kv_heads, head_dim
         As in `Layer`.
     layer, layers : int
-        Which layer of how many: rates are the slopes of ALiBi times `1 - layer / (layers - 1) + 1e-5`, so the
-        last layer hardly forgets.
+        Index of this layer, and number of layers: decay rates are ALiBi slopes times
+        `1 - layer / (layers - 1) + 1e-5`, so the last layer hardly forgets.
     gate : int, optional
-        Rank of the output gate, `head_dim` by default; 0 is none.
+        Rank of the output gate, `head_dim` by default; 0 means no gate.
 
     Notes
     -----
@@ -85,13 +85,13 @@ class LightningAttention(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights; rates are those of the layer."""
+        """Draw fresh weights, and set the decay rates of this layer."""
         super().reset(generator)
         depth = 1 - self.layer / max(1, self.layers - 1) + 1e-5
         self.rate.copy_(torch.tensor(slopes(self.heads)) * depth)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Recur; x [B, T, width]."""
+        """Run linear attention; x [B, T, width]."""
         q, k, v = (
             self.split(nn.functional.silu(project(x))) for project in (self.query, self.key, self.value)
         )
@@ -107,5 +107,5 @@ class LightningAttention(Layer):
         return found
 
     def extra_repr(self) -> str:
-        """The shape, and which layer."""
+        """One-line description of the shape and layer index."""
         return f"{super().extra_repr()}, layer={self.layer}, layers={self.layers}"

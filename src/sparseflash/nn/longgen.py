@@ -12,10 +12,11 @@ from .self_attention import SelfAttention
 
 
 class LongGenAttention(SelfAttention):
-    """One layer of a hybrid: the middle third of the layers is dense, the rest see sinks and a window.
+    """One layer of a hybrid: the middle third of the layers is dense, the rest have sinks and a window.
 
-    The same pattern trains and serves. A dense layer caches all keys, a sparse one those it still sees, so a
-    third of dense layers costs about a third of the cache. Positions are the true ones in both.
+    Training and decoding use the same pattern. A dense layer caches all keys, a sparse one only those it
+    still attends to, so with a third of the layers dense the cache is about a third. Positions are the true
+    ones in both.
 
     Paper: Ge et al., "A Little Goes a Long Way", arXiv 2410.01485.
 
@@ -24,14 +25,14 @@ class LongGenAttention(SelfAttention):
     width, heads
         As in `Layer`.
     layer, layers : int
-        Which layer of how many.
+        Index of this layer, and number of layers.
     share : float
-        Of the layers, which are dense; they stand in the middle (`LongGenAttention.is_dense`).
+        Share of the layers that are dense, in the middle (`LongGenAttention.is_dense`).
     sparse : Method or str, optional
-        What a sparse layer sees: `SinkWindow(window=1984, sink_tokens=64)` by default, or `Strided`, whose
-        cache keeps all.
+        What a sparse layer attends to: `SinkWindow(window=1984, sink_tokens=64)` by default, or `Strided`,
+        whose cache keeps all keys.
     **options
-        Those of `SelfAttention` but for `method` and `causal`.
+        Options of `SelfAttention` except `method` and `causal`.
 
     Examples
     --------
@@ -73,17 +74,17 @@ class LongGenAttention(SelfAttention):
         )
         dense = self.is_dense(layer, layers, share)
         sparse = SinkWindow(window=1984, sink_tokens=64) if sparse is None else sparse
-        sparse = get(sparse) if isinstance(sparse, str) else sparse  # a wrong name is one in any layer
+        sparse = get(sparse) if isinstance(sparse, str) else sparse  # a wrong name raises in dense layers too
         super().__init__(width, heads, method=None if dense else sparse, **options)
         self.layer, self.layers = layer, layers
 
     @staticmethod
     def is_dense(layer: int, layers: int, share: float = 1 / 3) -> bool:
-        """Whether a layer is one of the dense ones, the middle `share` of all."""
+        """Whether this layer is among the middle `share` of all layers."""
         count = round(layers * share)
         first = (layers - count) // 2
         return first <= layer < first + count
 
     def extra_repr(self) -> str:
-        """The shape, and which layer."""
+        """One-line description of the shape and layer index."""
         return f"{super().extra_repr()}, layer={self.layer}, layers={self.layers}"

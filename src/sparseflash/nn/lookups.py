@@ -1,4 +1,4 @@
-"""Look-ups: a gated convolution for all tokens, and attention for those that ask for it."""
+"""Look-ups: a gated convolution for all tokens, and attention for those whose gate asks for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .base import Layer, Positions, State, check_sizes, draw
 
 
 class Lookups(Layer):
-    """A short gated convolution, and attention of the tokens that look something up.
+    """A short gated convolution, plus attention for the tokens that need a look-up.
 
-    `y = conv(x) * (W x + b) + g(x) attn(x)`, with `g(x) = sigmoid(w . x)`. In training every token attends
-    and g learns; `aux_loss` is `penalty * max(0, mean g - n / T)` for a quota of n look-ups. In evaluation
-    the tokens whose g reaches `threshold` attend, all others skip it: O(n T) work. (The authors take the n
-    largest g of a sequence, which depends on later tokens; a threshold decodes.)
+    `y = conv(x) * (W x + b) + g(x) attn(x)`, with the gate `g(x) = sigmoid(w . x)`. In training every token
+    attends and g learns; `aux_loss` is `penalty * max(0, mean g - n / T)` for a quota of n look-ups. In
+    evaluation only the tokens with g >= `threshold` attend: O(n T) work. (The authors take the n largest g of
+    a sequence, which depends on later tokens; a threshold can decode.)
 
     Paper: Arora et al., "Zoology: Measuring and Improving Recall in Efficient Language Models", arXiv
     2312.04927.
@@ -30,16 +30,16 @@ class Lookups(Layer):
     width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default.
     size : int
-        Tokens of the convolution, one filter a channel.
+        Taps of the convolution; one filter per channel.
     lookups : int, optional
-        The quota n of a sequence; the root of its length by default.
+        Quota n of look-ups per sequence; sqrt(T) by default.
     penalty, threshold : float
-        As above.
+        Factor of `aux_loss`, and smallest gate that attends in evaluation.
 
     Notes
     -----
-    The state is a cache of all keys and values, and the last tokens of the convolution. `kept` is the share
-    of tokens that attended in the last forward in evaluation, a 0-d tensor.
+    The state holds all keys and values, and the last inputs of the convolution. `kept` is the share of tokens
+    that attended in the last evaluation forward, a 0-d tensor.
 
     Examples
     --------
@@ -90,18 +90,18 @@ class Lookups(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights."""
+        """Draw fresh weights."""
         super().reset(generator)
         draw(self.filter, self.size**-0.5, generator)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Convolve, and look up; x [B, T, width]."""
+        """Convolve and look up; x [B, T, width]."""
         (B, T, _), past = x.shape, 0 if state is None else state.length
         before = x.new_zeros(B, self.size - 1, self.width)
         if state is not None:
             before = state.tensors.get("x", before)
         long = torch.cat([before, x], 1)
-        taps = self.filter.unbind(-1)  # the last is of the token itself
+        taps = self.filter.unbind(-1)  # the last tap is that of the token itself
         y = sum(tap.to(x.dtype) * long[:, n : n + T] for n, tap in enumerate(taps)) * self.gate(x)
         g = self.ask(x).sigmoid()[..., 0]
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
@@ -124,10 +124,10 @@ class Lookups(Layer):
         return found
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what the last forward counted."""
+        """State without the statistic of the last forward."""
         return {**super().__getstate__(), "kept": None}
 
     def extra_repr(self) -> str:
-        """The shape, and the quota."""
+        """One-line description of the shape and quota."""
         own = f", size={self.size}, lookups={self.lookups}, penalty={self.penalty}"
         return f"{super().extra_repr()}{own}, threshold={self.threshold}"

@@ -1,4 +1,4 @@
-"""MuSe: attention between clusters of queries and clusters of keys, as two calls over buckets."""
+"""MuSe: attention between clusters of queries and clusters of keys, as two bucket-plan calls."""
 
 from __future__ import annotations
 
@@ -63,46 +63,47 @@ def muse_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention to summaries of clusters of keys, each as a cluster of queries sees them: O(T clusters D).
+    """Attend to summaries of key clusters, one per pair of query cluster and key cluster: O(T clusters D).
 
-    Queries and keys are clustered apart, by k-means. For the mean qa of cluster a and keys of cluster j,
-    `w_aj = log sum_n exp(s qa.k_n)`, and kt_aj, vt_aj are the means of keys and values under that softmax. A
-    query q of a then attends to one key a cluster: `logit_j = w_aj + s (q - qa).kt_aj`, value vt_aj (the
-    monopole). This is exact at q = qa, and off by the first order of q - qa in the values; the dipole adds
-    `s (sum_j pi_aj S_aj)^T (q - qa)`, S_aj the covariance of keys and values, and leaves the second.
+    k-means clusters queries and keys separately. For the mean query qa of cluster a and the keys n of cluster
+    j, `w_aj = log sum_n exp(s qa.k_n)`, and kt_aj, vt_aj are the means of keys and values under that softmax.
+    A query q of cluster a then attends to one key per key cluster: `logit_j = w_aj + s (q - qa).kt_aj`, value
+    vt_aj (the monopole). This is exact at q = qa, with an error of first order in q - qa in the values; the
+    dipole adds `s (sum_j pi_aj S_aj)^T (q - qa)`, S_aj the covariance of keys and values, and leaves second
+    order.
 
-    Causal: halves, recursively. Later halves attend to earlier ones by clusters, leaves exactly and causally,
-    and all merge. Means of queries are those of a whole half, so an output depends, a little, on later
-    queries: for training and prefill, not for decoding.
+    Causal: the sequence is halved recursively. Each later half attends to its earlier half by clusters,
+    leaves attend exactly and causally, and all parts are merged. Query means are over a whole half, so an
+    output depends slightly on later queries: use it for training and prefill, not for decoding.
 
     Paper: Mitchell and Kersting, "Multipole Semantic Attention", arXiv 2509.10406.
 
     Parameters
     ----------
     q, k, v : Tensor
-        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, D + Dv up to 256; Tq = Tk where causal.
+        `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, D + Dv up to 256; Tq = Tk if causal.
     clusters : int
-        Of the queries, and of the keys, of a head (in each half, where causal); never more than tokens.
+        Query clusters, and key clusters, per head (and per half, if causal); at most the number of tokens.
     causal : bool
-        Whether a query sees keys up to its own.
+        Whether a query attends only to keys up to its own position.
     leaf : int
-        Only where causal: tokens between which attention is exact.
+        If causal: size of the leaves, inside which attention is exact.
     dipole : bool
-        Whether values have the second term: O(T clusters D Dv), seldom worth it on a CPU.
+        Whether to add the dipole term: O(T clusters D Dv), seldom worth it on a CPU.
     iterations : int
-        Of k-means.
+        Iterations of k-means.
     memory : dict, optional
-        Centroids from step to step: k-means begins with those it holds, and puts the new ones there. One for
-        each layer; tokens of another number begin anew.
+        Centroids kept from step to step: k-means starts from those in it and stores the new ones there. Use
+        one dict per layer; a sequence of another length starts anew.
     scale : float, optional
         s, 1/sqrt(D) by default.
     return_lse : bool
-        Also return the log of the sum, `[B,Hq,Tq]`, as approximate as out.
+        Also return the log-sum-exp, `[B,Hq,Tq]`, as approximate as out.
 
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        out `[B,Hq,Tq,Dv]`, and lse. Gradients are exact but for who belongs to which cluster.
+        out `[B,Hq,Tq,Dv]`, and lse. Gradients are exact, with cluster membership held constant.
 
     Examples
     --------
@@ -180,7 +181,7 @@ def muse_attention(
 
 
 def _levels(T: int, leaf: int) -> list[list[tuple[int, int, int]]]:
-    """(begin, middle, end) of the nodes of the tree, level by level; middles are edges of leaves."""
+    """(begin, middle, end) of the inner nodes of the halving tree, per level; middles are leaf edges."""
     found: list[list[tuple[int, int, int]]] = []
     now = [(0, T)]
     while now:
@@ -206,7 +207,7 @@ def _far(
     memory: Memory,
     place: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Acausal MuSe: (out, lse)."""
+    """Non-causal MuSe: (out, lse)."""
     A, J = min(clusters, max(1, q.shape[2])), min(clusters, max(1, k.shape[2]))
     old = memory.get(place)
     fits = old is not None and old[0].shape[2] == A and old[1].shape[2] == J
@@ -216,7 +217,8 @@ def _far(
     wide, D = state_dtype(q), k.shape[-1]
     member = nn.functional.one_hot(q_label.long(), A).to(wide)  # [B, H, Tq, A]
     mean = (member / member.sum(2, keepdim=True).clamp(min=1)).mT @ q.to(wide)
-    # rows j A + a: the mean of a once for every cluster of keys; then the summary that it sees there
+    # Row j A + a: the mean query of cluster a, once per key cluster j; `attention` then makes kt_aj and
+    # vt_aj.
     rows = mean.to(q.dtype).repeat(1, 1, J, 1)
     of_keys = torch.arange(J, device=q.device).repeat_interleave(A)[None, None]
     of_queries = torch.arange(A, device=q.device).repeat(J)[None, None]
@@ -230,7 +232,7 @@ def _far(
         return out, lse
     group = q.shape[1] // k.shape[1]
     keys, values = (x.to(wide).repeat_interleave(group, 1) for x in (k, v))
-    weight = (s * mean @ keys.mT).softmax(-1)  # of every mean over all keys
+    weight = (s * mean @ keys.mT).softmax(-1)  # softmax of each query mean over all keys
     share = w.view(*w.shape[:2], J, A).softmax(2).to(wide)  # pi_aj, [B, H, J, A]
     own, seen = (x.to(wide).reshape(*x.shape[:2], J, A, x.shape[-1]) for x in (key, value))
     slopes = []

@@ -1,4 +1,4 @@
-"""Native sparse attention: summaries of blocks, the blocks that they point at, and a window, gated."""
+"""Native sparse attention: compressed blocks, the key blocks they select, and a window, gated."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ..selection.budgets import top_indices
 from .base import Layer, Positions, State, check_sizes, draw
 
 SCORES = 1 << 22
-"""Weights of summaries that are held at a time."""
+"""Upper bound on the compressed scores in memory at a time."""
 
 
 class NativeSparseAttention(Layer):
-    """Three attentions over keys and values of their own, added by gates that are learned.
+    """Three attention branches, each with its own keys and values, summed with learned gates.
 
-    - *Compressed*: blocks of `block` keys, one every `stride`, become one key and one value each,
-      `W_2 relu(W_1 [k_1 + p_1 | ... | k_l + p_l])`. A query sees those of finished blocks.
-    - *Selected*: the weights that a group of query heads gives to the summaries, shared out by how far they
-      reach into each `select` keys, rank those; the group sees the `top` best, the first `first` and the
-      last `near` (its own among them) in any case. The choice has no gradient.
+    - *Compressed*: blocks of `block` keys, one every `stride`, become one key and one value each, `W_2
+      relu(W_1 [k_1 + p_1 | ... | k_l + p_l])`. A query attends to those of finished blocks.
+    - *Selected*: the weights that a group of query heads gives to the summaries, split by their overlap with
+      each block of `select` keys, rank these blocks; the group attends to the best `top`, which always
+      include the first `first` and the last `near` (with the query's own). The choice has no gradient.
     - *Window*: the last `window` keys.
 
-    `o = sum_b sigmoid(W_b x) o_b`, a gate for each branch and head. Any sizes go together. Positions turn
-    what is selected and in the window; summaries have those inside their block, p.
+    `o = sum_b sigmoid(W_b x) o_b`, a gate for each branch and head. Sizes need not divide one another. Rotary
+    positions apply to the selected and the window branch; summaries have the in-block positions p.
 
     Paper: Yuan et al., "Native Sparse Attention", arXiv 2502.11089.
 
@@ -37,17 +37,17 @@ class NativeSparseAttention(Layer):
     width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default. The heads of a KV head select together.
     block, stride : int
-        Keys of a summary, and from one to the next (at most `block`).
+        Keys of a summary, and distance from one summary to the next (at most `block`).
     select, top, first, near : int
-        Keys of a block that is selected; blocks a query sees, and how many of them are the first and the last
-        ones whatever their weight.
+        Keys of a selectable block; blocks a query attends to, and how many of them are always the first and
+        the last ones.
     window : int
-        Recent keys.
+        Number of recent keys in the window branch.
 
     Notes
     -----
-    The state is a cache of all selectable keys and values, all summaries, and the last few keys of the other
-    branches.
+    The state holds all keys and values of the selected branch, all summaries, and the last few keys of the
+    other branches.
 
     Examples
     --------
@@ -105,12 +105,12 @@ class NativeSparseAttention(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights; places inside a block are small."""
+        """Draw fresh weights; in-block positions are small."""
         super().reset(generator)
         draw(self.place, 0.02, generator)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Summarise, select, attend; x [B, T, width]."""
+        """Compress, select, attend; x [B, T, width]."""
         T, past = x.shape[1], 0 if state is None else state.length
         q = self.split(self.query(x))
         k, k_sel, k_near = self.split(self.key(x)).chunk(3, 1)
@@ -143,7 +143,7 @@ class NativeSparseAttention(Layer):
         return self.end(gate[0] * compressed + gate[1] * selected + gate[2] * near)
 
     def _summaries(self, k: Tensor, v: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
-        """One key and one value of every finished block, [B, Hkv, C, D]."""
+        """Summarise every finished block into one key and one value, [B, Hkv, C, D]."""
         found = []
         for n, (name, x) in enumerate((("k", k), ("v", v))):
             if state is not None and name + "_open" in state.tensors:
@@ -168,7 +168,7 @@ class NativeSparseAttention(Layer):
 
     @torch.no_grad()
     def _choose(self, q: Tensor, k: Tensor, lse: Tensor, at: Tensor, done: Tensor, total: int) -> Tensor:
-        """The blocks of each query, int32 [B, Hkv, T, top], -1 for none."""
+        """Choose the blocks of each query, int32 [B, Hkv, T, top], padded with -1."""
         (B, H, T, D), C, wide = q.shape, k.shape[2], state_dtype(q)
         S = -(-total // self.select)
         begin = torch.arange(C, device=q.device)[:, None] * self.stride
@@ -194,6 +194,6 @@ class NativeSparseAttention(Layer):
         return torch.full((1, k.shape[1], T, min(self.top, S)), -1, dtype=torch.int32, device=q.device)
 
     def extra_repr(self) -> str:
-        """The shape, and the sizes."""
+        """One-line description of the shape and sizes."""
         names = ("block", "stride", "select", "top", "first", "near", "window")
         return ", ".join([super().extra_repr(), *(f"{n}={getattr(self, n)}" for n in names)])

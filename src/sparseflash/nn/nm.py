@@ -1,4 +1,4 @@
-"""Linear layers and convolutions whose weights are N:M sparse while they train: N of each M count."""
+"""N:M sparse linear layers and convolutions for training: of each M neighbouring weights, N are used."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ conv2d_weight: Callable[..., Tensor] = grad.conv2d_weight
 
 
 def nm_mask(weight: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
-    """The `n` largest magnitudes of each `m` neighbours along `dim`; of equal ones the first.
+    """Mask of the `n` largest magnitudes of each `m` neighbours along `dim`; of equal ones the first.
 
     Parameters
     ----------
     weight : Tensor
-        Of any shape; its size along `dim` is a multiple of `m`.
+        Weight of any shape; its size along `dim` is a multiple of `m`.
     n, m : int
         `1 <= n <= m`.
     dim : int
-        Along which groups lie.
+        Dimension along which groups are formed.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     at = dim % weight.dim()
     groups = weight.detach().abs().reshape(*weight.shape[:at], size // m, m, *weight.shape[at + 1 :])
     parts = [x.contiguous() for x in groups.unbind(at + 1)]
-    rank = [torch.zeros_like(x, dtype=torch.uint8) for x in parts]  # how many of its group come before it
+    rank = [torch.zeros_like(x, dtype=torch.uint8) for x in parts]  # rank in its group, 0 the largest
     for i in range(m):
         for j in range(i):
             first = parts[j] >= parts[i]
@@ -85,22 +85,22 @@ class Conv(Linear):
     dilation: tuple[int, int]
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution."""
+        """The convolution of x with the weight."""
         return nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
 
     def of_input(self, shape: torch.Size, weight: Tensor, g: Tensor) -> Tensor:
-        """Its transpose in x."""
+        """Gradient of the input: the transposed convolution of g."""
         how = (self.stride, self.padding, self.dilation)
         return conv2d_input(shape, weight, g, *how)
 
     def of_weight(self, x: Tensor, shape: torch.Size, g: Tensor) -> Tensor:
-        """Its transpose in the weight."""
+        """Gradient of the weight: the correlation of x and g."""
         how = (self.stride, self.padding, self.dilation)
         return conv2d_weight(x, shape, g, *how)
 
 
 class _Product(torch.autograd.Function):
-    """`y = x W_f`, `dx = g W_b`, `dW = g x` and a pull on what is masked: no gradient of any function."""
+    """`y = x W_f`, `dx = g W_b`, `dW = g x` plus a decay of masked weights; dx is not the gradient of y."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ product: Callable[..., Tensor] = _Product.apply
 
 
 class _NM(nn.Module):
-    """What both layers share: weights, masks, and the count of multiplications."""
+    """Base of both layers: weights, masks, and the share of multiplications."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -164,18 +164,18 @@ class _NM(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights, uniform as those of torch's own layers."""
+        """Draw fresh weights, uniform as in torch's own layers."""
         bound = self.weight[0].numel() ** -0.5
         self.weight.uniform_(-bound, bound, generator=generator)
         if self.bias is not None:
             self.bias.uniform_(-bound, bound, generator=generator)
 
     def reset_parameters(self) -> None:
-        """`reset` from the global generator, as modules of torch.nn have it."""
+        """Call `reset` with the global generator, under the name that torch.nn modules use."""
         self.reset()
 
     def masks(self) -> tuple[Tensor, Tensor]:
-        """(forward, backward) masks of the weight as it is."""
+        """(forward, backward) masks of the current weight."""
         front = nm_mask(self.weight, self.n, self.m, 1)
         if self.rule == "bdwp":
             return front, nm_mask(self.weight, self.n, self.m, 0)
@@ -190,19 +190,19 @@ class _NM(nn.Module):
         return product(x, weight, front, back, self.decay, products)
 
     def share(self) -> float:
-        """Multiplications of a training step over those of a dense layer: `(2 N/M + 1) / 3` with BDWP."""
+        """Multiplications of a training step relative to a dense layer: `(2 N/M + 1) / 3` with BDWP."""
         part = self.n / self.m
         return (part + (1.0 if self.rule == "one-sided" else part) + 1.0) / 3
 
 
 class NMLinear(_NM):
-    """A linear layer whose weight is N:M sparse in the forward and in the backward.
+    """A linear layer whose weight is N:M sparse in the forward and in the backward pass.
 
-    With `bdwp`, bidirectional pruning, `y = x (W * F)^T + b` and `dx = g (W * B)`: F keeps the N largest of
-    each M inputs of an output, B the N largest of each M outputs of an input, so that both products save
-    `1 - N/M` of their multiplications. `dW = g^T x` is dense and goes to the dense W (straight through): dx
-    is no gradient of y unless N = M. With `sr-ste` F is used in both and dW gains `decay (1 - F) W`, which
-    pulls what is masked towards 0; `one-sided` has F in the forward alone.
+    With `bdwp` (bidirectional pruning), `y = x (W * F)^T + b` and `dx = g (W * B)`: F keeps the N largest of
+    each M inputs of an output, B the N largest of each M outputs of an input, so both products save `1 - N/M`
+    of their multiplications. `dW = g^T x` is dense and updates the dense W (straight-through): dx is the
+    gradient of y only if N = M. With `sr-ste`, both passes use F and dW gains `decay (1 - F) W`, which pulls
+    masked weights towards 0; `one-sided` uses F in the forward only.
 
     Papers: Fang et al., "Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow
     Co-Design", arXiv 2309.13015; Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks
@@ -211,21 +211,21 @@ class NMLinear(_NM):
     Parameters
     ----------
     in_features, out_features : int
-        Multiples of `m` (`out_features` with bdwp alone).
+        Multiples of `m` (`out_features` only with bdwp).
     n, m : int
-        So many of each so many weights count.
+        Weights to keep (n) of each group of m.
     rule : "bdwp", "sr-ste" or "one-sided"
-        As above.
+        The sparsity rule, as above.
     decay : float, optional
-        Of masked weights, 2e-4 with sr-ste and 0 otherwise.
+        Decay of masked weights: 2e-4 with sr-ste, 0 otherwise.
     bias : bool
-        Whether outputs have one.
+        Whether the layer has a bias.
 
     Notes
     -----
-    Masks follow the weight: a forward makes both, and its backward uses them (fused optimisers change weights
-    without a trace, so none are kept). Checkpoints hold the dense weight. Dense bf16 products beat this in
-    fp32 wherever the processor has units for them.
+    Every forward recomputes both masks from the weight, and its backward uses these (fused optimisers change
+    weights without bumping their version, so masks are not cached). Checkpoints hold the dense weight. On
+    processors with bf16 matrix units, a dense bf16 product is faster than this layer in fp32.
 
     Examples
     --------
@@ -264,13 +264,13 @@ class NMLinear(_NM):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def multiplications(self, tokens: int) -> tuple[int, int, int]:
-        """Of a forward, of the gradient of x, and of that of W, for so many tokens."""
+        """Multiplications of the forward, of the gradient of x, and of that of W, for `tokens` tokens."""
         dense = tokens * self.weight.numel()
         sparse = dense // self.m * self.n
         return sparse, dense if self.rule == "one-sided" else sparse, dense
 
     def extra_repr(self) -> str:
-        """The shape, and the rule."""
+        """One-line description of the shape and rule."""
         own = f"n={self.n}, m={self.m}, rule={self.rule!r}, bias={self.bias is not None}"
         return f"{self.in_features}, {self.out_features}, {own}"
 
@@ -278,16 +278,16 @@ class NMLinear(_NM):
 class NMConv2d(_NM):
     """A convolution whose weight `[O, C, kh, kw]` is N:M sparse, as in `NMLinear`.
 
-    At each place of the filter, F keeps the N largest of each M channels in, B of each M channels out.
+    At each tap of the filter, F keeps the N largest of each M input channels, B of each M output channels.
 
     Parameters
     ----------
     in_channels, out_channels : int
-        Multiples of `m` (`out_channels` with bdwp alone). A first layer of 3 channels stays a dense one.
+        Multiples of `m` (`out_channels` only with bdwp). Keep a first layer of 3 channels dense.
     kernel_size : int or (int, int)
-        Of the filter.
+        Size of the filter.
     stride, padding, dilation : int or (int, int)
-        As in `torch.nn.Conv2d`, padded with zeros.
+        As in `torch.nn.Conv2d`, with zero padding.
     n, m, rule, decay, bias
         As in `NMLinear`.
 
@@ -332,7 +332,7 @@ class NMConv2d(_NM):
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     def extra_repr(self) -> str:
-        """The shape, and the rule."""
+        """One-line description of the shape and rule."""
         own = f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
         own += f", n={self.n}, m={self.m}, rule={self.rule!r}, bias={self.bias is not None}"
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {self.kernel_size}, {own}"

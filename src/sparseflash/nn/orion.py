@@ -1,4 +1,4 @@
-"""Rows of a table: features at several scales, and a memory that only training rows write."""
+"""Orion-MSP for tables: row features at several scales, and a memory that only training rows write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .self_attention import SelfAttention
 
 
 class _Block(nn.Module):
-    """Attention and an MLP, each behind a norm and beside x; both end in weights of 0."""
+    """Pre-norm residual attention and MLP; `attend` and MLP start with zero output weights."""
 
     def __init__(self, width: int, heads: int, attend: nn.Module) -> None:
         super().__init__()
@@ -30,10 +30,10 @@ class _Block(nn.Module):
 
 
 class MultiScaleRows(nn.Module):
-    """The features of each row of a table as one vector: special tokens attend over them at several scales.
+    """Encode the features of each table row as one vector: special tokens attend over them at several scales.
 
-    At scale g, neighbouring features are averaged in groups of g; CLS and GLOBAL tokens come before them, and
-    all attend by `methods.OrionMSP`. The CLS tokens of all scales are averaged.
+    At scale g, neighbouring features are averaged in groups of g; CLS and GLOBAL tokens precede the groups,
+    and all tokens attend by `methods.OrionMSP`. The CLS tokens are averaged over the scales.
 
     Papers: "Orion-MSP: Multi-Scale Sparse Attention for Tabular In-Context Learning", arXiv 2511.02818,
     section 3.2.
@@ -41,15 +41,15 @@ class MultiScaleRows(nn.Module):
     Parameters
     ----------
     width, heads : int
-        Of a cell's embedding.
+        Width of a cell's embedding, and number of heads.
     scales : tuple of int
-        Features of a group, one stack of blocks each.
+        Features per group; each scale has its own stack of blocks.
     cls, global_ : int
-        Special tokens.
+        Numbers of CLS and of GLOBAL tokens.
     blocks : int
-        Of each scale.
+        Number of blocks per scale.
     window, random, windowless, seed
-        Of `OrionMSP`.
+        Options of `OrionMSP`.
 
     Examples
     --------
@@ -95,7 +95,7 @@ class MultiScaleRows(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """`cells [B, rows, features, width]` to `[B, rows, cls * width]`."""
+        """Map `cells [B, rows, features, width]` to `[B, rows, cls * width]`."""
         if not isinstance(cells, Tensor) or cells.dim() != 4:
             given = list(cells.shape) if isinstance(cells, Tensor) else type(cells).__name__
             raise SparseFlashError(f"cells: {given}; expected [B, rows, features, width]")
@@ -109,7 +109,7 @@ class MultiScaleRows(nn.Module):
 
 
 def grouped(x: Tensor, size: int) -> Tensor:
-    """Means of `size` neighbours of `x [B, features, width]`; the last group may have fewer."""
+    """Average each `size` neighbours of `x [B, features, width]`; the last group may have fewer."""
     n = x.shape[1]
     padded = nn.functional.pad(x, (0, 0, 0, -n % size))
     sums = padded.reshape(len(x), -(-n // size), size, x.shape[-1]).sum(2)
@@ -118,7 +118,7 @@ def grouped(x: Tensor, size: int) -> Tensor:
 
 
 class _Cross(nn.Module):
-    """Queries of x, keys and values of other tokens."""
+    """Cross-attention: queries from x, keys and values from other tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -139,18 +139,18 @@ class _Cross(nn.Module):
 
 
 class PerceiverMemory(nn.Module):
-    """Latents that read the training rows of a table, and are read by all rows: test rows never write.
+    """Latents that attend to a table's training rows and are attended to by all rows: test rows never write.
 
-    Papers: as of `MultiScaleRows`, section 3.3.
+    Papers: those of `MultiScaleRows`, section 3.3.
 
     Parameters
     ----------
     width, heads : int
-        Of a row's vector.
+        Width of a row's vector, and number of heads.
     latents : int
-        How many there are.
+        Number of latents.
     blocks : int
-        Of writing, and as many of reading.
+        Number of write blocks, and number of read blocks.
 
     Examples
     --------
@@ -169,7 +169,7 @@ class PerceiverMemory(nn.Module):
         )
 
     def forward(self, rows: Tensor, *, train: int) -> Tensor:
-        """`rows [B, T, width]`, of which the first `train` are written, to the same."""
+        """Map `rows [B, T, width]` to the same shape; only the first `train` rows write to the memory."""
         fits = isinstance(rows, Tensor) and rows.dim() == 3 and is_count(train) and train <= rows.shape[1]
         require((fits, lambda: f"train={train!r}: expected a number of the rows [B, T, width]"))
         memory = self.latents.expand(len(rows), -1, -1)

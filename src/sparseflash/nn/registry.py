@@ -1,4 +1,4 @@
-"""Causal layers by name, for a model that takes any of them."""
+"""Causal layers by name, for models that are configured by layer name."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ _KNOWN: dict[str, type[Layer]] = {
 
 
 def names() -> list[str]:
-    """Every layer that `get` makes."""
+    """Names of all layers that `get` makes."""
     return sorted(_KNOWN)
 
 
 def find(name: str) -> type[Layer]:
-    """The class of that name."""
+    """Look up the class of a layer name."""
     if name not in _KNOWN:
         raise SparseFlashError(f"there is no layer {name!r}: layers: {', '.join(names())}")
     return _KNOWN[name]
 
 
 def options(cls: type[Layer]) -> set[str]:
-    """What a class takes by name; of a class that hands options on, also what its base takes."""
+    """Keyword options of a class; if it takes `**options`, those of its base class too."""
     found: set[str] = set()
     for one in cls.__mro__:
         own = inspect.signature(one).parameters.values()
@@ -63,7 +63,7 @@ def get(name: str, width: int, heads: int, **given: Any) -> Layer:
     Parameters
     ----------
     name : str
-        Of `names()`.
+        One of `names()`.
     width, heads
         As in `Layer`.
     **given
@@ -72,7 +72,7 @@ def get(name: str, width: int, heads: int, **given: Any) -> Layer:
     Raises
     ------
     SparseFlashError
-        For a name or an option that there is not.
+        If the name or an option does not exist.
 
     Examples
     --------

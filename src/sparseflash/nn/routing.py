@@ -19,40 +19,40 @@ from .base import Layer, Positions, State, check_choice, check_sizes, draw, surv
 class RoutingAttention(Layer):
     """Attention inside clusters: online k-means routes queries and keys to the same centroids.
 
-    q and k are layer-normed without parameters (k is q where they are `shared`), and routed before they are
-    turned. Strict: a token belongs to the centroid with the largest `x . mu`, and a query sees the last
-    `window` keys of its cluster up to its own position; this decodes. Not strict, the paper's rule: each
-    centroid takes the `window` nearest queries and keys of the whole sequence, queries see earlier keys of
-    theirs, outputs of a token in several clusters are averaged, and one in none gets 0. Which tokens are
-    nearest depends on later ones, so that rule is for training and encoding only.
+    q and k are layer-normed without parameters (k is q if `shared`), and routed before rotation. Strict: a
+    token belongs to the centroid with the largest `x . mu`, and a query attends to the last `window` keys of
+    its cluster up to its own position; this can decode. Not strict (the paper's rule): each centroid takes
+    the `window` nearest queries and keys of the whole sequence, its queries attend to its earlier keys,
+    outputs of a token in several clusters are averaged, and a token in no cluster outputs 0. Which tokens are
+    nearest depends on later ones, so this rule is for training and encoding only.
 
-    Centroids have no gradient. In training a forward notes which tokens went where, and `update()`, once a
-    step, moves the centroids: `N <- g N + (1 - g) n`, `M <- g M + (1 - g) sum x`, `mu = M / N`, N smoothed,
-    with sums over all processes of `torch.distributed`. A recomputed forward (checkpointing) notes the
-    same.
+    Centroids have no gradient. A training forward records the sums of tokens per cluster, and `update()`,
+    once a step, moves the centroids: `N <- g N + (1 - g) n`, `M <- g M + (1 - g) sum x`, `mu = M / N`, with N
+    smoothed and sums over all processes of `torch.distributed`. A forward recomputed by checkpointing records
+    the same sums.
 
     Paper: Roy et al., "Efficient Content-Based Sparse Attention with Routing Transformers", arXiv 2003.05997.
 
     Parameters
     ----------
     width, heads, kv_heads, head_dim, positions, base, dropout
-        As in `Layer`; positions are rotary by default. Each KV head has centroids of its own.
+        As in `Layer`; positions are rotary by default. Each KV head has its own centroids.
     clusters, window : int
-        Centroids of a head; keys of a cluster that a query sees, or items that a centroid takes.
+        Centroids per head; keys of a cluster that a query attends to (strict), or tokens that a centroid
+        takes.
     strict : bool
-        The causal rule, or the paper's.
+        Whether to use the causal rule instead of the paper's.
     shared : bool
-        Whether keys are the queries (of each KV head's first query head); then there is no projection of
-        keys.
+        Whether keys are the queries (of each KV head's first query head); then there is no key projection.
     decay : float
-        g: what a step leaves of the old means.
+        g: weight of the old means in an update.
     commitment : float
-        `aux_loss` is this times the mean of `|x - mu|^2` over queries and keys.
+        `aux_loss` is `commitment` times the mean of `|x - mu|^2` over queries and keys.
 
     Notes
     -----
-    The state holds the last `window` members of each cluster. `start(x)` begins with the k-means of a batch,
-    where random centroids would leave some clusters empty.
+    The state holds the last `window` members of each cluster. `start(x)` initialises the centroids by k-means
+    on a batch; random centroids would leave some clusters empty.
 
     Examples
     --------
@@ -117,7 +117,7 @@ class RoutingAttention(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights and random centroids, each of which counts for one token."""
+        """Draw fresh weights and random centroids, each with a count of one token."""
         super().reset(generator)
         draw(self.centroid, 1.0, generator)
         self.total.copy_(self.centroid)
@@ -125,14 +125,14 @@ class RoutingAttention(Layer):
         self._seen = None
 
     def routed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed queries [B, Hq, T, D] and keys [B, Hkv, T, D]."""
+        """Project and normalise queries [B, Hq, T, D] and keys [B, Hkv, T, D]."""
         q = nn.functional.layer_norm(self.split(self.query(x)), (self.head_dim,))
         if self.shared:
             return q, q[:, :: self.heads // self.kv_heads]
         return q, nn.functional.layer_norm(self.split(self.key(x)), (self.head_dim,))
 
     def labels(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The clusters of queries `[B, Hq, T]` and of keys `[B, Hkv, T]` of x `[B, T, width]`, int64."""
+        """Cluster of each query `[B, Hq, T]` and each key `[B, Hkv, T]` of x `[B, T, width]`, int64."""
         q, k = (self._scores(y).argmax(2) for y in self.routed(x))
         return q, k
 
@@ -142,11 +142,11 @@ class RoutingAttention(Layer):
         return each @ x.detach().to(each.dtype).mT
 
     def _by_group(self, x: Tensor) -> Tensor:
-        """Sums over the heads that share centroids: [Hkv, ...] of [H, ...]."""
+        """Sum over the query heads that share centroids: [H, ...] to [Hkv, ...]."""
         return x.view(self.kv_heads, x.shape[0] // self.kv_heads, *x.shape[1:]).sum(1)
 
     def _note(self, *routed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, sums, squared distances) of tokens [B, H, T, D] and their clusters [B, H, T]."""
+        """(counts, sums, squared distances) for tokens [B, H, T, D] and their clusters [B, H, T]."""
         count, total, far = torch.zeros_like(self.count), torch.zeros_like(self.total), []
         for x, label in routed:
             each = self.centroid.repeat_interleave(x.shape[1] // self.kv_heads, 0)
@@ -161,7 +161,7 @@ class RoutingAttention(Layer):
     def _route(
         self, x: Tensor, state: State | None, document: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """The layer's output, and what there is to note."""
+        """Output of the layer, and the statistics to record (see `_note`)."""
         q, k = self.routed(x)
         v = self.split(self.value(x))
         scores = [self._scores(y) for y in ((k, q) if not self.shared or k.shape != q.shape else (q,))]
@@ -205,7 +205,7 @@ class RoutingAttention(Layer):
         return attention(q, k, v, plan, dropout_p=self.dropout_p)
 
     def _forget(self, state: State, k: Tensor, v: Tensor, own: Tensor) -> None:
-        """Keep the last members of each cluster; heads that keep less are padded in front, in no cluster."""
+        """Keep the last members of each cluster; heads with fewer are padded in front with cluster -1."""
         member = nn.functional.one_hot(own + 1, self.clusters + 1)  # padding is -1
         behind = member.flip(2).cumsum(2).flip(2).gather(-1, (own + 1)[..., None])[..., 0]
         keep = (behind <= self.window) & (own >= 0)
@@ -214,7 +214,7 @@ class RoutingAttention(Layer):
         state.tensors.update(k=taken(k, place), v=taken(v, place), own=own)
 
     def _nearest(self, q: Tensor, k: Tensor, v: Tensor, of_keys: Tensor, of_queries: Tensor) -> Tensor:
-        """The paper's rule: every centroid's nearest as rows of one sequence, a bucket for each."""
+        """Attend by the paper's rule: the nearest tokens of each centroid form a bucket of gathered rows."""
         B, H, T, D = q.shape
         most = min(self.window, T)
         rows, keys = (s.topk(most, -1).indices.sort(-1).values.flatten(2) for s in (of_queries, of_keys))
@@ -242,7 +242,7 @@ class RoutingAttention(Layer):
         return out
 
     def packed(self, x: Tensor, edges: list[int]) -> Tensor:
-        """Documents: clusters apart where the rule is strict, else one after another."""
+        """Run on packed documents: as clusters per document if strict, else one by one."""
         if self.strict:
             length = torch.tensor([b - a for a, b in zip(edges, edges[1:])], device=x.device)
             out, noted = self._route(
@@ -257,7 +257,7 @@ class RoutingAttention(Layer):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the centroids by what the last forward in training saw."""
+        """Move the centroids by the recorded sums of the last training forward."""
         if self._seen is None:
             return
         count, total = self._seen
@@ -273,7 +273,7 @@ class RoutingAttention(Layer):
 
     @torch.no_grad()
     def start(self, x: Tensor, *, iterations: int = 10) -> None:
-        """Begin with the clusters of a batch `[B, T, width]`: k-means from tokens evenly apart."""
+        """Initialise the centroids by k-means on a batch `[B, T, width]`, from evenly spaced tokens."""
         q, k = self.routed(x)
         groups = q.view(len(q), self.kv_heads, -1, self.head_dim).transpose(0, 1).flatten(1, 2)
         if not self.shared:
@@ -285,17 +285,17 @@ class RoutingAttention(Layer):
         self.total.copy_(found[0] * self.count[..., None])
 
     def new_state(self, batch: int) -> State:
-        """An empty cache."""
+        """Make an empty cache."""
         require(
             (self.strict, "strict=False has no state: which tokens a centroid takes depends on later ones")
         )
         return super().new_state(batch)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what a forward noted."""
+        """State without the recorded sums."""
         return {**super().__getstate__(), "_seen": None}
 
     def extra_repr(self) -> str:
-        """The shape, and the clusters."""
+        """One-line description of the shape and clusters."""
         own = f", clusters={self.clusters}, window={self.window}, strict={self.strict}, shared={self.shared}"
         return super().extra_repr() + own

@@ -1,4 +1,4 @@
-"""SeerAttention's gate: which blocks attention will look at, learned from where it looked."""
+"""SeerAttention's gate: predicts the blocks that attention will weigh most, trained on its block maxima."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..selection.grid import Grid
 from .base import check_sizes, draw
 
 EARLY = 4
-"""Tiles of the first such part of a sequence teach nothing: they see a few blocks, which all have much."""
+"""The loss skips the first 1 / EARLY of the tiles: these reach few blocks, all of which weigh much."""
 
 
 class SeerGate(nn.Module):
-    """The weight of each block of keys for each tile of queries, from pooled queries and keys alone.
+    """Predict the weight of each key block for each query tile, from pooled queries and keys alone.
 
-    A tile is its mean query; a block is its largest, smallest and mean key, through a matrix of each query
-    head. Both are taken before their rotation and turned to the first place of their block. The gate learns
-    from a target, the model from nothing: `loss` is what to minimise, with
-    `attention(..., return_block_max=(block, block))` for the target.
+    A tile is pooled to its mean query; a block to its largest, smallest and mean key, projected by a matrix
+    per query head. Both are pooled before rotation, then rotated to the first position of their block. Only
+    the gate learns, not the model: minimise `loss`, with `attention(..., return_block_max=(block, block))` as
+    the target.
 
     Papers: Gao et al., "SeerAttention", arXiv 2410.13276, sections 3 and 4.
 
     Parameters
     ----------
     heads, head_dim : int
-        Query heads, and their size; heads of keys may be fewer.
+        Number of query heads, and their size; there may be fewer key heads.
     block : int
-        Queries of a tile, and keys of a block.
+        Queries per tile, and keys per block.
     generator : torch.Generator, optional
-        Draws the weights.
+        Generator that draws the weights.
 
     Examples
     --------
@@ -65,44 +65,45 @@ class SeerGate(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights: normal, 1 / sqrt(inputs) wide."""
+        """Draw fresh weights: normal with std 1 / sqrt(inputs)."""
         draw(self.weight, self.weight.shape[1] ** -0.5, generator)
 
     def grid(self, q: Tensor, k: Tensor, q_offset: int | Tensor = 0) -> Grid:
-        """Tiles and blocks of a call."""
+        """Grid of tiles and blocks of a call."""
         return Grid(q.shape[2], k.shape[2], self.block, self.block, q_offset, device=q.device)
 
     def blocks(self, q: Tensor, k: Tensor, *, rope: Any = None, q_offset: int | Tensor = 0) -> Blocks:
-        """What the gate looks at: a hundredth of q and k, which training can keep in their place.
+        """Pool q and k to the gate's inputs, about 1 % of their size; training can store these instead.
 
         Parameters
         ----------
         q, k : Tensor
             `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`.
         rope : (Tensor, Tensor) or Tensor, optional
-            How q and k, which come rotated, were: (cos, sin), `[B|1, n, D]` each, of positions 0 up to the
-            last key's, or the inverse frequencies `[D / 2]`. None: they were not.
+            The rotation that q and k already have: (cos, sin), `[B|1, n, D]` each, of positions 0 up to the
+            last key's, or the inverse frequencies `[D / 2]`. None: they are not rotated.
         q_offset : int or Tensor
             Position of the first query.
         """
         return Blocks.of(q, k, self.grid(q, k, q_offset), rope)
 
     def forward(self, q: Tensor, k: Tensor, *, rope: Any = None, q_offset: int | Tensor = 0) -> Tensor:
-        """Log-weights of the blocks, `[B,Hq,R,C]`: a softmax over those in reach, -inf elsewhere."""
+        """Log-weights of the blocks, `[B,Hq,R,C]`: log-softmax over the blocks in reach, -inf elsewhere."""
         return self._log_weights(
             self.blocks(q, k, rope=rope, q_offset=q_offset), self.grid(q, k, q_offset).reach()
         )
 
     def loss(self, blocks: Blocks, target: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from a target to the gate, mean over heads and later tiles.
+        """Kullback-Leibler divergence from a target to the gate, mean over heads and all but the first tiles.
 
         Parameters
         ----------
         blocks : Blocks
-            Of whole sequences (`q_offset` 0).
+            Gate inputs of whole sequences (`q_offset` 0).
         target : Tensor
-            `[B,Hq,R,C]`, at least 0: what blocks should weigh; rows are scaled to 1 here. The paper takes the
-            largest weight of attention in each block (section 4.2), from tiles behind a quarter of the text.
+            `[B,Hq,R,C]`, non-negative target weights of the blocks; rows are normalised to 1 here. The paper
+            takes the largest attention weight in each block (section 4.2), from the tiles behind the first
+            quarter.
         """
         R, C = blocks.q.shape[2], blocks.k.shape[2]
         if target.shape != (*blocks.q.shape[:2], R, C):
@@ -123,6 +124,6 @@ class SeerGate(nn.Module):
         return torch.log_softmax(logits, -1)
 
     def extra_repr(self) -> str:
-        """The shape, in a line."""
+        """One-line description of the shape."""
         heads, _, head_dim = self.weight.shape
         return f"{heads}, {head_dim}, block={self.block}"

@@ -1,4 +1,4 @@
-"""Softmax attention over whatever a method or a plan shows."""
+"""Softmax attention with projections, over the keys that a method or a plan selects."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from .base import Layer, Positions, State, rms
 
 
 class SelfAttention(Layer):
-    """Projections around attention: dense, over any method, or over a plan that the caller gives.
+    """Projections around attention: dense, over any method, or over the caller's plan.
 
-    `out = W_o concat_h attend(q_h, k_h, v_h)` with `q, k, v = W_q x, W_k x, W_v x`, q and k turned by their
-    positions. Without a method every token sees all up to its own.
+    `out = W_o concat_h attend(q_h, k_h, v_h)` with `q, k, v = W_q x, W_k x, W_v x`, and q and k rotated by
+    their positions. Without a method, every token attends to all tokens up to itself.
 
     Parameters
     ----------
     width, heads, kv_heads, head_dim, positions, base, dropout
         As in `Layer`; positions are rotary by default.
     method : Method or str, optional
-        What selects: an instance, or a name of `sparseflash.methods`.
+        Method that selects keys: an instance, or a name of `sparseflash.methods`.
     causal : bool
-        Only without a method: False shows every token all of them (then there is no state).
+        Only without a method: False lets every token attend to all tokens (then there is no state).
     normed : bool
-        Whether queries and keys are divided by their root mean square before they are turned.
+        Whether queries and keys are RMS-normalised before rotation.
     bias : bool
-        Whether projections have one.
+        Whether projections have a bias.
     context : mapping, optional
-        What the method may read at every call (`ctx`), such as the step; the mapping is kept, not copied.
+        Mapping that the method reads at every call (`ctx`), such as the step; it is kept by reference.
 
     Notes
     -----
-    The state is a cache of all keys and values; of `Window` and `SinkWindow` no more than twice what is still
-    seen. A method decodes if its `decodes` says that tokens one by one see what they would see at once.
+    The state caches all keys and values; with `Window` and `SinkWindow` at most twice those that a later
+    query attends to. A method can decode if its `decodes` is true: token by token it selects the same keys as
+    at once.
 
     Examples
     --------
@@ -94,7 +95,7 @@ class SelfAttention(Layer):
         self.reset()
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Attend; x [B, T, width]."""
+        """Project, select and attend; x [B, T, width]."""
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         if self.normed:
             q, k = rms(q), rms(k)
@@ -102,7 +103,7 @@ class SelfAttention(Layer):
         offset = 0
         if state is not None:
             k, v = state.append(k=k, v=v)
-            offset = k.shape[2] - x.shape[1]  # a place in the cache; distances of what is seen are the same
+            offset = k.shape[2] - x.shape[1]  # index into the cache; distances to the kept keys stay right
         if plan is not None:
             out = attention(q, k, v, plan, dropout_p=self.dropout_p)
         elif self.method is not None:
@@ -116,7 +117,7 @@ class SelfAttention(Layer):
         return self.end(out)
 
     def new_state(self, batch: int) -> State:
-        """An empty cache."""
+        """Make an empty cache."""
         require(
             (
                 self.causal and getattr(self.method, "causal", True),
@@ -130,15 +131,15 @@ class SelfAttention(Layer):
         return super().new_state(batch)
 
     def extra_repr(self) -> str:
-        """The shape, and what selects."""
+        """One-line description of the shape and method."""
         own = f", method={self.method!r}" if self.method is not None else ""
         return super().extra_repr() + own + ("" if self.causal else ", causal=False")
 
 
 def forget(method: Method | None, state: State) -> None:
-    """Drop keys of a cache that no later query of a method sees, once they are more than half."""
+    """Drop cached keys that no later query of the method attends to, once they are more than half."""
     if not isinstance(method, (Window, SinkWindow)) or not is_count(method.window):
-        return  # windows of their own for each head
+        return  # per-head windows: keep all keys
     sink, near = method.sink_tokens if isinstance(method, SinkWindow) else 0, method.window - 1
     for name, x in state.tensors.items():
         n = x.shape[2]

@@ -1,4 +1,4 @@
-"""SeqBoat: a moving average for all tokens, and gated attention among those that a router activates."""
+"""SeqBoat: a moving average for all tokens, and gated attention among the tokens a router activates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..plan import Plan
 from .base import Layer, Positions, State, check_choice, check_sizes, draw, rotate, survivors, taken
 
 WIDEST = 256
-"""Values of one head of attention."""
+"""Widest values of one attention head; wider ones are split over several heads."""
 
 
 class EMA(nn.Module):
-    """The damped exponential moving average of MEGA, `size` of them a channel.
+    """The damped exponential moving average of MEGA, with `size` averages per channel.
 
     `h_n <- phi_n h_n + p_n beta_n x`, `y = sum_n gamma_n h_n / sqrt(size) + omega x`, with `p =
     sigmoid(delta)`, `phi = 1 - p sigmoid(alpha)`: one convolution, by FFT, O(T log T).
@@ -58,7 +58,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh numbers, as MEGA draws them."""
+        """Draw fresh parameters, distributed as in MEGA."""
         for weight, std in zip(self.parameters(), (0.2, 0.2, 0.02, 1.0, 1.0)):
             draw(weight, std, generator)
         self.beta.add_(1 - 2 * (torch.arange(self.beta.shape[1], device=self.beta.device) % 2))
@@ -66,15 +66,15 @@ class EMA(nn.Module):
     def forward(
         self, x: Tensor, h: Tensor | None = None, *, carry: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """(y, h) of `x [B, T, width]` and the state `h [B, width, size]` that earlier tokens left.
+        """Return (y, h) for `x [B, T, width]`, given the state `h [B, width, size]` of earlier tokens.
 
-        `carry=False` leaves the new state out.
+        `carry=False` skips the new state and returns None for it.
         """
         wide, T = state_dtype(x), x.shape[1]
         p = self.delta.to(wide).sigmoid()
         phi = 1 - p * self.alpha.to(wide).sigmoid()
         into, out = p * self.beta.to(wide), self.gamma.to(wide) * self.gamma.shape[1] ** -0.5
-        # phi^t for t = a S + b is phi^(a S) phi^b: sums over n are products of two small tables
+        # phi^t for t = a S + b is phi^(a S) phi^b: sums over n become products of two small tables
         S = max(1, math.isqrt(T))
         A = -(-T // S)
         step = torch.arange(S, device=x.device, dtype=wide)
@@ -101,38 +101,38 @@ class EMA(nn.Module):
 
 
 class SeqBoat(Layer):
-    """Sparse modular activation: all tokens pass a moving average, some also enter gated attention.
+    """Sparse modular activation: all tokens pass a moving average, active ones also gated attention.
 
-    `M = silu(EMA(x))`; `u = W_u M` are two logits, `P = softmax(u / exp(t))`, and a token is active where
-    `P_1 > P_0`, with confidence `g = P_1`. Active tokens, and no others, meet in a gated attention unit: `[z
-    | r | w] = silu(W M)`, queries and keys are `z * a + b`, each sees itself and the last `window` active
-    tokens, however far back, and `h = W_o (A w * r)`. `y = W_x M + g h`, where g is 0 for the others. The
-    choice has no gradient; the router learns through g.
+    `M = silu(EMA(x))`; `u = W_u M` are two logits, `P = softmax(u / exp(t))`, and a token is active if `P_1 >
+    P_0`, with confidence `g = P_1`. Only active tokens enter a gated attention unit: `[z | r | w] = silu(W
+    M)`, queries and keys are `z * a + b`, each query attends to itself and the previous `window` active
+    tokens, however far back, and `h = W_o (A w * r)`. `y = W_x M + g h`, where g is 0 for inactive tokens.
+    The choice has no gradient; the router learns through g.
 
-    Paper: Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197. What is
-    around it there (a norm before, `silu(x + y)` after) is the model's.
+    Paper: Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197. The
+    paper's outer parts (a norm before, `silu(x + y)` after) are left to the model.
 
     Parameters
     ----------
     width, heads, head_dim, positions, base
-        As in `Layer`; the paper has one head. Positions, rotary by default, are those of the whole sequence.
+        As in `Layer`; the paper uses one head. Positions, rotary by default, count all tokens, active or not.
     window : int
-        Active tokens before its own that one sees.
+        Active tokens before its own that a query attends to.
     inner : int, optional
-        Numbers of r and w, a multiple of heads; twice the width by default.
+        Width of r and w, a multiple of heads; twice the width by default.
     size : int
-        Averages of a channel.
+        Moving averages per channel.
     law : "softmax" or "relu2"
-        What weights are: a softmax of `z.z' / sqrt(head_dim)`, or `max(0, z.z' / window)^2`.
+        Attention weights: a softmax of `z.z' / sqrt(head_dim)`, or `max(0, z.z' / window)^2`.
     temperature : float
-        exp(t) at the start, over sqrt(width).
+        Initial value of exp(t), divided by sqrt(width).
 
     Notes
     -----
-    On a CPU the active tokens are packed before anything is projected. Elsewhere, and in compiled graphs,
-    where counting would wait for the device, all are projected and the plan drops those that sleep. The state
-    is that of the averages and the last `window` active keys and values. `awake` is the share of active
-    tokens in the last forward, a 0-d tensor.
+    On a CPU the active tokens are packed before projection. On other devices, and in compiled graphs, where
+    counting them would synchronise, all tokens are projected and the plan drops inactive ones. The state
+    holds the averages and the last `window` active keys and values. `awake` is the share of active tokens in
+    the last forward, a 0-d tensor.
 
     Examples
     --------
@@ -183,7 +183,7 @@ class SeqBoat(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights."""
+        """Draw fresh weights."""
         super().reset(generator)
         self.average.reset(generator)
         self.scales.fill_(1.0)
@@ -209,7 +209,7 @@ class SeqBoat(Layer):
         return y
 
     def _packed(self, m: Tensor, active: Tensor) -> Tensor:
-        """The unit over active tokens alone, one sequence behind the other; zero for the rest."""
+        """Apply the attention unit to active tokens only, packed as documents; inactive tokens give zero."""
         place = active.flatten().nonzero()[:, 0]
         edges = nn.functional.pad(active.sum(1).cumsum(0), (1, 0))
         q, k, v, r = self._unit(m.flatten(0, 1)[place][None], place % max(1, m.shape[1]))
@@ -218,10 +218,10 @@ class SeqBoat(Layer):
         return h.new_zeros(m.shape[0] * m.shape[1], self.width).index_copy(0, place, h).view(m.shape)
 
     def _dropped(self, m: Tensor, active: Tensor, state: State | None) -> Tensor:
-        """The unit over all tokens, of which the plan sees the active ones."""
+        """Apply the attention unit to all tokens, with a plan that covers only active ones."""
         T, past = m.shape[1], 0
         q, k, v, r = self._unit(m, 0 if state is None else state.length)
-        own = torch.where(active, 0, 2)[:, None]  # nobody looks for keys in bucket 2, nor finds any in 1
+        own = torch.where(active, 0, 2)[:, None]  # active: 0; inactive keys 2, queries 1, which never meet
         if state is not None:
             old = [state.tensors.get(name) for name in ("k", "v", "own")]
             k, v, own = (y if z is None else torch.cat([z, y], 2) for z, y in zip(old, (k, v, own)))
@@ -232,7 +232,7 @@ class SeqBoat(Layer):
         return self._attend(q, k, v, r, plan)
 
     def _forget(self, state: State, k: Tensor, v: Tensor, own: Tensor) -> None:
-        """Keep the last active keys; sequences that have fewer are padded in front."""
+        """Keep the last `window` active keys; sequences with fewer are padded in front."""
         keep = own == 0
         keep = keep & (keep.flip(2).cumsum(2).flip(2) <= self.window)
         place, alive = survivors(keep)
@@ -252,7 +252,7 @@ class SeqBoat(Layer):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, r: Tensor, plan: Plan) -> Tensor:
         wide = v.shape[-1]
         parts = next(n for n in range(1, wide + 1) if wide % n == 0 and wide // n <= WIDEST)
-        if parts > 1:  # as many heads more, with the same scores
+        if parts > 1:  # split values over more heads with the same scores
             q, k = (y.repeat_interleave(parts, 1) for y in (q, k))
             v = v.reshape(*v.shape[:3], parts, wide // parts).transpose(2, 3).flatten(1, 2)
         if self.law == "softmax":
@@ -265,9 +265,9 @@ class SeqBoat(Layer):
         return found
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what the last forward counted."""
+        """State without the statistic of the last forward."""
         return {**super().__getstate__(), "awake": None}
 
     def extra_repr(self) -> str:
-        """The shape, and the window."""
+        """One-line description of the shape and window."""
         return f"{super().extra_repr()}, window={self.window}, inner={self.inner}, law={self.law!r}"

@@ -1,4 +1,4 @@
-"""SPARSEK attention: a learned score of each key, and a differentiable choice of about k of them."""
+"""SparseK attention: a learned score per key, and a differentiable choice of about k keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..plan.options import is_count, precise
 from .base import Layer, Positions, State, check_choice, check_sizes, survivors, taken
 
 WIDEST = 256
-"""Values of one call of attention."""
+"""Widest values of one attention call; wider ones take two calls."""
 
 
 class _Keep(NamedTuple):
@@ -27,16 +27,16 @@ class _Keep(NamedTuple):
 
 
 def _thresholds(scores: list[float], k: int) -> list[float]:
-    """tau of every prefix, by two heaps: each key is whole, then a fraction, then gone. O(T log T).
+    """Threshold tau of every prefix, by two heaps: each key is whole, then a fraction, then gone. O(T log T).
 
     f(t) = sum_j clip(u_j - t, 0, 1) falls with t and rises with every key, so tau never falls. Between two
-    edges (a key that goes, one that stops being whole) f is a line: `fractions - len * t + whole = k`.
+    edges (where a key goes, or stops being whole) f is linear: `fractions - len * t + whole = k`.
     """
     found, tau, seen, total = [], -math.inf, 0, 0.0
     whole: list[float] = []
     part: list[float] = []
     for u in scores:
-        seen += u != -math.inf  # padding is no key
+        seen += u != -math.inf  # -inf marks padding
         if u - tau >= 1 and u != -math.inf:
             heapq.heappush(whole, u)
         elif u > tau:
@@ -49,7 +49,7 @@ def _thresholds(scores: list[float], k: int) -> list[float]:
                 if at <= edge:
                     tau = max(tau, at)
                     break
-            elif not part and len(whole) <= k:  # every t of the piece will do: a hard choice
+            elif not part and len(whole) <= k:  # f is constant between these edges: whole keys only
                 break
             tau = max(tau, edge)
             if part and part[0] <= edge:
@@ -69,7 +69,7 @@ def _solve(u: Tensor, options: _Keep) -> Tensor:
 
 
 def _slope(run: Any, kept: Any, slopes: Any, options: _Keep) -> Any:
-    """d tau_i / d u_j is 1 / |S_i| for the fractions S_i of prefix i: two reads of a running sum."""
+    """d tau_i / d u_j is 1 / |S_i| for j in S_i, the fractional keys of prefix i: two prefix-sum reads."""
     (u, tau), dtau = kept, slopes[0]
     if dtau is None:
         return (None,)
@@ -92,7 +92,7 @@ _threshold = register(
 
 
 def lives(u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Until when each key is whole, and until when it is there at all: places `[.., T]`, T for never."""
+    """Positions `[.., T]` from which a key is no longer whole, and no longer kept at all; T for never."""
     u, tau = u.detach(), tau.detach().contiguous()
     own = torch.arange(u.shape[-1], device=u.device)
     whole = torch.searchsorted(tau, (u - 1).contiguous(), right=True)
@@ -101,24 +101,24 @@ def lives(u: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sparsek_threshold(u: Tensor, k: int) -> Tensor:
-    """The threshold of SPARSEK for every prefix: `sum_{j <= i} clip(u_j - tau_i, 0, 1) = k`.
+    """SparseK threshold of every prefix: `sum_{j <= i} clip(u_j - tau_i, 0, 1) = k`.
 
     Parameters
     ----------
     u : Tensor
-        Scores `[..., T]`, floating point; -inf is no key.
+        Scores `[..., T]`, floating point; -inf marks padding.
     k : int
-        How much is kept.
+        Sum of the weights per prefix.
 
     Returns
     -------
     Tensor
-        Like u, with its exact gradient in O(T); -inf while there are at most k keys. It never falls, so a key
-        that is gone does not come back.
+        tau, shaped as u, with its exact gradient in O(T); -inf while there are at most k keys. tau never
+        falls along a row, so a dropped key does not come back.
 
     Notes
     -----
-    Two heaps on the host, O(T log T) a row; scores on an accelerator travel there and back.
+    Runs on the host with two heaps, O(T log T) a row; scores on an accelerator are copied there and back.
 
     Examples
     --------
@@ -139,13 +139,13 @@ def sparsek_threshold(u: Tensor, k: int) -> Tensor:
 
 
 class SparseKAttention(Layer):
-    """Each query sees a learned choice of about k keys before it, and a window of recent ones.
+    """Each query attends to a learned choice of about k earlier keys, and to a window of recent ones.
 
     A key has one score for all queries, `u_j = w . x_j + slope * j`, and the weight `m_ij = clip(u_j - tau_i,
-    0, 1)`, where tau_i makes the weights of keys 0..i sum to k; keys among the last `window` weigh 1. Then
+    0, 1)`, where tau_i makes the weights of keys 0..i sum to k; keys in the last `window` have weight 1. Then
     `o_i = sum_j m_ij e_ij v_j / sum_j m_ij e_ij`, `e_ij = exp(q_i . k_j / sqrt(D))`. As tau never falls, a
-    key is whole, then a fraction, then gone for good: two plans of lifetimes, and no weight of a pair is ever
-    formed, since on the fractions m is linear in u_j and tau_i.
+    key is whole, then a fraction, then gone for good: two plans of key lifetimes (whole, fractional). On
+    fractional keys m is linear in u_j and tau_i, so no per-pair weight is ever materialised.
 
     Paper: Lou et al., "Sparser is Faster and Less is More", arXiv 2406.16747.
 
@@ -154,16 +154,16 @@ class SparseKAttention(Layer):
     width, heads, kv_heads, head_dim, positions, base
         As in `Layer`; positions are rotary by default.
     k, window : int
-        What the weights sum to; recent keys that are always seen.
+        Sum of the weights; number of recent keys that are always attended to.
     form : "weight" or "gate"
-        Whether m weighs the pair in the softmax, or the value only (sums then stay over all that live).
+        Whether m weighs the pair in the softmax, or only the value (the denominator then sums e_ij alone).
     slope : float
-        What a later key gains for every token.
+        Score added per token of position.
 
     Notes
     -----
-    The state holds the keys that live and the window, whatever the length: with scores that do not all fall
-    together, little more than k + window.
+    The state holds the surviving keys and the window, whatever the length: unless all scores fall steadily,
+    little more than k + window.
 
     Examples
     --------
@@ -210,11 +210,11 @@ class SparseKAttention(Layer):
         self.reset()
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Choose and attend; x [B, T, width]."""
+        """Score, choose and attend; x [B, T, width]."""
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         q, k = self.turn(q, state), self.turn(k, state)
         wide, T, past = state_dtype(x), x.shape[1], 0
-        with precise(x):  # half a digit of a score is many keys
+        with precise(x):  # reduced precision would tie many keys' scores
             u = nn.functional.linear(x.to(wide), self.score.weight.to(wide)).transpose(1, 2)
             if self.slope:
                 begin = 0 if state is None else state.length
@@ -245,10 +245,10 @@ class SparseKAttention(Layer):
     def _fractions(
         self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, tau: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """Means of [m | m v] over the fractions, and their lse: m = u_j - tau_i, so means of u v, v and u."""
+        """Means of [m | m v] over fractional keys, and lse: m = u_j - tau_i, so means of u v, v and u."""
         group = self.heads // self.kv_heads
         mean = u.masked_fill(u == -torch.inf, 0).mean(-1, keepdim=True).detach() if u.shape[-1] else 0
-        u = torch.where(u == -torch.inf, 0, u - mean)[..., None]  # differences need no large numbers
+        u = torch.where(u == -torch.inf, 0, u - mean)[..., None]  # centred: only differences to tau matter
         tau = torch.where(tau == -torch.inf, 0, tau - mean).repeat_interleave(group, 1)[..., None]
         ones = torch.cat([torch.ones_like(u), v], -1)
         if 2 * ones.shape[-1] <= WIDEST:
@@ -264,7 +264,7 @@ class SparseKAttention(Layer):
         return [y if old is None else torch.cat([old, y], 2) for old, y in zip(kept, new)]
 
     def _forget(self, state: State, k: Tensor, v: Tensor, u: Tensor, until: Tensor) -> None:
-        """Keep what a later query may see; heads that keep less are padded in front."""
+        """Keep keys that a later query may attend to; heads with fewer are padded in front."""
         n = u.shape[-1]
         keep = (until == n) | (torch.arange(n, device=u.device) > n - self.window)
         keep = keep & (u.detach() != -torch.inf)
@@ -273,6 +273,6 @@ class SparseKAttention(Layer):
         state.tensors.update(k=taken(k, place), v=taken(v, place), u=u)
 
     def extra_repr(self) -> str:
-        """The shape, and how much is kept."""
+        """One-line description of the shape and budget."""
         own = f", form={self.form!r}" + (f", slope={self.slope}" if self.slope else "")
         return f"{super().extra_repr()}, k={self.k}, window={self.window}{own}"

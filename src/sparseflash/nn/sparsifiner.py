@@ -1,4 +1,4 @@
-"""Attention whose links a small predictor chooses, query by query."""
+"""Sparsifiner: a low-rank predictor chooses the keys of each query."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..selection.budgets import top_indices, top_k
 from .base import Layer, Positions, State, check_choice, check_sizes, draw
 
 SHORT = 512
-"""Up to so many tokens, a mask makes a plan faster than lists."""
+"""Up to this many tokens, a plan from a mask is built faster than one from key lists."""
 
 
 class SparsifinerAttention(Layer):
-    """Each query sees the keys for which a low-rank prediction of its attention is largest.
+    """Each query attends to the keys for which a low-rank prediction of its attention is largest.
 
-    Queries and keys are projected to few channels, keys along the tokens to mixtures; a softmax of their
-    products says how much of each mixture a query wants, and a learned basis of what is not negative says
-    where a mixture lies. The links are a choice and have no gradient: the predictor learns from `aux_loss`,
-    the squared distance to dense attention. In the phase "reconstruct" the layer is dense and only the
-    predictor has something to learn; in "sparse" it attends over what is predicted.
+    Queries and keys are projected to few channels, and keys mixed along the tokens; a softmax of their
+    products gives each query's weights of the mixtures, and a learned non-negative basis maps mixtures back
+    to keys. The choice of keys has no gradient: the predictor learns from `aux_loss`, its squared distance to
+    dense attention. In phase "reconstruct" attention is dense and the predictor trains; in phase "sparse" the
+    layer attends over the predicted keys.
 
     Papers: Wei et al., "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision
     Transformers", arXiv 2303.13755, sections 3.2 and 3.3.
@@ -36,22 +36,21 @@ class SparsifinerAttention(Layer):
     width, heads, head_dim, positions, base, dropout
         As in `Layer`.
     tokens : int
-        The most tokens of a sequence; the first is CLS, which sees all.
+        Maximum number of tokens; the first one is CLS, which attends to all.
     keep : float
-        Share of the keys that a query sees, in (0, 1].
+        Share of the keys that a query attends to, in (0, 1].
     mixtures : int, optional
-        Mixtures of tokens; a sixth of the tokens by default.
+        Number of token mixtures; `tokens / 6` by default.
     channels : int, optional
-        Of projected queries and keys; half of the head by default.
+        Channels of the projected queries and keys; half of head_dim by default.
     top : int
-        Mixtures that a query may want.
+        Mixtures that count per query.
     floor : float
-        Smaller entries of the basis are 0 in the phase "sparse".
+        In phase "sparse", smaller entries of the basis are set to 0.
     weight : float
-        Of the auxiliary loss; 0 is none, and then nothing of size T x T is made in the phase "sparse" but
-        the prediction.
+        Weight of the auxiliary loss; with 0, the prediction is the only T x T tensor in phase "sparse".
     phase : "reconstruct" or "sparse"
-        May be set anew at any time.
+        Training phase; may be changed at any time.
     scaling : "channels" or "heads"
         Whether products are scaled by 1 / sqrt(channels), or by 1 / sqrt(heads) as in the released code.
 
@@ -110,13 +109,13 @@ class SparsifinerAttention(Layer):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights; the basis is even enough that no entry is below the floor."""
+        """Draw fresh weights; the basis is nearly uniform, with no entry below the floor."""
         super().reset(generator)
         draw(self.basis, 0.05, generator)
         self.basis.add_(2 * self.floor + 1 / self.tokens)
 
     def predicted(self, q: Tensor, k: Tensor) -> Tensor:
-        """The predicted attention of all queries but CLS, [B, H, T - 1, T]."""
+        """Predicted attention of all queries except CLS, [B, H, T - 1, T]."""
         T = q.shape[2]
         require((T <= self.tokens, lambda: f"x has {T} tokens, the layer was made for tokens={self.tokens}"))
         low = self.low_key(k).mT @ self.mixer[:T].to(k.dtype)
@@ -128,12 +127,12 @@ class SparsifinerAttention(Layer):
         return torch.where(most, wanted, 0) @ basis
 
     def links(self, x: Tensor) -> Tensor:
-        """Who sees whom, bool [B, H, T, T]."""
+        """Mask of the chosen keys, bool [B, H, T, T]."""
         q, k = (self.turn(self.split(project(x)), None) for project in (self.query, self.key))
         return self._mask(self.predicted(q, k), x.shape[1])
 
     def budget(self, T: int) -> int:
-        """Keys of a query."""
+        """Number of keys per query."""
         return math.ceil(self.keep * T)
 
     def _mask(self, guess: Tensor, T: int) -> Tensor:
@@ -150,7 +149,7 @@ class SparsifinerAttention(Layer):
         return Plan.from_choice(torch.cat([whole, rest], 2), Tk=T, causal=False, unique=True)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Predict, and attend; x [B, T, width]."""
+        """Predict, choose and attend; x [B, T, width]."""
         T = x.shape[1]
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         q, k = self.turn(q, None), self.turn(k, None)
@@ -162,5 +161,5 @@ class SparsifinerAttention(Layer):
         return self.end(attention(q, k, v, seen, dropout_p=self.dropout_p))
 
     def extra_repr(self) -> str:
-        """The shape, the budget and the phase."""
+        """One-line description of the shape, budget and phase."""
         return f"{super().extra_repr()}, tokens={self.tokens}, keep={self.keep}, phase={self.phase!r}"

@@ -1,4 +1,4 @@
-"""Stick-breaking attention: newest first, each key takes a share of what newer keys left."""
+"""Stick-breaking attention: from the newest key to the oldest, each takes a share of what is left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Layer, State, check_choice
 
 
 class StickBreakingAttention(Layer):
-    """Attention without softmax and without positions: recent keys come first by themselves.
+    """Attention without softmax and without position embeddings: the newest keys take their share first.
 
     `A_ij = b_ij prod_{j < t < i} (1 - b_it)`, `b_ij = sigmoid(q_i . k_j / sqrt(D))` over earlier keys;
     `o_i = sum_j A_ij v_j + r_i v_i`, where `r_i = 1 - sum_j A_ij` is what is left of the stick.
@@ -27,14 +27,13 @@ class StickBreakingAttention(Layer):
     width, heads, kv_heads, head_dim
         As in `Layer`.
     rest : "self" or "drop"
-        Who gets what is left: the token's own value, or nobody.
+        What happens to the rest r_i: it weighs the token's own value, or is dropped.
     include_self : bool
-        Whether a token's own key is the newest that takes a share (the paper's is not).
+        Whether a token's own key is the first to take a share (not in the paper).
 
     Notes
     -----
-    The state is a cache of all keys and values. A plan in a forward says what is seen; keys that it hides
-    take nothing.
+    The state caches all keys and values. A plan passed to forward limits the keys; hidden keys take no share.
 
     Examples
     --------
@@ -68,7 +67,7 @@ class StickBreakingAttention(Layer):
         self.reset()
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
-        """Break sticks; x [B, T, width]."""
+        """Apply stick-breaking attention; x [B, T, width]."""
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         own, offset = v, 0
         if state is not None:
@@ -88,5 +87,5 @@ class StickBreakingAttention(Layer):
         return self.end(out)
 
     def extra_repr(self) -> str:
-        """The shape, and who gets what is left."""
+        """One-line description of the shape and rest."""
         return f"{super().extra_repr()}, rest={self.rest!r}, include_self={self.include_self}"

@@ -1,4 +1,4 @@
-"""Layers beside one another: some heads of one kind, some of another."""
+"""Layers in parallel: some heads of one kind, some of another."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from .base import Layer, State
 
 @dataclass
 class States(State):
-    """A state for each of several layers."""
+    """One state for each of several layers."""
 
     parts: list[State] = field(default_factory=list)
 
     def detach_(self) -> States:
-        """`State.detach_` of all."""
+        """Call `State.detach_` on all parts."""
         for part in self.parts:
             part.detach_()
         return self
 
 
 class Together(Layer):
-    """The sum of layers over the same x, which is one layer that has the heads of all.
+    """The sum of several layers over the same x, equivalent to one layer with all their heads.
 
-    The output projection of concatenated heads is the sum of those of its parts: six heads that look around
-    and two that route, as in the Routing Transformer, are a layer of six heads and one of two.
+    The output projection of concatenated heads equals the sum over groups of heads: six local heads and two
+    routing heads, as in the Routing Transformer, are a layer of six heads plus one of two.
 
     Parameters
     ----------
     *layers : Layer
-        Of one width; give each its `head_dim`, since `width / heads` would be that of a whole layer.
+        Layers of equal width; give each its `head_dim`, since `width / heads` would be that of a whole layer.
 
     Notes
     -----
-    `aux_loss`, `update`, `reset` and states are those of all parts; `positions` are "rotary" if any has them.
+    `aux_loss`, `update`, `reset` and states combine those of all parts; `positions` is "rotary" if any part's
+    is.
 
     Examples
     --------
@@ -62,7 +63,7 @@ class Together(Layer):
         super().__init__(
             widths[0],
             sum(layer.heads for layer in layers),
-            head_dim=2,  # of no use: parts have their own
+            head_dim=2,  # unused: parts have their own
             positions="rotary" if turns else "none",
         )
         self.layers = nn.ModuleList(layers)
@@ -78,7 +79,7 @@ class Together(Layer):
         state: State | None = None,
         cu_seqlens: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Add up what all layers make of x; arguments go to each."""
+        """Sum the outputs of all layers for x; arguments go to each."""
         layers = self._parts()
         if state is not None and not (isinstance(state, States) and len(state.parts) == len(layers)):
             raise SparseFlashError(f"state: {type(state).__name__}; expected Together.new_state(batch)")
@@ -92,25 +93,25 @@ class Together(Layer):
 
     @property
     def aux_loss(self) -> Tensor:
-        """The sum of those of the parts."""
+        """Sum of the parts' auxiliary losses."""
         return torch.stack([layer.aux_loss for layer in self._parts()]).sum()
 
     def new_state(self, batch: int) -> States:
-        """A state of each part."""
+        """Make a state for each part."""
         return States(batch, parts=[layer.new_state(batch) for layer in self._parts()])
 
     @torch.no_grad()
     def update(self) -> None:
-        """`update` of each part."""
+        """Call `update` on each part."""
         for layer in self._parts():
             layer.update()
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """`reset` of each part, in their order."""
+        """Call `reset` on each part, in order."""
         for layer in self._parts():
             layer.reset(generator)
 
     def extra_repr(self) -> str:
-        """The width, and the heads of all."""
+        """One-line description of width and heads."""
         return f"{self.width}, {self.heads}, positions={self.positions!r}"
