@@ -1,4 +1,4 @@
-"""Key caches: what is kept of the past, one object a layer, for Transformers and plain PyTorch alike.
+"""Key-value caches: one object per attention layer, for Transformers and plain PyTorch alike.
 
 >>> import torch, sparseflash as sf
 >>> cache = sf.cache.Growing()

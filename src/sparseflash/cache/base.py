@@ -1,4 +1,4 @@
-"""What the key cache of one attention layer is: four verbs, and the names that hosts call them by."""
+"""Interface of a layer's key-value cache: `append`, `plan`, `bytes`, `tokens`, and Transformers' names."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..plan import Plan
 from ..plan.options import shape_of
 
 CACHED = "_sparseflash_cache"
-"""Name of the attribute of keys that a layer has handed to a host: the layer that attends to them."""
+"""Attribute of the keys that an `Attended` layer returns to a host: a weak reference to that layer."""
 
 
 class Layer:
     """The keys and values of one attention layer: `append`, `plan`, `bytes`, `tokens`.
 
-    A list of layers is a cache. Transformers takes them as `Cache(layers=[...])` once `sf.transformers` is
-    imported; the lower half of the methods is what it calls. Positions are those of the tokens: a layer that
-    has forgotten some counts on where the last one was.
+    A cache is a list of layers. Transformers takes them as `Cache(layers=[...])` once `sf.transformers` is
+    imported; the methods further below are the ones it calls. Positions are those of the tokens: a layer that
+    has evicted tokens continues counting from the last token.
     """
 
     is_sliding: ClassVar[bool] = False
@@ -33,35 +33,35 @@ class Layer:
     # ------------------------------------------------------------ the four verbs
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n further tokens behind the others."""
+        """Append `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n new tokens."""
         raise NotImplementedError
 
     def plan(self, Tq: int = 1) -> Plan | tuple[Plan, ...]:
-        """What the last Tq tokens see, as a plan over `keys` and `values`, or one for each part of them."""
+        """Plan of the last Tq queries over `keys` and `values`, or one plan for each part of them."""
         raise NotImplementedError
 
     @property
     def bytes(self) -> int:
-        """Memory that the layer holds."""
+        """Bytes of memory that the layer holds."""
         return sum(x.untyped_storage().nbytes() for x in self.tensors().values())
 
     @property
     def tokens(self) -> int:
-        """Tokens that were appended and not cropped, whether or not they are still held."""
+        """Number of tokens appended and not cropped, whether or not they are still held."""
         raise NotImplementedError
 
-    # ------------------------------------------------------------ what they stand on
+    # ------------------------------------------------------------ what a subclass implements besides
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the layer holds, by name."""
+        """The tensors of the layer, by name."""
         raise NotImplementedError
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these sequences of the batch, in this order; one may stand there several times."""
+        """Keep these sequences of the batch, in this order; an index may repeat."""
         raise NotImplementedError
 
     def crop(self, n: int) -> None:
-        """Forget tokens at the end: all but the first n, or, below 0, so many."""
+        """Drop tokens at the end: keep the first n, or, if n < 0, drop the last -n."""
         raise NotImplementedError
 
     def reset(self) -> None:
@@ -69,16 +69,16 @@ class Layer:
         raise NotImplementedError
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a file is to hold: tensors, and options that JSON can hold."""
+        """The contents for a file: tensors, and options that JSON can hold."""
         raise NotImplementedError
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
-        """A layer of what a file held."""
+        """Rebuild a layer from the contents of a file."""
         raise NotImplementedError
 
     def _left(self, n: int) -> int:
-        """The tokens that are left by `crop(n)`."""
+        """Number of tokens that `crop(n)` leaves."""
         require(
             (
                 isinstance(n, int) and not isinstance(n, bool) and -self.tokens <= n,
@@ -94,46 +94,46 @@ class Layer:
 
     @property
     def is_initialized(self) -> bool:
-        """Whether something was appended."""
+        """Whether anything was appended."""
         return bool(self.tensors())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first `append` says how large things are."""
+        """Do nothing: the first `append` sets the shapes."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """`append`, and the keys and values to attend to."""
+        """Append, and return the keys and values to attend to."""
         raise NotImplementedError
 
     def get_seq_length(self) -> int:
-        """`tokens`."""
+        """Same as `tokens`."""
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys the next call attends to, and the position of the first."""
+        """Number of keys that the next call attends to, and the position of the first of them."""
         return self.tokens + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: there is no end."""
+        """Return -1: the length is unlimited."""
         return -1
 
     get_max_cache_shape = get_max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """`select_rows`, for beams."""
+        """Call `select_rows` to reorder beams."""
         self.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """`select_rows`, for sequences that go on."""
+        """Call `select_rows` to keep some sequences."""
         self.select_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """`select_rows`, for samples of one prompt."""
+        """Call `select_rows` to draw several samples from one prompt."""
         if self.is_initialized:
             batch = next(iter(self.tensors().values())).shape[0]
             self.select_rows(torch.arange(batch).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Nothing: a layer stays where its keys were made."""
+        """Do nothing: keys stay on the device they were made on."""
 
     prefetch = offload
 
@@ -142,25 +142,25 @@ class Layer:
 
 
 class Call(NamedTuple):
-    """What `Attended.attend` is told beside q, k and v."""
+    """Arguments of `Attended.attend` besides q, k and v."""
 
     among: Plan | None
     real: Tensor | None
     new: Callable[..., Any] | None
     options: dict[str, Any]
-    """scale, softcap, sink_logits."""
+    """Arguments of attention: scale, softcap, sink_logits."""
 
     def among_new(self, q: Tensor) -> Plan:
-        """What new tokens see of each other."""
+        """Plan of the new tokens among themselves."""
         n = q.shape[2]
         return Plan.dense(n, n, causal=True, device=q.device) if self.among is None else self.among
 
 
 class Attended(Layer):
-    """A layer that attends itself, since no tensor of all keys exists: `attend(q, k, v)`.
+    """A layer that computes attention itself, for lack of one tensor of all keys: `attend(q, k, v)`.
 
-    To a host that asks for all keys it hands out the new ones, marked; the attention "sparse" brings them
-    back.
+    `update` gives a host that expects all keys only the new ones, marked with `CACHED`; the attention
+    implementation "sparse" passes these back to `attend`.
     """
 
     _new: tuple[Tensor, Tensor] | None = None
@@ -178,20 +178,20 @@ class Attended(Layer):
         sink_logits: Tensor | None = None,
         new: Callable[..., Any] | None = None,
     ) -> Tensor:
-        """Attention of new tokens over what is held and over themselves, which are appended.
+        """Attend from new tokens to the held keys and to themselves, then append them.
 
         Parameters
         ----------
         q, k, v : Tensor
             `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]` of the new tokens.
         among : Plan, optional
-            What they see of each other. None: causal attention.
+            Plan of the new tokens among themselves. None: causal attention.
         real : Tensor, optional
-            bool `[B,n]`, False = padding, which is not kept.
+            bool `[B,n]`, False for padding, which is not stored.
         scale, softcap, sink_logits
             As in `sparseflash.attention`.
         new : callable, optional
-            What attends among the tokens of a first call instead of `attention(q, k, v, among)`.
+            Replaces `attention(q, k, v, among)` among the tokens of the first call.
 
         Returns
         -------
@@ -204,15 +204,15 @@ class Attended(Layer):
         return self._attend(q, k, v, Call(among, real, new, options))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """`attend`, of what it was told."""
+        """Implement `attend`; `call` holds its other arguments."""
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask is of the new tokens among themselves; of the others this layer knows what is held."""
+        """The host's mask covers only the new tokens; this layer plans the held keys itself."""
         return query_length, self.tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values, for the attention "sparse" to bring back to `attend`."""
+        """Return the new keys, marked, and values; the attention "sparse" passes them to `attend`."""
         if self._new is not None:
             self._new = None
             raise SparseFlashError(
@@ -226,18 +226,18 @@ class Attended(Layer):
         return keys, value_states
 
     def taken(self) -> None:
-        """Called by the attention that brings back what `update` handed out."""
+        """Clear the marker of `update`; called by the attention that passes the keys back."""
         self._new = None
 
 
 def layer_behind(keys: Tensor) -> Attended | None:
-    """The layer that handed out these keys."""
+    """The layer whose `update` returned these keys, or None."""
     found = vars(keys).get(CACHED)
     return None if found is None else found()
 
 
 def check_new(k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
-    """Check tokens that go behind others."""
+    """Check that new tokens fit behind the cached ones."""
     fits = isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == v.dim() == 4
     if not fits or k.shape[:3] != v.shape[:3]:
         raise SparseFlashError(f"k: {shape_of(k)}, v: {shape_of(v)}; expected [B,Hkv,n,D] and [B,Hkv,n,Dv]")

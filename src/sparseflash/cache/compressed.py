@@ -1,4 +1,4 @@
-"""`Compressed`: all keys and values, older ones as records of fewer bytes."""
+"""`Compressed`: a cache of all keys and values, older ones compressed to records."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .growing import Growing
 
 @dataclass(frozen=True)
 class Compression:
-    """How keys and values are stored that are not among the last: what `Compressed` is made with.
+    """How `Compressed` stores keys and values outside the recent window.
 
     Parameters
     ----------
     sparsity : float
-        The share of each key's and each value's items that is dropped, the smallest ones.
+        Share of each key's and each value's items to drop, the smallest ones.
     int8 : bool
-        What is kept becomes integers of 8 bits, with a scale for each key and value.
+        Whether kept items become 8-bit integers, with one scale per key and value.
     window : int
-        Last tokens that stay as they are, at least.
+        Minimum number of last tokens kept uncompressed.
     granule : int
-        Tokens that are stored at a time: so many more than `window` may wait.
+        Tokens compressed at a time: up to this many more than `window` stay uncompressed.
     """
 
     sparsity: float = 0.0
@@ -49,23 +49,23 @@ class Compression:
         )
 
     def packed(self, x: Tensor) -> Records:
-        """Rows `[B,H,n,D]` as they are stored."""
+        """Compress rows `[B,H,n,D]`."""
         return pack(x, sparsity=self.sparsity, int8=self.int8)
 
 
 @dataclass(frozen=True)
 class Mustafar(Compression):
-    """The largest items of every key and value stay, wherever they are, and bits that say where.
+    """Keeps the largest items of every key and value, with a bit mask of their indices.
 
-    No token is forgotten; attention is computed on what is stored.
+    No token is dropped; attention is computed on the compressed records.
 
     Paper: Joo et al., "Mustafar: Promoting Unstructured Sparsity for KV Cache Pruning", arXiv 2505.22913,
-    section 3: by token and magnitude, half or 0.7 of the items, the last 32 tokens left out.
+    section 3: by token and magnitude, half or 0.7 of the items, with the last 32 tokens uncompressed.
 
     Parameters
     ----------
     sparsity, int8, window, granule
-        As of every compression.
+        As in `Compression`.
 
     Examples
     --------
@@ -85,12 +85,12 @@ class Mustafar(Compression):
 
 @dataclass(frozen=True)
 class Int8(Compression):
-    """All items of keys and values, as integers of 8 bits with a scale for each key and value.
+    """Stores all items of keys and values as 8-bit integers, with one scale per key and value.
 
     Parameters
     ----------
     sparsity, int8, window, granule
-        As of every compression.
+        As in `Compression`.
 
     Examples
     --------
@@ -106,15 +106,16 @@ class Int8(Compression):
 
 @kind
 class Compressed(Attended):
-    """The keys and values of a layer, older ones in fewer bytes; attention over what is stored is exact.
+    """All keys and values of a layer, older ones compressed; attention over the stored records is exact.
 
-    The last tokens stay as they are; `granule` tokens at a time become records (`sparseflash.records`), which
-    decoding reads as they lie. A prompt is attended to before anything is stored. Inference only.
+    The last tokens stay uncompressed; `granule` tokens at a time become records (`sparseflash.records`),
+    which decoding reads without unpacking them. A prompt is attended to before it is compressed. Inference
+    only.
 
     Parameters
     ----------
     how : Compression
-        `cache.Mustafar(0.7)`, `cache.Int8()`.
+        `cache.Mustafar(0.7)` or `cache.Int8()`.
 
     Examples
     --------
@@ -143,7 +144,7 @@ class Compressed(Attended):
         self._forms: tuple[Form, Form] | None = None
         self._dtype = torch.float32
         self.first: Tensor | None = None
-        """Integers [B]: the first key of each sequence that is no padding; None: no padding on the left."""
+        """Integers [B]: index of the first real key of each sequence; None: no padding on the left."""
         self.taken()
 
     @property
@@ -153,12 +154,12 @@ class Compressed(Attended):
 
     @property
     def keys(self) -> tuple[Records, Tensor] | None:
-        """The records of older keys, and the last keys as they are; None of an empty cache."""
+        """The records of older keys, and the uncompressed last keys; None if the cache is empty."""
         return self._both(0)
 
     @property
     def values(self) -> tuple[Records, Tensor] | None:
-        """The same of values."""
+        """As `keys`, of the values."""
         return self._both(1)
 
     def _both(self, which: int) -> tuple[Records, Tensor] | None:
@@ -168,13 +169,13 @@ class Compressed(Attended):
         return Records(stored, self._forms[which], self._dtype), recent
 
     def tensors(self) -> dict[str, Tensor]:
-        """Records and last tokens, with their room."""
+        """Records and last tokens, with their spare capacity."""
         parts = {"stored": self._stored, "recent": self._recent}
         own = {f"{part}.{name}": x for part, of in parts.items() for name, x in of.tensors().items()}
         return own if self.first is None else own | {"first": self.first}
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` behind the others, and store what is no longer recent."""
+        """Append `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]`, and compress what is no longer recent."""
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise SparseFlashError("a cache that compresses has no gradients: call it under torch.no_grad()")
         self._recent.append(k, v)
@@ -191,7 +192,7 @@ class Compressed(Attended):
         self._recent.append(*rest)
 
     def plan(self, Tq: int = 1) -> tuple[Plan, Plan]:
-        """What the last Tq tokens see: of the records, and of the last keys."""
+        """Plans of the last Tq queries: over the records, and over the uncompressed keys."""
         stored, recent = self._stored.tokens, self._recent.tokens
         device = next(iter(self.tensors().values())).device
         if self.first is None:
@@ -208,7 +209,7 @@ class Compressed(Attended):
         return made[0], made[1]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """As of every layer that attends itself; padding stands on the left, in the first call."""
+        """Attend to records and recent keys; padding must be on the left, in the first call."""
         n, begun, real, options = q.shape[2], self.is_initialized, call.real, dict(call.options)
         if real is not None:
             first = real.int().argmax(-1)
@@ -222,31 +223,31 @@ class Compressed(Attended):
             out: Tensor = (call.new or attention)(q, k, v, call.among_new(q), **options)
             self.append(k, v)
             return out
-        self._recent.append(k, v)  # not stored before they are attended to
+        self._recent.append(k, v)  # attended to uncompressed; compressed below
         over_stored, over_recent = self.plan(n)
         keys, values = self.keys, self.values
         assert keys is not None and values is not None
         parts = [decode(q, keys[1], values[1], over_recent, return_lse=True, **options)]
         if self._stored.tokens:
-            options["sink_logits"] = None  # it counts once
+            options["sink_logits"] = None  # a sink counts in one part only
             parts.append(decode(q, keys[0], values[0], over_stored, return_lse=True, **options))
         self.append(k[:, :, :0], v[:, :, :0])
         return parts[0][0] if len(parts) == 1 else merge(parts)[0]
 
     def crop(self, n: int) -> None:
-        """Forget tokens at the end: all but the first n, or, below 0, so many; what is stored stays so."""
+        """Drop tokens at the end, as `Layer.crop`; records are not decompressed again."""
         left = self._left(n)
         self._recent.crop(max(left - self._stored.tokens, 0) - self._recent.tokens)
         self._stored.crop(min(left, self._stored.tokens) - self._stored.tokens)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these sequences of the batch, in this order."""
+        """Keep these sequences of the batch, in this order."""
         self._stored.select_rows(rows)
         self._recent.select_rows(rows)
         self.first = None if self.first is None else self.first.index_select(0, rows.to(self.first.device))
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a file is to hold: tensors and options."""
+        """The contents for a file: tensors and options."""
         own = {"first": self.first}
         for part, of in (("stored", self._stored), ("recent", self._recent)):
             own |= {f"{part}.keys": of.keys, f"{part}.values": of.values}
@@ -255,7 +256,7 @@ class Compressed(Attended):
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
-        """A layer of what a file held."""
+        """Rebuild a layer from the contents of a file."""
         made = cls(Compression(**options["how"]))
         for part, of in (("stored", made._stored), ("recent", made._recent)):
             of.keys, of.values = tensors.get(f"{part}.keys"), tensors.get(f"{part}.values")

@@ -1,4 +1,4 @@
-"""`Evicting`: as many keys as a policy lets stay, at the positions they had."""
+"""`Evicting`: a cache of the keys that a policy keeps, at their original positions."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .policies.base import Held, Policy
 
 
 class Evicting(Attended):
-    """The keys and values of a layer that a policy lets stay: memory for a budget, whatever the length.
+    """The keys and values of a layer that a policy keeps: memory for a budget, whatever the length.
 
-    Every KV head of every sequence has a place of its own in one pool, as large as what it holds and `slack`
-    tokens more. When a place is full, the policy chooses what stays. Keys keep the positions that they were
-    rotated for, and positions go on: the model does not notice but for what it no longer sees. Attention over
-    what is held is exact. Inference only.
+    Each KV head of each sequence owns a slice of one pool, with capacity for its keys and `slack` more
+    tokens. When a slice is full, the policy chooses what to keep. Kept keys keep the rotation of their
+    positions, and positions go on counting: the model notices nothing except for the missing keys. Attention
+    over the held keys is exact. Inference only.
 
     Parameters
     ----------
     policy : Policy
         `cache.SnapKV(budget=1024)`, `cache.StreamingLLM(...)`, ...
     layer, layers : int
-        Which layer this is, of how many: some policies give them different budgets.
+        Index of this layer, and number of layers: some policies give layers different budgets.
     slack : int
-        Tokens that are appended before the policy is asked again.
+        Tokens appended between two calls of the policy.
     rope : Tensor, optional
         Inverse frequencies `[D / 2]` of the model's rotary embedding, for a policy that renumbers.
 
@@ -52,7 +52,7 @@ class Evicting(Attended):
     """
 
     asking: bool = False
-    """While it is set, what is attended is a question: seen by the policy, and not appended."""
+    """While True, attended tokens are a question: the policy sees the queries; nothing is appended."""
 
     def __init__(
         self, policy: Policy, *, layer: int = 0, layers: int = 1, slack: int = 64, rope: Tensor | None = None
@@ -75,8 +75,8 @@ class Evicting(Attended):
     def reset(self) -> None:
         """Forget everything."""
         self._tokens = self._floor = 0
-        self._own: Tensor | None = None  # [B], tokens of each sequence that are no padding
-        self._prompt: Tensor | None = None  # the same when something was let go for the first time
+        self._own: Tensor | None = None  # [B], real (non-padding) tokens of each sequence
+        self._prompt: Tensor | None = None  # _own at the first eviction
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._position: Tensor | None = None
@@ -85,53 +85,53 @@ class Evicting(Attended):
         self._start: Tensor | None = None
         self._used: Tensor | None = None
         self._spare = 0
-        self._end = 0  # place of the next token among what is held, where policies renumber
-        self._asked = False  # since the policy chose last
+        self._end = 0  # if keys are renumbered: position of the next token
+        self._asked = False  # whether a question was attended since the last eviction
         self.taken()
 
     # ------------------------------------------------------------ the four verbs
 
     @property
     def tokens(self) -> int:
-        """Tokens that were appended, whether or not they are still held."""
+        """Tokens that were appended, held or evicted."""
         return self._tokens
 
     @property
     def held(self) -> Tensor:
-        """Keys that each KV head holds, `[B,Hkv]`."""
+        """Number of keys that each KV head holds, `[B,Hkv]`."""
         return torch.zeros(0, 0, dtype=torch.int64) if self._used is None else self._used
 
     @property
     def keys(self) -> Tensor | None:
-        """The pool of all heads, `[1,1,places,D]`: `plan` says whose each place is."""
+        """The key pool of all heads, `[1,1,slots,D]`; `plan` gives each head's slots."""
         return self._keys
 
     @property
     def values(self) -> Tensor | None:
-        """The pool of values, `[1,1,places,Dv]`."""
+        """The value pool, `[1,1,slots,Dv]`."""
         return self._values
 
     @property
     def positions(self) -> Tensor | None:
-        """When the token of each place came, int32 `[places]`."""
+        """Position of the token in each slot, int32 `[slots]`; -1 if empty."""
         return self._position
 
     def tensors(self) -> dict[str, Tensor]:
-        """The pool, positions and places of the heads, and what the policy looks at."""
+        """The pools, positions and slices of the heads, and the statistics of the policy."""
         names = ("keys", "values", "position", "mass", "queries", "start", "used")
         own = {name: getattr(self, f"_{name}") for name in names}
         return {name: x for name, x in own.items() if x is not None}
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n further tokens behind the others; all of them stay.
+        """Append `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` of n new tokens, without evicting any.
 
-        `attend` and `evict` let go what is over the budget.
+        `attend` and `evict` drop what is over the budget.
         """
         self._check(k, v)
         self._put(k, v)
 
     def plan(self, Tq: int = 1) -> Plan:
-        """What the last Tq tokens see of the pool: all that is held up to their own place."""
+        """Plan of the last Tq queries over the pool: each head's keys up to the query's own."""
         assert self._start is not None and self._used is not None and self._keys is not None
         row = torch.arange(1 - Tq, 1, device=self._used.device)
         spans = self._seen((self._used[..., None] + row).clamp(min=0))
@@ -142,7 +142,7 @@ class Evicting(Attended):
     # ------------------------------------------------------------ attending
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        """As of every layer that attends itself; then the policy lets go."""
+        """Implement `attend`; then the policy evicts."""
         self._check(k, v)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise SparseFlashError("a cache that evicts has no gradients: call it under torch.no_grad()")
@@ -151,7 +151,7 @@ class Evicting(Attended):
         own = q.shape[-1] ** -0.5 if own is None else own
         options: dict[str, Any] = {"scale": own, "softcap": softcap}
         many = self._used is None or n > self.slack
-        if not many and not self.asking and self._spare < n:  # no sooner: tokens may have been cropped
+        if not many and not self.asking and self._spare < n:  # late, as a crop may free slots
             self.evict(own, softcap)
         q, k = self._placed(q, real), self._placed(k, real)
         massed = self._massed(many)
@@ -171,7 +171,7 @@ class Evicting(Attended):
         return out
 
     def _massed(self, many: bool) -> bool:
-        """Whether the policy wants the mass of this call; that of earlier calls goes if it wants the last."""
+        """Whether the policy needs this call's attention mass; under "last", clears older mass first."""
         if self.policy.massed != "last":
             return self.policy.massed == "all" and not self.asking
         wanted = self.asking or (many and not self._asked)
@@ -180,7 +180,7 @@ class Evicting(Attended):
         return wanted
 
     def _placed(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """New queries or keys at their place among what is held, if the policy renumbers."""
+        """Rotate new queries or keys to their positions among the held keys, if the policy renumbers."""
         if self._rope is None:
             return x
         if real is not None and (self._used is not None or bool((real[:, :-1] > real[:, 1:]).any())):
@@ -199,7 +199,7 @@ class Evicting(Attended):
         sink_logits: Tensor | None = None,
         massed: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Attention over the pool; what each key was given is added up, if it is wanted."""
+        """Attend over the pool; add each key's attention mass to `_mass` if `massed`."""
         assert self._keys is not None and self._values is not None
         out, lse = decode(
             q, self._keys, self._values, plan, return_lse=True, sink_logits=sink_logits, **options
@@ -219,7 +219,7 @@ class Evicting(Attended):
         new: Callable[..., Any] | None,
         massed: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of several tokens over what is held and over themselves; and the mass of the new keys."""
+        """Attend over the held keys and among the new tokens; also return the mass of the new keys."""
         first = self._used is None
         if first and new is not None and not massed:
             return new(q, k, v, among, sink_logits=sink_logits, **options), None
@@ -238,7 +238,7 @@ class Evicting(Attended):
         return out, mass.view(k.shape[0], k.shape[1], -1, k.shape[2]).sum(2)
 
     def _before(self, n: int) -> Plan:
-        """All that is held, for each of n queries."""
+        """Plan of n queries that each attend to all held keys."""
         assert self._start is not None and self._used is not None and self._keys is not None
         spans = self._seen(self._used[..., None])
         spans = torch.maximum(spans, spans[..., :1]) + self._start[..., None, None, None]
@@ -248,7 +248,7 @@ class Evicting(Attended):
         )
 
     def evict(self, scale: float | None = None, softcap: float | None = None) -> None:
-        """Let go what the policy does not want to stay, by the last queries that were attended."""
+        """Drop what the policy does not keep, judged by the last attended queries."""
         if self._used is None or self._keys is None:
             return
         if self._prompt is None:
@@ -267,9 +267,9 @@ class Evicting(Attended):
             self._floor = self._tokens
 
     def _renumbered(self, k: Tensor, keep: Tensor, there: Tensor) -> Tensor:
-        """Keys that stay at the places `end - held .. end` of the cache, for the smallest end that there is.
+        """Rotate the kept keys to consecutive positions that end at the fullest head's count, `end`.
 
-        So the last one is right before the next token in every head, however many it holds.
+        So in every head the last key is right before the next token, however many keys the head holds.
         """
         assert self._used is not None and self._rope is not None
         used = there.sum(-1)
@@ -294,7 +294,7 @@ class Evicting(Attended):
         check_new(k, v, *old)
 
     def _seen(self, used: Tensor) -> Tensor:
-        """The spans of its place that each head sees while `used [B,Hkv,n]` are there: `[B,Hkv,n,S,2]`."""
+        """Spans of its slice that each head attends to with `used [B,Hkv,n]` keys held: `[B,Hkv,n,S,2]`."""
         assert self._own is not None
         prompt = self._own if self._prompt is None else self._prompt
         most = self.policy.most(self._own, prompt, used.shape[1])
@@ -303,7 +303,7 @@ class Evicting(Attended):
         return torch.stack([torch.stack(x, -1) for x in self.policy.seen(used, most)], -2)
 
     def _see(self, q: Tensor) -> None:
-        """Keep the queries that the policy looks at."""
+        """Remember the last queries, as many as the policy wants."""
         want = self.policy.queries
         if want:
             q = q[:, :, -want:]
@@ -311,7 +311,7 @@ class Evicting(Attended):
             self._queries = q.clone() if old is None else torch.cat([old, q], 2)[:, :, -want:]
 
     def _held(self, scale: float, softcap: float | None) -> Held:
-        """All that is held, heads side by side; -1 is the position of what is not there."""
+        """Gather the held keys, padded per head; position -1 marks padding."""
         assert self._used is not None and self._start is not None and self._position is not None
         assert self._keys is not None and self._values is not None and self._own is not None
         place = torch.arange(int(self._used.max()), device=self._used.device)
@@ -327,7 +327,7 @@ class Evicting(Attended):
         return Held(k, v, position, q, mass, self._tokens, self._own, prompt, scale, softcap)
 
     def _put(self, k: Tensor, v: Tensor, real: Tensor | None = None, mass: Tensor | None = None) -> None:
-        """Write new tokens behind those of each head; what is padding nowhere."""
+        """Write new tokens behind those of each head; padding is not written."""
         B, H, n, _ = k.shape
         position = torch.arange(self._tokens, self._tokens + n, device=k.device).expand(B, H, n)
         there = torch.ones_like(position, dtype=torch.bool) if real is None else real[:, None].expand(B, H, n)
@@ -354,7 +354,7 @@ class Evicting(Attended):
     def _fill(
         self, k: Tensor, v: Tensor, position: Tensor, mass: Tensor | None, there: Tensor, more: int = 0
     ) -> None:
-        """A pool of these keys, each head's place with room for `slack`, and for so many tokens more."""
+        """Build a new pool of these keys; each head's slice has capacity for `slack + more` tokens beyond."""
         used, self._spare = there.sum(-1), self.slack + more
         room = used + self._spare
         start, places = begins(room), int(room.sum())
@@ -374,7 +374,7 @@ class Evicting(Attended):
     # ------------------------------------------------------------ other sequences, fewer tokens
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these sequences of the batch, in this order."""
+        """Keep these sequences of the batch, in this order."""
         if self._used is None:
             return
         held = self._held(1.0, None)
@@ -386,17 +386,17 @@ class Evicting(Attended):
         self._fill(k, v, position, None if held.mass is None else held.mass[at], position >= 0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """`select_rows`, for samples of one prompt."""
+        """Call `select_rows` to draw several samples from one prompt."""
         if self._used is not None:
             self.select_rows(torch.arange(len(self._used)).repeat_interleave(repeats))
 
     def crop(self, n: int) -> None:
-        """Forget tokens at the end: all but the first n, or, below 0, so many.
+        """Drop tokens at the end: keep the first n, or, if n < 0, drop the last -n.
 
         Raises
         ------
         SparseFlashError
-            Where the policy has let go tokens since: they cannot come back.
+            If the policy has evicted keys since token n: evicted keys cannot come back.
         """
         left = self._left(n)
         if left < self._floor:
@@ -407,7 +407,7 @@ class Evicting(Attended):
         if self._used is not None and self._position is not None and self._start is not None:
             held = self._held(1.0, None)
             used = ((held.position >= 0) & (held.position < left)).sum(-1)
-            if self._own is not None:  # nothing was let go since: each head holds what goes
+            if self._own is not None:  # no eviction since: every head still holds all cropped tokens
                 self._own = self._own - (self._used - used)[:, 0]
             self._used = used
         if self._queries is not None and left < self._tokens:
@@ -420,11 +420,11 @@ class Evicting(Attended):
 
     @property
     def is_initialized(self) -> bool:
-        """Whether something was appended."""
+        """Whether anything was appended."""
         return self._used is not None
 
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """Rows `[B,H,m]` of `x [B,H,n,D]`; -1 is any."""
+    """Gather rows `[B,H,m]` of `x [B,H,n,D]`; index -1 gives an arbitrary row."""
     index = at.clamp(min=0).long()[..., None].expand(*at.shape, x.shape[3])
     return x.gather(2, index)

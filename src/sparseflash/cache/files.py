@@ -1,4 +1,4 @@
-"""Caches as files: a prompt that is read once, and asked about later."""
+"""Save and load caches as files, to read a prompt once and continue from it later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS: dict[str, type[Layer]] = {}
 
 
 def kind(cls: type[Layer]) -> type[Layer]:
-    """A class of layers that files may hold: `saved` says of what, `restored` makes it of that again."""
+    """Register a layer class that files can hold; it implements `saved` and `restored`."""
     _KINDS[cls.__name__] = cls
     return cls
 
@@ -29,14 +29,14 @@ def save(layers: Iterable[Layer] | Any, path: str | Path) -> None:
     Parameters
     ----------
     layers : iterable of Layer, or Cache
-        Or a `Cache` of Transformers whose layers are such.
+        The layers, or a `Cache` of Transformers that consists of them.
     path : str or Path
-        Whole at every moment: an earlier file stays until the new one is.
+        Output file, replaced atomically.
 
     Raises
     ------
     SparseFlashError
-        For layers of another kind.
+        If a layer is of a class that files cannot hold.
 
     Examples
     --------
@@ -66,12 +66,12 @@ def save(layers: Iterable[Layer] | Any, path: str | Path) -> None:
 
 
 def load(path: str | Path) -> Sequence[Layer]:
-    """The layers that `save` wrote.
+    """Read the layers that `save` wrote.
 
     Raises
     ------
     SparseFlashError
-        For a file that is something else.
+        If the file is not a saved cache.
     """
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""`Growing`: all keys and values, with room for more behind them."""
+"""`Growing`: a cache of all keys and values, with spare capacity at the end."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .files import kind
 from .summaries import Kept, Summary
 
 SHARE = 8
-"""One token of room for so many that are there: what is copied once in a while is not copied every time."""
+"""Spare capacity is 1 / SHARE of the length, so that copies on growth are rare."""
 
 
 @kind
 class Growing(Layer):
     """All keys and values of a layer, appended in place: what `torch.cat` gives, without its copies.
 
-    `torch.cat` moves the whole cache for each token, which takes longer than attending to it. Here the cache
-    has room at its end, an eighth of its length and `room` at least, and moves when that is full. Where keys
-    learn, it concatenates after all: gradients need the tensors as they were.
+    `torch.cat` copies the whole cache for each token, which takes longer than attending to it. This cache has
+    spare capacity, an eighth of its length and at least `room`, and copies only when that is full. If
+    gradients are needed it concatenates after all, since autograd needs the old tensors unchanged.
 
     Parameters
     ----------
     room : int
-        The least number of tokens to make room for.
+        Minimum spare capacity, in tokens.
 
     Examples
     --------
@@ -53,7 +53,7 @@ class Growing(Layer):
         """Forget everything."""
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._tokens = self._valued = 0  # the same, but while somebody puts others into it
+        self._tokens = self._valued = 0  # keys, values; differ only between the two setters
         self._first: Tensor | None = None
         self._summaries: dict[Summary, Kept] = {}
         self._remembered: dict[Hashable, tuple[int, tuple[Tensor, ...]]] = {}
@@ -65,7 +65,7 @@ class Growing(Layer):
 
     @property
     def first(self) -> Tensor | None:
-        """Integers [B]: the first key of each sequence that is no padding; None: no padding on the left."""
+        """Integers [B]: index of the first real key of each sequence; None: no padding on the left."""
         return self._first
 
     @first.setter
@@ -77,7 +77,7 @@ class Growing(Layer):
 
     @property
     def keys(self) -> Tensor | None:
-        """`[B,Hkv,tokens,D]`, without the room; None of an empty cache."""
+        """`[B,Hkv,tokens,D]`, without spare capacity; None if the cache is empty."""
         return None if self._keys is None else self._keys[:, :, : self._tokens]
 
     @keys.setter
@@ -88,7 +88,7 @@ class Growing(Layer):
 
     @property
     def values(self) -> Tensor | None:
-        """`[B,Hkv,tokens,Dv]`, without the room; None of an empty cache."""
+        """`[B,Hkv,tokens,Dv]`, without spare capacity; None if the cache is empty."""
         return None if self._values is None else self._values[:, :, : self._valued]
 
     @values.setter
@@ -96,7 +96,7 @@ class Growing(Layer):
         self._values, self._valued = x, 0 if x is None else x.shape[2]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys and values with their room, and the summaries."""
+        """Keys and values with their spare capacity, and the summaries."""
         own = {"keys": self._keys, "values": self._values, "first": self.first}
         own |= {f"summary.{n}": kept.rows for n, kept in enumerate(self._summaries.values())}
         made = [x for _, tensors in self._remembered.values() for x in tensors]
@@ -104,7 +104,7 @@ class Growing(Layer):
         return {name: x for name, x in own.items() if x is not None}
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` behind the others, in place while there is room."""
+        """Append `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]`, in place while capacity lasts."""
         check_new(k, v, self._keys, self._values)
         n, end = self._tokens, self._tokens + k.shape[2]
         require(
@@ -134,14 +134,14 @@ class Growing(Layer):
         return made
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """`append`, and all keys and values."""
+        """Append, and return all keys and values."""
         self.append(key_states, value_states)
         keys, values = self.keys, self.values
         assert keys is not None and values is not None
         return keys, values
 
     def plan(self, Tq: int = 1) -> Plan:
-        """Causal attention of the last Tq tokens, from each sequence's first key that is no padding."""
+        """Causal plan of the last Tq queries, from each sequence's first real key on."""
         T, device = self._tokens, None if self._keys is None else self._keys.device
         offset = T - Tq
         if self.first is None:
@@ -152,19 +152,19 @@ class Growing(Layer):
         return Plan.from_spans(spans, Tq=Tq, Tk=T, tile=tile, causal=True, q_offset=offset)
 
     def summary(self, of: Summary) -> Tensor:
-        """What a summary says of the keys, `[B,Hkv,pages,width]`: kept from its first use on."""
+        """Page summaries of the keys, `[B,Hkv,pages,width]`, kept up to date from the first call on."""
         assert self._keys is not None
         if of not in self._summaries:
             self._summaries[of] = Kept(of)
         return self._summaries[of].upto(self._keys[:, :, : self._tokens], self.first)
 
     def expect(self, *plans: Plan) -> None:
-        """Told what is read next: nothing to do for keys in memory."""
+        """Do nothing: a hint of what is read next, for caches outside memory."""
 
     def remembered(
         self, key: Hashable, tokens: int, make: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """What `make` once made of the first keys `[B,Hkv,tokens,D]`: tensors [B,...], which follow rows."""
+        """Cache `make(keys [B,Hkv,tokens,D])`: tensors [B,...] that `select_rows` reorders too."""
         keys = self.keys
         assert keys is not None
         known = self._remembered.get(key)
@@ -173,14 +173,14 @@ class Growing(Layer):
         return known[1]
 
     def crop(self, n: int) -> None:
-        """Forget tokens at the end: all but the first n, or, below 0, so many."""
+        """Drop tokens at the end: keep the first n, or, if n < 0, drop the last -n."""
         self._tokens = self._valued = self._left(n)
         for kept in self._summaries.values():
             kept.crop(self._tokens)
         self._remembered = {key: x for key, x in self._remembered.items() if x[0] <= self._tokens}
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these sequences of the batch, in this order."""
+        """Keep these sequences of the batch, in this order."""
         if self._keys is None or self._values is None:
             return
         at = rows.to(self._keys.device)
@@ -192,13 +192,13 @@ class Growing(Layer):
             self._remembered[key] = tokens, tuple(x.index_select(0, at) for x in made)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a file is to hold: tensors and options."""
+        """The contents for a file: tensors and options."""
         own = {"keys": self.keys, "values": self.values, "first": self.first}
         return {name: x for name, x in own.items() if x is not None}, {"room": self.room}
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], options: dict[str, Any]) -> Self:
-        """A layer of what a file held."""
+        """Rebuild a layer from the contents of a file."""
         made = cls(**options)
         made.keys, made.values, made.first = (tensors.get(name) for name in ("keys", "values", "first"))
         return made

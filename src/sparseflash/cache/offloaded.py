@@ -1,4 +1,4 @@
-"""`Offloaded`: all keys and values in a mapped file; summaries stay in memory, and say what is read of it."""
+"""`Offloaded`: all keys and values in a mapped file; summaries stay in memory and choose what to read."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from .growing import Growing
 
 PAGE = mmap.PAGESIZE
 Runs = list[tuple[int, int]]
-"""Ranges of bytes of a file, whole pages of memory: first, and behind the last."""
+"""Byte ranges [begin, end) of a file, aligned to memory pages."""
 
 
 @dataclass(frozen=True)
 class Offload:
-    """Where keys and values lie that are not to take memory: what `Offloaded` is made with.
+    """Where `Offloaded` stores keys and values, and how many.
 
     Parameters
     ----------
     folder : str or Path
-        Of the files, on a disk. They have no names: nothing stays when the program ends, however it does.
+        Folder on a disk for the files. They are unnamed (unlinked), so nothing stays however the program
+        ends.
     capacity : int
-        The most tokens of a sequence. A file takes space for those that are there.
+        Maximum number of tokens of a sequence. The file takes disk space only for tokens that are written.
     """
 
     folder: str | Path
@@ -48,33 +49,33 @@ class Offload:
 
 
 class Reads(NamedTuple):
-    """What a layer was told to read."""
+    """Bytes that a layer was asked to read."""
 
     bytes: int = 0
-    """Of the file, in whole pages of memory."""
+    """Bytes of the file, in whole memory pages."""
     there: int = 0
-    """Of these, what was in memory when they were asked for: prefetched, or read before."""
+    """Bytes of these already in memory when asked for: prefetched, or read before."""
 
 
 class Offloaded(Growing):
-    """All keys and values of a layer in a file, of which a method reads the pages that it chooses.
+    """All keys and values of a layer in a file, of which a method reads the chosen pages.
 
-    A token's key and value lie side by side, the tokens of a head behind each other, so that a page of a
-    method is one stretch of the file. What a method keeps to choose by (`summary`) stays in memory. What a
-    plan lists is asked for all at once (`expect`, which hosts call), and the layer that follows begins to
-    read what it read for the token before. Where the disk is full, the layer goes on in memory and says so.
+    A token's key and value are adjacent, and the tokens of a head contiguous, so a page of a method is one
+    byte range of the file. The summaries that a method chooses by (`summary`) stay in memory. `expect`, which
+    hosts call, requests everything that a plan lists at once, and makes the `following` layer request what it
+    read for the previous token. If the disk is full, the layer continues in memory with a warning.
 
     Parameters
     ----------
     how : Offload
-        The folder, and how many tokens at most.
+        Folder, and maximum number of tokens.
     following : Offloaded, optional
         The layer that attends next.
 
     Attributes
     ----------
     reads : Reads
-        Since the last `reset`.
+        Bytes requested since the last `reset`.
 
     Examples
     --------
@@ -111,17 +112,17 @@ class Offloaded(Growing):
 
     @property
     def bytes(self) -> int:
-        """Memory that the layer holds: of the file nothing."""
+        """Bytes of memory that the layer holds; the mapped file does not count."""
         mapped = () if self._file is None else ("keys", "values")
         return sum(x.untyped_storage().nbytes() for name, x in self.tensors().items() if name not in mapped)
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Put `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` behind the others, into the file.
+        """Append `k [B,Hkv,n,D]` and `v [B,Hkv,n,Dv]` to the file.
 
         Raises
         ------
         SparseFlashError
-            Past the capacity, and for a folder that cannot be written; nothing is lost.
+            Beyond the capacity, or if the folder is not writable; nothing is lost.
         """
         check_new(k, v, self._keys, self._values)
         if k.device.type != "cpu":
@@ -132,7 +133,7 @@ class Offloaded(Growing):
             raise SparseFlashError("keys in a file have no gradients: append them under torch.no_grad()")
         if self._file is None and self._keys is None:
             self._begin(k, v)
-        if self._file is None:  # the disk was full
+        if self._file is None:  # after the disk was full
             return super().append(k, v)
         n, end = self._tokens, self._tokens + k.shape[2]
         if end > self.how.capacity:
@@ -149,7 +150,7 @@ class Offloaded(Growing):
         return None
 
     def _leave(self, error: OSError, tokens: int) -> None:
-        """Go on in memory, with all that is there."""
+        """Copy everything into memory and continue there, with a warning."""
         warnings.warn(
             f"{self.how.folder}: {error.strerror} at {tokens} tokens: this layer goes on in memory",
             stacklevel=3,
@@ -168,11 +169,11 @@ class Offloaded(Growing):
         self._take(file, k.shape[3])
 
     def _take(self, file: _File, width: int) -> None:
-        """Keys and values are those of a file from now on."""
+        """Use the rows of a file as keys and values."""
         self._file, self._keys, self._values = file, file.rows[..., :width], file.rows[..., width:]
 
     def expect(self, *plans: Plan) -> None:
-        """Begin to read what plans list, all at once, and what the next layer read for the token before."""
+        """Request what plans list from the disk, all at once, and the next layer's last reads."""
         if self._file is None:
             return
         runs = self._file.runs(plans, self._tokens)
@@ -185,17 +186,17 @@ class Offloaded(Growing):
             self.following.prefetch()
 
     def prefetch(self) -> None:
-        """Begin to read what was read for the last token."""
+        """Request the ranges that were read for the last token."""
         if self._file is not None and self._last is not None:
             self._file.ask(self._last)
 
     def drop(self) -> None:
-        """Let the system forget the file's pages: what is read next comes from the disk."""
+        """Evict the file from the page cache: the next read comes from the disk."""
         if self._file is not None:
             self._file.drop()
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with these sequences of the batch, in this order; they are copied within the disk."""
+        """Keep these sequences of the batch, in this order, by copying them into a new file."""
         keys, values = self.keys, self.values
         if self._file is None or keys is None or values is None:
             return super().select_rows(rows)
@@ -210,7 +211,7 @@ class Offloaded(Growing):
             self._leave(error, n)
             return super().select_rows(rows)
         self._keys, self._values = keys[:, :, :0], values[:, :, :0]
-        super().select_rows(rows)  # what stands beside the keys
+        super().select_rows(rows)  # summaries and the like
         self._take(file, keys.shape[3])
         return None
 
@@ -223,12 +224,12 @@ class Offloaded(Growing):
 
 
 class _File:
-    """Rows `[B,H,capacity,width]` of a file without a name: written as a file, read as memory."""
+    """Rows `[B,H,capacity,width]` of an unnamed file: written by pwrite, read through a memory map."""
 
     def __init__(self, how: Offload, B: int, H: int, width: int, dtype: torch.dtype) -> None:
         self._open = tempfile.TemporaryFile(dir=how.folder)
         self._row = width * dtype.itemsize
-        self._head = -(-how.capacity * self._row // PAGE) * PAGE  # each head begins with a page of memory
+        self._head = -(-how.capacity * self._row // PAGE) * PAGE  # each head is aligned to a memory page
         self._heads = H
         size = B * H * self._head
         os.ftruncate(self._open.fileno(), size)
@@ -238,7 +239,7 @@ class _File:
         self.rows = flat.as_strided((B, H, how.capacity, width), (H * stride, stride, width, 1))
 
     def write(self, x: Tensor, at: int, to: int = 0) -> None:
-        """Put rows `[B,H,n,width]` at a place of each head; of the sequences from `to` on."""
+        """Write rows `[B,H,n,width]` at token `at` of each head, into sequences `to`, `to + 1`, ..."""
         data = x.detach().contiguous()
         size = x.shape[2] * self._row
         for b in range(x.shape[0]):
@@ -251,7 +252,7 @@ class _File:
                     left, begin = left[done:], begin + done
 
     def runs(self, plans: Iterable[Plan], tokens: int) -> Runs:
-        """Where the keys that plans list lie: whole pages of memory, those side by side together."""
+        """Byte ranges of the keys that plans list, rounded to memory pages and merged."""
         B, H = self.rows.shape[:2]
         ends = []
         for lists in (lists for plan in plans for lists in plan.lists()):
@@ -274,18 +275,18 @@ class _File:
         return [(begin * PAGE, end * PAGE) for begin, end in found]
 
     def ask(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Begin to read, all at once."""
+        """Request the ranges without waiting for them (MADV_WILLNEED)."""
         for begin, end in runs:
             self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
     def only(self, first: bool) -> None:
-        """Read what is asked for and nothing around it; what was read counts as the process's no more."""
+        """Disable read-ahead (on the first call), and unmap pages read so far from the process."""
         if first:
             self._map.madvise(mmap.MADV_RANDOM)
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def there(self, runs: Runs) -> int:
-        """Bytes of these ranges that the system has in memory."""
+        """Bytes of these ranges that are resident in memory (mincore)."""
         libc, base, found = ctypes.CDLL(None), self.rows.data_ptr(), 0
         for begin, end in runs:
             pages = (ctypes.c_ubyte * ((end - begin) // PAGE))()
@@ -294,7 +295,7 @@ class _File:
         return found * PAGE
 
     def drop(self) -> None:
-        """Write everything to the disk, and forget the copy in memory."""
+        """Sync the file to disk, and evict it from the page cache."""
         os.fsync(self._open.fileno())
         self._map.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(self._open.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

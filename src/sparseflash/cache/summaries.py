@@ -1,4 +1,4 @@
-"""Summaries of pages of keys, kept while keys are appended: what a decode method scores instead of them."""
+"""Page summaries of keys, updated as keys are appended: decode methods score them instead of keys."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..plan.options import is_count, is_length
 
 @dataclass(frozen=True)
 class Summary:
-    """What is kept of each page: `of` its keys, whatever other pages hold.
+    """What to keep of each page of keys; `of` depends on the page's own keys only.
 
     Parameters
     ----------
     page : int
-        Keys of a page, counted from the first key that is no padding.
+        Keys per page, counted from the first real key.
     """
 
     page: int = 16
@@ -29,18 +29,18 @@ class Summary:
         )
 
     def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
-        """`[B,H,n,page,D]` as `[B,H,n,width]`; `real [B|1,n,page]`: False for lanes that hold no key."""
+        """Map `[B,H,n,page,D]` to `[B,H,n,width]`; `real [B|1,n,page]` is False for lanes without a key."""
         raise NotImplementedError
 
     def query(self, q: Tensor) -> Tensor:
-        """What the rows are multiplied with to score pages, `[B,Hq,Tq,width]`."""
+        """The vectors whose dot product with the rows scores the pages, `[B,Hq,Tq,width]`."""
         return q
 
     def rows(self, keys: Tensor) -> Tensor:
-        """The summary of keys `[B,H,T,D]`, page by page: `[B,H,ceil(T / page),width]`."""
+        """Summarise keys `[B,H,T,D]` page by page: `[B,H,ceil(T / page),width]`."""
         B, H, T, D = keys.shape
         n = -(-T // self.page)
-        # a trace has one way for all lengths
+        # a compiled graph takes one branch for all lengths
         if not torch.compiler.is_compiling() and (n == 1 or T == n * self.page):
             return self.of(keys.detach().view(B, H, n, T if n == 1 else self.page, D))
         real = (torch.arange(n * self.page, device=keys.device) < T).view(1, n, self.page)
@@ -50,10 +50,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class PageBounds(Summary):
-    """The smallest and the largest number of each channel, side by side: `[..., 2 D]` (Quest)."""
+    """Minimum and maximum of each channel, concatenated: `[..., 2 D]` (Quest)."""
 
     def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
-        """As of a summary."""
+        """Per-channel bounds of each page; see `Summary.of`."""
         if real is None:
             return torch.cat(torch.aminmax(keys, dim=3), -1)
         hidden = ~real[:, None, ..., None]
@@ -61,19 +61,19 @@ class PageBounds(Summary):
         return torch.cat([low, high], -1)
 
     def query(self, q: Tensor) -> Tensor:
-        """The negative part of a query for the smallest numbers, its positive part for the largest.
+        """Concatenate the negative part of a query (for the minima) and its positive part (for the maxima).
 
-        So the product is no less than that with any key of the page.
+        The product is then an upper bound of the query's product with every key of the page.
         """
         return torch.cat([q.clamp(max=0), q.clamp(min=0)], -1)
 
 
 @dataclass(frozen=True)
 class PageMean(Summary):
-    """The mean key."""
+    """The mean key of each page."""
 
     def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
-        """As of a summary."""
+        """Mean of each page; see `Summary.of`."""
         if real is None:
             return keys.mean(3, dtype=torch.float32).to(keys.dtype)
         there = real[:, None, ..., None]
@@ -83,12 +83,12 @@ class PageMean(Summary):
 
 @dataclass(frozen=True)
 class Labels(Summary):
-    """A few channels of each key, its label: `[..., channels]` (Double Sparsity).
+    """A few channels of each key as its label: `[..., channels]` (Double Sparsity).
 
     Parameters
     ----------
     channels : tuple of tuple of int
-        For each KV head, which; one for all of them where there is one.
+        Channel numbers of each KV head; a single entry is used for all heads.
     """
 
     page: int = 1
@@ -111,7 +111,7 @@ class Labels(Summary):
         )
 
     def of(self, keys: Tensor, real: Tensor | None = None) -> Tensor:
-        """As of a summary."""
+        """Selected channels of each key; see `Summary.of`."""
         at = torch.tensor(self.channels, device=keys.device)
         if len(at) not in (1, keys.shape[1]) or max(map(max, self.channels)) >= keys.shape[4]:
             raise SparseFlashError(
@@ -121,16 +121,16 @@ class Labels(Summary):
         return keys[:, :, :, 0].gather(3, at[None, :, None].expand(*keys.shape[:3], -1))
 
     def query(self, q: Tensor) -> Tensor:
-        """The same channels of the query."""
+        """The query's values of the same channels."""
         at = torch.tensor(self.channels, device=q.device)
         at = at.repeat_interleave(q.shape[1] // len(at), 0)
         return q.gather(3, at[None, :, None].expand(q.shape[0], -1, q.shape[2], -1))
 
 
 class Kept:
-    """The rows of a summary, one a page, of as many keys as it has been shown.
+    """The rows of a summary, one per page, for the keys passed so far.
 
-    The last page is summed up anew whenever keys are added to it, so nothing stays of keys that were cropped.
+    The last page is summarised again whenever keys are added to it, so nothing remains of cropped keys.
     """
 
     def __init__(self, of: Summary) -> None:
@@ -139,15 +139,15 @@ class Kept:
         self._keys = 0
 
     def crop(self, n: int) -> None:
-        """Forget what was said of keys from the n-th on."""
+        """Drop the keys from the n-th on."""
         self._keys = min(self._keys, n)
 
     def select_rows(self, rows: Tensor) -> None:
-        """Those of other sequences of the batch."""
+        """Select sequences of the batch."""
         self.rows = None if self.rows is None else self.rows.index_select(0, rows)
 
     def upto(self, keys: Tensor, first: Tensor | None) -> Tensor:
-        """The rows of all keys `[B,H,T,D]`, the new ones summed up; `first [B]`: where sequences begin."""
+        """Rows of all keys `[B,H,T,D]`, after summarising new ones; `first [B]`: index of first real keys."""
         T, page = keys.shape[2], self.summary.page
         pages = -(-T // page)
         if self._keys < T:
@@ -169,14 +169,14 @@ class Kept:
         return self.rows[:, :, :pages]
 
     def _of(self, keys: Tensor, first: Tensor | None) -> tuple[Tensor, int | Tensor]:
-        """Rows of the pages that new keys lie in, and the number of the first of them (of each sequence)."""
+        """Rows of the pages that hold new keys, and the index of the first such page (of each sequence)."""
         (B, H, T, D), page = keys.shape, self.summary.page
         if first is None:
             at = self._keys // page
             return self.summary.rows(keys[:, :, at * page :]), at
         first = first.to(keys.device).long()
         begin = (self._keys - first).clamp(min=0) // page
-        n = (T - self._keys + page - 2) // page + 1  # the most that so many keys lie in
+        n = (T - self._keys + page - 2) // page + 1  # most pages that T - _keys keys can touch
         slot = (first + begin * page)[:, None] + torch.arange(n * page, device=keys.device)
         index = slot.clamp(max=T - 1)[:, None, :, None].expand(B, H, -1, D)
         own = keys.gather(2, index).view(B, H, n, page, D)

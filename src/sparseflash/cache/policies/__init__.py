@@ -1,1 +1,1 @@
-"""What a cache keeps: one policy a file. A method chooses what is read, a policy what is kept."""
+"""Eviction policies, one per file. A method chooses which keys are read, a policy which keys are kept."""

@@ -1,4 +1,4 @@
-"""Ada-KV: one budget for all heads of a layer, which the heads that need it use."""
+"""Ada-KV: one budget for all heads of a layer, spent on the heads that need it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .snapkv import SnapKV
 
 @dataclass(frozen=True)
 class AdaKV(SnapKV):
-    """The best keys of all heads of a layer stay, by the scores of SnapKV: heads that look at few keep few.
+    """Keep the best keys of all heads of a layer together, by SnapKV scores: focused heads keep fewer keys.
 
-    Each head keeps a share of the budget in any case. Memory is really that of the keys that stay: each head
-    has a place of its own size.
+    Each head keeps at least a share of the budget. Memory is that of the kept keys: each head's slice has its
+    own size.
 
     Paper: Feng et al., "Ada-KV", arXiv 2407.11550, algorithm 1, with a safeguard of a fifth.
 
     Parameters
     ----------
     safe : float
-        The share of the budget that each head keeps in any case.
+        Share of the budget that each head keeps at least.
     budget
-        Mean over the heads of a layer.
+        Mean number of keys per head over a layer.
     recent, kernel, sinks
-        As of `SnapKV`.
+        As in `SnapKV`.
 
     Examples
     --------
@@ -48,7 +48,7 @@ class AdaKV(SnapKV):
         require((0 <= self.safe <= 1, f"safe={self.safe!r}: expected a share in [0, 1]"))
 
     def counts(self, score: Tensor, held: Held) -> Tensor:
-        """How many of the best of all heads each head has."""
+        """How many of the layer's best keys belong to each head."""
         B, H, n = score.shape
         most = torch.as_tensor(self.most(held.own, held.prompt, H), device=score.device).expand(B, 1)
         least = (self.safe * most.double()).long().clamp(min=self.sinks + self.recent).minimum(most)
@@ -59,5 +59,5 @@ class AdaKV(SnapKV):
 
 
 def _ranks(score: Tensor) -> Tensor:
-    """How many of a row are better than each."""
+    """Rank of each score in its row, 0 the best."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(-1)

@@ -1,4 +1,4 @@
-"""What a policy is: a score for each key that is held, and how many of the best stay."""
+"""Base of eviction policies: a score for each held key, and how many of the best to keep."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ...selection.budgets import top_indices
 
 @dataclass(frozen=True)
 class Held:
-    """What a layer holds when it is over its budget: `[B,Hkv,n]`, keys in the order of their positions.
+    """What a layer holds when it must evict: `[B,Hkv,n]`, keys ordered by position.
 
     Parameters
     ----------
     k, v : Tensor
         `[B,Hkv,n,D]` and `[B,Hkv,n,Dv]`.
     position : Tensor
-        Integers: when each token came; -1: no token (heads hold different numbers, sequences are padded).
+        Integers: position of each token; -1 is padding (heads hold different numbers, sequences are padded).
     q : Tensor
-        `[B,Hq,w,D]`: the last queries, as many as the policy asks for, or there were.
+        `[B,Hq,w,D]`: the last queries, as many as `Policy.queries` or fewer.
     mass : Tensor, optional
-        What each key was given of all attention so far, summed over queries and the heads of a group.
+        Attention weight that each key has received so far, summed over queries and the heads of a group.
     tokens : int
-        How many there were so far, padding included: positions are below it.
+        Number of tokens so far, padding included: positions are below it.
     own, prompt : Tensor
-        Integers `[B]`: tokens of each sequence, so far and when something was let go for the first time.
+        Integers `[B]`: real tokens of each sequence, now and at the first eviction.
     scale, softcap
-        Of the attention.
+        Options of the attention.
     """
 
     k: Tensor
@@ -48,7 +48,7 @@ class Held:
     softcap: float | None = None
 
     def window(self, rows: int) -> Tensor:
-        """The attention of the last `rows` queries on each key, `[B,Hq,rows,n]`."""
+        """Attention weights of the last `rows` queries over the keys, `[B,Hq,rows,n]`."""
         q = self.q[:, :, -rows:]
         B, Hq, w, _ = q.shape
         group = q.reshape(B, self.k.shape[1], -1, q.shape[3])
@@ -62,20 +62,20 @@ class Held:
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies: a frozen dataclass that scores the keys a layer holds; the best stay.
+    """Base of all policies: a frozen dataclass that scores a layer's held keys; the best are kept.
 
     Parameters
     ----------
     budget : int or float
-        Keys that stay of each KV head, first and last ones included: a number, or a share of the tokens.
+        Keys to keep per KV head, sinks and recent ones included: a number, or a share of the tokens.
     sinks : int
-        First tokens of a sequence that stay in any case.
+        First tokens of a sequence, always kept.
     recent : int
-        Last tokens that stay in any case.
+        Last tokens, always kept.
     renumber : bool
-        Positions are counted among what is held, as if the rest had never been: keys are rotated anew when
-        something is let go. So a model reads on beyond the length it was trained for (StreamingLLM). Keys
-        keep the positions they came with otherwise.
+        Whether to count positions among the held keys, as if evicted tokens had never been: an eviction
+        rotates the kept keys to new positions. So a model can read beyond its training length (StreamingLLM).
+        Otherwise keys keep their original positions.
     """
 
     budget: int | float = 1024
@@ -85,7 +85,7 @@ class Policy:
 
     paper: ClassVar[str] = ""
     massed: ClassVar[Literal["", "all", "last"]] = ""
-    """Whose attention `score` wants: that of all queries so far, or of the last prompt or question."""
+    """Whose attention mass `score` needs: of all queries so far, or of the last prompt or question."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -112,34 +112,34 @@ class Policy:
 
     @property
     def queries(self) -> int:
-        """How many of the last queries `score` looks at."""
+        """Number of last queries that `score` needs."""
         return 0
 
     def of_layer(self, layer: int, layers: int) -> Policy:
-        """The policy of one layer of so many."""
+        """The policy for layer `layer` of `layers`."""
         return self
 
     def score(self, held: Held) -> Tensor:
-        """What each key is worth, `[B,Hkv,n]`."""
+        """Value of each key, `[B,Hkv,n]`; the largest are kept."""
         raise NotImplementedError(f"{type(self).__name__}.score")
 
     def most(self, tokens: Tensor, prompt: Tensor, heads: int) -> int | Tensor:
-        """Keys that stay of each head: one number, or integers `[B,heads|1]` where they differ.
+        """Keys to keep per head: one number, or integers `[B,heads|1]` if heads differ.
 
-        `tokens [B]` are those of each sequence so far, `prompt [B]` those of its prompt; padding counts for
-        nothing.
+        `tokens [B]` counts the real tokens of each sequence so far, `prompt [B]` those of its prompt, without
+        padding.
         """
         if not isinstance(self.budget, float):
             return self.budget
         return (self.budget * tokens.double()).long().clamp(min=1)[:, None]
 
     def counts(self, score: Tensor, held: Held) -> int | Tensor:
-        """Keys that stay, `[B,Hkv]` where they differ, by what they score; inf is what must stay."""
+        """Keys to keep, `[B,Hkv]` if heads differ, given the scores; a score of inf must be kept."""
         most = self.most(held.own, held.prompt, score.shape[1])
         return most if isinstance(most, int) else most.expand(score.shape[:2])
 
     def keep(self, held: Held) -> Tensor:
-        """Places of the keys that stay, ascending, `[B,Hkv,m]`; -1 behind the last."""
+        """Indices of the keys to keep, ascending, `[B,Hkv,m]`, padded with -1."""
         there = held.position >= 0
         age = held.tokens - 1 - held.position
         score = self.score(held).float().masked_fill(there & (age < self.recent), torch.inf)
@@ -155,28 +155,28 @@ class Policy:
         return top_indices(-rank.float(), max(1, most), there & (rank < count[..., None]))
 
     def seen(self, used: Tensor, most: int | Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Ranges of the places that are seen, of heads that hold so many keys; `most` are to stay."""
+        """Index ranges that queries attend to in heads that hold `used` keys and are to keep `most`."""
         return [(torch.zeros_like(used), used)]
 
 
 @dataclass(frozen=True)
 class Everything(Policy):
-    """Nothing is let go."""
+    """Keeps every key."""
 
     def keep(self, held: Held) -> Tensor:
-        """All places."""
+        """Indices of all held keys."""
         n = held.position.shape[-1]
         return top_indices(
             torch.zeros_like(held.position, dtype=torch.float32), max(n, 1), held.position >= 0
         )
 
     def most(self, tokens: Tensor, prompt: Tensor, heads: int) -> Tensor:
-        """As many as there are."""
+        """The number of real tokens."""
         return tokens[:, None]
 
 
 def pooled(score: Tensor, width: int) -> Tensor:
-    """Each key's score as the mean of `width` neighbours': keys stay in runs."""
+    """Average each key's score with its neighbours in a window of `width`, so that runs of keys are kept."""
     if width <= 1:
         return score
     flat = score.flatten(0, -2)[:, None]
@@ -205,7 +205,7 @@ def policy(name: str, /, **settings: Any) -> Policy:
     Raises
     ------
     SparseFlashError
-        For an unknown name or setting, with those that exist.
+        If the name or a setting is unknown; the message lists those that exist.
     """
     if name not in _REGISTRY:
         raise SparseFlashError(f"there is no policy {name!r}: policies: {', '.join(policies())}")

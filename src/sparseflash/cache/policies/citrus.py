@@ -1,4 +1,4 @@
-"""CItruS: what a question looks at, while the text is read in chunks."""
+"""CItruS: keep the keys that a question attends to, while a text is read in chunks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from .base import Held, Policy
 
 @dataclass(frozen=True)
 class Citrus(Policy):
-    """The keys stay that a question attends to, the same ones in all heads of a layer, and the newest chunk.
+    """Keeps the keys that a question attends to, the same in all heads of a layer, and the newest chunk.
 
-    A text is read chunk by chunk. Before each, the question is put to what is held, without being kept; its
-    attention decides what stays when the chunk is there. Without a question the chunk's own does, which keeps
-    what the text needs to go on, and not what will be asked.
+    A text is read chunk by chunk. Before each chunk, the question attends to the held keys without being
+    appended; its attention decides what is kept once the chunk is appended. Without a question, the chunk's
+    own attention decides, which keeps what continues the text rather than what will be asked.
 
     Paper: Bai et al., "CItruS: Chunked Instruction-aware State Eviction", arXiv 2406.12018, section 3 (one
-    cache for text and question); by the mean over heads.
+    cache for text and question); scores are means over heads.
 
     Parameters
     ----------
     budget, sinks, recent, renumber
-        As of every policy; `recent` is the length of a chunk.
+        As in `Policy`; `recent` is the length of a chunk.
 
     Notes
     -----
-    `sparseflash.transformers.read` reads a text so. By itself: `cache.asking = True` around `attend` of the
-    question's tokens.
+    `sparseflash.transformers.read` reads a text this way. By hand: set `cache.asking = True` around `attend`
+    of the question's tokens.
 
     Examples
     --------
@@ -46,6 +46,6 @@ class Citrus(Policy):
     massed = "last"
 
     def score(self, held: Held) -> Tensor:
-        """What the question gave each key, mean over heads."""
+        """Attention mass of the question on each key, mean over heads."""
         assert held.mass is not None
         return held.mass.mean(1, keepdim=True).expand(held.position.shape)

@@ -1,4 +1,4 @@
-"""Expected attention: what queries like the last ones would look at, and how much it would matter."""
+"""Expected attention: keep keys by the attention that future queries are expected to give them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .base import Held, Policy
 
 @dataclass(frozen=True)
 class ExpectedAttention(Policy):
-    """Queries to come are taken to be normal, with the mean and covariance of the last ones.
+    """Models future queries as normal, with the mean and covariance of the last queries.
 
-    Then the weight that a key will have is known but for its normaliser, exp(mean . k + k' cov k / 2), and
-    with the norm of its value so is what it would add.
+    Then a key's expected unnormalised weight is exp(mean . k + k' cov k / 2); times the norm of its value, it
+    is the key's expected contribution to the output.
 
-    Paper: Devoto et al., "Expected Attention", arXiv 2510.00636, section 3, which rotates the queries to the
-    places to come; here they are taken as they were rotated last.
+    Paper: Devoto et al., "Expected Attention", arXiv 2510.00636, section 3, which rotates the queries to
+    future positions; here they keep their last rotation.
 
     Parameters
     ----------
     last : int
-        Queries that mean and covariance are of.
+        Number of last queries for mean and covariance.
     budget, sinks, recent
-        As of every policy.
+        As in `Policy`.
 
     Examples
     --------
@@ -49,11 +49,11 @@ class ExpectedAttention(Policy):
 
     @property
     def queries(self) -> int:
-        """The last ones."""
+        """The last queries, for mean and covariance."""
         return self.last
 
     def score(self, held: Held) -> Tensor:
-        """Expected weight, normalised, mean over the heads of a group; times the norm of the value."""
+        """Expected weight, softmax-normalised, mean over the heads of a group, times the value's norm."""
         B, Hkv, n, D = held.k.shape
         q = held.q.float() * held.scale
         mean = q.mean(2, keepdim=True)

@@ -1,4 +1,4 @@
-"""H2O: what was attended to most so far."""
+"""H2O: keep the keys with the largest attention mass so far."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .base import Held, Policy
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """The keys that all queries so far gave most attention stay, and the last ones.
+    """Keeps the keys with the most attention from all queries so far, and the last tokens.
 
-    Attention is summed over every query from the first token on: early keys have been seen by more queries,
-    which favours them. The sums of a prompt take one pass more over it.
+    Attention is summed over every query from the first token on: more queries have seen early keys, which
+    favours them. The sums over a prompt need one more pass.
 
     Paper: Zhang et al., "H2O: Heavy-Hitter Oracle", arXiv 2306.14048, section 4: half of the budget recent.
 
     Parameters
     ----------
     budget, sinks, recent
-        As of every policy.
+        As in `Policy`.
 
     Examples
     --------
@@ -38,6 +38,6 @@ class H2O(Policy):
     massed = "all"
 
     def score(self, held: Held) -> Tensor:
-        """The sum so far."""
+        """The attention mass so far."""
         assert held.mass is not None
         return held.mass

@@ -1,4 +1,4 @@
-"""Key norms: small keys stay."""
+"""Key norms: keep the keys of smallest norm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import Held, Policy
 
 @dataclass(frozen=True)
 class KNorm(Policy):
-    """The keys of the smallest norms stay: no attention is looked at.
+    """Keeps the keys with the smallest norms, without looking at attention.
 
     Paper: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv
     2406.11430.
@@ -19,7 +19,7 @@ class KNorm(Policy):
     Parameters
     ----------
     budget, sinks, recent
-        As of every policy.
+        As in `Policy`.
 
     Examples
     --------
@@ -35,6 +35,6 @@ class KNorm(Policy):
     paper = "arXiv 2406.11430"
 
     def score(self, held: Held) -> Tensor:
-        """The norm, below 0."""
+        """The negative norm."""
         size: Tensor = held.k.float().norm(dim=-1)
         return -size

@@ -1,4 +1,4 @@
-"""MoA: a window of its own for each head, which grows with the prompt."""
+"""MoA: a window per head, whose size grows with the prompt."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ Rules = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class MoA(StreamingLLM):
-    """Each KV head keeps the first tokens and a window of its own: `alpha + beta * prompt` keys together.
+    """Each KV head keeps the first tokens and its own window: `alpha + beta * prompt` keys in total.
 
-    Some heads look far, most do not. Rules are found for a model once, from the gradient of its loss by its
-    attention. How much a head keeps is settled by the prompt, and stays while tokens are generated.
+    Some heads look far, most do not. Rules are found once for a model, from the gradient of its loss with
+    respect to attention. The prompt fixes how many keys a head keeps; this stays constant while tokens are
+    generated.
 
-    Paper: Fu et al., "MoA: Mixture of Sparse Attention", arXiv 2406.14909, section 3.2: 64 first tokens, no
+    Paper: Fu et al., "MoA: Mixture of Sparse Attention", arXiv 2406.14909, section 3.2: 64 first tokens, at
+    least 128 keys per head, in multiples of 64.
     head below 128 keys, whole blocks of 64.
 
     Parameters
     ----------
     rules : tuple of tuple of (float, float)
-        For each layer, alpha and beta of each KV head; one layer's are for all of them.
+        (alpha, beta) of each KV head, for each layer; a single entry is used for all layers.
     sinks : int
-        First tokens that stay; they count.
+        First tokens, always kept; they count towards the total.
     least, block : int
-        The least number of keys of a head, and what numbers are rounded up to.
+        Minimum number of keys per head, and the multiple to round up to.
     budget, recent
-        Of no effect: the rules say how many keys stay.
+        Ignored: the rules give the number of keys.
 
     Examples
     --------
@@ -65,14 +67,14 @@ class MoA(StreamingLLM):
         )
 
     def of_layer(self, layer: int, layers: int) -> Policy:
-        """With the rules of that layer."""
+        """The policy with the rules of that layer only."""
         if len(self.rules) == 1:
             return self
         require((layer < len(self.rules), f"rules of {len(self.rules)} layers: there is no layer {layer}"))
         return dataclasses.replace(self, rules=self.rules[layer : layer + 1])
 
     def most(self, tokens: Tensor, prompt: Tensor, heads: int) -> Tensor:
-        """What the rules say of each prompt, for each head."""
+        """Apply the rules to each prompt length, for each head."""
         rules = torch.tensor(self.rules[0], dtype=torch.float64, device=prompt.device)
         if len(rules) != heads:
             raise SparseFlashError(f"MoA has rules of {len(rules)} KV heads: the layer has {heads}")
@@ -81,7 +83,7 @@ class MoA(StreamingLLM):
 
 
 def _are_rules(own: object) -> bool:
-    """Whether these are two numbers for each head."""
+    """Whether `own` is a pair of numbers for each head."""
     return isinstance(own, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and all(is_finite(x) for x in pair) for pair in own
     )

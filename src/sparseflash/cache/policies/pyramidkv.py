@@ -1,4 +1,4 @@
-"""PyramidKV: SnapKV with more keys in lower layers than in higher ones."""
+"""PyramidKV: SnapKV with larger budgets in lower layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .snapkv import SnapKV
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    """Lower layers look at much, higher ones at little: budgets fall from layer to layer, their mean stays.
+    """Budgets fall linearly from the first to the last layer; their mean is `budget`.
 
     Paper: Cai et al., "PyramidKV", arXiv 2406.02069, section 4.1: an arithmetic sequence whose last member is
     the mean budget over `steep`.
@@ -20,11 +20,11 @@ class PyramidKV(SnapKV):
     Parameters
     ----------
     steep : float
-        The mean budget over that of the last layer, at least 1.
+        Ratio of the mean budget to the last layer's, at least 1.
     budget
-        Mean over layers.
+        Mean number of keys per head, over layers.
     recent, kernel, sinks
-        As of `SnapKV`.
+        As in `SnapKV`.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class PyramidKV(SnapKV):
         require((self.steep >= 1, f"steep={self.steep!r}: expected a number >= 1"))
 
     def of_layer(self, layer: int, layers: int) -> Policy:
-        """With the budget of that layer."""
+        """The policy with the budget of that layer."""
         last = self.budget / self.steep
         own = last + 2 * (self.budget - last) * (layers - 1 - layer) / max(layers - 1, 1)
         if layers < 2:

@@ -1,4 +1,4 @@
-"""SnapKV: what the last queries of the prompt look at."""
+"""SnapKV: keep the keys that the prompt's last queries attend to."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .base import Held, Policy, pooled
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """The keys that the last queries attend to most stay, and the last tokens themselves.
+    """Keeps the keys that the last queries attend to most, and the last tokens themselves.
 
-    A prompt's last tokens say what will be asked for. Their attention is summed over the window and the heads
-    of a group, and smoothed over neighbours, so that what stays is passages and no crumbs. When the budget is
-    exceeded again, the last queries of that time decide.
+    A prompt's last tokens show what will be asked for. Their attention is summed over the window and the
+    heads of a group, and smoothed over neighbours, so that passages are kept instead of single keys. Each
+    later eviction uses the last queries at that time.
 
-    Paper: Li et al., "SnapKV", arXiv 2404.14469, section 4: a window of 32 queries, neighbours by pooling.
+    Paper: Li et al., "SnapKV", arXiv 2404.14469, section 4: a window of 32 queries, smoothing by pooling.
 
     Parameters
     ----------
     recent : int
-        Last queries that are looked at; their keys stay.
+        Number of last queries that score the keys; their own keys are always kept.
     kernel : int
-        Neighbours that a key's score is the mean of.
+        Width of the window over which scores are averaged.
     budget, sinks
-        As of every policy.
+        As in `Policy`.
 
     Examples
     --------
@@ -53,11 +53,11 @@ class SnapKV(Policy):
 
     @property
     def queries(self) -> int:
-        """The last ones."""
+        """The last `recent` queries."""
         return self.recent
 
     def score(self, held: Held) -> Tensor:
-        """Their attention, mean over queries and the heads of a group, smoothed."""
+        """Attention of the last queries, mean over queries and the heads of a group, smoothed."""
         seen = held.window(self.recent).mean(2)
         B, Hkv, n = held.position.shape
         return pooled(seen.view(B, Hkv, -1, n).mean(2), self.kernel)

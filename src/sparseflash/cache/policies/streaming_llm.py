@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens and the last."""
+"""StreamingLLM: keep the first and the last tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .base import Held, Policy
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """The first tokens stay, where attention goes that has nowhere to go, and the last; exactly so many.
+    """Keeps the first tokens (attention sinks) and the last ones, exactly `budget` keys.
 
-    Keys keep the positions that they were rotated for, so that what is seen is a window with sinks; the paper
-    counts positions within the cache instead, which lets a model run beyond the length it was trained for.
+    By default keys keep their original rotation, so attention is a window with sinks; the paper counts
+    positions within the cache instead (`renumber=True`), so a model runs beyond its training length.
 
     Paper: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453.
 
     Parameters
     ----------
     budget, sinks, recent
-        As of every policy.
+        As in `Policy`.
 
     Examples
     --------
@@ -38,10 +38,10 @@ class StreamingLLM(Policy):
     paper = "arXiv 2309.17453"
 
     def score(self, held: Held) -> Tensor:
-        """The later, the better."""
+        """The position: newest keys score highest."""
         return held.position
 
     def seen(self, used: Tensor, most: int | Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What will be let go, but is held yet, is not seen."""
+        """Hide held keys that the next eviction will drop."""
         first = used.clamp(max=self.sinks)
         return [(torch.zeros_like(used), first), (torch.maximum(first, used - most + self.sinks), used)]

@@ -1,4 +1,4 @@
-"""Threshold: the text says how many keys stay."""
+"""Threshold: the number of kept keys follows from the attention."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .snapkv import SnapKV
 
 @dataclass(frozen=True)
 class Threshold(SnapKV):
-    """Each head keeps the fewest keys that hold a share of what the last queries attend to.
+    """Each head keeps the fewest keys that receive a given share of the last queries' attention.
 
-    A head that looks at few keys keeps few, one that looks everywhere keeps nearly all: no number is chosen
-    beforehand, and each head's memory is as large as what it keeps.
+    A head with focused attention keeps few keys, one with diffuse attention nearly all: no number is fixed in
+    advance, and each head's memory is as large as what it keeps.
 
-    Paper: Lin et al., "Twilight", arXiv 2502.02770, section 4, for the share in place of a number; there it
-    chooses what is read, here, by the scores of SnapKV, what stays.
+    Paper: Lin et al., "Twilight", arXiv 2502.02770, section 4, for the share in place of a number; the paper
+    chooses which keys are read, this policy which are kept, by the scores of SnapKV.
 
     Parameters
     ----------
     share : float
-        Of the attention of the last queries, smoothed over neighbours; in (0, 1].
+        Share of the last queries' attention, smoothed over neighbours; in (0, 1].
     budget
-        The most keys of a head: a number, or a share of the tokens.
+        Maximum number of keys per head, or share of the tokens.
     recent, kernel, sinks
-        As of `SnapKV`; they stay in any case.
+        As in `SnapKV`; sinks and recent tokens are always kept.
 
     Examples
     --------
@@ -50,7 +50,7 @@ class Threshold(SnapKV):
         require((0 < self.share <= 1, f"share={self.share!r}: expected a number in (0, 1]"))
 
     def counts(self, score: Tensor, held: Held) -> Tensor:
-        """As many of the best of each head as hold the share, and no more than its budget."""
+        """Fewest best keys of each head that hold the share, at most its budget."""
         order = score.argsort(dim=-1, descending=True, stable=True)
         mass = self.score(held).float().masked_fill(held.position < 0, 0).gather(-1, order)
         better = (mass.cumsum(-1) - mass) / mass.sum(-1, keepdim=True).clamp(min=1e-30)

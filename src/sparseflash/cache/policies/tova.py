@@ -1,4 +1,4 @@
-"""TOVA: what the last query looks at."""
+"""TOVA: keep the keys that the last query attends to."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .base import Held, Policy
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """The keys that the last query attends to most stay, the same ones in all heads of a layer.
+    """Keeps the keys that the last query attends to most, the same in all heads of a layer.
 
     Paper: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104, section 3.2.
 
     Parameters
     ----------
     budget, sinks, recent
-        As of every policy.
+        As in `Policy`.
 
     Examples
     --------
@@ -35,9 +35,9 @@ class TOVA(Policy):
 
     @property
     def queries(self) -> int:
-        """The last."""
+        """Only the last query."""
         return 1
 
     def score(self, held: Held) -> Tensor:
-        """Its attention, mean over all heads."""
+        """Attention of the last query, mean over all heads."""
         return held.window(1)[:, :, 0].mean(1, keepdim=True).expand(held.position.shape)
