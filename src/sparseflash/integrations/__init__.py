@@ -1,1 +1,1 @@
-"""Other people's programs: each package here knows one host, and is imported only where that host is."""
+"""Integrations with host libraries: each package here serves one host, and is imported only with it."""

@@ -1,4 +1,4 @@
-"""What every host needs: attention over a plan, or over what a method selected, by the op that suits it."""
+"""Attention for hosts, over a plan or a method's selection, by the faster of `attention` and `decode`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..ops.decode import decode
 from ..plan import Plan
 
 FEW = 16
-"""Up to so many queries, without gradients, `decode` is faster than `attention`."""
+"""Up to this many queries, without gradients, `decode` is faster than `attention`."""
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, plan: Plan | Sequence[Plan], options: dict[str, Any]) -> Tensor:
-    """Attention over a plan."""
+    """Attend over a plan."""
     return _fastest(q, options, k, v)(q, k, v, plan, **options)
 
 
@@ -32,7 +32,7 @@ def over(
     options: dict[str, Any],
     ctx: Context,
 ) -> Tensor:
-    """Attention over what the method of a session selected, and what it wants to remember of it."""
+    """Attend over the selection of a session's method, and keep what the method observes for later calls."""
     method = session.method
     op = _fastest(q, options, k, v, selection.key_bias)
     out, lse = method.attend(q, k, v, selection, op, **options)

@@ -1,4 +1,4 @@
-"""What methods remember of a generation: a session for each cache and method, while the cache lives."""
+"""Sessions of methods: one for each cache and method, kept as long as the cache lives."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Sessions:
-    """The sessions of a host. A cache that is gone takes its own along; without a cache nothing is kept."""
+    """The sessions of a host, by weak reference to the cache; without a cache nothing is kept."""
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[Any, dict[Method, Session]] = weakref.WeakKeyDictionary()
 
     def of(self, cache: Any, method: Method) -> Session:
-        """The session of a method over a cache; a new one where there is no cache."""
+        """The session of a method over a cache; a new one if there is no cache."""
         if cache is None:
             return Session(method)
         try:
             kept = self._of.setdefault(cache, {})
-        except TypeError:  # nothing that a dictionary can hold weakly: a tuple of tensors, say
+        except TypeError:  # no weak references, e.g. to a tuple of tensors
             return Session(method)
         return kept.setdefault(method, Session(method))
 
     def __len__(self) -> int:
-        """How many caches are remembered."""
+        """Number of caches with sessions."""
         return len(self._of)
 
 
 class Rotations:
-    """How the keys of caches were rotated: (cos, sin) `[B|1, keys, D]`, grown by what each call brings.
+    """Rotary tables of cached keys, (cos, sin) `[B|1, keys, D]`, extended by each call.
 
-    Layers of one kind share theirs: a call hands them the same tensors.
+    Layers of one kind share a table: a call passes them the same tensors.
     """
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, Pair]]] = weakref.WeakKeyDictionary()
 
     def of(self, cache: Any, kind: str, new: Pair, keys: int) -> Pair | None:
-        """Of all keys, those of this call being the last; None where earlier ones were not heard."""
+        """Tables of all keys, where `new` is for the last ones; None if earlier calls did not pass theirs."""
         n = new[0].shape[-2]
         if n == keys:
             whole = new
@@ -58,7 +58,7 @@ class Rotations:
             if last is not new[0]:
                 if whole[0].shape[-2] < keys - n:
                     return None
-                cos, sin = (x[..., : keys - n, :] for x in whole)  # a cache may have been cut since
+                cos, sin = (x[..., : keys - n, :] for x in whole)  # the cache may have been cropped
                 whole = torch.cat([cos, new[0]], -2), torch.cat([sin, new[1]], -2)
         if cache is not None:
             with contextlib.suppress(TypeError):

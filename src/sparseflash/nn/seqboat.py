@@ -103,11 +103,11 @@ class EMA(nn.Module):
 class SeqBoat(Layer):
     """Sparse modular activation: all tokens pass a moving average, active ones also gated attention.
 
-    `M = silu(EMA(x))`; `u = W_u M` are two logits, `P = softmax(u / exp(t))`, and a token is active if `P_1 >
-    P_0`, with confidence `g = P_1`. Only active tokens enter a gated attention unit: `[z | r | w] = silu(W
-    M)`, queries and keys are `z * a + b`, each query attends to itself and the previous `window` active
-    tokens, however far back, and `h = W_o (A w * r)`. `y = W_x M + g h`, where g is 0 for inactive tokens.
-    The choice has no gradient; the router learns through g.
+    `M = silu(EMA(x))`; `u = W_u M` are two logits, `P = softmax(u / exp(t))`, and a token is active if
+    `P_1 > P_0`, with confidence `g = P_1`. Only active tokens enter a gated attention unit:
+    `[z | r | w] = silu(W M)`, queries and keys are `z * a + b`, each query attends to itself and the previous
+    `window` active tokens, however far back, and `h = W_o (A w * r)`. `y = W_x M + g h`, where g is 0 for
+    inactive tokens. The choice has no gradient; the router learns through g.
 
     Paper: Ren et al., "Sparse Modular Activation for Efficient Sequence Modeling", arXiv 2306.11197. The
     paper's outer parts (a norm before, `silu(x + y)` after) are left to the model.

@@ -141,11 +141,12 @@ def sparsek_threshold(u: Tensor, k: int) -> Tensor:
 class SparseKAttention(Layer):
     """Each query attends to a learned choice of about k earlier keys, and to a window of recent ones.
 
-    A key has one score for all queries, `u_j = w . x_j + slope * j`, and the weight `m_ij = clip(u_j - tau_i,
-    0, 1)`, where tau_i makes the weights of keys 0..i sum to k; keys in the last `window` have weight 1. Then
-    `o_i = sum_j m_ij e_ij v_j / sum_j m_ij e_ij`, `e_ij = exp(q_i . k_j / sqrt(D))`. As tau never falls, a
-    key is whole, then a fraction, then gone for good: two plans of key lifetimes (whole, fractional). On
-    fractional keys m is linear in u_j and tau_i, so no per-pair weight is ever materialised.
+    A key has one score for all queries, `u_j = w . x_j + slope * j`, and the weight
+    `m_ij = clip(u_j - tau_i, 0, 1)`, where tau_i makes the weights of keys 0..i sum to k; keys in the last
+    `window` have weight 1. Then `o_i = sum_j m_ij e_ij v_j / sum_j m_ij e_ij`, `e_ij = exp(q_i . k_j /
+    sqrt(D))`. As tau never falls, a key is whole, then a fraction, then gone for good: two plans of key
+    lifetimes (whole, fractional). On fractional keys m is linear in u_j and tau_i, so no per-pair weight is
+    ever materialised.
 
     Paper: Lou et al., "Sparser is Faster and Less is More", arXiv 2406.16747.
 

@@ -1,6 +1,6 @@
-"""Any method inside the transformers of Diffusers: `with sf.diffusers.sparse(pipe.transformer, method)`.
+"""Methods inside Diffusers transformers: `with sf.diffusers.sparse(pipe.transformer, method)`.
 
-Importing this package imports Diffusers, and changes nothing of it.
+Importing this package imports Diffusers without changing it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from ...errors import SparseFlashError
 
 try:
-    import diffusers  # noqa: F401  # what is missing is said here, once
+    import diffusers  # noqa: F401  # a missing package is reported here, once
 except ImportError as missing:
     raise SparseFlashError(
         f"Diffusers is needed ({missing}): pip install 'sparseflash[diffusers]'"

@@ -1,4 +1,4 @@
-"""`sparse`: the self-attention of a Diffusers transformer through a method, for as long as a block lasts."""
+"""`sparse`: runs the self-attention of a Diffusers transformer through a method inside a `with` block."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ NAME = "sparseflash"
 
 @dataclass
 class Report:
-    """What has gone through the method since `sparse` was entered.
+    """Statistics of the calls since `sparse` was entered.
 
     Attributes
     ----------
     calls : dict
-        Calls of each self-attention layer, by its name.
+        Number of calls of each self-attention layer, by layer name.
     steps : dict
-        Of each branch ("cond", "uncond", ...; None where a pipeline names none) the last step.
+        Last step of each branch ("cond", "uncond", ...; None if the pipeline names no branch).
     plans : dict
-        What the last call of each layer attended over.
+        Plans of the last call of each layer.
     """
 
     calls: dict[str, int] = field(default_factory=dict)
@@ -46,19 +46,19 @@ class Report:
 
     @property
     def density(self) -> dict[str, float]:
-        """Of the last call of each layer: the share of all pairs that was visible."""
+        """Share of all pairs that is visible in the last call of each layer."""
         return {layer: sum(plan.kept for plan in plans) for layer, plans in self.plans.items()}
 
 
 class _Nothing(BaseState):
-    """State that Diffusers would keep; ours is in a session."""
+    """Empty state for Diffusers' state manager; the real state is in a session."""
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
 
 class _Root(ModelHook):
-    """On the transformer: which branch and step a call belongs to, and where its tokens lie."""
+    """Hook on the transformer: finds a call's branch, denoising step and token layout."""
 
     _is_stateful = True  # so that `cache_context` reaches `manager`
 
@@ -75,7 +75,7 @@ class _Root(ModelHook):
         self.last: dict[str | None, float] = {}
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of the transformer."""
+        """Run one forward of the transformer."""
         given = self.signature.bind(*args, **kwargs).arguments
         self.layout = self.row(module.config, given)
         self.ctx = self._where(given)
@@ -89,10 +89,10 @@ class _Root(ModelHook):
         return out
 
     def _where(self, given: Any) -> dict[str, Any]:
-        """Branch and step: what the pipeline says, or else counted; a step that is not later begins anew."""
+        """Branch and step: the pipeline's, or else counted; a timestep that rises starts a new generation."""
         try:
             told = self.manager.context
-        except ValueError:  # a pipeline, or a user, that says nothing
+        except ValueError:  # the pipeline or user sets no context
             told = None
         branch = None if told is None else told.name
         time = given.get("timestep")
@@ -109,13 +109,13 @@ class _Root(ModelHook):
         return {name: x for name, x in known.items() if x is not None} | {"text": self.layout.text}
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        """The pipeline has ended: the next call is the first of another generation."""
+        """Start a new generation; called when the pipeline has ended."""
         self.manager.reset()
         self.forget()
         return module
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget steps and session."""
         self.last.clear()
         self.report.steps.clear()
         if self.session is not None:
@@ -124,7 +124,7 @@ class _Root(ModelHook):
     def attend(
         self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
     ) -> Tensor:
-        """One call of a layer."""
+        """Attend for one call of a layer, without its padding tokens."""
         self.report.calls[layer] = self.report.calls.get(layer, 0) + 1
         T, (before, behind) = query.shape[2], self.layout.text
         ctx = {**self.ctx, "layer": list(self.layers).index(layer)}
@@ -169,14 +169,14 @@ class _Root(ModelHook):
 
 
 class _Layer(ModelHook):
-    """On a self-attention layer: its scaled dot products are those of the method."""
+    """Hook on a self-attention layer: routes its scaled dot products to the method."""
 
     def __init__(self, root: _Root, name: str) -> None:
         super().__init__()
         self.root, self.name = root, name
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A call of the layer."""
+        """Run one forward of the layer."""
         before = self.root.report.calls.get(self.name, 0)
         with _Through(self.root, self.name):
             out = self.fn_ref.original_forward(*args, **kwargs)
@@ -190,14 +190,14 @@ class _Layer(ModelHook):
 
 
 class _Through(TorchFunctionMode):
-    """Calls of scaled_dot_product_attention go to the method; everything else is what it was."""
+    """Function mode that sends scaled_dot_product_attention to the method; other functions are unchanged."""
 
     def __init__(self, root: _Root, layer: str) -> None:
         super().__init__()
         self.root, self.layer = root, layer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """A call of a torch function."""
+        """Intercept one torch function."""
         if func is not SDPA:
             return func(*args, **(kwargs or {}))
         return self._attend(*args, **(kwargs or {}))
@@ -228,7 +228,7 @@ class _Through(TorchFunctionMode):
 
 
 def _padding(layer: str, mask: Tensor, B: int, T: int) -> Tensor:
-    """A mask [B|1,H|1,1,T] as bool [B,T]; any other is refused."""
+    """Read a padding mask [B|1,H|1,1,T] as bool [B,T]; raise for other masks."""
     plain = mask.dim() in (2, 4) and mask.shape[-1] == T
     plain = plain and (mask.dim() == 2 or mask.shape[1] == mask.shape[2] == 1)
     if not plain:
@@ -248,23 +248,23 @@ def _padding(layer: str, mask: Tensor, B: int, T: int) -> Tensor:
 def sparse(transformer: nn.Module, method: Method | None, *, steps: int | None = None) -> Iterator[Report]:
     """Run the self-attention of a transformer through a method, inside a `with` block.
 
-    Its layers are reached by hooks that Diffusers has for that, and their calls of torch's
-    scaled_dot_product_attention by a function mode; nothing is registered or replaced elsewhere.
-    Cross-attention stays what it is. A layer that is not reached is an error, never silently dense.
+    Layers are reached by Diffusers' own hooks, and their calls of torch's scaled_dot_product_attention by a
+    torch function mode; nothing is registered or replaced elsewhere. Cross-attention is unchanged. A layer
+    that cannot be reached is an error, never silently dense.
 
-    The method is told of every call, in `ctx`: `layer` (its number), `grid` and `text` (by the table in
-    `layouts.py`), and `branch` and `step` by `cache_context` of the pipeline: where that names no step, calls
-    of a branch are counted, and a time that rises begins a new generation. States are kept for each layer and
-    branch; they are fresh for each generation, and gone behind the block.
+    Every call passes the method a `ctx` with `layer` (its index), `grid` and `text` (by the table in
+    `layouts.py`), and `branch` and `step` from the pipeline's `cache_context`: if that names no step, calls
+    of a branch are counted, and a rising timestep starts a new generation. State is kept per layer and
+    branch, reset for each generation, and dropped after the block.
 
     Parameters
     ----------
     transformer : torch.nn.Module
-        `pipe.transformer`: of Wan, HunyuanVideo, LTX, Flux or CogVideoX.
+        `pipe.transformer` of Wan, HunyuanVideo, LTX, Flux or CogVideoX.
     method : Method, optional
-        None is dense attention, exact, by the same way.
+        None runs exact dense attention by the same route.
     steps : int, optional
-        Number of denoising steps, for methods that ask and pipelines that do not say.
+        Number of denoising steps, for methods that need it and pipelines that do not report it.
 
     Yields
     ------
@@ -274,8 +274,8 @@ def sparse(transformer: nn.Module, method: Method | None, *, steps: int | None =
     Raises
     ------
     SparseFlashError
-        For a transformer that is not known, a layer whose attention cannot be reached, a mask that is not one
-        of padded text, or a causal method.
+        For an unknown transformer, a layer whose attention cannot be reached, a mask other than text padding,
+        or a causal method.
 
     Examples
     --------

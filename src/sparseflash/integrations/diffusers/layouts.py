@@ -1,4 +1,4 @@
-"""Where video and text lie in the sequences of each kind of transformer: one table."""
+"""Positions of video and text tokens in the sequences of each transformer class."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ...errors import SparseFlashError
 
 
 class Layout(NamedTuple):
-    """Of one call of a transformer."""
+    """Token layout of one call of a transformer."""
 
     grid: tuple[int, ...] | None
-    """Sizes in tokens, outermost first; None where the call does not say."""
+    """Numbers of tokens along each axis, outermost first; None if the call does not tell."""
     text: tuple[int, int]
-    """Tokens of text before and behind, in the sequences of its self-attention."""
+    """Numbers of text tokens before and after the video, in the self-attention's sequences."""
 
 
 Given = Mapping[str, Any]
@@ -47,7 +47,7 @@ def _flux(config: Any, given: Given) -> Layout:
     ids, text = given["img_ids"], given["encoder_hidden_states"].shape[1]
     places = ids[0] if ids.dim() == 3 else ids
     rows, columns = (int(places[:, n].max() - places[:, n].min()) + 1 for n in (1, 2))
-    whole = rows * columns == given["hidden_states"].shape[1]  # not where reference images are appended
+    whole = rows * columns == given["hidden_states"].shape[1]  # false with appended reference images
     return Layout((rows, columns) if whole else None, (text, 0))
 
 
@@ -64,18 +64,18 @@ LAYOUTS: dict[str, Callable[[Any, Given], Layout]] = {
     "FluxTransformer2DModel": _flux,
     "CogVideoXTransformer3DModel": _cogvideox,
 }
-"""Classes of transformers that are known."""
+"""Layout function of each supported transformer class."""
 
 _SELF = re.compile(r"^(transformer_blocks|single_transformer_blocks|blocks)\.\d+\.(attn|attn1)$")
 
 
 def layout_of(transformer: nn.Module) -> Callable[[Any, Given], Layout]:
-    """The row of a transformer's class.
+    """The layout function for a transformer's class.
 
     Raises
     ------
     SparseFlashError
-        For a class that is not in the table, with those that are.
+        If the class is not in the table; the message lists those that are.
     """
     name = type(transformer).__name__
     if name not in LAYOUTS:
@@ -87,5 +87,5 @@ def layout_of(transformer: nn.Module) -> Callable[[Any, Given], Layout]:
 
 
 def self_attention(transformer: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention layers of its blocks, by name, in order."""
+    """The self-attention layers of the transformer's blocks, by name, in order."""
     return {name: module for name, module in transformer.named_modules() if _SELF.match(name)}

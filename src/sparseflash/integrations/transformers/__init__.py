@@ -1,8 +1,8 @@
-"""Transformers models on these kernels: `attn_implementation="sparse"`, exact, and methods on top of it.
+"""Transformers models on these kernels: `attn_implementation="sparse"`, exact, with optional methods.
 
-Importing this package registers an attention function and a mask function under that name, in the two public
-registries, and under it the classes that models with a table of their own have (`tables`). Nothing else
-of Transformers is touched.
+Importing this package registers an attention function and a mask function under that name in the two public
+registries, and adds the name to the attention class tables of models that do not use the registry (`tables`).
+Nothing else of Transformers is changed.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from .learned import learned_plan
 from .mask import Bits, Plain, SparseMask
 
 WEIGHTS = 64 << 20
-"""Bytes of attention weights, in fp32, that a layer forms where a model wants them (`output_attentions`)."""
+"""Limit, in bytes of fp32, of the attention weights that a layer forms for `output_attentions`."""
 SETTING = "_sparseflash"
-"""Name of the attribute of an attention module that holds what `sparse(...)` set for it."""
+"""Attribute of an attention module that holds the `Setting` of `sparse(...)`."""
 
 HARMLESS: set[str] = {
     "position_ids", "use_cache", "cache_position", "max_length_q", "max_length_k", "num_items_in_batch",
@@ -31,8 +31,8 @@ HARMLESS: set[str] = {
     "position_embeddings", "input_ids", "inputs_embeds", "implementation", "vision_feature_layer",
     "vision_feature_select_strategy",
 }  # fmt: skip
-"""What models and trainers hand down that changes no attention (`add` puts in names of your own). Anything
-else that is not None is refused."""
+"""Keyword arguments of models and trainers that do not affect attention (`add` your own names). Any other
+that is not None is refused."""
 
 _REFUSED = {
     "cache": "continuous batching gives a paged cache, which 'sparse' does not read: use generate()",
@@ -61,34 +61,34 @@ def sparse_attention(
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Exact attention of one layer: dense, or what `sparse(...)` set for this module.
+    """Exact attention of one layer: dense, or as `sparse(...)` has set for this module.
 
     Parameters
     ----------
     module : nn.Module
-        The attention layer that calls.
+        The calling attention layer.
     query, key, value : Tensor
         `[B,Hq,S,D]`, `[B,Hkv,T,D]`, `[B,Hkv,T,Dv]`.
     attention_mask : SparseMask, Tensor or None
-        What the model made of the registered mask function, or a 4-d mask of the user's own.
+        The result of the registered mask function, or the user's own 4-d mask.
     dropout, scaling, is_causal, sliding_window, softcap, s_aux, cu_seq_lens_q, cu_seq_lens_k
-        As models give them; `s_aux [Hq]` are sink logits.
+        As models pass them; `s_aux [Hq]` are sink logits.
     indices, block_indices : Tensor, optional
-        `[B,S,topk]` and `[B,Hkv,S,topk]`: keys, or blocks of them, that the model's own indexer chose.
+        `[B,S,topk]` and `[B,Hkv,S,topk]`: keys, or key blocks, chosen by the model's own indexer.
     position_bias : Tensor, optional
-        `[B|1,Hq|1,S,T]`, added to the logits, with gradient (T5).
+        `[B|1,Hq|1,S,T]`, added to the logits, differentiable (T5).
     output_attentions : bool, optional
-        Whether weights are wanted: formed beside, where they take `WEIGHTS` bytes at most.
+        Whether to return weights, computed separately if they take at most `WEIGHTS` bytes.
 
     Returns
     -------
     (Tensor, Tensor or None)
-        out `[B,S,Hq,Dv]`; the weights `[B,Hq,S,T]` where they are wanted, before dropout.
+        out `[B,S,Hq,Dv]`; the weights `[B,Hq,S,T]` if requested, before dropout.
 
     Raises
     ------
     SparseFlashError
-        For arguments that would change the result and are not supported. Nothing is ignored in silence.
+        For unsupported arguments that would change the result. Nothing is ignored silently.
     """
     _refuse(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -104,7 +104,7 @@ def sparse_attention(
         kwargs.get("position_ids"),
         kwargs.get("seq_idx"),
     )
-    if mask.held is not None and not torch.compiler.is_compiling():  # a cache that was made after the mask
+    if mask.held is not None and not torch.compiler.is_compiling():  # the cache is newer than the mask
         into(sys._getframe(1).f_locals.get("past_key_values"), mask)
     labels = kwargs.get("seq_idx")
     if isinstance(labels, Tensor) and not mask.documents and not torch.compiler.is_compiling():
@@ -113,7 +113,7 @@ def sparse_attention(
                 f"{type(module).__name__} gives 'seq_idx' of several documents, which its attention would "
                 "not keep apart: give position_ids that begin anew with each, or cu_seq_lens_q and _k"
             )
-    if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, one set for all
+    if query.shape[0] != mask.shape[0] == key.shape[0]:  # learned queries, shared by the batch
         query = query.expand(mask.shape[0], -1, -1, -1)
     options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
     if mask.biased and isinstance(attention_mask, Tensor):
@@ -121,7 +121,7 @@ def sparse_attention(
         position_bias = own if position_bias is None else position_bias + own
     if position_bias is not None:
         options["pair_bias"] = position_bias
-    if dropout:  # what the layer gives while it trains; the seed is of torch's own generator
+    if dropout:  # set while training; seeded by torch's generator
         options["dropout_p"] = dropout
     setting = getattr(module, SETTING, None)
     held = None if torch.compiler.is_compiling() else layer_behind(key)
@@ -155,7 +155,7 @@ def sparse_attention(
 
 
 def _weights(module: nn.Module, q: Tensor, k: Tensor, plan: Any, options: dict[str, Any]) -> Tensor:
-    """The weights `[B,Hq,S,T]` of exact attention: a table, for rows that are short."""
+    """Compute the weights `[B,Hq,S,T]` of exact attention, for short sequences."""
     (B, H, S, D), T = q.shape, k.shape[2]
     need = 4 * B * H * S * T
     if need > WEIGHTS:
@@ -201,7 +201,7 @@ def _as_mask(
     positions: Any = None,
     labels: Any = None,
 ) -> SparseMask:
-    """What a call may see, whatever said so."""
+    """Combine all sources of a call's mask: its own, `cu_seq_lens`, positions and the layer's rules."""
     (B, _, S, _), T = query.shape, key.shape[2]
     B, name = max(B, key.shape[0]), type(module).__name__
     own = isinstance(given, SparseMask)
@@ -224,7 +224,7 @@ def _as_mask(
         given = _unmasked(module, query, B, S, T, causal, window)
     elif not own:
         return given
-    if not given.causal or given.edges is not None:  # others may be of another sequence
+    if not given.causal or given.edges is not None:  # keys may be of another sequence
         return given
     if torch.compiler.is_compiling():
         unheard(name, given, positions)
@@ -234,8 +234,8 @@ def _as_mask(
 def _unmasked(
     module: nn.Module, query: Tensor, B: int, S: int, T: int, causal: bool, window: int | None
 ) -> SparseMask:
-    """What a call without a mask may see, by its layer's own rules."""
-    if causal and S == 1:  # the last token of what the cache holds
+    """Mask of a call without one, from the layer's causality and window."""
+    if causal and S == 1:  # the last token of the cache
         causal = False
         if window is not None and window < T:
             raise SparseFlashError(
@@ -253,16 +253,16 @@ def _unmasked(
 
 
 def _sides(window: int | None, causal: bool) -> tuple[int, int] | None:
-    """The window of a layer as a plan's: of so many tokens its own is one, on either side."""
+    """Convert a layer's window, which counts the query's own key, to a plan's (left, right)."""
     return None if window is None else (window - 1, 0 if causal else window - 1)
 
 
 _last: Last[SparseMask] = Last()
-"""What the tensor mask that was read last became."""
+"""The last tensor mask that was read, and its `SparseMask`."""
 
 
 def _of_tensor(module: nn.Module, mask: Tensor, B: int, S: int, T: int) -> SparseMask:
-    """A 4-d mask of the user's, bool, or floats: -inf (or below -1e4) hides, other numbers are a bias."""
+    """Read a user's 4-d mask: bool, or floats: -inf (or below -1e4) hides, other values are a bias."""
     name = type(module).__name__
     learns = mask.requires_grad and torch.is_grad_enabled()
     if known := _last.get(mask, key=(B, S, T, learns)):

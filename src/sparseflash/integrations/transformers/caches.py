@@ -1,4 +1,4 @@
-"""Caches of our own: what takes the place of a dynamic cache's layers while it is empty."""
+"""Our cache layers, which replace the layers of a `DynamicCache` while it is empty."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .mask import SparseMask
 CacheLayerMixin.register(Layer)
 
 Kept = Policy | Compression | Offload
-"""What says how much of the past a layer keeps, or where."""
+"""Says how much of the past a layer keeps, or where."""
 Make = Callable[[int], Layer]
-"""A layer for the attention layer of that number."""
+"""Makes the cache layer for an attention layer's index."""
 
 _made: dict[int, Make] = {}
-"""By the id of a model's config: the layers of the caches that it makes, inside of `sparse(cache=...)`."""
+"""Cache layer factories inside `sparse(cache=...)`, by the id of the model's config."""
 
 
 def _growing(index: int) -> Layer:
@@ -43,7 +43,7 @@ def _growing(index: int) -> Layer:
 
 @contextmanager
 def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) -> Iterator[None]:
-    """Let a policy or a compression say what caches keep that begin inside of the block."""
+    """Make caches that begin inside the block keep what a policy, compression or offload says."""
     if cache is None:
         yield
         return
@@ -85,9 +85,9 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
 
 
 def roomy(cache: Any, config: Any) -> None:
-    """Give an empty `DynamicCache` layers that do not copy themselves for each token, or those of a policy.
+    """Replace the layers of an empty `DynamicCache` by `Growing` ones, or by those of `keeping`.
 
-    Whatever is filled, static, offloaded or of another kind stays as it is, and so do its layers that slide.
+    Caches that are filled, static, offloaded or of another class are unchanged, and so are sliding layers.
     """
     if cache is None:
         return
@@ -110,12 +110,12 @@ def roomy(cache: Any, config: Any) -> None:
 
 
 def rope_of(model: Any, layer: int) -> Tensor:
-    """The inverse frequencies `[D / 2]` by which a model rotates the keys of a layer.
+    """The inverse frequencies `[D / 2]` of a model's rotary embedding in a layer.
 
     Raises
     ------
     SparseFlashError
-        For a model that has no such, or others for other lengths.
+        If the model has none, or they change with the length.
     """
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
@@ -143,28 +143,28 @@ def rope_of(model: Any, layer: int) -> Tensor:
 def read(
     model: Any, ids: Tensor, *, chunk: int = 256, question: Tensor | None = None, cache: Any = None
 ) -> Any:
-    """Read a text in chunks, into a cache whose policy lets go in between: memory for a chunk and a budget.
+    """Read a text in chunks, into a cache whose policy evicts between them: memory for a chunk and a budget.
 
-    Inside of `sparse(model, cache=policy)`. Before each chunk the question, if there is one, is put to what
-    is held and not kept: policies that look at attention go by it (`cache.Citrus`, `cache.SnapKV`).
+    Call it inside `sparse(model, cache=policy)`. Before each chunk the question, if given, attends to the
+    held keys without being appended: policies that use attention follow it (`cache.Citrus`, `cache.SnapKV`).
 
     Parameters
     ----------
     model : PreTrainedModel
-        Inside of `sparse`.
+        The model, inside `sparse`.
     ids : Tensor
-        Integers `[B,T]`, all of them tokens.
+        Integers `[B,T]`, without padding.
     chunk : int
-        Tokens of a chunk. Those of the newest one are best kept: `recent=chunk`.
+        Tokens per chunk. The policy should keep the newest chunk: `recent=chunk`.
     question : Tensor, optional
-        Integers `[B,n]`: what will be asked about the text.
+        Integers `[B,n]`: the question that will be asked about the text.
     cache : Cache, optional
-        To go on with.
+        Cache to continue.
 
     Returns
     -------
     Cache
-        To be given to `generate`, with all of the text and what follows it.
+        Cache for `generate`, whose input is the whole text and what follows it.
 
     Examples
     --------
@@ -191,7 +191,7 @@ def read(
 
 @contextmanager
 def asking(cache: Any) -> Iterator[None]:
-    """What a model reads inside is a question: its policies see it, and no layer keeps it."""
+    """Mark what the model reads inside the block as a question: policies see it, no layer appends it."""
     other = {type(layer).__name__ for layer in cache.layers if not isinstance(layer, Evicting)}
     if other:
         raise SparseFlashError(
@@ -217,7 +217,7 @@ def attend(
     mask: SparseMask,
     options: dict[str, Any],
 ) -> Tensor:
-    """Attention of a layer whose cache attends itself: it has no tensor of all keys."""
+    """Attention of a layer whose cache computes it (`Attended`), since no tensor of all keys exists."""
     layer.taken()
     if mask.documents:
         raise SparseFlashError(
@@ -240,7 +240,7 @@ def attend(
 
 
 def layer_of(cache: Any, module: Any) -> Growing | None:
-    """The layer of a cache that an attention module appends to, if it keeps all keys and is one of ours."""
+    """The cache layer that an attention module appends to, if it is a `Growing` one; else None."""
     layers, at = getattr(cache, "layers", None), getattr(module, "layer_idx", None)
     if not isinstance(layers, list) or not isinstance(at, int) or at >= len(layers):
         return None
@@ -248,7 +248,7 @@ def layer_of(cache: Any, module: Any) -> Growing | None:
 
 
 class _Counted:
-    """Makes the next layer of a cache that has none yet."""
+    """Factory of the next layer of a cache that creates layers lazily."""
 
     def __init__(self, cache: Any, make: Make) -> None:
         self.layers, self.make = cache.layers, make
@@ -258,7 +258,7 @@ class _Counted:
 
 
 def _behind(layers: list[Layer], new: Layer) -> Layer:
-    """A layer that the last one before it, if both lie in files, knows as the next to be read."""
+    """Register `new` as the `following` layer of the last one, if both are offloaded; returns `new`."""
     if isinstance(new, Offloaded) and layers and isinstance(layers[-1], Offloaded):
         layers[-1].following = new
     return new

@@ -1,4 +1,4 @@
-"""`sparse(model, ...)`: methods for chosen layers and phases of a model, for as long as a block runs."""
+"""`sparse(model, ...)`: methods for chosen layers and phases of a model, inside a `with` block."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Heads = Sequence[Method | None]
 Choice = Method | Heads | Mapping[int, Any] | None
 
 OVERHEARD = "_sparseflash_told"
-"""Name of the attribute of an attention module that holds what it was told, while it runs."""
+"""Attribute of an attention module that holds its call's cache, rotation and tokens."""
 
 PHASES = {"prefill": ("prefill", "training", "diffusion"), "decode": ("decode",)}
-"""What a method must be for, to serve a phase of a model."""
+"""The method phases that can serve each phase of a model."""
 
 
 @contextmanager
@@ -44,27 +44,27 @@ def sparse(
     layers: Iterable[int | str] | int | str | None = None,
     cache: Kept | Mapping[int, Kept] | None = None,
 ) -> Iterator[nn.Module]:
-    """Let methods decide what chosen layers of a Transformers model see; everything is as before afterwards.
+    """Let methods choose the keys of chosen layers of a Transformers model, inside a `with` block.
 
-    Inside the block the model runs on `attn_implementation="sparse"`: exactly as before where no method is
-    set. Blocks nest: the inner one decides for its layers. A backward pass belongs inside the block where
-    layers are checkpointed, since it computes them again.
+    Inside the block the model runs on `attn_implementation="sparse"`, exact in layers without a method;
+    afterwards all is as before. Blocks nest: the inner one overrides its layers. With activation
+    checkpointing, run the backward inside the block too, since it recomputes layers.
 
     Parameters
     ----------
     model : PreTrainedModel
         Any model whose layers use Transformers' attention registry, or what wraps one (`DataParallel`).
     prefill : Method, sequence or mapping, optional
-        For calls of several queries: prompts, chunks of them, training. A method; a sequence with a method
-        (or None: dense) for each query head; or a mapping from the number of a layer to either, whose other
-        layers stay dense.
+        For calls of several queries: prompts, chunks of prompts, training. A method; a sequence with a method
+        (or None: dense) per query head; or a mapping from layer index to either, with other layers dense.
     decode : likewise, optional
-        For calls of one query over a cache. None: dense.
+        As `prefill`, for calls of one query over a cache. None: dense.
     layers : int, str or iterable, optional
-        Layers by number or by name (`*` matches anything). None: all that have no window of their own.
+        Layers by index or by name (`*` matches anything). None: all layers without a sliding window or
+        chunks.
     cache : Policy, Compression or mapping, optional
-        What the caches keep that begin inside the block: a policy or compression of `sf.cache`, for all
-        layers without a window of their own, or one for each of some layers, by number. None: everything.
+        What caches that begin inside the block keep: a policy or compression of `sf.cache` for all layers
+        without a window of their own, or a mapping from layer index to one. None: everything.
 
     Yields
     ------
@@ -74,8 +74,8 @@ def sparse(
     Raises
     ------
     SparseFlashError
-        For a model without the registry, a layer that is not there, a method that is not for a phase; and
-        when the model runs, for a method that is not defined for its attention.
+        For a model without the registry, a layer that does not exist, a method of another phase; and at run
+        time for a method that is not defined for the model's attention.
 
     Examples
     --------
@@ -98,7 +98,7 @@ def sparse(
     for choice in named:
         if strange := set(choice) - set(numbers):
             raise SparseFlashError(f"methods for the layers {sorted(strange)}, which are not among {numbers}")
-    sessions = Sessions()  # one for all layers: some methods decide in one what others read
+    sessions = Sessions()  # shared: a layer may read another's choice
     settings = [_setting(layer, prefill, decode, sessions) for layer in picked]
     total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
     kept = keeping(model, cache, total)
@@ -108,7 +108,7 @@ def sparse(
 
 @contextmanager
 def attached(layers: Sequence[Layer], settings: Sequence[Any], ear: Ear | None = None) -> Iterator[None]:
-    """Settings on the modules of layers, and what was there before afterwards."""
+    """Set attributes and hooks on the layers' modules inside the block; restore the old ones afterwards."""
     before = [getattr(layer.module, SETTING, None) for layer in layers]
     overhear = functools.partial(_overhear, ear)
     hooks = [layer.module.register_forward_pre_hook(overhear, with_kwargs=True) for layer in layers]
@@ -125,7 +125,7 @@ def attached(layers: Sequence[Layer], settings: Sequence[Any], ear: Ear | None =
 
 
 def _overhear(ear: Ear | None, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Keep what an attention module, or its model, is told and does not hand on: cache, rotation, tokens."""
+    """Store what a module or its model receives and does not pass to attention: cache, rotation, tokens."""
     if not torch.compiler.is_compiling():
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
         told = {"cache": cache, "rope": kwargs.get("position_embeddings")}
@@ -135,7 +135,7 @@ def _overhear(ear: Ear | None, module: nn.Module, args: Any, kwargs: dict[str, A
 
 @contextmanager
 def on_sparse(model: Any) -> Iterator[None]:
-    """The model on `attn_implementation="sparse"`, and on its own again afterwards."""
+    """Switch the model to `attn_implementation="sparse"` inside the block."""
     config = model.config
     parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
     before = {"": config._attn_implementation} | {key: x._attn_implementation for key, x in parts.items()}
@@ -175,7 +175,7 @@ def _setting(layer: Layer, prefill: Choice, decode: Choice, sessions: Sessions) 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """What one layer does in each phase; the attention function calls it."""
+    """The methods of one layer, by phase; the attention function calls it."""
 
     layer: Layer
     prefill: Method | Heads | None = None
@@ -183,9 +183,9 @@ class Setting:
     watch: Callable[..., None] | None = None
     sessions: Sessions = dataclasses.field(default_factory=Sessions)
     told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the call that runs: cache, rope, modality and grid, where they are known."""
+    """Of the running call: cache, rope, modality and grid, as far as known."""
     kept: Growing | None = None
-    """The layer of that cache, where it is one of ours and holds the very keys of the call."""
+    """The cache layer of the call, if it is a `Growing` one and holds exactly the call's keys."""
 
     def __call__(
         self,
@@ -196,7 +196,7 @@ class Setting:
         mask: SparseMask,
         options: dict[str, Any],
     ) -> Tensor:
-        """Attention of this layer, out `[B,Hq,S,Dv]`."""
+        """Attend for this layer; returns out `[B,Hq,S,Dv]`."""
         told = vars(module).pop(OVERHEARD, None)
         if told is not None:
             known = _of_all_keys(module, told, q.shape[2], k.shape[2])
@@ -216,7 +216,7 @@ class Setting:
         mask: SparseMask,
         options: dict[str, Any],
     ) -> Tensor:
-        """One call for all heads that share a method."""
+        """Attend with one call for all heads that share a method."""
         H, group = q.shape[1], q.shape[1] // k.shape[1]
         if len(choice) != H:
             raise SparseFlashError(f"{self.layer.name}: {len(choice)} methods for {H} query heads")
@@ -274,7 +274,7 @@ class Setting:
         options: dict[str, Any],
         offset: int | Tensor,
     ) -> tuple[Session, dict[str, Any]]:
-        """What the method remembers of this generation, and what it is told of this call."""
+        """The method's session for this cache, and its `ctx` for this call."""
         session = self.sessions.of(self.told.get("cache"), method)
         scale = k.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
         own = {"v": v, "q_offset": offset, "scale": scale, "softcap": options["softcap"]}
@@ -283,7 +283,7 @@ class Setting:
         return session, session.context({**told, **own, "layer": self.layer.index})
 
     def _begins(self, method: Method, q: Tensor, mask: SparseMask) -> bool:
-        """Whether a method takes keys that begin behind padding, and the cache knows where they do."""
+        """Whether the method accepts left padding and the cache can hold the index of the first real keys."""
         fits = method.behind_padding and self.kept is not None and q.shape[2] == 1 and mask.by_rule
         if not fits or mask.first is None:
             return False
@@ -292,7 +292,7 @@ class Setting:
         return True
 
     def _select(self, session: Session, q: Tensor, k: Tensor, ctx: dict[str, Any]) -> Selection:
-        """What the method selects, its plans as a tuple."""
+        """Run the method's selection, with its plans as a tuple."""
         method = session.method
         try:
             selection = method.select(q, k, {name: x for name, x in ctx.items() if name != "slot"})
@@ -302,7 +302,7 @@ class Setting:
         return dataclasses.replace(selection, plan=tuple(selection.plan) if several else (selection.plan,))
 
     def _alone(self, rows: Tensor | None, keys: Tensor | None) -> Setting:
-        """The setting for some rows of the batch (None: all), of which only some keys are there."""
+        """The setting for some rows of the batch (None: all), restricted to some keys."""
         told = dict(self.told)
         if rows is not None:
             told["slot"] = tuple(rows.tolist())
@@ -328,12 +328,12 @@ class Setting:
         options: dict[str, Any],
         heads: Sequence[int],
     ) -> Tensor:
-        """Every sequence of a padded batch as it would be alone.
+        """Attend for every sequence of a padded batch as if it were alone.
 
-        Where all there is beside padding is causality, tokens go to the front, padding behind them, and all
-        sequences are one call: if the method is known to choose for each token whatever follows it, and its
-        plan hides later tokens by their place and nothing else, padding makes no difference. Any other method
-        is asked for the sequences of each length by themselves, about their own tokens.
+        If the mask is only causality and padding, all sequences are one call with tokens moved to the front
+        and padding behind: if the method is known to choose for a token regardless of later tokens, and its
+        plan hides later tokens by position, padding makes no difference. For any other method, sequences are
+        grouped by length and run without their padding.
         """
         assert mask.padded is not None
         traced = torch.compiler.is_compiling()
@@ -371,9 +371,9 @@ class Setting:
     def _shifted(
         self, method: Method, q: Tensor, k: Tensor, v: Tensor, mask: SparseMask, options: dict[str, Any]
     ) -> Tensor | None:
-        """One query behind padding on the left, by a method that looks at lengths alone: no key moves.
+        """Attend with one query behind left padding, by a method that depends on lengths only: no key moves.
 
-        None where its plan has more than ranges, or padding is elsewhere, too.
+        Returns None if the plan has more than ranges, or padding is elsewhere too.
         """
         assert mask.padded is not None
         begin = mask.padded.begin
@@ -398,7 +398,7 @@ class Setting:
         options: dict[str, Any],
         heads: Sequence[int],
     ) -> Tensor:
-        """Every document of packed rows as a sequence of its own."""
+        """Attend for every document of packed rows as its own sequence."""
         if mask.apart is None or self.watch is not None:
             what = "report()" if mask.apart else "with a window, chunks or padding, or compiled"
             raise SparseFlashError(
@@ -411,7 +411,7 @@ class Setting:
             own = type(mask.plan).dense(length, length, causal=True, device=q.device)
             padding = None if bool(tokens.all()) else tokens
             alone = SparseMask(own, n, Plain(), causal=True, tokens=padding)
-            # a document is no generation: nothing is remembered of it
+            # documents are not a generation: no session
             parts.append(
                 dataclasses.replace(self, told={}, kept=None)._attend(method, *part, alone, options, heads)
             )
@@ -428,7 +428,7 @@ class Setting:
             )
 
     def _within(self, method: Method, plan: Any, mask: SparseMask) -> Any:
-        """The plan without what the model hides."""
+        """Intersect the plan with the model's mask."""
         if plan.causal and not mask.causal:
             raise SparseFlashError(
                 f"{self.layer.name} is bidirectional (or attends to another sequence), {_named(method)} is "
@@ -443,10 +443,10 @@ _rotations = Rotations()
 
 
 def _of_all_keys(module: nn.Module, told: Mapping[str, Any], new: int, keys: int) -> dict[str, Any]:
-    """What a module was told of its new tokens, with that of all keys of its cache in the place of it."""
+    """Extend what a module receives for its new tokens to all keys of its cache: modality and rotation."""
     given = {name: x for name, x in told.items() if x is not None}
     modality = given.pop("modality", None)
-    if modality is not None and modality.shape[1] == new:  # not so in the tower that sees the images
+    if modality is not None and modality.shape[1] == new:  # an image tower's length differs
         whole = _rotations.of(given.get("cache"), "modality", (modality, modality), keys)
         given |= {} if whole is None else {"modality": whole[0][..., 0]}
     if "modality" not in given:
@@ -460,19 +460,19 @@ def _of_all_keys(module: nn.Module, told: Mapping[str, Any], new: int, keys: int
 
 
 def _whatever_follows(method: Method) -> bool:
-    """Whether what a token sees is known not to depend on later tokens, nor on how many there are.
+    """Whether a token's selection is known not to depend on later tokens, nor on their number.
 
-    By its word where it decodes, and by the tests of registered methods; others may have a budget by length.
+    A method that decodes declares it, and tests check registered methods; others may scale budgets by length.
     """
     return method.causal_selection and (method.decodes or type(method) in map(find, names()))
 
 
 def _by_place(plan: Any, offset: int | Tensor) -> bool:
-    """Whether no query sees a key behind its own place, whatever the lists say."""
+    """Whether the plan hides keys behind each query by position alone, whatever its lists contain."""
     own = plan.q_pos is None and plan.k_pos is None
     return plan.causal and own and same_offset(plan.q_offset, offset)
 
 
 def _named(method: Method) -> str:
-    """The method with its settings; by its class alone in a trace, which cannot read them."""
+    """The method's repr; its class name while compiling, where fields cannot be read."""
     return type(method).__name__ if torch.compiler.is_compiling() else repr(method)

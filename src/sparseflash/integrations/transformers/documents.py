@@ -1,4 +1,4 @@
-"""Packed documents: where a call says that each begins, kept apart; refused, where a model would mix them."""
+"""Packed documents: finds where each begins and keeps them apart; raises if the model would mix them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from .mask import Bits, Packed, SparseMask, untold
 
 
 class Call(NamedTuple):
-    """What a model was called with, and Transformers does not tell a mask function.
+    """Arguments of a model's call that Transformers does not pass to the mask function.
 
-    It looks for packed documents only where a call keeps no cache and was given no mask, and hands
+    Transformers detects packed documents only without cache and mask, and passes `cu_seq_lens` only to
+    attention layers, which many models do not forward.
     `cu_seq_lens` to nothing but attention layers, which many models do not pass on to.
     """
 
@@ -36,7 +37,7 @@ class Call(NamedTuple):
 
 
 def call_of(frame: FrameType) -> Call:
-    """The call of a model, from the frame of the function of Transformers that asks for its mask."""
+    """Read a model's call from the frame of the Transformers function that requests its mask."""
     asked = frame.f_locals
     given: dict[str, Any] = {}
     for kwargs in _named(frame):
@@ -57,14 +58,14 @@ def call_of(frame: FrameType) -> Call:
 
 
 def _named(frame: FrameType | None) -> Iterator[dict[str, Any]]:
-    """What the model whose forward asks for a mask got by name, and then heads that it is the base of."""
+    """Keyword arguments of the model whose forward requests a mask, then of the heads around it."""
     inner: nn.Module | None = None
     for _ in range(64):
         frame = frame and frame.f_back
         if frame is None:
             return
         code = frame.f_code
-        # to read the locals of a frame keeps them alive until it ends: those of others are left alone
+        # f_locals keeps a frame's locals alive until it ends: read it in model frames only
         if code.co_varnames[:1] != ("self",) or "kwargs" not in code.co_varnames:
             continue
         owner, kwargs = frame.f_locals.get("self"), frame.f_locals.get("kwargs")
@@ -77,19 +78,19 @@ def _named(frame: FrameType | None) -> Iterator[dict[str, Any]]:
             yield kwargs
 
 
-# ---------------------------------------------------------------- models with layers that mix
+# ---------------------------------------------------------------- models whose recurrent layers mix documents
 
 
 _BY_LABELS = frozenset("bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe nemotron_h zamba2".split())
 _BY_BOTH = frozenset("olmo_hybrid qwen3_next qwen3_5_text qwen3_5_moe_text qwen4_exp_text".split())
-"""Models whose own recurrent layers are told of documents: by `seq_idx`, or by that and `cu_seq_lens_q`."""
+"""Models whose recurrent layers accept document edges: `seq_idx`, or that together with `cu_seq_lens_q`."""
 
 _REFUSES = (5, 23)
-"""The release of Transformers that is known to refuse where the kernels of these layers are not there."""
+"""First Transformers release known to raise if these layers' kernels are missing."""
 
 
 def mixing(config: Any) -> str:
-    """The kinds of layers, but attention, that carry something from token to token; "": there are none."""
+    """Kinds of layers other than attention that carry state from token to token, as text; "" if none."""
     found = [getattr(config, name, None) or () for name in ("layer_types", "layers_block_type")]
     kinds = {str(x) for one in found if isinstance(one, (list, tuple)) for x in one}
     still = ("moe", "mlp", "dense", "sparse", "minimax_m3_sparse")
@@ -98,7 +99,7 @@ def mixing(config: Any) -> str:
 
 
 def told(kind: str, labels: Any, edges: Any) -> bool:
-    """Whether the recurrent layers of a type of model hear of documents, and keep them apart or raise."""
+    """Whether a model type's recurrent layers receive the document edges, and keep them apart or raise."""
     able = _BY_LABELS if edges is None else _BY_LABELS | _BY_BOTH
     release = tuple(int(x) for x in transformers.__version__.split(".")[:2])
     return labels is not None and kind in able and release >= _REFUSES
@@ -113,11 +114,11 @@ def _refuse_mixing(mask: SparseMask) -> None:
         )
 
 
-# ---------------------------------------------------------------- kept apart
+# ---------------------------------------------------------------- keeping documents apart
 
 
 def apart(mask: SparseMask, call: Call, begin: int) -> SparseMask:
-    """The mask of a call with its documents apart; `begin` keys of the cache lie before the mask's first."""
+    """Separate the documents of a call's mask; `begin` cached keys precede the mask's first key."""
     mask.cross = call.cross
     if told(mask.owner, call.labels, call.edges):
         mask.mixes = ""
@@ -133,13 +134,13 @@ def apart(mask: SparseMask, call: Call, begin: int) -> SparseMask:
 
 
 def by_positions(mask: SparseMask, positions: Any, hold: bool = False) -> SparseMask:
-    """A mask of self-attention whose documents lie apart, by positions `[B|1, S]` that begin anew.
+    """Separate packed documents of self-attention by positions `[B|1, S]` that restart.
 
-    A token begins a document where its position is 0 again, or below that of the token before it. Where the
-    model itself has made documents, they stay; other things than positions say nothing. In a trace, which
-    cannot look, the graph checks that the mask has them apart already.
+    A token begins a document if its position is 0 again, or below the previous token's. Documents that the
+    model has separated itself stay; anything but positions is ignored. A compiled graph, which cannot branch
+    on values, asserts that the mask separates them already.
 
-    `hold`: what Transformers itself made documents of is noted for a cache, too.
+    `hold`: documents that Transformers has separated itself are recorded for a cache, too.
     """
     if not _says(mask, positions) or mask.shape[2] < 2:
         return mask
@@ -169,11 +170,11 @@ def by_positions(mask: SparseMask, positions: Any, hold: bool = False) -> Sparse
 
 
 _DROP_EDGES = frozenset("nemotron stablelm".split())
-"""Models whose layers hand on positions, and no `cu_seq_lens`."""
+"""Models whose layers forward position_ids, but no `cu_seq_lens`."""
 
 
 def unheard(name: str, mask: SparseMask, positions: Any) -> None:
-    """Say what the attention of a model that is being compiled cannot hear of packed documents."""
+    """Warn, while a model is compiled, about document edges that its attention does not receive."""
     what = "" if _says(mask, positions) else "position_ids, nor cu_seq_lens"
     if what == "" and mask.owner in _DROP_EDGES:
         what = "cu_seq_lens"
@@ -182,20 +183,20 @@ def unheard(name: str, mask: SparseMask, positions: Any) -> None:
 
 
 _read: Last[SparseMask | None] = Last()
-"""What became of the mask and the positions that were read last; None: nothing."""
+"""The last mask and positions that were read, with the resulting mask; None if unchanged."""
 
 
 def _says(mask: SparseMask, positions: Any) -> bool:
-    """Whether something is positions of the tokens of a mask."""
+    """Whether `positions` fits the tokens of a mask."""
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.is_floating_point():
         return False
     return positions.shape[1] == mask.shape[2] and positions.shape[0] in (1, mask.shape[0])
 
 
 def _begins(mask: SparseMask, positions: Tensor, last: Tensor | None = None) -> Tensor:
-    """Which tokens begin another document than the token before, bool `[B|1, S]`; padding is no token.
+    """Tokens that begin a new document, bool `[B|1, S]`; padding is skipped.
 
-    `last` `[B|1, 1]`: the position of the last token in the cache; below 0 where that is unknown.
+    `last` `[B|1, 1]`: position of the last cached token; below 0 if unknown.
     """
     real, before = _tokens(mask, positions)
     positions = positions.expand(len(real), -1)
@@ -207,7 +208,7 @@ def _begins(mask: SparseMask, positions: Tensor, last: Tensor | None = None) -> 
 
 
 def _tokens(mask: SparseMask, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Which queries are tokens, `[B|1, S]`, and where the last token before each is; -1: in the cache."""
+    """Which queries are real tokens, `[B|1, S]`, and the index of the previous token; -1: it is cached."""
     at = torch.arange(mask.shape[2], device=positions.device)
     real = torch.ones_like(positions, dtype=torch.bool)
     if mask.tokens is not None:
@@ -218,7 +219,7 @@ def _tokens(mask: SparseMask, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ends(mask: SparseMask, begins: Tensor, first: Tensor | int = 0) -> tuple[Tensor, Tensor]:
-    """The range of keys of each query's document, `[B|1, S]` each; that of the first begins at `first`."""
+    """Key range of each query's document, `[B|1, S]` each; the first document begins at `first`."""
     at = torch.arange(begins.shape[1], device=begins.device) + mask.offset
     begin = torch.where(begins, at, first).cummax(-1).values
     later = torch.where(begins, at, mask.shape[3]).flip(-1).cummin(-1).values.flip(-1)
@@ -227,7 +228,7 @@ def _ends(mask: SparseMask, begins: Tensor, first: Tensor | int = 0) -> tuple[Te
 
 
 def _within(mask: SparseMask, begin: Tensor, end: Tensor) -> SparseMask:
-    """The mask with each query kept to the keys of its document."""
+    """Restrict each query of the mask to the keys of its document."""
     _refuse_mixing(mask)
     if not mask.documents:
         return mask.within(begin, end)
@@ -252,7 +253,7 @@ def by_edges(
     causal: bool,
     window: tuple[int, int] | None = None,
 ) -> SparseMask:
-    """Documents by `cu_seq_lens_q` and `cu_seq_lens_k`, within a mask; `shape` is B, S, T."""
+    """Separate documents by `cu_seq_lens_q` and `cu_seq_lens_k`, within a mask; `shape` is (B, S, T)."""
     B, S, T = shape
     if edges is None:
         raise SparseFlashError(f"{name}: cu_seq_lens_k without cu_seq_lens_q: give both")
@@ -293,17 +294,17 @@ def by_edges(
 
 
 def _edged(edges: Tensor, S: int) -> tuple[Tensor, Tensor]:
-    """Where the document of each token begins and ends, `[1,S]` each; tokens behind the last see nothing."""
+    """Begin and end of each token's document, `[1,S]` each; tokens behind the last edge see nothing."""
     at = torch.searchsorted(edges, torch.arange(S, device=edges.device), right=True)
     ends = torch.cat([edges, edges[-1:]]).long()
     return ends[at - 1][None], ends[at][None]
 
 
 def _by_edges_of(call: Call, mask: SparseMask) -> SparseMask:
-    """The edges of a call, where they are of the tokens of this mask, whatever the model makes of them."""
+    """Apply the edges of a call if they are for this mask's tokens, even if the model drops them."""
     (B, _, S, T), edges = mask.shape, call.edges
     if not call.causal and (B != 1 or edges is None or int(edges[-1]) != S):
-        return mask  # of a tower of images or sounds; its attention has its own word
+        return mask  # an image or audio tower; its attention receives its own edges
     made = by_edges(mask, edges, call.edges_k, (B, S, T), mask.owner, mask.causal)
     made.owner = mask.owner
     if call.causal and made.documents and edges is not None:
@@ -313,13 +314,13 @@ def _by_edges_of(call: Call, mask: SparseMask) -> SparseMask:
     return made
 
 
-# ---------------------------------------------------------------- in a cache
+# ---------------------------------------------------------------- documents in a cache
 
 
 class Held(NamedTuple):
-    """The documents in a cache: where that of each token begins, and each token's position, `[B|1, n]`.
+    """The documents in a cache: begin of each token's document, and each token's position, `[B|1, n]`.
 
-    Positions of padding are those of the token before; below 0 where they are unknown.
+    Padding has the position of the token before it; below 0 if unknown.
     """
 
     starts: Tensor
@@ -327,25 +328,25 @@ class Held(NamedTuple):
 
 
 HELD = "_sparseflash_documents"
-"""Name of the attribute of a cache that holds several documents."""
+"""Attribute of a cache that holds several documents: a `Held`."""
 
 
 def into(cache: Any, mask: SparseMask) -> None:
-    """Write down what a call puts into a cache that was empty."""
+    """Record in an empty cache the documents that a call puts there."""
     if cache is not None and mask.held is not None:
         setattr(cache, HELD, mask.held)
         mask.held = None
 
 
 def _carried(mask: SparseMask, positions: Tensor, last: Tensor | int = -1) -> Tensor:
-    """Positions `[B|1, S]`; of padding that of the token before, `last` where that is in a cache."""
+    """Positions `[B|1, S]`, with padding given the previous token's; `last` if that one is cached."""
     real, before = _tokens(mask, positions)
     token = torch.where(real, torch.arange(mask.shape[2], device=positions.device), before)
     return torch.where(token < 0, last, positions.expand(len(token), -1).gather(1, token.clamp(min=0)))
 
 
 def _hold(cache: Any, n: int, starts: Tensor, positions: Tensor) -> None:
-    """Write down what a call puts into a cache behind its first n tokens."""
+    """Record in a cache the documents that a call appends after its first n tokens."""
     held, B = getattr(cache, HELD, None), max(len(starts), len(positions))
     made = []
     for before, x, fill in zip(held or (None, None), (starts, positions), (0, -1)):
@@ -355,7 +356,7 @@ def _hold(cache: Any, n: int, starts: Tensor, positions: Tensor) -> None:
 
 
 def _behind(mask: SparseMask, call: Call, begin: int) -> SparseMask:
-    """The mask of tokens that go into a cache: each sees what is its own document's there, and no more."""
+    """Mask of tokens appended to a cache: each query attends to its own document's keys only."""
     cache, positions, held = call.cache, call.positions, getattr(call.cache, HELD, None)
     says = _says(mask, positions)
     if held is None and (not says or (mask.shape[2] == 1 and not _zero(positions))):
@@ -385,12 +386,12 @@ def _behind(mask: SparseMask, call: Call, begin: int) -> SparseMask:
 
 
 def _zero(positions: Tensor) -> bool:
-    """Whether the one token of each row may begin a document; not looked at on an accelerator."""
+    """Whether the one token of each row may begin a document; False on an accelerator, to avoid a sync."""
     return positions.device.type == "cpu" and 0 in positions.flatten().tolist()
 
 
 def _last_of(held: Held, n: int, mask: SparseMask, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Where the last document of n cached tokens begins, and its last position, `[B|1, 1]` each."""
+    """Begin of the last document of n cached tokens, and its last position, `[B|1, 1]` each."""
     B, rows = mask.shape[0], len(held.starts)
     if positions is None:
         why = "position_ids are not known to attention"
@@ -418,7 +419,7 @@ def _last_of(held: Held, n: int, mask: SparseMask, positions: Tensor | None) -> 
 
 
 def _anything(mask: SparseMask, n: int, begin: int, device: torch.device) -> Tensor:
-    """Whether a row has tokens, not padding alone, before this call's, bool `[B|1, 1]`."""
+    """Whether a row has real tokens before this call's, bool `[B|1, 1]`."""
     if mask.tokens is None or begin:
         return torch.full((1, 1), n > 0, device=device)
     return mask.tokens[:, :n].any(1, keepdim=True).to(device)

@@ -1,4 +1,4 @@
-"""Indexers of learned sparse models with their scores streamed: same weights, same choice, linear memory."""
+"""Indexers of learned sparse models with streamed scores: same weights, same choice, linear memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ...ops.indexer import indexer_topk
 from .mask import MaskRows, SparseMask, on_host
 
 PAIRS = {"DeepseekV32Indexer": False, "AXK2Indexer": False, "GlmMoeDsaIndexer": True}
-"""Indexers that differ in one thing: whether rotary dimensions are neighbours, or halves apart."""
+"""Supported indexers: True if rotary dimensions are adjacent pairs, False if they are half a head apart."""
 
 
 BLOCKS = "MiniMaxM3VLIndexer"
-"""The indexer that chooses blocks of keys: the best product in a block is its score, for each head."""
+"""The indexer that chooses key blocks: a block's score is the best product in it, per head."""
 HELD = 32 << 20
-"""Bytes of scores that a choice of blocks holds at a time, or those of one query where they are more."""
+"""Limit in bytes of the scores that a block choice holds at once (at least those of one query)."""
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
-    """Rotary embedding of [B,S,h,D]; cos and sin [B,S,D] hold their first half twice."""
+    """Apply rotary embedding to [B,S,h,D]; cos and sin [B,S,D] contain their first half twice."""
     half = x.shape[-1] // 2
     cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
     a, b = (x[..., 0::2], x[..., 1::2]) if pairs else (x[..., :half], x[..., half:])
@@ -33,15 +33,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
 
 
 class StreamedIndexer(nn.Module):
-    """A model's indexer whose scores are never in memory; takes its place and uses its weights.
+    """A drop-in replacement of a model's indexer with the same weights, whose scores are never stored.
 
     The stock module holds `heads * S * T` fp32 scores (8 GiB for one layer of DeepSeek-V3.2 at 4096 tokens).
-    Masks other than causality and padding are given to the stock module.
+    Calls with masks other than causality and padding go to the stock module.
 
     Parameters
     ----------
     stock : nn.Module
-        An indexer of DeepSeek-V3.2, GLM-DSA or A.X-K2.
+        Indexer module of DeepSeek-V3.2, GLM-DSA or A.X-K2.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -57,9 +57,9 @@ class StreamedIndexer(nn.Module):
     def project(
         self, hidden_states: Tensor, q_resid: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q_index `[B,H,S,D]`, k_index `[B,S,D]` and weights `[B,H,S]`, with gradients.
+        """Project to q_index `[B,H,S,D]`, k_index `[B,S,D]` and weights `[B,H,S]`, with gradients.
 
-        As `indexer_topk` and `indexer_kl_loss` take them, with `scale` (`index_scale`)
+        These are inputs of `indexer_topk` and `indexer_kl_loss`, whose `scale` (`index_scale`) is
         `stock.softmax_scale`.
         """
         own: Any = self.stock
@@ -83,7 +83,7 @@ class StreamedIndexer(nn.Module):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
     ) -> Tensor:
-        """The choice, int32 `[B,S,topk]`; -1 where a query sees fewer keys."""
+        """Choose keys, int32 `[B,S,topk]`, padded with -1."""
         own: Any = self.stock
         mask = attention_mask.mask if isinstance(attention_mask, MaskRows) else None
         if not isinstance(mask, SparseMask) or not mask.by_rule:
@@ -111,15 +111,15 @@ class StreamedIndexer(nn.Module):
 
 
 class StreamedBlockIndexer(nn.Module):
-    """MiniMax-M3's indexer, some queries at a time; takes its place and uses its weights.
+    """A drop-in replacement of MiniMax-M3's indexer with the same weights, run on tiles of queries.
 
-    The stock module holds `heads * S * T` fp32 scores. This one holds those of as many queries as fit into
-    `HELD` bytes, each against the keys up to its own, and chooses the same blocks.
+    The stock module holds `heads * S * T` fp32 scores. This one holds scores of as many queries as fit into
+    `HELD` bytes, over keys up to the last of these queries, and chooses the same blocks.
 
     Parameters
     ----------
     stock : nn.Module
-        The indexer of a MiniMax-M3 layer.
+        Indexer module of a MiniMax-M3 layer.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -134,7 +134,7 @@ class StreamedBlockIndexer(nn.Module):
         past_key_values: Any,
         position_ids: Tensor,
     ) -> Tensor:
-        """The choice, `[B,heads,S,topk]`; -1 where a query sees fewer blocks."""
+        """Choose blocks, `[B,heads,S,topk]`, padded with -1."""
         own: Any = self.stock
         q, k = (
             norm(project(hidden_states).unflatten(-1, (-1, own.head_dim)))
@@ -177,7 +177,7 @@ class StreamedBlockIndexer(nn.Module):
 
 @contextmanager
 def streamed(model: nn.Module) -> Iterator[nn.Module]:
-    """Let a model's indexers stream their scores inside the block; the stock ones are back after it.
+    """Replace a model's indexers by streamed ones inside the block; the stock ones return afterwards.
 
     Examples
     --------
@@ -190,7 +190,7 @@ def streamed(model: nn.Module) -> Iterator[nn.Module]:
     Raises
     ------
     SparseFlashError
-        Where the model has no indexer that is known.
+        If the model has no known indexer.
     """
     found = [
         (parent, name, child)

@@ -1,4 +1,4 @@
-"""The mask as a tensor for models that compute with theirs: used as what it means, or refused by name."""
+"""Bool masks as tensors, for models that compute with their mask: reinterpreted if clear, else refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import SparseFlashError
 
-# What leaves a mask a mask: its numbers in another place, or combined with other bool tensors.
+# Functions that keep a mask a mask: they move its entries, or combine it with other bool tensors.
 _SHAPES = frozenset(
     "__getitem__ as_strided broadcast_to chunk clone contiguous cpu cuda detach expand expand_as flatten "
     "flip gather index_select mT T mH H narrow permute repeat repeat_interleave reshape reshape_as roll "
@@ -19,18 +19,18 @@ _SHAPES = frozenset(
     "__and__ __or__ __rand__ __ror__ __iand__ __ior__ bitwise_and bitwise_or logical_and logical_or "
     "__deepcopy__".split()
 )
-# What looks at everything but the numbers, beside properties and what is called is_...
+# Functions that read only metadata, besides properties and is_... functions.
 _LOOKS = frozenset(
     "dim size numel nelement stride storage_offset element_size get_device data_ptr untyped_storage __len__ "
     "__repr__ __format__ __hash__ __reduce_ex__".split()
 )
-# What names a dtype, which changes nothing: a model's dtype is no word about a mask. But for bool.
+# Casts, ignored for masks: a model's dtype does not tell what its mask means. Except a cast to bool.
 _CASTS = frozenset("to float half bfloat16 double type type_as".split())
 _INVERSIONS = frozenset("__invert__ bitwise_not logical_not".split())
 _COMPARISONS = frozenset("__eq__ __ne__ eq ne equal".split())
 _SUMS = frozenset("add add_ __add__ __radd__ __iadd__".split())
 _JOINS = frozenset("cat concat concatenate stack".split())
-# What chooses by a bool mask, and which of its arguments that is.
+# Functions that select by a bool mask, and the index of that argument.
 _CHOICES = {
     "masked_fill": 1,
     "masked_fill_": 1,
@@ -41,17 +41,17 @@ _CHOICES = {
 
 
 LOW = -1e4
-"""A number below this one, added to a score, hides it."""
+"""Values below this, added to a score, hide the key."""
 
 
 class KeepMask(Tensor):
-    """A bool mask, True attends, that a model may use as what it is, and not as numbers.
+    """A bool mask, True attends, that a model may use as a mask but not as numbers.
 
-    Models were written for masks of another kind: 0 where a token is seen and a very low number where it is
-    not, to be added to scores. So this one, added to floating point numbers (or joined to such a mask), is
-    that one. It may be reshaped, indexed and moved, decide between values (`where`, `masked_fill`), and be
-    inverted or combined with other bool tensors. Whatever else reads its numbers could mean either kind, and
-    raises: `mask.bool()`, products, comparisons.
+    Models expect additive masks: 0 for a visible token and a very low number for a hidden one. So when this
+    mask is added to floating point numbers (or concatenated with such a mask), it converts to an additive
+    mask. It may be reshaped, indexed and moved, select values (`where`, `masked_fill`), and be inverted or
+    combined with other bool tensors. Any other use of its values could mean either kind, and raises:
+    `mask.bool()`, products, comparisons.
     """
 
     owner: str = ""
@@ -65,7 +65,7 @@ class KeepMask(Tensor):
 
 
 def _use(function: Callable[..., Any], given: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What a function of torch makes of masks among its arguments; torch functions see plain tensors here."""
+    """Run a torch function that has masks among its arguments, by what they mean in it (`_meaning`)."""
     name, owner = getattr(function, "__name__", str(function)), ""
     looks = name in _LOOKS or (name.lstrip("_").startswith("is_") and name != "is_nonzero")
     if name == "__get__":
@@ -93,9 +93,9 @@ def _use(function: Callable[..., Any], given: tuple[Any, ...], options: dict[str
 
 
 def _meaning(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> str | torch.dtype | None:
-    """What masks are in a call: "plain" bool, a "mask" still, a "cast", numbers of a dtype; None: unclear."""
+    """How a call means its masks: "plain" bool, a "mask" still, a "cast", additive dtype; None: unclear."""
     first: Any = given[0] if given else next(iter(options.values()), None)
-    if name in _INVERSIONS:  # nobody inverts a mask of floats: it is known to be bool
+    if name in _INVERSIONS:  # additive masks are never inverted, so it means bool
         return "plain"
     if name in _COMPARISONS:
         return "plain" if all(_is_bool(x) for x in given) else None
@@ -122,7 +122,7 @@ def _meaning(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> str 
             return "mask"
         put = values[:1] if name == "where" else values[1:] if "fill" in name else []
         if any(float(x) <= LOW for x in put if not isinstance(x, Tensor) or x.numel() == 1):
-            return None  # where a token is seen: the model takes the mask the other way round
+            return None  # the low number is put at visible tokens: the model inverts the mask
         return None if any(isinstance(x, KeepMask) for x in values) else "plain"
     if name in _SHAPES:
         numbers = [x for x in _flat((given, options)) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -131,14 +131,14 @@ def _meaning(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> str 
 
 
 def keep_mask(x: Tensor, owner: str = "") -> KeepMask:
-    """A bool tensor as a mask of a model of that type."""
+    """Wrap a bool tensor as the mask of a model of type `owner`."""
     made = x.as_subclass(KeepMask)
     made.owner = owner
     return made
 
 
 def plain_mask(x: Tensor) -> Tensor:
-    """The tensor without our word on its use."""
+    """Unwrap a `KeepMask` to a plain tensor."""
     if not isinstance(x, KeepMask):
         return x
     with torch._C.DisableTorchFunctionSubclass():
@@ -150,7 +150,7 @@ def _is_bool(x: Any) -> bool:
 
 
 def _numbers(x: Any, dtype: torch.dtype) -> Any:
-    """0 where a mask attends, the lowest number elsewhere; other things as they are."""
+    """Convert masks to additive ones: 0 where they attend, the dtype's lowest number elsewhere."""
     if isinstance(x, (list, tuple)):
         return type(x)([_numbers(one, dtype) for one in x])
     if not isinstance(x, KeepMask):

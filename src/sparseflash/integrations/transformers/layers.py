@@ -1,4 +1,4 @@
-"""The attention layers of a model, and which of them a caller means."""
+"""Find the attention layers of a model, and those that a caller selects."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 from ...errors import SparseFlashError
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-"""What the forward of every attention layer that follows Transformers' registry names."""
+"""Global name that the forward of every attention layer on Transformers' registry uses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An attention layer: its name in the model, its number there, and the module."""
+    """An attention layer: its name in the model, its index, and the module."""
 
     name: str
     index: int
@@ -34,12 +34,12 @@ class Layer:
 
 
 def attention_layers(model: nn.Module) -> list[Layer]:
-    """Every layer of a model that calls the attention registry, in the order of its modules.
+    """List every layer of a model that uses the attention registry, in module order.
 
     Raises
     ------
     SparseFlashError
-        For a model that has none, with the classes that look like attention.
+        If there is none; the message lists the classes that look like attention.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def attention_layers(model: nn.Module) -> list[Layer]:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside of what wraps it: `DataParallel`, its distributed kin, `torch.compile`."""
+    """Unwrap a model from `DataParallel`, `DistributedDataParallel` or `torch.compile`."""
     while not hasattr(model, "config"):
         inner = getattr(model, "module", getattr(model, "_orig_mod", None))
         if not isinstance(inner, nn.Module):
@@ -82,7 +82,7 @@ def _follows(module: nn.Module) -> bool:
 
 
 def chosen(model: nn.Module, layers: Iterable[int | str] | int | str | None) -> list[Layer]:
-    """The layers that are meant: by number, by name (with `*`), or all that have no window of their own."""
+    """Select layers by index, by name (with `*`), or by default all without a window of their own."""
     every = attention_layers(model)
     if layers is None:
         wide = [layer for layer in every if not layer.windowed]

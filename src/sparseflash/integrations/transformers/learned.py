@@ -1,7 +1,8 @@
-"""Learned sparse models: the keys that their own indexers chose, as plans.
+"""Plans from the keys that the indexers of learned sparse models chose.
 
-DeepSeek-V3.2, GLM-DSA and their relatives hand `indices` [B,S,topk] to a registered attention function,
-MiniMax-M3 `block_indices` [B,Hkv,S,topk]; -1 is none. All layers that share a choice share its plan.
+DeepSeek-V3.2, GLM-DSA and their relatives pass `indices` [B,S,topk] to the registered attention function,
+MiniMax-M3 passes `block_indices` [B,Hkv,S,topk], both padded with -1. Layers that share a choice share its
+plan.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from ...plan.stamps import Last
 from .mask import SparseMask
 
 _last: Last[Plan] = Last()
-"""The plan of the choice and the mask that were read last."""
+"""The last choice and mask that were read, and their plan."""
 
 
 def learned_plan(
     module: nn.Module, mask: SparseMask, indices: Tensor | None, block_indices: Tensor | None
 ) -> Plan:
-    """The plan of an indexer's choice, under what the mask lets each query see.
+    """Build the plan of an indexer's choice, restricted to what the mask shows each query.
 
     Parameters
     ----------
     module : nn.Module
-        The attention layer; `module.indexer.block_size` says how many keys a block has.
+        The attention layer; `module.indexer.block_size` is the number of keys per block.
     mask : SparseMask
-        What each query may see.
+        Keys that each query may attend to.
     indices : Tensor, optional
-        Integers `[B,S,topk]`: keys, for all heads.
+        Integers `[B,S,topk]`: key indices, shared by all heads.
     block_indices : Tensor, optional
-        Integers `[B,Hkv,S,topk]`: blocks of keys, for each KV head.
+        Integers `[B,Hkv,S,topk]`: block indices for each KV head.
     """
     if indices is not None and block_indices is not None:
         raise SparseFlashError(
@@ -62,7 +63,7 @@ def learned_plan(
 
 
 def _visible(chosen: Tensor, mask: SparseMask, unit: int) -> Tensor:
-    """Keys of a choice that the mask shows, -1 for others: documents, windows, a mask of the user's."""
+    """Expand a choice to key indices that the mask shows, -1 for others (documents, windows, user masks)."""
     chosen = chosen if chosen.dim() == 4 else chosen[:, None]
     if unit > 1:
         lanes = torch.arange(unit, device=chosen.device)

@@ -1,4 +1,4 @@
-"""What each query of a forward sees, for all layers of one kind: a plan that behaves like a bool mask."""
+"""Attention mask of a forward, shared by all layers of one kind: a plan that behaves like a bool mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _untold: set[tuple[str, str]] = set()
 
 @torch.compiler.assume_constant_result
 def untold(name: str, what: str) -> None:
-    """Say once, while a model is compiled, what is not known of packed documents; no part of the trace."""
+    """Warn once, while a model is compiled, that document edges are unknown; not part of the graph."""
     if (name, what) in _untold:
         return
     _untold.add((name, what))
@@ -34,16 +34,16 @@ def untold(name: str, what: str) -> None:
 
 
 class _Dense:
-    """What a model computes with gets the tensor that this stands for, as a `KeepMask`."""
+    """Base of tensor stand-ins: torch functions and operators get the real tensor, as a `KeepMask`."""
 
     owner = ""
 
     def to_dense(self) -> Tensor:
-        """That tensor. Materialises S x T."""
+        """The tensor that the object stands for. Materialises S x T."""
         raise NotImplementedError
 
     def keep(self) -> Tensor:
-        """That tensor, for a model to use as a mask, not as numbers."""
+        """The tensor as a `KeepMask`, for a model to use as a mask, not as numbers."""
         if torch.compiler.is_compiling():
             untold(self.owner, "position_ids")
         return keep_mask(self.to_dense(), self.owner)
@@ -93,12 +93,12 @@ def _dense(x: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Plain:
-    """Causality (or nothing) hides keys, and padding, wherever it is."""
+    """Only causality (or nothing) and padding hide keys."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-    """Each query sees one range of keys, but for padding: `[lo, hi)`, `[B|1, S]` each."""
+    """Each query attends to one key range `[lo, hi)`, `[B|1, S]` each, minus padding."""
 
     lo: Tensor
     hi: Tensor
@@ -106,9 +106,9 @@ class Ranges:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Some query is the first of a document or chunk, and sees nothing before itself.
+    """Some query is the first of a document or chunk, and sees no key before itself.
 
-    `starts [B|1, S]`: where the document of each query begins, where causal documents are all there is.
+    `starts [B|1, S]`: begin of each query's document, if causal documents are the only structure.
     """
 
     starts: Tensor | None = None
@@ -117,46 +117,45 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
-    """The plan alone says what is seen."""
+    """Arbitrary structure: only the plan describes it."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class SparseMask(_Dense):
-    """What each query of a forward sees, for all layers of one kind: a plan, made once.
+    """Attention mask of a forward, for all layers of one kind: a plan, built once.
 
-    Transformers hands it from the model to every attention layer. It behaves like the bool mask
-    `[B, 1, S, T]` (True attends) that it stands for: it has that shape, moves with `.to`, and where a model
-    indexes it, inverts it or gives it to a function of torch, there is that tensor. Only then is anything of
-    size S x T made.
+    Transformers passes it from the model to every attention layer. It behaves like the bool mask
+    `[B, 1, S, T]` (True attends) that it stands for: it has that shape, moves with `.to`, and materialises
+    only if a model indexes it, inverts it or passes it to a torch function.
 
     Parameters
     ----------
     plan : Plan
-        What is seen.
+        Pairs that attend.
     batch : int
         B of the shape.
     kind : Plain, Ranges, Packed or Bits
-        What hides keys, beside padding.
+        What hides keys besides padding.
     causal : bool
         Whether no query sees a later key.
     offset : int or Tensor
         Position of the first query, counted from the first key.
     tokens : Tensor, optional
-        bool `[B, T]`, True = token, where some keys are padding.
+        bool `[B, T]`, True = token, if some keys are padding.
     if_plain : Tensor, optional
-        In a trace: bool, whether causality and padding at the ends turn out to be all there is.
+        While compiling: bool, whether only causality and padding at the ends turn out to hide keys.
     owner : str
-        The type of the model that it was made for, for messages.
+        Model type that the mask is for, for messages.
     cross : bool
-        Whether keys are of another sequence than queries, as far as the model says so.
+        Whether keys are of another sequence than queries, as far as the model tells.
     mixes : str
-        The kinds of the model's layers that would carry one packed document into the next.
+        Kinds of the model's layers that would carry one packed document into the next.
     edges : Tensor, optional
-        The `cu_seq_lens_q` that it keeps to already.
+        The `cu_seq_lens_q` that the mask already respects.
     held : Held, optional
-        The documents that this call puts into a cache, until there is one.
+        Documents that this call appends to a cache, until the cache exists.
     biased : bool
-        Whether the tensor that it was read from also holds numbers to add to the logits.
+        Whether the source tensor also holds numbers to add to the logits.
     """
 
     ndim = 4
@@ -184,28 +183,28 @@ class SparseMask(_Dense):
 
     @property
     def by_rule(self) -> bool:
-        """Whether `causal`, `offset` and `tokens` say all of it."""
+        """Whether `causal`, `offset` and `tokens` describe the mask completely."""
         return isinstance(self.kind, Plain)
 
     @property
     def documents(self) -> bool:
-        """Whether some query is the first of a document or chunk, and sees nothing before itself."""
+        """Whether some query is the first of a document or chunk, and sees no key before itself."""
         return isinstance(self.kind, Packed)
 
     @property
     def ranges(self) -> Ranges | None:
-        """The range of keys of each query, where windows or documents make one of them, padding aside."""
+        """Key range of each query, if windows or documents leave a single range, padding aside."""
         kind = self.kind.ranges if isinstance(self.kind, Packed) else self.kind
         return kind if isinstance(kind, Ranges) else None
 
     @functools.cached_property
     def apart(self) -> Documents | None:
-        """The documents as batches, for methods; None where something else is hidden too."""
+        """The documents as batches, for methods; None if anything else is hidden too."""
         starts = self.kind.starts if isinstance(self.kind, Packed) else None
         return None if starts is None else Documents(starts.expand(self.shape[0], -1))
 
     def within(self, begin: Tensor, end: Tensor) -> SparseMask:
-        """The mask with each query kept to the keys `[begin, end)`, `[B|1, S]` each: packed documents."""
+        """Restrict each query to the keys `[begin, end)`, `[B|1, S]` each, of its packed document."""
         Tq, Tk = self.shape[2:]
         query = torch.arange(Tq, device=self.device) + self.offset
         ranges = self.ranges
@@ -223,10 +222,10 @@ class SparseMask(_Dense):
         return dataclasses.replace(self, plan=plan, kind=kind)
 
     def for_keys(self, n: int) -> SparseMask:
-        """The mask of a layer that has other keys than it was made for, where it says what these are.
+        """Adapt the mask to a layer that has n keys instead of Tk, if it is clear which keys those are.
 
-        A cache may hold other numbers of tokens in each layer, of which the last are the queries' own; and a
-        mask may be made for more room than there is yet.
+        A cache may hold a different number of tokens in each layer, ending with the queries' own; and a mask
+        may be made for more capacity than is filled.
         """
         (Tq, Tk), known = self.shape[2:], isinstance(self.offset, int)
         if known and self.by_rule and self.tokens is None and self.offset + Tq == Tk and n >= Tq:
@@ -242,8 +241,8 @@ class SparseMask(_Dense):
 
     @property
     def padded(self) -> Padded | None:
-        """The sequences without their padding; None where there is none."""
-        if self.tokens is not None and self._padded is None:  # a trace cannot enter a cached_property
+        """The sequences without padding; None if there is no padding."""
+        if self.tokens is not None and self._padded is None:  # Dynamo cannot trace a cached_property
             self._padded = Padded(self.tokens, self.shape[2], self.offset)
         return self._padded
 
@@ -257,12 +256,12 @@ class SparseMask(_Dense):
 
     @functools.cached_property
     def groups(self) -> list[tuple[Group, SparseMask]]:
-        """Sequences of one length each, and what the mask says of their own tokens. Looks at values."""
+        """Groups of sequences of equal length, with their masks without padding. Reads values."""
         assert self.padded is not None
         return [(group, self._of(group, self.padded.rank)) for group in self.padded.groups()]
 
     def _of(self, group: Group, rank: Tensor) -> SparseMask:
-        """The mask of a group: between its own tokens, with nothing of padding."""
+        """Mask of a group among its real tokens."""
         (n, Tq), Tk = group.queries.shape, group.keys.shape[1]
         kind: Plain | Bits = Bits()
         if self.by_rule:
@@ -283,11 +282,11 @@ class SparseMask(_Dense):
 
     @property
     def device(self) -> torch.device:
-        """Where the plan lies."""
+        """Device of the plan."""
         return self.plan.device
 
     def for_methods(self) -> SparseMask:
-        """The mask as a trace takes it to be: plain, which its graph checks."""
+        """Mask for methods: in a compiled model it is assumed to be plain, which the graph asserts."""
         if self.if_plain is None:
             return self
         torch._assert_async(
@@ -298,19 +297,19 @@ class SparseMask(_Dense):
         return dataclasses.replace(self, kind=Plain() if self.tokens is None else self.kind, if_plain=None)
 
     def dim(self) -> int:
-        """4, as of the tensor it stands for."""
+        """4, as the tensor it stands for."""
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
-        """The shape `[B, 1, S, T]`, or one number of it."""
+        """The shape `[B, 1, S, T]`, or one size of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def contiguous(self) -> SparseMask:
-        """The mask itself."""
+        """Return the mask itself."""
         return self
 
     def to(self, *args: Any, **options: Any) -> Any:
-        """The mask on another device; a dtype changes nothing, but bool is refused: the mask knows itself."""
+        """Move to a device; a dtype is ignored, but bool goes to the `KeepMask`, which refuses it."""
         device, dtype = torch._C._nn._parse_to(*args, **options)[:2]
         if dtype == torch.bool:
             return self.keep().to(dtype)
@@ -319,12 +318,12 @@ class SparseMask(_Dense):
         return _moved(self, device)
 
     def to_dense(self) -> Tensor:
-        """The bool tensor `[B, 1, S, T]`: for models that compute with their mask. Materialises S x T."""
+        """Materialise the bool tensor `[B, 1, S, T]`, for models that compute with their mask."""
         return self.plan.to_dense().expand(self.shape)
 
     def __getitem__(self, index: Any) -> Any:
         index = _dense(index)
-        rows = (slice(None), 0, slice(None), slice(None))  # what models with an indexer hand to it
+        rows = (slice(None), 0, slice(None), slice(None))  # the index that models with an indexer use
         return MaskRows(self) if index == rows else self.keep()[index]
 
     def __repr__(self) -> str:
@@ -332,7 +331,7 @@ class SparseMask(_Dense):
 
 
 class MaskRows(_Dense):
-    """`mask[:, 0, :, :]`, bool [B, S, T]: made when something computes with it, and not before."""
+    """`mask[:, 0, :, :]`, bool [B, S, T], materialised only when something computes with it."""
 
     ndim = 3
     dtype = torch.bool
@@ -342,7 +341,7 @@ class MaskRows(_Dense):
         self.shape = torch.Size((mask.shape[0], *mask.shape[2:]))
 
     def to_dense(self) -> Tensor:
-        """The tensor. Materialises S x T."""
+        """Materialise the S x T tensor."""
         return self.mask.to_dense()[:, 0]
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -350,7 +349,7 @@ class MaskRows(_Dense):
 
 
 def _moved(x: Any, device: torch.device) -> Any:
-    """Tensors and plans on a device, and dataclasses of them."""
+    """Move tensors, plans and dataclasses of them to a device."""
     if isinstance(x, (Tensor, Plan)):
         return x.to(device)
     if not dataclasses.is_dataclass(x):
@@ -360,7 +359,7 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 
 def ranged(ranges: Ranges, query: Tensor, tokens: Tensor | None) -> Ranges | Packed:
-    """What ranges are: documents or chunks, where some query sees nothing before itself."""
+    """Classify ranges: `Packed` if some query sees no key before itself, else `Ranges`."""
     lo, hi = ranges.lo, ranges.hi
     begins = (lo == query) & (hi > lo) & (query > 0)
     if not bool(begins.any()):
@@ -371,19 +370,19 @@ def ranged(ranges: Ranges, query: Tensor, tokens: Tensor | None) -> Ranges | Pac
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether the values of a tensor can be looked at, for nothing."""
+    """Whether a tensor's values can be read without synchronisation or graph break."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def shared_rows(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """One row for all sequences where they are alike."""
+    """Reduce to one row if all sequences have equal ranges."""
     if on_host(lo) and len(lo) > 1 and bool((lo == lo[:1]).all() and (hi == hi[:1]).all()):
         return lo[:1], hi[:1]
     return lo, hi
 
 
 def intervals(ranges: Ranges, tokens: Tensor | None, Tk: int) -> tuple[Plan, Tensor]:
-    """The plan of ranges without padding; and whether padding is at the ends alone, a bool tensor."""
+    """Plan of ranges without padding, and a bool tensor: whether padding is only at the ends."""
     lo, hi = ranges.lo, ranges.hi
     if tokens is None:
         plan = Plan.from_intervals(lo[:, None], hi[:, None], Tk=Tk, moving=True)
@@ -396,7 +395,7 @@ def intervals(ranges: Ranges, tokens: Tensor | None, Tk: int) -> tuple[Plan, Ten
     solid = tokens.sum(-1, keepdim=True) == (last - first).clamp(min=0)
     if on_host(solid) and bool(solid.all()):
         return plan, solid.all()
-    # padding between tokens: a label for each key, and a test of each pair where there is some
+    # padding between tokens: key labels hide it, and spans that contain some are tested per pair
     assert plan.span_full is not None
     holed = dataclasses.replace(
         plan,

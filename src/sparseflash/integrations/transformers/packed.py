@@ -1,4 +1,4 @@
-"""Methods on packed and on padded rows: each document or sequence by itself, those that may in one call."""
+"""Packed and padded rows for methods: each document or sequence by itself, batched where possible."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...plan import Plan
 
 
 class Documents:
-    """The documents of packed rows as batches padded on the right, and the way back.
+    """The documents of packed rows as right-padded batches, and the way back.
 
-    Lengths of one batch are within a factor of two; the tail of a shorter document is zeros. `tokens` says
-    what is none: for each batch, bool `[documents, length]`, True = token.
+    Lengths in a batch differ by at most a factor of two; shorter documents are padded with zeros. `tokens`
+    has for each batch the mask bool `[documents, length]`, True = token.
 
     Parameters
     ----------
     starts : Tensor
-        Integers `[B,S]`: where in its row the document of each token begins.
+        Integers `[B,S]`: begin, in its row, of each token's document.
     """
 
     def __init__(self, starts: Tensor) -> None:
@@ -42,7 +42,7 @@ class Documents:
         self.place[order] = torch.arange(len(order), device=starts.device)
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """`[B,H,S,D]` as `[documents,H,length,D]`, a batch for each range of lengths."""
+        """Split `[B,H,S,D]` into `[documents,H,length,D]`, one batch per range of lengths."""
         rows = x.transpose(1, 2).flatten(0, 1)
         rows = torch.cat([rows, torch.zeros_like(rows[:1])])
         return [
@@ -51,23 +51,23 @@ class Documents:
         ]
 
     def join(self, batches: list[Tensor]) -> Tensor:
-        """What `split` took apart, `[B,H,S,D]`."""
+        """Invert `split`, to `[B,H,S,D]`."""
         rows = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in batches])
         return rows.index_select(0, self.place[:-1]).unflatten(0, self.shape).transpose(1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Sequences of a padded batch that have as many queries, keys and keys before their first query.
+    """Sequences of a padded batch with equal numbers of queries, keys and keys before the first query.
 
     Parameters
     ----------
     rows : Tensor
-        `[n]`: which sequences.
+        `[n]`: indices of the sequences in the batch.
     queries, keys : Tensor
-        `[n,S']`, `[n,T']`: where their tokens are.
+        `[n,S']`, `[n,T']`: indices of their real queries and keys.
     offset : int
-        How many of the keys come before the first query.
+        Number of keys before the first query.
     """
 
     rows: Tensor
@@ -77,16 +77,16 @@ class Group:
 
 
 class Padded:
-    """The sequences of a padded batch without their padding, wherever it lies.
+    """The sequences of a padded batch without their padding, wherever that is.
 
     Parameters
     ----------
     tokens : Tensor
         bool `[B,T]`, True = token.
     S : int
-        Queries.
+        Number of queries.
     offset : int or Tensor
-        Place of the first query among the keys.
+        Index of the first query among the keys.
     """
 
     def __init__(self, tokens: Tensor, S: int, offset: int | Tensor) -> None:
@@ -98,15 +98,15 @@ class Padded:
         self._moved: tuple[Tensor | None, Tensor | None] | None = None
         self.begin = before.index_select(1, at[:1])[:, 0] if S else before[:, 0]
         self.rank = before
-        """`[B,T+1]`: how many tokens come before each key."""
+        """`[B,T+1]`: number of tokens before each key."""
 
     def front(self) -> tuple[Tensor, Tensor]:
-        """The tokens of each sequence first, then its padding: `[B,S]` of queries, `[B,T]` of keys."""
+        """Sort orders that put tokens first and padding last: `[B,S]` for queries, `[B,T]` for keys."""
         queries, keys = (torch.argsort((~x).byte(), dim=-1, stable=True) for x in (self.real, self.tokens))
         return queries, keys
 
     def moved(self) -> tuple[Tensor | None, Tensor | None]:
-        """`front`, None where nothing moves."""
+        """As `front`, with None for an order that changes nothing."""
         if self._moved is None:
             self._moved = self.front()
             if not torch.compiler.is_compiling():
@@ -115,7 +115,7 @@ class Padded:
         return self._moved
 
     def groups(self) -> list[Group]:
-        """All sequences that have queries. Looks at values."""
+        """Groups of all sequences that have queries. Reads values."""
         sizes = torch.stack([self.real.sum(1), self.tokens.sum(1), self.begin], 1).tolist()
         rows: dict[tuple[int, ...], list[int]] = {}
         for i, size in enumerate(sizes):
@@ -129,10 +129,11 @@ class Padded:
 
 
 def behind(plan: Plan, begin: Tensor, first: Tensor) -> Plan | None:
-    """A plan of one query for sequences whose keys begin amid the rows, made for keys that begin at 0.
+    """Shift a plan of one query, made for keys from 0, to sequences whose keys begin at row `first`.
 
-    `begin [B]`: the query's position, counted from the first key; `first [B]`: the row of that. Ranges move,
-    and positions are told; None where a plan has more than ranges, which keys would have to move for.
+    `begin [B]`: the query's position, counted from the first key; `first [B]`: row of the first key. Ranges
+    are shifted and positions set; returns None if the plan has more than ranges, for which keys would have to
+    move.
     """
     moves = plan.index is None and plan.spans is not None and plan.k_order is None and plan.q_order is None
     told = (plan.q_pos, plan.k_pos, plan.k_end, plan.q_seg, plan.k_seg)
@@ -161,13 +162,13 @@ def behind(plan: Plan, begin: Tensor, first: Tensor) -> Plan | None:
 
 
 def gather(x: Tensor, rows: Tensor | None, at: Tensor) -> Tensor:
-    """Tokens `at [n,T']` of sequences `[n]` (None: all) of `x [B,H,T,D]`: `[n,H,T',D]`."""
+    """Gather tokens `at [n,T']` of sequences `rows [n]` (None: all) of `x [B,H,T,D]`: `[n,H,T',D]`."""
     x = x if rows is None else x[rows]
     return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def scatter(parts: list[tuple[Group, Tensor]], like: Any) -> Tensor:
-    """Results `[n,H,S',D]` of groups as `[B,H,S,D]`; 0 at padding."""
+    """Scatter the groups' results `[n,H,S',D]` to `[B,H,S,D]`; padding is 0."""
     (B, S), out = like, None
     for group, x in parts:
         place = (group.rows[:, None] * S + group.queries).flatten()

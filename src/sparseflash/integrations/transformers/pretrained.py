@@ -1,8 +1,8 @@
-"""`load("smollm2")`: real weights that public packages ship, read once and kept as a folder of safetensors.
+"""`load("smollm2")`: real weights from public packages, converted once to a folder of safetensors.
 
-The packages hold a GGUF file, whole or in parts. It is read through `gguf`, whose tensors become those of
-Transformers' own classes; configuration and tokenizer are read by Transformers itself. What comes out lies
-in the user's cache, with the checksum of every file.
+The packages hold a GGUF file, whole or split. `gguf` reads it, and its tensors are renamed for Transformers'
+classes; Transformers itself reads configuration and tokenizer. The result is a folder in the user's cache,
+with checksums of all files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...errors import SparseFlashError
 from ...files import cache, distrust
 
 SUMS = "SHA256SUMS"
-"""Checksums of the files of a folder, as `sha256sum` writes them; the last file that is written."""
+"""Name of the checksum file of a folder, in `sha256sum` format; it is written last."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Weights:
     Parameters
     ----------
     model
-        What it is.
+        Description of the model.
     licence
-        The licence of the weights, which is that of whoever made them and not ours.
+        Licence of the weights, set by their authors.
     packages
-        What to install, each at its version and without dependencies.
+        Packages to install, each pinned and without dependencies.
     parts
-        The GGUF file, or the files that it is cut into: below where the packages lie.
+        Paths of the GGUF file or its pieces, relative to where packages are installed.
     sha256
-        Of the GGUF file.
+        Checksum of the whole GGUF file.
     tokens
-        What `SENTENCE` is to the tokenizer of the model: some versions of Transformers read one that is not.
+        Token ids of `SENTENCE`: some versions of Transformers build a wrong tokenizer from the file.
     """
 
     model: str
@@ -80,23 +80,23 @@ MODELS = {
         (2, 902, 236743, 236770, 236819, 236828, 236812, 236764, 496, 120362, 47389, 236761),
     ),
 }
-"""The names that `load` knows beside folders and names of Transformers."""
+"""Names that `load` accepts besides folders and model names of Transformers."""
 
 
 def load(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A causal language model with its tokenizer: `smollm2` or `gemma3`, a folder, or a name of Transformers.
+    """Load a causal language model and its tokenizer: `smollm2`, `gemma3`, a folder, or a Transformers name.
 
     Parameters
     ----------
     name : str or path
-        `smollm2` and `gemma3` are in public packages, which `make models` installs; nothing is downloaded
-        here. The first call reads their GGUF file (a minute for Gemma), later ones a folder of safetensors in
-        `SPARSEFLASH_CACHE`, else in `sparseflash` of the user's cache.
+        `smollm2` and `gemma3` come from public packages, which `make models` installs; nothing is downloaded
+        here. The first call converts their GGUF file (a minute for Gemma), later ones read a folder of
+        safetensors in `SPARSEFLASH_CACHE`, else in `sparseflash` of the user's cache.
     dtype : torch.dtype
-        Of the weights in memory.
+        Dtype of the weights in memory.
     **options
-        For the `from_pretrained` of the model, such as ``attn_implementation="sparse"``. Weights are
-        safetensors unless ``use_safetensors=None`` says otherwise.
+        Options of the model's `from_pretrained`, such as
+        ``attn_implementation="sparse"``. Only safetensors are read unless ``use_safetensors=None`` is given.
 
     Returns
     -------
@@ -106,8 +106,7 @@ def load(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **
     Raises
     ------
     SparseFlashError
-        For a name that nobody knows, packages that are missing, and files that are not those that were
-        published.
+        For an unknown name, missing packages, and files that differ from the published ones.
 
     Examples
     --------
@@ -120,11 +119,11 @@ def load(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options = {"use_safetensors": True} | options  # pickled weights on request alone
+    options = {"use_safetensors": True} | options  # pickles only on request
     where = folder(str(name)) if str(name) in MODELS else name
     near = [] if Path(where).exists() else difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.7)
     try:
-        if near:  # asking the hub about a slip of the pen takes half a minute
+        if near:  # a hub look-up of a typo takes half a minute
             raise OSError(f"did you mean {near[0]!r}?")
         with _no_bars():
             model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).eval()
@@ -138,7 +137,7 @@ def load(name: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, **
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Leave out the progress bars of Transformers."""
+    """Hide the progress bars of Transformers inside the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -151,7 +150,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def folder(name: str) -> Path:
-    """The folder that `load` reads one of `MODELS` from, made if it is not there, or not whole."""
+    """The folder of one of `MODELS`; built if it is missing or incomplete."""
     weights = MODELS[name]
     target = _cache() / f"{name}-{weights.sha256[:12]}"
     if not whole(target):
@@ -174,7 +173,7 @@ def _same_tokens(name: str, weights: Weights, made: Path) -> None:
 
 
 def whole(target: Path) -> bool:
-    """Whether every file of a folder is the one that was written there."""
+    """Whether every file of a folder matches its checksum."""
     try:
         lines = (target / SUMS).read_text().splitlines()
         return bool(lines) and all(
@@ -184,11 +183,11 @@ def whole(target: Path) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- where things are
+# ---------------------------------------------------------------- locations
 
 
 def _cache() -> Path:
-    """Where models are kept: a folder that nobody else can write to."""
+    """Folder of the models, which only the current user can write to."""
     place = Path("~")
     try:
         place = cache()
@@ -211,7 +210,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _gguf(name: str, weights: Weights) -> Iterator[Path]:
-    """The GGUF file of a model: where its package lies, or put together for as long as it is read."""
+    """The GGUF file of a model: in its package, or temporarily concatenated from its pieces."""
     found = [_installed(part) for part in weights.parts]
     if not all(found) or importlib.util.find_spec("gguf") is None:
         what = " ".join(weights.packages)
@@ -239,7 +238,7 @@ def _gguf(name: str, weights: Weights) -> Iterator[Path]:
 
 
 def _installed(part: str) -> Path | None:
-    """A file of a package, which is not imported: it may want what it was installed without."""
+    """Locate a file of a package without importing the package, whose dependencies may be missing."""
     package, _, rest = part.partition("/")
     spec = importlib.util.find_spec(package)
     for place in (spec and spec.submodule_search_locations) or ():
@@ -259,7 +258,7 @@ def _sha256(files: Sequence[Path]) -> str:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A private folder to write to, which takes the place of `target`, summed, at the end of the block."""
+    """Yield a private folder that replaces `target`, with checksums, at the end of the block."""
     fresh = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
     try:
         yield fresh
@@ -269,7 +268,7 @@ def _replacing(target: Path) -> Iterator[Path]:
             path.chmod(stat.S_IRUSR | stat.S_IWUSR)
         if target.exists() and not whole(target):
             target.rename(fresh / "old")
-        if not target.exists():  # else another process was sooner, with the same
+        if not target.exists():  # else another process was first, with equal content
             old = fresh / "old"
             fresh.rename(target)
             shutil.rmtree(target / old.name, ignore_errors=True)
@@ -295,16 +294,16 @@ LAYER = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 FFN_NORM = {"llama": "post_attention_layernorm", "gemma3_text": "pre_feedforward_layernorm"}
-"""What a GGUF file calls `ffn_norm`, by the model type of Transformers: the types that are read."""
+"""The Transformers module that GGUF calls `ffn_norm`, by model type; its keys are the supported types."""
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write a GGUF file as a folder of Transformers: matrices in fp16, vectors in fp32.
+    """Convert a GGUF file to a Transformers folder: matrices in fp16, vectors in fp32.
 
     Raises
     ------
     SparseFlashError
-        For an architecture that is not read here, and for tensors that are not those of the model.
+        For an unsupported architecture, and for tensors that do not match the model.
     """
     from gguf import GGUFReader
     from safetensors.torch import save_file
@@ -337,12 +336,12 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def _tensors(found: Sequence[Any], config: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a GGUF file under the names, and in the layout, of Transformers."""
+    """Yield the tensors of a GGUF file under Transformers' names and layout."""
     from gguf import dequantize
 
     layer = LAYER | {"ffn_norm": FFN_NORM[config.model_type]}
     rearranged: dict[str, Callable[[Tensor], Tensor]] = {}
-    if config.model_type == "llama":  # the halves that the rotary embedding turns lie interleaved
+    if config.model_type == "llama":  # GGUF interleaves rotary halves
         rearranged["attn_q"] = lambda x: _halves(x, config.num_attention_heads)
         rearranged["attn_k"] = lambda x: _halves(x, config.num_key_value_heads)
     for tensor in found:
@@ -353,12 +352,12 @@ def _tensors(found: Sequence[Any], config: Any) -> Iterator[tuple[str, Tensor]]:
         else:
             name = f"{NAMES.get(stem, stem)}.{kind}"
         x = rearranged.get(stem, lambda x: x)(torch.tensor(dequantize(tensor.data, tensor.tensor_type)))
-        if x.dim() == 1:  # Gemma's norms multiply by 1 + weight, and GGUF holds the sum
+        if x.dim() == 1:  # Gemma's norms use 1 + weight, which GGUF stores
             yield name, (x - 1 if config.model_type == "gemma3_text" else x).float()
         else:
             yield name, x.half().contiguous()
 
 
 def _halves(x: Tensor, heads: int) -> Tensor:
-    """Pairs of neighbouring rows of each head, one half behind the other."""
+    """Move even rows of each head before its odd rows."""
     return x.view(heads, -1, 2, *x.shape[1:]).transpose(1, 2).reshape(x.shape)

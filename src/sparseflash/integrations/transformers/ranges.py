@@ -1,4 +1,4 @@
-"""The mask of a forward in O(T): one range of keys for each query, read off Transformers' mask functions."""
+"""Masks in O(T): one key range per query, found by probing Transformers' mask functions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .documents import apart, call_of, mixing
 from .mask import Bits, Plain, Ranges, SparseMask, intervals, on_host, ranged, shared_rows
 
 SPREAD = 16
-"""Keys that one round of the search for the end of a range looks at."""
+"""Keys probed per query in one round of the search for the end of a range."""
 
 NUMBERS: set[str] = {"deepseek_v4", "gemma4_audio"}
-"""Types of models that get their mask as a tensor of numbers to add to scores, of size S x T: they ask for
-the lowest number of its dtype, or join it with a mask over compressed keys (`add` puts in your own types)."""
+"""Model types that get an additive mask tensor of size S x T: they use the lowest number of its dtype, or
+concatenate it with a mask over compressed keys (`add` your own types)."""
 TRUTHS: set[str] = {"qwen4_exp_text"}
-"""Types of models that get their mask as a plain bool tensor, of size S x T: they look for its keys."""
+"""Model types that get a plain bool mask tensor of size S x T: they search it for visible keys."""
 
 Sees = Callable[[Tensor], Tensor]
 
@@ -41,23 +41,23 @@ def sparse_mask(
     cache_position: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """The mask function registered as "sparse": what Transformers calls once a forward and kind of layer.
+    """Build the mask: the function registered as "sparse", called once per forward and kind of layer.
 
     Parameters
     ----------
     batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device
-        As Transformers gives them: `mask_function(batch, head, query, key)` on index tensors, and the bool
+        As Transformers passes them: `mask_function(batch, head, query, key)` on index tensors, and the bool
         padding mask `[B, tokens]`, True = token.
     cache_position : Tensor, optional
-        `[S]`: what older versions give instead of `q_length` and `q_offset`.
+        `[S]`, in place of `q_length` and `q_offset` in older versions.
     **options
-        Hints for other implementations (`dtype`, `local_size`, `config`, ...), which change no mask.
+        Hints for other implementations (`dtype`, `local_size`, `config`, ...), which affect no mask.
 
     Returns
     -------
     SparseMask
-        Or `attention_mask` itself where it is one already: generation with static caches calls twice. Models
-        that compute with theirs get the tensor that they take it for (`NUMBERS`, `TRUTHS`).
+        Or `attention_mask` itself if it already is one: generation with static caches calls twice. Models
+        that compute with their mask get the tensor they expect (`NUMBERS`, `TRUTHS`).
     """
     if isinstance(attention_mask, SparseMask):
         return attention_mask
@@ -118,11 +118,11 @@ def _mask(
     at = (query + kv_offset)[None, None, :, None]
 
     def sees(key: Tensor) -> Tensor:
-        """Whether query i sees keys `key[b, i, n]`."""
+        """Whether query i attends to keys `key[b, i, n]`."""
         found = mask_function(batch, head, at, key[:, None] + kv_offset)
         return found.expand(batch_size, 1, q_length, key.shape[-1])[:, 0]
 
-    ranges = None  # use_vmap: a function of the user's own
+    ranges = None  # use_vmap: a user's function
     if causal:
         ranges = Ranges(torch.zeros_like(query)[None], (query + 1).clamp(0, kv_length)[None])
     elif not use_vmap:
@@ -138,7 +138,7 @@ def _mask(
         return SparseMask(
             plan, batch_size, Plain(), causal=causal, if_plain=solid if traced else None, **same
         )
-    if traced:  # every mask of a trace is made for documents, whether there are some or not
+    if traced:  # compiled masks always allow for documents
         plain = solid & (ranges.lo == 0).all() & (ranges.hi == query + 1).all()
         return SparseMask(plan, batch_size, ranges, causal=True, if_plain=plain, **same)
     kind = ranged(ranges, query, padding)
@@ -147,7 +147,7 @@ def _mask(
 
 
 def _padding(mask: Tensor | None, Tk: int, begin: int) -> Tensor | None:
-    """The padding mask of the keys at hand, bool [B, Tk]; None where no key is padding."""
+    """Padding mask of the current keys, bool [B, Tk]; None if no key is padding."""
     if mask is None:
         return None
     if mask.dim() != 2:
@@ -160,7 +160,7 @@ def _padding(mask: Tensor | None, Tk: int, begin: int) -> Tensor | None:
 
 
 def _ranges(sees: Sees, anchor: Tensor, Tk: int) -> tuple[Tensor, Tensor]:
-    """The range [lo, hi) of keys around each query's own, [B, S] each; empty where its own is unseen."""
+    """Visible key range [lo, hi) around each query's own key, [B, S] each; empty if that key is hidden."""
     anchor = anchor.clamp(0, max(Tk - 1, 0))
     own = sees(anchor[..., None])[..., 0] if Tk else torch.zeros_like(anchor, dtype=torch.bool)
     lo = anchor - _reach(sees, anchor, -1, anchor, Tk)
@@ -169,7 +169,7 @@ def _ranges(sees: Sees, anchor: Tensor, Tk: int) -> tuple[Tensor, Tensor]:
 
 
 def _reach(sees: Sees, anchor: Tensor, direction: int, limit: Tensor, Tk: int) -> Tensor:
-    """How many keys in a row are seen from the anchor on, by a search that narrows SPREAD times a round."""
+    """Number of consecutive visible keys from the anchor, by a search that narrows SPREAD-fold per round."""
     low, high = torch.zeros_like(limit), limit
     step = torch.arange(1, SPREAD + 1, device=limit.device)
     rounds, width = (1, Tk) if isinstance(Tk, int) else (8, 0)
@@ -188,7 +188,7 @@ def _reach(sees: Sees, anchor: Tensor, direction: int, limit: Tensor, Tk: int) -
 
 
 def _hold(sees: Sees, lo: Tensor, hi: Tensor, batch: int, Tk: int) -> bool:
-    """Whether ranges whose ends never move back describe a mask: ends exactly, other keys by samples."""
+    """Whether ranges with non-decreasing ends describe the mask: ends are checked, other keys sampled."""
     if not Tk or not lo.numel():
         return True
     if not all(bool((x[:, 1:] >= x[:, :-1]).all()) for x in (lo, hi)):
@@ -213,7 +213,7 @@ def _any_plan(
     kv_offset: int,
     device: torch.device | str,
 ) -> Plan:
-    """A mask that is no ranges: evaluated once, as Transformers' own `sdpa` does, and read."""
+    """Plan of a mask that is not ranges: evaluates all pairs once, as Transformers' `sdpa` mask does."""
     from transformers.masking_utils import sdpa_mask
 
     mask = sdpa_mask(
@@ -233,6 +233,6 @@ def _any_plan(
 
 
 def _looks_back(plan: Plan, query: Tensor) -> bool:
-    """Whether no query of a mask of bits sees a later key. Looks at all pairs."""
+    """Whether no query of a plan sees a later key. Reads all pairs."""
     key = torch.arange(plan.Tk, device=query.device)
     return not bool((plan.to_dense() & (key > query[:, None])).any())

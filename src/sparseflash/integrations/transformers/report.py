@@ -1,4 +1,4 @@
-"""`report(model, ...)`: what each layer and head of a model sees, its share of the attention, and time."""
+"""`report(model, ...)`: density, recall of dense attention, and time of each layer and head."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .tokens import heard
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One layer in one call.
+    """Measurements of one layer in one call.
 
     Parameters
     ----------
     layer, index : str, int
-        Name and number of the layer.
+        Name and index of the layer.
     methods : tuple of str
-        What decides, by head; "dense" where nothing does.
+        Method of each head; "dense" if none.
     density : tuple of float
-        Visible pairs over those that the model lets see, by query head.
+        Visible pairs over the pairs that the model's mask shows, by query head.
     recall : tuple of float
         Share of the dense softmax's mass on visible pairs, by query head, mean over queries.
     seconds, dense_seconds : float
-        The call as it is, selection included; and dense attention of the same tensors.
+        Time of the call, selection included; and of dense attention on the same tensors.
     """
 
     layer: str
@@ -51,7 +51,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The rows of all calls, in order; `print` shows a line for each."""
+    """The rows of all calls, in order; `print` shows one line each."""
 
     rows: tuple[Row, ...]
 
@@ -79,19 +79,19 @@ def _span(x: Sequence[float]) -> str:
 def report(model: Any, **inputs: Any) -> Report:
     """Run a model once and measure every attention layer: density, recall, time.
 
-    Inside `sparse(model, ...)` it reports what is set there. Needs several times the time of a call, and no
-    memory beyond O(S); gradients are off.
+    Inside `sparse(model, ...)` it measures the methods set there. It takes several times as long as a call,
+    O(S) memory, and no gradients.
 
     Parameters
     ----------
     model : PreTrainedModel
     **inputs
-        What the model's forward takes.
+        Arguments of the model's forward.
 
     Returns
     -------
     Report
-        A row for each call of an attention layer.
+        One row for each call of an attention layer.
 
     Examples
     --------
@@ -111,16 +111,16 @@ def report(model: Any, **inputs: Any) -> Report:
 
 @contextlib.contextmanager
 def measuring(model: Any, queries: int | None = None, dense: bool = True) -> Iterator[list[Row]]:
-    """Every call of an attention layer inside the block leaves a row behind, as in `report`.
+    """Record a row for every call of an attention layer inside the block, as in `report`.
 
     Parameters
     ----------
     model : PreTrainedModel
     queries : int, optional
-        Density and recall are those of so many queries, one drawn of each part of the prompt: of 512 they
-        differ from those of all by less than .001. None: of all.
+        Measure density and recall on this many queries, one drawn from each part of the prompt: with 512 they
+        differ from those of all queries by less than .001. None: all queries.
     dense : bool
-        Whether dense attention of the same tensors is timed beside; else `dense_seconds` is NaN.
+        Whether to time dense attention on the same tensors; else `dense_seconds` is NaN.
 
     Yields
     ------
@@ -139,7 +139,7 @@ def measuring(model: Any, queries: int | None = None, dense: bool = True) -> Ite
 
 @dataclasses.dataclass
 class _Sheet:
-    """What all probes share: how they measure, what they found, and which calls have been warmed up."""
+    """State shared by all probes: options, rows, and the calls that are warmed up."""
 
     queries: int | None
     dense: bool
@@ -148,7 +148,7 @@ class _Sheet:
 
 
 class _Probe:
-    """Stands in for the setting of a layer: times it, and watches what it sees."""
+    """Replaces the setting of a layer: times it and watches its plans."""
 
     def __init__(self, layer: Layer, setting: Setting, sheet: _Sheet) -> None:
         self.layer, self.setting, self.sheet = layer, setting, sheet
@@ -158,11 +158,11 @@ class _Probe:
     ) -> Tensor:
         H = q.shape[1]
         names = ["dense"] * H
-        sums = torch.zeros(H, 4, dtype=torch.float64)  # pairs seen and there, mass caught and queries
+        sums = torch.zeros(H, 4, dtype=torch.float64)  # pairs: visible, all; mass; queries
         watching = 0.0
 
         def watch(method: Any, heads: Sequence[int], q: Tensor, k: Tensor, plan: Any, full: Any) -> None:
-            """Called for all sequences of the batch, or for those of each length."""
+            """Called once for the whole batch, or once for each group of sequences."""
             nonlocal watching
             if method is not None:
                 found, spent = _timed(lambda: self._seen(q, k, plan, full, options), q)
@@ -178,14 +178,14 @@ class _Probe:
             return dataclasses.replace(self.setting, **changes)(module, q, k, v, mask, options)
 
         key = (repr(self.setting.prefill), repr(self.setting.decode), q.shape, k.shape)
-        if key not in self.sheet.warm:  # what a first call builds is not its time
+        if key not in self.sheet.warm:  # excludes one-off builds from the time
             self.sheet.warm.add(key)
             run(sessions=Sessions())
             exact(q, k, v, mask.plan, options)
         if mask.padded is None:
             out, seconds = _timed(lambda: run(watch=watch), q)
             seconds -= watching
-        else:  # who watches sees each length by itself, which takes longer
+        else:  # watching disables batching of padded rows
             run(watch=watch, sessions=Sessions())
             out, seconds = _timed(run, q)
         dense = float("nan")
@@ -208,7 +208,7 @@ class _Probe:
         return out
 
     def _seen(self, q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> Tensor:
-        """Pairs seen and there, mass caught, and queries, of each head [Hq, 4]."""
+        """For each head [Hq, 4]: visible pairs, all pairs, mass on visible pairs, queries."""
         T, n = q.shape[2], self.sheet.queries
         if n is not None and n < T:
             edges = torch.linspace(0, T, n + 1, dtype=torch.float64).long()
@@ -231,14 +231,14 @@ def _timed(call: Any, q: Tensor) -> tuple[Any, float]:
 
 
 def _density(q: Tensor, k: Tensor, plan: Any) -> Tensor:
-    """Visible pairs of each head [Hq]: weights of exp(0), summed."""
+    """Number of visible pairs per head [Hq], as the sum of weights exp(0)."""
     q, k, lse = torch.zeros_like(q), torch.zeros_like(k), q.new_zeros(q.shape[:3], dtype=torch.float32)
     parts = plan if isinstance(plan, tuple) else (plan,)
     return sum(attention_stats(q, k, lse, one, over="row").sum((0, 2), dtype=torch.float64) for one in parts)
 
 
 def _recall(q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The share of the dense softmax that a plan keeps, summed over queries, and their number: [Hq] each."""
+    """Dense softmax mass that a plan keeps, summed over queries, and the number of queries: [Hq] each."""
     same = {name: options[name] for name in ("scale", "softcap")}
     part, whole = (attention(q, k, k, x, return_lse=True, **same)[1] for x in (plan, full))
     real = whole > float("-inf")

@@ -1,8 +1,8 @@
-"""Models that look their attention class up in a table of their own: "sparse" is one of its names, too.
+"""Add "sparse" to the attention class tables of models that do not use the registry.
 
-Falcon, GPT-J, GPT-Neo, SAM and others keep `{"eager": ..., "sdpa": ...}` in their module, and do not ask the
-registry. Under "sparse" they go on with the best class they have, which is said once. An entry is added to a
-table; none is replaced.
+Falcon, GPT-J, GPT-Neo, SAM and others look up `{"eager": ..., "sdpa": ...}` in their module instead of the
+registry. Under "sparse" they use their own best class, with one warning. Entries are added to tables, never
+replaced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _named: set[str] = set()
 
 
 def enter(module: ModuleType) -> None:
-    """Enter "sparse" into the tables of a module."""
+    """Add "sparse" to all attention class tables of a module."""
     for table in list(vars(module).values()):
         if isinstance(table, dict) and "eager" in table and "sparse" not in table:
             if all(isinstance(x, type) and issubclass(x, nn.Module) for x in table.values()):
@@ -31,7 +31,7 @@ def enter(module: ModuleType) -> None:
 
 
 def _own(kind: type[nn.Module], *given: Any, **named: Any) -> nn.Module:
-    """A module of the model's own attention class, which is named once."""
+    """Build a module of the model's own attention class, and warn once per class."""
     if kind.__name__ not in _named:
         _named.add(kind.__name__)
         logging.getLogger("sparseflash").warning(
@@ -43,7 +43,7 @@ def _own(kind: type[nn.Module], *given: Any, **named: Any) -> nn.Module:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Runs a module as everybody does, and enters its tables then."""
+    """Loader that adds "sparse" to a module's tables after running it."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
@@ -51,7 +51,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what everybody finds; modules of models get a loader that enters their tables."""
+    """Import hook that gives Transformers' modeling modules a `_Loader`; other modules are unaffected."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -66,7 +66,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def watch() -> None:
-    """Enter "sparse" into the tables of all models that were imported, and that will be."""
+    """Add "sparse" to the tables of all models that are, or will be, imported."""
     for name, module in list(sys.modules.items()):
         if name.startswith(_PACKAGES) and ".modeling_" in name:
             enter(module)

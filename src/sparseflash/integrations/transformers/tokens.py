@@ -1,4 +1,4 @@
-"""What a model was told of its tokens, and does not hand on to attention: images, and their grid."""
+"""What a model receives about its tokens but does not pass to attention: modality and video grid."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 _NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-"""Where configurations keep the ids of tokens that stand for what is seen; "index" in older ones."""
+"""Config fields with the ids of image and video tokens; "index" in older configs."""
 
 
 class Tokens(NamedTuple):
-    """Of one call of a model: which modality each new token is of, and the shape of its videos, in tokens.
+    """Tokens of one call of a model: modality of each new token, and video shape in tokens.
 
-    `modality [B, S, 1]`: 0 text, 1 image or video. `grid`: (frames, rows, columns) of the first video, or of
-    the first image where there is none; None: not known.
+    `modality [B, S, 1]`: 0 text, 1 image or video. `grid`: (frames, rows, columns) of the first video, else
+    of the first image; None: unknown.
     """
 
     modality: Tensor
@@ -26,13 +26,13 @@ class Tokens(NamedTuple):
 
 
 class Ear:
-    """Holds the tokens of the call that runs."""
+    """Holds the `Tokens` of the running call."""
 
     def __init__(self) -> None:
         self.tokens: Tokens | None = None
 
     def hook(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward of the model."""
+        """Forward pre-hook of the model."""
         if not torch.compiler.is_compiling():
             named = dict(zip(("input_ids",), args)) | kwargs
             self.tokens = read(getattr(model, "config", None), named)
@@ -40,7 +40,7 @@ class Ear:
 
 @contextmanager
 def heard(model: nn.Module) -> Iterator[Ear]:
-    """An ear at the forward of a model."""
+    """Hook an `Ear` onto the forward of a model."""
     ear = Ear()
     handle = model.register_forward_pre_hook(ear.hook, with_kwargs=True)
     try:
@@ -50,7 +50,7 @@ def heard(model: nn.Module) -> Iterator[Ear]:
 
 
 def read(config: Any, given: Mapping[str, Any]) -> Tokens | None:
-    """What the arguments of a model say of its tokens; None for a model of text alone."""
+    """Read the tokens from a model's arguments; None for a text-only model."""
     kinds, ids = given.get("mm_token_type_ids"), given.get("input_ids")
     known = {name: x for name in _NAMES if isinstance(x := getattr(config, name, None), int)}
     videos = {x for name, x in known.items() if name.startswith("video")}
@@ -65,7 +65,7 @@ def read(config: Any, given: Mapping[str, Any]) -> Tokens | None:
 
 
 def _grid(config: Any, given: Mapping[str, Any], of_video: Tensor) -> tuple[int, ...] | None:
-    """By the sizes that a model was given, or by the frames of its videos and the tokens that are theirs."""
+    """Grid from the sizes passed to the model, or from its video frames and their number of tokens."""
     vision = getattr(config, "vision_config", None)
     for name in ("video_grid_thw", "image_grid_thw"):
         sizes = given.get(name)

@@ -1,4 +1,4 @@
-"""`verify(model, ...)`: whether a model computes on these kernels what it computes by itself."""
+"""`verify(model, ...)`: checks that a model computes the same on these kernels as on its own attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .pretrained import load
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far the outputs of one layer are apart, as a share of their size (Frobenius norms)."""
+    """Relative difference of one layer's outputs, in Frobenius norm."""
 
     layer: str
     error: float
@@ -38,27 +38,26 @@ def verify(
     Parameters
     ----------
     model : PreTrainedModel, str or path
-        As for `sparse`; its settings are left aside while this runs. Or what `load` takes: `smollm2`,
-        `gemma3`, a folder, a name of Transformers.
+        As for `sparse`, whose settings are ignored while this runs. Or an argument of `load`: `smollm2`,
+        `gemma3`, a folder, a Transformers name.
     prefill, layers
-        A method at full budget, such as `HashSparse(nb=1)`, in the layers that `sparse` would put it into.
-        None: dense.
+        A method at full budget, such as `HashSparse(nb=1)`, and its layers, as for `sparse`. None: dense.
     against : str, optional
-        The implementation to compare with; None: the one that is set, "eager" where that is "sparse".
+        Reference implementation; None: the current one, or "eager" if that is "sparse".
     text : str, optional
-        For a model by its name: what to run it on, in place of `input_ids`.
+        Input text in place of `input_ids`, for a model given by name.
     **inputs
-        What the model's forward takes. With a 2-d `attention_mask`, only tokens are compared.
+        Arguments of the model's forward. With a 2-d `attention_mask`, only real tokens are compared.
 
     Returns
     -------
     list of Difference
-        One for each attention layer, in the order of their calls: all within half the digits of their dtype.
+        One for each attention layer call, in order: all within half the digits of the model's dtype.
 
     Raises
     ------
     SparseFlashError
-        Naming the first layer that differs; and for a name that `load` refuses.
+        If layers differ, naming the first one; and for a name that `load` refuses.
 
     Examples
     --------
@@ -108,14 +107,14 @@ def verify(
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """The coarsest floating point dtype of the parameters."""
+    """Floating point dtype of the parameters with the largest eps."""
     kinds = {x.dtype for x in model.parameters() if x.is_floating_point()}
     return max(kinds, key=lambda kind: torch.finfo(kind).eps)
 
 
 @torch.no_grad()
 def _outputs(model: Any, inputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
-    """What each attention layer returns, in the order of the calls, at tokens alone."""
+    """Outputs of each attention layer, in call order, at real tokens only."""
     found: list[tuple[str, Tensor]] = []
     mask = inputs.get("attention_mask")
 
