@@ -1,4 +1,4 @@
-"""From a name and options to a callable ``attention(q, k, v) -> out`` over [B, H, T, D], or to a layer."""
+"""Build the attention of a layer from its name and options: ``attention(q, k, v) -> out``, or a layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Attention = Callable[..., Tensor]
 
 def dense(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, q_offset: int | None = None) -> Tensor:
     """Causal attention by torch: the baseline every method is compared with."""
-    if q_offset:  # torch's causality counts from the first key
+    if q_offset:  # SDPA's causal mask assumes offset 0
         return attention(q, k, v, causal=True, q_offset=q_offset)
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, dropout_p=dropout_p)
@@ -46,7 +46,7 @@ class Sparse:
         return self.method.select(q, k, self.context)
 
     def shown(self, q: Tensor, k: Tensor, selection: Selection) -> AnyPlan:
-        """What takes part of a selection."""
+        """The part of a selection to display, as a plan."""
         return self.method.shown(q, k, selection, self.context)
 
 
@@ -71,7 +71,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "drop": ("qk-sparse", ("q_drop", "k_drop")),
     "window": ("window", ("window",)),
 }
-"""Short names of fields on the command line, for any method that has them; `--help` asks the one named."""
+"""Short option names for fields of methods; `--help` shows the field of the method named here."""
 
 
 def build(
@@ -91,11 +91,11 @@ def build(
     options : mapping, optional
         Hyper-parameters of the method.
     seed : int
-        For methods that have one and are not given one; other layers, other seeds, other random planes.
+        Seed for methods that have that field, unless `options` sets it; give each layer another one.
     tied : bool
-        Whether k is q normalised. A token that saw itself would then see little else, so it does not.
+        Whether k is q normalised. A token's own key would then dominate, so `include_self` is False.
     context : mapping, optional
-        What the method may read at every call, such as the step.
+        Values that the method can read at every call, such as the step.
     """
     options = dict(options or {})
     if name == "dense":
@@ -111,7 +111,7 @@ def build(
 
 
 def pattern(text: str) -> list[str]:
-    """The names in ``--attention``, each as often as it is told: of the layers in turn, and again.
+    """Expand ``--attention`` to a list of names, which the layers of the model repeat in turn.
 
     Examples
     --------
@@ -133,21 +133,22 @@ def pattern(text: str) -> list[str]:
 
 
 def mixers(config: TrainConfig, context: Mapping[str, Any]) -> list[Attention | nn.Layer]:
-    """What mixes along the sequence, layer by layer: callables over q, k and v, or layers with weights.
+    """Make the sequence mixer of each layer: a callable over q, k and v, or a layer with weights.
 
-    An option goes to every name of the pattern that has it, and ``name.option`` to that name alone.
+    An option applies to every name of the pattern that has it, and ``name.option`` to that name only.
 
     Parameters
     ----------
     config : TrainConfig
         Pattern, options, shape and seed.
     context : mapping
-        What methods may read at every call.
+        Values that methods can read at every call.
 
     Raises
     ------
     TrainError
-        For a pattern longer than the model, an option that no name has, or what layers do not go with.
+        If the pattern is longer than the model, no name has an option, or a layer does not support the
+        config.
     """
     turn = pattern(config.attention)
     if len(turn) > config.layers:
@@ -183,7 +184,7 @@ def _layer(name: str, options: Mapping[str, Any], config: TrainConfig, n: int) -
 
 
 def _assign(turn: list[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The options of each name."""
+    """Distribute the options over the names of the pattern."""
     found: dict[str, dict[str, Any]] = {name: {} for name in turn}
     for option, value in sorted(given.items(), key=lambda item: "." in item[0]):
         name, dot, own = option.partition(".")

@@ -22,7 +22,7 @@ from sparseflash.train.errors import TrainError
 FILE = "checkpoint.safetensors"
 FORMAT = "sparseflash-train-1"
 RESUMES = ("step", "data", "config")
-"""Fields of the metadata that a run goes on from."""
+"""Metadata fields that resuming needs."""
 
 
 def save(directory: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def load(directory: Path, needs: tuple[str, ...] = RESUMES) -> tuple[dict[str, T
     Raises
     ------
     TrainError
-        If there is none, or it is damaged.
+        If there is no checkpoint, or it is damaged.
     """
     meta, path = read_meta(directory, needs), directory / FILE
     from safetensors import SafetensorError
@@ -68,17 +68,17 @@ def load(directory: Path, needs: tuple[str, ...] = RESUMES) -> tuple[dict[str, T
 
 
 def unreadable(path: Path, why: object) -> TrainError:
-    """The refusal of a file that is no whole checkpoint."""
+    """The error for a file that is not a complete checkpoint."""
     return TrainError(f"{path} is not a readable checkpoint ({why}); remove it and start again")
 
 
 def read_meta(directory: Path, needs: tuple[str, ...] = RESUMES) -> dict[str, Any]:
-    """Only the metadata: step, config, fingerprint of the data; fields not in `needs` may be missing.
+    """Read only the metadata: step, config, data fingerprint; fields not in `needs` may be missing.
 
     Raises
     ------
     TrainError
-        If there is none, or a field of it is missing or says what none can.
+        If there is no checkpoint, or a metadata field is missing or has an impossible value.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -122,7 +122,7 @@ def read_meta(directory: Path, needs: tuple[str, ...] = RESUMES) -> dict[str, An
 
 
 def read_config(directory: Path) -> TrainConfig:
-    """The options of the run in `directory`.
+    """Read the options of the run in `directory`.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def read_config(directory: Path) -> TrainConfig:
 
 
 def export(directory: Path, out: Path) -> None:
-    """Write the weights alone, in bf16, as a checkpoint of another directory: to sample, not to resume."""
+    """Write only the weights, in bf16, as a checkpoint elsewhere: for sampling, not for resuming."""
     tensors, meta = load(directory)
     weights = {name: t.bfloat16() for name, t in tensors.items() if name.startswith("model.")}
     out.mkdir(parents=True, exist_ok=True)
@@ -164,18 +164,18 @@ def restore(
     step: int | None = None,
     path: Path | None = None,
 ) -> None:
-    """Put the tensors of `collect` back; names the first one that does not fit, and changes nothing then.
+    """Put the tensors of `collect` back; if one does not fit, raise with its name and change nothing.
 
     Parameters
     ----------
     tensors : dict
         As `load` returns them.
     model, optimizer
-        What to restore. Without an optimizer, weights alone: they may be rounded (`export`).
+        What to restore. Without an optimizer, only weights, which may be rounded (`export`).
     step : int, optional
         Steps that the optimizer must have taken.
     path : path, optional
-        The file that messages name.
+        File name for messages.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def restore(
 def _optimizer_states(
     tensors: dict[str, Tensor], model: torch.nn.Module, step: int | None, file: object
 ) -> dict[str, dict[str, Tensor]]:
-    """AdamW's tensors of every parameter; none before the first step."""
+    """AdamW's state tensors of every parameter; empty before the first step."""
     given = {name for name in tensors if name.startswith("optimizer.")}
     if not given and not step:
         return {}
@@ -250,7 +250,7 @@ def _optimizer_states(
 
 
 def _sound(file: object, name: str, x: Tensor, fits: bool, kind: str) -> None:
-    """Whether a tensor is of its type, and finite."""
+    """Raise unless a tensor has the right dtype and is finite."""
     if not fits:
         raise _damaged(file, f"{name} is of {x.dtype}, expected {kind}")
     if not bool(x.isfinite().all()):

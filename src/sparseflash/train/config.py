@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, saved as JSON inside every checkpoint."""
+"""The configuration of a training run: one frozen dataclass, saved as JSON inside every checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparseflash.train.errors import TrainError
 DTYPES = ("fp32", "bf16")
 QK = ("untied", "tied")
 
-# What must not change when a run is resumed: the weights would not fit, or it would be another run.
+# Fields that must not change on resume: the weights would not fit, or it would be another run.
 SHAPE = ("length", "layers", "width", "heads", "qk", "rope_base")
 
 
@@ -24,11 +24,12 @@ class TrainConfig:
     data : str
         A text file, or a directory that is searched for text files.
     attention : str
-        What mixes in each layer: ``"dense"`` (torch SDPA), the slug of a trainable method, e.g.
-        ``"hash-sparse"``, or of a layer, e.g. ``"lightning-attention"``; or several of them, which the layers
-        take in turn: ``"sink-window*2,dense"``. Names are looked up in ``methods``, then in ``nn``.
+        Sequence mixer of each layer: ``"dense"`` (torch SDPA), the slug of a trainable method, e.g.
+        ``"hash-sparse"``, or of a layer, e.g. ``"lightning-attention"``; or a pattern that the layers repeat
+        in turn: ``"sink-window*2,dense"``. Names are looked up in ``methods``, then in ``nn``.
     options : dict
-        Their hyper-parameters. ``option`` goes to every name that has it, ``name.option`` to that one.
+        Hyper-parameters of the mixers. ``option`` applies to every name that has it, ``name.option`` to that
+        one.
     length, batch, accumulate : int
         Tokens (bytes) per sequence; sequences per forward pass and process; passes per optimiser step.
     steps : int
@@ -46,15 +47,15 @@ class TrainConfig:
     seed : int
         Fixes initial weights, batches and the methods' random planes.
     rope_base : float
-        Of the frequencies of rotary positions; a larger one turns slower and reaches further.
+        Base of the rotary frequencies; a larger one rotates slower and reaches further.
     eval_length : int
-        Bytes of a validation sequence; 0 is ``length``. Longer ones are read in parts of ``length`` that
-        carry a state from one to the next, where the attention has one, else at once.
+        Bytes of a validation sequence; 0 means ``length``. Longer ones are read in parts of ``length``, with
+        a state carried from part to part, if the attention has a state; else in one pass.
     context_parallel : int
-        Processes that share each sequence (under ``torchrun``); 1: every process has sequences of its own.
+        Processes that share each sequence (under ``torchrun``); 1: every process has its own sequences.
     dropout : float
-        Share in [0, 1) of attention weights that are left out while training. Each step, pass and sequence
-        draws its own: processes differ, and a run that was resumed draws what it would have drawn.
+        Share in [0, 1) of attention weights to drop in training. Each step, pass and sequence draws its own
+        mask: processes differ, and a resumed run draws what the original would have drawn.
     eval_every, eval_sequences, save_every : int
         Steps between validations; held-out sequences per validation; steps between checkpoints.
     """
@@ -142,12 +143,12 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Read what `to_json` wrote; fields of later versions are left out.
+        """Read what `to_json` wrote; unknown fields (of later versions) are ignored.
 
         Raises
         ------
         TrainError
-            For a value of another type than the field's, or one that no run can have.
+            If a value has another type than the field, or no run can have it.
         """
         given = json.loads(text)
         if not isinstance(given, dict):

@@ -1,4 +1,4 @@
-"""The tokens of a sequence over several processes: what the trainer does where one sequence is shared."""
+"""Context parallelism for the trainer: the tokens of a sequence are sharded over several processes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sparseflash.train.parallel import World
 
 
 class Context:
-    """Groups of so many processes that share a sequence, beside one another: rank = group * size + place.
+    """Groups of `size` processes that share a sequence; rank = group * size + rank inside the group.
 
     Parameters
     ----------
     world : World
         All processes.
     size : int
-        Processes of a group; 1 shares nothing.
+        Processes per group; 1 disables sharing.
     timeout : float
-        Seconds until a silent process is an error.
+        Seconds after which a silent process is an error.
     """
 
     def __init__(self, world: World, size: int, timeout: float = 300.0) -> None:
@@ -46,7 +46,7 @@ class Context:
         self._method: Method | None = None
 
     def share(self, model: nn.Module) -> None:
-        """Let the attention of all layers of a model go over the group."""
+        """Replace the attention of all layers of a model by one over the group."""
         kinds = set()
         for module in model.modules():
             inner = getattr(module, "attention", None)
@@ -60,7 +60,7 @@ class Context:
             )
 
     def of(self, length: int) -> ContextParallel:
-        """The ranks, for sequences of so many tokens."""
+        """The `ContextParallel` for sequences of `length` tokens, cached."""
         if length not in self._of:
             if length < 2 * self.size:
                 raise TrainError(
@@ -75,13 +75,13 @@ class Context:
 
 
 class Across:
-    """An attention of the trainer, over the processes that share the sequence."""
+    """A trainer's attention callable over the processes that share the sequence."""
 
     def __init__(self, attention: Any) -> None:
         self.method = attention.method if isinstance(attention, Sparse) else None
         self.context: Mapping[str, Any] = attention.context if isinstance(attention, Sparse) else {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend this process's tokens to all."""
+        """Attend from this process's tokens to those of all processes."""
         found: Tensor = distributed.attention(q, k, v, self.method, ctx=self.context)
         return found

@@ -32,7 +32,7 @@ class Corpus:
     texts : list of bytes
         One entry per file; the last 5 % of each is held out.
     name : str
-        What error messages call it.
+        Name of the data in error messages.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Corpus:
             )
 
     def letters(self) -> float:
-        """Bits per held-out byte of a guess by how often each byte occurs, without any context."""
+        """Bits per held-out byte of an order-0 model: byte frequencies without context."""
         count = torch.bincount(self.train.long(), minlength=256).double() + 1
         return float(-(count / count.sum()).log2()[self.val.long()].mean())
 
@@ -127,12 +127,12 @@ def load(path: str | Path) -> Corpus:
 
 
 def named(path: str | Path) -> Corpus:
-    """The text that ``--data`` names; Python's own standard library where it names none."""
+    """Load the text that ``--data`` names; Python's standard library if it is empty."""
     return load(path) if path else stdlib()
 
 
 def stdlib() -> Corpus:
-    """Python's own standard library, without tests and installed packages: real text on every machine."""
+    """Load Python's standard library, without tests and installed packages: real text on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = (f for f in _walk(root) if f.suffix == ".py" and skipped.isdisjoint(f.relative_to(root).parts))
@@ -156,7 +156,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _texts(files: Iterable[Path]) -> list[bytes]:
-    """What lies in those of the files that are text and not empty."""
+    """Contents of those files that are non-empty text."""
     found = []
     for file in files:
         with file.open("rb") as stream:

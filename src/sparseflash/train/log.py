@@ -1,4 +1,4 @@
-"""``log.csv``, one row a step, and the loss curves drawn from it."""
+"""``log.csv``, one row per step, and loss curves drawn from it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Row:
 
 
 class Log:
-    """Appends rows to ``directory/log.csv``; rows after `keep` steps are of a lost future and cut off."""
+    """Appends rows to ``directory/log.csv``, after removing rows of steps beyond `keep` (lost by a crash)."""
 
     def __init__(self, directory: Path, keep: int = 0) -> None:
         self.path = directory / FILE
@@ -58,7 +58,7 @@ class Log:
             ) from None
 
     def append(self, row: Row) -> None:
-        """Write one more row, at once."""
+        """Append one row and flush it to the file."""
         self.rows.append(row)
         try:
             with open(self.path, "a", newline="") as stream:
@@ -71,7 +71,7 @@ class Log:
 
 
 def read(directory: Path) -> list[Row]:
-    """Rows of ``directory/log.csv``; a last line cut short by a crash is left out."""
+    """Read ``directory/log.csv``; an incomplete last line (after a crash) is ignored."""
     path = Path(directory) / FILE
     if not path.is_file():
         return []
@@ -91,7 +91,7 @@ def read(directory: Path) -> list[Row]:
 
 
 def plot(rows: Iterable[Row], path: Path, title: str = "") -> None:
-    """Training loss and validation bits per byte over steps, as a PNG."""
+    """Plot training loss and validation bits per byte over steps, as a PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -2,8 +2,8 @@
 
 Pre-norm blocks, RMSNorm without parameters, rotary positions, a GELU MLP four times as wide, no biases.
 Output projections start at zero, so every block starts as the identity and the first steps are well behaved.
-The attention is a plain callable ``(q, k, v) -> out``, or a layer of `sparseflash.nn` in place of projections
-and attention: the model does not know which method it runs.
+The attention is a plain callable ``(q, k, v) -> out``, or a layer of `sparseflash.nn` that includes the
+projections: the model does not know which method it runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparseflash.train.errors import TrainError
 
 VOCABULARY = 256
 HIGHEST = 15.0
-"""Score of a query and a key that point the same way, before training: e^15 outweighs any number of keys."""
+"""Initial score of a query and a key of equal direction: e^15 outweighs any number of other keys."""
 
 
 def norm(x: Tensor) -> Tensor:
@@ -49,8 +49,8 @@ class SelfAttention(nn.Module):
     """Projections around one attention callable.
 
     Normalised queries and keys bound the scores by sqrt(D): at D = 32 and 4096 keys, one key could take 6 %
-    of the weight at most. `sharpness` scales the queries of each head, so that one can outweigh all; it is
-    learnt.
+    of the weight at most. The learned `sharpness` scales the queries of each head, so that one key can
+    outweigh all others.
     """
 
     def __init__(self, config: TrainConfig, attention: Attention) -> None:
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
 
     @property
     def decodes(self) -> bool:
-        """Whether tokens one by one see what they would see at once."""
+        """Whether decoding token by token selects the same keys as a whole forward."""
         if isinstance(self.attention, Sparse):
             return self.attention.method.decodes
         return self.attention is dense
@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, table: Tensor, plan: Plan | None = None, state: State | None = None
     ) -> Tensor:
-        """Mix along the sequence, as the plan says where there is one; x [B, T, width]."""
+        """Mix along the sequence, by `plan` if given; x [B, T, width]."""
         heads = self.project(x).unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))
         if self.tied:
             q, v = heads.unbind(2)
@@ -85,7 +85,7 @@ class SelfAttention(nn.Module):
         more: dict[str, float] = {"dropout_p": self.dropout} if self.training and self.dropout else {}
         if state is not None:
             k, v = state.append(k=k, v=v)
-            more["q_offset"] = k.shape[2] - x.shape[1]  # a place in the cache
+            more["q_offset"] = k.shape[2] - x.shape[1]  # index of the first query in the cache
         out = self.attention(q, k, v, **more) if plan is None else attention(q, k, v, plan, **more)
         if state is not None:
             forget(self.attention.method if isinstance(self.attention, Sparse) else None, state)
@@ -94,7 +94,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, or another layer that mixes, then MLP, each added to its normalised input."""
+    """Attention or another sequence mixer, then MLP, each applied to normalised input and added."""
 
     def __init__(self, config: TrainConfig, mixer: Attention | Layer) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class GPT(nn.Module):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, config.width)
-        self.context = {"step": 0}  # what the methods may know beside q, k and v
+        self.context = {"step": 0}  # what methods can read besides q, k and v
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers(config, self.context))
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
         self.base = config.rope_base
@@ -143,7 +143,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Fresh weights from `seed`, independent of the global random state."""
+        """Draw fresh weights from `seed`, independent of the global random state."""
         generator = torch.Generator().manual_seed(seed)
         layers = {f"blocks.{n}.attention.": layer for n, layer in enumerate(self.layers()) if layer}
         for name, weight in self.named_parameters():
@@ -154,7 +154,7 @@ class GPT(nn.Module):
             elif name.endswith("sharpness"):
                 weight.fill_(HIGHEST / (self.table.shape[-1] * 2) ** 0.5)
             else:
-                # The embedding is normalised right away: small ones turn quickly.
+                # The embedding is normalised at once: small ones change direction quickly.
                 std = 0.02 if name == "embed.weight" else weight.shape[1] ** -0.5
                 weight.normal_(0.0, std, generator=generator)
         for layer in layers.values():
@@ -162,27 +162,27 @@ class GPT(nn.Module):
             draw(layer.output.weight, 0.0, None)
 
     def layers(self) -> list[Layer | None]:
-        """The mixers of the blocks that are layers of `sparseflash.nn`; None for the others."""
+        """The blocks' mixers that are `sparseflash.nn` layers; None for other blocks."""
         found = [block.attention for block in self.blocks]
         return [mixer if isinstance(mixer, Layer) else None for mixer in found]
 
     def aux_loss(self) -> Tensor:
-        """What the layers add to the loss of the last forward."""
+        """Auxiliary loss of the last forward, summed over the layers."""
         found = [layer.aux_loss for layer in self.layers() if layer]
         return torch.stack(found).sum() if found else self.head.weight.new_zeros(())
 
     @property
     def decodes(self) -> bool:
-        """Whether every layer has a state."""
+        """Whether every layer can decode with a state."""
         return all(block.attention.decodes for block in self.blocks)
 
     @property
     def rotary(self) -> bool:
-        """Whether some layer turns by positions, of which it has learnt those of a sequence."""
+        """Whether any layer uses rotary positions, which limits it to the training length."""
         return any(layer is None or layer.positions == "rotary" for layer in self.layers())
 
     def new_state(self, batch: int) -> list[State]:
-        """An empty state of each layer, for `batch` sequences whose tokens come in parts."""
+        """Make an empty state for each layer, to read `batch` sequences in parts."""
         return [
             block.attention.new_state(batch) if isinstance(block.attention, Layer) else State(batch)
             for block in self.blocks
@@ -199,9 +199,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Compute logits [B, T, 256] of the next byte, or with `targets` [B, T] the mean loss in nats.
 
-        Targets of -100 do not count. For packed documents: `positions` [B, T] restart with each, and a `plan`
-        (in place of the model's attention) keeps them apart. With a `state` of `new_state`, tokens continue
-        those that it holds.
+        Targets of -100 are ignored. For packed documents: `positions` [B, T] restart with each document, and
+        `plan` (replacing the model's attention) keeps them apart. With `state` from `new_state`, tokens
+        continue the ones read before.
         """
         if positions is not None and any(self.layers()):
             raise TrainError(
@@ -221,7 +221,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _table(self, length: int) -> Tensor:
-        """Cos and sin of so many positions; beyond those of training they are made anew."""
+        """Cos and sin of `length` positions; the table is extended when needed."""
         if length > self.table.shape[1]:
             dim = 2 * self.table.shape[2]
             self.table = rotary_table(length, dim, self.base).to(self.table.device)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-# Its functions keep, as a default, the group there is when they are defined. The optimiser imports it, so it
-# comes here, before any group is made: one that is kept keeps gloo's threads, and a thread that lets go of a
-# tensor while the interpreter ends aborts the process.
+# Its functions have the current process group as a default argument. The optimiser imports it anyway;
+# importing it here, before any group exists, avoids that default keeping a group: gloo's threads would live
+# on, and a thread that frees a tensor during interpreter shutdown aborts the process.
 import torch.distributed.nn
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ class World:
         return value.item()
 
     def any(self, flag: bool) -> bool:
-        """Tell every rank what one rank knows."""
+        """Whether the flag is set on any rank."""
         return self.total(torch.tensor(float(flag))) > 0
 
     def close(self) -> None:

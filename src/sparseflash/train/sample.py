@@ -1,4 +1,4 @@
-"""Text from a trained run."""
+"""Sample text from a trained run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def load_model(directory: str | Path) -> tuple[GPT, TrainConfig]:
 def sample(
     model: GPT, prompt: bytes, tokens: int, *, length: int, temperature: float = 0.8, seed: int = 0
 ) -> Iterator[int]:
-    """Draw `tokens` bytes after `prompt`, one at a time, seeing the last `length` bytes.
+    """Draw `tokens` bytes after `prompt`, one at a time, each from the last `length` bytes.
 
-    A model whose layers have a state reads each byte once, up to `length` of them; without positions it goes
-    on beyond. ``temperature=0`` always takes the likeliest byte.
+    A model whose layers have a state reads each byte once, for up to `length` bytes, or without limit if no
+    layer is rotary. ``temperature=0`` always takes the most likely byte.
     """
     if not prompt:
         raise TrainError("--prompt is empty; give at least one character")

@@ -24,7 +24,7 @@ from sparseflash.train.log import Log, Row, plot
 from sparseflash.train.model import GPT
 from sparseflash.train.parallel import World
 
-SAVE_SECONDS = 120.0  # a run with slow steps never loses more than this
+SAVE_SECONDS = 120.0  # upper bound of lost work, for slow steps
 
 
 class Trainer:
@@ -77,12 +77,12 @@ class Trainer:
         return c.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Run the model in bf16 where the config asks for it."""
+        """Context manager that runs the model in bf16 if the config says so."""
         enabled = self.config.dtype == "bf16"
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def step(self) -> Row:
-        """Take one optimiser step over ``accumulate * batch`` sequences of each process, or group of them."""
+        """Take one optimiser step over ``accumulate * batch`` sequences per process, or per group of them."""
         c, world, device = self.config, self.world, self.world.device
         start = time.perf_counter()
         for group in self.optimizer.param_groups:
@@ -96,16 +96,14 @@ class Trainer:
             tokens, targets = self.corpus.batch(
                 c.seed, self.done, rows, groups * c.accumulate * c.batch, c.length
             )
-            if (
-                c.dropout
-            ):  # of the step and the rows: no two processes draw alike, and a resumed run as before
+            if c.dropout:  # seed by step and rows: distinct per process, and resumable
                 own = (((c.seed << 24) + self.done) << 20) + part * groups + group
                 torch.manual_seed(own % 2**63)
             loss = self.loss(tokens.to(device), targets.to(device)) / c.accumulate
             (loss + self.model.aux_loss() / c.accumulate).backward()
             total += loss.detach()
         for weight in self.model.parameters():
-            if weight.grad is None:  # its layer used it for no token; another rank's may have
+            if weight.grad is None:  # unused by this rank's tokens, maybe not by another's
                 weight.grad = torch.zeros_like(weight)
         world.average_gradients(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
@@ -123,7 +121,7 @@ class Trainer:
         return Row(self.done, mean, None, seconds * 1e3, tokens_per_s)
 
     def loss(self, tokens: Tensor, targets: Tensor, state: list[State] | None = None) -> Tensor:
-        """Mean loss in nats; where processes share a sequence, this one's part, and their mean is it."""
+        """Mean loss in nats; under context parallelism, this rank's share, whose mean is the loss."""
         size = self.context.size
         if size == 1:
             with self.autocast():
@@ -135,12 +133,12 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, length: int = 0) -> float:
-        """Measure bits per byte on the held-out windows, the same ones for every run on this text.
+        """Measure bits per byte on the held-out windows, which are the same for every run on this text.
 
         Parameters
         ----------
         length : int
-            Bytes of a window; by default ``config.eval_length``, or ``config.length`` where that is 0.
+            Bytes of a window; by default ``config.eval_length``, or ``config.length`` if that is 0.
         """
         c, world = self.config, self.world
         self.model.eval()
@@ -162,12 +160,12 @@ class Trainer:
         return nats / count / math.log(2)
 
     def begin(self, directory: str | Path) -> None:
-        """Start from the weights of the run in `directory`, which may have had another length."""
+        """Start from the weights of the run in `directory`, which may have another sequence length."""
         tensors, _ = checkpoint.load(Path(directory), ("config",))
         checkpoint.restore(tensors, self.model, path=Path(directory) / checkpoint.FILE)
 
     def save(self, directory: Path) -> None:
-        """Write the checkpoint (rank 0 only); weights, optimiser, random state, data position."""
+        """Write the checkpoint (rank 0 only): weights, optimiser, random state, data position."""
         if self.world.rank == 0:
             meta = {
                 "step": self.done,
@@ -219,7 +217,7 @@ class Trainer:
         directory = Path(directory)
         c, main = self.config, self.world.rank == 0
         refusal = _open(directory, resume) if main else None
-        if self.world.any(refusal is not None):  # every rank stops, the first one says why
+        if self.world.any(refusal is not None):  # all ranks stop; rank 0 has the reason
             raise refusal or TrainError(f"the first process refused --out {directory}")
         if resume:
             self.load(directory)
@@ -265,11 +263,11 @@ def resume_config(directory: str | Path, given: dict[str, object]) -> TrainConfi
 
 
 def init_config(directory: str | Path, given: dict[str, object]) -> TrainConfig:
-    """The config of a new run that begins with the weights of the run in `directory`.
+    """Make the config of a new run that starts from the weights of the run in `directory`.
 
-    Data, shape and attention are those of that run unless `given`, all else as `given` or by default. On
-    longer sequences rotary positions get a larger base: the slowest pair of a head turns as far over the
-    whole sequence as it did.
+    Data, shape and attention are those of that run unless `given`; other options as `given` or by default.
+    For longer sequences the rotary base grows, so that the slowest pair of a head rotates as far over the
+    whole sequence as before.
     """
     saved = checkpoint.read_config(Path(directory))
     same = ("data", "attention", "layers", "width", "heads", "qk", "rope_base", "seed")
@@ -283,7 +281,7 @@ def init_config(directory: str | Path, given: dict[str, object]) -> TrainConfig:
 
 
 def _open(directory: Path, resume: bool) -> TrainError | None:
-    """Make `directory` ready, or say why not."""
+    """Create `directory` for a run, or check that it can resume; returns an error, or None."""
     if resume:
         try:
             checkpoint.read_meta(directory)
@@ -304,7 +302,7 @@ def _open(directory: Path, resume: bool) -> TrainError | None:
 
 @contextlib.contextmanager
 def _stop_requests(notice: Callable[[str], None]) -> Iterator[list[int]]:
-    """Collect INT and TERM signals in a list instead of breaking a step in two; the second one breaks it."""
+    """Collect INT and TERM signals in a list, so that a step finishes; a second signal interrupts it."""
     received: list[int] = []
 
     def handler(number: int, frame: object) -> None:
