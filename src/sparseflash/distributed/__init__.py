@@ -1,4 +1,4 @@
-"""Attention over the tokens of many ranks: any plan, exactly, forward and backward, balanced."""
+"""Context-parallel attention: tokens sharded over ranks, any plan, exact forward and backward, balanced."""
 
 from .attention import attention
 from .context import ContextParallel, context_parallel

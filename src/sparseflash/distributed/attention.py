@@ -1,4 +1,4 @@
-"""Attention over sharded tokens: each rank attends its own queries to the keys of all, piece by piece."""
+"""Attention over sharded tokens: each rank's queries attend to the keys of all ranks, one shard at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .transports import swapped
 
 
 class Job(NamedTuple):
-    """What the pieces of one call have in common."""
+    """What all shards of one call share."""
 
     cp: ContextParallel
     transport: Any
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 
 class _Attend(torch.autograd.Function):
-    """One softmax over the keys of all ranks; the gradient takes the way of the keys again."""
+    """One softmax over the keys of all ranks; backward moves the keys through the transport again."""
 
     @staticmethod
     def forward(
@@ -56,7 +56,7 @@ class _Attend(torch.autograd.Function):
         options, state = job.options, state_dtype(q)
         unit = unit_of(options.scale, options.softcap, key_bias)
         attend = choose("forward", options.backend, q, k, v).forward
-        found = None  # out in full precision, and its norm
+        found = None  # out in full precision, and its norm; None before the first keys
         for step, (origin, keys) in enumerate(job.transport.forward(_keys(k, v, key_bias))):
             job.cp.at(f"forward of call {job.call}, step {step}")
             bias = keys[2] if key_bias is not None else None
@@ -69,7 +69,7 @@ class _Attend(torch.autograd.Function):
                     found = out, norm
                 else:
                     found = combined([found[0], out], [found[1], norm], unit, state)
-        if found is None:  # nothing is seen
+        if found is None:  # no key is visible
             out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=state)
             norm = q.new_zeros(2, *q.shape[:3], dtype=state)
             norm[0] = NEVER
@@ -141,23 +141,24 @@ def attention(
 ) -> Any:
     """Exact attention of this rank's queries to the keys of all ranks, with gradients.
 
-    Call it on every rank of a `context_parallel`, with the shards of `cp.shard`. The result is that of
-    `sparseflash.attention` over all tokens, for this rank's queries. The gradient of a parameter that every
-    rank has (`sink_logits`, and weights before and behind) is this rank's share: sum it over ranks.
+    Call it on every rank of a `context_parallel`, with the shards of `cp.shard`. The result equals that of
+    `sparseflash.attention` over all tokens, for this rank's queries. The gradient of a parameter that is
+    replicated on every rank (`sink_logits`, and weights of other layers) is this rank's share: sum it over
+    ranks.
 
     Parameters
     ----------
     q, k, v : Tensor
-        This rank's tokens, `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]`; or DTensors of all with `Shard(2)`,
-        under the layout "chunks".
+        This rank's tokens, `[B,Hq,n,D]`, `[B,Hkv,n,D]`, `[B,Hkv,n,Dv]`; or DTensors of all tokens with
+        `Shard(2)`, under layout "chunks".
     plan : Plan, tuple of Plan, or a method, optional
-        Of all tokens, the same on every rank; that of the context by default, or what its method selects.
+        Plan over all tokens, equal on every rank; by default that of the context, or its method's selection.
     scale, softcap, sink_logits, backend
         As in `sparseflash.attention`.
     key_bias : Tensor, optional
-        `[B|1, H, n]` of this rank's keys, with gradient.
+        `[B|1, H, n]` of this rank's keys, differentiable.
     ctx : mapping, optional
-        What the method may know beside q and k.
+        Values that the method can read besides q and k.
     return_lse : bool
         Also return the log-sum-exp `[B,Hq,n]`, differentiable.
 
@@ -169,12 +170,12 @@ def attention(
     Raises
     ------
     RankError
-        Where another rank has another plan, other shapes or options; or died, or is silent for longer than
-        the timeout: naming it, and the step.
+        If another rank has another plan, other shapes or options, or died, or is silent for longer than the
+        timeout; the message names the rank and the step.
 
     Examples
     --------
-    On one rank it is `sparseflash.attention`; `docs/distributed.md` has an example of two.
+    On one rank it equals `sparseflash.attention`; `docs/distributed.md` has an example on two.
 
     >>> import torch, sparseflash as sf
     >>> q, k, v = torch.randn(3, 1, 2, 300, 32)
@@ -229,7 +230,7 @@ def _local(
 
 
 class _Swap(torch.autograd.Function):
-    """`swapped`, whose gradient is the way back."""
+    """Differentiable `swapped`; its gradient is the inverse exchange."""
 
     @staticmethod
     def forward(ctx: Any, cp: ContextParallel, x: Tensor, keys: bool, to_heads: bool) -> Tensor:
@@ -252,7 +253,7 @@ def _over_heads(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Ulysses (arXiv 2309.14509): all tokens of some heads on each rank, and back."""
+    """Ulysses (arXiv 2309.14509): exchange tokens for heads over ranks, attend, and exchange back."""
     heads, world = q.shape[1], cp.world
     if heads % world or k.shape[1] % world:
         raise SparseFlashError(
@@ -282,7 +283,7 @@ def _over_heads(
 def _of_dtensors(
     cp: ContextParallel, q: Any, k: Any, v: Any, plan: AnyPlan | Method | None, options: Any
 ) -> Any:
-    """The same for DTensors: their shards attend, and are a DTensor again."""
+    """Attend for DTensors: on their local shards, wrapped again as DTensors."""
     from torch.distributed.tensor import DTensor, Shard
 
     for x in (q, k, v):

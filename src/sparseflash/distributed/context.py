@@ -1,4 +1,4 @@
-"""`context_parallel`: the ranks, the layout and the plan that calls of `attention` here have in common."""
+"""`context_parallel`: the ranks, layout and plan shared by calls of `sf.distributed.attention`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _now: ContextVar[ContextParallel | None] = ContextVar("sparseflash_context_paral
 
 
 def current() -> ContextParallel:
-    """The context that a call stands in.
+    """The innermost active `context_parallel`.
 
     Raises
     ------
     SparseFlashError
-        Where it stands in none.
+        If there is none.
     """
     cp = _now.get()
     if cp is None:
@@ -59,28 +59,29 @@ def context_parallel(
     ----------
     group : DeviceMesh, ProcessGroup, tuple of two of these, or None
         A mesh of one dimension (`mesh["cp"]`) or a process group; None is the default group, or a single
-        process where there is none. Two (outer, inner), or a mesh of two dimensions: a ring inside each inner
-        group, and one over the outer groups around it; ranks count outer * inner world + inner.
+        process without torch.distributed. A pair (outer, inner), or a mesh of two dimensions: a ring inside
+        each inner group, and a ring over the outer groups around it; rank = outer rank * inner world + inner
+        rank.
     plan : Plan, tuple of Plan, or a method, optional
-        What is attended, of all tokens. The plan of a method is selected in each call, from the queries and
-        keys of all ranks.
+        Plan over all tokens. With a method, each call selects its plan from the queries and keys of all
+        ranks.
     layout : str or Layout
         "contiguous", "zigzag", "striped", "chunks" (see `Layout.of`), or "auto": what `balance` chooses for
-        the plan. For a method whose plan follows from the tokens: its own ("striped" for MTraining), or
-        "zigzag".
+        the plan. For a method whose plan depends on token contents: the method's `layout` ("striped" for
+        MTraining), or "zigzag".
     transport : str
-        "ring": keys go round, memory stays that of one shard more. "groupcast": a rank gets the keys that its
-        plan reads (of a window, those of one neighbour). "ulysses": all tokens of a share of the heads.
-        "auto": group-cast where it sends less than half of what the ring does.
+        "ring": shards of keys rotate; memory grows by one shard. "groupcast": a rank receives only the keys
+        that its plan reads (for a window, those of one neighbour). "ulysses": each rank gets all tokens of a
+        share of the heads. "auto": group-cast if it sends at most half as many keys as the ring.
     length : int, optional
-        Number of tokens, where there is no plan that says so.
+        Number of tokens, if no plan tells.
     timeout : float
-        Seconds until a silent rank is an error, on every other.
+        Seconds after which a silent rank is an error on every other rank.
 
     Returns
     -------
     ContextParallel
-        To be entered with `with`; may be entered again.
+        A context manager; reusable and reentrant.
 
     Examples
     --------
@@ -94,14 +95,14 @@ def context_parallel(
 
 
 class ContextParallel:
-    """What `context_parallel` makes.
+    """The context manager that `context_parallel` returns.
 
     Attributes
     ----------
     rank, world : int
-        This rank, and how many there are.
+        This rank, and the number of ranks.
     layout, key_layout : Layout
-        Whose queries and keys lie where; one layout where there are as many of both.
+        Placement of queries and of keys; the same layout if their numbers are equal.
     """
 
     def __init__(
@@ -178,12 +179,12 @@ class ContextParallel:
 
     @property
     def layout(self) -> Layout:
-        """The tokens of each rank."""
+        """Placement of the query tokens."""
         return self._laid_out()[0]
 
     @property
     def key_layout(self) -> Layout:
-        """The keys of each rank."""
+        """Placement of the keys."""
         return self._laid_out()[1]
 
     def _laid_out(self) -> tuple[Layout, Layout]:
@@ -195,21 +196,21 @@ class ContextParallel:
 
     @property
     def positions(self) -> Tensor:
-        """The place in the whole sequence of each of this rank's tokens, int64 [n]: for RoPE, and labels."""
+        """Position in the whole sequence of each of this rank's tokens, int64 [n]: for RoPE and labels."""
         return self.layout.ranks[self.rank]
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Of a tensor that holds all tokens along `dim`, those of this rank: q, k, ids, labels, positions."""
+        """Take this rank's part of a tensor with all tokens along `dim`: q, k, ids, labels, positions."""
         T = x.shape[dim]
         if self._layouts is None:
             self._lay_out(T, T)
         return x.index_select(dim, self._of(T).ranks[self.rank].to(x.device))
 
     def unshard(self, x: Tensor, dim: int) -> Tensor:
-        """All tokens of a tensor of which each rank has its own along `dim`; the same on every rank.
+        """Gather all tokens of a tensor that is sharded along `dim`; the result is equal on every rank.
 
-        Every rank is taken to do the same with the result: the gradient of `x` is this rank's part of that of
-        the result, and nothing is summed over ranks.
+        Assumes that every rank computes the same from the result: the gradient of `x` is this rank's slice of
+        the result's gradient, and nothing is summed over ranks.
         """
         if self.peers is None:
             return x
@@ -236,7 +237,7 @@ class ContextParallel:
     def plans(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan | Method | None, ctx: Mapping[str, Any]
     ) -> tuple[Plan, ...]:
-        """The plan of a call, of all tokens; a method is asked for it."""
+        """The plans of a call over all tokens, selected by a method if there is one."""
         method = plan if isinstance(plan, Method) else self.method if plan is None else None
         if method is not None:
             plans = as_plans(selected(self, method, q, k, v, ctx))
@@ -274,12 +275,12 @@ class ContextParallel:
         sink_logits: Tensor | None,
         options: Softmax,
     ) -> int:
-        """Make sure that all ranks do the same, before any of them waits for another; the number of the call.
+        """Check that all ranks make the same call, before any rank waits for another; gives the call number.
 
         Raises
         ------
         RankError
-            Naming the first that differs, and in what.
+            If ranks differ, naming the first difference.
         """
         self.calls += 1
         if self.peers is None:
@@ -313,13 +314,13 @@ class ContextParallel:
         return self.calls
 
     def at(self, step: str) -> None:
-        """Say what is being done, for messages."""
+        """Set the step that error messages name."""
         for peers in (self.peers, self.outer, self.inner):
             if peers is not None:
                 peers.doing = step
 
     def transport_of(self, plans: Sequence[Plan]) -> Ring | GroupCast:
-        """How keys travel in a call over these plans."""
+        """The transport of keys for calls over these plans, cached."""
 
         def make() -> Ring | GroupCast:
             pairs = Pairs(plans, self.rank, self.layout, self.key_layout)
@@ -352,7 +353,7 @@ def _hash(data: bytes) -> bytes:
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:
-    """A short name of some integers: other values, another name."""
+    """Digest of integer tensors: shapes and values."""
     total = hashlib.blake2b(digest_size=16)
     for x in tensors:
         total.update(f"{list(x.shape)}".encode())
@@ -361,12 +362,12 @@ def _digest(tensors: Sequence[Tensor]) -> str:
 
 
 def _code(plans: Sequence[Plan]) -> str:
-    """A short name of plans."""
+    """Digest of plans."""
     return " ".join(f"{plan._static()} {_digest(list(plan.tensors().values()))}" for plan in plans)
 
 
 def _peers(group: Any, timeout: float) -> tuple[Peers | None, Peers | None, Peers | None]:
-    """All ranks, and the outer and inner rings: of a group, a mesh, or two of these."""
+    """All ranks, and the outer and inner rings, of a group, a mesh, or a pair."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None, None, None
     sides = _sides(group)
@@ -379,7 +380,7 @@ def _peers(group: Any, timeout: float) -> tuple[Peers | None, Peers | None, Peer
 
 
 def _sides(group: Any) -> list[Any]:
-    """The process groups of a mesh, of a pair, or the one that was given."""
+    """The process groups of a mesh or pair, or the given group itself."""
     if isinstance(group, (tuple, list)):
         require((len(group) == 2, f"{len(group)} groups: expected one, or two (outer, inner)"))
         return [side for one in group for side in _sides(one)]
@@ -395,7 +396,7 @@ def _sides(group: Any) -> list[Any]:
 
 
 def _joint(outer: Peers, inner: Peers, timeout: float) -> Peers:
-    """The ranks of all inner groups, outer first."""
+    """The ranks of all inner groups, in outer-major order."""
     every = Peers(None, timeout)
     ranks = inner.gather(torch.tensor([every.rank]))
     rows = outer.gather(torch.cat(ranks)[None])

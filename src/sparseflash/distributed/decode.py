@@ -1,4 +1,4 @@
-"""Few queries that every rank has, over a cache that is spread over ranks: phase 2 of Star Attention."""
+"""Decode few replicated queries over a key cache that is sharded over ranks: phase 2 of Star Attention."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def decode(
     plan: AnyPlan | None = None,
     **options: Unpack[Options],
 ) -> Any:
-    """Attention of queries that every rank has over the keys of all; every rank gets the result.
+    """Attend from replicated queries to the keys of all ranks; every rank gets the result.
 
-    Each rank attends its own keys, and results are merged by their log-sum-exps: what is sent is the size of
-    the output, not of the cache. Without gradient.
+    Each rank attends to its own keys, and results are merged by log-sum-exp: messages have the size of the
+    output, not of the cache. No gradient.
 
     Parameters
     ----------
     cp : ContextParallel
-        The ranks; its layout and plan play no part.
+        The ranks; its layout and plan are not used.
     q : Tensor
         `[B,Hq,n,D]`, the same on every rank.
     k, v : Tensor
         This rank's keys and values, `[B,Hkv,m,D]` and `[B,Hkv,m,Dv]`; m may differ, and be 0.
     plan : Plan or tuple of Plan, optional
-        Of q and this rank's keys; all of them by default. The rank that holds the newest keys gives a causal
-        one where there are several queries.
+        Plan of q over this rank's keys; by default all pairs. With several queries, the rank that holds the
+        newest keys passes a causal plan.
     scale, softcap, key_bias, backend, return_lse
         As in `sparseflash.attention`.
 

@@ -1,4 +1,4 @@
-"""Which tokens each rank holds, and which choice of them gives all ranks as much to do."""
+"""Which tokens each rank holds, and which placement balances the work."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..plan.options import is_count, laid_out
 
 NAMES = ("contiguous", "zigzag", "striped")
 BLOCK = 128
-"""Tokens that stay together."""
+"""Size of blocks of tokens that are placed together."""
 FAIR = 1.05
-"""Largest share of a rank over the mean that counts as balanced: then what is sent decides."""
+"""Largest load of a rank over the mean that counts as balanced; among balanced layouts, traffic decides."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tokens of each rank, in the order in which it holds them.
+    """The tokens of each rank, in the order in which the rank holds them.
 
     Parameters
     ----------
     name : str
-        What messages call it.
+        Name for messages.
     ranks : tuple of Tensor
-        Distinct tokens of each rank, int64 `[n]`; every token of 0..T-1 is on one of them. A rank may have
-        none.
+        Distinct tokens of each rank, int64 `[n]`; every token of 0..T-1 is on exactly one rank. A rank may be
+        empty.
 
     Examples
     --------
@@ -59,14 +59,14 @@ class Layout:
 
     @classmethod
     def of(cls, name: str, T: int, world: int, *, block: int = BLOCK) -> Layout:
-        """A layout by its name, of blocks of tokens that stay together (fewer where T is short).
+        """Make a layout by name, from blocks of tokens that are placed together (smaller if T is short).
 
         Parameters
         ----------
         name : str
-            "contiguous": one run of tokens a rank. "zigzag": two, one from the front and the one as far from
-            the end (balanced for causal attention). "striped": blocks dealt in turn. "chunks": runs as
-            `torch.chunk` cuts them, which is what a DTensor with Shard(2) holds.
+            "contiguous": one run of tokens per rank. "zigzag": two runs, one from the front and its mirror
+            image from the end (balanced for causal attention). "striped": blocks dealt round-robin. "chunks":
+            runs as `torch.chunk` cuts them, as in a DTensor with Shard(2).
         """
         require(
             (
@@ -96,7 +96,7 @@ class Layout:
 
     @classmethod
     def from_owner(cls, name: str, owner: Tensor, world: int) -> Layout:
-        """The layout in which token i lies on rank `owner[i]`."""
+        """Make the layout in which token i is on rank `owner[i]`."""
         return cls(name, tuple((owner == rank).nonzero()[:, 0] for rank in range(world)))
 
     @property
@@ -106,7 +106,7 @@ class Layout:
 
     @property
     def sizes(self) -> list[int]:
-        """How many tokens each rank holds."""
+        """Number of tokens on each rank."""
         return [len(x) for x in self.ranks]
 
     @cached_property
@@ -119,7 +119,7 @@ class Layout:
 
     @cached_property
     def place(self) -> Tensor:
-        """Where each token lies, if the shards of all ranks stand behind one another; int64 [T]."""
+        """Index of each token in the concatenation of all ranks' shards; int64 [T]."""
         return torch.cat(self.ranks).argsort()
 
     def __repr__(self) -> str:
@@ -127,7 +127,7 @@ class Layout:
 
 
 def areas(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> Tensor:
-    """Pairs that each rank visits of the keys of each rank, fp64 [world, world], over all lists."""
+    """Count visited pairs by query rank and key rank, fp64 [world, world], summed over all lists."""
     keys = key_layout or layout
     found = torch.zeros(layout.world, keys.world, dtype=torch.float64)
     for one in as_plans(plan):
@@ -137,7 +137,7 @@ def areas(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> Te
         order = None if one.k_order is None else laid_out(one.k_order, batch, heads).flatten(0, 1).long()
         list_ = entries.cell // max(one.tiles, 1)
         for rank in range(keys.world):
-            mine = torch.nn.functional.pad(keys.owner == rank, (0, 1)).long()  # the last is no token
+            mine = torch.nn.functional.pad(keys.owner == rank, (0, 1)).long()  # for token -1 in k_order
             held = mine[: one.Tk] if order is None else mine[order]
             before = torch.nn.functional.pad(held.cumsum(-1), (1, 0))
             if order is None:
@@ -150,7 +150,7 @@ def areas(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> Te
 
 
 def tile_rows(plan: Plan, layout: Layout) -> Tensor:
-    """How many queries of each tile lie on each rank, int64 [lists * tiles, world]."""
+    """Count the queries of each tile that are on each rank, int64 [lists * tiles, world]."""
     batch, heads = plan.extent()
     owner = torch.cat([layout.owner, torch.tensor([layout.world])])
     own = owner[: plan.Tq].expand(1, 1, -1) if plan.q_order is None else owner[plan.q_order.long()]
@@ -162,7 +162,7 @@ def tile_rows(plan: Plan, layout: Layout) -> Tensor:
 
 
 def readers(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> Tensor:
-    """Which keys each rank reads: bool [world, Tk]; whatever a tile lists, for one of a rank's queries."""
+    """Keys that each rank reads, bool [world, Tk]: all that a tile lists with any of the rank's queries."""
     keys = key_layout or layout
     found = torch.zeros(layout.world, keys.T, dtype=torch.bool)
     for one in as_plans(plan):
@@ -189,16 +189,16 @@ def readers(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> 
 
 
 def balance(plan: AnyPlan, world: int, *, block: int = BLOCK) -> Layout:
-    """The layout under which all ranks have as much to do, by the plan's own lists.
+    """Choose the layout that balances the work over ranks, by the plan's own lists.
 
-    Of "contiguous", "zigzag", "striped" and a deal of blocks by their cost (the dearest first, to the rank
-    that has least), the one that is balanced to 5 % and sends the fewest keys to those that read them; where
-    none is, the best balanced. No fixed layout is best for all plans.
+    Candidates are "contiguous", "zigzag", "striped" and blocks dealt by cost (most expensive first, to the
+    least loaded rank). Of those balanced to 5 %, the one with the fewest keys to send wins; if there is none,
+    the best balanced. No fixed layout is best for all plans.
 
     Parameters
     ----------
     plan : Plan or tuple of Plan
-        Of all tokens.
+        Plan over all tokens.
     world : int
         Number of ranks.
 
@@ -227,7 +227,7 @@ def balance(plan: AnyPlan, world: int, *, block: int = BLOCK) -> Layout:
 
 
 def costs(plan: AnyPlan, T: int) -> Tensor:
-    """Keys that the lists visit for each query, summed over heads and batch slots; fp64 [T]."""
+    """Count the keys that the lists visit for each query, summed over heads and batch; fp64 [T]."""
     found = torch.zeros(T + 1, dtype=torch.float64)
     for one in as_plans(plan):
         batch, heads = one.extent()
@@ -244,7 +244,7 @@ def costs(plan: AnyPlan, T: int) -> Tensor:
 
 
 def _dealt(plan: AnyPlan, T: int, world: int, block: int) -> Layout:
-    """Blocks dealt by cost, the dearest first, to the rank with least that has room for one more."""
+    """Deal blocks by cost, most expensive first, to the least loaded rank that is not full."""
     n = -(-T // block)
     cost = torch.zeros(n, dtype=torch.float64).index_add_(0, torch.arange(T) // block, costs(plan, T))
     room, owner = -(-n // world), torch.zeros(n, dtype=torch.int64)

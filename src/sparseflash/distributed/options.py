@@ -1,4 +1,4 @@
-"""What calls over ranks take, as `sparseflash.attention` does."""
+"""Options of distributed calls, as of `sparseflash.attention`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Options(TypedDict, total=False):
-    """Options of a call."""
+    """Keyword options of a distributed call."""
 
     scale: float | None
     softcap: float | None

@@ -1,4 +1,4 @@
-"""The plan of one rank: what its queries see of the keys of each rank, as local plans."""
+"""Local plans of one rank: its queries over the keys of each rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ M = TypeVar("M")
 
 
 class Pairs:
-    """Plans restricted to the queries of a rank, and to the keys of each rank; made when first asked for."""
+    """Plans restricted to one rank's queries and each rank's keys, built on first use."""
 
     def __init__(self, plans: Sequence[Plan], rank: int, layout: Layout, key_layout: Layout) -> None:
         self.plans, self.rank, self.layout, self.key_layout = tuple(plans), rank, layout, key_layout
@@ -29,7 +29,7 @@ class Pairs:
         self._reads: Tensor | None = None
 
     def of(self, origin: int, *, read: bool = False) -> tuple[Plan, ...]:
-        """What is seen of the keys of a rank (or of those that are read of them): plans that list any."""
+        """Non-empty plans over the keys of a rank (`read`: only over those keys that are read)."""
         if (origin, read) not in self._made:
             keys = self.key_layout.ranks[origin]
             keys = keys[self.needs(self.rank, origin)] if read else keys
@@ -40,24 +40,24 @@ class Pairs:
 
     @property
     def reads(self) -> Tensor:
-        """Which keys each rank reads, bool [world, Tk]."""
+        """Keys that each rank reads, bool [world, Tk]."""
         if self._reads is None:
             self._reads = readers(self.plans, self.layout, self.key_layout)
         return self._reads
 
     def needs(self, reader: int, origin: int) -> Tensor:
-        """Places in the shard of `origin` of the keys that `reader` reads."""
+        """Indices, in the shard of `origin`, of the keys that `reader` reads."""
         return self.reads[reader, self.key_layout.ranks[origin]].nonzero()[:, 0]
 
     def sparse(self) -> bool:
-        """Whether sending only what is read sends less than half of what a ring does."""
+        """Whether sending only the keys that are read moves at most half of what a ring does."""
         own = torch.arange(self.layout.world)[:, None] == self.key_layout.owner
         sent = int((self.reads & ~own).sum())
         return 2 * sent <= (self.layout.world - 1) * self.key_layout.T
 
 
 def of_heads(plan: Plan, first: int, last: int, heads: int) -> Plan:
-    """The plan of query heads `first ... last - 1` of so many."""
+    """Restrict a plan to query heads first, ..., last - 1 of `heads`."""
     own = {
         name: spread_heads(x, heads)[:, first:last]
         for name, x in plan.tensors().items()
@@ -67,13 +67,13 @@ def of_heads(plan: Plan, first: int, last: int, heads: int) -> Plan:
 
 
 class Memory(Generic[M]):
-    """What was made of plans, while they are the same: the layers and steps that share a plan."""
+    """Cache of objects made from plans, for layers and steps that share a plan."""
 
     def __init__(self, most: int = 32) -> None:
         self._known: deque[Last[M]] = deque(maxlen=most)
 
     def of(self, plans: Sequence[Plan], make: Callable[[], M]) -> M:
-        """What was made of these plans, or is now."""
+        """The cached object for these plans, or else a new one."""
         kept = [*plans, *(x for plan in plans for x in plan.tensors().values())]
         for last in self._known:
             found = last.get(*kept)

@@ -1,7 +1,7 @@
-"""Ranks that send one another tensors. A wait ends within a timeout, with an error that says who is lost.
+"""Ranks that send one another tensors. A wait ends within a timeout; the error names the missing rank.
 
-A rank that waits in vain says so in the store of the process group, and for whom it waited. Whoever did not
-say so is the one that is dead or stalls: the others follow one another to it.
+A rank whose wait fails writes to the process group's store for whom it waited. Following these entries from
+rank to rank ends at the one without an entry: it is dead or stalls.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 from ..errors import RankError
 
 GRACE = 0.25
-"""Share of the timeout that is left for asking who is missing."""
+"""Share of the timeout reserved for finding the missing rank."""
 
 
 class Peers:
-    """The ranks of one process group, by their place in it.
+    """The ranks of one process group, addressed by group rank.
 
     Parameters
     ----------
     group : ProcessGroup or None
-        None: the default group.
+        Process group; None is the default group.
     timeout : float
-        Seconds until a wait ends.
+        Seconds until a wait fails.
     """
 
     def __init__(self, group: Any, timeout: float) -> None:
@@ -41,11 +41,11 @@ class Peers:
         self.faults = _Faults()
 
     def everywhere(self, rank: int) -> int:
-        """The global rank of a place in the group."""
+        """Global rank of a group rank."""
         return dist.get_global_rank(self.group, rank)
 
     def start(self, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Tensor]]) -> Transfer:
-        """Begin to send and receive: (place in the group, tensor); empty tensors are not sent."""
+        """Start sends and receives, pairs of (group rank, tensor); empty tensors are skipped."""
         ops, peers = [], []
         for op, given in ((dist.isend, send), (dist.irecv, receive)):
             for peer, x in given:
@@ -58,12 +58,12 @@ class Peers:
                 works = dist.batch_isend_irecv(ops)
             except RuntimeError as error:
                 self.fail(peers[0], error)
-        if len(works) != len(peers):  # backends that join them
+        if len(works) != len(peers):  # backends that coalesce requests
             peers = [-1] * len(works)
         return Transfer(self, list(zip(works, peers)), [x for _, x in (*send, *receive)])
 
     def gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
-        """The tensors of all ranks, which may differ in the length `sizes` of their first axis."""
+        """All-gather tensors whose first axis may have a different length, `sizes`, on each rank."""
         if self.world == 1:
             return [x]
         sizes = [len(x)] * self.world if sizes is None else sizes
@@ -79,7 +79,7 @@ class Peers:
         return [y[:n] for y, n in zip(found, sizes)]
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """All-reduce the sum, in place."""
         if self.world > 1 and x.numel():
             try:
                 self._end(dist.all_reduce(x, group=self.group, async_op=True), x.device)
@@ -94,7 +94,7 @@ class Peers:
             work.wait()
 
     def fail(self, peer: int, error: BaseException) -> None:
-        """Say which rank is missing, and what was being done."""
+        """Raise a `RankError` that names the missing rank and the current step."""
         mine = self.everywhere(self.rank)
         waits = None if peer < 0 else self.everywhere(peer)
         every = [self.everywhere(rank) for rank in range(self.world)]
@@ -110,18 +110,18 @@ class Peers:
 
 
 class Transfer:
-    """Sends and receives on their way; the tensors are kept until they have arrived."""
+    """Pending sends and receives; tensors are kept alive until they have arrived."""
 
     def __init__(self, peers: Peers, works: list[tuple[Any, int]], kept: list[Tensor]) -> None:
         self.peers, self.works, self.kept = peers, works, kept
 
     def wait(self) -> None:
-        """Until all has arrived.
+        """Wait until everything has arrived.
 
         Raises
         ------
         RankError
-            Naming the rank that is missing.
+            If a rank is missing, naming it.
         """
         for work, peer in self.works:
             try:
@@ -132,7 +132,7 @@ class Transfer:
 
 
 class _Faults:
-    """Who waits for whom, once something is wrong; in the store that all ranks can read."""
+    """Records in the store, after a failure, which rank waits for which."""
 
     def __init__(self) -> None:
         try:
@@ -143,7 +143,7 @@ class _Faults:
     def trace(
         self, mine: int, waits: int | None, every: Sequence[int], grace: float, doing: str
     ) -> int | None:
-        """The rank that nobody hears of any more; None where that cannot be told."""
+        """Find the rank that has not reported; None if that is unknown."""
         if self.store is None:
             return waits
         deadline = time.monotonic() + grace
@@ -156,10 +156,10 @@ class _Faults:
                     return at
                 seen.add(at)
                 at = said["waits"]
-            for rank in every:  # a circle, or a wait for all: whoever says nothing
+            for rank in every:  # a cycle, or a collective: find any silent rank
                 if rank not in seen and self._said(rank, deadline) is None:
                     return rank
-        except RuntimeError:  # the store died with the rank that had it
+        except RuntimeError:  # the store's host rank died
             return waits if waits is not None else 0
         return None
 

@@ -1,4 +1,4 @@
-"""What a method selects when its queries and keys lie on several ranks."""
+"""Select a plan when queries and keys are sharded over ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .layouts import Layout
 
 
 class Shards:
-    """What a method may ask of the ranks while it selects: few numbers a token, never q or k of all.
+    """Collectives for methods that select across ranks: few numbers per token, never all of q or k.
 
     Attributes
     ----------
     rank, world : int
-        This rank, and how many there are.
+        This rank, and the number of ranks.
     layout : Layout
-        The tokens of each.
+        Placement of the tokens.
     """
 
     def __init__(self, cp: Any) -> None:
@@ -30,33 +30,33 @@ class Shards:
 
     @property
     def layout(self) -> Layout:
-        """The tokens of each rank."""
+        """Placement of the tokens."""
         found: Layout = self._cp.layout
         return found
 
     @property
     def positions(self) -> Tensor:
-        """The token of each local row."""
+        """Position of each local token."""
         found: Tensor = self._cp.positions
         return found
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over ranks, the same everywhere."""
+        """Sum a tensor over ranks; all get the result."""
         return x if self._cp.peers is None else self._cp.peers.sum(x.contiguous().clone())
 
     def logsumexp(self, x: Tensor) -> Tensor:
-        """The log of the sum over ranks of the exponentials of a tensor."""
+        """Log-sum-exp of a tensor over ranks."""
         if self._cp.peers is None:
             return x
         return torch.logsumexp(torch.stack(self._cp.peers.gather(x.contiguous())), 0)
 
     def whole(self, x: Tensor, dim: int) -> Tensor:
-        """All tokens of a tensor that has a few numbers a token."""
+        """Gather all tokens of a tensor with few numbers per token."""
         found: Tensor = self._cp.unshard(x, dim)
         return found
 
     def last(self, x: Tensor, n: int) -> Tensor:
-        """The last n tokens of `x [B,H,T of this rank,D]`, from the ranks that have them."""
+        """The last n tokens of `x [B,H,T of this rank,D]`, gathered from the ranks that hold them."""
         T = self.layout.T
         n = min(n, T)
         own = self.positions >= T - n
@@ -66,10 +66,10 @@ class Shards:
 
 
 def selected(cp: Any, method: Method, q: Tensor, k: Tensor, v: Tensor, ctx: Mapping[str, Any]) -> AnyPlan:
-    """The plan that a method selects over the tokens of all ranks; the same on every rank.
+    """Select a method's plan over the tokens of all ranks; it is equal on every rank.
 
-    A method that knows of ranks (`select_across`) is asked so. One that looks at lengths alone is given them.
-    Any other gets q and k of all ranks, for the time of the selection.
+    A method with `select_across` uses that. One that depends only on lengths gets placeholder tensors of the
+    full length. For any other, q and k of all ranks are gathered for the selection.
     """
     with torch.no_grad():
         given = {name: x for name, x in ctx.items() if x is not None}

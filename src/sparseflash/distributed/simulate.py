@@ -1,4 +1,4 @@
-"""What a step over many ranks would take: from the plan, measured kernel costs, and the speed of links."""
+"""Simulate a context-parallel step from the plan, measured kernel costs and link speeds."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .layouts import Layout, areas, readers
 from .pairs import Pairs
 
 EXACT = 8
-"""Up to so many ranks the lists of each pair are made; beyond, the visited area is shared out."""
+"""Up to this many ranks, each pair's lists are built; beyond, cost is prorated by visited area."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """How fast messages are.
+    """Link speeds.
 
     Attributes
     ----------
     inner, outer : float
         Bytes per second between ranks of a node, and between nodes.
     latency : float
-        Seconds a message takes beside that.
+        Fixed seconds per message.
     node : int
-        Ranks of a node; 0: all in one.
+        Ranks per node; 0: all ranks are in one node.
     """
 
     inner: float = 4e11
@@ -38,24 +38,24 @@ class Links:
     node: int = 0
 
     def seconds(self, sender: int, receiver: int, size: float) -> float:
-        """From the beginning of a message to its end."""
+        """Duration of a message."""
         far = self.node and sender // self.node != receiver // self.node
         return self.latency + size / (self.outer if far else self.inner) if size else 0.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect of one forward and backward.
+    """Predicted cost of one forward and backward.
 
     Attributes
     ----------
     seconds, computing : float
-        Until the last rank is done, and what the slowest rank computes of that.
+        Time until the last rank finishes, and the slowest rank's compute time.
     balance, critical : float
-        Of the visited area: the largest share of a rank over the mean; and the sum over the steps of a ring
-        of the largest in that step, over the mean of ranks.
+        Load of the most loaded rank over the mean, in visited area; and the sum over ring steps of the
+        largest load in each step, over the mean.
     sent : list of float
-        Bytes that each rank sends.
+        Bytes sent by each rank.
     """
 
     seconds: float
@@ -77,22 +77,22 @@ def simulate(
     links: Links | None = None,
     dtype: str = "bf16",
 ) -> Forecast:
-    """Forecast the attention of one layer, forward and backward, of one sequence.
+    """Predict forward and backward time of one layer's attention for one sequence.
 
     Parameters
     ----------
     plan : Plan or tuple of Plan
-        Of all tokens.
+        Plan over all tokens.
     layout : Layout
-        Who holds which.
+        Placement of the tokens.
     transport : str
         "ring", "double ring" (a ring inside each node and one over nodes) or "groupcast".
     costs : Costs
-        Of one rank's machine, "forward" and "both" of the dtype.
+        Costs of one rank's machine, with "forward" and "both" of the dtype.
     heads, kv_heads, D : int
-        Query heads, key heads, and their dimension.
+        Number of query heads, of key heads, and their dimension.
     links : Links, optional
-        Speeds; by default those of cards in one node.
+        Link speeds; by default those of GPUs in one node.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def simulate(
     backward = [b - f for b, f in zip(costs.ours[f"both {dtype}"], forward)]
     points = _points(plans, layout, area, heads, kv_heads, D)
     ahead, back = (points @ torch.tensor(c, dtype=torch.float64) for c in (forward, backward))
-    width = 2 * kv_heads * D * (2 if dtype == "bf16" else 4)  # of keys and values, a token
+    width = 2 * kv_heads * D * (2 if dtype == "bf16" else 4)  # bytes of keys and values per token
     grads = 2 * kv_heads * D * 4
     steps = torch.stack([torch.diagonal(area.roll(n, 1)) for n in range(world)])
     mean = float(area.sum()) / world or 1.0
@@ -150,7 +150,7 @@ def simulate(
 def _points(
     plans: Sequence[AnyPlan], layout: Layout, area: Tensor, heads: int, kv_heads: int, D: int
 ) -> Tensor:
-    """What a call for each pair of ranks has of what costs: fp64 [world, world, terms]."""
+    """Cost features of a call for each pair of ranks: fp64 [world, world, terms]."""
     world, sizes = layout.world, layout.sizes
 
     def like(h: int, n: int) -> Tensor:
@@ -171,17 +171,17 @@ def _points(
         features(plans, like(heads, layout.T), like(kv_heads, layout.T)), dtype=torch.float64
     )
     share = area / area.sum().clamp(min=1)
-    found = share[..., None] * whole  # pairs, dots, tests, gathered and entries go with the area
+    found = share[..., None] * whole  # prorated by area: pairs, dots, tests, gathered, entries
     some = (area > 0).double()
     n = torch.tensor(sizes, dtype=torch.float64) / layout.T
     found[..., 0] = some
-    for term in (1, 2):  # rows are read again for each pair that has some
+    for term in (1, 2):  # rows are read again for each pair of ranks with work
         found[..., term] = some * whole[term] * (n[:, None] + n[None]) / 2
     return found
 
 
 def _cast(times: Tensor, taken: Tensor, home: Tensor, links: Links) -> float:
-    """All keys at once while a rank attends its own; then theirs; gradients go back."""
+    """Simulate a group-cast: fetch all keys while attending to own ones; attend; return gradients."""
     world, ends = len(times), []
     for rank in range(world):
         arrives = sum(links.seconds(other, rank, float(taken[rank, other])) for other in range(world))
@@ -197,17 +197,17 @@ def _cast(times: Tensor, taken: Tensor, home: Tensor, links: Links) -> float:
 
 
 def _rings(times: Tensor, size: Tensor, home: Tensor, links: Links, node: int) -> float:
-    """Step by step: a rank goes on when it has computed, and what comes next has come.
+    """Simulate nested rings: a rank continues once it has computed and the next shard has arrived.
 
-    A link takes one message after another; keys go before gradients.
+    A link sends one message after another; keys go before gradients.
     """
     world = len(times)
     nodes = world // node
-    start, ready = [0.0] * world, [0.0] * world  # ready: gradients that came with the step before
+    start, ready = [0.0] * world, [0.0] * world  # ready: when the last step's gradients arrive
     free: dict[tuple[int, int], float] = {}
 
     def arrives(sender: int, receiver: int, since: float, size: float) -> float:
-        """When a message that may leave at some time has come."""
+        """Arrival time of a message sent at `since` or later, when the link is free."""
         if not size:
             return since
         end = max(since, free.get((sender, receiver), 0.0)) + links.seconds(sender, receiver, size)

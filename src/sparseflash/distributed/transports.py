@@ -1,8 +1,8 @@
-"""How keys and values reach the queries of other ranks, and gradients come back.
+"""Transports: bring keys and values to the queries of other ranks, and gradients back.
 
-A transport is two generators. `forward` yields (origin, its keys) until all have been here. `backward` does
-too, takes the gradient of what it yielded, and returns the gradient of the rank's own keys. What is on its
-way travels while the consumer computes.
+A transport has two generators. `forward` yields (origin, keys of that rank) for every rank. `backward` yields
+the same, is sent the gradient for each, and returns the gradient of the rank's own keys. Messages are in
+flight while the consumer computes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .pairs import Pairs
 from .peers import Peers, Transfer
 
 Keys = tuple[Tensor, ...]
-"""Keys, values and, where there is one, the bias, whose third axis is that of the tokens."""
+"""Keys, values and, if given, the bias; axis 2 is that of the tokens."""
 Walk = Generator[tuple[int, Keys], Keys | None, Keys]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Tensors of one rank as one message: their shapes but for the tokens, and dtypes; the widest first."""
+    """Format of several tensors as one message: shapes with -1 for tokens, and dtypes, widest first."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
@@ -34,7 +34,7 @@ class Packing:
 
     @classmethod
     def of(cls, keys: Keys, dtype: torch.dtype | None = None) -> Packing:
-        """For tensors like these, or gradients of them in one dtype."""
+        """Format of tensors like these, or of their gradients in one dtype."""
         return cls(
             tuple((*x.shape[:2], -1, *x.shape[3:]) for x in keys),
             tuple(dtype or x.dtype for x in keys),
@@ -42,7 +42,7 @@ class Packing:
         )
 
     def bytes(self, n: int) -> int:
-        """Size of a message about n tokens."""
+        """Size of a message for n tokens."""
         return sum(self._sizes(n))
 
     def _sizes(self, n: int) -> list[int]:
@@ -55,16 +55,16 @@ class Packing:
         return sorted(range(len(self.dtypes)), key=lambda i: -self.dtypes[i].itemsize)
 
     def empty(self, n: int) -> Tensor:
-        """Room for a message about n tokens."""
+        """Allocate a message for n tokens."""
         return torch.empty(self.bytes(n), dtype=torch.uint8, device=self.device)
 
     def pack(self, keys: Keys) -> Tensor:
-        """The message."""
+        """Concatenate the tensors' bytes to a message."""
         parts = [keys[i].to(self.dtypes[i]).contiguous().view(-1).view(torch.uint8) for i in self._order()]
         return torch.cat(parts)
 
     def unpack(self, message: Tensor, n: int) -> Keys:
-        """The tensors of a message, in its memory."""
+        """View a message as its tensors."""
         found: dict[int, Tensor] = {}
         sizes, at = self._sizes(n), 0
         for i in self._order():
@@ -75,25 +75,25 @@ class Packing:
 
 
 class Ring:
-    """Keys go round: each rank passes on what it has, computes, and takes what comes.
+    """Ring: each rank passes the shard it holds to the next, attends to it, and receives the previous one's.
 
-    With two groups, hierarchically (MTraining, arXiv 2510.18830): all keys of a node go round inside it,
-    while those of the node before are on their way from outside; so slow links are crossed once a node, not
-    once a rank.
+    With two groups, rings nest (MTraining, arXiv 2510.18830): all shards of a node rotate inside it, while
+    those of the previous node arrive from outside; so slow links are crossed once per node, not once per
+    rank.
 
     Parameters
     ----------
     inner : Peers
-        The ring, or that of a node.
+        The ring, or with `outer` the ring inside a node.
     outer : Peers, optional
-        The ranks of the same place in all nodes; rank of both = outer rank * inner world + inner rank.
+        Ranks with the same inner rank in all nodes; rank = outer rank * inner world + inner rank.
     """
 
     def __init__(self, inner: Peers, outer: Peers | None, layout: Layout, pairs: Pairs) -> None:
         self.inner, self.outer, self.layout, self.pairs = inner, outer, layout, pairs
 
     def plans(self, origin: int) -> Any:
-        """What is seen of the keys of a rank."""
+        """Plans over the keys of a rank."""
         return self.pairs.of(origin)
 
     def _places(self) -> tuple[int, int, int, int]:
@@ -101,13 +101,13 @@ class Ring:
         return self.inner.rank, self.inner.world, node, nodes
 
     def _pass(self, peers: Peers, packing: Packing, message: Tensor, origin: int) -> tuple[Tensor, Transfer]:
-        """Send a message to the next rank, and begin to take the one about `origin` from the one before."""
+        """Send a message to the next rank, and start receiving that about `origin` from the previous one."""
         taken = packing.empty(self.layout.sizes[origin])
         before, behind = (peers.rank - 1) % peers.world, (peers.rank + 1) % peers.world
         return taken, peers.start([(behind, message)], [(before, taken)])
 
     def forward(self, keys: Keys) -> Iterator[tuple[int, Keys]]:
-        """The keys of all ranks, in turn."""
+        """Yield the keys of all ranks in turn."""
         i, size, node, nodes = self._places()
         packing = Packing.of(keys)
         held = packing.pack(keys)
@@ -130,11 +130,11 @@ class Ring:
                 transfer.wait()
 
     def backward(self, keys: Keys, wide: torch.dtype) -> Walk:
-        """The keys of all ranks again; their gradients go round behind them, and come home."""
+        """Yield all ranks' keys again; their gradients rotate behind them until they reach their owner."""
         i, size, node, nodes = self._places()
         packing, sums = Packing.of(keys), Packing.of(keys, wide)
         held = packing.pack(keys)
-        home: tuple[Tensor, Transfer] | None = None  # gradients that come from the node before
+        home: tuple[Tensor, Transfer] | None = None  # gradients from the previous node
         for s in range(nodes):
             of = (node - s) % nodes * size
             coming = None
@@ -172,7 +172,7 @@ class Ring:
 
 
 def _summed(sums: Packing, n: int, given: Keys | None, before: tuple[Tensor, Transfer] | None) -> Tensor:
-    """The message of gradients so far: what came, plus what was given."""
+    """Sum of the gradients received (`before`) and given by this rank, as a message."""
     wide = sums.dtypes[0]
     own = None if given is None else sums.pack(given)
     if before is None:
@@ -183,7 +183,7 @@ def _summed(sums: Packing, n: int, given: Keys | None, before: tuple[Tensor, Tra
 
 
 class GroupCast:
-    """Every rank gets the keys that its plan reads, and no others; all at once, while it attends its own."""
+    """Group-cast: every rank gets only the keys that its plan reads, at once, while it attends to its own."""
 
     def __init__(self, peers: Peers, layout: Layout, pairs: Pairs) -> None:
         self.peers, self.layout, self.pairs = peers, layout, pairs
@@ -193,11 +193,11 @@ class GroupCast:
         self.read = {other: len(pairs.needs(rank, other)) for other in self.others}
 
     def plans(self, origin: int) -> Any:
-        """What is seen of the keys of a rank that are sent."""
+        """Plans over the received keys of a rank."""
         return self.pairs.of(origin, read=origin != self.peers.rank)
 
     def _cast(self, packing: Packing, keys: Keys) -> tuple[dict[int, Tensor], Transfer]:
-        """Begin to send what others read, and to take what is read here."""
+        """Start sending the keys that others read, and receiving those read here."""
         taken = {other: packing.empty(n) for other, n in self.read.items() if n}
         sent = [
             (other, packing.pack(tuple(x.index_select(2, which) for x in keys)))
@@ -207,7 +207,7 @@ class GroupCast:
         return taken, self.peers.start(sent, list(taken.items()))
 
     def forward(self, keys: Keys) -> Iterator[tuple[int, Keys]]:
-        """The rank's own keys, then what it reads of others."""
+        """Yield the rank's own keys, then those it reads of each other rank."""
         packing = Packing.of(keys)
         taken, coming = self._cast(packing, keys)
         yield self.peers.rank, keys
@@ -216,7 +216,7 @@ class GroupCast:
             yield other, packing.unpack(message, self.read[other])
 
     def backward(self, keys: Keys, wide: torch.dtype) -> Walk:
-        """The same again; gradients go straight back to the rank that the keys are from."""
+        """Yield the same again; gradients go directly to the ranks that own the keys."""
         packing, sums = Packing.of(keys), Packing.of(keys, wide)
         taken, coming = self._cast(packing, keys)
         own = yield self.peers.rank, keys
@@ -232,7 +232,7 @@ class GroupCast:
             back.append((other, torch.zeros_like(sums.empty(n)) if given is None else sums.pack(given)))
         room = {other: sums.empty(len(which)) for other, which in self.asked.items() if len(which)}
         self.peers.start(back, list(room.items())).wait()
-        for other in self.others:  # in one order, so that sums are the same every time
+        for other in self.others:  # in fixed order, so that sums are reproducible
             if other in room:
                 which = self.asked[other]
                 for x, part in zip(total, sums.unpack(room[other], len(which))):
@@ -241,7 +241,7 @@ class GroupCast:
 
 
 def swapped(peers: Peers, layout: Layout, x: Tensor, *, to_heads: bool) -> Tensor:
-    """All tokens of a share of the heads, instead of a share of the tokens of all heads; or back.
+    """Exchange all heads of a rank's tokens for all tokens of a share of the heads, or back.
 
     `[B, H, T of this rank, D]` to `[B, H / world, T, D]` in the order of tokens.
     """
