@@ -1,6 +1,6 @@
-"""Other libraries' names and layouts over these kernels, for code that should run as it stands.
+"""Drop-in functions with the names and layouts of other libraries, so that their callers run unchanged.
 
-`compat.flash_attn` has the functions of the package of that name, `compat.flex_attention` is that of PyTorch.
+`compat.flash_attn` has the functions of the flash-attn package, `compat.flex_attention` is PyTorch's.
 """
 
 from . import flash_attn

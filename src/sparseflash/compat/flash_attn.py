@@ -1,8 +1,8 @@
 """The functions of flash-attn 2 over these kernels: change the import, and nothing else.
 
 Arguments, their order, and layouts are those of flash-attn: `[batch, tokens, heads, dim]`, causality and
-windows that end at the bottom right, -1 = unbounded. They run on every machine, in fp32 too, forward and
-backward. Different on purpose: a query that sees nothing has lse -inf (flash-attn returns +inf),
+windows aligned to the bottom right, -1 = unbounded. They run on every machine, in fp32 too, forward and
+backward. Three intended differences: a query without keys has lse -inf (flash-attn returns +inf),
 `deterministic` is always true, and with `return_attn_probs` the third result, which flash-attn keeps for its
 own tests, is None.
 """
@@ -23,7 +23,7 @@ from ..plan.options import is_count
 
 Result = Tensor | tuple[Tensor, Tensor, None]
 FEW = 16
-"""Up to so many queries, without a gradient, `decode` is faster than `attention`."""
+"""Up to this many queries, without gradients, `decode` is faster than `attention`."""
 
 
 def flash_attn_func(
@@ -46,11 +46,11 @@ def flash_attn_func(
     q, k, v : Tensor
         `[B,Tq,Hq,D]`, `[B,Tk,Hkv,D]`, `[B,Tk,Hkv,Dv]`, any strides; `Hq` a multiple of `Hkv`.
     dropout_p : float
-        The share of weights that are left out: 0 when evaluating.
+        Share of weights to drop; pass 0 in evaluation.
     softmax_scale : float, optional
         Factor of the scores, 1/sqrt(D) by default.
     causal : bool
-        The last query sees all keys, the one before all but the last, and so on.
+        Whether query i attends only to keys up to `i + Tk - Tq`: the last query to all keys.
     window_size : (left, right)
         Inclusive distances around `i + Tk - Tq`, -1 = unbounded.
     softcap : float
@@ -58,7 +58,7 @@ def flash_attn_func(
     alibi_slopes : Tensor, optional
         fp32 `[Hq]` (or `[B,Hq]` with equal rows): `-slope * |i + Tk - Tq - j|` is added to the scores.
     deterministic : bool
-        Taken; results always are.
+        Accepted and ignored: results always are deterministic.
     return_attn_probs : bool
         Also return lse fp32 `[B,Hq,Tq]`, and None.
 
@@ -102,7 +102,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any, **named: Any) -> Resul
     ----------
     qkv : Tensor
     *options, **named
-        As of `flash_attn_func`, from `dropout_p` on.
+        As in `flash_attn_func`, from `dropout_p` on.
 
     Examples
     --------
@@ -122,7 +122,7 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any, **named: Any)
     ----------
     q, kv : Tensor
     *options, **named
-        As of `flash_attn_func`, from `dropout_p` on.
+        As in `flash_attn_func`, from `dropout_p` on.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Result:
-    """Attention inside packed sequences, `q [total_q,Hq,D]`; `sparseflash.attention_varlen` in this order.
+    """Attention inside packed sequences, `q [total_q,Hq,D]`: `attention_varlen` in flash-attn's order.
 
     Parameters
     ----------
@@ -161,13 +161,13 @@ def flash_attn_varlen_func(
         `[total_q,Hq,D]`, `[total_k,Hkv,D]`, `[total_k,Hkv,Dv]`; with `block_table` k and v are pages
         `[pages, page_size, Hkv, D]`, and there are no gradients.
     cu_seqlens_q, cu_seqlens_k : Tensor
-        Integers `[B + 1]`: running totals of the lengths, from 0.
+        Integers `[B + 1]`: prefix sums of the lengths, from 0.
     max_seqlen_q, max_seqlen_k : int, optional
-        Taken; nothing depends on them.
+        Accepted and ignored.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-        As of `flash_attn_func`, in each sequence. lse is `[Hq, total_q]`.
+        As in `flash_attn_func`, for each sequence. lse is `[Hq, total_q]`.
     block_table : Tensor, optional
-        Integers `[B, n]`: the pages of each sequence; causal only.
+        Integers `[B, n]`: page indices of each sequence; needs causal=True.
 
     Examples
     --------
@@ -210,7 +210,7 @@ def flash_attn_varlen_func(
             causal=causal,
             window=_sides(window_size),
         )
-        if plan.q_pos is None:  # distances count inside a sequence
+        if plan.q_pos is None:  # ALiBi distances are inside a sequence
             q_pos, k_pos = _places(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
             plan = plan.with_rules(q_pos=q_pos, k_pos=k_pos)
         out, lse = attention(
@@ -263,34 +263,34 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of new tokens over a key cache, into which their own keys are written first. No gradients.
+    """Attend from new tokens over a key cache, after writing their own keys into it. No gradients.
 
     Parameters
     ----------
     q : Tensor
         `[B,Tq,Hq,D]`.
     k_cache, v_cache : Tensor
-        `[B_cache,Tk,Hkv,D]`, or pages `[pages,page_size,Hkv,D]` with a `block_table`. Changed in place where
+        `[B_cache,Tk,Hkv,D]`, or pages `[pages,page_size,Hkv,D]` with a `block_table`. Modified in place if
         `k` and `v` are given.
     k, v : Tensor, optional
-        `[B,Tnew,Hkv,D]`: written behind the `cache_seqlens` keys in use, and then attended too.
+        `[B,Tnew,Hkv,D]`: written behind the `cache_seqlens` keys in use, and attended to as well.
     rotary_cos, rotary_sin : Tensor, optional
         `[positions, D_rotated / 2]`: the first `D_rotated` dims of q and k are rotated by their positions,
-        which begin at `cache_seqlens` (of q all at it, where there is neither causality nor a window).
+        which begin at `cache_seqlens` (without causality or window, all of q is at `cache_seqlens`).
     cache_seqlens : int or Tensor, optional
-        Integers `[B]`: keys in use, before `k` is written; all by default.
+        Integers `[B]`: number of keys in use before `k` is written; by default all, or 0 if `k` is given.
     cache_batch_idx : Tensor, optional
-        Integers `[B]`: the row of the cache of each sequence.
+        Integers `[B]`: cache row of each sequence.
     cache_leftpad : Tensor, optional
-        Integers `[B]`: keys at the beginning that are not seen.
+        Integers `[B]`: number of leading keys to hide.
     block_table : Tensor, optional
-        Integers `[B, n]`: the pages of each sequence, in order.
+        Integers `[B, n]`: page indices of each sequence, in order.
     softmax_scale, causal, window_size, softcap, alibi_slopes
-        As of `flash_attn_func`; the last query stands at the last key in use.
+        As in `flash_attn_func`; the last query is aligned with the last key in use.
     rotary_interleaved : bool
-        Whether dims 0 and 1, 2 and 3, ... are rotated together (GPT-J), or those of two halves (GPT-NeoX).
+        Whether dims (0, 1), (2, 3), ... are rotated in pairs (GPT-J), or the two halves (GPT-NeoX).
     num_splits : int
-        Taken; work is always cut into equal pieces.
+        Accepted and ignored: work is always split into equal pieces.
     return_softmax_lse : bool
         Also return lse fp32 `[B,Hq,Tq]`.
 
@@ -371,7 +371,7 @@ def flash_attn_with_kvcache(
 
 
 def _places(q_ends: Tensor, k_ends: Tensor, Tq: int, Tk: int) -> tuple[Tensor, Tensor]:
-    """Where tokens stand in their sequences `[1,1,T]`; the last query stands at the last key."""
+    """Positions of tokens in their sequences, `[1,1,T]` each; the last query is aligned with the last key."""
     found = []
     for ends, T in ((q_ends, Tq), (k_ends, Tk)):
         token = torch.arange(T, device=ends.device)
@@ -385,7 +385,7 @@ def _places(q_ends: Tensor, k_ends: Tensor, Tq: int, Tk: int) -> tuple[Tensor, T
 def _over(
     used: Tensor, pad: Tensor | None, Tq: int, Tk: int, causal: bool, window: tuple[int, int] | None
 ) -> Plan:
-    """What the last Tq tokens of `used [B]` keys see of them, but for the first `pad`."""
+    """Plan of the last Tq tokens over the `used [B]` keys, except for the first `pad`."""
     own = used[:, None] - Tq + torch.arange(Tq, device=used.device)
     low = torch.zeros_like(own) if pad is None else pad.to(own)[:, None].expand_as(own)
     high = used[:, None].expand_as(own)
@@ -400,7 +400,7 @@ def _over(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of `x [B,T,H,D]` at positions `[B,T]`, of the first dims that the tables have."""
+    """Apply rotary embedding to `x [B,T,H,D]` at positions `[B,T]`, in the dims that the tables cover."""
     n = 2 * cos.shape[-1]
     if n > x.shape[-1]:
         raise SparseFlashError(f"rotary_cos {list(cos.shape)} rotates {n} dims; the heads have {x.shape[-1]}")
@@ -413,7 +413,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, at: Tensor, interleaved: bool)
 
 
 def _pool(pages: Tensor) -> Tensor:
-    """Pages `[pages, page_size, H, D]` as one row of keys, without a copy where they lie side by side."""
+    """View pages `[pages, page_size, H, D]` as one row of keys, without a copy if they are contiguous."""
     return pages.flatten(0, 1)[None].transpose(1, 2)
 
 

@@ -1,7 +1,8 @@
-"""FlexAttention's call over these kernels, on any machine and with a backward there.
+"""FlexAttention's function on these kernels: any machine, forward and backward.
 
-A `score_mod` is a function, which compiled kernels cannot call: it is traced, and taken apart into what
-kernels know: a factor, a softcap, and then a bias of each pair. What has another form is refused, by name.
+Compiled kernels cannot call a `score_mod`, a Python function. So it is traced and decomposed into what
+kernels support: a factor, a softcap, and then a bias per pair. Any other form is an error that names the
+operation.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def flex_attention(
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`.
     score_mod : callable, optional
         `(score, b, h, q_idx, kv_idx) -> score`, of the form `softcap(factor * score) + bias(b, h, q_idx,
-        kv_idx)`, each part optional; `torch.where(keep(...), score, -inf)` is such a bias. A bias is made for
-        all pairs, Tq x Tk for each batch and head that it looks at: what hides much belongs into the mask.
+        kv_idx)`, each part optional; `torch.where(keep(...), score, -inf)` is such a bias. A bias is
+        materialised for all pairs, Tq x Tk per batch and head it depends on: put large hidden areas into the
+        mask.
     block_mask : BlockMask or Plan, optional
-        Read at every call, as there: what is used for many calls is made into a plan once,
-        `Plan.from_block_mask(block_mask)`, and given in its place.
+        Converted to a plan at every call; to use one for many calls, convert it once by
+        `Plan.from_block_mask(block_mask)` and pass the plan.
     scale : float, optional
         Factor of the scores, 1/sqrt(D) by default.
     enable_gqa : bool
@@ -55,9 +57,9 @@ def flex_attention(
     return_lse : bool
         Also return the log-sum-exp, fp32 `[B,Hq,Tq]`.
     kernel_options
-        Taken; these kernels have their own.
+        Accepted and ignored.
     return_aux : AuxRequest, optional
-        `AuxRequest(lse=True)`: the result is (out, AuxOutput).
+        `AuxRequest(lse=True)` makes the result (out, AuxOutput).
 
     Returns
     -------
@@ -66,7 +68,7 @@ def flex_attention(
     Raises
     ------
     SparseFlashError
-        For a `score_mod` of another form, with the operation that does not fit.
+        For a `score_mod` of another form; the message names the operation.
 
     Examples
     --------
@@ -108,7 +110,7 @@ def flex_attention(
 
 
 class Parts(NamedTuple):
-    """What a score_mod does: softcap(factor * score), then a bias that looks at some of b, h, q and kv."""
+    """Decomposed score_mod: softcap(factor * score), then a bias that depends on some of b, h, q and kv."""
 
     factor: float
     softcap: float | None
@@ -116,7 +118,7 @@ class Parts(NamedTuple):
 
 
 def taken_apart(score_mod: ScoreMod, device: torch.device) -> Parts:
-    """The parts of a score_mod, from its trace."""
+    """Trace a score_mod and decompose it."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     names = ("score", "b", "h", "q", "kv")
@@ -146,7 +148,7 @@ def taken_apart(score_mod: ScoreMod, device: torch.device) -> Parts:
 
 
 def _read(named: str, chain: list[Any], looks: dict[Any, set[str]], bias: set[str]) -> Parts:
-    """The operations on the score, from the first to the last."""
+    """Match the operations on the score, first to last, to factor, softcap and bias."""
     factor, outer, cap, added = 1.0, 1.0, False, False
     for node, inner in chain:
         op, args = node.target, node.args
@@ -193,7 +195,7 @@ def _other(named: str, node: Any) -> SparseFlashError:
 
 
 def _bias(score_mod: ScoreMod, B: int, H: int, Tq: int, Tk: int, device: torch.device) -> Tensor:
-    """What a score of 0 becomes, `[B,H,Tq,Tk]`: a function of single places is one of broadcast ones."""
+    """Evaluate the bias, score_mod of score 0, on broadcast indices: `[B,H,Tq,Tk]`."""
     shapes = (B, 1, 1, 1), (1, H, 1, 1), (1, 1, Tq, 1), (1, 1, 1, Tk)
     places = (torch.arange(max(shape), device=device).view(shape) for shape in shapes if 0 not in shape)
     found = score_mod(torch.zeros((), device=device), *places)
