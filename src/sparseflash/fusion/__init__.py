@@ -1,9 +1,9 @@
-"""Blockbuster: programs of blocks, rewritten until nothing travels twice.
+"""Blockbuster: block programs, rewritten until no value passes through global memory twice.
 
-A program is loops over blocks and operators on tiles, between a large slow memory and a small fast one. It
-starts with loops for every operator; nine rules (Dekel 2025, arXiv 2505.07829), none of which knows an
-attention or a norm, turn softmax(q k^T) v into flash attention. Start with `fuse`, or with ``sparseflash
-fuse attention``.
+A program consists of loops over blocks and operators on tiles, between a large slow (global) and a small fast
+(local) memory. It starts with separate loops for every operator; nine rules (Dekel 2025, arXiv 2505.07829),
+none specific to attention or norms, turn softmax(q k^T) v into flash attention. Start with `fuse`, or with
+``sparseflash fuse attention``.
 """
 
 from .build import GOLDEN, SIZES, Array, Builder, layer_norm, rms_norm, softmax

@@ -1,8 +1,8 @@
-"""Writing programs with a few functions.
+"""Build unfused programs from tensor expressions.
 
-Every operator becomes loops of its own, and what it makes goes through global memory: programs start as
-slow as they can be. A sum of products is a loop that multiplies tiles and another that adds them up. No
-operator knows of another.
+Every operator gets its own loops, and its result goes through global memory: programs start as slow as
+possible. A contraction is one loop that multiplies tiles and another that accumulates them. No operator
+depends on the kind of another.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from .items import Axes, Pair
 from .program import ACC, ADD, DOT, EW, MUL, SUM, Loop, Op, Program, Stmt
 
 Number = float | str | tuple[Any, ...]
-"""A constant, the size of a dimension, or an expression of those."""
+"""A constant, a dimension's name (its size), or an expression of these."""
 
 NAMES = {EW: "e", MUL: "x", ADD: "x", DOT: "t", SUM: "t", ACC: "s"}
 
 
 class Builder:
-    """A program that grows by one operator at a time."""
+    """A program under construction, one operator at a time."""
 
     def __init__(self, **inputs: str) -> None:
-        """Take the inputs with their axes, as in ``q="m d"``."""
+        """Declare the inputs and their axes, as in ``q="m d"``."""
         self.program = Program(tuple((name, tuple(axes.split())) for name, axes in inputs.items()), (), ())
 
     def __getitem__(self, name: str) -> Array:
         return Array(self, name)
 
     def op(self, fn: str, *args: Array, over: str = "", expr: Any = ()) -> Array:
-        """Append an operator in loops over all that indexes it."""
+        """Append an operator inside loops over all its dimensions."""
         old, names = self.program, tuple(x.name for x in args)
         out = old.fresh(NAMES[fn] + "1")
         stmt: Stmt = Op(out, fn, names, over, expr)
@@ -44,7 +44,7 @@ class Builder:
         return Array(self, out)
 
     def done(self, *outputs: Array) -> Program:
-        """The program that makes these."""
+        """Finish the program with these outputs."""
         outputs = tuple(
             x.apply("plain") if isinstance(self.program.values[x.name].item, Pair) else x for x in outputs
         )
@@ -60,18 +60,18 @@ class Builder:
 
 @dataclass(frozen=True)
 class Array:
-    """A value of a program that is being written; operators work as on a tensor, axes meet by name."""
+    """A value of a program under construction; it supports tensor operators, and axes broadcast by name."""
 
     of: Builder
     name: str
 
     @property
     def axes(self) -> Axes:
-        """Its axes."""
+        """Names of the axes."""
         return self.of.program.values[self.name].axes
 
     def apply(self, name: str, *others: Array | Number, swap: bool = False) -> Array:
-        """Apply a primitive elementwise. A str is the size of a dimension, a tuple an expression of sizes."""
+        """Apply an elementwise primitive. A str is a dimension's size, a tuple an expression of sizes."""
         arrays = [self, *(x for x in others if isinstance(x, Array))]
         at = iter(range(1, len(arrays)))
         leaves = [
@@ -113,24 +113,24 @@ class Array:
         return self.of.op(fn, self, other)
 
     def sum(self, over: str) -> Array:
-        """Sum over an axis: of each tile, then of all."""
+        """Sum over an axis: inside each tile, then over tiles."""
         return self.of.op(ACC, self.of.op(SUM, self, over=over), over=over)
 
     def dot(self, other: Array) -> Array:
-        """Contract the one axis that both have."""
+        """Contract over the one shared axis."""
         shared = [axis for axis in self.axes if axis in other.axes]
         require((len(shared) == 1, f"dot of {self.axes} and {other.axes}; expected one axis in common"))
         return self.of.op(ACC, self.of.op(DOT, self, other, over=shared[0]), over=shared[0])
 
 
 def softmax(s: Array, over: str) -> Array:
-    """exp(s) over its sum: as in the textbook, without a maximum."""
+    """exp(s) divided by its sum, the textbook formula without subtracting a maximum."""
     e = s.apply("exp")
     return e * e.sum(over).apply("inverse")
 
 
 def layer_norm(x: Array, eps: float = 1e-5) -> Array:
-    """Mean 0 and variance 1 along the last axis; of an input from the sums of x and x * x, to be centred."""
+    """Normalise the last axis to mean 0, variance 1; for an input, by sums of x and x * x, to be centred."""
     over, program = x.axes[-1], x.of.program
     mean = x.sum(over) / over
     if x.name in dict(program.inputs):
@@ -142,7 +142,7 @@ def layer_norm(x: Array, eps: float = 1e-5) -> Array:
 
 
 def rms_norm(x: Array, eps: float = 1e-6) -> Array:
-    """Mean square 1 along the last axis."""
+    """Normalise the last axis to mean square 1."""
     over = x.axes[-1]
     return x * ((x * x).sum(over) / over + eps).apply("rsqrt")
 
@@ -173,11 +173,11 @@ GOLDEN: dict[str, Callable[[], Program]] = {
     "layernorm-matmul": layernorm_matmul,
     "rmsnorm-swiglu": rmsnorm_swiglu,
 }
-"""Programs in their naive form, by the names that `sparseflash fuse` takes."""
+"""Unfused example programs, by the names that `sparseflash fuse` takes."""
 
 SIZES = {
     "attention": {"m": 65536, "d": 64, "n": 65536, "l": 64},
     "layernorm-matmul": {"m": 4096, "k": 576, "n": 576},
     "rmsnorm-swiglu": {"m": 4096, "d": 576, "h": 1536, "n": 576},
 }
-"""What they are shown at: one head over 65,536 tokens, and layers of a model of 576 lanes."""
+"""Sizes of the example programs: one head over 65,536 tokens, and layers of a model of width 576."""

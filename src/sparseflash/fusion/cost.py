@@ -1,6 +1,6 @@
-"""What a program costs, in closed form: bytes between the tiers, flops, and local memory, for given blocks.
+"""Closed-form cost of a program for given blocks: bytes between the memories, flops, and local memory.
 
-The interpreter's meter counts the same while it runs; a test holds them equal, byte for byte.
+`Meter` counts the same during a run; a test checks that both agree exactly.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Tiers:
     Attributes
     ----------
     local : int
-        Bytes of the fast one: what a tile's turn may hold.
+        Bytes of the fast memory, which bounds what one iteration holds.
     bandwidth : float
-        Bytes a second between the two.
+        Bytes per second between the two memories.
     flops : float
-        Operations a second.
+        Arithmetic operations per second.
     call : float
-        Seconds that an operator on a tile takes however small it is.
+        Fixed seconds per operator call on a tile.
     """
 
     local: int = 4 << 20
@@ -39,14 +39,14 @@ class Tiers:
 
 
 CACHE = Tiers()
-"""About two CPU cores, each with its share of a cache, and `run` to drive them."""
+"""About two CPU cores, each with its share of a cache, running `run`."""
 
 BYTES = Tiers(local=16 << 20, flops=inf, call=0.0)
-"""Where only bytes count, and a megabyte more or less is no matter."""
+"""Only bytes count, with ample local memory."""
 
 
 class Cost(NamedTuple):
-    """What a run does: see `Meter`, which counts it."""
+    """Cost of one run; `Meter` counts the same."""
 
     read: int
     written: int
@@ -56,16 +56,16 @@ class Cost(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Both ways."""
+        """Bytes read plus bytes written."""
         return self.read + self.written
 
     def seconds(self, tiers: Tiers) -> float:
-        """Time where moving, computing and calling do not overlap: the careful guess."""
+        """Time if transfers, arithmetic and calls do not overlap: a conservative estimate."""
         return self.bytes / tiers.bandwidth + self.flops / tiers.flops + self.calls * tiers.call
 
 
 class _Count:
-    """Turns and extents of loops for given sizes and blocks."""
+    """Iteration counts and extents of loops, for given sizes and blocks."""
 
     def __init__(self, sizes: Mapping[str, int], blocks: Mapping[str, int]) -> None:
         self.sizes = sizes
@@ -83,9 +83,10 @@ class _Count:
         return min(self.blocks[loop.dim], self.extent(loop, part))
 
     def elements(self, axes: Axes, access: Access, dims: Axes = ()) -> int:
-        """Elements over `axes` that pass in all turns of the loops of an access.
+        """Elements over `axes` that pass in all iterations of an access's loops.
 
-        A tile that is read stays as long as its indices do: loops that stand still inside cost nothing.
+        A tile that is read stays in local memory while its indices stand still: inner loops that do not index
+        it are free.
         """
         parts = [REST if x.dim in access.held and not x.part else x.part for x in access.loops]
         loops, last = list(zip(access.loops, parts)), len(access.loops)
@@ -100,27 +101,27 @@ class _Count:
         )
 
     def held(self, axes: Axes, access: Access) -> int:
-        """Elements of the largest tile."""
+        """Elements of the largest tile of an access."""
         parts = {x.dim: REST if x.dim in access.held and not x.part else x.part for x in access.loops}
         return prod(self.tile(x, parts[x.dim]) for x in access.loops if x.dim in axes)
 
 
 def cost(program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], itemsize: int = 4) -> Cost:
-    """What a run of the program costs.
+    """Compute the cost of a run of the program.
 
     Parameters
     ----------
     program : Program
-        Any.
+        Any program.
     sizes, blocks : mapping
-        Elements of each dimension, and of a block of it; a dimension without one is one block.
+        Elements of each dimension, and of its blocks; a dimension without an entry in `blocks` is one block.
     itemsize : int
-        Bytes of an element of the inputs. Sums and row statistics have 4 at least.
+        Bytes per element of the inputs. Sums and row statistics take at least 4.
 
     Returns
     -------
     Cost
-        All exact, but `local`: the most that any turn holds, exact where blocks divide their sizes.
+        Exact, except that `local` is an upper bound if blocks do not divide their sizes.
     """
     count, given, total = (
         _Count(sizes, blocks),
@@ -156,20 +157,19 @@ def cost(program: Program, sizes: Mapping[str, int], blocks: Mapping[str, int], 
 def choose(
     program: Program, sizes: Mapping[str, int], tiers: Tiers, itemsize: int = 4, least: int = 16
 ) -> tuple[dict[str, int], Cost]:
-    """The blocks at which a program is quickest in local memory's bounds, and what it costs there.
+    """Choose the fastest blocks that fit into local memory; returns them with the cost.
 
     Blocks are `least` times powers of two, or a whole dimension (or half of it): all combinations of powers
-    of four are tried, then half and twice of the best. Of equally quick ones those that move the fewest
-    bytes win, then those with the fewest calls.
+    of four are tried, then half and twice of the best. Ties go to the fewest bytes, then to the fewest calls.
 
     Raises
     ------
     SparseFlashError
-        If the smallest blocks are too large already.
+        If even the smallest blocks do not fit.
     """
     best: tuple[tuple[float, ...], dict[str, int], Cost] | None = None
     for steps in (_powers(sizes, least), None):
-        if steps is None:  # around the best so far
+        if steps is None:  # refine around the best
             if best is None:
                 said = f"no blocks of {least} or more fit into {tiers.local} bytes"
                 raise SparseFlashError(f"{said}; give Tiers(local=) more")

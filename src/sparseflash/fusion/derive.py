@@ -1,4 +1,4 @@
-"""The order of rules, the search for what to repeat, and the account of what was done."""
+"""Fusion: the order of rules, the search over recomputation, and a record of the derivation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .run import run
 from .safety import centre
 
 ORDER = ("R3", "R1", "R2", "R9", "R8", "R4", "R5")
-"""Rules that only save, as they are tried: an operator becomes one kernel, then several become one."""
+"""Rules that never cost anything, in the order tried: first fuse within operators, then across them."""
 
 
 TITLES = {**{rule: title for rule, (title, _) in RULES.items()}, "S": "centre what would cancel"}
@@ -25,7 +25,7 @@ TITLES = {**{rule: title for rule, (title, _) in RULES.items()}, "S": "centre wh
 
 @dataclass(frozen=True)
 class Step:
-    """A rule, every place where it was applied until it no longer could, and the program after it."""
+    """One rule, all places where it was applied in a row, and the resulting program."""
 
     rule: str
     places: tuple[str, ...]
@@ -33,7 +33,7 @@ class Step:
 
 
 def simplify(program: Program, rules: Collection[str] = ORDER) -> Iterator[Step]:
-    """Apply rules that only save, each as long as it can, until none applies."""
+    """Apply cost-free rules, each as often as possible, until none applies."""
     while True:
         for rule in (name for name in ORDER if name in rules):
             places: list[str] = []
@@ -49,18 +49,18 @@ def simplify(program: Program, rules: Collection[str] = ORDER) -> Iterator[Step]
 
 @dataclass(frozen=True)
 class Derivation:
-    """How a program was fused, step by step, and what it costs at the chosen blocks.
+    """Derivation of a fused program, step by step, with the chosen blocks.
 
     Attributes
     ----------
     start : Program
-        As it was given.
+        The program as given.
     steps : tuple of Step
         The rewrites, in order.
     sizes, blocks : dict
-        Elements of each dimension, and of a block of it.
+        Elements of each dimension, and of its blocks.
     itemsize : int
-        Bytes of an element.
+        Bytes per element.
     """
 
     start: Program
@@ -76,20 +76,20 @@ class Derivation:
 
     @property
     def operators(self) -> Program:
-        """One kernel for each operator: the start, with every sum in the loop of its products."""
+        """The unfused baseline, one kernel per operator: each sum fused only with its products."""
         program = self.start
         for step in simplify(program, ("R3",)):
             program = step.program
         return centre(program)
 
     def cost(self, program: Program) -> Cost:
-        """What a program costs at the chosen blocks."""
+        """Cost of a program at the chosen blocks."""
         return cost(program, self.sizes, self.blocks, self.itemsize)
 
     def check(self, seed: int = 0, most: int = 96) -> float:
-        """Run both on random fp64 inputs; the largest difference, relative to the largest result.
+        """Run fused and unfused program on random fp64 inputs; returns the largest relative difference.
 
-        Dimensions are cut to `most` elements or a few less, blocks to a third of that.
+        Dimensions are reduced to at most `most` elements, blocks to a third of that.
         """
         generator = torch.Generator().manual_seed(seed)
         sizes = {dim: min(n, most - i) for i, (dim, n) in enumerate(self.sizes.items())}
@@ -102,7 +102,7 @@ class Derivation:
         return max(float((a - b).abs().max() / b.abs().max()) for a, b in results)
 
     def pictures(self) -> dict[str, str]:
-        """An SVG of the start and one of the program after each step, by the names of their files."""
+        """SVGs of the start and of the program after each step, by file stem."""
         found = {
             "0": svg(self.start, f"{self.start.passes} passes through global memory: every operator alone")
         }
@@ -115,7 +115,7 @@ class Derivation:
         return found
 
     def explain(self) -> str:
-        """The derivation as text: rule, bytes saved, places; then the program, and costs before and after."""
+        """Describe the derivation as text: rule, bytes saved, places; the program; costs before and after."""
         lines, before = [], self.cost(self.start).bytes
         for n, step in enumerate(self.steps, 1):
             after = self.cost(step.program).bytes
@@ -152,34 +152,34 @@ def fuse(
     repeats: int = 3,
     rules: Collection[str] = tuple(RULES),
 ) -> Derivation:
-    """Fuse a program: apply what only saves, then search for what is worth being computed again.
+    """Fuse a program: apply cost-free rules, then search over recomputation.
 
-    R1 to R5, R8 and R9 are applied until none applies. R6 trades reading for work: every choice of up to
-    `repeats` of them is a candidate, with and without R7, and each is judged at its own best blocks. The
-    quickest on the machine wins; so the search also decides what stays a loop, and thus a kernel, of its
-    own.
+    R1 to R5, R8 and R9 are applied until none applies. R6 trades reads for recomputation: every sequence of
+    up to `repeats` applications is a candidate, with and without R7, and each is judged at its own best
+    blocks. The fastest on the machine wins; so the search also decides which loops stay separate, and thus
+    separate kernels.
 
     Parameters
     ----------
     program : Program
-        From `read`, or written.
+        A program from `read` or `Builder`.
     sizes : mapping
         Elements of each dimension.
     tiers : Tiers
         The machine: local memory, bandwidth, flops.
     itemsize : int
-        Bytes of an element.
+        Bytes per element.
     least : int
-        The smallest block that is tried.
+        Smallest block to try.
     repeats : int
-        How often R6 may be applied.
+        Maximum number of applications of R6.
     rules : collection of str
-        Names of the rules that may be used; all of them.
+        Names of the rules that may be used; by default all.
 
     Returns
     -------
     Derivation
-        Its `program` is the fused one; `explain()` says how it came about.
+        `program` is the fused program; `explain()` describes the steps.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""A program as a picture: a box for each nest of loops, a line for each operator, and beside it what travels.
+"""Draw a program as SVG: a box per loop nest, a line per operator, and tags for its memory traffic.
 
-Blue is an input that is read, green an output that is written; red is what goes through global memory in
-between, which is what fusing removes.
+Blue tags are inputs read, green ones outputs written; red ones are intermediate values that go through global
+memory, which fusion removes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STYLE = (
 
 
 def svg(program: Program, title: str) -> str:
-    """Draw a program under a title; returns the text of an SVG file."""
+    """Draw a program under a title; returns the SVG text."""
     tags = iter(_tags(program))
     boxes: list[tuple[float, float, float]] = []
     lines: list[str] = []
     edge = len(title) * 8.2 + PAD
 
     def put(body: Body, x: float, y: float) -> float:
-        """Draw a body from a line on; the line below comes back."""
+        """Draw a body starting at y; returns the y below it."""
         nonlocal edge
         for stmt in body:
             if isinstance(stmt, Loop):
@@ -70,7 +70,7 @@ def svg(program: Program, title: str) -> str:
 
 
 def _tags(program: Program) -> Iterator[list[tuple[str, str]]]:
-    """For every operator in turn, what is read for it and what of it is written."""
+    """For each operator in order, tags of the values read for it and written by it."""
     inputs, reads = {name for name, _ in program.inputs}, list[tuple[str, str]]()
     for access in program.accesses:
         if access.kind == "read":

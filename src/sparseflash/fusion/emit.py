@@ -1,9 +1,9 @@
-"""A fused program as a Triton kernel: the text, and a launcher for it.
+"""Emit a fused program as a Triton kernel: its source, and a launcher.
 
-The operators run once more, on names of variables instead of numbers, and each writes its line. Outermost
-loops that sum nothing up become the grid. A dimension of one block has no loop, so a tile that no loop
-indexes is loaded once. What lies beyond a dimension's end is loaded as 0, and masked before it is summed
-unless it is 0 still.
+The operators run on variable names instead of numbers (see `items`), and each appends a line. Outermost loops
+without sums become the grid. A dimension of one block has no loop, so tiles that no loop indexes are loaded
+once. Elements beyond a dimension's end are loaded as 0, and masked again before a sum if they may no longer
+be 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEEP_ZERO = ("neg", "sqrt", "relu", "silu")
 
 @dataclass(frozen=True)
 class Var:
-    """A variable: its name, along which axes it is 0 beyond the end, and whether it is as it was loaded."""
+    """A kernel variable: its name, the axes along which it is 0 beyond the end, and whether it was loaded."""
 
     name: str
     zero: frozenset[str] = frozenset()
@@ -36,7 +36,7 @@ class Var:
 
 @dataclass
 class Scope:
-    """A loop's body: its lines, those at its end, and what is there, by name and index, and by text."""
+    """A loop body under construction: lines, end-of-iteration assignments, items by key, tiles by text."""
 
     loop: Loop | None
     lines: list[str] = field(default_factory=list)
@@ -46,10 +46,10 @@ class Scope:
 
 
 class Source:
-    """Tiles that are variables; every operator appends a line to the innermost body.
+    """The machine of `items` whose tiles are variables: operators append lines to the innermost body.
 
-    Sums of a loop that begin with exponents of the same axes `share` one, as long as they agree what it
-    becomes: numerator and denominator of a softmax do.
+    With `share`, accumulators that start with exponents over the same axes use one exponent variable,
+    provided that all updates of it agree (`agreed`), as for numerator and denominator of a softmax.
     """
 
     def __init__(self, program: Program, whole: frozenset[str], share: bool) -> None:
@@ -62,7 +62,7 @@ class Source:
     # the machine
 
     def ew(self, name: str, *args: Tile | float) -> Tile:
-        """One of the primitives."""
+        """Apply one of `PRIMITIVES`."""
         tiles = [x for x in args if isinstance(x, Tile)]
         axes, zeros = items.united(*(x.axes for x in tiles)), [x.x.zero for x in tiles]
         zero = frozenset[str]()
@@ -76,7 +76,7 @@ class Source:
         return self.let(PRIMITIVES[name].replace("L.", "tl.").format(*texts), axes, zero)
 
     def dot(self, a: Tile, b: Tile, axis: str) -> Tile:
-        """A product of two matrices, in the type of what was loaded."""
+        """Multiply two matrices, in the dtype of the loaded one."""
         require((len(a.axes) == len(b.axes) == 2, "a product of vectors has no kernel; expected matrices"))
         a, b = self.zeroed(a, axis), self.zeroed(b, axis)
         axes = tuple(x for x in items.united(a.axes, b.axes) if x != axis)
@@ -93,23 +93,23 @@ class Source:
         return self.let(f"tl.sum({_wide(a)}, {a.axes.index(axis)})", *_less(a, axis))
 
     def mean(self, a: Tile, axis: str) -> Tile:
-        """Mean along an axis, of what is within the end."""
+        """Mean along an axis, over the elements inside the end."""
         a, inside = self.zeroed(a, axis), f"tl.sum(in_{self.index[axis]}.to(tl.float32), 0)"
         return self.let(f"tl.sum({_wide(a)}, {a.axes.index(axis)}) / {inside}", *_less(a, axis))
 
     def max(self, a: Tile, axis: str) -> Tile:
-        """Maximum along an axis, of what is within the end."""
+        """Maximum along an axis, over the elements inside the end."""
         if a.x.name not in self.masked:
             minus = self.let(f"tl.where({self.inside(a, axis)}, {_wide(a)}, -float('inf'))", a.axes)
             self.masked[a.x.name] = Var(minus.x.name, frozenset((axis,)))
         return self.let(f"tl.max({self.masked[a.x.name].name}, {a.axes.index(axis)})", *_less(a, axis))
 
     def size(self, dim: str) -> Tile:
-        """The size of a dimension."""
+        """Size of a dimension as a float."""
         return Tile(Var(f"tl.cast(size_{dim}, tl.float32)"), ())
 
     def let(self, text: str, axes: Axes, zero: frozenset[str] = frozenset(), alone: bool = False) -> Tile:
-        """Give a value a name, unless it has one already that may be shared."""
+        """Assign an expression to a variable; reuses one with the same text unless `alone`."""
         for scope in self.scopes:
             if text in scope.made and not alone:
                 return scope.made[text]
@@ -125,13 +125,13 @@ class Source:
         return self.let(f"tl.where({self.inside(a, axis)}, {a.x.name}, 0.0)", a.axes, a.x.zero | {axis})
 
     def inside(self, a: Tile, axis: str) -> str:
-        """A mask in the shape of a tile."""
+        """Mask of an axis, broadcast to a tile's shape."""
         return _along(Tile(Var(f"in_{self.index[axis]}"), (axis,)), a.axes)
 
     # the program
 
     def body(self, body: Body) -> None:
-        """Write the lines of a body."""
+        """Emit a body."""
         for stmt in body:
             if isinstance(stmt, Loop):
                 self.loop(stmt, alone=len(body) == 1)
@@ -143,13 +143,13 @@ class Source:
                 for old, new in zip(items.tiles(total), items.tiles(items.add(self, total, made))):
                     becomes = self.scopes[-1].ends.setdefault(old.x.name, new.x.name)
                     self.agreed &= becomes == new.x.name
-            else:  # a sum over a single turn is what it sums
+            else:  # accumulating over one block
                 self.scopes[-1].has[self.key(stmt.out)] = made
             if stmt.fn != ACC:
                 self.write(stmt.out)
 
     def loop(self, loop: Loop, alone: bool) -> None:
-        """Write a loop; of one turn, its body; of the outermost, what a program of the grid does."""
+        """Emit a loop: inlined if it has one iteration, a grid dimension if outermost and without sums."""
         sums = [x.out for x in loop.body if isinstance(x, Op) and x.fn == ACC]
         single = loop.part == FIRST or loop.dim in self.whole
         if single and loop.part == REST:
@@ -179,17 +179,17 @@ class Source:
             self.write(name)
 
     def begin(self, name: str) -> None:
-        """Write the sum of nothing: 0, or 0 * exp(-inf)."""
+        """Initialise an accumulator: 0, or 0 * exp(-inf)."""
         value = self.program.values[name]
         shapes = [", ".join(f"block_{axis}" for axis in axes) for axes in value.parts]
         tiles: list[Tile] = []
         for shape, axes, fill in zip(shapes, value.parts, ("0.0", "-float('inf')")):
-            alone = not (self.share and tiles)  # sums that begin alike do not stay so; their exponents may
+            alone = not (self.share and tiles)  # accumulators must differ; exponents may be shared
             tiles.append(self.let(f"tl.full([{shape}], {fill}, tl.float32)", axes, alone=alone))
         self.scopes[-1].has[self.key(name)] = items.item(tiles, value.degree)
 
     def find(self, name: str) -> Item:
-        """A tile that is there, or the line that loads it, in the innermost loop that it is indexed by."""
+        """Look up a tile, or emit its load in the innermost loop that indexes it."""
         key = self.key(name)
         for scope in self.scopes:
             if key in scope.has:
@@ -204,7 +204,7 @@ class Source:
         return scope.has[key]
 
     def write(self, name: str) -> None:
-        """Store what is an output."""
+        """Emit the store of an output."""
         if name in self.program.outputs:
             value = self.find(name)
             assert isinstance(value, Tile)
@@ -213,7 +213,7 @@ class Source:
             self.scopes[-1].lines.append(f"tl.store({place}, {made}, mask={inside})")
 
     def place(self, name: str, axes: Axes) -> tuple[str, str]:
-        """The addresses of a tile, and which of them exist."""
+        """Address expression of a tile, and its bounds mask."""
         marks = [(_along(Tile(Var(self.index[x]), (x,)), axes), i) for i, x in enumerate(axes)]
         return (
             " + ".join([name, *(f"at_{mark} * stride_{name}_{i}" for mark, i in marks)]),
@@ -221,7 +221,7 @@ class Source:
         )
 
     def key(self, name: str) -> tuple[str, ...]:
-        """A name with what indexes it."""
+        """Key of a value: its name and what indexes it."""
         return name, *(self.index[dim] for dim in self.program.values[name].dims)
 
 
@@ -250,19 +250,19 @@ def _less(a: Tile, axis: str) -> tuple[Axes, frozenset[str]]:
 
 
 class Kernel:
-    """A program as a Triton kernel for some blocks: `source` is its text, a call launches it.
+    """A Triton kernel of a program for given blocks: `source` is its text, calling it launches it.
 
     Parameters
     ----------
     program : Program
-        Of one outermost loop, with nothing in global memory but inputs and outputs.
+        A program with one outermost loop, and only inputs and outputs in global memory.
     sizes, blocks : mapping
-        Elements of each dimension, and of a block: a power of two from 16 on, or all of the dimension, which
-        is then filled up to one. A dimension of one block may shrink between calls, others change freely.
+        Elements of each dimension, and of its blocks: a power of two from 16 on, or the whole dimension,
+        padded to one. A dimension of one block may shrink between calls, others change freely.
     name : str
-        Of the function in the text.
+        Name of the kernel function.
     warps : int
-        That share a tile.
+        Number of warps per program.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class Kernel:
 
     @cached_property
     def function(self) -> Any:
-        """The compiled text: a function that Triton compiles when it is launched."""
+        """The kernel function, loaded from the source; Triton compiles it on launch."""
         file = f"<{self.name}, {hash(self.source):x}>"
         linecache.cache[file] = len(self.source), None, self.source.splitlines(keepends=True), file
         room: dict[str, Any] = {"__name__": __name__}
@@ -311,7 +311,7 @@ class Kernel:
         return room[self.name]
 
     def __call__(self, **given: Tensor) -> tuple[Tensor, ...]:
-        """Launch the kernel on tensors; returns the outputs, in the type of the inputs."""
+        """Launch the kernel on tensors; returns the outputs in the dtype of the inputs."""
         sizes = sizes_of(self.program, given)
         for dim in self.whole:
             require(

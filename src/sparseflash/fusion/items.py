@@ -1,12 +1,12 @@
-"""Tiles, and pairs p * exp(t): what operators do to them, whatever holds the numbers.
+"""Operators on tiles and on pairs p * exp(t), for any representation of the numbers.
 
-`exp` of a tile of logits overflows, and a softmax divides what overflowed by what overflowed. So a tile
-exp(s) is kept as p = exp(s - t) and t = the largest s of each row; products add t, a quotient subtracts it,
-sums bring both sides to the larger t. Where the exponents cancel, nothing is left to overflow. Nobody told
-this file of a running maximum: it is what the sum of two pairs does.
+`exp` of a tile of logits can overflow, and so would both sides of a softmax's division. So a tile exp(s) is
+kept as p = exp(s - t) with t = the largest s of each row; products add t, quotients subtract it, sums rescale
+both sides to the larger t. Where the exponents cancel, nothing can overflow. The running maximum of flash
+attention is not built in: it is what the sum of two pairs does.
 
-The same code runs on tensors (`run`), on nothing, which yields types and work (`Types`), and on names of
-variables, which yields source text (`emit`): a *machine* has `ew`, `dot`, `sum`, `mean`, `max` and `size`.
+The same code runs on tensors (`run`), on axes alone, which yields types and work (`Types`), and on variable
+names, which yields source text (`emit`): a *machine* implements `ew`, `dot`, `sum`, `mean`, `max` and `size`.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ PRIMITIVES = {
     "below": "L.exp({0} - L.where({1} == -float('inf'), 0.0, {1}))",
     "minus": "L.where({0} == -float('inf'), 0.0, -{0})",
 }
-"""One text for every machine: L is torch or triton.language. `inverse` of an empty sum is 0; `below` is
-exp(x - t) and `minus` is -t, where t = -inf says that nothing was seen."""
+"""Shared expression text: L is torch or triton.language. `inverse` of an empty sum is 0; `below` is
+exp(x - t) and `minus` is -t, where t = -inf means no element so far."""
 
 INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 class Tile(NamedTuple):
-    """Numbers over named axes, in whatever form the machine has them."""
+    """Numbers over named axes, in the machine's representation."""
 
     x: Any
     axes: Axes
 
 
 class Pair(NamedTuple):
-    """p * exp(t), t along some axes of p. `degree` counts factors exp(t); at 0 there is a plain tile."""
+    """p * exp(t), t over some axes of p. `degree` is the power of exp(t); at 0 it is a plain tile."""
 
     p: Tile
     t: Tile
@@ -60,15 +60,15 @@ Item = Tile | Pair
 
 
 class Machine(Protocol):
-    """What tiles are made with. An axis that an argument lacks is broadcast."""
+    """Interface for computing with tiles. Missing axes of arguments are broadcast."""
 
     pairs: bool
 
     def ew(self, name: str, *args: Tile | float) -> Tile:
-        """One of `PRIMITIVES`."""
+        """Apply one of `PRIMITIVES` elementwise."""
 
     def dot(self, a: Tile, b: Tile, axis: str) -> Tile:
-        """Sum of products over an axis that both have."""
+        """Contract over a shared axis."""
 
     def sum(self, a: Tile, axis: str) -> Tile:
         """Sum over an axis."""
@@ -80,21 +80,21 @@ class Machine(Protocol):
         """Maximum over an axis."""
 
     def size(self, dim: str) -> Tile:
-        """The size of a dimension, all of it, as a tile without axes."""
+        """Full size of a dimension, as a tile without axes."""
 
 
 def item(tiles: Sequence[Tile], degree: int) -> Item:
-    """The item that is stored as one tile or as the two of a pair."""
+    """Rebuild an item from its stored tiles: one tile, or the two of a pair."""
     return Pair(tiles[0], tiles[1], degree) if len(tiles) == 2 else tiles[0]
 
 
 def tiles(item: Item) -> tuple[Tile, ...]:
-    """What an item is stored as."""
+    """The tiles that store an item."""
     return (item.p, item.t) if isinstance(item, Pair) else (item,)
 
 
 def apply(on: Machine, op: Any, args: list[Item]) -> Item:
-    """What an operator makes of tiles and pairs."""
+    """Apply an operator to tiles and pairs."""
     match op.fn:
         case "ew":
             made: Item = evaluate(on, op.expr, args)
@@ -114,7 +114,7 @@ def apply(on: Machine, op: Any, args: list[Item]) -> Item:
 
 
 def evaluate(on: Machine, expr: Expr, args: list[Item]) -> Any:
-    """The value of an expression between tiles, pairs, numbers and sizes."""
+    """Evaluate an expression of tiles, pairs, numbers and sizes."""
     match expr:
         case int():
             return args[expr]
@@ -151,7 +151,7 @@ def evaluate(on: Machine, expr: Expr, args: list[Item]) -> Any:
 
 
 def add(on: Machine, x: Item, y: Item) -> Item:
-    """The sum; of pairs, at the larger of both exponents."""
+    """Add two items; pairs are rescaled to the larger exponent."""
     (p, t, n), (q, u, m) = _parts(x), _parts(y)
     if t is None and u is None:
         return on.ew("add", p, q)
@@ -165,7 +165,7 @@ def add(on: Machine, x: Item, y: Item) -> Item:
 
 
 def plain(on: Machine, x: Any) -> Any:
-    """The number that a pair stands for."""
+    """Multiply out a pair: p * exp(t)."""
     return on.ew("mul", x.p, on.ew("exp", x.t)) if isinstance(x, Pair) else x
 
 
@@ -189,7 +189,7 @@ def _pair(on: Machine, p: Tile, t: Tile | None, degree: int) -> Item:
 
 
 def _without(on: Machine, x: Item, axis: str) -> Item:
-    """The same with an exponent that does not vary along an axis, which is about to be summed."""
+    """Rescale a pair so that its exponent does not vary along an axis, before a sum over it."""
     if not isinstance(x, Pair) or axis not in x.t.axes:
         return x
     top = on.max(x.t, axis)
@@ -197,19 +197,19 @@ def _without(on: Machine, x: Item, axis: str) -> Item:
 
 
 def united(*axes: Axes) -> Axes:
-    """The axes of a broadcast result."""
+    """Axes of a broadcast result."""
     return tuple(dict.fromkeys(axis for one in axes for axis in one))
 
 
 def substituted(expr: Expr, places: list[Expr]) -> Expr:
-    """An expression with others in the places of its arguments."""
+    """Replace the arguments of an expression by other expressions."""
     if isinstance(expr, int):
         return places[expr]
     return (expr[0], *(substituted(x, places) for x in expr[1:])) if isinstance(expr, tuple) else expr
 
 
 class Types:
-    """The machine without numbers: which axes come out, and the work, as (flops of an element, axes)."""
+    """Machine without numbers: computes result axes, and records work as (flops per element, axes)."""
 
     def __init__(self, pairs: bool) -> None:
         self.pairs = pairs
@@ -220,28 +220,28 @@ class Types:
         return Tile(None, out)
 
     def ew(self, name: str, *args: Tile | float) -> Tile:
-        """One flop an element, whatever it is."""
+        """One flop per element."""
         axes = united(*(x.axes for x in args if isinstance(x, Tile)))
         return self._did(axes, axes)
 
     def dot(self, a: Tile, b: Tile, axis: str) -> Tile:
-        """A product and a sum for every pair."""
+        """A multiplication and an addition per pair."""
         axes = united(a.axes, b.axes)
         return self._did(tuple(x for x in axes if x != axis), axes, 2)
 
     def sum(self, a: Tile, axis: str) -> Tile:
-        """One flop an element."""
+        """One flop per element."""
         return self._did(tuple(x for x in a.axes if x != axis), a.axes)
 
     mean = max = sum
 
     def size(self, dim: str) -> Tile:
-        """A number."""
+        """A tile without axes."""
         return Tile(None, ())
 
 
 def formula(expr: Expr, args: tuple[str, ...]) -> str:
-    """The text of an expression."""
+    """Format an expression as text."""
     match expr:
         case int():
             return args[expr]

@@ -1,9 +1,9 @@
-"""Block programs: loops over blocks, and operators on tiles. There are no tensors here.
+"""Block programs: loops over blocks, and operators on tiles; no tensors.
 
-A value is named once and has named axes: `q` over (m, d) is a matrix, cut into tiles along m and along d. A
-loop over a dimension runs its body for each block, and a name inside means the tile of the turn. What a
-body makes stays in local memory as long as the turn lasts; who reads it elsewhere reads it from global
-memory. Nothing else decides what travels, so two loops made one save a round trip.
+Every value has one name and named axes: `q` over (m, d) is a matrix, cut into tiles along m and d. A loop
+over a dimension runs its body once per block, and a name inside denotes the tile of that iteration. A tile
+made by a body stays in local memory during the iteration; readers elsewhere read it from global memory.
+Nothing else decides what goes through global memory, so fusing two loops saves a round trip.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Op:
     Attributes
     ----------
     out : str
-        The name of what it makes.
+        Name of the result.
     fn : str
-        ``ew`` (`expr`, between tiles of the same axes), ``mul`` and ``add`` (by name: a matrix and a row
-        vector are a scale and a shift, two vectors are an outer product), ``dot``, ``sum``, ``mean`` (over
-        the axis `over` of one tile), ``acc`` (adds up over the blocks of `over`: the loop it stands in).
+        ``ew`` (`expr`, between tiles of the same axes), ``mul`` and ``add`` (by axis name: matrix and row
+        vector give a scale or a shift, two vectors an outer product), ``dot``, ``sum``, ``mean`` (over the
+        axis `over` of one tile), ``acc`` (accumulates over the blocks of `over`, the enclosing loop).
     args : tuple of str
-        The names it reads.
+        Names of the operands.
     over : str
-        The dimension that is summed.
+        Dimension to sum over.
     expr : Expr
-        Of ``ew``: nested tuples such as ``("mul", 0, 0.5)``; an int is an argument, a str the size of a
-        dimension.
+        For ``ew``: nested tuples such as ``("mul", 0, 0.5)``; an int is an argument's index, a str the size
+        of a dimension.
     """
 
     out: str
@@ -63,7 +63,7 @@ class Op:
 class Loop:
     """A body that runs for every block of a dimension, only for the ``first``, or for the ``rest``.
 
-    A loop of one turn is none: what it makes belongs to the body around it.
+    A ``first`` loop has no scope: its results belong to the enclosing body.
     """
 
     dim: str
@@ -84,10 +84,10 @@ Body = tuple[Stmt, ...]
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of a name: its tile without numbers, and more.
+    """Type of a value: a tile without numbers, and more.
 
-    `lists` are dimensions over whose blocks it is a list besides its axes, `work` is what making a tile
-    takes, as (flops of an element, axes).
+    `lists` are dimensions over whose blocks there is one tile each, besides its axes; `work` is the cost of
+    computing a tile, as (flops per element, axes).
     """
 
     item: Item
@@ -96,22 +96,22 @@ class Value:
 
     @cached_property
     def parts(self) -> tuple[Axes, ...]:
-        """The axes of what is stored: of one tile, or of a pair."""
+        """Axes of each stored tile: one, or the two of a pair."""
         return tuple(tile.axes for tile in items.tiles(self.item))
 
     @cached_property
     def degree(self) -> int:
-        """That of a pair, else 0."""
+        """Degree of a pair, else 0."""
         return self.item.degree if isinstance(self.item, Pair) else 0
 
     @cached_property
     def axes(self) -> Axes:
-        """The axes of its tiles."""
+        """Axes of the first tile."""
         return self.parts[0]
 
     @cached_property
     def dims(self) -> Axes:
-        """Every dimension it is indexed by."""
+        """All dimensions that index the value."""
         return self.axes + self.lists
 
 
@@ -119,8 +119,8 @@ class Value:
 class Program:
     """Inputs with their axes, names of outputs, and a body.
 
-    `centred` names inputs whose sums of squares cancel: `safety` subtracts something from them that the
-    result does not see. With `pairs`, exp(s) is kept as p * exp(t) with p at most 1.
+    `centred` names inputs whose sums of squares would cancel: `safety` subtracts an offset that the result
+    does not depend on. With `pairs`, exp(s) is kept as p * exp(t) with p at most 1.
     """
 
     inputs: tuple[tuple[str, tuple[str, ...]], ...]
@@ -140,19 +140,19 @@ class Program:
         return "\n".join([f"{given} -> {', '.join(self.outputs)}", *lines(self.body, "")])
 
     def marks(self, stmt: Stmt) -> str:
-        """Say that a value goes through global memory: what is written there and how it is indexed."""
+        """Mark a value that goes through global memory, with the dimensions that index it there."""
         if isinstance(stmt, Loop) or stmt.out not in self.travelling:
             return ""
         return f"    -> {stmt.out}[{', '.join(self.values[stmt.out].dims)}]"
 
     @cached_property
     def ops(self) -> dict[str, Op]:
-        """Every operator by what it makes."""
+        """Each operator by its output name."""
         return {op.out: op for op in every(self.body)}
 
     @cached_property
     def values(self) -> dict[str, Value]:
-        """The type of every name, found by running the operators on tiles without numbers."""
+        """Type of each value, found by running the operators on tiles without numbers."""
         found = {name: Value(Tile(None, axes)) for name, axes in self.inputs}
         for op in every(self.body):
             found[op.out] = _typed(op, [found[arg] for arg in op.args], self.pairs)
@@ -160,7 +160,7 @@ class Program:
 
     @cached_property
     def uses(self) -> dict[str, list[Op]]:
-        """Who reads a name."""
+        """Operators that read each value."""
         found: dict[str, list[Op]] = {}
         for op in every(self.body):
             for arg in dict.fromkeys(op.args):
@@ -169,19 +169,19 @@ class Program:
 
     @cached_property
     def accesses(self) -> tuple[Access, ...]:
-        """Every place where a tile is read from global memory, written to it, or computed."""
+        """All accesses: tiles read from or written to global memory, or computed."""
         return tuple(_accesses(self))
 
     @cached_property
     def travelling(self) -> frozenset[str]:
-        """Names of what is made and goes through global memory: the outputs, and what should not."""
+        """Computed values that go through global memory: the outputs, and those that fusion should remove."""
         return frozenset(x.name for x in self.accesses if x.kind == "read") - {
             name for name, _ in self.inputs
         } | {*self.outputs}
 
     @property
     def passes(self) -> int:
-        """Places where tiles are read from or written to global memory: one an input and output at best."""
+        """Number of reads from and writes to global memory; at best one per input and output."""
         return sum(x.kind in ("read", "write") for x in self.accesses)
 
     @property
@@ -191,7 +191,7 @@ class Program:
 
     @property
     def bodies(self) -> Iterator[tuple[tuple[int, ...], Body]]:
-        """Every body and where it is: positions of loops, from the outermost in."""
+        """Every body with its place: statement indices of the enclosing loops, outermost first."""
 
         def walk(place: tuple[int, ...], body: Body) -> Iterator[tuple[tuple[int, ...], Body]]:
             yield place, body
@@ -202,7 +202,7 @@ class Program:
         return walk((), self.body)
 
     def put(self, place: tuple[int, ...], body: Body) -> Program:
-        """Replace the body at a place; what nobody needs any more is gone."""
+        """Replace the body at a place, and drop dead code."""
 
         def inside(old: Body, place: tuple[int, ...]) -> Body:
             if not place:
@@ -216,7 +216,7 @@ class Program:
         return replace(self, body=live(whole, self.outputs))
 
     def put_op(self, out: str, ops: tuple[Op, ...]) -> Program:
-        """Replace the operator that makes `out` by several."""
+        """Replace the operator with output `out` by several operators."""
         for place, body in self.bodies:
             for i, stmt in enumerate(body):
                 if isinstance(stmt, Op) and stmt.out == out:
@@ -224,7 +224,7 @@ class Program:
         raise AssertionError(out)
 
     def fresh(self, like: str, taken: tuple[str, ...] = ()) -> str:
-        """A name that nothing has."""
+        """An unused name with the same stem."""
         stem = like.rstrip("0123456789")
         used, n = {*self.values, *taken}, 1
         while f"{stem}{n}" in used:
@@ -233,7 +233,7 @@ class Program:
 
     @cached_property
     def canonical(self) -> Program:
-        """The same with names given anew in the order of the text: equal structures are equal programs."""
+        """The program with names renumbered in text order: equal structures give equal programs."""
         names = {name: name for name, _ in self.inputs} | {name: name for name in self.outputs}
         counts: dict[str, int] = {}
         for op in every(self.body):
@@ -246,7 +246,7 @@ class Program:
         return self.renamed(names)
 
     def renamed(self, names: Mapping[str, str]) -> Program:
-        """The same under other names."""
+        """Rename values."""
 
         def new(body: Body) -> Body:
             return tuple(
@@ -262,7 +262,7 @@ class Program:
 
 
 def every(body: Body) -> Iterator[Op]:
-    """All operators of a body, those of its loops too, in order."""
+    """All operators of a body and its nested loops, in order."""
     for stmt in body:
         if isinstance(stmt, Loop):
             yield from every(stmt.body)
@@ -271,17 +271,17 @@ def every(body: Body) -> Iterator[Op]:
 
 
 def defines(*body: Stmt) -> set[str]:
-    """Names that statements make."""
+    """Names that statements define."""
     return {op.out for op in every(body)}
 
 
 def reads(*body: Stmt) -> set[str]:
-    """Names that statements read, their own included."""
+    """Names that statements read, including those they define."""
     return {arg for op in every(body) for arg in op.args}
 
 
 def live(body: Body, wanted: tuple[str, ...] | set[str], given: frozenset[str] = frozenset()) -> Body:
-    """The part of a body that `wanted` needs, where `given` is there already."""
+    """Dead-code elimination: the part of a body that `wanted` depends on; `given` needs no computation."""
     made, needed = {op.out: op for op in every(body) if op.out not in given}, set()
     todo = [name for name in wanted if name in made]
     while todo:
@@ -314,16 +314,16 @@ def _typed(op: Op, args: list[Value], pairs: bool) -> Value:
 
 
 def depth_of(value: Value, loops: Sequence[Loop]) -> int:
-    """How many of the loops around hold a tile that is read: down to the innermost that indexes it."""
+    """Depth of the loop that holds a tile that is read: the innermost one that indexes it."""
     return max((i + 1 for i, x in enumerate(loops) if x.dim in value.dims and x.part != FIRST), default=0)
 
 
 class Access(NamedTuple):
-    """A place where something happens to a name.
+    """One access to a value.
 
-    `kind` is ``read`` and ``write`` of global memory, ``compute``, and ``hold`` for a sum that a loop is
-    about to make. `loops` are those that matter, out of those `around`; the tile is kept in the local memory
-    of the one at `depth`. `held` are dimensions whose first block is there already, from a ``first`` loop.
+    `kind` is ``read`` or ``write`` of global memory, ``compute``, or ``hold`` for the accumulator of the next
+    loop. `loops` are the relevant ones among those `around`; the tile stays in the local memory of the loop
+    at `depth`. `held` are dimensions whose first block is already there, from a ``first`` loop.
     """
 
     kind: str
@@ -335,9 +335,9 @@ class Access(NamedTuple):
 
 
 def _accesses(program: Program) -> Iterator[Access]:
-    """Walk the program once, with a set of what is in local memory for every loop around.
+    """Walk the program once, tracking which tiles are in local memory in each enclosing loop.
 
-    A tile is known by its name and by what indexes each of its dimensions: a loop, or the first block.
+    A tile is identified by its name and the index of each dimension: a loop, or the first block.
     """
     values, given = program.values, {name for name, _ in program.inputs}
     found: list[Access] = []

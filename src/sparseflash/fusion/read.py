@@ -1,4 +1,4 @@
-"""Reading plain PyTorch functions, by `torch.fx`, as block programs."""
+"""Read plain PyTorch functions as block programs, by `torch.fx`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .program import EW, Program
 
 @dataclass(frozen=True)
 class View:
-    """An array as PyTorch sees it: its axes in an order, "" for one of length 1."""
+    """An array with PyTorch's order of axes; "" is an axis of length 1."""
 
     array: Array
     order: Axes
 
     @property
     def mT(self) -> View:
-        """Transposed."""
+        """The transposed view."""
         return View(self.array, self.order[::-1])
 
 
@@ -124,7 +124,7 @@ KNOWN: dict[str, Callable[..., Any]] = {
     "getattr": lambda x, name: x.order if name == "shape" else getattr(x, name),
     "getitem": operator.getitem,
 }
-"""What is read of PyTorch, by the last part of its name."""
+"""Supported PyTorch functions, by the last part of their name."""
 
 
 def read(fn: Callable[..., Any], **inputs: str) -> Program:
@@ -133,20 +133,19 @@ def read(fn: Callable[..., Any], **inputs: str) -> Program:
     Parameters
     ----------
     fn : callable
-        Of tensors; anything that `torch.fx.symbolic_trace` follows. A softmax over a row that is all -inf
-        is 0.
+        Function of tensors that `torch.fx.symbolic_trace` can trace. A softmax over a row of -inf is 0.
     **inputs : str
-        The axes of each of its arguments, by name: ``q="m d", k="n d"``. Equal names are equal sizes.
+        Axes of each argument by name: ``q="m d", k="n d"``. Equal names mean equal sizes.
 
     Returns
     -------
     Program
-        Unfused: loops for every operator.
+        The unfused program, with separate loops for every operator.
 
     Raises
     ------
     SparseFlashError
-        At an operator that is not known, by name, and where axes do not meet.
+        If an operator is unknown (named in the message), or axes do not match.
 
     Examples
     --------

@@ -1,12 +1,11 @@
-"""The nine rules of Blockbuster (Dekel 2025, arXiv 2505.07829): each lists what it may rewrite.
+"""The nine rules of Blockbuster (Dekel 2025, arXiv 2505.07829): each yields its possible rewrites.
 
-R1, R2 and R3 make one loop of two, so that what the first makes is in local memory when the second reads
-it. R4 and R5 are two laws of linear maps: a scale or a shift of rows may wait until after a product and its
-sum. R8 gives every reader a scale of its own, so that R4 may move it. R9 makes one operator of two. R6
-repeats work inside a loop to save what it would have to read; R7 takes some of that repetition back. No
-rule looks for a softmax, a norm or an attention.
+R1, R2 and R3 merge two loops, so that results of the first are in local memory when the second reads them. R4
+and R5 are laws of linear maps: a scale or a shift of rows may move behind a product and its sum. R8 copies a
+scale for each reader, so that R4 may move it. R9 merges two operators. R6 repeats work inside a loop to save
+reads; R7 removes some of that repetition. No rule matches a softmax, a norm or attention.
 
-A condition is a function of its own, so that a test can switch it off and see what breaks.
+Each condition is a separate function, so that a test can disable it and show what breaks.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from .program import (
 
 
 class Rewrite(NamedTuple):
-    """Where a rule applies, in words, and the program after."""
+    """Description of the place where a rule applies, and the rewritten program."""
 
     place: str
     program: Program
@@ -51,33 +50,33 @@ Rule = Callable[[Program], Iterator[Rewrite]]
 
 
 def same_turn(program: Program, first: Loop, second: Loop) -> bool:
-    """What the second loop reads of the first is of the same turn, no sum that the last turn completes."""
+    """The second loop reads only values of the same iteration, no sum that the first completes at its end."""
     return all(first.dim in program.values[name].dims for name in defines(first) & reads(second))
 
 
 def nothing_between(body: Body, i: int, j: int) -> bool:
-    """No statement between has to run after the first and before the second."""
+    """No statement between has to run after the first loop and before the second."""
     return not reads(body[j]) & defines(*_after(body, i, j))
 
 
 def constant(program: Program, name: str, over: str) -> bool:
-    """A value is the same for all that a sum over this dimension adds up."""
+    """A value does not vary along the summed dimension."""
     return over not in program.values[name].dims
 
 
 def made_outside(name: str, loop: Stmt) -> bool:
-    """A value is there when a loop is over, since it was before the loop began."""
+    """A value already exists before the loop."""
     return name not in defines(loop)
 
 
 def sole(program: Program, name: str) -> bool:
-    """One operator reads a value, once, and it is no output."""
+    """Exactly one operator reads a value, once, and it is no output."""
     users = program.uses.get(name, [])
     return len(users) == 1 and users[0].args.count(name) == 1 and name not in program.outputs
 
 
 def only_there(program: Program, group: Body, loop: Loop) -> bool:
-    """Nobody but a loop reads what a group makes."""
+    """Only the loop reads what a group computes."""
     inside = {op.out for op in every((*group, loop))}
     names = defines(*group)
     return not names & {*program.outputs} and all(
@@ -86,17 +85,17 @@ def only_there(program: Program, group: Body, loop: Loop) -> bool:
 
 
 def can_be_centred(program: Program, name: str) -> bool:
-    """A value is an input, so that `centre` can make up for what R5 cancels."""
+    """A value is an input, so that `centre` can prevent the cancellation that R5 introduces."""
     return name in dict(program.inputs)
 
 
 def loops_differ(group: Body, loop: Loop) -> bool:
-    """A group has no loop over the dimension of the loop that it is to move into."""
+    """A group has no loop over the dimension of the loop that it moves into."""
     return all(loop.dim != dim for dim in _dims(group))
 
 
 def handed_on_only(carried: Set[str], wanted: Set[str]) -> bool:
-    """What the first turn hands to the others is for them alone: what is wanted outside, all turns make."""
+    """No value carried from the first iteration is needed outside the loop."""
     return not carried & wanted
 
 
@@ -111,7 +110,7 @@ def _dims(body: Body) -> Iterator[str]:
 
 
 def _after(body: Body, i: int, j: int) -> Body:
-    """The statements between i and j that need what i makes."""
+    """Statements between i and j that depend on statement i."""
     made, found = defines(body[i]), []
     for stmt in body[i + 1 : j]:
         if reads(stmt) & made:
@@ -121,7 +120,7 @@ def _after(body: Body, i: int, j: int) -> Body:
 
 
 def _joined(program: Program, wanted: Callable[[set[str], Loop, Loop], bool]) -> Iterator[Rewrite]:
-    """Every pair of loops made one that may be, and that `wanted` wants, given what passes between them."""
+    """Merge each pair of loops for which this is valid and `wanted` (given the values passed) is true."""
     for place, body in program.bodies:
         for j, second in enumerate(body):
             for i, first in enumerate(body[:j]):
@@ -144,22 +143,22 @@ def _sums(loop: Loop) -> bool:
 
 
 def consecutive_maps(program: Program) -> Iterator[Rewrite]:
-    """R1: a loop that reads, turn by turn, what a loop before it makes becomes part of it."""
+    """R1: merge a loop into an earlier one whose results it reads iteration by iteration."""
     return _joined(program, lambda passed, first, second: bool(passed) and not _sums(second))
 
 
 def sibling_maps(program: Program) -> Iterator[Rewrite]:
-    """R2: two loops that do not need each other and read something in common become one: it is read once."""
+    """R2: merge two independent loops that read a common value, so that it is read once."""
     return _joined(program, lambda passed, first, second: not passed and bool(reads(first) & reads(second)))
 
 
 def map_and_reduce(program: Program) -> Iterator[Rewrite]:
-    """R3: a loop that only adds up what a loop before it makes becomes part of it."""
+    """R3: merge a loop that only accumulates results of an earlier loop into that loop."""
     return _joined(program, lambda passed, first, second: bool(passed) and _sums(second))
 
 
 def extend_map(program: Program) -> Iterator[Rewrite]:
-    """R6: a loop, with what stands between, moves into the only loop that needs it, and is repeated there."""
+    """R6: move a loop, with dependent statements, into the only loop that reads it, where it is repeated."""
     for place, body in program.bodies:
         for j, target in enumerate(body):
             for i, moved in enumerate(body[:j]):
@@ -176,7 +175,7 @@ def extend_map(program: Program) -> Iterator[Rewrite]:
 
 
 def peel_first(program: Program) -> Iterator[Rewrite]:
-    """R7: the first turn of a loop stands alone, and the others read what does not change from it."""
+    """R7: peel off a loop's first iteration; the others reuse its loop-invariant values."""
     for place, body in program.bodies:
         for i, loop in enumerate(body):
             if not isinstance(loop, Loop) or loop.part:
@@ -206,7 +205,7 @@ def peel_first(program: Program) -> Iterator[Rewrite]:
 
 
 def _factors(program: Program, name: str, fn: str, over: str) -> Iterator[tuple[str, str]]:
-    """The two parts of a product (or sum) by name: the one that a sum runs over, and the constant one."""
+    """Operands (x, c) of a product (or sum) by name: x varies along `over`, c does not."""
     made = program.ops.get(name)
     if made and made.fn == fn and sole(program, name):
         for x, c in (made.args, made.args[::-1]):
@@ -215,7 +214,7 @@ def _factors(program: Program, name: str, fn: str, over: str) -> Iterator[tuple[
 
 
 def _scaled_twice(program: Program, name: str, over: str) -> Iterator[tuple[str, str, str]]:
-    """Of x * c * weight: x, what is constant in a sum, and the weight, which is not."""
+    """Operands (x, c, weight) of x * c * weight: only c is constant along `over`."""
     made = program.ops.get(name)
     if made and made.fn == MUL and sole(program, name):
         for arg, weight in (made.args, made.args[::-1]):
@@ -224,7 +223,7 @@ def _scaled_twice(program: Program, name: str, over: str) -> Iterator[tuple[str,
 
 
 def _summing(program: Program) -> Iterator[tuple[tuple[int, ...], int, Body, Op]]:
-    """Every loop's sum: the body that holds the loop, where in it, and the sum."""
+    """Each loop's accumulations: enclosing body's place, index of the loop in it, body, and the operator."""
     for place, body in program.bodies:
         for i, loop in enumerate(body):
             if isinstance(loop, Loop) and not loop.part:
@@ -234,7 +233,7 @@ def _summing(program: Program) -> Iterator[tuple[tuple[int, ...], int, Body, Op]
 def _after_loop(
     program: Program, place: tuple[int, ...], i: int, acc: Op, sums: tuple[Op, ...], last: Op
 ) -> Program:
-    """The program with a sum replaced by others, and an operator on them behind the loop."""
+    """Replace an accumulation by others, followed by an operator on their results behind the loop."""
     body = dict(program.bodies)[place]
     loop = body[i]
     assert isinstance(loop, Loop)
@@ -244,9 +243,9 @@ def _after_loop(
 
 
 def swap_scale(program: Program) -> Iterator[Rewrite]:
-    """R4: dot(a * c, b) = dot(a, b) * c, and a sum of x * c is c times a sum of x, where c is constant.
+    """R4: dot(a * c, b) = dot(a, b) * c, and sum(x * c) = sum(x) * c, for c constant along the sum.
 
-    A weight along the summed dimension lets it pass: (x * c) * weight = (x * weight) * c.
+    A weight along the summed dimension is moved out of the way: (x * c) * weight = (x * weight) * c.
     """
     for op in every(program.body):
         if op.fn in (DOT, SUM):
@@ -269,7 +268,7 @@ def swap_scale(program: Program) -> Iterator[Rewrite]:
 
 
 def swap_shift(program: Program) -> Iterator[Rewrite]:
-    """R5: dot(a + c, b) = dot(a, b) + c * sum(b), and a sum of x + c * y is that of x plus that of c * y."""
+    """R5: dot(a + c, b) = dot(a, b) + c * sum(b), and sum(x + c * y) = sum(x) + sum(c * y)."""
     for op in every(program.body):
         if op.fn == DOT:
             for i, arg in enumerate(op.args):
@@ -295,7 +294,7 @@ def swap_shift(program: Program) -> Iterator[Rewrite]:
 
 
 def duplicate_scale(program: Program) -> Iterator[Rewrite]:
-    """R8: a scale or shift that several read is made once for each product that may take it over."""
+    """R8: duplicate a scale or shift with several readers, for each product that could take it over."""
     for scale in every(program.body):
         users = program.uses.get(scale.out, [])
         if scale.fn not in (MUL, ADD) or len(users) < 2:
@@ -309,7 +308,7 @@ def duplicate_scale(program: Program) -> Iterator[Rewrite]:
 
 
 def consecutive_elementwise(program: Program) -> Iterator[Rewrite]:
-    """R9: an elementwise operator that only the next one reads becomes part of it."""
+    """R9: merge an elementwise operator into the next one, if that is its only reader."""
     for _, body in program.bodies:
         here = {op.out: op for op in body if isinstance(op, Op) and op.fn == EW}
         for op in here.values():

@@ -1,4 +1,4 @@
-"""Running a program on tensors, block by block: the definition, with a meter; and in earnest, on threads."""
+"""Run a program on tensors, block by block: as a reference with a meter, or fast on threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 @dataclass
 class Meter:
-    """What a run did: bytes to and from global memory, flops, operators called, bytes of local memory."""
+    """Counters of a run: bytes from and to global memory, flops, operator calls, peak local bytes."""
 
     read: int = 0
     written: int = 0
@@ -35,23 +35,23 @@ class Meter:
 
     @property
     def bytes(self) -> int:
-        """Both ways."""
+        """Bytes read plus bytes written."""
         return self.read + self.written
 
 
 class Torch:
-    """Tiles that are tensors."""
+    """Machine whose tiles are tensors."""
 
     def __init__(self, program: Program, sizes: Mapping[str, int], meter: Meter | None = None) -> None:
         self.pairs, self.sizes, self.meter = program.pairs, sizes, meter
 
     def ew(self, name: str, *args: Tile | float) -> Tile:
-        """One of the primitives, elementwise and broadcast by name."""
+        """Apply one of `PRIMITIVES` elementwise, broadcast by axis name."""
         axes = items.united(*(x.axes for x in args if isinstance(x, Tile)))
         return self._did(CALLS[name](*(_along(x, axes) if isinstance(x, Tile) else x for x in args)), axes)
 
     def dot(self, a: Tile, b: Tile, axis: str) -> Tile:
-        """A product of matrices, or of a matrix and a vector."""
+        """Multiply matrices, or a matrix and a vector."""
         axes = tuple(x for x in items.united(a.axes, b.axes) if x != axis)
         low = min(a.x.dtype, b.x.dtype, key=lambda dtype: dtype.itemsize)
         left, right = (x if x.dtype == low else x.to(low) for x in (a.x, b.x))
@@ -62,21 +62,21 @@ class Torch:
         return Tile(left @ right, axes)
 
     def sum(self, a: Tile, axis: str) -> Tile:
-        """Sum, of half precision in fp32."""
+        """Sum over an axis; half precision accumulates in fp32."""
         return self._over(torch.sum, a, axis)
 
     def mean(self, a: Tile, axis: str) -> Tile:
-        """Mean, of half precision in fp32."""
+        """Mean over an axis; half precision accumulates in fp32."""
         return self._over(torch.mean, a, axis)
 
     def max(self, a: Tile, axis: str) -> Tile:
-        """Maximum."""
+        """Maximum over an axis."""
         if self.meter:
             self.meter.flops += a.x.numel()
         return Tile(a.x.amax(a.axes.index(axis)), tuple(x for x in a.axes if x != axis))
 
     def size(self, dim: str) -> Tile:
-        """The whole extent."""
+        """Full size of a dimension."""
         return Tile(torch.tensor(float(self.sizes[dim]), dtype=torch.float64), ())
 
     def _did(self, x: Tensor, axes: items.Axes) -> Tile:
@@ -92,7 +92,7 @@ class Torch:
 
 
 def _along(tile: Tile, axes: items.Axes) -> Tensor:
-    """The tensor of a tile with its axes in this order and a 1 for each it lacks."""
+    """The tile's tensor with axes in this order, and length 1 for missing ones."""
     x: Tensor = tile.x if len(tile.axes) < 2 or tile.axes == axes else tile.x.mT
     for i, axis in enumerate(axes):
         x = x if axis in tile.axes or x.ndim == 0 else x.unsqueeze(i)
@@ -101,10 +101,10 @@ def _along(tile: Tile, axes: items.Axes) -> Tensor:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where a run is: in which loops, at which block of each dimension, and what local memory holds.
+    """One iteration: the loops around it, the block index of each dimension, and local memory.
 
-    There is a scope for each loop and one around them; it maps a name with its indices to a tile. Loops come
-    with their place in the body around; one of a single turn has no scope of its own.
+    `scopes` has one entry per loop plus an outermost one; each maps a name with its indices to a tile.
+    `loops` pairs each loop with its index in the enclosing body; a ``first`` loop has no scope.
     """
 
     loops: tuple[tuple[int, Loop], ...]
@@ -112,13 +112,13 @@ class Turn:
     scopes: tuple[dict[tuple[Any, ...], Item], ...]
 
     def inside(self, at: int, loop: Loop, block: int) -> Turn:
-        """The turn of a loop in this one."""
+        """The iteration of a nested loop."""
         scopes = self.scopes if loop.part == FIRST else (*self.scopes, {})
         return Turn((*self.loops, (at, loop)), self.index | {loop.dim: block}, scopes)
 
 
 class Run:
-    """One run: what global memory holds, and how tiles come out of it and go back."""
+    """State of one run: global memory, and how tiles are read from and written to it."""
 
     def __init__(
         self,
@@ -149,12 +149,12 @@ class Run:
                 self.kept[name].append(made.fill_(torch.nan) if meter else made)
 
     def turns(self, loop: Loop) -> range:
-        """The blocks of a loop."""
+        """Block indices of a loop."""
         blocks = -(-self.sizes[loop.dim] // self.blocks[loop.dim])
         return range(loop.part == REST, 1 if loop.part == FIRST else blocks)
 
     def body(self, body: Body, turn: Turn) -> None:
-        """Run the statements of a turn."""
+        """Run the statements of one iteration."""
         for at, stmt in enumerate(body):
             if isinstance(stmt, Op):
                 made = items.apply(self.on, stmt, [self.find(arg, turn) for arg in stmt.args])
@@ -181,11 +181,11 @@ class Run:
 
     @torch.no_grad()
     def alone(self, body: Body, turn: Turn) -> None:
-        """Run a turn on a thread, where gradients are off only if they are switched off there."""
+        """Run an iteration on a worker thread, where no_grad must be set again."""
         self.body(body, turn)
 
     def find(self, name: str, turn: Turn) -> Item:
-        """A tile: from local memory, or read into that of the innermost loop that it is indexed by."""
+        """Look up a tile in local memory, or read it into that of the innermost loop that indexes it."""
         key = self.key(name, turn)
         for scope in turn.scopes:
             if key in scope:
@@ -201,7 +201,7 @@ class Run:
         return self.hold(name, item, turn, depth)
 
     def hold(self, name: str, item: Item, turn: Turn, depth: int | None = None) -> Item:
-        """Put a tile into local memory, for the turn of the loop at this depth."""
+        """Store a tile in local memory, for the iteration of the loop at `depth`."""
         scope = turn.scopes[sum(loop.part != FIRST for _, loop in turn.loops[:depth])]
         scope[self.key(name, turn)] = item
         if self.meter:
@@ -210,13 +210,13 @@ class Run:
         return item
 
     def accumulate(self, name: str, made: Item, turn: Turn) -> None:
-        """Add to a sum that belongs to the body around the loop."""
+        """Add to an accumulator, which belongs to the body around the loop."""
         scope = turn.scopes[-1 if turn.loops[-1][1].part == FIRST else -2]
         key = self.key(name, turn)
         scope[key] = items.add(self.on, scope[key], made) if key in scope else made
 
     def empty(self, name: str, turn: Turn) -> Item:
-        """The sum of nothing: 0, or 0 * exp(-inf)."""
+        """Initial accumulator: 0, or 0 * exp(-inf)."""
         value = self.program.values[name]
         sizes = [
             [min(self.blocks[x], self.sizes[x] - turn.index[x] * self.blocks[x]) for x in axes]
@@ -229,7 +229,7 @@ class Run:
         return items.item(tiles, value.degree)
 
     def write(self, name: str, turn: Turn) -> None:
-        """Write what was made to global memory, if somebody elsewhere reads it."""
+        """Write a value to global memory, if it is an output or read elsewhere."""
         if name not in self.program.travelling:
             return
         item = self.find(name, turn)
@@ -239,11 +239,11 @@ class Run:
                 self.meter.written += there.nbytes
 
     def key(self, name: str, turn: Turn) -> tuple[Any, ...]:
-        """A name with the block of each of its dimensions."""
+        """Key of a value: its name and the block of each dimension."""
         return name, *(turn.index[dim] for dim in self.program.values[name].dims)
 
     def parts(self, name: str, turn: Turn) -> Iterator[Tensor]:
-        """The views of global memory that are a tile, or the two of a pair."""
+        """Views of global memory for a tile, or the two of a pair."""
         value = self.program.values[name]
         for x, axes in zip(self.kept[name], value.parts, strict=True):
             at: list[int | slice] = [turn.index[dim] for dim in value.dims if dim not in axes]
@@ -255,7 +255,7 @@ class Run:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Threads that run tiles are the parallelism: none of them starts others."""
+    """Limit torch to one thread per call, as the worker threads are the parallelism."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -269,7 +269,7 @@ def _bytes(item: Item) -> int:
 
 
 def sizes_of(program: Program, given: Mapping[str, Tensor]) -> dict[str, int]:
-    """The size of every dimension, from tensors; refused where they do not agree."""
+    """Size of every dimension, from tensors; raises if they disagree."""
     sizes: dict[str, int] = {}
     names = [name for name, _ in program.inputs]
     require((sorted(given) == sorted(names), f"given {', '.join(given)}; expected {', '.join(names)}"))
@@ -301,20 +301,20 @@ def run(
     Parameters
     ----------
     program : Program
-        Any, fused or not.
+        Any program, fused or not.
     given : mapping
-        The inputs by name, of one dtype.
+        Inputs by name, of one dtype.
     blocks : mapping, optional
-        Elements of a block of each dimension; one that is not named is one block.
+        Elements of each dimension's blocks; a dimension without an entry is one block.
     meter : Meter, optional
-        Counts what the run does, on one thread; memory that nobody wrote is NaN then.
+        Counts the run's work, on one thread; unwritten global memory is then NaN.
     threads : int
-        Turns of an outermost loop run on so many threads, where they sum nothing up.
+        Number of threads for iterations of an outermost loop without sums.
 
     Raises
     ------
     SparseFlashError
-        If shapes do not agree with the axes.
+        If shapes do not match the axes.
     """
     with torch.inference_mode(False), torch.no_grad():
         this = Run(program, given, blocks or {}, meter, 1 if meter else threads)

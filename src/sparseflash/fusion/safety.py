@@ -1,10 +1,10 @@
-"""Sums of squares without cancellation: subtract from an input what the result does not see.
+"""Avoid cancellation in sums of squares: subtract from an input an offset the result does not depend on.
 
-The variance as mean(x * x) - mean(x)^2, and a product from which R5 subtracts c * sum(b) afterwards, lose
-all digits where x is far from 0. A layer norm does not change when a number is added to a row. So something
-near the row's mean may be subtracted first; the mean of its first block is near enough: with it, rounding
-errors grow by at most (blocks of a row) beside the exact mean's, since a row whose first block is far from
-its mean has a variance as large.
+The variance as mean(x * x) - mean(x)^2, and a product from which R5 subtracts c * sum(b) afterwards, lose all
+digits where x is far from 0. A layer norm is invariant to adding a number to a row, so a number near the
+row's mean may be subtracted first. The mean of the first block is near enough: compared with the exact mean,
+rounding errors grow by at most a factor of (blocks per row), since a row whose first block is far from its
+mean has a variance as large.
 
 (Exponentials have the same freedom, by a factor instead of a summand; see `items`.)
 """
@@ -24,13 +24,13 @@ from .run import run
 def centre(program: Program) -> Program:
     """Subtract the mean of each row's first block from the inputs that `program.centred` names.
 
-    As many readers of the input as possible get the difference; which ones may is decided by computing: the
-    result on random inputs has to stay what it is.
+    As many readers of the input as possible get the difference; which ones may is decided by test: the result
+    on random inputs must not change.
 
     Raises
     ------
     SparseFlashError
-        If the result depends on the mean whoever gets the difference.
+        If the result depends on the mean for every choice of readers.
     """
     for name in program.centred:
         readers = [op.out for op in program.uses.get(name, [])]
@@ -49,7 +49,7 @@ def centre(program: Program) -> Program:
 
 
 def _shifted(program: Program, name: str, readers: tuple[str, ...]) -> Program:
-    """The program in which `readers` get the input minus the mean of its row's first block."""
+    """Make `readers` read the input minus the mean of its row's first block."""
     rows, columns = dict(program.inputs)[name]
     taken: list[str] = []
 
@@ -58,7 +58,7 @@ def _shifted(program: Program, name: str, readers: tuple[str, ...]) -> Program:
         return taken[-1]
 
     def inside(body: Body, minus: str) -> Body:
-        """The body with x + minus for x."""
+        """Rewrite a body to read x + minus in place of x."""
         new: list[Loop | Op] = []
         if any(isinstance(x, Op) and x.out in readers for x in body):
             centred = fresh("x1")
@@ -72,7 +72,7 @@ def _shifted(program: Program, name: str, readers: tuple[str, ...]) -> Program:
         return tuple(new)
 
     def around(body: Body) -> Body:
-        """The body with a mean before everything in each loop over rows that holds a reader."""
+        """Prepend the mean to each loop over rows that contains a reader."""
         new: list[Loop | Op] = []
         for x in body:
             if isinstance(x, Loop) and x.dim != rows:
@@ -90,7 +90,7 @@ def _shifted(program: Program, name: str, readers: tuple[str, ...]) -> Program:
 
 
 def _same(one: Program, two: Program) -> bool:
-    """Two programs give the same on random inputs: what holds there holds everywhere, almost surely."""
+    """Whether two programs agree on random inputs, and so almost surely everywhere."""
     generator = torch.Generator().manual_seed(0)
     sizes = {dim: 5 + i for i, dim in enumerate(one.dims)}
     for _ in range(3):
