@@ -1,4 +1,4 @@
-"""Plans: the one object between a method and a kernel. `plan.py` is the face, `record.py` the ground."""
+"""Plans: the one object between method and kernel. `plan.py` has the public class, `record.py` its fields."""
 
 from .options import ANY, NONE
 from .plan import Plan, Plans

@@ -1,9 +1,9 @@
 """Exact set algebra on plans: `&`, `-`, `|`, and the same set on another grid (`retile`).
 
-One mechanism: walk the pairs that one plan visits, look each up in the other, and write what remains as
-units, with bits where a unit is not all or nothing. Work and memory follow the visited area, never Tq x Tk.
-Two shorter ways need no bits: a plan that is nothing but its rules (a window, say) hands them to the other
-plan, and ranges in the same row space are cut where their rules join into one formula.
+The general case, `refine`: walk the pairs that one plan visits, look each up in the other, and store those
+that remain as units; partial units get bits. Work and memory follow the visited area, never Tq x Tk.
+Two fast paths need no bits: a plan whose lists add nothing to its rules (a window, say) hands its rules to
+the other plan, and ranges in the same row space are intersected if both plans' rules join into one formula.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .record import LISTS, Record
 from .rules import Rules, same
 
 LIMIT = 2 << 30
-"""Bytes of bits that an operation may build before it refuses."""
+"""Most bytes of bits that an operation may build; above it, it raises `PlanError`."""
 
 P = TypeVar("P", bound=Record)
 Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def widen(plan: P, batch: int, heads: int) -> P:
-    """The same plan with lists of its own for every batch slot and head."""
+    """Expand the plan's list tables to `[batch, heads, R]`; the entry pools stay shared."""
     made: Fields = {}
     for lists in plan.lists():
         made |= lists.laid_out(batch, heads).fields()
@@ -58,9 +58,10 @@ def _shared_extent(a: Record, b: Record) -> tuple[int, int]:
 
 
 def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[int, int]) -> P:
-    """The plan's visible pairs that `keep(b, h, q, k)` lets through, as units of another grid.
+    """Return the visible pairs for which `keep(b, h, q, k)` is True, as units of a `tile` x `unit` grid.
 
-    `tile` must divide the plan's tile or be a multiple of it.
+    `tile` must divide the plan's tile or be a multiple of it. A slot is one touched (cell, unit), with the
+    number `cell * columns + unit`; cells number the new tiles through [B,H,R].
     """
     plan = widen(plan, *extent)
     entries = ranges(plan)
@@ -69,7 +70,8 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
     split, join = max(1, plan.tile // tile), max(1, tile // plan.tile)
     columns = -(-plan.k_rows // unit)
 
-    # 1. the units touched: new tile and unit of every (entry, unit it overlaps)
+    # 1. the slots: the new tile (or tiles) and the unit of every (entry, unit that the entry overlaps); e.g.
+    # tile 4 -> 2 (split 2): old tile 3 is new tiles 6, 7; tile 2 -> 4 (join 2): old tiles 2, 3 are new tile 1
     first, last = entries.lo // unit, (entries.hi - 1) // unit + 1
     n = last - first
     pick, place = expand(n)
@@ -92,7 +94,7 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
         error=PlanError,
     )
 
-    # 2. their bits
+    # 2. the bits of each slot, and how many are set; index_add_ ORs them, because no pair occurs twice
     bits = torch.zeros(len(slot) * words, tile, dtype=torch.int64, device=plan.device)
     count = torch.zeros(len(slot), dtype=torch.int64, device=plan.device)
     for c in cells(plan, entries):
@@ -119,7 +121,7 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
                 bits.view(-1).index_add_(0, flat, value.reshape(-1))
     bits = bits.view(len(slot), words, tile).transpose(1, 2)
 
-    # 3. full, partial or gone
+    # 3. the kind of each slot: 0 full, 1 partial, 2 empty (dropped)
     cell, column = slot // max(columns, 1), slot % max(columns, 1)
     real = _real_rows(plan, tile, tiles)[cell] if len(slot) else slot
     whole = (count == real * unit) & ((column + 1) * unit <= plan.k_rows)
@@ -150,7 +152,7 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
 
 
 def _real_rows(plan: Record, tile: int, tiles: int) -> Tensor:
-    """Rows with a real token of each tile of another grid, [B*H*tiles]."""
+    """Count the rows that hold a real token in each tile of `tile` rows: [B*H*tiles]."""
     batch, heads = plan.extent()
     real = real_rows(plan).flatten(2)
     short = tiles * tile - real.shape[-1]
@@ -159,11 +161,11 @@ def _real_rows(plan: Record, tile: int, tiles: int) -> Tensor:
 
 
 def retile(plan: P, tile: int, unit: int) -> P:
-    """The same visible set with other tiles and units."""
+    """Return a plan of the same visible pairs with other tile and unit sizes."""
     check_options(tile=tile, unit=unit)
     if tile == plan.tile and (unit == plan.unit or plan.index is None):
         return plan if unit == plan.unit else plan._changed(unit=unit)
-    if plan.index is None and plan.tile % tile == 0:  # ranges of a tile serve each part of it
+    if plan.index is None and plan.tile % tile == 0:  # each smaller tile reuses the ranges of its old tile
         ratio, tiles = plan.tile // tile, -(-plan.q_rows // tile)
         lists = {
             n: getattr(plan, n).repeat_interleave(ratio, -1)[..., :tiles].contiguous() for n in LISTS[:3]
@@ -175,7 +177,7 @@ def retile(plan: P, tile: int, unit: int) -> P:
 
 
 def intersect(a: P, b: P) -> P:
-    """`a & b`."""
+    """Return the pairs visible in both plans, `a & b`."""
     extent = _shared_extent(a, b)
     if _area(b) < _area(a):
         a, b = b, a
@@ -189,12 +191,12 @@ def intersect(a: P, b: P) -> P:
 
 
 def subtract(a: P, b: P) -> P:
-    """`a - b`."""
+    """Return the pairs visible in a and not in b, `a - b`."""
     extent = _shared_extent(a, b)
     a = a._changed(overflow=_overflow(a, b))
     if _one_grid(a, b) and a.rules.alike(
         b.rules
-    ):  # what both list, both see alike: the rest is the difference
+    ):  # under equal rules a unit in both lists shows the same pairs: the difference is that of the lists
         mine, theirs = (_units(widen(p, *extent)) for p in (a, b))
         return _of_units(widen(a, *extent), mine.of(~torch.isin(mine.key, theirs.key)), a.rules)
     look = Lookup(b, extent[1])
@@ -202,7 +204,7 @@ def subtract(a: P, b: P) -> P:
 
 
 def unite(a: P, b: P) -> tuple[P, ...]:
-    """`a | b` as disjoint plans: one where one holds the other, else two."""
+    """Return `a | b` as disjoint plans: one if either plan contains the other, else two."""
     if _area(b) > _area(a):
         a, b = b, a
     rest = subtract(b, a)
@@ -210,7 +212,7 @@ def unite(a: P, b: P) -> tuple[P, ...]:
 
 
 def _overflow(a: Record, b: Record) -> Tensor | None:
-    """What lists of either plan have lost, their combination lacks."""
+    """Combine the overflow flags: a combination lacks the entries that either operand has dropped."""
     given = [p.overflow for p in (a, b) if p.overflow is not None]
     return torch.stack([x.reshape(-1).amax() for x in given]).amax() if given else None
 
@@ -222,7 +224,7 @@ def _area(plan: Record) -> float:
 
 
 def _join_ranges(a: P, b: P, extent: tuple[int, int]) -> P | None:
-    """Intersection of two plans of ranges in one row space whose rules join; None where it is not that."""
+    """Intersect two plans of ranges with equal row orders and rules that join; None if they are not such."""
     if a.index is not None or b.index is not None or a.spans is None or b.spans is None:
         return None
     if not (same(a.q_order, b.q_order) and same(a.k_order, b.k_order)):
@@ -259,7 +261,7 @@ def _join_ranges(a: P, b: P, extent: tuple[int, int]) -> P | None:
 
 @dataclass(frozen=True)
 class _Units:
-    """Listed units: tile and unit as one key, and whether they need no test."""
+    """Listed units: `key` is `cell * columns + unit`; `full` is True where no element test is needed."""
 
     key: Tensor
     full: Tensor
@@ -277,7 +279,7 @@ def _units(plan: Record) -> _Units:
 
 
 def _of_units(plan: P, units: _Units, rules: Rules) -> P:
-    """The plan with these units as its lists, full ones first, under these rules."""
+    """Replace the plan's lists by these units (full ones first) and its rules by `rules`."""
     columns = max(-(-plan.k_rows // plan.unit), 1)
     shape = (*plan.extent(), plan.tiles)
     made, _ = Units.arranged(units.key // columns, units.full, units.key % columns, shape)
@@ -285,14 +287,14 @@ def _of_units(plan: P, units: _Units, rules: Rules) -> P:
 
 
 def _one_grid(a: Record, b: Record) -> bool:
-    """Whether both plans are lists of units of one grid, and nothing but lists and rules."""
+    """Whether both plans are unit lists on the same grid and row orders, without spans or bits."""
     listed = all(p.index is not None and p.spans is None and p.bits is None for p in (a, b))
     rows = same(a.q_order, b.q_order) and same(a.k_order, b.k_order)
     return listed and rows and (a.tile, a.unit) == (b.tile, b.unit)
 
 
 def _join_units(a: P, b: P, extent: tuple[int, int]) -> P | None:
-    """Intersection of two plans of units of one grid whose rules join; None where it is not that."""
+    """Intersect two plans of units on one grid whose rules join; None if they are not such."""
     rules = a.rules.join(b.rules) if _one_grid(a, b) else None
     if rules is None:
         return None
@@ -305,7 +307,7 @@ def _join_units(a: P, b: P, extent: tuple[int, int]) -> P | None:
 
 
 def _hand_rules(a: P, b: P, extent: tuple[int, int]) -> P | None:
-    """Intersection where one plan is nothing but its rules: the other one's lists under the rules of both."""
+    """Intersect where one plan is its rules alone: keep the other plan's lists under the rules of both."""
     for listed, ruling in ((a, b), (b, a)):
         rules = listed.rules.join(ruling.rules) if _only_rules(ruling) else None
         if rules is None:
@@ -317,14 +319,14 @@ def _hand_rules(a: P, b: P, extent: tuple[int, int]) -> P | None:
 
 
 def _only_rules(plan: Record) -> bool:
-    """Whether the lists hide nothing that the rules on positions let see."""
+    """Whether the plan shows every pair that its rules on positions allow, so that its lists add nothing."""
     if plan.q_order is not None or not by_position(plan):
         return False
     return visible_pairs(plan) == dense_pairs(plan)
 
 
 def demoted(plan: P, sure: Tensor) -> P:
-    """The plan with only those entries full (in the order of `ranges`) that stay so, the others tested."""
+    """Keep entries full only where `sure` (a bool for each entry of `ranges`); the others become partial."""
     changed: Fields = {}
     at, shape = 0, (*plan.extent(), plan.tiles)
     for lists in plan.lists():
@@ -336,14 +338,14 @@ def demoted(plan: P, sure: Tensor) -> P:
         changed |= made
         if isinstance(own, Units) and own.bits is not None:
             words = torch.cat([own.bits.words, torch.full_like(own.bits.words[:1], -1)])
-            row = own.bit_rows(listed)[order[~still[order]]]  # what was full lets all its bits through:
-            changed["bits"] = words[row]  # it has row -1, and that is the last
+            row = own.bit_rows(listed)[order[~still[order]]]  # entries that were full have row -1:
+            changed["bits"] = words[row]  # the appended last row, whose bits are all set
             changed["bits_start"] = begins(made["count"].long() - made["full"].long())
     return plan._changed(**changed)
 
 
 def joined(spans: P, units: P, *, disjoint: bool) -> P:
-    """A plan of ranges and a plan of units of the same rows and rules as one: both in the lists of a tile."""
+    """Merge a plan of ranges and a plan of units with equal rules, tiles and row orders into one plan."""
     extent = _shared_extent(spans, units)
     ranges_, numbers = spans.span_lists, units.unit_lists
     if ranges_ is None or spans.index is not None:
@@ -384,7 +386,7 @@ def with_rules(plan: P, rules: Fields) -> P:
         if "window" not in rules:
             raise PlanError("sink= beside windows that differ from head to head: give window= too")
         plan = plan._changed(head_window=None, head_sink=None)
-    ruled: P = dataclasses.replace(plan, **rules)._told(plan.of_inference)  # checked as a new plan is
+    ruled: P = dataclasses.replace(plan, **rules)._told(plan.of_inference)  # with a new plan's checks
     if all(host(x) for x in ruled.tensors().values()):
         entries = ranges(ruled)
         return demoted(ruled, ~entries.full | surely_full(ruled, entries))

@@ -1,9 +1,9 @@
-"""Plans of some heads beside plans of others, as one plan.
+"""Concatenate plans along heads into one plan (`Plan.by_head`).
 
-Lists lie behind one another. What plans differ in becomes a table with a row for each head: orders,
-positions, ends, segments, windows. A rule that is no table (causality, the self pair) is said by one that is:
-a causal head among others looks no further than its own position, one without its own pair sits a position
-earlier. What cannot be said so is written into the bits of that plan's units.
+The entry pools are concatenated. Fields in which the plans differ (row orders, positions, expiries, segments,
+windows) become tables with a row for each head. Causality and `include_self` are one flag for all heads, so
+tables express them: a causal head among others gets a window with right side 0, a causal head without its
+self pair gets query positions one lower. A plan that no table can express gets bits instead of rules.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def by_head(plans: Sequence[P], heads: Heads | None = None) -> P:
     own = [p if _fits(p, tile, unit) else algebra.retile(p, tile, unit) for p in plans]
     own = _with_one_law([p._changed(unit=unit) if p.unit != unit else p for p in own])
     made = _Joined(own, counts, tile, unit).fields()
-    if place is not None:  # heads in another order than that of the plans
+    if place is not None:  # the heads do not follow the order of the plans
         made = _in_order(made, torch.tensor(place, device=plans[0].device))
     return type(plans[0])._made(**made)
 
 
 def _followers(plans: Sequence[Record], heads: Heads | None) -> tuple[list[int], list[int] | None]:
-    """How many heads follow each plan; for each head its place among them, where that is not its number."""
+    """How many heads follow each plan; and for each head its place in plan order, None for the identity."""
     if not isinstance(plans, (tuple, list)) or not plans or not all(isinstance(p, Record) for p in plans):
         raise PlanError(f"by_head: {plans!r:.80}; expected a list of plans, at least one")
     given: list[Any] = [p.extent()[1] for p in plans] if heads is None else list(heads)
@@ -73,7 +73,7 @@ def _followers(plans: Sequence[Record], heads: Heads | None) -> tuple[list[int],
 
 
 def _common(sizes: Sequence[int]) -> int:
-    """The one size beside 1."""
+    """The first size that is not 1, or 1."""
     other = [n for n in sizes if n != 1]
     return other[0] if other else 1
 
@@ -97,7 +97,7 @@ def _fits(plan: Record, tile: int, unit: int) -> bool:
 
 
 def _with_one_law(plans: list[P]) -> list[P]:
-    """Plans that agree on causality and the self pair."""
+    """Rewrite the plans so that all have the same `causal` and `include_self`."""
     if len({(p.causal, p.include_self) for p in plans}) == 1:
         return plans
     plans = [_from_earlier(p) if p.causal and not p.include_self else p for p in plans]
@@ -105,7 +105,7 @@ def _with_one_law(plans: list[P]) -> list[P]:
     found = []
     for p in plans:
         exempt = p.causal and mixed and p.rules.windowed and (p.head_sink is not None or p.sink > 0)
-        if not p.include_self or exempt:  # a sink is exempt from windows, and would be from causality
+        if not p.include_self or exempt:  # sinks are exempt from the window that stands for causality
             found.append(_written_out(p))
         elif p.causal and mixed:
             pair, sink = _window_table(p)
@@ -118,7 +118,7 @@ def _with_one_law(plans: list[P]) -> list[P]:
 
 
 def _from_earlier(plan: P) -> P:
-    """A causal plan without its own pair, as one of queries a position earlier that see their own."""
+    """Rewrite a causal plan without self pairs: query positions one lower, `include_self=True`."""
     changed: dict[str, Any] = {"include_self": True}
     if plan.q_pos is not None:
         changed["q_pos"] = narrow(plan.q_pos.long() - 1)
@@ -126,7 +126,7 @@ def _from_earlier(plan: P) -> P:
     changed["q_offset"] = narrow(offset.long() - 1) if isinstance(offset, Tensor) else offset - 1
     if plan.k_end is not None:
         changed["k_end"] = narrow(plan.k_end.long() - 1)
-    if plan.rules.windowed:  # a window of no distance at all does not reach the next one
+    if plan.rules.windowed:  # the left reach shrinks by one too; a reach of 0 cannot, so bits replace it
         pair, sink = _window_table(plan)
         left = torch.where(pair[..., :1] > 0, pair[..., :1] - 1, pair[..., :1])
         if bool((pair[..., :1] == 0).any()):
@@ -137,7 +137,7 @@ def _from_earlier(plan: P) -> P:
 
 
 def _written_out(plan: P) -> P:
-    """The same pairs with bits instead of rules."""
+    """Return the same visible pairs as units with bits and no rules."""
     bare = algebra.refine(plan, None, tile=plan.tile, unit=plan.unit, extent=plan.extent())
     return bare._changed(**Rules().fields())
 
@@ -148,14 +148,14 @@ def _window_table(plan: Record) -> tuple[Tensor, Tensor]:
         sink = plan.head_sink
         return plan.head_window, torch.zeros_like(plan.head_window[..., :1]) if sink is None else sink
     sides = [-1 if x is None or x > SHORT.max else x for x in plan.window or (None, None)]
-    # filled in on the device: a tensor of a Python list would be copied there, and waited for
+    # torch.full fills on the device: a tensor made of a Python list would be a synchronising copy
     full = [torch.full((1, 1, 1), x, dtype=torch.int32, device=plan.device) for x in sides]
     sink_ = min(plan.sink, SHORT.max) if plan.window is not None else 0
     return torch.cat(full, -1), torch.full_like(full[0], sink_)
 
 
 class _Joined:
-    """Plans of one grid and one law, and how many heads follow each."""
+    """Merges plans of one grid, `causal` and `include_self`; `counts` says how many heads follow each."""
 
     def __init__(self, plans: Sequence[Record], counts: list[int], tile: int, unit: int) -> None:
         self.plans, self.counts, self.tile, self.unit = plans, counts, tile, unit
@@ -168,7 +168,7 @@ class _Joined:
         self.device = plans[0].device
 
     def fields(self) -> dict[str, Any]:
-        """Fields of the plan."""
+        """Fields of the merged plan."""
         first = self.plans[0]
         made: dict[str, Any] = {n: getattr(first, n) for n in ("Tq", "Tk", "causal", "include_self")}
         made |= {"tile": self.tile, "unit": self.unit, **self.orders(), **self.spans(), **self.units()}
@@ -182,13 +182,13 @@ class _Joined:
     # -------------------------------------------------------------- tables
 
     def table(self, of: Callable[[Record], Tensor], batch: int | None = None) -> Tensor:
-        """A table of each plan, with a row for each of its heads, one behind the other."""
+        """Concatenate the tables `of(plan)` along heads, each expanded to the heads that follow its plan."""
         batch = self.batch if batch is None else batch
         parts = [laid_out(of(p), batch, n) for p, n in zip(self.plans, self.counts, strict=True)]
         return torch.cat(parts, 1)
 
     def grouped(self, tables: Sequence[Tensor | None], plain: Tensor) -> Tensor:
-        """Tables of few heads: neighbours that share a row in every plan go on sharing one."""
+        """Concatenate tables along as few heads as possible: a row per group of heads that share it."""
         own = [1 if x is None else x.shape[1] for x in tables]
         group = common(*(n // h for n, h in zip(self.counts, own, strict=True)))
         filled = [plain if x is None else x for x in tables]
@@ -198,7 +198,7 @@ class _Joined:
         )
 
     def orders(self) -> dict[str, Any]:
-        """Orders of rows: those of the plans, and the tokens' own where others have one."""
+        """Row orders; a plan without one gets the identity if another plan has one."""
         made: dict[str, Any] = {}
         for name, T, rows in (
             ("q_order", self.plans[0].Tq, self.rows),
@@ -222,7 +222,7 @@ class _Joined:
         return self.grouped(tables, torch.full_like(given[0][:1, :1], neutral))
 
     def positions(self) -> dict[str, Any]:
-        """One offset where all have the same; else a position for every token of every head."""
+        """One `q_offset` if all plans have the same; otherwise a `q_pos` for every token of every head."""
         first = self.plans[0]
         made: dict[str, Any] = {"q_offset": first.q_offset, "q_pos": None, "k_pos": None}
         if any(p.q_pos is not None for p in self.plans) or not all(
@@ -239,7 +239,7 @@ class _Joined:
         return made
 
     def windows(self) -> dict[str, Any]:
-        """One window where all have the same; else that of every head."""
+        """One window if all plans have the same; otherwise `head_window` and `head_sink`."""
         first = self.plans[0]
         alike = all(
             p.head_window is None and (p.window, p.sink) == (first.window, first.sink) for p in self.plans
@@ -247,7 +247,7 @@ class _Joined:
         if alike:
             return {"window": first.window, "sink": first.sink}
         pairs, sinks = zip(*(_window_table(p) for p in self.plans), strict=True)
-        if first.causal:  # nobody looks ahead anyway
+        if first.causal:  # causality bounds the right side already
             pairs = tuple(torch.cat([x[..., :1], torch.full_like(x[..., 1:], -1)], -1) for x in pairs)
         at = {id(p): n for n, p in enumerate(self.plans)}
         return {
@@ -258,7 +258,7 @@ class _Joined:
     # -------------------------------------------------------------- lists
 
     def numbers(self, name: str) -> Tensor:
-        """How many entries, or full ones, each list has; 0 in tiles and plans that have none."""
+        """The table `name` (a count, or a number of full entries) of all heads; 0 if a plan has no list."""
 
         def own(p: Record) -> Tensor:
             x = getattr(p, name)
@@ -268,7 +268,7 @@ class _Joined:
         return self.table(own)
 
     def starts(self, name: str, pools: Sequence[Tensor | None]) -> Tensor:
-        """Where each list begins, in pools that lie behind one another."""
+        """Where each list begins in the concatenated pools."""
         before, at = 0, {}
         for p, pool in zip(self.plans, pools, strict=True):
             at[id(p)], before = before, before + (0 if pool is None else len(pool))
@@ -281,7 +281,7 @@ class _Joined:
         return self.table(own)
 
     def spans(self) -> dict[str, Any]:
-        """Spans: in lists of one capacity where all have one, else as they lie."""
+        """The span lists: of one fixed capacity if all plans' lists have one, otherwise compact."""
         if all(p.spans is None for p in self.plans):
             return {}
         made: dict[str, Any] = {
@@ -291,7 +291,7 @@ class _Joined:
         return made | self.pooled("span_start", "spans", "span_room")
 
     def pooled(self, start: str, pool: str, room: str) -> dict[str, Any]:
-        """Pools behind one another; of lists of one capacity, lists of one capacity."""
+        """Concatenate the pools; if all lists have a fixed capacity, so has the result (the largest)."""
         given = [getattr(p, pool) for p in self.plans if getattr(p, pool) is not None]
         rooms = [getattr(p, room) for p in self.plans if getattr(p, pool) is not None]
         if not all(rooms):
@@ -313,7 +313,7 @@ class _Joined:
         return {start: begin.view(lead), pool: lists.reshape(-1, *width), room: most}
 
     def units(self) -> dict[str, Any]:
-        """Units, with bits that are all set where others have bits."""
+        """The unit lists; where only some plans have bits, the others get words with all bits set."""
         if all(p.index is None for p in self.plans):
             return {}
         made: dict[str, Any] = {"full": self.numbers("full"), "count": self.numbers("count")}
@@ -335,7 +335,7 @@ class _Joined:
 
 
 def _in_order(made: dict[str, Any], at: Tensor) -> dict[str, Any]:
-    """Fields with their heads in another order: pools of one capacity too, others stay where they are."""
+    """Permute the heads of the tables and of pools with fixed capacity; other pools are left as they are."""
     heads, done = len(at), dict(made)
     for start, pool, room in (("span_start", "spans", "span_room"), ("start", "index", "room")):
         if made.get(room):

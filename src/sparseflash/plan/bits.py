@@ -1,4 +1,4 @@
-"""Bits of partial units: key j of a unit is bit j % 32 of word j // 32."""
+"""Bit masks of partial units: key j of a unit is bit j % 32 of word j // 32."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def pack_bits(cells: Tensor) -> Tensor:
     return pack_words(wide.contiguous().view(torch.uint8).view(torch.int64).clone())
 
 
-_GATHER = 0x0102040810204080  # takes bit 8 i of a word to bit 56 + i; no two bits meet
+_GATHER = 0x0102040810204080  # a product with it moves bit 8 i of a word to bit 56 + i, without carries
 
 
 def pack_words(words: Tensor) -> Tensor:
-    """`pack_bits` of words of eight keys: int64 [N, tile, 4 n], overwritten, to int32 [N, tile, n]."""
+    """Pack words of eight bool bytes: int64 [N, tile, 4 n], overwritten, to int32 [N, tile, n]."""
     packed = words.mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
     return packed.view(torch.int32)
 

@@ -1,4 +1,4 @@
-"""Whether a plan's values are sound: nothing out of range, nothing listed twice, full entries really full."""
+"""Checks of a plan's values: nothing out of range, nothing listed twice, full entries really full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _fail(message: str) -> None:
 
 
 def check_order(order: Tensor | None, T: int, name: str) -> None:
-    """That an order of rows names tokens that exist, each once."""
+    """Check that a row order names existing tokens, each at most once."""
     if order is None or not order.numel():
         return
     low, high = (int(x) for x in torch.aminmax(order))
@@ -31,7 +31,7 @@ def check_order(order: Tensor | None, T: int, name: str) -> None:
 
 
 def check_values(plan: Record) -> None:
-    """Ranges of all values, so that no kernel reads out of bounds; linear in the lists, no loop."""
+    """Check the range of every value, so that no kernel reads out of bounds; no loop over entries."""
     check_order(plan.q_order, plan.Tq, "q_order")
     check_order(plan.k_order, plan.Tk, "k_order")
     for lists in plan.lists():
@@ -42,7 +42,7 @@ def check_values(plan: Record) -> None:
         some = count > 0
         one = torch.ones_like(start[some])
         edge.index_add_(0, start[some], one).index_add_(0, (start + count)[some], -one)
-        live = edge.cumsum(0)[:-1] > 0  # entries that no list reaches may hold anything
+        live = edge.cumsum(0)[:-1] > 0  # pool slots that no list owns may hold anything
         if isinstance(lists, Units):
             most = -(-plan.k_rows // plan.unit)
             bad, said = live & ((pool < 0) | (pool >= most)), f"unit numbers below {most}"
@@ -67,7 +67,7 @@ def _place(plan: Record, cell: int) -> str:
 
 
 def surely_full(plan: Record, entries: Ranges) -> Tensor:
-    """Entries whose extreme positions alone show that the rules hide nothing; others need a look inside."""
+    """True for entries whose extreme positions prove that the rules hide nothing; False is undecided."""
     if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg)):
         return torch.zeros_like(entries.full)
     batch, heads = plan.extent()
@@ -101,12 +101,12 @@ def surely_full(plan: Record, entries: Ranges) -> Tensor:
 
 
 def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, names: dict[str, str]) -> None:
-    """That lists lie inside their pool of `size` entries; `names` are what a plan calls them."""
+    """Check that lists lie inside their pool of `size` entries; `names` are the field names in the plan."""
     if bool(((full < 0) | (full > count)).any()):
         at = int(((full < 0) | (full > count)).nonzero()[0])
         said = f"{names['full']} = {int(full[at])} of {names['count']} = {int(count[at])}"
         _fail(f"{said}: expected 0 <= full <= count")
-    bad = (count > 0) & ((start < 0) | (start > size - count))  # a sum could wrap
+    bad = (count > 0) & ((start < 0) | (start > size - count))  # start + count could wrap
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         what = f"{names['start']} = {int(start[at])} with {int(count[at])} entries"
@@ -114,7 +114,7 @@ def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, names: dict[s
 
 
 def check(plan: Record) -> None:
-    """`check_values`, and that the entries of a tile are disjoint and the full ones really full."""
+    """Run `check_values`, and check that a tile's entries are disjoint and full ones really full."""
     check_values(plan)
     if plan.overflow is not None and bool(plan.overflow.any()):
         _fail("lists of a static capacity overflowed: entries were dropped; raise the capacity")

@@ -1,6 +1,6 @@
-"""Everything a plan can be made of: one class method each, with its example.
+"""The constructors of `Plan`: one class method for each input format, with an example.
 
-The work is done in `make/`, on plain tensors, one family a file.
+The implementations are in `make/`, on plain tensors, one family a file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Bucketed(TypedDict, total=False):
 
 
 class Constructors(Record):
-    """The class methods of `Plan` that make one."""
+    """The class methods that build a `Plan`."""
 
     @classmethod
     def dense(
@@ -61,7 +61,7 @@ class Constructors(Record):
         unit: int = UNIT,
         device: torch.device | str | None = None,
     ) -> Self:
-        """Every key within the rules: dense, causal, sliding window, with attention sinks. O(R) memory.
+        """Attend to every key that the rules allow: dense, causal, sliding window, sinks. O(R) memory.
 
         Parameters
         ----------
@@ -131,7 +131,7 @@ class Constructors(Record):
 
     @classmethod
     def _together(cls, plans: Sequence[Self]) -> Any:
-        """Disjoint plans of one softmax, as one value."""
+        """Combine disjoint plans of one softmax into one `Plans`."""
         raise NotImplementedError
 
     @overload
@@ -231,12 +231,12 @@ class Constructors(Record):
         Parameters
         ----------
         cu_seqlens, cu_seqlens_k : Tensor
-            Integers `[n+1]`: document i holds queries `cu_seqlens[i]` to `cu_seqlens[i+1] - 1`, and the keys
-            that `cu_seqlens_k` says (the same by default). Documents may be empty. With other lengths of keys
-            than of queries, the last query of a document sits at the position of its last key.
+            Integers `[n+1]`: document i holds queries `cu_seqlens[i]` to `cu_seqlens[i+1] - 1`, and keys
+            likewise by `cu_seqlens_k` (the same by default). Documents may be empty. Where a document has
+            different numbers of queries and keys, its last query sits at the position of its last key.
         Tq, Tk : int, optional
-            Tokens of the tensors, where they hold more than the documents (the rest sees nothing). On an
-            accelerator: say them, and no value has to reach the host.
+            Tokens of the tensors, if they hold more than the documents (the rest sees nothing). Given on an
+            accelerator, they avoid a copy of the totals to the host.
         causal, include_self, window
             As in `Plan`; distances are counted inside the document.
 
@@ -273,18 +273,18 @@ class Constructors(Record):
         tile: int = TILE,
         unit: int = UNIT,
     ) -> Self:
-        """Any bool mask, True = attends: what `scaled_dot_product_attention` takes. Empty tiles cost nothing.
+        """Read any bool mask, True = attends, as `scaled_dot_product_attention` takes it. Skips empty tiles.
 
         The mask is read once. Full tiles become ranges, mixed ones keep their bits (arXiv 2409.15097). Their
-        number depends on values: a function compiled with `fullgraph=True` takes the plan as an argument.
+        number depends on values: pass the plan as an argument to a function compiled with `fullgraph=True`.
 
         Parameters
         ----------
         mask : Tensor
             Bool `[B|1, H|1, Tq, Tk]`, `[H, Tq, Tk]` or `[Tq, Tk]`.
         Tq, Tk : int, optional
-            Numbers of tokens where the mask's axis has size 1 and stands for all: with `Tq`, a mask
-            `[B, 1, 1, Tk]` of the keys that are no padding.
+            Numbers of tokens, needed if the mask's axis has size 1 and broadcasts: with `Tq`, a padding mask
+            `[B, 1, 1, Tk]` that is True at real keys.
 
         Examples
         --------
@@ -297,10 +297,10 @@ class Constructors(Record):
 
     @classmethod
     def from_sparse(cls, mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Self:
-        """The pairs that a sparse matrix stores; nothing of size Tq x Tk is made. O(n log n) of n pairs.
+        """Keep the pairs that a sparse matrix stores. O(n log n) for n pairs, without a Tq x Tk mask.
 
         `mask` is a SciPy sparse matrix `[Tq, Tk]`, or a sparse tensor (COO, CSR, CSC) of that shape, or COO
-        of shape `[B|1, H|1, Tq, Tk]`. Stored zeros are no pairs, whatever else is stored is one.
+        of shape `[B|1, H|1, Tq, Tk]`. Every stored value other than zero is a visible pair.
 
         Examples
         --------
@@ -322,13 +322,13 @@ class Constructors(Record):
         tile: int = TILE,
         unit: int = UNIT,
     ) -> Self:
-        """Each query sees keys `lo ... hi - 1`: any mask whose rows are a few ranges, without the mask.
+        """Let each query see keys `lo ... hi - 1`: any mask whose rows are a few ranges, without the mask.
 
         Parameters
         ----------
         lo, hi : Tensor
             Integers `[B|1, H|1, Tq]`, or `[B|1, H|1, Tq, m]` for m ranges a query (they may overlap; `hi <=
-            lo` is empty). `lo` of None begins at key 0 and needs no bits: a prefix of every query's own.
+            lo` is empty). `lo=None`: each query sees a prefix, its first `hi` keys, and no bits are needed.
         Tk : int
             Number of keys.
         moving : bool
@@ -355,22 +355,22 @@ class Constructors(Record):
         unit: int | None = None,
         capacity: int | None = None,
     ) -> Self:
-        """Key j is seen from position j up to, not including, position `k_end[j]`: caches that evict, trees.
+        """Keep key j visible from position j up to, not including, `k_end[j]`: caches that evict, trees.
 
-        A tile lists the keys that live while it does (`from_lifetimes`).
+        A tile lists only the keys that are alive at one of its query positions (`from_lifetimes`).
 
         Parameters
         ----------
         k_end : Tensor
-            Integers `[B|1, H|1, Tk]`; any large number is never. Tokens of a tree in depth-first order expire
-            where their subtree ends.
+            Integers `[B|1, H|1, Tk]`; any large number means never. Tokens of a tree in depth-first order
+            expire where their subtree ends.
         Tq, q_offset
             Number of queries (Tk by default) and position of the first.
         unit : int, optional
-            Keys that stand or fall together in the lists; what none of a tile's queries sees is then visited
-            with its neighbours.
+            Keys of one list entry: a tile visits all keys of a unit if one of them is alive. None: ranges and
+            single keys, so that no dead key is visited.
         capacity : int, optional
-            As of `from_lifetimes`: the most units that a tile lists.
+            The most entries that a tile lists, as in `from_lifetimes`.
 
         Examples
         --------
@@ -393,17 +393,17 @@ class Constructors(Record):
         tile: int = 64,
         capacity: int | None = None,
     ) -> Self:
-        """Key j is seen by queries at positions `begin[j] ... end[j] - 1`, and only the living are listed.
+        """Keep key j visible at positions `begin[j] ... end[j] - 1`; a tile lists only its living keys.
 
         Parameters
         ----------
         begin, end : Tensor
-            Integers `[B|1, H|1, Tk]`; any large end is never.
+            Integers `[B|1, H|1, Tk]`; any large end means never.
         Tq, q_offset
             Number of queries; position of the first, an int or integers 0-d or `[B]`.
         capacity : int, optional
-            Bounds the keys of a tile where shapes are static (on accelerators); `overflow` says what was
-            dropped.
+            Most keys that a tile lists, so that shapes are static (accelerators); `overflow` is set if any
+            were dropped.
 
         Examples
         --------
@@ -431,7 +431,7 @@ class Constructors(Record):
         k_order: Tensor | None = None,
         capacity: int | None = None,
     ) -> Self:
-        """Blocks of `tile` queries x `unit` keys, True = attends.
+        """Attend to blocks of `tile` queries x `unit` keys, True = attends.
 
         With `causal`, blocks in the future are left out and those on the diagonal masked.
 
@@ -442,10 +442,10 @@ class Constructors(Record):
         q_offset : int or Tensor
             Position of the first query: an int, or integers 0-d or `[B]` (chunks of a prompt).
         q_order, k_order : Tensor, optional
-            Integers `[B|1, H|1, rows]`: the token of each row, -1 for an empty lane; blocks are then of rows
-            (sorted or clustered tokens, tiles of an image or a video). Positions stay those of the tokens.
+            Integers `[B|1, H|1, rows]`: the token of each row, -1 for an empty lane; blocks then consist of
+            rows (sorted or clustered tokens, tiles of an image or a video). Positions stay those of tokens.
         capacity : int, optional
-            Bounds the blocks of a tile, so that shapes do not depend on values (on accelerators the default
+            Most blocks that a tile lists, so that shapes do not depend on values (on accelerators the default
             is room for all); blocks beyond it are dropped and `overflow` is set.
 
         Examples
@@ -480,12 +480,12 @@ class Constructors(Record):
         ascending: bool = False,
         capacity: int | None = None,
     ) -> Self:
-        """Keys (or units of keys) listed for each tile: integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
+        """Let each tile see listed keys (or units): integers `[B|1, H|1, ceil(Tq/tile), n]`, -1 = none.
 
-        Say `unique=True` where no list names a key twice; otherwise doubles are dropped. Say
-        `ascending=True` where each list is sorted besides, with what is -1 at its end (`top_indices` makes
-        such): then it is taken as it stands, which costs a few small operations. The other arguments are
-        those of `from_blocks`.
+        `unique=True` promises that no list names a key twice; otherwise duplicates are dropped.
+        `ascending=True` promises that each list is also sorted, with the -1 at its end (as `top_indices`
+        returns it): the lists are then used as they are, at the cost of a few small operations. The other
+        arguments are those of `from_blocks`.
 
         Examples
         --------
@@ -517,10 +517,10 @@ class Constructors(Record):
         unique: bool = False,
         tile: int | None = None,
     ) -> Self:
-        """Keys, or blocks of `unit` keys, that each query chose for itself: a learned indexer's choice.
+        """Let each query see the keys, or blocks of `unit` keys, it selected: a learned indexer's top-k.
 
-        A query's own list is the least work, but a gathered pair costs about three of a tile's: where the
-        choices of 64 neighbours overlap enough, they share tiles in which bits say who sees what.
+        One list per query computes the fewest pairs, but a gathered pair costs about three pairs of a tile:
+        if 128 neighbouring queries overlap enough, they share a tile whose bits say which query sees a key.
 
         Parameters
         ----------
@@ -528,20 +528,20 @@ class Constructors(Record):
             Integers `[B|1,Tq,n]` for all heads, or `[B|1,H,Tq,n]`: keys (blocks where `unit` > 1), -1 = none,
             in any order; doubles count once, and keys of the future (stock indexers name some) are dropped.
         Tk : int
-            How many keys there are.
+            Number of keys.
         unit : int
-            Keys of a block; block i is the keys from `i * unit` on.
+            Keys of a block; block i begins at key `i * unit`.
         causal : bool
-            Query i, at position `q_offset + i`, sees keys up to its own.
+            Query i sees only keys up to its own position, `q_offset + i`.
         q_offset : int or Tensor
             Position of the first query; integers `[B]` where sequences differ.
         k_keep : Tensor, optional
             bool `[B,Tk]`, True = a real key.
         unique : bool
-            Whether no query names a key twice, as `indexer_topk` promises; otherwise lists are sorted first.
+            A promise that no query names a key twice (true of `indexer_topk`); else lists are sorted first.
         tile : int, optional
-            Queries that share a list: 1, or tiles with bits. None takes what is less work (1 on accelerators,
-            where finding out would synchronise).
+            Queries that share a list: 1, or more with bits. None picks what is less work (1 on accelerators,
+            where a comparison would synchronise).
 
         Examples
         --------
@@ -578,10 +578,10 @@ class Constructors(Record):
         k_order: Tensor | None = None,
         capacity: int | None = None,
     ) -> Self:
-        """Key ranges `[lo, hi)` of each tile: integers `[B|1, H|1, ceil(Tq/tile), m, 2]`, lo = hi is empty.
+        """Let each tile see key ranges: integers `[B|1, H|1, ceil(Tq/tile), m, 2]`, lo = hi is empty.
 
-        Ranges are of key rows, which are tokens but under a `k_order`. The other arguments are those of
-        `from_blocks`.
+        A range `[lo, hi)` is of key rows, which are tokens unless `k_order` is given. The other arguments are
+        those of `from_blocks`.
 
         Examples
         --------
@@ -610,22 +610,22 @@ class Constructors(Record):
         q_offset: int | Tensor = 0,
         capacity: int | None = None,
     ) -> Self:
-        """Vertical-slash: some keys for all queries, and keys at some distances before each; causal.
+        """Vertical-slash pattern: some keys for all queries, and keys at some distances before each; causal.
 
         Slashes are widened to tiles: a query of the tile whose first query sits at position p sees, for each
         distance d, the keys at positions p - d ... p - d + tile - 1 that are not after its own. Columns and
-        slashes may meet; a pair is seen once. O((columns + slashes) x tiles) work and memory.
+        slashes may overlap; a pair counts once. O((columns + slashes) x tiles) work and memory.
 
         Parameters
         ----------
         columns, distances : Tensor
-            Integers `[B|1, H|1, n]` in any order, -1 = none, doubles count once: keys, and distances `query
-            position - key position >= 0`.
+            Integers `[B|1, H|1, n]` in any order, -1 = none, duplicates count once: keys, and distances
+            `query position - key position >= 0`.
         Tq, Tk, q_offset
             Numbers of queries and keys; position of the first query, an int or integers 0-d or `[B]`.
         capacity : int, optional
-            Bounds the ranges and the columns of a tile where shapes are static; `overflow` says what was
-            dropped.
+            Most ranges, and most columns, that a tile lists, so that shapes are static; `overflow` is set if
+            any were dropped.
 
         Source: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3.2.
 
@@ -644,17 +644,17 @@ class Constructors(Record):
 
     @classmethod
     def from_lengths(cls, lengths: Tensor, *, Tk: int, Tq: int = 1) -> Self:
-        """The last Tq queries of each sequence over a cache whose first `lengths` keys are in use.
+        """Let the last Tq queries of each sequence see a cache whose first `lengths` keys are in use.
 
-        Query i of sequence b sits at position `lengths[b] - Tq + i` and sees the keys up to there; where that
-        is negative, none.
+        Query i of sequence b sits at position `lengths[b] - Tq + i` and sees the keys up to that position; a
+        query at a negative position sees none.
 
         Parameters
         ----------
         lengths : Tensor
             Integers `[B]` (or `[1]` for all sequences), 0 to Tk.
         Tk, Tq : int
-            Keys that the cache has room for; queries.
+            Capacity of the cache in keys; number of queries.
 
         Examples
         --------
@@ -677,30 +677,30 @@ class Constructors(Record):
         choice: Tensor | None = None,
         first_page: int | Tensor | None = None,
     ) -> Self:
-        """The last queries of each sequence over a paged cache: k and v are one pool, of batch size 1.
+        """Let the last queries of each sequence see a paged cache: k and v are one pool, of batch size 1.
 
         A cache `[pages, page_size, Hkv, D]` is the pool `cache.view(1, -1, Hkv, D).transpose(1, 2)`, without
-        a copy. Sequences may share pages, at any place; what they do not use may hold any page, none (-1) and
-        NaN. The cost follows the pages of the table, not those of the pool.
+        a copy. Sequences may share pages, at any place; unused table entries may hold any page or -1, and
+        unused pages NaN. The cost follows the pages of the table, not those of the pool.
 
         Parameters
         ----------
         block_table : Tensor
-            Integers `[B, n]`: the pages of each sequence, in order; anything beyond its length.
+            Integers `[B, n]`: the pages of each sequence, in order; entries beyond its length are ignored.
         lengths : Tensor
             Integers `[B]`: keys in use. Query i of a sequence sits at position `length - queries + i`.
         page_size, Tk : int
             Keys of a page; keys of the whole pool.
         Tq : int, optional
-            Queries of a sequence, its last ones: 1. With `cu_seqlens_q` those of all sequences together.
+            Queries of each sequence, its last ones; default 1. With `cu_seqlens_q`: of all sequences.
         cu_seqlens_q : Tensor, optional
-            Integers `[B + 1]`: running totals of queries, where sequences have different numbers; q is then
-            one row, `[1, Hq, Tq, D]`, of the queries of all behind one another.
+            Integers `[B + 1]`: running totals of queries, if sequences have different numbers; q is then
+            packed, `[1, Hq, Tq, D]`: the queries of all sequences concatenated.
         choice : Tensor, optional
-            Integers `[B, H, m]`: the pages that are seen, by their place in the sequence, each once; -1 =
-            none. None: all.
+            Integers `[B, H, m]`: the visible pages, by their place in the sequence, each once; -1 = none.
+            None: all pages.
         first_page : int or Tensor, optional
-            The page that a sequence begins with, `[B]` where they differ: what lies before it is not seen.
+            First visible page of a sequence, `[B]` if they differ; earlier pages are hidden.
 
         Examples
         --------
@@ -733,14 +733,14 @@ class Constructors(Record):
         tile: int = TILE,
         unit: int = UNIT,
     ) -> Self:
-        """FlashMask's form: for each key, between which query rows it is hidden. O(Tk) memory to say.
+        """Read FlashMask's format: for each key, the query rows from which it is hidden. O(Tk) input.
 
         Parameters
         ----------
         startend_row_indices : Tensor
             Integers `[B|1, H|1, Tk, n]`. Causal: n = 1, a key is hidden from that row on, or n = 2, from the
             first row up to (not including) the second. Not causal: n = 2, hidden from the first row on and
-            before the second, or n = 4, from row 0 up to 1 and from row 2 up to 3.
+            before the second, or n = 4, from the first row up to the second and the third up to the fourth.
         causal : bool
             Whether query i sees keys up to i only.
         Tq : int, optional
@@ -771,12 +771,12 @@ class Constructors(Record):
         tile: int = TILE,
         unit: int = UNIT,
     ) -> Self:
-        """MagiAttention's form: rectangles of queries and keys, each with a shape of its own.
+        """Read MagiAttention's format: rectangles of queries and keys, each full, causal, inverse or both.
 
         Parameters
         ----------
         q_ranges, k_ranges : Tensor or list
-            Integers `[n, 2]`: `[begin, end)` of each slice. Slices may meet; a pair is seen once.
+            Integers `[n, 2]`: `[begin, end)` of each slice. Slices may overlap; a pair counts once.
         types : Tensor, list or int, optional
             Integers `[n]`, or one for all: 0 full (the default), 1 causal (the last query sees the last
             key), 2 inverse causal (the first query sees from the first key on), 3 both.
@@ -805,17 +805,17 @@ class Constructors(Record):
         causal: bool = False,
         q_offset: int | Tensor = 0,
     ) -> Self:
-        """Block sparse rows: what FlashInfer's block sparse attention takes, SciPy's and PyTorch's matrices.
+        """Read block sparse rows, as FlashInfer's block sparse attention and SciPy or PyTorch matrices do.
 
         Parameters
         ----------
         indptr : Tensor or matrix
-            Integers `[R + 1]`: row r of blocks lists `indices[indptr[r]:indptr[r + 1]]`. Or a BSR matrix of
-            SciPy or PyTorch, alone: its stored blocks are seen.
+            Integers `[R + 1]`: row r of blocks lists `indices[indptr[r]:indptr[r + 1]]`. Or, alone, a BSR
+            matrix of SciPy or PyTorch: its stored blocks are visible.
         indices : Tensor
-            Integers: units of keys.
+            Integers: unit numbers.
         Tq, Tk, tile, unit : int
-            Numbers of queries and keys, and of a block; a matrix has its own.
+            Numbers of queries and keys, and the block's size in queries and keys; a matrix brings its own.
         causal, q_offset
             As in `from_blocks`.
 
@@ -842,5 +842,5 @@ class Constructors(Record):
 
     @classmethod
     def from_block_mask(cls, block_mask: Any) -> Self:
-        """A FlexAttention `BlockMask`; its mask function is evaluated on its partial blocks only."""
+        """Read a FlexAttention `BlockMask`; its mask function is evaluated on its partial blocks only."""
         return cls._made(**flex.from_block_mask(block_mask))

@@ -1,4 +1,4 @@
-"""Where files that 0.1.0 wrote look for `Plan`; nothing else should."""
+"""Module path under which files saved by 0.1.0 look up `Plan`; import it from nowhere else."""
 
 from .plan import Plan
 

@@ -1,4 +1,4 @@
-"""A plan as text and as a picture. Sampled where it is large: the cost does not grow with Tq x Tk."""
+"""Draw a plan as text or as a picture. Large plans are sampled: the cost does not grow with Tq x Tk."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Parts = Record | tuple[Record, ...]
 
 SHADES = " ░▒▓█"
 SAMPLES = 16
-"""Queries, and keys, that are looked at in each cell of a picture; a cell of at most that many is exact."""
+"""Queries, and keys, sampled in each cell of a picture; a cell of at most that many is exact."""
 EXACT = 1 << 24
-"""Pairs in partial entries up to which a picture's title says how many are kept."""
+"""A picture's title states the kept share only if partial entries hold at most this many pairs."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class Picture:
 
 
 def picture(plans: Parts, rows: int, columns: int, *, batch: int = 0, head: int = 0) -> Picture:
-    """Queries downwards, keys to the right; at most `rows` x `columns` cells."""
+    """Sample a head into at most `rows` x `columns` cells: queries downwards, keys to the right."""
     parts = parts_of(plans)
     plan, heads = parts[0], extent_of(parts)[1]
 
     def own(one: Record) -> tuple[int, int]:
-        """Which of a plan's own lists serves that batch slot and head."""
+        """Batch slot and list head of a plan that serve the requested batch slot and head."""
         batches, few = one.extent()
         return min(batch, max(batches - 1, 0)), head * few // heads
 
-    with torch.device("cpu"):  # pictures are made there, whatever `torch.set_default_device` says
+    with torch.device("cpu"):  # on the CPU, whatever `torch.set_default_device` says
         rows, columns = min(rows, plan.Tq), min(columns, plan.Tk)
         if not rows or not columns:
             return Picture(torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.bool))
@@ -66,7 +66,7 @@ def picture(plans: Parts, rows: int, columns: int, *, batch: int = 0, head: int 
 
 
 def _some(T: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Up to SAMPLES tokens of each of the cells that T tokens fall into, and their cells."""
+    """Divide T tokens into `cells` cells; return up to SAMPLES tokens of each cell, and their cells."""
     edge = torch.arange(cells + 1) * T // cells
     size = edge[1:] - edge[:-1]
     if int(size.max()) <= SAMPLES:
@@ -78,9 +78,9 @@ def _some(T: int, cells: int, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def _touched(plan: Record, rows: int, columns: int, batch: int, head: int) -> Tensor:
-    """Cells much larger than a tile that a listed range reaches: thin bands that samples may miss.
+    """Mark cells that a listed range reaches, if cells are much larger than a tile: samples may miss bands.
 
-    Only where rows are tokens: under an order, ranges of rows are no ranges of tokens.
+    No cell is marked if the plan has row orders, because ranges of rows are then no ranges of tokens.
     """
     marks = torch.zeros(rows, columns + 1, dtype=torch.int64)
     coarse = max(plan.Tq / rows, plan.Tk / columns) > 2 * plan.tile
@@ -92,7 +92,7 @@ def _touched(plan: Record, rows: int, columns: int, batch: int, head: int) -> Te
     tile, lo, hi = (x[own].cpu() for x in (entries.cell % plan.tiles, entries.lo, entries.hi))
     last_query = torch.minimum((tile + 1) * plan.tile, torch.tensor(plan.Tq)) - 1
     one = torch.ones_like(tile)
-    for query in (tile * plan.tile, last_query):  # the row of cells where a tile begins and where it ends
+    for query in (tile * plan.tile, last_query):  # mark the rows of cells that hold a tile's ends
         place = query * rows // plan.Tq
         marks.index_put_((place, lo * columns // plan.Tk), one, accumulate=True)
         marks.index_put_((place, (hi - 1) * columns // plan.Tk + 1), -one, accumulate=True)
@@ -108,7 +108,7 @@ def _title(plans: Parts) -> str:
 
 
 def draw(plan: Parts, width: int = 48) -> str:
-    """Characters by the share of visible pairs; first batch and head; queries downwards."""
+    """Draw the first batch and head, queries downwards; a character's shade is the share of visible pairs."""
     seen = picture(plan, max(1, width // 2), width)
     level = (seen.share * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
     level = torch.where(seen.touched, level.clamp(min=1), level)

@@ -1,4 +1,4 @@
-"""What a plan's lists say: the keys of one tile, all entries at once, single pairs, the mask."""
+"""Expand a plan's lists: the keys of one tile, all entries at once, the visibility of pairs, the mask."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from .record import Record
 
 @dataclass(frozen=True)
 class TileView:
-    """The keys that one tile visits, for every (batch, head): tokens, and what each row sees of them.
+    """The keys that one tile visits, for every (batch, head), and which of its rows sees which key.
 
-    q_token [B,H,tile] and k_token [B,H,n] are token numbers (-1: no token); keep [B,H,tile,n]; entry [B,H,n]
-    is the place of a key's entry in the tile's lists, spans before units (-1: no key).
+    q_token [B,H,tile] and k_token [B,H,n] are token numbers (-1: no token), k_row [B,H,n] the rows of the
+    keys; keep [B,H,tile,n] is visibility; entry [B,H,n] is the index of a key's entry in the tile's lists,
+    spans before units (-1: no key).
     """
 
     q_token: Tensor
@@ -33,7 +34,7 @@ class TileView:
 
 
 def _entries(plan: Record, r: int, batch: int, heads: int) -> tuple[Tensor, ...]:
-    """Entries of tile r: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; the rest is empty."""
+    """Entries of tile r: lo, hi, bits row (-1: none), place in the lists, each [B,H,m]; padding is empty."""
     parts = []
     before: Tensor | int = 0
     for lists in plan.lists():
@@ -49,12 +50,12 @@ def _entries(plan: Record, r: int, batch: int, heads: int) -> tuple[Tensor, ...]
 
 
 def tile_view(plan: Record, r: int, batch: int, heads: int) -> TileView:
-    """Everything tile r sees, by the formula, with the work and memory of what it visits."""
+    """Evaluate the rules on all keys that tile r visits; work and memory follow the visited area."""
     return next(tile_parts(plan, r, batch, heads, None))
 
 
 def tile_parts(plan: Record, r: int, batch: int, heads: int, most: int | None) -> Iterator[TileView]:
-    """The view of tile r, at most so many keys at a time."""
+    """Yield the view of tile r in parts of at most `most` keys (None: one part)."""
     device = plan.device
     lo, hi, bits_row, place = _entries(plan, r, batch, heads)
     size = hi - lo
@@ -107,7 +108,7 @@ def _view(
 
 
 def visible(plan: Record, q_token: Tensor, k_token: Tensor) -> Tensor:
-    """The formula of visibility, for tokens q [B,H,m] and k [B,H,n] (-1 is no token): bool [B,H,m,n]."""
+    """Evaluate the plan's rules for tokens q [B,H,m] and k [B,H,n] (-1: no token): bool [B,H,m,n]."""
     batch, heads = q_token.shape[:2]
 
     def q(x: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def visible(plan: Record, q_token: Tensor, k_token: Tensor) -> Tensor:
 
 
 def standing(plan: Record, q_token: Tensor, k_token: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tokens q [B,H,m] and k [B,H,n] stand; those below 0 stand anywhere."""
+    """Positions of query tokens [B,H,m] and key tokens [B,H,n]; undefined for tokens below 0."""
     batch, heads = q_token.shape[:2]
     q, k = plan.q_pos, plan.k_pos
     at = q_token + shift_of(plan.q_offset, 2) if q is None else read(laid_out(q, batch, heads), q_token)
@@ -129,14 +130,14 @@ def standing(plan: Record, q_token: Tensor, k_token: Tensor) -> tuple[Tensor, Te
 
 
 def read(x: Tensor, token: Tensor) -> Tensor:
-    """x [B,H,T] at tokens [B,H,...], int64; tokens below 0 read anything."""
+    """Gather x [B,H,T] at tokens [B,H,...], int64; the result is undefined for tokens below 0."""
     if not x.shape[-1]:  # no tokens: all lanes are empty
         return torch.zeros_like(token)
     return x.gather(-1, token.clamp(min=0)).long()
 
 
 def positions(plan: Record, token: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    """Positions of query tokens [n, tile] of (batch, head) [n]; of lanes without a token, anything."""
+    """Positions of query tokens [n, tile] of (batch, head) [n]; undefined in lanes without a token."""
     if plan.q_pos is not None:
         return fetch(plan.q_pos, b[:, None], h[:, None], token, plan.extent()[1])
     shift = shift_at(plan.q_offset, b)
@@ -146,15 +147,15 @@ def positions(plan: Record, token: Tensor, b: Tensor, h: Tensor) -> Tensor:
 # ---------------------------------------------------------------- all entries at once
 
 CELLS = 1 << 22
-"""Pairs of query and key that are looked at in one go."""
+"""(query, key) pairs that are evaluated in one chunk."""
 
 
 @dataclass(frozen=True)
 class Ranges:
     """Every listed range of every (batch, head, tile), flattened: `[lo, hi)` in key rows.
 
-    `cell` numbers the tiles through [B,H,R]; `bits` is a row of the plan's bits, -1 for none; `ragged` marks
-    units that the end of the keys cuts off.
+    `cell` is the flat index (b * H + h) * R + r of the tile; `bits` is a row of the plan's bits, -1 for none;
+    `ragged` marks units that the end of the keys cuts off.
     """
 
     cell: Tensor
@@ -165,12 +166,12 @@ class Ranges:
     ragged: Tensor
 
     def of(self, which: Tensor | slice) -> Ranges:
-        """Some of them."""
+        """Select entries by mask, index or slice."""
         return Ranges(*(getattr(self, f.name)[which] for f in dataclasses.fields(self)))
 
 
 def ranges(plan: Record) -> Ranges:
-    """All entries of a plan, spans and units."""
+    """Flatten all entries of a plan, spans before units."""
     parts = []
     for lists in plan.lists():
         own = lists.laid_out(*plan.extent())
@@ -184,7 +185,7 @@ def ranges(plan: Record) -> Ranges:
 
 
 def query_tokens(plan: Record) -> Tensor:
-    """Token of each row of each tile, -1 where there is none: [B,H,R,tile]."""
+    """Token of each row of each tile, -1 in empty lanes: [B,H,R,tile]."""
     batch, heads = plan.extent()
     if plan.q_order is None:
         rows = torch.arange(plan.Tq, dtype=torch.int32, device=plan.device).view(1, 1, -1)
@@ -196,7 +197,7 @@ def query_tokens(plan: Record) -> Tensor:
 
 @dataclass(frozen=True)
 class Cells:
-    """Lanes of some entries against the rows of their tiles: entry and key token [n], keep [n, tile]."""
+    """Key lanes of entries against the rows of their tiles: all [n], but q_token and keep [n, tile]."""
 
     entry: Tensor
     batch: Tensor
@@ -208,7 +209,7 @@ class Cells:
 
 
 def lanes(plan: Record, entries: Ranges, step: int) -> Iterator[tuple[Tensor, ...]]:
-    """Entry, place inside it, batch, head and token of every covered key row, `step` of them at a time."""
+    """Yield entry, offset inside it, batch, head and token of each covered key row, `step` rows at a time."""
     heads = plan.extent()[1]
     size = entries.hi - entries.lo
     ends = size.cumsum(0)
@@ -226,14 +227,14 @@ def lanes(plan: Record, entries: Ranges, step: int) -> Iterator[tuple[Tensor, ..
 
 
 def fetch(x: Tensor, b: Tensor, h: Tensor, at: Tensor, heads: int) -> Tensor:
-    """x [B|1,H',T] at (batch, head, place), int64; places below 0 read anything."""
+    """Gather x [B|1,H',T] at (batch, query head of `heads`, index), int64; undefined for indices below 0."""
     if not x.shape[-1]:
         return torch.zeros_like(at)
     return x[b if x.shape[0] > 1 else torch.zeros_like(b), h * x.shape[1] // heads, at.clamp(min=0)].long()
 
 
 def cells(plan: Record, entries: Ranges) -> Iterator[Cells]:
-    """Evaluate the formula on everything that entries cover, CELLS pairs at a time."""
+    """Evaluate the rules and bits on every pair that the entries cover, CELLS pairs at a time."""
     heads = plan.extent()[1]
     q_tokens = query_tokens(plan).reshape(-1, plan.tile)
     for entry, inside, b, h, k_token in lanes(plan, entries, max(1, CELLS // plan.tile)):
@@ -257,7 +258,7 @@ def cells(plan: Record, entries: Ranges) -> Iterator[Cells]:
 
 
 def real_rows(plan: Record) -> Tensor:
-    """Rows of [B,H,R,tile] that hold a real token: bool."""
+    """Which rows hold a real token, one whose segment is not NONE: bool [B,H,R,tile]."""
     token = query_tokens(plan)
     real = token >= 0
     if plan.q_seg is not None and plan.Tq:
@@ -268,7 +269,7 @@ def real_rows(plan: Record) -> Tensor:
 
 
 def to_dense(plan: Record) -> Tensor:
-    """The mask, bool [B,H,Tq,Tk]."""
+    """Materialise the mask, bool [B,H,Tq,Tk]."""
     mask = torch.zeros(*plan.extent(), plan.Tq, plan.Tk, dtype=torch.bool, device=plan.device)
     for part in cells(plan, ranges(plan)):
         lane, row = part.keep.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""A plan's figures: how many pairs are visible, visited, and allowed by its rules alone."""
+"""Statistics of a plan: how many pairs are visible, visited, and allowed by its rules alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def visible_pairs(plan: Record) -> int:
 
 
 def by_position(plan: Record) -> bool:
-    """Whether a key's row is its position and nothing but positions decides: a row counts in closed form."""
+    """Whether key rows are positions and only positions decide: visible pairs then have a closed form."""
     told = (plan.k_order, plan.k_pos, plan.k_end, plan.q_seg, plan.k_seg, plan.bits)
     return all(x is None for x in told)
 
 
 def _count_by_position(plan: Record, entries: Ranges) -> int:
-    """Visible pairs of some entries: the length of what the rules leave of each range, row by row."""
+    """Count visible pairs of entries in closed form: for each row, the length of range ∩ (window ∪ sink).
+
+    Example: range [0, 10), q = 8, causal, left = 2, sink = 3: near is [6, 9), before [0, 3): 6 pairs.
+    """
     batch, heads = plan.extent()
     tokens = query_tokens(plan).reshape(-1, plan.tile)
     head = torch.arange(len(tokens), device=plan.device) // max(plan.tiles, 1) % heads
@@ -59,7 +62,7 @@ def _count_by_position(plan: Record, entries: Ranges) -> int:
 
 
 def partial_area(plan: Record) -> int:
-    """Pairs in partial entries: what `visible_pairs` has to evaluate."""
+    """Pairs in partial entries, which `visible_pairs` has to evaluate."""
     entries = ranges(plan)
     return int(((entries.hi - entries.lo) * ~entries.full).sum()) * plan.tile
 
@@ -114,22 +117,22 @@ def dense_pairs(plan: Record) -> int:
 
 
 def density(plans: Record | tuple[Record, ...]) -> float:
-    """`Plan.density`; of several plans, of what the loosest of their rules allow."""
+    """`Plan.density`; for several plans, relative to the plan whose rules allow most."""
     return _visible_of(plans, dense_pairs)
 
 
 def kept(plans: Record | tuple[Record, ...]) -> float:
-    """`Plan.kept`; of several plans, of what is causal for all of them, or else of all pairs."""
+    """`Plan.kept`; for several plans, relative to all causal pairs if all are causal, else to all pairs."""
     open_ = {"window": None, "sink": 0, "head_window": None, "head_sink": None}
     return _visible_of(plans, lambda plan: dense_pairs(plan._changed(**open_)))
 
 
 def _visible_of(plans: Record | tuple[Record, ...], allowed: Callable[[Record], int]) -> float:
-    """Visible pairs over those that are allowed, by the plan that allows most; 1 where none are."""
+    """Visible pairs over the pairs `allowed` by the plan that allows most; 1 if that is none."""
     parts = parts_of(plans)
     batch, heads = extent_of(parts)
 
-    def share(plan: Record) -> float:  # of all lists, where another plan has more of them
+    def share(plan: Record) -> float:  # how often this plan's lists repeat in the common extent
         own_batch, own_heads = plan.extent()
         return batch * heads / (own_batch * own_heads) if own_batch else 1
 
@@ -148,11 +151,11 @@ def work(plans: Record | tuple[Record, ...]) -> float:
 
 
 def parts_of(plans: Record | tuple[Record, ...]) -> tuple[Record, ...]:
-    """The plans of one softmax."""
+    """The plans of one softmax as a tuple."""
     return plans if isinstance(plans, tuple) else (plans,)
 
 
 def extent_of(plans: Record | tuple[Record, ...]) -> tuple[int, int]:
-    """(batch, heads) that all plans of one softmax broadcast to."""
+    """Return the (batch, heads) that all plans of one softmax broadcast to."""
     extents = [one.extent() for one in parts_of(plans)]
     return next((b for b, _ in extents if b != 1), 1), math.lcm(*(h for _, h in extents))

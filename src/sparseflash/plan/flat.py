@@ -1,7 +1,6 @@
-"""A plan as flat lists of tensors and integers: the schema of the custom ops, fixed once for all of a plan.
+"""A plan as flat lists of tensors and integers: the schema by which custom ops take plans.
 
-From the first release on slots are only appended, so that compiled graphs of an older version keep their
-meaning.
+From the first release on slots are only appended, so that graphs compiled by an older version stay valid.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ UNBOUNDED = -1
 
 
 def flatten(plan: Plan) -> tuple[list[Tensor], list[int]]:
-    """The tensors of a plan in slot order, and its integers; the last one is the mask of slots in use."""
+    """The plan's tensors in slot order, and its integers; the last integer is the bit mask of used slots."""
     offset = plan.q_offset
     left, right = plan.window or (None, None)
     slots: list[Tensor | None] = [
@@ -74,7 +73,7 @@ def flatten(plan: Plan) -> tuple[list[Tensor], list[int]]:
 
 
 def unflatten(tensors: Sequence[Tensor], ints: Sequence[int]) -> Plan:
-    """Inverse of `flatten`, without validating again."""
+    """Invert `flatten`, without validating again."""
     rest = iter(tensors)
     slots = [next(rest) if ints[-1] >> n & 1 else None for n in range(TENSOR_SLOTS)]
     Tq, Tk, tile, unit, causal, include_self, windowed, left, right, sink, offset, span_group, unit_group = (
@@ -106,7 +105,7 @@ def unflatten(tensors: Sequence[Tensor], ints: Sequence[int]) -> Plan:
 
 
 def flatten_all(plans: Sequence[Plan]) -> tuple[list[Tensor], list[int]]:
-    """Several plans behind one another."""
+    """Flatten several plans and concatenate the results."""
     tensors: list[Tensor] = []
     ints: list[int] = []
     for plan in plans:
@@ -117,7 +116,7 @@ def flatten_all(plans: Sequence[Plan]) -> tuple[list[Tensor], list[int]]:
 
 
 def unflatten_all(tensors: Sequence[Tensor], ints: Sequence[int]) -> list[Plan]:
-    """Inverse of `flatten_all`."""
+    """Invert `flatten_all`."""
     plans, at = [], 0
     for n in range(0, len(ints), INT_SLOTS):
         own = ints[n : n + INT_SLOTS]

@@ -1,4 +1,4 @@
-"""FlexAttention's `BlockMask`, both ways. Imported when asked for."""
+"""Convert plans to and from FlexAttention's `BlockMask`, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHUNK = 64  # blocks of a mask function evaluated at a time
 
 
 def to_block_mask(plan: Record, block: int = 128) -> Any:
-    """The plan as a BlockMask: blocks as FlexAttention lists them, partial ones as a lookup in bits."""
+    """Convert to a BlockMask: FlexAttention's block lists, and a `mask_mod` that looks up bits."""
     from torch.nn.attention.flex_attention import BlockMask
 
     require(
@@ -31,7 +31,7 @@ def to_block_mask(plan: Record, block: int = 128) -> Any:
         error=PlanError,
     )
     p = algebra.retile(plan, block, block)
-    if p.index is None or p.bits is None or p.spans is not None:  # as units, with bits
+    if p.index is None or p.bits is None or p.spans is not None:  # rewrite as units with bits
         p = algebra.refine(p, None, tile=block, unit=block, extent=p.extent())
     batch, heads = p.extent()
     C = max(-(-p.Tk // block), 1)
@@ -63,7 +63,7 @@ def to_block_mask(plan: Record, block: int = 128) -> Any:
         at = ordinal[b if batch > 1 else b * 0, h if heads > 1 else h * 0, q // block, k // block]
         lane = k % block
         word = bits[at.clamp(min=0), q % block, lane // 32]
-        # without a compiler FlexAttention asks for every pair, those of full blocks too
+        # uncompiled FlexAttention evaluates every pair, also those of full blocks
         return (at == _FULL) | (at >= 0) & (((word >> (lane % 32)) & 1) != 0)
 
     return BlockMask.from_kv_blocks(
@@ -103,7 +103,7 @@ def from_block_mask(block_mask: Any) -> dict[str, Any]:
         return torch.arange(units.shape[-1], device=units.device) < n[..., None]
 
     on_full, on_part = live(n_full, whole), live(n_part, part)
-    # a full block that the end of the keys cuts off is partial for a kernel
+    # a kernel treats a full block that the end of the keys cuts off as partial
     cut = (whole.long() + 1) * unit > Tk
     b, h, r, slot = (on_part).nonzero(as_tuple=True)
     b2, h2, r2, slot2 = (on_full & cut).nonzero(as_tuple=True)
@@ -150,7 +150,7 @@ def _evaluate(
     lengths: tuple[int, int],
     size: tuple[int, int],
 ) -> Tensor:
-    """The mask function on some blocks: bool [n, tile, unit]; `given` blocks are all visible."""
+    """Evaluate the mask function on blocks (b, h, r, c): bool [n, tile, unit]; `given` blocks are full."""
     (Tq, Tk), (tile, unit) = lengths, size
     over = mask_mod
     for dims in ((None, None, None, 0), (None, None, 0, None), (0, 0, 0, 0)):

@@ -1,7 +1,7 @@
-"""The lists of a plan as values: what each tile visits, as spans of key rows or as numbers of units.
+"""The lists of a plan as objects: the spans of key rows or the unit numbers that each tile visits.
 
-A plan keeps its tensors under flat names (`span_start`, `start`); here both kinds have one shape, and what is
-there is there as a whole.
+A plan stores the tensors under flat names (`span_start`, `start`); here span and unit lists share one
+interface, and all tensors of a kind are present together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .ragged import begins, expand
 
 
 class Listed(NamedTuple):
-    """All entries of some lists, flat: the list (of [B,H,R]), the place in it, what stands there, if full."""
+    """Entries of lists, flat: index of the list in [B,H,R], place in the list, pool value, whether full."""
 
     cell: Tensor
     place: Tensor
@@ -27,7 +27,7 @@ class Listed(NamedTuple):
 
 
 class Bits(NamedTuple):
-    """Words of partial units [Nb, tile, ceil(unit/32)], and where those of each list begin [B,H,R]."""
+    """Words of partial units [Nb, tile, ceil(unit/32)], and the first row of words of each list [B,H,R]."""
 
     words: Tensor
     start: Tensor
@@ -35,14 +35,14 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Lists of every tile [B,H,R]: places `start` to `start + count - 1` of a pool.
+    """Lists of every tile [B,H,R]: slots `start` to `start + count - 1` of a pool.
 
-    The first `full` entries need no test. With a `room`, list n owns the places n * room to
-    (n + 1) * room - 1, used or not.
+    The first `full` entries need no element test. If `room` > 0, lists have that fixed capacity: list n owns
+    the slots [n * room, (n + 1) * room), used or not.
     """
 
     NAMES: ClassVar[dict[str, str]]
-    """Of each field, the name that a plan has for it."""
+    """Maps each field to its name in a plan."""
 
     start: Tensor
     full: Tensor
@@ -51,7 +51,7 @@ class Lists:
     room: int
 
     def laid_out(self, batch: int, heads: int) -> Self:
-        """Lists of their own for every batch slot and head, without memory of their own."""
+        """Expand the tables to [batch, heads, R]; the pool stays shared, so the result has no `room`."""
         tables = {n: laid_out(getattr(self, n), batch, heads) for n in ("start", "full", "count")}
         return dataclasses.replace(self, **tables, room=0)
 
@@ -61,17 +61,17 @@ class Lists:
         return dataclasses.replace(self, **tables)
 
     def listed(self) -> Listed:
-        """Every entry; looks at values."""
+        """Flatten every entry; reads values, so it synchronises."""
         start, full, count = (x.reshape(-1).long() for x in (self.start, self.full, self.count))
         cell, place = expand(count)
         return Listed(cell, place, self.pool[start[cell] + place].long(), place < full[cell])
 
     def rows(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """Key rows `[lo, hi)` of some entries."""
+        """Key rows `[lo, hi)` of pool values `entry`."""
         raise NotImplementedError
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Key rows lo and hi of each entry, whether full, and its place: [..., m], empty ones behind."""
+        """Key rows lo and hi of each entry, whether full, its place: [..., m], padded with empty ranges."""
         slot = torch.arange(int(self.count.max()) if self.count.numel() else 0, device=self.count.device)
         live = slot < self.count[..., None]
         at = torch.where(live, self.start[..., None] + slot, 0)
@@ -82,7 +82,7 @@ class Lists:
         return lo, hi, live & (slot < self.full[..., None]), slot.expand_as(lo)
 
     def fields(self) -> Fields:
-        """The lists as fields of a plan."""
+        """Return the lists as fields of a plan."""
         made = {name: getattr(self, own) for own, name in self.NAMES.items()}
         return {n: x.contiguous() if isinstance(x, Tensor) else x for n, x in made.items()}
 
@@ -90,7 +90,7 @@ class Lists:
     def arranged(
         cls, cell: Tensor, full: Tensor, entry: Tensor, shape: tuple[int, int, int]
     ) -> tuple[Fields, Tensor]:
-        """Fields of a plan whose lists [B,H,R] hold these entries, full ones first; and their new order."""
+        """Build the fields of compact lists `shape` [B,H,R] from entries, full first; and the permutation."""
         lists = shape[0] * shape[1] * shape[2]
         order = torch.argsort(cell * 2 + (~full).long(), stable=True)
         count = torch.bincount(cell, minlength=lists)[:lists]
@@ -114,14 +114,14 @@ class Spans(Lists):
     }  # fmt: skip
 
     def rows(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranges themselves."""
+        """Split the ranges into lo and hi."""
         lo, hi = entry.unbind(-1)
         return lo, hi
 
 
 @dataclass(frozen=True, eq=False)
 class Units(Lists):
-    """Entries are numbers of units, `unit` key rows each: pool [Nu]. What is not full may have bits."""
+    """Entries are unit numbers, a unit being `unit` key rows: pool [Nu]. Partial entries may have bits."""
 
     NAMES = {"start": "start", "full": "full", "count": "count", "pool": "index", "room": "room"}
 
@@ -130,7 +130,7 @@ class Units(Lists):
     bits: Bits | None
 
     def laid_out(self, batch: int, heads: int) -> Self:
-        """`Lists.laid_out`, of the bits too."""
+        """`Lists.laid_out`, including the bits."""
         own = super().laid_out(batch, heads)
         if self.bits is None:
             return own
@@ -138,24 +138,24 @@ class Units(Lists):
         return dataclasses.replace(own, bits=self.bits._replace(start=start))
 
     def tile(self, r: int) -> Self:
-        """`Lists.tile`, of the bits too."""
+        """`Lists.tile`, including the bits."""
         own = super().tile(r)
         if self.bits is None:
             return own
         return dataclasses.replace(own, bits=self.bits._replace(start=self.bits.start[..., r]))
 
     def rows(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of units; the last one ends with the keys."""
+        """Key rows of units; the last unit is cut at the end of the keys."""
         return entry * self.unit, ((entry + 1) * self.unit).clamp(max=self.k_rows)
 
     def bit_rows(self, listed: Listed) -> Tensor:
-        """Which of the bits each entry has, -1 for those without."""
+        """Row of `bits.words` of each entry, -1 for full entries and lists without bits."""
         if self.bits is None:
             return torch.full_like(listed.cell, -1)
         first, full = (x.reshape(-1)[listed.cell] for x in (self.bits.start, self.full))
         return torch.where(listed.full, -1, first + listed.place - full)
 
     def fields(self) -> Fields:
-        """`Lists.fields`, with the bits."""
+        """`Lists.fields`, including the bits."""
         words, start = self.bits or (None, None)
         return super().fields() | {"bits": words, "bits_start": None if start is None else start.contiguous()}

@@ -1,4 +1,4 @@
-"""Single pairs looked up in a plan: linear in the lists and the pairs, never in the area."""
+"""Look up single pairs in a plan: a sort of the entries, a binary search a pair, no cost in the area."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .record import Record
 
 
 class Lookup:
-    """Whether a plan of `heads` query heads lets query tokens see key tokens, pair by pair."""
+    """Callable that tells, pair by pair, whether a query token of one of `heads` heads sees a key token."""
 
     def __init__(self, plan: Record, heads: int) -> None:
         self.plan, self.heads = plan, heads
@@ -27,9 +27,9 @@ class Lookup:
         self.k_row = None if plan.k_order is None else _inverse(plan.k_order, plan.Tk)
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Broadcast batch, head, query and key tokens (-1: no token) to bool."""
+        """Visibility of each pair: batch, head, query and key token (-1: none) broadcast; bool."""
         plan, heads = self.plan, self.heads
-        # PyTorch's own function has no types
+        # PyTorch's broadcast_tensors has no type annotations
         b, h, q, k = torch.broadcast_tensors(b, h, q, k)  # type: ignore[no-untyped-call]
         q_row = q if self.q_row is None else torch.where(q >= 0, fetch(self.q_row, b, h, q, heads), -1)
         k_row = k if self.k_row is None else torch.where(k >= 0, fetch(self.k_row, b, h, k, heads), -1)
@@ -38,7 +38,7 @@ class Lookup:
             return torch.zeros_like(keep)
         own_b = b if self.batch > 1 else torch.zeros_like(b)
         cell = (own_b * self.own + h * self.own // heads) * plan.tiles + q_row.clamp(min=0) // plan.tile
-        # the last range of the query's tile that begins at or before the key
+        # index of the last range of the query's tile that begins at or before the key row
         at = torch.searchsorted(self.key, cell * self.wide + k_row.clamp(min=0), right=True) - 1
         known = at.clamp(min=0)
         keep = keep & (at >= 0) & (self.entries.cell[known] == cell) & (k_row < self.entries.hi[known])

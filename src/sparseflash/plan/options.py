@@ -1,6 +1,6 @@
-"""What all of `plan/` says alike: sizes, offsets, windows and head axes, and how they are checked.
+"""Shared helpers of `plan/`: sizes, offsets, windows and head axes, and their validation.
 
-Numbers become int32 here, never modulo 2^32.
+Integers are clamped or refused when they become int32; they never wrap modulo 2^32.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import Tensor
 from ..errors import PlanError, require
 
 Fields = dict[str, Any]
-"""Fields of a plan by name, as constructors make them."""
+"""Fields of a plan by name, as the constructors in `make/` return them."""
 Window = tuple[int | None, int | None]
 
 TILE = 128
 UNIT = 128
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 ANY, NONE = -1, -2
-"""Segments: one that matches all, and one of no real token."""
+"""Segment labels: ANY matches every segment, NONE marks tokens that are not real."""
 FAR = 1 << 40
-"""Further than any position or distance."""
+"""Larger than any position or distance."""
 SHORT = torch.iinfo(torch.int32)
-"""What the tensors of a plan hold, and so what a position, a length and a number of a unit can be."""
+"""Range of int32, the dtype of a plan's tensors, and so of positions, lengths and unit numbers."""
 FARTHEST = 2**32 - 1
-"""No two positions are further apart."""
+"""Largest distance between two int32 positions."""
 
 
 def is_count(x: object, least: int = 0) -> TypeGuard[int]:
-    """Whether x is an int (no bool) of at least that much; a symbolic size counts."""
+    """Whether x is an int (no bool) or a symbolic size, of at least `least`."""
     return isinstance(x, (int, torch.SymInt)) and not isinstance(x, bool) and x >= least
 
 
 def is_length(x: object, least: int = 0) -> bool:
-    """Whether x counts tokens: all tensors of a plan are int32."""
+    """Whether x is a count that int32 holds, as all tensors of a plan are int32."""
     return is_count(x, least) and x < 2**31
 
 
 def check_options(**options: Any) -> None:
-    """Tiles and units are positive, whatever else is given here True or False."""
+    """Check that `tile` and `unit` are positive ints and every other option is a bool."""
     for name, x in options.items():
         if name in ("tile", "unit"):
             require(
@@ -55,20 +55,20 @@ def check_options(**options: Any) -> None:
 
 
 def host(x: Tensor) -> bool:
-    """Whether values may be looked at: they lie in main memory, and this is no trace of a later run."""
+    """Whether x's values may be read: x is a plain CPU tensor, and no compiler is tracing."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
 def precise(x: Tensor) -> AbstractContextManager[Any]:
-    """Where products have the precision of what is multiplied, whatever autocast is on."""
+    """Context in which autocast is off, so that products keep the precision of their operands."""
     kind = x.device.type
     return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def known(size: int) -> bool:
-    """Whether a size is a number now; in a graph for all lengths it may be a symbol, which no branch may ask.
+    """Whether a size is a concrete number; in a dynamic-shape graph it may be a symbol.
 
-    Where it is one, code takes the way that is right for every size.
+    A branch on a symbol would specialise the graph, so callers then take the path valid for every size.
     """
     if not torch.compiler.is_compiling():
         return True
@@ -78,12 +78,12 @@ def known(size: int) -> bool:
 
 
 def doublings(size: int) -> int:
-    """How often 1 is doubled until it is as large as `size`; often enough for any size, if it is a symbol."""
+    """Doublings of 1 that reach at least `size`; 32, enough for every size, if `size` is a symbol."""
     return max(size, 1).bit_length() if known(size) else 32
 
 
 def common(*sizes: int) -> int:
-    """The greatest common divisor, of sizes that may be symbols too."""
+    """The greatest common divisor of sizes, which may be symbolic."""
     found = 0
     for n in sizes:
         while n:
@@ -92,9 +92,9 @@ def common(*sizes: int) -> int:
 
 
 def pieces(total: int, step: int) -> list[tuple[int, int]]:
-    """Ranges [at, to) of `step` that make up [0, total): what is held at once. A trace takes it whole.
+    """Chunks [at, to) of `step` that partition [0, total); one chunk while a compiler traces.
 
-    It would unroll the loop, and so hold for one length alone; a compiler sees to memory itself.
+    Tracing would unroll the loop, and so fix the graph to one length; the compiler plans memory itself.
     """
     if torch.compiler.is_compiling():
         return [(0, total)]
@@ -102,9 +102,9 @@ def pieces(total: int, step: int) -> list[tuple[int, int]]:
 
 
 def joint(sizes: Iterable[int]) -> int | None:
-    """The one size beside 1 that all broadcast to, 1 where there is no other; None where they do not fit.
+    """The size that all `sizes` broadcast to, None if they do not.
 
-    Without a set: to hash a size that a compiler has put a symbol for makes it a constant.
+    No set is used, because hashing a symbolic size would specialise it to a constant.
     """
     found = 1
     for n in sizes:
@@ -116,15 +116,15 @@ def joint(sizes: Iterable[int]) -> int | None:
 
 
 def shape_of(x: object) -> str:
-    """What a message says of something that should have been a tensor of another shape."""
+    """Describe x for an error message: its shape, or the name of its type if it is no tensor."""
     return f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def fit(x: Tensor, said: str, least: int, most: int, want: str = "expected {least}..{most}") -> Tensor:
-    """x, whose values lie in least..most: refused where they can be seen, elsewhere moved to the nearest.
+    """Ensure least <= x <= most: raise `PlanError` where values can be read, elsewhere clamp.
 
-    The message is `said` (such as "lengths hold"), the values, and what is wanted; filled in only then, since
-    a number in a message would pin a symbolic length.
+    The message is `said` (such as "lengths hold"), the values, and `want`; it is formatted only on failure,
+    because formatting a symbolic length would specialise it.
     """
     if not host(x):
         return (x if x.dtype in (torch.int32, torch.int64) else x.int()).clamp(least, most)
@@ -136,10 +136,10 @@ def fit(x: Tensor, said: str, least: int, most: int, want: str = "expected {leas
 
 
 def narrow(x: Tensor, said: str = "") -> Tensor:
-    """Integers as int32, never modulo 2^32, and without waiting for a device.
+    """Convert integers to int32 without wrapping modulo 2^32 and without a device synchronisation.
 
-    With `said` (as in `fit`), a value that does not fit is refused where it can be seen. Without, and
-    elsewhere, it becomes the nearest that does: "never" and "unbounded" are any large number.
+    With `said` (as in `fit`), a value out of range raises where values can be read. Without it, and
+    elsewhere, values are clamped, so that any large number can mean "never" or "unbounded".
     """
     if x.dtype == torch.int64:
         want = "expected integers of 32 bits"
@@ -178,7 +178,7 @@ def normal_window(window: Window | None) -> Window | None:
 
 
 def head_rules(window: Any, sink: Any) -> tuple[Window | None, int, Tensor | None, Tensor | None]:
-    """Split a window and a sink that may hold a tensor [H] into numbers, and tables [1,H,2] and [1,H,1]."""
+    """Split a window and a sink into numbers or, if either holds a tensor [H], tables [1,H,2] and [1,H,1]."""
     sides = tuple(window) if isinstance(window, (tuple, list)) and len(window) == 2 else ()
     given = [x for x in (*sides, sink) if isinstance(x, Tensor)]
     if not given:
@@ -233,13 +233,13 @@ def normal_offset(q_offset: int | Tensor) -> int | Tensor:
 
 
 def earlier(q_offset: int | Tensor, n: int) -> int | Tensor:
-    """An offset so many tokens before; `normal_offset` says where that is too early."""
+    """The offset lowered by n; a later `normal_offset` refuses it if it leaves int32."""
     offset = normal_offset(q_offset)
     return (offset.long() if isinstance(offset, Tensor) else offset) - n
 
 
 def same_offset(a: Any, b: Any) -> bool:
-    """Whether two offsets are equal, as far as that can be seen without waiting for a device."""
+    """Whether two offsets are equal; of offsets not on the CPU, or traced, only whether both are tensors."""
     given = [x for x in (a, b) if isinstance(x, Tensor)]
     if not given:
         return bool(a == b)
@@ -249,12 +249,12 @@ def same_offset(a: Any, b: Any) -> bool:
 
 
 def shift_of(q_offset: int | Tensor, dims: int) -> int | Tensor:
-    """An offset that broadcasts over `dims` axes behind that of the batch, int64."""
+    """Reshape an offset to broadcast over `dims` axes after the batch axis, int64."""
     return q_offset.long().reshape(-1, *[1] * dims) if isinstance(q_offset, Tensor) else q_offset
 
 
 def shift_at(q_offset: int | Tensor, b: Tensor) -> int | Tensor:
-    """The offset of each of some places of the batch."""
+    """Gather the offset at batch indices b."""
     if not isinstance(q_offset, Tensor):
         return q_offset
     each = q_offset.long().reshape(-1)
@@ -272,7 +272,7 @@ def spread_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def laid_out(x: Tensor, batch: int, heads: int) -> Tensor:
-    """A plan tensor [B|1,H',...] with a row for every batch slot and head, without memory of its own."""
+    """Expand a plan tensor [B|1,H',...] to [batch, heads, ...]; a view unless head groups repeat."""
     return spread_heads(x, heads).expand(batch, -1, *x.shape[2:])
 
 
@@ -282,7 +282,7 @@ def common_heads(*tensors: Tensor) -> int:
 
 
 def multiple(*sizes: int) -> int:
-    """The least common multiple; a symbolic size is compared, where `math.lcm` wants its number."""
+    """The least common multiple; compares symbolic sizes where `math.lcm` would specialise them."""
     found = 1
     for n in sizes:
         if n == 0 or found % n:
@@ -291,7 +291,7 @@ def multiple(*sizes: int) -> int:
 
 
 def divisor(*sizes: int) -> int:
-    """The greatest common divisor; symbolic sizes are compared, too."""
+    """The greatest common divisor; compares symbolic sizes, as `multiple` does."""
     found = sizes[0] if sizes else 0
     for n in sizes[1:]:
         if found == 0 or n % found:
@@ -300,7 +300,7 @@ def divisor(*sizes: int) -> int:
 
 
 def same_batch(a: Tensor, b: Tensor, names: str) -> int:
-    """The common batch size (0 of an empty batch) of two plan tensors on one device."""
+    """The common batch size (0 for an empty batch) of two plan tensors, which must share a device."""
     batch = b.shape[0] if a.shape[0] == 1 else a.shape[0]
     require(
         (

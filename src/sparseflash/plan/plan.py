@@ -1,4 +1,4 @@
-"""`Plan`: which keys each tile of queries sees. The one object between a method and a kernel; and `Plans`."""
+"""`Plan`: which keys each tile of queries sees, the one object between method and kernel; and `Plans`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .requirements import faults
 class Plan(Constructors):
     """Which keys each tile of queries sees, in one softmax: contiguous spans and gathered units, then rules.
 
-    Build one with a constructor (`dense`, `from_keep`, `from_buckets`, `from_mask`, ...) or from
+    Build a plan with a constructor (`dense`, `from_keep`, `from_buckets`, `from_mask`, ...) or from
     the lists themselves. A query sees a key when an entry of its tile's lists covers the key and every rule
     that is set holds (`docs/design.md` has the formula). Tensors are int32, the three `start`s int64; a batch
     axis is B or 1, a head axis any divisor of the number of query heads (list head = `hq * H // Hq`).
-    Out-of-range values are refused where they can be seen, in CPU tensors; `check` looks deeper, anywhere.
-    `torch.save` writes plans; `torch.load` reads them with its safe default, `weights_only=True`, and checks.
+    Creation checks the range of values in CPU tensors; `check` checks more, on any device. `torch.save`
+    writes plans; `torch.load` reads them with its safe default, `weights_only=True`, and checks them.
 
     Parameters
     ----------
@@ -38,11 +38,12 @@ class Plan(Constructors):
     tile, unit : int
         Consecutive rows that share one list; consecutive keys that one `index` entry names.
     span_start, span_full, span_count : Tensor, [B, H, R]
-        Where a tile's ranges begin in `spans`, how many need no element test, how many there are.
+        Where a tile's list begins in `spans`, how many of its first ranges are full (need no element test),
+        and its length.
     spans : Tensor, [Ns, 2] int32
         Key ranges `[lo, hi)` in row space.
     start, full, count : Tensor, [B, H, R]
-        The same for gathered units.
+        The same for a tile's list in `index`.
     index : Tensor, [Nu] int32
         Unit numbers: unit u holds key rows `u * unit ... u * unit + unit - 1`.
     bits, bits_start : Tensor
@@ -62,7 +63,7 @@ class Plan(Constructors):
         Window (left, right; -1 = unbounded) and sink of each head; made of a `window` or `sink` that holds
         tensors [H].
     overflow : Tensor, int32
-        Not 0 when lists of a static capacity did not hold all entries (`check` says so).
+        Not 0 if entries were dropped because lists have a static capacity (`check` then raises).
     q_pos, k_pos, k_end, q_seg, k_seg : Tensor, [B, H, T] int32, token space
         Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is
         padding).
@@ -102,20 +103,20 @@ class Plan(Constructors):
 
     @classmethod
     def by_head(cls, plans: Sequence[Plan], heads: Sequence[int | Sequence[int]] | None = None) -> Plan:
-        """Plans of some heads beside plans of others: one plan, one call, with exact gradients.
+        """Concatenate plans along heads, so that different heads follow different plans in one call.
 
         Parameters
         ----------
         plans : list of Plan
-            For the same tokens; each may have lists, rules and orders of its own.
+            Plans for the same tokens; each may have lists, rules and orders of its own.
         heads : list, optional
-            For each plan how many query heads follow it (the next so many), or a list of which: multiples of
-            the plan's own number of heads. None: as many as the plan has.
+            For each plan how many query heads follow it (consecutive ones), or the list of these heads; the
+            number is a multiple of the plan's own number of heads. None: as many as the plan has.
 
         Returns
         -------
         Plan
-            Of so many heads as follow any.
+            A plan for the sum of these heads; gradients are exact.
 
         Examples
         --------
@@ -138,22 +139,23 @@ class Plan(Constructors):
         disjoint: bool = False,
         **frame: Any,
     ) -> Plan:
-        """Ranges and gathered keys of each tile in one softmax, from ready lists.
+        """Combine ranges and gathered keys of each tile in one plan, from ready lists.
 
-        One call over both costs less than a call over a tuple of two plans.
+        Attention over this plan costs less than over a tuple of two plans.
 
         Parameters
         ----------
         spans : Tensor or Plan
-            What `from_spans` takes, or a plan that has spans alone.
+            Ranges as `from_spans` takes them, or a plan that has spans only.
         index : Tensor or Plan
-            What `from_keys` takes, or a plan that has units alone; under the same rules, in the same tiles.
+            Keys as `from_keys` takes them, or a plan that has units only; rules and tiles equal those of
+            `spans`.
         disjoint : bool
-            A promise that no key of a tile is in both. Without it that is looked at, where values can be
-            seen, and refused.
+            A promise that no key of a tile is in both. Without it CPU tensors are checked, and an overlap
+            raises.
         frame
             Tq, Tk, tile (1 by default), causal, q_offset, q_order, k_order, capacity and the unit of `index`
-            (1 by default), as in `from_spans` and `from_keys`; what a given plan says need not be said again.
+            (1 by default), as in `from_spans` and `from_keys`; defaults come from a given plan.
 
         Examples
         --------
@@ -174,7 +176,7 @@ class Plan(Constructors):
         return algebra.joined(spans, index, disjoint=disjoint)
 
     def retile(self, tile: int, unit: int | None = None) -> Plan:
-        """The same visible set with other tiles and units, exactly.
+        """Return a plan of exactly the same visible pairs with other tile and unit sizes.
 
         Examples
         --------
@@ -190,19 +192,19 @@ class Plan(Constructors):
         return Plans(plans)
 
     def with_rules(self, **rules: Any) -> Plan:
-        """The plan's lists under other rules: what was listed as full and no longer is, is tested.
+        """Replace rules under the same lists; entries that are full no longer become partial (tested).
 
         Parameters
         ----------
         rules
             Fields of a plan that are rules: causal, include_self, window, sink, q_offset, q_pos, k_pos,
-            k_end, q_seg, k_seg. Others stay as they are; None takes one away.
+            k_end, q_seg, k_seg. Rules not given stay; None removes a rule.
 
         Notes
         -----
-        `dataclasses.replace` would leave full entries full, and so skip the new test there. On an
-        accelerator every entry becomes one that is tested, since finding out would synchronise (a plan with
-        bits does).
+        `dataclasses.replace` would leave full entries full, and so skip the new rules there. On an
+        accelerator every entry becomes partial, because deciding would synchronise (with bits, the call
+        synchronises anyway).
 
         Examples
         --------
@@ -214,10 +216,9 @@ class Plan(Constructors):
         return algebra.with_rules(self, rules)
 
     def restrict(self, q_tokens: Tensor | None = None, k_tokens: Tensor | None = None) -> Plan:
-        """The plan for some of its queries and some of its keys: what one rank of many attends.
+        """Restrict the plan to some queries and keys, exactly: one rank's share of distributed attention.
 
-        Exact, and made of the lists alone: nothing of size Tq x Tk is made. Looks at values, and so waits for
-        an accelerator.
+        Works on the lists; nothing of size Tq x Tk is made. Reads values, so it synchronises.
 
         Parameters
         ----------
@@ -234,11 +235,11 @@ class Plan(Constructors):
         return restrict.restrict(self, q_tokens, k_tokens)
 
     def reordered(self) -> Plan:
-        """The same visible set with its tokens in another order, where that visits less. Needs SciPy.
+        """Permute the rows of the plan so that its tiles visit fewer pairs, if that helps. Needs SciPy.
 
-        Reverse Cuthill-McKee brings the pairs of a scattered mask close to a diagonal. Results do not change,
-        only the tiles they are computed in; a plan that would gain nothing is returned as it is. Work and
-        memory follow the visible pairs, so make it once, on the host, and use it in all layers and steps.
+        Reverse Cuthill-McKee brings the pairs of a scattered mask close to a diagonal. Attention results do
+        not change; a plan that would gain nothing is returned as it is. Work and memory follow the visible
+        pairs, so call this once, on the host, and use the result in all layers and steps.
 
         Source: Sharma and Geiping, arXiv 2409.15097, section on extremely sparse masks.
 
@@ -254,17 +255,17 @@ class Plan(Constructors):
         return reorder.reordered(self)
 
     def __and__(self, other: Plan) -> Plan:
-        """Pairs that both plans let see, exactly."""
+        """Return exactly the pairs visible in both plans."""
         both: Plan = self._with(other, "intersect")
         return both
 
     def __sub__(self, other: Plan) -> Plan:
-        """Pairs of this plan that the other does not have, exactly."""
+        """Return exactly the pairs visible in this plan and not in the other."""
         rest: Plan = self._with(other, "subtract")
         return rest
 
     def __or__(self, other: Plan) -> Plan | Plans:
-        """Pairs of either plan: one plan where one holds the other, else two disjoint ones (one softmax)."""
+        """Return the pairs of either plan: one plan if one contains the other, else two disjoint `Plans`."""
         union = self._with(other, "unite")
         return Plans(union) if len(union) > 1 else union[0]
 
@@ -277,7 +278,7 @@ class Plan(Constructors):
         return getattr(algebra, operation)(self, other)
 
     def explain(self) -> str:
-        """Rows, tiles, entries, density, work and memory, in words. Synchronises.
+        """Describe rows, tiles, entries, density, work and memory as text. Synchronises.
 
         Examples
         --------
@@ -315,7 +316,7 @@ class Plan(Constructors):
         return draw.draw(self)
 
     def plot(self, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
-        """Write a picture of one head: which cells all pairs of are visible, some, or none. Needs matplotlib.
+        """Write a picture of one head: cells of which all, some or no pairs are visible. Needs matplotlib.
 
         Parameters
         ----------
@@ -347,7 +348,7 @@ class Plan(Constructors):
 
     @property
     def kept(self) -> float:
-        """Visible pairs over those of dense attention that is as causal: what a method leaves. Synchronises.
+        """Visible pairs over those of dense attention with the same causality. Synchronises.
 
         Examples
         --------
@@ -362,8 +363,8 @@ class Plan(Constructors):
     def density(self) -> float:
         """Visible pairs over those of the dense plan with the same causal and window rules. Synchronises.
 
-        It is 1 for a window, whatever its size: how much of its own rule a plan shows. `kept` is how much of
-        everything.
+        A plain window has density 1, whatever its size: density measures sparsity beyond the rules, `kept`
+        measures it relative to dense attention.
         """
         return figures.density(self)
 
@@ -382,26 +383,26 @@ class Plan(Constructors):
         Raises
         ------
         PlanError
-            Naming the first violated rule, where it was found and how to mend it.
+            Names the first violated rule, where it was found and how to fix it.
         """
         checks.check(self)
         return self
 
     def prepare(self, *, backward: bool = True, device: torch.device | str | None = None) -> Plan:
-        """The plan with its transposed key lists attached, made once, reused by all layers and steps."""
+        """Attach the transposed lists that the backward needs; do it once, for all layers and steps."""
         plan = self if device is None else self.to(device)
         return transpose.prepared(plan) if backward else plan
 
     def current(self) -> Plan:
-        """The plan, without what `prepare` derived from tensors that were edited or moved in place since."""
+        """Drop the transposed lists of `prepare` if the plan's tensors were changed in place since."""
         return transpose.current(self)
 
 
 class Plans(tuple[Plan, ...]):
     """Disjoint plans for the same tokens, in one softmax: a tuple with the methods of a plan.
 
-    Every call that takes a plan takes these. `a | b` makes them where the rules or the orders of a and b do
-    not fit one plan; a plain tuple of plans means the same, and a pair that two of them hold counts twice.
+    Every call that takes a plan takes `Plans`. `a | b` returns them unless one plan contains the other. A
+    plain tuple of plans means the same; a pair that is visible in two of the plans counts twice.
 
     Examples
     --------
@@ -416,7 +417,7 @@ class Plans(tuple[Plan, ...]):
     __slots__ = ()
 
     def __new__(cls, plans: Iterable[Plan]) -> Self:
-        """From plans of as many queries and keys, on one device."""
+        """Combine plans with equal Tq and Tk."""
         made = super().__new__(cls, plans)
         if not made:
             raise PlanError("Plans(): expected one plan at least")
@@ -442,38 +443,38 @@ class Plans(tuple[Plan, ...]):
 
     @property
     def device(self) -> torch.device:
-        """Where the plans' tensors live."""
+        """Device of the plans' tensors."""
         return self[0].device
 
     @property
     def kept(self) -> float:
-        """Visible pairs over those of dense attention that is as causal. Synchronises."""
+        """Visible pairs over those of dense attention with the same causality. Synchronises."""
         return figures.kept(self)
 
     @property
     def density(self) -> float:
-        """Visible pairs over those of the dense plan with the loosest of the rules. Synchronises."""
+        """Visible pairs over those of the dense plan with the rules that allow most. Synchronises."""
         return figures.density(self)
 
     @property
     def work(self) -> float:
-        """Visited area over Tq x Tk, of all plans together. Synchronises."""
+        """Visited area of all plans over Tq x Tk. Synchronises."""
         return figures.work(self)
 
     def to_dense(self) -> Tensor:
-        """The mask of all, bool `[B, H, Tq, Tk]`; see `Plan.to_dense`."""
+        """The union of the plans' masks, bool `[B, H, Tq, Tk]`; see `Plan.to_dense`."""
         masks = [one.to_dense() for one in self]
         batch, heads = figures.extent_of(self)
         wide = [m.repeat_interleave(heads // m.shape[1], 1).expand(batch, -1, -1, -1) for m in masks]
         return torch.stack(wide).any(0)
 
     def check(self) -> Self:
-        """`Plan.check` of each, and that no pair is in two of them; returns the plans.
+        """Check each plan (`Plan.check`), and that no pair is in two of them; return the plans.
 
         Raises
         ------
         PlanError
-            Naming the two plans that meet.
+            Names the two plans that overlap.
         """
         for i, one in enumerate(self):
             one.check()
@@ -500,15 +501,15 @@ class Plans(tuple[Plan, ...]):
         return self._each(lambda one: one.restrict(q_tokens, k_tokens))
 
     def __and__(self, other: Plan) -> Self:
-        """Pairs that some plan of these and the other let see."""
+        """Return the pairs visible in one of these plans and in the other plan."""
         return self._each(lambda one: one & other)
 
     def __sub__(self, other: Plan) -> Self:
-        """Pairs of these plans that the other does not have."""
+        """Return the pairs visible in one of these plans and not in the other plan."""
         return self._each(lambda one: one - other)
 
     def __or__(self, other: Plan) -> Self:
-        """Pairs of these plans or of the other."""
+        """Return the pairs visible in one of these plans or in the other plan."""
         for one in self:
             other = other - one
         return type(self)((*self, other)) if figures.visible_pairs(other) else self
@@ -517,12 +518,12 @@ class Plans(tuple[Plan, ...]):
         return type(self)(change(one) for one in self)
 
     def explain(self) -> str:
-        """`Plan.explain` of each, one below the other."""
+        """`Plan.explain` of each plan, separated by blank lines."""
         parts = (f"plan {i + 1} of {len(self)}\n{one.explain()}" for i, one in enumerate(self))
         return "\n\n".join(parts)
 
     def plot(self, path: str | Path, *, batch: int = 0, head: int = 0, size: int = 128) -> Path:
-        """Write one picture of all; see `Plan.plot`."""
+        """Write one picture of all plans; see `Plan.plot`."""
         return draw.plot(self, path, batch=batch, head=head, size=size)
 
     def __repr__(self) -> str:
@@ -550,7 +551,7 @@ def _unflatten(moving: Iterable[Any], fixed: Any) -> Plan:
     return plan._told()
 
 
-# files of 0.1.0 name the module that the class was in then
+# files saved by 0.1.0 name the class by its old module path
 torch.serialization.add_safe_globals([Plan, Plans, (Plan, "sparseflash.plan.core.Plan")])
 
 _KEYS = ("start", "count", "full", "index", "source", "until")

@@ -1,4 +1,4 @@
-"""Lists of different lengths behind one another: where each begins, whose each entry is, and its place."""
+"""Ragged lists in one flat pool: list offsets, and the owner and place of each entry."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Expanded(NamedTuple):
-    """The entries of some lists, flat: the list that each belongs to, and its place there; int64."""
+    """Entries of ragged lists, flat: the list that owns each entry, and its place in that list; int64."""
 
     owner: Tensor
     place: Tensor
 
 
 def begins(count: Tensor) -> Tensor:
-    """Where lists of these lengths begin, in the shape of `count`; int64.
+    """Offsets of lists of these lengths (exclusive prefix sum), in the shape of `count`; int64.
 
     >>> import torch
     >>> begins(torch.tensor([2, 0, 3])).tolist()
@@ -27,7 +27,7 @@ def begins(count: Tensor) -> Tensor:
 
 
 def expand(count: Tensor) -> Expanded:
-    """Every entry of lists of these lengths; looks at values, and so waits for a device.
+    """Enumerate every entry of lists of these lengths; reads values, so it synchronises.
 
     >>> import torch
     >>> [x.tolist() for x in expand(torch.tensor([2, 0, 3]))]

@@ -1,7 +1,7 @@
-"""The record of a plan: its fields, and what follows from their shapes. Everything in this room stands on it.
+"""`Record`: the fields of a plan, and properties that follow from their shapes; the base class of `Plan`.
 
-`Plan` is this record with constructors and methods in front; workers take and return records, and know no
-methods.
+`Plan` adds constructors and methods. The functions of this package take and return records, so that they do
+not depend on `Plan`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class KeyLists:
     """The transpose of a plan's lists: for each group of keys, the query tiles that visit it.
 
     Entries of group c of (batch, head) are `start` to `start + count - 1`; the first `full` of them need no
-    element test. Entry n names the query tiles `index[n]` to `until[n] - 1`; units have no `until`: there it
-    is tile `index[n]` alone. `source[n]` says where it comes from: for spans the place in the list of each of
-    these tiles, for units the number of the list entry.
+    element test. Entry n names the query tiles `index[n]` to `until[n] - 1`; for units `until` is None, and
+    entry n names tile `index[n]` alone. `source[n]` is the forward entry it comes from: for spans its place
+    in the list of each of these tiles, for units its slot in the pool `Plan.index`.
     """
 
     start: Tensor
@@ -80,15 +80,15 @@ class Record:
     unit_keys: KeyLists | None = None
     span_room: int = dataclasses.field(default=0, init=False, compare=False)
     room: int = dataclasses.field(default=0, init=False, compare=False)
-    # Lists of a fixed capacity, as the library makes them: list n owns the places n * room to
-    # (n + 1) * room - 1 of its pool, and what it does not use is empty. So code that sees shapes alone (CUDA
-    # graphs, compilers) can go over them. A plan whose lists are changed forgets it.
+    # Fixed-capacity lists, set by the library's constructors (0: compact lists): list n owns the slots
+    # [n * room, (n + 1) * room) of its pool, and unused slots are empty. Code that sees only shapes (CUDA
+    # graphs, compilers) can so iterate over the lists. `_changed` resets both when lists change.
     of_inference: ClassVar[bool] = False
-    """Whether some tensor was made under `torch.inference_mode()`: autograd refuses to save it. Seen when the
-    record is made, because a compiler cannot ask."""
+    """Whether some tensor was made under `torch.inference_mode()`: autograd refuses to save it. `_told` sets
+    it when the record is made, because a compiler cannot trace the query."""
 
     def _told(self, inherited: bool = False) -> Self:
-        """The record, which knows where its tensors come from: by a look, in a graph from another record."""
+        """Set `of_inference`: by asking the tensors, or, while compiling, `inherited` from another record."""
         if torch.compiler.is_compiling():
             known = inherited
         else:
@@ -100,16 +100,16 @@ class Record:
 
     @classmethod
     def _made(cls, **fields: Any) -> Self:
-        """A record whose fields the library made itself: nothing is left to check."""
+        """Build a record from fields that the library computed, without checks."""
         made = object.__new__(cls)
         vars(made).update(_DEFAULTS)
         vars(made).update(fields)
         return made._told()
 
     def _changed(self, **fields: Any) -> Self:
-        """The record with other values, which the library made itself: nothing is checked.
+        """Copy the record with other field values that the library computed, without checks.
 
-        What was derived from lists that change is left behind.
+        If lists change, the transposed lists and the fixed capacities derived from them are dropped.
         """
         own = {n: x for n, x in vars(self).items() if n in _DEFAULTS}
         made = object.__new__(type(self))
@@ -136,7 +136,7 @@ class Record:
 
     @property
     def span_lists(self) -> Spans | None:
-        """The lists of spans as one value, if there are any."""
+        """The span lists as one object, or None."""
         start, full, count, pool = self.span_start, self.span_full, self.span_count, self.spans
         if start is None or full is None or count is None or pool is None:
             return None
@@ -144,7 +144,7 @@ class Record:
 
     @property
     def unit_lists(self) -> Units | None:
-        """The lists of units as one value, if there are any."""
+        """The unit lists as one object, or None."""
         start, full, count, pool = self.start, self.full, self.count, self.index
         if start is None or full is None or count is None or pool is None:
             return None
@@ -152,40 +152,40 @@ class Record:
         return Units(start, full, count, pool, self.room, self.unit, self.k_rows, bits)
 
     def lists(self) -> tuple[Lists, ...]:
-        """The lists that there are, spans before units: one kind at least."""
+        """The present lists, spans before units; at least one kind is present."""
         return tuple(x for x in (self.span_lists, self.unit_lists) if x is not None)
 
     @property
     def rules(self) -> Rules:
-        """What a listed pair has to pass, as one value."""
+        """The rules that a listed pair must satisfy, as one object."""
         found: Rules | None = getattr(self, "_rules", None)
-        if found is None:  # asked for again and again while a plan is taken apart
+        if found is None:  # cached: set algebra reads it many times
             found = Rules(**{name: getattr(self, name) for name in _RULES})
             object.__setattr__(self, "_rules", found)
         return found
 
     @property
     def device(self) -> torch.device:
-        """Where the plan's tensors live."""
+        """Device of the plan's tensors."""
         lists = self.span_start if self.span_start is not None else self.start
-        assert lists is not None  # one of the two is always there; every call of attention asks
+        assert lists is not None  # every plan has one of the two
         return lists.device
 
     def tensors(self) -> dict[str, Tensor]:
         """The plan's own tensors by field name (derived data not included)."""
-        own = vars(self).items()  # most are None, and every call of attention asks
+        own = vars(self).items()  # a fast path: every attention call runs it
         return {n: x for n, x in own if x is not None and n in _DEFAULTS and isinstance(x, Tensor)}
 
     def extent(self) -> tuple[int, int]:
-        """(batch, heads) of the plan: the smallest that all its tensors broadcast to."""
+        """Return the smallest (batch, heads) that all tensors of the plan broadcast to."""
         found: tuple[int, int] | None = getattr(self, "_extent", None)
-        if found is None:  # every call of attention asks
+        if found is None:  # cached: every attention call runs it
             laid = [x for n, x in self.tensors().items() if n not in FLAT]
             sizes = [x.shape[0] for x in laid]
             if isinstance(self.q_offset, Tensor) and self.q_offset.dim():
                 sizes.append(self.q_offset.shape[0])
             batch = joint(sizes)
-            assert batch is not None  # `requirements` has seen to it
+            assert batch is not None  # guaranteed by `requirements.faults`
             found = batch, multiple(*[x.shape[1] for x in laid])
             object.__setattr__(self, "_extent", found)
         return found

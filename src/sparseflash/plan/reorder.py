@@ -1,4 +1,4 @@
-"""Tokens in another order: what is scattered over many tiles comes together in few. Imported when used."""
+"""Row orders that gather scattered pairs into fewer tiles (`Plan.reordered`). SciPy is imported on use."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reordered(plan: P) -> P:
 
 
 def _pairs(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
-    """List, query token and key token of every visible pair, in main memory."""
+    """List (b * H + h), query token and key token of every visible pair, on the CPU."""
     heads = plan.extent()[1]
     found: list[tuple[Tensor, ...]] = []
     entries = ranges(plan)
@@ -64,11 +64,11 @@ def _pairs(plan: Record) -> tuple[Tensor, Tensor, Tensor]:
 def _cuthill_mckee(
     head: Tensor, q: Tensor, k: Tensor, shape: tuple[int, int, int, int], *, square: bool
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of each list in reverse Cuthill-McKee order, queries [B*H,Tq] and keys [B*H,Tk].
+    """Sort the tokens of each list in reverse Cuthill-McKee order: queries [B*H,Tq] and keys [B*H,Tk].
 
-    All lists are one graph whose components are ordered one after another. With as many queries as keys a
-    token is one vertex and the edges count both ways (M or its transpose); otherwise queries and keys are the
-    two sides of a bipartite graph.
+    All lists form one graph without edges between lists; a stable sort by list separates them again. If Tq =
+    Tk a token is one vertex and the edges are symmetrised (M or its transpose); otherwise queries and keys
+    are the two sides of a bipartite graph.
     """
     try:
         from scipy.sparse import coo_array

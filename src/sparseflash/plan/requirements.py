@@ -1,4 +1,4 @@
-"""What the fields of a plan must be: types, shapes, dtypes, devices. `checks` looks at values."""
+"""Requirements on a plan's fields: types, shapes, dtypes, devices. `checks` checks the values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INT64 = {"span_start", "start", "bits_start"}
 
 
 def faults(p: Record) -> Iterator[str]:
-    """What is wrong with a plan's types, shapes, dtypes and devices, in words; values come after."""
+    """Yield an error message for each wrong type, shape, dtype or device; `checks` then checks values."""
     for name in ("Tq", "Tk"):
         if not is_length(getattr(p, name)):
             yield f"{name}={getattr(p, name)!r}: expected an int >= 0 of 32 bits"

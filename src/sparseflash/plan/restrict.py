@@ -1,9 +1,9 @@
-"""A plan for some of its queries and some of its keys, on its lists alone: what a rank of many needs.
+"""Restrict a plan to some queries and keys, on its lists alone (`Plan.restrict`): the share of one rank.
 
-Rows of tokens that stay move together and keep their order, so a range stays a range. Units keep their
-numbers where whole units stay; else they become ranges, or, where they have bits, shorter units. Tiles of
-which few queries stay are joined where the rules tell their lists apart: a bucket of which each rank has a
-share is visited by that share. Work and memory follow the lists and the rows, never Tq x Tk.
+The rows of tokens that stay are compacted in order, so a range stays a range. Units stay units where whole
+units stay; otherwise they become ranges or, if they have bits, shorter units. Tiles of which few queries stay
+are merged where the rules alone separate what each row sees: a bucket spread over ranks then takes few tiles
+on each rank. Work and memory follow the lists and the rows, never Tq x Tk.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .rules import Rules
 
 P = TypeVar("P", bound=Record)
 CHUNK = 1 << 24
-"""Bits that are moved in one go."""
+"""Bits that are moved in one chunk."""
 LEAST, MORE = 32, 1.15
-"""Tiles are halved down to so many rows while they visit more than so many times what their rows ask for."""
+"""Tiles are halved, down to LEAST rows, while they visit more than MORE times the pairs their rows need."""
 
 
 def restrict(plan: P, q_tokens: Tensor | None, k_tokens: Tensor | None) -> P:
@@ -51,7 +51,7 @@ def restrict(plan: P, q_tokens: Tensor | None, k_tokens: Tensor | None) -> P:
 
 
 def _chosen(tokens: object, T: int, name: str, plan: Record) -> Tensor | None:
-    """Distinct tokens as int64 on the plan's device; None for all."""
+    """Validate distinct tokens and move them to the plan's device as int64; None means all."""
     if tokens is None:
         return None
     if not (isinstance(tokens, Tensor) and tokens.dim() == 1 and tokens.dtype in INTEGERS):
@@ -68,7 +68,7 @@ def _chosen(tokens: object, T: int, name: str, plan: Record) -> Tensor | None:
 
 
 def _run(tokens: Tensor | None) -> int | None:
-    """The first of tokens that follow one another; None where they do not."""
+    """The first token if the tokens are consecutive, 0 for None (all) or no tokens; otherwise None."""
     if tokens is None or not len(tokens):
         return 0
     first = int(tokens[0])
@@ -77,7 +77,7 @@ def _run(tokens: Tensor | None) -> int | None:
 
 
 def _rules(rules: Rules, q: Tensor | None, k: Tensor | None) -> Rules:
-    """Rules for the tokens that stay: positions are what they were, or all moved by as much."""
+    """Rules for the tokens that stay; all positions stay the same or shift by the same amount."""
     rules = rules.of(q, k)
     if not rules.positional:
         return rules
@@ -92,19 +92,19 @@ def _rules(rules: Rules, q: Tensor | None, k: Tensor | None) -> Rules:
         else:
             offset = rules.q_offset
             made["q_offset"] = (offset.long() if isinstance(offset, Tensor) else offset) + begin
-    # where they follow one another, keys count from 0 again, and everything else with them
+    # consecutive keys are renumbered from 0, so every other position shifts with them
     return rules.changed(made).shift(first or 0)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of an order: the new token of each, -1 where none stays, [b,h,rows]; and how many lie before."""
+    """Rows of an order: new token of each, -1 if dropped, [b,h,rows]; exclusive prefix count of kept rows."""
 
     token: Tensor
     seen: Tensor
 
     def laid_out(self, batch: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Both, with a row for every list: [lists, rows], [lists, rows + 1]."""
+        """Expand both tensors to every list: [lists, rows], [lists, rows + 1]."""
         token, seen = (laid_out(x, batch, heads) for x in (self.token, self.seen))
         return token.reshape(batch * heads, -1), seen.reshape(batch * heads, -1)
 
@@ -120,7 +120,7 @@ def _rows(order: Tensor | None, T: int, tokens: Tensor | None, device: torch.dev
 
 
 def _placed(token: Tensor, place: Tensor, rows: int) -> Tensor:
-    """The order [..., rows] in which the tokens that are none below 0 lie at these places."""
+    """Scatter tokens to rows `place`: an order [..., rows]; tokens below 0 are dropped."""
     order = torch.full((*token.shape[:-1], rows + 1), -1, dtype=torch.int32, device=token.device)
     order.scatter_(-1, torch.where(token >= 0, place, rows), token.int())
     order[..., rows] = -1
@@ -128,7 +128,7 @@ def _placed(token: Tensor, place: Tensor, rows: int) -> Tensor:
 
 
 def _plain(order: Tensor, T: int) -> Tensor | None:
-    """An order; None where its rows are the tokens."""
+    """Return the order, or None if it is the identity."""
     same = order.shape[:2] == (1, 1) and order.shape[-1] >= T
     if same and torch.equal(order[0, 0, :T], torch.arange(T, dtype=torch.int32, device=order.device)):
         return None if order.shape[-1] == T or bool((order[..., T:] < 0).all()) else order
@@ -136,7 +136,7 @@ def _plain(order: Tensor, T: int) -> Tensor | None:
 
 
 class _Numbers(NamedTuple):
-    """Of each old unit [b,h,C]: its new number, and how many of its rows stay."""
+    """For each old unit [b,h,C]: its new number, and how many of its rows stay."""
 
     number: Tensor
     inside: Tensor
@@ -144,9 +144,9 @@ class _Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class _Keys:
-    """Key rows: where those that stay go; place [b,h,n] is the new row of the n-th.
+    """The key rows that stay: `place` [b,h,n] is the new row of the n-th of them, `order` the new k_order.
 
-    `units` where units stay units, then of `unit` rows; None where they become ranges.
+    `units` is the renumbering if units stay units (of `unit` rows each), None if they become ranges.
     """
 
     rows: _Rows
@@ -157,7 +157,7 @@ class _Keys:
 
     @classmethod
     def of(cls, plan: Record, tokens: Tensor | None) -> _Keys:
-        """The key rows of a plan."""
+        """Select the key rows of a plan that hold one of the tokens (None: all)."""
         rows = _rows(plan.k_order, plan.Tk, tokens, plan.device)
         lead, n = rows.token.shape[:2], int(rows.seen[..., -1].max()) if rows.seen.numel() else 0
         packed = torch.arange(n, device=rows.token.device).expand(*lead, n)
@@ -171,7 +171,7 @@ class _Keys:
         most = int(inside.max()) if inside.numel() else 0
         if plan.bits is None and not whole:
             return cls(rows, packed, _placed(rows.token, rows.seen[..., :-1], n), unit)
-        if not whole:  # units of as many lanes as any keeps
+        if not whole:  # shrink units to the most lanes that any keeps, in steps of 16
             unit = min(unit, -(-most // 16) * 16)
         number = (inside > 0).cumsum(-1) - 1
         column = torch.arange(plan.k_rows, device=edge.device) // plan.unit
@@ -184,7 +184,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class _Entries:
-    """Entries of lists, flat: their list and old tile, the range in old key rows, whether full."""
+    """Entries of lists, flat: list (b * H + h), old tile, range in old key rows, whether full."""
 
     list_: Tensor
     tile: Tensor
@@ -193,12 +193,12 @@ class _Entries:
     full: Tensor
 
     def of(self, some: Tensor) -> _Entries:
-        """Some of them."""
+        """Select entries by mask or index."""
         return _Entries(*(getattr(self, f.name)[some] for f in dataclasses.fields(self)))
 
 
 class _Lists:
-    """The lists of a plan for the rows that stay."""
+    """Builds the lists of the restricted plan."""
 
     def __init__(self, plan: Record, q: _Rows, keys: _Keys) -> None:
         named = ("span_count", "count", "q_order", "k_order", "head_window")
@@ -209,15 +209,15 @@ class _Lists:
         self.k_seen = keys.rows.laid_out(self.batch, self.heads)[1]
         token, seen = q.laid_out(self.batch, self.heads)
         edge = (torch.arange(plan.tiles + 1, device=plan.device) * plan.tile).clamp(max=plan.q_rows)
-        self.stay = seen[:, edge].diff(dim=-1)  # queries of each old tile
+        self.stay = seen[:, edge].diff(dim=-1)  # [lists, R]: queries of each old tile that stay
         self.spans = self._entries(plan.span_lists)
         self.units = self._entries(plan.unit_lists)
         self.token, self.seen, self.edge = token, seen, edge
         self.made = self._best()
 
     def _best(self) -> Fields:
-        """Rows and lists in the largest tiles that visit hardly more than what was asked for."""
-        self.old_list, self.old_tile = (self.stay > 0).nonzero().unbind(-1)  # the tiles that stay, numbered
+        """Build rows and lists with the largest tile that visits at most MORE times the needed pairs."""
+        self.old_list, self.old_tile = (self.stay > 0).nonzero().unbind(-1)  # old tiles that keep a query
         self.number = torch.full_like(self.stay, -1)
         self.number[self.old_list, self.old_tile] = torch.arange(len(self.old_list), device=self.plan.device)
         chain = self._chains()
@@ -231,7 +231,7 @@ class _Lists:
             self.tile //= 2
 
     def _asked(self) -> float:
-        """Pairs in the lists that stay, as they were."""
+        """Pairs that the old lists visit once both axes are restricted: what the new lists must visit."""
         total = 0
         for part in (self.spans, self._as_ranges()):
             if part is not None:
@@ -240,7 +240,7 @@ class _Lists:
         return total
 
     def _visits(self, made: Fields) -> float:
-        """Pairs that these lists visit."""
+        """Pairs that the new lists visit."""
         part = self.plan._changed(
             tile=self.tile, unit=self.keys.unit, q_order=self.q_order, k_order=self.keys.order, **made
         )
@@ -250,7 +250,7 @@ class _Lists:
         return int((entries.hi - entries.lo).sum()) * rows * self.batch * self.heads / (own[0] * own[1])
 
     def _entries(self, lists: Lists | None) -> _Entries | None:
-        """The entries of tiles of which a query stays; of units, lo is the number, and hi its bits or -1."""
+        """Flatten the entries of tiles that keep a query; for units lo is the unit, hi its bits row or -1."""
         if lists is None:
             return None
         own = lists.laid_out(self.batch, self.heads)
@@ -263,7 +263,7 @@ class _Lists:
     # ---------------------------------------------------------------- tiles
 
     def _chains(self) -> Tensor:
-        """Which of the tiles that stay begins a chain: rows of a chain may share lists."""
+        """Mark the old tiles that begin a chain; the rows of a chain may share new tiles."""
         plan, list_ = self.plan, self.old_list
         chain = torch.ones_like(list_, dtype=torch.bool)
         if plan.index is None and self.spans is not None and self._worth():
@@ -272,7 +272,11 @@ class _Lists:
         return chain
 
     def _cut(self, chain: Tensor) -> None:
-        """Where queries go: each chain is cut anew, `tile` rows by `tile` rows."""
+        """Assign queries to new tiles: each chain is cut into tiles of `tile` rows.
+
+        Example: tile 4, a chain of three old tiles with n = 3, 2, 4 queries left: before = 0, 3, 5; new tiles
+        low..high = 0..0, 0..1, 1..2; 9 rows, cut = 3 tiles.
+        """
         plan, device, tile = self.plan, self.plan.device, self.tile
         list_, old = self.old_list, self.old_tile
         n = self.stay[list_, old]
@@ -280,15 +284,15 @@ class _Lists:
         first[1:] = list_[1:] != list_[:-1]
         of = chain.cumsum(0) - 1
         before = n.cumsum(0) - n
-        before = before - before[chain][of]  # rows of the chain before this tile's
+        before = before - before[chain][of]  # rows of the chain before this old tile
         rows = torch.zeros(int(chain.sum()), dtype=torch.int64, device=device).index_add_(0, of, n)
         cut = (rows + tile - 1) // tile
         base = cut.cumsum(0) - cut
-        base = base - base[of[first]][(first.cumsum(0) - 1)[chain]]  # from 0 in each list
+        base = base - base[of[first]][(first.cumsum(0) - 1)[chain]]  # tile numbers restart at 0 in each list
         made = torch.zeros(self.batch * self.heads, dtype=torch.int64, device=device)
         made.index_add_(0, list_[chain], cut)
         self.R = int(made.max()) if made.numel() else 0
-        self.low = base[of] + before // tile  # new tiles of each that stays: low .. high
+        self.low = base[of] + before // tile  # each old tile's rows go to new tiles low..high
         self.high = base[of] + (before + n - 1) // tile
         begin = torch.zeros_like(self.stay)
         begin[list_, old] = base[of] * tile + before
@@ -301,13 +305,13 @@ class _Lists:
             self.q_order = self.q_order[:1, :1]
 
     def _spread(self, e: _Entries) -> tuple[Tensor, Tensor]:
-        """Each entry once for every new tile that has rows of its old one: place in e, and cell."""
+        """Repeat each entry for every new tile that has rows of its old tile: index into e, and new cell."""
         number = self.number[e.list_, e.tile]
         entry, nth = expand(self.high[number] - self.low[number] + 1)
         return entry, e.list_[entry] * max(self.R, 1) + self.low[number][entry] + nth
 
     def _worth(self) -> bool:
-        """Whether joining could leave fewer tiles."""
+        """Whether merging could leave fewer tiles."""
         list_ = self.old_list
         n = self.stay[list_, self.old_tile]
         total = torch.zeros(self.batch * self.heads, dtype=torch.int64, device=n.device)
@@ -315,10 +319,11 @@ class _Lists:
         return int(((total + self.plan.tile - 1) // self.plan.tile).sum()) < len(n)
 
     def _linked(self, spans: _Entries) -> Tensor:
-        """Whether each tile that stays and the next one can share a list: the rules tell what each sees.
+        """Whether each old tile and the next can share a list because the rules hide the other's keys.
 
-        That is so where positions ascend, the next one's further keys are all in the future of the first, and
-        the first's further keys all too far in the past for the next. Then it holds along a chain.
+        True if query positions ascend, the keys that only the next tile lists are in the future of the first,
+        and the keys that only the first lists are too far in the past for the next. It is transitive, so it
+        holds along a chain.
         """
         plan, list_, old = self.plan, self.old_list, self.old_tile
         if any(x is not None for x in (plan.k_end, plan.q_seg, plan.k_seg)):
@@ -346,7 +351,7 @@ class _Lists:
         return fits
 
     def _q_positions(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest position of the queries of each old tile that stay, [lists, R]."""
+        """Smallest and largest position of the staying queries of each old tile, [lists, R]."""
         plan = self.plan
         if plan.q_order is None:
             own = torch.arange(plan.Tq, device=plan.device).view(1, 1, -1)
@@ -355,7 +360,7 @@ class _Lists:
         own = laid_out(own, self.batch, self.heads)
         if plan.q_pos is not None:
             batch, heads = max(self.batch, plan.q_pos.shape[0]), math.lcm(self.heads, plan.q_pos.shape[1])
-            if (batch, heads) != (self.batch, self.heads):  # positions differ where lists do not
+            if (batch, heads) != (self.batch, self.heads):  # lists are shared, positions not: no merging
                 none = torch.zeros_like(self.stay)
                 return none + FAR, none - FAR
             own = read(laid_out(plan.q_pos, batch, heads), own)
@@ -378,7 +383,7 @@ class _Lists:
         return torch.where(real, own, FAR).amin(-1), torch.where(real, own, -FAR).amax(-1)
 
     def _k_positions(self, list_: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Smallest and largest position of ranges of key rows, and whether their positions ascend."""
+        """First and last position of ranges of key rows, and whether positions ascend within each range."""
         plan = self.plan
         if plan.k_order is None and plan.k_pos is None:
             return lo, hi - 1, torch.ones_like(lo, dtype=torch.bool)
@@ -402,7 +407,7 @@ class _Lists:
     # ---------------------------------------------------------------- lists
 
     def fields(self) -> Fields:
-        """All lists of the plan that is left."""
+        """Build all lists of the restricted plan."""
         made: Fields = dict.fromkeys((*LISTS, "spans", "index", "bits"))
         if self.keys.units is not None and self.units is not None:
             made |= self._of_units(self.units, self.keys.units)
@@ -414,7 +419,7 @@ class _Lists:
         return made
 
     def _as_ranges(self) -> _Entries | None:
-        """Units as ranges of key rows."""
+        """The unit entries as ranges of key rows."""
         units, unit = self.units, self.plan.unit
         if units is None:
             return None
@@ -422,7 +427,7 @@ class _Lists:
         return dataclasses.replace(units, lo=lo, hi=hi)
 
     def _of_spans(self, parts: list[_Entries]) -> Fields:
-        """Ranges: those of the tiles that a new tile is made of, joined, and full where all of them are."""
+        """Unite the ranges of all old tiles that a new tile comes from; full only where all of them are."""
         columns = zip(*([getattr(x, f.name) for f in dataclasses.fields(x)] for x in parts), strict=True)
         e = _Entries(*(torch.cat(x) for x in columns))
         e = e.of(self.k_seen[e.list_, e.lo] < self.k_seen[e.list_, e.hi])
@@ -431,7 +436,7 @@ class _Lists:
         n = hi - lo
         if len(n):
             lo, hi = place[e.list_, lo], place[e.list_, hi - 1] + 1
-        full = e.full & (hi - lo == n)  # no lane between them is empty
+        full = e.full & (hi - lo == n)  # and no empty lane lies inside
         entry, group = self._spread(e)
         members = torch.zeros(self.batch * self.heads * max(self.R, 1), dtype=torch.int64, device=lo.device)
         tile, nth = expand(self.high - self.low + 1)
@@ -456,7 +461,7 @@ class _Lists:
         return self.batch, self.heads, self.R
 
     def _of_units(self, units: _Entries, numbers: _Numbers) -> Fields:
-        """Units under their new numbers, with the bits of the rows and lanes that stay."""
+        """Renumber the units and keep the bits of the rows and lanes that stay."""
         number, inside = (laid_out(x, self.batch, self.heads).flatten(0, 1) for x in numbers)
         e = units.of(inside[units.list_, units.lo] > 0)
         entry, cell = self._spread(e)
@@ -471,14 +476,12 @@ class _Lists:
         return made
 
     def _bits(self, words: Tensor, e: _Entries, cell: Tensor, numbers: _Numbers) -> Tensor:
-        """The bits of partial units, of the rows and lanes that stay; of what was full, all set."""
+        """Gather the bits of partial units at the kept rows and lanes; units that were full get all ones."""
         plan, source = self.plan, e.hi
         if not len(e.lo):
             shape = (0, self.tile, -(-self.keys.unit // 32))
             return torch.zeros(shape, dtype=torch.int32, device=plan.device)
-        bits = torch.cat(
-            [words, torch.full_like(words[:1], -1)]
-        )  # row -1, that of what was full, is the last
+        bits = torch.cat([words, torch.full_like(words[:1], -1)])  # source -1 (was full) reads this last row
         row = self._row_of(cell)
         lane = self._lane_of(e, numbers.inside)
         if row is None and lane is None:
@@ -496,7 +499,7 @@ class _Lists:
         return torch.cat(done)
 
     def _row_of(self, cell: Tensor) -> Tensor | None:
-        """Of new tiles, the place in its old tile of each row; None where rows stay as they are."""
+        """For each row of the new tiles `cell`, its row in the old tile; None if rows do not move."""
         plan, tile = self.plan, self.tile
         if tile == plan.tile and int(self.stay.sum()) == self.stay.shape[0] * plan.q_rows:
             return None
@@ -506,7 +509,7 @@ class _Lists:
         return at[:, :-1].reshape(-1, tile)[cell]
 
     def _lane_of(self, e: _Entries, inside: Tensor) -> Tensor | None:
-        """Of each entry, the old lane of each new one; None where lanes stay."""
+        """For each entry and new lane, the old lane; None if lanes do not move."""
         plan, keys = self.plan, self.keys
         if keys.unit == plan.unit and bool(((inside == 0) | (inside == plan.unit)).all()):
             return None
@@ -518,21 +521,21 @@ class _Lists:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Segments `[lo, hi)` of groups."""
+    """Segments `[lo, hi)`, each of one group."""
 
     group: Tensor
     lo: Tensor
     hi: Tensor
 
     def of(self, some: Tensor) -> _Parts:
-        """Some of them."""
+        """Select segments by mask or index."""
         return _Parts(self.group[some], self.lo[some], self.hi[some])
 
 
 def _sweep(
     group: Tensor, lo: Tensor, hi: Tensor, wide: int, mark: Tensor
 ) -> tuple[_Parts, tuple[Tensor, Tensor]]:
-    """Segments between the ends of ranges of one group; how many ranges, and marks, lie over each."""
+    """Split each group at all ends of its ranges; count the ranges, and sum their marks, on each segment."""
     own, at = group.repeat(2), torch.cat([lo, hi])
     order = torch.argsort(own * wide + at)
     own, at = own[order], at[order]

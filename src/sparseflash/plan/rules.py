@@ -1,6 +1,7 @@
-"""The rules of a plan as one value: which key a query may see, of those that the lists name.
+"""The rules of a plan as one object: which listed key a query may see.
 
-The formula stands here, once. Whoever evaluates it says how a table of tokens is read at the pairs in hand.
+`Rules.see` is the only implementation of the formula in PyTorch; its callers pass the functions that gather a
+token table at the pairs to evaluate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """What a pair has to pass, as `Plan` describes it; without arguments, every pair does."""
+    """Conditions on a (query, key) pair, as `Plan` describes them; `Rules()` allows every pair."""
 
     causal: bool = False
     include_self: bool = True
@@ -40,16 +41,16 @@ class Rules:
     head_sink: Tensor | None = None
 
     def fields(self) -> Fields:
-        """The rules as fields of a plan."""
+        """Return the rules as fields of a plan."""
         return dict(vars(self))
 
     def changed(self, fields: Fields) -> Rules:
-        """The rules with other values."""
+        """Copy the rules with other field values."""
         return dataclasses.replace(self, **fields)
 
     @property
     def windowed(self) -> bool:
-        """Whether there is a window, for all heads or for each."""
+        """Whether there is a window, one for all heads or one per head."""
         return self.window is not None or self.head_window is not None
 
     @property
@@ -60,10 +61,10 @@ class Rules:
     def see(
         self, q_token: Tensor, k_token: Tensor, shift: Tensor | int, keys: int, of_q: Read, of_k: Read
     ) -> Tensor:
-        """Whether queries see keys: bool, for tokens (-1: none) that broadcast.
+        """Evaluate the formula: bool, for query and key tokens (-1: none) that broadcast.
 
-        `of_q` and `of_k` read a table of query or key tokens at them; there are `keys` key tokens. `shift` is
-        the offset of the queries.
+        `of_q(table)` and `of_k(table)` gather a table of query or key tokens at these tokens; there are
+        `keys` key tokens. `shift` is the query offset.
         """
         keep = (q_token >= 0) & (k_token >= 0)
         q = q_token + shift if self.q_pos is None else of_q(self.q_pos)
@@ -100,7 +101,7 @@ class Rules:
         return keep
 
     def band(self, head: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Left and right reach (FAR where unbounded) and sink of the window, for some of a plan's heads."""
+        """Left and right reach (FAR if unbounded) and sink of the window at heads `head` of `heads`."""
         if self.head_window is None:
             left, right = (FAR if x is None else x for x in self.window or (None, None))
             sink = self.sink if self.window is not None else 0
@@ -113,7 +114,7 @@ class Rules:
         return pair[:, 0], pair[:, 1], sinks
 
     def of(self, q: Tensor | None, k: Tensor | None) -> Rules:
-        """The rules for some of the queries and keys (None: all), whose positions stay in their tables."""
+        """Restrict the token tables to some queries and keys (None: all); offsets are not adjusted."""
         cut = {"q_pos": q, "q_seg": q, "k_pos": k, "k_end": k, "k_seg": k}
         tables = {name: (getattr(self, name), tokens) for name, tokens in cut.items()}
         return self.changed(
@@ -121,7 +122,7 @@ class Rules:
         )
 
     def shift(self, n: int) -> Rules:
-        """The same rules where positions count from n: of keys without positions, the first n are gone."""
+        """Subtract n from all positions, after the first n keys were removed (if there is no `k_pos`)."""
         made: Fields = {"sink": max(self.sink - n, 0)}
         if self.q_pos is not None:
             made["q_pos"] = narrow(self.q_pos.long() - n)
@@ -139,7 +140,7 @@ class Rules:
         return self.changed(made)
 
     def alike(self, other: Rules) -> bool:
-        """Whether both say the same in the same words."""
+        """Whether all fields are equal, values of tensors included."""
         offsets = (self.q_offset, other.q_offset)
         if any(isinstance(x, Tensor) for x in offsets):
             if not same(*(x if isinstance(x, Tensor) else torch.tensor(x) for x in offsets)):
@@ -152,7 +153,7 @@ class Rules:
         return equal and all(same(getattr(self, n), getattr(other, n)) for n in tensors)
 
     def join(self, other: Rules) -> Rules | None:
-        """The rules that let through what both do; None where one formula cannot say it."""
+        """The conjunction of two rules; None if one formula cannot express it."""
         made: Fields = {
             "causal": self.causal or other.causal,
             "include_self": self.include_self and other.include_self,
@@ -164,7 +165,7 @@ class Rules:
         return self.changed(made)
 
     def _placed(self, other: Rules) -> Fields | None:
-        """Where tokens stand, for both."""
+        """The common positions of both rules, None if they differ."""
         placed = [x for x in (self, other) if x.positional]
         if len(placed) == 2:
             if not (same(self.q_pos, other.q_pos) and same(self.k_pos, other.k_pos)):

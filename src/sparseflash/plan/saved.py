@@ -1,7 +1,7 @@
-"""Plans in files and between processes: what is written, and what is checked when it is read.
+"""Pickling of plans: what is written, and what is checked when a plan is read.
 
-A file may say anything, and kernels read where a plan points. So a plan that is read goes through the door of
-one that is made by hand, and what the library derives is derived again.
+A file may hold anything, and kernels read the addresses that a plan gives. So a plan that is read passes the
+checks of a hand-made plan, and derived data (transposed lists, fixed capacities) is rebuilt or verified.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DERIVED = ("span_keys", "unit_keys")
 
 
 def state(plan: Record) -> dict[str, Any]:
-    """What a plan is, by field; of its transposed lists only that it has them."""
+    """The fields of a plan to pickle; instead of transposed lists, only whether the plan has them."""
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan)}
     keys = [fields.pop(name) for name in _DERIVED]
     return {**fields, "prepared": any(x is not None for x in keys)}
@@ -34,7 +34,7 @@ def restored(kind: type[Record], state: Any) -> dict[str, Any]:
     Raises
     ------
     PlanError
-        For a state that is none of a sound plan.
+        If the state is not that of a valid plan.
     """
     try:
         plan = kind(**{f.name: state[f.name] for f in dataclasses.fields(kind) if f.init and f.name in state})
@@ -42,7 +42,7 @@ def restored(kind: type[Record], state: Any) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError) as fault:
         raise PlanError(f"this is no saved plan, or a broken one: {fault!r}; save it again") from None
     real = plan.device.type != "meta" and all(type(x) is Tensor for x in plan.tensors().values())
-    if real and plan.device.type != "cpu":  # in main memory it has happened
+    if real and plan.device.type != "cpu":  # the constructor has checked CPU tensors
         check_values(plan)
     for lists in plan.lists():
         name = lists.NAMES["room"]
@@ -52,10 +52,10 @@ def restored(kind: type[Record], state: Any) -> dict[str, Any]:
 
 
 def _fits(lists: Lists, room: Any, *, real: bool) -> bool:
-    """Whether list n begins at n * room of its pool, which ends behind the last."""
+    """Whether list n begins at slot n * room, and the pool has exactly `room` slots for each list."""
     if type(room) is not int or room < 1 or len(lists.pool) != lists.count.numel() * room:
         return False
-    if not real:  # there are no values to go astray
+    if not real:  # meta or traced tensors have no values
         return True
     begin = torch.arange(0, len(lists.pool), room, device=lists.start.device)
     return bool((lists.start.flatten() == begin).all()) and bool((lists.count <= room).all())

@@ -1,7 +1,7 @@
-"""Whether tensors are still what they were, as far as that shows without looking at their values.
+"""Detect whether tensors were changed in place, without reading their values.
 
-An object keeps its identity while its memory changes: in-place writes, `set_`, `.data =`, `share_memory_`.
-What was derived from tensors is good while a stamp of them is.
+A tensor object stays the same while its memory changes: in-place writes, `set_`, `.data =`, `share_memory_`.
+Data derived from tensors is valid while their stamp (address and version counter) is unchanged.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ M = TypeVar("M")
 
 
 def stamp(tensors: Iterable[Tensor]) -> list[tuple[int, int]] | None:
-    """Where each tensor lies, and how often it was written to.
+    """Address and version counter of each tensor.
 
-    None where that cannot be told: for tensors of a shape alone, and for inference tensors, which count no
-    writes.
+    None if a tensor has none: tensor subclasses (fake tensors), meta tensors, and inference tensors, which
+    count no writes.
     """
     found = []
     for x in tensors:
@@ -30,7 +30,7 @@ def stamp(tensors: Iterable[Tensor]) -> list[tuple[int, int]] | None:
 
 
 class Last(Generic[M]):
-    """What was made last of some objects, while they are the same and their tensors are what they were."""
+    """A cache of one result, valid while its arguments are the same objects with unchanged tensors."""
 
     def __init__(self) -> None:
         self._of: list[weakref.ref[object]] = []
@@ -38,14 +38,14 @@ class Last(Generic[M]):
         self._made: list[M] = []
 
     def get(self, *of: object, key: Hashable = None) -> list[M]:
-        """What was made of these (and of `key`), in a list; or an empty one."""
+        """The result cached for these arguments and `key` in a list of one, or an empty list."""
         if self._known is None or self._known[0] != key or len(of) != len(self._of):
             return []
         same = all(known() is x for known, x in zip(self._of, of, strict=True))
         return self._made if same and stamp(_tensors(of)) == self._known[1] else []
 
     def keep(self, made: M, *of: object, key: Hashable = None) -> M:
-        """Keep what was made (nothing, where changes of the tensors would not show), and return it."""
+        """Cache a result and return it; caches nothing if changes of the tensors are not detectable."""
         found = stamp(_tensors(of))
         self._of, self._made = [weakref.ref(x) for x in of], [made]
         self._known = None if found is None else (key, found)

@@ -1,7 +1,7 @@
 """The transpose of a plan's lists: for each group of keys, the query tiles that visit it.
 
-Where values may be looked at, the transpose holds what is there and no more. Elsewhere, of lists with `room`,
-shapes alone say how large it is: nothing waits for a device, and it may stand in a CUDA graph.
+Where values can be read, the transpose is compact. Elsewhere, for lists of fixed capacity (`room`), its size
+follows from shapes alone: no synchronisation, so it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from .stamps import stamp
 P = TypeVar("P", bound=Record)
 KEY_GROUP = 128
 FAR = 1 << 32
-"""More than any row number."""
+"""Larger than any row number."""
 ENTRIES = 1 << 22
-"""Entries that are transposed in one go, where one (batch, head) has no more."""
+"""Entries that are transposed in one chunk, which holds at least one (batch, head)."""
 
 
 def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     """For each group of KEY_GROUP key rows, the tiles whose spans touch it, as ranges of tiles.
 
-    Spans at one place of the lists of neighbouring tiles form a run while both their ends only move to the
-    right and each touches the one before: causal, window, bucket and document plans are a few runs a list.
-    Within a run, the tiles that touch a group are neighbours, and so are those that cover it; sorted searches
-    find both. So dense causal attention over R tiles takes O(R) entries, not the R^2 / 2 of single tiles.
+    Spans at the same place in the lists of consecutive tiles form a run while both ends only move to the
+    right and each span touches the one before: causal, window, bucket and document plans are a few runs a
+    list. Within a run the tiles that touch a group are consecutive, and so are those that cover it; binary
+    searches find both. So dense causal attention over R tiles takes O(R) entries, not R^2 / 2.
+
+    Example, KEY_GROUP = 128: tiles 0, 1, 2 with spans [0, 128), [0, 256), [0, 384) are one run. Group 1 is
+    keys 128..255: touched by tiles 1, 2 (a = 1, b = 3), covered, if full, by the same (s = 1, e = 3).
     """
     if spans.room and not host(spans.pool):
         return _spans_unseen(spans, k_rows)
@@ -44,7 +47,7 @@ def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     cell, place, lo, hi, full = (x[some] for x in (cell, place, lo, hi, full))
     widest = int(spans.count.max()) if spans.count.numel() else 0
     at, order = ((cell // max(R, 1) * widest + place) * R + cell % max(R, 1)).sort()
-    # by list, place in the list, tile
+    # now sorted by list, place in the list, tile
     cell, place, lo, hi, full = (x[order] for x in (cell, place, lo, hi, full))
     tile, of_list = cell % max(R, 1), cell // max(R, 1)
 
@@ -62,8 +65,8 @@ def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     def search(keys: Tensor, value: Tensor, after: bool) -> Tensor:
         return torch.searchsorted(run * FAR + keys, own * FAR + value, right=after)
 
-    a, b = search(hi, left, True), search(lo, right, False)  # the group is touched
-    s, e = search(hi, right.clamp(max=k_rows), False), search(lo, left, True)  # and covered
+    a, b = search(hi, left, True), search(lo, right, False)  # tiles a..b-1 touch the group
+    s, e = search(hi, right.clamp(max=k_rows), False), search(lo, left, True)  # tiles s..e-1 cover it
     covered = full[begin][own] & (torch.maximum(s, a) < e)
     s, e = torch.where(covered, torch.maximum(s, a), b), torch.where(covered, e, b)
     froms, ends, partial = torch.cat([s, a, e]), torch.cat([e, s, b]), torch.arange(3, device=device) > 0
@@ -85,7 +88,7 @@ def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
 
 
 def transpose_units(units: Units) -> KeyLists:
-    """For each unit, the tiles that list it."""
+    """For each unit, list the tiles that visit it."""
     batch, heads, R = units.count.shape
     columns, lists = -(-units.k_rows // units.unit), batch * heads
     if units.room and not host(units.pool):
@@ -122,17 +125,17 @@ def _transpose(
         total = counts[at : at + step].shape[0] * columns
         key = ((cell // max(R, 1) * columns + units[source]) * 2 + partial).int()
         met = torch.bincount(key, minlength=2 * total).view(total, 2)
-        order = key.sort(stable=True).indices  # entries are met in the order of their tiles, and keep it
+        order = key.sort(stable=True).indices  # stable, so tiles stay ascending
         found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
     return begins(listed), listed.int(), n_full.int(), index.int(), sources
 
 
-# ---------------------------------------------------------------- without looking at values
+# ---------------------------------------------------------------- without reading values
 
 
 class Entries(NamedTuple):
-    """Entries of unit lists, flat: list (of [B,H,R]), place in it, unit, and whether there is one."""
+    """Slots of unit lists, flat: index of the list in [B,H,R], place in it, unit, and whether it is used."""
 
     cell: Tensor
     place: Tensor
@@ -141,7 +144,7 @@ class Entries(NamedTuple):
 
 
 def unit_entries(units: Units) -> Entries:
-    """Every entry of unit lists; of lists with room every place, used or not, without a wait."""
+    """Enumerate entries; for lists of fixed capacity every slot, used or not, without synchronisation."""
     if not units.room:
         listed = units.listed()
         return Entries(listed.cell, listed.place, listed.entry, torch.ones_like(listed.full))
@@ -153,7 +156,7 @@ def unit_entries(units: Units) -> Entries:
 
 
 def _units_unseen(units: Units) -> KeyLists:
-    """`transpose_units` by shapes alone: a stable sort of all places, those that are not used behind."""
+    """`transpose_units` by shapes alone: a stable sort of all slots, with unused slots at the end."""
     (batch, heads, R), columns = units.count.shape, -(-units.k_rows // units.unit)
     entries, none = unit_entries(units), 2 * batch * heads * columns
     partial = (entries.place >= units.full.flatten()[entries.cell]).long()
@@ -173,7 +176,7 @@ def _units_unseen(units: Units) -> KeyLists:
 
 
 def counted(key: Tensor, size: int) -> Tensor:
-    """How often each number below `size` is there, int64 [size]; `size` itself is not counted."""
+    """Count how often each number below `size` occurs, int64 [size]; `size` itself is not counted."""
     found = torch.zeros(size + 1, dtype=torch.int64, device=key.device)
     return found.index_add_(0, key, torch.ones_like(key))[:size]
 
@@ -181,9 +184,9 @@ def counted(key: Tensor, size: int) -> Tensor:
 def _spans_unseen(spans: Spans, k_rows: int) -> KeyLists:
     """`transpose_spans` by shapes alone: for each place of the lists and each group, one run of tiles.
 
-    The run is from the first tile that touches the group to the last; a tile between them that does not is
-    tested in vain, and gives nothing. Where all tiles between the first and the last that cover the group do,
-    these need no test, and the run is cut in three.
+    The run extends from the first to the last tile that touches the group; a tile between them that does not
+    touch it is tested and contributes nothing. If all tiles between the first and the last that cover the
+    group cover it too, these need no element test, and the run is cut in three.
     """
     batch, heads, R = spans.count.shape
     columns, room, G = -(-k_rows // KEY_GROUP), spans.room, KEY_GROUP
@@ -192,7 +195,7 @@ def _spans_unseen(spans: Spans, k_rows: int) -> KeyLists:
     slot = torch.arange(room, device=device)[:, None]
     full, count = (x.reshape(lists, 1, R) for x in (spans.full, spans.count))
     some = (slot < count) & (hi > lo)
-    end = torch.where(hi >= k_rows, columns, hi // G)  # the last group may be short
+    end = torch.where(hi >= k_rows, columns, hi // G)  # the last group may be shorter than G
     touched = (lo // G, torch.where(some, (hi + (G - 1)) // G, 0))
     covered = ((lo + (G - 1)) // G, torch.where(some & (slot < full), end, 0))
     begin, stop = (torch.cat(x) for x in zip(touched, covered))
@@ -202,7 +205,7 @@ def _spans_unseen(spans: Spans, k_rows: int) -> KeyLists:
     whole = (n > 0) & (e + 1 - s == n)
     a, b = torch.where(b < 0, 0, a), b + 1
     s, e = torch.where(whole, s, b), torch.where(whole, e + 1, b)
-    # of each group [lists, columns]: `room` runs without a test, and twice as many with one
+    # layout of each group [lists, columns]: `room` full runs, then 2 * `room` partial ones
     runs = torch.stack([torch.stack([s, e], -1), torch.stack([a, s], -1), torch.stack([e, b], -1)], 2)
     runs = runs.permute(0, 3, 2, 1, 4).reshape(-1, 2).int()
     lead, source = (batch, heads, columns), slot.flatten().int()
@@ -219,7 +222,7 @@ def _spans_unseen(spans: Spans, k_rows: int) -> KeyLists:
 
 
 def _overlaps(begin: Tensor, end: Tensor, size: int) -> Tensor:
-    """How many of the ranges `begin ... end - 1` in the last axis hold each number below `size`."""
+    """Count, for each number below `size`, the ranges `begin ... end - 1` (last axis) that contain it."""
     lead = begin.shape[:-1]
     one = (end > begin).long()
     change = torch.zeros(*lead, size + 1, dtype=torch.int64, device=begin.device)
@@ -229,10 +232,11 @@ def _overlaps(begin: Tensor, end: Tensor, size: int) -> Tensor:
 
 
 def _stabbed(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The first and the last of the ranges [n, R] that hold each number below `size`; [n, size], -1: none.
+    """Find the first and last of R ranges that contain each number below `size`: [n, size], -1: none.
 
-    A range is the union of two of the same power of two, begun at its begin and ended at its end. They are
-    entered in a table by that power, whose rows then hand on what they hold to the next smaller one.
+    A range is the union of two intervals of one power-of-two length, at its begin and at its end. They are
+    scattered into a table row per power (a reversed sparse table); each row is then pushed down, halved, to
+    the next smaller power. E.g. [2, 7) is [2, 6) and [3, 7), of row 2.
     """
     n, R = begin.shape
     levels = max(1, size.bit_length())
@@ -242,7 +246,7 @@ def _stabbed(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
         level += length >= 1 << power
     none = torch.iinfo(torch.int64).max
     order = torch.arange(R, device=begin.device).expand(n, R)
-    # the last one is the first of the reverse order
+    # the last range is the first in reverse order
     table = torch.full((2, n, levels * size + 1), none, dtype=torch.int64, device=begin.device)
     for edge in (begin, end - (1 << level)):
         at = torch.where(end > begin, level * size + edge, levels * size)
@@ -257,11 +261,11 @@ def _stabbed(begin: Tensor, end: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return torch.where(first == none, -1, first), torch.where(last == none, -1, R - 1 - last)
 
 
-# ---------------------------------------------------------------- kept with the plan
+# ---------------------------------------------------------------- stored in the plan
 
 
 def prepared(plan: P) -> P:
-    """`Plan.prepare`: the plan with its transposed lists."""
+    """Attach the transposed lists (`Plan.prepare`)."""
     if plan.span_keys is not None or plan.unit_keys is not None:
         return plan
     spans, units = plan.span_lists, plan.unit_lists
@@ -274,7 +278,7 @@ def prepared(plan: P) -> P:
 
 
 def current(plan: P) -> P:
-    """`Plan.current`: without transposed lists that are older than the plan's."""
+    """Drop transposed lists that are older than the plan's tensors (`Plan.current`)."""
     known = vars(plan).get("_derived_from")
     if known is None or torch.compiler.is_compiling() or known == stamp(plan.tensors().values()):
         return plan

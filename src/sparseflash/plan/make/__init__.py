@@ -1,5 +1,5 @@
-"""What makes plans, one family a file: each returns the fields of a plan as a dictionary.
+"""Implementations of the constructors, one family a file: each returns the fields of a plan as a dictionary.
 
-None of them touches Tq x Tk, and none loops over rows or heads. Positions, ranges and orders come from prefix
-sums and sorted searches, O(T log T) at most.
+None loops over single rows; except `from_mask` in a compiled function, none allocates Tq x Tk values: dense
+input is read in slabs. Positions, ranges and orders come from prefix sums and binary searches.
 """

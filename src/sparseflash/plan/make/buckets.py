@@ -1,4 +1,4 @@
-"""`Plan.from_buckets`: queries see the keys of their bucket."""
+"""Implements `Plan.from_buckets`: queries see the keys of their bucket."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def _as_bucket(x: Tensor, name: str) -> Tensor:
 
 
 def _in_bucket_order(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids in ascending order and their tokens, in time order inside a bucket, along the last axis."""
+    """Sort stably along the last axis: ids in ascending order, and their tokens, in time order per bucket."""
     *lead, T = x.shape
     if host(x) and x.numel():
-        # all lists as one of small numbers: such a sort counts instead of comparing
+        # sort all lists as one list of small keys: PyTorch then uses a radix sort
         low, high = (int(end) for end in torch.aminmax(x))
         lists, width = x.numel() // T, high - low + 1
         if lists * width < 2**62:
@@ -94,7 +94,8 @@ def from_buckets(
     q_label, q_token = _in_bucket_order(q_bucket)
     k_label, k_token = (q_label, q_token) if q_bucket is k_bucket else _in_bucket_order(k_bucket)
 
-    # queries: every bucket begins a tile of its own
+    # queries: pad every bucket to whole tiles, so that a tile holds one bucket
+    # (tile 2: buckets of 3 and 1 queries take rows 0-2 and 4, and row 3 is an empty lane)
     row = edge_rows(begins_of(q_label), tile)
     if buckets is not None and not host(row):
         rows = Tq + buckets * (tile - 1)
@@ -104,9 +105,10 @@ def from_buckets(
     q_order = torch.full((*q_label.shape[:2], rows), -1, dtype=torch.int32, device=row.device)
     q_order.scatter_(-1, row, q_token.int())
     label = torch.zeros((*q_label.shape[:2], rows // tile), dtype=torch.int64, device=row.device)
-    label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)  # all rows of a tile carry one label
+    label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)  # a tile has one label
 
-    # keys: the range of the label, cut at the last (first) row's position; (begin of its run, token) ascends
+    # keys: the run of equal labels, cut at the tile's last (first) query; `keys` = (run begin << 31 | token)
+    # ascends, so one binary search finds the cut
     heads = common_heads(q_order, k_label)
 
     def wide(x: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def from_buckets(
     keys = wide(run << 31 | k_token)
 
     def until(begin: Tensor, end: Tensor, token: Tensor) -> Tensor:
-        """Where the keys [begin, end) of a bucket end that a query at this token sees, or has behind it."""
+        """End of the prefix of the bucket's keys [begin, end) that are not later than a query `token`."""
         edge, side = (token + shift).clamp(-1, 2**31 - 1), "right" if include_self else "left"
         return torch.minimum(torch.searchsorted(keys, (begin << 31) + edge, side=side), end)
 
@@ -136,7 +138,7 @@ def from_buckets(
         "q_order": q_order,
         "k_order": k_token.int(),
     }
-    if window:  # positions are places in the bucket
+    if window:  # positions become places in the bucket, so the window counts its members
         nearest = int(include_self)
         label = wide(q_label)
         own = torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True)

@@ -1,7 +1,7 @@
-"""Key caches: sequences of different lengths in rows of their own, or in the pages of one pool.
+"""KV caches: sequences of different lengths, contiguous (a row for each) or paged (pages of one pool).
 
 In both, the queries are the last tokens of their sequence: query i of sequence b sits at position
-`lengths[b] - Tq + i`, and sees what lies at its own position and before.
+`lengths[b] - Tq + i`, and sees the keys up to its own position.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _lengths(lengths: Tensor, most: int, what: str) -> Tensor:
 
 
 def _reach(lengths: Tensor, Tq: int) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Tile, the offset [B] of the queries, and how many keys each tile's first and last query see [B,1,R]."""
+    """Tile size, query offset [B], and how many keys the first and last query of each tile see, [B,1,R]."""
     tile = min(max(Tq, 1), TILE)
     offset = lengths - Tq
     row = torch.arange(0, Tq, tile, device=lengths.device)
@@ -67,10 +67,10 @@ def from_lengths(lengths: Tensor, *, Tk: int, Tq: int = 1) -> Fields:
 
 
 class _Tiles(NamedTuple):
-    """Tiles of queries, each of one sequence: [B,1,R] numbers.
+    """Query tiles, each of one sequence; tensors are [B,1,R].
 
-    `of` says whose it is, `first` and `last` how many keys its first and its last query see; `first` is
-    below 0 where a sequence is shorter than its queries.
+    `of` is the sequence of a tile, `first` and `last` how many keys its first and its last query see; `first`
+    is negative if the sequence is shorter than its queries.
     """
 
     Tq: int
@@ -82,7 +82,7 @@ class _Tiles(NamedTuple):
 
 
 def _rows(lengths: Tensor, Tq: int) -> _Tiles:
-    """The last Tq queries of each sequence, in rows of their own."""
+    """Tiles of the last Tq queries of each sequence, in a batch row per sequence."""
     tile = min(max(Tq, 1), TILE)
     row = torch.arange(0, Tq, tile, device=lengths.device)
     length = lengths[:, None, None]
@@ -92,7 +92,7 @@ def _rows(lengths: Tensor, Tq: int) -> _Tiles:
 
 
 def _packed(lengths: Tensor, Tq: int | None, cu_seqlens_q: Tensor) -> _Tiles:
-    """Queries of all sequences behind one another: tiles as long as a sequence has queries on average."""
+    """Tiles of packed queries; the tile size is the mean number of queries of a sequence, at most TILE."""
     edges = edges_of(cu_seqlens_q, "cu_seqlens_q", Tq)
     require(
         (
@@ -117,7 +117,7 @@ def _packed(lengths: Tensor, Tq: int | None, cu_seqlens_q: Tensor) -> _Tiles:
 
 
 def _first_pages(first_page: int | Tensor | None, like: Tensor, n: int) -> Tensor:
-    """The page that each sequence begins with, [B]."""
+    """Validate the first visible page of each sequence, [B]."""
     if not isinstance(first_page, Tensor):
         fits = first_page is None or is_length(first_page)
         require(
@@ -140,7 +140,7 @@ def _first_pages(first_page: int | Tensor | None, like: Tensor, n: int) -> Tenso
 
 
 def _chosen(choice: Tensor, tiles: _Tiles, B: int, n: int) -> Tensor:
-    """The chosen pages of each tile, int64 [B,H,R,m]; -1 = none."""
+    """Expand the chosen pages to each tile, int64 [B,H,R,m]; -1 = none."""
     _numbers(choice, "choice", "[B, H, m]: pages of a sequence by their place in it, -1 = none", 3)
     require(
         (
@@ -158,7 +158,7 @@ def _chosen(choice: Tensor, tiles: _Tiles, B: int, n: int) -> Tensor:
 
 
 def _check_used(pages: Tensor, used: Tensor, most: int) -> None:
-    """Pages `[..., n]` of lists, as far as they are used: they exist, and none stands twice in a list."""
+    """Check the used pages of lists `[..., n]`: they exist, and none occurs twice in a list."""
     there = pages[used]
     if not there.numel():
         return
@@ -176,7 +176,10 @@ def _check_used(pages: Tensor, used: Tensor, most: int) -> None:
 
 
 def _up_to(first: Tensor, tile: int, page: Tensor, page_size: int) -> Tensor:
-    """Bits of pages [..., n] of tiles whose first query sees `first` keys, and each later one more."""
+    """Causal bits of pages [..., n]: the first query of the tile sees `first` keys, each later one more.
+
+    Example, page_size 4, tile 2: first = 6 and page 1 (keys 4..7): bits 0b0011, then 0b0111.
+    """
     row = torch.arange(tile, device=page.device)[:, None]
     word = torch.arange(0, page_size, WORD, device=page.device)
     keys = (first[..., None] - page * page_size)[..., None, None] + row - word
@@ -197,9 +200,9 @@ def from_pages(
 ) -> Fields:
     """Fields of `Plan.from_pages`.
 
-    Pages that all queries of a tile see are full units. Those that hold the tile's own tokens are partial,
-    and bits say how far each query sees. No position of a key is ever asked for, so that the size of the
-    pool costs nothing, and a page may stand at different places of two sequences.
+    Pages that all queries of a tile see are full units. Pages that hold the tile's own tokens are partial,
+    and bits encode causality. The plan has no key positions, so its cost does not depend on the size of the
+    pool, and a page may be at different places in two sequences.
     """
     _sizes(page_size=page_size, Tk=Tk, Tq=1 if Tq is None else Tq)
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)
@@ -269,5 +272,5 @@ def from_pages(
 
 
 def _every(like: Tensor, n: int) -> Tensor:
-    """0, n, 2 n, ... in the shape of `like`: where lists of that room begin."""
+    """0, n, 2 n, ... in the shape of `like`: offsets of lists of capacity n."""
     return (torch.arange(like.numel(), device=like.device) * n).view(like.shape)

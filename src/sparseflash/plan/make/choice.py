@@ -1,4 +1,4 @@
-"""Plans of what each query chose for itself: the lists of a learned indexer, gathered or shared by tiles."""
+"""Plans from a selection per query (a learned indexer's top-k): gathered lists, or tiles with bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .listed import Frame, from_keys
 from .masks import from_rows
 
 GATHERED = 3
-"""What a pair of a query's own list costs, in pairs of a tile (measured: AVX-512, forward and backward)."""
+"""Cost of a pair in a per-query list, in pairs of a tile (measured: AVX-512, forward and backward)."""
 
 
 def from_choice(
@@ -39,7 +39,7 @@ def from_choice(
         error=PlanError,
     )
     index = index[:, None] if index.dim() == 3 else index
-    index = index if index.dtype in (torch.int32, torch.int64) else index.int()  # bytes have no -1
+    index = index if index.dtype in (torch.int32, torch.int64) else index.int()  # uint8 cannot hold -1
     offset = normal_offset(q_offset)
     at = torch.arange(index.shape[2], device=index.device) + (
         offset.to(index.device).view(-1, 1, 1) if isinstance(offset, Tensor) else offset
@@ -71,7 +71,7 @@ def from_choice(
     chosen = index.expand(batch, -1, -1, -1)
     if causal:
         chosen = chosen.masked_fill(chosen * unit > at[..., None], -1)
-    by_rule = k_keep is None  # what `from_keys` says itself of a block's keys
+    by_rule = k_keep is None  # whether `from_keys` with its rules can express the selection
     if unit == 1:
         if k_keep is not None and Tk:
             real = k_keep[:, None, None].expand(-1, *chosen.shape[1:3], -1)
@@ -87,7 +87,7 @@ def from_choice(
 
 
 def _tile(chosen: Tensor, Tk: int, unit: int) -> int:
-    """Whether tiles of all that their queries chose are less work than the queries' own lists."""
+    """Choose the tile: TILE if visiting the union of a tile's selections is less work, 1 for own lists."""
     B, H, Tq, n = chosen.shape
     R, C = -(-Tq // TILE), -(-Tk // unit // 64) * 64 + 64
     if Tq < TILE or not n or B * H == 0:
@@ -103,7 +103,7 @@ def _tile(chosen: Tensor, Tk: int, unit: int) -> int:
 
 
 def _tiles(chosen: Tensor, at: Tensor | None, k_keep: Tensor | None, Tk: int, unit: int, tile: int) -> Fields:
-    """Tiles with bits, some rows at a time."""
+    """Build tiles with bits, a slab of rows at a time."""
     (B, H, Tq, _), C = chosen.shape, -(-Tk // unit)
     keys = torch.arange(Tk, device=chosen.device)
     lists = chosen.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""`Plan.dense`: every key within the rules."""
+"""Implements `Plan.dense`: every key that the rules allow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dense(
 ) -> Fields:
     """Fields of `Plan.dense`."""
     check_options(causal=causal, tile=tile, unit=unit)
-    if not (is_length(Tq) and is_length(Tk)):  # said only on failure: a message would pin a symbolic length
+    if not (is_length(Tq) and is_length(Tk)):  # lazy: formatting a message would specialise a symbolic length
         raise PlanError(f"Tq={Tq!r}, Tk={Tk!r}: lengths are ints >= 0, of 32 bits")
     require(
         (

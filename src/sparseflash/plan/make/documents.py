@@ -1,8 +1,8 @@
-"""Packed sequences: every document of one long row sees itself, and nothing of the others.
+"""Packed sequences: tokens of a document see their own document only.
 
-Tiles end where a document ends, so one list never serves two of them, and nothing, not even a NaN, crosses
-over. Everything is a handful of operations on one number a tile; the order of the query rows is the only
-table as long as the tokens.
+Tiles end where a document ends, so no list serves two documents, and nothing, not even a NaN, leaks from one
+into another. The construction takes a few operations on one number per tile; `q_order` (and `q_pos`, if
+queries and keys differ in number) are the only tables as long as the tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .spans import band_spans
 
 
 def edges_of(x: object, name: str, total: int | None = None) -> Tensor:
-    """Running totals of document lengths as int64 [n+1]; values are looked at in main memory only."""
+    """Validate running totals of document lengths; int64 [n+1]. Values are read only on the CPU."""
     if not isinstance(x, Tensor) or x.dim() != 1 or x.shape[0] < 1:
         raise PlanError(f"{name}: expected a 1-d tensor [documents + 1], got {shape_of(x)}")
     require(
@@ -76,7 +76,7 @@ def from_documents(
 ) -> Fields:
     """Fields of `Plan.from_documents`."""
     for name, total in (("Tq", Tq), ("Tk", Tk)):
-        if not (total is None or is_length(total)):  # said only on failure: it would pin a symbolic length
+        if not (total is None or is_length(total)):  # lazy: a message would specialise a symbolic length
             raise PlanError(f"{name}={total!r}: expected an int >= 0 of 32 bits, or None")
     q = edges_of(cu_seqlens, "cu_seqlens", Tq)
     Tq = int(q[-1]) if Tq is None else Tq
@@ -107,14 +107,15 @@ def from_documents(
 
 
 def tiles_of(q_begin: Tensor, q_end: Tensor, tile: int, Tq: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whole tiles for the rows `[q_begin, q_end)` of each document, int64 [n], the last of which is empty.
+    """Cut the tokens `[q_begin, q_end)` of each document, int64 [n], into tiles; the last document is empty.
 
-    The document of each tile, the first of its tokens and the end of the document, [R]; and the token of
-    each row, int32 [R, tile], -1 behind the end. The last document owns the tiles that nobody needs.
+    Return the document of each tile, its first token and the end of its document, [R], and the token of each
+    row, int32 [R, tile], -1 after the end. Surplus tiles (static R) belong to the last, empty document.
+    Example, tile 4: documents [0, 5), [5, 7): tiles 0..3, 4, 5..6, so begin = 0, 4, 5 and end = 5, 5, 7.
     """
     tiles = (q_end - q_begin + (tile - 1)).div(tile, rounding_mode="floor")
     done = tiles.cumsum(0)
-    # elsewhere than in main memory no length is waited for: the most tiles that so many tokens can need
+    # not on the CPU: no synchronisation, R is the most tiles that Tq tokens in so many documents can need
     R = int(done[-1]) if host(done) else Tq // tile + len(tiles) - 1
     r = torch.arange(R, device=done.device)
     document = torch.searchsorted(done, r, right=True).clamp(max=len(tiles) - 1)
@@ -137,10 +138,10 @@ def from_ranges(
     tile: int = TILE,
     unit: int = UNIT,
 ) -> Fields:
-    """Document i holds queries `[q_begin[i], q_end[i])` and keys `[k_begin[i], k_end[i])`, int64 [n].
+    """Fields for documents of queries `[q_begin[i], q_end[i])` and keys `[k_begin[i], k_end[i])`, int64 [n].
 
-    The keys are those of the queries where none are given. The last query of a document sits at the position
-    of its last key. Ranges are disjoint; tokens of no document see nothing.
+    Without key ranges, keys are those of the queries. The last query of a document sits at the position of
+    its last key. Ranges are disjoint; tokens outside all documents see nothing.
     """
     check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
     require(
@@ -151,7 +152,7 @@ def from_ranges(
         error=PlanError,
     )
     window = normal_window(window)
-    # a document of length 0 behind the others owns the tiles that nobody needs
+    # append a document of length 0, which owns the surplus tiles
     q_begin, q_end = (torch.nn.functional.pad(x, (0, 1)) for x in (q_begin, q_end))
     same = k_begin is None or k_end is None
     if k_begin is not None and k_end is not None:
@@ -166,7 +167,7 @@ def from_ranges(
         if (causal or window) and not (host(shift) and bool((shift == 0).all())):
             own = shift[document]
             begin, last = begin + own, last + own
-            place = torch.zeros(Tq + 1, dtype=torch.int32, device=token.device)  # the last one is nobody's
+            place = torch.zeros(Tq + 1, dtype=torch.int32, device=token.device)  # slot Tq takes empty lanes
             place[torch.where(token < 0, Tq, token).long()] = token + own.int()[:, None]
             q_pos = place[:Tq].view(1, 1, -1)
     low, high = k_begin[document], k_end[document]

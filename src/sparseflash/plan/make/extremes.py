@@ -1,7 +1,7 @@
-"""Where the tokens of tiles and units lie: their first and last positions decide who sees all, some or none.
+"""Extreme positions of tiles and units: they decide whether a tile sees all, some or none of a unit.
 
-Where rows are tokens both are arithmetic; under an order of rows they are looked up once for each tile and
-unit, never for each pair.
+If rows are tokens, both extremes are arithmetic; under a row order they are reduced once per tile and unit,
+never per pair.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Extremes:
     whole: Tensor
 
     def laid_out(self, batch: int, heads: int) -> Extremes:
-        """With a row for every batch slot and head."""
+        """Expand to [batch, heads, n]."""
         given = (self.low, self.high, self.whole)
         return Extremes(*(spread_heads(x, heads).expand(batch, -1, -1) for x in given))
 
 
 def rows_of(T: int, order: Tensor | None) -> int:
-    """How many rows there are: those of the order, or one a token."""
+    """Number of rows: the length of the order, or T without one."""
     return T if order is None else order.shape[-1]
 
 
 def as_order(order: object, T: int, name: str) -> Tensor | None:
-    """An order of the rows of T tokens, int32 [B|1, H|1, rows]."""
+    """Validate an order of T tokens, int32 [B|1, H|1, rows]."""
     if order is None:
         return None
     if not (isinstance(order, Tensor) and order.dim() == 3 and order.shape[1] > 0):
@@ -56,7 +56,7 @@ def as_order(order: object, T: int, name: str) -> Tensor | None:
 def extremes(
     T: int, size: int, *, order: Tensor | None = None, offset: int | Tensor = 0, device: torch.device
 ) -> Extremes:
-    """Of the groups of `size` rows, one behind the other; token t sits at position t + offset."""
+    """Extremes of consecutive groups of `size` rows; token t sits at position t + offset."""
     shift = shift_of(offset, 2)
     if order is None:
         begin = torch.arange(0, T, size, device=device).view(1, 1, -1)
@@ -72,9 +72,10 @@ def extremes(
 
 
 class RangeExtremes:
-    """Smallest and largest position of any range of key rows, in two look-ups. O(T log T) memory.
+    """Range minimum and maximum of positions over key rows (sparse table). O(T log T) memory.
 
-    The tables of every power of two; a range is covered by two of the largest that fits.
+    Level p holds the extremes of the 2^p rows from each row on; two entries of the largest level that fits
+    cover a range.
     """
 
     def __init__(self, order: Tensor) -> None:
@@ -93,7 +94,7 @@ class RangeExtremes:
             size *= 2
 
     def __call__(self, lo: Tensor, hi: Tensor) -> Extremes:
-        """Of ranges `[lo, hi)` of shape [B, H, n]; of empty ones, those of no token."""
+        """Extremes of ranges `[lo, hi)` of shape [B, H, n]; an empty range has those of no token."""
         some = hi > lo
         size = torch.where(some, hi - lo, 1)
         level = size.double().log2().long().clamp(max=len(self.low) - 1)

@@ -1,4 +1,4 @@
-"""Masks as other libraries write them down: FlashMask's columns, Magi's slices, block sparse rows."""
+"""Mask formats of other libraries: FlashMask's columns, MagiAttention's slices, block sparse rows."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def from_flashmask(
         error=PlanError,
     )
     ends = indices.long().unbind(-1)
-    if n == 1:  # hidden from a row on
+    if n == 1:  # key hidden from row ends[0] on
         return from_lifetimes(None, ends[0], Tq=Tq, tile=tile)
-    if n == 2 and not causal:  # and up to another
+    if n == 2 and not causal:  # hidden from row ends[0] on and before row ends[1]
         return from_lifetimes(ends[1], ends[0], Tq=Tq, tile=tile)
     hidden = [(a.flatten(0, 1), b.flatten(0, 1)) for a, b in zip(ends[::2], ends[1::2], strict=True)]
     key = torch.arange(Tk, device=indices.device)
@@ -78,7 +78,7 @@ def from_slices(
     row, (first, last) = q[slice_, 0] + place, k[slice_].unbind(-1)
     lo = torch.where(kind[slice_] >= 2, first + place, first)
     hi = torch.where(kind[slice_] % 2 == 1, last - (q[slice_, 1] - 1 - row), last)
-    # the slices of a row stand beside one another
+    # number the slices of each query row: [Tq, most slices of a row], unused ones empty
     row, order = row.sort(stable=True)
     at = torch.arange(len(row), device=row.device)
     begin = torch.searchsorted(row, row)
@@ -89,7 +89,7 @@ def from_slices(
 
 
 def _pairs(x: Any, name: str, T: int) -> Tensor:
-    """Ranges as int64 [n, 2]."""
+    """Validate ranges and convert them to int64 [n, 2]."""
     given = torch.as_tensor(x)
     given = given.reshape(0, 2).long() if not given.numel() else given
     require(
@@ -152,7 +152,7 @@ def from_bsr(
 
 
 def _matrix(x: Any) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Row ends, columns and sizes of a BSR matrix of PyTorch or SciPy."""
+    """Row offsets, column indices and sizes of a BSR matrix of PyTorch or SciPy."""
     if isinstance(x, Tensor) and x.layout == torch.sparse_bsr and x.dim() == 2:
         begin, column, block = x.crow_indices(), x.col_indices(), x.values().shape[1:]
     elif getattr(x, "format", None) == "bsr":

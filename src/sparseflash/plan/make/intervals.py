@@ -1,7 +1,7 @@
-"""Plans of ranges that every query, or every key, brings along. Memory follows the tiles that are visited.
+"""Plans from a range of keys per query, or of queries per key. Memory follows the visited tiles.
 
-Where all ranges of the queries begin at key 0, or all those of the keys at their own position, they are one
-rule of the plan (a position, an expiry) and need no bits.
+If all ranges of queries begin at key 0, or those of keys at the key's own position, the plan expresses them
+as a rule (a position, an expiry) and needs no bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .masks import bit_lists, runs, span_lists
 from .spans import pack_spans
 
 LANES = 1 << 22
-"""Words of bits, times ranges of a query, that are made in one go."""
+"""Words of bits, times ranges per query, that are computed in one chunk."""
 
 
 def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
@@ -40,7 +40,7 @@ def _numbers(x: object, name: str, dims: tuple[int, ...], said: str) -> Tensor:
         (x.dtype in INTEGERS, lambda: f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
     )
-    return x if x.dtype in (torch.int32, torch.int64) else x.int()  # sums of bytes are no bytes
+    return x if x.dtype in (torch.int32, torch.int64) else x.int()  # small dtypes would overflow in sums
 
 
 def from_intervals(
@@ -59,7 +59,7 @@ def from_intervals(
         lo, hi = (lo, hi) if lo.dtype == hi.dtype else (lo.long(), hi.long())
         lo, hi = (x[..., None] if x.dim() == 3 else x for x in torch.broadcast_tensors(lo, hi))  # type: ignore[no-untyped-call]
     ends = [x for x in (lo, hi) if x is not None and x.numel()]
-    if not all(map(host, ends)):  # what cannot be seen is cut off
+    if not all(map(host, ends)):  # values that cannot be read are clamped
         lo, hi = lo if lo is None else fit(lo, "lo holds", 0, Tk), fit(hi, "hi holds", 0, Tk)
     elif ends:
         low, high = min(int(x.min()) for x in ends), max(int(x.max()) for x in ends)
@@ -84,7 +84,7 @@ def from_intervals(
 
 
 def _prefixes(reach: Tensor, tile: int) -> Fields:
-    """Queries that see the first `reach` keys [B,H,Tq] each: causality, with positions to suit."""
+    """Let each query see its first `reach` keys [B,H,Tq]: a causal plan with `q_pos = reach - 1`."""
     *lead, Tq = reach.shape
     R = -(-Tq // tile)
     rows = pad(reach.long(), (0, R * tile - Tq)).view(*lead, R, tile)
@@ -100,7 +100,7 @@ def _prefixes(reach: Tensor, tile: int) -> Fields:
 
 
 def _moving(lo: Tensor | None, hi: Tensor, Tk: int, tile: int) -> Fields:
-    """One range a query whose ends never move back: rows `k_pos ... k_end - 1` see a key, which is a rule."""
+    """One range per query with ends that never decrease: query rows `k_pos ... k_end - 1` see a key."""
     hi = hi.flatten(2)
     lo = torch.zeros_like(hi) if lo is None else lo.flatten(2)
     if host(lo) and host(hi):
@@ -111,7 +111,7 @@ def _moving(lo: Tensor | None, hi: Tensor, Tk: int, tile: int) -> Fields:
     last = (first + (tile - 1)).clamp(max=Tq - 1)
     left, right = lo[..., first], hi[..., last]
     inner_left, inner_right = lo[..., last], hi[..., first]
-    whole = inner_left < inner_right  # otherwise no key is seen by all rows: one partial range
+    whole = inner_left < inner_right  # otherwise all rows share no key: one partial range
     a, b = torch.where(whole, inner_left, right), torch.where(whole, inner_right, right)
     spans = pack_spans([a, left, b], [b, a, right], [True, False, False])
     if tile == 1 or (isinstance(Tq, int) and Tq == 1):
@@ -122,8 +122,12 @@ def _moving(lo: Tensor | None, hi: Tensor, Tk: int, tile: int) -> Fields:
 
 
 def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:
-    """Any ranges [B,H,Tq,m]: a sweep along the keys of each tile counts the rows that see them."""
-    lo, order = torch.where(hi > lo, lo, Tk).sort(-1)  # those of one row become disjoint
+    """Any ranges [B,H,Tq,m]: a sweep along the keys of each tile counts the rows that see each segment.
+
+    Example, tile 2, unit 4, rows [0, 8) and [0, 6): keys 0..5 are seen by 2 rows, 6..7 by 1, so unit 1 is
+    mixed (bits), and the full span [0, 6) is cut back to [0, 4).
+    """
+    lo, order = torch.where(hi > lo, lo, Tk).sort(-1)  # make the ranges of a row disjoint
     hi = hi.gather(-1, order).cummax(-1).values if hi.shape[-1] else hi
     lo = torch.maximum(lo, pad(hi[..., :-1], (1, 0)))
     hi = torch.maximum(lo, hi)
@@ -133,7 +137,7 @@ def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:
     lo, hi = (pad(x, (0, 0, 0, R * tile - Tq)).reshape(B * H * R, tile, m) for x in (lo, hi))
     rows = (Tq - torch.arange(R, device=lo.device) * tile).clamp(max=tile).repeat(B * H)
 
-    # 1. between two neighbouring ends of ranges, all keys are seen by the same rows
+    # 1. segments between neighbouring range ends: the same rows see all keys of a segment
     at = torch.arange(B * H * R, device=lo.device)[:, None, None] * (Tk + 1)
     some = hi > lo
     place, order = torch.cat([(at + lo)[some], (at + hi)[some]]).sort()
@@ -145,19 +149,19 @@ def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:
     cell = a // (Tk + 1)
     a, b = a - cell * (Tk + 1), b - cell * (Tk + 1)
 
-    # 2. units that some rows see and others not
+    # 2. mixed units: some keys are seen by some rows but not by all
     mixed = seen < rows[cell]
     first, last = a[mixed] // unit, (b[mixed] - 1) // unit + 1
     owner = torch.repeat_interleave(torch.arange(len(first), device=lo.device), last - first)
     inside = torch.arange(len(owner), device=lo.device) - ((last - first).cumsum(0) - (last - first))[owner]
     slot = torch.unique_consecutive(cell[mixed][owner] * C + first[owner] + inside)
 
-    # 3. what all rows see, up to those units
+    # 3. segments that all rows see, joined and cut back to the edges of mixed units
     span_cell, spans = runs(cell[~mixed], a[~mixed], b[~mixed])
     begin, end = spans.unbind(-1)
     begin = torch.where(_among(span_cell * C + begin // unit, slot), -(-begin // unit) * unit, begin)
     end = torch.where(_among(span_cell * C + (end - 1) // unit, slot), end // unit * unit, end)
-    # a range that ends inside a mixed unit gives it up, and one that begins there too
+    # a range that begins or ends inside a mixed unit leaves that part to the unit's bits
     left = begin < end
     return {
         **span_lists(span_cell[left], torch.stack([begin, end], -1)[left], lead),
@@ -172,7 +176,7 @@ def _among(x: Tensor, ascending: Tensor) -> Tensor:
 
 
 def _bits(lo: Tensor, hi: Tensor, slot: Tensor, C: int, tile: int, unit: int) -> list[Tensor]:
-    """Bits of the slots (cell * C + unit) from the ranges [cells, tile, m] of their rows."""
+    """Compute the bits of slots (cell * C + unit) from the ranges [cells, tile, m] of their rows."""
     words, m = -(-unit // 32), lo.shape[-1]
     parts = []
     for piece in torch.split(slot, max(1, LANES // max(tile * words * m, 1))):
@@ -200,7 +204,7 @@ def from_expiry(
         return from_lifetimes(None, k_end, Tq=Tq, q_offset=q_offset, tile=tile, capacity=capacity)
     check_options(tile=tile, unit=unit)
     check_capacity(capacity)
-    k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # a large one is never
+    k_end = narrow(_numbers(k_end, "k_end", (3,), "[B|1, H|1, Tk]"))  # clamped: a large number means never
     Tk = k_end.shape[-1]
     Tq = Tk if Tq is None else Tq
     require((is_length(Tq), lambda: f"Tq={Tq!r}: expected an int >= 0 of 32 bits"), error=PlanError)

@@ -1,4 +1,4 @@
-"""`Plan.from_keep`: any queries and keys dropped."""
+"""Implements `Plan.from_keep`: drops any queries and keys."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def from_keep(
         "q_order": q_order,
         "k_order": k_order,
     }
-    # how many kept keys are not later than the last and the first row of a tile: a prefix of the compact keys
+    # number of kept keys not later than a tile's last and first row: each is a prefix of the compact keys
     reach, sure = (seen.gather(-1, (edge + nearest).clamp(0, Tk)) for edge in (last, first))
     zero = torch.zeros_like(reach)
-    if window:  # positions are places among the kept
+    if window:  # positions become places among the kept keys, so the window counts those
         place = (torch.arange(Tq, device=order.device) + nearest).clamp(max=Tk)
         fields |= {
             "window": window,

@@ -1,8 +1,8 @@
-"""Keys that are seen for a while: from one position up to another. Caches that evict, trees, sliding states.
+"""Keys that are visible from one query position up to another: caches that evict, trees, sliding states.
 
-A tile lists the keys that live while it does, and no others. Where neighbours live together they are a
-range; a scattered survivor is gathered. Both ends of a life are rules of the plan (the position of a key, and
-where it expires), so that no bits are needed.
+A tile lists only keys that are alive at one of its query positions. Neighbouring keys that are alive together
+form a range; scattered ones are gathered. Birth and expiry are rules of the plan (`k_pos` and `k_end`), so no
+bits are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..ragged import begins, expand
 from .listed import CHUNK, GONE, WHOLE, Frame, check_capacity, unit_lists
 
 LONG = 128
-"""Neighbours that live together and are a range: fewer are faster gathered with others."""
+"""Neighbouring keys alive together that form a range; shorter runs are faster as gathered keys."""
 
 
 def _life(x: object, name: str) -> Tensor:
@@ -29,7 +29,7 @@ def _life(x: object, name: str) -> Tensor:
         (x.dtype in INTEGERS, lambda: f"{name} has dtype {x.dtype}: expected integers; try {name}.int()"),
         error=PlanError,
     )
-    return narrow(x)  # a large one is never
+    return narrow(x)  # clamped: a large number means never
 
 
 def from_lifetimes(
@@ -41,7 +41,7 @@ def from_lifetimes(
     tile: int = TILE,
     capacity: int | None = None,
 ) -> Fields:
-    """Fields of `Plan.from_lifetimes`; a `begin` of None is every key's own position."""
+    """Fields of `Plan.from_lifetimes`; `begin=None` means every key's own position."""
     end = _life(end, "end" if begin is not None else "k_end")
     Tk = end.shape[-1]
     own = torch.arange(Tk, dtype=torch.int32, device=end.device).view(1, 1, -1)
@@ -65,7 +65,7 @@ def from_lifetimes(
 
 
 class _Lives:
-    """Lives of keys [B,H,Tk] against the tiles of a frame."""
+    """Lifetimes of keys [B,H,Tk] against the position ranges of a frame's tiles."""
 
     def __init__(self, frame: Frame, begin: Tensor, end: Tensor) -> None:
         self.tiles, self.Tk = frame.tiles, begin.shape[-1]
@@ -75,7 +75,7 @@ class _Lives:
         self.begin, self.end = begin.flatten(0, 1), end.flatten(0, 1)
 
     def kinds(self, head: Tensor | int, cell: Tensor | slice) -> Tensor:
-        """What tiles see of every key of their heads: [n, Tk] uint8."""
+        """Classify every key for some tiles of a head, WHOLE, PART or GONE: [n, Tk] uint8."""
         begin, end = self.begin[head], self.end[head]
         first, last = self.first[cell, None], self.last[cell, None]
         alive = (begin <= last) & (end > first) & (end > begin)
@@ -83,7 +83,7 @@ class _Lives:
         return GONE - alive.byte() - whole.byte()
 
     def padded(self, capacity: int | None) -> Fields:
-        """Gathered keys in lists of a static width."""
+        """Lists of gathered keys of a static width."""
         key = torch.arange(self.Tk, device=self.begin.device)
         given = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=key.device).expand(*self.lead, self.Tk)
 
@@ -94,9 +94,9 @@ class _Lives:
         return unit_lists(given, lambda x: (key.expand(x.shape), x), kinds, capacity)
 
     def compact(self) -> Fields:
-        """Ranges of neighbours that live together, and the keys beside them, behind one another."""
+        """Compact lists: ranges of neighbouring keys alive together, and the other keys as units."""
         device = self.begin.device
-        # cell, whether all see it, key (of ranges the first), and one behind the last key of a range
+        # ranges: cell, whether full, first key, end; single: cell, whether full, key
         none = torch.zeros(0, dtype=torch.int64, device=device)
         ranges: list[tuple[Tensor, ...]] = [(none, none > 0, none, none)]
         single: list[tuple[Tensor, ...]] = [(none, none > 0, none)]
@@ -123,7 +123,7 @@ class _Lives:
 
 
 def lists_of(cell: Tensor, sure: Tensor, pool: Tensor, lead: tuple[int, ...], pre: str, name: str) -> Fields:
-    """Lists of entries that are sorted by the cell (place in [B,H,R]) they belong to, full ones first."""
+    """Build lists from entries sorted by cell (index in [B,H,R]); a list's full entries come first."""
     total = math.prod(lead)
     count, full = torch.bincount(cell, minlength=total), torch.bincount(cell[sure], minlength=total)
     start, rest = begins(count), count - full

@@ -1,8 +1,8 @@
-"""Constructors from what a method has already listed: blocks, keys, ranges.
+"""Constructors from lists that a method has made: blocks, keys, ranges.
 
-Whether a tile sees a unit or a range whole, in part or not at all is decided by their extreme positions, so
-that rows may lie in any order and begin anywhere. On the host lists are compact. On accelerators and inside
-compiled functions their shapes are static, so that no value has to be looked at.
+The extreme positions of a tile and of a unit or range decide whether the tile sees all, part or none of it,
+so any row orders and offsets work. On the host lists are compact. On accelerators and inside compiled
+functions their shapes are static, so that no value has to be read.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from .spans import pack_spans
 Candidates = Callable[[Tensor], tuple[Tensor, Tensor]]
 Kinds = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 1 << 20
-"""Candidates that are looked at in one go."""
+"""Candidates that are classified in one chunk."""
 WHOLE, PART, GONE = 0, 1, 2
 """What a tile sees of a unit or a range."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Tiles of query rows against units of key rows."""
+    """The grid of a plan, tiles of query rows x units of key rows, with its row orders and causality."""
 
     Tq: int
     Tk: int
@@ -66,25 +66,25 @@ class Frame:
 
     @property
     def tiles(self) -> int:
-        """How many tiles the query rows take."""
+        """Number of query tiles."""
         return -(-rows_of(self.Tq, self.q_order) // self.tile)
 
     @property
     def k_rows(self) -> int:
-        """How many key rows there are."""
+        """Number of key rows."""
         return rows_of(self.Tk, self.k_order)
 
     @property
     def columns(self) -> int:
-        """How many units the key rows take."""
+        """Number of key units."""
         return -(-self.k_rows // self.unit)
 
     def fields(self) -> Fields:
-        """What the plan says beside its lists."""
+        """Return the plan's fields other than its lists."""
         return vars(self) | {}
 
     def extent(self, *given: Tensor) -> tuple[int, int]:
-        """Batch and heads of lists made of tensors [B|1, H|1, ...], the orders and the offset."""
+        """(batch, heads) that tensors [B|1, H|1, ...], the orders and the offset broadcast to."""
         laid = [x for x in (*given, self.q_order, self.k_order) if x is not None]
         sizes = [x.shape[0] for x in laid]
         if self.causal and isinstance(self.q_offset, Tensor) and self.q_offset.dim():
@@ -97,16 +97,16 @@ class Frame:
         return batch, common_heads(*laid)
 
     def of_tiles(self, device: torch.device) -> Extremes:
-        """Where the queries of the tiles sit."""
+        """Extreme query positions of each tile."""
         return extremes(self.Tq, self.tile, order=self.q_order, offset=self.q_offset, device=device)
 
     @property
     def plain(self) -> bool:
-        """Whether rows are tokens that begin at one position: then arithmetic says where they lie."""
+        """Whether rows are tokens with one int offset, so that extreme positions are plain arithmetic."""
         return self.q_order is None and self.k_order is None and isinstance(self.q_offset, int)
 
     def kinds(self, batch: int, heads: int, device: torch.device) -> Kinds:
-        """WHOLE, PART or GONE of units [..., n], which are `listed` or not, for the lists [...]."""
+        """Return a function that classifies units [..., n] (`listed` or not) of lists `cell` [...]."""
         if self.plain:
             return self._plain_kinds
         q = self.of_tiles(device).laid_out(batch, heads)
@@ -142,7 +142,7 @@ class Frame:
     def lists(
         self, given: Tensor, candidates: Candidates, capacity: int | None, *, unique: bool = True
     ) -> Fields:
-        """Unit lists of what is given for each tile, by whoever makes them fastest."""
+        """Build unit lists from the `given` blocks or keys of each tile, with native builders if offered."""
         if self.plain and capacity is None and (native := builders(given.numel(), given)):
             names = ("Tq", "Tk", "tile", "unit", "causal", "q_offset")
             return native.list_units(given, **{n: getattr(self, n) for n in names}, unique=unique)
@@ -154,13 +154,14 @@ class Frame:
 
 
 def ordered_lists(given: Tensor, frame: Frame) -> Fields:
-    """Lists of ascending unit numbers [B,H,R,n], as they are: those that are seen in part stand last.
+    """Use lists of ascending unit numbers [B,H,R,n] unchanged: full units are a prefix, partial ones follow.
 
-    Each has room for all n, and nobody looks at values: making them costs a few small operations.
+    Each list has capacity n, and no value is read, so this costs a few small operations. Example, causal,
+    unit 4, Tk = 16, one query at position 5: list 0 1 2 -1 has count 2 (unit 2 is future), full 1.
     """
     n, unit, offset = given.shape[-1], frame.unit, frame.q_offset
     assert isinstance(offset, int)
-    begun, whole = -(-frame.Tk // unit), frame.Tk // unit  # units of which some and all is seen, so far
+    begun, whole = -(-frame.Tk // unit), frame.Tk // unit  # number of units with any key, of complete units
     count, full = given >= 0, given < whole
     if frame.causal and frame.tiles == 1:
         count = count & (given < min(begun, (offset + frame.Tq - 1) // unit + 1))
@@ -178,7 +179,7 @@ def ordered_lists(given: Tensor, frame: Frame) -> Fields:
 
 
 def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: int | None) -> Fields:
-    """Unit lists from `given` [B,H,R,n], full units first: compact on the host, else of a static width."""
+    """Build unit lists from `given` [B,H,R,n], full units first: compact on the host, else static width."""
     if capacity is None and host(given):
         return _compact(given, candidates, kinds)
     *lead, width = given.shape
@@ -202,12 +203,12 @@ def unit_lists(given: Tensor, candidates: Candidates, kinds: Kinds, capacity: in
 
 
 def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
-    """The lists behind one another, made so many at a time that they outweigh whatever making them takes."""
+    """Build compact lists in chunks of tiles, so that temporaries stay small beside the lists."""
     *lead, n = given.shape
     total = math.prod(lead)
     flat = given.reshape(total, n)
     count, full = torch.zeros(2, total, dtype=torch.int32, device=flat.device)
-    # pages that stay untouched cost nothing
+    # allocated for the worst case: memory pages that are never written cost nothing
     index = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
     used, step = 0, max(1, CHUNK // max(n, 1))
     for at in range(0, total if n else 0, step):
@@ -218,7 +219,7 @@ def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
         own, first = visited.sum(-1, dtype=torch.int32), sure.sum(-1, dtype=torch.int32)
         count[at : at + step], full[at : at + step] = own, first
         piece = unit_id[visited].int()
-        if bool(((first > 0) & (first < own)).any()):  # full ones first
+        if bool(((first > 0) & (first < own)).any()):  # move full units first
             place = torch.where(sure, sure.cumsum(-1), first[:, None] + (kind == PART).cumsum(-1)) - 1
             place = place + begins(own)[:, None]
             piece = torch.empty_like(piece).scatter_(0, place[visited], piece)
@@ -232,7 +233,7 @@ def _compact(given: Tensor, candidates: Candidates, kinds: Kinds) -> Fields:
 
 
 def check_capacity(capacity: int | None) -> None:
-    """A capacity is a positive number of entries of a tile, or None."""
+    """Check that a capacity (most entries of a tile) is a positive int or None."""
     require(
         (
             capacity is None or is_count(capacity, 1),
@@ -310,7 +311,7 @@ def from_keys(
         x = x.long() if seen else torch.where(x < C, x.long(), -1)
         if unique or ascending or x.shape[-1] < 2:
             return x, x >= 0
-        x = x.sort(-1).values  # a key named twice is one key
+        x = x.sort(-1).values  # sorted, so that duplicates can be dropped
         fresh = torch.nn.functional.pad(x[..., 1:] != x[..., :-1], (1, 0), value=True)
         return x, (x >= 0) & fresh
 
@@ -366,7 +367,7 @@ def from_spans(spans: Tensor, frame: Frame, *, capacity: int | None = None) -> F
 
 
 def span_lists(frame: Frame, lo: Tensor, hi: Tensor, capacity: int | None) -> Fields:
-    """Lists of the disjoint ranges [B,H,R,m] of a frame whose causality cuts them, or hides some."""
+    """Build span lists from disjoint ranges [B,H,R,m], cut or dropped by the frame's causality."""
     if not lo.shape[-1]:
         none = torch.zeros(lo.shape[:3], dtype=torch.int64, device=lo.device)
         return pack_spans([none], [none], [True], moving=False)
@@ -381,7 +382,7 @@ def span_lists(frame: Frame, lo: Tensor, hi: Tensor, capacity: int | None) -> Fi
         if frame.causal:
             gone, sure = gone | (low > last), sure & (high <= first)
         cut = torch.where(gone, lo, torch.where(sure, hi, lo)), torch.where(gone, lo, hi)
-    elif frame.causal:  # keys up to the first row are seen by all, keys after the last by none
+    elif frame.causal:  # all rows see keys up to the first row's position, none those after the last's
         middle = torch.minimum(torch.maximum(lo, first + 1), hi)
         cut = middle, torch.maximum(torch.minimum(hi, last + 1), middle)
     else:

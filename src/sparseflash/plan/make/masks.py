@@ -1,9 +1,9 @@
-"""Plans of boolean masks: the mask is read once, tile by tile, and only its mixed tiles are kept, as bits.
+"""Plans from boolean masks: the mask is read once, tile by tile, and only mixed tiles are stored, as bits.
 
-A tile of queries against a unit of keys is empty (nowhere to be found afterwards), full (part of a span: runs
-of full units are one range) or partial (a unit with bits). Bytes are counted eight at a time: as the words
-of eight keys that they are, the rows of a tile add up without a carry, and one product packs a word into
-eight bits. So reading a mask costs little more than touching its bytes.
+A cell (tile of queries x unit of keys) is empty (not listed), full (part of a span: a run of full units is
+one range) or partial (a unit with bits). Bytes are processed eight at a time: eight keys are one int64 word,
+the words of a tile's rows add up without carries between bytes, and one multiplication packs a word into
+eight bits. So reading a mask costs little more than loading its bytes.
 
 Source: Sharma and Geiping, "Efficiently Dispatching Flash Attention for Partially Filled Attention Masks",
 arXiv 2409.15097 (binary block masking; full tiles need not be neighbours here).
@@ -24,15 +24,15 @@ from ..ragged import begins
 from .native import builders
 
 SLAB = 1 << 22
-"""Bytes of a mask that are looked at in one go: small enough to stay in a cache while they are."""
+"""Bytes of a mask that are processed in one chunk: small enough to stay in a CPU cache."""
 CARRY = 255
-"""Rows whose bytes add up without a carry."""
+"""Rows of 0/1 bytes whose sum fits a byte."""
 PARTIAL, FULL = 1, 2
-"""What a tile sees of a unit: some, all; 0 is nothing."""
+"""Kinds of a cell: some pairs visible, all visible; 0 is none."""
 
 
 def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
-    """A bool mask as scaled dot product attention takes it, as [B|1, H|1, Tq, Tk] without copies."""
+    """Validate a bool mask and view it as [B|1, H|1, Tq, Tk], without a copy."""
     wanted = "expected bool [Tq, Tk], [H, Tq, Tk] or [B, H, Tq, Tk], where B and H may be 1"
     require(
         (isinstance(mask, Tensor) and 2 <= mask.dim() <= 4, lambda: f"mask: {shape_of(mask)}; {wanted}"),
@@ -67,7 +67,7 @@ def as_mask(mask: Tensor, Tq: int | None, Tk: int | None) -> Tensor:
             error=PlanError,
         )
     require((mask.shape[1] > 0, lambda: f"mask: {shape_of(mask)} has no heads; {wanted}"), error=PlanError)
-    for axis in (0, 1):  # an expanded axis is one list
+    for axis in (0, 1):  # an expanded axis (stride 0) needs one list
         if mask.shape[axis] > 1 and mask.stride(axis) == 0:
             mask = mask.narrow(axis, 0, 1)
     return mask.expand(-1, -1, -1 if Tq is None else Tq, -1 if Tk is None else Tk)
@@ -95,7 +95,7 @@ def from_rows(
     tile: int,
     unit: int,
 ) -> Fields:
-    """Fields of a mask [B,H,Tq,Tk] whose parts, bool [n,rows,Tk], `slab_of(lists, rows)` makes."""
+    """Fields of a mask of shape [B,H,Tq,Tk], read in slabs `slab_of(lists, rows)`, bool [n,rows,Tk]."""
     B, H, Tq, Tk = shape
     R, C = -(-Tq // tile), -(-Tk // unit)
     size = max(1, tile * C * unit)
@@ -113,7 +113,7 @@ def from_rows(
 
 
 def _every_unit(lists: Tensor, shape: tuple[int, ...], tile: int, unit: int) -> Fields:
-    """Fields of masks [n,Tq,Tk] that list every unit with its bits: no shape depends on a value."""
+    """Fields of masks [n,Tq,Tk] that list every unit with bits, so that no shape depends on a value."""
     B, H, Tq, Tk = shape
     R, C = -(-Tq // tile), -(-Tk // unit)
     wide = torch.nn.functional.pad(lists, (0, C * unit - Tk, 0, R * tile - Tq))
@@ -134,7 +134,7 @@ def _every_unit(lists: Tensor, shape: tuple[int, ...], tile: int, unit: int) -> 
 
 
 def _fields(kind: Tensor, bits: list[Tensor], shape: tuple[int, ...], tile: int, unit: int) -> Fields:
-    """Fields of what was read (`Builders.read_mask`)."""
+    """Build the fields from the kinds [B*H*R, C] and bits that `Builders.read_mask` returns."""
     B, H, Tq, Tk = shape
     lead = (B, H, -(-Tq // tile))
     cell, column = (kind == FULL).nonzero(as_tuple=True)
@@ -163,7 +163,7 @@ def _read(slab: Tensor, tile: int, unit: int) -> tuple[Tensor, list[Tensor]]:
 
 
 def _words(slab: Tensor, tile: int, unit: int) -> Tensor:
-    """A slab [n, rows, Tk] as words of eight keys, int64 [tiles, tile, C, words]; what is not there is 0."""
+    """View a slab [n, rows, Tk] as words of eight keys, int64 [tiles, tile, C, words]; padding is 0."""
     n, rows, Tk = slab.shape
     s, C, lanes = -(-rows // tile), -(-Tk // unit), -(-unit // 32) * 32
     whole = rows % tile == 0 and Tk % unit == 0 and lanes == unit
@@ -175,7 +175,7 @@ def _words(slab: Tensor, tile: int, unit: int) -> Tensor:
 
 
 def _count(words: Tensor) -> Tensor:
-    """Visible pairs of each tile and unit, [tiles, C]."""
+    """Count the visible pairs of each tile and unit, [tiles, C]."""
     sums = [rows.sum(1).view(torch.uint8).sum(-1, dtype=torch.int64) for rows in torch.split(words, CARRY, 1)]
     return torch.stack(sums).sum(0)
 
@@ -184,7 +184,7 @@ def _count(words: Tensor) -> Tensor:
 
 
 def runs(cell: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-    """Join ranges `[lo, hi)` of one cell that touch; sorted by cell and place. Cells, and int64 [n, 2]."""
+    """Join adjacent ranges `[lo, hi)` of a cell, given sorted; return their cells and ranges int64 [n, 2]."""
     begins = torch.ones_like(cell, dtype=torch.bool)
     begins[1:] = (cell[1:] != cell[:-1]) | (lo[1:] != hi[:-1])
     ends = torch.ones_like(begins)
@@ -193,14 +193,14 @@ def runs(cell: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counted(cell: Tensor, n: int) -> Tensor:
-    """How often each number below n is there: `bincount`, which does not know tensors without values."""
+    """`bincount` of numbers below n that also accepts meta tensors."""
     if not cell.is_meta:
         return torch.bincount(cell, minlength=n)
     return torch.empty(n, dtype=torch.int64, device=cell.device)
 
 
 def span_lists(cell: Tensor, spans: Tensor, lead: tuple[int, int, int]) -> Fields:
-    """Lists of full ranges [n, 2], sorted by the cell (place in [B,H,R]) that they belong to."""
+    """Build lists of full ranges [n, 2], which are sorted by cell (index in [B,H,R])."""
     count = _counted(cell, math.prod(lead))
     return {
         "span_start": begins(count).view(lead),
@@ -211,7 +211,7 @@ def span_lists(cell: Tensor, spans: Tensor, lead: tuple[int, int, int]) -> Field
 
 
 def bit_lists(cell: Tensor, column: Tensor, bits: list[Tensor], lead: tuple[int, int, int]) -> Fields:
-    """Lists of partial units with their bits, sorted by cell; nothing where there are none."""
+    """Build lists of partial units with bits, which are sorted by cell; no fields if there are none."""
     if not len(cell):
         return {}
     count = _counted(cell, math.prod(lead))

@@ -1,7 +1,7 @@
-"""Builders that a backend offers: they make the lists that PyTorch makes here, the same ones, in less time.
+"""Hook for native list builders of a backend: they return the same lists as the PyTorch code, faster.
 
-The plan knows no backend. Whoever does (`dispatch`) says here where builders are found; asking for them may
-load a library, so that is done for work that outweighs it, and for tensors whose values may be looked at.
+This package imports no backend: `dispatch` registers how builders are found (`offer`). Finding them may load
+a library, so they are used only for large work, and for tensors whose values can be read.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from ..options import Fields, host
 
 LARGE = 1 << 18
-"""Bytes or list entries below which PyTorch is as fast, and nothing has to be loaded for it."""
+"""Bytes or list entries below which PyTorch is as fast, and needs no library to be loaded."""
 
 
 class Builders(Protocol):
-    """What a backend may offer."""
+    """Interface of the builders that a backend may offer."""
 
     def read_mask(self, mask: Tensor, tile: int, unit: int) -> tuple[Tensor, list[Tensor]]:
-        """What each tile sees of each unit of a mask [B,H,Tq,Tk], and the bits of those that are partial.
+        """Classify each cell (tile x unit) of a mask [B,H,Tq,Tk], and pack the bits of partial cells.
 
-        The first is uint8 [B * H * R, C]: 0 nothing, 1 some (partial), 2 all. The second holds int32
-        [n, tile, ceil(unit / 32)] in pieces, in the order of the partial units.
+        The kinds are uint8 [B * H * R, C]: 0 empty, 1 partial, 2 full. The bits are a list of int32 tensors
+        [n, tile, ceil(unit / 32)], in the order of the partial cells.
         """
         ...
 
@@ -40,13 +40,13 @@ class Builders(Protocol):
         q_offset: int,
         unique: bool,
     ) -> Fields:
-        """`start`, `full`, `count`, `index` of units [B,H,R,n]: numbers (-1: none), or a bool for each."""
+        """Build `start`, `full`, `count`, `index` from unit numbers (-1: none) or bools [B,H,R,n]."""
         ...
 
     def transpose(
         self, start: Tensor, full: Tensor, count: Tensor, index: Tensor, columns: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """`start`, `count` and `full` [lists, columns] of lists [lists, R], `index` (tiles) and `source`."""
+        """Transpose unit lists [lists, R]: `start`, `count`, `full` [lists, columns], `index`, `source`."""
         ...
 
 
@@ -55,13 +55,13 @@ _find: Find | None = None
 
 
 def offer(find: Find) -> None:
-    """Say where builders are found."""
+    """Register the function that finds builders."""
     global _find
     _find = find
 
 
 def builders(size: int, *tensors: Tensor) -> Builders | None:
-    """The builders to use for so much work on these tensors, if there are any."""
+    """The builders for `size` bytes or entries of these tensors; None if PyTorch should do the work."""
     if _find is None or size < LARGE or not all(host(x) for x in tensors):
         return None
     return _find()

@@ -1,8 +1,8 @@
-"""Columns and slashes: single keys that a whole head sees, and diagonals that its queries see.
+"""Vertical-slash plans: columns (keys that all queries of a head see) and slashes (diagonals).
 
-A diagonal widened to a tile is a range as long as the tile, and the distances are those of every tile: the
-ranges of a head are merged once, and shifted from tile to tile. What is left of the columns are those outside
-the ranges of their tile: gathered keys, in the same softmax.
+A slash widened to a tile is a range of tile length at a fixed distance from the tile: the ranges of a head
+are merged once, and shifted from tile to tile. Columns outside the ranges of a tile are gathered keys of the
+tile, in the same softmax.
 
 Source: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3.2 and appendix C.4 (vertical-slash); their
 sequential merge for each tile is not needed.
@@ -35,9 +35,10 @@ def _named(x: object, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Runs:
-    """What the slashes of a head cover, as places relative to the first query of a tile.
+    """The key ranges that the slashes of a head cover, relative to the position of a tile's first query.
 
-    Ranges `[lo, hi)`, [B, H, n] each, ascending; what is not used lies FAR away.
+    Disjoint ranges `[lo, hi)`, [B, H, n] each, ascending; unused ones lie beyond FAR. E.g. tile 4, distances
+    0, 2, 9: [-9, -5), [-2, 4).
     """
 
     lo: Tensor
@@ -45,7 +46,7 @@ class _Runs:
 
     @classmethod
     def of(cls, distances: Tensor, tile: int) -> _Runs:
-        """Those of distances [B, H, n] (-1: none), each as long as a tile, joined where they touch."""
+        """Make a range of tile length at each distance [B, H, n] (-1: none), and join those that touch."""
         lo = torch.where(distances < 0, FAR, -distances).sort(-1).values
         n = lo.shape[-1]
         new = pad(lo[..., 1:] > lo[..., :-1] + tile, (1, 0), value=True)[..., :n]
@@ -56,7 +57,7 @@ class _Runs:
         return cls(begin, end)
 
     def table(self, first: Tensor, size: int) -> Tensor:
-        """Whether places first ... first + size - 1 lie in one: bool [B, H, size]; first is [B, H, 1]."""
+        """Whether positions first ... first + size - 1 lie in a range: bool [B, H, size]; first [B, H, 1]."""
         edge = torch.zeros(*self.lo.shape[:2], size + 1, dtype=torch.int8, device=self.lo.device)
         one = torch.ones_like(self.lo, dtype=torch.int8)
         for ends, step in ((self.lo, one), (self.hi, -one)):
@@ -95,10 +96,10 @@ def from_slashes(
 
 
 def _slashes(frame: Frame, runs: _Runs, first: Tensor, last: Tensor, capacity: int | None) -> Fields:
-    """The runs of each tile as ranges: up to its first query all see them, from there on some do."""
+    """Span lists of the runs shifted to each tile, cut at its first query: full before, partial after."""
     begin = torch.searchsorted(runs.hi, (-first).contiguous(), right=True)
     count = torch.searchsorted(runs.lo, (frame.Tk - first).contiguous()) - begin
-    # runs do not touch, so that only so many lie between the first key and the last
+    # runs are disjoint, each at least a tile long: this bounds how many start within the keys
     width = min(runs.lo.shape[-1], frame.Tk // (frame.tile + 1) + 2)
     if host(count):
         width = max(0, int(count.max())) if count.numel() else 0
@@ -112,7 +113,7 @@ def _slashes(frame: Frame, runs: _Runs, first: Tensor, last: Tensor, capacity: i
         (torch.maximum(lo, middle), torch.minimum(hi, last[..., None] + 1).clamp(max=frame.Tk)),
     ]
     (lo, hi), (a, b) = ((x, torch.where(live, y, x)) for x, y in ends)
-    if width:  # only the last run reaches beyond the first query
+    if width:  # only the last run extends past the tile's first query
         at = (count - 1).clamp(min=0)[..., None]
         a, b = a.gather(-1, at), b.gather(-1, at)
     lows, highs = ([*x.unbind(-1), *y.unbind(-1)] for x, y in ((lo, a), (hi, b)))
@@ -126,13 +127,13 @@ def _slashes(frame: Frame, runs: _Runs, first: Tensor, last: Tensor, capacity: i
 def _columns(
     frame: Frame, columns: Tensor, runs: _Runs, first: Tensor, last: Tensor, capacity: int | None
 ) -> Fields:
-    """The columns of each tile outside its runs, ascending: those that all its queries see come first."""
+    """Unit lists of the columns outside each tile's runs, ascending, so that full ones come first."""
     key = columns.sort(-1).values
-    key = torch.where(pad(key[..., 1:] == key[..., :-1], (1, 0)), -1, key)[..., None, :]  # doubles are one
+    key = torch.where(pad(key[..., 1:] == key[..., :-1], (1, 0)), -1, key)[..., None, :]  # drop duplicates
     B, H, R = first.shape
     if (
         R and frame.Tk
-    ):  # the places of a tile's keys are those of the last tile's, some tiles on: views of one table
+    ):  # keys relative to a tile are those of the last tile shifted by tiles: strided views of one table
         size = (R - 1) * frame.tile + frame.Tk
         table = runs.table(-first[..., -1:], size)
         strides = (table.stride(0), table.stride(1), frame.tile, 1)

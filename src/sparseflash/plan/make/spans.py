@@ -1,4 +1,4 @@
-"""Span lists: candidate ranges of every tile as padded lists, and those of a band."""
+"""Span lists: pack candidate ranges of every tile into padded lists; the candidates of a band."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..options import Fields, Window, normal_window
 
 
 def members(window: Window | None, *, causal: bool, include_self: bool) -> Window | None:
-    """A window that counts members of a bucket, or kept keys: the nearest that a query sees is the first."""
+    """Validate a window that counts members of a bucket, or kept keys, from the nearest visible one on."""
     window = normal_window(window)
     if window and not (causal or include_self):
         raise PlanError(
@@ -25,16 +25,17 @@ def members(window: Window | None, *, causal: bool, include_self: bool) -> Windo
 def pack_spans(
     lo: list[Tensor], hi: list[Tensor], full: list[bool], *, moving: bool = True, most: int | None = None
 ) -> Fields:
-    """Candidate ranges `[lo, hi)` of shape [B,H,R] as padded lists, full ones first, empty ones out.
+    """Pack candidate ranges `[lo, hi)`, each [B,H,R], into padded lists: full first, empty ones removed.
 
-    `moving`: from tile to tile they hardly ever jump, so that the tiles that visit a group of keys are
-    neighbours. `most` bounds the ranges of a tile: others are dropped, and `overflow` says so.
+    `moving` says that ranges hardly jump from tile to tile, so that the tiles that visit a key group are
+    consecutive: the lists then get `span_room`. `most` bounds the ranges of a tile: further ones are dropped,
+    and `overflow` is set.
     """
     first = torch.stack([x.expand_as(lo[0]) for x in lo], -1)
     last = torch.stack([x.expand_as(lo[0]) for x in hi], -1)
     width = len(lo)
     alive = last > first
-    # filled in on the device: a tensor of a Python list would be copied there, and waited for
+    # full_like fills on the device: a tensor made of a Python list would be a synchronising copy
     kind = [torch.full_like(lo[0], int(not sure)) for sure in full]
     is_full = torch.stack(kind, -1) == 0
     rank = torch.where(alive, torch.where(is_full, 0, 1), 2)
@@ -70,10 +71,11 @@ def band_spans(
     include_self: bool = True,
     live: Tensor | None = None,
 ) -> Fields:
-    """Spans of tiles whose rows sit at positions `first..last`, over keys at positions `low..high-1`.
+    """Spans of tiles whose rows have positions `first..last`, over keys at positions `low..high-1`.
 
-    Row p sees `[p-left, p+right]` (right = 0 when causal, -1 without itself) and the sink; the union over the
-    tile's rows is visited, the intersection is full.
+    Row p sees `[p-left, p+right]` (right = 0 if causal, -1 without itself) and the sink; the union over the
+    tile's rows is visited, the intersection is full. Example, causal, left = 4, rows 8..9: row 8 sees 4..8,
+    row 9 sees 5..9: full [5, 9), partial [4, 5) and [9, 10).
     """
     left, right = window or (None, None)
     if causal:
@@ -91,10 +93,10 @@ def band_spans(
     if live is not None:  # tiles without a real row visit nothing
         outer_hi, inner_hi = torch.where(live, outer_hi, low), torch.where(live, inner_hi, low)
         outer_lo, inner_lo = torch.where(live, outer_lo, low), torch.where(live, inner_lo, low)
-    whole = inner_lo < inner_hi  # otherwise no key is seen by all rows: one partial range
+    whole = inner_lo < inner_hi  # otherwise all rows share no key: one partial range
     a, b = torch.where(whole, inner_lo, outer_hi), torch.where(whole, inner_hi, outer_hi)
     lo, hi, full = [a, outer_lo, b], [b, a, outer_hi], [True, False, False]
-    if window is not None and (isinstance(sink, Tensor) or sink):  # sinks outside the band: all rows see them
+    if window is not None and (isinstance(sink, Tensor) or sink):  # sinks outside the band are full
         edge = clamp(sink.expand_as(low) if isinstance(sink, Tensor) else torch.full_like(low, sink))
         lo, hi, full = [low, *lo], [torch.minimum(edge, outer_lo), *hi], [True, *full]
         if not causal and right is not None:

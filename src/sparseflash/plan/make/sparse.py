@@ -1,4 +1,4 @@
-"""Plans of single pairs: sparse matrices of SciPy and PyTorch, without a dense mask on the way."""
+"""Plans from single pairs: sparse matrices of SciPy and PyTorch, without a dense mask in between."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def from_sparse(mask: Any, *, tile: int = TILE, unit: int = UNIT) -> Fields:
 
 
 def _entries(mask: Any) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """Shape of a sparse matrix and the places of its entries, int64; stored zeros are none."""
+    """Shape of a sparse matrix and the indices of its nonzero entries, int64 per axis."""
     if isinstance(mask, Tensor) and mask.layout in _LAYOUTS:
         coo = mask.detach().to_sparse() if mask.layout != torch.sparse_coo else mask.detach()
         at, value = coo._indices(), coo._values()
@@ -65,11 +65,15 @@ def _entries(mask: Any) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
 def of_pairs(
     head: Tensor, q: Tensor, k: Tensor, lists: tuple[int, int], *, Tq: int, Tk: int, tile: int, unit: int
 ) -> Fields:
-    """Lists [B,H,R] that hold exactly the pairs (list `b * H + h`, query row, key row), int64 [n] each."""
+    """Build lists [B,H,R] of exactly the pairs (list `b * H + h`, query row, key row), int64 [n] each.
+
+    Each pair becomes one sortable number (block, row in the tile, lane in the unit), where block is
+    (list * R + tile) * C + unit. E.g. tile = unit = 32, R = C = 2: pair (0, 33, 5) is block 2, row 1, lane 5.
+    """
     R, C, words = -(-Tq // tile), -(-Tk // unit), -(-unit // 32)
     lanes = words * 32
     block = (head * R + q // tile) * C + k // unit
-    pair = torch.unique(block * (tile * lanes) + q % tile * lanes + k % unit)  # in order, none twice
+    pair = torch.unique(block * (tile * lanes) + q % tile * lanes + k % unit)  # sorted, without duplicates
     slot, owner, count = torch.unique_consecutive(
         pair // (tile * lanes), return_inverse=True, return_counts=True
     )
@@ -78,7 +82,7 @@ def of_pairs(
     whole = count == rows * (Tk - column * unit).clamp(max=unit)
     lead = (*lists, R)
     span_cell, spans = runs(cell[whole], column[whole] * unit, (column[whole] + 1) * unit)
-    row = (~whole).cumsum(0) - 1  # of the bits of a slot
+    row = (~whole).cumsum(0) - 1  # index of a partial slot's bits
     mine = ~whole[owner]
     inside = pair[mine] % (tile * lanes)
     bits = torch.zeros(len(slot) - int(whole.sum()), tile * words, dtype=torch.int64, device=pair.device)
