@@ -1,1 +1,1 @@
-"""One file an op: what it takes, its gradients, its registration with PyTorch."""
+"""Public ops, one a file: argument checks, gradients, registration as a PyTorch custom op."""

@@ -1,6 +1,6 @@
-"""What every op takes: the checks of its arguments, and the messages where one does not fit.
+"""Argument checks shared by all ops, and their error messages.
 
-Each message says what was given, what was expected, and how to get there.
+Each message says what was given, what is expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..plan import Plan
 AnyPlan = Plan | Sequence[Plan]
 """A plan, or the disjoint plans of one softmax."""
 LARGEST = 2**31 - 1
-"""Tokens of a block: more than there are."""
+"""Clamp for block sizes: more tokens than any tensor has."""
 WIDEST = 576
-"""Head dimensions of softmax attention: those of a latent and its rotated part."""
+"""Largest head dimension of softmax attention: an MLA latent (512) and its rotary part (64)."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def describe(x: object) -> str:
-    """A tensor by shape, dtype and device, anything else by its type."""
+    """Describe a tensor by shape, dtype and device, anything else by its type."""
     if isinstance(x, Tensor):
         return f"{list(x.shape)} {x.dtype} on {x.device}"
     name = type(x).__name__
@@ -36,16 +36,16 @@ def describe(x: object) -> str:
 
 
 def said(**given: object) -> str:
-    """What was given, by name."""
+    """Describe arguments by name, for an error message."""
     return ", ".join(f"{name}: {describe(x)}" for name, x in given.items())
 
 
 def check_unknown(
     op: str, given: Mapping[str, object], elsewhere: Mapping[str, str], known: Iterable[str] = ()
 ) -> None:
-    """Refuse arguments that other libraries have, unless they ask for nothing: None, False, no dropout.
+    """Refuse unknown arguments, except those of other libraries (`elsewhere`) if None, False or no dropout.
 
-    Of the names that are `known`, the message has the one that comes next.
+    For any other name the message suggests the closest one of `known`.
     """
     for name, value in given.items():
         nothing = value is None or value is False or (name.startswith("dropout") and value == 0)
@@ -59,16 +59,16 @@ FINITE = sys.float_info.max
 
 
 def is_finite(x: object) -> TypeGuard[float]:
-    """Whether x is a number (a traced one too, but no bool) and finite."""
+    """Whether x is a finite number (symbolic ones included, bools not)."""
     known = isinstance(x, (int, float, Real, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
     plain = isinstance(x, (int, float, torch.SymInt, torch.SymFloat))
     if known and not plain and hasattr(x, "item"):
-        x = x.item()  # NumPy would cast the limit to its own narrow format, and warn
-    return known and -FINITE <= x <= FINITE  # type: ignore[operator]  # math.isfinite wants a number now
+        x = x.item()  # a NumPy scalar would cast FINITE to its own narrower dtype, and warn
+    return known and -FINITE <= x <= FINITE  # type: ignore[operator]  # math.isfinite fails on symbols
 
 
 def number_of(x: object) -> object:
-    """The number in a tensor of none dimensions that learns nothing and lies on the host; else x itself."""
+    """Unwrap a 0-d CPU tensor without gradient to a number; return anything else unchanged."""
     if type(x) is Tensor and x.dim() == 0 and x.device.type == "cpu" and not x.requires_grad:
         return x.item()
     return x
@@ -85,7 +85,7 @@ def is_real(x: object, shape: Sequence[int], device: torch.device) -> bool:
 
 
 def as_plans(plan: object) -> tuple[Plan, ...]:
-    """A plan, or a tuple or list of them, as a tuple of at least one."""
+    """Convert a plan, or a tuple or list of plans, to a non-empty tuple of current plans."""
     if isinstance(plan, Plan):
         return (plan.current(),)
     plans = plan if isinstance(plan, (tuple, list)) else (plan,)
@@ -100,7 +100,7 @@ def as_plans(plan: object) -> tuple[Plan, ...]:
 
 
 def _instead(x: object) -> str:
-    """How to get a plan of what was given instead of one."""
+    """Hint how to get a plan from x, which was given instead of one."""
     if isinstance(x, Tensor):
         return "; a bool mask becomes one by Plan.from_mask(mask)"
     if callable(getattr(x, "select", None)):
@@ -109,7 +109,7 @@ def _instead(x: object) -> str:
 
 
 def as_scale(scale: object, D: int) -> float:
-    """The factor of the scores; 1/sqrt(D) for None."""
+    """Validate the factor of the scores; None means 1/sqrt(D)."""
     if scale is None:
         return float(D**-0.5)
     scale = number_of(scale)
@@ -122,7 +122,7 @@ def as_scale(scale: object, D: int) -> float:
 
 
 def as_softcap(softcap: object) -> float:
-    """The softcap; 0 stands for none."""
+    """Validate the softcap; None becomes 0, which means no softcap."""
     if softcap is None:
         return 0.0
     softcap = number_of(softcap)
@@ -132,8 +132,8 @@ def as_softcap(softcap: object) -> float:
 
 
 def as_dropout(p: object, seed: object, q: Tensor) -> tuple[float, Tensor | None]:
-    """The share of weights that dropout leaves out, and the seed of the draw; (0, None) for none."""
-    if type(p) is float and p == 0 and seed is None:  # nearly every call
+    """Validate the dropout probability and its seed, drawing a seed if None; (0, None) for no dropout."""
+    if type(p) is float and p == 0 and seed is None:  # the common case, fast
         return 0.0, None
     p = 0.0 if p is None else number_of(p)
     if not (is_finite(p) and 0 <= p < 1):
@@ -157,7 +157,7 @@ def as_dropout(p: object, seed: object, q: Tensor) -> tuple[float, Tensor | None
 
 
 def as_backend(backend: object) -> str:
-    """The name of the wanted backend; empty for any."""
+    """Validate a backend name; None becomes "", which means any."""
     if backend is None:
         return ""
     if not isinstance(backend, str):
@@ -166,7 +166,7 @@ def as_backend(backend: object) -> str:
 
 
 def as_block(name: str, block: object) -> tuple[int, int]:
-    """Tile and unit: query tokens by key tokens of a block."""
+    """Validate (tile, unit), the query tokens x key tokens of a block, and clamp both to LARGEST."""
     if isinstance(block, (tuple, list)) and len(block) == 2:
         tile, unit = block
         if all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) and n >= 1 for n in block):
@@ -175,7 +175,7 @@ def as_block(name: str, block: object) -> tuple[int, int]:
 
 
 def as_dtype(name: str, dtype: object, q: Tensor) -> torch.dtype | None:
-    """What results are to be: the dtype of q, or that of the sums; None where nobody asked."""
+    """Validate a result dtype: that of q or that of accumulators; None stays None."""
     if dtype is None or dtype in (q.dtype, state_dtype(q)):
         return dtype
     wide = f", {state_dtype(q)} (what sums are kept in)" if state_dtype(q) != q.dtype else ""
@@ -183,7 +183,7 @@ def as_dtype(name: str, dtype: object, q: Tensor) -> torch.dtype | None:
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, widest: int = 256) -> None:
-    """Table of (condition, message) for q, k and v; each message follows what was given."""
+    """Check shapes, dtypes and devices of q, k and v; head dimensions go up to `widest`."""
     for x in (q, k, v):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
             raise SparseFlashError(
@@ -213,7 +213,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, widest: int = 256) -> None:
 
 
 def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
-    """Whether a plan is for tensors of these shapes, on this device."""
+    """Check that a plan fits the shapes and the device of q and k."""
     B, H, Tq, _ = q.shape
     batch, heads = plan.extent()
     rules = (
@@ -235,7 +235,7 @@ def check_plan(plan: Plan, q: Tensor, k: Tensor) -> None:
 
 
 def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
-    """Whether key_bias holds one number a key."""
+    """Check that key_bias holds one number per key."""
     B, H, Tk = q.shape[0], q.shape[1], k.shape[2]
     good = isinstance(key_bias, Tensor) and key_bias.dim() == 3 and key_bias.is_floating_point()
     if good:
@@ -252,7 +252,7 @@ def check_bias(key_bias: object, q: Tensor, k: Tensor) -> None:
 
 
 def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -> None:
-    """Whether ALiBi's slopes are numbers of heads, and pair_bias one for each pair; slopes may not learn."""
+    """Check the shapes of alibi_slopes (per head, no gradient) and pair_bias (per pair or per distance)."""
     B, H, Tq, Tk = *q.shape[:3], k.shape[2]
     distances = max(Tq + Tk - 1, 0)
     given = {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
@@ -280,7 +280,7 @@ def check_pairs(alibi_slopes: object, pair_bias: object, q: Tensor, k: Tensor) -
 
 
 def check_sink(sink_logits: object, q: Tensor) -> None:
-    """Whether sink_logits holds one number a query head."""
+    """Check that sink_logits holds one number per query head."""
     if not is_real(sink_logits, q.shape[1:2], q.device):
         raise SparseFlashError(
             f"sink_logits: {describe(sink_logits)}; expected floating point [Hq={q.shape[1]}] on {q.device}"
@@ -288,13 +288,13 @@ def check_sink(sink_logits: object, q: Tensor) -> None:
 
 
 def casts(kind: str) -> bool:
-    """Whether autocast is on for a kind of device."""
+    """Whether autocast is enabled for a device type."""
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     return known and torch.is_autocast_enabled(kind)
 
 
 def autocast(*tensors: Any) -> list[Any]:
-    """The tensors as autocast, where it is on, wants a matrix product to see them."""
+    """Cast the tensors to the autocast dtype if autocast is enabled, as for a matrix product."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not casts(kind):
         return list(tensors)

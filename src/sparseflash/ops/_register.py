@@ -1,10 +1,9 @@
-"""How a function becomes an op of PyTorch, once for all ops.
+"""Register functions as PyTorch custom ops, in one way for all ops.
 
-What an op computes is a function of tensors, then of a plan or plans where it reads any, then of its options:
-a NamedTuple of numbers and words. `register` makes of it a custom op, whose schema is flat (tensors, tensors
-and integers of the plans, one argument an option), with a fake, a backward, a rule for vmap, a form for the
-transforms of `torch.func`, and a short way for eager code, where plans stay plans and the dispatcher takes no
-time.
+An op's function takes tensors, then a plan or plans if it reads any, then its options, a NamedTuple of
+numbers and strings. `register` makes a custom op of it with a flat schema (tensors, the plans' tensors and
+integers, one argument per option), a fake kernel, a backward, a vmap rule and support for the transforms of
+`torch.func`; and a fast path for eager code that passes plans as objects and skips the dispatcher.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _TANGENT = f"an input has a tangent (jvp, jacfwd, hessian, forward_ad): {_REVERS
 
 
 def transformed() -> bool:
-    """Whether the call stands under a transform of `torch.func`, or where tensors may have tangents."""
+    """Whether a `torch.func` transform or a forward-mode AD level is active."""
     return _transforms() is not None or forward_ad._current_level >= 0
 
 
 def untraced(*tensors: Tensor | None) -> bool:
-    """Whether nobody looks on: no compiler, mode, transform or subclass, and no tensor of a shape alone.
+    """True if no compiler, dispatch mode, functorch transform, tensor subclass or meta tensor is involved.
 
-    Then an op's body may run without the dispatcher, whose share of a short call is larger than the kernel's.
+    An op's body may then run without the dispatcher, which takes longer than the kernel in a short call.
     """
     if torch.compiler.is_compiling() or _modes() or transformed():
         return False
@@ -52,7 +51,7 @@ def untraced(*tensors: Tensor | None) -> bool:
 
 
 def learning(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted."""
+    """Whether autograd records for one of the tensors."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -61,7 +60,7 @@ def learning(*tensors: Tensor | None) -> bool:
 
 
 class Flat(NamedTuple):
-    """Plans as a custom op takes them."""
+    """Plans in the flat form that custom ops take (`plan/flat.py`)."""
 
     tensors: Sequence[Tensor]
     ints: Sequence[int]
@@ -71,20 +70,21 @@ class Gradient(NamedTuple):
     """How an op is differentiated."""
 
     find: Call
-    """(run, kept, slopes, [plans,] [options]) -> a gradient or None for each tensor that the op takes, in any
-    floating dtype. `run` is the op `by`, in the form that fits; `slopes` are the gradients of the results,
-    None where nothing depends on one."""
+    """(run, kept, slopes, [plans,] [options]) -> a gradient or None for each tensor argument, in any floating
+    dtype. `run` is the op `by`, traced or direct; `slopes` are the gradients of the results, None if nothing
+    depends on a result."""
     keep: Callable[[Sequence[Any], Any], Sequence[Tensor | None]]
-    """(tensors, results) -> what `find` needs of them."""
+    """(tensors, results) -> the tensors to save for `find`."""
     by: Op[..., Any] | None = None
+    """The op that computes the gradients, None if `find` needs none."""
     constants: int = 0
-    """So many of the last results have no gradient; they are for `keep`, and callers do without them,"""
+    """How many of the last results have no gradient; they are saved by `keep`, not returned to callers,"""
     told: int = 0
-    """but for so many, the first of these."""
+    """except the first `told` of these."""
 
 
 class _Form:
-    """What a function takes, and its way to flat arguments and back."""
+    """The signature of an op's function, and its conversion to and from the flat schema."""
 
     def __init__(self, run: Call) -> None:
         given = inspect.signature(run, eval_str=True)
@@ -110,7 +110,7 @@ class _Form:
         )
 
     def flat(self, given: Sequence[Any]) -> tuple[Any, ...]:
-        """Arguments of the function as those of the op."""
+        """Convert arguments of the function to those of the custom op."""
         rest = given[self.tensors :]
         options = rest[-1] if self.options is not None else ()
         if not self.plans:
@@ -125,7 +125,7 @@ class _Form:
         return (*given[: self.tensors], *plans, *options)
 
     def whole(self, flat: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Arguments of the op as the function's: its tensors, then the plans (still flat) and the options."""
+        """Convert arguments of the op to the function's: tensors, then (`Flat` plans, options)."""
         at = self.tensors
         rest: tuple[Any, ...] = ()
         if self.plans:
@@ -135,14 +135,15 @@ class _Form:
         return tuple(flat[: self.tensors]), rest
 
     def plan(self, flat: Flat) -> Any:
-        """The plan or plans."""
+        """Rebuild the plan or plans."""
         return unflatten(*flat) if self.one else unflatten_all(*flat)
 
 
 class Op(Generic[P, R]):
-    """An op, called as the function that it is made of.
+    """An op with the call signature of its function.
 
-    `direct` computes it, whoever looks on; `traced` is the op of PyTorch. A call chooses.
+    `direct` runs the function without the dispatcher; `traced` calls the PyTorch custom op. `__call__` picks
+    the cheapest form that is valid.
     """
 
     def __init__(
@@ -173,28 +174,28 @@ def register(
     gradient: Gradient | None = None,
     inference: Call | None = None,
 ) -> Op[P, R]:
-    """An op of PyTorch that computes what `run` does.
+    """Register a PyTorch custom op that computes `run`.
 
     Parameters
     ----------
     name : str
-        In the namespace `sparseflash`.
+        Name in the namespace `sparseflash`.
     run : callable
         Takes tensors (some may be None), then a `Plan` or `Sequence[Plan]` if it reads any, then a NamedTuple
-        of options if it has any; its annotations say which. What else it takes by keyword has a default.
+        of options if it has any; the schema follows its annotations. Keyword-only parameters have defaults.
     fake : callable
-        Empty results from the same arguments, of which it names those that it reads (`def _(q, k, *rest)`);
-        plans come as `Flat`.
+        Fake kernel: returns empty results for the same arguments (`def _(q, k, *rest)`); plans come as
+        `Flat`.
     gradient : Gradient, optional
-        None for an op that has no gradient itself: asking for one is refused.
+        None registers an op whose own gradient raises.
     inference : callable, optional
-        What runs in place of `run` in eager code without gradients.
+        Function that replaces `run` in eager code without gradients.
     """
     return Op(name, run, fake, gradient, inference)
 
 
 def _precise(run: Call) -> Call:
-    """The function without autocast: dtypes were chosen before it, and a backend computes in its own."""
+    """Wrap a function to disable autocast: argument dtypes are already chosen, and backends manage theirs."""
 
     def direct(*given: Any) -> Any:
         kind = given[0].device.type
@@ -207,7 +208,7 @@ def _precise(run: Call) -> Call:
 
 
 def _traced(name: str, form: _Form, direct: Call, fake: Call, gradient: Gradient | None) -> Call:
-    """The op of PyTorch, for calls as the function takes them."""
+    """Create the PyTorch custom op; return it with the call signature of the function."""
 
     def body(*flat: Any) -> Any:
         tensors, rest = form.whole(flat)
@@ -230,7 +231,7 @@ def _traced(name: str, form: _Form, direct: Call, fake: Call, gradient: Gradient
 
 
 def _refusing() -> tuple[Call, Call]:
-    """Backward and context of an op without gradient: one that computes gradients, or decodes."""
+    """A backward that raises, and its setup_context: for ops that compute gradients, or decode."""
 
     def refuse(ctx: Any, *slopes: Any) -> Any:
         raise DerivativeError(f"a second derivative was asked for, or one of decoding: {_REVERSE}")
@@ -247,7 +248,7 @@ def _in_dtypes(found: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) ->
 
 
 def _of_flat(form: _Form, gradient: Gradient) -> tuple[Call, Call]:
-    """Backward and context of the op of PyTorch."""
+    """Backward and setup_context of the custom op, on flat arguments."""
     run = None if gradient.by is None else gradient.by.traced
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -276,9 +277,9 @@ def _of_flat(form: _Form, gradient: Gradient) -> tuple[Call, Call]:
 
 
 def _of_whole(form: _Form, direct: Call, gradient: Gradient) -> Call:
-    """The same op where nobody looks on: its plans stay plans, and the dispatcher takes no time.
+    """The op for eager training: an autograd Function that takes plans as objects and skips the dispatcher.
 
-    Results without gradient are None.
+    Constant results that callers do not get (`Gradient.constants` beyond `told`) are returned as None.
     """
     find, keep, by, constants, told = gradient
     count, none = form.tensors, (None,) * (constants - told)
@@ -298,7 +299,7 @@ def _of_whole(form: _Form, direct: Call, gradient: Gradient) -> Call:
         @staticmethod
         def backward(ctx: Any, *slopes: Any) -> tuple[Any, ...]:
             way = None
-            if by is not None:  # under create_graph an op's gradients have a graph, which refuses
+            if by is not None:  # with create_graph the traced op records a graph whose backward raises
                 way = by.traced if torch.is_grad_enabled() else by.direct
             found = find(way, ctx.saved_tensors, slopes[: len(slopes) - told], *ctx.rest)
             return (*_in_dtypes(found, ctx.dtypes), *(None for _ in ctx.rest))
@@ -308,10 +309,10 @@ def _of_whole(form: _Form, direct: Call, gradient: Gradient) -> Call:
 
 
 def _differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
-    """Register the backward of an op, and return the op for callers that may stand under a transform.
+    """Register the backward of an op; return a callable that also works under `torch.func` transforms.
 
-    `grad`, `vjp`, `jacrev` and `vmap`, within one another, want a Function that keeps its context apart. It
-    refuses forward mode, where an op would drop tangents without a word.
+    Nested `grad`, `vjp`, `jacrev` and `vmap` need an autograd Function with a separate `setup_context`. Its
+    jvp raises, because a custom op would silently drop tangents.
     """
     op.register_autograd(backward, setup_context=setup_context)
     context = setup_context
@@ -336,7 +337,7 @@ def _differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
             raise DerivativeError(_TANGENT)
 
     def call(*given: Any) -> Any:
-        if torch.compiler.is_compiling():  # it cannot trace such a Function, and it enters levels for real
+        if torch.compiler.is_compiling():  # it cannot trace such a Function, but does enter AD levels
             if forward_ad._current_level >= 0:
                 raise DerivativeError(_TANGENT)
             return op(*given)
@@ -348,7 +349,7 @@ def _differentiable(op: Any, backward: Call, setup_context: Call) -> Call:
 
 
 def _each(op: Any, info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Any, Any]:
-    """One call for each place of the axis, whatever tensors have it: plans, sinks and rates may."""
+    """The vmap rule: one call per index of the mapped axis, which any tensors may have (plans, sinks too)."""
     flat, spec = _pytree.tree_flatten(given)
     dims = _pytree.tree_leaves(in_dims)
 
@@ -371,13 +372,14 @@ def _copy(grad: Tensor, of: Tensor | None) -> Tensor:
 
 
 _own = register("own", _copied, torch.empty_like)
-"""A copy that a compiler keeps as one: what autograd saves of tensors made under `torch.inference_mode()`."""
+"""A copy that compilers do not remove: autograd saves it in place of a tensor of `torch.inference_mode()`."""
 _once = register("once", _copy, lambda grad, of: torch.empty_like(grad))
 
 
 def once(grad: Tensor, of: Tensor | None = None) -> Tensor:
-    """A gradient that plain PyTorch has computed, made to refuse a second derivative as those of ops do.
+    """Make a gradient from plain PyTorch raise on a second derivative, as the ops' gradients do.
 
-    `of`: an output of the op, where `grad` is computed from constants alone: what depends on it reaches it.
+    `of` is a differentiable output of the op; pass it if `grad` is computed from constants alone, so that the
+    autograd graph reaches this node.
     """
     return _once(grad, of) if torch.is_grad_enabled() else grad

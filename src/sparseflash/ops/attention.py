@@ -1,4 +1,4 @@
-"""`attention` and `attention_backward`: validation and autograd. Backends have the kernels."""
+"""`attention` and `attention_backward`: validation and autograd; the kernels are in the backends."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _forward(
     *,
     normed: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, lse and, for a backward, the norm over all plans (None in its place if not `normed`)."""
+    """Compute out, lse and, for the backward, the norm over all plans (None if not `normed`)."""
     attend = choose("forward", options.backend, q, k, v).forward
     how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits}
     if seed is not None or alibi_slopes is not None or pair_bias is not None:
@@ -103,14 +103,14 @@ def _backward(
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, key_bias and pair_bias; one that is not wanted is empty."""
+    """Compute the gradients of q, k, v, key_bias and pair_bias; a bias gradient not wanted is empty."""
     alone, state, wanted = len(plans) == 1, state_dtype(q), options.dtype or q.dtype
     run = choose("backward", options.backend, q, k, v).backward
     how: dict[str, Any] = {"delta": delta, "key_bias": key_bias, "seed": seed}
     how |= {"alibi_slopes": alibi_slopes, "pair_bias": pair_bias}
     how["grad_dtype"] = wanted if alone else state
     dpair = q.new_empty(0, dtype=state)
-    if options.pairs and pair_bias is not None:  # plans are disjoint: each writes pairs of its own
+    if options.pairs and pair_bias is not None:  # plans are disjoint, so they write different pairs
         last = (q.shape[2], k.shape[2]) if pair_bias.dim() == 4 else pair_bias.shape[2:]
         how["dpair"] = dpair = q.new_zeros((*q.shape[:2], *last), dtype=state)
     parts = [run(dout, q, k, v, out, norm, dlse, plan, options, **how) for plan in plans]
@@ -142,18 +142,18 @@ _gradients = register("attention_backward", _backward, _empty_gradients)
 def sink_gradient(
     dout: Tensor, dlse: Tensor | None, out: Tensor, norm: Tensor, sink_logits: Tensor, unit: float
 ) -> Tensor:
-    """The sink is a key with value 0: d = sum over rows of p_sink * (dlse - delta)."""
+    """Gradient of sink logits (keys with value 0): d = sum over rows of p_sink * (dlse - delta)."""
     slope = -(dout.to(norm.dtype) * out.to(norm.dtype)).sum(-1)
     if dlse is not None:
         slope = slope + dlse
     top, rest = norm.double()
     share = torch.exp((sink_logits.double()[:, None] - top * unit) - rest)
-    share = torch.where(top == -math.inf, 0, share)  # a sink of -inf on a row that sees nothing
+    share = torch.where(top == -math.inf, 0, share)  # rows that see nothing, under a sink of -inf
     return (share.to(norm.dtype) * slope).sum((0, 2))
 
 
 def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any:
-    """Gradients of q, k, v, key_bias, sink_logits and pair_bias; seed and slopes have none."""
+    """Gradients of all tensor arguments; the seed and alibi_slopes get None."""
     q, k, v, key_bias, sink_logits, seed, alibi_slopes, pair_bias, out, norm = kept
     dout, dlse = slopes
     dout = torch.zeros_like(out) if dout is None else dout
@@ -194,10 +194,10 @@ def _forward_with_peaks(
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Out, lse, the largest weight of each block, and the norm.
+    """Compute out, lse, the largest weight of each block, and the norm.
 
-    Where a softmax is in pieces its norm is known in the end, and weights are computed once more. Dropout
-    does not change them.
+    With several plans or sinks the norm is known only after the forward, so a second pass computes the
+    weights again (`stats`). Dropout does not change the maxima.
     """
     run: Any = choose("forward", options.backend, q, k, v)
     peaks = _peaks_like(q, k, options)
@@ -246,7 +246,7 @@ def _forward_skipping(
     plans: Sequence[Plan],
     options: Softmax,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Out and lse of what was not skipped, and how many blocks there were and were skipped."""
+    """Compute out and lse without the skipped blocks, and count visited and skipped blocks, [B,Hq,2]."""
     attend = choose("forward", options.backend, q, k, v).forward
     skipped = q.new_zeros((*q.shape[:2], 2), dtype=torch.int64)
     how: dict[str, Any] = {"key_bias": key_bias, "sink_logits": sink_logits, "skipped": skipped}
@@ -264,7 +264,7 @@ _skipping = register("attention_skipping", _forward_skipping, _empty_skipping)
 
 
 def _as_skip(skip_below: object, seed: Tensor | None, *given: Tensor | None) -> float:
-    """The threshold, where nothing is asked for that skipped blocks stand against."""
+    """Validate skip_below; refuse gradients and dropout beside it."""
     threshold = number_of(skip_below)
     if not (is_finite(threshold) and threshold >= 0):
         raise SparseFlashError(f"skip_below={skip_below!r}: expected a number from 0 on, or None")
@@ -280,7 +280,7 @@ def _as_skip(skip_below: object, seed: Tensor | None, *given: Tensor | None) -> 
 
 @functools.lru_cache(32)
 def _dense_again(Tq: int, Tk: int, causal: bool, q_offset: int, inference: bool) -> Plan:
-    """For the layers of a step: making a plan takes longer than attending 128 tokens."""
+    """Cache dense plans for the layers of a step: making one takes longer than attention over 128 tokens."""
     return Plan.dense(Tq, Tk, causal=causal, q_offset=q_offset, device=torch.device("cpu"))
 
 
@@ -376,7 +376,7 @@ def attention(
     backend: str | None = None,
     **unsupported: Any,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Exact softmax attention over the keys that a plan lets each query see, with exact gradients.
+    """Exact softmax attention over the keys that a plan makes visible to each query, with exact gradients.
 
     Parameters
     ----------
@@ -385,7 +385,7 @@ def attention(
         bf16 (fp64 on the reference backend). D and Dv up to 576 (on Triton 512, and
         D 576 without gradients).
     plan : Plan or tuple of Plan, optional
-        What is seen; a tuple of plans with disjoint visible sets is one softmax over all. None: dense.
+        Visible pairs; a tuple of plans with disjoint visible sets is one softmax over all. None: dense.
     causal : bool
         Only without a plan: query i (at position `i + q_offset`) sees keys 0..i + q_offset.
     scale : float, optional
@@ -395,43 +395,43 @@ def attention(
     sink_logits : Tensor, optional
         `[Hq]`: the logit of an extra key with value 0, with gradient.
     alibi_slopes : Tensor, optional
-        `[Hq]` or `[B,Hq]`: the logit of a pair has `-slope * |distance|` added, by the positions of the plan
-        (a chunk behind `q_offset` goes on). Without gradient.
+        `[Hq]` or `[B,Hq]`: adds `-slope * |distance|` to the logit of a pair; distances are between positions
+        of the plan, so `q_offset` counts. Without gradient.
     pair_bias : Tensor, optional
         Expands to `[B,Hq,Tq,Tk]`, any floating dtype and strides: added to the logit of each pair; -inf hides
-        it, but is computed (what hides much is a plan). With gradient, which is as large. Or `[B|1,Hq|1,
-        Tq + Tk - 1]`: one number for each distance of tokens, place `key - query + Tq - 1`, and as many
-        gradients: a table of buckets `[Hq, n]` is `table[None, :, bucket]` (`t5_buckets`, docs/moving.md).
-        Not in Triton's kernels.
+        a pair, but it is still computed (use a plan to hide many). Its gradient has the same size. Or
+        `[B|1,Hq|1,Tq + Tk - 1]`: one number per token distance, at index `key - query + Tq - 1`, with a
+        gradient of that size: a bucket table `[Hq, n]` is `table[None, :, bucket]` (`t5_buckets`,
+        docs/moving.md). Not in Triton's kernels.
     softcap : float, optional
         c in `c * tanh(score / c)`.
     skip_below : float, optional
-        Inference alone: a block of keys adds nothing where every query of the block has met, before, a logit
-        that is larger by more than this. So no weight that is left out is more than `exp(-skip_below)` of its
-        row's largest, and neither its exponentials nor its products with v are computed (BLASST, arXiv
+        Inference only: a block of keys is skipped if, for every query of the block, the running maximum
+        exceeds the block's logits by more than this. So every skipped weight is at most `exp(-skip_below)` of
+        its row's largest, and a skipped block computes no exponentials and no product with v (BLASST, arXiv
         2512.12087: its threshold lambda is `exp(-skip_below)`, and scales with one over the length). Blocks
         are up to 64 queries by up to 64 keys, in the order of the plan's lists; Triton's are those of its
         kernel, so it may skip others.
     dropout_p : float
-        The share in [0, 1) of weights that are left out, after the softmax; the others are multiplied with
-        `1 / (1 - dropout_p)`, as PyTorch does. It is asked for by the call: nothing looks at `training`.
+        Probability in [0, 1) of dropping a weight after the softmax; the others are multiplied by
+        `1 / (1 - dropout_p)`, as PyTorch does. It applies whenever it is passed: there is no `training` flag.
     dropout_seed : int or Tensor, optional
-        What the draw follows from, with the numbers of batch slot, query head, query token and key token: it
-        is the same on every backend and in every plan. An int, or int64 of no dimensions. None draws one
+        Seed of the draw, which is a function of the seed, batch slot, query head, query token and key token:
+        it is the same on every backend and in every plan. An int, or a 0-d int64 tensor. None draws a seed
         from the default generator of the device, whose state checkpoints restore.
     out_dtype : torch.dtype, optional
-        That of out: fp32 (fp64 for fp64 inputs) for partial results, so that `merge` rounds nothing twice.
-        None: that of q.
+        Dtype of out: fp32 (fp64 for fp64 inputs) for partial results, so that `merge` rounds nothing twice.
+        None: the dtype of q.
     return_lse : bool
         Also return the natural-log sum of exponentials, fp32 `[B,Hq,Tq]`, differentiable. Dropout does not
         change it.
     return_block_max : (tile, unit), optional
         Also return, last, the largest weight P of each block of `tile` query by `unit` key tokens, fp32
-        `[B,Hq,ceil(Tq/tile),ceil(Tk/unit)]`, without gradient: on the CPU, and of one plan without sinks, a
-        by-product of the forward; else as long as `attention_stats`, which finds them.
+        `[B,Hq,ceil(Tq/tile),ceil(Tk/unit)]`, without gradient. A by-product of the forward on the CPU with
+        one plan and no sinks; otherwise a second pass that takes as long as `attention_stats`.
     return_skipped : bool
-        With skip_below: also return, last, int64 `[B,Hq,2]`, how many blocks a head's queries met, and how
-        many of them were skipped.
+        With skip_below: also return, last, int64 `[B,Hq,2]`: the number of blocks that a head visited, and
+        how many of them were skipped.
     deterministic : bool
         Bitwise repeatable results. All present backends always are.
     backend : str, optional
@@ -439,13 +439,13 @@ def attention(
 
     Returns
     -------
-    Tensor, or a tuple of what was asked for
+    Tensor, or a tuple with the requested extras
         out `[B,Hq,Tq,Dv]`: 0 (lse -inf, gradients 0) for a query that sees nothing; lse; block maxima.
 
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     Examples
     --------
@@ -548,17 +548,17 @@ def attention_backward(
     attention, merged pieces, sinks): the result is this piece's share of the gradients. `dbias` is None
     without `key_bias`.
 
-    All that is asked of out is `delta [B,Hq,Tq]`, the sum over Dv of dout * out: who makes many pieces may
-    compute it once, in fp32, and give it with None for out. `grad_dtype=torch.float32` (fp64 for fp64 inputs)
-    keeps shares that are to be summed as they were computed; None rounds them to the dtype of q.
+    The backward uses out only for `delta [B,Hq,Tq]`, the sum over Dv of dout * out: with many pieces compute
+    delta once, in fp32, and pass it with None for out. `grad_dtype=torch.float32` (fp64 for fp64 inputs)
+    returns shares that are to be summed unrounded; None rounds them to the dtype of q.
 
-    One fp32 number for lse is known to eps |lse|, and every weight of its row is off by that share: the error
-    is at most three times an eager run's, plus eps |lse| of the result. (Inside `attention` nothing is lost:
-    there maximum and sum stay apart.) Where logits are in the thousands, give lse in fp64, or as two fp32
-    numbers: `lse_low [B,Hq,Tq]` is what `lse` does not hold of it.
+    An fp32 lse has a rounding error of eps |lse|, which every weight of its row inherits: the error is at
+    most three times an eager run's, plus eps |lse| of the result. (`attention` itself loses nothing: it keeps
+    maximum and sum apart.) Where logits are in the thousands, give lse in fp64, or as two fp32 numbers:
+    `lse_low [B,Hq,Tq]` is the remainder of the rounding.
 
-    With dropout, give the `dropout_seed` that the forward of this piece was given; pieces of one softmax take
-    different ones, since each counts its own tokens from 0.
+    With dropout, pass the `dropout_seed` of this piece's forward; pieces of one softmax take different seeds,
+    because each counts its own tokens from 0.
 
     Examples
     --------

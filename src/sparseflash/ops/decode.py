@@ -1,4 +1,4 @@
-"""`decode`: few queries of each sequence over its key cache. Inference only."""
+"""`decode`: attention of few queries per sequence over its KV cache. Inference only."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def _all_keys(Tq: int, Tk: int, device: torch.device) -> Plan:
 
 
 _all_keys_again = functools.lru_cache(32)(_all_keys)
-"""For the layers of a step, which ask for one plan: making it takes as long as reading a megabyte."""
+"""Cache of that plan for the layers of a step: making it takes as long as reading a megabyte."""
 
 
 def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
     (B, _, Tq, _), Tk = q.shape, k.shape[2]
     if given is None:
-        # a CUDA graph must not hold what a cache may drop
+        # not on CUDA: a CUDA graph must not hold tensors that the lru_cache may drop
         again = q.device.type == "cpu" and untraced(q) and not learning(q)
         return ((_all_keys_again if again else _all_keys)(Tq, Tk, q.device),)
     if isinstance(given, Tensor) and given.dtype != torch.bool:
@@ -113,7 +113,7 @@ def _plans_of(given: Any, q: Tensor, k: Tensor) -> tuple[Plan, ...]:
 
 
 def _both_records(k: Tensor | Records, v: Tensor | Records) -> tuple[Records, Records] | None:
-    """Records of both, or None for tensors."""
+    """Return (k, v) if both are `Records`, None if both are tensors; raise if they are mixed."""
     if isinstance(k, Records) and isinstance(v, Records):
         return k, v
     if isinstance(k, Records) or isinstance(v, Records):
@@ -167,25 +167,25 @@ def decode(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention of the last few tokens of each sequence over its key cache, as fast as memory allows.
+    """Exact attention of the last few tokens of each sequence over its KV cache, bound by memory bandwidth.
 
-    The same result as `sparseflash.attention` under the same plan. Keys are read once, where they lie, for
-    all heads of a group and for all sequences that share them; the work is cut into equal pieces however much
-    the lengths differ, and the result does not depend on how many threads there are. No gradients.
+    The result equals `sparseflash.attention` under the same plan. Keys are read once, in place, for all heads
+    of a GQA group and for all sequences that share them; the work is split evenly however much the lengths
+    differ, and the result does not depend on the number of threads. No gradients.
 
     Parameters
     ----------
     q : Tensor
-        `[B,Hq,Tq,D]`: the last Tq tokens of each sequence; any Tq is right, up to 16 is what this is for.
+        `[B,Hq,Tq,D]`: the last Tq tokens of each sequence; any Tq is correct, Tq up to 16 is the fast case.
     k, v : Tensor
         The cache, `[B,Hkv,Tk,D]` and `[B,Hkv,Tk,Dv]`, any strides; or a pool of batch size 1. fp32, fp16,
-        bf16 (fp64 on the reference backend). Or both as `Records` (`sparseflash.records.pack`), in fewer
-        bytes: the result is that of the rows that they stand for.
+        bf16 (fp64 on the reference backend). Or both as compressed `Records` (`sparseflash.records.pack`):
+        the result is that of the unpacked rows.
     plan_or_lengths : Tensor, Plan or tuple of Plan, optional
         Integers `[B]`: how many keys of each sequence are in use; query i sits at position
-        `length - Tq + i` and sees the keys up to there. Or what is seen, as plans: `Plan.from_pages` for a
-        paged cache, `(prefix, own)` with a prefix of batch size 1 that all sequences share, or any other;
-        made once, they serve all layers of a step. None: all Tk keys are in use.
+        `length - Tq + i` and sees the keys up to that position. Or plans: `Plan.from_pages` for a paged
+        cache, `(prefix, own)` with a prefix of batch size 1 that all sequences share, or any other; made
+        once, they serve all layers of a step. None: all Tk keys are in use.
     scale, softcap, key_bias, sink_logits, out_dtype, return_lse, backend
         As in `sparseflash.attention`.
 
@@ -197,7 +197,7 @@ def decode(
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it; where gradients are wanted, too.
+        If an argument is invalid or requires a gradient; the message says what is expected.
 
     References
     ----------
@@ -215,7 +215,7 @@ def decode(
     if packed is None:
         assert isinstance(k, Tensor) and isinstance(v, Tensor)
         q, keys, values = autocast(q, k, v)
-    else:  # their dtype was settled when they were made
+    else:  # records keep the dtype they were packed with
         q = q.to(packed[0].dtype) if torch.is_autocast_enabled(q.device.type) else q
         keys, values = packed[0].like(), packed[1].like()
     check_inputs(q, keys, values, WIDEST)

@@ -1,4 +1,4 @@
-"""`indexer_topk`: which keys a learned indexer chooses for each query, without its scores ever in memory."""
+"""`indexer_topk`: the keys a learned indexer selects for each query, without materialising its scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _topk = register("indexer_topk", _forward, _empty)
 
 
 def check_indexer(q_index: Tensor, k_index: Tensor, weights: Tensor, scale: float) -> None:
-    """Shapes, dtypes and devices of what an indexer scores with."""
+    """Check shapes, dtypes and devices of an indexer's inputs."""
     given = {"q_index": q_index, "k_index": k_index, "weights": weights}
     good = all(isinstance(x, Tensor) for x in given.values()) and (
         (q_index.dim(), k_index.dim(), weights.dim()) == (4, 3, 3)
@@ -70,7 +70,7 @@ def check_indexer(q_index: Tensor, k_index: Tensor, weights: Tensor, scale: floa
 
 
 def check_keep(k_keep: Tensor | None, k_index: Tensor) -> None:
-    """A padding mask."""
+    """Check a padding mask."""
     if k_keep is not None:
         good = (
             isinstance(k_keep, Tensor)
@@ -94,7 +94,7 @@ def ranges(
     first_key: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The keys low .. high - 1 that each query may see, int32 [B,Tq] both."""
+    """Bounds of the keys low..high - 1 that each query may select, int32 [B,Tq] each."""
     if not isinstance(causal, bool):
         raise SparseFlashError(f"causal={causal!r}: expected True or False")
     if isinstance(q_offset, Tensor):
@@ -173,12 +173,12 @@ def indexer_topk(
     return_scores: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The keys that a learned ("lightning") indexer chooses for each query: the `topk` with the best scores.
+    """Select the `topk` keys with the best scores of a learned ("lightning") indexer for each query.
 
     `score[s, t] = sum over h of weights[h, s] * relu(scale * q_index[h, s] . k_index[t])`: DeepSeek-V3.2
-    (arXiv 2512.02556, equation 1). Scores are streamed: memory is that of the result, and of K once more,
-    where the plain formula holds `H * Tq * Tk` numbers. The choice has no gradient; `indexer_kl_loss` trains
-    the indexer.
+    (arXiv 2512.02556, equation 1). Scores are streamed: memory is that of the result and of a copy of K,
+    where the plain formula needs `H * Tq * Tk` numbers. The selection has no gradient; `indexer_kl_loss`
+    trains the indexer.
 
     Parameters
     ----------
@@ -187,35 +187,35 @@ def indexer_topk(
     k_index : Tensor
         `[B,Tk,D]`: one key that all heads share.
     weights : Tensor
-        `[B,H,Tq]`, any floating point: what a head counts for a query, of either sign.
+        `[B,H,Tq]`, any floating point: weight of a head for a query, of either sign.
     topk : int
-        Keys a query chooses, at most.
+        Most keys that a query selects.
     causal : bool
-        Query i, at position `q_offset + i`, sees keys up to its own.
+        Query i, at position `q_offset + i`, sees keys up to its own position.
     q_offset : int or Tensor
-        Position of the first query; integers `[B]` where sequences differ.
+        Position of the first query; integers `[B]` if sequences differ.
     first_key : Tensor, optional
-        Integers `[B|1,Tq]`: the first key that each query sees: where its document begins.
+        Integers `[B|1,Tq]`: the first key that each query sees, such as the begin of its document.
     k_keep : Tensor, optional
-        bool `[B,Tk]`, True = a real key: padding is never chosen, and may hold anything.
+        bool `[B,Tk]`, True = a real key: padding is never selected, and may hold anything.
     scale : float
         Factor of the products, > 0.
     return_scores : bool
-        Also return the scores of what is chosen.
+        Also return the scores of the selected keys.
     backend : str, optional
         "reference" or "cpu"; None chooses the fastest usable one.
 
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        index int32 `[B,Tq,min(topk,Tk)]`, ascending, -1 behind the last where a query sees fewer keys. Of
-        equal scores the lower index is chosen (a ReLU leaves many zeros); NaN ranks last. The scores are fp32
-        (fp64) of the same shape, -inf where there is no key.
+        index int32 `[B,Tq,min(topk,Tk)]`, ascending, padded with -1 if a query sees fewer keys. Of equal
+        scores the lower index wins (a ReLU leaves many zeros); NaN ranks last. The scores are fp32 (fp64) of
+        the same shape, -inf at padding.
 
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`indexer_kl_loss`: how far a learned indexer is from the attention it stands in for, and its gradient."""
+"""`indexer_kl_loss`: KL divergence of a learned indexer from the attention it approximates, and gradients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _find(run: None, kept: Any, slopes: Any, options: Likeness) -> Any:
     total, *saved = kept
     if slopes[0] is None:
         return (None,) * 10
-    # what was saved is constant, and `total` is not: through it a second derivative finds the way to `once`
+    # the saved gradients are constants and `total` is not: through it a second derivative reaches `once`
     return (*(once(slopes[0] * x, total) for x in saved), *(None,) * 7)
 
 
@@ -75,35 +75,35 @@ def indexer_kl_loss(
     reduction: Literal["mean", "sum"] = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """KL divergence of an indexer's softmax from the attention that all heads together pay: what trains it.
+    """KL divergence of an indexer's softmax from the attention summed over heads: the indexer's loss.
 
     For a query, `sum over keys of p (log p - log softmax(score))`: p is the attention summed over heads, as a
     distribution over the keys compared, and score is that of `indexer_topk` (DeepSeek-V3.2, arXiv 2512.02556,
     equations 3 and 4). Without `index` all visible keys are compared: the warm-up, in which the indexer
-    learns from dense attention. With `index`, those it chose: the sparse stage. Queries are taken some at a
-    time, and their gradients computed on the way, so extra memory is that of the gradients. The attention is
-    a constant: gradients reach `q_index`, `k_index` and `weights` only.
+    learns from dense attention. With `index` the selected keys are compared: the sparse stage. The forward
+    processes queries in chunks and computes their gradients too, so extra memory is that of the gradients.
+    The attention is a constant: only `q_index`, `k_index` and `weights` get gradients.
 
     Parameters
     ----------
     q_index, k_index, weights : Tensor
         `[B,H,Tq,D]`, `[B,Tk,D]`, `[B,H,Tq]`, as `indexer_topk` takes them.
     q, k : Tensor
-        `[B,Hq,Tq,Dm]`, `[B,Hkv,Tk,Dm]`: those of the attention.
+        `[B,Hq,Tq,Dm]`, `[B,Hkv,Tk,Dm]`: queries and keys of the attention.
     lse : Tensor
-        `[B,Hq,Tq]`: the attention's, as `attention(..., return_lse=True)` gives it: of the dense one in the
-        warm-up, of the sparse one over `index` in the sparse stage. A head counts by its mass on the keys
-        that are compared; where fp32 holds its lse, that mass is known to eps |lse|.
+        `[B,Hq,Tq]`: log-sum-exp from `attention(..., return_lse=True)`: of dense attention in the warm-up, of
+        attention over `index` in the sparse stage. A head is weighted by its mass on the compared keys; an
+        fp32 lse gives this mass to eps |lse|.
     index : Tensor, optional
-        Integers `[B,Tq,n]`: keys of each query; -1, repeated ones and ones out of its range count nothing.
+        Integers `[B,Tq,n]`: keys of each query; -1, repeated and out-of-range ones are ignored.
     causal, q_offset, first_key, k_keep
         As in `indexer_topk`.
     index_scale : float
         Factor of the indexer's products (`scale` of `indexer_topk`).
     scale, softcap
-        Those of the attention.
+        Scale and softcap of the attention.
     reduction : "mean" or "sum"
-        Over the queries that see a key.
+        Reduction over the queries that see a key.
     backend : str, optional
         "reference" or "cpu" for the attention's statistics; None chooses the fastest usable one.
 
@@ -115,7 +115,7 @@ def indexer_kl_loss(
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`jagged_attention` and `jagged_pool`: attention over `torch.nested` batches, without padding in between."""
+"""`jagged_attention` and `jagged_pool`: attention over `torch.nested` batches, without padding."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .attention import attention
 from .pointwise import Activation, pointwise_attention
 
 SHARED = 32
-"""Queries of a sample that share a tile although each has a bias of its own, at most."""
+"""Most queries of a sample that share a tile although each has its own bias (`jagged_pool`)."""
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One argument as packed rows [1,H,total,D], and where the tokens of each sample lie in them."""
+    """An argument as packed rows [1,H,total,D]; sample b owns rows `begin[b]` to `end[b] - 1`."""
 
     given: Any
-    axis: int  # of tokens: 1 as in [B,T,H,D], 2 as in [B,H,T,D]
+    axis: int  # token axis: 1 in [B,T,H,D], 2 in [B,H,T,D]
     rows: Tensor
     begin: Tensor
     end: Tensor
 
     def like(self, out: Tensor) -> Tensor:
-        """Results [1,H,total,Dv] in the form of this argument."""
+        """Convert results [1,H,total,Dv] to the layout of this argument."""
         x = self.given
-        flat = out.squeeze(0)  # not out[0], whose gradient is a copy
+        flat = out.squeeze(0)  # not out[0]: the gradient of indexing is a copy
         flat = flat if self.axis == 2 else flat.transpose(0, 1)
         flat = flat.squeeze(1) if x.dim() == 3 else flat
         if x.is_nested:
@@ -79,8 +79,8 @@ def jagged_attention(
 ) -> Tensor:
     """Exact attention inside each sample of a jagged batch, forward and backward, without padding.
 
-    Time and memory follow the sum of the lengths. An argument may be dense instead: dense queries pool a
-    jagged history (jagged-dense attention), jagged queries read a dense memory.
+    Time and memory follow the sum of the lengths. An argument may also be dense: dense queries pool a jagged
+    history (jagged-dense attention), jagged queries attend to a dense memory.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def jagged_attention(
         `scaled_dot_product_attention` takes it, or `[B, j, D]` for one head; or dense tensors of that shape.
         k and v share their lengths; k and v may have fewer heads than q.
     activation : "softmax", "silu" or "relu2"
-        What a score becomes; the others than a softmax are `pointwise_attention` (silu: HSTU).
+        Function of the scores; "silu" (HSTU) and "relu2" are `pointwise_attention`.
     causal : bool
         The last query of a sample sees all its keys, the one before all but the last, and so on.
     window : (left, right), optional
@@ -97,30 +97,30 @@ def jagged_attention(
     scale : float, optional
         Factor of the scores, 1/sqrt(D) by default.
     out_scale : float
-        Factor of the result. With `scale=1.0` and 1 / longest length: the convention of FBGEMM.
+        Factor of the result. FBGEMM's convention is 1 / longest length, with `scale=1.0`.
     post_mask : "upper", optional
-        Which weights count, after the softmax over all keys and without renormalising: those of keys not
-        before the query.
+        Mask applied after the softmax over all keys, without renormalising: keeps weights of keys that are
+        not before the query.
     max_length : int, optional
-        Tokens of a sample behind so many are left out: they give and get nothing.
+        Only the first so many tokens of a sample take part; later queries get 0, later keys are not seen.
     alibi_slopes : Tensor, optional
-        `[Hq]`: as in `sparseflash.attention`; the last query of a sample stands at its last key.
+        `[Hq]`: as in `sparseflash.attention`; the last query of a sample has the position of its last key.
     dropout_p : float
-        The share of weights that a softmax leaves out, as in `sparseflash.attention`: 0 when evaluating.
+        Probability of dropping a softmax weight, as in `sparseflash.attention`; pass 0 for evaluation.
     dropout_seed : int or Tensor, optional
-        As in `sparseflash.attention`; tokens count through all samples.
+        As in `sparseflash.attention`; token numbers run through all samples.
     backend : str, optional
         As in `sparseflash.attention`.
 
     Returns
     -------
     Tensor
-        In the form of q, with its lengths: 0 for a query that sees nothing (a sample without keys).
+        In the layout of q, with its lengths: 0 for a query that sees nothing (a sample without keys).
 
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     References
     ----------
@@ -170,7 +170,7 @@ def jagged_attention(
         seen["window"] = (
             SHORT.max,
             SHORT.max,
-        )  # hides nothing, and gives queries the positions of their keys
+        )  # hides nothing, but makes the plan store query positions
     if post_mask is not None:
         seen = {"window": (0, None)}  # keys not before the query
     if activation != "softmax":
@@ -184,7 +184,7 @@ def jagged_attention(
     )
     if post_mask is not None:
         rest = plan(causal=True, include_self=False)
-        # nothing but its share of the softmax is wanted: one lane of v will do
+        # only the lse is needed, so one channel of v is enough
         _, lse_rest = attention(q, k, v[..., :1], rest, return_lse=True, **options)
         alive = lse > float("-inf")
         share = torch.sigmoid(torch.where(alive, lse, 0) - torch.where(alive, lse_rest, 0))
@@ -202,7 +202,7 @@ def jagged_pool(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Pool each history of a jagged batch by a few dense queries, which may weigh places by a bias.
+    """Pool each history of a jagged batch by a few dense queries, with an optional bias per place.
 
     `out_bt = sum_j softmax_j(scale q_bt . k_bj + bias_bjt) v_bj` over the tokens j of sample b.
     Time and memory follow the sum of the lengths.
@@ -210,15 +210,15 @@ def jagged_pool(
     Parameters
     ----------
     q : Tensor
-        Dense, `[B, T, D]`: T queries of each sample; expand learned ones.
+        Dense, `[B, T, D]`: T queries of each sample; expand learned queries to all samples.
     k, v : Tensor
         `torch.nested` tensors `[B, j, D]` and `[B, j, Dv]` of `layout=torch.jagged`, of the same lengths.
     bias : Tensor, optional
         `[B|1, N, T]`, finite: added to the scores of token j < N for query t. It has a gradient.
     max_length : int, optional
-        Tokens of a sample behind so many are left out; N where there is a bias.
+        Only the first so many tokens of a sample take part; at most N if there is a bias.
     scale : float, optional
-        1/sqrt(D) by default; FBGEMM's kernel of this kind has 1.
+        1/sqrt(D) by default; FBGEMM's kernel of this kind uses 1.
     backend : str, optional
         As in `sparseflash.attention`.
 
@@ -230,7 +230,7 @@ def jagged_pool(
     Raises
     ------
     SparseFlashError
-        Saying what was given and what was expected.
+        If an argument is invalid; the message says what was given and what is expected.
 
     References
     ----------
@@ -272,14 +272,14 @@ def jagged_pool(
     if bias is not None and bias.shape[1]:
         at = torch.arange(total, device=q.device)
         sample = torch.searchsorted(keys.begin, at, right=True) - 1
-        place = (at - keys.begin[sample]).clamp(max=bias.shape[1] - 1)  # those behind it are not seen
+        place = (at - keys.begin[sample]).clamp(max=bias.shape[1] - 1)  # later tokens are hidden
         own = bias[sample if bias.shape[0] == B else 0, place]  # [total, T]
         if scale and T <= SHARED and key.dtype in (torch.float32, torch.float64):
-            # a dimension for each query, in which only that query is 1
+            # append T dimensions: one-hot queries, keys that hold bias / scale, so that q.k adds the bias
             key = torch.cat([key, (own / scale).to(key.dtype)[None, None]], -1)
             one = torch.eye(T, dtype=q.dtype, device=q.device).expand(B, T, T)
             rows = torch.cat([q, one], -1).view(1, 1, B * T, -1)
-        else:  # a head for each query, over one row a sample, so that the bias is one of keys
+        else:  # make queries heads, one row per sample: the bias becomes a key_bias
             rows, key_bias = q.transpose(0, 1)[None], own.T[None]
             begin = torch.arange(B, device=q.device)
             ranges = [begin, begin + 1, *ranges[2:]]
@@ -289,12 +289,12 @@ def jagged_pool(
 
 
 def _ragged_axis(x: Tensor) -> int:
-    """The axis whose length differs from sample to sample."""
+    """The jagged axis, whose length is symbolic."""
     return next(n for n, size in enumerate(x.shape) if not isinstance(size, int))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """The axis of tokens; raises where the arguments do not belong together."""
+    """Check that q, k and v fit together, and return their token axis."""
     given = {"q": q, "k": k, "v": v}
     form = (
         "expected nested tensors [B,j,H,D] or [B,H,j,D], or [B,j,D] for one head (or dense ones beside them)"
@@ -324,7 +324,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _ranges(q: _Side, k: _Side, v: _Side, *, max_length: int | None) -> list[Tensor]:
-    """Begin and end of the queries of each sample, and of the keys where these are others."""
+    """Begin and end [B] of each sample's queries, and of its keys if they differ from the queries'."""
 
     def alike(a: Any, b: Any) -> bool:
         nested = a.is_nested and b.is_nested

@@ -1,4 +1,4 @@
-"""`linear_attention`: causal attention without a softmax, with a decay per head and a state to carry on."""
+"""`linear_attention`: causal attention without softmax, with a decay per head and a recurrent state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ._register import Gradient, register
 
 
 def _check_rates(rate: Tensor | None) -> None:
-    """Values, where looking at them costs no synchronisation."""
+    """Check the values of the decay rates on the CPU, where reading them does not synchronise."""
     if rate is not None and rate.device.type == "cpu" and not bool((rate.isfinite() & (rate >= 0)).all()):
         raise SparseFlashError(
             f"decay_rate={rate.tolist()}: expected finite numbers >= 0: s in exp(-s * distance), not the "
@@ -102,8 +102,8 @@ def linear_attention(
 
     `out[t] = scale * sum over j <= t of exp(-s (t - j)) (q[t].k[j]) v[j]`: the attention of TransNormerLLM
     and RetNet, computed as in Lightning Attention-2 (Qin et al. 2024, arXiv 2401.04658, algorithms 1 and 2).
-    There is no denominator: models normalise the output, and usually put SiLU on q and k. Exact, in chunks:
-    a masked product inside a chunk, a state [D,Dv] from chunk to chunk; time is linear in T.
+    There is no denominator: models normalise the output, and usually apply SiLU to q and k. Computed exactly
+    in chunks: a masked product inside a chunk, a state [D,Dv] between chunks; time is linear in T.
 
     Parameters
     ----------
@@ -111,15 +111,15 @@ def linear_attention(
         `[B,Hq,T,D]`, `[B,Hkv,T,D]`, `[B,Hkv,T,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16, bf16
         (fp64 on the reference backend). D and Dv up to 256.
     decay_rate : Tensor, optional
-        `[Hq]`, s >= 0 per token and head: a pair n tokens apart counts exp(-s n). None is 0, no decay. A
+        `[Hq]`, s >= 0 per head: a pair n tokens apart is weighted by exp(-s n). None means 0, no decay. A
         constant, without gradient.
     scale : float
         Factor of the scores: 1, as in the paper (softmax attention divides by sqrt(D) instead).
     initial_state : Tensor, optional
-        `[B,Hq,D,Dv]`: the state that earlier tokens left, with gradient.
+        `[B,Hq,D,Dv]`: the state after earlier tokens, with gradient.
     return_state : bool
         Also return the state after the last token: `sum over j of exp(-s (T - 1 - j)) k[j] v[j]^T`, fp32
-        `[B,Hq,D,Dv]`, differentiable. Given to the next call it makes chunks, or single tokens, chain.
+        `[B,Hq,D,Dv]`, differentiable. Pass it to the next call to continue with a chunk or a single token.
     backend : str, optional
         "reference", "cpu" or "triton"; None chooses the fastest usable one.
 
@@ -131,7 +131,7 @@ def linear_attention(
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     Examples
     --------

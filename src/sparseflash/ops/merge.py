@@ -1,4 +1,4 @@
-"""`merge`: attention over disjoint sets of keys, as one."""
+"""`merge`: combine attention over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     Parameters
     ----------
     parts : sequence of (out [B,H,T,Dv], lse [B,H,T])
-        Results of `attention(..., return_lse=True)`. The share of a part is known to eps |lse|, as fp32 holds
-        its lse: give `attention` the plans of all parts at once where logits are in the thousands.
+        Results of `attention(..., return_lse=True)`. An fp32 lse gives the weight of a part to eps |lse|:
+        where logits are in the thousands, pass the plans of all parts to one `attention` call instead.
 
     Returns
     -------

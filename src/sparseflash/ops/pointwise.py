@@ -81,17 +81,17 @@ def pointwise_attention(
     out_scale: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Attention whose weights are a function of their own score: `O = out_scale * sum of f(scale * q k) v`.
+    r"""Attention with an elementwise activation: `O = out_scale * sum of f(scale * q k) v`.
 
-    No softmax, so no weight depends on another: what recommenders attend with (HSTU: silu), and a known
-    replacement of the softmax (squared ReLU). Same plans, kernels and promises as `sparseflash.attention`.
+    Without a softmax no weight depends on another: used by recommenders (HSTU: silu), and as a replacement of
+    the softmax (squared ReLU). Takes the same plans, with the same guarantees, as `sparseflash.attention`.
 
     Parameters
     ----------
     q, k, v : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, as in `sparseflash.attention`.
     plan : Plan or tuple of Plan, optional
-        What is seen; the results of several plans add up. None: dense.
+        Visible pairs; the results of several plans are added. None: dense.
     activation : "silu" or "relu2"
         f: `x / (1 + exp(-x))`, or `max(x, 0)^2`.
     causal : bool
@@ -99,7 +99,7 @@ def pointwise_attention(
     scale : float, optional
         Factor of the scores, 1/sqrt(D) by default.
     out_scale : float
-        Factor of the weights, applied before any rounding; HSTU has 1 / longest length.
+        Factor of the weights, applied before any rounding; HSTU uses 1 / longest length.
     backend : str, optional
         As in `sparseflash.attention`.
 

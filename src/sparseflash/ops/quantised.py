@@ -1,4 +1,4 @@
-"""`attention_quantised`: attention whose products are of small integers; a reference, for inference."""
+"""`attention_quantised`: a reference of attention with INT8 or INT4 products, for inference."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ def attention_quantised(
     centred: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    """What attention over a plan gives where q, k, v and the weights are rounded to INT8 or INT4.
+    """Emulate attention over a plan with q, k, v and the weights rounded to INT8 or INT4.
 
-    Symmetric: each group of rows has one scale, its largest absolute value over 127 (or 7); v has one for
-    each channel of a group. Weights `exp(score - row maximum)` are rounded to as many levels of [0, 1], and
-    the sum that divides them is of what was rounded, so rows still sum to 1. Groups are of rows as the plan
-    orders them: an order in which neighbours are alike has smaller errors.
+    Symmetric quantisation: each group of rows has one scale, its largest absolute value over 127 (or 7); v
+    has one per channel of a group. Weights `exp(score - row maximum)` are rounded to 127 (or 7) levels of
+    [0, 1], and divided by the sum of the rounded weights, so rows still sum to 1. Groups are of rows in the
+    plan's order: an order that makes neighbours alike has smaller errors.
 
-    This is a definition in plain PyTorch, of the numbers and not of the speed: products of integers below
-    2^24 are exact in float32, so it computes with rounded floats. PAROAttention, arXiv 2506.16054, section
-    3.3; centring from SageAttention, 2410.02367.
+    This plain PyTorch code defines the results, not the speed: integer products below 2^24 are exact in
+    float32, so it computes with rounded floats. PAROAttention, arXiv 2506.16054, section 3.3; centring from
+    SageAttention, 2410.02367.
 
     Parameters
     ----------
     q, k, v : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`.
     plan : Plan
-        What each query sees.
+        Visible pairs.
     qk_bits, pv_bits : 8 or 4
-        Of q and k; of weights and v.
+        Bits of q and k; bits of weights and v.
     q_group, k_group : int
-        Rows that share a scale: of q, and of k and v.
+        Rows that share a scale: of q; of k and v.
     centred : bool
-        Take the mean key of a head off all keys first: scores of a row change by a constant, and their error
-        falls where keys have one.
+        Subtract the mean key of a head from its keys first: scores of a row change by a constant, and the
+        error is smaller if the mean is large.
     scale : float, optional
         As in `attention`.
 
@@ -103,7 +103,7 @@ def attention_quantised(
 
 
 def rounded(x: Tensor, bits: int, group: int, order: Tensor | None, *, channels: bool = False) -> Tensor:
-    """`x [B,H,T,D]` rounded to so many bits, with a scale for each group of rows (and channel)."""
+    """Round `x [B,H,T,D]` to `bits` bits, with a scale per group of ordered rows (and per channel)."""
     B, H, T, D = x.shape
     if order is None:
         order = torch.arange(T, device=x.device)[None, None]

@@ -1,4 +1,4 @@
-"""`recall`: how much of dense attention's mass lies on what a plan lets see."""
+"""`recall`: the share of dense attention's mass on the pairs that a plan shows."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ def recall(
     key_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The share of dense attention's mass that lies on the pairs of a plan, for each query. No gradient.
+    """Share of dense attention's mass that lies on the visible pairs of a plan, per query. No gradient.
 
-    What a method loses before any value is looked at: 1 is nothing. A budget that a method is given (a
-    threshold, a share of an estimate) is no recall; this is.
+    Measures what a selection loses, whatever the values v: recall 1 loses nothing. The budget of a method (a
+    threshold, a share of estimated mass) is only an estimate of this recall.
 
     Parameters
     ----------
     q, k : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`.
     plan : Plan or tuple of Plan
-        What is seen.
+        Visible pairs.
     dense : Plan, optional
-        What it is compared with. None: all keys, up to the query's own position where the plan is causal.
+        Plan to compare with. None: all keys, up to the query's own position if the plan is causal.
     scale, softcap, key_bias, backend
         As in `sparseflash.attention`.
 
     Returns
     -------
     Tensor, fp32 `[B,Hq,Tq]` (fp64 for fp64)
-        1 for a query that sees nothing in dense attention either. It costs two forwards with values of one
-        number, and is right to eps * |lse|.
+        1 for a query that sees nothing in dense attention either. It costs two forwards with Dv = 1, and its
+        error is eps * |lse|.
 
     Raises
     ------
     SparseFlashError
-        For a plan with positions of its own where `dense` is not given: what comes before what is then not
-        that of the tokens.
+        If the plan has `q_pos` or `k_pos` and `dense` is not given: the causal order of the tokens is then
+        not known.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def recall(
         causal = all(one.causal for one in plans)
         at = plans[0].q_offset if causal else 0
         dense = Plan.dense(q.shape[2], k.shape[2], causal=causal, q_offset=at, device=q.device)
-    value = k[..., :1]  # nobody looks at the result
+    value = k[..., :1]  # any values: only the lse is used
 
     def level(of: AnyPlan) -> Tensor:
         return attention(

@@ -1,4 +1,4 @@
-"""`t5_buckets`: which number of a learned table a pair of tokens is given, by its distance."""
+"""`t5_buckets`: the index into a table of relative biases for each distance between tokens."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ def t5_buckets(
     causal: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The bucket of every distance, as T5 counts them: small ones have their own, larger ones share by logs.
+    """T5's bucket of every distance: one each for small distances, logarithmic ones for larger distances.
 
     With a table `[Hq, buckets]` of parameters, `pair_bias=table[None, :, t5_buckets(Tq, Tk)]` is T5's
-    relative bias: O(Tq + Tk) numbers, of which attention returns the gradients, and indexing sums them into
-    the table.
+    relative bias: O(Tq + Tk) numbers; attention returns their gradients, and the backward of the indexing
+    sums these into the table.
 
     Parameters
     ----------
     Tq, Tk : int
         Numbers of queries and of keys.
     q_offset : int
-        Position of the first query; that of key j is j.
+        Position of the first query; key j has position j.
     buckets : int
-        Rows of the table. Both directions share them half and half, unless causal.
+        Number of buckets, the second size of the table. Unless causal, each direction has half of them.
     max_distance : int
-        From here on all distances are in the last bucket.
+        Distances from here on are in the last bucket.
     causal : bool
-        Keys behind the query have no buckets of their own (a decoder; they are in that of distance 0).
+        Keys after the query have no buckets of their own (as in a decoder); they share that of distance 0.
 
     Returns
     -------
     Tensor, int64 [Tq + Tk - 1]
-        Place `key - query + Tq - 1`, as `pair_bias` of three dimensions takes it.
+        Distance `key - query` is at index `key - query + Tq - 1`, as in a `pair_bias` of three dimensions.
 
     References
     ----------

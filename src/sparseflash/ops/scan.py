@@ -1,4 +1,4 @@
-"""`scan`: the recurrence y_t = decay_t * y_{t-1} + x_t, in log T passes."""
+"""`scan`: the linear recurrence y_t = decay_t * y_{t-1} + x_t, in log T passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ._arguments import describe
 def scan(decay: Tensor, x: Tensor, *, initial: Tensor | None = None) -> Tensor:
     """The linear recurrence `y_t = decay_t * y_{t-1} + x_t` along axis 1, in float32 or better.
 
-    Pairs of steps are joined into one, and so on: log2 T passes whose work is twice that of one, products of
-    decays and sums alone, so nothing is divided by a small number. State-space layers are made of it (Mamba,
-    arXiv 2312.00752, section 3.3; the cycle scan of HRSAM, 2407.02109).
+    Neighbouring steps are combined recursively: log2 T passes with twice the work of a sequential pass, using
+    only products of decays and sums, so nothing is divided by a small number. State-space layers are such
+    scans (Mamba, arXiv 2312.00752, section 3.3; the cycle scan of HRSAM, 2407.02109).
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def scan(decay: Tensor, x: Tensor, *, initial: Tensor | None = None) -> Tensor:
     Raises
     ------
     SparseFlashError
-        For shapes that do not fit, or numbers that are not floating point.
+        If shapes do not fit, or a tensor is not floating point.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def scan(decay: Tensor, x: Tensor, *, initial: Tensor | None = None) -> Tensor:
 
 
 class _Scan(torch.autograd.Function):
-    """The gradient of a scan is the scan from behind."""
+    """The scan as an autograd Function; its gradient is a scan over reversed time."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""`attention_stats`: what the softmax looked at, streamed, for methods that select by attention mass."""
+"""`attention_stats`: streamed statistics of attention weights, for methods that select by attention mass."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _stats = register("attention_stats", _forward, _empty)
 def _slopes(
     q: Tensor, v: Tensor | None, dout: Tensor | None, delta: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """What influences need beside weights, as backends take it; nothing where nobody asked."""
+    """Validate v, dout and delta, which influences need; three None if none is given."""
     given = {"v": v, "dout": dout, "delta": delta}
     missing = [name for name, x in given.items() if x is None]
     if v is None or dout is None or delta is None:
@@ -99,35 +99,34 @@ def attention_stats(
 ) -> Tensor:
     """Sums or maxima of the attention weights `P = exp(S - lse)`, from a given lse, without forming P.
 
-    Memory is that of the result; no gradient. With `v`, `dout` and `delta` the same of influences instead of
-    weights: how far the loss moves, at first order, where a pair is taken away and the rest of its row is
-    normalised again.
+    Memory is that of the result; no gradient. With `v`, `dout` and `delta` the statistics are of influences
+    instead of weights: the first-order change of the loss if a pair is removed and its row renormalised.
 
     Parameters
     ----------
     q, k : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`.
     lse : Tensor
-        `[B,Hq,Tq]`, natural log, of any softmax (that of a denser plan gives shares of its mass). Rows with
-        -inf count nothing. A weight is known to eps |lse|, beside three times the error of an eager run:
+        `[B,Hq,Tq]`, natural log, of any softmax (lse of a denser plan gives shares of its mass). Rows with
+        -inf contribute nothing. The error of a weight is eps |lse|, beside three times that of an eager run:
         where logits are in the thousands give lse in fp64, or `lse_low`.
     plan : Plan
-        The pairs that are looked at.
+        The pairs to evaluate.
     over : "key", "row", "entry", "diagonal" or "block"
-        What is left: each key `[B,Hq,Tk]`; each query `[B,Hq,Tq]`; each listed span or unit
+        Axis of the result: each key `[B,Hq,Tk]`; each query `[B,Hq,Tq]`; each listed span or unit
         `[B,Hq,tiles,n]`, spans before units in list order, n the longest list; each distance between query
-        and key token `[B,Hq,Tq+Tk-1]`, place i being `query - key = i - (Tk - 1)`; each block of tokens
+        and key token `[B,Hq,Tq+Tk-1]`, index i being `query - key = i - (Tk - 1)`; each block of tokens
         `[B,Hq,ceil(Tq/tile),ceil(Tk/unit)]`.
     reduce : "sum" or "max"
     block : (tile, unit)
-        With over="block": how many query tokens by how many key tokens a block has.
+        With over="block": query tokens x key tokens of a block.
     v, dout, delta : Tensor, optional
         `[B,Hkv,Tk,Dv]`, the gradient of out `[B,Hq,Tq,Dv]`, and `(dout * out).sum(-1)`, `[B,Hq,Tq]`, from an
-        out that nobody rounded (`out_dtype=torch.float32`): the statistics are of
-        `|P (delta - dP) / (1 - P)|`, dP = dout v^T. Where 1 - P is less than 2^-16 or the eps of q's dtype,
-        what is left of the row is rounding, and `|P dP|` counts: what zeroing the pair moves.
+        unrounded out (`out_dtype=torch.float32`): the statistics are of `|P (delta - dP) / (1 - P)|`,
+        dP = dout v^T. Where 1 - P is less than 2^-16 or the eps of q's dtype, the rest of the row is rounding
+        noise, and `|P dP|` is used instead: the change of the loss if the pair's weight is set to zero.
     lse_low : Tensor, optional
-        `[B,Hq,Tq]`: what lse, in fp32, does not hold of it.
+        `[B,Hq,Tq]`: the rounding remainder of an fp32 lse.
     scale, softcap, key_bias, backend
         As in `sparseflash.attention`.
 
@@ -138,8 +137,8 @@ def attention_stats(
 
     References
     ----------
-    The influence: MoA (arXiv 2406.14909), section 4.1. Maxima over blocks: what SeerAttention (arXiv
-    2410.13276), section 4.2, trains its gate on; `attention(..., return_block_max=)` finds them on its way.
+    Influences: MoA (arXiv 2406.14909), section 4.1. Maxima over blocks: the training target of
+    SeerAttention's gate (arXiv 2410.13276), section 4.2; `attention(..., return_block_max=)` returns them.
 
     Examples
     --------

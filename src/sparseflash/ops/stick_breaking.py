@@ -1,4 +1,4 @@
-"""`stick_breaking`: each key takes a share of what newer keys left over, over any plan."""
+"""`stick_breaking`: stick-breaking attention over any plan."""
 
 from __future__ import annotations
 
@@ -75,17 +75,16 @@ def stick_breaking(
     return_rem: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Stick-breaking attention: newest first, each key takes a share of what newer keys left over.
+    """Stick-breaking attention: from the newest key on, each takes a share of what newer keys left over.
 
     `A_ij = sigmoid(z_ij) * prod over newer keys t of (1 - sigmoid(z_it))`, `z = scale * q.k`, `out = A v`
-    (Tan et al. 2024, arXiv 2410.17980, section 2). It replaces softmax and positional embedding at once:
-    recent keys come first, without a window. Rows do not sum to one; what is left of the stick is
-    `rem = 1 - sum of A`, and what becomes of it is the caller's choice (some add `rem * v` of the query's own
-    token).
+    (Tan et al. 2024, arXiv 2410.17980, section 2). It replaces both softmax and positional embedding: recent
+    keys are favoured without a window. Rows do not sum to one; the remainder of the stick is
+    `rem = 1 - sum of A`, and the caller decides how to use it (some add `rem * v` of the query's own token).
 
-    Newer means a later row of keys: of the tokens as given, or as the plan's `k_order` lists them. Keys that
-    the plan hides take nothing. Keys beyond the point where fp32 has nothing left of any stick of 64 queries
-    are not visited; that changes no bit. Memory is linear in the lengths.
+    Newer means a later key row: a later token, or a later row of the plan's `k_order`. Hidden keys take
+    nothing. A block of 64 queries stops at the point where, in fp32, nothing is left of any of its sticks;
+    this changes no bit of the result. Memory is linear in the lengths.
 
     Parameters
     ----------
@@ -93,15 +92,15 @@ def stick_breaking(
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`, any strides; `Hq` a multiple of `Hkv`; fp32, fp16,
         bf16 (fp64 on the reference backend). D and Dv up to 256.
     plan : Plan, optional
-        What is seen; any one plan. None: every earlier key.
+        Visible pairs; any single plan. None: every earlier key.
     include_self : bool
-        Only without a plan: whether a query also sees the key at its own position (the paper's does not).
+        Only without a plan: whether a query also sees the key at its own position (not in the paper).
     q_offset : int
         Only without a plan: query i is at position `i + q_offset`.
     scale : float, optional
         Factor of the scores, 1/sqrt(D) by default.
     return_rem : bool
-        Also return what is left of each stick, fp32 `[B,Hq,Tq]`, differentiable.
+        Also return the remainder of each stick, fp32 `[B,Hq,Tq]`, differentiable.
     backend : str, optional
         "reference", "cpu" or "triton"; None chooses the fastest usable one.
 
@@ -113,7 +112,7 @@ def stick_breaking(
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     Examples
     --------
@@ -144,7 +143,7 @@ def stick_breaking(
         )
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
-    if plan is None:  # strictly earlier keys: as if each query stood one token before
+    if plan is None:  # strictly earlier keys: shift queries back by one
         offset = earlier(q_offset, 0 if include_self else 1)
         plan = Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=offset, device=q.device)
     check_plan(plan, q, k)

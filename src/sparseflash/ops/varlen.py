@@ -94,20 +94,20 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention inside each of many packed documents, forward and backward, without padding.
 
-    What `flash_attn_varlen_func` does, on every backend, with its arguments in its order. The inputs are used
-    where they lie; documents never see one another, not even through a NaN.
+    Equivalent to `flash_attn_varlen_func`, on every backend, with its arguments in its order. The inputs are
+    not copied; documents never see one another, not even through a NaN.
 
     Parameters
     ----------
     q, k, v : Tensor
         `[total_q, Hq, D]`, `[total_k, Hkv, D]`, `[total_k, Hkv, Dv]`, any strides; `Hq` a multiple of `Hkv`.
     cu_seqlens_q, cu_seqlens_k : Tensor
-        Integers `[documents + 1]`: running totals of the lengths, from 0. Keys have those of the queries
-        where none are given. Documents may be empty; tokens behind the last document get 0.
+        Integers `[documents + 1]`: running totals of the lengths, from 0. `cu_seqlens_k` defaults to
+        `cu_seqlens_q`. Documents may be empty; outputs of tokens after the last document are 0.
     max_seqlen_q, max_seqlen_k : int, optional
-        Taken so that calls need no change; nothing depends on them.
+        Accepted for compatibility; not used.
     dropout_p : float
-        The share of weights that are left out, as in `sparseflash.attention`: 0 when evaluating.
+        Probability of dropping a weight, as in `sparseflash.attention`; pass 0 for evaluation.
     causal : bool
         The last query of a document sees all its keys, the one before all but the last, and so on.
     window_size : (left, right)
@@ -119,11 +119,11 @@ def attention_varlen(
     sink_logits : Tensor, optional
         `[Hq]`: the logit of an extra key with value 0, with gradient.
     alibi_slopes : Tensor, optional
-        `[Hq]`: as in `sparseflash.attention`; the last query of a document stands at its last key.
+        `[Hq]`: as in `sparseflash.attention`; the last query of a document has the position of its last key.
     dropout_seed : int or Tensor, optional
-        As in `sparseflash.attention`; tokens count through all documents.
+        As in `sparseflash.attention`; token numbers run through all documents.
     plan : Plan, optional
-        `Plan.from_documents(...)`, made once for all layers and steps, in place of the lengths, `causal` and
+        `Plan.from_documents(...)`, made once for all layers and steps; replaces the lengths, `causal` and
         `window_size`.
     return_lse : bool
         Also return the natural-log sum of exponentials, fp32 `[Hq, total_q]`, differentiable.
@@ -140,8 +140,8 @@ def attention_varlen(
     Raises
     ------
     SparseFlashError
-        Lengths that decrease, do not start at 0, exceed the tokens, or differ in number (looked at where that
-        waits for no accelerator), or arguments that are not supported; the message says what to use instead.
+        If lengths decrease, do not start at 0, exceed the tokens, or differ in number (values are checked
+        only on the CPU), or if an argument is not supported; the message says what to use instead.
 
     References
     ----------
@@ -184,7 +184,7 @@ def attention_varlen(
                 "torch.nn.functional.pad(lengths.cumsum(0), (1, 0))"
             )
         if alibi_slopes is not None and cu_seqlens_k is not None and not causal and window == (-1, -1):
-            window = (SHORT.max, SHORT.max)  # hides nothing, and gives queries the positions of their keys
+            window = (SHORT.max, SHORT.max)  # hides nothing, but stores query positions
         plan = Plan.from_documents(
             cu_seqlens_q,
             cu_seqlens_k,
@@ -214,7 +214,7 @@ def attention_varlen(
         return_lse=True,
         backend=backend,
     )
-    out = out.squeeze(0).transpose(0, 1)  # not out[0], whose gradient is a copy
+    out = out.squeeze(0).transpose(0, 1)  # not out[0]: the gradient of indexing is a copy
     return (out, lse.squeeze(0)) if return_lse else out
 
 
