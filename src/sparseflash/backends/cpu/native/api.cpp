@@ -1,4 +1,4 @@
-// Entry points: the choice of a level, and one guard around every call.
+// Entry points: pick the instruction-set level, and guard every call.
 #include <string.h>
 #include <vector>
 #include "checks.h"
@@ -69,7 +69,7 @@ const SfLevel LEVELS[] = {
 };
 constexpr int N_LEVELS = sizeof LEVELS / sizeof LEVELS[0];
 
-// Whether a call that is right has nothing to do.
+// True if a valid call has nothing to do.
 bool nothing(const SfCall &c) { return c.B == 0; }
 bool nothing(const SfDecode &c) { return c.calls[0].B == 0; }
 bool nothing(const SfLinear &c) { return c.B == 0; }
@@ -81,9 +81,9 @@ bool nothing(const SfBest &c) { return c.rows * c.k == 0; }
 bool nothing(const SfRunning &c) { return c.rows * c.T == 0; }
 bool nothing(const SfPages &c) { return c.B * c.Tq * c.n == 0; }
 
-template <class C> bool nothing(const C &) { return false; }  // lists, which say so themselves
+template <class C> bool nothing(const C &) { return false; }  // list builders return early themselves
 
-// Every entry: 3 for a call that is not right, 4 where one fails.
+// Runs a checked call. Returns 3 if the call is invalid, 4 if an exception is thrown, else the level's code.
 template <class C, class Check, class Go> int guarded(const C *call, int level, Check right, Go go) {
     if (!call || level < 0 || level >= N_LEVELS) return 3;
     try {
@@ -115,14 +115,14 @@ int run_decode(const SfDecode *given, int level) {
     });
 }
 
-// Structures that say their own size.
+// Runs a call whose structure begins with its own size.
 template <class C, class... Side> int run(const C *call, int level, Entry<C> entry, Side... side) {
     return guarded(call, level, [=](const C &c) { return c.size == (int64_t)sizeof c && ok(c, side...); },
                    [=](const SfLevel &l, const C &own) { return (l.*entry)(&own, parallel); });
 }
 
 #if defined(__unix__) || defined(__APPLE__)
-// Around a fork: the shelf is at rest, and the child forgets the threads, which it does not have.
+// Around a fork: the shelf's lock is held, and the child drops the thread pool and team, whose threads it does not have.
 struct AtFork {
     AtFork() {
         pthread_atfork([] { shelf().gate.lock(); }, [] { shelf().gate.unlock(); },
@@ -158,17 +158,17 @@ SF_ENTRY(read_mask, SfMask)
 SF_ENTRY(list_units, SfUnits)
 SF_ENTRY(transpose, SfTranspose)
 
-// Takes an OpenMP runtime's GOMP_parallel, whose threads then run all tasks; null gives them back to the pool.
+// Runs all tasks from now on through an OpenMP runtime's GOMP_parallel; null goes back to the pool.
 SF_PUBLIC void sf_borrow_threads(void *gomp_parallel) {
-#if !defined(__SANITIZE_THREAD__)  // which does not see the locks of a library that it did not compile
+#if !defined(__SANITIZE_THREAD__)  // it does not see the locks of a library that it did not compile
     team.store((Team)gomp_parallel, std::memory_order_release);
 #else
     (void)gomp_parallel;
 #endif
 }
 
-// Reads memory and does nothing else, eight places a thread in turn, which is as fast as memory goes: what benchmarks
-// compare with. Returns a sum, so that nobody can leave the reading out.
+// Measures memory bandwidth: reads memory as fast as it goes, eight streams per thread, for benchmarks to compare with.
+// Returns a sum, so that no compiler can drop the reads.
 SF_PUBLIC uint64_t sf_read(const void *data, int64_t bytes, int threads) {
     constexpr int64_t PLACES = 8, AHEAD = 512, EACH = 64 * 8192;  // bytes; of one place in one task
     struct Reading {
@@ -199,7 +199,7 @@ SF_PUBLIC uint64_t sf_read(const void *data, int64_t bytes, int threads) {
     return all.sum;
 }
 
-// For tests: scratch is handed out full of NaN, so that reading it before writing shows.
+// For tests: fills scratch with NaN when it is handed out, so that a read before a write shows.
 SF_PUBLIC void sf_poison(int on) { poison.store(on != 0); }
 
 // Asks the kernel for the AMX tile state; 0 when granted.

@@ -1,4 +1,4 @@
-// Attention as a whole, forward and backward: blocks of queries, or queries one by one where a tile has few.
+// Entry points of softmax attention: blocks of 64 queries, or one query at a time where a tile has few.
 #pragma once
 #include "few.h"
 

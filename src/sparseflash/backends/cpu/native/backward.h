@@ -1,12 +1,12 @@
-// The backward pass of one query block: P and dS of each chunk of its tile, five products, dK and dV added to memory
-// that is the task's alone.
+// The backward of one query block: P and dS of each chunk of its tile, five products; dK and dV are added to memory
+// that belongs to the task alone.
 #pragma once
 #include "forward.h"
 
 namespace {
 
-// Gradients of the keys of one packed head (or of a share of its tiles), fp32 in row space. Blocks of BK rows are
-// cleared when first touched, so untouched ones cost nothing.
+// dK and dV of one packed head (or of a share of its tiles), fp32 in row space. Blocks of BK rows are cleared when first
+// touched, so untouched ones cost nothing.
 struct KeyGrads {
     float *k, *v;
     char *touched;
@@ -21,10 +21,10 @@ struct KeyGrads {
     }
 };
 
-// Gradients of biases in memory that is a share's alone: [Tk] of keys, [Tq+Tk-1] of distances; or null.
+// Bias gradients of one share: [Tk] by key, [Tq+Tk-1] by distance; or null.
 struct BiasGrads { float *key, *distance; };
 
-// What a query subtracts from its row of dP: dout . out - dlse.
+// Delta of a query, which dS = P (dP - delta) subtracts: dout . out - dlse.
 inline float row_delta(const SfCall &c, int64_t b, int64_t h, int64_t t, float *dout, float *out) {
     const int64_t row = (b * c.Hq + h) * c.Tq + t;
     const float slope = c.dlse ? c.dlse[row] : 0.f;
@@ -36,16 +36,16 @@ inline float row_delta(const SfCall &c, int64_t b, int64_t h, int64_t t, float *
     return x - slope;
 }
 
-// P and dS of one vector of queries: x is the logit's x without the bias, y the entry of dP.
+// Computes P and dS of a vector of queries and one key: x is the logit's x without bias, y the entry of dP.
 struct Slopes {
     const SfCall &c;
     const Logits &logits;
     const float *top, *rest2, *delta;
-    const uint64_t *see;   // null where all is visible
-    const float *bias, *pair;  // of keys, and of keys and queries; null where there is none
-    bool sums;
+    const uint64_t *see;   // null where all keys are visible
+    const float *bias, *pair;  // biases by key, and by (key, query); or null
+    bool sums;             // also sum dS over queries: the gradient of key_bias
 
-    // What is known of W queries, for all their keys.
+    // Row statistics of W queries.
     struct Lane { vf top, rest2, delta; };
     inline Lane lane(int i) const { return {load(top + i), load(rest2 + i), load(delta + i)}; }
 
@@ -67,7 +67,7 @@ struct Slopes {
     }
 };
 
-// The same where dropout leaves weights out: P is what V was multiplied with.
+// Slopes with dropout: P becomes what V was multiplied with.
 struct DroppedSlopes {
     const Slopes &whole;
     const Draw &draw;
@@ -85,10 +85,10 @@ struct DroppedSlopes {
     }
 };
 
-// The weights and slopes of a chunk, as a law (Slopes) gives them: fp32 in place of S and dP.
+// Turns S and dP of a chunk into P and dS in place, fp32. Law: Slopes, DroppedSlopes or Pointwise.
 template <bool PLAIN, class Law>
 inline void weigh_rows(const Law &law, const Chunk &k, int n, float *s, float *g, float *sums) {
-    for (int i = 0; PLAIN && i < n; i += W) {  // nothing is summed over queries: what is known of them stays at hand
+    for (int i = 0; PLAIN && i < n; i += W) {  // no sums over queries: keep the queries' statistics in registers
         const auto lane = law.lane(i);
         for (int j = k.a; j < k.b; j++) {
             vf p, ds, none = {};
@@ -109,7 +109,7 @@ inline void weigh_rows(const Law &law, const Chunk &k, int n, float *s, float *g
         if (law.sums) sums[j] = sum(total);
     }
 }
-// The same in bf16: both in rows of queries, and dS in pairs of keys.
+// weigh_rows in bf16: writes P and dS as rows of queries (pr, dr), and dS as pairs of keys (dp).
 template <bool PLAIN, class P, class Law>
 inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, const float *s, const float *g, typename P::Item *pr,
                         typename P::Item *dr, typename P::Item *dp, float *sums) {
@@ -143,7 +143,7 @@ inline void weigh_pairs(const Law &law, int a, int e, const Chunk &k, int n, con
     }
 }
 
-// Adds a scratch tile, whose first row is chunk row `from`, to the rows it stands for.
+// Adds a scratch tile, whose first row is chunk row `from`, to the key rows that its rows belong to.
 inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int64_t ld) {
     for (int j = k.a; j < k.b; j++) {
         float *x = to + (k.gather ? k.gather[j] : k.base + j) * ld;
@@ -152,14 +152,14 @@ inline void add_rows(const Chunk &k, int from, const float *tile, float *to, int
     }
 }
 
-// Rows [a, e) of a chunk and the lanes [from, to) that see any of them, in steps of 16 (of 32 for AMX). Across a
-// diagonal, products of all lanes would be zeros for a good part.
+// Steps: rows [a, e) of a chunk with the lanes [from, to) that see any of them, both in multiples of 16 (32 for AMX). On a
+// causal diagonal, products over all lanes would multiply zeros for a good part.
 struct Step { int a, e, from, to; };
 template <bool BF> struct Steps : Edges<BF> {
     Step step[BK / 16];
     int count = 0;
 
-    // Of `n` lanes; `see` is null where all is visible.
+    // n: lanes of the block; `see` is null where every key is visible.
     Steps(const Chunk &k, int n, const uint64_t *see) : Edges<BF>(k) {
         const int size = most(Products<BF>::TILE, 16), first = this->from, last = this->to;
         if (!see) step[count++] = {first, last, 0, n};
@@ -191,8 +191,8 @@ inline void scores(const SfCall &c, const Operands<BF> &o, const Steps<BF> &step
     }
 }
 
-// One of dV += P^T dO and dK += dS^T Q, whose rows of keys and of queries are given; by way of w.spare where the keys
-// are scattered, or share rows of AMX with others.
+// Adds one of dV += P^T dO and dK += dS^T Q, given `keys` (P^T or dS^T) and `queries` (dO or Q); through w.spare where the
+// keys are scattered, or share an AMX tile with other rows.
 template <bool BF>
 inline void add_keys(const Chunk &k, const Operands<BF> &o, const Steps<BF> &steps, const typename Products<BF>::Item *keys,
                      const typename Products<BF>::Item *queries, float *to, int64_t ld, Scratch<BF> &w) {
@@ -218,7 +218,7 @@ inline void add_products(const SfCall &c, const Chunk &k, const Operands<BF> &o,
                 ADD, keys);
 }
 
-// P and dS of a chunk: fp32 in place, bf16 in the three layouts the products read. PLAIN: nothing hides, bends or biases.
+// P and dS of a chunk: fp32 in place, bf16 in the three layouts the products read. PLAIN: no mask, softcap or bias.
 template <bool PLAIN, bool BF, class Law>
 inline void weigh(const Law &law, const Chunk &k, const Steps<BF> &steps, int n, Scratch<BF> &w) {
     if constexpr (BF)
@@ -226,7 +226,7 @@ inline void weigh(const Law &law, const Chunk &k, const Steps<BF> &steps, int n,
     else weigh_rows<PLAIN>(law, k, n, w.s.p, w.g.p, w.sums);
 }
 
-// One block of queries on its way over the chunks of its tile.
+// The backward of one block of queries, chunk by chunk.
 template <bool BF> struct BackwardBlock {
     const SfCall &c;
     const Rules &rules;
@@ -235,7 +235,7 @@ template <bool BF> struct BackwardBlock {
     const int64_t b, h;
     Lanes<BF> &x;
     Queries q;
-    uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
+    uint64_t alive = 0;  // rows that saw a key in the forward; the others have zero gradients
     int n = 0;
     bool packed = false;
 
@@ -265,7 +265,7 @@ template <bool BF> struct BackwardBlock {
         if (dropout.on()) dropout.of_queries(q, b, h, x.drawn[0], x.drawn[1]);
     }
 
-    // dS as the gradient of a bias of pairs, each of which is visited once.
+    // Writes dS as the gradient of the pair bias; each pair is visited once.
     void write_pairs(const Chunk &k, const Scratch<BF> &w) {
         for (int j = k.a; j < k.b; j++) {
             const int64_t t = rules.key_token(k.gather ? k.gather[j] : k.base + j);
@@ -277,7 +277,7 @@ template <bool BF> struct BackwardBlock {
         }
     }
 
-    // dS as the gradient of a bias by distance: along the diagonals of a chunk.
+    // Adds dS to the gradient of the bias by distance: sums along the diagonals of a chunk.
     void add_distances(const Chunk &k, const Scratch<BF> &w, float *to) {
         const bool in_order = !rules.q_order && alive == (q.lanes < 64 ? (1ull << q.lanes) - 1 : ~0ull);
         for (int j = k.a; j < k.b; j++) {
@@ -285,7 +285,7 @@ template <bool BF> struct BackwardBlock {
             if (t < 0) continue;
             const auto slope = [&](int i) { return Products<BF>::value(w.slope_rows()[j * BQ + i]); };
             float *x = to + c.Tk - 1 - t;
-            if (in_order) {  // what is not seen adds 0
+            if (in_order) {  // pairs that are not seen have dS = 0
                 x += q.token[0];
                 for (int i = 0; i < q.lanes; i++) x[i] += slope(i);
                 continue;
@@ -295,7 +295,7 @@ template <bool BF> struct BackwardBlock {
         }
     }
 
-    // Whether there was anything to do. The keys are near if another block has just visited them.
+    // Processes one chunk; false if no query of the block sees it. reach: NEAR if another block has just visited the same keys.
     bool visit(Chunk k, const Keys<BF> &keys, Reach reach, const float *key_bias, Scratch<BF> &w, KeyGrads &grads,
                const BiasGrads &biases) {
         bool holes = false;
@@ -348,8 +348,8 @@ template <bool BF> struct BackwardBlock {
     }
 };
 
-// Up to two blocks of a tile's queries go over its chunks together: the second finds the sums of a chunk's dK and dV
-// where the first has just left them.
+// Runs up to two query blocks of a tile together over its chunks: the second finds the chunk's dK and dV in the cache, where
+// the first has just left them.
 template <bool BF>
 void backward_blocks(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, const Dropout &dropout,
                      int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, KeyGrads &grads,

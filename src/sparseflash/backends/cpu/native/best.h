@@ -1,12 +1,12 @@
-// The places of the best scores of each row, and the k-th best of each of its prefixes.
+// The indices of the k largest scores of each row; the k-th largest of each prefix of a row.
 #pragma once
 #include "indexer.h"
 
 namespace {
 
-constexpr int32_t NOBODY = INT32_MIN, NOT_A_NUMBER = INT32_MIN + 1;
+constexpr int32_t NOBODY = INT32_MIN, NOT_A_NUMBER = INT32_MIN + 1;  // not to be chosen; NaN, below all numbers
 
-// Integers in the order of floats; both zeros are one, and NaN is below all numbers.
+// Integers in the order of floats; -0 equals 0, and NaN is below all numbers.
 inline vi in_order(vf x) {
     vi bits = (vi)x;
     bits ^= (bits >> 31) & INT32_MAX;
@@ -19,8 +19,8 @@ inline int32_t in_order(float x) {
     return x != x ? NOT_A_NUMBER : x == 0 ? 0 : bits ^ (bits >> 31 & INT32_MAX);
 }
 
-// The k largest of a row. A sample says about where the last of them lies; what is not below that is listed, and the list
-// has to be long enough: else everything is listed.
+// The k largest of a row. A sample of 512 estimates a lower bound of the k-th largest; only scores from the bound on are listed.
+// If the list turns out shorter than k, all scores are listed.
 struct Best {
     static constexpr int64_t SAMPLE = 512;
     Buffer<int32_t> order, score, place;
@@ -52,7 +52,7 @@ struct Best {
         if (n >= 4 * SAMPLE && k < n / 4) {
             const int64_t step = n / SAMPLE;
             for (int64_t j = 0; j < SAMPLE; j++) score[j] = order[j * step];
-            const int64_t about = k * SAMPLE / n;  // so many of the sample are among the best, give or take
+            const int64_t about = k * SAMPLE / n;  // expected number of the k best in the sample; 3 sigma of slack are added
             int64_t slack = 8;
             while (slack * slack < 9 * (about + 1)) slack++;
             found = list(n, most(NOT_A_NUMBER, Indexer<false>::reached_by(score.p, SAMPLE, about + slack)));
@@ -82,8 +82,8 @@ inline int best(const SfBest &c, SfParallel parallel) {
     return 0;
 }
 
-// A heap of the best so far, the worst of them first: of equal scores the later one is the worse. In one number a score
-// and a place, which counts downwards.
+// A min-heap of the k best so far: of equal scores the later one is worse. One 64-bit key holds the ordered score and, below it,
+// the complement of the place.
 inline int running(const SfRunning &c, SfParallel parallel) {
     struct Heap {
         Buffer<int64_t> held;

@@ -1,5 +1,5 @@
-// Products of bf16 with sums in fp32: dot products of pairs (AVX-512 BF16), or tiles (AMX). A lies in rows, with pairs along
-// K; B as [K/2][N][2].
+// bf16 products with fp32 sums: dot products of pairs (AVX-512 BF16), or tiles (AMX). A has rows, with pairs along K; B is
+// [K/2][N][2].
 #pragma once
 #include "records.h"
 
@@ -11,7 +11,7 @@ namespace {
 #include "amx_emulated.h"
 namespace {
 #endif
-constexpr int K_OF_BF16 = 32, M_OF_BF16 = 32;  // what they come in multiples of
+constexpr int K_OF_BF16 = 32, M_OF_BF16 = 32;  // K and M are multiples of these
 
 struct alignas(64) TileConfig { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t rows[16]; };
 inline void prepare_thread() {
@@ -124,7 +124,7 @@ template <> struct Products<true> {
     }
     static float value(Item x) { return from_bf16(x); }
 
-    // ---- fp32 becomes bf16: 32 items of a row; two rows as pairs along rows [W][2]
+    // ---- fp32 to bf16: narrow: 32 items of a row; store_pairs: two rows interleaved as pairs [W][2]
     static __m512i narrow(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
     static void store(Item *to, __m512i x) { _mm512_storeu_si512(to, x); }
     static void store_pairs(Item *to, vf even, vf odd) {
@@ -132,7 +132,7 @@ template <> struct Products<true> {
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
         store(to, _mm512_permutexvar_epi16(_mm512_load_si512(mix), narrow(even, odd)));
     }
-    // Two rows of 32 bf16 as pairs along rows [32][2].
+    // Interleaves two rows of 32 bf16 as pairs [32][2].
     static void mix_rows(Item *to, __m512i even, __m512i odd) {
         alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,
                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -186,12 +186,12 @@ template <> struct Products<true> {
     static void put(Item *to, vf weights) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)weights)); }
     static vf weight(const Item *p) { int32_t x; memcpy(&x, p, 4); return (vf)_mm512_set1_epi32(x); }
 
-    // The first n of 16 items.
+    // Stores the first n of 16 items.
     static void put_items(Item *to, int64_t n, vf x) {
         if (n >= 16) put(to, x);
         else _mm256_mask_storeu_epi16(to, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)x));
     }
-    // Records of bf16 items, 32 of them at a time, by processors that can.
+    // Expands records of bf16 items 32 at a time, on processors with AVX-512 VBMI2.
     template <class Record, class From, class To> static bool expand(const Record &rows, int n, From from, To to) {
         if (rows.record.item != SF_BF16 || !__builtin_cpu_supports("avx512vbmi2")) return false;
         expand_wide(rows, n, from, to);

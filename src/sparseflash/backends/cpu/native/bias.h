@@ -1,10 +1,10 @@
-// A bias for pairs: ALiBi, -slope * |distance| of positions; a number for each distance of tokens; a matrix [B,Hq,Tq,Tk].
+// Bias of (query, key) pairs: ALiBi, -slope * |distance of positions|; a number per distance of tokens; a matrix [B,Hq,Tq,Tk].
 #pragma once
 #include "dropout.h"
 
 namespace {
 
-// The bias of a chunk's keys (rows of 64) and a block's queries, 0 in lanes without one.
+// Fills `to` [keys of the chunk][64 queries] with the bias; 0 in lanes without a query.
 inline void fill_pairs(const SfCall &c, const Rules &r, const Queries &q, const Chunk &k, int64_t b, int64_t h, float *to) {
     const float *slope = slice<float>(c.alibi, b, h, c.Hq), *by = slice<float>(c.distance, b, h, c.Hq);
     for (int j = k.a; j < k.b; j++) {
@@ -13,7 +13,7 @@ inline void fill_pairs(const SfCall &c, const Rules &r, const Queries &q, const 
         const int32_t at = saturate((r.k_pos && token >= 0 ? r.k_pos[token] : token) - r.base);
         if (!slope) memset(row, 0, BQ * 4);
         for (int i = 0; slope && i < BQ; i++) {
-            const int32_t own = q.pos[i];  // the distance of two numbers of 32 bits fits without a sign
+            const int32_t own = q.pos[i];  // the distance of two 32-bit numbers fits 32 bits without a sign
             const uint32_t far = own > at ? (uint32_t)own - (uint32_t)at : (uint32_t)at - (uint32_t)own;
             row[i] = -*slope * (float)far;
         }

@@ -1,4 +1,4 @@
-// Weights by blocks of tokens: stat_tile queries by stat_unit keys, wherever a plan puts their rows.
+// Largest weight of each block of tokens, stat_tile queries by stat_unit keys, whatever order the plan gives the rows.
 #pragma once
 #include "softmax.h"
 
@@ -6,7 +6,7 @@ namespace {
 
 inline int64_t units_of(const SfCall &c) { return (c.Tk + c.stat_unit - 1) / c.stat_unit; }
 
-// Neighbouring lanes whose queries lie in one tile. Lanes without a query join those behind them: their weights are 0.
+// Runs of adjacent lanes whose queries lie in one stat_tile. Lanes without a query join the run after them: their weights are 0.
 struct TileRuns {
     struct Run { int from, to; int64_t tile; } run[BQ];
     int n = 0;
@@ -23,7 +23,7 @@ struct TileRuns {
     const Run *end() const { return run + n; }
 };
 
-// What `both` makes of x[from .. to - 1] of 64 numbers, none of which is negative; whole vectors first.
+// Reduces x[from .. to - 1], none of which is negative, with `both`, in whole vectors where the range covers them.
 template <class Both> inline float across(const float *x, int from, int to, Both both) {
     vf all = {};
     float one = 0;
@@ -36,7 +36,7 @@ template <class Both> inline float across(const float *x, int from, int to, Both
     return one;
 }
 
-// Calls f(unit, from, to) for each run of a chunk's keys whose tokens lie in one unit.
+// Calls f(unit, from, to) for each run [from, to) of a chunk's keys whose tokens lie in one stat_unit.
 template <class F> inline void by_units(const SfCall &c, const Rules &rules, const Chunk &k, F f) {
     int64_t unit = -1, low = 0;
     int from = k.a;
@@ -49,7 +49,7 @@ template <class F> inline void by_units(const SfCall &c, const Rules &rules, con
     if (unit >= 0) f(unit, from, k.b);
 }
 
-// The largest x that each query of a block meets in each unit: [units][64], and in the end weights.
+// The largest x of each query of a block in each stat_unit, [units][64]; `finish` turns them into weights.
 struct Peaks {
     const SfCall &c;
     float *x;
@@ -69,13 +69,13 @@ struct Peaks {
             }
         });
     }
-    // Several blocks of queries, of other threads too, may lie in one tile: the largest of them stays, in whatever order.
+    // Atomic maximum: query blocks of several threads may lie in one stat_tile. The result is independent of their order.
     static void raise(float *to, float x) {
         int32_t bits, now = __atomic_load_n((int32_t *)to, __ATOMIC_RELAXED);
-        memcpy(&bits, &x, 4);  // of numbers that are not negative the larger one has the larger bits
+        memcpy(&bits, &x, 4);  // non-negative floats compare as their bits do
         while (now < bits && !__atomic_compare_exchange_n((int32_t *)to, &now, bits, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     }
-    // Of rows whose largest x is m, and whose sum of exponentials is l.
+    // Writes the weights of rows whose largest x is m and whose sum of exponentials is l.
     void finish(const Logits &logits, int64_t b, int64_t h, const Queries &q, const float *m, const float *l) const {
         alignas(64) float level[BQ], share[BQ], p[BQ];
         for (int i = 0; i < BQ; i++) {

@@ -1,4 +1,4 @@
-// Pointers, shapes and lengths of every call, before anything runs; values inside tables are checked where they are used.
+// Checks pointers, shapes and lengths of every call before anything runs; values inside tables are checked where they are used.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Whether memory could hold so many items; where it could, no product of these sizes overflows.
+// True if memory could hold so many items; then no product of these sizes overflows.
 constexpr int64_t MOST_ITEMS = (int64_t)1 << 48;
 bool fits(std::initializer_list<int64_t> sizes) {
     int64_t n = 1;
@@ -15,7 +15,7 @@ bool fits(std::initializer_list<int64_t> sizes) {
     return true;
 }
 
-// Null, or at a whole item of 2, 4 or 8 bytes, each of them.
+// True if each pointer is null or aligned to items of so many bytes (2, 4 or 8).
 template <class... P> bool whole(uintptr_t bytes, const P *...p) { return ((uintptr_t)p | ...) % bytes == 0; }
 
 bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length, uintptr_t bytes = 4) {
@@ -24,7 +24,7 @@ bool table_ok(const SfTable &t, const SfCall &c, int64_t heads, int64_t length, 
            t.length == length && fits({t.batch, t.heads, t.length});
 }
 
-// Null, or a tensor whose items lie within reach of each other.
+// True if the strides of a view stay within MOST_ITEMS of its address.
 bool view_ok(const SfView &v, int64_t B, int64_t H, int64_t T, int64_t D) {
     const int64_t axes[][2] = {{B, v.batch}, {H, v.head}, {T, v.row}, {D, v.lane}};
     for (auto &[n, stride] : axes) {
@@ -42,7 +42,7 @@ bool sizes_ok(const SfCall &c) {
     if (c.D < 1 || c.D > SF_WIDEST || c.Dv < 1 || c.Dv > SF_WIDEST || c.threads < 1) return false;
     if (c.dtype < 0 || c.dtype > 2 || c.out_dtype < 0 || c.out_dtype > 2 || c.grad_dtype < 0 || c.grad_dtype > 2) return false;
     const SfPlan &p = c.plan;
-    for (int64_t n : {c.Tq, c.Tk, p.q_rows, p.k_rows, p.tile, p.unit}) if (n > INT32_MAX) return false;  // 32 bits each
+    for (int64_t n : {c.Tq, c.Tk, p.q_rows, p.k_rows, p.tile, p.unit}) if (n > INT32_MAX) return false;  // must fit 32 bits
     return p.q_rows >= 0 && p.k_rows >= 0 && fits({c.B, c.Hq, p.q_rows}) && fits({c.B, c.Hq, p.k_rows});
 }
 
@@ -65,7 +65,7 @@ bool plan_ok(const SfCall &c) {
     return table_ok(p.q_shift, c, 1, 1);
 }
 
-// A record holds what it says, and its rows are whole.
+// True if a record's bytes hold the items that it declares, and its rows are contiguous.
 bool record_ok(const SfRecord &r, const SfView &v, int64_t B, int64_t H, int64_t T, int64_t D, int32_t dtype) {
     if (r.bytes < 1 || r.bytes > 1 << 16 || r.kept < 1 || r.kept > D || (r.item != dtype && r.item != 3)) return false;
     const int64_t bits = r.kept < D ? (D + 63) / 64 * 8 : 0, item = r.item == 3 ? 1 : r.item == SF_F32 ? 4 : 2;
@@ -116,7 +116,7 @@ bool ok(const SfCall &c, Kind kind) {
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;
     if ((stick || !softmax) && (c.D > 256 || c.Dv > 256)) return false;
     const bool some_q = c.B * c.Tq > 0, some_k = c.B * c.Tk > 0;
-    const bool given = kind == BACKWARD || kind == STATS;  // a normaliser
+    const bool given = kind == BACKWARD || kind == STATS;  // the call reads a norm
     if (some_q && (!c.q.data || (softmax && !again && !(given ? c.norm : c.lse)))) return false;
     if (some_q && kind != STATS && (softmax ? !again : !backward) && !c.out.data && !(backward && c.delta)) return false;
     if (some_k && (!c.k.data || (kind != STATS && !c.v.data))) return false;
@@ -174,8 +174,8 @@ bool ok(const SfIndexerLoss &c) {
     return c.q_index.data && c.k_index.data && c.q.data && c.k.data && c.weights && c.lse;
 }
 
-// What selections estimate and pick: pointers, shapes and strides; values are kept within reach where they are used.
-constexpr int64_t MOST_DEEP = 1 << 20;  // numbers in a row of groups
+// Calls of `selection`: pointers, shapes and strides; values are clamped where they are used.
+constexpr int64_t MOST_DEEP = 1 << 20;  // items of a row, which may be a group of tokens
 
 bool ok(const SfMass &c) {
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.n < 0 || c.n > INT32_MAX || c.m < 0 || c.m > INT32_MAX) return false;
@@ -218,7 +218,7 @@ bool ok(const SfPages &c) {
     if (!fits({c.B, c.Hq, c.Tq, c.w}) || !fits({c.B, c.Hq, c.Tq, c.pages}) || !fits({c.B, c.Hq, c.Tq, c.k})) return false;
     return c.B * c.Tq * c.n == 0 || (c.rows.data && c.q && c.last && (c.scores || c.index));
 }
-// Lists are checked where they are read (`lists.h`).
+// List builders check their calls themselves (`lists.h`).
 bool ok(const SfMask &) { return true; }
 bool ok(const SfUnits &) { return true; }
 bool ok(const SfTranspose &) { return true; }

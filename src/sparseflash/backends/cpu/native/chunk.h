@@ -1,10 +1,10 @@
-// One chunk of keys: the rows its products read, with scattered keys gathered and keys that may not be touched blanked.
+// Operands of one chunk of keys: scattered keys are gathered, keys that must not be read are replaced by zeros.
 #pragma once
 #include "pack.h"
 
 namespace {
 
-// Rows of a chunk, made whole: [a, e) as products sum over them, [from, to) as they take rows.
+// Rows of a chunk rounded outwards: [a, e) to GRAIN for sums over keys, [from, to) to TILE for keys as rows of a product.
 template <bool BF> struct Edges {
     int a, e, from, to;
     explicit Edges(const Chunk &k)
@@ -12,13 +12,13 @@ template <bool BF> struct Edges {
           from((int)round_down(k.a, Products<BF>::TILE)), to((int)round_up(k.b, Products<BF>::TILE)) {}
 };
 
-// What a chunk's products read, after gathering scattered keys and blanking keys that may not be touched. Of V^T (forward)
-// or K^T (backward), item d of key j lies at t[d * t_row + j * t_key].
+// Operands of a chunk's products, after gathering and blanking. Of the transposed matrix, V^T (forward) or K^T (backward),
+// item d of key j lies at t[d * t_row + j * t_key].
 template <bool BF> struct Operands {
     typedef typename Products<BF>::Item Item;
     const Item *k, *v, *t;
     int64_t ldk, ldv, t_row, t_key;
-    bool own_rows;  // gradients go through a scratch tile
+    bool own_rows;  // dK and dV go through a scratch tile, since the rows are gathered or share an AMX tile
 };
 
 template <bool BF, bool BACKWARD>

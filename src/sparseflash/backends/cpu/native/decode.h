@@ -1,23 +1,23 @@
-// Few queries over many keys, bound by the memory that holds K and V: each is read once, where it lies, and multiplied
-// by all query rows that see it (the heads of a group, and all sequences over a shared prefix).
+// Decode: few queries over many keys, bound by the memory bandwidth of K and V. Each row is read once, in place, and multiplied
+// with all query rows that see it (the heads of a group, and all sequences over a shared prefix).
 //
-// The lists of all sequences and heads are cut into pieces of SPLIT keys (`pieces.h`). GROUP pieces of a list become one
-// part, a softmax of its own, (m, l, O); parts of a list are merged in order. One work list holds all parts, of which every
-// thread takes an equal share however the lengths differ. So neither the number of threads nor who did what can show in
-// the result.
+// The lists of all sequences and heads are cut into pieces of SPLIT keys (`pieces.h`). GROUP pieces of a list form one part,
+// which has a softmax (m, l, O) of its own; the parts of a list are merged in order. One work list holds all parts, and every
+// thread takes an equal share of it however the lengths differ. The result depends neither on the number of threads nor on
+// which thread computed what.
 //
-// With so few rows the transposed form of the forward would idle most lanes: `dots.h` has another.
+// The transposed products of the forward would leave most lanes idle with so few rows: `dots.h` has others.
 #pragma once
 #include "pieces.h"
 #include "softmax.h"
 
 namespace {
 
-constexpr int GROUP = PART / SPLIT;   // pieces of a part
-constexpr int BUNDLE = 2048 / SPLIT;  // pieces of a task, of all sides, or a few more: each asks for the memory of the next
-constexpr int AHEAD = 64;             // so many keys before their turn memory is asked for
+constexpr int GROUP = PART / SPLIT;   // pieces per part
+constexpr int BUNDLE = 2048 / SPLIT;  // pieces * sides of a task, or a few more: each piece prefetches the next of its task
+constexpr int AHEAD = 64;             // prefetch distance in keys
 
-// Rows of K or V as the products read them: whole quads of their items side by side. Others are copied first.
+// Rows of K or V as the products read them: each row whole quads of contiguous items. Other rows are first copied to `own`.
 template <class T> struct RowsRead {
     typedef typename T::Item Item;
     Buffer<Item> own;
@@ -25,7 +25,7 @@ template <class T> struct RowsRead {
     SfView view;
     SfRecord record;
     int32_t dtype;
-    int64_t D, ld, sides, lines;  // items of a row; with zeros; heads of a row; its cache lines
+    int64_t D, ld, sides, lines;  // items per head; padded with zeros; heads per row; cache lines per row
     bool in_place;
 
     bool make(const SfView &v, const SfRecord &r, int32_t dtype_, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
@@ -43,9 +43,9 @@ template <class T> struct RowsRead {
         for (int j = 0; j < T::KEYS; j++) copies[j] = (const char *)(own + j * sides * ld);
         return true;
     }
-    // Items from a side to the next.
+    // Offset, in items, from a side (KV head) to the next.
     int64_t side() const { return in_place ? D : ld; }
-    // `n` rows from place `j` of a piece on.
+    // Addresses of `n` rows from place `j` of a piece on.
     KeyRows get(const KeyRows &rows, int j, int n) const {
         const KeyRows from = rows.from(j);
         if (in_place) return from;
@@ -61,7 +61,7 @@ template <class T> struct RowsRead {
                 }
         return {copies, T::KEYS / 4};
     }
-    // Records become rows; `fours` rows are left of each quarter. Those that come next are asked for meanwhile.
+    // Expands records to rows; `fours` rows are left of each quarter. Prefetches the records of the next call.
     template <class Place> void expand(const KeyRows &from, int64_t fours, int n, Place place) const {
         const RecordRows records = {record, dtype == SF_F16, D, ld};
         records.template expand<T>(n, [&](int i) __attribute__((always_inline)) {
@@ -76,12 +76,12 @@ template <class T> struct RowsRead {
 
 template <class T> struct DecodeScratch {
     typedef typename T::Item Item;
-    PieceKeys piece[GROUP + 1];  // the one at hand, and those to come
+    PieceKeys piece[GROUP + 1];  // ring: the current piece and the next ones
     RowsRead<T> k, v;
-    Buffer<Item> q;       // as packs: [chunk][query][quad]
+    Buffer<Item> q;       // packs of queries: [chunk of D][query][quad]
     Buffer<float> s;      // scores, then weights
     Buffer<Item> line;
-    int64_t packed = -1;  // the list whose rows are all in q
+    int64_t packed = -1;  // number of the list whose query rows are all in q
 
     bool make(const SfCall &c, const Packs &packs) {
         const int64_t wide = round_up(c.D, T::QUAD);
@@ -91,8 +91,8 @@ template <class T> struct DecodeScratch {
     }
 };
 
-// The x of the logits of a pack with n keys become weights, in their place. Max and sum of each query go on from those of
-// earlier keys, whose weights shrink by `shrink`.
+// Online softmax of one pack: its x with n keys become weights in place; m and l take them in, and `shrink` is the factor that
+// O of earlier keys still needs.
 template <class T> inline void softmax_pack(float *s, int n, float factor, float *m, float *l, float *shrink) {
     typedef typename T::Item Item;
     vf top = set1(-INF), total = {}, safe;
@@ -112,10 +112,10 @@ template <class T> inline void softmax_pack(float *s, int n, float factor, float
         l[i] = l[i] * shrink[i] + ((total[4 * i] + total[4 * i + 1]) + (total[4 * i + 2] + total[4 * i + 3]));
 }
 
-// What is known of every part: O, m and l of each row.
+// Results of all parts: O, m and l of each row.
 struct Parts {
     Buffer<float> o, m, l;
-    int64_t rows, ld;  // of a part; of a row of O
+    int64_t rows, ld;  // rows per part; floats per row of O
 
     bool make(const SfCall &c, const Packs &packs, int64_t parts) {
         rows = packs.rows();
@@ -126,7 +126,7 @@ struct Parts {
         memset(o + part * rows * ld, 0, rows * ld * sizeof(float));
         for (int64_t i = part * rows; i < (part + 1) * rows; i++) m[i] = -INF, l[i] = 0;
     }
-    // m, l and O of a row, with which those of another part (or a key that has a logit and no value) are merged.
+    // Merges another part (or a sink: a logit without a value, o null) into m, l and O of a row.
     static void take_in(float factor, float &m, float &l, float *sum, int64_t ld, float other_m, float other_l, const float *o) {
         if (other_l == 0) return;
         const float top = most(m, other_m), own = m == top ? 1.f : exp2f((m - top) * factor);
@@ -137,7 +137,7 @@ struct Parts {
     }
 };
 
-// Which query a row of a side is.
+// The query of row i of a side.
 struct Row {
     int64_t lane, head, sequence;
     Row(const Packs &packs, const List &list, const Queries &q, int64_t side, int64_t i)
@@ -145,7 +145,7 @@ struct Row {
           sequence(list.b + i / q.lanes / packs.heads) {}
 };
 
-// `some` rows of every side, from `first` on.
+// Packs `some` query rows of every side, from row `first` on, into w.q.
 template <class T>
 void pack_queries(const SfCall &c, const Packs &packs, const List &list, const Queries &q, int64_t first, int some,
                   DecodeScratch<T> &w) {
@@ -164,7 +164,7 @@ void pack_queries(const SfCall &c, const Packs &packs, const List &list, const Q
             }
 }
 
-// What is asked for at place j of n: rows of the same matrix, or of the one that is read next, if any.
+// Prefetch target for place j of n: AHEAD places on, in the same matrix, or in the one that is read next, if any.
 struct Next {
     KeyRows rows;
     int lines;
@@ -176,10 +176,10 @@ struct Next {
     }
 };
 
-// Scores of all packs.
+// Computes the scores of all packs of queries with the keys of a piece, into w.s.
 template <class T> void score_keys(int64_t sides, int count, const PieceKeys &x, bool asks, DecodeScratch<T> &w) {
     const int64_t wide = w.k.ld;
-    const int turns = most(count / PACKS, 1);  // that ask
+    const int turns = most(count / PACKS, 1);  // products per group of keys that prefetch
     for (int j = 0; j < x.padded; j += T::KEYS) {
         const int keys = least(T::KEYS, x.padded - j);
         const Next next(x.rows(x.k), w.k.lines, x.padded, x.rows(x.v), w.v.lines, x.padded, j);
@@ -197,7 +197,7 @@ template <class T> void score_keys(int64_t sides, int count, const PieceKeys &x,
     }
 }
 
-// Scores become logits, -inf for a key that the row does not see or that is none.
+// Turns scores into x of logits; -inf for a padding key, and for a key that the row does not see.
 inline void hide_keys(const SfCall &c, const Packs &packs, const List &list, const Logits &logits, const PieceKeys &x,
                       int64_t side, int64_t first, int some, float *s) {
     for (int i = 0; i < some && (logits.bent || !x.all); i++) {
@@ -220,14 +220,14 @@ inline void hide_keys(const SfCall &c, const Packs &packs, const List &list, con
             for (int i = 0; i < (some + PACK - 1) / PACK * PACK; i++) s[place(i, j)] = -INF;
 }
 
-// O of all rows. Those of the sides are `lds` floats apart; y is the next piece.
+// Adds the weighted keys of piece x to O of all rows; rows of O of two sides are `lds` floats apart. y: the next piece.
 template <class T>
 void weigh_keys(int64_t sides, int some, int count, const PieceKeys &x, const PieceKeys &y, bool asks, int64_t Dv, float *o,
                 int64_t lds, int64_t ldo, DecodeScratch<T> &w) {
     typedef typename T::Item Item;
     constexpr int NARROW = DEEP == 8 ? COLUMNS / 2 : COLUMNS;
     const int64_t width = (some >= 8 ? NARROW : COLUMNS) * W;
-    const int turns = most(some / DEEP, 1), strips = (int)((Dv + width - 1) / width);  // turns that ask
+    const int turns = most(some / DEEP, 1), strips = (int)((Dv + width - 1) / width);  // turns: products that prefetch
     for (int j = 0; j < x.padded; j += T::KEYS) {
         const int keys = least(T::KEYS, x.padded - j);
         const Next next(x.rows(x.v), w.v.lines, x.padded, y.rows(y.k), w.k.lines, y.padded, j);
@@ -246,14 +246,14 @@ void weigh_keys(int64_t sides, int some, int count, const PieceKeys &x, const Pi
     }
 }
 
-// Piece x is taken into a part; meanwhile the keys of the next one, y, are asked for.
+// Adds piece x to a part, and prefetches the keys of the next piece, y.
 template <class T>
 void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, const PieceKeys &x, const PieceKeys &y,
                   int64_t part, const Parts &parts, DecodeScratch<T> &w) {
     if (!x.n) return;
     const List &list = x.list;
     const Queries &q = x.q;
-    const int64_t rows = packs.members * packs.heads * q.lanes;  // of a side
+    const int64_t rows = packs.members * packs.heads * q.lanes;  // rows per side
     for (int64_t first = 0; first < rows; first += ROWS_AT_ONCE) {
         const int some = (int)least<int64_t>(ROWS_AT_ONCE, rows - first), count = (some + PACK - 1) / PACK;
         if (w.packed != x.at || rows > ROWS_AT_ONCE) pack_queries(c, packs, list, q, first, some, w);
@@ -282,8 +282,8 @@ void decode_piece(const SfCall &c, const Packs &packs, const Logits &logits, con
     }
 }
 
-// The lists of one plan, as pieces in groups: `first[g]` is the first piece of group g, `base[i]` the first group of list
-// i, `bundle[t]` the first group of task t.
+// The work list of one plan: pieces in groups (one group per part). `first[g]` is the first piece of group g, `base[i]` the
+// first group of list i, `bundle[t]` the first group of task t.
 struct Work {
     const SfCall &c;
     Packs packs;
@@ -322,7 +322,7 @@ struct Work {
         base[lists] = bundle[bundles] = groups;
         return true;
     }
-    // Task t. Pieces are found a group ahead: the more pages of memory are looked up at once, the less each takes.
+    // Runs task t. Pieces are looked up a group ahead: the more TLB misses are served at once, the less each costs.
     template <class T> void run(int64_t t, DecodeScratch<T> &w) const {
         const int64_t from = first[bundle[t]], to = first[bundle[t + 1]];
         auto at = [&](int64_t n) -> PieceKeys & { return w.piece[(n - from) % (GROUP + 1)]; };
@@ -336,7 +336,7 @@ struct Work {
             decode_piece<T>(c, packs, logits, x, n + 1 < to ? y : x, group, parts, w);
         }
     }
-    // Calls f(token, m, l, o) for what each part knows of the queries of a head, always in this order.
+    // Calls f(token, m, l, o) for each part's result of each query of a head, always in the same order.
     template <class F> void for_each_part(int64_t b, int64_t h, F f) const {
         const int64_t own = packs.sides * packs.heads, slot = b / packs.members * packs.packs + h / own;
         Queries q;
@@ -353,7 +353,7 @@ struct Work {
     }
 };
 
-// All parts of the queries of a head, and its sink, become rows of the result.
+// Merges all parts of a head's queries and its sink, and writes out and lse.
 inline void merge_parts(const SfCall &c, const Work *const *work, int64_t plans, const float *sink, int64_t b, int64_t h,
                         float *sum) {
     const int64_t ld = work[0]->parts.ld;
@@ -361,7 +361,7 @@ inline void merge_parts(const SfCall &c, const Work *const *work, int64_t plans,
     float *m = sum + c.Tq * ld, *l = m + c.Tq;
     memset(sum, 0, c.Tq * (ld + 2) * sizeof(float));
     for (int64_t t = 0; t < c.Tq; t++) m[t] = -INF;
-    // A sink is a key with x = sink / unit, which is rounded; its sum takes up what that leaves.
+    // A sink is a key with x = sink / unit, rounded; its sum exp(sink - unit * x) makes up for the rounding.
     const float sink_top = sink ? (float)((double)sink[h] / logits.unit) : 0.f;
     const float sink_sum = sink ? (float)exp((double)sink[h] - (double)sink_top * logits.unit) : 0.f;
     for (int64_t n = 0; n < plans; n++)
@@ -375,7 +375,7 @@ inline void merge_parts(const SfCall &c, const Work *const *work, int64_t plans,
     }
 }
 
-// Threads of a call times its plans.
+// A DecodeScratch for every thread and plan of a call.
 template <class T> struct DecodeDesks {
     Buffer<char> room;
     int64_t made = 0;
@@ -395,7 +395,7 @@ template <class T> int decode_as(const SfDecode &d, SfParallel parallel) {
     const int threads = most(c.threads, 1);
     Buffer<char> room;
     Buffer<Work *> work;
-    Buffer<int64_t> tasks;  // before those of each plan
+    Buffer<int64_t> tasks;  // prefix sums: tasks before those of each plan
     Buffer<float> sums;
     DecodeDesks<T> desks;
     int64_t made = 0;

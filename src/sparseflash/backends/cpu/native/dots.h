@@ -1,9 +1,10 @@
-// Products of few rows with many keys, which are read where they lie.
+// Products of few query rows with many keys, whose rows are read where they lie.
 //
-// Scores: a vector is W / 4 quads of 32 bits. Each quad belongs to one query; four items of a key (eight of bf16) go to
-// all of them. So a key is read once for a pack of W / 4 queries, and what is left to add up is four lanes, not W:
-// four keys become one vector, quad i of it the scores of query i.
-// Weighted sums: lanes along the head dimension.
+// Scores: a vector is W / 4 quads of 32-bit lanes. Each quad belongs to one query; four items of a key (eight of bf16) are
+// broadcast to all quads. So a key is read once for a pack of W / 4 queries, and only four lanes, not W, are left to add up:
+// the sums of four keys become one vector, quad i of it the scores of query i.
+// Weighted sums: lanes run along the head dimension. Example, W = 16: a pack has 4 queries; lane 4i + c of a vector of scores is
+// query i with key c of four.
 #pragma once
 #include <type_traits>
 #include "pack.h"
@@ -11,29 +12,29 @@
 
 namespace {
 
-constexpr int PACK = W / 4;         // queries of a vector of scores
-constexpr int PACKS = COLUMNS;      // of them at a time, with four accumulators each
-constexpr int STRIP = COLUMNS * W;  // a row of O is whole strips
-constexpr int DEEP = COLUMNS == 4 ? 8 : 4;  // rows of a weighted sum: the more, the fewer columns are in registers
+constexpr int PACK = W / 4;         // queries of one vector of scores
+constexpr int PACKS = COLUMNS;      // packs at a time, with four accumulators each
+constexpr int STRIP = COLUMNS * W;  // rows of O are padded to a multiple of it
+constexpr int DEEP = COLUMNS == 4 ? 8 : 4;  // rows of a weighted sum at a time: the more rows, the fewer columns in registers
 constexpr int SPLIT = Products<SF_HAS_BF16>::SPLIT;  // keys of a piece
 
-// Addresses of rows of K or V. Four rows go together, a quarter of them apart: memory is faster where several places are
-// read in turn.
+// Addresses of rows of K or V. Four rows are read together, each from another quarter of the piece: memory is faster with
+// several streams.
 struct KeyRows {
     const char *const *row;
-    int64_t quarter;
+    int64_t quarter;  // rows of a quarter
 
-    // Row c of the i-th four.
+    // Row i of quarter c.
     const char *operator()(int64_t c, int64_t i) const { return row[c * quarter + i]; }
     KeyRows from(int64_t j) const { return {row + j / 4, quarter}; }
 };
 
-// Memory that is asked for before its turn, along with the keys that a product is at: four rows with every four keys. A
-// share of their lines, for one of several products that go over the same keys, so that they are asked for evenly. Into the
-// second cache level: the first takes few at a time, and the core waits.
+// Rows to prefetch while a product runs: four rows with every four keys. Where several products go over the same keys, each
+// prefetches its share of the lines, so that requests are even. Into the second cache level: the first takes few requests at a
+// time, and the core would wait.
 struct Ahead {
     KeyRows rows;
-    int from[4], to[4];  // lines
+    int from[4], to[4];  // cache lines of each of the four rows
 
     Ahead() {}
     Ahead(const KeyRows &rows, int lines, int share, int shares) : rows(rows) {
@@ -42,22 +43,22 @@ struct Ahead {
             to[i] = least(4 * lines * (share + 1) / shares - i * lines, lines);
         }
     }
-    // (Inlined by force: GCC takes a function that only prefetches for one that does nothing.)
+    // (Inlined by force: GCC takes a function that only prefetches for one without effect, and drops it.)
     __attribute__((always_inline)) void ask(int64_t i) const {
         for (int c = 0; c < 4; c++)
             for (int x = from[c]; x < to[c]; x++) __builtin_prefetch(rows(c, i) + 64 * x, 0, 2);
     }
 };
 
-// Where the score of row i for the j-th key of a piece lies: quads of keys, those of a pack side by side. Weights take the
-// place of the scores of their pack.
+// Offset of the score of row i with the j-th key of a piece: [pack][key / 4][row of the pack][key % 4]. Weights replace the
+// scores of their pack.
 template <class Item = float> constexpr int64_t place(int64_t i, int64_t j) {
     return i / PACK * PACK * SPLIT * (sizeof(float) / sizeof(Item)) + (j & ~(int64_t)3) * PACK + i % PACK * 4 + (j & 3);
 }
 
-// (The kernels are functions of their own: inside of others, addresses run out of registers.)
+// (The kernels below are not inlined: inside other functions the compiler runs out of registers for addresses.)
 
-// Scores of N packs of queries with four keys: `quads` quads of their rows.
+// Scores of N packs of queries with four keys, whose rows have `quads` quads.
 template <class T, int N>
 inline __attribute__((always_inline)) void score_four(const typename T::Item *const *rows, int64_t quads,
                                                       const typename T::Item *q, float *s) {
@@ -78,8 +79,8 @@ inline __attribute__((always_inline)) void score_four(const typename T::Item *co
     for (int p = 0; p < N; p++) store(s + place(p * PACK, 0), sum_quads(x[p][0], x[p][1], x[p][2], x[p][3]));
 }
 
-// The same with n keys (a multiple of four), for each of the heads that lie `side` items apart in a row; their queries and
-// scores are `ldq` items and `lds` floats apart.
+// Scores with n keys (a multiple of four), for each of `sides` heads, which lie `side` items apart in a row of K; the heads'
+// queries and scores are `ldq` items and `lds` floats apart.
 template <class T, int N, bool ALONE>
 __attribute__((noinline)) void scores(const KeyRows &k, int n, int64_t sides, int64_t side, int64_t quads,
                                       const typename T::Item *q, int64_t ldq, float *s, int64_t lds, const Ahead *ahead) {
@@ -94,7 +95,7 @@ __attribute__((noinline)) void scores(const KeyRows &k, int n, int64_t sides, in
     }
 }
 
-// C vectors of N rows of O take in n keys (a multiple of four), weighted by p: of their rows at most `items` items, from
+// Adds n keys (a multiple of four), weighted by p, to C vectors of N rows of O: at most `items` items of each row of V, from
 // item `from` on.
 template <class T, int N, int C>
 __attribute__((noinline)) void weigh(const KeyRows &v, int n, int64_t from, int64_t items, const typename T::Item *p, float *o,
@@ -131,7 +132,7 @@ __attribute__((noinline)) void weigh(const KeyRows &v, int n, int64_t from, int6
         for (int c = 0; c < C; c++) store(o + r * ldo + c * W, x[r][c]);
 }
 
-// Calls f(from, count) with the counts that the products take at a time.
+// Splits n into the counts that the products are compiled for, MOST, MOST / 2, .. 1, and calls f(from, count) for each.
 template <int MOST, class F> inline void by_counts(int n, F f) {
     int i = 0;
     if constexpr (MOST > 1)

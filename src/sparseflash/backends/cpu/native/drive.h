@@ -1,20 +1,20 @@
-// Whole passes: tasks for the threads, and the order in which the gradients of keys are summed.
+// Drivers of a whole forward or backward: tasks for the threads, and the order in which dK and dV are summed.
 //
-// The backward adds dK and dV into memory private to a task (one head, or a share of its tiles). So nothing is locked,
-// shares are summed in a fixed order, and results repeat bit for bit.
+// A backward task adds dK and dV into memory of its own (of one head, or of a share of a head's tiles). So nothing is
+// locked, shares are summed in a fixed order, and results repeat bit for bit.
 #pragma once
 #include "backward.h"
 
 namespace {
 
-// Runs a block function over every query block of every head. ROWS_ONLY: it reads rows of keys, and no columns.
+// Runs `block` for every query block of every head. rows_only: `block` reads rows of K and V, never the transposed ones.
 template <bool BF, class Block> int forward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
     const SfPlan &p = c.plan;
     Packed<BF, false> packed;
     if (packed.make(c, parallel, rows_only)) return 1;
     Desks<BF> scratch;
     if (!scratch.make(c, false)) return 1;
-    const int64_t per = most<int64_t>(BQ / p.tile, 1), runs = (p.tiles + per - 1) / per;  // tiles of a task; tasks of a head
+    const int64_t per = most<int64_t>(BQ / p.tile, 1), runs = (p.tiles + per - 1) / per;  // tiles per task; tasks per head
     auto task = [&](int64_t i, int thread) {
         Scratch<BF> &w = scratch[thread];
         Products<BF>::prepare_thread();
@@ -31,7 +31,7 @@ template <bool BF, class Block> int forward_over(const SfCall &c, SfParallel par
     return 0;
 }
 
-// Splits of every head, so that no thread waits long for the last one: the tasks' costs are dealt out greedily.
+// Number of shares per head that balances the threads: simulates handing tasks greedily to the least loaded thread.
 inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads, int64_t tiles) {
     int64_t total = 0, biggest = 0;
     for (int64_t i = 0; i < heads; i++) total += cost[i], biggest = most(biggest, cost[i]);
@@ -50,7 +50,7 @@ inline int64_t choose_splits(const SfCall &c, const int64_t *cost, int64_t heads
     return limit;
 }
 
-// Gradients of biases, [B,Hq,splits,length]: a share adds to memory of its own, and shares are summed in order.
+// Gradients of the biases, [B,Hq,splits,length]: each share adds into its own slice; slices are summed in order.
 class BiasShares {
     Buffer<float> key, distance;
     int64_t keys = 0, distances = 0;
@@ -80,8 +80,8 @@ class BiasShares {
     }
 };
 
-// Runs a block function over the query blocks of every head, PER at a time, and sums what the shares add to dK, dV and
-// biases.
+// Runs `block` for the query blocks of every head, PER at a time, and sums the shares of dK, dV and bias gradients.
+// A task is (slot, share): slot = (b, packed KV head), pair j = (query head of its group, tile), in that order.
 template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
     const SfPlan &p = c.plan;
     int threads = most(c.threads, 1);
@@ -91,7 +91,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
     const int64_t rows = round_up(p.k_rows, BK), blocks = rows / BK;
     const int64_t ldk = round_up(c.D, 16 * Products<BF>::PAIR), ldv = round_up(c.Dv, 16 * Products<BF>::PAIR);
 
-    // cost of every (slot, query head of the group, tile): shares of a head are contiguous runs of equal cost
+    // cumulative cost over the pairs of each slot; a share is a contiguous run of pairs of about equal cost
     Buffer<int64_t> cost, sum;
     if (!cost.make(slots * pairs) || !sum.make(slots)) return 1;
     auto weigh = [&](int64_t s, int) {
@@ -104,7 +104,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
     };
     in_parallel(parallel, threads, slots, weigh);
     const int64_t splits = choose_splits(c, sum.p, slots, pairs), tasks = slots * splits;
-    // A head's gradients are complete when its only task ends; otherwise shares wait and are summed in order.
+    // With one share per head, its task writes dK and dV at once; otherwise shares are kept and summed in order.
     const bool direct = splits == 1 && heads == c.Hkv && c.Bk == c.B;
     const int64_t held = direct ? threads : tasks;
 
@@ -128,7 +128,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
     };
     if (p.k_order.data) in_parallel(parallel, threads, slots, invert);
 
-    // Writes token t of a KV head: the sum over the sequences of a pool, packed heads and shares, in that order.
+    // Writes dK and dV of token t of a KV head: summed over sequences (of a shared pool), packed heads and shares, in that order.
     const int64_t of = heads / c.Hkv, sharers = c.Bk == c.B ? 1 : c.B;
     auto write_token = [&](int64_t bk, int64_t hkv, int64_t t, int64_t only, float *x) {
         for (int side = 0; side < 2; side++) {
@@ -155,7 +155,7 @@ template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, 
         memset(grads.touched, 0, blocks);
         const int64_t *run = cost + slot * pairs, whole = sum[slot];
         for (int64_t j = 0; j < pairs; j++) {
-            int64_t before = j ? run[j - 1] : 0;  // the share that holds the pair's midpoint does it
+            int64_t before = j ? run[j - 1] : 0;  // cost before the pair; the pair's midpoint decides which share owns it
             int64_t owner = whole ? least(splits - 1, (before + run[j]) * splits / (2 * whole)) : 0;
             if (owner != share) continue;
             int64_t h = hp * group + j / p.tiles, r = j % p.tiles;

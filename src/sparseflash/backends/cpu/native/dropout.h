@@ -1,5 +1,5 @@
-// Dropout: which weights are left out, by the draw that backends/reference/dropout.py defines. Two words of 32 bits for
-// each token, then two multiplications a pair, a vector of pairs at a time.
+// Dropout: which weights are dropped, by the draw that backends/reference/dropout.py defines. Two words of 32 bits per
+// token, then two multiplications per pair, a vector of pairs at a time.
 #pragma once
 #include "scratch.h"
 
@@ -10,29 +10,29 @@ constexpr uint32_t MIX[] = {0xD2511F53u, 0xCD9E8D57u};
 
 inline vu load(const uint32_t *p) { vu x; memcpy(&x, p, sizeof x); return x; }
 
-// The draw of a block of queries and a chunk of keys; or of keys as lanes, and one query.
+// The draw for a block of queries (lanes) and a chunk of keys (rows); or for keys as lanes and one query as row 0.
 struct Draw {
-    const uint32_t *r, *s;  // words of the lanes
-    const uint32_t *c, *d;  // and of the rows
+    const uint32_t *r, *s;  // words of the lanes' tokens
+    const uint32_t *c, *d;  // words of the rows' tokens
     int32_t bar;
 
     struct Lane { vu r, s; };
     Lane lane(int i) const { return {load(r + i), load(s + i)}; }
-    // x, and 0 where the pair with row j is left out
+    // x, or 0 in lanes whose pair with row j is dropped
     vf left(const Lane &l, int j, vf x) const {
         vu u = (l.r ^ c[j]) * MIX[0];
         u = (u ^ (u >> 16) ^ (l.s ^ d[j])) * MIX[1];
         return (vi)u < bar ? set1(0.f) : x;
     }
 };
-// Nothing is left out.
+// No dropout: every weight stays.
 struct All {
     struct Lane {};
     Lane lane(int) const { return {}; }
     vf left(const Lane &, int, vf x) const { return x; }
 };
 
-// The words of a call's tokens. Those of the keys are made once, those of queries when their block is read.
+// The Philox words of a call's tokens: of keys made once per call, of queries when their block is loaded.
 struct Dropout {
     const SfCall &c;
     Buffer<uint32_t> words;  // [B,Hq,Tk,2]
@@ -60,8 +60,8 @@ struct Dropout {
         in_parallel(parallel, c.threads, c.B * c.Hq * parts, task);
         return 0;
     }
-    // Their second words are turned by 2^31, and so is every number of a pair, since it is multiplied with an odd one:
-    // signed numbers are compared, which every level can do.
+    // The queries' second words are XORed with 2^31. So is then every pair's draw (it is multiplied by an odd number): a signed
+    // comparison, which every level has, orders the draws as an unsigned one would.
     void of_queries(const Queries &q, int64_t b, int64_t h, uint32_t *r, uint32_t *s) const {
         make_words(q.token, b, h, 0, r, s);
         for (int i = 0; i < BQ; i++) s[i] ^= 1u << 31;
@@ -74,14 +74,14 @@ struct Dropout {
         }
     }
     int32_t bar() const { return (int32_t)(c.dropout_bar ^ 1u << 31); }
-    // That of queries with these words and of a chunk, whose words are read.
+    // The draw of queries with these words and of a chunk, whose words are loaded into `keys`.
     Draw draw(const Rules &rules, const Chunk &k, int64_t b, int64_t h, const uint32_t (*queries)[BQ], uint32_t (*keys)[BK]) const {
         of_keys(rules, k, b, h, keys[0], keys[1]);
         return {queries[0], queries[1], keys[0], keys[1], bar()};
     }
 
   private:
-    // Philox4x32-10 of BQ tokens.
+    // First two words of Philox4x32-10 for BQ tokens.
     void make_words(const int64_t *token, int64_t b, int64_t h, uint32_t side, uint32_t *first, uint32_t *second) const {
         uint32_t x[4][BQ], key[2] = {(uint32_t)c.dropout_seed, (uint32_t)((uint64_t)c.dropout_seed >> 32)};
         for (int i = 0; i < BQ; i++) x[0][i] = (uint32_t)token[i], x[1][i] = (uint32_t)h, x[2][i] = (uint32_t)b, x[3][i] = side;

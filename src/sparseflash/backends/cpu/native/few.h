@@ -1,25 +1,25 @@
-// Tiles of few queries: lists of keys for every query, or a few new tokens. Instead of products, one query at a time
-// over the rows of the keys it sees: W scores are W dot products, and what follows are vectors along the head
-// dimension. Keys are read where they lie, and what a query does not see is not touched.
+// Tiles of few queries (up to 8): a key list per query, or a few new tokens. Instead of matrix products, one query at a time
+// goes over the rows of the keys that it sees: W scores are W dot products, and all that follows are vectors along the head
+// dimension. Keys are read in place, and keys that a query does not see are not touched.
 #pragma once
 #include "drive.h"
 
 namespace {
 
-constexpr int FEW = 8;  // query rows of a tile
+constexpr int FEW = 8;  // most query rows of such a tile
 
 inline bool few_queries(const SfCall &c) { return least(c.plan.tile, c.plan.q_rows) <= FEW; }
 
-// The keys of a chunk that one query sees; statistics have no values.
+// The keys of a chunk that one query sees (statistics have no v).
 template <bool BF> struct Seen {
     typedef typename Products<BF>::Item T;
-    int n, at[BK + 1];  // how many, and where in the chunk
+    int n, at[BK + 1];  // number of keys; their places in the chunk
     int64_t row[BK + 1];
     const T *k[BK + W], *v[BK + W];
     float bias[BK + W];
     uint32_t words[2][BK + W];
 
-    // The draw of one of the queries with these keys, whose words are known by their place in the chunk.
+    // Dropout's draw of one query with these keys, whose words are looked up by their place in the chunk.
     Draw draw(const Dropout &dropout, const uint32_t (*of_chunk)[BK], const uint32_t (*queries)[BQ], int lane) {
         for (int side = 0; side < 2; side++)
             for (int j = 0; j < round_up(n, W); j++) words[side][j] = of_chunk[side][at[least(j, n - 1)]];
@@ -44,7 +44,7 @@ template <bool BF> struct Seen {
         if (pair)
             for (int j = 0; j < n; j++) bias[j] = (key_bias ? bias[j] : 0.f) + pair[at[j] * BQ + lane];
     }
-    // The x of W logits, of scores s, those of keys from j on; -inf where there is none.
+    // x of the logits of keys j .. j + W - 1, from their scores s; -inf behind the last key.
     vf logits(const SfCall &c, const Logits &l, const float *s, int j) const {
         vf y = load(s + j);
         if (l.bent) y = l.bend(c, y);
@@ -53,7 +53,7 @@ template <bool BF> struct Seen {
     }
 };
 
-// A row in fp32, and in the items that products take.
+// A row of q or dout in fp32, and in the dtype of the products.
 template <bool BF> struct Line {
     typedef Products<BF> P;
     typedef typename P::Item Item;
@@ -66,7 +66,7 @@ template <bool BF> struct Line {
         read_row(v, row, c.dtype, D, x);
         if (BF) P::copy(v, row, c.dtype, D, items, round_up(D, 32));
     }
-    // x . rows
+    // Dot products of the row with n rows of keys.
     void score(const Item *const *rows, int n, int64_t D, float *to) const {
         const Item *own;
         if constexpr (BF) own = items;
@@ -75,14 +75,14 @@ template <bool BF> struct Line {
     }
 };
 
-// A query and what is summed up for it.
+// A query, its accumulator and its row statistics.
 template <bool BF> struct Query {
     Line<BF> q, dout;
     alignas(64) float sum[SF_WIDEST];
     float m, l, top, rest2, delta;
 };
 
-// sum[d] += p[j] * row j, NV vectors of the head dimension from d on.
+// sum[d] += p[j] * rows[j][d] over all j, for NV vectors of the head dimension from d on.
 template <class P, int NV>
 inline void add_weighted(const float *p, const typename P::Item *const *rows, int n, int64_t d, int64_t D, float *sum) {
     vf x[NV];
@@ -94,7 +94,7 @@ inline void add_weighted(const float *p, const typename P::Item *const *rows, in
 #pragma GCC unroll 4
     for (int i = 0; i < NV; i++) store(sum + d + i * W, x[i]);
 }
-// to[row[j]][d] += p[j] * x[d], the same.
+// to[row[j]][d] += p[j] * x[d], for NV vectors from d on.
 template <int NV> inline void add_outer(const float *p, const int64_t *row, int n, int64_t d, const float *x, float *to, int64_t ld) {
     vf y[NV];
 #pragma GCC unroll 4
@@ -105,7 +105,7 @@ template <int NV> inline void add_outer(const float *p, const int64_t *row, int 
         for (int i = 0; i < NV; i++) store(z + i * W, load(z + i * W) + p[j] * y[i]);
     }
 }
-// The same of several queries, which are summed first: equal terms drift less, and what lies far is touched once.
+// add_outer for several queries, summed before they are added: equal terms drift less, and far memory is touched once.
 template <int NV>
 inline void add_outers(const float *const *p, const float *const *x, int queries, const int64_t *row, int n, int64_t d,
                        float *to, int64_t ld) {
@@ -177,7 +177,7 @@ void few_forward(const SfCall &c, const Keys<BF> &keys, const Rules &rules, cons
                     if (!counts) continue;
                 }
                 if (m > x.m) {
-                    vf shrink = exp2v<true>(set1(x.m - m) * logits.factor);  // -inf - m: 0
+                    vf shrink = exp2v<true>(set1(x.m - m) * logits.factor);  // 0 at the first key: exp2(-inf)
                     x.l *= shrink[0];
                     for (int64_t d = 0; d < c.Dv; d += W) store(x.sum + d, load(x.sum + d) * shrink);
                     x.m = m;
@@ -220,7 +220,7 @@ void few_backward(const SfCall &c, const Keys<BF> &keys, const Rules &rules, con
     const Given norm(c, b, h);
     Query<BF> query[FEW];
     Seen<BF> seen;
-    uint64_t alive = 0;  // rows that saw something in the forward; the others give and take nothing
+    uint64_t alive = 0;  // rows that saw a key in the forward; the others have zero gradients
     for (int i = 0; i < rows; i++) {
         Query<BF> &x = query[i];
         int64_t t = q.token[i];
@@ -234,7 +234,7 @@ void few_backward(const SfCall &c, const Keys<BF> &keys, const Rules &rules, con
         x.rest2 = norm.rest[t] * LOG2E;
     }
     if (dropout.on()) dropout.of_queries(q, b, h, w.drawn[0], w.drawn[1]);
-    // queries that see the same keys of a chunk: their weights, the slopes of these, and what those multiply
+    // queries that see the same keys of a chunk are added together: their P, dS, dout and q
     const float *ps[FEW], *gs[FEW], *douts[FEW], *qs[FEW];
     float *pair = has_pairs(c) ? w.pair.p : nullptr;
     const bool asked = biases.key || biases.distance || c.dpair;

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Columns of S that hold queries, as the products need them.
+// Columns of S that hold queries, rounded up to what products need.
 template <bool BF> inline int columns(const Queries &q) { return (int)round_up(q.lanes, Products<BF>::LANES); }
 
 template <bool BF>

@@ -1,14 +1,14 @@
-// C[M][N] (+)= A[M][K] B[K][N]: the products of attention, sized for the first-level cache.
+// C[M][N] (+)= A[M][K] B[K][N] in fp32: the products of attention, whose operands fit the first-level cache.
 #pragma once
 #include "vec.h"
 
 namespace {
 
-// What becomes of C: overwritten, or added to; FAR where it lies beyond the nearest cache levels, so that a block
-// asks for its share of it before it computes. C is added last: the sum of a long row is one of short sums, so equal
-// terms, whose roundings all go one way, do not drift with the length.
+// Whether a product overwrites C or adds to it; ADD_FAR: C lies beyond the nearest cache levels, so a block prefetches its
+// share of C before it computes. C is added last: a long sum is one of short sums, so equal terms, whose roundings all go
+// one way, do not drift with the length.
 enum Into { SET, ADD, ADD_FAR };
-// Where the rows of A lie: with FAR a block asks for those of the next block, while its own are at hand.
+// Where the rows of A lie: with FAR a block prefetches the next block's rows while it multiplies its own.
 enum Reach { NEAR, FAR };
 
 template <int ROWS, int BYTES> inline void fetch(const float *c, int64_t ldc) {
@@ -23,8 +23,8 @@ template <int ROWS, class T> inline void fetch_rows(const T *a, int64_t lda, int
         for (int64_t x = 0; x < items; x += 64 / (int64_t)sizeof(T)) __builtin_prefetch(a + i * lda + x);
 }
 
-// A[M][K], or with ACROSS its transpose, broadcast; rows of B and C are whole vectors; MR x NV accumulators stay in
-// registers. One stride of A is known to be 1: with two unknown ones half the time goes into addresses.
+// One register block: MR x NV accumulators. A, [M][K] or with ACROSS [K][M], is broadcast; rows of B and C are whole
+// vectors. One stride of A is 1 at compile time: with two unknown strides, half the time goes into addresses.
 template <bool ACROSS, int MR, int NV>
 inline void block_f32(int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
                       Into into, Reach rows) {
@@ -80,15 +80,15 @@ inline void strips_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t 
     if (n + W <= N) strip_f32<ACROSS, 1>(M, K, a, lda, b + n, ldb, c + n, ldc, into, rows);
 }
 
-// A(i,k) at a[i*ai + k*ak], where one of the strides is 1; N is a multiple of W.
+// A(i,k) lies at a[i*ai + k*ak]; one of the two strides is 1. N is a multiple of W.
 inline void gemm_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t ai, int64_t ak, const float *b,
                      int64_t ldb, float *c, int64_t ldc, Into into, Reach rows = NEAR) {
     if (ak == 1) strips_f32<false>(M, N, K, a, ai, b, ldb, c, ldc, into, rows);
     else strips_f32<true>(M, N, K, a, ak, b, ldb, c, ldc, into, rows);
 }
 
-// C = A B for rows of A. Over more than 256 numbers it is a sum of shorter products, of 128 each: what is rounded is what
-// was summed so far, and the part of B stays in the nearest cache.
+// C = A B for rows of A. If K > 256, sums partial products over 128 items each: a rounding error is then relative to the sum so
+// far, and the part of B stays in the nearest cache.
 inline void gemm_rows_f32(int64_t M, int64_t N, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
                           float *c, int64_t ldc, Reach rows = NEAR) {
     const int64_t part = K > 256 ? 128 : K;

@@ -1,13 +1,13 @@
 // A learned indexer's choice: for each query the topk keys of its range [low, high) with the largest
 //
-//   score[s][t] = sum over h of weight[s][h] * max(0, q[h][s] . k[t]);   of equal ones those that come first.
+//   score[s][t] = sum over h of weight[s][h] * max(0, q[h][s] . k[t]);   ties go to the lower key.
 //
-// Keys are columns here, 64 at a time, and the heads of some queries are rows: the sum over heads is vertical, and what
-// is left of a product is one line of 64 scores a query. Scores above the query's bar are written down, in the order of
-// their keys; where no room is left, the topk best of them stay and the worst of these becomes the bar. So memory does
-// not grow with the number of keys, and few keys pass once a bar is there.
+// Keys are columns, 64 at a time, and the heads of a group of queries are rows: the sum over heads runs down the rows, and
+// a product leaves one line of 64 scores per query. Candidates above the query's bar are appended in the order of their
+// keys; when the buffer is full, its topk best stay and the worst of these becomes the bar. So memory does not grow with
+// the number of keys, and few keys pass once there is a bar.
 //
-// Scores are compared as integers in the order of floats; NaN ranks with -inf, below everything else.
+// Scores are compared as integers in the order of floats; NaN ranks with -inf, below every number.
 #pragma once
 #include "scratch.h"
 
@@ -17,17 +17,17 @@ template <bool BF> struct Indexer {
     static constexpr int64_t KEYS = 64, QUERIES = 16;
     typedef Products<BF> P;
     typedef typename P::Item Item;
-    static constexpr int64_t GRID = 16 * P::PAIR;       // of rows and D, as products and transpositions want them
-    static constexpr int32_t NEVER = INT32_MIN, LOWEST = (int32_t)0x807fffff;  // below all scores; -inf
+    static constexpr int64_t GRID = 16 * P::PAIR;       // products and transpositions need multiples of it, of rows and of D
+    static constexpr int32_t NEVER = INT32_MIN, LOWEST = (int32_t)0x807fffff;  // NEVER: below all scores; LOWEST: -inf
 
     const SfIndexer &c;
     int64_t D = round_up(c.D, GRID), chunks = (c.Tk + KEYS - 1) / KEYS;
-    int64_t group = most<int64_t>(1, KEYS / c.H);       // queries whose heads make up one product
+    int64_t group = most<int64_t>(1, KEYS / c.H);       // queries whose heads form the rows of one product
     int64_t room = round_up(most<int64_t>(2 * c.topk, 256), KEYS) + KEYS;
-    Buffer<Item> columns = {};                          // K^T in chunks; for bf16 in pairs along D
-    Buffer<uint64_t> real = {};                         // of each chunk: keys that may be chosen
+    Buffer<Item> columns = {};                          // K^T in chunks of 64 keys; bf16: in pairs along D
+    Buffer<uint64_t> real = {};                         // bit mask per chunk: keys that may be chosen
 
-    // The best so far of one query, in the order of keys.
+    // The candidates of one query so far, in the order of keys; a new one must exceed `bar`.
     struct Best {
         int32_t *score, *key;
         int64_t n;
@@ -52,7 +52,7 @@ template <bool BF> struct Indexer {
     int64_t low(int64_t b, int64_t s) const { return most(c.low[b * c.Tq + s], 0); }
     int64_t high(int64_t b, int64_t s) const { return least<int64_t>(c.high[b * c.Tq + s], c.Tk); }
 
-    // n rows of a user tensor, and zeros up to KEYS, as columns.
+    // Packs chunk i of K, up to 64 rows and zeros for the rest, as columns.
     void pack(int64_t i, int) {
         const int64_t b = i / chunks, first = i % chunks * KEYS, n = least(KEYS, c.Tk - first);
         uint64_t &keys = real[i];
@@ -72,7 +72,7 @@ template <bool BF> struct Indexer {
     void multiply(int64_t rows, const Item *a, const Item *b, float *out) const {
         P::multiply(round_up(rows, P::GRAIN), KEYS, round_up(c.D, P::GRAIN), a, D, 1, b, KEYS, out, KEYS, SET);
     }
-    // 64 scores out of the products of a query's heads.
+    // Folds the products of a query's heads into 64 scores, as ordered integers.
     void fold(const float *products, const float *weight, int32_t *scores) const {
         for (int64_t j = 0; j < KEYS; j += COLUMNS * W) {
             vf sum[COLUMNS] = {};
@@ -90,7 +90,7 @@ template <bool BF> struct Indexer {
         }
     }
 
-    // The largest x that k or more of n scores reach. There is room for 64 of them behind the last.
+    // The k-th largest of n scores, by bisection over bits. `score` has room for 64 more.
     static int32_t reached_by(int32_t *score, int64_t n, int64_t k) {
         for (int64_t i = n; i < round_up(n, KEYS); i++) score[i] = NEVER;
         int32_t found = NEVER;
@@ -141,7 +141,7 @@ template <bool BF> struct Indexer {
         }
     }
 
-    // A query that sees no more than topk keys needs no scores.
+    // Fast path: queries that see at most topk keys choose all of them without scores. False if some query sees more.
     bool all_fit(int64_t b, int64_t s0, int64_t n, Best *best) const {
         if (c.scores) return false;
         for (int64_t s = s0; s < s0 + n; s++) {
@@ -197,7 +197,7 @@ template <bool BF> struct Indexer {
         auto packing = [&](int64_t i, int thread) { pack(i, thread); };
         in_parallel(parallel, c.threads, c.B * chunks, packing);
         const int64_t blocks = (c.Tq + QUERIES - 1) / QUERIES;
-        auto choosing = [&](int64_t i, int thread) {  // under causality the last queries have most to do: they come first
+        auto choosing = [&](int64_t i, int thread) {  // last queries first: the costliest under causality
             P::prepare_thread();
             const int64_t s0 = (blocks - 1 - i / c.B) * QUERIES;
             choose(i % c.B, s0, least(QUERIES, c.Tq - s0), desks[thread]);

@@ -1,13 +1,13 @@
-// How far a learned indexer is from the attention that it stands in for: for each query, with
+// KL divergence of a learned indexer from the attention that it stands in for: for each query, with
 //
 //   p[t] = sum over heads of exp(scale q . k[t] - lse), normalised;   score[t] as in `indexer.h`,
 //   loss = sum over t of p[t] (log p[t] - log softmax(score)[t]),
 //
-// and its gradients: of the score softmax(score) - p, and on from there.
+// and its gradients, which follow from dloss / dscore = softmax(score) - p.
 //
-// A block is some queries that go over the same keys, 64 at a time, twice: first for the sums of softmax and loss, then,
-// with these, for the gradients. Score and p are kept in between; products of heads are made again. A query that has a
-// list of its own is a block.
+// A block is a few queries that go over the same keys, 64 at a time, in two passes: the first sums up softmax and loss, the
+// second uses these sums for the gradients. Scores and p are kept in between; products of heads are computed again. A query
+// with a key list of its own is a block by itself.
 #pragma once
 #include <algorithm>
 #include "gemm.h"
@@ -16,8 +16,8 @@
 namespace {
 
 struct IndexerLoss {
-    static constexpr int64_t KEYS = 64, QUERIES = 16, GRID = 16;  // GRID: of dimensions, as transpositions want them
-    static constexpr int64_t TASKS = 32, HELD = 64 << 20;         // shares of dK, and their floats at most
+    static constexpr int64_t KEYS = 64, QUERIES = 16, GRID = 16;  // GRID: transpositions need dimensions that are multiples of it
+    static constexpr int64_t TASKS = 32, HELD = 64 << 20;         // shares of dK; floats that all shares hold, at most
 
     const SfIndexerLoss &c;
     int64_t D = round_up(c.D, GRID), Dm = round_up(c.Dm, GRID), group = c.Hq / c.Hkv;
@@ -36,11 +36,11 @@ struct IndexerLoss {
                    weights.make(n * H) && dw.make(n * H * W) && lse2.make(n * x.c.Hq) && keys.make(x.width);
         }
     };
-    // Sums of a query over its keys, lane by lane: of the softmax, p, p log p and p score.
+    // Lane-wise sums of a query over its keys: maximum score, softmax sum, and the sums of p, p log p and p * score.
     struct Sums {
         vf top, soft, mass, own, cross;
     };
-    // Queries s0 .. s0 + n - 1, which go over m keys: those of a list, or `from` and what follows.
+    // Queries s0 .. s0 + n - 1 over m keys: those of a list, or `from`, `from` + 1, ...
     struct Block {
         int64_t b, s0, n, from, m;
         const int32_t *keys;
@@ -77,7 +77,7 @@ struct IndexerLoss {
         x.m = most<int64_t>(to - x.from, 0);
         return x;
     }
-    // Which of the keys from the j-th on each query sees; what some query sees.
+    // Bit masks of the 64 keys from the j-th on: seen[i] by query i; returns their union.
     uint64_t look(const Block &x, int64_t j, uint64_t *seen) const {
         uint64_t some = 0, keys = between(0, x.m - j);
         if (!x.keys && c.keep)
@@ -91,7 +91,7 @@ struct IndexerLoss {
         return some;
     }
 
-    // 64 keys of a head as rows and as columns; zeros where nobody looks.
+    // Loads 64 keys of a head as rows and as columns; zeros for keys that no query sees.
     void fetch(const Block &x, int64_t j, uint64_t some, const SfView &k, int64_t h, int32_t dtype, int64_t n, int64_t wide,
                Desk &w) const {
         for (int64_t i = 0; i < KEYS; i++) {
@@ -128,7 +128,7 @@ struct IndexerLoss {
         memset(w.dw.p, 0, x.n * c.H * W * sizeof(float));
     }
 
-    // p of 64 keys, before it is normalised.
+    // Computes p of 64 keys, not yet normalised.
     void attend(const Block &x, int64_t j, uint64_t some, Desk &w) const {
         const float inner = c.softcap > 0 ? c.scale / c.softcap : c.scale * LOG2E, outer = c.softcap * LOG2E;
         for (int64_t i = 0; i < x.n; i++) memset(w.p + i * width + j, 0, KEYS * sizeof(float));
@@ -147,7 +147,7 @@ struct IndexerLoss {
             }
         }
     }
-    // Their scores.
+    // Computes the indexer's scores of 64 keys.
     void score(const Block &x, int64_t j, uint64_t some, Desk &w) const {
         fetch(x, j, some, c.k_index, 0, c.index_dtype, c.D, D, w);
         multiply(x.n * c.H, c.D, D, w.q.p, w);
@@ -170,7 +170,7 @@ struct IndexerLoss {
             x.cross += y * pick(seen >> l, s, set1(0.f));
         }
     }
-    // Loss of a query; the logarithm that its softmax divides by.
+    // Loss of a query; also the lse of its scores and the sum of its p.
     static float finish(const Sums &x, float &lse, float &mass) {
         float top = -INF;
         double soft = 0, own = 0, cross = 0, all = 0;
@@ -186,7 +186,7 @@ struct IndexerLoss {
         mass = (float)all;
         return all > 0 ? (float)((own - cross) / all - log(all) + log_soft) : all == 0 ? 0.f : (float)all;  // or NaN
     }
-    // From products to what becomes dq and dk with q and k.
+    // Turns the products into dloss / dproduct, from which dq and dk follow by products with k and q; adds up dw.
     void slope(int64_t i, int64_t j, uint64_t seen, float lse, float mass, Desk &w) const {
         const float part = 1 / most(mass, 1.2e-38f);
         vf of_score[KEYS / W];
@@ -212,7 +212,7 @@ struct IndexerLoss {
         float lse[QUERIES], mass[QUERIES];
         for (int64_t i = 0; i < x.n; i++) sums[i] = Sums{set1(-3e38f), vf{}, vf{}, vf{}, vf{}};
         load_queries(x, w);
-        int64_t made = -1;  // whose products there are
+        int64_t made = -1;  // the keys whose products w.products holds
         for (int64_t j = 0; j < x.m; j += KEYS)
             if (uint64_t some = look(x, j, seen)) {
                 attend(x, j, some, w);
@@ -245,7 +245,7 @@ struct IndexerLoss {
         }
     }
 
-    // Blocks are dealt out to a number of shares that does not depend on that of threads, and so are sums.
+    // Blocks are dealt out to shares whose number does not depend on that of threads: neither do the sums.
     int run(SfParallel parallel) {
         const int64_t shares = most<int64_t>(
             1, least(least((TASKS + c.B - 1) / c.B, blocks), HELD / most<int64_t>(c.B * k_rows * D, 1)));

@@ -1,7 +1,7 @@
-// Flash attention over a plan, forward and backward, for one instruction-set level.
+// Flash attention over a plan, forward and backward: all kernels of one instruction-set level.
 //
-// Everything is transposed: S^T = K Q^T has keys as rows and 64 queries as columns, so max, exp and sum are vertical
-// and no horizontal reduction appears; O^T = V^T P^T.
+// Matrices are transposed: S^T = K Q^T has keys as rows and 64 queries as columns, so max, exp and sum run down the
+// rows of S^T, lane by lane, without a horizontal reduction; O^T = V^T P^T.
 #pragma once
 #include "attention.h"
 #include "decode.h"

@@ -1,18 +1,18 @@
-// Causal linear attention with a decay per head, in chunks of C tokens. A product masked by the decay inside a chunk,
-// a state [D][Dv] between chunks:
+// Causal linear attention with a decay l per head, in chunks of C tokens: a product masked by the decay inside a chunk,
+// a state [D][Dv] carried between chunks:
 //
 //   O = (Q K^T * M) V + before * (Q S)      M[i][j] = l^(i-j) for j <= i;  before[i] = l^(i+1)
 //   S' = l^n S + (after * K)^T V            after[j] = l^(n-1-j), of the n tokens of the chunk
 //
-// The gradients are the same sum with other operands: dQ is it of (dO, V, K); dK of (V, dO, Q) and dV of (K, Q, dO) with
-// time reversed, which swaps `before` and `after` and transposes M. So one sweep does everything.
+// The gradients are the same sum with other operands: for dQ, (dO, V, K); for dK, (V, dO, Q), and for dV, (K, Q, dO), both with
+// time reversed, which swaps `before` and `after` and transposes M. So one class, Sweep, computes all of them.
 //
-// A sweep takes some chunks of every head at a time, as many as have their states in the second cache level: what each
-// adds to the state, the scan that turns sums into states, outputs. Chunks run side by side, so one head keeps every
-// thread busy, and no result depends on how many there are. Sums and states are fp32 for every storage type; powers of l
-// come from exponents, never from quotients.
+// A sweep takes as many chunks of every head at a time as have states that fit the second cache level, in three steps: what
+// each chunk adds to the state; a scan that turns these into the states before each chunk; the outputs. The chunks of a step
+// run in parallel, so one head keeps every thread busy, and no result depends on their number. Sums and states are fp32 for
+// every storage type; powers of l come from exponents, never from quotients.
 //
-// In products of bf16 one factor is rounded, never two: K on its way to the state, the state on its way to an output
+// In bf16 one fp32 factor of each product is rounded, never two: K on its way to the state, the state on its way to an output
 // (`before` is applied to Q S, in fp32), and Q K^T * M.
 #pragma once
 #include <math.h>
@@ -32,30 +32,30 @@ template <bool BF, bool BACK> struct Sweep {
     struct Matrix { const Item *p; int64_t ld; };
 
     const SfLinear &c;
-    Rows x, y, z, o;           // o = sum of l^|distance| (x.y) z, over the heads that share one of o
-    const float *first;        // state [x.dim][z.dim] at the open end, or null
-    int64_t row, lane;         // its strides
-    float *last;               // takes the state at the other end, or null
+    Rows x, y, z, o;           // o = sum of l^|distance| (x.y) z, summed over the query heads that share a head of o
+    const float *first;        // state [x.dim][z.dim] that the sweep begins with, or null
+    int64_t row, lane;         // strides of `first`
+    float *last;               // receives the state that the sweep ends with, or null
     float z_factor, o_factor;
 
-    static constexpr int64_t PER = P::PAIR, LANES = 16 * PER;  // items in 32 bits; in a vector
-    static constexpr int64_t STRIP = 32;      // rows of a triangle that share one length
-    static constexpr int64_t PART = 16;       // rows of a state that one task scans
-    static constexpr int64_t HELD = 1 << 17;  // floats of states at a time, if not one of each head is more
+    static constexpr int64_t PER = P::PAIR, LANES = 16 * PER;  // items in 32 bits; items in a vector of 16 such
+    static constexpr int64_t STRIP = 32;      // rows of a triangular product that are cut to one length
+    static constexpr int64_t PART = 16;       // state rows per scan task
+    static constexpr int64_t HELD = 1 << 17;  // floats of states at a time (at least one state per head)
 
     int64_t X = round_up(x.dim, LANES), Z = round_up(z.dim, LANES);
     int64_t C = most(X, Z) > 64 ? 128 : 64, n = (c.T + C - 1) / C, state = X * Z;
     int64_t blank = STRIP + W, width = 2 * (C + 1) + blank;
-    Buffer<float> table = {};  // of each head: l^C .. l^0, zeros, l^0 .. l^C: rows of M and of its transpose
+    Buffer<float> table = {};  // per head: l^C .. l^0, zeros, l^0 .. l^C: rows of M, and of its transpose
 
     float power(int64_t h, int64_t i) const { return table[h * width + C - i]; }
     int64_t tokens(int64_t chunk) const { return least(C, c.T - chunk * C); }
     static int64_t shared(const Rows &r, int64_t h, int64_t heads) { return h * r.heads / heads; }
-    // What the decay leaves between row i of m and the state it adds to; and the one it reads.
+    // Decay between row i of m and the state that the chunk adds to (after), or reads (before).
     float after(int64_t h, int64_t m, int64_t i) const { return power(h, BACK ? i + 1 : m - 1 - i); }
     float before(int64_t h, int64_t m, int64_t i) const { return power(h, BACK ? m - 1 - i : i + 1); }
 
-    // C (+)= A B; rows of A and C, and the sum over K, may be taken a few further.
+    // C (+)= A B; M and K are rounded up to GRAIN: rows and items beyond them are multiplied too.
     static void product(int64_t M, int64_t N, int64_t K, const Item *a, int64_t lda, const Item *b, int64_t ldb, float *c,
                         int64_t ldc, Into into) {
         P::multiply(round_up(M, P::GRAIN), N, round_up(K, P::GRAIN), a, lda, 1, b, ldb, c, ldc, into);
@@ -70,7 +70,7 @@ template <bool BF, bool BACK> struct Sweep {
         return true;
     }
 
-    // Rows of a chunk: where they lie if they can be read there, else copied, with zeros behind them and below.
+    // Rows of a chunk: in place if the layout allows, else copied to `desk`, padded with zeros.
     Matrix rows(const Rows &r, int64_t wide, int64_t b, int64_t h, int64_t chunk, Item *desk) const {
         const int64_t m = tokens(chunk);
         auto from = [&](int64_t i) { return row_of(r.view, b, shared(r, h, c.Hq), chunk * C + i, c.dtype); };
@@ -80,13 +80,13 @@ template <bool BF, bool BACK> struct Sweep {
         memset(desk + m * wide, 0, (C - m) * wide * sizeof(Item));
         return {desk, wide};
     }
-    // The transpose [items][lines] of 32 bits each.
+    // Transposes [lines][items] to [items][lines], in units of 32 bits.
     static void across(const Item *from, int64_t ld, int64_t lines, int64_t items, Item *to) {
         for (int64_t t = 0; t < lines; t += 16)
             for (int64_t d = 0; d < items; d += 16)
                 transpose16(from + (t * ld + d) * PER, ld, to + (d * lines + t) * PER, lines);
     }
-    // Pairs of rows [C/2][wide][2]; row i times factor(i).
+    // Interleaves pairs of rows, [C/2][wide][2]; row i is multiplied by factor(i).
     template <class Factor> void pairs(Matrix r, int64_t wide, Item *to, Factor factor) const {
         for (int64_t i = 0; i < C; i += 2)
             for (int64_t d = 0; d < wide; d += 32) {
@@ -94,7 +94,7 @@ template <bool BF, bool BACK> struct Sweep {
                 P::mix_rows(to + i * wide + 2 * d, factor(P::load(at), i), factor(P::load(at + r.ld), i + 1));
             }
     }
-    // Z as the second operand of a product.
+    // Z in the layout of a product's second operand.
     Matrix below(Matrix zr, [[maybe_unused]] Item *desk) const {
         if constexpr (!BF) return zr;
         else {
@@ -102,7 +102,7 @@ template <bool BF, bool BACK> struct Sweep {
             return {desk, Z};
         }
     }
-    // A = (X Y^T) * M (BACK: its transpose), in strips of rows up to (from) the diagonal. `sums` may be `a` itself.
+    // A = (X Y^T) * M (BACK: M^T), in strips of rows that end (BACK: begin) at the diagonal. `sums` may be `a` itself.
     void triangle(int64_t h, int64_t m, Matrix xr, const Item *yt, float *sums, Item *a) const {
         const float *decay = table + h * width + (BACK ? C + 1 + blank : C);  // of distance 0
         for (int64_t i0 = 0; i0 < m; i0 += STRIP) {
@@ -121,7 +121,7 @@ template <bool BF, bool BACK> struct Sweep {
                 }
         }
     }
-    // out (+)= A Z
+    // out (+)= A Z, for a triangular A.
     void weigh(int64_t m, const Item *a, Matrix zr, float *out, Into into) const {
         for (int64_t i = 0; i < m; i += STRIP) {
             const int64_t from = BACK ? i : 0, to = BACK ? m : least(m, i + STRIP);
@@ -143,7 +143,7 @@ template <bool BF, bool BACK> struct Sweep {
             float *to = carried + i / x.dim * state + i % x.dim * Z;
             for (int64_t e = 0; e < z.dim; e++) to[e] = from[e * lane];
         }
-        int64_t low = 0, held = 0;  // chunks at hand
+        int64_t low = 0, held = 0;  // first chunk and number of chunks of this step
         auto add_up = [&](int64_t i, int thread) {
             const int64_t chunk = low + i % held, b = i / held / c.Hq, h = i / held % c.Hq, m = tokens(chunk);
             P::prepare_thread();
@@ -161,7 +161,7 @@ template <bool BF, bool BACK> struct Sweep {
                 gemm_f32(X, Z, m, yt, 1, X, other.p, other.ld, states + i * state, Z, SET);
             }
         };
-        // Turns what each chunk adds into the state before it; for bf16 in pairs of rows, each in place of the first.
+        // Exclusive scan: replaces what each chunk adds by the state before it; bf16: as pairs of rows, in place of the first.
         auto scan = [&](int64_t i, int) {
             const int64_t at = i / (X / PART), part = i % (X / PART) * PART * Z;
             float *now = carried + at * state + part;
@@ -185,7 +185,7 @@ template <bool BF, bool BACK> struct Sweep {
         auto emit = [&](int64_t i, int thread) {
             const int64_t chunk = low + i % held, b = i / held / o.heads, ho = i / held % o.heads, m = tokens(chunk);
             const int64_t group = c.Hq / o.heads;
-            const bool alone = !first && chunk == (BACK ? n - 1 : 0);  // nothing came before
+            const bool alone = !first && chunk == (BACK ? n - 1 : 0);  // the state before is 0
             Item *xr = desks + thread * desk, *yt = xr + C * X, *zr = yt + C * X, *zp = zr + C * Z, *a = zp + C * Z;
             float *out = sheets + thread * sheet, *sums = out + C * Z;
             P::prepare_thread();

@@ -1,5 +1,5 @@
-// Lists of a plan, made from what a caller has: a boolean mask, units named for each tile, lists to be transposed.
-// What is written depends on the input alone: not on the number of threads, nor on who comes first.
+// Building a plan's lists from a caller's boolean mask, from units listed for each tile, or from lists to be transposed.
+// The result depends on the input alone: neither on the number of threads nor on their order.
 #pragma once
 #include "scratch.h"
 
@@ -12,7 +12,7 @@ inline bool product_ok(int64_t a, int64_t b) { return a == 0 || b <= INT64_MAX /
 
 enum MaskKind : uint8_t { EMPTY = 0, PARTIAL = 1, FULL = 2 };
 
-// Whether some bit of [lo, hi) is set, after flipping all that are set in `flip`.
+// True if some bit of [lo, hi) is set after XOR with `flip`.
 inline bool some_bit(const uint64_t *bits, int64_t lo, int64_t hi, uint64_t flip) {
     for (int64_t at = lo; at < hi;) {
         int64_t end = least(hi, round_down(at, 64) + 64);
@@ -22,11 +22,11 @@ inline bool some_bit(const uint64_t *bits, int64_t lo, int64_t hi, uint64_t flip
     return false;
 }
 
-// One tile of queries at a time: rows of bytes become rows of bits, whose union and intersection say what a unit is.
+// Reads one tile of queries at a time: byte rows become bit rows; their union and intersection classify each unit.
 struct MaskReader {
     const SfMask &c;
-    int64_t units, tiles, words;  // 64-bit words of a row of bits, and one more; bits past the keys are 0
-    Buffer<uint64_t> room;        // of each thread: union, intersection, and the rows of a tile
+    int64_t units, tiles, words;  // 64-bit words of a bit row, plus one; bits past the last key are 0
+    Buffer<uint64_t> room;        // per thread: union, intersection, and the bit rows of a tile
 
     explicit MaskReader(const SfMask &c) : c(c) {
         units = (c.Tk + c.unit - 1) / c.unit;
@@ -45,7 +45,7 @@ struct MaskReader {
         return nonzero64(near);
     }
 
-    // N rows side by side: so many streams of memory at once; and where keys are not neighbours, rows may be.
+    // Reads N rows in step: N streams of memory at once; and where keys are not contiguous, rows may be.
     template <int N> void read(const uint8_t *from, uint64_t *any, uint64_t *all, uint64_t *bits) const {
         const int64_t whole = c.lane == 1 ? c.Tk / 64 : 0;
         for (int64_t w = 0; w < words; w++) {
@@ -86,7 +86,7 @@ struct MaskReader {
         c.partial[task] = partial;
     }
 
-    // The bits of a unit, as words of 32.
+    // Copies the bits of a unit as 32-bit words.
     void copy(const uint64_t *bits, int64_t lo, int64_t rows, int32_t *to) const {
         const int64_t n = (c.unit + 31) / 32;
         for (int64_t r = 0; r < rows; r++, to += n) {
@@ -127,7 +127,7 @@ inline int read_mask(const SfMask &c, SfParallel parallel) {
 
 // ---------------------------------------------------------------- units named for each tile
 
-// A set of numbers that is read in order and emptied by reading; a bit of `busy` is a word that holds some.
+// A set of numbers that is drained in ascending order; each bit of `busy` marks a word that is not empty.
 struct BitSet {
     uint64_t *word, *busy;
 
@@ -147,9 +147,9 @@ struct BitSet {
 struct UnitLister {
     const SfUnits &c;
     int64_t columns, words;
-    Buffer<uint64_t> sets;   // of each thread: a BitSet
-    Buffer<int32_t> found;   // of each thread: full units, partial units
-    Buffer<int32_t> failed;  // of each thread
+    Buffer<uint64_t> sets;   // per thread: a BitSet
+    Buffer<int32_t> found;   // per thread: full units, partial units
+    Buffer<int32_t> failed;  // per thread: whether a cell was invalid
 
     explicit UnitLister(const SfUnits &c) : c(c) {
         columns = (c.Tk + c.unit - 1) / c.unit;
@@ -164,16 +164,18 @@ struct UnitLister {
         return true;
     }
 
+    // Lists the units of one cell. Example: tile 64, unit 16, causal, tile 1: oldest 64, newest 127, reach 65, so units 0 .. 3
+    // are full (sure 4), 4 .. 7 partial (seen 8), later ones invisible.
     template <class Id> void list(int64_t cell, int thread) const {
         const Id *given = (const Id *)c.given + cell * c.width;
         const int64_t top = cell % c.tiles * c.tile, oldest = top + c.q_offset;
         const int64_t newest = least(top + c.tile, c.Tq) - 1 + c.q_offset;
         const int64_t reach = c.causal ? most<int64_t>(least(oldest + 1, c.Tk), 0) : c.Tk;
-        const int64_t sure = reach / c.unit;  // units below it are full, from `seen` on none is visited
+        const int64_t sure = reach / c.unit;  // units below `sure` are full, units from `seen` on are invisible
         const int64_t seen = c.causal ? newest < 0 ? 0 : least(newest / c.unit + 1, columns) : columns;
         int64_t full = 0, partial = 0;
         int32_t *first = found + thread * (2 * c.width + 2), *second = first + c.width + 1;
-        auto take = [&](int64_t id) {  // whoever is not meant is overwritten by the next
+        auto take = [&](int64_t id) {  // branch-free: a unit that is not counted is overwritten by the next
             first[full] = second[partial] = (int32_t)id;
             full += id < sure;
             partial += (id >= sure) & (id < seen);
@@ -217,7 +219,7 @@ struct UnitLister {
             else list<int64_t>(cell, thread);
         }
     }
-    static constexpr int64_t CELLS = 16;  // of a task
+    static constexpr int64_t CELLS = 16;  // per task
 };
 
 inline int list_units(const SfUnits &c, SfParallel parallel) {
@@ -238,10 +240,10 @@ inline int list_units(const SfUnits &c, SfParallel parallel) {
 
 // ---------------------------------------------------------------- transposed lists
 
-// One (batch, head) at a time: entries are counted by unit, then written behind one another in the order they are met.
+// Transposes one (batch, head) at a time: a counting sort by unit that keeps the order of tiles, full entries first.
 struct Transposer {
     const SfTranspose &c;
-    Buffer<int64_t> cursors;  // of each thread: where the next full, the next partial entry of a unit goes
+    Buffer<int64_t> cursors;  // per thread: where the next full and the next partial entry of each unit goes
     Buffer<int32_t> failed;   // of each thread
 
     explicit Transposer(const SfTranspose &c) : c(c) {}
@@ -252,7 +254,7 @@ struct Transposer {
         return true;
     }
 
-    // Calls f(tile, place in `index`, unit, partial?) for every entry; false where lists run out of bounds.
+    // Calls f(tile, place in `index`, unit, partial?) for every entry; false if a list is out of bounds.
     template <class F> bool walk(int64_t list, F f) const {
         for (int64_t r = 0, cell = list * c.tiles; r < c.tiles; r++, cell++) {
             const int64_t at = c.start[cell], full = c.full[cell], count = c.count[cell];

@@ -1,4 +1,4 @@
-// What the products read: keys of a head in row space, and the queries of a block with rows as lanes.
+// Packing: keys of a head in row space, and the queries of a block with rows as lanes.
 #pragma once
 #include "scratch.h"
 
@@ -12,26 +12,26 @@ inline int64_t common_multiple(int64_t a, int64_t b) {
 
 // ---------------------------------------------------------------- keys of a head, in row space
 
-// Rows of K and V, in the user's memory where its layout allows, else packed. With bf16 `t` is V^T (forward; there are no
-// rows of V) or K^T (backward) in blocks [BK keys]: [D][BK]. Lanes and rows are padded with zeros. ROWS_ONLY: rows of both
-// and no more, for tiles of few queries.
+// Rows of K and V of one head: in the user's memory where its layout allows, else packed. With bf16 `t` is V^T (forward, which
+// has no rows of V) or K^T (backward), as blocks of BK keys, each [D][BK]. Lanes and rows are padded with zeros. ROWS_ONLY:
+// rows of K and V and no `t`, for tiles of few queries.
 template <bool BF> struct Keys {
     typedef typename Products<BF>::Item Item;
     const Item *k, *v, *t;
     int64_t ldk, ldv;
-    bool tame;  // no inf or NaN anywhere in t: then 0 * x is 0
+    bool tame;  // t holds no inf or NaN: a weight of 0 then contributes exactly 0
 };
 
 template <bool BF, bool BACKWARD> struct Packed {
     typedef Products<BF> P;
     typedef typename P::Item Item;
-    int64_t heads = 1, rows = 0, Dk = 0, Dv = 0;  // packed heads; rows rounded up to BK; padded dimensions
-    int64_t batches = 1;                          // 1 where all sequences read the same rows of one pool
+    int64_t heads = 1, rows = 0, Dk = 0, Dv = 0;  // packed heads; key rows rounded up to BK; padded dimensions
+    int64_t batches = 1;                          // 1 where all sequences read the same rows of one pool, else B
     bool copy_k = false, copy_v = false, v_rows = false, columns = false;
     Buffer<Item> k, v, t;
     Buffer<char> wild;
 
-    // Packed head of a query head: the pair of its KV head and its head of k_order.
+    // Packed head of a query head: one per KV head, or per pair of KV head and head of k_order.
     int64_t head(const SfCall &c, int64_t h) const { return h * heads / c.Hq; }
 
     int make(const SfCall &c, SfParallel parallel, bool rows_only = false) {
@@ -43,7 +43,7 @@ template <bool BF, bool BACKWARD> struct Packed {
         Dv = round_up(c.Dv, P::PADDED);
         columns = BF && !rows_only && (BACKWARD || c.v.data);
         v_rows = c.v.data && (!BF || BACKWARD || rows_only);
-        // rows of tiles are padded ones, and pairs of items are whole
+        // AMX tiles need padded rows, bf16 pairs need an even D: both are reasons to copy
         const bool loose = p.k_order.data || c.dtype != P::DTYPE || (P::TILE > 1 && !rows_only);
         auto copied = [&](const SfView &x, int64_t D) { return loose || x.lane != 1 || (!rows_only && D % P::PAIR); };
         copy_k = copied(c.k, c.D);
@@ -81,7 +81,7 @@ template <bool BF, bool BACKWARD> struct Packed {
             const SfView &x = BACKWARD ? c.k : c.v;
             const int64_t D = BACKWARD ? c.D : c.Dv, Dp = BACKWARD ? Dk : Dv;
             Item *block = t + (slot * rows + row0) * Dp;
-            // 32 keys at a time: neighbours as pairs, then the pairs transposed
+            // 32 keys at a time: interleave adjacent keys as pairs, then transpose the pairs
             alignas(64) Item line[2][SF_WIDEST], pair[16 * 2 * SF_WIDEST];
             for (int64_t j0 = 0; j0 < BK; j0 += 32) {
                 for (int64_t j = 0; j < 32; j += 2) {
@@ -113,8 +113,8 @@ template <bool BF, bool BACKWARD> struct Packed {
 
 // ---------------------------------------------------------------- queries of a block
 
-// Query-side operands of a block; lanes whose bit is not in `alive` read as zero. Columns [padded D / PAIR][64][PAIR] and,
-// if asked for, rows as the backward multiplies them: [64 / PAIR][padded D][PAIR].
+// Packs the queries (or dO) of a block; lanes whose bit is not in `alive` become zeros. Writes columns [padded D / PAIR][64]
+// [PAIR] and, if given, rows as the backward multiplies them: [64 / PAIR][padded D][PAIR].
 template <bool BF>
 inline void pack_lanes(const SfCall &c, const SfView &v, int64_t b, int64_t h, const Queries &q, uint64_t alive, int64_t D,
                        typename Products<BF>::Item *columns, typename Products<BF>::Item *rows = nullptr) {
@@ -137,7 +137,7 @@ inline void pack_lanes(const SfCall &c, const SfView &v, int64_t b, int64_t h, c
     }
 }
 
-// A transposed result [D][64] as rows [64][padded D].
+// Transposes a result [D][64] to rows [64][padded D].
 inline void lanes_to_rows(const float *columns, int64_t D, float *rows) {
     int64_t Dn = round_up(D, 16);
     for (int64_t d = 0; d < Dn; d += 16)

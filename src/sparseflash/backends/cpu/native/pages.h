@@ -1,17 +1,17 @@
-// Scores of pages of keys by what is kept of each of them, and the best pages of every query, in one pass.
+// Scores of pages of keys by the rows that summarise each page, and the best pages of every query, in one pass.
 #pragma once
 #include "best.h"
 
 namespace {
 
 struct Pages {
-    static constexpr int64_t SUM = 1;  // of shares: those of a group are added, before they are multiplied
+    static constexpr int64_t SUM = 1;  // value of `share`: queries of a group are added before the product
 
     const SfPages &c;
-    const bool in_bf16 = c.dtype == SF_BF16 && c.rows.lane == 1 && c.w % (2 * W) == 0;  // rows that are read in place,
+    const bool in_bf16 = c.dtype == SF_BF16 && c.rows.lane == 1 && c.w % (2 * W) == 0;  // rows that are read in place
     const bool in_place = in_bf16 || (c.dtype == SF_F32 && c.rows.lane == 1);
-    int64_t group = c.Hq / c.Hkv, made = c.share == SUM ? 1 : group;  // queries multiplied with a row,
-    int64_t told = c.share ? 1 : group, heads = c.Hkv * told;         // and heads that pages are scored for
+    int64_t group = c.Hq / c.Hkv, made = c.share == SUM ? 1 : group;  // queries multiplied with each row
+    int64_t told = c.share ? 1 : group, heads = c.Hkv * told;         // heads per KV head, and in all, that pages are scored for
     struct Desk {
         Buffer<float> weights, lines, score;
         Buffer<uint8_t> among;
@@ -29,7 +29,7 @@ struct Pages {
         if (d < n) y += load_first(a + d, n - d) * load_first(b + d, n - d);
         return x + y;
     }
-    // The same of bf16 and weights whose even and odd places lie apart (`apart`): a 32-bit lane holds two of them.
+    // dot of a bf16 row with weights whose even and odd places are separated (`apart`): a 32-bit lane holds two bf16 items.
     static vf dot(const bf *a, const float *b, int64_t n) {
         vf x = {}, y = {};
         for (int64_t d = 0; d < n; d += 2 * W) {
@@ -59,7 +59,7 @@ struct Pages {
         for (int64_t g = 0; g < made && in_bf16; g++) apart(desk.weights + g * c.w, c.w);
         return desk.weights.p;
     }
-    // Scores of the first n rows, [told][rows in whole vectors].
+    // Scores of the first n rows of a KV head, into desk.score [told][rows, rounded up to whole vectors].
     void rows(int64_t b, int64_t h, const float *weights, int64_t n, Desk &desk) const {
         const int64_t ld = round_up(c.n, W);
         for (int64_t j = 0; j < n; j += W) {

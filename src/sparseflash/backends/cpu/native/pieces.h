@@ -1,17 +1,17 @@
-// The work list of decode: lists of keys, cut into pieces of SPLIT keys, and which query rows go together over them.
+// The work list of decode: key lists cut into pieces of SPLIT keys, and the query rows that are computed together over each.
 #pragma once
 #include "dots.h"
 #include "scratch.h"
 
 namespace {
 
-constexpr int PART = 1024;          // keys of a part of a list, which has a softmax of its own
-constexpr int ROWS_AT_ONCE = 128;   // query rows whose scores of a piece are held
-constexpr int MOST_SIDES = 32;      // KV heads that are read together
-constexpr int ZEROS = 8192;         // bytes of a row that is none, of all sides
-constexpr int64_t REACH = 4 << 20;  // bytes whose pages of memory processors have at hand, more or less
+constexpr int PART = 1024;          // keys of a part: a run of a list with a softmax (m, l, O) of its own
+constexpr int ROWS_AT_ONCE = 128;   // query rows whose scores of one piece are held
+constexpr int MOST_SIDES = 32;      // KV heads ("sides") that are read together, at most
+constexpr int ZEROS = 8192;         // bytes of the row of zeros that stands for an absent key, over all sides
+constexpr int64_t REACH = 4 << 20;  // bytes that the TLBs of common processors cover, roughly
 
-// Entries of a tile's spans (or units): the first `full - lo` need no test.
+// Entries lo .. hi - 1 of a tile's spans or units: full ones up to `full`, which need no test, then partial ones.
 struct Listed {
     int64_t lo = 0, full = 0, hi = 0;
     Listed() {}
@@ -24,18 +24,19 @@ struct Listed {
     }
 };
 
-// Up to SPLIT keys of a list: from key `skip` of entry `entry` on.
+// Up to SPLIT keys of a list, beginning at key `skip` of entry `entry`; of its units, or of its spans.
 struct Piece {
     int64_t list, entry, skip;
     bool units;
 };
 
-// Which rows go together. A list belongs to the query heads of one KV head, or of several that lie side by side in memory
-// (pages, [B,T,H,D]), as far as all tables of the plan are the same for them; and to one sequence, or to all where they
-// share the keys and the plan; 64 queries of a tile at most. Its rows are in the order side, sequence, head, query.
+// Which query rows share one pass over a list: the query heads of one KV head, or of several KV heads that are adjacent in
+// memory (pages, [B,T,H,D]), if all plan tables are the same for them; of one sequence, or of all sequences that share keys
+// and plan; at most 64 queries of a tile. Rows are ordered side (KV head), sequence, head, query. Example: Hq 8, Hkv 2, Tq 1,
+// shared tables, no sides joined: packs 2, heads 4; head 5 is row 1 of list 1 of its sequence.
 struct Packs {
-    int64_t packs, sides, heads, sequences, members, blocks, lanes;  // heads: of one side
-    bool far;  // K and V are more than REACH
+    int64_t packs, sides, heads, sequences, members, blocks, lanes;  // heads: query heads per side
+    bool far;  // K and V take more than REACH bytes: find their pages ahead
 
     explicit Packs(const SfCall &c) {
         const SfPlan &p = c.plan;
@@ -59,8 +60,8 @@ struct Packs {
         packs /= sides;
         far = c.Bk * c.Hkv * c.Tk * (c.D + c.Dv) * element(c.dtype) > REACH;
     }
-    // KV heads, of `alike` that share all tables, whose rows are read together: memory is read whole where it can be, if
-    // there is room for the scores and for a row of zeros, and parts enough are left for all threads.
+    // Number of KV heads, of `alike` with the same tables, to read together: as many as are adjacent in memory and fit the
+    // scores and the row of zeros, and leave enough parts for all threads.
     int64_t together(const SfCall &c, int64_t alike) const {
         if (c.k_record.bytes || c.v_record.bytes || packs != c.Hkv || c.k.head != c.D || c.v.head != c.Dv || c.k.lane != 1 || c.v.lane != 1) return 1;
         const int64_t rows = round_up(most<int64_t>(members * heads * lanes, 1), PACK);
@@ -75,7 +76,7 @@ struct Packs {
         return best;
     }
     int64_t rows() const { return sides * members * heads * lanes; }
-    // The row of a query head of the list, for one of the sequences.
+    // The row of a query (lane) of a query head of the list, for one of the sequences.
     int64_t row(int64_t member, int64_t head, int64_t lane, int64_t lanes) const {
         return ((head / heads * members + member) * heads + head % heads) * lanes + lane;
     }
@@ -110,7 +111,7 @@ struct List {
 inline int64_t span_lo(const SfPlan &p, int64_t e) { return most<int64_t>(p.spans[2 * e], 0); }
 inline int64_t span_hi(const SfPlan &p, int64_t e) { return least<int64_t>(p.spans[2 * e + 1], p.k_rows); }
 
-// Rows of a unit: no more than there are of all keys, however long a plan says that a unit is.
+// Key rows of a unit: capped by all key rows, however long the plan says that a unit is.
 inline int64_t unit_rows(const SfPlan &p) { return least(p.unit, p.k_rows); }
 
 // Calls f(Piece) for the pieces of a list, in order.
@@ -130,18 +131,18 @@ template <class F> inline void for_each_piece(const SfCall &c, const Packs &pack
     for (int64_t at = 0; at < lanes; at += SPLIT) f(Piece{i, units.lo + at / each, at % each, true});
 }
 
-// A piece: its queries, and the keys that some of them see.
+// The keys of a piece that some query sees, as addresses, and its queries.
 struct PieceKeys {
-    int64_t at = -1;                     // number of the list, and what is known of it
+    int64_t at = -1;                     // number of the list at hand, for which the fields below hold
     List list;
     Listed spans, units;
     Queries q;
     Rules rules;
-    const char *keys, *values;           // of the first token
+    const char *keys, *values;           // addresses of K and V of token 0
     alignas(64) const char *k[SPLIT], *v[SPLIT];
     int32_t token[SPLIT];
-    uint64_t see[SPLIT];                 // who sees them, unless everyone does
-    int n, padded = 0;                   // keys; with the zeros that fill up the last vectors
+    uint64_t see[SPLIT];                 // which queries see each key; unset while `all`
+    int n, padded = 0;                   // keys; keys and the zero rows that fill up the last vector
     bool all;                            // every query sees every key
 
     static const char *nothing() {
@@ -150,7 +151,7 @@ struct PieceKeys {
     }
     KeyRows rows(const char *const *of) const { return {of, padded >> 2}; }
 
-    // Which key is read at place j.
+    // Index of the key that is read at place j: the four quarters are interleaved (see KeyRows).
     int order(int j) const { return (j & 3) * (padded >> 2) + (j >> 2); }
 
     void find(const SfCall &c, const Packs &packs, const Piece &piece) {
@@ -184,9 +185,9 @@ struct PieceKeys {
     }
 
   private:
-    // Asks for the first line of each page of memory that the rows are in, all of them at once and ahead. Finding a page takes
-    // hundreds of cycles, in which several are found at a time; but a prefetch that waits for one, amid products, holds up
-    // all that follows. (Inlined by force, as `Ahead::ask` is.)
+    // Prefetches one line of each 4 KiB page that the rows touch, all pages at once and ahead of use. A TLB miss takes hundreds
+    // of cycles, but several are served at a time; a prefetch that misses the TLB amid products would stall all that follows.
+    // (Inlined by force, as `Ahead::ask` is.)
     __attribute__((always_inline)) void look_up(int64_t k_bytes, int64_t v_bytes) const {
         constexpr uintptr_t PAGE = 4096;
         uintptr_t k_seen = 0, v_seen = 0;
@@ -230,7 +231,7 @@ struct PieceKeys {
             for (int j = 0; j < some; j++) see[n + j] = q.real;
         n += some;
     }
-    // Of the partial entry `e`, which begins at row `lo`: the rows [from, to).
+    // Takes rows [from, to) of partial entry `e`, which begins at row `lo`, if any query sees them.
     void take_seen(const SfCall &c, bool units, int64_t e, int64_t lo, int64_t from, int64_t to) {
         const SfPlan &p = c.plan;
         const int64_t words = (p.unit + 31) / 32;

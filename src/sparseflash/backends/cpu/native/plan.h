@@ -1,5 +1,5 @@
-// Reading a plan: the rows of a query block, the chunks of keys a tile visits, and the visibility formula.
-// Every index that comes from a table is checked here before it is used as an address.
+// Reading a plan: query rows of a block, chunks of keys that a tile visits, and the visibility formula.
+// Every index that comes from a plan table is bounds-checked here before it becomes an address.
 #pragma once
 #include "abi.h"
 #include "vec.h"
@@ -20,11 +20,11 @@ template <class T> inline const T *slice(const SfTable &t, int64_t b, int64_t h,
     return (const T *)t.data + ((t.batch == 1 ? 0 : b) * t.heads + h * t.heads / heads) * t.length;
 }
 
-// The tables of one (batch, query head).
+// The plan tables and rule numbers of one (batch, query head).
 struct Rules {
     const SfPlan *p;
     const int32_t *q_order, *k_order, *q_pos, *k_pos, *k_end, *q_seg, *k_seg;
-    int64_t base;  // positions are counted from here: then those of all queries are numbers of 32 bits
+    int64_t base;  // subtracted from positions, so that those of all queries fit 32 bits
     int64_t Tq, Tk, left, right, sink;
     bool windowed;
 
@@ -37,7 +37,7 @@ struct Rules {
         k_end = slice<int32_t>(p->k_end, b, h, c.Hq);
         q_seg = slice<int32_t>(p->q_seg, b, h, c.Hq);
         k_seg = slice<int32_t>(p->k_seg, b, h, c.Hq);
-        const int64_t far = (int64_t)1 << 40;  // further than any position is from another
+        const int64_t far = (int64_t)1 << 40;  // larger than the distance of any two positions
         const int32_t *shift = (const int32_t *)p->q_shift.data;
         base = q_pos ? 0 : shift ? shift[p->q_shift.batch == 1 ? 0 : b] : least(most(p->q_offset, -far), far);
         const int32_t *sides = slice<int32_t>(p->head_window, 0, h, c.Hq), *first = slice<int32_t>(p->head_sink, 0, h, c.Hq);
@@ -55,7 +55,7 @@ struct Rules {
 struct Queries {
     int64_t token[BQ];
     int32_t pos[BQ], seg[BQ];
-    uint64_t real;
+    uint64_t real;        // bit i: lane i holds a real query
     int lanes;            // one past the last real lane
     int64_t row_in_tile;  // of lane 0
 
@@ -75,13 +75,13 @@ struct Queries {
     }
 };
 
-// The formula of visibility for one key: which of the block's queries see it, before bits.
+// The visibility formula for one key: bit i is set if query i of the block sees it. Bits of partial units come later, in `look`.
 inline uint64_t seen_by(const Rules &r, const Queries &q, int64_t token) {
     if (token < 0) return 0;
     const SfPlan &p = *r.p;
     uint64_t see = q.real;
     const int64_t own = r.k_pos ? r.k_pos[token] : token, from = own - r.base;
-    const int32_t at = saturate(from);  // what is cut off lies beyond all queries
+    const int32_t at = saturate(from);  // saturated positions lie beyond those of all queries
     if (p.causal) see &= p.include_self ? lanes<GE>(q.pos, at) : lanes<GT>(q.pos, at);
     else if (!p.include_self) see &= ~lanes<EQ>(q.pos, at);
     if (r.windowed && own >= r.sink) {
@@ -95,17 +95,17 @@ inline uint64_t seen_by(const Rules &r, const Queries &q, int64_t token) {
     return see;
 }
 
-// Keys base + [a,b), on the grid of BK rows; or `gather` lists b scattered rows (small units).
+// A chunk: key rows base + [a,b) on the grid of BK rows; or with `gather` b scattered rows (of small units).
 struct Chunk {
     int64_t base;
     int a, b;
     bool partial;
-    const int32_t *bits;    // words [tile][words] of the unit these keys belong to, or null
-    int64_t bits_lane;      // lane in that unit of key base + 0
+    const int32_t *bits;    // bit words [tile][words] of the unit that holds these keys, or null
+    int64_t bits_lane;      // lane of key base + 0 in that unit
     const int64_t *gather;
-    int64_t entry;          // position in the tile's lists, spans before units, of the entry they begin with,
-    int64_t unit;           // and the keys of each that follows; 0 for a span
-    const int64_t *entries; // where they are gathered: the entry of each, if asked for
+    int64_t entry;          // place of the first key's entry in the tile's lists, spans before units,
+    int64_t unit;           // and the keys per entry that follow; 0 for a span
+    const int64_t *entries; // gathered chunks: the entry of each key, if NAMED; else null
 
     int64_t entry_of(int j) const { return entries ? entries[j] : unit ? entry + (bits_lane + j) / unit : entry; }
 };
@@ -120,7 +120,7 @@ inline void span_chunks(int64_t lo, int64_t hi, bool partial, const int32_t *bit
     }
 }
 
-// Positions [lo, hi) of the full or of the partial entries of a list, cut to those that there are.
+// Range [lo, hi) of the full or of the partial entries of a list, cut to the entries that exist.
 struct Entries {
     int64_t lo = 0, hi = 0;
     Entries(int64_t start, int32_t full, int32_t count, bool partial, int64_t size) {
@@ -131,13 +131,14 @@ struct Entries {
     }
 };
 
-// Calls f(Chunk) for everything tile r of (b,h) visits: full entries first, then those that need element tests.
-// Neighbouring units join and scattered small ones are gathered (NAMED: with the entry of each key), unless entries are
-// to stay APART.
+// Calls f(Chunk) for every key that tile r of (b,h) visits: full entries first, then the partial ones, which need the formula.
+// JOINED: adjacent units form one chunk, scattered small ones are gathered; NAMED: also with the entry of each key; APART: a
+// chunk never holds two entries. Example: unit 1, BK 128, full units 3, 9 and 100 .. 139: 3 and 9 are gathered into one chunk
+// (emitted last); 100 .. 139 is a run of 40 >= SMALL: chunk base 0, [100,128), then chunk base 128, [0,12).
 enum Listing { JOINED, NAMED, APART };
 template <Listing HOW = JOINED, class F> inline void for_each_chunk(const SfCall &c, int64_t b, int64_t h, int64_t r, F f) {
     const SfPlan &p = c.plan;
-    constexpr int SMALL = 16;  // units below it are gathered unless they happen to be neighbours
+    constexpr int SMALL = 16;  // units shorter than this are gathered, unless a run of them is as long
     const int64_t *ss = slice<int64_t>(p.span_start, b, h, c.Hq), *us = slice<int64_t>(p.start, b, h, c.Hq);
     const int32_t *sf = slice<int32_t>(p.span_full, b, h, c.Hq), *sc = slice<int32_t>(p.span_count, b, h, c.Hq);
     const int32_t *uf = slice<int32_t>(p.full, b, h, c.Hq), *uc = slice<int32_t>(p.count, b, h, c.Hq);
@@ -153,7 +154,7 @@ template <Listing HOW = JOINED, class F> inline void for_each_chunk(const SfCall
         if (us) {
             Entries own(us[r], uf[r], uc[r], partial, p.index_size);
             int64_t rows[BK], names[HOW == NAMED ? BK : 1];
-            const int64_t before = (sc ? sc[r] : 0) - us[r];  // of the tile's entries
+            const int64_t before = (sc ? sc[r] : 0) - us[r];  // place in `index` + before = place in the tile's lists
             int held = 0;
             auto flush = [&] {
                 if (!held) return;
@@ -163,7 +164,7 @@ template <Listing HOW = JOINED, class F> inline void for_each_chunk(const SfCall
             };
             const bool masked = partial && bs;
             for (int64_t e = own.lo; e < own.hi;) {
-                if (HOW != APART && !masked && p.unit == 1) {  // single keys up to the next run, without ceremony
+                if (HOW != APART && !masked && p.unit == 1) {  // fast path: collect single keys up to the next run
                     const int32_t *index = p.index;
                     const int64_t end = own.hi, runs = end - join, k_rows = p.k_rows;
                     int n = held;
@@ -205,8 +206,8 @@ template <Listing HOW = JOINED, class F> inline void for_each_chunk(const SfCall
     }
 }
 
-// Visibility of a partial chunk: one bit mask per key; trims keys nobody sees off both ends.
-// Returns whether keys remain; `holes`: some key inside is seen by nobody.
+// Visibility of a partial chunk: one bit mask per key. Trims keys that no query sees off both ends of the chunk.
+// Returns whether any key remains; `holes`: some key in between is seen by no query.
 inline bool look(const Rules &r, const Queries &q, Chunk &c, uint64_t *see, bool &holes) {
     const SfPlan &p = *r.p;
     int first = c.b, last = c.a - 1, count = 0;
@@ -238,7 +239,7 @@ inline bool look(const Rules &r, const Queries &q, Chunk &c, uint64_t *see, bool
     return count > 0;
 }
 
-// Work of a tile, in key rows.
+// Cost of a tile: how many key rows it visits, at most.
 inline int64_t tile_cost(const SfCall &c, int64_t b, int64_t h, int64_t r) {
     const SfPlan &p = c.plan;
     const int64_t *ss = slice<int64_t>(p.span_start, b, h, c.Hq);

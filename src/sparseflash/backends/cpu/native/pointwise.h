@@ -1,4 +1,4 @@
-// Pointwise attention: every pair has the weight f(scale * S), whatever its neighbours are; no row statistics.
+// Pointwise attention: the weight of a pair is f(scale * S), independent of other pairs; no row statistics.
 #pragma once
 #include "drive.h"
 
@@ -8,7 +8,7 @@ namespace {
 struct Pointwise {
     float scale, factor;
     bool silu;
-    const uint64_t *see = nullptr;  // null where all is visible
+    const uint64_t *see = nullptr;  // null where all keys are visible
     static constexpr bool sums = false;
 
     explicit Pointwise(const SfCall &c) : scale(c.scale), factor(c.out_scale), silu(c.weights == SF_SILU) {}
@@ -21,7 +21,7 @@ struct Pointwise {
     }
     struct Lane {};
     inline Lane lane(int) const { return {}; }
-    // as `Slopes`: the weight of a pair, and y (its entry of dP) times the slope of the score
+    // like Slopes::one: p, the weight of the pair; ds = y (its entry of dP) * f'(score)
     template <bool PLAIN, bool FINE>
     inline void one(const Lane &, int j, int i, vf s, vf y, vf &p, vf &ds, vf &) const {
         vf x = s * scale, slope;
@@ -43,7 +43,7 @@ struct Pointwise {
     inline vf seen(int j, int i, vf x) const { return see ? pick(see[j] >> i, x, set1(0.f)) : x; }
 };
 
-// Queries of a block that see any key of the chunk.
+// Bit mask of the queries of a block that see any key of the chunk.
 inline uint64_t seeing(const Queries &q, const Chunk &k, const uint64_t *see) {
     if (!k.partial) return q.real;
     uint64_t some = 0;
@@ -102,7 +102,7 @@ void pointwise_slopes_block(const SfCall &c, const Keys<BF> &keys, const Rules &
     Queries q;
     q.load(rules, row, rows, row - tile * c.plan.tile);
     const int n = columns<BF>(q);
-    uint64_t alive = 0;  // the gradient of a row that sees nothing may be anything: find out before it is read
+    uint64_t alive = 0;  // dout of a row that sees nothing may be anything: find these rows before reading
     if (q.real)
         for_each_chunk(c, b, h, tile, [&](const Chunk &given) {
             Chunk k = given;

@@ -1,21 +1,21 @@
-// What a level multiplies: fp32, or bf16 with sums in fp32 (`bf16.h`). All that differs between the two is a member of
-// Products<BF>; whatever stands on products is written once, for both.
+// Products in the dtype of a level: fp32, or bf16 with fp32 sums (`bf16.h`). All that differs between the two is a member of
+// Products<BF>; kernels are written once, on top of it.
 #pragma once
 #include "gemm.h"
 #include "rows.h"
 
 namespace {
 
-// A product is C[M][N] (+)= A[M][K] B[K][N]. PAIR items fill 32 bits: B has so many of its rows side by side,
-// [K/PAIR][N][PAIR], and whatever is transposed keeps them together. K comes in multiples of GRAIN, M of TILE, N of LANES;
-// packed rows have PADDED items or a multiple of them.
+// A product is C[M][N] (+)= A[M][K] B[K][N]. PAIR items fill 32 bits: B interleaves so many of its rows, [K/PAIR][N][PAIR],
+// and transpositions keep the items of a pair together. K is a multiple of GRAIN, M of TILE, N of LANES; packed rows have a
+// multiple of PADDED items.
 template <bool BF> struct Products;
 
 template <> struct Products<false> {
     typedef float Item;
     static constexpr int32_t DTYPE = SF_F32;
     static constexpr int PAIR = 1, GRAIN = 1, TILE = 1, LANES = W, PADDED = 1;
-    static constexpr bool FINE = true;  // exponentials, of weights that are not rounded next
+    static constexpr bool FINE = true;  // accuracy of exp2v: weights stay fp32; bf16 rounds them next
 
     static void prepare_thread() {}
     // Item (i,k) of A lies at a[i * ai + k * ak]; one of the strides is 1.
@@ -32,11 +32,11 @@ template <> struct Products<false> {
     static void copy(const SfView &v, const char *row, int32_t dtype, int64_t n, Item *to, int64_t whole) {
         if (row) read_row(v, row, dtype, n, to);
         else n = 0;
-        if (n < whole) memset(to + n, 0, (whole - n) * sizeof *to);  // rows are short: a call counts
+        if (n < whole) memset(to + n, 0, (whole - n) * sizeof *to);  // skips the call for short rows
     }
     static float value(Item x) { return x; }
 
-    // ---- one query at a time (`few.h`): W items of a row from d on, zeros from `end` on; W scores
+    // ---- one query at a time (`few.h`): part: W items of a row from d on, zeros from `end` on; dots: W scores
     static vf part(const Item *row, int64_t d, int64_t end) { return read(row + d, end - d); }
     static vf dots(const Item *x, const Item *const *rows, int64_t D) {  // x is padded with zeros
         vf each[W] = {};
@@ -53,8 +53,8 @@ template <> struct Products<false> {
         return sums(each);
     }
 
-    // ---- few queries, many keys (`dots.h`): items of a quad; rows that stay in the first cache level while all queries read
-    // them; keys of a piece, whose scores for 32 rows, and K of four heads, are to stay near
+    // ---- few queries, many keys (`dots.h`). QUAD: items of 16 bytes. KEYS: rows that stay in the first cache level while all
+    // queries read them. SPLIT: keys of a piece, whose scores for 32 rows, and K of four heads, stay in a near cache level
     static constexpr int QUAD = 4, KEYS = 32, SPLIT = 128;
 
     static vf dot(vf sum, vf x, vf y) { return sum + x * y; }
@@ -66,7 +66,7 @@ template <> struct Products<false> {
     }
     static void put(Item *to, vf weights) { store(to, weights); }
     static vf weight(const Item *p) { return set1(*p); }
-    // Rows of records that there is a faster way to expand: there is none.
+    // Hook for a faster expansion of records: fp32 has none.
     template <class Record, class From, class To> static bool expand(const Record &, int, From, To) { return false; }
 };
 

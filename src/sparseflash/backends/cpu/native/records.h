@@ -1,18 +1,18 @@
-// Rows of K and V in fewer bytes: the largest items of each and bits that say where they belong, or 8-bit integers and a
-// scale, or both. A row is one record: bits (of 64 items each, if not all items are kept), scale (of integers), items.
+// Records: rows of K and V in fewer bytes. Either the largest items of a row and bits that say where they belong, or 8-bit
+// integers and a scale, or both. Layout: bits (one per item, in words of 64; if items are dropped), scale (of int8), items.
 #pragma once
 #include "rows.h"
 
 namespace {
 
-constexpr int32_t SF_I8 = 3;  // an item of a record, beside the SfDtypes
+constexpr int32_t SF_I8 = 3;  // dtype of the items of a record, beside those of SfDtype
 
 inline int64_t item_bytes(int32_t item) { return item == SF_I8 ? 1 : element(item); }
 inline int64_t record_bits(const SfRecord &r, int64_t D) { return r.kept < D ? (D + 63) / 64 * 8 : 0; }
 inline int64_t record_bytes(const SfRecord &r, int64_t D) {
     return record_bits(r, D) + (r.item == SF_I8 ? 4 : 0) + r.kept * item_bytes(r.item);
 }
-// Bytes of what a stride counts.
+// Bytes of the element that strides of K or V count: 1 for records.
 inline int64_t stride_bytes(const SfRecord &r, int32_t dtype) { return r.bytes ? 1 : element(dtype); }
 
 inline float read_item(const char *p, int32_t item, float scale) {
@@ -24,7 +24,7 @@ inline float read_item(const char *p, int32_t item, float scale) {
 }
 
 #if SF_MASKS
-// The first `left` of 16 items, and zeros. (No branch asks how many: it would be guessed wrong half of the time.)
+// Loads the first `left` of 16 items, zeros for the rest. (No branch on `left`: it would be mispredicted half of the time.)
 template <int32_t ITEM> inline __m512 read_items(const char *p, int64_t left, float scale, bool halves) {
     const __mmask16 some = (__mmask16)_bzhi_u32(0xffff, (uint32_t)least<int64_t>(left, 16));
     if (ITEM == SF_F32) return _mm512_maskz_loadu_ps(some, p);
@@ -42,7 +42,7 @@ template <class P> inline void put_items(typename P::Item *to, int64_t n, __m512
 }
 #endif
 
-// A record becomes D items, and zeros up to `whole`. Bits beyond D or beyond the items that there are count for nothing.
+// Expands a record to D items, and zeros up to `whole`. Bits beyond D, or beyond the stored items, are ignored.
 template <class P, int32_t ITEM>
 inline void expand_as(const char *row, const SfRecord &r, bool halves, int64_t D, typename P::Item *to, int64_t whole) {
     const int64_t bits = record_bits(r, D), size = item_bytes(ITEM);
@@ -74,10 +74,10 @@ inline void expand_as(const char *row, const SfRecord &r, bool halves, int64_t D
     memset(to + D, 0, (whole - D) * sizeof *to);
 }
 
-// Rows of records, at the places where `at(i)` says; what lies `ahead(i)` is asked for meanwhile.
+// Expands n records: `from(i)` is the address of record i (null: zeros), `to(i)` that of its row.
 struct RecordRows {
     SfRecord record;
-    bool halves;  // rows are of fp16: so are products of integers and their scale
+    bool halves;  // rows are fp16: integer * scale is then rounded to fp16
     int64_t D, whole;
 
     template <class P, int32_t ITEM, class From, class To> void expand_all(int n, From from, To to) const {

@@ -1,4 +1,4 @@
-// Rows of user tensors, of any storage type and strides.
+// Reading and writing rows of user tensors, of any storage type and strides.
 #pragma once
 #include "abi.h"
 #include "vec.h"
@@ -22,7 +22,7 @@ inline void read_row(const SfView &v, const char *src, int32_t dtype, int64_t n,
     else if (v.lane == 1) halves((const bf *)src, n, to);
     else read_items(src, v.lane, n, to, [](const void *p, int64_t i) { return from_f16(((const bf *)p)[i]); });
 }
-// Writes factor * from.
+// Writes factor * from[0 .. n - 1].
 template <class Item, class Write>
 inline void write_items(Item *dst, int64_t lane, int64_t n, const float *from, float factor, Write write) {
     if (lane == 1) for (int64_t i = 0; i < n; i++) dst[i] = write(from[i] * factor);

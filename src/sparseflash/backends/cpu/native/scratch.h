@@ -1,4 +1,4 @@
-// Memory of a call and of its threads, and running tasks on them.
+// Scratch memory of a call and of its threads; running tasks on the threads.
 #pragma once
 #include <new>
 #include "plan.h"
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Whether logits of pairs have a bias (bias.h).
+// True if the call adds a bias per (query, key) pair (bias.h).
 inline bool has_pairs(const SfCall &c) { return c.alibi.data || c.distance.data || c.pair.data; }
 
 template <class T> struct Buffer {
@@ -23,7 +23,7 @@ template <class T> struct Buffer {
     T &operator[](int64_t i) const { return p[i]; }
 };
 
-// One of something for every thread of a call.
+// One T for every thread of a call.
 template <class T> struct Rooms {
     Buffer<char> room;
     int made = 0;
@@ -41,12 +41,12 @@ template <class F> inline void in_parallel(SfParallel parallel, int threads, int
     parallel(threads, tasks, [](void *x, int64_t task, int thread) { (*(F *)x)(task, thread); }, &f);
 }
 
-// What a block of queries holds while it goes over its chunks: its rows in the layouts of the products, sums, statistics.
+// State of one query block over all its chunks: query rows in the products' layouts, accumulator O^T, row statistics.
 template <bool BF> struct Lanes {
     Buffer<float> ot;
     Buffer<typename Products<BF>::Item> qt, dot, qr, dor;
     float m[BQ], l[BQ], top[BQ], rest2[BQ], delta[BQ];
-    uint32_t drawn[2][BQ];  // words of the queries, for dropout
+    uint32_t drawn[2][BQ];  // dropout: the two Philox words of each query
 
     bool make(const SfCall &c, bool backward) {
         int64_t D = round_up(c.D, 32) * BQ, Dv = round_up(c.Dv, 32) * BQ;
@@ -55,7 +55,7 @@ template <bool BF> struct Lanes {
     }
 };
 
-// Room for a block of queries and for one chunk of keys; in the backward `next` is a second block's.
+// Scratch for a block of queries and one chunk of keys; the backward holds a second block of queries in `next`.
 template <bool BF> struct Scratch : Lanes<BF> {
     typedef typename Products<BF>::Item Item;
     Lanes<BF> next;
@@ -65,8 +65,8 @@ template <bool BF> struct Scratch : Lanes<BF> {
     float bias[BK], sums[BK];
     uint32_t key_words[2][BK];
 
-    // Weights and slopes of a chunk as the products read them: pairs of keys, and rows of queries. fp32 is both in one, in
-    // place of the scores.
+    // Weights P and slopes dS of a chunk in the layouts that products read: pairs of keys, and rows of queries. In fp32 both
+    // layouts are one, and it replaces the scores in `s` and `g`.
     Item *weights() const { if constexpr (BF) return p.p; else return s.p; }
     Item *weight_rows() const { if constexpr (BF) return pr.p; else return s.p; }
     Item *slopes() const { if constexpr (BF) return p.p; else return g.p; }

@@ -1,15 +1,14 @@
-// What selections estimate: weights of rows against columns by tile and unit, the softmax of some rows by key and by
-// distance.
+// What `selection` estimates: weights of rows on columns by tile and unit; the softmax of some rows, by key and by distance.
 //
-// Keys are columns here, packed in chunks of 64, and scores of a row lie side by side: what is summed over rows is summed
-// lane by lane, and a row's own sums cross lanes once. Scores are in units of log 2.
+// Keys are columns, packed in chunks of 64, and the scores of a row are contiguous: sums over rows stay in their lanes, and
+// only a row's own sums are reduced across lanes, once. Scores are in units of log 2.
 #pragma once
 #include <algorithm>
 #include "indexer.h"
 
 namespace {
 
-// Columns [B,H,m,E] as the products read them: E^T in chunks of 64, for bf16 in pairs along E; zeros where there is none.
+// Columns [B,H,m,E] packed for products: E^T in chunks of 64, bf16 in pairs along E; zeros for columns that are not real.
 template <bool BF> struct Columns {
     typedef Products<BF> P;
     typedef typename P::Item Item;
@@ -19,7 +18,7 @@ template <bool BF> struct Columns {
     int32_t dtype;
     int64_t heads, m, E, padded, chunks;
     Buffer<Item> items;
-    Buffer<uint64_t> real;  // [B, chunks]: which there are
+    Buffer<uint64_t> real;  // [B, chunks]: bit mask of the real columns
 
     int make(const SfView &v, int32_t dtype_, int64_t B, int64_t heads_, int64_t m_, int64_t E_, const uint8_t *keep,
              int threads, SfParallel parallel) {
@@ -55,12 +54,12 @@ template <bool BF> struct Columns {
         in_parallel(parallel, threads, B * heads * chunks, pack);
         return 0;
     }
-    // A row of E items with zeros behind; all zeros for null.
+    // Copies a row of E items, padded with zeros; null: all zeros.
     void copy(const SfView &v, const char *from, Item *to) const {
         P::copy(v, from, dtype, E, to, padded);
     }
     static int64_t whole(int64_t rows) { return round_up(rows, P::GRAIN); }
-    // Products of rows with the columns of a chunk. Long rows go in pieces, so that what they are multiplied with stays near.
+    // Products of rows with the columns of a chunk. Long rows go in pieces, so that the columns' part stays in a near cache.
     void multiply(int64_t rows, const Item *a, int64_t slot, int64_t chunk, float *out, int64_t ld) const {
         const Item *b = items + (slot * chunks + chunk) * WIDE * padded;
         constexpr int64_t DEPTH = 128 * P::PAIR;
@@ -69,13 +68,13 @@ template <bool BF> struct Columns {
             P::multiply(whole(rows), WIDE, n, a + d, padded, 1, b + d * WIDE, WIDE, out, ld, d ? ADD : SET);
         }
     }
-    // The columns of a chunk that a row sees which sees `limit` of them.
+    // Bit mask of a chunk's columns that a row sees, if it sees the columns below `limit`.
     uint64_t seen(int64_t b, int64_t chunk, int64_t limit) const {
         return real[b * chunks + chunk] & Indexer<BF>::between(0, limit - chunk * WIDE);
     }
 };
 
-// From a product to a score.
+// Turns a product into a score (scaled, softcapped, in units of log 2).
 struct Score {
     float factor, softcap;
     Score(float scale, float softcap_) : factor(softcap_ ? scale : scale * LOG2E), softcap(softcap_) {}
@@ -83,7 +82,7 @@ struct Score {
         x *= factor;
         return softcap ? tanhv(x / softcap) * (softcap * LOG2E) : x;
     }
-    // Makes scores of 64 products, -inf of what is not seen; the largest of each lane and `top`.
+    // Turns 64 products into scores, -inf for unseen columns; returns the lane-wise maximum of them and `top`.
     vf apply(float *s, uint64_t seen, vf top) const {
 #pragma GCC unroll 4
         for (int i = 0; i < 64; i += W) {
@@ -101,7 +100,7 @@ inline float largest(vf x) {
     for (int i = 1; i < W; i++) top = most(top, (float)x[i]);
     return top;
 }
-constexpr float LOW = -1e30f;  // below every score that is one: a difference of it and -inf is no NaN
+constexpr float LOW = -1e30f;  // below every real score, and finite: -inf - LOW is -inf, not NaN
 
 // ---------------------------------------------------------------- masses of tiles and units
 
@@ -111,14 +110,14 @@ template <bool BF> struct Mass {
 
     const SfMass &c;
     Columns<BF> columns = {};
-    int64_t wide = 0, R = 0, C = 0, per = 0;  // columns in whole chunks; tiles, units; tiles of a task
+    int64_t wide = 0, R = 0, C = 0, per = 0;  // columns in whole chunks; tiles; units; tiles per task
     struct Desk {
         Buffer<Item> rows;
         Buffer<float> s, sum;
         float top[BLOCK];
     };
 
-    // Adds a weighed row to the sums of its tile.
+    // Adds a row's weights, times factor, to the sums of its tile (peak: takes the maximum).
     void take(const float *p, int64_t n, float factor, float *sum) const {
         for (int64_t j = 0; j < n; j += W) {
             vf x = load(p + j) * factor, y = load(sum + j);
@@ -129,7 +128,7 @@ template <bool BF> struct Mass {
         for (int64_t j = 0; j < n; j += W) store(sum + j, load(sum + j) * factor);
     }
 
-    // Rows first .. first + n - 1 of tiles that begin at `tile`.
+    // Adds rows first .. first + n - 1 to the sums of their tiles; desk.sum begins at tile `tile`.
     void block(int64_t b, int64_t h, int64_t tile, int64_t first, int64_t n, Desk &desk) const {
         const int32_t *sees = c.sees + b * c.n + first;
         const float *level = c.level ? c.level + (b * c.Hq + h) * c.n + first : nullptr;
@@ -202,7 +201,7 @@ template <bool BF> struct Mass {
         });
         if (!ok) return 1;
         const int64_t parts = (R + per - 1) / per, heads = c.B * c.Hq;
-        auto task = [&](int64_t i, int thread) {  // under causality the last tiles have most to do: they come first
+        auto task = [&](int64_t i, int thread) {  // last tiles first: the costliest under causality
             Products<BF>::prepare_thread();
             const int64_t slot = i % heads;
             tiles(slot / c.Hq, slot % c.Hq, (parts - 1 - i / heads) * per, desks[thread]);
@@ -215,7 +214,7 @@ template <bool BF> struct Mass {
 // ---------------------------------------------------------------- the softmax of some rows
 
 template <bool BF> struct Probe {
-    static constexpr int64_t BLOCK = 64, PIECE = 256;  // rows and keys whose scores are held
+    static constexpr int64_t BLOCK = 64, PIECE = 256;  // rows, and keys, whose scores are held at a time
     typedef typename Columns<BF>::Item Item;
 
     const SfProbe &c;
@@ -227,15 +226,15 @@ template <bool BF> struct Probe {
         int64_t limit[BLOCK];
     };
 
-    // The scores of a piece of keys; rows that see none of it are left out.
+    // Products of n rows with a piece of keys, up to key `end`.
     void products(int64_t b, int64_t slot, int64_t n, int64_t first, int64_t end, Desk &desk) const {
         for (int64_t x = first; x < least(first + PIECE, end); x += 64)
             columns.multiply(n, desk.rows + 0, slot, x / 64, desk.s + x - first, PIECE);
     }
-    int64_t piece_of(int64_t limit, int64_t first) const {  // of a row: keys, in whole chunks
+    int64_t piece_of(int64_t limit, int64_t first) const {  // keys of the piece that a row may see, in whole chunks
         return limit <= first ? 0 : least(PIECE, round_up(limit - first, 64));
     }
-    // Adds n weights of keys from `key` on to the distances, which lie here from the farthest to the nearest.
+    // Adds n weights of keys from `key` on by distance; `into` runs from the farthest distance to the nearest.
     void by_distance(const float *p, int64_t n, int64_t key, int64_t at, float *into) const {
         const int64_t to = key - at + c.width - 1 - c.before;
         if (to >= 0 && to + n <= c.width)
@@ -257,7 +256,7 @@ template <bool BF> struct Probe {
             store(desk.total + i * W, set1(0.f));
         }
         memset(desk.rows + n * columns.padded, 0, (columns.whole(n) - n) * columns.padded * sizeof(Item));
-        for (int64_t first = 0; first < end; first += PIECE) {  // lane by lane a softmax of its own
+        for (int64_t first = 0; first < end; first += PIECE) {  // pass 1: an online softmax in each lane
             products(b, slot, n, first, end, desk);
             for (int64_t i = 0; i < n; i++) {
                 const int64_t many = piece_of(desk.limit[i], first);

@@ -1,4 +1,4 @@
-// Scratch memory: what calls release waits on a shelf for the next ones.
+// Scratch memory: released blocks are kept for the next calls.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -10,9 +10,9 @@
 
 namespace {
 
-// Released blocks wait here for the next call, up to KEPT bytes.
+// The free list of released blocks, up to KEPT bytes.
 struct Block { void *memory; int64_t bytes; };
-#if defined(__SANITIZE_ADDRESS__)  // blocks of their own size, so that one step too far is seen
+#if defined(__SANITIZE_ADDRESS__)  // blocks of exactly the size asked for: an overrun is seen
 constexpr int64_t KEPT = 0, PAGE = 64;
 #else
 constexpr int64_t KEPT = 256 << 20, PAGE = 4096;
@@ -46,7 +46,7 @@ void *handed_out(void *block, int64_t bytes) {
 #endif
 
 #if SF_EXACT_BLOCKS
-// Under the sanitizer every block ends where it was asked to end, and is handed out once.
+// Under the sanitizer every block has exactly the size asked for, and is handed out once.
 extern "C" void *sf_acquire(int64_t bytes) {
     void *p = nullptr;
     if (bytes < 0 || bytes > MOST_ITEMS || posix_memalign(&p, 64, (size_t)(bytes + HEADER))) return nullptr;
@@ -60,7 +60,7 @@ extern "C" void *sf_acquire(int64_t bytes) {
     if (bytes < 0 || bytes > MOST_ITEMS) return nullptr;
     bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     Shelf &s = shelf();
-    std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);  // not worth waiting for
+    std::unique_lock<std::mutex> mine(s.gate, std::try_to_lock);  // not worth waiting for: a busy shelf means a fresh block
     if (mine.owns_lock()) {
         size_t best = s.blocks.size();
         for (size_t i = 0; i < s.blocks.size(); i++)

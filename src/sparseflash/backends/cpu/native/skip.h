@@ -1,5 +1,5 @@
-// Blocks of keys that add nothing, because every query of the block has met a much larger logit before: their weights are
-// not computed, nor multiplied with V. `backends/reference/skipping.py` says what a block is.
+// Skips blocks of keys whose weights are negligible, since every query of the block has met a much larger logit before:
+// neither their weights nor the product with V are computed. `backends/reference/skipping.py` defines a block.
 #pragma once
 #include "softmax.h"
 
@@ -8,16 +8,16 @@ namespace {
 struct Skips {
     static constexpr int CELL = 64;
     const SfCall &c;
-    const float below;  // of x
-    int64_t met = 0, gone = 0;
+    const float below;  // in units of x
+    int64_t met = 0, gone = 0;  // blocks seen, blocks skipped
 
     Skips(const SfCall &c_, const Logits &logits) : c(c_), below(c_.skip_below / logits.unit) {}
-    // Whether the largest x of a query in a block counts, which joins the largest so far.
+    // True if a query's largest x in a block, `top`, is not negligible; `so_far` becomes the larger of both.
     bool counts(float top, float &so_far) const {
         so_far = most(so_far, top);
         return top > -INF && top >= so_far - below;
     }
-    // Cuts rows [a,e) of a chunk to those of blocks that count; whether any is left. m: the largest x so far.
+    // Narrows rows [a,e) of a chunk to the blocks that count; false if none does. m: the largest x so far.
     bool cut(const float *s, const Queries &q, const float *m, int n, int &a, int &e) {
         alignas(64) float level[BQ], top[BQ];
         memcpy(level, m, sizeof level);
@@ -42,7 +42,7 @@ struct Skips {
         a = first, e = last;
         return first < last;
     }
-    // Adds the counts to those of the head, which other threads do too.
+    // Adds the counts to those of the head; atomic, since other threads add to the same head.
     void tell(int64_t b, int64_t h) const {
         int64_t *to = c.skipped + (b * c.Hq + h) * 2;
         __atomic_fetch_add(to, met, __ATOMIC_RELAXED);

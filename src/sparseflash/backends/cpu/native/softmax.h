@@ -1,19 +1,20 @@
-// From scores to weights: scale, softcap and bias, hidden keys, and the online softmax of a block.
+// From scores to weights: scale, softcap, bias, masking, and the online softmax of a block.
 #pragma once
 #include <math.h>
 #include "bias.h"
 
 namespace {
 
-// A logit is unit * x. Unless something bends the scores on their way, x is the score as the product gives it.
+// A logit is unit * x. x is the score q.k as the product gives it; with a softcap, a bias or a scale that is not positive
+// ("bent") x is the logit itself and unit = 1.
 //
 // exp(logit - lse) is never taken of one rounded lse, whose last place is worth more than 1 where logits are large.
 // The normaliser of a row stays in two parts, `top` (the largest x) and `rest` (log of the sum of exp(unit * (x - top))):
 // x - top is exact where it matters, and rest is small. lse = unit * top + rest.
 struct Logits {
-    float unit, factor;   // factor = unit * log2(e): exponentials are of base 2
-    bool bent;            // x is not the score: softcap, bias, or a scale that is not positive
-    float inner, outer;   // what bends: tanh(score * inner) * outer with a softcap, else score * inner
+    float unit, factor;   // factor = unit * log2(e): exponentials have base 2
+    bool bent;            // x is not the score: there is a softcap, a bias, or a scale that is not positive
+    float inner, outer;   // bend: tanh(score * inner) * outer with a softcap, else score * inner
 
     explicit Logits(const SfCall &c) {
         bent = c.softcap > 0 || c.key_bias.data || has_pairs(c) || !(c.scale > SMALLEST_UNIT);
@@ -33,7 +34,7 @@ struct Logits {
         x *= inner;
         return c.softcap > 0 ? tanhv(x) * outer : x;
     }
-    // `bias` may be null: the backward adds it later, since the softcap's slope is that of the score alone.
+    // `bias` may be null: the backward adds it later, since the softcap's derivative takes the score alone.
     void bend(const SfCall &c, const Chunk &k, const float *bias, float *s) const {
         for (int j = k.a; j < k.b; j++)
             for (int i = 0; i < BQ; i += W) {
@@ -53,15 +54,15 @@ struct Logits {
         c.norm[c.B * c.Hq * c.Tq + row] = (float)rest;
     }
 };
-constexpr float NO_ROW = INF;  // as a rest: exp(x - inf) = 0
+constexpr float NO_ROW = INF;  // the rest of a lane without a row: exp(x - inf) = 0
 
-// The normaliser that a row was given.
+// The normaliser that the forward wrote for each row of a head.
 struct Given {
-    const float *top, *rest;  // of the queries of a head
+    const float *top, *rest;  // by query token of the head
 
     Given(const SfCall &c, int64_t b, int64_t h)
         : top(c.norm + (b * c.Hq + h) * c.Tq), rest(top + c.B * c.Hq * c.Tq) {}
-    bool none(int64_t t) const { return top[t] == -INF; }  // it sees nothing
+    bool none(int64_t t) const { return top[t] == -INF; }  // the query sees no key
 };
 
 inline void hide(const Chunk &k, const uint64_t *see, float *s, float with) {
@@ -75,8 +76,8 @@ inline void fill_rows(float *s, int from, int to, float with) {
     for (int64_t i = (int64_t)from * BQ; i < (int64_t)to * BQ; i++) s[i] = with;
 }
 
-// Running max m and sum l take in rows [a,b) of S; S becomes P (fp32 in place, or bf16 pairs in p).
-// The accumulator O^T [Dv][64] is rescaled only when some maximum grew. What dropout leaves out is in l, but not in P.
+// Online softmax: rows [a,b) of S enter the running maximum m and sum l; S becomes P (fp32 in place, or bf16 pairs in p).
+// The accumulator O^T [Dv][64] is rescaled only if some maximum grew. Weights that dropout drops count in l, but are 0 in P.
 template <bool BF, int G, class Law>
 inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m, float *l, float *ot, int64_t Dv,
                           [[maybe_unused]] typename Products<BF>::Item *p, const Law &drop) {
@@ -96,7 +97,7 @@ inline void softmax_lanes(int i0, float *s, int a, int b, float factor, float *m
         for (int g = 0; g < G; g++) {
             vf now = vmax(ref[g], top[g]);
             vf safe = now == -INF ? set1(0.f) : now;
-            // exactly 1 where nothing grew: the polynomial is not, and other queries' keys would show in the last bit
+            // exactly 1 where a maximum did not grow: exp2v(0) is not, and other queries' keys would show in the last bit
             shrink[g] = now == ref[g] ? set1(1.f) : exp2v<true>((ref[g] - safe) * factor);
             ref[g] = now;
             store(m + i0 + g * W, now);

@@ -1,17 +1,17 @@
 // Statistics of P = exp(S - lse) for a given lse, streamed: sums or maxima over each key, row, list entry, diagonal or
-// block. With dout they are of influences: how far out . dout moves, at first order, where the pair is taken away and the
-// rest of its row normalised again: |P (delta - dP) / (1 - P)|. Where nothing is left of a row but rounding: |P dP|.
+// block. With dout, statistics of influences instead: the first-order change of out . dout if the pair is removed and the
+// rest of its row renormalised, |P (delta - dP) / (1 - P)|; where 1 - P is no more than rounding, |P dP|.
 #pragma once
 #include "few.h"
 
 namespace {
 
-// Where what is found goes: one head's results, or a share of them.
+// Accumulates statistics: into one head's results, or into a share of them.
 struct Tally {
     const SfCall &c;
     float *stat;
 
-    // What is gathered within a tile: no other tile adds to it, so its place is the result itself.
+    // True if no two tiles add to the same result: then tiles write results directly, without shares.
     static bool within_tiles(const SfCall &c) { return c.over == SF_OVER_ROW || c.over == SF_OVER_ENTRY || c.over == SF_OVER_BLOCK; }
 
     vf both(vf x, vf y) const { return c.peak ? vmax(x, y) : x + y; }
@@ -34,9 +34,11 @@ struct Tally {
     void pair(int64_t query, int64_t token, float x) { take(query - token + c.Tk - 1, x); }
 };
 
-// Adds the weights of a chunk by diagonal, where rows and keys are tokens in their order: row 0 is this query, and row 0
-// of the chunk this key. A diagonal runs through vectors at every offset, but keys that are W apart move it by whole
-// vectors. So each of W neighbouring keys has sums of its own, to which vectors are added as they are, in registers.
+// Sums the weights of a chunk by diagonal, if rows and keys are tokens in order: `query` is row 0, `key` is chunk row 0. A
+// diagonal runs through vectors at every offset, but keys that are W apart shift it by a whole vector. So keys b, b + W, ..
+// share one set of register sums, to which vectors are added unshifted.
+// Example, W = 16: row 35 and key 50 are vector v = 2, lane 3, and b = 2, m = 3: sum[2 - 3 + 7], lane 3, stored at
+// first + 6 * 16 - 2 + 3 = (query + 35) - (key + 50) + Tk - 1.
 template <class Weight> inline void by_diagonal(Tally &tally, const Chunk &k, int n, int64_t query, int64_t key, Weight weight) {
     constexpr int ACROSS = BQ / W, DOWN = BK / W, WIDE = ACROSS + DOWN - 1;
     const int64_t width = tally.c.stat_width, first = query - key + tally.c.Tk - 1 - (DOWN - 1) * W;
@@ -65,14 +67,14 @@ template <class Weight> inline void by_diagonal(Tally &tally, const Chunk &k, in
     }
 }
 
-// The rows of a block whose softmax has any mass: the others count nothing.
+// Bit mask of the rows of a block that see some key: other rows count nothing.
 inline uint64_t with_mass(const Queries &q, const Given &norm) {
     uint64_t alive = 0;
     for (int i = 0; i < BQ; i++) alive |= (uint64_t)((q.real >> i & 1) && !norm.none(q.token[i])) << i;
     return alive;
 }
 
-// Influences in place of weights, of dP = dout . v and what is known of the row.
+// Turns weights p into influences, given dP = dout . v and the row's delta.
 inline vf influence(vf p, vf dp, vf delta, float rounding) {
     const vf left = 1.f - p, x = left < rounding ? p * dp : p * (delta - dp) / left;
     return vmax(x, -x);
@@ -104,7 +106,7 @@ void stats_block(const SfCall &c, const Keys<BF> &keys, const Rules &rules, cons
     for_each_chunk<NAMED>(c, b, h, tile, [&](const Chunk &given) {
         Chunk k = given;
         bool holes = false;
-        // also for full entries: lanes that saw nothing must not count
+        // full entries too: rows without any key must not count
         if (!look(rules, q, k, w.see, holes)) return;
         const Operands<BF> o = operands<BF, SLOPES>(c, keys, k, false, w.see, w);
         float *s = w.s.p;
@@ -157,7 +159,7 @@ void stats_block(const SfCall &c, const Keys<BF> &keys, const Rules &rules, cons
         for (int i = 0; i < BQ; i++) if (q.real >> i & 1) tally.row(q.token[i], w.m[i]);
 }
 
-// The same for tiles of few queries, one at a time.
+// stats_block for tiles of few queries, one query at a time.
 template <bool BF, bool SLOPES>
 void few_stats(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const Logits &logits, int64_t b, int64_t h,
                int64_t tile, int64_t row, int64_t rows, Scratch<BF> &w, Tally tally) {
@@ -189,7 +191,7 @@ void few_stats(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const 
             const float delta = SLOPES ? c.delta[(b * c.Hq + h) * c.Tq + q.token[i]] : 0.f;
             for (int j = 0; j < seen.n; j += W) {
                 vf p = exp2v<true>((seen.logits(c, logits, s, j) - top) * logits.factor - rest2);
-                if (SLOPES) {  // behind the last key are no slopes
+                if (SLOPES) {  // lanes behind the last key have no influence
                     p = influence(p, load(w.g + j), set1(delta), rounding);
                     if (j + W > seen.n) p = pick((1ull << (seen.n - j)) - 1, p, set1(0.f));
                 }
@@ -213,9 +215,9 @@ void few_stats(const SfCall &c, const Keys<BF> &keys, const Rules &rules, const 
         for (int i = 0; i < rows; i++) if (q.real >> i & 1) tally.row(q.token[i], tally.across(total[i]));
 }
 
-// Over keys and diagonals, the tiles of a head are shared out in a fixed number of runs whose results are combined in
-// order: the result does not depend on the number of threads. Over rows and entries no two tiles meet; over blocks as
-// many tiles go together as end where a block does.
+// Over keys and diagonals, several tiles add to one result: the tiles of a head are split into a fixed number of shares, which
+// are combined in order, so the result does not depend on the number of threads. Over rows and entries no two tiles meet; over
+// blocks a task takes as many tiles as end on the edge of a block together.
 inline int64_t tiles_together(const SfCall &c) {
     if (c.over != SF_OVER_BLOCK) return 1;
     return c.plan.q_order.data ? c.plan.tiles : common_multiple(c.plan.tile, c.stat_tile) / c.plan.tile;

@@ -1,17 +1,16 @@
-// Stick-breaking attention: of what newer keys left of a stick of length 1, a key takes the share sigmoid(z).
+// Stick-breaking attention: each key takes the share sigmoid(z) of what newer keys left of a stick of length 1.
 //
 //   P_ij = b_ij prod over newer t of (1 - b_it)      b = sigmoid(z), z = scale q.k      O = P V      rem = prod (1 - b)
 //
-// Newer means: a later row of the keys. Chunks are visited from the newest on, and with keys as rows of S^T the product
-// runs down the chunk in registers, one vector of queries at a time: no scan, no logarithm, nothing to overflow, and
-// relative errors only. Where nothing is left of any stick (0 in fp32), older chunks would add exact zeros: they are
-// not visited.
+// Newer means a later key row. Chunks are visited newest first, and with keys as rows of S^T the product runs down the chunk
+// in registers, one vector of queries at a time: no scan, no logarithm, nothing to overflow, relative errors only. Once
+// nothing is left of any stick of a block (0 in fp32), older chunks would add exact zeros and are not visited.
 #pragma once
 #include "drive.h"
 
 namespace {
 
-// The chunks of a tile in the order of their rows: what the lists hold apart, the product needs in a row.
+// The chunks of a tile sorted by key row (heapsort): lists hold spans and units apart, the product needs one order.
 struct Ordered {
     Buffer<Chunk> list;
     int64_t n = 0;
@@ -32,7 +31,7 @@ struct Ordered {
   private:
     int64_t row(int64_t i) const { return list[i].base + list[i].a; }
     void swap(int64_t i, int64_t j) { Chunk k = list[i]; list[i] = list[j]; list[j] = k; }
-    void sink(int64_t i, int64_t size) {  // of a heap with the last row on top
+    void sink(int64_t i, int64_t size) {  // sifts down in a max-heap by row
         for (int64_t j; (j = 2 * i + 1) < size; i = j) {
             j += j + 1 < size && row(j + 1) > row(j);
             if (row(i) >= row(j)) return;
@@ -49,7 +48,7 @@ inline void shares(vf z, vf &taken, vf &left) {
     left = z >= 0.f ? small : large;
 }
 
-// Rows [a,b) of S, newest first: S becomes P, the sticks m shrink, and `share` (or null) takes b.
+// Goes over rows [a,b) of S, newest first: S becomes P, the sticks m shrink, and `share` (or null) receives b.
 template <int G>
 inline void break_lanes(int i0, const Chunk &k, const uint64_t *see, float factor, float *s, float *m, float *share) {
     vf stick[G];
@@ -76,7 +75,7 @@ inline void break_sticks(const Chunk &k, const uint64_t *see, int lanes, float f
     for (; i < lanes; i += W) break_lanes<1>(i, k, see, factor, s, m, share);
 }
 
-// dP becomes dZ, oldest first: T = P (dP - drem), dZ = T - b C, with C the sum of T up to here.
+// Turns dP into dZ, oldest first: T = P (dP - drem), dZ = T - b C, with C the running sum of T (carried in `c`).
 inline void slope_sticks(const Chunk &k, int lanes, const float *p, const float *share, const float *drem, float *g,
                          float *c) {
     for (int i = 0; i < lanes; i += W) {
@@ -90,7 +89,7 @@ inline void slope_sticks(const Chunk &k, int lanes, const float *p, const float 
     }
 }
 
-// Whole sticks for the queries there are.
+// Sets the sticks to 1 for real queries, 0 for empty lanes.
 inline void whole(const Queries &q, float *m) { for (int i = 0; i < BQ; i++) m[i] = q.real >> i & 1 ? 1.f : 0.f; }
 inline bool used_up(const float *m) {
     for (int i = 0; i < BQ; i++) if (m[i] != 0) return false;
@@ -134,9 +133,9 @@ inline bool stick_forward_block(const SfCall &c, const Keys<false> &keys, const 
     return true;
 }
 
-// Sticks are broken from the newest key on, gradients are summed from the oldest on. So first the scores alone, for what
-// is left before each chunk (64 numbers a chunk); then back, with everything else. Dividing the sticks up again from
-// the end instead would lose them: most are 0 there.
+// Sticks are broken newest key first, gradients are summed oldest first. So a first pass computes the scores alone, and saves
+// what is left before each chunk (64 numbers each); a second pass goes back and computes the rest. Recovering the sticks from
+// the end by division would fail: most are 0 there.
 inline bool stick_backward_block(const SfCall &c, const Keys<false> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile,
                                  int64_t row, int64_t rows, Scratch<false> &w, KeyGrads &grads) {
     Queries q;
@@ -187,7 +186,7 @@ inline bool stick_backward_block(const SfCall &c, const Keys<false> &keys, const
     return true;
 }
 
-// Blocks run on several threads; one that finds no memory makes the call fail.
+// Blocks run on several threads; if one of them gets no memory, the call fails.
 inline int stick_forward(const SfCall &c, SfParallel parallel) {
     char failed = 0;
     auto block = [&](const Keys<false> &keys, const Rules &rules, int64_t b, int64_t h, int64_t tile, int64_t row, int64_t rows,

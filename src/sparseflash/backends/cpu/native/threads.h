@@ -1,4 +1,4 @@
-// The threads of a call: a pool of our own, or those of the OpenMP runtime that the process has anyway.
+// The threads of a call: a pool of our own, or those of an OpenMP runtime that the process has loaded anyway.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -19,8 +19,8 @@ inline void relax() {
 #endif
 }
 
-// Threads that outlive a call. One call uses them at a time; a second caller meanwhile runs its tasks alone, which
-// on a busy machine is the faster choice and cannot deadlock. A fork copies no threads: the child starts a pool anew.
+// A pool whose threads outlive a call. One call uses it at a time; a second caller meanwhile runs its tasks alone, which
+// on a busy machine is faster and cannot deadlock. A fork copies no threads: the child starts a new pool.
 class Pool {
     std::mutex turn, gate;
     std::condition_variable wake, done;
@@ -63,7 +63,7 @@ class Pool {
                 int thread = (int)workers.size() + 1;
                 workers.emplace_back([this, thread] { live(thread); });
             }
-        } catch (const std::system_error &) {  // no more threads to be had: use those there are
+        } catch (const std::system_error &) {  // the system grants no more threads: use those that started
         }
         if ((int)workers.size() < threads - 1) threads = (int)workers.size() + 1;
         {
@@ -97,13 +97,13 @@ Pool *pool() {
     return p;
 }
 
-// The threads of an OpenMP runtime that the process has anyway, by its entry point GOMP_parallel. They keep a core busy
-// for milliseconds after their last work, waiting for more: with threads of our own next to them, every call after an op
-// of torch would wait for a core. Null: the pool.
+// GOMP_parallel of an OpenMP runtime that the process has loaded (torch's); null: use the pool. OpenMP threads spin for
+// milliseconds after their last work: with threads of our own beside them, every call that follows a torch op would wait
+// for a core.
 typedef void (*Team)(void (*)(void *), void *, unsigned threads, unsigned flags);
 std::atomic<Team> team{nullptr};
 
-// A whole team is asked for even where few have work: OpenMP ends threads that a smaller team does without.
+// Always asks for the whole team, even for few tasks: OpenMP ends the threads that a smaller team does not need.
 bool run_by_team(Team lent, int threads, int64_t tasks, SfBody body, void *context) {
     static std::mutex turn;
     std::unique_lock<std::mutex> mine(turn, std::try_to_lock);
@@ -132,12 +132,12 @@ void parallel(int threads, int64_t tasks, SfBody body, void *context) {
     for (int64_t i = 0; i < tasks; i++) body(context, i, 0);
 }
 
-// A call as it runs here: more threads than these help nobody, and could exhaust memory, or what the system allows.
+// The call with its number of threads capped: more than this help nobody, and could exhaust memory or a system limit.
 template <class C> C staffed(C call) {
     static const int enough = std::max(64, 4 * (int)std::thread::hardware_concurrency());
     call.threads = std::min<int>(call.threads, enough);
     return call;
 }
-inline SfDecode staffed(const SfDecode &call) { return call; }  // its calls are, each
+inline SfDecode staffed(const SfDecode &call) { return call; }  // run_decode caps each of its calls
 
 }  // namespace

@@ -1,18 +1,18 @@
-// Vectors of floats. What every level computes alike is here, in vector extensions of GCC and Clang; what its
-// instructions say better is in the level's own vec_*.h, each of which offers the same few functions:
-//   W, vf, vi                    lanes of a vector; floats, integers
-//   COLUMNS, ROWS                blocks of products: vectors across, and rows for 1, 2, .. vectors, so that all of it and
-//                                what it is made of stay in registers
+// Vectors of floats. What all levels share is written here, in vector extensions of GCC and Clang; where a level has better
+// instructions, its own vec_*.h has them. Each vec_*.h defines the same few names:
+//   W, vf, vi                    lanes of a vector; vectors of floats, of integers
+//   COLUMNS, ROWS                register blocks of products: vectors per row, and rows for 1, 2, .. vectors, so that
+//                                accumulators and operands stay in registers
 //   vmax, vmin                   the second operand where one is NaN, or NaN
-//   any_greater                  whether a > b in some lane
-//   floorv                       (or fraction and times_power2, where there are instructions for them)
-//   lanes<OP>, lanes_with_bit    tests of 64 integers as 64 bits
-//   nonzero64                    which of 64 bytes are not 0, as 64 bits
-//   pick                         a vector by the bits of a mask
-//   transpose16                  a 16 x 16 block of 32-bit items
-//   halves, to_halves            rows of fp16 to fp32 and back
-//   sums                         of W vectors, each across its lanes (where SF_SUMS_LANES says so)
-//   quad, sum_quads              16 bytes in every four lanes; the sums of four vectors, each over four lanes (SF_QUADS)
+//   any_greater                  true if a > b in some lane
+//   floorv                       (or fraction and times_power2, where instructions compute them; these need no vmin)
+//   lanes<OP>, lanes_with_bit    compare, or test a bit of, 64 integers: one bit each
+//   nonzero64                    one bit per byte, of 64, that is not 0
+//   pick                         selects lanes by the bits of a mask
+//   transpose16                  transposes a 16 x 16 block of 32-bit items
+//   halves, to_halves            converts rows of fp16 to fp32 and back
+//   sums                         sums W vectors, each across its lanes (if SF_SUMS_LANES)
+//   quad, sum_quads              broadcasts 16 bytes to every quad; sums of four vectors over each quad (if SF_QUADS)
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -22,14 +22,14 @@ namespace {
 constexpr float INF = __builtin_inff();
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
-constexpr float SMALLEST_UNIT = 1e-30f;  // a smaller scale bends: see softmax.h
+constexpr float SMALLEST_UNIT = 1e-30f;  // a smaller scale counts as bent: see softmax.h
 
 template <class T> inline T least(T a, T b) { return a < b ? a : b; }
 template <class T> inline T most(T a, T b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline int64_t round_down(int64_t x, int64_t to) { return x / to * to; }
 
-// Which of 64 integers compare so with x: one bit each.
+// Comparisons of `lanes<OP>`: which of 64 integers satisfy it with x, one bit each.
 enum Compare { EQ, LT, LE, GT, GE };
 
 // Storage formats, one number at a time.
@@ -77,7 +77,7 @@ inline float sum(vf a) {
     return x[0];
 }
 
-// x, which stays in its register: compilers like to read it again from memory for every use.
+// x, pinned to a register: compilers like to reload it from memory for every use.
 inline vf kept(vf x) {
 #if defined(__AVX512F__)
     asm("" : "+v"(x));
@@ -90,7 +90,7 @@ inline vf kept(vf x) {
 }
 
 #if !SF_MASKS
-// The first n < W floats, and zeros.
+// Loads the first n < W floats, zeros for the rest.
 inline vf load_first(const float *p, int64_t n) {
     vf x = {};
     memcpy(&x, p, n * sizeof(float));
@@ -98,7 +98,7 @@ inline vf load_first(const float *p, int64_t n) {
 }
 #endif
 #if !SF_SUMS_LANES
-// Lane i: the sum of x[i].
+// Lane i: the sum over the lanes of x[i].
 inline vf sums(const vf *x) {
     vf y;
     for (int i = 0; i < W; i++) y[i] = sum(x[i]);
@@ -127,8 +127,8 @@ inline vf sum_quads(vf a, vf b, vf c, vf d) {
 #endif
 
 #if !SF_SCALES_BY_POWERS
-// x = floor(x) + fraction. The power of two goes into the exponent by adding a number whose last bit counts ones, with
-// 24 to spare that the last factor takes back: so results below the normal range lose bits one by one and end at 0.
+// x = floor(x) + fraction. 2^floor(x) is built in the exponent bits by adding a number whose last bit counts ones; 24 is added
+// to the exponent, and the last factor takes it back: so results below the normal range lose bits one by one and end at 0.
 inline vf in_range(vf x) { return vmin(set1(104.f), vmax(set1(-151.f), x)); }
 inline vf fraction(vf x) { return x - floorv(x); }
 inline vf times_power2(vf p, vf x) {
@@ -158,8 +158,8 @@ template <bool FINE> inline vf exp2v(vf x) {
     return times_power2(p, x);
 }
 
-// Natural logarithm of normal positive numbers: log m + e log 2 with m in [sqrt 1/2, sqrt 2), log m = 2 artanh((m - 1) /
-// (m + 1)) by its series, whose first term left out is 2e-9 of it.
+// Natural logarithm of normal positive numbers: log m + e log 2 with m in [sqrt 1/2, sqrt 2); log m = 2 artanh((m - 1) /
+// (m + 1)) by its series; the first term left out is 2e-9 of it.
 inline vf logv(vf x) {
     constexpr int32_t HALF = 0x3f3504f3;  // sqrt 1/2
     vi bits = (vi)x - HALF;

@@ -18,7 +18,7 @@ inline bool any_greater(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps((_
 inline uint64_t sign_bits(__m256i x) { return (uint64_t)(uint32_t)_mm256_movemask_ps((__m256)x); }
 
 template <Compare OP> inline uint64_t lanes(const int32_t *q, int32_t x) {
-    constexpr bool negated = OP == LE || OP == GE;  // there is only = and >
+    constexpr bool negated = OP == LE || OP == GE;  // AVX2 compares for = and > only
     uint64_t bits = 0;
     __m256i y = _mm256_set1_epi32(x);
 #pragma GCC unroll 8
@@ -52,7 +52,7 @@ inline vf pick(uint64_t bits, vf x, vf y) {
     return (vf)_mm256_blendv_ps((__m256)y, (__m256)x, (__m256)up);
 }
 
-// Sum of each of eight vectors, in its lane.
+// Lane i: the sum over the lanes of x[i].
 inline vf sums(const vf *x) {
     __m256 a[4];
 #pragma GCC unroll 4
@@ -81,7 +81,7 @@ inline void to_halves(const float *from, float factor, int64_t n, uint16_t *to) 
 inline void transpose8(const float *from, int64_t ld, float *to, int64_t ldt) {
     __m256 r[8], t[8];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {  // rows i and i + 4 side by side: halves need no crossing later
+    for (int i = 0; i < 4; i++) {  // rows i and i + 4 share a register: no 128-bit halves to swap later
         const float *x = from + i * ld, *y = x + 4 * ld;
         r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(y), 1);
         r[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x + 4)), _mm_loadu_ps(y + 4), 1);

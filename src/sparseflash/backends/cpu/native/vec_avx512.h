@@ -1,4 +1,4 @@
-// AVX-512: sixteen lanes, 32 registers, masks as integers.
+// AVX-512: sixteen lanes, 32 registers, masks in integer registers.
 #pragma once
 #include <immintrin.h>
 #define SF_SCALES_BY_POWERS 1
@@ -44,10 +44,10 @@ inline uint64_t nonzero64(const uint8_t *p) {
 // x where the bit of the lane is set, else y (bits of lanes 0..W-1).
 inline vf pick(uint64_t bits, vf x, vf y) { return (vf)_mm512_mask_mov_ps((__m512)y, (__mmask16)bits, (__m512)x); }
 
-// The first n < W floats, and zeros.
+// Loads the first n < W floats, zeros for the rest.
 inline vf load_first(const float *p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 
-// Lane i: the sum of x[i]. Each step adds halves of two vectors into one, as a transposition would move them.
+// Lane i: the sum over the lanes of x[i]. Each step adds the halves of two vectors, as a transposition would move them.
 inline vf sums(const vf *x) {
     __m512 t[8], u[4];
 #pragma GCC unroll 8

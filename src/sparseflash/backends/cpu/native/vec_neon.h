@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int W = 4, COLUMNS = 4, ROWS[] = {0, 12, 8, 6, 5};  // broadcasts take registers too
+constexpr int W = 4, COLUMNS = 4, ROWS[] = {0, 12, 8, 6, 5};  // fewer rows than 32 registers allow: broadcasts take registers too
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 
@@ -14,14 +14,14 @@ inline vf vmin(vf a, vf b) { return (vf)vminq_f32((float32x4_t)a, (float32x4_t)b
 inline vf floorv(vf x) { return (vf)vrndmq_f32((float32x4_t)x); }
 inline bool any_greater(vf a, vf b) { return vmaxvq_u32(vcgtq_f32((float32x4_t)a, (float32x4_t)b)) != 0; }
 
-// 64 bytes, each all ones or 0, as bits: neighbours are added up.
+// Packs 64 bytes, each 0xff or 0, into 64 bits, by pairwise additions.
 inline uint64_t bits_of_bytes(const uint8x16_t *x) {
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull));
     uint8x16_t low = vpaddq_u8(vandq_u8(x[0], bit), vandq_u8(x[1], bit));
     uint8x16_t sum = vpaddq_u8(low, vpaddq_u8(vandq_u8(x[2], bit), vandq_u8(x[3], bit)));
     return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(sum, sum)), 0);
 }
-// Bit i says whether yes(vector of lanes 4i'..) holds in lane i: masks become bytes, bytes bits.
+// Bit i is set if `yes` holds for q[i]: comparison masks are narrowed to bytes, and these packed to bits.
 template <class Yes> inline uint64_t bits_of_64(const int32_t *q, Yes yes) {
     uint8x16_t part[4];
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-// No instructions but those the compiler finds: as many lanes as its target has.
+// Portable: no intrinsics, only what the compiler vectorises; as many lanes as its target has.
 #pragma once
 
 namespace {
@@ -8,14 +8,14 @@ constexpr int W = 16, COLUMNS = 4, ROWS[] = {0, 12, 12, 8, 6};
 #elif defined(__AVX__)
 constexpr int W = 8, COLUMNS = 2, ROWS[] = {0, 12, 6};
 #else
-constexpr int W = 4, COLUMNS = 2, ROWS[] = {0, 8, 4};  // sixteen registers, and a product needs one of its own
+constexpr int W = 4, COLUMNS = 2, ROWS[] = {0, 8, 4};  // sixteen registers, of which a product needs one as a temporary
 #endif
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }
-inline vf floorv(vf x) {  // of numbers that fit an integer
+inline vf floorv(vf x) {  // for numbers that fit an int32
     vf towards_zero = __builtin_convertvector(__builtin_convertvector(x, vi), vf);
     return towards_zero > x ? towards_zero - 1.f : (x == x ? towards_zero : x);
 }
