@@ -38,7 +38,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def status() -> tuple[bool, str]:
-    """Whether there is a GPU (or the interpreter stands in for one)."""
+    """Return True if there is a GPU (or the interpreter stands in for one), and its name or the reason."""
     if INTERPRETED.value:
         return True, f"Triton {triton.__version__}, interpreted on the CPU: for tests, slow"
     if not torch.cuda.is_available():
@@ -47,7 +47,7 @@ def status() -> tuple[bool, str]:
 
 
 def refuse(*tensors: Tensor) -> list[str]:
-    """Reasons why an op on these tensors cannot run here."""
+    """List the reasons why an op on these tensors cannot run here."""
     q, reasons = tensors[0], []
     if INTERPRETED.value:
         if q.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""How large the blocks of a kernel are: measured where `tuned.csv` has a row, else a default that fits.
+"""Block sizes of kernels: measured where `tuned.csv` has a row, else a default that fits.
 
 `make gpu` measures the table (`python -m benchmarks.gpu tune`, then `--write-table`). Nothing is searched
 while a program runs: the same call on the same card is always the same kernel.
@@ -24,30 +24,30 @@ from .common import INTERPRETED
 
 MAX_DIM = 576
 WHOLE = 512
-"""Dimensions of q and k in one product, and of v at most; those behind have a product of their own."""
+"""Most dimensions of v, and of q and k in one product; those of q and k beyond have another product."""
 TABLE = Path(__file__).with_name("tuned.csv")
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows and keys of a program, and how it is compiled."""
+    """Rows and keys of a program, and its compile options."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     registers: int = 255
-    """At most, of a thread. Unless told, NVIDIA's assembler spills a few to make room for more programs."""
+    """Registers per thread, at most. Without a limit NVIDIA's assembler spills some to fit more programs."""
 
     def options(self) -> dict[str, int | bool]:
-        """What a launch is given."""
+        """Launch options for these blocks."""
         both: dict[str, int | bool] = {"num_stages": self.stages, "enable_fp_fusion": True}
         if target()[0] == "hip":  # warps of 64 threads
             return both | {"num_warps": self.warps // 2}
         return both | {"num_warps": self.warps, "maxnreg": self.registers}
 
     def smaller(self) -> Iterator[Blocks]:
-        """These blocks, and then those to fall back on where a card has less shared memory."""
+        """Yield these blocks, then ever smaller ones, for cards with less shared memory."""
         found = self
         yield found
         if found.stages > 1:
@@ -60,7 +60,7 @@ class Blocks:
 
 
 class Case(NamedTuple):
-    """What a row of the table is for."""
+    """Key of the tuning table: kernel, dimension, unit and dtype."""
 
     kernel: str
     """"rows", "rows, backward", "decode", "columns", "entries", "linear" or "stick"."""
@@ -77,7 +77,7 @@ HOPPER = {  # (padded D at most, bytes of an element): rows, keys, warps, stages
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
         (512, 2): Blocks(16, 16, 8, 1), (512, 4): Blocks(16, 16, 8, 1),
     },
-    "decode": {  # few rows: what counts is how many keys are on their way
+    "decode": {  # few rows: what counts is how many keys are in flight
         (64, 2): Blocks(64, 128, 4, 3), (128, 2): Blocks(64, 64, 4, 3), (256, 2): Blocks(32, 32, 4, 3),
         (64, 4): Blocks(32, 32, 8, 1), (128, 4): Blocks(32, 16, 8, 1), (256, 4): Blocks(16, 16, 8, 1),
         (512, 2): Blocks(16, 16, 8, 1), (512, 4): Blocks(16, 16, 8, 1),
@@ -120,7 +120,7 @@ NEWER = {
 
 @functools.cache
 def target() -> tuple[str, int]:
-    """Whose card this is, and which generation (0 for AMD's): ("cuda", 90)."""
+    """Backend and generation (0 for AMD) of this card, such as ("cuda", 90)."""
     if INTERPRETED.value:
         return "interpreter", 0
     found = triton.runtime.driver.active.get_current_target()
@@ -128,7 +128,7 @@ def target() -> tuple[str, int]:
 
 
 def architecture() -> str:
-    """What a row of the table calls this card: "sm_90"."""
+    """Name of this card's architecture in the table, such as "sm_90"."""
     if target()[0] != "hip":
         return f"sm_{target()[1]}"
     return str(triton.runtime.driver.active.get_current_target().arch)
@@ -136,7 +136,7 @@ def architecture() -> str:
 
 @functools.cache
 def tuned(path: Path = TABLE) -> dict[tuple[str, Case], Blocks]:
-    """The committed table: (architecture, case) to what was fastest there."""
+    """The committed table: (architecture, case) to the fastest measured blocks."""
     names, found = [f.name for f in fields(Blocks)], {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -161,7 +161,7 @@ _trial: dict[str, Blocks] = {}
 
 @contextmanager
 def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
-    """Launch a kernel with these blocks, whatever table and default say: for tuning."""
+    """Override table and default: launch a kernel with these blocks, for tuning."""
     _trial[kernel] = blocks
     try:
         yield
@@ -170,9 +170,9 @@ def trying(kernel: str, blocks: Blocks) -> Iterator[None]:
 
 
 def choose(case: Case, heavy: bool, plain: bool = True) -> Blocks:
-    """The blocks for a case; `heavy` calls have what takes many registers, and were not tuned for.
+    """Choose the blocks for a case; `heavy` calls need many registers, and the table is not tuned for them.
 
-    `plain`: rows are tokens, and nothing tells tokens apart but their place.
+    `plain`: rows are tokens in order, without order, position, segment or expiry tables.
     """
     if case.kernel in _trial:
         return _trial[case.kernel]
@@ -184,7 +184,7 @@ def choose(case: Case, heavy: bool, plain: bool = True) -> Blocks:
 def _default(case: Case, heavy: bool, plain: bool) -> Blocks:
     size = getattr(torch, case.dtype).itemsize
     kernel, _, backward = case.kernel.partition(", ")
-    if kernel == "decode" and heavy:  # no registers are left for more keys
+    if kernel == "decode" and heavy:  # registers do not suffice for more keys
         kernel = "rows"
     table = {9: HOPPER, 10: BLACKWELL}.get(target()[1] // 10, OTHERS)
     dim = next(d for d in (64, 128, 256, WHOLE) if case.dim <= d)
@@ -215,7 +215,7 @@ def fitting(kernel: str, blocks: Blocks, start: Callable[[Blocks], None]) -> Non
         try:
             start(one)
         except OutOfResources as error:
-            if kernel in _trial:  # a candidate that does not fit is none
+            if kernel in _trial:  # while tuning, a candidate that does not fit fails
                 raise
             lacking = error
         else:

@@ -1,7 +1,7 @@
 """The kernel over keys: dK, dV, the gradient of key_bias, statistics. A program has BN key rows of one head.
 
 It walks the query tiles that visit its keys, head by head of the group that shares them, in the order of the
-transposed lists: nothing is added from two places, so no atomics, no locks, and results repeat bit for bit.
+transposed lists. Only one program adds to a result: no atomics, no locks, and results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .dropout import Draw, stays, words_at
 
 
 class Queries(NamedTuple):
-    """Where the queries of a head lie, and what the backward knows of them."""
+    """Addresses of a head's queries, and of what the backward has for them."""
 
     q: Any
     q_row: Any
@@ -47,7 +47,7 @@ class Queries(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A program's keys: matrices [BN, BD] and [BN, BDV], and what the rules ask of them."""
+    """A program's keys: matrices [BN, BD] and [BN, BDV], and the values that the rules test."""
 
     k: Any
     v: Any
@@ -62,9 +62,9 @@ class Columns(NamedTuple):
 @triton.jit
 def take(dk, dv, db, C, Q, T, R, X, b, h, tile, part, live, WORDS, word, inside, N,
          RULES: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """What BM rows of a tile (CUT with RULES) give to the keys: S^T, so that dK and dV are plain products.
+    """Add what BM rows of a tile (CUT with RULES) give to the keys; with S^T, dK and dV are plain products.
 
-    With STATS their weights join db.
+    With STATS only their weights are added, to db.
     """
     BM: tl.constexpr = F.CUT if RULES else F.BM
     within = part * BM + tl.arange(0, BM)
@@ -102,13 +102,13 @@ def take(dk, dv, db, C, Q, T, R, X, b, h, tile, part, live, WORDS, word, inside,
         if F.ONLY != "dv":
             if F.ONLY == "dk":
                 do = load_rows(Q.do, at, Q.do_row, Q.do_lane, real, F.DV, F.BDV, True)
-            delta = tl.load(Q.delta + token, mask=real, other=0.0)  # late: registers are short before
+            delta = tl.load(Q.delta + token, mask=real, other=0.0)  # loaded late: before, registers are short
             of_weights = dot(C.v, tl.trans(do))
             if F.DROP:
                 of_weights = tl.where(stays(X, token, real), of_weights * X.scale, 0.0)
             ds = p * (of_weights - delta[None, :])
             if RULES:
-                ds = tl.where(p == 0.0, 0.0, ds)  # a key that nobody sees may hold anything
+                ds = tl.where(p == 0.0, 0.0, ds)  # a key that no row sees may be NaN or infinite
             if F.BIAS:
                 db += tl.sum(ds, 1)
             if F.SOFTCAP:
@@ -126,7 +126,8 @@ def columns_kernel(
 ):  # fmt: skip
     """DK and DV of BN key rows of packed head kv, and DBIAS of each query head that reads them.
 
-    With STATS only DBIAS, and that is the sum or maximum of the weights on each key.
+    With STATS only DBIAS: the sum or maximum of the weights on each key. Example, BN 64: with UNIT 16 a
+    reader has MEMBERS = 4 units, lanes 16 to 31 are member 1; with UNIT 128 columns 2 and 3 share group 1.
     """
     pid = tl.program_id(0)
     H = N.H
@@ -204,7 +205,7 @@ def columns_kernel(
                 tile = tl.load(UNITED.tile + reader)
                 member = tl.load(
                     UNITED.members + reader.to(tl.int64) * MEMBERS + lane * MEMBERS // BN
-                )  # place in the list, or -1
+                )  # the unit's place in the tile's list, or -1
                 word = member
                 if F.BITS:
                     full = tl.load(UNITS.full + units + tile)

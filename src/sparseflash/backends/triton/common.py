@@ -1,9 +1,9 @@
-"""What all kernels share: the product, the logits, the formula of visibility, and how tensors are found.
+"""What all kernels share: the product, the logits, the visibility formula, addresses of tensors and tables.
 
 A plan's table is `[batch, heads, length]` with batch B or 1 and any divisor of Hq as heads: a kernel gets its
-pointer, its heads and the stride of its batch (0 where it is shared), and `place` finds the row of (b, h).
-What belongs together goes into a kernel as one named tuple, and on from there into what it calls.
-A logit is `unit * x` (see `numerics`); exponentials are of base 2, factor = unit * log2(e).
+pointer, its heads and its batch stride (0 if the batch is shared); `place` is the offset of row (b, h).
+Arguments that belong together enter a kernel, and the functions that it calls, as one named tuple.
+A logit is `unit * x` (see `numerics`); exponentials have base 2, factor = unit * log2(e).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Whether kernels run in Triton's interpreter, which multiplies the bit patterns of bf16 as integers."""
+"""True in Triton's interpreter, which multiplies the bit patterns of bf16 as integers."""
 
 ANY = tl.constexpr(-1)
 NONE = tl.constexpr(-2)
@@ -26,7 +26,7 @@ ALWAYS = tl.constexpr(float("inf"))
 
 
 class Flags(NamedTuple):
-    """What a plan and a call have: switches at compile time, and the sizes of a program's blocks."""
+    """Compile-time description of a plan and a call: what they have, and the sizes of a program's blocks."""
 
     D: int
     DV: int
@@ -36,16 +36,16 @@ class Flags(NamedTuple):
     BM: int
     BN: int
     CUT: int
-    """Keys of a chunk whose elements are tested: fewer, because the tests take registers."""
+    """Keys of a chunk with element tests: fewer than BN, because the tests take registers."""
     STAGES: int
     TILE: int
     FOLD: int
-    """Queries of a head, where a tile holds those of a group of heads behind one another; else 0."""
+    """Queries per head, where one tile holds the queries of a whole head group, head by head; else 0."""
     UNIT: int
     UNIT_LANES: int
     """UNIT rounded up to a power of two."""
     PART: int
-    """What units are cut into for blocks of BN keys: UNIT, or where neither divides the other a divisor."""
+    """Piece size of a unit for blocks of BN keys: UNIT, or gcd(UNIT, BN) where neither divides the other."""
     SPANS: bool
     UNITS: bool
     BITS: bool
@@ -63,19 +63,19 @@ class Flags(NamedTuple):
     SHIFT: bool
     WIDE: bool
     BENT: bool
-    """Whether x is a logit already, not the score: a softcap, a bias, a scale that is not positive."""
+    """True if x is the logit itself, not the score: with a softcap, a bias, or a scale <= 0."""
     BIAS: bool
     SOFTCAP: bool
     STATS: bool = False
-    """Whether sums (with PEAK maxima) of the weights are wanted, under a given lse, instead of results."""
+    """True to return sums (with PEAK maxima) of the weights under a given lse instead of outputs."""
     PEAK: bool = False
     DROP: bool = False
     ONLY: str = ""
-    """What a kernel over keys makes of "dk" and "dv", where there are no registers for both."""
+    """Which of "dk" and "dv" a kernel over keys computes, if registers do not suffice for both; else ""."""
     SKIP: bool = False
     ALIBI: bool = False
     TAIL: int = 0
-    """Lanes of the dimensions of q and k from BD on, where D is larger: the forward alone has them."""
+    """Lanes for the dimensions of q and k beyond BD; 0 if there are none. Only the forward supports them."""
 
 
 class Rows(NamedTuple):
@@ -85,12 +85,12 @@ class Rows(NamedTuple):
     do: Any
     delta: Any
     share: Any
-    """Of a given norm: what exp(unit * (x - top)) is multiplied with to be a weight."""
+    """Factor from a given norm: exp(unit * (x - top)) * share is the weight."""
     real: Any
     pos: Any
     seg: Any
     within: Any
-    """Place in the tile."""
+    """Lane of the row in its tile."""
     tail: Any
     """The dimensions of q from BD on, [BM, TAIL]; q where there are none."""
 
@@ -106,7 +106,7 @@ class View(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table [B or 1, any divisor of Hq, n]: the stride of its batch (0: shared), how many heads it has."""
+    """A table [B or 1, any divisor of Hq, n]: its address, batch stride (0: shared) and number of heads."""
 
     at: Any
     batch: Any
@@ -114,7 +114,7 @@ class Table(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Heads of queries, heads of keys as they lie, tokens, rows, tiles."""
+    """Numbers of query heads, key heads in memory, query and key tokens, query and key rows, tiles."""
 
     H: Any
     KV: Any
@@ -126,9 +126,9 @@ class Sizes(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Where the facts about query tokens lie: tables, and one number of each sequence.
+    """Tables of query tokens (order, position, segment), and each sequence's position offset.
 
-    (No tuple holds another: what is known at compile time in an inner one is lost in Triton 3.6.)
+    (No tuple is nested: Triton 3.6 loses what is known at compile time in an inner one.)
     """
 
     order: Any
@@ -146,7 +146,7 @@ class Tokens(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """The spans of every tile: tables of where they begin, of full ones, of all; and their edges."""
+    """The spans of every tile: tables of first span, number of full ones, number of all; and their edges."""
 
     start: Any
     full: Any
@@ -157,7 +157,7 @@ class Spans(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The units of every tile: the same, their numbers, and where the bits of partial ones begin."""
+    """The units of every tile: tables as of `Spans`, unit numbers, and where bits of partial units begin."""
 
     start: Any
     full: Any
@@ -170,7 +170,7 @@ class Units(NamedTuple):
 
 
 class SpanReaders(NamedTuple):
-    """Which tiles visit a group of keys by their spans: the fields of `KeyLists`, by one table's shape."""
+    """Tiles whose spans visit a group of keys: the fields of `KeyLists`, all tables of one shape."""
 
     begin: Any
     whole: Any
@@ -184,7 +184,7 @@ class SpanReaders(NamedTuple):
 
 
 class UnitReaders(NamedTuple):
-    """Which tiles list the units of a block of keys: the fields of `Readers`, by one table's shape."""
+    """Tiles that list the units of a block of keys: the fields of `Readers`, all tables of one shape."""
 
     begin: Any
     count: Any
@@ -196,7 +196,7 @@ class UnitReaders(NamedTuple):
 
 
 class KeyTables(NamedTuple):
-    """What is known of key rows, in tables of one shape."""
+    """Tables of key rows (order, position, expiry, segment), all of one shape."""
 
     order: Any
     pos: Any
@@ -207,7 +207,7 @@ class KeyTables(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Where the keys of a program's head lie; order, pos, end and seg are in row space."""
+    """Addresses of the keys of a program's head and of their tables, which are in row space."""
 
     k: Any
     v: Any
@@ -221,13 +221,13 @@ class Keys(NamedTuple):
     seg: Any
     bias: Any
     rows: Any
-    """How many."""
+    """Number of key rows."""
 
 
 class Rule(NamedTuple):
-    """Numbers of the logits (inner: the scale where it bends, scale / cap under a softcap), the window.
+    """Numbers of the logits (inner: the scale if `BENT`, scale / cap under a softcap) and of the window.
 
-    below: how far under a row's largest x others still count, where chunks may be skipped. of_heads: a table
+    below: a chunk is skipped if it lies this far under every row's largest x so far. of_heads: a table
     [heads, 3] of left, right and sink, where heads differ.
     """
 
@@ -244,9 +244,9 @@ class Rule(NamedTuple):
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a @ b (+ acc) in fp32; the operands' own precision, never TF32.
+    """a @ b (+ acc) in fp32, in the operands' own precision: never TF32.
 
-    A score is the same number in every kernel, as rows of queries or of keys: each sums over the dimension
+    A score is the same number in every kernel, with queries or keys as rows: each sums over the dimension
     in order. A BLAS under the interpreter does not, so there products are fp64 and rounded once.
     """
     if INTERPRETED:
@@ -259,25 +259,25 @@ def dot(a, b, acc=None):
 
 @triton.jit
 def place(b, h, H, heads, batch, length):
-    """Where the row of (b, query head h) begins in a table."""
+    """Offset of the row of (b, query head h) in a table."""
     return b.to(tl.int64) * batch + (h * heads // H).to(tl.int64) * length
 
 
 @triton.jit
 def row_at(T, b, h, H, length):
-    """Where the row of (b, query head h) of a table begins."""
+    """Address of the row of (b, query head h) of a table."""
     return T.at + place(b, h, H, T.heads, T.batch, length)
 
 
 @triton.jit
 def head_at(X, b, h):
-    """Where a head of a tensor begins; b and h have 64 bits."""
+    """Address of head h of sequence b of a tensor; b and h have 64 bits."""
     return X.at + b * X.batch + h * X.head
 
 
 @triton.jit
 def keys_of(K, V, T, bias, b, kv, facts, rows):
-    """The keys of head kv, and what is known of them from place `facts` of their tables on."""
+    """The keys of head kv, with their tables from offset `facts` on."""
     return Keys(
         head_at(K, b, kv), head_at(V, b, kv), K.row, K.lane, V.row, V.lane,
         T.order + facts, T.pos + facts, T.end + facts, T.seg + facts, bias, rows,
@@ -286,9 +286,9 @@ def keys_of(K, V, T, bias, b, kv, facts, rows):
 
 @triton.jit
 def load_rows(base, row, stride, lane, some, N: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of a [T, N] matrix as [rows, BLOCK]; those not in `some`, and columns from N on, read as 0.
+    """Load rows of a [T, N] matrix as [rows, BLOCK]; rows not in `some`, and columns from N on, read as 0.
 
-    Row numbers of 64 bits are for rows that lie anywhere; a block of neighbours moves the base instead.
+    Scattered rows need 64-bit row numbers; a block of consecutive rows offsets the base instead.
     """
     d = tl.arange(0, BLOCK)
     at = base + row[:, None] * stride + d[None, :] * lane
@@ -311,7 +311,7 @@ def store_rows(base, row, stride, lane, some, x, N: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def tanh(x):
-    """The odd series near 0, 1 - 2 / (e^2x + 1) elsewhere: absolute error below 2e-7."""
+    """tanh: the odd series near 0, 1 - 2 / (e^2x + 1) elsewhere; absolute error below 2e-7."""
     y = x * x
     series = x * (1.0 + y * (-0.333333333 + y * (0.133333333 + y * (-0.053968254 + y * 0.021869489))))
     far = 1.0 - 2.0 / (tl.exp2(tl.minimum(tl.maximum(x, -15.0), 15.0) * (2.0 * LOG2E)) + 1.0)
@@ -320,11 +320,11 @@ def tanh(x):
 
 @triton.jit
 def inside(q_pos, k_pos, R, F: tl.constexpr):
-    """Whether keys are in the window of queries; a side of -1 is unbounded."""
+    """True where a key lies in the window of a query; a side of -1 is unbounded."""
     distance = q_pos - k_pos
     if F.WIDE:
         near = ((R.left < 0) | (distance <= R.left)) & ((R.right < 0) | (-distance <= R.right))
-    else:  # up to 2^32 - 1 apart, which fits without a sign; and so does -1: it is just that
+    else:  # distances up to 2^32 - 1 fit 32 bits without a sign; a side of -1 becomes just that, unbounded
         zero = tl.full([], 0, tl.int64)
         left, right = (zero + R.left).to(tl.uint32), (zero + R.right).to(tl.uint32)
         behind, ahead = distance.to(tl.uint32, bitcast=True), (-distance).to(tl.uint32, bitcast=True)
@@ -334,7 +334,7 @@ def inside(q_pos, k_pos, R, F: tl.constexpr):
 
 @triton.jit
 def visible(real, q_pos, q_seg, k_pos, k_end, k_seg, R, F: tl.constexpr):
-    """The one formula; values of queries and values of keys broadcast against each other, in either order."""
+    """The visibility formula; values of queries and of keys broadcast against each other, in either order."""
     keep = real
     if F.CAUSAL:
         keep = keep & ((q_pos >= k_pos) if F.SELF else (q_pos > k_pos))
@@ -351,7 +351,7 @@ def visible(real, q_pos, q_seg, k_pos, k_end, k_seg, R, F: tl.constexpr):
 
 @triton.jit
 def query_facts(T, b, h, tile, within, N, F: tl.constexpr):
-    """Which lanes hold a query, and its token (0 where none), position and segment."""
+    """For each lane: whether it holds a query, and the query's token (0 if none), position and segment."""
     row = tile * F.TILE + within
     real = (within < F.TILE) & (row < N.q_rows)
     token = row
@@ -381,7 +381,7 @@ def query_facts(T, b, h, tile, within, N, F: tl.constexpr):
 
 @triton.jit
 def rule_of(R, h, H, F: tl.constexpr):
-    """The rule with the window of head h, where heads differ."""
+    """The rule with the window and sink of head h, where heads differ."""
     left, right, sink = R.left, R.right, R.sink
     if F.HEAD_RULES:
         at = R.of_heads + 3 * (h * R.heads // H)
@@ -391,7 +391,7 @@ def rule_of(R, h, H, F: tl.constexpr):
 
 @triton.jit
 def logits(s, k_bias, R, F: tl.constexpr):
-    """The x of logits, of scores, and the tanh of the softcap (else the scores)."""
+    """Turn scores into the x of logits; also return the softcap's tanh (without one, the scaled scores)."""
     x = s
     if F.BENT:
         x = s * R.inner
@@ -406,7 +406,7 @@ def logits(s, k_bias, R, F: tl.constexpr):
 
 @triton.jit
 def apart(q_pos, k_pos, F: tl.constexpr):
-    """How far two positions are from one another, in fp32; they broadcast."""
+    """Distance of two positions in fp32; they broadcast."""
     if F.WIDE:
         far = tl.abs(q_pos - k_pos)
     else:  # fits without a sign, as in `inside`
@@ -418,7 +418,7 @@ def apart(q_pos, k_pos, F: tl.constexpr):
 
 @triton.jit
 def given_top(TOP, state, real):
-    """The top of a norm, and which rows saw something: elsewhere it is infinite, and nothing has weight."""
+    """The top of a norm, and which rows saw a key; others get an infinite top, so all their weights are 0."""
     top = tl.load(TOP + state, mask=real, other=NEVER)
     seen = real & (top != NEVER)
     return tl.where(seen, top, ALWAYS), seen
@@ -426,13 +426,13 @@ def given_top(TOP, state, real):
 
 @triton.jit
 def given_share(REST, state, real):
-    """What a norm's rest makes of exp(unit * (x - top)): one over their sum."""
+    """Factor exp(-rest) from a norm: it turns exp(unit * (x - top)) into weights."""
     return tl.exp2(tl.load(REST + state, mask=real, other=0.0) * -LOG2E)
 
 
 @triton.jit
 def gathered(total, p, axis: tl.constexpr, F: tl.constexpr):
-    """A statistic with the weights p along an axis taken in."""
+    """Update a statistic with the weights p, summed (PEAK: maximised) along an axis."""
     if F.PEAK:
         return tl.maximum(total, tl.max(p, axis))
     return total + tl.sum(p, axis)
@@ -456,7 +456,7 @@ def key_facts(K, n, live, F: tl.constexpr):
 
 @triton.jit
 def rows_of(T, Q, b, h, tile, part, N, BM: tl.constexpr, F: tl.constexpr):
-    """Part `part` of a tile, BM rows with their queries, and their tokens."""
+    """Load part `part` of a tile: BM rows with their queries, and their tokens."""
     within = part * BM + tl.arange(0, BM)
     real, token, pos, seg = query_facts(T, b, h, tile, within, N, F)
     base = head_at(Q, b.to(tl.int64), h.to(tl.int64))
@@ -466,16 +466,16 @@ def rows_of(T, Q, b, h, tile, part, N, BM: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def keys_at(X, base, lane, row, step, live, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows base + lane of K or V of a head, 0 where they are not live."""
+    """Load rows base + lane of a head's K or V, 0 where they are not live."""
     at = base * tl.full([], 1, tl.int64)
     return load_rows(X + at * row, lane, row, step, live, N, BLOCK, True)
 
 
 @triton.jit
 def pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F: tl.constexpr):
-    """The x of the logits of rows and key rows base + lane (k), who sees whom, and the keys' tokens.
+    """The x of the logits of rows and key rows base + lane (k), the visibility mask, and the keys' tokens.
 
-    `word` is the entry's place among the bits (-1: it has none), `origin` its first key row.
+    `word` is the entry's index among the bits (-1: it has none), `origin` its first key row.
     """
     token, pos, end, seg = key_facts(K, base + lane, live, F)
     bias = R.factor

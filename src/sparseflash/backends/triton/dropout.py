@@ -15,7 +15,7 @@ BLOCK = 256
 
 
 class Draws(NamedTuple):
-    """What few calls have: words of all queries and keys, the bar, what is left times; slopes of ALiBi."""
+    """Arguments of dropout (words of queries and keys, bar, factor of what stays) and of ALiBi (slopes)."""
 
     queries: Any
     keys: Any
@@ -26,20 +26,20 @@ class Draws(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The same of a program: words of what it holds, where those of others lie; its head's slope."""
+    """Dropout and ALiBi in a program: words of its own side, address of the others', the head's slope."""
 
     first: Any
     second: Any
     others: Any
     bar: Any
     scale: Any
-    """One over the share that stays."""
+    """Factor of the weights that stay: one over their share."""
     slope: Any
 
 
 @triton.jit
 def words_at(WORDS, token, some):
-    """The two words of tokens."""
+    """Load the two words of tokens."""
     at = WORDS + 2 * token
     first = tl.load(at, mask=some, other=0).to(tl.uint32, bitcast=True)
     return first, tl.load(at + 1, mask=some, other=0).to(tl.uint32, bitcast=True)
@@ -47,7 +47,7 @@ def words_at(WORDS, token, some):
 
 @triton.jit
 def stays(D, token, some):
-    """Whether pairs stay: what the program holds along the first axis, tokens along the second."""
+    """Mask of the pairs that stay: the program's own tokens along axis 0, `token` along axis 1."""
     first, second = words_at(D.others, token, some)
     x = tl.mul(D.first[:, None] ^ first[None, :], M0, sanitize_overflow=False)
     x = tl.mul(x ^ (x >> 16) ^ (D.second[:, None] ^ second[None, :]), M1, sanitize_overflow=False)
@@ -56,13 +56,13 @@ def stays(D, token, some):
 
 @triton.jit
 def words_kernel(SEED, WORDS, H, T, side, BLOCK: tl.constexpr):
-    """The words of BLOCK tokens of one head."""
+    """Compute the words of BLOCK tokens of one head."""
     blocks = (T + BLOCK - 1) // BLOCK
     bh = tl.program_id(0) // blocks
     token = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     zero = token * 0
     first, second, _, _ = tl.philox(tl.load(SEED), token, zero + bh % H, zero + bh // H, zero + side)
-    if side == 0:  # so every number of a pair is turned by 2^31, and compared as a signed one
+    if side == 0:  # XORs every pair's draw with 2^31: it is then compared as a signed number
         second = second ^ 0x80000000
     at = WORDS + 2 * (bh.to(tl.int64) * T + token)
     tl.store(at, first.to(tl.int32, bitcast=True), mask=token < T)

@@ -1,8 +1,8 @@
-"""Statistics of list entries, diagonals and blocks: kernels that look at one entry of a list at a time.
+"""Statistics of list entries, diagonals and blocks: kernels that process one list entry at a time.
 
-A program owns what it writes: one entry, a band of diagonals, which it looks for in every tile, or a block,
-which it looks for in the tiles of its queries. So nothing is added from two places, and memory is that of the
-result.
+A program owns its results: one entry; or a band of diagonals, for which it searches every tile; or a block,
+for which it searches the tiles that hold the block's queries. So no result is added to from two programs, and
+memory is that of the results.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .common import (
 
 FAR = tl.constexpr(1 << 30)
 BLOCK = tl.constexpr(-1)
-"""In place of diagonals in a band: what is wanted is blocks."""
+"""Value of BAND that asks for blocks instead of bands of diagonals."""
 
 
 @triton.jit
 def weights(Q, top, share, K, R, base, lane, live, word, origin, WORDS, F: tl.constexpr):
-    """The weights that rows of a given norm have on key rows base + lane; 0 where they do not see them."""
+    """The weights of rows with a given norm on key rows base + lane; 0 where a row does not see the key."""
     k = keys_at(K.k, base, lane, K.k_row, K.k_lane, live, F.D, F.BD)
     x, keep, _ = pairs(Q, K, R, k, base, lane, live, word, origin, WORDS, F)
     return tl.where(keep, tl.exp2((x - top[:, None]) * R.factor) * share[:, None], 0.0)
@@ -45,14 +45,14 @@ def span_range(SPANS, s, rows):
 
 @triton.jit
 def unit_range(INDEX, p, full, rows, F: tl.constexpr):
-    """Key rows of the unit at place p, and its place among the partial units, whose bits lie in a row."""
+    """Key rows of the unit at place p of the index, and its index among the list's partial units (or -1)."""
     lo = tl.load(INDEX + p) * F.UNIT
     return tl.maximum(lo, 0), tl.minimum(lo + F.UNIT, rows), tl.where(p < full, -1, p - full)
 
 
 @triton.jit
 def mine(slot, count, BAND: tl.constexpr):
-    """Which of a list's entries a program looks at: the one in its slot, if it has one there, or all."""
+    """Range of a list's entries that a program processes: that in its slot, if any; with a BAND all."""
     if BAND != 0:
         return 0, count
     return tl.minimum(tl.maximum(slot, 0), count), tl.minimum(tl.maximum(slot + 1, 0), count)
@@ -61,9 +61,9 @@ def mine(slot, count, BAND: tl.constexpr):
 @triton.jit
 def over_range(total, Q, token, top, share, K, R, lo, hi, word, origin, WORDS, first, order, limit,
                BAND: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Take in the weights of key rows lo..hi: each lane's own, or with a BAND those of each diagonal.
+    """Add the weights of key rows lo..hi to `total`: by lane, or with a BAND by diagonal.
 
-    Diagonal i of a band is where query token - key token is `first` + i, of key tokens before `limit`; of
+    Diagonal i of a band is where query token - key token is `first` + i, for key tokens below `limit`; for
     a BLOCK the keys are the tokens `first` to `limit` - 1.
     """
     CUT: tl.constexpr = F.CUT
@@ -101,11 +101,11 @@ def entries_kernel(
     Q, K, TOP, REST, OUT, SPANS, UNITS, TOKENS, KEYS, BIAS, RULE, ROW_OF, N, width, block_tile, block_unit,
     BAND: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B,H,width]: of each entry of each tile, `width // tiles` places a tile; or of BAND diagonals each.
+    """OUT [B,H,width]: a value per list entry, `width // tiles` per tile; or per diagonal, BAND per program.
 
-    With BLOCK in place of a number of diagonals: of each block of `block_tile` by `block_unit` tokens.
-
-    ROW_OF is a table of the key row of each token where keys have an order.
+    With BAND = BLOCK: a value per block of `block_tile` by `block_unit` tokens. ROW_OF is a table of the key
+    row of each token, if keys have an order. Example, BAND 64, Tq = Tk = 100: width 199, 4 programs a head;
+    program 1 has `first` = 64 - 99 = -35, diagonals -35 to 28, which are OUT[64:128].
     """
     BM: tl.constexpr = F.BM
     CUT: tl.constexpr = F.CUT
@@ -149,7 +149,7 @@ def entries_kernel(
             )  # fmt: skip
         top, _ = given_top(TOP + state, token, rows.real)
         share = given_share(REST + state, token, rows.real)
-        # of key rows that lie as their tokens, only these can be on the band
+        # where key rows are tokens, only rows low .. high can lie on the band
         low, high = 0, k_rows
         if BAND > 0 and not F.KEY_ORDER:
             low = tl.maximum(tl.min(tl.where(rows.real, token, FAR), 0) - first - BAND + 1, 0)

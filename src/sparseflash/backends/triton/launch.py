@@ -1,4 +1,4 @@
-"""From tensors and a plan to the arguments of the kernels, whatever their blocks."""
+"""Turn tensors and a plan into kernel arguments, whatever the block sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEAVY = ("BITS", "HEAD_RULES", "SHIFT", "BIAS", "SOFTCAP")
 
 @dataclass(frozen=True)
 class Readers:
-    """Which tiles list the units of each block of keys: `members` has the list place of each unit, or -1."""
+    """Tiles that list the units of each block of keys: `members` has each unit's place in the list, or -1."""
 
     begin: Tensor
     count: Tensor
@@ -35,12 +35,12 @@ class Readers:
 
 
 def part_of(unit: int, keys: int) -> int:
-    """What units are cut into, so that blocks of `keys` keys hold whole ones, or lie in one."""
+    """Piece size of units such that a block of `keys` keys holds whole pieces, or lies in one."""
     return unit if unit % keys == 0 or keys % unit == 0 else math.gcd(unit, keys)
 
 
 def readers_of(units: lists.Units, keys: int) -> Readers:
-    """The transposed unit lists for blocks of `keys` key rows (or of one unit, where that is larger)."""
+    """Transpose the unit lists for blocks of `keys` key rows (or of one unit, if that is larger)."""
     R, part = units.count.shape[-1], part_of(units.unit, keys)
     per, ratio = max(1, keys // part), units.unit // part
     lists, groups = units.count[..., 0].numel() if R else 0, -(-units.k_rows // (per * part))
@@ -54,7 +54,7 @@ def readers_of(units: lists.Units, keys: int) -> Readers:
     fresh = torch.ones_like(key, dtype=torch.bool)
     fresh[1:] = key[1:] != key[:-1]
     fresh &= key < none
-    # a reader is a tile and a block of keys; the entries that are none are written behind all readers
+    # a reader is a (tile, block of keys) pair; entries that are not real are written behind all readers
     reader = torch.where(key < none, fresh.cumsum(0) - 1, len(key))
     unit, place = entries.unit[order], entries.place[order].int()
     members = torch.full((len(key) + 1, per), -1, dtype=torch.int32, device=key.device)
@@ -67,22 +67,22 @@ def readers_of(units: lists.Units, keys: int) -> Readers:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a card runs at a time, at least."""
+    """Number of multiprocessors: programs that a card runs at a time, at least."""
     return 16 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 16: what a product needs."""
+    """The smallest power of two that is at least n and at least 16, the minimum that `tl.dot` takes."""
     return max(16, triton.next_power_of_2(n))
 
 
 def found(x: Tensor | None) -> tuple[int, int]:
-    """Stride of the batch (0 where shared) and heads of a table [B|1, H, n]; kernels get it contiguous."""
+    """Batch stride (0 if shared) and heads of a table [B|1, H, n], which kernels get contiguous."""
     return (0, 1) if x is None else (x.shape[1] * x.shape[2] if x.shape[0] > 1 else 0, x.shape[1])
 
 
 def view(x: Tensor) -> View:
-    """A tensor [B,H,T,D] as kernels take it."""
+    """Address and strides of a tensor [B,H,T,D]."""
     return View(x, *x.stride())
 
 
@@ -92,7 +92,7 @@ def _common(tables: Iterable[Tensor | None]) -> tuple[int, int]:
 
 
 def alike(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tables that a kernel finds by one offset: spread to a common batch and common heads, contiguous."""
+    """Spread tables to a common batch and common heads, contiguous, so that one offset serves all of them."""
     batch, heads = _common(tables)
     return tuple(
         None if x is None else spread_heads(x, heads).expand(batch, -1, *x.shape[2:]).contiguous()
@@ -113,7 +113,7 @@ class KeyRows:
 
 
 def key_rows(k: Tensor, v: Tensor, plan: Plan) -> KeyRows:
-    """Keys as the kernels read them: gathered once where the plan has an order, else where they lie."""
+    """Keys as the kernels read them: gathered once if the plan has a key order, else in place."""
     order = plan.k_order
     if order is None:
         return KeyRows(k, v, None, *alike(plan.k_pos, plan.k_end, plan.k_seg))
@@ -139,14 +139,14 @@ def head_rules(plan: Plan) -> Tensor | None:
 
 
 def wide(plan: Plan) -> bool:
-    """Whether positions may need more than 32 bits."""
-    if isinstance(plan.q_offset, Tensor):  # nobody looks at it: it may be any number of 32 bits
+    """True if positions may need more than 32 bits."""
+    if isinstance(plan.q_offset, Tensor):  # its values are not read here: it may hold any 32-bit number
         return True
     return plan.q_pos is None and plan.q_offset + max(plan.Tq - 1, 0) > SHORT.max
 
 
 class Arguments:
-    """What every kernel over a plan is given, by name: `common` has the named tuples."""
+    """Arguments of every kernel over a plan, by name: `common` defines the named tuples."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class Arguments:
         bias = None if key_bias is None else key_bias.float().contiguous()
         first = next((x for x in (keys.order, keys.pos, keys.end, keys.seg) if x is not None), None)
         self.none = none = q if some is None else some
-        """Something must stand where there is nothing; what is absent is never read."""
+        """Triton needs a pointer for absent tables; it is never dereferenced."""
 
         def p(x: Tensor | None) -> Tensor:
             return none if x is None else x.contiguous()
@@ -220,7 +220,7 @@ class Arguments:
         }  # fmt: skip
 
     def drop(self, share: float, seed: Tensor | None) -> None:
-        """Leave out a share of the weights, if there is a seed."""
+        """Add dropout of this share of the weights, if there is a seed."""
         if seed is None:
             return
         (B, H, Tq, _), Tk = self.q.shape, self.named["N"].Tk
@@ -241,7 +241,7 @@ class Arguments:
         self.switches |= {"ALIBI": True, "BENT": True}
 
     def check_whole(self, what: str) -> None:
-        """Refuse what has no dimensions beyond a block of them."""
+        """Raise BackendError if D exceeds one block (WHOLE), for kernels that do not support a tail."""
         if self.switches["TAIL"]:
             raise BackendError(
                 f"{what} of head dimension {self.switches['D']} do not run on 'triton' (up to {WHOLE} do, "
@@ -249,7 +249,7 @@ class Arguments:
             )
 
     def check_registers(self, what: str, most: int) -> None:
-        """Refuse float32 of more dimensions than AMD's registers hold."""
+        """Raise BackendError for float32 of dimension above `most` on AMD cards: too few registers."""
         dim = max(self.switches["D"], self.switches["DV"])
         if dim > most and self.q.dtype == torch.float32 and target()[0] == "hip":
             raise BackendError(
@@ -263,7 +263,7 @@ class Arguments:
         return max(self.switches["BD"], self.switches["BDV"])
 
     def blocks(self, kernel: str) -> Blocks:
-        """The blocks of a kernel for this call."""
+        """Choose the block sizes of a kernel for this call."""
         unit = self.switches["UNIT"] if self.switches["UNITS"] else 0
         dtype = str(self.q.dtype).removeprefix("torch.")
         skips = self.switches.get("SKIP", False)
@@ -271,7 +271,7 @@ class Arguments:
         blocks = choose(Case(kernel, self.dim, unit, dtype), self.heavy or more or skips, self.plain)
         if not (self.heavy and more):
             return blocks
-        if kernel == "rows, backward":  # both leave too few registers
+        if kernel == "rows, backward":  # dropout or ALiBi in a heavy call leaves too few registers
             return replace(blocks, keys=min(blocks.keys, 16))
         if kernel != "columns":
             return blocks
@@ -281,27 +281,27 @@ class Arguments:
 
     @property
     def heavy(self) -> bool:
-        """Whether the call has what takes many registers; dropout and ALiBi apart, which take some too."""
+        """True if the call uses what takes many registers; dropout and ALiBi take some, but do not count."""
         has = self.switches
         return any(has[name] for name in _HEAVY) or (has["SPANS"] and has["UNITS"])
 
     @property
     def crowded(self) -> bool:
-        """Whether sums of dK and dV leave too few registers, so that each takes a launch of its own."""
+        """True if accumulators of both dK and dV leave too few registers: each then gets its own launch."""
         wide = self.heavy and self.dim > 256 and self.q.element_size() == 2
         return wide and target()[0] == "cuda" and target()[1] < 90
 
     @property
     def plain(self) -> bool:
-        """Whether rows are tokens, and nothing tells tokens apart but their place."""
+        """True if rows are tokens in order, without order, position, segment or expiry tables."""
         return not any(self.switches[name] for name in _TOLD)
 
     def given(self, kernel: Any) -> dict[str, Any]:
-        """What a kernel takes of all that is named."""
+        """Select the named arguments that a kernel takes."""
         return {name: x for name, x in self.named.items() if name in kernel.arg_names}
 
     def flags(self, blocks: Blocks, rows: int, cut: int) -> Flags:
-        """The switches of a kernel of these blocks whose programs have so many rows."""
+        """Flags of a kernel with these blocks, `rows` rows per program and `cut` tested keys at a time."""
         unit = self.switches["UNIT"]
         own = {"UNIT_LANES": triton.next_power_of_2(unit), "PART": part_of(unit, blocks.keys)}
         return Flags(**self.switches, **own, BM=rows, BN=blocks.keys, CUT=cut, STAGES=blocks.stages)

@@ -1,8 +1,8 @@
 """Linear attention: a state at every 256th token, and from there masked products.
 
-Three kernels: what each segment of 256 tokens adds to the state, all at once; the states, carried on in
-order; and out, every chunk from the state of its segment. They are the forward and, with operands in other
-places, each gradient: dQ is the attention of dO to V with K as values, dK and dV attention backwards in time.
+Three kernels: what each segment of 256 tokens adds to the state, in parallel; a scan that carries the states
+on in order; and the outputs, each chunk from the state of its segment. They compute the forward and, with
+other operands, each gradient: dQ attends from dO to V with K as values; dK and dV run backwards in time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEGMENT = 256
 
 @triton.jit
 def with_state(a, b, DTYPE: tl.constexpr):
-    """A product with an fp32 factor: in bf16 for bf16, in TF32 for fp16 (its digits, fp32's range)."""
+    """A product with an fp32 factor: in bf16 for bf16, in TF32 for fp16 (its digits, the range of fp32)."""
     if DTYPE == tl.float16 and not INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32")
     return dot(a.to(DTYPE), b.to(DTYPE))
@@ -31,7 +31,7 @@ def with_state(a, b, DTYPE: tl.constexpr):
 
 @triton.jit
 def spots(X, head, T, r, lanes, REVERSE: tl.constexpr, C: tl.constexpr):
-    """Where C rows of a head of X lie from r on, in time or against it, at these lanes of each."""
+    """Addresses of C rows of a head of X from r on, forward or (REVERSE) backward in time, at these lanes."""
     first = (T - 1 - r if REVERSE else r) * tl.full([], 1, tl.int64)
     down = tl.arange(0, C) * (-X.row if REVERSE else X.row)
     return head + first * X.row + down[:, None] + (lanes * X.lane)[None, :]
@@ -42,7 +42,7 @@ def states_kernel(
     K, V, STATES, POWERS, pair, H, KH, VH, T, segments, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BV: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """BD x BV of what a segment adds to the state: STATES [B,H,segments,D,DV]."""
+    """Compute a BD x BV block of what a segment adds to the state: STATES [B,H,segments,D,DV]."""
     DOWN: tl.constexpr = (D + BD - 1) // BD
     ACROSS: tl.constexpr = (DV + BV - 1) // BV
     cell, block = tl.program_id(0) // (DOWN * ACROSS), tl.program_id(0) % (DOWN * ACROSS)
@@ -55,7 +55,7 @@ def states_kernel(
     )
     of_k, of_v = head_at(K, b, (h * KH // H).to(tl.int64)), head_at(V, b, (h * VH // H).to(tl.int64))
     powers = POWERS + h * (SEGMENT + 2)
-    # against time, a state has faded once more when it meets a token
+    # backward in time, a state decays once more before it meets a token
     LATE: tl.constexpr = 1 if REVERSE else 0
     end = tl.minimum(first + SEGMENT, T)
     state = tl.zeros([BD, BV], tl.float32)
@@ -72,7 +72,7 @@ def states_kernel(
 @triton.jit
 def carry_kernel(STATES, FIRST, LAST, POWERS, H, segments, size, first_row, first_lane, DV, powers,
                  GIVEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """What each segment adds becomes the state before it; LAST is the one after all of them."""
+    """Exclusive scan: replace what each segment adds by the state before it; LAST is the state after all."""
     blocks = (size + BLOCK - 1) // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -95,9 +95,9 @@ def linear_kernel(
     D: tl.constexpr, DV: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
     BV: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of a chunk of OUT; `pair` is a factor of each q.k, `scale` of OUT.
+    """Compute BV columns of a chunk of OUT; `pair` is a factor of each q.k, `scale` a factor of OUT.
 
-    POWERS [H, SEGMENT + 2] is what decay leaves after 0 to SEGMENT tokens, and after the last segment's.
+    POWERS [H, SEGMENT + 2] is the decay after 0 to SEGMENT tokens, and after the length of the last segment.
     """
     ACROSS: tl.constexpr = (DV + BV - 1) // BV
     pid, e = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS * BV + tl.arange(0, BV)
@@ -141,7 +141,7 @@ def _attend(
     scale: float = 1.0,
     reverse: bool = False,
 ) -> Tensor:
-    """Write out [B,H,T,Dv] and return the state after the last token; `reverse` begins with the last one."""
+    """Write out [B,H,T,Dv] and return the state after the last token; `reverse` runs backward in time."""
     (B, H, T, Dv), D = out.shape, q.shape[3]
     last = torch.empty((B, H, D, Dv), dtype=torch.float32, device=q.device)
     if not last.numel() or not T:
@@ -184,7 +184,7 @@ def _attend(
 
 
 def _sizes(blocks: Blocks, D: int, Dv: int) -> dict[str, int]:
-    """Tokens of a chunk, and rows and columns of a state that a program has at a time."""
+    """Block sizes: tokens of a chunk, and rows and columns of the state that a program has at a time."""
     return {
         "C": blocks.rows,
         "BD": min(blocks.keys, power_of_two(D)),
@@ -193,7 +193,7 @@ def _sizes(blocks: Blocks, D: int, Dv: int) -> dict[str, int]:
 
 
 def _powers(rate: Tensor | None, heads: int, last: int, device: torch.device) -> Tensor:
-    """What decay leaves of each head after 0 to SEGMENT tokens, and after `last`."""
+    """Decay of each head after 0 to SEGMENT tokens, and after `last`."""
     if rate is None:
         return torch.ones(heads, SEGMENT + 2, device=device)
     tokens = torch.arange(SEGMENT + 2, device=device)

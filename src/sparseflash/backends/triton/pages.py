@@ -1,4 +1,4 @@
-"""Scores of pages of keys by what is kept of each: a program has some pages for one query."""
+"""Scores of pages of keys by the rows that summarise each: a program scores several pages for one query."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .common import head_at
 from .launch import view
 
 WIDE = 4096
-"""Numbers of rows that a program holds at a time."""
+"""Elements of summary rows that a program holds at a time."""
 
 
 @triton.jit
 def larger(a, b):
-    """The larger one; NaN is the largest."""
+    """The elementwise maximum; NaN is the largest."""
     return tl.where((a > b) | (a != a), a, b)
 
 
@@ -27,7 +27,7 @@ def page_kernel(
     GROUP: tl.constexpr, SUM: tl.constexpr, SHARED: tl.constexpr, RULED: tl.constexpr, BN: tl.constexpr,
     BW: tl.constexpr,
 ):  # fmt: skip
-    """OUT [B,heads,Tq,pages] of one query (a group's, where SHARED) and BN pages."""
+    """OUT [B,heads,Tq,pages] for one query (a head group's queries, if SHARED) and BN pages."""
     cell = tl.program_id(0).to(tl.int64)
     t, slot = cell % Tq, cell // Tq
     b, head = slot // heads, slot % heads
@@ -64,7 +64,7 @@ def page_kernel(
 
 
 def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
-    """What queries say of pages, in fp32 [B,heads,Tq,pages]."""
+    """Scores of pages for each query, in fp32 [B,heads,Tq,pages]."""
     (B, Hq, Tq, w), (_, Hkv, n, _) = q.shape, rows.shape
     heads, pages = Hkv if options.share else Hq, -(-n // options.parts)
     out = torch.empty((B, heads, Tq, pages), dtype=torch.float32, device=q.device)

@@ -1,8 +1,8 @@
 """The kernel over query rows: the forward, dQ, and statistics of rows. A program has BM rows of one tile.
 
-It walks the tile's keys, spans before units, one chunk of BN keys at a time. A chunk of full entries needs no
-test; the others, and what is left of full ones, look at every rule that the plan has. What a plan does not
-have is a compile-time switch that is off.
+It walks the tile's keys, spans before units, one chunk of BN keys at a time. Chunks of full entries are not
+tested; partial entries, and remainders of full ones, are tested by every rule that the plan has. Rules that
+a plan does not have are compile-time switches that are off.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .dropout import Draw, stays, words_at
 
 @triton.jit
 def values_at(K, base, lane, live, RULES: tl.constexpr, NEAR: tl.constexpr, F: tl.constexpr):
-    """Rows base + lane of V."""
+    """Load rows base + lane of V; NEAR: the rows are consecutive."""
     if NEAR:
         at = base * tl.full([], 1, tl.int64)
         v = load_rows(K.v + at * K.v_row, lane, K.v_row, K.v_lane, live, F.DV, F.BDV, RULES)
@@ -48,10 +48,10 @@ def values_at(K, base, lane, live, RULES: tl.constexpr, NEAR: tl.constexpr, F: t
 @triton.jit
 def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.constexpr, NEAR: tl.constexpr,
           BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Take in key rows base + lane: the online softmax, or with a norm (its top in m) their share of dQ.
+    """Process key rows base + lane: the online softmax, or BACKWARD (m: top of the norm) their part of dQ.
 
-    With STATS, m the top too, their weights join `mass`. With SKIP nothing is taken in where every row's
-    largest x lies more than R.below under its largest so far; `gone` counts chunks, 2^32 for each skipped.
+    With STATS (m: the top too) their weights join `mass`. With SKIP the chunk is dropped if every row's
+    largest x lies more than R.below under its largest so far; `gone` counts chunks, plus 2^32 if skipped.
     """
     n = base + lane
     if NEAR:
@@ -80,7 +80,7 @@ def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.cons
         real = Q.real[:, None] & (token >= 0)[None, :] & (bits != 0)
         keep = visible(real, Q.pos[:, None], Q.seg[:, None], pos[None, :], end[None, :], seg[None, :], R, F)
         x = tl.where(keep, x, NEVER)
-        # a key that no row sees may hold anything: 0 times that must be 0
+        # K or V of a key that no row sees may be NaN or infinite: zero it, so that 0 * x is 0
         seen = (tl.max(x, 0) != NEVER)[:, None]
         if BACKWARD:
             k = tl.where(seen, k, 0.0)
@@ -102,7 +102,7 @@ def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.cons
     elif F.SKIP:
         top = tl.max(x, 1)
         now = tl.maximum(m, top)
-        # reduced as matrices: of a vector that came from a matrix Triton 3.7 makes no number on Blackwell
+        # reduced as matrices: Triton 3.7 on Blackwell cannot reduce to a scalar a vector from a matrix
         some = tl.max(tl.where(Q.real & (top != NEVER), 1, 0)[:, None])
         counts = tl.max(tl.where(Q.real & (top != NEVER) & (top >= now - R.below), 1, 0)[:, None])
         gone += some.to(tl.int64) + ((some - counts).to(tl.int64) << 32)
@@ -127,15 +127,15 @@ def chunk(acc, m, mass, gone, Q, K, R, X, base, lane, live, bits, RULES: tl.cons
         if F.DROP:
             left = tl.where(stays(X, token, token >= 0), p, 0.0)
         acc = dot(left.to(v.dtype), v, acc * shrink[:, None])
-        mass = mass * shrink + tl.sum(p, 1)  # after the product: before it, a register too many is in use
+        mass = mass * shrink + tl.sum(p, 1)  # after the product: before it, one register too many is live
         m = now
     return acc, m, mass, gone
 
 
 @triton.jit
 def span_at(SPANS, s, rows, piece, pieces, SPLIT: tl.constexpr, BN: tl.constexpr):
-    """Span s, or of a row that several programs share this one's piece: whole chunks, but for the last."""
-    # whatever a plan says, nothing outside of the keys is read
+    """Bounds of span s; SPLIT: of this program's piece of it, a multiple of BN but for the last piece."""
+    # bounds are clamped: whatever a plan says, nothing outside the keys is read
     lo, hi = tl.maximum(tl.load(SPANS + 2 * s), 0), tl.minimum(tl.load(SPANS + 2 * s + 1), rows)
     if SPLIT:
         share = (tl.maximum(hi - lo, 0) + pieces * BN - 1) // (pieces * BN) * BN
@@ -147,11 +147,11 @@ def span_at(SPANS, s, rows, piece, pieces, SPLIT: tl.constexpr, BN: tl.constexpr
 @triton.jit
 def over_spans(acc, m, mass, gone, Q, K, R, X, SPANS, first, full, last, piece, pieces,
                SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Spans first..last: those before `full` in whole chunks without a test, then the rest, CUT at a time."""
+    """Process spans first..last: whole chunks of spans before `full` untested, the rest CUT at a time."""
     BN: tl.constexpr = F.BN
     CUT: tl.constexpr = F.CUT
     wide, lane = tl.arange(0, BN), tl.arange(0, CUT)
-    if SPLIT:  # many spans are shared out whole, few are cut
+    if SPLIT:  # spans are dealt out whole if there are as many as pieces, else each is cut
         many = last - first >= pieces
         share = (last - first + pieces - 1) // pieces
         begin = first + tl.where(many, piece * share, 0)
@@ -176,9 +176,10 @@ def over_spans(acc, m, mass, gone, Q, K, R, X, SPANS, first, full, last, piece, 
 
 @triton.jit
 def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr):
-    """Chunk p of a list of units (several, or a part of one): list entries, places in the unit, rows.
+    """Chunk p of a list of units: list entries, lanes in the unit, key rows (base + lane), which are live.
 
-    A unit takes WIDE lanes: those it has, or in a chunk of several the next power of two.
+    A unit takes WIDE lanes: UNIT if it fills a chunk, else UNIT_LANES. Example, BN 64: with UNIT 16, chunk
+    p = 8 is entries 8 to 11, 16 lanes each; with UNIT 128, chunk p = 17 is the second half of entry 8.
     """
     PARTS: tl.constexpr = (WIDE + BN - 1) // BN
     lane = tl.arange(0, BN)
@@ -198,7 +199,7 @@ def unit_rows(INDEX, p, last, rows, F: tl.constexpr, BN: tl.constexpr, WIDE: tl.
 @triton.jit
 def over_units(acc, m, mass, gone, Q, K, R, X, INDEX, WORDS, first, full, last, piece, pieces,
                SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr):  # fmt: skip
-    """Units first..last of the index: those before `full` in whole chunks without a test, then the rest."""
+    """Process units first..last of the index: those before `full` in whole untested chunks, then the rest."""
     BN: tl.constexpr = F.BN
     CUT: tl.constexpr = F.CUT
     WIDE: tl.constexpr = F.UNIT if F.UNIT >= BN else F.UNIT_LANES
@@ -212,7 +213,7 @@ def over_units(acc, m, mass, gone, Q, K, R, X, INDEX, WORDS, first, full, last, 
         last = tl.minimum(last, first + share)
         sure = tl.maximum(tl.minimum(full, last), first)
     whole = first + (sure - first) // PER * PER
-    if F.UNIT % BN != 0 and BN % F.UNIT != 0:  # some lanes of every chunk are no keys
+    if F.UNIT % BN != 0 and BN % F.UNIT != 0:  # every chunk has lanes without a key
         whole = first
     for p in tl.range(first * PARTS, whole * PARTS, PER, num_stages=F.STAGES):
         _, _, base, lane, live = unit_rows(INDEX, p, whole, K.rows, F, BN, WIDE)
@@ -229,7 +230,7 @@ def over_units(acc, m, mass, gone, Q, K, R, X, INDEX, WORDS, first, full, last, 
         slot, inside, base, lane, live = unit_rows(INDEX, p, last, K.rows, F, CUT, WIDE_CUT)
         bits = 1
         if F.BITS:
-            if ONE and CUT <= 32:  # a row's bits for the whole chunk are in one word
+            if ONE and CUT <= 32:  # one word holds a row's bits for the whole chunk
                 entry = p // CUTS
                 at = ((entry - full) * F.TILE + Q.within) * W + p % CUTS * CUT // 32
                 word = tl.load(WORDS + at, mask=(entry >= full) & Q.real, other=-1)[:, None]
@@ -249,12 +250,12 @@ def rows_kernel(
     Q, K, V, OUT, DOUT, LSE, TOP, REST, DELTA, SPANS, UNITS, TOKENS, KEYS, BIAS, RULE, DRAW, N, scale, blocks,
     GONE, WORK, SPLIT: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """OUT, LSE and the norm of BM rows; with BACKWARD their dQ (in OUT) from DOUT, the given norm and DELTA.
+    """OUT, LSE and norm of BM rows; with BACKWARD their dQ (in OUT), from DOUT, the given norm and DELTA.
 
     With STATS the sum or maximum of their weights (in OUT, [B,H,Tq]) under the given norm.
-    With SKIP also GONE [programs]: how many chunks they met, and 2^32 for each that added nothing.
-    With SPLIT several programs share the keys of the rows, as WORK [programs, 3] says: a list, one of its
-    pieces, how many it has. Each has an OUT [rows, DV], a TOP and a REST [rows] of its own.
+    With SKIP also GONE [programs]: the number of chunks seen, plus 2^32 per skipped one.
+    With SPLIT several programs share the keys of the rows. WORK [programs, 3] has a program's list, piece,
+    and the list's number of pieces; each program has its own OUT [rows, DV], TOP and REST [rows].
     """
     pid, piece, pieces = tl.program_id(0), 0, 1
     H, tiles = N.H, N.tiles

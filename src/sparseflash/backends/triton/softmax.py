@@ -30,9 +30,9 @@ def launch_rows(
     below: float = 0.0,
     skipped: Tensor | None = None,
 ) -> None:
-    """Run the kernel over query rows, each row by one program, or by those that a work list gives it.
+    """Run the kernel over query rows: one program per row block, or with `work` several that share its keys.
 
-    `skipped` [B,H,2] is to count the chunks, and those of them whose x lie `below` the rows' largest.
+    With `skipped` [B,H,2], skip chunks whose x all lie `below` the rows' largest, and count chunks and skips.
     """
     programs = a.q.shape[0] * a.q.shape[1] * plan.tiles if work is None else len(work)
     shared = {"WORK": a.none if work is None else work, "SPLIT": work is not None}
@@ -58,7 +58,7 @@ def launch_rows(
 
 
 def empty_results(q: Tensor, plan: Plan, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for out, lse and norm, which tokens that no row names have already: they see nothing."""
+    """Allocate out, lse and norm; prefill them for tokens that no row names, which see nothing."""
     out = empty_like_layout(q, dim, dtype)
     lse, norm = (
         torch.empty(x, dtype=torch.float32, device=q.device) for x in (q.shape[:3], (2, *q.shape[:3]))
@@ -115,11 +115,11 @@ def decode_plan(
     out_dtype: torch.dtype,
     normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `forward` returns, for few queries over many keys: programs share the keys of a row.
+    """Decode one plan: results of `forward`, few queries over many keys; programs share the keys of a row.
 
-    The keys of all lists are one list of work, of which every program takes an equal share however the lists
-    differ in length; the pieces of a row are merged in their order.
-    The heads of a group stand in one tile, where they see the same: keys are read once for all of them.
+    One work list holds the keys of all lists, and every program takes an equal share of it however the lists
+    differ in length; the pieces of a row are merged in order. If the heads of a group see the same keys, one
+    tile holds the queries of all of them, so that keys are read once.
     """
     heads, programs, fold = q.shape[1], 2 * multiprocessors(q.device), 0
     lists = plan
@@ -151,7 +151,7 @@ def decode(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same over several plans, and sinks."""
+    """Decode over several plans and the sinks: one softmax, merged from `decode_plan` of each."""
     softmax = over_plans(
         decode_plan, q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits, normed=False
     )
@@ -159,7 +159,7 @@ def decode(
 
 
 def packed(q: Tensor, k: Tensor, plan: Plan, key_bias: Tensor | None) -> int:
-    """How many heads of a group stand in one tile; 0 where heads see different keys, or tiles are several."""
+    """Number of heads that share one tile; 0 if heads see different keys, or there are several tiles."""
     group, rest = divmod(q.shape[1], max(k.shape[1], 1))
     tables = [x for name, x in plan.tensors().items() if name not in FLAT]
     alike = all(k.shape[1] % x.shape[1] == 0 for x in (*tables, *(() if key_bias is None else (key_bias,))))
@@ -246,14 +246,14 @@ def launch_columns(a: Arguments, plan: Plan, dk: Tensor, dv: Tensor, dbias: Tens
 
 
 def summed(x: Tensor, shape: torch.Size) -> Tensor:
-    """x [B,H,...] with the batch and heads of k: heads and sequences that share a key are added, in order."""
+    """Sum x [B,H,...] to the batch and heads of k; heads and sequences that share a key add up in order."""
     if x.shape[1] != shape[1]:
         x = x.unflatten(1, (shape[1], -1)).sum(2)
     return x.sum(0, keepdim=True) if x.shape[0] != shape[0] else x
 
 
 def span_readers(a: Arguments, plan: Plan) -> tuple[SpanReaders, int]:
-    """Which tiles visit each group of keys by their spans, and how many keys a group has."""
+    """Transposed span lists: tiles that visit each group of keys, and the number of keys in a group."""
     spans = plan.span_lists
     if spans is None:
         return SpanReaders(*[a.none] * 6, 0, 1, 1), 0
@@ -263,7 +263,7 @@ def span_readers(a: Arguments, plan: Plan) -> tuple[SpanReaders, int]:
 
 
 def unit_readers(a: Arguments, plan: Plan, keys: int) -> UnitReaders:
-    """Which tiles list the units of each block of keys."""
+    """Transposed unit lists: tiles that list the units of each block of `keys` keys."""
     units = plan.unit_lists
     if units is None:
         return UnitReaders(*[a.none] * 4, 0, 1, 1)

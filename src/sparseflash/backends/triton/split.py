@@ -1,4 +1,4 @@
-"""Decoding: the keys of few rows, shared out among many programs by one work list, and merged in order."""
+"""Decoding: one work list shares the keys of few rows among many programs; results are merged in order."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .common import INTERPRETED, LN2, LOG2E, NEVER, Table, head_at, row_at
 from .launch import alike, found, view
 
 _LEAST = 16 if INTERPRETED.value else 256
-"""Keys of a piece, at least."""
+"""Minimum number of keys of a piece."""
 
 
 class Work(NamedTuple):
-    """Which program computes which piece of which list of [B,H,tiles]; those of a list follow one another.
+    """Which program computes which piece of which list of [B,H,tiles]; a list's pieces are consecutive.
 
-    `pieces` [programs, 3] int32 has the list of each program, the number of its piece, and how many pieces
-    the list has; a program that has nothing to do has a piece behind the last. `lists` [B*H*tiles, 2] has the
-    first program of each list, and how many it has: one at least.
+    `pieces` [programs, 3] int32: the list of each program, the number of its piece, and the list's number of
+    pieces; an idle program has a piece number behind the last. `lists` [B*H*tiles, 2]: the first program of
+    each list, and how many programs it has, at least one.
     """
 
     pieces: Tensor
@@ -32,7 +32,7 @@ class Work(NamedTuple):
 
 
 def keys_listed(plan: Plan) -> Tensor:
-    """How many key rows each list names: int64 [B|1,heads,tiles]."""
+    """Number of key rows in each list: int64 [B|1,heads,tiles]."""
     spanned = united = None
     if (spans := plan.span_lists) is not None:
         low, high = spans.rows(spans.pool.long())
@@ -46,11 +46,11 @@ def keys_listed(plan: Plan) -> Tensor:
 
 
 def work_of(plan: Plan, batch: int, heads: int, programs: int) -> Work:
-    """Equal shares for `programs` programs, and one more for each list, whose last share may be smaller.
+    """Split all lists into equal shares for `programs` programs; each list's last share may be smaller.
 
-    LeanAttention's schedule (arXiv 2405.10480, section IV), cut at the ends of lists. Made on the device
-    without a look at values, once for each plan. Pieces are shares of whatever a list holds when it is read:
-    a plan that changes in place is out of balance until it is made anew, and never wrong.
+    LeanAttention's schedule (arXiv 2405.10480, section IV), cut at the ends of lists. Computed on the device
+    without reading values on the host, once per plan. Pieces are fractions of a list as it is when read:
+    if a plan changes in place, the schedule is out of balance until it is computed anew, but never wrong.
     """
     made: dict[tuple[int, ...], Work] = plan.__dict__.setdefault("_work", {})
     key = (batch, heads, programs, plan.tiles)
@@ -65,7 +65,7 @@ def work_of(plan: Plan, batch: int, heads: int, programs: int) -> Work:
     begin = end - pieces
     piece = (program - begin[cell]).minimum(pieces[cell])
     work = Work(torch.stack([cell, piece, pieces[cell]], -1).int(), torch.stack([begin, pieces], -1).int())
-    # what is captured into a graph is not there before the graph has run
+    # a tensor created while a graph is captured has no values before the graph runs: do not keep it
     if plan.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         made[key] = work
     return work
@@ -122,7 +122,7 @@ def merge(
     lse: Tensor,
     norm: Tensor,
 ) -> None:
-    """Write the results of rows from those of programs: part [programs,1,rows,Dv] and their norms, fp32."""
+    """Merge the programs' results, part [programs,1,rows,Dv] and norms in fp32, into out, lse and norm."""
     B, H, Tq, Dv = out.shape
     order = Table(out if plan.q_order is None else plan.q_order.contiguous(), *found(plan.q_order))
     tile = part.shape[2]

@@ -1,4 +1,4 @@
-"""`attention_stats`: rows by the kernel over rows, keys by the kernel over keys, the rest entry by entry."""
+"""`attention_stats`: rows use the kernel over rows, keys that over keys, all others the one over entries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .launch import Arguments, found, power_of_two
 from .softmax import launch_columns, launch_rows
 
 BAND = 64
-"""Diagonals of a program."""
+"""Diagonals per program."""
 
 
 def stats(
@@ -38,7 +38,7 @@ def stats(
     a.named |= {
         "OUT": View(out, *q.stride()),
         "DOUT": View(out, *q.stride()),
-    }  # of out nothing but its place is read
+    }  # only the address of out is used
     if options.over == "row":
         launch_rows(a, plan, backward=False)
     elif options.over == "key":
@@ -50,7 +50,7 @@ def stats(
 
 
 def _launch_entries(a: Arguments, plan: Plan, band: int, block: tuple[int, int]) -> None:
-    """Run the kernel over entries, over bands of so many diagonals, or over blocks."""
+    """Run the kernel over entries (band 0), over bands of `band` diagonals, or over blocks (band BLOCK)."""
     out, order, Tk, row_of = a.named["OUT"].at, a.keys.order, a.named["N"].Tk, None
     if order is not None:
         row_of = torch.full((*order.shape[:2], Tk + 1), -1, dtype=torch.int32, device=order.device)

@@ -1,9 +1,9 @@
-"""Stick-breaking attention: tiles visit their keys newest first, and each takes its share of what is left.
+"""Stick-breaking attention: tiles visit keys newest first, and each key takes its share of what is left.
 
-The backward knows, for every row and block that it visits, what newer keys had left (`LEFT`, from the
-forward's walk) and what older keys had gathered (`OLDER`, from the walk of dQ, oldest first): a number each.
-With both, a program of dK and dV can begin anywhere: it owns a block of keys, and nothing is added from two
-places. So many tiles take this way at a time that their numbers are no more than those of q.
+For every row and every block that it visits, the backward needs two numbers: what newer keys left (`LEFT`,
+from a walk newest first) and the sum over older keys (`OLDER`, from the walk of dQ, oldest first). With both,
+a program of dK and dV can start at any block of keys, which it owns: no result is added to from two programs.
+The backward takes as many tiles at a time as keep these numbers no more than those of q.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .softmax import span_readers, summed, unit_readers
 from .visits import Visits, visits
 
 LEAST = tl.constexpr(2.0**-60)
-"""What a key leaves at least, so that it divides; less has no digit in any sum with what the key took."""
+"""Least that a key leaves, so that one can divide by it; less changes no digit of a sum with what it took."""
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def broken(x, keep, left):
 
 @triton.jit
 def slopes(Q, v, x, keep, left, older):
-    """Weights P, dZ = T - b times the sum so far of slopes T = P (dP - drem), and that sum after all."""
+    """Weights P, dZ = T - b * (running sum of T), where T = P (dP - drem), and that sum after the block."""
     share, weight, _ = broken(x, keep, left)
     taken = tl.where(weight == 0.0, 0.0, weight * (dot(Q.do, tl.trans(v)) - Q.delta[:, None]))
     so_far = older[:, None] + tl.cumsum(taken, 1)
@@ -64,24 +64,24 @@ def slopes(Q, v, x, keep, left, older):
 
 @triton.jit
 def edge(bh, tile, slot, tiles, slots, F: tl.constexpr):
-    """Where the numbers of a tile's rows lie at one of the blocks that it visits."""
+    """Offset in LEFT and OLDER of a tile's rows, at one of the blocks that the tile visits."""
     return ((bh.to(tl.int64) * tiles + tile) * slots + slot) * F.TILE
 
 
 @triton.jit
 def seen(x, keep):
-    """x [BN,D] with the keys that no row sees set to 0: they may hold anything."""
+    """x [BN,D] with keys that no row sees set to 0: they may be NaN or infinite."""
     return tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], x, 0.0)
 
 
 @triton.jit
 def any_left(left, real):
-    """Whether any stick has something left: where none has, older keys would add exact zeros."""
+    """True if any stick has something left; otherwise older keys would add exact zeros."""
     return tl.max(((left > 0.0) & real).to(tl.int32), 0) > 0
 
 
 class Visited(NamedTuple):
-    """The visits of every tile, newest keys first: the fields of `Visits`, by one table's shape."""
+    """The visits of every tile, newest keys first: the fields of `Visits`, all tables of one shape."""
 
     start: Any
     count: Any
@@ -103,9 +103,9 @@ def stick_kernel(
     Q, K, V, OUT, DOUT, REM, DREM, LEFT, OLDER, VISITS, UNITS, TOKENS, KEYS, RULE, N, scale, parts,
     first_tile, wave, KEEP: tl.constexpr, BACKWARD: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """OUT and REM of BM rows, of `wave` tiles from `first_tile` on.
+    """OUT and REM of BM rows, for `wave` tiles from `first_tile` on.
 
-    With KEEP only the LEFT of every block that they visit; with BACKWARD dQ (in OUT) and OLDER.
+    With KEEP only LEFT, for every block that they visit; with BACKWARD dQ (in OUT) and OLDER.
     """
     bh, at = tl.program_id(0) // (wave * parts), wave * parts - 1 - tl.program_id(0) % (wave * parts)
     H = N.H
@@ -123,7 +123,7 @@ def stick_kernel(
     cell = place(b, h, H, VISITS.heads, VISITS.batch, N.tiles) + tile
     first, count = tl.load(VISITS.start + cell), tl.load(VISITS.count + cell)
     acc = tl.zeros([BM, WIDTH], tl.float32)
-    run = tl.full([BM], 0.0 if BACKWARD else 1.0, tl.float32)  # what is left, or what older keys gathered
+    run = tl.full([BM], 0.0 if BACKWARD else 1.0, tl.float32)  # what is left; BACKWARD: the sum of T so far
     lane = tl.arange(0, BN)
     inside = rows.within < F.TILE
     for n in range(0, count):
@@ -144,11 +144,11 @@ def stick_kernel(
                     tl.store(OLDER + spots, run, mask=inside)
             if any_left(lasts, rows.real):
                 live = (base + lane >= low) & (base + lane < high)
-                # all that products read from shared memory is there before the first of them: a wait between
-                # two reads would hold the first in registers
+                # all loads into shared memory come before the first product: a wait between two of them would
+                # hold the first in registers
                 k = keys_at(head.k, base, lane, K.row, K.lane, live, F.D, F.BD)
                 v = keys_at(head.v, base, lane, V.row, V.lane, live, F.DV, F.BDV)
-                # read again for each block: what a whole walk keeps in fp32 does not fit the registers
+                # reload q and dout for each block: registers cannot hold them in fp32 over the whole walk
                 q = load_rows(head_at(Q, b64, h64), token.to(tl.int64), Q.row, Q.lane, rows.real,
                               F.D, F.BD, True)  # fmt: skip
                 do = q
@@ -174,7 +174,7 @@ def stick_kernel(
 
 
 class Answers(NamedTuple):
-    """What the backward knows of the queries of a head, and where."""
+    """Addresses of what the backward has for a head's queries."""
 
     do: Any
     row: Any
@@ -187,7 +187,7 @@ class Answers(NamedTuple):
 @triton.jit
 def take(dk, dv, A, TOKENS, head, R, Q, b, h, bh, tile, first_tile, low, high, word, slot, base, WORDS,
          N, wave, slots, F: tl.constexpr):  # fmt: skip
-    """What the rows of a tile give to the keys low..high of a block, the `slot`-th that it visits."""
+    """Add what a tile's rows give to keys low..high of a block, which is the tile's visit number `slot`."""
     BM: tl.constexpr = F.BM
     PARTS: tl.constexpr = (F.TILE + F.BM - 1) // F.BM
     lane = tl.arange(0, F.BN)
@@ -216,7 +216,7 @@ def stick_columns_kernel(
     Q, K, V, DOUT, DREM, LEFT, OLDER, DK, DV, SPANS, SPANNED, UNITS, UNITED, VISITS, TOKENS, KEYS, RULE, N,
     scale, columns, first_tile, wave, GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """Add what `wave` tiles from `first_tile` on give to a block of key rows to DK and DV, which are fp32."""
+    """Add to the fp32 DK and DV of a block of key rows what `wave` tiles from `first_tile` on give to it."""
     BN: tl.constexpr = F.BN
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV
@@ -265,7 +265,7 @@ def stick_columns_kernel(
                     for m in range(0, MEMBERS):
                         member = tl.load(UNITED.members + e * MEMBERS + m)
                         at = base + m * F.PART
-                        if (member >= 0) & ((m == 0) | (at % F.UNIT == 0)):  # once for each unit
+                        if (member >= 0) & ((m == 0) | (at % F.UNIT == 0)):  # once per unit
                             low = at // F.UNIT * F.UNIT
                             word = tl.full([], -1, tl.int64)
                             if F.BITS:
@@ -289,7 +289,7 @@ def stick_columns_kernel(
 
 
 def _named(a: Arguments, kernel: Any, known: Visits) -> dict[str, Any]:
-    """What a kernel is given of the call and of its visits."""
+    """Select a kernel's arguments from the call and its visits."""
     visited = Visited(
         known.start, known.count, known.low, known.high, known.word, known.slot, known.span_at,
         known.span_slot, known.unit_at, known.unit_slot, *found(known.count), known.slots,
@@ -301,7 +301,7 @@ def _walk(
     a: Arguments, plan: Plan, known: Visits, blocks: Blocks, first: int, wave: int, *, keep: bool = False,
     backward: bool = False,
 ) -> None:  # fmt: skip
-    """Run the kernel over query rows, over those of `wave` tiles."""
+    """Run the kernel over query rows for `wave` tiles from `first` on."""
     rows = min(blocks.rows, power_of_two(plan.tile))
     parts = triton.cdiv(plan.tile, rows)
     programs = a.q.shape[0] * a.q.shape[1] * wave * parts
@@ -328,7 +328,7 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -
 
 
 def at_once(q: Tensor, plan: Plan, slots: int) -> int:
-    """How many tiles take the way of the backward at a time: their edges hold no more numbers than q."""
+    """Number of tiles that the backward takes at a time: LEFT and OLDER have no more numbers than q."""
     each = 2 * q.shape[0] * q.shape[1] * plan.tile * slots
     return max(1, min(plan.tiles, q.numel() // each))
 

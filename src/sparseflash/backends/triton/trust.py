@@ -1,7 +1,7 @@
-"""Whether the kernels are right on this card: a short check, made once and remembered.
+"""Check once whether the kernels are right on this card, and remember the result.
 
-What is remembered holds for one card, driver, versions of PyTorch and Triton, and these sources; another of
-any is checked anew. Until a check has passed, calls that name no backend run elsewhere, and one line says so.
+A result holds for one card, driver, versions of PyTorch and Triton, and these sources; if any changes, the
+check runs again. Until it has passed, calls that name no backend run elsewhere, and one line says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .softmax import backward, forward
 
 
 class Card(NamedTuple):
-    """What a check holds for."""
+    """What a check's result holds for."""
 
     card: str
     capability: str
@@ -40,12 +40,12 @@ class Card(NamedTuple):
 
 
 _known: dict[str, str] = {}
-"""By card: why its kernels are not trusted; "" where they are."""
+"""Why the kernels are not trusted, by card; "" if they are."""
 ASK = "ask for it with backend='triton'"
 
 
 def caution(x: Tensor) -> str:
-    """Why a call with this tensor that names no backend is not run here; "" if it is. Checks a new card."""
+    """Why a call on this tensor that names no backend does not run here; "" if it does. Checks a new card."""
     if INTERPRETED.value:
         return f"runs in its interpreter, for tests: {ASK}"
     if x.device.type != "cuda":
@@ -65,7 +65,7 @@ def caution(x: Tensor) -> str:
 
 
 def standing() -> str:
-    """What is known of the first card, without a check: for people who ask."""
+    """Describe what is known of the current card, without running a check."""
     if INTERPRETED.value or not torch.cuda.is_available():
         return ""
     card = card_of(torch.device("cuda", torch.cuda.current_device()))
@@ -77,7 +77,7 @@ def standing() -> str:
 
 @functools.cache  # asked on every call
 def card_of(device: torch.device) -> Card:
-    """What a check on this device holds for."""
+    """The card, versions and sources that a check on this device holds for."""
     driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -101,7 +101,7 @@ def _path(card: Card) -> Path:
 
 
 def remembered(card: Card) -> str | None:
-    """What an earlier check of this card found; None where there is none that can be believed."""
+    """The stored result of an earlier check of this card; None if there is no trustworthy one."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         path = _path(card)
         if files.distrust(path) or files.distrust(path.parent):
@@ -113,7 +113,7 @@ def remembered(card: Card) -> str | None:
 
 
 def checked(card: Card, device: torch.device, check: Callable[..., str] | None = None) -> str:
-    """Check the card, and remember what was found."""
+    """Check the card, and store the result."""
     started = time.monotonic()
     try:
         found = (check or faults)(device)
@@ -133,7 +133,7 @@ def checked(card: Card, device: torch.device, check: Callable[..., str] | None =
 
 
 def cases(device: torch.device) -> Iterator[tuple[str, Plan, torch.dtype, int]]:
-    """What is checked: the plan and its name, the dtype and the head dimension."""
+    """Yield what is checked: the plan and its name, the dtype and the head dimension."""
     T = 200
     plans = {
         "dense": Plan.dense(T, T, causal=True, device=device),
@@ -155,11 +155,11 @@ def cases(device: torch.device) -> Iterator[tuple[str, Plan, torch.dtype, int]]:
 
 
 def faults(device: torch.device, run: Any = None) -> str:
-    """The first case in which out, lse or a gradient is further from fp64 than an eager run may be; or "".
+    """Describe the first case whose out or gradient is further from fp64 than an eager run may be; or "".
 
     The bound is that of the tests: twice the error of an eager run in the same dtype, three times for
-    gradients, and a rounding band. The call that asks for it may stand in any mode; what is found is
-    remembered for all, so the check is made in none.
+    gradients, plus a rounding band. The call that triggers the check may run in inference mode or autocast;
+    the result is remembered for all modes, so the check runs in none.
     """
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False), torch.device("cpu"):
         return _first_fault(device, *(run or (forward, backward)))

@@ -1,7 +1,7 @@
-"""The keys that tiles visit, in order: what lists hold apart, a stick needs in a row.
+"""Key ranges that tiles visit, sorted: plan lists hold spans and units apart, stick-breaking needs one order.
 
-An entry of a list is a span or a unit; it is visited block of keys by block of keys. Shapes alone say how
-large everything here is where lists have room: nothing waits for a device. Memory is that of the lists.
+An entry of a list is a span or a unit; a tile visits it one block of keys at a time. Where lists have a fixed
+capacity (`room`), shapes alone give all sizes: nothing waits for a device. Memory is that of the lists.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .launch import alike
 
 @dataclass(frozen=True)
 class Visits:
-    """The entries of every tile, newest keys first, and where the blocks that they visit are numbered.
+    """The entries of every tile, newest keys first, and the numbers ("slots") of the blocks that they visit.
 
-    Lists [B,H,tiles] have entries `start` to `start + count - 1`: key rows `low` to `high - 1`, the place
-    `word` of a unit among all bits (or -1), and the number `slot` of the oldest block that it visits, among
-    all that its tile visits. `span_slot` and `unit_slot` are these numbers again in the order of the plan's
-    own lists: the one at place p of a tile's spans is `span_slot[span_at + p]`.
+    Lists [B,H,tiles] have entries `start` to `start + count - 1`: key rows `low` to `high - 1`, the index
+    `word` of a partial unit among all bits (or -1), and `slot`, the number of the oldest block that the entry
+    visits, counted over all blocks of its tile. `span_slot` and `unit_slot` are the slots in the order of the
+    plan's own lists: entry p of a tile's spans has `span_slot[span_at + p]`. Example, blocks of 64 keys: a
+    tile's spans [0, 64) and [100, 300) have slots 0 and 1; the second visits blocks 1 to 4, in slots 1 to 4.
     """
 
     start: Tensor
@@ -39,7 +40,7 @@ class Visits:
     unit_at: Tensor
     unit_slot: Tensor
     slots: int
-    """How many blocks a tile visits at most."""
+    """Number of blocks that a tile visits, at most."""
 
 
 class Places(NamedTuple):
@@ -50,16 +51,16 @@ class Places(NamedTuple):
     entry: Tensor
     real: Tensor
     begin: Tensor
-    """Of each list: where its places begin."""
+    """Offset of each list's first place."""
 
 
 def visits(plan: Plan, block: int) -> Visits:
-    """The entries of a plan, for blocks of so many key rows."""
+    """The visits of a plan, for blocks of `block` key rows."""
     tables = (plan.span_start, plan.span_count, plan.start, plan.full, plan.count, plan.bits_start)
     span_start, span_count, start, full, count, bits_start = alike(*tables)
     shape = next(x.shape for x in (span_count, count) if x is not None)
     lists, blocks = math.prod(shape), -(-plan.k_rows // block)
-    taken = torch.zeros(lists, dtype=torch.int64, device=plan.device)  # blocks of each list that are numbered
+    taken = torch.zeros(lists, dtype=torch.int64, device=plan.device)  # blocks numbered so far, of each list
     span_at = unit_at = taken
     span_slot = unit_slot = taken[:0]
     found, slots = [], 0
@@ -84,7 +85,7 @@ def visits(plan: Plan, block: int) -> Visits:
         slots = slots + min(blocks + plan.room, plan.room * each) if plan.room else max(slots, _most(taken))
         found.append((at.cell, low, high, word, unit_slot))
     cell, low, high, word, slot = (torch.cat(x) for x in zip(*found, strict=True))
-    cell = torch.where(high > low, cell, lists)  # what is no entry is behind all others
+    cell = torch.where(high > low, cell, lists)  # empty entries sort behind all others
     newest = torch.argsort(cell * (plan.k_rows + 1) - low)
     listed = counted(cell, lists)
     return Visits(
@@ -95,7 +96,7 @@ def visits(plan: Plan, block: int) -> Visits:
 
 
 def _places(start: Tensor, count: Tensor, room: int) -> Places:
-    """The places of lists; of those without room only the ones in use, which are looked at."""
+    """The places of all lists; without a fixed capacity only the places in use, which reads values."""
     many, device = count.flatten().long(), count.device
     if room:
         cell = torch.arange(len(many) * room, device=device) // room
@@ -109,12 +110,12 @@ def _places(start: Tensor, count: Tensor, room: int) -> Places:
 
 
 def _numbered(at: Places, low: Tensor, high: Tensor, taken: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The number of each entry's oldest block, list by list from `taken` on; and what is taken after all."""
+    """Number each entry's oldest block, list by list from `taken` on; also return the updated `taken`."""
     times = torch.where(high > low, (high - 1) // block - low // block + 1, 0)
     before = times.cumsum(0) - times
     return taken[at.cell] + before - before[at.begin[at.cell]], taken.index_add(0, at.cell, times)
 
 
 def _most(taken: Tensor) -> int:
-    """The largest of the numbers, which are looked at."""
+    """The largest number; reads it from the device."""
     return int(taken.max()) if len(taken) else 0
