@@ -1,4 +1,4 @@
-"""What a backend offers, and is asked: tensors, a plan, and the options of the family (`numerics`)."""
+"""The interface of a backend: ops on tensors, a plan, and the options of the op's family (`numerics`)."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from ..plan import Plan
 
 
 class Backend(Protocol):
-    """What a module under `backends/` offers."""
+    """Functions that a module under `backends/` may offer."""
 
     NAME: str
 
     def status(self) -> tuple[bool, str]:
-        """Whether it can run on this machine, and what it is or why not."""
+        """Return whether the backend runs on this machine, and what it is or why not."""
         ...
 
     def refuse(self, *tensors: Tensor) -> list[str]:
-        """Every reason why an op on these tensors cannot run here; empty when it can."""
+        """List every reason why an op on these tensors cannot run here; empty if it can."""
         ...
 
     def forward(
@@ -56,14 +56,14 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
-        With a seed, int64 of no dimensions, weights are left out as `reference/dropout.py` says. ALiBi's
-        slopes are [Hq] or [B,Hq], pair_bias expands to [B,Hq,Tq,Tk], or
-        to [B,Hq,Tq+Tk-1]: by key - query + Tq - 1.
-        Where `skipped`, zeros [B,Hq,2], is given, blocks of keys may add nothing, as `attention` says: it
-        counts blocks, and those that were skipped.
+        With a seed, a 0-dimensional int64 tensor, weights are dropped as `reference/dropout.py` defines.
+        ALiBi's slopes are [Hq] or [B,Hq]; pair_bias expands to [B,Hq,Tq,Tk], or to
+        [B,Hq,Tq+Tk-1], by distance: entry key - query + Tq - 1.
+        With `skipped`, zeros [B,Hq,2], blocks of negligible weights may be skipped, as `attention` says; it
+        receives the number of blocks, and of those skipped.
 
-        Where a backend has `PEAKS = True` it also takes `peaks`, zeros [B,Hq,tiles,units], and writes into
-        them the largest weight of each block of `options.tile` query by `options.unit` key tokens.
+        A backend with `PEAKS = True` also takes `peaks`, zeros [B,Hq,tiles,units], and writes into it the
+        largest weight of each block of `options.tile` query by `options.unit` key tokens.
         """
         ...
 
@@ -101,7 +101,7 @@ class Backend(Protocol):
         pair_bias: Tensor | None = None,
         dpair: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v and (per query head, full precision) key_bias.
+        """Gradients of q, k, v and (per query head, in full precision) key_bias.
 
         `delta` is the sum over Dv of dout times out, [B,Hq,Tq]; where it is given, there may be no out.
         """
@@ -133,7 +133,7 @@ class Backend(Protocol):
         *,
         key_bias: Tensor | None,
     ) -> Tensor:
-        """The same of what taking a pair away moves: `ops.stats` says how it is defined."""
+        """Statistics of influences, the effect of removing a pair: `ops.stats` defines it."""
         ...
 
     def indexer_topk(
@@ -146,7 +146,7 @@ class Backend(Protocol):
         keep: Tensor | None,
         options: Choice,
     ) -> tuple[Tensor, Tensor]:
-        """The keys that each query chooses, and their scores."""
+        """The topk keys of each query, and their scores."""
         ...
 
     def indexer_loss(
@@ -163,7 +163,7 @@ class Backend(Protocol):
         keep: Tensor | None,
         options: Likeness,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """How far an indexer is from the attention, summed over queries, and its three gradients."""
+        """The indexer's KL loss against attention, summed over queries, and its three gradients."""
         ...
 
     def linear_forward(
@@ -216,7 +216,7 @@ class Backend(Protocol):
     def stick_forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick
     ) -> tuple[Tensor, Tensor]:
-        """Out and what is left of the sticks."""
+        """Out, and what is left of each query's stick."""
         ...
 
     def stick_backward(
@@ -247,19 +247,19 @@ class Backend(Protocol):
         level: Tensor | None,
         options: Masses,
     ) -> Tensor:
-        """Weights of rows against columns, by tile and unit."""
+        """Weights of rows on columns, summed by tile and unit."""
         ...
 
     def top_indices(self, scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
-        """The places of the best scores of each row."""
+        """Indices of the k largest scores of each row."""
         ...
 
     def page_scores(
         self, q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages
     ) -> Tensor:
-        """What queries say of pages; one that has `top_pages` too finds the best of them in one go."""
+        """Scores of pages; a backend that also offers `top_pages` finds the best pages in one pass."""
         ...
 
     def running_kth(self, x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
-        """The k-th largest up to each place, and where each place falls out."""
+        """The k-th largest of each prefix, and where each place drops out of the k largest."""
         ...

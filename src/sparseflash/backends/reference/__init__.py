@@ -1,6 +1,6 @@
-"""The definition of every op: plain PyTorch, fp32 (fp64 for fp64), in pieces so that memory stays O(T).
+"""The definition of every op: plain PyTorch in fp32 (fp64 for fp64), tile by tile, so that memory stays O(T).
 
-Visits what the plan visits and nothing else. Runs on any device; this is what the fast backends are held to.
+Only pairs that the plan visits are computed. Runs on any device; the fast backends are tested against it.
 """
 
 from torch import Tensor
@@ -40,10 +40,10 @@ NAME = "reference"
 
 
 def status() -> tuple[bool, str]:
-    """Usable everywhere."""
+    """Return True: the reference runs everywhere."""
     return True, "plain PyTorch, any device and dtype; the definition, not fast"
 
 
 def refuse(*tensors: Tensor) -> list[str]:
-    """Reasons why a call cannot run here: none."""
+    """Return no reasons: every call runs here."""
     return []

@@ -1,14 +1,14 @@
-"""Which weights dropout leaves: the draw that all backends make, in plain integers.
+"""Which weights dropout keeps: the draw that every backend reproduces, in plain integers.
 
 Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011), with the seed as its
-key, gives each query token two words (r, s) and each key token two (c, d), anew for each batch slot and head
-of the queries: what is costly is linear in the tokens. A pair has the number
+key, gives each query token two words (r, s) and each key token two (c, d), anew for each batch slot and query
+head: the costly part is linear in the tokens. A pair has the number
 
     x = (r ^ c) * M0;   x ^= x >> 16;   u = (x ^ s ^ d) * M1          (mod 2^32; M0, M1 are Philox's)
 
-and is left out where u < p * 2^32. In a row u is one-to-one in the word c of a key, in a column in the word r
-of a query, so pairs of a row, and those of a column, are as independent as Philox's words are. Tokens are
-counted in the tensors as they are given: the order of rows, tiles and lists makes no difference.
+and is dropped where u < p * 2^32. Along a row u is one-to-one in a key's word c, along a column in a query's
+word r, so the pairs of a row, and those of a column, are as independent as Philox's words are. Tokens are
+numbered as in the tensors that the caller passes: the order of rows, tiles and lists makes no difference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     """Four words of 32 bits for a counter of four and a key of two, all of them int64."""
     (a, b, c, d), (k0, k1) = counter, key
     for n in range(10):
-        x, y = a * M0, c * M1  # whole products: what overflows a sign is the same 64 bits
+        x, y = a * M0, c * M1  # 64-bit products: overflow into the sign leaves the 64 bits the same
         a, b, c, d = (
             (y >> 32 & WORD) ^ b ^ (k0 + n * STEP0 & WORD),
             y & WORD,
@@ -37,7 +37,7 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
 
 
 def words(seed: Tensor, token: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Two words for each token `[B,H,n]` of one side: QUERIES or KEYS."""
+    """Compute two words for each token `[B,H,n]` of one side: QUERIES or KEYS."""
     B, H, _ = token.shape
     batch = torch.arange(B, device=token.device)[:, None, None].expand_as(token)
     head = torch.arange(H, device=token.device)[:, None].expand_as(token)
@@ -48,7 +48,7 @@ def words(seed: Tensor, token: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def left(seed: Tensor, bar: int, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the pair of query token `[B,H,n]` and key token `[B,H,m]` stays: bool `[B,H,n,m]`."""
+    """True where the pair of query token `[B,H,n]` and key token `[B,H,m]` is kept: bool `[B,H,n,m]`."""
     (r, s), (c, d) = words(seed, query, QUERIES), words(seed, key, KEYS)
     x = (r[..., None] ^ c[..., None, :]) * M0 & WORD
     x = (x ^ x >> 16 ^ s[..., None] ^ d[..., None, :]) * M1 & WORD

@@ -1,4 +1,4 @@
-"""A learned indexer's choice of keys and its loss, some queries at a time: the definition."""
+"""A learned indexer's choice of keys and its KL loss, some queries at a time: the definition."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...numerics import Choice, Likeness
 
 HELD = 1 << 22
-"""Products of a head and a key that are held at a time."""
+"""Maximum number of (query, head, key) products held at a time."""
 
 
 def indexer_topk(
@@ -41,7 +41,7 @@ def indexer_topk(
         seen = (at >= low[:, rows, None]) & (at < high[:, rows, None])
         if keep is not None:
             seen = seen & keep[:, None]
-        # what is seen before what is not, the larger score first, then the lower index
+        # order: visible keys first, then the larger score, then the lower index
         order = score.argsort(stable=True, dim=-1, descending=True)
         order = order.gather(-1, seen.gather(-1, order).byte().argsort(stable=True, dim=-1, descending=True))
         chosen = order[..., :topk].masked_fill(~seen.gather(-1, order[..., :topk]), Tk).sort(-1).values
@@ -56,7 +56,7 @@ def indexer_topk(
 def _pieces(
     index: Tensor | None, low: Tensor, high: Tensor, keep: Tensor | None, Tk: int, step: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some queries at a time: which, keys to compare [B|1,1|n,m], and whether a query sees them [B,n,m]."""
+    """Yield some queries at a time: slice, keys to compare [B|1,1|n,m], and which a query sees [B,n,m]."""
     B, Tq = low.shape
     for first in range(0, Tq, step):
         rows = slice(first, min(first + step, Tq))
@@ -67,7 +67,7 @@ def _pieces(
             seen = (at >= lo) & (at < hi)
         else:
             at = index[:, rows].long().sort(-1).values
-            seen = (at >= lo) & (at < hi)  # not what is -1
+            seen = (at >= lo) & (at < hi)  # excludes -1, an empty place
             seen[..., 1:] &= at[..., 1:] != at[..., :-1]
             at = at.clamp(0, Tk - 1)
         if keep is not None:
@@ -77,7 +77,7 @@ def _pieces(
 
 
 def _target(q: Tensor, own: Tensor, lse: Tensor, scale: float, softcap: float) -> Tensor:
-    """What all heads together attend to [B,n,m], of keys of their own [B,Hkv,n|1,m,D]."""
+    """Unnormalised target p [B,n,m], summed over heads, for each query's keys [B,Hkv,n|1,m,D]."""
     q = q.unflatten(1, (own.shape[1], -1)).transpose(2, 3).to(own.dtype)  # [B,Hkv,n,group,D]
     s = (q @ own.transpose(-1, -2) * scale).transpose(2, 3).flatten(1, 2)
     s = softcap * torch.tanh(s / softcap) if softcap else s
@@ -98,7 +98,7 @@ def indexer_loss(
     keep: Tensor | None,
     options: Likeness,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss of all queries and its gradients by q_index, k_index and weights, in their shapes."""
+    """The loss summed over queries, and its gradients by q_index, k_index and weights, in their shapes."""
     (B, H, Tq, D), Tk = q_index.shape, k_index.shape[1]
     work = torch.float64 if q_index.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=work, device=q.device)

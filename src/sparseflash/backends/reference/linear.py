@@ -17,9 +17,10 @@ def _work(q: Tensor) -> torch.dtype:
 
 
 def _chunks(q: Tensor, rate: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Each chunk, with what decay leaves at its distances.
+    """Yield each chunk's slice and its decay factors.
 
-    Between its tokens [H,n,n] (0 towards the future), from the token before it [H,n,1], to its last [H,n,1].
+    They are: between its tokens [H,n,n] (0 towards the future), from the token before the chunk [H,n,1], and
+    to its last token [H,n,1].
     """
     H, T = q.shape[1], q.shape[2]
     rate = torch.zeros(H, device=q.device) if rate is None else rate
@@ -35,7 +36,7 @@ def _chunks(q: Tensor, rate: Tensor | None) -> Iterator[tuple[slice, Tensor, Ten
 
 
 def _heads(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """k or v of every query head."""
+    """Repeat k or v for every query head."""
     return x.to(dtype).repeat_interleave(heads // x.shape[1], 1)
 
 

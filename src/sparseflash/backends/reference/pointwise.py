@@ -35,7 +35,7 @@ def pointwise_forward(
     out = empty_like_layout(q, v.shape[-1], out_dtype).zero_()
     for r in range(plan.tiles):
         view = tile_view(plan, r, B, H)
-        seen, live = view.keep.any(-2), view.keep.any(-1)  # keys nobody sees may hold anything
+        seen, live = view.keep.any(-2), view.keep.any(-1)  # keys that no query sees may be NaN
         queries, keys = Rows(view.q_token, H), Rows(view.k_token, k.shape[1])
         x = queries.read(q, work, live) @ keys.read(k, work, seen).transpose(-1, -2) * options.scale
         weight = torch.where(view.keep, _weight(x, options.activation)[0] * options.out_scale, 0)

@@ -1,4 +1,4 @@
-"""Rows of a tile, gathered from user tensors and scattered back."""
+"""Gather rows of a tile from user tensors, and scatter them back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rows:
         return self.batch if x.shape[0] > 1 else torch.zeros_like(self.batch)  # a pool serves all sequences
 
     def read(self, x: Tensor, dtype: torch.dtype, alive: Tensor | None = None) -> Tensor:
-        """Rows of x in `dtype`, zeros where there is no token or none that is alive."""
+        """Read rows of x in `dtype`; zeros for empty lanes, and for rows that are not `alive`."""
         if not x.shape[2]:  # no tokens: all lanes are empty
             return x.new_zeros((*self.token.shape, *x.shape[3:]), dtype=dtype)
         rows = x[self._slot(x), self.head, self.token.clamp(min=0)].to(dtype)
@@ -28,12 +28,12 @@ class Rows:
         return torch.where(alive[..., None] if rows.dim() == 4 else alive, rows, 0)
 
     def write(self, into: Tensor, rows: Tensor) -> None:
-        """Put rows where their tokens are."""
+        """Write rows to the places of their tokens."""
         at = self.real.nonzero(as_tuple=True)
         into[at[0], at[1], self.token[at]] = rows[at].to(into.dtype)
 
     def add(self, into: Tensor, rows: Tensor) -> None:
-        """Add rows to those of their tokens."""
+        """Add rows to the rows of their tokens."""
         T = into.shape[2]
         flat = (self._slot(into) * into.shape[1] + self.head) * T + self.token
         real = self.real

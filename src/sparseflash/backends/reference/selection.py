@@ -1,4 +1,4 @@
-"""What `selection` estimates and picks, some rows at a time: the definition."""
+"""What `selection` estimates and picks (probe, masses, best, pages), some rows at a time: the definition."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from ...numerics import Best, Masses, Pages, Probing, Running, in_order, state_dtype
 
 HELD = 1 << 22
-"""Scores that are held at a time."""
+"""Maximum number of scores held at a time."""
 STEPS = 64
-"""Places that `running_kth` goes in one step."""
+"""Places that `running_kth` processes in one step."""
 
 
 def _logits(rows: Tensor, columns: Tensor, scale: float, softcap: float) -> Tensor:
-    """[B,Hq,n,m] of rows [B,Hq,n,E] and columns [B,Hkv,m,E], without a copy of them per query head."""
+    """Logits [B,Hq,n,m] of rows [B,Hq,n,E] and columns [B,Hkv,m,E], which are not copied per query head."""
     (B, Hq, n, E), (_, Hkv, m, _), work = rows.shape, columns.shape, state_dtype(rows)
     grouped = rows.to(work).reshape(B, Hkv, Hq // Hkv * n, E)
     x = (grouped @ columns.to(work).mT).view(B, Hq, n, m) * scale
@@ -22,7 +22,7 @@ def _logits(rows: Tensor, columns: Tensor, scale: float, softcap: float) -> Tens
 
 
 def _seen(sees: Tensor, keep: Tensor | None, first: int, m: int) -> Tensor:
-    """Whether a row [B,n] sees the columns first .. first + m - 1: [B,1,n,m]."""
+    """True where a row [B,n] sees columns first .. first + m - 1: [B,1,n,m]."""
     seen = torch.arange(first, first + m, device=sees.device) < sees[..., None]
     if keep is not None:
         seen = seen & keep[:, None, first : first + m]
@@ -36,7 +36,7 @@ def probe(
     (B, Hq, n, _), Tk, work = q.shape, k.shape[2], state_dtype(q)
     lse = torch.full((B, Hq, n), -torch.inf, dtype=work, device=q.device)
     keys = torch.zeros((B, Hq, Tk), dtype=work, device=q.device)
-    distances = torch.zeros((B, Hq, options.width + 1), dtype=work, device=q.device)  # the last is none
+    distances = torch.zeros((B, Hq, options.width + 1), dtype=work, device=q.device)  # last: out of range
     step = max(1, min(Tk, HELD // max(1, B * Hq * n)))
     if not B * n:
         return lse, keys, distances[..., :-1].contiguous()
@@ -44,7 +44,7 @@ def probe(
     def scores(first: int) -> tuple[Tensor, Tensor]:
         part = k[:, :, first : first + step]
         seen = _seen(sees, keep, first, part.shape[2])
-        wanted = seen.any(2)[:, 0]  # what no row sees may hold anything
+        wanted = seen.any(2)[:, 0]  # keys that no row sees may be NaN
         part = torch.where(wanted[:, None, :, None], part, 0)
         return _logits(q, part, options.scale, options.softcap).masked_fill(~seen, -torch.inf), seen
 
@@ -61,7 +61,7 @@ def probe(
 
 
 def _by_distance(p: Tensor, at: Tensor, first: int, options: Probing, into: Tensor) -> None:
-    """Add P [B,H,n,m] of rows at positions [B,n] and keys from `first` on; no two terms meet in one call."""
+    """Add P [B,H,n,m] by distance, of rows at positions [B,n] and keys from `first` on; no index repeats."""
     B, H, n, m = p.shape
     none = options.width
 
@@ -70,7 +70,7 @@ def _by_distance(p: Tensor, at: Tensor, first: int, options: Probing, into: Tens
         place = torch.where(inside, place, none)[:, None].expand(B, H, -1)
         into.scatter_add_(-1, place, torch.where(inside[:, None], x, 0))
 
-    if options.consecutive:  # each row one further to the right: diagonals become columns
+    if options.consecutive:  # shift each row one further right: diagonals become columns
         skew = torch.nn.functional.pad(p.flip(-1), (0, n)).flatten(2)[..., : n * (m + n - 1)]
         shift = torch.arange(m + n - 1, device=p.device) - (m - 1) - first + options.before
         add(skew.reshape(B, H, n, m + n - 1).sum(2), at[:, :1].long() + shift)
@@ -88,10 +88,10 @@ def tile_mass(
     level: Tensor | None,
     options: Masses,
 ) -> Tensor:
-    """Weights of rows [B,Hq,n,E] against columns [B,Hkv,m,E], by tile and unit: [B,Hq,R,C], rows of sum 1.
+    """Weights of rows [B,Hq,n,E] on columns [B,Hkv,m,E], by tile and unit: [B,Hq,R,C], each row of sum 1.
 
-    A row weighs by its own softmax, by exp(score - level) where levels [B,Hq,n] are given, or (`joint`)
-    relative to the largest score of its tile.
+    A row's weights are its own softmax; or exp(score - level) where levels [B,Hq,n] are given; or (`joint`)
+    exp(score - largest score of the tile).
     """
     (B, Hq, n, _), m, work = rows.shape, columns.shape[2], state_dtype(rows)
     tile, unit = min(options.tile, max(n, 1)), min(options.unit, max(m, 1))
@@ -127,7 +127,7 @@ def tile_mass(
 
 
 def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
-    """int32 [N,k]: ascending places of the best of scores [N,n], -1 behind the last."""
+    """Indices of the k largest scores [N,n], int32 [N,k], ascending; -1 behind the last."""
     n = scores.shape[-1]
     order = in_order(scores, among).argsort(dim=-1, descending=True, stable=True)[..., : options.k]
     if among is not None:
@@ -137,10 +137,10 @@ def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
 
 
 def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
-    """What queries [B,Hq,Tq,w] say of pages by rows [B,Hkv,n,w]: [B,heads,Tq,pages]."""
+    """Scores of pages for queries [B,Hq,Tq,w], by their summary rows [B,Hkv,n,w]: [B,heads,Tq,pages]."""
     (B, Hq, Tq, w), (_, Hkv, n, _), work = q.shape, rows.shape, state_dtype(q)
     own = q.to(work).view(B, Hkv, Hq // Hkv, Tq, w)
-    if options.share == "sum":  # of products is the product of the sum
+    if options.share == "sum":  # a sum of products is the product with the sum
         own = own.sum(2, keepdim=True)
     score = (own.flatten(2, 3) @ rows.to(work).mT).view(B, Hkv, own.shape[2], Tq, n)
     score = score.amax(2) if options.share else score.flatten(1, 2)
@@ -155,24 +155,24 @@ def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, opt
 
 
 def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
-    """Of x [N,T] and k [N]: the k-th largest up to each place, and where each place is among them no more.
+    """For x [N,T], k [N]: the k-th largest of each prefix, and where each place drops out of the k largest.
 
-    Some places at a time beside the best of all earlier ones: memory and work grow with T times the largest
-    k.
+    STEPS places at a time are ranked together with the best of all earlier ones: memory and work grow with T
+    times the largest k.
     """
     N, T = x.shape
     kth = torch.full_like(x, -torch.inf)
-    until = torch.full((N, T + 1), T, dtype=torch.int32, device=x.device)  # the last is none
+    until = torch.full((N, T + 1), T, dtype=torch.int32, device=x.device)  # last: no place
     most = min(T, options.most)
     value = torch.full((N, most), -torch.inf, dtype=x.dtype, device=x.device)
-    place = torch.full((N, most), T, dtype=torch.int64, device=x.device)  # T: none
+    place = torch.full((N, most), T, dtype=torch.int64, device=x.device)  # T: no place
     for first in range(0, T, STEPS):
         here = torch.arange(first, min(first + STEPS, T), device=x.device)
         values = torch.cat([value, x[:, first : first + STEPS]], -1)
         places = torch.cat([place, here.expand(N, -1)], -1)
         ranked = in_order(values, places < T).argsort(dim=-1, descending=True, stable=True)
         values, places = values.gather(-1, ranked), places.gather(-1, ranked)
-        # which of them there are at each place, and how many of those are as good or better
+        # there: which candidates exist at each place; rank: how many of those are as good or better
         there = (places[:, None] <= here[:, None]) & (places < T)[:, None]
         rank = there.cumsum(-1)
         among = there & (rank <= k[:, None, None])

@@ -1,10 +1,10 @@
-"""Blocks of keys that add nothing, because every query of the block has met a much larger logit before.
+"""Skip blocks of keys whose weights are negligible: every query has met a much larger logit before.
 
-A block is up to 64 query rows of a tile, and neighbouring key rows of one cell of 64. Keys are met in the
-order of the lists, but full entries before partial ones: units that are neighbours go together unless they
-have bits, spans never. In a tile of at most 8 rows each row is a block, and a cell has 128 rows. The CPU cuts
-its keys like this but for scattered units of fewer than 16 keys, which it gathers; Triton takes the chunks of
-its kernel.
+A block is up to 64 query rows of a tile by contiguous key rows within one cell of 64. Keys are met in the
+order of the lists, but full entries before partial ones: adjacent units form one run unless they have bits,
+spans never do. In a tile of at most 8 rows each row is a block of its own, and a cell has 128 rows. The CPU
+cuts its keys like this, except that scattered units of fewer than 16 keys are gathered; Triton takes the
+chunks of its kernel as blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FEW, ROWS, CELL = 8, 64, 64
 
 
 def _blocks(view: TileView, plan: Plan, r: int, cell: int) -> tuple[Tensor, Tensor]:
-    """The order in which keys are met, and the block of each in that order, [B,H,n]."""
+    """Return the order in which keys are met, and the block number of each key in that order, [B,H,n]."""
     B, H, _ = view.entry.shape
 
     def of(name: str) -> Tensor | int:
@@ -43,7 +43,7 @@ def _blocks(view: TileView, plan: Plan, r: int, cell: int) -> tuple[Tensor, Tens
 
 
 def without_minor(x: Tensor, view: TileView, plan: Plan, r: int, below: float, skipped: Tensor) -> Tensor:
-    """The x of a tile, -inf where a block lies `below` what its rows have met; counts blocks in `skipped`."""
+    """A tile's x with -inf in blocks that lie `below` the largest so far; counts blocks in `skipped`."""
     few = min(plan.tile, plan.q_rows) <= FEW
     order, block = _blocks(view, plan, r, 2 * CELL if few else CELL)
     order, block = (y[..., None, :].expand_as(x) for y in (order, block))

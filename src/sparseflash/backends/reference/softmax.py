@@ -24,9 +24,9 @@ from . import dropout, skipping
 from .rows import Rows
 
 STREAMED = 1 << 19
-"""Pairs whose weights `stats` holds at a time."""
+"""Maximum number of pairs whose weights `stats` holds at a time."""
 ROUNDING = 2.0**-16
-"""What is left of a row beside one weight is no less than this, or it is rounding."""
+"""Lower bound of 1 - P, the rest of a row beside one weight: anything less is rounding."""
 
 
 def _logits(
@@ -38,7 +38,7 @@ def _logits(
     bias: Tensor | None,
     pairs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The x of a tile's masked logits `unit * x` (see `numerics`), and tanh of the score under a softcap."""
+    """The x of a tile's masked logits `unit * x` (see `numerics`), and the softcap's tanh or None."""
     x = q @ k.transpose(-1, -2)
     bent = None
     if bends(scale, softcap, bias, pairs):
@@ -54,13 +54,13 @@ def _logits(
 
 
 def _weights(x: Tensor, norm: Tensor, unit: float, seen: Tensor) -> Tensor:
-    """exp(unit * x - lse) of what is seen, with the parts of lse apart; in place of x."""
+    """exp(unit * x - lse), in place, 0 for unseen pairs; lse is subtracted in its two parts, top and rest."""
     top, rest = norm[..., None]
     return x.sub_(top).mul_(unit).sub_(rest).exp_().masked_fill_(~(seen & (top > NEVER)), 0)
 
 
 def _factor(seed: Tensor, options: Softmax, view: TileView, like: Tensor) -> Tensor:
-    """What dropout multiplies the weights of a tile with: 0, or one over the share that stays."""
+    """Dropout's factor of each weight of a tile: 0, or one over the share that is kept."""
     keep = dropout.left(seed, dropout_bar(options.dropout), view.q_token, view.k_token)
     return keep.to(like.dtype) / (1 - options.dropout)
 
@@ -68,7 +68,7 @@ def _factor(seed: Tensor, options: Softmax, view: TileView, like: Tensor) -> Ten
 def _pairs(
     plan: Plan, view: TileView, alibi_slopes: Tensor | None, pair_bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """What is added to the logits of a tile's pairs: -slope * |distance of positions|, and a matrix."""
+    """Bias of a tile's pairs: ALiBi, -slope * |distance of positions|, plus pair_bias."""
     total = None
     B, H, _ = view.q_token.shape
     if alibi_slopes is not None:
@@ -121,7 +121,7 @@ def forward(
         view = tile_view(plan, r, B, H)
         if not view.keep.shape[-1]:
             continue
-        seen = view.keep.any(-2)  # keys nobody sees may hold anything
+        seen = view.keep.any(-2)  # keys that no query sees may be NaN
         queries, keys, values = (
             Rows(view.q_token, H),
             Rows(view.k_token, k.shape[1]),
@@ -161,7 +161,7 @@ def decode(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Decoding is the same attention; only how fast backends read their keys differs."""
+    """Decode: the same attention, merged over plans and sinks; backends differ in how fast they read keys."""
     softmax = over_plans(
         forward, q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits, normed=False
     )
@@ -265,7 +265,7 @@ def influence(
     *,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """The same of |P (delta - dP) / (1 - P)|, or of |P dP| where 1 - P is no more than rounding."""
+    """Statistics of |P (delta - dP) / (1 - P)|, or of |P dP| where 1 - P is no more than rounding."""
     return _stats(q, k, norm, plan, options, key_bias, (v, dout, delta))
 
 

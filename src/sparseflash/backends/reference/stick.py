@@ -1,4 +1,4 @@
-"""Stick-breaking attention over a plan: shares of what newer keys left, tile by tile."""
+"""Stick-breaking attention over a plan: each key takes a share of what newer keys left, tile by tile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class _Tile:
-    """One tile, its keys in the order of their rows: queries, keys and values, shares b and weights P."""
+    """One tile, its keys sorted by row: queries, keys and values, shares b, weights P and what is left."""
 
     queries: Rows
     keys: Rows
