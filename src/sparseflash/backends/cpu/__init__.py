@@ -54,7 +54,7 @@ PEAKS = True
 
 
 def status() -> tuple[bool, str]:
-    """Whether the native library is there; which levels, or why not."""
+    """Return whether the native library is available, and its levels or the reason why not."""
     try:
         found = native()
     except build.LevelError as error:
@@ -65,7 +65,7 @@ def status() -> tuple[bool, str]:
 
 
 def refuse(*tensors: Tensor) -> list[str]:
-    """Reasons why an op on these tensors cannot run here."""
+    """List the reasons why an op on these tensors cannot run here."""
     reasons, q = [], tensors[0]
     if q.device.type != "cpu":
         reasons.append(f"tensors are on {q.device}")
@@ -93,13 +93,13 @@ def forward(
     skipped: Tensor | None = None,
     peaks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq]; where wanted, its norm [2,B,Hq,Tq], and peaks."""
+    """out [B,Hq,Tq,Dv] of `out_dtype`, lse fp32 [B,Hq,Tq], norm [2,B,Hq,Tq] if `normed`; fills `peaks`."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
     lse = empty(q.shape[:3], dtype=torch.float32)
     norm = empty((2, *q.shape[:3]), dtype=torch.float32) if normed else None
-    if not names_all(plan):  # tokens that no row names see nothing
+    if not names_all(plan):  # tokens without a row see nothing
         out.zero_()
         lse.fill_(float("-inf"))
         if norm is not None:
@@ -122,19 +122,19 @@ def forward(
 
 
 def drop(call: Call, options: Softmax, seed: Tensor | None) -> None:
-    """Say what dropout leaves out, if there is a seed."""
+    """Set the dropout fields of a call, if there is a seed."""
     if seed is not None:
         call.dropout_seed, call.dropout_bar = int(seed), dropout_bar(options.dropout)
         call.dropout_scale = 1 / (1 - options.dropout)
 
 
 def add(call: Call, alibi_slopes: Tensor | None, pair_bias: Tensor | None, alive: list[Tensor]) -> None:
-    """Say what is added to the logits of pairs."""
+    """Set the bias fields of a call: ALiBi, and the pair bias."""
     if alibi_slopes is not None:
         alive.append(alibi_slopes.to(torch.float32).reshape(-1, call.Hq, 1))
         call.alibi = table("alibi_slopes", alive[-1], torch.float32, alive)
     if pair_bias is not None:
-        if pair_bias.dim() == 3:  # by distance, in the order in which the queries of a key are
+        if pair_bias.dim() == 3:  # by distance, flipped: ascending in the query, for each key
             if not call.Tq * call.Tk:
                 return
             alive.append(pair_bias.float().flip(-1).contiguous())
@@ -155,7 +155,7 @@ def decode(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over all plans and the sinks, few queries over many keys: `native/decode.h`."""
+    """One softmax over all plans and the sinks, for few queries over many keys: `native/decode.h`."""
     return decode_records(q, k, v, plans, options, key_bias=key_bias, sink_logits=sink_logits)
 
 
@@ -169,7 +169,7 @@ def decode_records(
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The same over rows, or records of them, which are expanded in the first cache level: `records.h`."""
+    """Decode over rows of K and V, or over records, expanded in the first cache level: `records.h`."""
     alive: list[Tensor] = []
     scale, softcap = options.scale, options.softcap
     packed = {name: x for name, x in (("k", k), ("v", v)) if isinstance(x, Records)}
@@ -193,7 +193,7 @@ def decode_records(
 
 
 def _given(norm: Tensor, q: Tensor, alive: list[Tensor]) -> Tensor:
-    """A norm as the kernels read it."""
+    """Check a norm's shape, and make it contiguous fp32."""
     if norm.shape != (2, *q.shape[:3]):
         raise ValueError(f"norm {list(norm.shape)}: expected {[2, *q.shape[:3]]}")
     alive.append(norm.to(torch.float32).contiguous())
@@ -287,7 +287,7 @@ def influence(
     *,
     key_bias: Tensor | None,
 ) -> Tensor:
-    """The same of what taking a pair away moves."""
+    """Statistics of influences: the first-order change of out . dout if a pair is removed."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
     dout = aligned(dout.to(q.dtype), alive)
@@ -301,7 +301,7 @@ def _stats(
 ) -> Tensor:
     norm, width = _given(norm, q, alive), options.width
     found = empty((q.shape[0], q.shape[1], width), dtype=torch.float32)
-    if not width:  # there is no distance between no query and no key
+    if not width:  # no queries and no keys: there is no distance
         return found
     call.norm, call.stat = norm.data_ptr(), found.data_ptr()
     call.over, call.peak, call.stat_width = OVER[options.over], options.peak, width

@@ -36,14 +36,14 @@ COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fa
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mtune=native")
 AVX512 = ("-march=x86-64-v4", "-mtune=native")
 TIME_LIMIT = 240.0
-"""Seconds after which a compiler is given up."""
+"""Seconds after which a compiler is killed."""
 WORK = ".compiling-"
-"""What stands in the names of folders in which a compiler works."""
+"""Part of the names of folders in which a compiler works."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """One instruction-set level: its source file, its flags, and what the processor must have."""
+    """One instruction-set level: its source file, compiler flags, and required processor features."""
 
     name: str
     flags: tuple[str, ...]
@@ -82,7 +82,7 @@ LEVELS = {
         ),
     )
 }
-"""By name. `amx-emulated` runs the AMX kernels with the tile instructions in C++: for tests, slow."""
+"""Levels by name. `amx-emulated` runs the AMX kernels with the tile instructions in C++: for tests, slow."""
 
 
 PREFERENCE = (("avx512", "amx"), ("avx512", "avx512bf16"), ("avx512",), ("avx2",), ("neon",), ("portable",))
@@ -97,12 +97,12 @@ class CompilerFailed(BuildError):
 
 
 class LevelError(BackendError):
-    """`SPARSEFLASH_CPU_LEVEL` names a level that there is not, or that this processor cannot run."""
+    """`SPARSEFLASH_CPU_LEVEL` names a level that does not exist, or that this processor cannot run."""
 
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this processor, by their names on Linux; none are known where nobody says."""
+    """Instruction sets of this processor, by their names on Linux; empty if the system does not tell."""
     if sys.platform == "darwin":
         if platform.machine() == "arm64":
             return frozenset({"asimd"})
@@ -118,9 +118,9 @@ def cpu_flags() -> frozenset[str]:
 
 
 def choices() -> list[list[Level]]:
-    """What to build here, best first; in each the level for fp32 and, where there is one, that for bf16.
+    """List the sets of levels to build here, best first; each has the fp32 level and, if any, the bf16 one.
 
-    The later ones are for compilers that are too old for the first; the last asks for no instructions at all.
+    Later sets are for compilers too old for the first; the last uses no instruction-set flags at all.
     `SPARSEFLASH_CPU_LEVEL` names a level to use instead (a bf16 level brings its fp32 companion).
     """
     have = cpu_flags()
@@ -146,17 +146,17 @@ def choices() -> list[list[Level]]:
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler as a command: `CXX` (with arguments, if it has any), else c++, g++ or clang++."""
+    """The C++ compiler as a command: `CXX` (with its arguments, if any), else c++, g++ or clang++."""
     return _first(*_given(), ["c++"], ["g++"], ["clang++"])
 
 
 def not_found() -> str:
-    """The compiler that `CXX` names, where there is none of that name; else nothing."""
+    """The value of `CXX` if no such compiler exists; else ""."""
     return "" if _first(*_given()) else os.environ.get("CXX", "")
 
 
 def _given() -> tuple[list[str], list[str]]:
-    """What `CXX` may mean: a path with spaces in it, or a command with arguments."""
+    """The two readings of `CXX`: a path with spaces in it, or a command with arguments."""
     given = os.environ.get("CXX", "")
     try:
         return [given], shlex.split(given)
@@ -165,7 +165,7 @@ def _given() -> tuple[list[str], list[str]]:
 
 
 def _first(*commands: list[str]) -> list[str] | None:
-    """The first command whose program there is."""
+    """The first command whose program exists."""
     for command in commands:
         if command and command[0] and (found := shutil.which(command[0])):
             return [found, *command[1:]]
@@ -176,8 +176,8 @@ def _first(*commands: list[str]) -> list[str] | None:
 
 
 def cache_folders() -> Iterator[Path]:
-    """Where the library may be: `SPARSEFLASH_CACHE`, else the user's cache, if private; then a fresh one."""
-    folder = Path(os.path.expanduser("~"))  # named where there is none
+    """Yield folders of the library: `SPARSEFLASH_CACHE` or the user's cache, if private; then a fresh one."""
+    folder = Path(os.path.expanduser("~"))  # named in the warning if `cache()` fails
     try:
         folder = cache()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def cache_folders() -> Iterator[Path]:
 
 @functools.cache
 def _temporary_folder() -> Path:
-    """A private folder that goes when the process ends, unless it holds the log of a failure."""
+    """A private folder, removed when the process ends unless it holds the log of a failure."""
     folder, owner = Path(tempfile.mkdtemp(prefix="sparseflash-")), os.getpid()
 
     def clean() -> None:
@@ -209,7 +209,7 @@ def _temporary_folder() -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock file, so that processes that start together compile once; whether there are locks here."""
+    """Hold a lock file, so that processes that start together compile once; yield whether locks work here."""
     alone = False
     with open(path, "w") as file:
         with contextlib.suppress(ImportError, OSError):  # no locks here: the final rename is atomic anyway
@@ -225,7 +225,7 @@ def _sum_file(target: Path) -> Path:
 
 
 def opened(target: Path) -> ctypes.CDLL:
-    """A library that is known to be ours, loaded."""
+    """Load a library that is known to be ours, and declare its result types."""
     loaded = ctypes.CDLL(str(target))
     loaded.sf_call_size.restype = ctypes.c_int64
     loaded.sf_level_name.restype = ctypes.c_char_p
@@ -234,7 +234,7 @@ def opened(target: Path) -> ctypes.CDLL:
 
 
 def _load(target: Path) -> ctypes.CDLL | str:
-    """The library in a file, or why not: it has to be whole, and the one that was built."""
+    """Load the library in a file, or say why not: it must be complete, and the one that was built."""
     try:
         for file in (target, _sum_file(target)):
             if why := distrust(file):
@@ -260,7 +260,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _run(commands: list[list[str]], work: Path, log: Path) -> None:
-    """Run commands side by side; whatever stops us, none of them stays behind."""
+    """Run commands in parallel; whatever stops us, none of them is left running."""
     limit, started = time.monotonic() + TIME_LIMIT, []
     try:
         for n, command in enumerate(commands):
@@ -290,7 +290,7 @@ def _run(commands: list[list[str]], work: Path, log: Path) -> None:
 
 
 def _sweep(target: Path, alone: bool) -> None:
-    """Remove what compilers left that were killed: of this library under its lock, others if old."""
+    """Remove what killed compilers left: of this library if we hold its lock, of others if it is old."""
     for left in target.parent.glob(f"*{WORK}*"):
         with contextlib.suppress(OSError):
             ours = alone and left.name.startswith(target.stem)
@@ -301,7 +301,7 @@ def _sweep(target: Path, alone: bool) -> None:
 def compile_library(
     levels: Sequence[Level], compiler: list[str], target: Path, link: Sequence[str] = ()
 ) -> None:
-    """Compile levels into one library, with its digest beside it; nothing is there before it is whole."""
+    """Compile levels into one library with its digest beside it; both appear only when complete."""
     log = target.with_suffix(".log")
     log.unlink(missing_ok=True)
     logging.getLogger("sparseflash").warning(
@@ -327,13 +327,13 @@ def compile_library(
         digest = work / "lib.sha256"
         digest.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
         for made_now in (built, digest):
-            made_now.chmod(0o700)  # whatever the umask lets a group do
+            made_now.chmod(0o700)  # whatever the umask grants to a group
         os.replace(built, target)
         os.replace(digest, _sum_file(target))
 
 
 def sources() -> str:
-    """Digest of all sources of the library."""
+    """SHA-256 digest of all sources of the library."""
     about = hashlib.sha256()
     for file in sorted(NATIVE.iterdir()):
         if file.suffix in (".cpp", ".h"):
@@ -342,7 +342,7 @@ def sources() -> str:
 
 
 def _names(levels: list[Level], compiler: list[str] | None) -> tuple[str, str]:
-    """Say everything a library depends on, so that no stale one is found: sources and flags; compiler."""
+    """File name parts that depend on all that the library depends on: sources, flags, processor; compiler."""
     made_of = [(level.name, level.source, level.flags) for level in levels]  # a set has no fixed order
     about = hashlib.sha256(repr((COMMON, made_of, platform.machine(), sorted(cpu_flags()))).encode())
     about.update(sources().encode())
@@ -354,9 +354,9 @@ def _names(levels: list[Level], compiler: list[str] | None) -> tuple[str, str]:
 
 
 def library(levels: list[Level]) -> tuple[ctypes.CDLL, Path]:
-    """The loaded library for these levels, built if need be (or again, where the cached one is damaged).
+    """The loaded library for these levels, built if necessary (or again, if the cached one is damaged).
 
-    Where there is no compiler any more, one that another compiler made of the same sources serves as well.
+    Without a compiler, a library that another compiler built from the same sources is used.
     """
     compiler, why = find_compiler(), ""
     if compiler is not None and (other := not_found()):

@@ -13,10 +13,10 @@ from torch import Tensor
 from ...plan import Plan
 from ...plan.options import narrow
 
-# What kernels write lies in main memory, whatever `torch.set_default_device` says.
+# Tensors that kernels write are in main memory, whatever `torch.set_default_device` says.
 empty, zeros = (functools.partial(make, device=torch.device("cpu")) for make in (torch.empty, torch.zeros))
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SMALL = 1_500_000  # multiply-adds of S = Q K^T below which waking other threads costs more than it brings
+SMALL = 1_500_000  # multiply-adds of S = Q K^T below which waking threads costs more than it saves
 
 
 class View(ctypes.Structure):
@@ -72,7 +72,7 @@ _PLAN_TENSORS = tuple(
     for name in (*_PLAN_TABLES, *_PLAN_HEADS)
     if name != "q_shift"
 )
-FAR = 1 << 40  # further than any position
+FAR = 1 << 40  # larger than any position
 _VIEWS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
 
 
@@ -143,7 +143,7 @@ class Decode(ctypes.Structure):
 
 
 def aligned(x: Tensor, alive: list[Tensor]) -> Tensor:
-    """x, or a copy added to `alive` where memory begins amid an item (`torch.frombuffer`, mapped files)."""
+    """x, or a copy added to `alive` if x is not aligned to its items (`torch.frombuffer`, mapped files)."""
     if x.data_ptr() % x.element_size():
         x = x.clone()
         alive.append(x)
@@ -162,7 +162,7 @@ def _misfit(name: str, x: Tensor, want: str) -> ValueError:
 
 
 def table(name: str, x: Tensor, dtype: torch.dtype, alive: list[Tensor]) -> Table:
-    """A contiguous [batch,heads,length] tensor; what had to be copied for it is added to `alive`."""
+    """Address and shape of a [batch,heads,length] tensor; a copy, if one is needed, is added to `alive`."""
     if x.dtype is not dtype or x.dim() != 3:
         raise _misfit(name, x, f"[B,H,length] {dtype}")
     shape = x.shape
@@ -170,7 +170,7 @@ def table(name: str, x: Tensor, dtype: torch.dtype, alive: list[Tensor]) -> Tabl
         x = x.contiguous()
         alive.append(x)
     x = aligned(x, alive)
-    if not x.numel():  # a table of nothing is not a missing table: it needs an address
+    if not x.numel():  # an empty table is not a missing one: it needs a non-null address
         x = x.new_zeros(1)
         alive.append(x)
     return Table(x.data_ptr(), *shape)
@@ -208,14 +208,14 @@ def fill_plan(plan: Plan, into: NativePlan, alive: list[Tensor]) -> None:
                 x = x.contiguous()
                 alive.append(x)
             x = aligned(x, alive)
-            # how many entries of their size the memory holds, whatever its shape says
+            # number of entries that the memory holds, whatever the tensor's shape says
             words = 1 if name == "index" else 2 if name == "spans" else tile * -(-unit // 32)
             setattr(into, name, x.data_ptr())
             setattr(into, name + "_size", x.numel() // words if words > 0 else 0)
 
 
 def names_all(plan: Plan) -> bool:
-    """Whether every query token has a row: then kernels write all results, and nothing has to be cleared."""
+    """True if every query token has a row: kernels then write all results, and nothing needs clearing."""
     order = plan.q_order
     return order is None or bool(((order >= 0).sum(-1) == plan.Tq).all())
 
@@ -225,11 +225,11 @@ _known: dict[int, tuple[weakref.ref[Plan], NativePlan, _Ask, list[int]]] = {}
 
 
 def _native(plan: Plan, alive: list[Tensor]) -> NativePlan:
-    """The plan as a C structure; kept with the plan where it only points into the plan's tensors.
+    """The plan as a C structure; cached if it only points into the plan's tensors.
 
-    Not of a plan that is met for the first time: most of those that a decode method makes serve one call.
-    A tensor may get other memory behind our back (`share_memory_`, `set_`, `resize_`, `.data =`, a plan that
-    is sent to another process): what is kept is good while each lies where it lay and is as large as it was.
+    A plan that is seen for the first time is not cached: most plans of a decode method serve one call.
+    A tensor may get other memory behind our back (`share_memory_`, `set_`, `resize_`, `.data =`, a plan sent
+    to another process): the cached structure is valid while every tensor has the same address and size.
     """
     at = id(plan)
     known = _known.get(at)
@@ -262,7 +262,7 @@ def call_of(
     key_bias: Tensor | None,
     alive: list[Tensor],
 ) -> Call:
-    """What every op over a plan hands over; results are still to be named. `alive` must outlive the call."""
+    """The call structure of an op over a plan, without results. `alive` must outlive the call."""
     c = Call()
     c.B, c.Hq, c.Tq, c.D = q.shape
     c.Bk, c.Hkv, c.Tk, c.Dv = k.shape[0], k.shape[1], k.shape[2], v.shape[3]

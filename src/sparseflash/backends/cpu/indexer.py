@@ -76,7 +76,7 @@ def indexer_loss(
     keep: Tensor | None,
     options: Likeness,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss of all queries and its gradients by q_index, k_index and weights, in their shapes and fp32."""
+    """The loss summed over queries, and its gradients by q_index, k_index, weights in their shapes, fp32."""
     (B, H, Tq, D), Tk = q_index.shape, k_index.shape[1]
     call = LossCall(size=ctypes.sizeof(LossCall), B=B, H=H, Tq=Tq, Tk=Tk, D=D)
     call.Hq, call.Hkv, call.Dm = q.shape[1], k.shape[1], q.shape[3]

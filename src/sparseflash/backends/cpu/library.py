@@ -1,4 +1,4 @@
-"""The loaded native library: which levels it has, and how an entry point of it is called."""
+"""The loaded native library: its levels, and calls to its entry points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .call import Call
 
 @dataclass(frozen=True)
 class Native:
-    """The loaded library and which of its levels runs which dtype."""
+    """The loaded library, and the levels of it that run fp32 and bf16."""
 
     library: ctypes.CDLL
     path: str
@@ -27,14 +27,14 @@ class Native:
 
 
 def borrow_threads(library: ctypes.CDLL) -> None:
-    """Run on the threads of torch's OpenMP, where it has one: two sets would fight for the cores."""
+    """Run on the threads of torch's OpenMP runtime, if any: two pools would compete for the cores."""
     with contextlib.suppress(OSError, AttributeError):
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.sf_borrow_threads(ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p))
 
 
 def _names(library: ctypes.CDLL) -> tuple[str, ...]:
-    """The levels of a library, in its order."""
+    """Names of a library's levels, in its order."""
     names: list[str] = []
     while name := library.sf_level_name(len(names)).decode():
         names.append(name)
@@ -43,25 +43,25 @@ def _names(library: ctypes.CDLL) -> tuple[str, ...]:
 
 @functools.cache
 def native() -> Native | str:
-    """The native library, or the reason why there is none (said once as a warning).
+    """The native library, or the reason why there is none (warned about once).
 
     Raises
     ------
     LevelError
-        When `SPARSEFLASH_CPU_LEVEL` asks for what cannot be: whoever names a level wants no other one.
+        If `SPARSEFLASH_CPU_LEVEL` asks for an impossible level: no other one is substituted.
     """
     failure = "no level runs here"
     try:
         for levels in build.choices():
             try:
                 library, path = shipped.find(levels) or build.library(levels)
-            except build.CompilerFailed as error:  # too old for these instructions: there are simpler ones
+            except build.CompilerFailed as error:  # compiler too old for these instructions: try simpler ones
                 failure = str(error)
                 continue
             if library.sf_call_size() != ctypes.sizeof(Call):
                 raise build.BuildError(f"{path} does not match this version")
             if levels[-1].name == "amx" and library.sf_request_amx() != 0:
-                continue  # the system refuses the tile registers
+                continue  # the kernel denies the AMX tile registers
             borrow_threads(library)
             called = {level.source or level.name: level.name for level in levels}
             names = tuple(called.get(name, name) for name in _names(library))
@@ -83,7 +83,7 @@ _FAILURES = {
 
 
 def run(name: str, call: ctypes.Structure, dtype: torch.dtype) -> None:
-    """Call an entry point at the level that runs the dtype; a failure code becomes the error it means."""
+    """Call an entry point at the level that runs the dtype; a failure code is raised as its error."""
     found = native()
     if isinstance(found, str):
         raise RuntimeError(found)
@@ -95,7 +95,7 @@ def run(name: str, call: ctypes.Structure, dtype: torch.dtype) -> None:
 
 
 def read(x: torch.Tensor) -> int:
-    """Read a contiguous tensor's memory and do nothing else, as fast as that goes.
+    """Read a contiguous tensor's memory as fast as possible, to measure bandwidth.
 
     The result is the sum of its 64-bit words, and of the bytes after whole pieces of 4 MiB, modulo 2^64.
     """

@@ -1,4 +1,4 @@
-"""Linear attention on the CPU: `native/linear.h`, sums and states in fp32 whatever the storage type."""
+"""Linear attention on the CPU (`native/linear.h`): fp32 sums and states for every storage type."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Call(ctypes.Structure):
 
 
 def _address(x: Tensor | None, alive: list[Tensor]) -> int | None:
-    """Where a tensor lies as contiguous fp32; what had to be copied for it is added to `alive`."""
+    """Address of a tensor as contiguous fp32, which is kept in `alive`; None for None."""
     if x is None:
         return None
     x = x.detach().to(torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""Making the lists of plans: `native/lists.h`, what `plan.builders.Builders` asks for."""
+"""Building the lists of plans (`native/lists.h`): implements `plan.make.native.Builders`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .call import FAR, empty, zeros
 from .library import run
 
 ROOM = 1 << 28
-"""Bytes for the bits of one go if all its units were partial; what stays untouched costs nothing."""
+"""Bytes of bits per call, if all its units were partial; pages that stay untouched cost nothing."""
 
 
 class Mask(ctypes.Structure):
@@ -59,7 +59,7 @@ def _run(name: str, call: ctypes.Structure) -> None:
 
 
 def read_mask(mask: Tensor, tile: int, unit: int) -> tuple[Tensor, list[Tensor]]:
-    """What each tile sees of each unit, and the bits of partial ones."""
+    """Classify each unit of each tile (none, some, all seen), and collect the bits of partial units."""
     B, H, Tq, Tk = mask.shape
     cells, C, words = B * H * -(-Tq // tile), -(-Tk // unit), -(-unit // 32)
     kind = empty((cells, C), dtype=torch.uint8)
@@ -89,7 +89,7 @@ def list_units(
     q_offset: int = 0,
     unique: bool = False,
 ) -> dict[str, Any]:
-    """Compact lists, full units first."""
+    """Build compact lists of the given units, full ones first: a plan's `start`, `full`, `count`, `index`."""
     *lead, width = given.shape
     if given.dtype not in (torch.bool, torch.int32, torch.int64):
         given = given.int()
@@ -112,7 +112,7 @@ def list_units(
 def transpose(
     start: Tensor, full: Tensor, count: Tensor, index: Tensor, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For each unit, the tiles that list it."""
+    """Transpose unit lists: for each unit, the tiles that list it, full entries first."""
     lists, tiles = count.shape
     start, full, count, index = (x.contiguous() for x in (start, full, count, index))
     base = torch.nn.functional.pad(count.sum(-1).cumsum(0), (1, 0))

@@ -1,4 +1,4 @@
-"""Pointwise attention on the native library: the kernels of attention with another weight for a score."""
+"""Pointwise attention on the native library: attention's kernels with another function of the score."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pointwise_forward(
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, 0.0, None, alive)
     out = empty_like_layout(q, v.shape[-1], out_dtype)
-    if not names_all(plan):  # tokens that no row names see nothing
+    if not names_all(plan):  # tokens without a row see nothing
         out.zero_()
     call.weights, call.out_scale = WEIGHTS[options.activation], options.out_scale
     call.out_dtype, call.out = CODES[out_dtype], view(out)

@@ -1,4 +1,4 @@
-"""What selections estimate and pick: `native/selection.h`."""
+"""What `selection` estimates and picks: `native/selection.h`, `best.h`, `pages.h`."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def tile_mass(
     level: Tensor | None,
     options: Masses,
 ) -> Tensor:
-    """Weights of rows against columns, by tile and unit: fp32 [B,Hq,R,C], rows of sum 1."""
+    """Weights of rows on columns, by tile and unit: fp32 [B,Hq,R,C], each row of sum 1."""
     (B, Hq, n, E), (_, Hkv, m, _) = rows.shape, columns.shape
     alive: list[Tensor] = []
     rows, columns = aligned(rows, alive), aligned(columns, alive)
@@ -129,7 +129,7 @@ def probe(
 
 
 def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
-    """int32 [N,k]: ascending places of the best of scores [N,n], -1 behind the last."""
+    """Indices of the k largest scores [N,n], int32 [N,k], ascending; -1 behind the last."""
     rows, n = scores.shape
     alive: list[Tensor] = []
     scores = aligned(scores.to(torch.float32).contiguous(), alive)
@@ -142,7 +142,7 @@ def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
 
 
 def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:
-    """What queries say of pages, in fp32 [B,heads,Tq,pages]."""
+    """Scores of pages for each query, in fp32 [B,heads,Tq,pages]."""
     heads = rows.shape[1] if options.share else q.shape[1]
     scores = empty((q.shape[0], heads, q.shape[2], -(-rows.shape[2] // options.parts)), dtype=torch.float32)
     _pages(q, rows, last, rules, options, scores, None)
@@ -181,7 +181,7 @@ def _pages(
 
 
 def running_kth(x: Tensor, k: Tensor, options: Running) -> tuple[Tensor, Tensor]:
-    """Of x [N,T] and k [N]: the k-th largest up to each place, and where each place is among them no more."""
+    """For x [N,T], k [N]: the k-th largest of each prefix, and where a place drops out of the k largest."""
     rows, T = x.shape
     alive: list[Tensor] = []
     x, k = aligned(x.to(torch.float32).contiguous(), alive), k.to(torch.int32).contiguous()

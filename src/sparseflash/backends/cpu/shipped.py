@@ -1,9 +1,9 @@
-"""The native library that a wheel brings: every level in one file, so that no compiler is needed.
+"""The native library inside a wheel: every level in one file, so that no compiler is needed.
 
-`make` (of the Makefile: `make wheel`) compiles the sources beside this file for processors like this one, or
-for those that a cross compiler in `CXX` makes programs for, and the wheel that is built next takes the
-library along. It is made for no processor in particular: where one has less, a simpler level
-runs. Sources that were changed since are compiled as they are without a wheel.
+`make` (of the Makefile: `make wheel`) compiles the sources beside this file for this kind of machine, or for
+that of the cross compiler in `CXX`; the wheel that is built next contains the library. It is tuned for no
+particular processor: one that lacks features runs a simpler level. If the sources have changed since, they
+are compiled as if there were no wheel.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ LEVELS = {
     "x86_64": ("portable", "avx2", "avx512", "avx512bf16", "amx"),
     "aarch64": ("portable", "neon"),
 }
-"""What a library for a kind of machine holds; on others the sources are compiled."""
+"""Levels of the library for each kind of machine; on other machines the sources are compiled."""
 _STRIPPED = ("-Wl,-s",)
 
 
 def find(levels: Sequence[build.Level], folder: Path = FOLDER) -> tuple[ctypes.CDLL, Path] | None:
-    """The shipped library, if there is one of these sources for this machine that holds these levels."""
+    """The shipped library, if there is one, of these sources and this machine, that holds these levels."""
     try:
         about = json.loads((folder / SAID).read_text())
         library = (folder / LIBRARY).read_bytes()
     except (OSError, ValueError):
         return None
-    held = {level.name for level in levels} <= set(about["levels"])  # what emulates is not among them
+    held = {level.name for level in levels} <= set(about["levels"])  # "amx-emulated" is not
     ours = (about["machine"], about["sources"]) == (platform.machine(), build.sources())
     if not held or not ours or hashlib.sha256(library).hexdigest() != about["sha256"]:
         return None
-    try:  # who can write here can write this file too, so it is trusted as far as the package is
+    try:  # whoever can write here can write this package too, so the library is trusted as much
         return build.opened(folder / LIBRARY), folder / LIBRARY
     except (OSError, AttributeError):
-        return None  # of a system with an older C library, say
+        return None  # linked to a newer C library than this system's, for example
 
 
 def make(folder: Path = FOLDER, machine: str = "") -> Path:
-    """Compile every level of a kind of machine into one library, and say beside it what it is of.
+    """Compile every level of a kind of machine into one library, and describe it in a JSON file beside it.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def make(folder: Path = FOLDER, machine: str = "") -> Path:
 
 
 def _general(flags: tuple[str, ...], machine: str) -> tuple[str, ...]:
-    """Flags of a level without what they say of the processor that compiles."""
+    """Flags of a level without options for the processor that compiles."""
     tuned = "-mtune=generic" if machine == "x86_64" else ""
     named = (tuned if x == "-mtune=native" else x for x in flags if x != "-march=native")
     return tuple(x for x in named if x)

@@ -1,4 +1,4 @@
-"""Stick-breaking attention on the CPU: `native/stick.h`, fp32 arithmetic whatever the storage type."""
+"""Stick-breaking attention on the CPU (`native/stick.h`): fp32 arithmetic for every storage type."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def stick_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, options: Stick) -
     call = call_of(q, k, v, plan, options.scale, 0.0, None, alive)
     out = empty_like_layout(q, v.shape[-1])
     rem = empty(q.shape[:3], dtype=torch.float32)
-    if not names_all(plan):  # tokens that no row names see nothing
+    if not names_all(plan):  # tokens without a row see nothing
         out.zero_()
         rem.fill_(1)
     call.out, call.lse = view(out), rem.data_ptr()
