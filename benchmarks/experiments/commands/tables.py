@@ -32,7 +32,7 @@ AGAIN = {
     "selection": ["--rounds", "7"],
     "caches": [],
     "vision": ["--parts", "orion", "--steps", "300"],
-    "documents": ["--minutes", "3"],
+    "documents": ["--minutes", "7", "--rounds", "3"],
     "kernel-table": ["--minutes", "3"],
     "curves": ["--minutes", "3"],
 }
