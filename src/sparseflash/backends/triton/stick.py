@@ -216,7 +216,10 @@ def stick_columns_kernel(
     Q, K, V, DOUT, DREM, LEFT, OLDER, DK, DV, SPANS, SPANNED, UNITS, UNITED, VISITS, TOKENS, KEYS, RULE, N,
     scale, columns, first_tile, wave, GROUP: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """Add to the fp32 DK and DV of a block of key rows what `wave` tiles from `first_tile` on give to it."""
+    """Add to the fp32 DK and DV of a block of key rows what `wave` tiles from `first_tile` on give to it.
+
+    Example, BN 64: if the span [100, 300) has slot 1, column 3 is its tile's visit 1 + 3 - 100 // 64 = 3.
+    """
     BN: tl.constexpr = F.BN
     BD: tl.constexpr = F.BD
     BDV: tl.constexpr = F.BDV

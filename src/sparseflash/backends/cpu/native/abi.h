@@ -139,7 +139,7 @@ struct SfMask {
 // Units listed for each cell. A call without `index` counts them, a call with it writes them, full ones first.
 struct SfUnits {
     int64_t size;
-    const void *given;                 // [cells, width]: unit numbers of 4 or 8 bytes (-1: none), or a byte per unit (0: not listed)
+    const void *given;                 // [cells, width]: unit numbers of 4 or 8 bytes (-1: none), or a byte per unit
     int64_t cells, width, tiles, Tq, Tk, tile, unit, q_offset;
     int32_t id_bytes, causal, unique, threads;  // not unique: duplicates are merged and units sorted
     int32_t *full, *count;             // [cells]

@@ -51,12 +51,12 @@ struct Ahead {
 };
 
 // Offset of the score of row i with the j-th key of a piece: [pack][key / 4][row of the pack][key % 4]. Weights replace the
-// scores of their pack.
+// scores of their pack. Example, W 16, SPLIT 128: row 5, key 6 lies at 4 * 128 + 4 * 4 + 1 * 4 + 2 = 534.
 template <class Item = float> constexpr int64_t place(int64_t i, int64_t j) {
     return i / PACK * PACK * SPLIT * (sizeof(float) / sizeof(Item)) + (j & ~(int64_t)3) * PACK + i % PACK * 4 + (j & 3);
 }
 
-// (The kernels below are not inlined: inside other functions the compiler runs out of registers for addresses.)
+// (`scores` and `weigh` are not inlined: inside other functions the compiler runs out of registers for addresses.)
 
 // Scores of N packs of queries with four keys, whose rows have `quads` quads.
 template <class T, int N>

@@ -81,7 +81,8 @@ class BiasShares {
 };
 
 // Runs `block` for the query blocks of every head, PER at a time, and sums the shares of dK, dV and bias gradients.
-// A task is (slot, share): slot = (b, packed KV head), pair j = (query head of its group, tile), in that order.
+// A task is (slot, share): slot = (b, packed KV head), pair j = (query head of its group, tile), in that order. Example: pairs
+// of cost 4, 4, 8 have their midpoints at 2, 6, 12 of 16; of 2 shares the first owns pairs 0 and 1, the second pair 2.
 template <bool BF, int PER = 1, class Block> int backward_over(const SfCall &c, SfParallel parallel, Block block, bool rows_only = false) {
     const SfPlan &p = c.plan;
     int threads = most(c.threads, 1);

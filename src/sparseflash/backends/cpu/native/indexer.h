@@ -7,7 +7,7 @@
 // keys; when the buffer is full, its topk best stay and the worst of these becomes the bar. So memory does not grow with
 // the number of keys, and few keys pass once there is a bar.
 //
-// Scores are compared as integers in the order of floats; NaN ranks with -inf, below every number.
+// Scores are compared as integers in the order of floats; NaN ranks with -inf, below everything else.
 #pragma once
 #include "scratch.h"
 

@@ -245,7 +245,7 @@ struct IndexerLoss {
         }
     }
 
-    // Blocks are dealt out to shares whose number does not depend on that of threads: neither do the sums.
+    // Blocks are dealt out to a number of shares that does not depend on the threads; so the sums do not either.
     int run(SfParallel parallel) {
         const int64_t shares = most<int64_t>(
             1, least(least((TASKS + c.B - 1) / c.B, blocks), HELD / most<int64_t>(c.B * k_rows * D, 1)));

@@ -125,7 +125,7 @@ inline int read_mask(const SfMask &c, SfParallel parallel) {
     return 0;
 }
 
-// ---------------------------------------------------------------- units named for each tile
+// ---------------------------------------------------------------- units listed for each tile
 
 // A set of numbers that is drained in ascending order; each bit of `busy` marks a word that is not empty.
 struct BitSet {
@@ -244,7 +244,7 @@ inline int list_units(const SfUnits &c, SfParallel parallel) {
 struct Transposer {
     const SfTranspose &c;
     Buffer<int64_t> cursors;  // per thread: where the next full and the next partial entry of each unit goes
-    Buffer<int32_t> failed;   // of each thread
+    Buffer<int32_t> failed;   // per thread: whether a list was invalid
 
     explicit Transposer(const SfTranspose &c) : c(c) {}
     bool make() {

@@ -14,7 +14,8 @@ inline int64_t common_multiple(int64_t a, int64_t b) {
 
 // Rows of K and V of one head: in the user's memory where its layout allows, else packed. With bf16 `t` is V^T (forward, which
 // has no rows of V) or K^T (backward), as blocks of BK keys, each [D][BK]. Lanes and rows are padded with zeros. ROWS_ONLY:
-// rows of K and V and no `t`, for tiles of few queries.
+// rows of K and V and no `t`, for tiles of few queries. Example, BK 128, padded D 64: item d of key row 300 is
+// t[256 * 64 + d * 128 + 44].
 template <bool BF> struct Keys {
     typedef typename Products<BF>::Item Item;
     const Item *k, *v, *t;
