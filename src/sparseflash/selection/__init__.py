@@ -1,6 +1,6 @@
-"""What methods select with: one geometry, estimators of where attention goes, budgets, orders.
+"""Building blocks of methods: the tile grid, estimators of attention mass, budgets, token orders.
 
-Tensors in, indices and plans out; nothing here has a gradient. Block-sparse attention in three lines:
+Functions take tensors and return indices or plans, without gradients. Block-sparse attention in three lines:
 
 >>> import torch, sparseflash as sf
 >>> q, k, v = torch.randn(3, 1, 2, 512, 32)

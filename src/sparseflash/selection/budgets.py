@@ -1,4 +1,4 @@
-"""Budgets: which of the scored units are kept."""
+"""Budgets: select units from scores (top-k, top-p, thresholds)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..plan.options import host, is_count
 
 
 def _candidates(score: Tensor, among: Tensor | None) -> Tensor:
-    """`among` in the shape of the scores, checked; all of them for None."""
+    """Validate `among` and expand it to the shape of the scores; None means all candidates."""
     if not isinstance(score, Tensor) or score.dim() < 1 or not score.is_floating_point():
         given = f"{list(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
         raise SparseFlashError(f"score: {given}; expected a floating point tensor [..., n]")
@@ -36,7 +36,7 @@ def _candidates(score: Tensor, among: Tensor | None) -> Tensor:
 
 
 def _of_heads(name: str, x: object, score: Tensor, axes: int = 1) -> Tensor | float:
-    """A number, or a tensor per head ([H], [B|1,H]) or of the scores' own axes, to compare with them."""
+    """Validate a number, or reshape a tensor ([H], [B|1,H] or score axes) to broadcast to the scores."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return x
     if isinstance(x, Tensor) and x.dtype != torch.bool and not x.is_complex():
@@ -57,7 +57,7 @@ def _of_heads(name: str, x: object, score: Tensor, axes: int = 1) -> Tensor | fl
 
 
 def _order(score: Tensor, among: Tensor) -> Tensor:
-    """Places of the last axis from the best to the worst."""
+    """Indices of the last axis, sorted from the best to the worst candidate."""
     return in_order(score.detach(), among).argsort(dim=-1, descending=True, stable=True)
 
 
@@ -66,7 +66,7 @@ def _unsort(sorted_keep: Tensor, order: Tensor) -> Tensor:
 
 
 def _first_of(score: Tensor, among: Tensor) -> Tensor:
-    """The best candidate of each row, where there is one."""
+    """Mask of the best candidate of each row, if the row has any."""
     n = score.shape[-1]
     if not n:
         return among
@@ -76,21 +76,21 @@ def _first_of(score: Tensor, among: Tensor) -> Tensor:
 
 
 def top_k(score: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tensor:
-    """The k best units of each row.
+    """Select the k best units of each row.
 
     Parameters
     ----------
     score : Tensor
-        Floating point `[..., n]`; heads, where k differs by them, are axis 1.
+        Floating point `[..., n]`; heads are axis 1 if k differs by head.
     k : int or Tensor
-        Units of a row, at most: a number, or integers `[H]` or `[B|1, H]`. Less than 1 counts as 1.
+        Most units of a row: a number, or integers `[H]` or `[B|1, H]`. Less than 1 counts as 1.
     among : Tensor, optional
-        bool that broadcasts to the scores: nothing else is ever kept.
+        bool that broadcasts to the scores, True = candidate: only candidates are selected.
 
     Returns
     -------
     Tensor, bool, like the scores
-        Of equal scores those of lower units; NaN after every number. More k keeps what less k does.
+        Of equal scores the lower unit wins; NaN ranks last. The selection for k contains those of smaller k.
 
     Examples
     --------
@@ -112,25 +112,25 @@ def top_k(score: Tensor, k: int | Tensor, among: Tensor | None = None) -> Tensor
 
 
 def top_p(mass: Tensor, p: float | Tensor, among: Tensor | None = None, *, over: int = 1) -> Tensor:
-    """The fewest units of each row that hold the share p of its mass.
+    """Select the fewest units of each row that hold the share p of its mass.
 
     Parameters
     ----------
     mass : Tensor
-        Floating point `[..., n]`, `[..., R, n]` for `over=2`: not negative; NaN is no mass, and comes last.
+        Floating point `[..., n]`, `[..., R, n]` for `over=2`: not negative; NaN counts as 0 and ranks last.
     p : float or Tensor
-        A number, or `[H]` or `[B|1, H]`. The unit that crosses it is kept; 1 or more is all of `among`.
+        A number, or `[H]` or `[B|1, H]`. The unit that crosses p is kept; 1 or more keeps all of `among`.
     among : Tensor, optional
-        bool that broadcasts to the mass: nothing else is ever kept or counted.
+        bool that broadcasts to the mass, True = candidate: only candidates are selected, and counted.
     over : 1 or 2
-        Whether rows have a budget of their own (XAttention, arXiv 2503.16428), or all rows of a head one
-        together (FlexPrefill, 2502.20766, algorithm 4), with the best of each row kept in any case.
+        1: each row has its own budget (XAttention, arXiv 2503.16428). 2: all rows of a head share one
+        (FlexPrefill, 2502.20766, algorithm 4), and the best unit of each row is kept in any case.
 
     Returns
     -------
     Tensor, bool, like the mass
-        Of equal masses those of lower units (rows before units for `over=2`). A row with a candidate keeps
-        one. A larger p keeps what a smaller does. p is a share of an estimate, and no recall.
+        Of equal masses the lower unit wins (rows before units for `over=2`). A row with a candidate keeps at
+        least one. The selection grows with p. p is a share of estimated mass, not a recall.
 
     Examples
     --------
@@ -170,7 +170,7 @@ def above(
     *,
     of: Literal["row-max", "value"] = "row-max",
 ) -> Tensor:
-    """The units whose score reaches a bound.
+    """Select the units whose score reaches a bound.
 
     Parameters
     ----------
@@ -179,16 +179,16 @@ def above(
     bound : float or Tensor
         A number, `[H]` or `[B|1, H]`, or a tensor of as many axes as the scores that broadcasts to them.
     among : Tensor, optional
-        bool that broadcasts to the scores: nothing else is ever kept.
+        bool that broadcasts to the scores, True = candidate: only candidates are selected.
     of : "row-max" or "value"
-        Whether the bound is a share of the row's largest candidate (FlashPrefill, arXiv 2603.06199: alpha
-        0.1), or the score itself (SeerAttention, 2410.13276; AnchorAttention, 2505.23520, with the anchors
-        less theta).
+        "row-max": the bound is a share of the row's largest candidate (FlashPrefill, arXiv 2603.06199: alpha
+        0.1). "value": it is a score (SeerAttention, 2410.13276; AnchorAttention, 2505.23520, with the
+        anchors minus theta).
 
     Returns
     -------
     Tensor, bool, like the scores
-        A row none of whose candidates reaches the bound keeps its best one. NaN reaches nothing.
+        A row in which no candidate reaches the bound keeps its best one. NaN never reaches the bound.
 
     Examples
     --------
@@ -220,7 +220,7 @@ _top_indices = register("selection_top_indices", _best, _no_best)
 
 
 def top_indices(scores: Tensor, k: int, among: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """The places of the k best scores of each row: `top_k` as a list.
+    """Return the indices of the k best scores of each row: `top_k` as a list.
 
     On the CPU one pass over the scores, in a tenth of the time of `torch.topk`.
 
@@ -229,17 +229,17 @@ def top_indices(scores: Tensor, k: int, among: Tensor | None = None, *, backend:
     scores : Tensor
         Floating point `[..., n]`.
     k : int
-        Places of a row, at least 1.
+        Indices per row, at least 1.
     among : Tensor, optional
-        bool that broadcasts to the scores: nothing else is named.
+        bool that broadcasts to the scores, True = candidate: only candidates are returned.
     backend : str, optional
         "reference" or "cpu"; None chooses the fastest usable one.
 
     Returns
     -------
     Tensor, int32 [..., min(k, n)]
-        Ascending; -1 behind the last where a row has fewer candidates. Of equal scores the lower places; NaN
-        after every number.
+        Ascending, padded with -1 if a row has fewer candidates. Of equal scores the lower index wins; NaN
+        ranks last.
 
     Examples
     --------
@@ -281,29 +281,29 @@ def running_kth(
 def running_kth(
     x: Tensor, k: int | Tensor, *, return_until: bool = False, backend: str | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The k-th largest of all scores so far: what a key must reach to be among the k best of the past.
+    """Running k-th largest score: the bound that a key must reach to be among the k best so far.
 
-    Dynamic-mask attention (arXiv 2508.02124) and caches that evict by score keep those; on the CPU a heap
-    finds them in O(T log k).
+    Used by dynamic-mask attention (arXiv 2508.02124) and caches that evict by score; on the CPU a heap
+    computes it in O(T log k).
 
     Parameters
     ----------
     x : Tensor
-        Floating point `[..., T]`: scores in the order of time; heads, where k differs by them, are axis 1.
+        Floating point `[..., T]`: scores in time order; heads are axis 1 if k differs by head.
     k : int or Tensor
-        How many there are to be, at least 1: a number, or integers `[H]` or `[B|1, H]`.
+        Rank, at least 1: a number, or integers `[H]` or `[B|1, H]`.
     return_until : bool
-        Also return where each score falls out.
+        Also return when each score leaves the k largest.
     backend : str, optional
         "reference" or "cpu"; None chooses the fastest usable one.
 
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        kth, fp32 (fp64 for fp64) like x: place t holds the k-th largest of `x[..., :t + 1]`, -inf while there
-        are fewer. until, int32 like x: the first place from j on at which score j is not among the k largest
-        (j itself where it never is), T where there is none: its lifetime is `j .. until - 1`, which
-        `Plan.from_expiry` takes. Of equal scores the earlier stays; NaN ranks below every number.
+        kth, fp32 (fp64 for fp64) like x: index t holds the k-th largest of `x[..., :t + 1]`, -inf while there
+        are fewer than k. until, int32 like x: the first index from j on at which score j is not among the k
+        largest (j if it never is), T if there is none: its lifetime is `j .. until - 1`, as
+        `Plan.from_expiry` takes it. Of equal scores the earlier stays; NaN ranks below every number.
 
     Examples
     --------
@@ -319,7 +319,7 @@ def running_kth(
     )
     each = _of_heads("k", k, x)
     T = x.shape[-1]
-    longest = T + 1  # as good as any larger number
+    longest = T + 1  # any larger k has the same effect
     whole = not (each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, float))
     require((whole, lambda: f"k={k!r}: expected integers"))
     if isinstance(each, Tensor):
@@ -337,16 +337,16 @@ def running_kth(
 
 
 def share(x: Tensor, Hkv: int, how: Literal["any", "sum", "max", "vote"] = "any") -> Tensor:
-    """One choice, or one score, for the query heads that share a head of K.
+    """Reduce selections or scores over the query heads that share a KV head.
 
     Parameters
     ----------
     x : Tensor
         `[B, Hq, ...]`: bool for "any" and "vote", numbers for "sum" and "max".
     Hkv : int
-        Heads of K, which divide Hq.
+        KV heads; Hkv divides Hq.
     how : "any", "sum", "max" or "vote"
-        What one head wants; the sum or the largest of the scores; what at least half of the heads want.
+        "any": selected by one head; "sum", "max": of the scores; "vote": selected by at least half the heads.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""`kmeans`: tokens by the centroid that is nearest to them."""
+"""`kmeans`: cluster tokens by their nearest centroid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..plan.options import is_count, pieces
 from .grid import check_keep
 
 HELD = 1 << 22
-"""Distances that are held at a time."""
+"""Distances that are in memory at a time."""
 
 
 def kmeans(
@@ -23,34 +23,34 @@ def kmeans(
     keep: Tensor | None = None,
     of: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm for every head at once: the same clusters every time, on every device.
+    """Cluster tokens by Lloyd's algorithm, for all heads at once and deterministically on every device.
 
     Squeezed Attention (arXiv 2411.09688) and Sparse VideoGen 2 (2505.18875) cluster keys, Routing Transformer
-    (2003.05997) queries and keys; where directions are meant, normalise first. O(iterations T clusters D)
-    time, and a few megabytes of distances.
+    (2003.05997) queries and keys; normalise x first to cluster directions. O(iterations T clusters D) time,
+    and a few megabytes of distances.
 
     Parameters
     ----------
     x : Tensor
         `[B,H,T,D]`, floating point.
     clusters : int
-        K, at least 1.
+        Number K of clusters, at least 1.
     iterations : int
-        Times that centroids move, a fixed number: no value is waited for.
+        Number of centroid updates; fixed, so that no convergence test synchronises.
     init : Tensor, optional
-        First centroids `[B|1, H|1, K, D]`; by default K real tokens, evenly apart.
+        Initial centroids `[B|1, H|1, K, D]`; by default K evenly spaced real tokens.
     keep : Tensor, optional
         bool `[B|1, T]`, True = a real token.
     of : Tensor, optional
-        `[B,H,T,D']`: what the centroids that are returned are the means of, if that is not x (keys, of which
-        x are the directions); 0 of an empty cluster.
+        `[B,H,T,D']`: the returned centroids are means of this tensor instead of x (such as keys, if x holds
+        their directions); 0 for an empty cluster.
 
     Returns
     -------
     label : Tensor, int32 [B, H, T]
-        The nearest centroid (of equally near ones the first); -1 for padding.
+        Index of the nearest centroid (the first of equally near ones); -1 for padding.
     centroid : Tensor, [B, H, K, D]
-        fp32 (fp64 for fp64). One whose cluster is empty stays where it was. No gradient.
+        fp32 (fp64 for fp64). The centroid of an empty cluster does not move. No gradient.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def kmeans(
 
 
 def _apart(x: Tensor, clusters: int, real: Tensor | None) -> Tensor:
-    """Tokens that are evenly apart."""
+    """Pick `clusters` evenly spaced real tokens as initial centroids."""
     B, H, T, D = x.shape
     if not T:
         return x.new_zeros(B, H, clusters, D)
@@ -121,7 +121,7 @@ def _nearest(x: Tensor, centroid: Tensor) -> Tensor:
 
 
 def _means(x: Tensor, label: Tensor, centroid: Tensor, real: Tensor | None) -> Tensor:
-    """Means of clusters. Members are told by a product, whose sums have one order on every run."""
+    """Means of clusters, by a product with the membership matrix: its summation order is deterministic."""
     total, count = torch.zeros_like(centroid), torch.zeros_like(centroid[..., :1])
     names, step = torch.arange(centroid.shape[2], device=x.device)[:, None], _step(x, centroid.shape[2])
     for at, to in pieces(x.shape[2], step):

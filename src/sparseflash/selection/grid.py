@@ -1,4 +1,4 @@
-"""`Grid`: tiles of queries against units of keys, and where both stand, said once for everything here."""
+"""`Grid`: the geometry of tiles of queries x units of keys, shared by estimators, budgets and plans."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..plan.options import FAR, TILE, UNIT, is_count, is_length, known, normal_o
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Tiles of `tile` queries against units of `unit` keys, and the positions of both.
+    """Tiles of `tile` queries x units of `unit` keys, and the positions of both.
 
-    Query i stands at position `i + q_offset`, key j at position j. Estimators, budgets and lists that are
-    given one grid agree about chunks of a prompt (`q_offset`), padding and ragged ends.
+    Query i has position `i + q_offset`, key j position j. Estimators, budgets and lists that take the same
+    grid treat chunks of a prompt (`q_offset`), padding and ragged ends in the same way.
 
     Parameters
     ----------
@@ -31,12 +31,12 @@ class Grid:
         Position of the first query: an int, or integers, 0-d or `[B]`. Under `causal`, queries at negative
         positions see nothing: they are the padding of a batch whose keys begin at their first real token.
     causal : bool
-        Whether a query sees no key behind its own position.
+        Whether keys after a query's position are hidden from it.
     q_keep, k_keep : Tensor, optional
-        bool `[B|1, Tq]` and `[B|1, Tk]`, True = a real token. Padding is in no estimate: a unit of padding is
-        out of reach, a padded key is seen by nobody, a padded query sees nothing.
+        bool `[B|1, Tq]` and `[B|1, Tk]`, True = a real token. Estimates ignore padding: a unit of padding is
+        out of reach, no query sees a padded key, a padded query sees nothing.
     device : optional
-        Where `reach` and `near` are made, if no tensor above says so.
+        Device of `reach` and `near`, if none of the arguments above is a tensor.
 
     Examples
     --------
@@ -100,27 +100,27 @@ class Grid:
         """Whether some query of the tile may see some key of the unit.
 
         With orders (as in `Plan`: int `[B|1, H|1, rows]`, `order[row] = token`, -1 is no token), tiles and
-        units are those of their rows.
+        units consist of rows.
 
         Returns
         -------
         Tensor, bool [B|1, H|1, R, C]
-            H is 1 but for orders that have more heads.
+            H is 1 unless an order has more heads.
         """
         device = next((x.device for x in (q_order, k_order) if x is not None), self._place())
         return self._reach(self._tiles(self.tile, q_order, device), self._units(self.unit, k_order, device))
 
     def near(self, sink: int = 0, local: int = 1) -> Tensor:
-        """The units that are kept whatever the scores say: the first ones, and those around the tile itself.
+        """Mask of units that are kept whatever their scores: sink units, and units around the tile.
 
         Parameters
         ----------
         sink : int
-            So many units from the first with a real key on.
+            Number of sink units, counted from the first unit with a real key.
         local : int
-            1 is the tile's own units, those that hold its positions (several where tiles are longer than
-            units or lie across their edges); n adds the n - 1 units before them, and, where the grid is not
-            causal, as many behind; 0 is none.
+            1: the tile's own units, which hold its positions (several if tiles are longer than units or cross
+            their edges); n: also the n - 1 units before them and, if the grid is not causal, as many after;
+            0: none.
 
         Returns
         -------
@@ -143,14 +143,14 @@ class Grid:
         return near & self._reach(q, k)
 
     def ended(self, keep: Tensor, tiles: int) -> Tensor:
-        """`keep` with everything in the reach of the last `tiles` tiles: questions stand at the end.
+        """Add to `keep` everything in reach of the last `tiles` tiles, where a prompt's question is.
 
         Parameters
         ----------
         keep : Tensor
             bool `[B|1, H|1, R, C]`.
         tiles : int
-            So many from the last with a real query on.
+            Number of tiles, counted back from the last tile with a real query.
 
         Examples
         --------
@@ -177,17 +177,17 @@ class Grid:
         k_order: Tensor | None = None,
         capacity: int | None = None,
     ) -> Plan:
-        """The plan of the units that each tile keeps, within `reach`; elements of the future are masked.
+        """Make the plan of the units that each tile keeps, within `reach`; causality masks single elements.
 
         Parameters
         ----------
         keep : Tensor
             bool `[B|1, H|1, R, C]`, True = attends. H is any divisor of the query heads.
         q_order, k_order : Tensor, optional
-            Integers `[B|1, H|1, rows]`: tiles and units are those of rows, as in `Plan`.
+            Integers `[B|1, H|1, rows]`: tiles and units then consist of rows, as in `Plan`.
         capacity : int, optional
-            Units of a tile, at most: shapes then depend on no value (on accelerators the default is all of
-            them); what is beyond is dropped and `plan.overflow` set.
+            Most units of a tile: shapes then depend on no value (on accelerators the default is all units);
+            units beyond it are dropped and `plan.overflow` is set.
 
         Examples
         --------
@@ -212,9 +212,9 @@ class Grid:
         )
 
     def ends(self, group: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Positions where groups of so many queries end and blocks of so many keys begin, int64 `[B|1, n]`.
+        """Last position of each group of queries, first of each block of keys, int64 `[B|1, n]` each.
 
-        Real tokens count; a group without one ends at -2^40, a block without one begins at 2^40.
+        Only real tokens count; a group without one ends at -2^40, a block without one begins at 2^40.
         """
         q, k = self._tiles(group, None, device), self._units(block, None, device)
         return q.high[:, 0], k.low[:, 0]
@@ -239,12 +239,12 @@ class Grid:
 
 
 def _within(size: int, rows: int) -> int:
-    """A size that pads no further than it must, where that can be told."""
+    """Clamp a tile or unit size to the number of rows, if that is concrete, to avoid padding."""
     return min(size, max(1, rows)) if known(rows) else size
 
 
 def _without(order: Tensor | None, keep: Tensor | None, device: torch.device) -> Tensor | None:
-    """An order of rows (None: that of the tokens), in which lanes of padding are empty."""
+    """Empty the lanes of padding tokens in an order of rows (None: the identity)."""
     if keep is None:
         return order
     keep = keep.to(device)[:, None]
@@ -258,7 +258,7 @@ def _without(order: Tensor | None, keep: Tensor | None, device: torch.device) ->
 
 
 def check_mask(name: str, x: object) -> None:
-    """A choice of units: a bool tensor; `Plan.from_blocks` says of which shape."""
+    """Check that a selection of units is a bool tensor; `Plan.from_blocks` checks its shape."""
     if not isinstance(x, Tensor) or x.dtype != torch.bool:
         given = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise PlanError(f"{name}: {given}; expected bool [B|1, H|1, tiles, units], True = attends")
@@ -269,7 +269,7 @@ def _to(x: int | Tensor, device: torch.device) -> int | Tensor:
 
 
 def check_keep(name: str, keep: object, T: int, batch: int | None = None) -> None:
-    """A padding mask: None, or bool [B|1, T]."""
+    """Check a padding mask: None, or bool [B|1, T]."""
     if keep is None:
         return
     good = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.dim() == 2 and keep.shape[1] == T

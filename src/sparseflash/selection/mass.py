@@ -1,4 +1,4 @@
-"""`tile_mass`: which units of keys each tile of queries attends to, estimated or exactly."""
+"""`tile_mass`: attention mass of each unit of keys for each tile of queries, estimated or exact."""
 
 from __future__ import annotations
 
@@ -52,18 +52,17 @@ def tile_mass(
     products: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The share of each unit of keys in the attention of each tile of queries.
+    """Share of each unit of keys in the attention of each tile of queries.
 
     Every row of the result is at least 0 and sums to 1 over the units in the grid's reach; elsewhere, and
-    where a tile reaches nothing, it is 0. No gradient, fp32, nothing of size Tq x Tk; padding counts in
-    nothing.
+    for a tile that reaches nothing, it is 0. No gradient, fp32, nothing of size Tq x Tk; padding is ignored.
 
     Parameters
     ----------
     q, k : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`; heads of K are shared, not repeated.
     grid : Grid
-        For as many queries and keys.
+        The grid of these queries and keys.
     how : "mean", "antidiagonal", "energy" or "exact"
         - "mean": the softmax of mean queries of tiles over mean keys of units (MInference, arXiv 2407.02490;
           FlexPrefill, 2502.20766, equation 5). O(R C D).
@@ -72,19 +71,20 @@ def tile_mass(
           along its antidiagonal, and P is the softmax of a group of queries over groups of keys (XAttention,
           2503.16428, algorithm 1). O(Tq Tk D / stride).
         - "energy": every query against the mean of each `stride` keys; weights exp(score) are relative to one
-          maximum of the tile, so its loudest queries decide (FlashPrefill, 2603.06199). O(Tq Tk D / stride).
-        - "exact": P itself (AdaSpa, 2502.21079, algorithm 1), from `lse` or an lse of its own. O(Tq Tk D).
+          maximum of the tile, so queries with large scores dominate (FlashPrefill, 2603.06199). O(Tq Tk D /
+          stride).
+        - "exact": P itself (AdaSpa, 2502.21079, algorithm 1), from `lse` or a computed lse. O(Tq Tk D).
     reduce : "sum" or "max"
-        What is taken over the weights of a tile and a unit: their sum, or the largest (SeerAttention's
-        target, 2410.13276), before rows are scaled to 1.
+        Reduction over the weights of a tile and a unit: their sum, or the largest (SeerAttention's target,
+        2410.13276), before rows are scaled to 1.
     lse : Tensor, optional
-        Of "exact" alone: `[B,Hq,Tq]`, natural log. It may be that of an earlier step; None computes it.
+        For "exact" only: `[B,Hq,Tq]`, natural log, possibly of an earlier step; None computes it.
     stride : int, optional
-        8 for "antidiagonal", where it divides tile and unit, 16 for "energy", where it divides the unit.
+        8 by default for "antidiagonal", must divide tile and unit; 16 for "energy", must divide the unit.
     scale, softcap
         As in `sparseflash.attention`.
     products : torch.dtype, optional
-        `torch.bfloat16` rounds what "antidiagonal" and "energy" multiply, in less than half the time where
+        `torch.bfloat16` rounds the operands of "antidiagonal" and "energy"; takes less than half the time if
         the processor multiplies bf16.
     backend : str, optional
         "reference" or "cpu"; None chooses the fastest usable one.
@@ -95,16 +95,15 @@ def tile_mass(
 
     Notes
     -----
-    A group of keys is in sight of the queries that its first real key is not ahead of (for "antidiagonal": of
-    groups whose last query it is not ahead of), so estimates of a tile may know a few keys of its own future,
-    never more than to the end of a group. A group that padding or the end of the sequence cuts short repeats
-    its nearest real token in place of what it lacks ("antidiagonal") or is the mean of what it has
-    ("energy").
+    A query (for "antidiagonal": a group, by its last query) sees a group of keys if the group's first real
+    key is not in its future, so an estimate may include a few future keys, at most to the end of a group. If
+    padding or the end of the sequence cuts a group short, its nearest real token is repeated
+    ("antidiagonal"), or the mean is of the real tokens ("energy").
 
     On the CPU each thread holds the scores of 64 rows (queries, or groups of them) against all columns.
 
-    Keys in another order (PBS-Attn, arXiv 2510.21270) are given in that order, with a grid that is not
-    causal; what is left to choose from is `grid.reach(k_order=...)`.
+    For permuted keys (PBS-Attn, arXiv 2510.21270) pass k in that order and a grid that is not causal; then
+    select within `grid.reach(k_order=...)`.
 
     Examples
     --------
@@ -139,7 +138,7 @@ def tile_mass(
     q, k = q.detach(), k.detach().expand(B, -1, -1, -1)
     factor, cap, joint = as_scale(scale, D), as_softcap(softcap), how == "energy"
     options = Masses(factor, cap, grid.tile, grid.unit, joint, reduce == "max", as_backend(backend))
-    rows, columns, group, block = q, k, 1, 1  # what is multiplied, and how many tokens a row and a column are
+    rows, columns, group, block = q, k, 1, 1  # operands; tokens per row and column
     if how == "mean":
         group, block = grid.tile, grid.unit
         rows, columns = pooled(q, group, keep=grid.q_keep), pooled(k, block, keep=grid.k_keep)
@@ -159,7 +158,7 @@ def tile_mass(
 
 
 def _stride(how: str, stride: int | None, **sizes: int) -> int:
-    """Tokens of a group, which divide these sizes."""
+    """Validate the stride (tokens of a group): it divides these sizes."""
     size = STRIDES[how] if stride is None else stride
     require((is_count(size, 1), lambda: f"stride={stride!r}: expected a positive int, or None"))
     for name, n in sizes.items():
@@ -171,7 +170,7 @@ def _stride(how: str, stride: int | None, **sizes: int) -> int:
 
 
 def _groups(x: Tensor, size: int, keep: Tensor | None, *, backwards: bool = False) -> Tensor:
-    """Tokens side by side, `size` to a row: [B,H,ceil(T / size),size * D]; `backwards` in each group."""
+    """Concatenate `size` tokens to a row: [B,H,ceil(T/size),size * D]; `backwards` reverses each group."""
     B, H, T, D = x.shape
     n = -(-T // size)
     if keep is None and T == n * size:
@@ -191,15 +190,15 @@ def _groups(x: Tensor, size: int, keep: Tensor | None, *, backwards: bool = Fals
 
 
 def _sight(last: Tensor, first: Tensor, causal: bool, B: int) -> tuple[Tensor, Tensor | None]:
-    """How many columns a row sees, [B,n], and which columns there are, [B,m] (None: all).
+    """Number of columns that a row sees, [B,n], and which columns hold a token, [B,m].
 
-    Rows end at positions `last`, columns begin at `first`; FAR and -FAR are those without a token.
+    Rows end at positions `last`, columns begin at `first`; -FAR and FAR mark those without a token.
     """
     real, m = first < FAR, first.shape[-1]
     sees = torch.full_like(last, m)
     if causal and m:
-        # a column without a token stands where the one before it does: it is not seen, whatever the search
-        # says
+        # give a column without a token the position of the one before it, so that the search finds an
+        # ascending list; `real` hides the column anyway
         floor = torch.where(real, first, -FAR).cummax(-1).values
         batch = max(len(floor), len(last))
         sees = torch.searchsorted(*(x.expand(batch, -1).contiguous() for x in (floor, last)), right=True)

@@ -1,6 +1,6 @@
-"""Orders of tokens: grids, locality-sensitive hashing, the orders it makes, and what they cover.
+"""Token orders: image and video grids, locality-sensitive hashing, sorting by bucket, and their coverage.
 
-Nothing here draws from, or disturbs, the global random state: every draw is a function of a seed.
+No function uses the global random state: every draw is a function of a seed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..plan.entries import tile_view, visible
 from ..plan.options import is_count, pieces, precise, spread_heads
 
 CHUNK = 1 << 22
-"""Projections held at a time by `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
+"""Projections in memory at a time in `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
 
 
 _MASK32 = (1 << 32) - 1
 
 
 def _scramble(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (held in int64) whose every output bit depends on every input bit."""
+    """Hash 32-bit integers (held in int64) bijectively; every output bit depends on every input bit."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
     return x ^ (x >> 16)
@@ -34,10 +34,10 @@ def _scramble(x: Tensor) -> Tensor:
 def random_bits(
     *sizes: int, seed: int, streams: Sequence[int] = (), device: torch.device | str | None = None
 ) -> Tensor:
-    """Uniform integers of 32 bits, int64 `[*sizes]`: each a function of seed, streams and its own place.
+    """Uniform 32-bit integers, int64 `[*sizes]`: each a function of seed, streams and its index.
 
     The same call gives the same numbers on every device, a longer axis extends a shorter one, and no
-    generator is touched.
+    generator is used.
 
     Examples
     --------
@@ -55,9 +55,10 @@ def random_bits(
 
 
 def random_picks(left: Tensor, n: int, *, seed: int) -> Tensor:
-    """For each row n different numbers below `left [1,H,R]`, ascending: int64 [1,H,R,n].
+    """Draw n different numbers below `left [1,H,R]` for each row, ascending: int64 [1,H,R,n].
 
-    A row that has fewer ends in numbers of 2^31 - 1. What a row gets depends on its place and the seed alone.
+    A row with fewer than n such numbers is padded with 2^31 - 1. A row's draw depends only on its index and
+    the seed.
 
     Examples
     --------
@@ -69,7 +70,7 @@ def random_picks(left: Tensor, n: int, *, seed: int) -> Tensor:
     bits = random_bits(*left.shape[1:], n, seed=seed, device=left.device)
     none = torch.iinfo(torch.int32).max
     picks = torch.zeros(*left.shape, 0, dtype=torch.int64, device=left.device)
-    for place in range(n):  # the x-th of the numbers that are still free
+    for place in range(n):  # x becomes the x-th number not yet taken
         x = bits[None, ..., place] % (left - place).clamp(min=1)
         for taken in picks.unbind(-1):
             x = x + (x >= taken)
@@ -90,7 +91,7 @@ def _draw_planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, dev
 
 @torch.library.custom_op("sparseflash::lsh_planes", mutates_args=())
 def _planes(dim: int, buckets: int, heads: int, rounds: int, seed: int, device: torch.device) -> Tensor:
-    """An op of its own because a generator cannot be traced; a compiled graph calls it."""
+    """Draw the planes; a custom op, because compilers cannot trace a generator."""
     planes: Tensor = _draw_planes(dim, buckets, heads, rounds, seed, device)
     return planes.clone()
 
@@ -109,7 +110,7 @@ def lsh_planes(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Random directions of angular hashing: normal columns scaled to unit length (SCFA, arXiv 2306.01160).
+    """Random directions for angular hashing: normal columns scaled to unit length (SCFA, arXiv 2306.01160).
 
     Parameters
     ----------
@@ -120,7 +121,7 @@ def lsh_planes(
     heads, rounds : int
         Independent draws along these axes.
     seed : int
-        Fixes the planes, on every device and whatever else was drawn before.
+        Determines the planes, on every device, independent of other random draws.
 
     Returns
     -------
@@ -148,9 +149,8 @@ def lsh_planes(
 def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     """Bucket of each vector: `argmax [xR, -xR]`, in 0 .. 2 * columns - 1 (Reformer, arXiv 2001.04451).
 
-    Does not depend on the length of a vector, so q and its normalised copy agree (up to rounding in the
-    copy). Projections are fp32 whatever the input or autocast; the first of equal values wins; no
-    gradient.
+    Does not depend on the norm of a vector, so q and its normalised copy agree (up to rounding in the copy).
+    Projections are fp32 whatever the input dtype or autocast; the first of equal values wins; no gradient.
 
     Parameters
     ----------
@@ -175,24 +175,24 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     B, H, T, _ = x.shape
     columns = planes.shape[-1]
     across = spread_heads(planes[None], H)[0].to(x.device, torch.float32).mT
-    narrow = torch.uint8 if columns < 256 else torch.int32  # bytes go through the reduction fastest
+    narrow = torch.uint8 if columns < 256 else torch.int32  # the reduction is fastest on bytes
     rank = torch.arange(columns, 0, -1, dtype=narrow, device=x.device)[:, None]
     step = max(1, CHUNK // max(B * H * columns, 1))
     parts = []
     with torch.no_grad(), precise(x):
         for at, to in pieces(T, step):
-            # columns before tokens: reductions then run along memory, several times faster than an argmax
+            # [columns, tokens]: reductions then run along contiguous memory, several times faster than argmax
             y = across @ x[:, :, at:to].float().mT
             top, bottom = y.amax(-2, keepdim=True), y.amin(-2, keepdim=True)
             upper = top >= -bottom
             found = ((y == torch.where(upper, top, bottom)) * rank).amax(-2).int()
-            first = columns - found.clamp(min=1)  # a NaN is equal to nothing
+            first = columns - found.clamp(min=1)  # NaN equals nothing, so found may be 0
             parts.append(torch.where(upper[:, :, 0], first, first + columns))
     return torch.cat(parts, -1) if parts else torch.zeros(B, H, 0, dtype=torch.int32, device=x.device)
 
 
 def sorted_order(bucket: Tensor) -> Tensor:
-    """Tokens sorted by bucket, in time order inside a bucket: int32, an order for `Plan`.
+    """Sort tokens by bucket, in time order inside a bucket: an int32 order for `Plan`.
 
     Examples
     --------
@@ -201,10 +201,10 @@ def sorted_order(bucket: Tensor) -> Tensor:
     >>> sorted_order(torch.tensor([[[1, 0, 1, 0]]])).tolist()
     [[[1, 3, 0, 2]]]
     """
-    if bucket.dtype == torch.int64:  # two of them in one number would wrap
+    if bucket.dtype == torch.int64:  # bucket << 31 could overflow int64
         return bucket.argsort(dim=-1, stable=True).int()
     token = torch.arange(bucket.shape[-1], device=bucket.device)
-    key = (bucket.long() << 31) | token  # two keys in one: wide enough for any T
+    key = (bucket.long() << 31) | token  # sort one key (bucket, token): any token fits 31 bits
     return (key.sort(-1).values & ((1 << 31) - 1)).int()
 
 
@@ -216,22 +216,22 @@ def grid_order(
     text: int | tuple[int, int] = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """An order of the tokens of an image or a video in which neighbours of the grid are neighbours of a list.
+    """Order the tokens of an image or a video so that neighbours in the grid are neighbours in the list.
 
     Parameters
     ----------
     grid : sequence of int
         Sizes, outermost axis first, such as (frames, rows, columns); tokens are in raster order.
     axes : sequence of int, optional
-        The axes in the order in which to go over them, outermost first: (1, 2, 0) has the frames of a place
-        side by side (PAROAttention, arXiv 2506.16054; Sparse VideoGen, 2502.01776).
+        The traversal order of the axes, outermost first: (1, 2, 0) makes the frames of one pixel adjacent
+        (PAROAttention, arXiv 2506.16054; Sparse VideoGen, 2502.01776).
     tile : sequence of int, optional
-        Sizes of a block, by the axes of the grid: its tokens come behind one another (sliding tile attention,
-        2502.04507). Blocks that the border cuts are filled up with empty lanes, so every block is as many
-        rows: that many are a unit.
+        Sizes of a block, one per grid axis: the tokens of a block become consecutive (sliding tile attention,
+        2502.04507). Blocks cut by the border are padded with empty lanes, so every block has the same number
+        of rows: use that number as the unit.
     text : int or (int, int)
-        Tokens behind the grid, or (before, behind) it: they stay there, with `tile` in whole blocks of their
-        own.
+        Number of text tokens after the grid, or (before, after) it: they stay there, padded to whole blocks
+        if `tile` is given.
 
     Returns
     -------
@@ -283,8 +283,8 @@ def coverage(
 ) -> float:
     """Fraction of the causal pairs with equal buckets that a plan attends (SCFA, arXiv 2306.01160).
 
-    Walks the tiles of the exact plan, so memory is that of a tile and work that of the pairs in question:
-    nothing of size Tq x Tk. Synchronises; not for a forward.
+    Walks the tiles of the exact bucket plan, so memory is that of a tile and work that of the pairs with
+    equal buckets, never Tq x Tk. Synchronises; do not call it in a forward.
 
     Parameters
     ----------
@@ -298,7 +298,7 @@ def coverage(
     Returns
     -------
     float
-        1.0 where every pair is attended (and where there is none).
+        1.0 if every such pair is attended (and if there is none).
 
     Examples
     --------
@@ -332,7 +332,7 @@ def coverage(
 
 
 def _rows_of(plan: Plan, batch: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Row of every query and key token, [B,H,T]; -1 for a token that has none."""
+    """Row of every query and key token in the plan's orders, [B,H,T]; -1 for a dropped token."""
     found = []
     for order, T in ((plan.q_order, plan.Tq), (plan.k_order, plan.Tk)):
         if order is None:

@@ -1,4 +1,4 @@
-"""Pages of keys by what is kept of each: their scores, and the best of them in one pass."""
+"""Score pages of keys by summary rows, and select the best pages in one pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Share = Literal["", "sum", "max"]
 
 
 class How(TypedDict, total=False):
-    """How pages are judged: `page_scores` says what each of these means."""
+    """Options of page scoring, as `page_scores` documents them."""
 
     near: int
     sinks: int
@@ -66,7 +66,7 @@ _top_pages = register("selection_top_pages", _best, _no_best)
 
 @functools.lru_cache(maxsize=256)
 def _rules(near: int, closed: tuple[tuple[int, int], ...], heads: int, device: torch.device) -> Tensor:
-    """[heads,2]: near pages, and whether others may be read."""
+    """Table [heads,2] of near pages, and whether a head may read other pages."""
     made = torch.tensor([[near, 1]] * heads, dtype=torch.int32)
     for head, own in closed:
         made[head] = torch.tensor([own, 0])
@@ -86,7 +86,7 @@ def _checked(
     closed: Sequence[tuple[int, int]] = (),
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Pages]:
-    """The arguments of the ops."""
+    """Validate the arguments and convert them to those of the ops."""
     good = all(isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point() for x in (q, rows))
     good = good and q.shape[0] == rows.shape[0] and q.shape[3] == rows.shape[3]
     if not good or not rows.shape[1] or q.shape[1] % rows.shape[1] or q.device != rows.device:
@@ -115,7 +115,7 @@ def _checked(
         )
     )
     options = Pages(parts, sinks, near, share, k, as_backend(backend))
-    # a compiler looks through the cache, and would say so
+    # Dynamo traces through lru_cache and warns, so call the function itself
     made = _rules.__wrapped__ if torch.compiler.is_compiling() else _rules
     rules = made(near, own, heads, q.device) if own else None
     return q.detach(), rows.detach(), last.expand(B, Tq), rules, options
@@ -127,37 +127,37 @@ def page_scores(
     last: Tensor,
     **how: Unpack[How],
 ) -> Tensor:
-    """What queries say of pages of keys, by rows that were kept of them: one product a row.
+    """Score pages of keys for each query by products with the pages' summary rows.
 
     Parameters
     ----------
     q : Tensor
-        `[B,Hq,Tq,w]`: what rows are multiplied with (`cache.Summary.query`).
+        `[B,Hq,Tq,w]`: vectors that the rows are multiplied with (`cache.Summary.query`).
     rows : Tensor
-        `[B,Hkv,n,w]`, `parts` of them a page (`cache.Growing.summary`); fp32, bf16, fp16, any strides.
+        `[B,Hkv,n,w]`: summary, `parts` rows a page (`cache.Growing.summary`); fp32, bf16, fp16, any strides.
     last : Tensor
         Integers `[B|1,Tq]`: the page that each query lies in, the last that it may read.
     near, sinks : int
-        Pages back from the query's own, itself the first, and first pages that are read in any case.
+        Pages that are always read: `near` pages back from the query's own (included), `sinks` first pages.
     parts : int
-        Rows of a page; the best of them speaks for it.
+        Rows of a page; a page's score is that of its best row.
     share : "", "sum" or "max"
-        "": each query head has scores of its own; else those of a group have one, the sum or the largest.
+        "": each query head has its own scores; otherwise the sum or maximum over the heads of a GQA group.
     closed : sequence of (int, int)
-        Heads that read first pages and so many near ones, and no others.
+        Pairs (head, n): the head reads only the sink pages and n near pages.
     backend : str, optional
         "reference", "cpu" or "triton"; None chooses the fastest usable one.
 
     Returns
     -------
     Tensor
-        fp32 (fp64) `[B,Hq|Hkv,Tq,ceil(n / parts)]`: infinity for what is read in any case, -infinity for what
-        is never read.
+        fp32 (fp64) `[B,Hq|Hkv,Tq,ceil(n / parts)]`: infinity for pages that are always read, -infinity for
+        pages that are never read.
 
     Raises
     ------
     SparseFlashError
-        Saying what was given, what was expected and how to mend it.
+        If an argument is invalid; the message says what was given, what is expected and how to fix it.
 
     Examples
     --------
@@ -177,19 +177,19 @@ def top_pages(
     k: int,
     **how: Unpack[How],
 ) -> Tensor:
-    """The k best pages of each query: `top_indices` of `page_scores`, which nobody has to hold.
+    """Select the k best pages of each query: `top_indices` of `page_scores`, without storing the scores.
 
     Parameters
     ----------
     k : int
-        Pages of a query, at most; those that are read in any case are among them while there is room.
+        Most pages of a query; pages that are always read come first and count towards k.
     q, rows, last, near, sinks, parts, share, closed, backend
-        As of `page_scores`.
+        As in `page_scores`.
 
     Returns
     -------
     Tensor, int32 [B,Hq|Hkv,Tq,min(k,pages)]
-        Ascending; -1 behind the last. Of equal scores the lower pages; NaN after every number.
+        Ascending, padded with -1. Of equal scores the lower page wins; NaN ranks last.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""`probe`: what the last queries look at, exactly, as an estimate of what the others do."""
+"""`probe`: exact attention of the last queries, as an estimate of that of all queries."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .grid import check_keep
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Sums of the attention weights P of some rows; what `probe` returns.
+    """Sums of the attention weights P of the probed rows, as `probe` returns them.
 
     Parameters
     ----------
     lse : Tensor
-        `[B,Hq,n]`: of each row, -inf for one that sees nothing.
+        `[B,Hq,n]`: log-sum-exp of each row, -inf for a row that sees nothing.
     rows : Tensor
-        Integers `[B|1, n]`: which queries they are, in their order; -1 where a sequence has fewer.
+        Integers `[B|1, n]`: the probed queries, ascending; -1 where a sequence has fewer.
     before : int
-        The place of distance 0 in `distances()`.
+        The index of distance 0 in `distances()`.
     """
 
     lse: Tensor
@@ -38,16 +38,16 @@ class Probe:
     _distances: Tensor
 
     def keys(self) -> Tensor:
-        """What each key is given by all rows together, fp32 `[B,Hq,Tk]`."""
+        """Weights of each key, summed over the rows, fp32 `[B,Hq,Tk]`."""
         return self._keys
 
     def distances(self) -> Tensor:
-        """What each distance between query and key is given by all rows together, fp32 `[B,Hq,N]`.
+        """Weights at each distance between query and key, summed over the rows, fp32 `[B,Hq,N]`.
 
-        Place i is `position of the query - position of the key = i - before`. Under causality `before` is 0,
-        and N is Tk, or one more than the last query's position where that is known and larger; without, keys
-        lie ahead by up to `before`, which is Tk - 1 (and more for a negative `q_offset`), and N is so much
-        larger. What is beyond (where a `q_offset` in a tensor places queries far from the keys) is left out.
+        Index i is `position of the query - position of the key = i - before`. If causal, `before` is 0, and N
+        is Tk, or one more than the last query's position if that is known and larger. Otherwise keys can be
+        ahead by up to `before`, which is Tk - 1 (and more for a negative `q_offset`), and N is larger by
+        `before`. Distances outside (a tensor `q_offset` far from the keys) are left out.
         """
         return self._distances
 
@@ -88,22 +88,22 @@ def probe(
     k_keep: Tensor | None = None,
     backend: str | None = None,
 ) -> Probe:
-    """The softmax of the last `rows` queries over all keys they see, summed by key and by distance.
+    """Compute the softmax of the last `rows` queries, summed by key and by distance.
 
-    Keys that all rows look at are the vertical lines, distances the slashes of MInference (arXiv 2407.02490,
-    algorithm 2) and FlexPrefill (2502.20766). Weights are streamed: memory is that of the results (and of K
-    once more on the CPU), whatever the number of rows. No gradient.
+    Keys with large sums are the vertical lines, distances with large sums the slashes of MInference (arXiv
+    2407.02490, algorithm 2) and FlexPrefill (2502.20766). Weights are streamed: memory is that of the results
+    (and, on the CPU, of a copy of K), whatever the number of rows. No gradient.
 
     Parameters
     ----------
     q, k : Tensor
         `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`; heads of K are shared, not repeated.
     rows : int
-        Queries at the end of a sequence, at least 1: all where there are fewer.
+        Queries at the end of a sequence, at least 1; all queries if there are fewer.
     scale, softcap
         As in `sparseflash.attention`.
     causal : bool
-        Whether a query, at position `q_offset + i`, sees no key behind its own position.
+        Whether keys after a query's position, `q_offset + i`, are hidden from it.
     q_offset : int or Tensor
         Position of the first query; integers, 0-d or `[B]`.
     q_keep, k_keep : Tensor, optional

@@ -1,4 +1,4 @@
-"""`pooled`: what a block of tokens looks like as one vector."""
+"""`pooled`: reduce each block of tokens to one vector."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Pooling = Literal["mean", "max", "min", "absmax"]
 
 
 def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None = None) -> Tensor:
-    """Each block of `size` tokens as one vector: their mean, largest, smallest, or largest absolute numbers.
+    """Reduce each block of `size` tokens to one vector: their mean, maximum, minimum or absolute maximum.
 
-    A last block that is shorter counts its own tokens, and padding counts in none (it may hold anything).
-    Means of keys and queries are the block scores of MInference (arXiv 2407.02490) and FlexPrefill
-    (2502.20766); largest, smallest and mean side by side are the keys of SeerAttention's gate (2410.13276).
+    A shorter last block reduces its own tokens, and padding is ignored (it may hold anything). Means of keys
+    and queries give the block scores of MInference (arXiv 2407.02490) and FlexPrefill (2502.20766); maximum,
+    minimum and mean concatenated are the keys of SeerAttention's gate (2410.13276).
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
     size : int
         Tokens of a block.
     how : "mean", "max", "min" or "absmax"
-        Lane by lane.
+        Reduction over tokens, separately for each channel.
     keep : Tensor, optional
         bool `[B|1, T]`, True = a real token.
 
@@ -55,7 +55,7 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
     check_keep("keep", keep, T, B)
     x = x.detach()
     if keep is None and not known(T):
-        keep = torch.ones(1, T, dtype=torch.bool, device=x.device)  # the one way that is right for every T
+        keep = torch.ones(1, T, dtype=torch.bool, device=x.device)  # the path valid for every T
     elif known(T):
         size = min(size, max(T, 1))
     n = -(-T // size)
@@ -76,7 +76,7 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
 
 
 def _split(x: Tensor, size: int) -> Tensor:
-    """[B,H,n * size,D] as [B,H,n,size,D]."""
+    """View [B,H,n * size,D] as [B,H,n,size,D]."""
     B, H, T, D = x.shape
     return x.view(B, H, T // size, size, D)
 
