@@ -1,8 +1,8 @@
-"""The board: every method on the same model, texts and tasks, at the same budgets, beside two controls.
+"""The board: every method on the same model, texts and tasks, at equal budgets, beside two controls.
 
-What a prompt's method loses (phase `prompt`), what a cache's method loses after a dense one (`decode`), and
-which questions about a long document are still answered (`task`). A row is of one text or document; `lines`
-puts those of one method and budget together.
+It measures what a prefill method loses (phase `prompt`), what a cache method loses after a dense prefill
+(`decode`), and which questions about a long document are still answered (`task`). A row is about one text or
+document; `lines` averages the rows of a method and budget.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from sparseflash.errors import SparseFlashError
 from sparseflash.methods.base import Method
 
 BUDGETS = (2, 4, 8, 16)
-"""A budget n lets a method keep about one in n of the pairs, or of the keys."""
+"""At budget n, a method keeps about one in n of the pairs, or of the keys."""
 CONTROLS = {"prompt": ("sink-window", "random"), "decode": ("streaming-llm", "random")}
-"""Beside every budget of a phase: the first and last keys, and the first ones with others drawn at random."""
+"""Controls at every budget of a phase: first and last keys only, and first plus random keys."""
 NEW = 48
-"""Tokens behind a prompt whose probabilities are compared."""
+"""Number of tokens after a prompt whose probabilities are compared."""
 
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Keep keys drawn at random, once for each position and KV head: a control."""
+    """Control policy: keeps random keys, drawn once per position and KV head."""
 
     def score(self, held: Held) -> Tensor:
-        """Of each position its own number."""
+        """A fixed random number for each position."""
         B, H, _ = held.position.shape
         draw = torch.rand(B, H, held.tokens, generator=torch.Generator().manual_seed(0))
         return draw.gather(2, held.position.clamp(min=0))
 
 
 def window(tokens: int, budget: int) -> int:
-    """The window that keeps one in `budget` of the causal pairs of so many tokens."""
+    """Window size that keeps one in `budget` of the causal pairs of `tokens` tokens."""
     return max(16, round(tokens * (1 - math.sqrt(1 - 1 / budget))))
 
 
 def prompts_of(tokens: int, budget: int) -> dict[str, Method]:
-    """Methods of prompts by name, each at a budget; what chooses by mass has a threshold for each of them."""
+    """Prefill methods by name at a budget; methods that select by mass have one threshold per budget."""
     w = window(tokens, budget)
     block = 64 if w >= 512 else 32 if w >= 128 else 16
     blocks = max(3, round(w / block))
@@ -98,7 +98,7 @@ def prompts_of(tokens: int, budget: int) -> dict[str, Method]:
 
 
 def caches_of(tokens: int, budget: int) -> dict[str, Any]:
-    """Methods and policies of caches by name, each with so many of the prompt's keys."""
+    """Cache methods and policies by name, each keeping `tokens / budget` of the prompt's keys."""
     n = max(16, tokens // budget)
     return {
         "streaming-llm": cache.StreamingLLM(budget=n),
@@ -120,28 +120,28 @@ def caches_of(tokens: int, budget: int) -> dict[str, Any]:
 
 @dataclass
 class Board:
-    """What is measured: one model, its texts, and what of the board.
+    """A board to measure: one model, its texts, and the methods, budgets and tasks.
 
     Parameters
     ----------
     name : str
-        Of the model, in the rows.
+        Name of the model in the rows.
     model, tokenizer
-        Of Transformers.
+        Model and tokenizer of Transformers.
     texts : mapping
         Texts by name.
     tokens : sequence of int
         Lengths of prompts.
     budgets : sequence of int
-        Of `BUDGETS`.
+        Budgets, from `BUDGETS`.
     wanted : sequence of str
-        Methods; none: all. Controls are always there.
+        Methods; empty: all. Controls are always included.
     asked : sequence of str
-        Kinds of tasks, of `tasks.KINDS`, at one budget.
+        Kinds of tasks, from `tasks.KINDS`, measured at one budget.
     at : int
-        That budget.
+        Budget of the tasks.
     minutes : float
-        Time box: nothing is begun behind it. 0: none.
+        Time box: no measurement starts after it. 0: none.
     """
 
     name: str
@@ -169,7 +169,7 @@ class Board:
         known: Iterable[Mapping[str, Any]] = (),
         on_run: Callable[[str], None] = lambda text: None,
     ) -> Iterator[Row]:
-        """Yield rows that `known` has not: prompts, then caches, then tasks, the first length first."""
+        """Yield rows that are not in `known`: prompts, then caches, then tasks, each by length."""
         there = {key(row) for row in known}
         ends = time.monotonic() + 60 * self.minutes if self.minutes else math.inf
         parts = (self._prompts, self._caches, self._tasks)
@@ -185,7 +185,7 @@ class Board:
     def _texts(
         self, phase: str, tokens: int, there: set[Any], ends: float
     ) -> Iterator[tuple[str, Prompt, dict[tuple[str, int], Any]]]:
-        """Each text with cases of a phase that have no row, budget by budget: a short run has all methods."""
+        """Each text with its unmeasured cases of a phase, by budget, so that a short run has all methods."""
         for text, words in self.texts.items():
             at = {"phase": phase, "model": self.name, "tokens": tokens, "text": text}
             left = {
@@ -267,16 +267,16 @@ class Board:
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a row is of, whether it was just measured or read from a file."""
+    """Identity of a row, equal for a measured row and one read from a file."""
     return tuple(str(row[x]) for x in ("phase", "model", "tokens", "text", "case", "budget"))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method at a budget: means over the texts.
+    """A method at a budget, averaged over the texts.
 
-    `beats`: whether its KL is below both controls' at as many pairs or keys; None where a control lacks, and
-    of what leaves out nothing.
+    `beats`: whether its KL is below both controls' at an equal share of pairs or keys; None if a control is
+    missing, or the method keeps everything.
     """
 
     phase: str
@@ -294,7 +294,7 @@ FIGURES = ("kept", "recall", "recall_worst", "loss", "kl", "attention_gain", "by
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Rows of one method and budget together, with what the controls say of them."""
+    """Average the rows of each method and budget, and compare with the controls."""
     groups: dict[tuple[str, str, int, str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["phase"] != "task":
@@ -332,12 +332,12 @@ def _mean(x: Sequence[float]) -> float:
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float | None:
-    """Read the KL of a control at as many pairs: between its budgets in logarithms."""
+    """Interpolate a control's KL at the share `at`, log-linearly between its budgets."""
     points = sorted(points)
     if not points:
         return None
     if at >= points[-1][0]:
-        # more pairs than the control's largest budget: towards nothing lost at all pairs
+        # beyond the control's largest budget: interpolate towards KL 0 at all pairs
         points = [*points, (1.0, 0.0)]
     if at <= points[0][0]:
         return points[0][1]
@@ -351,7 +351,7 @@ def _between(points: Sequence[tuple[float, float]], at: float) -> float | None:
 
 
 def agreement(rows: Sequence[Mapping[str, Any]], phase: str, model: str, tokens: int) -> float | None:
-    """Spearman's correlation of the order by KL on the first two texts; None where there are not two."""
+    """Spearman correlation of the methods' KL order on the first two texts; None if there are fewer."""
     found: dict[str, dict[tuple[str, str], float]] = {}
     for row in rows:
         if (row["phase"], row["model"], int(row["tokens"])) == (phase, model, tokens) and row[
@@ -369,10 +369,10 @@ def agreement(rows: Sequence[Mapping[str, Any]], phase: str, model: str, tokens:
 
 
 CLEARLY = 0.15
-"""By how much dense attention must answer more of a kind of question than random selection does."""
+"""Margin by which dense attention must outscore random selection for a kind of question to count."""
 
 
 def tells(right: Mapping[tuple[str, str], float], kind: str) -> bool:
-    """Whether a kind of question tells methods apart: dense answers clearly more than random keys."""
+    """Whether a kind of question separates methods: dense attention scores clearly above random keys."""
     dense, random = right.get(("dense", kind)), right.get(("random", kind))
     return dense is not None and random is not None and dense >= random + CLEARLY

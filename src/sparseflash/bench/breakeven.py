@@ -1,7 +1,7 @@
-"""Where sparse beats dense: density x length x head dimension on this machine, making the plan included.
+"""Break-even surface: density x length x head dimension on this machine, building the plan included.
 
-The same points fit the costs that `sparseflash.predict` goes by; every fifth one is left out of the
-fit and says how far a prediction can be trusted.
+The same points fit the costs that `sparseflash.predict` uses; every fifth point is held out of the fit and
+shows the error of a prediction.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sparseflash.train.attention import dense
 
 Make = Callable[[], Plan]
 EVERY = 5
-"""One point of so many is left out of the fit: with four densities, in turn each of them."""
+"""Every EVERY-th point is held out of the fit; with four densities, each density is held out in turn."""
 SHARE = 0.2
-"""A time is this percentile of its rounds: what the machine does when others let it."""
+"""A time is this percentile of its rounds: the machine with little interference."""
 
 
 def window(length: int, heads: int, share: float) -> Make:
-    """Causal windows: one span a tile."""
+    """Causal windows: one span per tile."""
     size = max(1, round(length * (1 - math.sqrt(1 - share))))
     return lambda: Plan.dense(length, length, causal=True, window=(size - 1, 0))
 
@@ -41,7 +41,7 @@ def buckets(length: int, heads: int, share: float) -> Make:
 
 
 def blocks(length: int, heads: int, share: float) -> Make:
-    """Random blocks of 128 x 128, from a mask of blocks."""
+    """Random 128 x 128 blocks, from a block mask."""
     return lambda: Blocks(128, 128, share)(length, heads)
 
 
@@ -70,12 +70,12 @@ def measure(
     minutes: float = 6.0,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Measure the surface. ``gain`` counts making the plan, ``gain_kernel`` does not.
+    """Measure the surface. ``gain`` includes building the plan, ``gain_kernel`` does not.
 
     Yields
     ------
     dict
-        One row a point and direction; the last column of use is ``features``, which `fitted` reads.
+        One row per point and direction; ``features`` is the input of `fitted`.
     """
     box = Box(minutes * 60)
     groups = [(T, D, dtype) for T in lengths for D in dims for dtype in dtypes]
@@ -126,7 +126,7 @@ def measure(
 
 
 def fitted(rows: Sequence[Row]) -> Costs:
-    """Costs of this machine, from the rows that are not held out."""
+    """Fit the costs of this machine to the rows that are not held out."""
     ours, base = {}, {}
     used = [row for row in rows if not row["held_out"]]
     for key in dict.fromkeys(f"{row['direction']} {row['dtype']}" for row in used):
@@ -139,7 +139,7 @@ def fitted(rows: Sequence[Row]) -> Costs:
 
 
 def predicted(rows: Sequence[Row], costs: Costs) -> Iterator[Row]:
-    """The rows with the gain that `predict` expects, and by how much it is off."""
+    """Add to each row the gain that `predict` expects, and its relative error."""
     for row in rows:
         plan = KINDS[row["kind"]](row["T"], row["heads"], row["share"])()
         expected = predict(plan, *_shapes(row), direction=row["direction"], costs=costs)
@@ -147,7 +147,7 @@ def predicted(rows: Sequence[Row], costs: Costs) -> Iterator[Row]:
 
 
 def edges(rows: Sequence[Row]) -> list[Row]:
-    """Density up to which each kind beats dense attention, making the plan included."""
+    """Density up to which each kind beats dense attention, building the plan included."""
     found: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[x] for x in ("kind", "T", "dim", "dtype", "direction"))

@@ -1,8 +1,7 @@
-"""Queries, keys and values of a real model, as benchmark input: noise has no structure to find.
+"""Capture queries, keys and values of a real model as benchmark input: noise has no structure to find.
 
-Whatever calls ``torch.nn.functional.scaled_dot_product_attention`` is heard, without touching the model.
-Models of Transformers are heard where their attention is called, those of ``sparseflash train`` under any
-attention.
+Calls of ``torch.nn.functional.scaled_dot_product_attention`` are intercepted without changing the model.
+Transformers models are captured at their attention call, models of ``sparseflash train`` with any attention.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from sparseflash.train.sample import load_model
 
 NAMES = ("q", "k", "v")
 MOST_MB = 24.0
-"""What a capture in a repository may weigh."""
+"""Size limit of a capture file that goes into a repository."""
 CAPTURES = Path(__file__).resolve().parents[3] / "benchmarks" / "captures"
-"""Captures that a checkout has; an install has none."""
+"""Folder of captures in a checkout; not part of an install."""
 
 
 class Capture(TorchFunctionMode):
-    """Keep q, k and v of each call of torch's attention inside the block, in order.
+    """Record q, k and v of each SDPA call inside the block, in order.
 
     Examples
     --------
@@ -53,7 +52,7 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Pass every call on, after a look at attention."""
+        """Forward every call, after recording those of attention."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value"), args)) | kwargs
@@ -61,25 +60,25 @@ class Capture(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def keep(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take a copy of one call."""
+        """Record a copy of one call's tensors."""
         self.calls.append((q.detach().clone(), k.detach().clone(), v.detach().clone()))
 
 
 @torch.no_grad()
 def capture(run: Callable[[], Any], layers: Sequence[int] = ()) -> dict[str, Tensor]:
-    """What the attention layers see while `run` runs a model once: ``layer.0.q`` and so on, [B, H, T, D].
+    """Record q, k and v of the attention layers during one `run`: ``layer.0.q`` and so on, [B, H, T, D].
 
     Parameters
     ----------
     run : callable
         One forward pass, such as ``lambda: model(tokens)``.
     layers : sequence of int
-        Which calls to keep; by default all.
+        Indices of the calls to keep; by default all.
 
     Raises
     ------
     SparseFlashError
-        If nothing called torch's attention, or not as often as `layers` wants.
+        If `run` makes no SDPA call, or fewer than `layers` needs.
     """
     with Capture() as heard:
         run()
@@ -92,7 +91,7 @@ def capture(run: Callable[[], Any], layers: Sequence[int] = ()) -> dict[str, Ten
 
 @torch.no_grad()
 def of_run(directory: Path, text: Tensor, layers: Sequence[int] = ()) -> dict[str, Tensor]:
-    """What the layers of a run of ``sparseflash train`` see in bytes [B, T]; see `capture`."""
+    """Capture the layers of a ``sparseflash train`` run on bytes [B, T]; see `capture`."""
     model, _ = load_model(directory)
     heard = Capture()
     for block in model.blocks:
@@ -105,9 +104,9 @@ def of_run(directory: Path, text: Tensor, layers: Sequence[int] = ()) -> dict[st
 def of_model(
     name: str | Path, text: str, length: int, layers: Sequence[int] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What the attention of a causal language model gets for the first tokens of a text, and what it is of.
+    """Capture the attention inputs of a causal language model on the first tokens of a text, with metadata.
 
-    Queries and keys are those after the rotary embedding, keys and values one for each of their heads.
+    Queries and keys are captured after the rotary embedding, keys and values once per KV head.
 
     Parameters
     ----------
@@ -115,20 +114,20 @@ def of_model(
         ``smollm2``, ``gemma3``, a folder, or a name of Transformers: see `sparseflash.transformers.load`.
     text : str
     length : int
-        Tokens of it.
+        Number of tokens to take from the text.
     layers : sequence of int
-        Which layers to keep; by default all.
+        Indices of the layers to keep; by default all.
 
     Returns
     -------
     tuple
-        The tensors, named as by `capture`, and what `save` writes beside them: model, licence, tokens,
-        versions, and the scale and the window of each layer.
+        The tensors, named as by `capture`, and metadata for `save`: model, licence, tokens, versions, and
+        scale and window of each layer.
 
     Raises
     ------
     SparseFlashError
-        If the text is too short, or the model has no such layer.
+        If the text is too short, or a layer does not exist.
     """
     import transformers
 
@@ -163,7 +162,7 @@ def of_model(
 
 
 class _Listener:
-    """Stands in for the setting of a layer: keeps what it gets, and attends."""
+    """Replaces the setting of a layer: records its inputs, and attends."""
 
     def __init__(self, layer: Any, tensors: dict[str, Tensor], about: dict[str, dict[str, Any]]) -> None:
         self.layer, self.tensors, self.about = layer, tensors, about
@@ -186,7 +185,7 @@ class _Listener:
 
 @dataclass(frozen=True)
 class _Heard:
-    """An attention whose calls are kept."""
+    """An attention callable whose calls are recorded."""
 
     heard: Capture
     attention: Attention
@@ -211,12 +210,12 @@ def _known(layers: Sequence[int], there: Sequence[int]) -> None:
 def save(
     tensors: Mapping[str, Tensor], path: str | Path, about: Mapping[str, str], *, most: float = MOST_MB
 ) -> float:
-    """Write a capture as fp16 safetensors, with what it is of; returns its megabytes.
+    """Write a capture with its metadata as fp16 safetensors; returns the size in MB.
 
     Raises
     ------
     SparseFlashError
-        If it would be larger than `most` megabytes, or has values that fp16 has not.
+        If it is larger than `most` megabytes, or a value overflows fp16.
     """
     half = {name: x.to(torch.float16).contiguous().cpu() for name, x in tensors.items()}
     size = sum(x.numel() * 2 for x in half.values()) / 1e6
@@ -237,7 +236,7 @@ def save(
 
 @dataclass(frozen=True)
 class Layer:
-    """What one attention layer gets: q [1,Hq,T,D], k and v [1,Hkv,T,D], its scale, and its window."""
+    """Inputs of one attention layer: q [1,Hq,T,D], k and v [1,Hkv,T,D], logit scale, and window."""
 
     q: Tensor
     k: Tensor
@@ -246,7 +245,7 @@ class Layer:
     window: int | None = None
 
     def usual(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v whose logits are of the usual scale, 1 / sqrt(D): q makes up for another one."""
+        """q, k and v for the default scale 1 / sqrt(D): q is multiplied to compensate for another scale."""
         usual = self.q.shape[-1] ** -0.5
         return self.q if self.scale == usual else self.q * (self.scale / usual), self.k, self.v
 
@@ -262,12 +261,12 @@ class Captured:
     def layer(
         self, number: int | None = None, *, tokens: int | None = None, dtype: torch.dtype = torch.float32
     ) -> Layer:
-        """One layer, of all tokens or the first ones; the layer in the middle where none is named.
+        """Load one layer, by default the middle one, with all tokens or the first `tokens`.
 
         Raises
         ------
         SparseFlashError
-            If there is no such layer, or there are fewer tokens, or the file is damaged.
+            If the layer does not exist, there are fewer tokens, or the file is damaged.
         """
         chosen = self.layers[len(self.layers) // 2] if number is None else number
         if chosen not in self.layers:
@@ -291,12 +290,12 @@ class Captured:
 
 
 def load(name: str | Path) -> Captured:
-    """A capture by its file, or by its name in the `benchmarks/captures` of a checkout.
+    """Open a capture by path, or by name from `benchmarks/captures` of a checkout.
 
     Raises
     ------
     SparseFlashError
-        If there is no such file, or it is no capture.
+        If the file does not exist, or is no capture.
 
     Examples
     --------
@@ -332,7 +331,7 @@ def load(name: str | Path) -> Captured:
 
 @contextmanager
 def _no_capture(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file is one error."""
+    """Convert any error about the file to one `SparseFlashError`."""
     try:
         yield
     except SparseFlashError:
@@ -344,10 +343,10 @@ def _no_capture(path: Path) -> Iterator[None]:
 def inputs(
     path: str | Path, *, layer: int | None = None, dtype: torch.dtype
 ) -> Callable[[int], list[Tensor]]:
-    """A function of the length that returns q, k, v and dout of a captured layer's first tokens.
+    """Make a function of the length that returns q, k, v and dout of a captured layer's first tokens.
 
-    q, k and v want gradients; dout is normal. The layer in the middle is taken where none is named. Logits
-    are of the usual scale, as of `Layer.usual`.
+    q, k and v require gradients; dout is normal. The default layer is the middle one. Logits have the default
+    scale, as by `Layer.usual`.
     """
     captured = load(path)
     kept = [x.to(dtype) for x in captured.layer(layer).usual()]

@@ -1,4 +1,4 @@
-"""What is measured: attentions with a label, random plans, inputs, and the calls that are timed."""
+"""Benchmark cases: labelled attentions, random plans, inputs, and the calls to time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
     family : str
         Cases of a family share a colour.
     longest : int or None
-        Not measured beyond this length.
+        Longest length to measure, if any.
     """
 
     label: str
@@ -68,7 +68,7 @@ def curves() -> list[Case]:
 
 @dataclass(frozen=True)
 class Naive:
-    """Hash-sparse attention the plain way: what `method` sees as a boolean T x T mask for torch SDPA."""
+    """Hash-sparse attention as a boolean T x T mask for torch SDPA."""
 
     method: HashSparse
 
@@ -77,18 +77,18 @@ class Naive:
         with torch.no_grad():
             q_bucket, k_bucket = self.method.ids(q, k)
             keep = (q_bucket[..., :, None] == k_bucket[..., None, :]).tril_()
-            empty = ~keep.any(-1, keepdim=True)  # a row without any visible key would be NaN
+            empty = ~keep.any(-1, keepdim=True)  # a row without visible keys would be NaN
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep | empty)
         return out.masked_fill(empty, 0.0)
 
     def select(self, q: Tensor, k: Tensor) -> Selection:
-        """Select what the mask shows, as a plan."""
+        """Select the pairs of the mask, as a plan."""
         return self.method.select(q, k)
 
 
 @dataclass(frozen=True)
 class Compacted:
-    """QK-sparse attention the plain way: kept rows gathered, and a mask of their positions for torch SDPA."""
+    """QK-sparse attention as gathered rows, with a mask of their positions, for torch SDPA."""
 
     method: QKSparse
 
@@ -100,7 +100,7 @@ class Compacted:
                 keep.sort(dim=-1, descending=True, stable=True).indices[..., : int(keep.sum(-1).max())]
                 for keep in (q_keep, k_keep)
             )
-            q_kept, k_kept = q_keep.gather(-1, q_rows), k_keep.gather(-1, k_rows)  # heads keep unlike counts
+            q_kept, k_kept = q_keep.gather(-1, q_rows), k_keep.gather(-1, k_rows)  # counts vary by head
             seen = (k_rows[..., None, :] <= q_rows[..., :, None]) & k_kept[..., None, :]
             empty = ~(seen.any(-1, keepdim=True) & q_kept[..., None])
         near = [
@@ -117,14 +117,14 @@ class Compacted:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A share of the blocks each tile can see, those on its diagonal among them, different in every head."""
+    """Random share of each tile's causal blocks, always with those on its diagonal, independent per head."""
 
     tile: int
     unit: int
     share: float
 
     def __call__(self, length: int, heads: int) -> Plan:
-        """Draw the blocks: a tile keeps its diagonal and the rest of its share at random."""
+        """Draw the blocks: each tile keeps its diagonal, and random other blocks up to its share."""
         R, C = -(-length // self.tile), -(-length // self.unit)
         draw = torch.rand(1, heads, R, C, generator=torch.Generator().manual_seed(0))
         first, after = (torch.arange(R)[:, None] + n for n in (0, 1))
@@ -159,12 +159,12 @@ def inputs(
 def forward_backward(
     attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
 ) -> Callable[[], Any]:
-    """A call that runs `attention` forward and backward."""
+    """Make a call that runs `attention` forward and backward."""
     return lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), dout)
 
 
 def forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
-    """A call that runs `attention` forward only, on tensors that want no gradients."""
+    """Make a call that runs `attention` forward only, on tensors without gradients."""
     tensors = [x.detach() for x in (q, k, v)]
 
     def run() -> Any:
@@ -175,7 +175,7 @@ def forward(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
 
 
 def backward(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Any]:
-    """A call that runs the backward of `attention`, whose forward has run once."""
+    """Make a call that runs the backward of `attention`; the forward runs once, here."""
     out = attention(q, k, v)
     return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
 
@@ -185,4 +185,4 @@ DIRECTIONS: dict[str, Callable[..., Callable[[], Any]]] = {
     "backward": backward,
     "both": forward_backward,
 }
-"""Direction to a function of (attention, q, k, v, dout) that returns the call to time."""
+"""Function by direction, (attention, q, k, v, dout) to the call to time."""

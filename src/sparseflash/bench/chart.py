@@ -1,6 +1,6 @@
-"""Line charts and mask drawings as plain SVG strings.
+"""Line charts, bar charts and mask drawings as plain SVG strings.
 
-Colours are CSS variables, so that a page decides about light and dark; text and lines scale with the page.
+Colours are CSS variables, so that a page chooses light or dark; text and lines scale with the page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 66, 190, 14, 48
 LETTER = 9
-"""What a letter of a label may take: lines are named at their ends, whatever the fonts of the reader."""
+"""Width reserved per letter of a line's end label, enough for any of the reader's fonts."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def lines(
         at = y_axis(y)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{edge}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y_format(y)}</text>')
-    named = sorted(set(xs))  # measured values, where there is room to name each
+    named = sorted(set(xs))  # label measured values, if there is space
     few = log and len(named) <= 8
     for x in named if few else _ticks_log(x_axis) if log else _ticks(x_axis):
         at = x_axis(x)
@@ -88,7 +88,7 @@ def bars(
     mark: float | None = None,
     x_format: Callable[[float], str] = "{:.3g}".format,
 ) -> str:
-    """Draw horizontal bars with their values behind them; `mark` is a line across all."""
+    """Draw horizontal bars with their values; `mark` draws a line across all bars."""
     if not values:
         return "<p>Nothing was measured.</p>"
     step, tail = 22, 60
@@ -114,7 +114,7 @@ def bars(
 
 
 def alone(svg: str) -> str:
-    """A chart as a file of its own, with the colours that a page would give it."""
+    """Make a chart a standalone file, with the colours that a page would define."""
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
         ">", f"><style>{_STYLE}</style>", 1
     )

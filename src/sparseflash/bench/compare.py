@@ -1,4 +1,4 @@
-"""Two result files, row by row: what became slower."""
+"""Compare two result files row by row: which figures became slower."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sparseflash.bench import results
 from sparseflash.errors import SparseFlashError
 
 KEY = ("bench", "what", "mix", "level", "case", "direction", "T", "batch", "heads", "dim", "dtype", "device")
-"""Columns that name a row."""
+"""Columns that identify a row."""
 RATIOS = ("ratio", "speedup", "over sdpa", "over_sdpa")
-"""What is compared where both have it: a ratio of one run, in which the machine's moods cancel."""
+"""Ratio columns, compared if both rows have one: a ratio inside one run cancels machine noise."""
 LIMIT = 0.05
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure of one row in both files; `slower` is the factor by which the second is."""
+    """One figure in both files; `slower` is the slowdown factor of the second."""
 
     row: str
     column: str
@@ -28,17 +28,17 @@ class Change:
 
     @property
     def regression(self) -> bool:
-        """Whether it is slower by more than 5 %."""
+        """Whether it is more than 5 % slower."""
         return self.slower > 1 + LIMIT
 
 
 def compare(before: Iterable[Mapping[str, str]], after: Iterable[Mapping[str, str]]) -> list[Change]:
-    """Match rows by what they measured; worst first.
+    """Match rows by what they measured; the largest slowdown first.
 
     Raises
     ------
     SparseFlashError
-        If no row is in both.
+        If the files have no row in common.
     """
     old = {_key(row): row for row in before}
     changes = []
@@ -53,7 +53,7 @@ def compare(before: Iterable[Mapping[str, str]], after: Iterable[Mapping[str, st
                     f"row {', '.join(filter(None, _key(row)))}: {column}: {error}"
                 ) from None
             if not (was > 0 and now > 0):
-                continue  # no ratio of it
+                continue  # a ratio needs positive figures
             slower = now / was if column == "ms" else was / now
             changes.append(Change(", ".join(filter(None, _key(row))), column, was, now, slower))
     if not changes:
@@ -62,12 +62,12 @@ def compare(before: Iterable[Mapping[str, str]], after: Iterable[Mapping[str, st
 
 
 def files(before: Path, after: Path) -> list[Change]:
-    """Compare two result files, or those of the same name in two directories.
+    """Compare two result files, or files of equal name in two directories.
 
     Raises
     ------
     SparseFlashError
-        If one of them is not there, or no row is in both.
+        If a file does not exist, or no row is in common.
     """
     pairs = [(before, after)]
     if before.is_dir() and after.is_dir():

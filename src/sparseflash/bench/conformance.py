@@ -1,4 +1,4 @@
-"""Is it right at all? A subject that is wrong, sees the future or returns what it kept gets no figure."""
+"""Conformance: a subject that is wrong, sees the future or returns a cached result gets no figures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sparseflash.ops.attention import attention
 
 LENGTH, HEADS = 129, 2
 CHANGED = 70
-"""Tokens from here on are changed, and no output before may notice."""
+"""Tokens from this index on are changed; earlier outputs must not move."""
 
 
 def check(subject: Subject, *, dim: int = 64, dtype: str = "fp32", device: str = "cpu") -> str:
-    """Say what is wrong with a subject; empty where nothing is.
+    """Describe what is wrong with a subject; "" if nothing is.
 
-    On two different inputs in turn, output and gradients are compared with the reference in float64 over the
-    same selection: twice the error of the reference in the subject's own precision is allowed (three times
-    for gradients), plus a few roundings of the largest element. Then later tokens change, and earlier outputs
-    may not. A subject that keeps an old result fails at the second input.
+    On two different inputs, output and gradients are compared with the float64 reference over the same
+    selection. Allowed is twice the error of the reference in the subject's own precision (three times for
+    gradients), plus a few roundings of the largest element. Then later tokens change, and earlier outputs
+    must not. A subject that returns a cached result fails on the second input.
     """
     for seed in (0, 1):
         q, k, v, dout = (
@@ -70,7 +70,7 @@ def _reference(
 
 @torch.no_grad()
 def _future(subject: Subject, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Change later values, and later queries and keys where the selection is to be causal too."""
+    """Change later values, and also later queries and keys if the selection should be causal."""
     before = subject(q, k, v)[:, :, :CHANGED]
     later = [v]
     if subject.method is None or subject.method.causal_selection:

@@ -1,8 +1,8 @@
-"""Runtime curves, forward and backward, over the sequence length: the paper's figures on this machine.
+"""Runtime curves of forward and backward over the sequence length: the paper's figures on this machine.
 
-Selection, sorting, gathering and their backward are inside every timing. Beside the time stand the density
-(visible pairs over those of causal attention) and the recall (share of dense attention's mass on the visible
-pairs): time alone says nothing about a sparse method.
+Timings include selection, sorting, gathering and their backward. Density (visible pairs over causal pairs)
+and recall (share of dense attention's mass on visible pairs) are reported with them: time alone says nothing
+about a sparse method.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def measure(
     dtype: str = "fp32",
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Time every case at every length, shortest first, and leave out what does not fit in the box.
+    """Time every case at every length, shortest first; skip what does not fit into the time box.
 
     Parameters
     ----------
@@ -41,9 +41,9 @@ def measure(
     lengths : sequence of int
         Ascending sequence lengths.
     minutes : float
-        Time box. A case whose next length is predicted not to fit is skipped, and its row says so.
+        Time box. A case whose next length is predicted not to fit is skipped, with a note in its row.
     rounds : int
-        Measured rounds per length, after one that warms up.
+        Measured rounds per length, after one warm-up round.
 
     Yields
     ------
@@ -64,7 +64,7 @@ def measure(
         q, k, v, dout = inputs(length, **shape)
         runs, notes = {}, {}
         expected = {case.label: predict(history[case.label], length) for case in cases}
-        # The baseline first, without which there is no speed-up; then as many as fit, cheap ones first.
+        # The baseline first, as speed-ups need it; then as many cases as fit, cheapest first.
         for case in sorted(cases, key=lambda case: (case is not cases[0], expected[case.label])):
             if case.longest is not None and length > case.longest:
                 notes[case.label] = f"not run beyond T = {case.longest}: needs a T x T mask"
@@ -100,7 +100,7 @@ def measure(
 
 
 def quality(case: Case, q: Tensor, k: Tensor, v: Tensor, yardstick: Dense | None) -> Row:
-    """Density and recall of the pairs that `case` sees; empty where it has no plan."""
+    """Density and recall of the pairs of `case`; empty if it has no plan."""
     if case.family == "dense":
         return {"density": 1.0, "recall": 1.0}
     if yardstick is None or not hasattr(case.attention, "select"):

@@ -1,7 +1,7 @@
-"""The demo: runtime curves, the same model trained dense and sparse side by side, and a report of both.
+"""The demo: runtime curves, one model trained dense and sparse in turns, and a report of both.
 
-Everything fits in a time box. The number of training steps is what the box allows after one round was timed,
-and it is the same for every model.
+Everything fits into a time box. After one timed round, the remaining time gives the number of training steps,
+which is equal for all models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparseflash.bench.timing import predict, seconds
 from sparseflash.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer
 
-LEARNING_RATE = 8e-3  # the better of 4e-3 and 8e-3 for the dense baseline in runs as short as this one
+LEARNING_RATE = 8e-3  # the better of 4e-3 and 8e-3 for the dense baseline in such short runs
 REPORT_SECONDS = 12
 VALIDATIONS = 6
 FEWEST, MOST = 8, 400  # steps
@@ -30,7 +30,7 @@ FEWEST, MOST = 8, 400  # steps
 
 @dataclass(frozen=True)
 class Contender:
-    """One model of the demo before it is trained."""
+    """A model of the demo, before training."""
 
     label: str
     what: str
@@ -50,7 +50,8 @@ def sparse(changes: Mapping[str, Any]) -> list[Contender]:
     Raises
     ------
     SparseFlashError
-        For a field that the method does not have, a value that it refuses, and the one that they differ in.
+        If the method lacks a field or refuses its value, or the field is `window_heads`, in which the models
+        differ.
     """
     if "window_heads" in changes:
         raise SparseFlashError("--set window_heads is what the hash-sparse models differ in; leave it out")
@@ -89,11 +90,11 @@ def run(
     Parameters
     ----------
     corpus : Corpus
-        What the models are trained on.
+        Training data of the models.
     out : Path
         Directory of the report.
     minutes : float
-        Time box of the whole.
+        Time box of the whole demo.
     length, dtype, seed
         Of the training part.
     tied : bool
@@ -101,7 +102,7 @@ def run(
     changes : mapping, optional
         Fields of the hash-sparse models, such as ``nb``.
     command : str
-        How the report says it was made.
+        Command line that the report quotes.
     shape : dict, optional
         Changes to the model's layers, width, heads and batch.
     """
@@ -177,7 +178,7 @@ def _curves(console: Any, minutes: float, longest: int, dtype: str) -> list[resu
 def _train(
     console: Any, corpus: Corpus, base: TrainConfig, plans: list[Contender], left: float
 ) -> tuple[list[Trainer], list[Run], list[str]]:
-    """Train all `plans` step by step in turn, as many equal steps as `left` seconds allow."""
+    """Train all `plans` in turns, step by step, with as many equal steps as fit into `left` seconds."""
     started = time.monotonic()
     base, notes = _fit(corpus, base, plans, left)
     for note in notes:
@@ -225,7 +226,7 @@ def _train(
 def _fit(
     corpus: Corpus, base: TrainConfig, plans: list[Contender], left: float
 ) -> tuple[TrainConfig, list[str]]:
-    """Shorten the sequences where short probes say that even a few steps would not fit."""
+    """Shorten the sequences if short probes predict that even a few steps would not fit."""
     history: list[tuple[int, float]] = []
     for probe in sorted({max(256, base.length // 16), max(256, base.length // 4)}):
         if probe < base.length and 6 * predict(history, probe) < left:
@@ -255,7 +256,7 @@ def _shorter(wanted: int, length: int) -> str:
 def _drawings(
     corpus: Corpus, plans: list[Contender], trainers: list[Trainer], size: int = 96
 ) -> list[Drawing]:
-    """Draw what the first and last head of the trained models' second layer see on held-out text."""
+    """Draw what the first and last head of each trained model's second layer attend to, on held-out text."""
     drawings = []
     tokens, _ = next(iter(corpus.validation(size, 1)))
     for plan, trainer in zip(plans, trainers, strict=True):

@@ -1,4 +1,4 @@
-"""Gates that learn from a model where its attention looks, while the model stays as it is."""
+"""Train SeerAttention gates on a frozen model's own attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparseflash.methods.gates import Blocks
 from sparseflash.selection.grid import Grid
 
 Seen = dict[int, tuple[Blocks, Tensor]]
-"""Of each layer: what a gate looks at, and what it should say of it."""
+"""By layer: the gate's pooled inputs, and its target."""
 
 
 @torch.no_grad()
@@ -27,16 +27,16 @@ def listen(
     block: int = 64,
     target: Literal["max", "sum"] = "max",
 ) -> Seen:
-    """What the gates of a model learn from one piece of text, `ids [1, T]`: one forward.
+    """Record the gates' inputs and targets for one text, `ids [1, T]`, in one forward.
 
     Parameters
     ----------
     model, ids, layers
-        None: all layers without a window of their own.
+        layers None: all layers without a window of their own.
     block : int
-        Tokens of a tile and of a block.
+        Tokens per tile, and per block.
     target : "max" or "sum"
-        The largest weight of a block, as in the paper, which the forward emits on its way; or a block's mass.
+        The largest weight in a block, as in the paper, an output of the forward; or a block's total mass.
     """
     from sparseflash.integrations.transformers import attention_layers
     from sparseflash.integrations.transformers.control import OVERHEARD, attached, on_sparse
@@ -76,7 +76,7 @@ def train(
     name: str = "",
     on_layer: Callable[[int], None] = lambda number: None,
 ) -> sf.methods.Gates:
-    """Gates for every layer that was listened to, each by itself, with AdamW on a cosine of `steps`.
+    """Train a gate for every recorded layer, each separately, with AdamW and a cosine schedule of `steps`.
 
     Examples
     --------
@@ -111,7 +111,7 @@ def train(
 
 
 def _together(pieces: Sequence[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:
-    """Pieces of one length, whose positions are the same, as one batch."""
+    """Concatenate pieces of equal length (and so equal positions) to one batch."""
     lengths = {blocks.q.shape[2] for blocks, _ in pieces}
     if len(lengths) > 1:
         raise SparseFlashError(f"pieces of {sorted(lengths)} tiles: expected pieces of one length")
@@ -122,9 +122,9 @@ def _together(pieces: Sequence[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:
 
 @torch.no_grad()
 def divergences(gates: sf.methods.Gates, seen: Seen) -> tuple[float, float]:
-    """How far gates are from the targets of a piece of text, mean over layers; and how far equal weights are.
+    """Divergence of gates from the targets of a text, mean over layers; and that of equal weights.
 
-    Kullback-Leibler divergence as `nn.SeerGate.loss` has it, nats.
+    Kullback-Leibler divergence as in `nn.SeerGate.loss`, nats.
     """
     trained, equal = [], []
     for number, (blocks, target) in seen.items():

@@ -1,7 +1,7 @@
-"""Energy of repeated calls, from counters of the machine: RAPL of the processor, NVML of an NVIDIA GPU.
+"""Energy of repeated calls, from hardware counters: RAPL of the processor, NVML of an NVIDIA GPU.
 
-A counter that cannot be read is None with a reason, never 0. Every figure stands beside the idle power of its
-own moment, so that "less power for longer" cannot pass for less energy.
+An unreadable counter gives None with a reason, never 0. Every figure comes with the idle power measured right
+before, so that lower power for longer does not look like less energy.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any, Protocol
 import torch
 
 WINDOW = 2.0
-"""Seconds of steady repetition: counters advance in steps of up to a tenth of a second."""
+"""Seconds of steady repetition: counters update only every tenth of a second or so."""
 RAPL = Path("/sys/class/powercap")
 
 
 class Counter(Protocol):
-    """Joules since some moment; grows, and never wraps."""
+    """A monotonic energy counter in joules, which never wraps."""
 
     name: str
 
     def joules(self) -> float:
-        """Read it."""
+        """Read the counter."""
         ...
 
 
 class Rapl:
-    """All processor packages of a Linux machine; counters wrap, and have to be read once in between."""
+    """All processor packages of a Linux machine; a hardware counter must be read once per wrap-around."""
 
     name = "rapl"
 
     def __init__(self, root: Path = RAPL) -> None:
         packages = sorted(root.glob("intel-rapl:[0-9]*")) if root.is_dir() else []
-        packages = [p for p in packages if p.name.count(":") == 1]  # a subdomain is part of its package
+        packages = [p for p in packages if p.name.count(":") == 1]  # subdomains are part of their package
         if not packages:
             raise OSError(f"RAPL: {root} has no packages (a virtual machine, or a kernel without powercap)")
         self._files = [p / "energy_uj" for p in packages]
@@ -52,7 +52,7 @@ class Rapl:
             raise OSError(f"RAPL: {file} may only be read by root; chmod a+r it, or run as root") from None
 
     def joules(self) -> float:
-        """Read all packages; a counter that is behind its last value has wrapped once."""
+        """Read all packages; a counter below its last value has wrapped once."""
         for n, file in enumerate(self._files):
             now = self._read(file)
             self._sum += (now - self._last[n]) % (self._ranges[n] + 1)
@@ -79,12 +79,12 @@ class Nvml:
             raise OSError(f"NVML: {error}") from None
 
     def joules(self) -> float:
-        """Read it; the counter has thousandths."""
+        """Read the counter, which is in millijoules."""
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu) * 1e-3
 
 
 def counter(device: str = "cpu") -> tuple[Counter | None, str]:
-    """Open the counter of a device; or none, and why."""
+    """Open the counter of a device; or None, and the reason."""
     try:
         return (Nvml(torch.device(device).index or 0) if device.startswith("cuda") else Rapl()), ""
     except OSError as error:
@@ -93,20 +93,20 @@ def counter(device: str = "cpu") -> tuple[Counter | None, str]:
 
 @dataclass(frozen=True)
 class Energy:
-    """What a window took.
+    """Energy of a measurement window.
 
     Attributes
     ----------
     joules : float
-        Of one call, everything the device drew.
+        Total energy per call.
     net : float
-        Of one call, above idle power.
+        Energy per call above idle power.
     watts, idle_watts : float
-        Mean power in the window, and without work right before it.
+        Mean power in the window, and idle power right before it.
     seconds : float
-        Of the window.
+        Length of the window.
     calls : int
-        In the window.
+        Number of calls in the window.
     """
 
     joules: float
@@ -127,7 +127,7 @@ def idle_watts(
     sleep: Callable[[float], None] = time.sleep,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Mean power while nothing of ours runs."""
+    """Mean power of the idle machine."""
     begin, start = meter.joules(), clock()
     sleep(window)
     return (meter.joules() - begin) / (clock() - start)
@@ -141,7 +141,7 @@ def measure(
     idle: float,
     clock: Clock = time.perf_counter,
 ) -> Energy:
-    """Repeat a call for at least `window` seconds; nothing else runs inside."""
+    """Repeat a call for at least `window` seconds and measure its energy."""
     run()
     _wait()
     calls, begin, start = 0, meter.joules(), clock()
@@ -164,12 +164,12 @@ def self_test(
     sleep: Callable[[float], None] = time.sleep,
     clock: Clock = time.perf_counter,
 ) -> list[str]:
-    """Does the counter measure? Energy of a known load is linear in its time, and rest is rest.
+    """Test the counter: a steady load's energy must be linear in time, and idle power stable.
 
     Returns
     -------
     list of str
-        What is wrong; empty where nothing is.
+        The problems; empty if there are none.
     """
     wrong = []
     idle = idle_watts(meter, window, sleep=sleep, clock=clock)
@@ -190,7 +190,7 @@ def self_test(
 
 
 def r_squared(x: Sequence[float], y: Sequence[float]) -> float:
-    """Share of the variance of y that a straight line over x explains."""
+    """Share of the variance of y that a linear fit on x explains."""
     n = len(x)
     mx, my = sum(x) / n, sum(y) / n
     xy = sum((a - mx) * (b - my) for a, b in zip(x, y))

@@ -1,4 +1,4 @@
-"""Pictures as a function of result files alone: what is drawn follows from the column `bench`."""
+"""Pictures from result files alone: the column `bench` selects the recipe."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "has
 
 @dataclass(frozen=True)
 class Lines:
-    """One line for every value of `label`, of `y` over `x`; one picture for every value of `split`.
+    """One line of `y` over `x` for every value of `label`; one picture for every value of `split`.
 
-    And for every value of `apart`, columns that are named where they differ. `keep` says which rows are
-    drawn, `name` what the picture's name ends in.
+    There is also one picture for every value of `apart`, columns that enter the file name only if they vary.
+    `keep` filters rows, `name` is a suffix of the file name.
     """
 
     x: str
@@ -34,7 +34,7 @@ class Lines:
     name: str = ""
 
     def draw(self, rows: list[Cells]) -> str:
-        """Draw the rows that have both figures."""
+        """Draw the rows that have both columns."""
         series: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             if row.get(self.x) and row.get(self.y) and self.keep(row):
@@ -48,7 +48,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """One bar a row: `value`, labelled by the cells of `labels`."""
+    """One bar of `value` per row, labelled by the cells of `labels`."""
 
     value: str
     x_label: str
@@ -59,7 +59,7 @@ class Bars:
     name: str = ""
 
     def draw(self, rows: list[Cells]) -> str:
-        """Draw the rows that have the figure."""
+        """Draw the rows that have the column."""
         values = [
             (", ".join(row[x] for x in self.labels if row.get(x)), float(row[self.value]))
             for row in rows
@@ -69,7 +69,7 @@ class Bars:
 
 
 def _late(row: Cells) -> bool:
-    """The first seed, once the steepest part of the curve is over."""
+    """Whether a row is of the first seed, after the steepest part of the curve."""
     return row["seed"] == "0" and 5 * int(row["step"]) >= int(row["steps"])
 
 
@@ -124,11 +124,11 @@ RECIPES: dict[str, Lines | Bars | tuple[Lines | Bars, ...]] = {
     "pixels": Bars("perplexity", "perplexity of a held-out pixel", labels=("case",), mark=None),
     "plan-costs": Bars("share", "making the plan, as a share of using it", labels=("case",), mark=None),
 }
-"""How the rows of a benchmark are drawn, by their column `bench`."""
+"""Recipes of the pictures, by a row's column `bench`."""
 
 
 def draw(rows: Iterable[Cells], stem: str) -> dict[str, str]:
-    """Pictures of rows: file name to SVG."""
+    """Draw rows as pictures, file name to SVG."""
     rows, groups = list(rows), dict[str, tuple[Lines | Bars, list[Cells]]]()
     for row in rows:
         recipes = RECIPES.get(row.get("bench", ""), ())
@@ -146,12 +146,12 @@ def draw(rows: Iterable[Cells], stem: str) -> dict[str, str]:
 def redraw(
     directory: Path, out: Path | None = None, on_file: Callable[[Path], None] = lambda path: None
 ) -> list[Path]:
-    """Draw every result file of a directory, or one file, beside it or into `out`.
+    """Draw a result file, or all of a directory, next to the file or into `out`.
 
     Raises
     ------
     SparseFlashError
-        Where there is no result file.
+        If there is no result file.
     """
     files = sorted(directory.glob("*.csv")) if directory.is_dir() else [directory]
     if not files or not files[0].is_file():

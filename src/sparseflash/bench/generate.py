@@ -1,4 +1,4 @@
-"""Generation with few keys or a small cache, beside the dense one: rates, bytes, and who says the same."""
+"""Generate with few keys or a small cache, beside dense generation: rates, bytes and agreement."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ COMPRESSIONS = {"mustafar": sf.cache.Mustafar, "int8": sf.cache.Int8}
 
 
 def known() -> list[str]:
-    """Names of what decoding can be done with."""
+    """Names of decoding methods, cache policies and compressions."""
     reading = [name for name in sf.methods.names() if sf.methods.find(name).decodes]
     return sorted({*reading, *sf.cache.policies(), *COMPRESSIONS})
 
 
 def how(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What `sparse` is given for a name: a method that decodes, or what a cache keeps.
+    """Arguments of `sparse` for a name: a method that decodes, or a cache policy or compression.
 
     Raises
     ------
     SparseFlashError
-        For a name that is neither, with those that are.
+        If the name is neither; the message lists the known ones.
     """
     if name in COMPRESSIONS:
         try:
@@ -46,7 +46,7 @@ def how(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def begun(model: Any, ids: Tensor, enter: Callable[[], AbstractContextManager[Any]]) -> tuple[Any, Tensor]:
-    """The cache after a prompt `[1,T]`, and the next token."""
+    """Prefill a prompt `[1,T]`; returns the cache and the next token."""
     from transformers.cache_utils import DynamicCache
 
     cache = DynamicCache(config=model.config)
@@ -58,7 +58,7 @@ def begun(model: Any, ids: Tensor, enter: Callable[[], AbstractContextManager[An
 def gone_on(
     model: Any, cache: Any, token: Tensor, n: int, told: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
-    """n tokens greedily, or those that are told; what would have been said, log-probabilities, seconds."""
+    """Decode n tokens, greedily or forced to `told`; returns tokens, log-probabilities and seconds."""
     said, logs, start = [token], [], time.perf_counter()
     for i in range(n):
         out = model(said[-1] if told is None else told[:, i : i + 1], past_key_values=cache)
@@ -68,7 +68,7 @@ def gone_on(
 
 
 def layers(cache: Any) -> list[tuple[float, int]]:
-    """Of each layer: keys that a KV head holds, mean; bytes."""
+    """Mean number of keys per KV head, and bytes, of each layer."""
     found = []
     for layer in cache.layers:
         ours = isinstance(layer, sf.cache.Layer)
@@ -80,10 +80,10 @@ def layers(cache: Any) -> list[tuple[float, int]]:
 
 @torch.no_grad()
 def measure(model: Any, ids: Tensor, given: dict[str, Any], new: int) -> Iterator[tuple[Row, Tensor, Any]]:
-    """A row, the tokens and the cache of dense generation, and then of what is given.
+    """Yield a row, the tokens and the cache, first of dense generation, then with the arguments `given`.
 
-    `agree`: the share of tokens that are dense attention's, where both have read the same words before. `kl`:
-    of the probabilities there, nats a token.
+    `agree`: share of tokens equal to dense attention's, both after dense attention's own words. `kl`:
+    divergence of the probabilities there, nats per token.
     """
     dense: dict[str, Any] = {}
     for name, enter in {

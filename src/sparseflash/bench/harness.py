@@ -1,4 +1,4 @@
-"""Any method against any baseline: right first, then time, density, quality, memory and energy in one row."""
+"""Compare methods with baselines: conformance, then time, density, quality, memory and energy per row."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sparseflash.bench.timing import Box, Timing, interleave, predict
 from sparseflash.dispatch import choose
 
 INPUTS = 3
-"""Sets of inputs that the rounds of a case rotate through."""
+"""Number of input sets that the rounds of a case rotate through."""
 MEMORY_SECONDS = 8.0
-"""What a process of its own may take to start; a closed box has no room for it."""
+"""Start-up time allowed for a subprocess that measures memory; skipped if less is left."""
 BACKWARD_FLOPS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
-"""Five products against two: in units of the forward pass."""
+"""Flops in units of the forward pass: the backward has five matrix products, the forward two."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured; the defaults are those of the command."""
+    """Options of a comparison; the defaults are those of the command."""
 
     methods: Sequence[str] = ()
     baselines: Sequence[str] = ("sdpa",)
@@ -46,24 +46,24 @@ class Settings:
     memory: bool = True
     seed: int = 0
     capture: Callable[[int], list[Tensor]] | None = None
-    """Real q, k, v and dout of a length, in place of normal ones."""
+    """Returns real q, k, v and dout for a length, in place of normal ones."""
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What `inputs` takes beside length and seed."""
+        """Arguments of `inputs` besides length and seed."""
         return {x: getattr(self, x) for x in ("batch", "heads", "dim", "dtype", "device")}
 
     def subjects(self, length: int) -> list[Subject]:
-        """What is measured at a length, baselines first."""
+        """Subjects at a length, baselines first."""
         made = {x: getattr(self, x) for x in ("density", "options", "device")}
         return subjects(self.methods, self.baselines, length=length, **made)
 
     def inputs(self, length: int) -> list[list[Tensor]]:
-        """Several sets of q, k, v and dout; of a capture the same one with rolled heads."""
+        """Several sets of q, k, v and dout; a capture gives one set, repeated with rolled heads."""
         if self.capture is None:
             return [inputs(length, seed=self.seed + n, **self.shape) for n in range(INPUTS)]
         real = self.capture(length)
-        groups = real[1].shape[1]  # query heads go with the head of their keys
+        groups = real[1].shape[1]  # query heads roll with their KV head
         return [
             [x.detach().roll(n * x.shape[1] // groups, 1).requires_grad_(x.requires_grad) for x in real]
             for n in range(min(INPUTS, groups))
@@ -76,15 +76,15 @@ def measure(settings: Settings, *, on_run: Callable[[str], None] = lambda text: 
     Yields
     ------
     dict
-        One row a subject and length. ``target`` is the density that was asked for. ``conformance`` is
-        ``passed``, or what failed: then there is no figure.
+        One row per subject and length. ``target`` is the requested density. ``conformance`` is ``passed``,
+        or what failed; then there are no figures.
         ``ms`` is the median of all rounds, selection included, with ``ms_p20`` and ``ms_p80``; ``ms_select``
-        and ``ms_kernel`` are its parts (the backward direction has no selection inside);
-        ``over <name>`` is how many times faster than that subject, the median over the rounds of one
-        interleaved run. ``density`` and ``work`` are those of the plan, ``recall`` the share of dense
-        attention's mass on it, ``error`` the relative error of the output against dense attention.
-        ``peak_mb`` is memory beyond the inputs at the peak, ``gflop`` what the visible pairs need.
-        ``joules`` (gross) and ``joules_net`` (above idle) are of one call. What cannot be read is empty.
+        and ``ms_kernel`` are its parts (the backward direction includes no selection); ``over <name>`` is the
+        speed-up over that subject, the median over the rounds of one interleaved run. ``density`` and
+        ``work`` are those of the plan, ``recall`` the share of dense attention's mass on it, ``error`` the
+        relative error of the output against dense attention. ``peak_mb`` is peak memory beyond the inputs,
+        ``gflop`` the arithmetic of the visible pairs. ``joules`` (gross) and ``joules_net`` (above idle) are
+        per call. Unavailable figures are empty.
     """
     box = Box(settings.minutes * 60)
     history: dict[str, list[tuple[int, float]]] = {}
@@ -126,7 +126,7 @@ def _at(
         try:
             own = _runs(subject, settings.direction, sets)
             own[subject.name]()
-        except Exception as error:  # whatever another library raises, out of memory among it
+        except Exception as error:  # any library error, out of memory included
             rows[subject.name]["note"] = f"not run: {_first_line(error)}"
             able.remove(subject)
         else:
@@ -165,7 +165,7 @@ def others(settings: Settings, rows: Iterable[Row]) -> list[Row]:
 
 
 def _same(settings: Settings) -> Row:
-    """What all rows of a session have in common."""
+    """Columns that are equal in all rows of a session."""
     same: Row = {"direction": settings.direction, **settings.shape, "seed": settings.seed}
     same["inputs"] = "normal" if settings.capture is None else "captured"
     return same | {"target": settings.density}
@@ -180,7 +180,7 @@ def _head(settings: Settings, subject: Subject, length: int) -> Row:
 def _verdict(subject: Subject, settings: Settings) -> str:
     try:
         said = conformance.check(subject, dim=settings.dim, dtype=settings.dtype, device=settings.device)
-    except Exception as error:  # whatever another library raises where it cannot run
+    except Exception as error:  # any library error where it cannot run
         return (
             f"not run: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         )
@@ -192,7 +192,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _runs(subject: Subject, direction: str, sets: list[list[Tensor]]) -> dict[str, Callable[[], Any]]:
-    """The calls to time: the whole, and, for what prepares, its two parts."""
+    """The calls to time: the whole, and for methods also selection and kernel."""
     calls = {subject.name: [DIRECTIONS[direction](subject, *tensors) for tensors in sets]}
     if subject.method is not None and direction != "backward":
         prepared = [subject.prepare(*tensors[:3]) for tensors in sets]

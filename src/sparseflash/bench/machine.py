@@ -1,4 +1,4 @@
-"""What a figure was measured on: stands beside every number."""
+"""Description of the machine, stored with every figure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "sparseflash": sf.__version__,
         "git": git_hash(),
-        # without the library's place: a result file is no one's home folder
+        # drop the library's path, which contains a home folder
         "backend": re.sub(r", [^,]*\.so$", "", f"{backend.name}: {backend.detail}") if backend else "none",
     }
 
@@ -45,13 +45,13 @@ def has_amx() -> bool:
 
 
 def git_hash() -> str:
-    """Commit of the checkout this package is imported from; empty for an installed one."""
+    """Commit of the checkout that the package is imported from; "" for an install."""
     here = Path(__file__).resolve().parent
     try:
         top = _git(here, "rev-parse", "--show-toplevel")
         if not (Path(top) / "src" / "sparseflash").is_dir():
             return ""
-        # results are what a run writes, not what it runs
+        # changed results do not make the code dirty
         changed = ("--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
         dirty = _git(here, "--no-optional-locks", "status", *changed)
         return _git(here, "rev-parse", "--short=12", "HEAD") + ("+changes" if dirty else "")

@@ -1,4 +1,4 @@
-"""Peak extra memory of one call. On the CPU a process of its own, where nothing kept from before hides it."""
+"""Peak extra memory of one call; on a CPU measured in a fresh process, where no freed memory hides it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """Bytes that `call` takes at its peak beyond what this process holds before.
+    """Peak bytes of `call` beyond what the process holds before.
 
     Raises
     ------
     OSError
-        Where the system does not say.
+        If the system does not report it.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -31,16 +31,16 @@ def peak(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+    with contextlib.suppress(AttributeError, OSError):  # not in every C library
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     before = _resident("VmRSS")
     call()
     return _resident("VmHWM") - before
 
 
 def of_subject(**what: Any) -> tuple[int | None, str]:
-    """Peak of a subject in a fresh process, or why it is not known. `what`: the arguments of `_measure`."""
+    """Peak of a subject in a fresh process, or why it is unknown. `what`: the arguments of `_measure`."""
     run = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(what)], capture_output=True, text=True, timeout=600
     )
@@ -69,7 +69,7 @@ def _measure(
     from sparseflash.bench.subjects import subjects
 
     made = {"density": density, "options": options, "device": shape["device"]}
-    for size in (64, length):  # the small one loads and compiles
+    for size in (64, length):  # the first size loads and compiles
         subject = next(x for x in subjects(methods, baselines, length=length, **made) if x.name == name)
         call = DIRECTIONS[direction](subject, *inputs(size, **shape))
         found = peak(call)

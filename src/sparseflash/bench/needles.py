@@ -1,7 +1,7 @@
-"""Planted needles: single keys that hold all the mass of those who ask for them, and what a plan keeps of it.
+"""Planted needles: single keys that hold all the mass of certain queries, and how much of it a plan keeps.
 
-Who asks decides which methods find them. A method that probes the last queries knows what these ask and
-nothing else; one that pools queries and keys of a block sees no token that stands alone among others.
+Which queries ask decides which methods find the needles. A method that probes the last queries finds only
+what these ask for; one that pools the queries and keys of a block misses a lone token.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from sparseflash.errors import SparseFlashError
 from sparseflash.ops._arguments import AnyPlan
 
 KINDS = ("question", "mid", "lone")
-"""Who asks: the last tokens; neighbours in the middle; single tokens, each far from the others."""
+"""Which queries ask: the last ones; neighbours in the middle; single ones, far from each other."""
 RUN = 4
-"""Tokens of a run, for each needle that they ask for."""
+"""Number of consecutive asking tokens per needle."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Needles:
     q, k : Tensor
         [B,Hq,T,D] and [B,Hkv,T,D].
     asking, asked : Tensor
-        int64 [B,Hkv,N]: pairs of a query and a key token. All query heads of a KV head ask for the same.
+        int64 [B,Hkv,N]: (query, key) token pairs. All query heads of a KV head ask for the same needle.
     scale : float
-        Of the logits.
+        Scale of the logits.
     """
 
     q: Tensor
@@ -43,7 +43,7 @@ class Needles:
     scale: float
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of causal attention, and the needle's share, for every asking row: [B,Hq,N] both."""
+        """Log-sum-exp of causal attention, and the needle's share, for every asking row: [B,Hq,N] each."""
         group = self.q.shape[1] // self.k.shape[1]
         rows, keys = (x.repeat_interleave(group, 1) for x in (self.asking, self.asked))
         asking = self.q.gather(2, rows[..., None].expand(*rows.shape, self.q.shape[3])).double()
@@ -54,7 +54,7 @@ class Needles:
 
     @torch.no_grad()
     def kept(self, plan: AnyPlan) -> Tensor:
-        """Share of the mass of every asking row and query head that a plan shows: [B,Hq,N]."""
+        """Share of each asking row's mass on the plan's pairs, by query head: [B,Hq,N]."""
         lse = sf.attention(self.q, self.k, self.k, plan, scale=self.scale, return_lse=True)[1]
         rows = self.asking.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
         return (lse.gather(2, rows) - self.dense()[0]).exp().clamp(max=1)
@@ -71,32 +71,32 @@ def plant(
     gap: float = 16.0,
     loud: bool = False,
 ) -> Needles:
-    """Needles of a kind in queries and keys, real ones at best.
+    """Plant needles of a kind in queries and keys, preferably real ones.
 
-    A needle is the mean key of its head and, across it, a direction of its own, as long as the key that is
-    farthest from the mean: queries that do not ask for it have no more to do with it than with other keys. It
-    lies at least an eighth of the sequence before those who ask. These are queries of its direction, so long
-    that every other key's logit is lower by `gap` and the log of the length: they give the needle all but
-    e^-gap of their mass.
+    A needle is the mean key of its head plus an orthogonal direction of its own, as long as the key farthest
+    from the mean: queries that do not ask for it weigh it like other keys. It lies at least an eighth of the
+    sequence before the asking queries. These are queries along its direction, long enough that every other
+    key's logit is lower by `gap` plus the log of the length: they give the needle all but e^-gap of their
+    mass.
 
     Parameters
     ----------
     q, k : Tensor
-        [B,Hq,T,D] and [B,Hkv,T,D], which are left as they are.
+        [B,Hq,T,D] and [B,Hkv,T,D]; not modified.
     kind : str
-        One of `KINDS`. "question" and "mid" are runs of four tokens for each needle.
+        One of `KINDS`. "question" and "mid" use runs of four tokens per needle.
     generator : torch.Generator
-        Draws directions and places, for each KV head.
+        Draws directions and positions, for each KV head.
     count : int
-        Needles of a KV head.
+        Needles per KV head.
     scale : float, optional
-        Of the logits; 1 / sqrt(D) where there is none.
+        Scale of the logits; 1 / sqrt(D) by default.
     gap : float
-        See above.
+        Logit margin, see above.
     loud : bool
-        Leave the mean out of the needle. The mean query of trained models has a large negative product with
-        the mean key, so that all queries look at a key without it, as they do at a sink: probes of the last
-        queries then find what these do not ask for.
+        Leave the mean out of the needle. In trained models the mean query has a large negative product with
+        the mean key, so all queries attend to a key without it, as to a sink: probes of the last queries then
+        also find needles that these do not ask for.
 
     Examples
     --------
@@ -126,7 +126,7 @@ def plant(
         begin = draw(T // 2, T * 5 // 8, 1) if kind == "mid" else T - RUN * count
         asking = (begin + torch.arange(RUN * count)).expand(B, Hkv, -1)
         asked = draw(T // 32, T * 3 // 8 - count, count)
-    asked = asked // count * count + number  # no two are the same
+    asked = asked // count * count + number  # makes them distinct
     turn = (torch.arange(asking.shape[2]) % count).to(q.device)
     asking, asked = asking.to(q.device), asked.to(q.device)
     mean = k.float().mean(2, keepdim=True)
@@ -146,6 +146,6 @@ def plant(
 
 
 def _across(x: Tensor, *means: Tensor) -> Tensor:
-    """Unit vectors [B,H,N,D] without what they share with the means [B,H,D]."""
+    """Remove from x [B,H,N,D] its components along the means [B,H,D], and normalise."""
     basis = torch.linalg.qr(torch.stack(means, -1)).Q
     return torch.nn.functional.normalize(x - x @ basis @ basis.mT, dim=-1)

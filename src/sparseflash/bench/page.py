@@ -1,4 +1,4 @@
-"""The board as a page that works alone: tables that sort, and pictures of what is lost over what is kept."""
+"""The board as a standalone page: sortable tables, and plots of loss over the kept share."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ NAMES = {
     "recall_worst": "worst head", "kl": "KL", "attention_gain": "attention", "gain": "rate",
 }  # fmt: skip
 PICTURE = 96
-"""Cells of a plan's picture, along each side."""
+"""Cells along each side of a plan's picture."""
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the page of rows that `Board.measure` made."""
+    """Write the page for rows of `Board.measure`."""
     if not rows:
         raise SparseFlashError("no rows: measure something first")
     with replacing(path) as temporary:
@@ -51,7 +51,7 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def render(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Fill the page: nothing from elsewhere, and readable without its few lines of script."""
+    """Render the page: self-contained, and readable without its few lines of script."""
     found = board.lines(rows)
     sections = []
     for model, tokens in dict.fromkeys((x["model"], int(x["tokens"])) for x in rows):
@@ -87,7 +87,7 @@ def _section(
 
 
 def pareto(own: Sequence[Line]) -> str:
-    """KL over what is kept, a line a method."""
+    """Plot KL over the kept share, one line per method."""
     series = []
     for case in dict.fromkeys(x.case for x in own if x.case != "dense"):
         each = [x for x in own if x.case == case and x.figures["kept"] < 0.999]
@@ -137,7 +137,7 @@ def _cell(value: float | None, column: str) -> str:
 
 
 def _method(line: Line, name: str) -> str:
-    """A method's name, which opens its settings and what it sees of random queries and keys."""
+    """A method's name as a button that opens its settings and a picture of its plan."""
     if line.case == "dense" or not line.method:
         return html.escape(line.case)
     seen = picture(line) if line.phase == "prompt" and line.budget == 8 else ""
@@ -149,7 +149,7 @@ def _method(line: Line, name: str) -> str:
 
 
 def picture(line: Line) -> str:
-    """What a method sees of normal queries and keys, by blocks of tokens."""
+    """Picture of a method's plan for normal queries and keys, by blocks of tokens."""
     made = board.prompts_of(line.tokens, line.budget).get(line.case)
     if not isinstance(made, Method):
         return ""
@@ -158,7 +158,7 @@ def picture(line: Line) -> str:
     q, k = torch.randn(2, 1, 1, T, 16, generator=generator)
     try:
         plan = made.select(q, k).plan
-    except SparseFlashError:  # it needs what only a model tells, such as its rotations
+    except SparseFlashError:  # needs inputs from a model, such as rotations
         return ""
     keep = torch.zeros(T, T, dtype=torch.bool)
     for one in plan if isinstance(plan, tuple) else (plan,):
@@ -171,7 +171,7 @@ def picture(line: Line) -> str:
 
 
 def _tasks(model: str, tokens: int, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Answers by method and kind; kinds that random keys answer as well as dense attention are left out."""
+    """Table of answers by method and kind, without kinds that random keys answer as well as dense."""
     own = [x for x in rows if (x["phase"], x["model"], int(x["tokens"])) == ("task", model, tokens)]
     if not own:
         return ""

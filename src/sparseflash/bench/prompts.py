@@ -1,9 +1,9 @@
-"""A prompt through a real model, dense and with methods in its attention: time, what is seen, what is lost.
+"""Prefill a real model densely and with methods: time, visible pairs, and loss of quality.
 
-Taken of each case, of the same tokens: seconds to the first token, all cases in turn; the share of pairs that
-attention sees, and of its mass that they hold; the loss on the prompt; and how far the next tokens are from
-those after a dense prompt (Kullback-Leibler, dense to sparse, at the text's own next tokens, which all cases
-read densely over the cache that the prompt left).
+Every case reads the same tokens. Measured are: seconds to the first token, with cases interleaved; the share
+of visible pairs, and the attention mass on them; the loss on the prompt; and the divergence of the next
+tokens (Kullback-Leibler, dense to sparse, at the text's own next tokens, which all cases decode densely from
+the cache of their prefill).
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from sparseflash.errors import SparseFlashError
 from sparseflash.methods.base import Method
 
 CHUNK = 512
-"""Tokens whose logits are held at a time."""
+"""Tokens whose logits are in memory at a time."""
 
 
 QUERIES = 512
-"""Queries of a prompt that density and recall are those of, one drawn of each part of it."""
+"""Number of queries that density and recall are measured on, one drawn from each part of the prompt."""
 
 
 class Judgement(NamedTuple):
-    """What a prompt was like under a method."""
+    """Quality of a prompt under a method."""
 
     loss: float
-    """On the prompt, nats a token."""
+    """Loss on the prompt, nats per token."""
     following: Tensor
     """Log-probabilities of the next tokens, `[new, words]`."""
     seen: tuple[Any, ...]
-    """A `transformers.report.Row` for each layer."""
+    """A `transformers.report.Row` per layer."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A model and what it reads: `ids [1, tokens + new]`, of which the last `new` follow the prompt."""
+    """A model and its input: `ids [1, tokens + new]`, a prompt and `new` following tokens."""
 
     model: Any
     ids: Tensor
@@ -51,12 +51,12 @@ class Prompt:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, text: str, tokens: int, new: int = 48) -> Prompt:
-        """The first tokens of a text.
+        """Tokenise the beginning of a text.
 
         Raises
         ------
         SparseFlashError
-            If the text is too short, or the model knows fewer positions.
+            If the text is too short, or the model has fewer positions.
         """
         wanted = tokens + new
         ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=wanted).input_ids
@@ -75,24 +75,24 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """Of the prompt itself."""
+        """Length of the prompt."""
         return self.ids.shape[1] - self.new
 
     def under(self, method: Method | None, layers: Sequence[int] | None) -> AbstractContextManager[Any]:
-        """The model with a method in its prompts (None: dense)."""
+        """Context in which the model's prefill uses a method (None: dense)."""
         from sparseflash.integrations.transformers import sparse
 
         return sparse(self.model, prefill=method, layers=layers)
 
     @torch.no_grad()
     def first(self) -> Tensor:
-        """The logits of the first new token: what a user waits for."""
+        """Compute the logits of the first new token: the latency that a user notices."""
         prompt = self.ids[:, : self.tokens]
         return self.model(prompt, use_cache=True, logits_to_keep=1).logits
 
     @torch.no_grad()
     def judge(self, method: Method | None, layers: Sequence[int] | None) -> Judgement:
-        """What a prompt under a method loses, and what its layers see: by one prefill."""
+        """Measure loss and visible pairs of a prompt under a method, in one prefill."""
         from sparseflash.integrations.transformers.report import measuring
 
         prompt, behind = self.ids[:, : self.tokens], self.ids[:, self.tokens : -1]
@@ -107,7 +107,7 @@ class Prompt:
         return Judgement(loss / max(self.tokens - 1, 1), following.log_softmax(-1), tuple(seen))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Of some tokens: all of a long prompt are larger than the model."""
+        """Logits of some tokens; those of a long prompt would be larger than the model."""
         logits = self.model.get_output_embeddings()(hidden).float()
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -122,26 +122,26 @@ def measure(
     stock: bool = True,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """One row a case: stock attention, our dense attention, and each method.
+    """Yield one row per case: stock attention, our dense attention, and each method.
 
     Parameters
     ----------
     prompt : Prompt
     cases : mapping
-        Methods by the name of their row.
+        Methods by row name.
     layers : sequence of int, optional
-        Where methods serve; None: in all layers that have no window of their own.
+        Layers that use the method; None: all layers without a window of their own.
     rounds : int
-        Times of each case, in turn with all others; 0 takes none.
+        Timed rounds, all cases in turn; 0 skips timing.
     stock : bool
-        Whether the model's own implementation is a case.
+        Whether to include the model's own attention.
 
     Yields
     ------
     dict
         ``case``, ``tokens``; ``ms`` to the first token (median) and ``gain`` over our dense attention;
-        ``kept`` and ``recall``, means over the layers and heads that a method serves, and ``recall_worst``;
-        ``attention_gain``, of these layers' attention alone, selection included; ``loss``, and ``kl``.
+        ``kept`` and ``recall``, means over the layers and heads that use a method, and ``recall_worst``;
+        ``attention_gain`` of these layers' attention only, selection included; ``loss``, and ``kl``.
 
     Examples
     --------
@@ -171,7 +171,7 @@ def losses(
     layers: Sequence[int] | None = None,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """What dense attention and each method see and lose: the rows of `measure` without its times."""
+    """Visible pairs and losses of dense attention and each method: the rows of `measure` without times."""
     on_run("dense: what it loses")
     dense = prompt.judge(None, layers)
     same: Row = {"bench": "prompts", "tokens": prompt.tokens, "new": prompt.new}
@@ -194,9 +194,9 @@ def times(
     warm: bool = True,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Timing]:
-    """Seconds to the first token: dense, each method, and the model's own attention, in turn.
+    """Time to the first token, interleaved: dense, each method, and the model's own attention.
 
-    Behind a round that does not count, unless `warm` is False: all of this has run before.
+    One warm-up round comes first unless `warm` is False, for cases that have run before.
     """
     runs: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
     if stock:
@@ -221,7 +221,7 @@ def divergence(dense: Tensor, sparse: Tensor) -> float:
 
 
 def _seen(method: Method, dense: Judgement, found: Judgement) -> Row:
-    """What the layers with a method see of a prompt, and how much faster their attention is."""
+    """Statistics of the layers with a method, and the speed-up of their attention."""
     pairs = [pair for pair in zip(dense.seen, found.seen, strict=True) if set(pair[1].methods) != {"dense"}]
     if not pairs:
         raise SparseFlashError(

@@ -1,4 +1,4 @@
-"""What a selection loses: density, recall of attention mass, error of the output against dense attention."""
+"""Loss of a selection: density, recall of attention mass, output error against dense attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparseflash.plan.figures import visible_pairs
 
 @dataclass(frozen=True)
 class Dense:
-    """Causal attention over all earlier keys, as the yardstick: output, and log-sum-exp [B, H, T]."""
+    """Dense causal attention as the reference: output, and log-sum-exp [B, H, T]."""
 
     out: Tensor
     lse: Tensor
@@ -37,17 +37,17 @@ class Dense:
 
     @torch.no_grad()
     def recall(self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> float:
-        """Share of dense attention's mass that lies on the pairs of a plan, mean over the queries."""
+        """Share of dense attention's mass on the pairs of a plan, mean over the queries."""
         return float(self.shares(q, k, v, plan).mean())
 
     @torch.no_grad()
     def shares(self, q: Tensor, k: Tensor, v: Tensor, plan: AnyPlan) -> Tensor:
-        """The same of every query, [B,H,T]."""
+        """As `recall`, for every query: [B,H,T]."""
         return (sf.attention(q, k, v, plan, return_lse=True)[1] - self.lse).exp()
 
 
 def density(plan: AnyPlan) -> float:
-    """Visible pairs over those of dense causal attention (`Plan.density` knows windows as dense too)."""
+    """Visible pairs over those of dense causal attention (`Plan.density` applies the plan's window too)."""
     found = 0.0
     for one in parts(plan):
         batch, heads = one.extent()
@@ -61,7 +61,7 @@ def work(plan: AnyPlan) -> float:
 
 
 def parts(plan: AnyPlan) -> tuple[Plan, ...]:
-    """The plans of one softmax."""
+    """The plans of one softmax, as a tuple."""
     return plan if isinstance(plan, tuple) else (plan,)
 
 
@@ -69,16 +69,16 @@ def parts(plan: AnyPlan) -> tuple[Plan, ...]:
 def judge(
     method: Method, captured: Captured, *, tokens: int | None = None, layers: Sequence[int] = ()
 ) -> Iterator[Row]:
-    """What a method loses in each layer of a capture, over its first tokens.
+    """Measure what a method loses in each layer of a capture, over its first tokens.
 
     Yields
     ------
     dict
-        For a layer: ``density``; ``recall``, that of the second half of the queries (``recall_late``) and of
-        the worst head (``recall_worst``); ``error`` of the output; and the share that is kept of needles that
-        the last tokens ask for (``question``), some in the middle (``mid``) and single ones (``lone``),
-        planted in these very queries and keys. Density and recall are over causal attention, whatever window
-        the layer has.
+        Per layer: ``density``; ``recall``, that of the second half of the queries (``recall_late``) and of
+        the worst head (``recall_worst``); ``error`` of the output; and the kept share of needles, planted in
+        the layer's own queries and keys, that the last tokens (``question``), some in the middle (``mid``)
+        and single ones (``lone``) ask for. Density and recall are relative to causal attention, whatever
+        window the layer has.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Which method to take for the prompts of a model: trials on its texts, and a profile of the best."""
+"""Recommend a prefill method for a model: trials on its texts, and a profile of the best one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sparseflash.calibrate import EVERY, Profile, Setting, search
 from sparseflash.errors import SparseFlashError
 
 TIMED = 3
-"""How many of those that lose little enough are timed: the fastest in attention."""
+"""Number of candidates with acceptable loss that are timed: those fastest in attention."""
 LEAST = 1.03
-"""The gain to the first token from which on a method is worth its loss: less is noise."""
+"""Smallest speed-up to the first token that justifies a method's loss; less is noise."""
 
 
 def candidates(tokens: int) -> dict[str, dict[str, Any]]:
-    """What is tried for prompts of that many tokens: methods at two or three budgets, by a name for each."""
+    """Candidate settings for prompts of `tokens` tokens: methods at one to three budgets, by name."""
 
     def of(part: int, least: int = 16) -> int:
         return max(least, tokens // part)
@@ -54,31 +54,31 @@ def run(
     max_kl: float = 0.005,
     tried: Mapping[str, Setting] | None = None,
 ) -> Profile | None:
-    """Try every candidate on every text, show the frontier, and keep the best one's profile in a folder.
+    """Try every candidate on every text, print the frontier, and save the best one's profile.
 
     Parameters
     ----------
     model, names : str, sequence of str
         Names of the model and of the texts, for the rows.
     prompts : sequence of Prompt
-        One for each text.
+        One prompt per text.
     out : Path
-        Folder of `trials.csv` (written trial by trial, and gone on with), `frontier.svg` and `profile.json`.
+        Folder of `trials.csv` (written after each trial, and resumed), `frontier.svg` and `profile.json`.
     layers : sequence of int, optional
-        Where methods serve.
+        Layers that use the method.
     rounds : int
-        Times of each of the three fastest that lose little enough, in turn.
+        Timed rounds, interleaved, of the three fastest candidates with acceptable loss.
     max_kl : float
-        The most that probabilities of the next tokens may differ from those after a dense prompt: mean of
-        the Kullback-Leibler divergence over tokens and texts. What is beyond that after some texts,
-        whatever the others say, is not tried on them.
+        Largest acceptable difference of the next tokens' probabilities from those after a dense prompt: the
+        mean Kullback-Leibler divergence over tokens and texts. A candidate that exceeds it after some texts,
+        whatever the others give, is not tried further.
     tried : mapping, optional
-        Settings by name; by default `candidates(tokens)`.
+        Settings by name; `candidates(tokens)` by default.
 
     Returns
     -------
     Profile or None
-        None: dense attention is best.
+        None if dense attention is best.
     """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -101,7 +101,7 @@ def run(
             left = {
                 case: method
                 for case, method in methods.items()
-                if case not in known  # and some text may still bring it below
+                if case not in known  # unless other texts cannot bring its mean below max_kl
                 and (not lost[case] or sum(lost[case]) <= max_kl * len(names))
             }
             for row in losses(prompt, left, layers=layers, on_run=on_run) if left else ():
@@ -154,12 +154,12 @@ def patterns(
     method: str = "minference",
     progress: bool = True,
 ) -> Profile:
-    """The pattern of MInference for every head: that which finds most of dense attention beyond chance.
+    """Find the MInference pattern of every head: the one that recalls most of dense attention beyond chance.
 
-    Or the `tau` of FlexPrefill, which is a pattern too: never query-aware, always, or as the paper has it.
+    Or the `tau` of FlexPrefill, which acts as a pattern: never query-aware, always, or by the paper's test.
 
-    The score of a pattern is its recall less the share of pairs that it sees, which is what a random choice
-    of as many would hold: so dense attention scores 0, as chance does. Mean over the texts.
+    The score of a pattern is its recall minus its share of visible pairs, which is the recall of as many
+    random pairs: so both dense attention and chance score 0. Scores are averaged over the texts.
 
     Papers: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3.2 (its search is at equal cost).
     """
@@ -193,7 +193,7 @@ def patterns(
 
 @torch.no_grad()
 def _beyond_chance(setting: Setting, q: Tensor, k: Tensor) -> Tensor:
-    """Recall less the share of pairs seen, of each query head [Hq]."""
+    """Recall minus the share of visible pairs, for each query head [Hq]."""
     plan = _method(setting).select(q, k).plan
     seen = sf.attention(torch.zeros_like(q), torch.zeros_like(k), k, plan, return_lse=True)[1].exp()
     T = q.shape[2]
@@ -206,27 +206,27 @@ def _method(setting: Setting) -> Any:
 
 
 def _name(setting: Setting) -> str:
-    """The slug and what is set, such as "sink-window window=512"."""
+    """Name of a setting: the slug and what varies, such as "sink-window window=512"."""
     skip = ("method", "share", "near", "last", "halo", "sinks")
     return " ".join([setting["method"], *(f"{n}={x}" for n, x in setting.items() if n not in skip)])
 
 
 def _before(path: Path) -> list[Row]:
-    """The rows of an earlier run."""
+    """Rows of an earlier run."""
     return [dict(row) for row in results.read(path, "case", "text", "tokens", "kl")] if path.exists() else []
 
 
 def _of(
     rows: Sequence[Row], model: str, names: Sequence[str], tokens: int, case: str, figure: str
 ) -> list[float]:
-    """A figure of a case on each text that has it."""
+    """Values of a figure on each text that the case was tried on."""
     here = (model, str(tokens), case)
     own = (row for row in rows if (row["model"], str(row["tokens"]), row["case"]) == here)
     return [float(row[figure]) for row in own if row["text"] in names]
 
 
 def _mean(rows: Sequence[Row], model: str, names: Sequence[str], tokens: int, case: str) -> Row:
-    """The figures of a case, mean over the texts that it was tried on."""
+    """Figures of a case, averaged over the texts it was tried on."""
     found: Row = {"case": case}
     for figure in ("kl", "loss", "kept", "recall", "attention_gain"):
         each = _of(rows, model, names, tokens, case, figure)

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with everything in it."""
+"""The demo's report: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ STYLES = {
 }
 
 CURVES_SHARE = 0.25
-"""Of the time box, for the curves; the report takes a few seconds, training gets the rest."""
+"""Share of the time box for the curves; the report takes a few seconds, training the rest."""
 ENOUGH = 100
-"""Steps after which a model of the demo has used some context."""
+"""Steps after which a demo model has learned to use some context."""
 LEARNED = 0.9
-"""Of the bits that letters take without their context: a model above this has not used any yet."""
+"""Share of the order-0 bits per byte: a model above it does not use context yet."""
 
 
 @dataclass
 class Run:
-    """One model of the demo: how it was trained and its rows."""
+    """One model of the demo: its description and log rows."""
 
     label: str
     what: str
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def bpb(self) -> float:
-        """The last measured validation, bits per byte."""
+        """Last measured validation loss, bits per byte."""
         return next(row.val_bpb for row in reversed(self.rows) if row.val_bpb is not None)
 
     def tokens_per_s(self, length: int) -> float:
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass
 class Drawing:
-    """A plan to show: what it is, its visible pairs, and its text form."""
+    """A plan to show: title, visible pairs, and text form."""
 
     title: str
     keep: list[list[bool]]
@@ -73,7 +73,7 @@ class Drawing:
 
 @dataclass
 class Result:
-    """All that the demo measured; the report is a pure function of it. ``runs[0]`` is the dense baseline."""
+    """All measurements of the demo, from which the report is rendered. ``runs[0]`` is the dense baseline."""
 
     machine: Mapping[str, str]
     data: str
@@ -85,7 +85,7 @@ class Result:
     drawings: list[Drawing]
     command: str
     letters: float
-    """Bits per byte of a guess by the frequency of letters alone."""
+    """Bits per byte of an order-0 model (letter frequencies without context)."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -107,7 +107,7 @@ def comparison(result: Result) -> list[dict[str, object]]:
 
 
 def verdict(result: Result) -> str:
-    """The outcome, whatever it is; first that a run was too short to learn, and what would be long enough."""
+    """Describe the outcome; if the run was too short to learn, say so first, with a longer command."""
     base, run = comparison(result)[:2]
     pace = f"{run['speedup']:.2f} times as fast as" if run["speedup"] >= 1 else "slower than"
     gap = run["worse"]
@@ -128,7 +128,7 @@ def verdict(result: Result) -> str:
 
 
 def longer(result: Result) -> str:
-    """The command that gives every model `ENOUGH` steps of this length, at the pace that was measured."""
+    """Command that gives every model `ENOUGH` steps of this length, at the measured pace."""
     seconds = ENOUGH * sum(run.ms for run in result.runs) / 1e3
     minutes = math.ceil(seconds / 60 / (1 - CURVES_SHARE)) + 1  # the probes and the report
     bare = re.sub(r" --(minutes|length)[ =]\S+", "", result.command)
@@ -148,7 +148,7 @@ def write(result: Result, path: Path) -> None:
 
 
 def render(result: Result) -> str:
-    """Fill the page: no scripts, no fonts, nothing from elsewhere."""
+    """Render the page: self-contained, without scripts or fonts."""
     rows = comparison(result)
     steps = len(result.runs[0].rows)
     body = Template(asset("report.html")).substitute(
@@ -176,12 +176,12 @@ def render(result: Result) -> str:
 
 
 def framed(title: str, css: str, body: str) -> str:
-    """A page that works alone."""
+    """Wrap a body to a standalone page."""
     return Template(asset("frame.html")).substitute(title=title, css=css, body=body)
 
 
 def asset(name: str) -> str:
-    """Text of a file that lies beside this one."""
+    """Text of a file in this package."""
     return files("sparseflash.bench").joinpath(name).read_text(encoding="utf-8")
 
 

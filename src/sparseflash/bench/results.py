@@ -1,4 +1,4 @@
-"""Result rows as CSV: numbers are data, with the machine beside them."""
+"""Result rows as CSV, with the machine's description in every row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` with the machine's columns appended where they have none, replacing the file at once."""
+    """Write `rows`, adding the machine's columns where they are missing, and replace the file atomically."""
     rows = [{**row, **{name: x for name, x in describe().items() if name not in row}} for row in rows]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     path = Path(path)
@@ -30,16 +30,16 @@ def write(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 class Sheet:
-    """Rows that are in their file as soon as they are finished: a killed run keeps what it measured.
+    """Rows that are written to their file as soon as they are measured: a killed run keeps them.
 
-    `kept` are rows to put before them, such as the file's own.
+    `kept` are rows to put first, such as the file's existing ones.
     """
 
     def __init__(self, path: str | Path, kept: Iterable[Row] = ()) -> None:
         self.path, self.rows = Path(path), list(kept)
 
     def append(self, row: Row) -> None:
-        """Add a row; the file is whole at every moment."""
+        """Add a row and rewrite the file atomically."""
         self.rows.append(row)
         write(self.path, self.rows)
 
@@ -50,7 +50,7 @@ def read(path: str | Path, *columns: str) -> list[dict[str, str]]:
     Raises
     ------
     SparseFlashError
-        If it is no such file, a row is cut short, or it lacks one of the `columns`.
+        If the file is no result file, a row is incomplete, or one of the `columns` is missing.
     """
     try:
         if kind := no_file(path):
@@ -71,5 +71,5 @@ def read(path: str | Path, *columns: str) -> list[dict[str, str]]:
 
 
 def cell(value: Any) -> str:
-    """Format one value: four significant digits, nothing for what was not measured."""
+    """Format one value: four significant digits; "" if it was not measured."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Which layer of a model may choose rounds for those above it: the first whose weights on them are theirs."""
+"""Find the layer of a model that may choose chat rounds for all layers above it (RoundAttention)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparseflash.methods.round_attention import round_mass
 
 @torch.no_grad()
 def masses(model: Any, ids: Tensor, starts: Sequence[int]) -> dict[int, Tensor]:
-    """Of every layer, how later rounds spread their attention over the ones before them: `[questions, n]`.
+    """Attention of later rounds on the rounds before them, for every layer: `[questions, n]`.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def masses(model: Any, ids: Tensor, starts: Sequence[int]) -> dict[int, Tensor]:
     ids : Tensor
         Integers `[1,T]`.
     starts : sequence of int
-        Where rounds begin. Those of the second half ask; each row adds up to 1.
+        Begin of each round. Rounds of the second half are the questions; each row sums to 1.
     """
     from sparseflash.integrations.transformers import attention_layers
     from sparseflash.integrations.transformers.control import attached, on_sparse
@@ -50,9 +50,9 @@ def masses(model: Any, ids: Tensor, starts: Sequence[int]) -> dict[int, Tensor]:
 
 
 def likeness(mass: Mapping[int, Tensor]) -> dict[int, float]:
-    """How alike a layer's weights on rounds are to those of each layer above, mean: 1 is the same, 0 apart.
+    """Mean similarity of a layer's round weights to those of each layer above: 1 is equal, 0 disjoint.
 
-    1 less half the sum of differences; the last layer has nobody above.
+    It is 1 minus half the sum of absolute differences; the last layer has none above and no entry.
     """
     layers = sorted(mass)
     return {
@@ -63,7 +63,7 @@ def likeness(mass: Mapping[int, Tensor]) -> dict[int, float]:
 
 
 def watershed(alike: Mapping[int, float], least: float = 0.75) -> int:
-    """The first layer that is, as all after it, at least so much like those above it."""
+    """First layer from which on all layers are at least that similar to those above them."""
     found = None
     for number in sorted(alike, reverse=True):
         if alike[number] < least:

@@ -1,4 +1,4 @@
-"""A benchmark in a terminal: progress while it measures, rows in their file at once, a table at the end."""
+"""Run a benchmark in a terminal: progress while measuring, rows saved at once, a table at the end."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from sparseflash.bench import figures, results
 from sparseflash.bench.machine import describe
 
 WIDE = 160
-"""Columns of a table that goes into a file or a pipe, where nothing has to be cut off."""
+"""Width of a table that goes into a file or a pipe, enough to cut nothing off."""
 
 
 class Measure(Protocol):
-    """What yields rows, and tells `on_run` what it is at."""
+    """A benchmark: yields rows, and reports progress to `on_run`."""
 
     def __call__(self, *, on_run: Callable[[str], None]) -> Iterable[results.Row]:
-        """Measure."""
+        """Yield measured rows."""
         ...
 
 
 def everything(row: results.Row) -> bool:
-    """Show each row."""
+    """Show every row."""
     return True
 
 
@@ -35,22 +35,22 @@ def session(
     kept: Iterable[results.Row] = (),
     shown: Callable[[results.Row], bool] = everything,
 ) -> list[results.Row]:
-    """Measure into `out`, print the `columns` of what is `shown`, and redraw the pictures of the file.
+    """Measure into `out`, print the `columns` of the `shown` rows, and redraw the file's pictures.
 
     Parameters
     ----------
     title : str
-        What the spinner says.
+        Text beside the spinner.
     out : Path
         CSV file; an existing one is replaced.
     measure : callable
-        Yields rows; its `on_run` takes a line of progress.
+        Yields rows; its `on_run` argument takes a line of progress.
     columns : sequence of str
-        Of the printed table; the file has all.
+        Columns of the printed table; the file has all.
     kept : iterable of dict
-        Rows that come before, such as those of an earlier session.
+        Rows to put first, such as those of an earlier session.
     shown : callable
-        Which rows are printed.
+        Filter of the printed rows.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def session(
 
 
 def watch(title: str, out: Path, measure: Measure, kept: Iterable[results.Row] = ()) -> list[results.Row]:
-    """Measure behind a spinner; each row is in `out`, behind the `kept` ones, as soon as it is there."""
+    """Measure behind a spinner; each row is appended to `out`, after the `kept` ones, at once."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     sheet = results.Sheet(out, kept)
@@ -82,7 +82,7 @@ def show(
     columns: Sequence[str],
     shown: Callable[[results.Row], bool] = everything,
 ) -> None:
-    """Print some columns of rows as a table, red where a subject failed conformance; notes stand below."""
+    """Print columns of rows as a table, red if a subject failed conformance; notes follow below."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Which span each head of a model needs: how far the loss moves when its far pairs go, and a budget."""
+"""MoA: find the attention span of each head, from the loss's sensitivity to its far pairs and a budget."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SINKS = 64
 
 
 def influences(model: Any, ids: Tensor, layers: Sequence[int] | None = None) -> dict[int, Tensor]:
-    """How far the loss of a text moves, at first order, when pairs at each distance go: `[Hq, T]` a layer.
+    """First-order change of a text's loss when pairs at each distance are removed: `[Hq, T]` per layer.
 
-    Pairs with the first keys are left out, since every span has them. One forward and one backward; nothing
-    of size T x T.
+    Pairs with the first keys are excluded, since every span has them. Takes one forward and one backward,
+    without T x T tensors.
 
-    Papers: MoA, arXiv 2406.14909, section 4.1 (there on the model's own answers; here on the text itself).
+    Papers: MoA, arXiv 2406.14909, section 4.1 (which uses the model's own answers, not the text itself).
     """
     from sparseflash.integrations.transformers import attention_layers
     from sparseflash.integrations.transformers.control import attached, on_sparse
@@ -54,12 +54,12 @@ def influences(model: Any, ids: Tensor, layers: Sequence[int] | None = None) -> 
         moved = sf.attention_stats(
             q, k, lse.detach(), far, over="diagonal", v=v, dout=dout, delta=delta, scale=scale
         )
-        found[number] = moved[..., T - 1 :].sum(0)  # of the distances 0, 1, ...
+        found[number] = moved[..., T - 1 :].sum(0)  # distances 0, 1, ...
     return found
 
 
 def rules(lengths: Sequence[int], betas: int = 9, step: int = 1024) -> list[tuple[int, float]]:
-    """Candidates (alpha, beta): spans above 0 at the shortest length, and no more than the longest one."""
+    """Candidates (alpha, beta) whose span is above 0 at the shortest length and within the longest one."""
     least, most = min(lengths), max(lengths)
     shares = [n / (betas - 1) for n in range(betas)]
     offsets = range(-(least // step) * step, most + 1, step)
@@ -74,28 +74,28 @@ def spans(
     in_a_layer: int = 2,
     seconds: float = 60.0,
 ) -> dict[int, list[dict[str, Any]]]:
-    """The span of each head that loses least influence, all heads together within a budget at every length.
+    """Choose each head's span to lose least influence, with all heads within one budget at every length.
 
     Parameters
     ----------
     influence : mapping
-        By length N, and then by layer: `[Hq, N]` by distance, as `influences` gives it.
+        For each length N and layer: `[Hq, N]` by distance, from `influences`.
     bound : float
-        Most pairs, as a share of those of causal attention: mean over all heads.
+        Largest mean share of the causal pairs, over all heads.
     candidates : sequence of (alpha, beta), optional
-        By default `rules` of the lengths.
+        Span rules; by default `rules` of the lengths.
     in_a_layer : int
-        Most different rules in a layer.
+        Maximum number of different rules per layer.
     seconds : float
-        Time box of the solver (HiGHS through SciPy); the best that it has found by then is taken.
+        Time limit of the solver (HiGHS through SciPy), which then returns its best solution.
 
     Returns
     -------
     dict
         Settings of `moa` for each head of each layer, as `Profile.of` takes them.
 
-    Papers: MoA, arXiv 2406.14909, section 4.2: there a Pareto set over the lengths, here the sum of the
-    shares that are lost at each.
+    Papers: MoA, arXiv 2406.14909, section 4.2, which takes a Pareto set over the lengths; here the objective
+    is the sum over lengths of the lost share.
     """
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -111,10 +111,10 @@ def spans(
     lost = torch.zeros(H, R, dtype=torch.float64)
     for n in lengths:
         moved = torch.cat([influence[n][number] for number in layers]).double()
-        beyond = moved.flip(-1).cumsum(-1).flip(-1)  # of this distance, and all larger ones
+        beyond = moved.flip(-1).cumsum(-1).flip(-1)  # influence of this distance and all larger ones
         widths = torch.tensor([min(max(method.span(n) - SINKS, 1), n - 1) for method in made])
         lost += beyond[:, widths] / moved.sum().clamp(min=1e-300)
-    # x[h, r]: head h follows rule r; y[l, r]: some head of layer l does
+    # binary variables: x[h, r]: head h follows rule r; y[l, r]: some head of layer l follows rule r
     layer_of = np.repeat(np.arange(len(layers)), heads)
     X = np.arange(H * R).reshape(H, R)
     Y = H * R + np.arange(len(layers) * R).reshape(len(layers), R)
@@ -161,7 +161,7 @@ def profile(
     layers: Sequence[int] | None = None,
     path: Path | None = None,
 ) -> Profile:
-    """Spans of the heads of a model, from the beginnings of a text of these lengths; written to a path."""
+    """Spans of a model's heads, from prefixes of a text with these lengths; saved to `path` if given."""
     moved = {n: influences(model, ids[:, :n], layers) for n in lengths}
     found = Profile.of(name, spans(moved, bound=bound))
     if path is not None:
@@ -170,12 +170,12 @@ def profile(
 
 
 def mean(profile: Profile, n: int) -> float:
-    """The mean span of a profile's heads at a length."""
+    """Mean span of a profile's heads at length n."""
     heads = [head for number in profile.numbers for head in profile.heads(number)]
     return sum(sf.methods.MoA(alpha=x["alpha"], beta=x["beta"]).span(n) for x in heads) / len(heads)
 
 
 def _kept(span: int, n: int) -> float:
-    """Pairs of first keys and a window over those of causal attention."""
+    """Share of the causal pairs that first keys and a window of `span` keys in total keep."""
     full = n * (n + 1) / 2
     return 1 - (n - span) * (n - span + 1) / 2 / full

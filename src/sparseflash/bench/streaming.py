@@ -1,4 +1,4 @@
-"""Which KV heads of a model may stream: a gate for each learns how far the model needs it to see all keys."""
+"""Find the KV heads of a model that can stream: a trained gate per head shows if it needs far keys."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import sparseflash as sf
 from sparseflash.errors import SparseFlashError
 
 Gates = dict[int, Tensor]
-"""By layer: `[Hkv]`, 1 where the head sees everything, 0 where it streams."""
+"""By layer: `[Hkv]`, 1 if the head attends to everything, 0 if it streams."""
 FAR = "The pass phrase of box {n} is: {words}."
 ASKED = "What is the pass phrase of box {n}? It is: {words}."
 
 
 class Piece(NamedTuple):
-    """A text with phrases in it that are asked for at its end."""
+    """A text with planted phrases, which questions at its end ask for."""
 
     ids: Tensor
     """Integers `[1,T]`."""
     asked: Tensor
-    """bool `[T]`: the tokens of the answers, for which far keys are needed."""
+    """bool `[T]`: the answers' tokens, whose prediction needs far keys."""
 
 
 def planted(
     tokenizer: Any, text: str, tokens: int, generator: torch.Generator, *, phrases: int = 4, words: int = 8
 ) -> Piece:
-    """The beginning of a text with phrases of its own words at random places, and questions at the end."""
+    """Plant phrases of a text's own words at random positions in its beginning, and append questions."""
     known = sorted({word for word in text.split() if word.isalpha() and len(word) > 3})
     if len(known) < 2 * words:
         raise SparseFlashError(f"a text with {len(known)} long words: expected {2 * words} or more")
@@ -72,7 +72,7 @@ def hidden(
     local: int,
     watch: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """The last hidden states `[T,width]` where each KV head sees `gate * all + (1 - gate) * streaming`."""
+    """Last hidden states `[T,width]` when each KV head outputs `gate * full + (1 - gate) * streaming`."""
     from sparseflash.integrations.transformers import attention_layers
     from sparseflash.integrations.transformers.control import attached, on_sparse
 
@@ -111,13 +111,13 @@ def train(
     price: float = 0.05,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> Gates:
-    """Gates of all KV heads, such that the answers' hidden states stay what they are, at a price for each.
+    """Train gates of all KV heads to keep the answers' hidden states at a price per open gate.
 
-    The model stays as it is. Loss: the mean square of what the last hidden states of the answers change by,
-    over that of the states, and `price` times the mean gate.
+    The model is frozen. The loss is the mean squared change of the answers' last hidden states, relative to
+    their mean square, plus `price` times the mean gate.
 
-    Source: DuoAttention (Xiao et al., arXiv 2410.10819, section 2.2), whose gates LServe takes; there the
-    square is not divided by the states' own.
+    Source: DuoAttention (Xiao et al., arXiv 2410.10819, section 2.2), whose gates LServe uses; DuoAttention
+    does not normalise the squared change.
     """
     layers: dict[int, int] = {}
     with torch.no_grad():
@@ -148,7 +148,7 @@ def train(
 
 
 def moved(model: Any, piece: Piece, gates: Mapping[int, Tensor], *, sinks: int, local: int) -> Tensor:
-    """How far the answers' hidden states go from where they are without gates: a share of their square."""
+    """Mean squared change of the answers' hidden states caused by the gates, relative to their square."""
     with torch.no_grad():
         want = hidden(model, piece.ids, None, sinks=sinks, local=local)[piece.asked].float()
     found = hidden(model, piece.ids, gates, sinks=sinks, local=local)[piece.asked].float()
@@ -157,7 +157,7 @@ def moved(model: Any, piece: Piece, gates: Mapping[int, Tensor], *, sinks: int, 
 
 @torch.no_grad()
 def near_mass(model: Any, piece: Piece, *, sinks: int, local: int) -> Gates:
-    """The share of each KV head's attention that lies beyond the first keys and the near ones."""
+    """Share of each KV head's attention mass outside the first and the near keys."""
     found: Gates = {}
     hidden(
         model, piece.ids, None, sinks=sinks, local=local,
@@ -167,7 +167,7 @@ def near_mass(model: Any, piece: Piece, *, sinks: int, local: int) -> Gates:
 
 
 def halved(gates: Gates, share: float = 0.5) -> Gates:
-    """1 for the heads of the largest gates, 0 for the given share of them: those that stream."""
+    """Binary gates: 0 for the given share of heads with the smallest gates, which stream; 1 for the rest."""
     flat = torch.cat([gates[number] for number in sorted(gates)])
     order = flat.argsort(stable=True)
     cut = torch.ones_like(flat)

@@ -1,4 +1,4 @@
-"""What can be measured: every registered method, and baselines where they are present."""
+"""Subjects of benchmarks: every registered method, and baselines as far as installed."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Subject:
     use : callable
         ``(q, k, v, prepared) -> out``, causal.
     prepare : callable
-        ``(q, k, v) -> prepared``: selecting, or making a mask; timed apart too.
+        ``(q, k, v) -> prepared``: selection, or building a mask; also timed separately.
     method : Method or None
-        What selects; without it every earlier key is seen.
+        Method that selects; None: dense causal attention.
     backward : bool
-        Whether it has one.
+        Whether it supports the backward.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Subject:
         return self.use(q, k, v, self.prepare(q, k, v))
 
     def select(self, q: Tensor, k: Tensor, v: Tensor) -> Selection | None:
-        """What its method sees; nothing for a dense baseline."""
+        """The method's selection; None for a dense baseline."""
         return None if self.method is None else self.method.select(q, k, {"v": v})
 
 
 def ours(name: str, method: Method) -> Subject:
-    """A method of the library."""
+    """Make a subject of a method."""
     return Subject(
         name,
         "method",
@@ -69,7 +69,7 @@ def ours(name: str, method: Method) -> Subject:
 
 
 def naive(name: str, method: Method) -> Subject:
-    """What a method sees, the plain way: a boolean T x T mask for torch SDPA."""
+    """Make a subject of a method's boolean T x T mask in torch SDPA."""
 
     @torch.no_grad()
     def prepare(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def naive(name: str, method: Method) -> Subject:
         return torch.stack([mask.repeat_interleave(heads // mask.shape[1], 1) for mask in masks]).any(0)
 
     def use(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-        empty = ~keep.any(-1, keepdim=True)  # a row without any visible key would be NaN
+        empty = ~keep.any(-1, keepdim=True)  # a row without visible keys would be NaN
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep | empty, enable_gqa=grouped)
         return out.masked_fill(empty, 0.0)
@@ -142,14 +142,14 @@ BASELINES: dict[str, Callable[[], Attention]] = {
     "attn-gym": _attn_gym,
     "fla": _fla,
 }
-"""Dense causal attention of others; `sdpa` is torch's own choice. `naive` is made of each method."""
+"""Dense causal attention of other libraries; `sdpa` is torch's own choice. `naive` is derived per method."""
 
 _NEEDS = {"attn-gym": "attn_gym", "fla": "fla"}
 _FORWARD_ONLY_ON_CPU = ("flex", "attn-gym")
 
 
 def names() -> tuple[list[str], list[str]]:
-    """What ``--methods`` and ``--baselines`` accept."""
+    """Names that ``--methods`` and ``--baselines`` accept."""
     return methods.names(), [*BASELINES, "naive", "reformer"]
 
 
@@ -167,18 +167,18 @@ def subjects(
     Parameters
     ----------
     method_names, baseline_names
-        As `names` lists them; ``naive`` stands for a naive twin of every method, ``reformer`` for the method.
+        Names from `names`; ``naive`` adds a naive twin of every method, ``reformer`` that method.
     length : int
-        Tokens; a budget may depend on it.
+        Tokens; the settings for a density may depend on it.
     density : float, optional
-        Share of the causal pairs that the methods are set to see.
+        Share of the causal pairs to configure the methods for.
     options : mapping, optional
-        Hyper-parameters of a method, by its name.
+        Fields of each method, by its name.
 
     Raises
     ------
     SparseFlashError
-        For a name that is none, with the nearest; for a density that a method cannot be set to.
+        For an unknown name, with the nearest known one; for a density that a method cannot be set to.
     """
     able_methods, able_baselines = names()
     wanted, base = list(dict.fromkeys(method_names)), list(dict.fromkeys(baseline_names))
@@ -220,7 +220,7 @@ def _baseline(name: str, device: str) -> Subject:
 
 
 def budget(name: str, density: float, length: int) -> dict[str, Any]:
-    """Hyper-parameters with which a method sees about this share of the causal pairs."""
+    """Settings with which a method sees about this share of the causal pairs."""
     if not 0 < density <= 1:
         raise SparseFlashError(f"--density is {density:g}; expected a share above 0 and at most 1")
     drop = 1 - math.sqrt(density)  # of queries and of keys
@@ -241,7 +241,7 @@ def budget(name: str, density: float, length: int) -> dict[str, Any]:
 
 
 def unknown(flag: str, name: str, able: Iterable[str]) -> SparseFlashError:
-    """The error for a name that is none."""
+    """The error for an unknown name."""
     able = list(able)
     close = difflib.get_close_matches(name.strip().lower().replace("_", "-"), able, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""

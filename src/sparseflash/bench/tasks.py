@@ -1,8 +1,8 @@
-"""Long documents with questions whose answers stand in them: what a model still finds when it reads sparsely.
+"""Long documents with planted facts and questions: what a model still finds when it reads sparsely.
 
-Every question is answered by likelihood, the right answer against wrong ones that stand in the same document,
-so that a small model can do it, and guessing among what it has seen cannot. A document is read once; all of
-its questions continue the same cache.
+Questions are answered by likelihood, the right answer against wrong ones from the same document: feasible for
+a small model, while guessing from the words it has seen does not help. A document is read once; all questions
+continue from the same cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from sparseflash.errors import SparseFlashError
 
 QUESTIONS = 16
-"""Of each document."""
+"""Questions per document."""
 CHOICES = 4
-"""Answers that a question may have, one of them right."""
+"""Answers per question, the first of which is right."""
 PLACES = (
     "Lisbon", "Oslo", "Cairo", "Quito", "Delhi", "Lagos", "Paris", "Seoul", "Lima", "Rome", "Accra",
     "Hanoi", "Dublin", "Prague", "Tunis", "Vienna", "Athens", "Havana", "Manila", "Nairobi",
@@ -38,7 +38,7 @@ THINGS = (
 
 @dataclass(frozen=True)
 class Question:
-    """How a question ends, right before its answer; and answers, of which the first is right."""
+    """The end of a question, directly before the answer; and answers, of which the first is right."""
 
     ask: str
     answers: tuple[str, ...]
@@ -46,9 +46,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Planted:
-    """Lines that go into a document, in their order, and questions about them.
+    """Lines to plant into a document, in order, and questions about them.
 
-    `filler`: what stands between the lines; None: the text that the document is made of.
+    `filler`: text between the lines; None: the document's own text.
     """
 
     lines: tuple[str, ...]
@@ -61,12 +61,12 @@ def _numbers(draw: random.Random, n: int) -> list[str]:
 
 
 def _among(draw: random.Random, right: str, others: Sequence[str]) -> tuple[str, ...]:
-    """The right answer and some others that are not the same."""
+    """The right answer and some different ones."""
     return (right, *draw.sample(sorted({x for x in others if x != right}), CHOICES - 1))
 
 
 def _single(draw: random.Random) -> Planted:
-    """A number that stands alone in the text, among three that stand elsewhere."""
+    """A single fact: one number, and three others elsewhere in the text."""
     names, numbers = draw.sample(PLACES, CHOICES), _numbers(draw, CHOICES)
     lines = tuple(f"The secret number of {a} is {b}." for a, b in zip(names, numbers))
     ask = [Question(f"The secret number of {a} is", _among(draw, b, numbers)) for a, b in zip(names, numbers)]
@@ -85,7 +85,7 @@ def _keys(draw: random.Random) -> Planted:
 
 
 def _values(draw: random.Random) -> Planted:
-    """The second of two numbers of one name, which stand far apart."""
+    """The second of two numbers of one name, far apart."""
     names, numbers = draw.sample(PLACES, QUESTIONS), _numbers(draw, 2 * QUESTIONS)
     pairs = [(names[n % QUESTIONS], x) for n, x in enumerate(numbers)]
     lines = tuple(f"A secret number of {a} is {b}." for a, b in pairs)
@@ -100,7 +100,7 @@ def _values(draw: random.Random) -> Planted:
 
 
 def _queries(draw: random.Random) -> Planted:
-    """Two numbers at once, the second after the first."""
+    """Two numbers at once, the second following the first."""
     names, numbers = draw.sample(PLACES, QUESTIONS), _numbers(draw, QUESTIONS)
     lines = tuple(f"The secret number of {a} is {b}." for a, b in zip(names, numbers))
     ask = []
@@ -131,7 +131,7 @@ def _variables(draw: random.Random) -> Planted:
 
 
 def _words(draw: random.Random) -> Planted:
-    """Which word of a list comes often: nine words in ten are common ones."""
+    """The frequent words of a list, in which nine words of ten are common ones."""
     common, rare = draw.sample(THINGS, 8), [x.lower() for x in draw.sample(PLACES, 8)]
     listed = [draw.choice(common) if draw.random() < 0.9 else draw.choice(rare) for _ in range(20_000)]
     ask = [
@@ -145,7 +145,7 @@ def _words(draw: random.Random) -> Planted:
 
 
 def _code(draw: random.Random) -> Planted:
-    """What a function returns."""
+    """The return value of a function."""
     names = [f"{a}_{b}" for a, b in zip(draw.sample(THINGS, QUESTIONS), draw.sample(THINGS, QUESTIONS))]
     numbers = _numbers(draw, QUESTIONS)
     lines = tuple(f"\ndef {a}():\n    return {b}\n" for a, b in zip(names, numbers))
@@ -154,7 +154,7 @@ def _code(draw: random.Random) -> Planted:
 
 
 def _table(draw: random.Random) -> Planted:
-    """The last cell of a table's row."""
+    """The last cell of a table row."""
     names, things = draw.sample(PLACES, QUESTIONS), draw.sample(THINGS, QUESTIONS)
     numbers = _numbers(draw, QUESTIONS)
     lines = tuple(f"\n| {a} | {t} | {b} |\n" for a, t, b in zip(names, things, numbers))
@@ -172,12 +172,12 @@ KINDS: dict[str, Callable[[random.Random], Planted]] = {
     "code": _code,
     "table": _table,
 }
-"""After the kinds of RULER (arXiv 2404.06654), with questions that a small model can answer by likelihood."""
+"""Kinds of documents, modelled on RULER (arXiv 2404.06654), for a small model that answers by likelihood."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A kind, its tokens `ids [1, T]`, and its questions as tokens.
+    """A document's kind, tokens `ids [1, T]`, and tokenised questions.
 
     Each question is `(ask [1, n], answers)`; of the answers, [1, n] each, the first is right.
     """
@@ -188,25 +188,25 @@ class Document:
 
 
 def document(kind: str, tokenizer: Any, text: str, tokens: int, *, seed: int = 0) -> Document:
-    """A document of so many tokens, with what a kind plants in it at places that the seed draws.
+    """Make a document of `tokens` tokens, with a kind's lines planted at random positions.
 
     Parameters
     ----------
     kind : str
         One of `KINDS`.
     tokenizer : callable
-        Of Transformers.
+        Tokenizer of Transformers.
     text : str
-        What stands between the planted lines; of a list of words it is the list.
+        Text between the planted lines; ignored by "words", which fills the document with its list.
     tokens : int
-        Of the document, without questions.
+        Length of the document, without questions.
     seed : int
-        Of names, numbers and places.
+        Seed of names, numbers and positions.
 
     Raises
     ------
     SparseFlashError
-        For another kind, or where the text or the tokens are too few for what is planted.
+        For an unknown kind, or if the text or `tokens` is too short for the planted lines.
 
     Examples
     --------
@@ -230,7 +230,7 @@ def document(kind: str, tokenizer: Any, text: str, tokens: int, *, seed: int = 0
             f"{kind}: {tokens} tokens, {tokens - rest} of them planted in a text of {len(filler)}: expected "
             "a longer text, and at most half of the tokens planted; ask for more, or give a longer text"
         )
-    # none in the last eighth: there every window sees it
+    # not in the last eighth, which every window covers
     cuts = sorted(draw.sample(range(rest * 7 // 8), len(lines)))
     ids, before = [], 0
     for at, line in zip(cuts, lines):
@@ -249,9 +249,9 @@ def document(kind: str, tokenizer: Any, text: str, tokens: int, *, seed: int = 0
 
 @dataclass(frozen=True)
 class Score:
-    """Of a document: the share of questions whose right answer is likeliest, how many, and how sure.
+    """Result of a document: share of questions whose right answer is likeliest, their number, and margin.
 
-    `margin`: nats by which the right answer is likelier than the best wrong one, mean.
+    `margin`: mean difference in nats between the right answer and the best wrong one.
     """
 
     right: float
@@ -261,9 +261,9 @@ class Score:
 
 @torch.no_grad()
 def score(model: Any, given: Document, prefill: Callable[[], AbstractContextManager[Any]]) -> Score:
-    """Read a document once under `prefill()`, and questions and answers behind it densely.
+    """Read a document once under `prefill()`, then score questions and answers densely.
 
-    The cache is cut back after every answer, so that no question sees another one.
+    The cache is cropped after every answer, so that questions do not see each other.
     """
     from sparseflash.integrations.transformers import sparse
 

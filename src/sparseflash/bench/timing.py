@@ -1,7 +1,7 @@
 """Interleaved timing inside a time box.
 
-All cases of a group run in turn, round after round, so that a busy moment of the machine hits every one of
-them; the figure of a case is the median of its rounds. The first round warms up and only predicts.
+All cases of a group run round-robin, so that a busy moment of the machine affects all of them; a case's
+figure is the median of its rounds. The first round only warms up and predicts the duration.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class Box:
-    """A deadline that work can be checked against before it starts."""
+    """A deadline, to check before starting work."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -29,18 +29,18 @@ class Box:
 
 @dataclass
 class Timing:
-    """Wall times of one case, seconds."""
+    """Wall times of one case, in seconds."""
 
     warm_up: float
     times: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
-        """Median of the measured rounds, or the warm-up where the box left room for nothing else."""
+        """Median of the measured rounds, or the warm-up time if the box had no room for rounds."""
         return statistics.median(self.times) if self.times else self.warm_up
 
     def percentile(self, share: float) -> float:
-        """The time that this share of the rounds stays below, between neighbours linearly."""
+        """Percentile of the rounds' times, linearly interpolated."""
         times = sorted(self.times or [self.warm_up])
         at = share * (len(times) - 1)
         low = math.floor(at)
@@ -48,13 +48,13 @@ class Timing:
         return times[low] + (at - low) * (times[high] - times[low])
 
     def over(self, other: Timing) -> float:
-        """How many times longer this takes than the other: the median over rounds that ran in turn."""
+        """Ratio of this time to the other: the median of the ratios of each interleaved round."""
         pairs = list(zip(self.times, other.times)) or [(self.warm_up, other.warm_up)]
         return statistics.median(own / twin for own, twin in pairs)
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call, what it leaves running on a GPU included."""
+    """Wall time of one call, pending GPU work included."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
     wait()
     start = time.perf_counter()
@@ -64,7 +64,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def _nothing() -> None:
-    """Wait for nobody."""
+    """Do nothing."""
 
 
 def interleave(
@@ -74,7 +74,7 @@ def interleave(
     box: Box,
     on_run: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timing]:
-    """Time every case `rounds` times in turn, fewer where the box closes first."""
+    """Time every case `rounds` times, interleaved; fewer if the box runs out."""
     timings = {}
     for name, run in cases.items():
         timings[name] = Timing(seconds(run))
@@ -90,10 +90,10 @@ def interleave(
 
 
 def predict(history: list[tuple[int, float]], length: int) -> float:
-    """Expected seconds at `length` from (length, seconds) of shorter ones.
+    """Predict seconds at `length` from the (length, seconds) of shorter ones.
 
-    Extrapolates the last growth rate, at least linear and at most a little above quadratic; a single point
-    counts as quadratic, which is the safe side.
+    Extrapolates the last growth rate, bounded between linear and slightly above quadratic; a single point is
+    extrapolated quadratically, to be safe.
     """
     if not history:
         return 0.0

@@ -1,4 +1,4 @@
-"""`sparseflash bench`: one command a benchmark, a page for each kind; importing them registers them."""
+"""Commands of `sparseflash bench`, one per benchmark; importing these modules registers them."""
 
 from . import curves, files, methods, prompts
 from .app import bench

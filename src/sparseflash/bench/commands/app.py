@@ -1,4 +1,4 @@
-"""What all commands share: the application, their options, and how lists are written."""
+"""Shared parts of all commands: the application, common options, and parsers of lists."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ EXPERIMENTS = (
     "transformers",
     "vision",
 )
-"""Commands of `benchmarks/experiments`, which no install has."""
+"""Commands of `benchmarks/experiments`, which are not part of an install."""
 
 
 class Bench(typer.core.TyperGroup):
-    """The commands here, and where the experiments are."""
+    """Command group that points to the checkout for experiments."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Find a command."""
+        """Find a command; raise a hint if it is an experiment."""
         if cmd_name in EXPERIMENTS:
             raise SparseFlashError(
                 f"{cmd_name} is an experiment, which only a checkout has; run there: "
@@ -90,18 +90,18 @@ Rounds = Annotated[int, typer.Option(min=1, help="Measured rounds, after one tha
 
 
 def call(app: typer.Typer) -> None:
-    """Run an application; what the library refuses is one line, and exit status 1."""
+    """Run an application; library errors print one line and exit with status 1."""
     try:
         app()
     except SparseFlashError as error:
         said = str(error)
-    except (RuntimeError, MemoryError) as error:  # torch: main memory is short
+    except (RuntimeError, MemoryError) as error:  # torch: out of main memory
         asked = re.search(r"tried to allocate (\d+) bytes", str(error))
         if not (isinstance(error, MemoryError) or asked or "out of memory" in str(error).lower()):
             raise
         much = f": {int(asked[1]) / 2**30:,.0f} GiB at once" if asked else ""
         said = f"this needs more memory than there is{much}; ask for less: a smaller --length or --batch"
-    except OSError as error:  # a full disk, a path that cannot be written
+    except OSError as error:  # full disk, unwritable path
         if error.errno is None or isinstance(error, BrokenPipeError):
             raise
         said = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
@@ -112,22 +112,22 @@ def call(app: typer.Typer) -> None:
 
 
 def words(text: str, separator: str = ",") -> list[str]:
-    """Read a list of names; a semicolon separates those that have commas."""
+    """Split a list of names; use a semicolon as separator for names with commas."""
     return [word.strip() for word in text.split(separator) if word.strip()]
 
 
 def integers(text: str, example: str = "1024,2048,4096", least: int = 0) -> list[int]:
-    """Read a list of whole numbers, each at least so much."""
+    """Parse a list of integers >= `least`."""
     return _numbers(text, int, example, least)
 
 
 def floats(text: str) -> list[float]:
-    """Read a list of numbers >= 0."""
+    """Parse a list of numbers >= 0."""
     return _numbers(text, float, "4e-3,8e-3", 0)
 
 
 def lengths_of(text: str) -> list[int]:
-    """Read ``--lengths``: at least one, all positive, in ascending order."""
+    """Parse ``--lengths``: at least one, all positive; returned in ascending order."""
     found = integers(text, least=1)
     if not found:
         raise SparseFlashError("--lengths names none; write them as 1024,2048,4096")
@@ -135,14 +135,14 @@ def lengths_of(text: str) -> list[int]:
 
 
 def dtypes_of(text: str) -> list[str]:
-    """Read ``--dtypes``."""
+    """Parse ``--dtypes``."""
     from sparseflash.bench.cases import DTYPES
 
     return known("dtypes", DTYPES, words(text))
 
 
 def known(option: str, names: Iterable[str], given: list[str]) -> list[str]:
-    """Return `given`, all of which have to be among `names`; all names where nothing is given."""
+    """Check that all of `given` are among `names`; return them, or all names if none are given."""
     names = list(names)
     for name in given:
         if name not in names:

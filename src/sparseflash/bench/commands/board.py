@@ -1,4 +1,4 @@
-"""`sparseflash board`: every method on one model, at the same budgets, and a page of what came of it."""
+"""`sparseflash board`: every method on one model at equal budgets, and a page of the results."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def board(
 
     **sparseflash board --text book.txt --text code.txt --lengths 4096 --minutes 60**
 
-    Rows are written as they are measured; a run that was stopped goes on where it was. KL: how far the next
-    tokens' probabilities are from those of dense attention; kept: of pairs, or of keys.
+    Rows are saved as they are measured; a stopped run continues where it was. KL: divergence of the next
+    tokens' probabilities from those of dense attention; kept: share of pairs, or of keys.
     """
     import sparseflash as sf
     from sparseflash.bench import board as table

@@ -1,4 +1,4 @@
-"""Commands about this machine: time over the length, and from which density on sparse pays."""
+"""Commands about this machine: time over sequence length, and the density at which sparse breaks even."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def bench_breakeven(
     rounds: Rounds = 25,
     minutes: Minutes = 6.0,
 ) -> None:
-    """Find the densities below which sparse beats dense here, and the costs for sparseflash.predict."""
+    """Find the densities below which sparse beats dense here, and fit the costs of sparseflash.predict."""
     from sparseflash.bench import breakeven, figures, results
     from sparseflash.bench.session import show, watch
 

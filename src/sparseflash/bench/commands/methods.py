@@ -1,4 +1,4 @@
-"""Any method against any baseline: what `sparseflash bench` does without a command."""
+"""Compare methods with baselines: `sparseflash bench` without a command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
     "minutes": typer.Option(min=0, help="Time box; what does not fit is left out, and said."),
     "seed": typer.Option(min=0, max=2**63 - 1, help="Of the inputs."),
 }
-"""Fields of `Settings` that are options."""
+"""Fields of `Settings` that become options."""
 LENGTHS = ",".join(map(str, Settings.lengths))
 
 
@@ -64,7 +64,7 @@ def bench_methods(
     ] = None,
     **more: Any,
 ) -> None:
-    """Run the comparison that the options name."""
+    """Compare methods with baselines, as the options say."""
     if context.invoked_subcommand is not None:
         return
     if not methods and not baselines:
@@ -101,7 +101,7 @@ def bench_methods(
 
 
 def _of_methods(methods: list[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Which method each setting belongs to: the one before its dot, or the only one there is."""
+    """Assign each setting to its method: the name before the dot, or the only method given."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in given.items():
         method, _, field = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Commands for long prompts of a real model: what a method brings, which to take, what heads follow."""
+"""Commands for long prompts of real models: measure a method, recommend one, calibrate heads."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ def prefill(
 
     **sparseflash prefill --text book.txt --method minference --set vertical=500 --set slash=700**
 
-    ms: to the first token, and gain: over our dense attention; attention_gain: of attention alone. kept:
-    share of the causal pairs that it sees; recall: share of dense attention's mass that they hold. loss: on
-    the prompt, nats a token. kl: of the next tokens' probabilities, from those after a dense prompt.
+    ms: time to the first token, and gain: speed-up over our dense attention; attention_gain: that of
+    attention only. kept: share of the causal pairs that the method sees; recall: share of dense attention's
+    mass on them. loss: on the prompt, nats per token. kl: divergence of the next tokens' probabilities from
+    those after a dense prompt.
     """
     from sparseflash import methods
     from sparseflash.bench import prompts
@@ -94,14 +95,14 @@ def recommend(
         Path, typer.Option(help="Folder of trials.csv, frontier.svg and profile.json; taken up again.")
     ] = Path("recommend"),
 ) -> None:
-    """Find which method makes the prompts of your model faster, on your texts, at a loss that you name.
+    """Find the method that speeds up the prompts of your model most, on your texts, within a loss limit.
 
     **sparseflash recommend --model smollm2 --text book.txt --text code.txt --tokens 8192 --max-kl 0.005**
 
     Each method is tried at several budgets: time of attention against kl of the next tokens (mean over the
-    texts). What is best is printed and drawn, and written as a profile for **sparseflash prefill --profile**
-    and for **sparse(model, prefill=Profiled(Profile.load(...)))**. Where dense attention wins, it says so.
-    A run that was stopped goes on where it was.
+    texts). The best one is printed and drawn, and saved as a profile for **sparseflash prefill --profile**
+    and for **sparse(model, prefill=Profiled(Profile.load(...)))**. If dense attention is best, that is the
+    answer. A stopped run continues where it was.
     """
     from sparseflash.bench import recommend as chooser
 
@@ -149,21 +150,20 @@ def calibrate(
         ),
     ] = None,
 ) -> None:
-    """Find the pattern, the span or the gate of every head of a model, and keep it.
+    """Find the pattern, span or gate of every head of a model, and save it.
 
     **sparseflash calibrate minference --model smollm2 --text book.txt --out smollm2.json**
 
-    minference: each head gets the pattern that finds most of its dense attention beyond chance; flexprefill:
-    the tau, which is whether it is query-aware never, always, or by the paper's test. moa: each
-    gets a span, by how much the loss moves when its far pairs go, at half of --tokens and at all of them.
-    Use it: **sparseflash prefill --profile smollm2.json**; in Python
+    minference: each head gets the pattern that recalls most of its dense attention beyond chance.
+    flexprefill: each head gets a tau, that is, whether it is query-aware never, always, or by the paper's
+    test. moa: each head gets a span, by how much the loss changes without its far pairs, at half of --tokens
+    and at all of them. Use the profile: **sparseflash prefill --profile smollm2.json**; in Python
     **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**. seer-attention: each layer gets a
-    gate, trained to tell from pooled queries and keys where its attention looks:
-    **sparseflash prefill --method seer-attention --set gates=gates.safetensors**. lserve: a gate of each
-    KV head learns whether phrases that stand far above are told as before without it;
-    **sf.methods.streaming_heads("streaming.json")** are the half that need not see far. round: the text is
-    cut into --pieces rounds; said is the first layer whose weights on them are like those of all layers
-    above it.
+    gate, trained to predict attention's blocks from pooled queries and keys: **sparseflash prefill --method
+    seer-attention --set gates=gates.safetensors**. lserve: a gate per KV head learns whether distant phrases
+    are recalled without its far keys; **sf.methods.streaming_heads("streaming.json")** is the half of the
+    heads that can stream. round: the text is cut into --pieces rounds; prints the first layer whose round
+    weights are like those of all layers above it.
     """
     from sparseflash.bench import recommend as chooser
     from sparseflash.bench import spans
@@ -203,7 +203,7 @@ def calibrate(
 
 
 def _streaming(model: str, text: list[Path], tokens: int, pieces: int, steps: int, out: Path) -> None:
-    """Train a gate for each KV head, judge halves of them on one more piece, and keep the gates."""
+    """Train a gate for each KV head, test halves of the heads on one more piece, and save the gates."""
     import torch
     from rich.progress import Progress
 
@@ -242,7 +242,7 @@ def _streaming(model: str, text: list[Path], tokens: int, pieces: int, steps: in
 
 
 def _watershed(prompts: list[Any], pieces: int, alike: float) -> None:
-    """Find the layer that may choose rounds for those above it, by the mean over the texts."""
+    """Find the layer that may choose rounds for those above it, averaged over the texts."""
     from sparseflash.bench import rounds
 
     if pieces < 4:
@@ -268,7 +268,7 @@ def _gates(
     target: Any,
     out: Path,
 ) -> None:
-    """Train gates on pieces of the texts, judge them on one more, and keep them."""
+    """Train gates on pieces of the texts, test them on one more piece, and save them."""
     from rich.progress import Progress
 
     from sparseflash.bench import distill
@@ -302,7 +302,7 @@ def _gates(
 
 
 def _prompts(model: str, text: list[Path], tokens: int, dtype: str, new: int) -> list[Any]:
-    """The model, with the first tokens of each text."""
+    """Load the model, and the first tokens of each text."""
     from sparseflash.bench.cases import DTYPES
     from sparseflash.bench.prompts import Prompt
     from sparseflash.integrations.transformers import load
