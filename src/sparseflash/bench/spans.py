@@ -115,6 +115,7 @@ def spans(
         widths = torch.tensor([min(max(method.span(n) - SINKS, 1), n - 1) for method in made])
         lost += beyond[:, widths] / moved.sum().clamp(min=1e-300)
     # binary variables: x[h, r]: head h follows rule r; y[l, r]: some head of layer l follows rule r
+    # two layers of one head, three rules: x is numbered [[0, 1, 2], [3, 4, 5]], y [[6, 7, 8], [9, 10, 11]]
     layer_of = np.repeat(np.arange(len(layers)), heads)
     X = np.arange(H * R).reshape(H, R)
     Y = H * R + np.arange(len(layers) * R).reshape(len(layers), R)

@@ -340,7 +340,7 @@ def flash_attn_with_kvcache(
                 f"{k.shape[1]} new keys behind {int(used.max())} in a cache of {room}: make it larger"
             )
         if block_table is not None:
-            size = k_cache.shape[1]
+            size = k_cache.shape[1]  # with pages of 16, key 37 is row 5 of page block_table[b, 2]
             first, second = block_table.to(device).long().gather(1, place // size), place % size
         else:
             first, second = rows[:, None].expand_as(place), place

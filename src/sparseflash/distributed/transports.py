@@ -79,7 +79,7 @@ class Ring:
 
     With two groups, rings nest (MTraining, arXiv 2510.18830): all shards of a node rotate inside it, while
     those of the previous node arrive from outside; so slow links are crossed once per node, not once per
-    rank.
+    rank. With two nodes of two ranks, rank 1 gets the shards of ranks 1, 0, 3, 2 in this order.
 
     Parameters
     ----------

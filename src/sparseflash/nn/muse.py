@@ -220,6 +220,7 @@ def _far(
     # Row j A + a: the mean query of cluster a, once per key cluster j; `attention` then makes kt_aj and
     # vt_aj.
     rows = mean.to(q.dtype).repeat(1, 1, J, 1)
+    # for A = 2, J = 3: of_keys 0 0 1 1 2 2, of_queries 0 1 0 1 0 1
     of_keys = torch.arange(J, device=q.device).repeat_interleave(A)[None, None]
     of_queries = torch.arange(A, device=q.device).repeat(J)[None, None]
     tilt = Plan.from_buckets(of_keys, k_label, causal=False, buckets=J)
