@@ -58,7 +58,7 @@ def backend_status() -> dict[str, BackendStatus]:
 
 
 def _order(x: Tensor) -> tuple[str, ...]:
-    """Backends in the order to ask: Triton last for CPU tensors, which it would import to refuse."""
+    """Backends in the order to ask; for CPU tensors Triton is last, as it imports packages only to refuse."""
     return ("cpu", "reference", "triton") if x.device.type == "cpu" else PREFERENCE
 
 

@@ -31,7 +31,7 @@ class Softmax(NamedTuple):
     backend: str = ""  # "": the first able backend
     dtype: torch.dtype | None = None  # of out, or of the gradients; None: the dtype of the inputs
     dropout: float = 0.0  # share of weights that are dropped; the seed is a separate argument
-    skip: float = 0.0  # blocks whose largest logit is this far below the row's may be skipped; 0: none
+    skip: float = 0.0  # where blocks may be skipped: the distance below a row's largest logit for that
     tile: int = 0  # queries per block, if the largest weight of each block is wanted; 0: it is not
     unit: int = 0
     pairs: bool = False  # whether the gradient of pair_bias is wanted

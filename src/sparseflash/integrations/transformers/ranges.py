@@ -170,8 +170,8 @@ def _ranges(sees: Sees, anchor: Tensor, Tk: int) -> tuple[Tensor, Tensor]:
 
 def _reach(sees: Sees, anchor: Tensor, direction: int, limit: Tensor, Tk: int) -> Tensor:
     """Number of consecutive visible keys from the anchor, by a search that narrows SPREAD-fold per round."""
-    # Example with SPREAD = 4, limit 15 and 9 visible keys beyond the anchor: round 1 probes 4, 8, 12, 15; 8 is
-    # the last visible one, so [low, high] is [8, 11]. Round 2 probes 9, 10, 11; only 9 is visible: [9, 9].
+    # Example with SPREAD = 4, limit 15 and 9 visible keys beyond the anchor: round 1 probes 4, 8, 12, 15; 8
+    # is the last visible one, so [low, high] is [8, 11]. Round 2 probes 9, 10, 11; only 9 is visible: [9, 9].
     low, high = torch.zeros_like(limit), limit
     step = torch.arange(1, SPREAD + 1, device=limit.device)
     rounds, width = (1, Tk) if isinstance(Tk, int) else (8, 0)
