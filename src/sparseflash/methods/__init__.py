@@ -1,4 +1,4 @@
-"""Sparse attention methods, one file a system. `names()` lists them, `get(slug, ...)` makes one."""
+"""Sparse attention methods, one file each. `names()` lists their slugs, `get(slug, ...)` makes one."""
 
 from ..calibrate import Profile
 from ..selection.orders import coverage

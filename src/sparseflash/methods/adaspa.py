@@ -1,4 +1,4 @@
-"""Blocks found exactly at a few steps, with three densities for heads that differ."""
+"""AdaSpa: block masks from exact attention mass, searched at a few denoising steps, with adaptive density."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .denoising import Pattern, StepMethod, crossed, ends_of, located
 class AdaSpa(StepMethod):
     """Video diffusion: each tile sees the blocks of the largest exact mass; heads that lose little see fewer.
 
-    Dense steps come first. The last of them leaves its log-sum-exp, from which one more sweep over q and k
-    gives the mass of every block. At the search steps behind it the sweep is repeated with that same
-    log-sum-exp, which changes little. Every tile keeps as many blocks, so no part of the video goes unseen;
-    of the heads that keep more than `recall` of their mass, some give blocks to as many that keep least.
+    Dense steps come first. From the log-sum-exp of the last one, a second sweep over q and k computes the
+    mass of every block. Later search steps repeat the sweep with the same log-sum-exp, which changes little.
+    All tiles of a head keep the same number of blocks, so no query goes without; heads that keep more than
+    `recall` of their mass give blocks to as many heads that keep least.
 
     Papers: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient Long Video Generation",
     arXiv 2502.21079, algorithms 1 and 2 (whose tile sums must read exp(score - lse)).
@@ -31,22 +31,22 @@ class AdaSpa(StepMethod):
     Parameters
     ----------
     sparsity : float
-        Share of a tile's blocks that are left out, in [0, 1).
+        Share of a tile's blocks that are dropped, in [0, 1).
     search : tuple of int
-        Steps at which blocks are found: the first is the last dense one.
+        Steps at which blocks are searched: the first one is the last dense step.
     recall : float
         A head that keeps more than this share of its mass may see fewer blocks.
     adaptive : bool
-        Whether heads differ at all.
+        Whether the number of blocks may differ between heads.
     block : int
         Queries of a tile, and keys of a block.
 
     Notes
     -----
-    `ctx`: `step` (of `steps`, not needed), `state` (a `Session` keeps it), `text`, tokens behind the video,
-    or (before, behind), whose rows and columns are seen whole and are not counted; `scale` and `softcap`.
-    Without a step, a call finds its own pattern. Where sparsity is below 1/3 the levels are closer together,
-    so that none is below 0.
+    `ctx` keys: `step` (`steps` is not needed), `state` (kept by a `Session`), `text`, tokens after the video,
+    or (before, after), whose rows and columns are fully visible and not counted; `scale` and `softcap`.
+    Without a step, each call searches its own pattern. If sparsity is below 1/3 the three density levels are
+    closer together, so that no sparsity is below 0.
 
     Examples
     --------
@@ -80,15 +80,15 @@ class AdaSpa(StepMethod):
         )
 
     def first(self, steps: int | None) -> int:
-        """The first search."""
+        """The first search step."""
         return self.search[0]
 
     def again(self, step: int) -> bool:
-        """At every further search step."""
+        """Whether the step is a search step."""
         return step in self.search
 
     def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
-        """The best blocks of every tile."""
+        """Keep the blocks with the largest exact mass of every tile."""
         T, size = check_square(self, q, k), self.block
         words = located(T, (-1,), ends_of(ctx.get("text", 0))).text(size, q.device)
         grid = Grid(T, T, size, size, causal=False, device=q.device)
@@ -99,7 +99,7 @@ class AdaSpa(StepMethod):
         return Pattern(grid.plan((top_k(mass, count, among=video) & ~text) | text), lse)
 
     def levels(self, mass: Tensor, video: Tensor, text: Tensor) -> Tensor:
-        """How many blocks of the video a tile of each head keeps, int64 [B,H]."""
+        """Number of video blocks that each tile of a head keeps, int64 [B,H]."""
         (B, H), n = mass.shape[:2], video.sum()
         some = (n * (1 - self.sparsity)).round().long().clamp(min=1)
         keep = (top_k(mass, some.expand(1, H), among=video) & ~text) | text

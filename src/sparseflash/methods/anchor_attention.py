@@ -1,4 +1,4 @@
-"""Single keys that come close to the best of a query's neighbourhood: stripes beside an anchor."""
+"""AnchorAttention: single keys (stripes) whose logits come close to the best local logit (the anchor)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..selection.scores import pooled
 from .base import Context, Method, Selection, begin, check_counts
 
 SHARP = 1024.0
-"""An lse of logits that are so many times as large is their maximum, to within log(n) / 1024."""
+"""Factor for maxima by an lse: lse(1024 x) / 1024 is max(x), to within log(n) / 1024."""
 
 
 @dataclass(frozen=True)
 class AnchorAttention(Method):
-    """Groups of queries see the first keys, their own, and each earlier key that comes close to those.
+    """Groups of queries see the first keys, their own, and each earlier key that scores nearly as well.
 
-    What a query gives its best key among the first and the nearest is its anchor. A key between them is seen
-    by a whole group if its product with the mean query of some block of the group is less than `theta` below
-    the block's mean anchor. No sorting, one threshold. Region and stripes are one softmax.
+    The anchor of a query is its best logit among the first and the nearest keys. A key in between is visible
+    to a whole group if its logit with the mean query of some block of the group is at most `theta` below the
+    block's mean anchor. This takes one threshold and no sorting. Region and stripes are one softmax.
 
     Papers: Zhang et al., "AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity", arXiv
     2505.23520.
@@ -35,21 +35,21 @@ class AnchorAttention(Method):
     Parameters
     ----------
     theta : float
-        How far below the anchor a logit may lie, in units of the natural logarithm: more sees more.
+        How far below the anchor a logit may lie (natural-log units); larger keeps more keys.
     block : int
-        Queries whose mean judges keys.
+        Queries of a block, whose mean query scores the keys.
     step : int
-        Blocks of a group, which shares its list of keys; a query sees its own group's keys up to itself.
+        Blocks of a group, which shares one key list; a query also sees its group's keys up to itself.
     sinks : int
-        First blocks of keys, seen by all.
+        First blocks of keys, visible to all queries.
     anchor : "max" or "pooled"
-        The mean of the best logits of a block's queries, for which the region is looked at once more, or the
-        best logit of their mean query, which costs nothing and selects no worse.
+        "max": the mean of the best logits of a block's queries, which takes another pass over the region;
+        "pooled": the best logit of their mean query, which costs nothing and selects no worse.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. Groups count from the first
-    query of a chunk.
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`. Groups start at the
+    first query of a chunk.
 
     Examples
     --------
@@ -81,7 +81,7 @@ class AnchorAttention(Method):
             raise SparseFlashError(f"anchor={self.anchor!r}: expected max or pooled")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The region as ranges, the stripes as keys."""
+        """Select the region as ranges and the stripes as gathered keys."""
         ctx, (Tq, Tk), at = ctx or {}, (q.shape[2], k.shape[2]), begin(ctx, q)
         scale, cap = as_scale(ctx.get("scale"), q.shape[3]), as_softcap(ctx.get("softcap"))
         frame: dict[str, Any] = {"Tq": Tq, "Tk": Tk, "causal": True, "q_offset": ctx.get("q_offset", 0)}
@@ -113,13 +113,13 @@ class AnchorAttention(Method):
                 found.append(self._any((score >= high - self.theta) & (key >= sinks) & (key < begins)))
         frame["q_offset"] = region.q_offset
         stripes = Plan.from_blocks(torch.cat(found, 2), tile=group, unit=1, **frame)
-        lists = {n: getattr(stripes, n) for n in ("start", "full", "count")}  # blocks share their group's
+        lists = {n: getattr(stripes, n) for n in ("start", "full", "count")}  # blocks share group lists
         lists = {n: x.repeat_interleave(self.step, -1)[..., : len(number)] for n, x in lists.items()}
         stripes = stripes._changed(tile=self.block, **lists)
         return Selection(Plan.from_lists(spans=region, index=stripes, disjoint=True))
 
     def _any(self, tiles: Tensor) -> Tensor:
-        """What some tile of each group wants, of tiles `[B,H,n,Tk]`, all of whole groups but for the last."""
+        """Reduce `tiles [B,H,n,Tk]` by any over each group of `step` tiles; the last group may be short."""
         n = tiles.shape[2]
         if known(n) and n <= self.step:
             return tiles.any(2, keepdim=True)
@@ -129,7 +129,7 @@ class AnchorAttention(Method):
 
 
 def _products(rows: Tensor, k: Tensor, scale: float, cap: float) -> Tensor:
-    """Logits of some rows of each query head [B,Hq,n,D] and all keys: [B,Hq,n,Tk]."""
+    """Logits of rows [B,Hq,n,D] against all keys: [B,Hq,n,Tk]."""
     B, Hq, n, D = rows.shape
     score = rows.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT * scale
     score = cap * (score / cap).tanh() if cap else score

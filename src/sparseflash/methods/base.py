@@ -1,4 +1,4 @@
-"""What a method is: hyper-parameters that select the keys each query sees. And the registry of methods."""
+"""`Method`, the base class: hyper-parameters that select the keys each query sees; and the registry."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .heads import beside
 
 Context = Mapping[str, Any]
 Share = Literal["", "sum", "max"]
-"""How query heads are judged that share a head of k: each by itself, or together."""
+"""How the query heads of a KV head select: each for itself (""), or by the sum or maximum of their scores."""
 
 UNREAD: Context = {
     **dict.fromkeys(
@@ -46,10 +46,10 @@ UNREAD: Context = {
     ),
     "q_offset": 0,
 }
-"""What every caller may put into `ctx`, and what a method that does not read the key takes it to be.
+"""Keys that every caller may put into `ctx`, with the value that a method not reading the key assumes.
 
-`...` is anything: it makes no difference to such a method. What is not here belongs to the methods whose
-`reads` name it. Nothing in `ctx` is ever passed over silently where it would change the result.
+`...` means any value: it does not affect such a method. Other keys are accepted only by methods whose `reads`
+name them. No key of `ctx` is silently ignored if it would change the result.
 """
 
 
@@ -60,18 +60,18 @@ class Selection:
     Parameters
     ----------
     plan : Plan or tuple of Plan
-        What each query sees; a tuple is one softmax over its plans.
+        Keys visible to each query; a tuple is one softmax over its plans.
     key_bias : Tensor, optional
         `[B|1, H, Tk]`, added to the logits; carries gradient.
     gate : Tensor, optional
         `[B|1, Hq|1, Tq]`, multiplies the output of each query; carries gradient.
     state : object, optional
-        Whatever the method wants back in `ctx["state"]` at its next call.
+        The method gets it back in `ctx["state"]` at its next call.
     inputs : (Tensor, Tensor, Tensor), optional
-        q, k and v to attend with, where they are not those that were given: other rotations, centroids,
-        summaries. The plan is for their rows.
+        q, k and v to attend with in place of the given ones: other rotations, centroids, summaries. The plan
+        is for their rows.
     skip_below : float, optional
-        As in `sparseflash.attention`: blocks of the plan that the kernel may leave out by their scores.
+        As in `sparseflash.attention`: the kernel may skip blocks of the plan with low scores.
     """
 
     plan: AnyPlan
@@ -83,15 +83,15 @@ class Selection:
 
 
 class Called(NamedTuple):
-    """What a call of a method gave."""
+    """The result of a call of a method, and the method's state."""
 
     result: Tensor | tuple[Tensor, Tensor]
     state: Any
-    """What the method wants to know at its next call (`Method.observe`)."""
+    """State for `ctx["state"]` of the next call (`Method.observe`)."""
 
 
 class Options(TypedDict, total=False):
-    """What a call of a method takes beside q, k and v."""
+    """Keyword arguments of a call of a method."""
 
     scale: float | None
     softcap: float | None
@@ -108,31 +108,30 @@ class Options(TypedDict, total=False):
 class Method:
     """Base of all methods: subclass as a frozen dataclass whose fields are the hyper-parameters.
 
-    `select` says what is seen; calling the method selects and attends. The `repr` is the record of an
+    `select` chooses the visible keys; calling the method selects and attends. The `repr` is the record of an
     experiment: evaluated with the class in scope, it gives an equal method. Classes below
     `sparseflash.methods` are registered under the name of their module (`hash_sparse.py`: "hash-sparse").
 
-    Facts, as class attributes:
+    Class attributes describe the method:
 
-    - `reads`: the keys of `ctx` that `select` looks at. Others are refused with the names that exist, except
-      for those that any caller may pass (`UNREAD`), at a value that leaves the result as it is.
-    - `paper`: where the method comes from.
-    - `phases`: what it is for, of "training", "prefill", "decode", "diffusion".
-    - `causal_selection`: what a token sees does not depend on later tokens, nor on how many there are (but
-      for plans that let it see them).
-    - `decodes`: appending tokens one by one gives what one call over all of them gives.
-    - `trainable`: the selection learns (through `gate` or `key_bias`).
-    - `approximate`: pairs that the method's own rule asks for may be missed.
-    - `by_shape`: the selection depends on the lengths, the heads, and on what `reads` names, which are
-      numbers (`q_offset`, `grid`, `text`). On the host, where making it may take longer than attending, it is
-      made once.
+    - `reads`: the keys of `ctx` that `select` reads. Others are refused with the names that exist, except
+      those that any caller may pass (`UNREAD`), at a value that leaves the result unchanged.
+    - `paper`: source of the method.
+    - `phases`: its uses, among "training", "prefill", "decode", "diffusion".
+    - `causal_selection`: the keys that a token sees depend neither on later tokens nor on their number
+      (except in plans that show it later tokens).
+    - `decodes`: appending tokens one by one gives the same result as one call over all of them.
+    - `trainable`: the selection is learned (through `gate` or `key_bias`).
+    - `approximate`: the plan may miss pairs that the method's own rule includes.
+    - `by_shape`: the selection depends only on the lengths, the heads, and the `reads`, which are numbers
+      (`q_offset`, `grid`, `text`). On the host, where making it may take longer than attending, it is cached.
     - `behind_padding`: over a `cache.Growing`, selects from each sequence's first key (`cache.first`) on.
-    - `across_layers`: `ctx["state"]` is one for all layers: what a layer decides, those after it know.
-    - `forward_only`: no gradient flows through its attention (`Selection.skip_below`): attention refuses one.
-    - `per_head`: fields that `select` takes as a tuple, one value a query head.
+    - `across_layers`: all layers share one `ctx["state"]`: later layers know what an earlier one decided.
+    - `forward_only`: its attention has no gradient (`Selection.skip_below`) and refuses one.
+    - `per_head`: fields that `select` itself takes as a tuple, one value per query head.
 
-    Any other hyper-parameter may be such a tuple too: heads of equal settings are then selected for together,
-    and all heads attend in one call.
+    Any other hyper-parameter may be such a tuple too: heads with equal settings then select together, and all
+    heads attend in one call.
 
     Examples
     --------
@@ -174,15 +173,15 @@ class Method:
             _REGISTRY[slug(cls)] = cls
 
     def __post_init__(self) -> None:
-        """Check the hyper-parameters; where heads differ, those of each head are checked by themselves."""
+        """Check the hyper-parameters; if heads differ, the settings of each head are checked separately."""
 
     def _set(self, **facts: Any) -> None:
-        """Facts of this one, which follow from its hyper-parameters; only while it is made."""
+        """Override attributes that follow from the hyper-parameters; call it only in `__post_init__`."""
         for name, value in facts.items():
             object.__setattr__(self, name, value)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Select what each query of `q [B,Hq,Tq,D]` sees of `k [B,Hkv,Tk,D]`; `ctx` may hold more."""
+        """Select which keys of `k [B,Hkv,Tk,D]` each query of `q [B,Hq,Tq,D]` sees; `ctx` has extras."""
         raise NotImplementedError(f"{type(self).__name__}.select")
 
     @overload
@@ -200,22 +199,22 @@ class Method:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **options: Unpack[Options]
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Select, then attend exactly over what was selected.
+        """Select, then attend exactly over the selected pairs.
 
         Parameters
         ----------
         q, k, v : Tensor
             `[B,Hq,Tq,D]`, `[B,Hkv,Tk,D]`, `[B,Hkv,Tk,Dv]`.
         scale, softcap, key_bias, sink_logits, dropout_p, dropout_seed, return_lse, backend
-            As in `sparseflash.attention`; a key_bias of the method's own is added.
+            As in `sparseflash.attention`; the method's own key_bias is added.
         q_offset : int or Tensor, optional
             Position of the first query: `ctx["q_offset"]`.
         ctx : mapping, optional
-            What the method may use beside q and k: the keys of its `reads`, which its docstring explains, and
+            Inputs beside q and k: the keys of the method's `reads`, which its docstring explains, and
             those that any caller may pass (`v`, `scale`, `softcap`, `rope`, `layer`, `step`, `steps`,
             `branch`, `cache`, `state`, `grid`, `text`; `q_offset=0`).
         selection : Selection, optional
-            An earlier result of `select`, used again instead of selecting (layers, recomputation,
+            An earlier result of `select`, reused instead of selecting again (layers, recomputation,
             compiled code).
 
         Returns
@@ -226,8 +225,8 @@ class Method:
         Raises
         ------
         SparseFlashError
-            For a key of `ctx` that the method does not read (with the nearest that it does), and whatever
-            `attention` refuses.
+            If `ctx` has a key that the method does not read (the message suggests the closest one), or if
+            `attention` refuses an argument.
         """
         return self.call(q, k, v, return_lse=return_lse, **options).result
 
@@ -249,7 +248,7 @@ class Method:
         ctx: Context | None = None,
         selection: Selection | None = None,
     ) -> Called:
-        """A call of the method, and the state it wants back: what a `Session` does."""
+        """Select and attend; return the result with the state for the next call, as `Session` needs it."""
         check_qk(q, k)
         own = {"v": v, "scale": k.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
         own |= {} if q_offset is None else {"q_offset": q_offset}
@@ -290,10 +289,10 @@ class Method:
         selection : Selection
             What `select` returned, or a part of it.
         op : callable
-            `sparseflash.attention`, or `sparseflash.decode` where queries are few (but the former where
-            blocks may be skipped).
+            `sparseflash.attention`, or `sparseflash.decode` for few queries (the former is used in any case
+            if blocks may be skipped).
         **options
-            Those of the op.
+            Options of the op.
         """
         if selection.key_bias is not None:
             bias = options.get("key_bias")
@@ -320,26 +319,26 @@ class Method:
         return out if selection.gate is None else out * selection.gate[..., None].to(out.dtype), lse
 
     def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Last touch on the result; the identity unless a method says otherwise."""
+        """Post-process out and lse; the identity unless a method overrides it."""
         return out, lse
 
     def shown(self, q: Tensor, k: Tensor, selection: Selection, ctx: Context | None = None) -> AnyPlan:
-        """What takes part of a selection, for figures: its plan, unless the kernel leaves out some of it."""
+        """Plan of the pairs that are really attended, for figures: less than `selection.plan` if skipping."""
         return selection.plan
 
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:
-        """What the method wants to know at its next call in `ctx["state"]`: that of its selection.
+        """Return the state for `ctx["state"]` of the next call; by default that of the selection.
 
-        Asked after a dense call too (`selection.plan` is then the dense plan), so that a method can learn
-        from what was attended.
+        It is called after a dense call too (`selection.plan` is then the dense plan), so that a method can
+        learn from the attention.
         """
         return selection.state
 
 
 def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
-    """A `select` that looks at the keys of its `ctx` first."""
+    """Wrap `select`: check the keys of `ctx`, handle per-head settings, cache selections by shape."""
 
     @functools.wraps(select)
     def checked(self: Method, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
@@ -358,21 +357,21 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
     return checked
 
 
-@functools.lru_cache(256)  # no cell of `checked`: a trace that makes a method cannot enter it
+@functools.lru_cache(256)  # not a closure of `checked`, which a compiler cannot trace
 def _again(select: Any, method: Method, of_q: Any, of_k: Any, told: Any, inference: bool) -> Selection:
-    """What a method selects by shapes alone, kept."""
+    """Cache the selection of a `by_shape` method."""
     q, k = (torch.empty(0, device="cpu").expand(*shape[:-1], 0) for shape in (of_q, of_k))
     found: Selection = select(method, q, k, dict(told))
     return found
 
 
 def _is_plain(x: object) -> bool:
-    """Numbers, and tuples of them: what a plan can be remembered by."""
+    """Whether x is an int or a tuple of ints, and so a cache key for a plan."""
     return isinstance(x, int) or (isinstance(x, tuple) and all(isinstance(n, int) for n in x))
 
 
 def _by_head(observe: Callable[..., Any]) -> Callable[..., Any]:
-    """An `observe` that is asked for each group of heads, where settings differ."""
+    """Wrap `observe` to run for each group of heads with equal settings, if settings differ."""
 
     @functools.wraps(observe)
     def asked(self: Method, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, *given: Any) -> Any:
@@ -385,18 +384,18 @@ def _by_head(observe: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _each(check: Callable[..., None]) -> Callable[..., None]:
-    """A `__post_init__` that is asked about the settings of every head, where they differ."""
+    """Wrap `__post_init__` to check the settings of every head, if they differ."""
 
     @functools.wraps(check)
     def checked(self: Method, *given: Any) -> None:
-        if heads.apart(self) is None:  # made one by one: each is checked
+        if heads.apart(self) is None:  # else `apart` made, and so checked, a method per head
             check(self, *given)
 
     return checked
 
 
 def check_context(method: Method, ctx: Context) -> None:
-    """Refuse what `ctx` holds and the method's result would leave out."""
+    """Refuse keys of `ctx` that the method would ignore although they could change the result."""
     name, reads = type(method).__name__, method.reads
     for key, value in ctx.items():
         taken = UNREAD.get(key)
@@ -416,7 +415,7 @@ def check_context(method: Method, ctx: Context) -> None:
 
 
 def check_qk(q: Tensor, k: Tensor) -> None:
-    """What selecting relies on; `attention` checks the rest."""
+    """Check the shapes that selection relies on; `attention` checks the rest."""
     for name, x in (("q", q), ("k", k)):
         if not isinstance(x, Tensor) or x.dim() != 4:
             given = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -443,16 +442,16 @@ def check_tokens(name: str, x: object, T: int, q: Tensor) -> None:
 
 
 def check_counts(method: Method, least: int, *names: str) -> None:
-    """Check hyper-parameters that count something: ints of at least that much."""
+    """Check that the named hyper-parameters are counts: ints of at least `least`."""
     for name in names:
         x = getattr(method, name)
-        fits = is_count(x, least) and x < 2**62  # what tensors hold, and a sum of it
+        fits = is_count(x, least) and x < 2**62  # so that sums fit int64
         if not fits:
             raise SparseFlashError(f"{name}={x!r}: expected an int >= {least}, below 2^62")
 
 
 def check_shares(method: Method, *names: str) -> None:
-    """Check hyper-parameters that are a share: numbers in (0, 1]."""
+    """Check that the named hyper-parameters are shares: numbers in (0, 1]."""
     for name in names:
         x = getattr(method, name)
         if not (isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x <= 1):
@@ -460,19 +459,19 @@ def check_shares(method: Method, *names: str) -> None:
 
 
 def check_share(method: Method) -> None:
-    """Check a `share`: how the query heads of a KV head are judged together."""
-    how = method.share  # type: ignore[attr-defined]  # a method that is checked so has it
+    """Check the hyper-parameter `share`, the reduction over the query heads of a KV head."""
+    how = method.share  # type: ignore[attr-defined]  # only called for methods with it
     if how not in ("", "sum", "max"):
         raise SparseFlashError(f"share={how!r}: expected 'sum', 'max', or '' for none")
 
 
 def shared(score: Tensor, k: Tensor, how: Share) -> Tensor:
-    """Scores of query heads `[B,Hq,...]` as those of the heads of k, by sum or largest; "" is no change."""
+    """Reduce scores `[B,Hq,...]` of query heads to KV heads, by sum or maximum; "" leaves them unchanged."""
     return share(score, k.shape[1], how) if how else score
 
 
 def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
-    """Position of the first query by `ctx["q_offset"]`, int64 [B|1, 1, 1] on the device of q."""
+    """Position of the first query from `ctx["q_offset"]`, int64 [B|1, 1, 1] on the device of q."""
     offset = normal_offset((ctx or {}).get("q_offset", default))
     if isinstance(offset, Tensor):
         return offset.to(q.device).long().view(-1, 1, 1)
@@ -480,7 +479,7 @@ def begin(ctx: Context | None, q: Tensor, default: int = 0) -> Tensor:
 
 
 def check_square(method: Method, q: Tensor, k: Tensor) -> int:
-    """The number of tokens, for methods whose queries are the keys' own."""
+    """Number of tokens of a self-attention method; raises if Tq and Tk differ."""
     Tq, Tk = q.shape[2], k.shape[2]
     if Tq != Tk:
         raise SparseFlashError(f"{type(method).__name__}: {Tq} queries and {Tk} keys; expected as many")
@@ -520,7 +519,7 @@ def find(name: str) -> type[Method]:
     Raises
     ------
     SparseFlashError
-        For a name that is none, with the closest and with all that exist.
+        If no method has the name; the message suggests the closest one and lists all.
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
@@ -542,8 +541,8 @@ def get(name: str, /, **hyperparameters: Any) -> Method:
     Raises
     ------
     SparseFlashError
-        For an unknown name or hyper-parameter (the message lists those that exist), or a value the method
-        refuses.
+        If the name or a hyper-parameter is unknown (the message lists those that exist), or the method
+        refuses a value.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Global, window and random blocks."""
+"""BigBird: global, window and random blocks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .base import Context, Method, Selection, check_counts, check_square
 class BigBird(Method):
     """Each block of queries sees the global blocks, its neighbours and some blocks drawn at random.
 
-    The first blocks of the sequence are global: they see, and are seen by, everything. Two hops then join any
-    two tokens, and random links shorten the way between distant ones. The links of a block are those of its
-    number, whatever the length of the sequence; every KV head has its own.
+    The first blocks of the sequence are global: they see, and are seen by, everything. Any two tokens are
+    then two hops apart, and random blocks add shortcuts between distant ones. The draw for a block depends on
+    its number and the KV head, not on the length of the sequence.
 
     Papers: Zaheer et al., "Big Bird: Transformers for Longer Sequences", arXiv 2007.14062, section 2 (its
     internal construction); with blocks of one token, the feature attention of Orion-MSP, arXiv 2511.02818
@@ -29,12 +29,12 @@ class BigBird(Method):
     block : int
         Tokens per block.
     global_blocks, window_blocks, random_blocks : int
-        Blocks at the start that all see; neighbours on each side; blocks drawn for each block of queries
-        (never global or neighbouring ones; fewer where no more are left).
+        Global blocks at the start; neighbours on each side; blocks drawn for each block of queries (never
+        global or neighbouring ones; fewer if not enough are left).
     causal : bool
-        Keep keys that are not later than the query; random blocks are earlier ones.
+        Hide keys later than the query; random blocks are then earlier ones.
     seed : int
-        Fixes the links together with the number of the KV head and of the block, and nothing else.
+        Seed of the random blocks, which also depend on the KV head and the block number, and nothing else.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class BigBird(Method):
         check_counts(self, 0, "global_blocks", "window_blocks", "random_blocks")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Ranges for what is near or global, shared by all heads; units for the links of each KV head."""
+        """Global and near blocks as ranges shared by all heads; random blocks as units of each KV head."""
         T, b, device = check_square(self, q, k), self.block, q.device
         blocks = -(-T // b)
         own = torch.arange(blocks, device=device)
@@ -85,7 +85,7 @@ class BigBird(Method):
         live = torch.arange(self.random_blocks, device=device) < count[..., None]
         cut = (
             (live & ((pick + 1) * b > T)).sum(-1).int()
-        )  # the last block may be short, and is the last drawn
+        )  # a short last block is partial, and ascending draws put it last
         start = torch.arange(0, pick.numel(), self.random_blocks, device=device)
         return Selection(
             replace(

@@ -1,4 +1,4 @@
-"""Blocks whose scores lie far below those that were met before add nothing: found inside the kernel."""
+"""BLASST: the kernel skips blocks whose scores lie far below the running maximum."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from .base import Context, Method, Selection
 
 @dataclass(frozen=True)
 class BLASST(Method):
-    """Nothing is selected before: a block whose scores all lie far below earlier ones is met, and left.
+    """Dense plan; the kernel skips each block whose scores all lie far below the running maximum.
 
-    While keys are walked through in order, a block of 64 queries by 64 keys adds nothing where, for each of
-    its queries, its largest weight would be less than lambda of the largest so far: neither exponentials nor
-    the product with v are computed. Lambda is `factor / keys` (at most 1), so that long prompts, whose
-    weights are small, lose no larger a share. What is lost of a row is less than lambda for each key that is
-    left out, relative to its largest weight. All products of q and k are computed, so attention gains 2x at
-    most.
+    The kernel visits keys in order and skips a block of 64 queries by 64 keys if, for each of its queries,
+    its largest weight would be less than lambda times the largest so far: it computes neither exponentials
+    nor the product with v. Lambda is `factor / keys` (at most 1), so that long prompts, whose weights are
+    small, do not lose a larger share. A row loses less than lambda per skipped key, relative to its largest
+    weight. All products of q and k are computed, so the speed-up is at most 2x.
 
     Papers: Yuan et al., "BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding",
     arXiv 2512.12087, algorithm 1 (there N is the number of keys, and factor is calibrated for a model).
@@ -34,15 +33,16 @@ class BLASST(Method):
     Parameters
     ----------
     factor : float
-        Lambda times the number of keys, above 0. Smaller is nearer to dense attention.
+        Lambda times the number of keys, above 0. Smaller is closer to dense attention.
     causal : bool
-        False: a query sees what is later, too.
+        Hide keys later than the query.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query. Inference only: `sparseflash.attention` refuses
-    `skip_below` where a gradient is asked for. `shown` says what is left, which needs the scores. Under
-    torch.compile every length is a graph of its own: the threshold follows it.
+    `ctx` keys: `q_offset`, the position of the first query. Inference only: `sparseflash.attention` refuses
+    `skip_below` if a gradient is needed. `shown` returns the blocks that are not skipped, for which it
+    computes the scores. Under torch.compile every length is a separate graph, because the threshold depends
+    on it.
 
     Examples
     --------
@@ -74,15 +74,15 @@ class BLASST(Method):
             raise SparseFlashError(f"causal={self.causal!r}: expected True or False")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Everything, and the threshold for so many keys."""
+        """A dense plan, and the threshold for this number of keys."""
         at, (Tq, Tk) = (ctx or {}).get("q_offset", 0), (q.shape[2], k.shape[2])
         plan = Plan.dense(Tq, Tk, causal=self.causal, q_offset=at, device=q.device)
         return Selection(plan, skip_below=max(0.0, math.log(max(Tk, 1)) - math.log(self.factor)))
 
     def shown(self, q: Tensor, k: Tensor, selection: Selection, ctx: Context | None = None) -> AnyPlan:
-        """What the kernel does not leave out, for figures: as slow as attention itself.
+        """Plan of the blocks that the kernel does not skip, for figures; as slow as attention itself.
 
-        A block whose weights are all too small for fp32 counts as left out.
+        A block whose weights all underflow in fp32 counts as skipped.
         """
         told = {name: (ctx or {}).get(name) for name in ("scale", "softcap")}
         plans = selection.plan if isinstance(selection.plan, (tuple, list)) else (selection.plan,)
@@ -92,7 +92,7 @@ class BLASST(Method):
 
 @torch.no_grad()
 def _met(q: Tensor, k: Tensor, plan: Plan, skip_below: float | None, told: dict[str, Any]) -> Plan:
-    """The key ranges with any weight: where v says which range a key is in, out says what it is given."""
+    """Key ranges with nonzero weight: v is the one-hot range of each key, so out is the weight per range."""
     Tq, Tk, tile = q.shape[2], k.shape[2], 1 if q.shape[2] <= 8 else 64
     cuts = torch.arange(0, Tk + 1, math.gcd(plan.unit, 64), device=q.device)
     edges = cuts[:0] if plan.spans is None else plan.spans.flatten()

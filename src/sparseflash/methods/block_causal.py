@@ -1,4 +1,4 @@
-"""Causal from block to block, both ways inside."""
+"""Block-causal attention: causal between blocks, bidirectional inside a block."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .base import Context, Method, Selection, begin, check_counts
 class BlockCausal(Method):
     """Each query sees all of its own block and of the blocks before it.
 
-    What is generated block by block: frames of a video, blocks of a diffusion language model. One range a
-    tile and no bits, whatever the block.
+    For block-wise generation: frames of a video, blocks of a diffusion language model. The plan has one range
+    a tile and no bits, whatever the block size.
 
     Paper: Arriola et al., "Block Diffusion: Interpolating Between Autoregressive and Diffusion Language
     Models", arXiv 2503.09573 (the context of a block).
@@ -24,11 +24,11 @@ class BlockCausal(Method):
     Parameters
     ----------
     block : int
-        Tokens per block (those of a frame), >= 1; 1 is dense causal attention.
+        Tokens per block (such as a frame), >= 1; 1 is dense causal attention.
 
     Notes
     -----
-    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+    `ctx` keys: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
 
     Examples
     --------

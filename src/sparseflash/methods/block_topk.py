@@ -1,4 +1,4 @@
-"""The best blocks by their mean keys: what everything dearer is compared with."""
+"""Top-k blocks by mean keys: the baseline for more expensive estimates."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .blocks import BlockMethod
 
 @dataclass(frozen=True)
 class BlockTopK(BlockMethod):
-    """Each tile of queries sees so many blocks of keys: those whose mean key suits its mean query best.
+    """Each tile of queries sees the k blocks whose mean key has the largest product with its mean query.
 
-    Pooling costs next to nothing and works where neighbours are alike. It is blind to a single key that one
-    query looks for. The block choice of MoBA (arXiv 2502.13189) and of many others, without training.
+    Pooling costs next to nothing and works where neighbours are alike. It misses a single key that one query
+    looks for. This is the block selection of MoBA (arXiv 2502.13189) and many others, without training.
 
     Parameters
     ----------
     blocks : int
-        Blocks of a tile that are chosen, beside those that are kept in any case.
+        Blocks that a tile selects, beside those that are always kept.
     block, sinks, near, dense_tiles, share
         As in every method that chooses blocks (`BlockMethod`).
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`.
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`.
 
     Examples
     --------
@@ -51,9 +51,9 @@ class BlockTopK(BlockMethod):
         check_counts(self, 1, "blocks")
 
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
-        """By mean queries and mean keys."""
+        """Estimate mass by mean queries and mean keys."""
         return tile_mass(q, k, grid, "mean", **told)
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
-        """The best blocks of each tile, beside the first and the nearest."""
+        """Keep the best blocks of each tile, beside the sink and nearest blocks."""
         return top_k(mass, self.blocks, among=reach & ~near)

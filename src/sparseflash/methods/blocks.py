@@ -1,4 +1,4 @@
-"""What methods that choose blocks share: an estimate, a budget, what is kept in any case, and a plan."""
+"""`BlockMethod`, the base of methods that select blocks: estimate, budget, always-kept blocks, plan."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .base import Context, Method, Selection, Share, check_counts, check_share, 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMethod(Method):
-    """Tiles of queries that see blocks of keys by an estimate of their mass.
+    """Tiles of queries see blocks of keys, selected by an estimate of the blocks' mass.
 
-    A method says how it estimates and what it keeps of that; the first blocks, those nearest, and all that
-    the last tiles reach can be kept beside.
+    A subclass defines the estimate and the selection. Sink blocks, the nearest blocks, and everything in
+    reach of the last tiles can be kept in addition.
 
     Parameters
     ----------
     block : int
         Queries of a tile, and keys of a block.
     sinks, near : int
-        First blocks, and blocks back from the tile's own, that are kept whatever is estimated.
+        First blocks, and blocks back from the tile's own (included), that are always kept.
     dense_tiles : int
-        Last tiles that see everything before them: questions stand at the end of a prompt.
+        Last tiles that see everything before them, where a prompt's question is.
     share : "", "sum" or "max"
-        "": each query head is judged by itself; else those of a KV head together, by the sum or the largest
-        of what they give, and lists are shared.
+        "": each query head selects for itself; otherwise the query heads of a KV head share a selection, by
+        the sum or maximum of their scores.
     """
 
     block: int = 128
@@ -47,15 +47,15 @@ class BlockMethod(Method):
         check_counts(self, 0, "sinks", "dense_tiles")
 
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
-        """The mass of each block, `[B,Hq,R,C]`; `told` is what the method reads beside `q_offset`."""
+        """Estimate the mass of each block, `[B,Hq,R,C]`; `told` is the `ctx` it reads beside `q_offset`."""
         raise NotImplementedError(f"{type(self).__name__}.estimate")
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
-        """The blocks that are kept of those in reach; `near` are kept in any case."""
+        """Select blocks in reach from their mass; `near` blocks are always kept."""
         raise NotImplementedError(f"{type(self).__name__}.choose")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Blocks by the estimate and the budget of the method, and those that are kept in any case."""
+        """Select blocks by the method's estimate and budget, and add the always-kept ones."""
         ctx = ctx or {}
         grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
         told = {name: ctx.get(name) for name in self.reads if name != "q_offset"}

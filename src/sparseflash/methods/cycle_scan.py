@@ -1,4 +1,4 @@
-"""A window over a cycle."""
+"""Cycle scan: a causal window over a cyclic sequence."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .base import Context, Method, Selection, check_counts, check_square
 
 @dataclass(frozen=True)
 class CycleScan(Method):
-    """Each token sees the `window` tokens before it, its own included, in a scan that runs in a circle.
+    """Each token sees the `window` tokens up to itself in a cyclic sequence.
 
-    The first tokens of the raster see the last ones: a causal scan of an image without a beginning. Two
-    windows, the second one seen from a whole turn later.
+    The first tokens of the raster see the last ones: a causal scan of an image without a beginning. The plan
+    is two windows; in the second one, queries are a whole turn (T positions) later.
 
     Paper: Huang et al., "HRSAM: Efficient Interactive Segmentation in High-Resolution Images", arXiv
     2407.02109 (its cycle-scan, there a state space model over the repeated raster; here attention).
@@ -23,7 +23,7 @@ class CycleScan(Method):
     Parameters
     ----------
     window : int
-        Keys in sight, the query's own included, >= 1; all tokens where there are no more.
+        Visible keys, the query's own included, >= 1; at most all tokens.
 
     Examples
     --------
@@ -44,7 +44,7 @@ class CycleScan(Method):
         check_counts(self, 1, "window")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Two disjoint plans for all heads: this turn, and the end of the one before."""
+        """Two disjoint plans for all heads: keys of this turn, and of the end of the turn before."""
         T = check_square(self, q, k)
         window = (max(min(self.window, T) - 1, 0), 0)
         turns = (

@@ -1,4 +1,4 @@
-"""What methods for diffusion share: where video and text lie, and patterns that last over several steps."""
+"""Bases of diffusion methods: layout of video and text tokens, and patterns reused over denoising steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .base import Context, Method, Selection, check_square
 
 
 class Layout(NamedTuple):
-    """Tokens of one sequence: `before` of text, a grid in raster order, `behind` of text."""
+    """Token layout of a sequence: `before` text tokens, a grid in raster order, `behind` text tokens."""
 
     grid: tuple[int, ...]
     tokens: int
-    """Tokens of the grid; its last plane may hold fewer than the others."""
+    """Number of grid tokens; the last plane of the grid may be incomplete."""
     before: int
     behind: int
 
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
         axes: tuple[int, ...] | None = None,
         tile: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """`selection.grid_order` of these tokens, int32 [1,1,rows]."""
+        """Make the `selection.grid_order` of these tokens, int32 [1,1,rows]."""
         text, whole = (self.before, self.behind), math.prod(self.grid)
         order = grid_order(self.grid, axes=axes, tile=tile, text=text, device=device)
         behind = order >= self.before + whole
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
         return order.gather(-1, real[..., : self.before + self.tokens + self.behind])
 
     def text(self, size: int, device: torch.device, order: Tensor | None = None) -> Tensor:
-        """Which blocks of `size` rows hold text, bool [1,1,blocks]."""
+        """Mark blocks of `size` rows that hold text, bool [1,1,blocks]."""
         total = self.before + self.tokens + self.behind
         token = torch.arange(total, device=device)[None, None] if order is None else order
         words = (token >= 0) & ((token < self.before) | (token >= self.before + self.tokens))
@@ -53,21 +53,21 @@ class Layout(NamedTuple):
 
 
 def crossed(rows: Tensor, columns: Tensor) -> Tensor:
-    """Blocks in one of these rows or columns: bool [1,1,R,C]."""
+    """Mark blocks in one of these rows or columns: bool [1,1,R,C]."""
     return rows[..., :, None] | columns[..., None, :]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridMethod(Method):
-    """Methods that look at where a token stands in a video or an image.
+    """Base of methods that use the place of a token in a video or an image.
 
     Parameters
     ----------
     grid : tuple of int
-        Sizes of the grid in tokens, outermost axis first, in raster order. The first may be -1: as many as
-        the tokens fill.
+        Sizes of the grid in tokens, outermost axis first, in raster order. The first may be -1: it follows
+        from the number of tokens.
     text : (int, int)
-        Tokens of text before and behind the grid. They see, and are seen by, everything.
+        Numbers of text tokens before and after the grid. They see, and are seen by, everything.
     """
 
     grid: tuple[int, ...] = (-1, 30, 52)
@@ -81,7 +81,7 @@ class GridMethod(Method):
         _check(self.grid, self.text)
 
     def layout(self, q: Tensor, k: Tensor, ctx: Context | None, axes: int | None = None) -> Layout:
-        """Where the tokens lie, by `ctx` or the method's own fields; `axes` is how many a grid must have."""
+        """Token layout from `ctx` or the method's own fields; `axes` is the required number of grid axes."""
         T = check_square(self, q, k)
         ctx = ctx or {}
         grid, text = ctx.get("grid"), ctx.get("text")
@@ -98,7 +98,7 @@ def _check(grid: Any, text: Any) -> tuple[tuple[int, ...], tuple[int, int]]:
 
 
 def ends_of(text: Any) -> tuple[int, int]:
-    """`ctx["text"]`: tokens behind the grid, or (before, behind)."""
+    """Validate `ctx["text"]`, tokens after the grid or (before, after); returns (before, after)."""
     ends = (0, text) if isinstance(text, int) else text
     fits = isinstance(ends, (tuple, list)) and len(ends) == 2 and all(is_count(x) for x in ends)
     require((bool(fits), lambda: f"text={text!r}: expected tokens behind the grid, or (before, behind)"))
@@ -106,12 +106,12 @@ def ends_of(text: Any) -> tuple[int, int]:
 
 
 def located(T: int, grid: tuple[int, ...], text: tuple[int, int]) -> Layout:
-    """The layout of T tokens.
+    """Make the layout of T tokens.
 
     Raises
     ------
     SparseFlashError
-        If grid and text are not as many tokens.
+        If grid and text do not add up to T tokens.
     """
     tokens, rest = T - sum(text), math.prod(grid[1:])
     fits = tokens >= 0 and (grid[0] == -1 or tokens == grid[0] * rest)
@@ -128,18 +128,18 @@ def located(T: int, grid: tuple[int, ...], text: tuple[int, int]) -> Layout:
 
 
 class Pattern(NamedTuple):
-    """What was found at one step, for the steps behind it."""
+    """A pattern found at one step and used at later steps."""
 
     plan: Plan
     lse: Tensor | None = None
 
 
 class StepMethod(Method):
-    """Methods whose first denoising steps are dense, and whose pattern is found at the last of these.
+    """Base of methods whose first denoising steps are dense; the last dense step finds the pattern.
 
-    It is used, and where the method says so found again, at later steps: `ctx` has `step` (from 0), `steps`
-    (how many there are) and `state`, which a `Session` keeps for each layer and branch. A call without a step
-    is one by itself: the pattern is found from its own q and k, and used at once.
+    Later steps use the pattern, and some (`again`) find it anew: `ctx` has `step` (from 0), `steps` (their
+    number) and `state`, which a `Session` keeps for each layer and branch. A call without a step stands
+    alone: it finds the pattern from its own q and k, and uses it at once.
     """
 
     reads = ("step", "steps", "state", "scale", "softcap")
@@ -147,7 +147,7 @@ class StepMethod(Method):
     causal_selection = False
 
     def first(self, steps: int | None) -> int:
-        """The step at which the pattern is found; it and those before it are dense."""
+        """Step at which the pattern is found; this step and earlier ones are dense."""
         raise NotImplementedError(f"{type(self).__name__}.first")
 
     def again(self, step: int) -> bool:
@@ -155,11 +155,11 @@ class StepMethod(Method):
         return False
 
     def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
-        """Find the pattern; `lse` is that of dense attention, now or at an earlier step."""
+        """Find the pattern; `lse` is that of dense attention at this or an earlier step, or None."""
         raise NotImplementedError(f"{type(self).__name__}.pattern")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Everything at the first steps, then the pattern that was found."""
+        """A dense plan at the first steps, then the pattern."""
         ctx, T = ctx or {}, check_square(self, q, k)
         step, known = ctx.get("step"), ctx.get("state")
         first = self._first(ctx)
@@ -184,7 +184,7 @@ class StepMethod(Method):
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:
-        """The pattern, from the log-sum-exp of the last dense step."""
+        """Find the pattern from the log-sum-exp of the last dense step."""
         step = ctx.get("step")
         if step is not None and step == self._first(ctx):
             return self.pattern(q, k, lse, ctx)

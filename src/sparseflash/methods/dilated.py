@@ -1,4 +1,4 @@
-"""Dilated window."""
+"""Dilated sliding window."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .base import Context, Method, Selection, check_counts, check_square
 
 @dataclass(frozen=True)
 class Dilated(Method):
-    """Each query sees every `dilation`-th key, `window` of them, its own included; on both sides uncausally.
+    """Each query sees `window` keys at distances 0, d, 2 d, ...; in both directions if not causal.
 
-    A window with gaps reaches further at the same cost. Tokens of equal remainder are packed like documents:
-    in that order the gaps are gone, and a tile reads one range.
+    A window with gaps reaches further at the same cost. Tokens of equal remainder modulo d are packed like
+    documents: in that order the window has no gaps, and a tile reads one range.
 
     Paper: Beltagy, Peters, Cohan, "Longformer", arXiv 2004.05150, section 3.1 (figure 2c).
 
     Parameters
     ----------
     window : int
-        Keys in sight on a side, the query's own included, >= 1.
+        Visible keys on a side, the query's own included, >= 1.
     dilation : int
-        Tokens from one key to the next, >= 1; 1 is `Window`.
+        Distance d from one visible key to the next, >= 1; 1 is `Window`.
     causal : bool
-        Look back only.
+        Hide keys later than the query.
 
     Examples
     --------

@@ -13,26 +13,26 @@ from .base import Context, Method, Selection, check_counts, check_square
 
 @dataclass(frozen=True)
 class Documents(Method):
-    """Tokens attend inside their own document, of many that are packed into one row.
+    """Tokens attend inside their own document; many documents are packed into one row.
 
-    Training without padding: the same result as documents one by one, and tiles end where documents do, so
-    that nothing crosses over. Without edges the row is cut into documents of `length` tokens (chunked
-    attention). `sparseflash.attention_varlen` is the same with FlashAttention's names.
+    For training without padding: the result equals that of separate documents, and tiles end where documents
+    do, so nothing leaks between them. Without `cu_seqlens` the row is cut into documents of `length` tokens
+    (chunked attention). `sparseflash.attention_varlen` does the same with FlashAttention's names.
 
     Paper: Kundu et al., "Enhancing Training Efficiency Using Packing with Flash Attention", arXiv 2407.09105.
 
     Parameters
     ----------
     length : int
-        Tokens per document where `ctx` names no edges.
+        Tokens per document if `ctx` has no `cu_seqlens`.
     causal : bool
-        Look back only.
+        Hide keys later than the query.
     window : int, optional
-        Keys in sight, the query's own included; by default the whole document.
+        Visible keys, the query's own included; by default the whole document.
 
     Notes
     -----
-    `ctx`: `cu_seqlens [n+1]`, running totals of document lengths, from 0.
+    `ctx` keys: `cu_seqlens [n+1]`, running totals of document lengths, from 0.
 
     Examples
     --------

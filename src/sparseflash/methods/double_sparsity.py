@@ -1,4 +1,4 @@
-"""Double Sparsity: single keys by a few of their channels."""
+"""Double Sparsity: select single keys by a few of their channels."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .reading import ReadingMethod
 
 @dataclass(frozen=True)
 class DoubleSparsity(ReadingMethod):
-    """Each query reads the keys that score best by a few channels, which were found on other text.
+    """Each query reads the keys that score best by a few channels, which are calibrated on other text.
 
-    A few channels of keys are large in any text. The cache keeps those of each key side by side, a sixteenth
-    of its numbers or a quarter; a query is multiplied with these labels and reads the best keys whole.
+    A few channels of keys are large in any text. The cache keeps these channels of all keys contiguously (a
+    label per key, 1/16 to 1/4 of its numbers); a query scores the labels and reads the best keys whole.
 
     Paper: Yang et al., "Post-Training Sparse Attention with Double Sparsity", arXiv 2408.07092, section 3.
 
     Parameters
     ----------
     channels : tuple of tuple of int
-        The channels of each KV head: `heavy_channels` finds them. They are counted in keys as they are
-        attended (after rotary embedding).
+        The channels of each KV head: `heavy_channels` finds them. They index keys as attention sees them
+        (after rotary embedding).
     budget, sinks, near, share
         As in every method that reads pages (`ReadingMethod`); a page is one key.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
-    keeps the labels while keys are appended.
+    `ctx` keys: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
+    extends the labels as keys are appended.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class DoubleSparsity(ReadingMethod):
             Labels(channels=self.channels)
 
     def summary(self, k: Tensor) -> Summary:
-        """The labels of keys."""
+        """Summarise keys by their labels."""
         if not self.channels:
             raise SparseFlashError(
                 "DoubleSparsity has no channels: find them on some text with heavy_channels(q, k, 16)"
@@ -64,12 +64,12 @@ class DoubleSparsity(ReadingMethod):
 
 
 def heavy_channels(q: Tensor, k: Tensor, n: int) -> tuple[tuple[int, ...], ...]:
-    """The n channels of each KV head where |q| |k| is largest on average: what `DoubleSparsity` takes.
+    """Find the n channels of each KV head with the largest mean |q| |k|, for `DoubleSparsity`.
 
     Parameters
     ----------
     q, k : Tensor
-        `[B,Hq,T,D]` and `[B,Hkv,T,D]` of some text, as they are attended.
+        `[B,Hq,T,D]` and `[B,Hkv,T,D]` of some text, as attention sees them.
     n : int
         Channels of a label.
 

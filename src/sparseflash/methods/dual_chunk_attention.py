@@ -1,4 +1,4 @@
-"""Rotary positions that never exceed what a model was trained on, for prompts many times as long."""
+"""Dual Chunk Attention: rotary distances stay within the trained length, for prompts many times as long."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DualChunkAttention(Method):
     """Dense causal attention whose distances stay below the trained length: no training, no token dropped.
 
     Keys are rotated to their place in a chunk. A query is rotated three times: for keys of its own chunk to
-    its own place, for the chunk before to its place behind that one, at most `chunk`, and for all older
-    chunks to one far place. So distances are exact up to `local` and bounded beyond, and one softmax goes
-    over all three. Within one chunk this is plain attention.
+    its own place, for the chunk before to its place after that chunk, at most `chunk`, and for all older
+    chunks to one far place. So distances are exact up to `local` and bounded beyond; one softmax covers all
+    three parts. Within one chunk this is plain attention.
 
     Papers: An et al., "Training-Free Long-Context Scaling of Large Language Models", arXiv 2402.17463.
 
@@ -34,19 +34,19 @@ class DualChunkAttention(Method):
     context : int
         Length that the model was trained on.
     chunk : int, optional
-        The largest distance; 3/4 of the context.
+        Largest distance; by default 3/4 of the context.
     local : int, optional
-        Up to where distances are exact, across chunks too; 1/8 of the context. Chunks have chunk - local
-        tokens.
+        Distances up to here are exact, across chunks too; by default 1/8 of the context. Chunks have
+        chunk - local tokens.
     interleaved : bool
-        Whether lanes 2n and 2n + 1 turn together (GPT-J), or lanes n and n + D / 2 (Llama).
+        Whether channels 2n and 2n + 1 rotate together (GPT-J), or channels n and n + D / 2 (Llama).
 
     Notes
     -----
-    Of `ctx`: `rope`, how q and k, which come rotated, were: (cos, sin), `[B|1, n, D]` each, of positions 0, 1
-    and so on up to the last key's, or the inverse frequencies `[D / 2]`, which is what chunks of a prompt and
-    decoding need; fewer lanes than D are the first ones. It is needed beyond one chunk. `q_offset`, the
-    position of the first query, and `v`. Caches stay as they are: keys are turned back from where they stand.
+    `ctx` keys: `rope`, the rotation that q and k already have: (cos, sin), `[B|1, n, D]` each, for positions
+    0 to the last key's, or the inverse frequencies `[D / 2]`, which chunks of a prompt and decoding need;
+    with fewer channels than D only the first ones are rotated. It is required beyond one chunk. `q_offset`,
+    the position of the first query, and `v`. Caches need no change: keys are rotated back from their place.
 
     Examples
     --------
@@ -76,12 +76,12 @@ class DualChunkAttention(Method):
             raise SparseFlashError(f"local={local}: expected less than chunk={furthest}")
 
     def _sizes(self) -> tuple[int, int]:
-        """The largest distance, and up to where distances are exact."""
+        """The largest distance, and the largest exact distance."""
         chunk = 3 * self.context // 4 if self.chunk is None else self.chunk
         return chunk, self.context // 8 if self.local is None else self.local
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Three rows for each query, and what each sees."""
+        """Make three rotated rows per query, and the plan of the keys that each sees."""
         given = {name: (ctx or {}).get(name) for name in self.reads}
         (Tq, Tk), (furthest, local) = (q.shape[2], k.shape[2]), self._sizes()
         offset = 0 if given["q_offset"] is None else given["q_offset"]
@@ -101,10 +101,14 @@ class DualChunkAttention(Method):
         return Selection(self._plan(position, own, Tk, size, offset), inputs=(rows, keys, v))
 
     def _plan(self, position: Tensor, own: Tensor, Tk: int, size: int, offset: int | Tensor) -> Plan:
-        """Keys of the own chunk, of the one before, of all older ones, in tiles that end where chunks do."""
+        """Plan of 3 Tq rows (own chunk, chunk before, older chunks), in tiles that end where chunks do.
+
+        Example, size 4, Tq = 8, q_offset 0: tokens 0..3 are rows 0..3 of tile 0, tokens 4..7 rows 0..3 of
+        tile 1; the same tiles follow for the two other kinds, with token numbers + 8 and + 16.
+        """
         Tq, place = position.shape[-1], position - own * size
         token, number = torch.arange(Tq, device=own.device).expand_as(own), own - own[:, :1]
-        head = (size - place[:, :1] + TILE - 1) // TILE  # tiles of the first chunk, which may begin inside
+        head = (size - place[:, :1] + TILE - 1) // TILE  # tiles of the first chunk, which may be cut
         row = torch.where(number == 0, token, (head + (number - 1) * -(-size // TILE)) * TILE + place)
         tiles = Tq // TILE + (Tq - 1) // size + 2
         order = torch.full((len(own), tiles * TILE), -1, device=own.device)
@@ -116,7 +120,7 @@ class DualChunkAttention(Method):
         ends = [(own, end), (older, own), (torch.zeros_like(own), older)]
         ends = [(lo.clamp(0, Tk), torch.where(there, hi, 0).clamp(0, Tk)) for lo, hi in ends]
         spans = torch.cat([torch.stack([lo, torch.maximum(lo, hi)], -1) for lo, hi in ends], 1)
-        # rows of the two other kinds stand behind all keys, so that causality hides nothing from them
+        # rows of the two other kinds have positions after all keys, so causality hides nothing from them
         rows = torch.cat([torch.where(order >= 0, order + n * Tq, -1) for n in range(3)], -1)
         frame: dict[str, Any] = {"causal": True, "q_offset": offset, "q_order": rows[:, None]}
         return Plan.from_spans(spans[:, None, :, None], Tq=3 * Tq, Tk=Tk, tile=TILE, **frame)
@@ -132,7 +136,7 @@ class DualChunkAttention(Method):
         sink_logits: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As in `Method`; a sink takes part in the softmax once, not in each of its three parts."""
+        """Attend as in `Method.attend`; the sink is merged once, not in each of the three parts."""
         if selection.inputs is None:
             return super().attend(q, k, v, selection, op, sink_logits=sink_logits, **options)
         out, lse = super().attend(q, k, v, selection, op, **options)
@@ -142,7 +146,7 @@ class DualChunkAttention(Method):
         return merge([(out, lse), (torch.zeros_like(out), sink)])
 
     def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """The three parts as one softmax."""
+        """Merge the three parts into one softmax."""
         if selection.inputs is None:
             return out, lse
         return merge(list(zip(out.chunk(3, 2), lse.chunk(3, 2), strict=True)))

@@ -1,4 +1,4 @@
-"""A learned number for each key: added to its logits, and what says which keys stay alive."""
+"""Dynamic mask attention: a learned score per key is added to its logits and decides which keys stay."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ NEVER = 2**31 - 1
 
 @dataclass(frozen=True)
 class DynamicMask(Method):
-    """Each query sees the keys up to its own that have the largest numbers, `window` of them.
+    """Each query sees the `window` keys with the largest learned scores among the keys up to its own.
 
-    The numbers come from the values (`scores`), are learned through the logits that they are added to, and do
-    not depend on the query: a key lives until `window` keys behind it outdo it. So a cache keeps that many,
-    and what a query sees depends on nothing after it. Of equal numbers the later key stays: where nothing is
-    learned yet, and where no numbers are given, this is a sliding window.
+    The scores are computed from the values (`scores`), learned through the logits that they are added to, and
+    independent of the query: a key is visible until `window` later keys have larger scores. So a cache keeps
+    `window` keys, and the selection is causal. Of equal scores the later key stays: without training, or
+    without scores, this is a sliding window.
 
     Papers: Shi et al., "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124.
 
     Parameters
     ----------
     window : int
-        Keys that a query sees, at most.
+        Most keys that a query sees.
 
     Notes
     -----
-    Of `ctx`: `delta`, the numbers, `[B|1, H|1, Tk]`, H any divisor of the query heads (one for each KV head
-    in the paper), and `q_offset`, the position of the first query. Gradient flows through the logits; the
-    choice of the keys has none.
+    `ctx` keys: `delta`, the scores, `[B|1, H|1, Tk]`, H any divisor of the query heads (the KV heads in the
+    paper), and `q_offset`, the position of the first query. Gradients flow through the logits; the selection
+    has none.
 
     Examples
     --------
@@ -61,14 +61,14 @@ class DynamicMask(Method):
         check_counts(self, 1, "window")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The life of each key, and its bias."""
+        """Select by the lifetime of each key, and add the scores as key_bias."""
         ctx, Tk = ctx or {}, k.shape[2]
         delta = ctx.get("delta")
         if delta is not None:
             check_tokens("ctx['delta']", delta, Tk, q)
         own = torch.arange(Tk, device=k.device)
         rank = own.expand(1, 1, -1)
-        if delta is not None:  # places in one order, in which none are equal
+        if delta is not None:  # ranks: a total order, without ties
             order = in_order(delta.detach(), None).argsort(dim=-1, stable=True)
             rank = torch.zeros_like(order).scatter_(-1, order, own.expand_as(order))
         exact = torch.float32 if Tk <= 1 << 24 else torch.float64
@@ -79,22 +79,22 @@ class DynamicMask(Method):
             Tq=q.shape[2],
             q_offset=ctx.get("q_offset", 0),
             tile=TILE,
-            capacity=None if k.device.type == "cpu" else self.window + TILE,  # no tile has more that live
+            capacity=None if k.device.type == "cpu" else self.window + TILE,  # bounds the live keys of a tile
         )
         return Selection(plan, key_bias=delta)
 
     @staticmethod
     def scores(v: Tensor, weight: Tensor, slope: Tensor, *, exponential: bool = True) -> Tensor:
-        """The numbers of the keys: `exp(slope * softplus(weight @ v))`, `[B, Hkv, Tk]`, with gradient.
+        """Compute key scores: `exp(slope * softplus(weight @ v))`, `[B, Hkv, Tk]`, with gradient.
 
         Parameters
         ----------
         v : Tensor
             `[B, Hkv, Tk, D]`.
         weight, slope : Tensor
-            `[Hkv, Hkv * D]` and `[Hkv]`: what is learned; slopes begin at 0.
+            `[Hkv, Hkv * D]` and `[Hkv]`: learned parameters; slopes are initialised to 0.
         exponential : bool
-            False leaves the exponential out, as later versions of the authors' code do.
+            False omits the exponential, as later versions of the authors' code do.
         """
         heads = torch.nn.functional.linear(v.transpose(1, 2).flatten(2), weight).mT.contiguous()
         found: Tensor = slope[:, None] * torch.nn.functional.softplus(heads)

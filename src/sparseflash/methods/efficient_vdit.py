@@ -1,4 +1,4 @@
-"""Frames that see themselves and a few reference frames."""
+"""Efficient-vDiT: frames see themselves and a few reference frames."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .denoising import GridMethod, crossed
 class EfficientVDiT(GridMethod):
     """Tokens of a frame see their own frame and k reference frames: linear in the number of frames.
 
-    Reference frames lie evenly between the first and the last. Blocks are whole frames, whatever their size,
-    so no token of another frame is seen. `sparse_vdit.smallest` searches for the k that a layer can do with.
-    The paper fine-tunes the model afterwards, and most of its published speed-up is from fewer steps, not
-    from the mask.
+    Reference frames are evenly spaced from the first to the last. Blocks are whole frames, whatever their
+    size, so no token of another frame is visible. `sparse_vdit.smallest` searches for the smallest sufficient
+    k of a layer. The paper fine-tunes the model afterwards, and most of its published speed-up comes from
+    fewer steps, not from the mask.
 
     Papers: Ding et al., "Efficient-vDiT: Efficient Video Diffusion Transformers with Attention Tile",
     arXiv 2502.06155, section 3.
@@ -30,7 +30,7 @@ class EfficientVDiT(GridMethod):
     Parameters
     ----------
     references : int
-        Frames that all see, k; as many as there are, or more, is everything.
+        Number k of reference frames, visible to all frames; k >= frames is dense.
     both : bool
         Whether reference frames see all frames, too.
     grid, text
@@ -38,7 +38,7 @@ class EfficientVDiT(GridMethod):
 
     Notes
     -----
-    `ctx`: `grid` and `text`, in place of those of the method.
+    `ctx` keys: `grid` and `text`, which replace those of the method.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class EfficientVDiT(GridMethod):
         super().__post_init__()
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for all heads: a block for each pair of frames."""
+        """One plan for all heads, with a block for each pair of frames."""
         layout, T = self.layout(q, k, ctx), q.shape[2]
         frames, size = layout.grid[0], math.prod(layout.grid[1:])
         order = layout.order(q.device, tile=(1, *layout.grid[1:]))
@@ -79,6 +79,6 @@ class EfficientVDiT(GridMethod):
 
 
 def spread(k: int, frames: int) -> list[int]:
-    """k frames that lie evenly from the first to the last."""
+    """Pick k evenly spaced frames from the first to the last."""
     k = min(k, frames)
     return [0] * (k > 0) if k < 2 else [round(n * (frames - 1) / (k - 1)) for n in range(k)]

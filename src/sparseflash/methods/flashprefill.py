@@ -1,4 +1,4 @@
-"""Blocks by the energy of their mean keys."""
+"""FlashPrefill: blocks by the energy of their mean keys."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ class FlashPrefill(BlockMethod):
     """Each tile of queries sees the blocks whose estimated mass is not far below that of its best block.
 
     Every query is multiplied with the mean of each `stride` keys, and the weights of a tile are relative to
-    one maximum, so that its loudest queries decide. The threshold is relative to the best block: no sum over
-    blocks has to be sorted.
+    one maximum, so queries with large scores dominate. The threshold is relative to the best block, so no
+    sorting is needed.
 
     Papers: Fan et al., "FlashPrefill: Instantaneous Pattern Discovery and Thresholding", arXiv 2603.06199.
 
     Parameters
     ----------
     alpha : float
-        What a block must have of the mass of its tile's best one, in (0, 1].
+        Least mass of a block, as a share of its tile's best block, in (0, 1].
     stride : int
-        Keys of a mean; divides the block.
+        Keys that are averaged; divides the block.
     block, sinks, near, dense_tiles, share
         As in every method that chooses blocks (`BlockMethod`).
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. The correction of the second
-    version (arXiv 2608.19758), which gives dropped blocks their mean, is not made here.
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`. The correction of the
+    second version (arXiv 2608.19758), which replaces dropped blocks by their mean, is not implemented.
 
     Examples
     --------
@@ -61,9 +61,9 @@ class FlashPrefill(BlockMethod):
         check_counts(self, 1, "stride")
 
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
-        """By the energy of mean keys."""
+        """Estimate mass by the energy of mean keys."""
         return tile_mass(q, k, grid, "energy", stride=self.stride, **told)
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
-        """The blocks of each tile above its threshold."""
+        """Keep the blocks of each tile above its threshold."""
         return above(mass, self.alpha, among=reach)

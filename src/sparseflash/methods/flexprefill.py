@@ -1,4 +1,4 @@
-"""Vertical-slash or query-aware blocks, each head and each prompt by what its last queries do."""
+"""FlexPrefill: vertical-slash or query-aware blocks, chosen per head and prompt by its last queries."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from .base import Context, Method, Selection, Share, begin, check_counts, check_
 class FlexPrefill(Method):
     """Each head chooses its pattern and its budget by the attention of the last queries.
 
-    Where pooled queries and keys say of the last block what its softmax says (a Jensen-Shannon distance below
-    `tau`), the head is query-aware: pooled scores of all tiles choose their blocks. Other heads see the
-    columns of blocks, and the diagonals of blocks, that hold the share `gamma` of what the last queries see.
-    The first column and the main diagonal are always seen.
+    If pooled queries and keys approximate the softmax of the last block (a Jensen-Shannon distance below
+    `tau`), the head is query-aware: pooled scores select the blocks of all tiles. Other heads see the block
+    columns and block diagonals that hold the share `gamma` of the last queries' mass. The first column and
+    the main diagonal are always visible.
 
     Papers: Lai et al., "FlexPrefill", arXiv 2502.20766, algorithms 1 to 4.
 
     Parameters
     ----------
     gamma : float
-        Share of the estimated mass that is kept, in (0, 1]. It is no recall.
+        Share of the estimated mass that is kept, in (0, 1]; not a recall.
     tau : float
-        Distance below which a head is query-aware, in [0, 1]; 0 is never, 0.84 always.
+        A head is query-aware below this distance, in [0, 1]; 0 means never, 0.84 always.
     block : int
-        Queries of a tile, and keys of a block; so many queries at the end are looked at.
+        Queries of a tile, and keys of a block; also the number of last queries that are probed.
     min_budget, max_budget : int
-        Keys of columns, and of diagonals, at least and at most (None: no limit).
+        Least and most keys in columns, and in diagonals (None: no limit).
     halo : bool
-        A diagonal of tokens meets two of blocks: see both, more for more.
+        A diagonal of tokens crosses two diagonals of blocks: True keeps both, for more work and recall.
     shared : bool
-        Whether the tiles of a query-aware head share one budget, as in the paper (here each keeps its best
-        block in any case). What a tile sees then depends on the others of its chunk.
+        Whether the tiles of a query-aware head share one budget, as in the paper (here each tile keeps at
+        least its best block). The selection of a tile then depends on the other tiles of its chunk.
     share : "", "sum" or "max"
-        "": each query head is judged by itself; else those of a KV head together, by the sum or the largest
-        of what they give, and lists are shared.
+        "": each query head selects for itself; otherwise the query heads of a KV head share a selection, by
+        the sum or maximum of their scores.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. The last queries of a chunk
-    judge for that chunk.
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`. With a chunked prompt, the
+    last queries of each chunk select for that chunk.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class FlexPrefill(Method):
             raise SparseFlashError(f"tau={self.tau!r}: expected a number in [0, 1]")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Columns and diagonals of blocks, and the blocks that pooled scores add on query-aware heads."""
+        """Select block columns and diagonals, and on query-aware heads the blocks with high pooled scores."""
         ctx, (Tq, Tk) = ctx or {}, (q.shape[2], k.shape[2])
         at = ctx.get("q_offset", 0)
         told = self._told(ctx)
@@ -109,7 +109,7 @@ class FlexPrefill(Method):
         return Selection(grid.plan((keep & grid.reach()) | (chosen & aware[..., None, None])))
 
     def distances(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Tensor:
-        """What `tau` is compared with, `[B, H]`: from pooled scores of the last block to its softmax."""
+        """Distances that `tau` bounds, `[B, H]`: between pooled scores of the last block and its softmax."""
         at, told = (ctx or {}).get("q_offset", 0), self._told(ctx)
         seen = probe(q, k, self.block, q_offset=at, **told)
         return self._apart(q, k, self._blocks(self._judged(seen.keys(), k))[0], at, told)
@@ -125,12 +125,12 @@ class FlexPrefill(Method):
         return distance(pooled, columns)
 
     def _judged(self, mass: Tensor, k: Tensor) -> Tensor:
-        """Shares that sum to 1, of the heads that are judged for."""
+        """Reduce mass over shared heads, and normalise it to sum to 1."""
         mass = shared(mass, k, self.share)
         return mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
 
     def _blocks(self, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """Shares of tokens as those of blocks, and how many blocks are to be seen."""
+        """Sum token shares over blocks, and compute the number of blocks to keep."""
         count = -(-mass.shape[-1] // self.block)
         least = -(-self.min_budget // self.block)
         most = count if self.max_budget is None else -(-self.max_budget // self.block)
@@ -140,7 +140,7 @@ class FlexPrefill(Method):
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Jensen-Shannon distance of shares along the last axis: 0 where they agree, at most sqrt(ln 2)."""
+    """Jensen-Shannon distance of distributions along the last axis: 0 if equal, at most sqrt(ln 2)."""
     middle = (a + b) / 2
     apart = sum(torch.special.xlogy(x, x) - torch.special.xlogy(x, middle) for x in (a, b))
     assert isinstance(apart, Tensor)
@@ -148,12 +148,12 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _first(score: Tensor) -> Tensor:
-    """Scores of which the first is the best."""
+    """Set the first score to infinity, so that it is always selected."""
     return torch.where(torch.arange(score.shape[-1], device=score.device) == 0, torch.inf, score)
 
 
 def _on(diagonal: Tensor, position: Tensor, block: int, units: int) -> Tensor:
-    """Whether blocks lie on chosen diagonals [B,H,n] of the positions [B|1,1,R]: bool [B,H,R,units]."""
+    """Whether units lie on selected block diagonals [B,H,n] of positions [B|1,1,R]: bool [B,H,R,units]."""
     own = torch.div(position, block, rounding_mode="floor")[..., None]
     away = own - torch.arange(units, device=own.device)
     n = diagonal.shape[-1]

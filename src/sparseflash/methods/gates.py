@@ -1,4 +1,4 @@
-"""What a gate judges blocks by, and its weights, as data: found once for a model, kept as safetensors."""
+"""Inputs and weights of SeerAttention's block gates; trained once per model, saved as safetensors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ FORMAT = "sparseflash gates 1"
 
 
 class Blocks(NamedTuple):
-    """Tiles of queries and blocks of keys as vectors: all that a gate looks at. No gradient."""
+    """Pooled vectors of query tiles and key blocks, the input of a gate. No gradient."""
 
     q: Tensor
-    """`[B,Hq,R,D]`: mean queries before their rotation, each then turned to the first place of its tile."""
+    """`[B,Hq,R,D]`: mean unrotated queries, each then rotated to the first position of its tile."""
     k: Tensor
-    """`[B,Hkv,C,3 D]`: largest, smallest and mean keys before their rotation, side by side."""
+    """`[B,Hkv,C,3 D]`: maximum, minimum and mean of the unrotated keys, concatenated."""
     at: Tensor
-    """Integers `[C]`: the first place of each block."""
+    """Integers `[C]`: the first position of each block."""
     rope: list[Tensor] | None
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, grid: Grid, rope: Any = None) -> Blocks:
-        """Of queries and keys that come rotated, as `rope` says (None: they are not)."""
+        """Pool queries and keys, which are rotated as `rope` says (None: not rotated)."""
         tables = None if rope is None else rotation(rope, k.shape[2])
         own = torch.as_tensor(grid.q_offset, device=q.device).view(-1, 1)
         token = torch.arange(k.shape[2], device=k.device)[None]
@@ -50,10 +50,10 @@ class Blocks(NamedTuple):
         return cls(mean, torch.cat(keys, -1), token[0, :: grid.unit], tables)
 
     def logits(self, weight: Tensor | None = None) -> Tensor:
-        """Scores `[B,Hq,R,C]` by the weights of a gate, `[Hq, 3 D, D]`, with gradient; None: untrained.
+        """Compute scores `[B,Hq,R,C]` from gate weights `[Hq, 3 D, D]`, with gradient; None: untrained.
 
-        Equation 3 of SeerAttention (arXiv 2410.13276): keys through the weights, turned to the first place of
-        their block, times the queries, over sqrt(D).
+        Equation 3 of SeerAttention (arXiv 2410.13276): keys times the weights, rotated to the first position
+        of their block, times the queries, over sqrt(D).
         """
         (_, Hq, _, D), Hkv = self.q.shape, self.k.shape[1]
         if weight is None:
@@ -72,18 +72,18 @@ class Blocks(NamedTuple):
 
 
 class Gates:
-    """The gates of a model's layers: weights `[Hq, 3 D, D]` by the number of the layer.
+    """Gate weights `[Hq, 3 D, D]` of a model, by layer number.
 
     Parameters
     ----------
     layers : mapping from int to Tensor
-        As `nn.SeerGate` learns them.
+        Weights as `nn.SeerGate` learns them.
     block : int
-        Tokens of a tile and of a block that they were trained for.
+        Tokens of a tile, and of a block, in training.
     rotary : bool
-        Whether queries and keys were taken before their rotation; `ctx["rope"]` is then needed.
+        Whether the gates were trained on unrotated queries and keys; `ctx["rope"]` is then required.
     name : str
-        What they are of, as errors and records call them.
+        Name in errors and records.
 
     Examples
     --------
@@ -110,7 +110,7 @@ class Gates:
         return repr(self.name) if self.name else f"Gates({sorted(self.layers)}, block={self.block})"
 
     def of(self, layer: int | None) -> Tensor:
-        """The weights of a layer; of the only one, where the number is not told."""
+        """Return the weights of a layer; None means the only one."""
         if layer is None and len(self.layers) == 1:
             return next(iter(self.layers.values()))
         if layer not in self.layers:
@@ -121,7 +121,7 @@ class Gates:
         return self.layers[layer]
 
     def save(self, path: str | Path) -> Path:
-        """Write them as safetensors, whole or not at all."""
+        """Write the gates as safetensors, atomically."""
         from safetensors.torch import save_file
 
         told = {"format": FORMAT, "about": json.dumps({"block": self.block, "rotary": self.rotary})}
@@ -136,7 +136,7 @@ class Gates:
         Raises
         ------
         SparseFlashError
-            For a file that is none, or something else.
+            If the file does not exist or holds no gates.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -155,5 +155,5 @@ class Gates:
 
 @functools.lru_cache(8)
 def loaded(path: str, stamp: int) -> Gates:
-    """The gates of a file as of a time: a method that names a file reads it once."""
+    """Load the gates of a file, cached by path and modification time."""
     return Gates.load(path)

@@ -1,4 +1,4 @@
-"""Windows of an image or a video."""
+"""Windows of an image or a video (Swin)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .base import Context, Method, Selection, check_square
 class GridWindow(Method):
     """Tokens of a grid attend inside their window: 2-D for images, 3-D for video, plain or shifted.
 
-    The windows are cut from the grid and laid behind one another, each a segment of that order. A shift moves
-    the cuts, so that layers in turn (`for_layer`) join neighbouring windows; windows at the border are then
-    smaller, and no token meets one from the other side.
+    Tokens are sorted by window, so that each window is a contiguous range. A shift moves the cuts, so that
+    alternating layers (`for_layer`) connect neighbouring windows; windows at the border are then smaller, and
+    do not wrap around.
 
     Papers: Liu et al., "Swin Transformer", arXiv 2103.14030, section 3.2; Huang et al., "HRSAM", arXiv
     2407.02109 (plain and shifted windows, the border cut by padding; its pad tokens do not exist here).
@@ -30,15 +30,15 @@ class GridWindow(Method):
     window : tuple of int
         Sizes of a window, outermost axis first: (rows, columns), or (frames, rows, columns).
     grid : tuple of int
-        Sizes of the grid; tokens are in raster order. The first may be -1: as many as the tokens fill.
+        Sizes of the grid; tokens are in raster order. The first may be -1: it follows from their number.
     shift : tuple of int, optional
         Tokens by which the cuts move along each axis; none by default.
     causal : bool
-        Keep keys that are not later in the raster.
+        Hide keys later in the raster.
 
     Notes
     -----
-    `ctx`: `grid`, replaces the one of the method.
+    `ctx` keys: `grid`, which replaces the one of the method.
 
     Examples
     --------
@@ -96,11 +96,11 @@ class GridWindow(Method):
         )
 
     def for_layer(self, layer: int) -> GridWindow:
-        """The method for a layer of a stack: plain for even numbers, shifted by half a window for odd."""
+        """Return the method for a layer of a stack: shifted by half a window if its number is odd."""
         return replace(self, shift=tuple(w // 2 for w in self.window) if layer % 2 else None)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for all heads: a bucket for each window."""
+        """One plan for all heads, with a bucket for each window."""
         T = check_square(self, q, k)
         grid = (ctx or {}).get("grid", self.grid)
         self._check_grid(grid)
@@ -116,7 +116,7 @@ class GridWindow(Method):
         place, below, windows = torch.arange(T, device=q.device), T, 1
         for axis, (size, w) in enumerate(zip(sizes, self.window, strict=True)):
             below = math.prod(sizes[axis + 1 :])
-            skip = -(self.shift[axis] if self.shift else 0) % w  # cells of the first window that lie outside
+            skip = -(self.shift[axis] if self.shift else 0) % w  # missing cells of the first window
             at = (place.div(below, rounding_mode="floor") + skip).div(w, rounding_mode="floor")
             n = max(-(-(size + skip) // w), 1)
             label, place, windows = label * n + at, place % below, windows * n

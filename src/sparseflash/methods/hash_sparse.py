@@ -1,4 +1,4 @@
-"""Hash-sparse attention: all keys of a query's own bucket, exactly, and those near it."""
+"""Hash-sparse attention: exact attention to all keys of a query's bucket, and optionally a window."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .base import Context, Method, Selection, beside, check_counts, check_qk, ch
 _PLANES = ("per-head", "shared")
 _BUCKETS = ("lsh", "kmeans")
 _STRIDE = 0x9E3779B97F4A7C15
-"""Between the seeds of two steps: far enough that no other seed of a run is among them."""
+"""Difference of the seeds of two steps: so large that they do not collide with other seeds of a run."""
 
 
 @dataclass(frozen=True)
 class HashSparse(Method):
     """Each query sees every earlier key of its own bucket, per head, with 100 % coverage; and a window.
 
-    Buckets come from angular hashing: queries and keys that point the same way share one with high
-    probability, so the heaviest attention weights are kept. Cost is about 1/nb of dense for balanced
-    buckets. The hash sees one token at a time: nothing about a token depends on later ones. Where queries and
-    keys are not tied, the nearest centroids of the keys find more of the mass than a hash does.
+    Buckets come from angular hashing: queries and keys of similar direction share one with high probability,
+    so the largest attention weights are kept. Cost is about 1/nb of dense for balanced buckets. A token is
+    hashed by itself, so the selection is causal. If queries and keys are not tied, the nearest centroids of
+    the keys find more of the mass than a hash does.
 
     Paper: Pagliardini, Paliotta, Jaggi, Fleuret, "Faster Causal Attention Over Large Sequences Through
     Sparse Flash Attention", arXiv 2306.01160 (hash-sparse); hashing after Reformer, arXiv 2001.04451;
@@ -40,42 +40,41 @@ class HashSparse(Method):
     nb : int
         Number of buckets, even; 1 is dense causal attention.
     planes : "per-head" or "shared"
-        Random directions of each KV head's own (a group of query heads shares them), or the same for all
-        heads.
+        Random directions per KV head (shared by its group of query heads), or the same for all heads.
     seed : int
-        Fixes the planes: forward, recomputation, evaluation and every device hash alike. Give layers
+        Seed of the planes: forward, recomputation, evaluation and every device hash alike. Give layers
         different seeds for different planes.
     include_self : bool
-        Whether a token sees its own key, in all heads. The paper's tied q and k = q/|q| need False, lest
-        a token sees little else; the first token of a bucket then sees nothing and has output 0.
+        Whether a token sees its own key, in all heads. The paper's tied q and k = q/|q| need False, because a
+        token would otherwise see little else; the first token of a bucket then sees nothing: output 0.
     window : int
         Last keys that every head sees beside its bucket, the query's own position included; 0: the bucket
-        alone. Neighbours are what language models need first, and what a bucket does not hold.
+        alone. Language models need neighbours first, and buckets do not contain them.
     sink_tokens : int
-        First tokens that every later query sees too, beside a window. A pretrained model rests its attention
-        there: without them it loses more than without everything else that is far away.
+        First tokens that every later query sees too; requires a window. A pretrained model uses them as
+        attention sinks: dropping them costs more than dropping all other distant keys.
     window_heads : int
-        This many of the last query heads are causal windows and nothing else. Free to choose under GQA; a
-        multiple of the group size shares the sorted keys of a group.
+        This many of the last query heads see only a causal window. Any number is allowed under GQA; a
+        multiple of the group size lets a group share its sorted keys.
     head_window : int
         Keys that such a head sees, the query's own position included, >= 1.
     buckets : "lsh" or "kmeans"
-        By a random hash, or by the nearest of nb centroids of the keys (largest product for a query), which
-        are found anew at every call: where a key belongs then depends on later keys.
+        A random hash, or the nearest of nb centroids of the keys (for a query: the largest product), which
+        are computed at every call: the bucket of a key then depends on later keys.
     top : int
-        With centroids: how many of the nearest a query looks into.
+        With centroids: number of nearest clusters that a query sees.
     resample : bool
-        Whether the planes are drawn anew at each `ctx["step"]`, as the paper's released code does.
+        Whether each `ctx["step"]` draws new planes, as the paper's released code does.
 
     Notes
     -----
-    `ctx`: `q_bucket [B|1, H|1, Tq]` and `k_bucket [B|1, H|1, Tk]`, any integer ids (of all
-    heads, if some are windows, whose ids are ignored), replace the hash; `q_offset`, the position of the
+    `ctx` keys: `q_bucket [B|1, H|1, Tq]` and `k_bucket [B|1, H|1, Tk]`, any integer ids (of all
+    heads, also of window heads, where they are ignored), replace the hash; `q_offset`, the position of the
     first query (int, or a tensor, 0-d or [B]), 0 by default; `step`, with `resample`.
 
-    A window head is not another plan: the rule `window` may differ from head to head, so hashed and window
-    heads run in one kernel call. A window in every head is a second plan, in one softmax: its keys lie in
-    order and need no sorting, and the bucket shows what is further away.
+    Window heads need no second plan: `window` may differ from head to head, so hashed and window heads run in
+    one kernel call. A window in every head is a second plan of the same softmax: its keys need no sorting,
+    and the bucket plan then begins where the window ends.
 
     `causal_heads=` is the old name of `window_heads`; with it, `window` means `head_window`.
 
@@ -151,9 +150,9 @@ class HashSparse(Method):
             self._set(causal_selection=False)
 
     def ids(self, q: Tensor, k: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
-        """The bucket of every query `[B,Hq,Tq]` and key `[B,Hkv,Tk]`, int32 in 0 .. nb - 1.
+        """Compute the bucket of every query `[B,Hq,Tq]` and key `[B,Hkv,Tk]`, int32 in 0 .. nb - 1.
 
-        With several centroids a query, `[top,B,Hq,Tq]`, the nearest first.
+        With `top` > 1, query buckets are `[top,B,Hq,Tq]`, the nearest first.
         """
         if self.nb == 1:
             q_bucket, k_bucket = (
@@ -168,16 +167,16 @@ class HashSparse(Method):
         return lsh_buckets(q, planes), lsh_buckets(k, planes)
 
     def _nearest(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The cluster of each key, and the centroids that each query has the largest products with."""
+        """Cluster the keys, and find the centroids with the largest products for each query."""
         group = q.shape[1] // k.shape[1]
-        with precise(q):  # the same choice in any precision
+        with precise(q):  # the same selection under autocast
             label, centroid = kmeans(k, self.nb)
             product = q.unflatten(1, (-1, group)).to(centroid.dtype) @ centroid[:, :, None].mT
         best = product.flatten(1, 2).topk(self.top, -1).indices.int()
         return (best[..., 0] if self.top == 1 else best.movedim(-1, 0)), label
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The plans of the given or the hashed buckets and of the windows."""
+        """Make the plans of the given or hashed buckets and of the windows."""
         ctx = ctx or {}
         given = [name for name in ("q_bucket", "k_bucket") if ctx.get(name) is not None]
         require(
@@ -200,7 +199,7 @@ class HashSparse(Method):
             check_tokens("k_bucket", k_bucket, k.shape[2], q)
         else:
             (q_bucket, k_bucket), bound = self.ids(q, k, step), self.nb
-        if self.sink_tokens:  # which the window shows: in the bucket of nobody they are not seen twice
+        if self.sink_tokens:  # the window shows them; an id of no query keeps buckets disjoint from it
             nobody = torch.minimum(q_bucket.amin(), k_bucket.amin()).long() - 1 if q_bucket.numel() else -1
             sink = torch.arange(k.shape[2], device=k.device) < self.sink_tokens
             k_bucket = torch.where(sink, nobody, k_bucket.long())
@@ -224,13 +223,13 @@ class HashSparse(Method):
     def _bucket_plan(
         self, q_bucket: Tensor, k_bucket: Tensor, bound: int | None, q_offset: int | Tensor
     ) -> Plan:
-        """The bucket, from where the window ends."""
+        """Plan of the buckets, without the keys that the window shows."""
         strict = self.include_self or self.window > 0
         at = earlier(q_offset, self.window)
         return Plan.from_buckets(q_bucket, k_bucket, include_self=strict, buckets=bound, q_offset=at)
 
     def _windows(self, q: Tensor, k: Tensor, q_offset: int | Tensor, width: int) -> Plan:
-        """A causal window. Without the self pair: seen from one position earlier."""
+        """Plan of a causal window; without the self pair, query positions are one lower."""
         strict = int(not self.include_self)
         return Plan.dense(
             q.shape[2],
@@ -283,12 +282,12 @@ def hash_sparse_attention(
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        out `[B,Hq,Tq,Dv]`; 0, with zero gradients, for a query without an earlier key in its bucket.
+        out `[B,Hq,Tq,Dv]`; 0, with zero gradients, for a query without a visible key in its bucket.
 
     Raises
     ------
     PlanError
-        Buckets that are not integers, or of another shape or device.
+        If buckets are not integers, or have another shape or device.
 
     Examples
     --------

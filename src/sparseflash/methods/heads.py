@@ -1,4 +1,4 @@
-"""Methods, or settings of one, that differ from head to head: one selection, so one call for all heads."""
+"""Methods or settings that differ between heads, combined in one selection and one attention call."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..plan import Plan
 
 Context = Mapping[str, Any]
 WHOLE = frozenset(("rope", "grid", "text", "modality", "q_offset", "state", "cache"))
-"""What `ctx` may hold as tensors that have no axis of heads."""
+"""Keys of `ctx` whose tensors have no head axis."""
 
 
 def settings(method: Any) -> dict[str, tuple[Any, ...]]:
-    """Fields that hold one value a query head, and that `select` does not spread by itself."""
-    if not any(type(x) is tuple for x in vars(method).values()):  # asked at every call
+    """Fields that hold a tuple of one value per query head, except those that `select` takes as a tuple."""
+    if not any(type(x) is tuple for x in vars(method).values()):  # fast path: runs at every call
         return {}
     own = type(method).per_head
     return {
@@ -32,7 +32,7 @@ def settings(method: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def apart(method: Any) -> list[Any] | None:
-    """The method of each query head, where fields hold one value a head; None where none does."""
+    """Split into one method per query head if fields hold a value per head; otherwise return None."""
     spread = settings(method)
     if not spread:
         return None
@@ -48,19 +48,19 @@ def apart(method: Any) -> list[Any] | None:
 
 
 def groups(methods: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """Different methods (None: dense), and the heads of each."""
+    """Group equal methods (None: dense), with the heads of each."""
     return [(m, [h for h, own in enumerate(methods) if own == m]) for m in dict.fromkeys(methods)]
 
 
 def of_heads(x: Any, heads: list[int], H: int) -> Any:
-    """Of a tensor [B, n, ...] what belongs to some of H query heads: list head = h * n // H."""
+    """Select from a tensor [B, n, ...] the list heads `h * n // H` of query heads h, of H."""
     n = x.shape[1]
     at = torch.tensor(heads, device=x.device) * n // H
     return x if n == 1 else x[:, at]
 
 
 def context(ctx: Context | None, heads: list[int], H: int) -> dict[str, Any]:
-    """`ctx` for some of the heads."""
+    """Restrict the tensors of `ctx` to some heads, and drop its state."""
     return {
         name: of_heads(x, heads, H) if isinstance(x, Tensor) and x.dim() > 2 and name not in WHOLE else x
         for name, x in (ctx or {}).items()
@@ -69,7 +69,7 @@ def context(ctx: Context | None, heads: list[int], H: int) -> dict[str, Any]:
 
 
 def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) -> dict[str, Any]:
-    """What each head's own method selects, as the fields of one selection."""
+    """Select with each head's own method, and combine the results into the fields of one selection."""
     H = q.shape[1]
     if len(methods) != H:
         raise SparseFlashError(f"settings for {len(methods)} heads, q has {H}: expected one each")
@@ -111,7 +111,7 @@ def select(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) ->
 def observe(
     methods: Sequence[Any], q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Any, ctx: Context
 ) -> dict[Any, Any] | None:
-    """What each head's own method wants to know at its next call, by method."""
+    """Collect the state of each head's method for its next call, by method."""
     H, found, kept = q.shape[1], {}, selection.state or {}
     for method, own in groups(methods):
         if method is None:
@@ -124,7 +124,7 @@ def observe(
 
 
 def beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
-    """The plans of groups of heads side by side; where some have several, so has the result."""
+    """Concatenate the plans of groups of heads; a tuple if some group has several."""
     made = []
     for n in range(max(map(len, plans))):
         row = [own[n] if n < len(own) else _nothing(own[0]) for own in plans]
@@ -133,14 +133,14 @@ def beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | 
 
 
 def _nothing(plan: Plan) -> Plan:
-    """The plan without any pair."""
+    """Make an empty plan like `plan`."""
     none = torch.zeros(1, 1, -(-plan.Tq // plan.tile), 0, 2, dtype=torch.int64, device=plan.device)
     empty = Plan.from_spans(none, Tq=plan.Tq, Tk=plan.Tk, tile=plan.tile, unit=plan.unit)
     return empty._changed(causal=plan.causal, q_offset=plan.q_offset)
 
 
 def _joined(given: Sequence[Tensor | None], heads: list[list[int]], blank: float) -> Tensor | None:
-    """Tensors [B|1, H|1, T] of groups of heads as one, `blank` where a group has none."""
+    """Concatenate tensors [B|1, H|1, T] of groups of heads; `blank` fills groups without one."""
     some = [x for x in given if x is not None]
     if not some:
         return None

@@ -1,4 +1,4 @@
-"""Any method, and last queries that see everything: questions stand at the end of a prompt."""
+"""LastDense: any method, but the last queries (a prompt's question) see everything."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from .base import Context, Method, Selection, check_counts
 class LastDense(Method):
     """The last queries of a prompt see everything before them, the others what a method selects.
 
-    Methods that judge blocks by their means miss the single keys that a question asks for; a few dense rows
-    cost next to nothing and keep them.
+    Methods that score blocks by their means miss the single keys that a question asks for; a few dense rows
+    cost next to nothing and find them.
 
     Papers: the dense last rows of SCBench's tri-shape, arXiv 2412.10319, and of XAttention's released code,
     arXiv 2503.16428.
@@ -28,14 +28,14 @@ class LastDense(Method):
     Parameters
     ----------
     method : Method
-        What decides for the others.
+        Method that selects for the other queries.
     rows : int
-        Last queries of a call that see everything; rounded up so that whole tiles of the method do.
+        Last queries of a call that see everything, rounded up to whole tiles of the method.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, and what the method reads (`scale`, `softcap`).
-    A bias that the method adds to keys is added for the dense rows too.
+    `ctx` keys: `q_offset`, the position of the first query, and the `reads` of the method (`scale`,
+    `softcap`). A key_bias of the method applies to the dense rows too.
 
     Examples
     --------
@@ -63,7 +63,7 @@ class LastDense(Method):
         self._set(reads=tuple(dict.fromkeys((*type(self).reads, *inner))))
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """What the method selects, but for the last rows, and all that these reach."""
+        """Select with the method for all but the last rows, and add a dense plan for these."""
         if self.method is None:
             raise SparseFlashError("LastDense() has no method: expected LastDense(BlockTopK()), for example")
         selection = self.method.select(q, k, ctx)
@@ -85,13 +85,13 @@ class LastDense(Method):
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:
-        """What the method observes."""
+        """Delegate to the method."""
         assert self.method is not None
         return self.method.observe(q, k, out, lse, selection, ctx)
 
 
 def _before(first: int, plan: Plan) -> Plan:
-    """The plan for the tokens before the first dense one, which begins a tile."""
+    """Restrict the plan to tokens before `first`, the first dense one, where a tile begins."""
     if plan.q_order is not None:
         return plan._changed(q_order=torch.where(plan.q_order < first, plan.q_order, -1))
     there = torch.arange(-(-plan.Tq // plan.tile), device=plan.device) * plan.tile < first

@@ -1,4 +1,4 @@
-"""LServe: streaming heads beside heads that read pages, chosen by the bounds of their parts."""
+"""LServe: streaming heads, and heads that read pages selected by bounds of the pages' parts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .reading import ReadingMethod
 
 @dataclass(frozen=True)
 class LServe(ReadingMethod):
-    """Some KV heads see first and near pages alone; the others read the pages whose parts score best.
+    """Some KV heads see only first and near pages; the others read the pages whose parts score best.
 
-    Large pages are read faster than small ones, but their bounds say little. So each is scored by the bounds
-    of its parts: the best part speaks for the page. Which heads stream is found by training a gate for each
-    (DuoAttention): **sparseflash calibrate lserve**, whose file `streaming_heads` reads.
+    Large pages are read faster than small ones, but their bounds are loose. So a page is scored by the bounds
+    of its parts: its score is that of the best part. Training a gate for each head (DuoAttention) finds the
+    heads that stream: **sparseflash calibrate lserve** writes a file that `streaming_heads` reads.
 
     Paper: Yang et al., "LServe", arXiv 2502.14866, sections 3.3 and 3.4: physical pages of 64, logical of 16.
 
@@ -29,15 +29,15 @@ class LServe(ReadingMethod):
     streaming : tuple of int
         KV heads that stream.
     part : int
-        Keys of a part of a page, which divides it.
+        Keys of a part; divides the page.
     local : int
-        Near pages of heads that stream, `sinks` being their first.
+        Near pages of heads that stream; their first pages are `sinks`.
     budget, page, sinks, near, share
         As in every method that reads pages (`ReadingMethod`).
 
     Notes
     -----
-    Of `ctx`: `q_offset` and `cache`, as `Quest`.
+    `ctx` keys: `q_offset` and `cache`, as for `Quest`.
 
     Examples
     --------
@@ -69,11 +69,11 @@ class LServe(ReadingMethod):
         )
 
     def summary(self, k: Tensor) -> Summary:
-        """Bounds of each channel in each part."""
+        """Summarise pages by the bounds of each channel in each part."""
         return PageBounds(self.part)
 
     def closed(self, heads: int) -> tuple[tuple[int, int], ...]:
-        """Heads that stream."""
+        """Heads that stream, with their near pages."""
         require(
             (
                 all(head < heads for head in self.streaming),
@@ -84,13 +84,13 @@ class LServe(ReadingMethod):
 
 
 def streaming_heads(path: str | Path, share: float = 0.5) -> dict[int, tuple[int, ...]]:
-    """The KV heads that stream, by layer, of the gates that **sparseflash calibrate lserve** has written.
+    """Read the KV heads that stream, by layer, from a gates file of **sparseflash calibrate lserve**.
 
     Parameters
     ----------
     path : str or Path
     share : float
-        Of all KV heads of all layers, how many: those of the smallest gates.
+        Share of all KV heads of all layers that stream: those with the smallest gates.
 
     Examples
     --------

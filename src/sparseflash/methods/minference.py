@@ -1,4 +1,4 @@
-"""A-shape, vertical-slash and block-sparse heads for long prompts."""
+"""MInference: a-shape, vertical-slash and block-sparse heads for long prompts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PATTERNS = ("vertical-slash", "a-shape", "block-sparse")
 
 @dataclass(frozen=True)
 class MInference(Method):
-    """Each head follows one of three patterns; where it lies is found anew for each prompt.
+    """Each head has one of three patterns, whose indices are estimated for each prompt.
 
-    A vertical-slash head sees some keys from everywhere and keys at some distances: those that the softmax of
-    the last queries gives most. Slashes are widened to tiles of 64 (`Plan.from_slashes`). An a-shape head
-    sees the first keys and a window. A block-sparse head sees, for each tile, the blocks whose mean key has
-    the largest product with its mean query.
+    A vertical-slash head sees, from every query, some keys (columns) and keys at some distances (slashes):
+    those with the largest weights of the last queries. Slashes are widened to tiles of 64
+    (`Plan.from_slashes`). An a-shape head sees the first keys and a window. A block-sparse head sees, for
+    each tile, the blocks whose mean key has the largest product with its mean query.
 
     Papers: Jiang et al., "MInference 1.0", arXiv 2407.02490, section 3 and algorithms 1 to 3.
 
@@ -36,19 +36,19 @@ class MInference(Method):
     vertical, slash : int
         Columns and distances of a vertical-slash head; first keys and window of an a-shape head.
     blocks : int
-        Blocks of a tile, of a block-sparse head.
+        Blocks of a tile, in a block-sparse head.
     last : int
-        Queries at the end that columns and distances are judged by.
+        Number of last queries that are probed for columns and distances.
     sinks, near : int
-        First keys and nearest distances that are kept whatever they are given.
+        First keys and nearest distances that are always kept.
     share : "", "sum" or "max"
-        "": each query head is judged by itself; else those of a KV head together, by the sum or the largest
-        of what they give, and lists are shared.
+        "": each query head selects for itself; otherwise the query heads of a KV head share a selection, by
+        the sum or maximum of their scores.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. The last queries of a chunk
-    judge for that chunk.
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`. With a chunked prompt, the
+    last queries of each chunk select for that chunk.
 
     Examples
     --------
@@ -81,7 +81,7 @@ class MInference(Method):
         check_share(self)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """What the pattern keeps, for queries from `q_offset` on."""
+        """Select by the pattern, for queries from `q_offset` on."""
         ctx, (Tq, Tk) = ctx or {}, (q.shape[2], k.shape[2])
         at, told = ctx.get("q_offset", 0), {name: ctx.get(name) for name in ("scale", "softcap")}
         if self.pattern == "a-shape":
@@ -105,7 +105,7 @@ class MInference(Method):
 
 
 def _best(score: Tensor, n: int, first: int) -> Tensor:
-    """The n best places of each row, the first ones among them."""
+    """Return the n best indices of each row, always including the first `first` ones."""
     if not score.shape[-1]:
         return score.int()
     place = torch.arange(score.shape[-1], device=score.device)

@@ -1,4 +1,4 @@
-"""Grids of video tokens, and heads whose pattern ends where text meets images."""
+"""MMInference: grid patterns of video tokens, and patterns per modality (text, image)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TILE = 64
 
 @dataclass(frozen=True)
 class MMInference(Method):
-    """Each head follows one of three patterns of prompts in which text and frames are mixed.
+    """Each head has one of three patterns for prompts that mix text and frames.
 
-    A grid head sees the first keys, the nearest, and keys at distances that leave one remainder when divided
-    by a stride: the same place in earlier frames, or in earlier rows. Stride and remainder are those where
-    the last queries of the prompt give most for what it costs: mass over the root of density. Queries are
-    sorted by remainder, so that what each sees lies in one range. In a boundary head queries of each modality
-    have columns and slashes of their own, found by their own last ones: among all keys ("q-boundary"), or
-    among those of each modality apart ("2d-boundary").
+    A grid head sees the first keys, the nearest, and keys at distances with a given remainder modulo a
+    stride: the same place in earlier frames, or in earlier rows. Stride and remainder maximise mass over the
+    root of density, as the last queries of the prompt estimate it. Queries are sorted by remainder, so that
+    each sees one range of keys. In a boundary head, queries of each modality have their own columns and
+    slashes, selected by the last queries of that modality: among all keys ("q-boundary"), or separately among
+    the keys of each modality ("2d-boundary").
 
     Papers: Li et al., "MMInference", arXiv 2504.16083, section 3. Their code is not public: how strides are
     searched for, and all defaults, are ours.
@@ -42,22 +42,22 @@ class MMInference(Method):
     vertical, slash : int
         Columns and distances of a boundary head, for queries of each modality (and each modality of keys).
     last : int
-        Queries at the end (of a modality) that patterns are judged by.
+        Number of last queries (of a modality) that are probed.
     sinks, near : int
-        First keys and nearest distances that are kept whatever they are given.
+        First keys and nearest distances that are always kept.
     strides : tuple of int
-        Strides to choose from; empty: those of `ctx["grid"]`, or else all from 2 to `max_stride`.
+        Candidate strides; empty: those of `ctx["grid"]`, or else all from 2 to `max_stride`.
     max_stride : int
-        The largest stride that is tried where none is given.
+        Largest candidate stride if none is given.
     modalities : int
-        How many there are.
+        Number of modalities.
 
     Notes
     -----
-    Of `ctx`: `grid`, the shape of the video in tokens, such as (frames, rows, columns), whose rows and frames
-    are strides (with a separator after each frame, give `strides`); `modality`, of each token up to the last
-    key, integers `[B|1, Tk]` below `modalities` (all 0 by default); `q_offset`, the position of the first
-    query, `scale` and `softcap`. The last queries of a chunk judge for that chunk.
+    `ctx` keys: `grid`, the shape of the video in tokens, such as (frames, rows, columns), whose row and frame
+    sizes are strides (with a separator after each frame, give `strides`); `modality` of each key, integers
+    `[B|1, Tk]` below `modalities` (all 0 by default); `q_offset`, the position of the first query, `scale`
+    and `softcap`. With a chunked prompt, the last queries of each chunk select for that chunk.
 
     Examples
     --------
@@ -93,7 +93,7 @@ class MMInference(Method):
             raise SparseFlashError(f"strides={self.strides!r}: expected a tuple of ints >= 2")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """What the pattern keeps, for queries from `q_offset` on."""
+        """Select by the pattern, for queries from `q_offset` on."""
         given = {name: (ctx or {}).get(name) for name in self.reads}
         given["q_offset"] = 0 if given["q_offset"] is None else given["q_offset"]
         strides, modality = self._strides(given["grid"]), self._modality(given["modality"], k)
@@ -102,7 +102,7 @@ class MMInference(Method):
         return Selection(self._boundary(q, k, given, modality))
 
     def _modality(self, given: Any, k: Tensor) -> Tensor:
-        """That of each key: int64 [B|1, Tk]."""
+        """Modality of each key: int64 [B|1, Tk]."""
         B, Tk = k.shape[0], k.shape[2]
         if given is None:
             return torch.zeros(1, Tk, dtype=torch.int64, device=k.device)
@@ -113,7 +113,7 @@ class MMInference(Method):
         return fit(given, "ctx['modality'] holds", 0, self.modalities - 1).to(k.device).long()
 
     def _strides(self, grid: Any) -> list[int]:
-        """The strides to choose from, ascending."""
+        """Candidate strides, ascending."""
         if grid is None:
             return sorted(self.strides) or list(range(2, self.max_stride + 1))
         if not (isinstance(grid, (tuple, list)) and len(grid) > 1 and all(is_count(n, 1) for n in grid)):
@@ -122,7 +122,7 @@ class MMInference(Method):
         return sorted(self.strides) or sorted({s for s in own if s > 1}) or [2]
 
     def _grid(self, q: Tensor, k: Tensor, ctx: dict[str, Any], strides: list[int]) -> tuple[Plan, Plan]:
-        """The first and nearest keys, and beside them those at distances of one remainder."""
+        """Plans of the first and nearest keys, and of the keys at distances `phase` modulo `stride`."""
         (Tq, Tk), at = (q.shape[2], k.shape[2]), ctx["q_offset"]
         sinks, told = min(self.sinks, Tk), {name: ctx[name] for name in ("scale", "softcap")}
         seen = probe(q, k[:, :, sinks:], self.last, q_offset=at - sinks, **told).distances()
@@ -132,7 +132,7 @@ class MMInference(Method):
         for s in strides:
             folded = pad(seen, (0, -seen.shape[-1] % s))
             mass, rest = folded.view(*seen.shape[:2], folded.shape[-1] // s, s).sum(-2).max(-1, keepdim=True)
-            mass = mass * s**0.5  # a part of the stride has its mass, a multiple less: neither pays
+            mass = mass * s**0.5  # divisors of the best stride cost more, multiples hold less mass
             better = mass > worth
             worth, stride, phase = (
                 torch.where(better, new, old) for new, old in ((mass, worth), (s, stride), (rest, phase))
@@ -142,7 +142,7 @@ class MMInference(Method):
         key_group = torch.where(token < sinks, -1, (token + phase) % stride)
         window: dict[str, Any] = {"window": (self.near - 1, 0), "sink_tokens": sinks}
         near = Plan.dense(Tq, Tk, causal=True, q_offset=at, device=q.device, **window)
-        # queries that stand so much earlier do not see the nearest keys; nor do these where keys stand later
+        # shift queries back by `near` to exclude the nearest keys; in the plan, shift keys forward instead
         far = Plan.from_buckets(
             group, key_group, tile=TILE, q_offset=at - self.near, buckets=max(strides) + 1
         )
@@ -150,7 +150,7 @@ class MMInference(Method):
         return far._changed(q_offset=near.q_offset, k_pos=later), near
 
     def _boundary(self, q: Tensor, k: Tensor, ctx: dict[str, Any], modality: Tensor) -> Plan:
-        """Columns and slashes of each modality, for tiles that hold queries of one."""
+        """Columns and slashes of each modality; a tile holds queries of one modality."""
         (Tq, Tk), at = (q.shape[2], k.shape[2]), begin(ctx, q)[:, 0]
         told = {name: ctx[name] for name in ("scale", "softcap", "q_offset")}
         position = (at + torch.arange(Tq, device=q.device)).clamp(0, max(Tk - 1, 0))
@@ -179,12 +179,12 @@ class MMInference(Method):
 
 
 def _first(score: Tensor, n: int) -> Tensor:
-    """Scores of which the first n are the best."""
+    """Set the first n scores to infinity, so that they are always selected."""
     return torch.where(torch.arange(score.shape[-1], device=score.device) < n, torch.inf, score)
 
 
 def _apart(group: Tensor, groups: int) -> Tensor:
-    """An order of tokens by their group [B,T], each group in tiles of its own: [B,rows], -1 is no token."""
+    """Order tokens by group [B,T], padding each group to whole tiles: [B,rows], -1 in empty lanes."""
     B, T = group.shape
     count = torch.stack([(group == a).sum(-1) for a in range(groups)], -1)
     room = (count + TILE - 1) // TILE * TILE
@@ -196,7 +196,7 @@ def _apart(group: Tensor, groups: int) -> Tensor:
 
 
 def _crossed(slash: Tensor, low: Tensor, high: Tensor, Tk: int) -> Tensor:
-    """Whether keys lie at chosen distances [B,H,N] before positions low ... high [B,1,R]: [B,H,R,Tk]."""
+    """Whether keys are at selected distances [B,H,N] of some position low..high [B,1,R]: [B,H,R,Tk]."""
     before = pad(slash.cumsum(-1, dtype=torch.int32), (1, 0))
     (_, H, N), B = slash.shape, len(slash) if len(slash) != 1 else len(low)
     key = torch.arange(Tk, device=slash.device)

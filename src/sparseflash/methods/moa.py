@@ -1,4 +1,4 @@
-"""First keys and a window for each head, of lengths that grow with the prompt, each in its own way."""
+"""MoA: sinks and a window per head, with a span that grows linearly with the prompt."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .base import Context, Method, Selection, check_counts
 class MoA(Method):
     """A head sees `alpha + beta * N` keys of N: the first ones, and those up to the query's own.
 
-    Heads that look at their neighbours get short spans, heads that look far get long ones, and what is right
-    for 4k tokens stays right for 8k. Which head is which is found once, from how much the loss moves when its
-    pairs go: `sparseflash calibrate moa`, whose profile `Profiled` runs.
+    Local heads get short spans, far-looking heads long ones, and the rule found at 4k tokens extrapolates to
+    8k. `sparseflash calibrate moa` finds the spans once per model, from the change of the loss when pairs are
+    removed; `Profiled` runs its profile.
 
     Papers: Fu et al., "MoA: Mixture of Sparse Attention", arXiv 2406.14909, sections 3 and 4.
 
     Parameters
     ----------
     alpha : int
-        Keys whatever the length; may be negative.
+        Constant part of the span in keys; may be negative.
     beta : float
         Share of all keys, in [0, 1].
     sinks : int
         First keys, counted in the span.
     least : int
-        The shortest span.
+        Shortest span.
     block : int
         Spans are rounded up to a multiple of it.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query. N is the number of keys that there are.
+    `ctx` keys: `q_offset`, the position of the first query. N is the number of keys, Tk.
 
     Examples
     --------
@@ -71,12 +71,12 @@ class MoA(Method):
         )
 
     def span(self, n: int) -> int:
-        """Keys that a query sees of n, at most."""
+        """Most keys of n that a query sees."""
         wanted = max(self.least, self.alpha + self.beta * n)
         return min(n, int(-(-wanted // self.block)) * self.block)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The first keys, and the window that is left of the span."""
+        """One plan: the first keys, and a window of the remaining span."""
         Tq, Tk = q.shape[2], k.shape[2]
         span = self.span(Tk)
         first = min(self.sinks, span - 1) if span else 0

@@ -1,4 +1,4 @@
-"""MoBA: each query sees its own block, and the earlier blocks whose mean key suits it best."""
+"""MoBA: each query sees its own block, and the earlier blocks with the best mean keys."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from .reading import ReadingMethod
 
 @dataclass(frozen=True)
 class MoBA(ReadingMethod):
-    """A mixture of block attention: a query is routed to blocks by the mean of their keys.
+    """Mixture of block attention: a query is routed to blocks by the mean of their keys.
 
-    The block of the query counts as one, and is causal inside; others are whole blocks before it. The choice
-    has no gradient and no weights: a model that trains with it learns keys whose means say what is in there.
+    The query's own block counts towards the budget, and is causal inside; the others are whole earlier
+    blocks. The selection has no gradient and no weights: a model trained with it learns keys whose means
+    represent their block.
 
     Paper: Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv 2502.13189, section 2.2.
 
     Parameters
     ----------
     budget, page, sinks, near, share
-        As in every method that reads pages (`ReadingMethod`); the paper's pages are 512 keys, its budgets
-        three of them and up, and each query head chooses for itself.
+        As in every method that reads pages (`ReadingMethod`); in the paper pages have 512 keys, budgets are
+        three pages and up, and each query head selects for itself.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
-    keeps the means while keys are appended.
+    `ctx` keys: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
+    updates the means as keys are appended.
 
     Examples
     --------
@@ -48,5 +49,5 @@ class MoBA(ReadingMethod):
     paper = "arXiv 2502.13189"
 
     def summary(self, k: Tensor) -> Summary:
-        """Means."""
+        """Summarise pages by their mean keys."""
         return PageMean(self.page)

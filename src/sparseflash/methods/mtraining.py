@@ -1,4 +1,4 @@
-"""Vertical-slash for training, in whole blocks, so that many ranks get as much to do."""
+"""MTraining: vertical-slash for training, with block-aligned slashes so that ranks have equal work."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .base import Context, Method, Selection, check_counts, check_shares
 
 @dataclass(frozen=True)
 class MTraining(Method):
-    """Each head sees the diagonals of blocks, and the single keys, that the last queries look at most.
+    """Each head sees the block diagonals and single keys with the largest weights of the last queries.
 
-    A diagonal through tokens meets two of blocks: both are seen, by every tile of queries, so ranks that hold
-    every n-th block (`layout="striped"`) have the same to do in each step of a ring. Keys of the chosen
-    columns are seen where no chosen block holds them. Over ranks (`sf.distributed`) the last queries go to
-    all, and a number a key and a distance comes back; no queries or keys of others are gathered.
+    A diagonal of tokens crosses two diagonals of blocks: both are kept, for every tile of queries, so ranks
+    that hold every n-th block (`layout="striped"`) have equal work in each step of a ring. Keys of selected
+    columns are gathered where no selected block holds them. Across ranks (`sf.distributed`) the last queries
+    are broadcast, and one number per key and distance is returned; no other queries or keys are gathered.
 
     The released code ranks columns by the sum of raw scores; here it is that of softmax weights, as in its
     flexible mode.
@@ -33,21 +33,21 @@ class MTraining(Method):
     Parameters
     ----------
     vertical, slash : int
-        Columns, and distances, that a head keeps at most.
+        Most columns, and most distances, that a head keeps.
     mass : float
         Share of the last queries' weights that the kept columns (and the kept distances) hold, in (0, 1]; 1
-        keeps as many as may be.
+        keeps the maximum number.
     granularity : int
         Tokens of a block.
     last : int
-        Queries at the end that columns and distances are judged by.
+        Number of last queries that are probed for columns and distances.
     sinks, near : int
-        First keys, and nearest distances, that are kept whatever they are given.
+        First keys, and nearest distances, that are always kept.
 
     Notes
     -----
-    Of `ctx`: `scale` and `softcap`, and `q_offset`, which is a multiple of the granularity. The selection is
-    not differentiated.
+    `ctx` keys: `scale` and `softcap`, and `q_offset`, a multiple of the granularity. The selection has no
+    gradient.
 
     Examples
     --------
@@ -78,14 +78,14 @@ class MTraining(Method):
         check_shares(self, "mass")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Columns and diagonals by what the last queries give them."""
+        """Select columns and diagonals by the weights of the last queries."""
         ctx = ctx or {}
         at = ctx.get("q_offset", 0)
         seen = probe(q, k, self.last, q_offset=at, scale=ctx.get("scale"), softcap=ctx.get("softcap"))
         return Selection(self.plan(seen.keys(), seen.distances(), q.shape[2], q_offset=at))
 
     def select_across(self, q: Tensor, k: Tensor, shards: Any, ctx: Context) -> Selection:
-        """The same where each rank has some tokens; `shards` is `sparseflash.distributed`'s."""
+        """Select when tokens are sharded over ranks; `shards` comes from `sparseflash.distributed`."""
         T, n = shards.layout.T, min(self.last, shards.layout.T)
         rows = shards.last(q, n).float().unflatten(1, (k.shape[1], -1))
         key, query = shards.positions.to(k.device), torch.arange(T - n, T, device=k.device)
@@ -102,14 +102,18 @@ class MTraining(Method):
         return Selection(self.plan(shards.whole(weight.sum(2), 2), shards.sum(distances), T))
 
     def plan(self, columns: Tensor, distances: Tensor, Tq: int, *, q_offset: Any = 0) -> Plan:
-        """The plan of what is kept, by the mass of columns `[B,H,Tk]` and of distances `[B,H,n]`."""
+        """Make the plan from the mass of columns `[B,H,Tk]` and of distances `[B,H,n]`.
+
+        Example, size 4: distance 6 keeps block diagonals 1 and 2; tile 3 (rows 12..15) then sees keys 8..11
+        and 4..7 beside its own diagonal 12..15, and a column 9 is dropped there, column 2 gathered.
+        """
         size, Tk, device = self.granularity, columns.shape[-1], columns.device
         at = torch.as_tensor(q_offset, device=device).long().reshape(-1, 1, 1, 1)
         if host(at) and bool((at % size != 0).any()):
             raise SparseFlashError(
                 f"q_offset={q_offset!r}: expected a multiple of the granularity, {size}: blocks begin there"
             )
-        R, none = -(-Tq // size), distances.shape[-1] // size + 2  # no diagonal is as far
+        R, none = -(-Tq // size), distances.shape[-1] // size + 2  # `none`: larger than any diagonal number
         kept = self._best(columns, self.vertical, self.sinks)
         far = self._best(distances, self.slash, self.near)
         diagonal = torch.zeros(*far.shape[:2], none + 1, dtype=torch.bool, device=device)
@@ -121,7 +125,7 @@ class MTraining(Method):
         if host(diagonal):
             most = int(diagonal.sum(-1).max()) if diagonal.numel() else 0
         back = torch.where(diagonal, place, FAR).sort(-1).values
-        if not known(none):  # lists of one length, whatever T is
+        if not known(none):  # a static width for symbolic T
             most = 2 * max(self.slash, self.near) + 1
             back = torch.cat([back, back.new_full((*back.shape[:2], most), FAR)], -1)
         tile = torch.arange(R, device=device)[:, None] + at // size
@@ -136,7 +140,7 @@ class MTraining(Method):
         return Plan.from_lists(spans=spans, index=index, disjoint=True)
 
     def _best(self, mass: Tensor, most: int, first: int) -> Tensor:
-        """The best places of each row, those in any case among them; -1 behind."""
+        """Best indices of each row, always including the first `first` ones; padded with -1."""
         place = torch.arange(mass.shape[-1], device=mass.device)
         found = top_indices(torch.where(place < first, torch.inf, mass), max(most, first)).long()
         if self.mass < 1:

@@ -1,4 +1,4 @@
-"""Features of a table: special tokens, a window, and random links."""
+"""Orion-MSP: attention among features of a table, with special tokens, a window, and random links."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..selection.orders import random_picks
 from .base import Context, Method, Selection, check_counts, check_square
 
 SHORT = TILE
-"""Up to so many tokens, one tile, one mask with bits is faster than lists."""
+"""Up to this many tokens (one tile), a mask with bits is faster than lists."""
 
 
 @dataclass(frozen=True)
 class OrionMSP(Method):
-    """Rows of a table: special tokens see and are seen by all, features see neighbours and some others.
+    """Rows of a table: special tokens see and are seen by all; features see neighbours and random others.
 
     Papers: "Orion-MSP: Multi-Scale Sparse Attention for Tabular In-Context Learning", arXiv 2511.02818. The
     released code has no window, whatever its size (a product with 0 hides it); `windowless=True` is what its
@@ -30,13 +30,13 @@ class OrionMSP(Method):
     special : int
         Tokens at the start (CLS and GLOBAL) that see, and are seen by, everything.
     window : int
-        Features on either side.
+        Visible features on either side.
     random : int
-        Further links of each feature, to features drawn evenly (which may lie in the window).
+        Random links of each feature, to uniformly drawn features (which may lie in the window).
     windowless : bool
-        Leave the window out.
+        Omit the window.
     seed : int
-        Fixes the links, with the number of the token and nothing else.
+        Seed of the links, which also depend on the token number, and nothing else.
 
     Examples
     --------
@@ -68,7 +68,7 @@ class OrionMSP(Method):
         )
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for short rows; for wide ones a window with its special tokens, and links beside it."""
+        """One plan for short rows; for wide ones a window, the special tokens' other pairs, and the links."""
         T = check_square(self, q, k)
         at = torch.arange(T, device=q.device)
         links = self.links(T, q.device)
@@ -79,7 +79,7 @@ class OrionMSP(Method):
             keep = keep | linked.scatter_(1, torch.where(links < 0, T, links), True)[:, :T]
             return Selection(Plan.from_mask(keep[None, None]))
         near = Plan.dense(T, T, window=(self._window,) * 2, sink_tokens=self.special, device=q.device)
-        # what lies beyond their window is seen by special tokens: key j by those up to j - window - 1
+        # keys beyond the window of special tokens: key j is visible to special tokens up to j - window - 1
         end = torch.where(at < self.special, 0, (at - self._window).clamp(0, self.special)).view(1, 1, -1)
         rest = Plan.from_lifetimes(torch.zeros_like(end), end, Tq=T, tile=max(1, self.special))
         far = (links - at[:, None]).abs() > self._window
@@ -91,7 +91,7 @@ class OrionMSP(Method):
         return 0 if self.windowless else self.window
 
     def links(self, T: int, device: torch.device | None = None) -> Tensor:
-        """The drawn features of each token, int64 [T, random]; -1 is none."""
+        """Draw the linked features of each token, int64 [T, random]; -1 is none."""
         left = torch.full((1, 1, T), max(T - self.special, 0), device=device)
         left[..., : self.special] = 0
         picks = random_picks(left, self.random, seed=self.seed)[0, 0]

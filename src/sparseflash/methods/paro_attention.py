@@ -1,4 +1,4 @@
-"""An axis order for each head in which its attention falls into few blocks."""
+"""PAROAttention: a token order for each head that concentrates its attention in few blocks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .base import Context, check_counts, check_shares
 from .denoising import GridMethod, Layout, Pattern, StepMethod, crossed
 
 CHUNK = 1 << 22
-"""Entries of attention that are looked at together while orders are judged."""
+"""Attention entries that are computed in one chunk when orders are scored."""
 
 
 @dataclass(frozen=True)
 class PAROAttention(StepMethod, GridMethod):
-    """Tokens of a video are sorted along axes that suit a head; the densest blocks of that order are kept.
+    """Each head sorts the tokens of a video by the best axis order, and keeps the densest blocks.
 
-    A head that looks along time sees many thin diagonals in raster order, and full blocks with frames
-    innermost. Each order of the axes is judged by how many blocks hold almost nothing, and by how even the
-    others are; the best serves the head. Then the blocks of the largest mass are kept, over all tiles of the
-    head together, at least one for each tile.
+    A head that attends along time has many thin diagonals in raster order, but full blocks with frames
+    innermost. Each axis order is scored by how many blocks are almost empty, and by how uniform the others
+    are; the head uses the best. Then the blocks of the largest mass are kept, over all tiles of the head
+    together, at least one for each tile.
 
     Papers: Zhao et al., "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention
     in Visual Generation Models", arXiv 2506.16054, sections 3.1 and 3.2. There, orders and blocks are found
@@ -39,27 +39,27 @@ class PAROAttention(StepMethod, GridMethod):
     Parameters
     ----------
     keep : float
-        Share of all blocks that a head sees, in (0, 1], those with text among them.
+        Share of all blocks that a head keeps, in (0, 1], blocks with text included.
     search : int
-        The step at which order and blocks are found; it and those before it are dense.
+        Step at which order and blocks are found; this step and earlier ones are dense.
     block : int
         Queries of a tile, and keys of a block.
     alpha : float
-        Weight of empty blocks; 1 - alpha is that of evenness.
+        Weight of empty blocks in the cost of an order; uniformity has weight 1 - alpha.
     small : float
         An entry is small below this share of 1 / tokens.
     empty : float
         A block is empty if this share of its entries is small.
     axes_order : tuple of int, optional
-        One order for all heads, instead of searching.
+        One order for all heads, without a search.
     grid, text
         As in every method on a grid: sizes in tokens, and tokens of text (before, behind).
 
     Notes
     -----
-    `ctx`: `step` (of `steps`, not needed), `state` (a `Session` keeps it), `grid` and `text`, `scale` and
-    `softcap`. Without a step, a call finds its own pattern: six sweeps over all pairs for a video, so no
-    saving. Rotary positions are applied before: the order changes where rows lie, not what they are.
+    `ctx` keys: `step` (`steps` is not needed), `state` (kept by a `Session`), `grid` and `text`, `scale` and
+    `softcap`. Without a step, each call finds its own pattern: six sweeps over all pairs for a video, so no
+    time is saved. Rotary embeddings are applied before: the order permutes rows without changing them.
 
     Examples
     --------
@@ -93,11 +93,11 @@ class PAROAttention(StepMethod, GridMethod):
         GridMethod.__post_init__(self)
 
     def first(self, steps: int | None) -> int:
-        """The search."""
+        """The search step."""
         return self.search
 
     def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
-        """The best order of each head, and its best blocks."""
+        """Find the best order of each head, and its best blocks in that order."""
         axes = None if self.axes_order is None else len(self.axes_order)
         layout, (H, T), size = self.layout(q, k, ctx, axes), q.shape[1:3], self.block
         told = {name: ctx.get(name) for name in ("scale", "softcap")}
@@ -130,10 +130,10 @@ class PAROAttention(StepMethod, GridMethod):
 def order_costs(
     method: PAROAttention, q: Tensor, k: Tensor, layout: Layout, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """What each order of the axes costs each head, [B,H,orders]: smaller is better.
+    """Compute the cost of each axis order for each head, [B,H,orders]: smaller is better.
 
-    alpha times the share of blocks that are not empty, plus 1 - alpha times the mean of max / mean of a
-    block, each over the sum of all orders.
+    The cost is alpha times the number of blocks that are not empty, plus 1 - alpha times the sum of
+    max / mean over blocks, each normalised by its sum over all orders.
     """
     wide, size, n = state_dtype(q), method.block, layout.tokens
     (B, H, _, D), end = q.shape, layout.before + n
@@ -154,7 +154,7 @@ def order_costs(
             score = score if softcap is None else torch.tanh(score / softcap) * softcap
             p = pad(score.softmax(-1), (0, blocks * size - n, 0, -score.shape[2] % size))
             p = p.unflatten(3, (blocks, size)).unflatten(2, (-1, size)).movedim(4, 3).flatten(4)
-            real = lanes[first:last, None] * lanes  # what is padded is 0, and small
+            real = lanes[first:last, None] * lanes  # padding entries are 0, and counted as small below
             small = (p < method.small / n).sum(-1) - (size**2 - real)
             full += (small < method.empty * real).sum((2, 3))
             peak += (p.amax(-1) * real / p.sum(-1).clamp(min=1e-30)).sum((2, 3))
@@ -170,5 +170,5 @@ def _orders(layout: Layout) -> list[tuple[int, ...]]:
 
 
 def _sorted(x: Tensor, order: Tensor) -> Tensor:
-    """Rows of `x [B,H,T,D]` in an order [B|1,H,T]."""
+    """Permute the rows of `x [B,H,T,D]` by an order [B|1,H,T]."""
     return x.gather(2, order.long()[..., None].expand(len(x), -1, -1, x.shape[-1]))

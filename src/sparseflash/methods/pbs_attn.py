@@ -1,4 +1,4 @@
-"""Blocks of sorted keys: those that matter share blocks, so that fewer blocks hold them."""
+"""PBS-Attn: sort keys by importance before block selection, so that fewer blocks hold the mass."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from .base import Context, Method, Selection, Share, begin, check_counts, check_
 
 @dataclass(frozen=True)
 class PBSAttn(Method):
-    """Keys are sorted inside segments by what the last queries give them; then blocks of them are chosen.
+    """Keys are sorted inside segments by the weights of the last queries; then blocks of keys are selected.
 
-    Attention does not ask in which order keys lie, and segments of the past lie in the past in any order:
-    nothing but the choice of blocks is an approximation. Queries see their own segment whole, the block that
-    holds the first key, and of earlier segments the blocks with most of the mass that pooled queries and keys
-    estimate.
+    Attention does not depend on the order of keys, and all keys of an earlier segment stay in the past in any
+    order, so only the block selection is an approximation. Queries see their own segment, the block that
+    holds the first key, and the blocks of earlier segments with most of the mass, as pooled queries and keys
+    estimate it.
 
     Papers: Wang et al., "Sparser Block-Sparse Attention via Token Permutation", arXiv 2510.21270.
 
     Parameters
     ----------
     threshold : float
-        Share of the estimated mass of earlier segments that a tile keeps, in (0, 1]. It is no recall.
+        Share of the estimated mass of earlier segments that a tile keeps, in (0, 1]; not a recall.
     block : int
-        Queries of a tile, and keys of a block; so many queries at the end say how keys are sorted.
+        Queries of a tile, and keys of a block; also the number of last queries that score keys for sorting.
     segment : int
-        Keys that are sorted together: a multiple of the block. A last one that is not full stays as it is.
+        Keys that are sorted together: a multiple of the block. An incomplete last segment is not sorted.
     pooling : "mean" or "max"
         How queries and keys of a block are pooled.
     share : "", "sum" or "max"
-        "": blocks are chosen for each query head by itself; "sum" or "max": for those of a KV head together.
-        Keys are sorted for a KV head in any case.
+        "": each query head selects blocks for itself; "sum" or "max": the query heads of a KV head together.
+        Keys are sorted per KV head in any case.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. The last queries of a chunk
-    sort for that chunk.
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`. With a chunked prompt, the
+    last queries of each chunk determine the order for that chunk.
 
     Examples
     --------
@@ -78,7 +78,7 @@ class PBSAttn(Method):
             raise SparseFlashError(f"pooling={self.pooling!r}: expected mean or max")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The order of the keys, and the blocks of each tile in it."""
+        """Sort the keys, and select blocks of each tile in that order."""
         ctx, (Tq, Tk), block = ctx or {}, (q.shape[2], k.shape[2]), self.block
         told: dict[str, Any] = {name: ctx.get(name) for name in ("scale", "softcap")}
         grid = Grid(Tq, Tk, block, block, ctx.get("q_offset", 0), device=q.device)
@@ -104,12 +104,12 @@ class PBSAttn(Method):
         return Selection(grid.plan(top_p(mass, self.threshold, among=earlier) | seen, k_order=order.int()))
 
     def _sorted(self, q: Tensor, k: Tensor, told: dict[str, Any]) -> Tensor:
-        """The token of each row of keys, [B,Hkv,Tk]: the best of each segment first."""
+        """Order of the keys, [B,Hkv,Tk]: the best keys of each segment first."""
         whole = k.shape[2] // self.segment * self.segment
         place = torch.arange(k.shape[2], device=k.device).expand(*q.shape[:1], k.shape[1], -1)
         if not (whole and q.shape[2]):
             return place
-        # as in the paper all rows judge all full segments; what lies ahead of them is in their own segment
+        # as in the paper, not causal: keys after a probed query are in the query's own segment
         given = probe(q, k[:, :, :whole], self.block, causal=False, **told).keys()
         score = k.new_zeros(
             *place.shape[:2], -(-k.shape[2] // self.segment) * self.segment, dtype=given.dtype
@@ -120,7 +120,7 @@ class PBSAttn(Method):
         return best.flatten(2)[..., : k.shape[2]]
 
     def _mass(self, q: Tensor, k: Tensor, among: Tensor, told: dict[str, Any]) -> Tensor:
-        """The softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
+        """Softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
         rows, columns = (pooled(x, self.block, self.pooling) for x in (q, k))
         columns = columns.repeat_interleave(q.shape[1] // k.shape[1], 1)
         with precise(q):

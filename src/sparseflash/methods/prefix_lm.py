@@ -1,4 +1,4 @@
-"""Prefix language model."""
+"""Prefix language model mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PrefixLM(Method):
     """The first `prefix` tokens see one another, both ways; what follows is causal.
 
     For an input that is read as a whole before an output is written: a question, a source sentence, an image.
-    One range a tile and no bits.
+    The plan has one range a tile and no bits.
 
     Paper: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer",
     arXiv 1910.10683, section 3.2.1.
@@ -30,8 +30,8 @@ class PrefixLM(Method):
 
     Notes
     -----
-    `ctx`: `prefix`, integers [B], the prefix of each sequence, replaces the one of all; `q_offset`, the
-    position of the first query (int or int32 tensor, 0-d or [B]), 0 by default.
+    `ctx` keys: `prefix`, integers [B], the prefix of each sequence, which replaces the common one;
+    `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]), 0 by default.
 
     Examples
     --------
@@ -51,7 +51,7 @@ class PrefixLM(Method):
         check_counts(self, 0, "prefix")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for all heads; a batch axis where sequences differ."""
+        """One plan for all heads; with a batch axis if sequences differ."""
         ctx, (B, _, Tq, _), Tk = ctx or {}, q.shape, k.shape[2]
         prefix = ctx.get("prefix", self.prefix)
         if isinstance(prefix, Tensor):

@@ -1,4 +1,4 @@
-"""A method of its own for every head of every layer, as a profile says."""
+"""Profiled: a profile assigns a method to every head of every layer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .base import Context, Method, Selection, get
 
 @dataclass(frozen=True)
 class Profiled(Method):
-    """What each head of a layer sees is chosen by the method that a profile names for it; one call for all.
+    """Each head of a layer uses the method that a profile names for it; all heads attend in one call.
 
-    Heads of equal settings select together. "dense" in a profile is causal attention over everything.
+    Heads with equal settings select together. "dense" in a profile is dense causal attention.
 
-    Papers: settings of each head, found once for a model: MInference, arXiv 2407.02490; MoA, 2406.14909.
+    Papers: settings per head, found once for a model: MInference, arXiv 2407.02490; MoA, 2406.14909.
 
     Parameters
     ----------
     profile : Profile
-        Of the model that runs: `calibrate.search` finds one, `Profile.load` and `Profile.from_minference`
-        read one.
+        Profile of the model: `calibrate.search` finds one, `Profile.load` and `Profile.from_minference` read
+        one.
 
     Notes
     -----
-    Of `ctx`: `layer`, the number of the layer, which every host gives (a profile of every layer, -1, needs
-    none); `q_offset`, `state`, and whatever the methods of the profile read.
+    `ctx` keys: `layer`, the number of the layer, which every host passes (not needed by a profile for all
+    layers, -1); `q_offset`, `state`, and the `reads` of the profile's methods.
 
     Examples
     --------
@@ -56,7 +56,7 @@ class Profiled(Method):
             raise SparseFlashError(f"profile={self.profile!r:.80}: expected a Profile (Profile.load(path))")
         inner = (x for own in self._layers.values() for m in own if m is not None for x in m.reads)
         self._set(reads=tuple(dict.fromkeys((*type(self).reads, *inner))))
-        for number, own in self._layers.items():  # made now: what a profile has wrong is said at once
+        for number, own in self._layers.items():  # built now, so that errors of a profile are raised early
             if not own:
                 raise SparseFlashError(f"layer {number} of the profile has no heads: expected a setting each")
 
@@ -75,18 +75,18 @@ class Profiled(Method):
             )
         found = made.get(layer, made.get(EVERY))
         if found is None:
-            self.profile.heads(layer)  # which says what it knows
+            self.profile.heads(layer)  # raises, with the known layers
             raise AssertionError(layer)
         return found
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """What the methods of this layer's heads select."""
+        """Select with the methods of this layer's heads."""
         return Selection(**heads.select(self.methods((ctx or {}).get("layer")), q, k, ctx))
 
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:
-        """What the methods of this layer's heads observe."""
+        """Collect the states of this layer's methods."""
         return heads.observe(self.methods(ctx.get("layer")), q, k, out, lse, selection, ctx)
 
 

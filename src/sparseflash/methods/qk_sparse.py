@@ -25,11 +25,11 @@ def random_keep(
     stream: int = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Independent keep masks, bool `[B, H, T]`: each token is dropped with probability `drop`.
+    """Draw independent keep masks, bool `[B, H, T]`: each token is dropped with probability `drop`.
 
     Counter-based: every bit is a function of (seed, step, stream, batch slot, head, token) alone, so the
     same call gives the same masks on every device, a longer T extends a shorter one, and no generator is
-    touched. The rate is exact to 2^-32.
+    used. The rate is exact to 2^-32.
 
     Examples
     --------
@@ -43,10 +43,10 @@ def random_keep(
 
 @dataclass(frozen=True)
 class QKSparse(Method):
-    """Drop queries and keys per head; what is kept attends exactly, causally in the original order.
+    """Drop queries and keys per head; kept queries attend exactly to kept keys, causal in original order.
 
     Cost is about (1 - q_drop)(1 - k_drop) of dense. A dropped query has output 0 (a residual stream
-    carries it), a dropped key is seen by nobody. Which tokens to drop is the caller's; at random, as in
+    carries it), a dropped key is seen by no query. The caller chooses which tokens to drop; at random, as in
     the paper's language models, it is a strong regulariser at 30 % and still learns at 70 %.
 
     Paper: Pagliardini, Paliotta, Jaggi, Fleuret, "Faster Causal Attention Over Large Sequences Through
@@ -57,15 +57,14 @@ class QKSparse(Method):
     q_drop, k_drop : float
         Fraction of queries and of keys dropped at random, per query head and per KV head, in [0, 1].
     seed : int
-        Fixes the masks together with `ctx["step"]`, the shape's batch slot, head and token, and nothing
-        else.
+        Seed of the masks, which also depend on `ctx["step"]`, batch slot, head and token, and nothing else.
     include_self : bool
         Whether a token sees its own key (False for tied, normalised q and k).
 
     Notes
     -----
-    `ctx`: `q_keep [B|1, H|1, Tq]` and `k_keep [B|1, H|1, Tk]`, bool or uint8, True = kept,
-    replace the random masks (either alone, or both); `step`, an int, draws other masks for every training
+    `ctx` keys: `q_keep [B|1, H|1, Tq]` and `k_keep [B|1, H|1, Tk]`, bool or uint8, True = kept,
+    replace the random masks (either or both); `step`, an int, selects different masks for every training
     step. Without `step` the same positions are dropped at every call. Dropping stays on in evaluation, as
     in the paper.
 
@@ -100,7 +99,7 @@ class QKSparse(Method):
             )
 
     def keep(self, q: Tensor, k: Tensor, *, step: int = 0) -> tuple[Tensor, Tensor]:
-        """The random masks of this call: `q_keep [B,Hq,Tq]`, `k_keep [B,Hkv,Tk]`."""
+        """Draw the random masks of a call: `q_keep [B,Hq,Tq]`, `k_keep [B,Hkv,Tk]`."""
         masks = (
             random_keep(*x.shape[:3], drop, seed=self.seed, step=step, stream=stream, device=x.device)
             for stream, (x, drop) in enumerate(((q, self.q_drop), (k, self.k_drop)))
@@ -109,7 +108,7 @@ class QKSparse(Method):
         return q_keep, k_keep
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The plan of the given or the random masks."""
+        """Make the plan of the given or the random masks."""
         ctx = ctx or {}
         q_keep, k_keep = ctx.get("q_keep"), ctx.get("k_keep")
         if q_keep is None or k_keep is None:
@@ -159,13 +158,13 @@ def qk_sparse_attention(
     Returns
     -------
     Tensor or (Tensor, Tensor)
-        out `[B,Hq,Tq,Dv]`; 0, with zero gradients, for a dropped query and for one without a kept earlier
+        out `[B,Hq,Tq,Dv]`; 0, with zero gradients, for a dropped query and for one without a visible kept
         key.
 
     Raises
     ------
     PlanError
-        Masks of another dtype, shape or device.
+        If masks have another dtype, shape or device.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Quest: pages by the best product that their bounds allow."""
+"""Quest: select pages by the largest product that their channel bounds allow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .reading import ReadingMethod
 
 @dataclass(frozen=True)
 class Quest(ReadingMethod):
-    """Each query reads the pages whose best key could match it best, by the bounds of their channels.
+    """Each query reads the pages with the largest upper bound on the product with any of their keys.
 
-    A page keeps the smallest and the largest number of each channel. The sum over channels of the larger of
-    q * smallest and q * largest is no less than the product with any key of the page, so that a page that
-    holds a good key cannot score low; one that scores high may hold none. Nothing is ever forgotten.
+    A page stores the minimum and the maximum of each channel. Its score, the sum over channels of the larger
+    of q * minimum and q * maximum, is an upper bound on the product with any key of the page: a page that
+    holds a good key cannot score low, but one that scores high may hold none. No key is ever evicted.
 
     Paper: Tang et al., "Quest", arXiv 2406.10774, section 3.2 and figure 5: pages of 16, the newest always.
 
@@ -27,8 +27,8 @@ class Quest(ReadingMethod):
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
-    keeps the bounds while keys are appended.
+    `ctx` keys: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
+    updates the bounds as keys are appended.
 
     Examples
     --------
@@ -44,5 +44,5 @@ class Quest(ReadingMethod):
     paper = "arXiv 2406.10774"
 
     def summary(self, k: Tensor) -> Summary:
-        """Bounds of each channel."""
+        """Summarise pages by the bounds of each channel."""
         return PageBounds(self.page)

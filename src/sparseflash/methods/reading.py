@@ -1,4 +1,4 @@
-"""What methods share that keep all keys and read few: pages, scored by summaries that the cache keeps."""
+"""`ReadingMethod`, the base of methods that keep all keys but read few pages, scored by summaries."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .base import Context, Method, Selection, Share, begin, check_counts, check_
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingMethod(Method):
-    """Each query reads the pages of keys that a summary of them scores best.
+    """Each query reads the pages of keys whose summaries score best.
 
-    A method says what is kept of a page: a `cache.Summary`, which a query is multiplied with. Over a
-    `cache.Growing` summaries are kept while keys are appended; without one they are made of k.
+    A subclass defines the summary of a page, a `cache.Summary`, which is multiplied with a query. A
+    `cache.Growing` updates summaries as keys are appended; without one they are computed from k.
 
     Parameters
     ----------
     budget : int
-        Keys that a query reads, at most; rounded down to pages.
+        Most keys that a query reads, rounded down to pages.
     page : int
-        Keys of a page, counted from the first key that is no padding.
+        Keys of a page; the first page begins at the first key that is not padding.
     sinks, near : int
-        First pages, and pages back from the query's own, that are read in any case; they count.
+        First pages, and pages back from the query's own (included), that are always read, within the budget.
     share : "", "sum" or "max"
-        "": each query head reads pages of its own; else those of a KV head read the same, by the sum or the
-        largest of their scores.
+        "": each query head reads its own pages; otherwise the query heads of a KV head read the same pages,
+        by the sum or maximum of their scores.
     """
 
     budget: int = 1024
@@ -52,15 +52,15 @@ class ReadingMethod(Method):
         check_counts(self, 0, "sinks")
 
     def summary(self, k: Tensor) -> Summary:
-        """What is kept of the pages of k."""
+        """Return the kind of page summary for the keys k."""
         raise NotImplementedError(f"{type(self).__name__}.summary")
 
     def closed(self, heads: int) -> tuple[tuple[int, int], ...]:
-        """Heads of k that read first pages and so many near ones, and choose none."""
+        """Pairs (KV head, n): heads that read only the sink pages and n near pages."""
         return ()
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The best pages of each query, its own among them."""
+        """Select the best pages of each query, its own included."""
         ctx, Tq = ctx or {}, q.shape[2]
         cache = kept_of(ctx, k)
         first = None if cache is None or cache.first is None else cache.first.to(q.device).view(-1, 1)
@@ -86,7 +86,7 @@ class ReadingMethod(Method):
 
 
 def kept_of(ctx: Context, k: Tensor) -> Growing | None:
-    """The cache of the layer, if it is one that keeps summaries, of these very keys."""
+    """Return the layer's cache if it is a `Growing` (which keeps summaries) of exactly the keys k."""
     cache: Any = ctx.get("cache")
     if not isinstance(cache, Growing) or cache.keys is None or torch.compiler.is_compiling():
         return None
@@ -95,7 +95,7 @@ def kept_of(ctx: Context, k: Tensor) -> Growing | None:
 
 
 def plan_of_pages(chosen: Tensor, page: int, Tk: int, q_offset: Any, first: Tensor | None) -> Plan:
-    """The plan of chosen pages `[B,H,Tq,n]`, -1 = none; of spans where sequences begin amid the keys."""
+    """Make the plan of selected pages `[B,H,Tq,n]`, -1 = none; as spans if padding shifts the pages."""
     if first is None and chosen.shape[2] < TILE:
         frame = {"Tq": chosen.shape[2], "Tk": Tk, "tile": 1, "unit": page}
         return Plan.from_keys(chosen, **frame, causal=True, q_offset=q_offset, ascending=True)

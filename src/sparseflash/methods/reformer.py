@@ -20,9 +20,9 @@ _PLANES = ("per-head", "shared")
 class Reformer(Method):
     """Sort tokens by hash bucket, cut the order into chunks, attend within a chunk and to the one before.
 
-    The baseline that hash-sparse attention is compared with, on the same kernels. Chunks have a fixed
-    size while buckets do not, so equal-bucket pairs more than a chunk apart in the sorted order are
-    missed (`coverage`); more rounds, with other planes, catch more of them.
+    A baseline for hash-sparse attention, on the same kernels. Chunks have a fixed size while buckets do
+    not, so equal-bucket pairs more than a chunk apart in the sorted order are missed (`coverage`); more
+    rounds, with other planes, include more of them.
 
     Paper: Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020, arXiv 2001.04451,
     section 2.
@@ -33,28 +33,28 @@ class Reformer(Method):
         Tokens in a chunk; a query sees at most 2 * bucket - 1 keys a round. There are about T / bucket
         buckets.
     rounds : int
-        Hash rounds. They are one softmax over all of their pairs, in which a pair found in n rounds
-        counts n times, as in the original by default. The paper uses 1 to 8.
+        Hash rounds. One softmax covers the pairs of all rounds; a pair found in n rounds counts n times,
+        which is the original's default. The paper uses 1 to 8.
     seed : int
-        Fixes the planes of all rounds.
+        Seed of the planes of all rounds.
     planes : "shared" or "per-head"
-        The same random directions for all heads (the original's default), or each KV head's own.
+        The same random directions for all heads (the original's default), or separate ones per KV head.
     attend_across_buckets : bool
-        Whether keys of a chunk that lie in another bucket than the query are seen (the original's default).
+        Whether a query sees keys of other buckets in its chunks (the original's default).
 
     Notes
     -----
-    - As in the original a token sees itself only where it sees nothing else: the self pair is left out,
-      and a query without any key returns its own value (`lse` stays -inf). Made for tied k = q / |q|,
-      which the caller provides; with untied q and k both are hashed and sorted on their own, and chunk c
-      of the queries meets chunks c and c - 1 of the keys.
-    - The first chunk of a round looks back to the last of the same round. (The original's looks into the
-      round before, for want of a better neighbour; with one round that is the same.)
-    - Causality is that of the original positions, but where chunks begin depends on all tokens: changing
-      a later token may change what an earlier one sees (`causal_selection` is False, and it cannot
-      decode).
+    - As in the original a token sees itself only if it sees nothing else: the self pair is excluded, and
+      a query without any key returns its own value (`lse` stays -inf). Made for tied k = q / |q|, which
+      the caller provides; untied q and k are hashed and sorted separately, and chunk c of the queries
+      sees chunks c and c - 1 of the keys.
+    - The first chunk of a round also sees the last of the same round. (In the original it sees the last
+      chunk of the round before; with one round that is the same.)
+    - Causality is that of the original positions, but chunk boundaries depend on all tokens: changing a
+      later token may change the keys that an earlier one sees (`causal_selection` is False, and the
+      method cannot decode).
     - T need not be a multiple of 2 * bucket: the last chunk of the order has empty lanes.
-    - `ctx`: `q_bucket` and `k_bucket`, `[rounds, B|1, H|1, T]` integers, replace the hash.
+    - `ctx` keys: `q_bucket` and `k_bucket`, `[rounds, B|1, H|1, T]` integers, replace the hash.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class Reformer(Method):
         require((known, lambda: f"planes={self.planes!r}: expected one of {', '.join(_PLANES)}"))
 
     def buckets(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Buckets of every round, int32: `[rounds, B, Hq, T]` and `[rounds, B, Hkv, T]`."""
+        """Compute the buckets of every round, int32: `[rounds, B, Hq, T]` and `[rounds, B, Hkv, T]`."""
         chunks = -(-q.shape[2] // self.bucket)
         number = max(2, chunks + chunks % 2)
         heads = k.shape[1] if self.planes == "per-head" else 1
@@ -95,7 +95,7 @@ class Reformer(Method):
         return q_bucket, k_bucket
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """A plan for each round."""
+        """Make a plan for each round."""
         ctx = ctx or {}
         Tq, Tk = q.shape[2], k.shape[2]
         require((Tq == Tk, lambda: f"{Tq} queries, {Tk} keys: Reformer is self-attention over one sequence"))
@@ -121,7 +121,7 @@ class Reformer(Method):
                     ),
                 )
             )
-        if given[0] is not None:  # any ids become 0, 1, ...
+        if given[0] is not None:  # renumber any ids to 0, 1, ...
             names = torch.unique(torch.cat([q_bucket.flatten(), k_bucket.flatten()]))
             q_bucket, k_bucket = (torch.searchsorted(names, x.contiguous()) for x in (q_bucket, k_bucket))
         return Selection(tuple(self._round(a, b) for a, b in zip(q_bucket, k_bucket, strict=True)))
@@ -135,7 +135,7 @@ class Reformer(Method):
         spans = torch.stack([(own - size).clamp(min=0), (own + size).clamp(max=T)], -1)
         count = torch.ones(chunks, dtype=torch.int32, device=q_bucket.device)
         start = torch.arange(chunks, device=q_bucket.device)
-        if chunks > 2:  # the last chunk is the neighbour of the first
+        if chunks > 2:  # chunk 0 also sees the last chunk
             last = torch.tensor([[(chunks - 1) * size, T]], device=q_bucket.device)
             spans, start = torch.cat([spans[:1], last, spans[1:]]), start + (start > 0)
             count = pad(count[1:], (1, 0), value=2)
@@ -158,7 +158,7 @@ class Reformer(Method):
         )
 
     def finish(self, out: Tensor, lse: Tensor, v: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
-        """A query that sees nothing else returns the value of its own token."""
+        """Return the value of the own token for queries that see nothing else."""
         if v.shape[1] != out.shape[1]:
             v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
         return torch.where((lse == float("-inf"))[..., None], v.to(out.dtype), out), lse

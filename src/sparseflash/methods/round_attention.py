@@ -1,4 +1,4 @@
-"""Rounds of a chat: one layer chooses which earlier ones the layers above it read."""
+"""Round Attention: one layer selects the earlier chat rounds that the layers above it read."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from .base import Context, Method, Selection, check_counts, check_shares
 
 
 class Rounds(NamedTuple):
-    """What is remembered of a chat."""
+    """State of a chat."""
 
     starts: tuple[int, ...]
-    """Where its rounds begin; the last is that of the question which is being answered."""
+    """Start positions of the rounds; the last round is that of the current question."""
     kept: Tensor | None = None
-    """bool `[B, rounds - 1]`: the earlier ones that layers above the watershed read."""
+    """bool `[B, rounds - 1]`: the earlier rounds that layers above the watershed read."""
 
 
 @dataclass(frozen=True)
 class RoundAttention(Method):
-    """Layers up to a watershed see everything; there the question chooses rounds, and those above read them.
+    """Layers up to a watershed see everything; there the question selects rounds for the layers above.
 
-    From some layer on all layers look at the same rounds of a chat. So the mass that the question's tokens
-    give to each, in that layer, decides for all that follow, once a turn: the fewest rounds that hold `share`
-    of it, beside the first one and the question's own. The keys of upper layers may lie where reading is slow
-    (`cache.Offloaded`). No round is ever forgotten.
+    From some layer on all layers attend to the same rounds of a chat. So once a turn, the mass that the
+    question's tokens give to each round in that layer decides for all later layers: they read the fewest
+    rounds that hold `share` of the mass, beside the first one and the question's own. The keys of upper
+    layers can be in slow memory (`cache.Offloaded`). No round is ever evicted.
 
     Paper: Tang et al., "Round Attention", arXiv 2502.15294; the rule for how many rounds is ours.
 
     Parameters
     ----------
     watershed : int
-        The layer that chooses: `sparseflash calibrate round` finds it. A call that names no layer chooses for
+        The layer that selects: `sparseflash calibrate round` finds it. A call without a layer selects for
         itself.
     share : float
-        Of the mass on earlier rounds, what the chosen ones hold at least.
+        Least share of the mass on earlier rounds that the selected ones hold.
     budget : int, optional
-        Most tokens of the chosen rounds together; the best one is read in any case.
+        Most tokens of all selected rounds; the best round is always read.
     rounds : tuple of int
-        Where rounds begin, ascending from 0. Without it, each call of several queries begins one.
+        Start positions of rounds, ascending from 0. Without it, each call of several queries begins a round.
 
     Notes
     -----
-    Of `ctx`: `layer`; `q_offset`, the position of the first query; `scale` and `softcap`; and `state`, which
-    is one for all layers (`across_layers`): `Session` keeps it, and hosts do while a cache lives.
+    `ctx` keys: `layer`; `q_offset`, the position of the first query; `scale` and `softcap`; and `state`,
+    shared by all layers (`across_layers`): a `Session` keeps it, and hosts do as long as a cache lives.
 
     Examples
     --------
@@ -90,7 +90,7 @@ class RoundAttention(Method):
         )
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Everything up to the watershed, which chooses; the chosen rounds above it."""
+        """A dense plan up to the watershed layer, which selects; the selected rounds above it."""
         ctx, Tq, Tk = ctx or {}, q.shape[2], k.shape[2]
         offset, layer = ctx.get("q_offset", 0), ctx.get("layer")
         if isinstance(offset, Tensor):
@@ -110,7 +110,7 @@ class RoundAttention(Method):
         return Selection(plan, state=state)
 
     def begun(self, before: Any, offset: int, Tq: int, Tk: int) -> Rounds:
-        """The rounds so far: what was known of them, and the one that this call begins, if it does."""
+        """Rounds so far: those of the state before, and the one that this call begins, if any."""
         known = before.starts if isinstance(before, Rounds) else (0,)
         starts = tuple(x for x in known if x <= offset)
         if self.rounds:
@@ -121,7 +121,7 @@ class RoundAttention(Method):
         return Rounds(starts or (0,), before.kept if same else None)
 
     def chosen(self, q: Tensor, k: Tensor, starts: tuple[int, ...], offset: int, ctx: Context) -> Tensor:
-        """The earlier rounds that hold most of what the question's tokens look at, bool `[B, rounds - 1]`."""
+        """Select the earlier rounds with most mass of the question's tokens, bool `[B, rounds - 1]`."""
         first, edges = max(starts[-1] - offset, 0), torch.tensor(starts, device=q.device)
         options = {"scale": ctx.get("scale"), "softcap": ctx.get("softcap")}
         mass = round_mass(q[:, :, first:], k, edges, offset + first, **options)
@@ -132,15 +132,15 @@ class RoundAttention(Method):
             wanted = wanted & (sizes.cumsum(-1) <= self.budget)
             wanted[:, :1] = True
         kept = torch.zeros_like(wanted).scatter(-1, best, wanted)
-        kept[:, 0] = True  # where attention goes that has nowhere to go
+        kept[:, 0] = True  # round 0 holds the attention sinks
         return kept
 
 
 @torch.no_grad()
 def round_mass(q: Tensor, k: Tensor, edges: Tensor, offset: int, **options: Any) -> Tensor:
-    """What queries from `offset` on give of their causal attention to each round, summed, `[B, n]`.
+    """Sum the causal attention of queries from `offset` on over each round, `[B, n]`.
 
-    `edges [n + 1]`: where the rounds begin, and the last one ends.
+    `edges [n + 1]` are the starts of the rounds, and the end of the last one.
     """
     plan = Plan.dense(q.shape[2], k.shape[2], causal=True, q_offset=offset, device=q.device)
     lse = attention(q, k, k, plan, return_lse=True, **options)[1]
@@ -150,7 +150,7 @@ def round_mass(q: Tensor, k: Tensor, edges: Tensor, offset: int, **options: Any)
 
 
 def _reading(state: Rounds, Tq: int, Tk: int, offset: int, device: torch.device) -> Plan:
-    """The chosen rounds, and all from the question on; who comes before it sees everything."""
+    """Plan of the selected rounds and all keys from the question on; queries before it see everything."""
     assert state.kept is not None
     edges = torch.tensor((*state.starts, Tk), device=device)
     spans = torch.stack([edges[:-1], edges[1:]], -1)

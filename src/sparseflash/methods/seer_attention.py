@@ -1,4 +1,4 @@
-"""Blocks by a gate that was distilled from the model's own attention."""
+"""SeerAttention: blocks selected by a gate that is distilled from the model's own attention."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from .gates import Blocks, Gates, loaded
 class SeerAttention(BlockMethod):
     """Each tile of queries sees the blocks of keys that a small trained gate gives the largest weights.
 
-    The gate compares a tile's mean query with the largest, smallest and mean key of a block, through weights
-    of each query head. It learns the largest weight of dense attention in every block, while the model stays
-    as it is (`nn.SeerGate`, **sparseflash calibrate seer-attention**).
+    The gate compares a tile's mean query with the maximum, minimum and mean key of a block, through weights
+    per query head. It learns the largest weight of dense attention in every block, while the model is frozen
+    (`nn.SeerGate`, **sparseflash calibrate seer-attention**).
 
     Papers: Gao et al., "SeerAttention", arXiv 2410.13276, section 3.
 
     Parameters
     ----------
     gates : Gates or str, optional
-        Trained gates of the model, or their file. None: one before its training, which compares means.
+        Trained gates of the model, or their file. None: an untrained gate, which compares mean q and mean k.
     threshold : float
-        Least weight of a block that is kept, of the gate's softmax over a tile's blocks; 0 keeps all.
+        Least weight of a kept block in the gate's softmax over a tile's blocks; 0 keeps all.
     blocks : int, optional
-        Instead: so many of the best of each tile.
+        Number of best blocks of each tile, instead of a threshold.
     block, sinks, near, dense_tiles, share
         As in every method that chooses blocks (`BlockMethod`); gates are for one block size.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query; `layer`, its number; and `rope`, how q and k, which
-    come rotated, were (as for `dual-chunk-attention`): the gate sees them before that. The best block of a
-    tile is kept whatever the threshold. A mean query cannot tell which keys single queries look for (a lone
-    needle).
+    `ctx` keys: `q_offset`, the position of the first query; `layer`, the layer number; and `rope`, the
+    rotation that q and k already have (as for `dual-chunk-attention`), which is undone for the gate. The
+    best block of a tile is kept whatever the threshold. A mean query does not show which key a single query
+    looks for (a lone needle).
 
     Examples
     --------
@@ -82,14 +82,14 @@ class SeerAttention(BlockMethod):
             )
 
     def trained(self) -> Gates | None:
-        """The gates, read from their file if a file was named."""
+        """Return the gates, loaded from their file if `gates` is a path."""
         if not isinstance(self.gates, str):
             return self.gates
         path = Path(self.gates)
         return loaded(str(path), path.stat().st_mtime_ns if path.exists() else 0)
 
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
-        """By the gate: a softmax over the blocks in reach."""
+        """Estimate mass by the gate: a softmax over the blocks in reach."""
         gates, rope = self.trained(), told["rope"]
         if gates is not None and gates.rotary and rope is None:
             raise SparseFlashError(
@@ -102,7 +102,7 @@ class SeerAttention(BlockMethod):
         return logits.softmax(-1).nan_to_num(nan=0)
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
-        """The best blocks of a tile, or those from the threshold on."""
+        """Keep the best blocks of a tile, or those that reach the threshold."""
         if self.blocks is not None:
             return top_k(mass, self.blocks, among=reach & ~near)
         return above(mass, self.threshold, among=reach, of="value")

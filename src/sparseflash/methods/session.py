@@ -1,4 +1,4 @@
-"""What a method remembers from call to call: a state for each layer, kept by whoever runs the model."""
+"""`Session`: keeps the state of a method between calls, for each layer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .base import Context, Method, Selection
 
 
 class Session:
-    """A method with its states, one for each layer, branch and batch slot: a generation, a denoising run.
+    """A method with a state per layer, branch and batch slot: one generation, one denoising run.
 
-    A method is frozen and remembers nothing. Where a selection is used again (patterns found once, caches of
-    summaries), the session hands its last state back in `ctx["state"]`. Two generations are two sessions.
+    A method is frozen and stores nothing. If a selection is reused (patterns found once, caches of
+    summaries), the session passes the last state back in `ctx["state"]`. Use one session per generation.
 
     Parameters
     ----------
     method : Method
-        Any method; one that has no state behaves as it does by itself.
+        Any method; a method without state behaves as without a session.
 
     Examples
     --------
@@ -35,25 +35,25 @@ class Session:
         self._states: dict[tuple[Hashable, ...], Any] = {}
 
     def __len__(self) -> int:
-        """How many states are kept."""
+        """Number of stored states."""
         return len(self._states)
 
     def __repr__(self) -> str:
         return f"Session({self.method!r}, {len(self)} states)"
 
     def context(self, ctx: Context | None = None) -> dict[str, Any]:
-        """`ctx` with the state of its layer, branch and slot, where there is one."""
+        """Add to `ctx` the state of its layer, branch and slot, if there is one."""
         given = dict(ctx or {})
         key = self._key(given)
         return given | {"state": self._states[key]} if key in self._states else given
 
     def keep(self, ctx: Context | None, state: Any) -> None:
-        """Remember a state for the layer, branch and slot of `ctx`; None is nothing to remember."""
+        """Store a state for the layer, branch and slot of `ctx`; None stores nothing."""
         if state is not None:
             self._states[self._key(ctx or {})] = state
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """`Method.select` with the kept state; what it returns as state is kept."""
+        """Call `Method.select` with the stored state, and store the state that it returns."""
         selection = self.method.select(q, k, _without_slot(self.context(ctx)))
         self.keep(ctx, selection.state)
         return selection
@@ -70,15 +70,14 @@ class Session:
         ctx: Context | None = None,
         **options: Any,
     ) -> Any:
-        """Select with the state of (layer, branch, slot), attend, and keep what the method observes.
+        """Select with the state of (layer, branch, slot), attend, and store the state from `observe`.
 
         Parameters
         ----------
         q, k, v, ctx
             As in a call of the method.
         layer, branch, slot : hashable, optional
-            Which layer this is; which of several runs through it (guided and unguided); which rows of a
-            batch that is served in turns.
+            The layer; the run through it (guided or unguided); the slot of a batch whose requests take turns.
         **options
             `scale`, `softcap`, ..., `return_lse`, as in a call of the method.
         """
@@ -89,7 +88,7 @@ class Session:
         return called.result
 
     def reset(self) -> None:
-        """Forget all states."""
+        """Delete all states."""
         self._states.clear()
 
     def _key(self, ctx: Context) -> tuple[Hashable, ...]:
@@ -97,7 +96,7 @@ class Session:
         return layer, ctx.get("branch"), ctx.get("slot")
 
     def forget(self, branch: Hashable) -> None:
-        """Forget the states of one branch: it begins anew."""
+        """Delete the states of one branch, so that it starts again."""
         self._states = {key: state for key, state in self._states.items() if key[1] != branch}
 
 

@@ -12,10 +12,10 @@ from .base import Context, Method, Selection, check_counts
 
 @dataclass(frozen=True)
 class SinkWindow(Method):
-    """Each query sees the last `window` keys, itself included, and the first `sink_tokens` of the sequence.
+    """Each query sees the last `window` keys, its own included, and the first `sink_tokens` of the sequence.
 
-    Models trained with dense attention rest surplus attention on the first tokens; a window that loses them
-    falls apart, one that keeps them does not. One `Plan.dense`: two spans a tile.
+    Models trained with dense attention put surplus attention on the first tokens (sinks); a window without
+    them breaks the model, one that keeps them does not. The plan is one `Plan.dense`: two spans a tile.
 
     Paper: Xiao, Tian, Chen, Han, Lewis, "Efficient Streaming Language Models with Attention Sinks", arXiv
     2309.17453, section 3.2. Positions are the original ones (the paper also renumbers them in its cache).
@@ -23,13 +23,13 @@ class SinkWindow(Method):
     Parameters
     ----------
     window : int
-        Keys in sight, the query's own position included, >= 1: distances 0 .. window - 1 are seen.
+        Visible keys, the query's own position included, >= 1: distances 0 .. window - 1.
     sink_tokens : int
         First tokens that every later query sees, >= 0.
 
     Notes
     -----
-    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+    `ctx` keys: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Windows that slide over a video by whole tiles."""
+"""Sliding tile attention: windows over a video that move by whole tiles."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .denoising import GridMethod, crossed
 
 @dataclass(frozen=True)
 class SlidingTile(GridMethod):
-    """Tokens of a 3-D tile see the tiles around it: a window that moves by tiles, so that none is half seen.
+    """Tokens of a 3-D tile see the tiles around it: the window moves by tiles, so no tile is partial.
 
-    Tokens are laid out tile by tile, and each tile is a block of queries and of keys. At the border the
-    window is moved inwards, so that every tile sees as many others.
+    Tokens are sorted by tile, and each tile is a block of queries and of keys. At the border the window is
+    moved inwards, so that every tile sees the same number of tiles.
 
     Papers: Zhang et al., "Fast Video Generation with Sliding Tile Attention", arXiv 2502.04507, section 3.2.
 
@@ -29,13 +29,13 @@ class SlidingTile(GridMethod):
     tile : tuple of int
         Sizes of a tile in tokens, outermost axis first.
     window : tuple of int
-        Sizes of the window in tiles; odd ones reach equally far to both sides.
+        Sizes of the window in tiles; odd sizes are symmetric.
     grid, text
         As in every method on a grid: sizes in tokens, and tokens of text (before, behind).
 
     Notes
     -----
-    `ctx`: `grid` and `text`, in place of those of the method. Tiles that the border cuts are shorter.
+    `ctx` keys: `grid` and `text`, which replace those of the method. Tiles cut by the border are shorter.
 
     Examples
     --------

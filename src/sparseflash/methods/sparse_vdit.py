@@ -1,4 +1,4 @@
-"""Heads of a video model, each with one of five fixed patterns."""
+"""Sparse-vDiT: heads of a video model, each with one of five fixed patterns."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .denoising import GridMethod, crossed
 
 MODES = ("full", "skip", "diagonal", "multi-diagonal", "stripe")
 Call = tuple[Tensor, Tensor, Tensor, Context]
-"""What a layer was called with: q, k, v and ctx."""
+"""Arguments of a layer's call: q, k, v and ctx."""
 
 
 @dataclass(frozen=True)
 class SparseVDiT(GridMethod):
     """Each head of a video model sees a band, the same place in all frames, some columns, all, or nothing.
 
-    "diagonal" is a band over the tokens as they lie; "multi-diagonal" is the same band over tokens sorted by
-    place, frames innermost; "stripe" is the columns that some queries, taken evenly, give most; "skip" is an
-    output of 0, without a product. All are made of blocks (rounded outward), and heads of all modes attend in
-    one call. `Profile` keeps the mode of every head, `calibrate.search` with `judge` finds it.
+    "diagonal" is a band over tokens in raster order; "multi-diagonal" is the same band over tokens sorted by
+    place, frames innermost; "stripe" keeps the block columns with the largest weights of evenly sampled
+    queries; "skip" gives output 0 at no cost. All patterns consist of blocks (rounded outward), and heads of
+    all modes attend in one call. A `Profile` stores the modes, `calibrate.search` with `judge` finds them.
 
     Papers: Chen et al., "Sparse-vDiT", arXiv 2506.03065, sections 4.1 to 4.3 (which fixes the columns of a
     stripe in advance; here they are found in each call).
@@ -41,20 +41,20 @@ class SparseVDiT(GridMethod):
         "full", "skip", "diagonal", "multi-diagonal" or "stripe"; a tuple where heads differ, as for every
         other field.
     reach : int
-        Blocks on either side that a band sees.
+        Blocks of a band on either side.
     stripes : int
-        Columns of blocks.
+        Number of block columns.
     sample : int
-        Queries that choose the columns.
+        Number of queries that score the columns.
     block : int
         Queries of a tile, and keys of a block.
     grid, text
         As in every method on a grid: sizes in tokens, and tokens of text (before, behind), which see and are
-        seen by everything, but in heads that are skipped.
+        seen by everything, except in skipped heads.
 
     Notes
     -----
-    `ctx`: `grid` and `text`, in place of those of the method; `scale` and `softcap`.
+    `ctx` keys: `grid` and `text`, which replace those of the method; `scale` and `softcap`.
 
     Examples
     --------
@@ -82,7 +82,7 @@ class SparseVDiT(GridMethod):
         super().__post_init__()
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The blocks of the mode."""
+        """Select blocks by the mode."""
         layout, size, T = self.layout(q, k, ctx), self.block, q.shape[2]
         order = None
         if self.mode == "multi-diagonal":
@@ -102,7 +102,7 @@ class SparseVDiT(GridMethod):
         )
 
     def _columns(self, q: Tensor, k: Tensor, video: Tensor, ctx: Context) -> Tensor:
-        """The columns of blocks that queries, taken evenly, give most: bool [B,H,1,C]."""
+        """Block columns with the largest weights of evenly sampled queries: bool [B,H,1,C]."""
         some = q[:, :, :: max(1, q.shape[2] // self.sample)]
         grid = Grid(some.shape[2], k.shape[2], max(some.shape[2], 1), self.block, causal=False)
         told = {name: ctx.get(name) for name in ("scale", "softcap")}
@@ -118,23 +118,23 @@ def judge(
     cost: Callable[[Plan], float] = lambda plan: plan.work,
     relative: bool = True,
 ) -> Callable[[int, Mapping[str, Any]], list[float]]:
-    """How good a setting is for every head of a layer: what `calibrate.search` asks, by section 4.2.
+    """Make the score function for `calibrate.search` (section 4.2): the quality of a setting per head.
 
-    A head gets the candidate of the smallest `error + weight * cost`, or stays dense where none is below
-    `bound`. Give `{"method": "dense-like", ...}`, that is `sparse-vdit` with mode "full", as first candidate.
+    A head gets the candidate of the smallest `error + weight * cost`, or stays dense if none is below
+    `bound`. Give the dense candidate, `sparse-vdit` with mode "full", first.
 
     Parameters
     ----------
     samples : mapping
-        For each layer the calls to judge by: (q, k, v, ctx).
+        Sample calls of each layer: (q, k, v, ctx).
     weight, bound : float
         Lambda and epsilon of the paper.
     cost : callable
-        What a plan costs against dense attention, in [0, 1]; the visited share by default. A measured one:
+        Cost of a plan relative to dense attention, in [0, 1]; the visited share by default. A measured cost:
         `lambda plan: costs.predict(plan, q, k).seconds / dense_seconds`.
     relative : bool
-        Whether the squared error is over that of an output of 0. The paper's own is absolute, so that bounds
-        do not carry over between layers.
+        Whether the squared error is relative to that of an output of 0. The paper's is absolute, so its
+        bounds differ between layers.
 
     Examples
     --------
@@ -170,7 +170,7 @@ def judge(
 def smallest(
     samples: Mapping[int, Sequence[Call]], bound: float, by: Callable[[Method], float]
 ) -> Callable[[int, Mapping[str, Any]], list[float]]:
-    """Of settings whose error is below the bound in a whole layer, the one for which `by` is smallest.
+    """Make a score function that prefers, among settings with a layer error below `bound`, the smallest `by`.
 
     With `by=lambda method: method.references`, the search of Efficient-vDiT (arXiv 2502.06155, section 3.2).
     """

@@ -1,4 +1,4 @@
-"""Blocks of each head found once, and used again at later denoising steps of a language model."""
+"""SparseD: blocks of each head are found once, and reused at later denoising steps of a language model."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from .denoising import Pattern, StepMethod
 
 @dataclass(frozen=True)
 class SparseD(StepMethod):
-    """Masked-diffusion models: the first steps are dense, the others see the blocks that were best by then.
+    """Masked-diffusion models: the first steps are dense, the later ones reuse the blocks that were best.
 
-    The last dense step says exactly which blocks of keys each tile of queries gives its mass to. The best of
-    the prompt and the best of the generated part are chosen apart, so that every query keeps some of what is
-    being written. They stay: where a head looks changes little from step to step.
+    The last dense step computes exactly how each tile of queries distributes its mass over blocks of keys.
+    Blocks of the prompt and of the generated part are selected separately, so that every query keeps some of
+    the generated part. The selection is fixed, because attention changes little from step to step.
 
     Papers: Wang et al., "SparseD: Sparse Attention for Diffusion Language Models", arXiv 2509.24014.
 
     Parameters
     ----------
     select_share : float
-        Blocks to keep, as a share of those of the prompt and of the generated part, in (0, 1].
+        Share of blocks to keep, of the prompt and of the generated part, in (0, 1].
     skip : float
-        Steps that are dense, as a share of all, in [0, 1); `int(skip * steps) + 2` at least.
+        Share of steps that are dense, in [0, 1); `int(skip * steps) + 2` steps are.
     block : int
         Queries of a tile, and keys of a block.
     scaling : "head_dim" or "heads"
-        What blocks are judged with: the scale of the attention, or 1 / sqrt(heads), as the released code has
-        it.
+        Scale of the scores for block selection: that of the attention, or 1 / sqrt(heads), as in the released
+        code.
 
     Notes
     -----
-    `ctx`: `step` and `steps`, `state` (a `Session` keeps it), `generated`, the number of tokens at the end
-    that are being generated (all by default), `scale` and `softcap`. Without a step, a call finds its own
-    pattern. Blocks of the prompt are chosen among all, as in the paper, so there may be fewer.
+    `ctx` keys: `step` and `steps`, `state` (kept by a `Session`), `generated`, the number of tokens at the
+    end that are being generated (all by default), `scale` and `softcap`. Without a step, each call finds its
+    own pattern. Prompt blocks are the best among all blocks, as in the paper, so fewer may remain.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class SparseD(StepMethod):
         return int(steps * self.skip) + 1
 
     def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
-        """The best blocks of the prompt, and the best of what is generated."""
+        """Keep the best blocks of the prompt, and the best of the generated part."""
         T, size = q.shape[2], self.block
         generated = ctx.get("generated", T)
         require(

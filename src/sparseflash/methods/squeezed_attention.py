@@ -1,4 +1,4 @@
-"""Squeezed Attention: the keys of a fixed text, by the centroids of their clusters."""
+"""Squeezed Attention: select keys of a fixed text by the centroids of their clusters."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ from .reading import ReadingMethod, kept_of
 
 @dataclass(frozen=True)
 class SqueezedAttention(ReadingMethod):
-    """Each query reads the keys of a fixed text whose centroids suit it best, and all that came after it.
+    """Each query reads the keys of a fixed text with the best-scoring centroids, and all keys after the text.
 
-    Many questions are asked about one text. The text is attended to densely, and its keys are put into
-    clusters once, by their directions; a query that comes after is multiplied with the mean key of each
-    cluster and reads the best clusters whole, as far as its budget goes. The paper keeps what passes a
-    threshold that is found on the text's last queries; here the budget is the same for all heads, so that
-    methods stand side by side at equal numbers of keys.
+    For many questions about one text. Queries within the text attend densely, and its keys are clustered
+    once, by direction; a later query is multiplied with the mean key of each cluster and reads the best
+    clusters, within its budget. The paper instead uses a threshold that is calibrated on the text's last
+    queries; here the budget is the same for all heads, so that methods compare at equal numbers of keys.
 
-    Paper: Hooper et al., "Squeezed Attention", arXiv 2411.09688, sections 3 and 4.1, one level: as many
-    clusters as a twentieth of the keys, the last 100 of the text read in any case.
+    Paper: Hooper et al., "Squeezed Attention", arXiv 2411.09688, sections 3 and 4.1, one level: one cluster
+    per 20 keys; the last 100 keys of the text are always read.
 
     Parameters
     ----------
     context : int
-        Keys of the fixed text, the first ones. Whoever sees no more sees all of them.
+        Length of the fixed text, the first keys. Queries within it see all of its keys up to themselves.
     clusters : float
-        Clusters as a share of its keys.
+        Number of clusters as a share of the text's keys.
     window : int
-        Last keys of the text that belong to no cluster and are read in any case.
+        Last keys of the text that belong to no cluster and are always read.
     budget : int
-        Keys of the text that a query reads, its window included.
+        Keys of the text that a query reads, the window included.
     sinks, near, share
         As in every method that reads pages (`ReadingMethod`); a page is one key.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
-    remembers the clusters.
+    `ctx` keys: `q_offset`, the position of the first query, and `cache`, the layer's `cache.Growing`, which
+    stores the clusters.
 
     Examples
     --------
@@ -77,7 +76,7 @@ class SqueezedAttention(ReadingMethod):
         )
 
     def clustered(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The cluster of each key of the text, `[B,Hkv,n]`, and the mean keys, `[B,Hkv,clusters,D]`."""
+        """Cluster the keys of the text: labels `[B,Hkv,n]`, and mean keys `[B,Hkv,clusters,D]`."""
         count = max(1, int(self.clusters * k.shape[2]))
         directions = torch.nn.functional.normalize(k.float(), dim=-1)
         with precise(k):
@@ -85,7 +84,7 @@ class SqueezedAttention(ReadingMethod):
         return label.long(), centroid
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Everything for queries within the text; the best clusters, and what came after, for others."""
+        """Dense for queries within the text; the best clusters, and all later keys, for later queries."""
         (Tq, Tk), ctx, text = (q.shape[2], k.shape[2]), ctx or {}, self.context
         offset = ctx.get("q_offset", 0)
         if Tk <= text:
@@ -100,7 +99,7 @@ class SqueezedAttention(ReadingMethod):
         return Selection(Plan.from_lists(spans=span, index=keys, disjoint=True))
 
     def scores(self, q: Tensor, k: Tensor, cache: Growing | None) -> Tensor:
-        """Each key of the text scores what its centroid does; its last ones without bound."""
+        """Score each key of the text by its centroid; the window gets infinity."""
         n = max(self.context - self.window, 1)
         label, centroid = self.clustered(k[:, :, :n]) if cache is None else self.kept(cache, n)
         best = torch.full((1, q.shape[2]), centroid.shape[2] - 1, device=q.device)
@@ -110,5 +109,5 @@ class SqueezedAttention(ReadingMethod):
         return torch.nn.functional.pad(each, (0, k.shape[2] - n), value=torch.inf)
 
     def kept(self, cache: Growing, n: int) -> tuple[Tensor, ...]:
-        """The clusters that a cache remembers."""
+        """Return the clusters that a cache stores, computing them on first use."""
         return cache.remembered(("clusters", self.clusters), n, self.clustered)

@@ -1,4 +1,4 @@
-"""Blocks of context that see themselves and the first tokens; what is asked sees everything."""
+"""Star Attention: context blocks see themselves and the first tokens; the question sees everything."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from .base import Context, Method, Selection, begin, check_counts
 
 @dataclass(frozen=True)
 class StarAttention(Method):
-    """A token of the context sees its own block so far, and the anchor; the last queries see everything.
+    """Tokens of the context see their own block up to themselves, and the anchor; last queries see all.
 
-    Blocks of the context need nothing of one another but the first tokens, so ranks that hold some each
-    exchange only these (`sf.distributed`, group-cast). What is asked, and what is generated, sees the whole
-    context: by one merge over ranks (`sf.distributed.decode`). A fact that takes a look from one block into
-    another to understand is not found.
+    Context blocks need only the first tokens of one another, so ranks that hold different blocks exchange
+    only these (`sf.distributed`, group-cast). Question and generated tokens see the whole context, by one
+    merge over ranks (`sf.distributed.decode`). Facts that need attention between context blocks are missed.
 
-    The paper's ranks each recompute the anchor in front of their block. Its hidden states are those of the
-    first block, which sees itself alone; so in one pass over all tokens it is these keys, once.
+    In the paper each rank recomputes the anchor before its block. The anchor's hidden states are those of the
+    first block, which sees only itself; so in one pass over all tokens its keys are computed once.
 
     Papers: Acharya, Jia and Ginsburg, "Star Attention", arXiv 2411.17116, phases 1 and 2.
 
@@ -33,14 +32,14 @@ class StarAttention(Method):
     block : int
         Tokens of a block of the context.
     anchor : int
-        First tokens that all blocks see, at most `block`; None: a whole block. Much smaller ones cost
+        First tokens that all blocks see, at most `block`; None: a whole block. Much smaller anchors cost
         accuracy.
     last : int
-        Queries at the end (what is asked) that see everything before them.
+        Queries at the end (the question) that see everything before them.
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query. Ranges alone, whatever the block.
+    `ctx` keys: `q_offset`, the position of the first query. The plan has only ranges, whatever the block.
 
     Examples
     --------
@@ -73,14 +72,18 @@ class StarAttention(Method):
                 )
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for all heads, in tiles that end where a block does."""
+        """One plan for all heads, in tiles that end where a block does.
+
+        Example, block 4, anchor 1, last 0: the tile of tokens 8..11 has anchor [0, 1), full keys [8, 9) (up
+        to its first query) and partial keys [9, 12).
+        """
         Tq, Tk = q.shape[2], k.shape[2]
         position = begin(ctx, q) + torch.arange(Tq, device=q.device)
         token = torch.arange(Tq, device=q.device).expand(position.shape)
         asked = token >= Tq - self.last
         number = position.div(self.block, rounding_mode="floor").masked_fill(asked, Tk + 1)
         row = edge_rows(begins_of(number), TILE)
-        used = Tq + (Tq // self.block + 3) * (TILE - 1)  # each block, and what is asked, begins a tile
+        used = Tq + (Tq // self.block + 3) * (TILE - 1)  # each block, and the question, begins a tile
         if host(row):
             used = int(row.max()) + 1 if row.numel() else 0
         rows = -(-used // TILE) * TILE

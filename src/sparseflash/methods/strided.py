@@ -1,4 +1,4 @@
-"""Local blocks and a stride of blocks, another for each head."""
+"""Strided blocks (LongGen): local blocks, and every n-th earlier block, with a phase per head."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .base import Context, Method, Selection, begin, check_counts
 class Strided(Method):
     """Each query sees the last `local` blocks of keys and every `stride`-th block before them.
 
-    Which of the earlier blocks depends on the KV head, so that together the heads reach every token (where
+    The KV head determines which earlier blocks are kept, so that the heads together reach every token (if
     there are at least `stride` KV heads). Blocks are counted from the start of the sequence, not from the
-    query: a block that has left the window of a head that does not keep it is never needed again, and a cache
-    may drop it. The lists are prefixes of one list a head.
+    query: once a block that a head does not keep has left its window, it is never needed again, and a cache
+    may evict it. All lists of a head are prefixes of one list.
 
     Paper: Ge, Lin, Zhang, Han, Peng, "A Little Goes a Long Way: Efficient Long Context Training and Inference
     with Partial Contexts" (LongGen), arXiv 2410.01485.
@@ -31,18 +31,18 @@ class Strided(Method):
     local : int
         Blocks in the window, the query's own included, >= 1.
     stride : int
-        Of the blocks behind the window, one in so many is seen; 1 is dense.
+        Every `stride`-th block before the window is visible; 1 is dense.
     offset : int
-        Turns which head keeps which blocks: head h keeps block J if `(J + h * step + offset) % stride == 0`,
-        where `step = ceil(stride / KV heads)`.
+        Shift of the kept blocks: head h keeps block J if `(J + h * step + offset) % stride == 0`, where
+        `step = ceil(stride / KV heads)`.
     shared : bool
         Keep the same blocks in all heads.
     dense_heads : int
-        So many KV heads, the last ones, see everything.
+        Number of last KV heads that see everything.
 
     Notes
     -----
-    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+    `ctx` keys: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
 
     Examples
     --------
@@ -76,7 +76,11 @@ class Strided(Method):
         return [-(h * step + self.offset) % self.stride for h in range(heads)]
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """Lists per KV head."""
+        """Two spans (window, own block) and a prefix of the head's strided units per tile and KV head.
+
+        Example, block 1, local 1, stride 2, KV head 0 of 2, tile 5: own block [5, 6), empty window [5, 5),
+        units 0, 2, 4 of the strip 0, 2, 4, ...
+        """
         heads, device, b, v = k.shape[1], q.device, self.block, self.stride
         Tq, Tk = q.shape[2], k.shape[2]
         require((self.dense_heads <= heads, lambda: f"dense_heads={self.dense_heads}: k has {heads} heads"))
@@ -94,7 +98,7 @@ class Strided(Method):
         strip = residue[:, None] + torch.arange(0, units, v, device=device)
 
         def before(last: Tensor) -> Tensor:
-            """How many blocks of the strip are at most `last`."""
+            """Count the blocks of the strip that are at most `last`."""
             n = (last - residue.view(1, -1, 1)).div(v, rounding_mode="floor") + 1
             return n.clamp(min=0).int().expand(lead).contiguous()
 
@@ -119,7 +123,7 @@ class Strided(Method):
         )
 
     def _aligned(self, Tq: int, q_offset: int | Tensor, at: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Rows such that tiles begin at block edges, where positions do not; and the block of each tile."""
+        """Row order that makes tiles begin at block edges (None if they do), and the block of each tile."""
         b, device = self.block, at.device
         if isinstance(q_offset, int) and q_offset % b == 0:
             return None, torch.arange(-(-Tq // b), device=device).view(1, 1, -1) + q_offset // b

@@ -1,4 +1,4 @@
-"""Trees of tokens."""
+"""Tree attention: tokens are nodes of a tree."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .base import Context, Method, Selection, begin, check_counts
 class Tree(Method):
     """Tokens are the nodes of a tree: each sees the context, its ancestors and itself.
 
-    Drafts of speculative decoding that share prefixes, or rollouts that branch, checked or trained in one
-    pass. In depth-first order the descendants of a node are the tokens right behind it: a key that expires
-    where its subtree ends is one rule of the plan, no bits.
+    For drafts of speculative decoding that share prefixes, or branching rollouts, verified or trained in one
+    pass. In depth-first order the descendants of a node directly follow it: each key expires where its
+    subtree ends, which is a rule of the plan (`k_end`), without bits.
 
     Papers: Miao et al., "SpecInfer", arXiv 2305.09781 (topology-aware causal mask); Cai et al., "Medusa",
     arXiv 2401.10774 (tree attention).
@@ -28,16 +28,16 @@ class Tree(Method):
     Parameters
     ----------
     parents : tuple of int, optional
-        Parent of each node, -1 for a root, in any order of nodes; their number is that of the queries. Keys
-        before those of the nodes are the context.
+        Parent of each node, -1 for a root, in any order of nodes; there is one query per node. Keys before
+        those of the nodes are the context.
     branching : int
         Without parents: children of each node of a balanced tree, numbered level by level; 1 is a chain.
 
     Notes
     -----
-    `ctx`: `parents`, integers [n], or [B, n] for a tree of each sequence, replaces the one of the method;
+    `ctx` keys: `parents`, integers [n], or [B, n] for a tree per sequence, replaces the one of the method;
     `q_offset`, the keys of the context (int or int32 tensor, 0-d or [B]): all but the last n by default. Keys
-    behind those of the nodes, such as free places of a cache, are seen by nobody.
+    after those of the nodes, such as unused cache slots, are hidden.
 
     Examples
     --------
@@ -69,7 +69,7 @@ class Tree(Method):
             depth_first(torch.tensor(self.parents, dtype=torch.int64).view(1, -1))
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for all heads; a batch axis where trees differ."""
+        """One plan for all heads; with a batch axis if trees differ."""
         n, Tk, device = q.shape[2], k.shape[2], q.device
         parents = self._parents(q, (ctx or {}).get("parents"))
         first = begin(ctx, q, default=Tk - n)
@@ -80,10 +80,10 @@ class Tree(Method):
         rank, end = (x[:, None] + first for x in depth_first(parents))
         node = torch.argsort(rank, dim=-1)
         token = torch.arange(Tk, device=device).expand(rank.shape[0], 1, -1)
-        at = (token - first).clamp(-1, n)  # node of a key; -1 before, n behind them all
+        at = (token - first).clamp(-1, n)  # node of a key; -1 before the nodes, n after
 
         def keys(x: Tensor, before: Tensor | int, behind: Tensor | int) -> Tensor:
-            """What the nodes have, for every key."""
+            """Expand a value per node to all keys, with `before` and `behind` for the other keys."""
             own = pad(x, (0, 1)).gather(-1, at.clamp(min=0))
             return torch.where(at < 0, before, torch.where(at < n, own, behind))
 
@@ -116,15 +116,16 @@ class Tree(Method):
 
 
 def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Place of each node in depth-first order, and the place where its subtree ends; int64 [B, n] each.
+    """Index of each node in depth-first order, and the end of its subtree; int64 [B, n] each.
 
-    `parents [B, n]`: -1 is a root; siblings keep their order. The walk around the trees is a linked list of
-    entries and exits; where everything stands in it follows from doubling the links: no loop over nodes.
+    `parents [B, n]`: -1 is a root; siblings keep their order. The Euler tour of the trees is a linked list of
+    entries and exits; pointer jumping ranks it, without a loop over nodes. Example: parents (-1, 0, 0, 1) has
+    order 0, 1, 3, 2: index (0, 1, 3, 2), end (4, 3, 4, 3).
 
     Raises
     ------
     PlanError
-        For a parent that is no node, and for nodes that are their own ancestors.
+        If a parent is no node, or a node is its own ancestor.
     """
     B, n = parents.shape
     if host(parents) and parents.numel():
@@ -136,11 +137,11 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
             ),
             error=PlanError,
         )
-    root = B * n  # above all roots
+    root = B * n  # a virtual parent of all roots
     node = torch.arange(root, device=parents.device)
     shift = torch.arange(B, device=parents.device)[:, None] * n
     up = torch.where(parents < 0, root, parents + shift).flatten()
-    ups = torch.cat([up, up.new_full((1,), root)])  # the root's own is itself
+    ups = torch.cat([up, up.new_full((1,), root)])  # the virtual root is its own parent
     if host(parents):
         top = ups
         for _ in range(doublings(root) + 1):
@@ -148,7 +149,8 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
         stuck = (top[:-1] != root).nonzero().flatten() % max(n, 1)
         if len(stuck):
             raise PlanError(f"parents: node {int(stuck[0])} is on a cycle, or below one; expected a tree")
-    # the walk: enter a node, then its first child or leave; leave a node, then its next sibling or its parent
+    # link[x] enters node x: next is its first child, or its exit; link[root + 1 + x] exits x: next is its
+    # sibling, or its parent's exit
     none = root + 1
     child = torch.full((root + 1,), none, device=up.device).scatter_reduce_(0, up, node, "amin")
     family, order = up.sort(stable=True)
@@ -157,7 +159,7 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
     leave = torch.arange(root + 1, device=up.device) + root + 1
     after = torch.where(sibling < none, sibling, leave[ups])
     link = torch.cat([torch.where(child < none, child, leave), after])
-    entries = (torch.arange(len(link), device=up.device) <= root).long()  # still to come, from here on
+    entries = (torch.arange(len(link), device=up.device) <= root).long()  # 1 per entry; becomes a suffix sum
     for _ in range(doublings(2 * root + 2)):
         entries, link = entries + entries[link], link[link]
     place = root - entries

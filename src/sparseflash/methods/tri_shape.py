@@ -1,4 +1,4 @@
-"""First keys, a window, and last queries that see everything."""
+"""Tri-shape: first keys, a window, and last queries that see everything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .base import Context, Method, Selection, check_counts
 
 @dataclass(frozen=True)
 class TriShape(Method):
-    """Queries see the first keys and those near them; the last queries see all: no look at the content.
+    """Queries see the first keys and nearby ones; the last queries see all. Independent of the content.
 
-    Everything is in whole blocks: sizes in tokens are rounded up. The bar that methods which look must beat.
+    Sizes in tokens are rounded up to whole blocks. A baseline for methods that depend on content.
 
     Papers: Li et al., "SCBench", arXiv 2412.10319, section 3 (tri-shape); without last queries, the a-shape
     of arXiv 2407.02490 and the sinks of Xiao et al., arXiv 2309.17453.
@@ -22,7 +22,7 @@ class TriShape(Method):
     Parameters
     ----------
     sinks, window : int
-        First keys, and keys up to the query's own.
+        Visible first keys, and keys up to the query's own.
     last : int
         Queries at the end that see everything before them.
     block : int
@@ -30,7 +30,7 @@ class TriShape(Method):
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query.
+    `ctx` keys: `q_offset`, the position of the first query.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class TriShape(Method):
         check_counts(self, 0, "sinks", "last")
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """The blocks that the three sizes reach."""
+        """Select the blocks within the three sizes."""
         grid = Grid(
             q.shape[2], k.shape[2], self.block, self.block, (ctx or {}).get("q_offset", 0), device=q.device
         )

@@ -14,10 +14,10 @@ from .base import Context, Method, Selection, check_counts
 
 @dataclass(frozen=True)
 class Window(Method):
-    """Each query sees the last `window` keys, its own included; without `causal`, keys ahead too.
+    """Each query sees the last `window` keys, its own included; without `causal`, later keys too.
 
-    The cheapest sparse attention, and a strong one where what matters is near. One `Plan.dense`: a span a
-    tile.
+    The cheapest sparse attention, and a strong one for local dependencies. The plan is one `Plan.dense`: a
+    span a tile.
 
     Paper: Beltagy, Peters, Cohan, "Longformer", arXiv 2004.05150, section 3.1 (causal: Mistral, arXiv
     2310.06825).
@@ -25,15 +25,15 @@ class Window(Method):
     Parameters
     ----------
     window : int
-        Keys in sight, the query's own position included, >= 1: distances 0 .. window - 1 are seen.
+        Visible keys, the query's own position included, >= 1: distances 0 .. window - 1.
     causal : bool
-        Look back only.
+        Hide keys later than the query.
     ahead : int, optional
-        Without `causal`: keys in sight after the query's own, >= 0; window - 1 by default.
+        Without `causal`: visible keys after the query's own, >= 0; window - 1 by default.
 
     Notes
     -----
-    `ctx`: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
+    `ctx` keys: `q_offset`, the position of the first query (int or int32 tensor, 0-d or [B]); 0 by default.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Blocks by the antidiagonals of their scores."""
+"""XAttention: blocks by the antidiagonals of their scores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .blocks import BlockMethod
 class XAttention(BlockMethod):
     """Each tile of queries sees the blocks of keys that hold most of its mass, as antidiagonals estimate it.
 
-    Queries and keys stand in groups of `stride`; a pair of groups is judged by the products along its
-    antidiagonal, which every row and every column of the pair crosses.
+    Queries and keys form groups of `stride`; a pair of groups is scored by the products along its
+    antidiagonal, which crosses every row and every column of the pair.
 
     Papers: Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428,
     algorithm 1.
@@ -27,7 +27,7 @@ class XAttention(BlockMethod):
     Parameters
     ----------
     threshold : float
-        Share of the estimated mass that a tile keeps, in (0, 1]. It is no recall.
+        Share of the estimated mass that a tile keeps, in (0, 1]; not a recall.
     stride : int
         Tokens of a group; divides the block. More is cheaper and coarser.
     block, sinks, near, dense_tiles, share
@@ -35,8 +35,8 @@ class XAttention(BlockMethod):
 
     Notes
     -----
-    Of `ctx`: `q_offset`, the position of the first query, `scale` and `softcap`. An estimate of groups is
-    blind to a single key that one query looks for (a lone needle).
+    `ctx` keys: `q_offset`, the position of the first query, `scale` and `softcap`. An estimate by groups
+    misses a single key that one query looks for (a lone needle).
 
     Examples
     --------
@@ -58,9 +58,9 @@ class XAttention(BlockMethod):
         check_counts(self, 1, "stride")
 
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
-        """By antidiagonals of groups."""
+        """Estimate mass by antidiagonals of groups."""
         return tile_mass(q, k, grid, "antidiagonal", stride=self.stride, **told)
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
-        """The fewest blocks of each tile that hold the share of the mass."""
+        """Keep the fewest blocks of each tile that hold the share of the mass."""
         return top_p(mass, self.threshold, among=reach)
