@@ -92,7 +92,7 @@ def dense_pairs(plan: Record) -> int:
     q, k = q.contiguous(), k.contiguous()
 
     def below(x: Tensor) -> Tensor:
-        """How many keys sit at positions below x."""
+        """Count the keys at positions below x."""
         return torch.searchsorted(k, x.contiguous())
 
     past = below(q + int(plan.include_self)) if plan.causal else torch.full_like(q, plan.Tk)

@@ -116,6 +116,7 @@ def from_block_mask(block_mask: Any) -> dict[str, Any]:
     partial = torch.bincount((cell_b * shape[1] + cell_h) * R + cell_r, minlength=n_part.numel()).view(shape)
     fb, fh, fr, fslot = (on_full & ~cut).nonzero(as_tuple=True)
     full = (on_full & ~cut).sum(-1)
+    # layout of a tile's list: full units, then partial ones by column; full 3, 5 and partial 1, 4: 3 5 1 4
     count = full + partial
     start = begins(count)
     index = torch.zeros(int(count.sum()), dtype=torch.int32, device=part.device)

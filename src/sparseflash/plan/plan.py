@@ -22,7 +22,7 @@ from .requirements import faults
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Constructors):
-    """Which keys each tile of queries sees, in one softmax: contiguous spans and gathered units, then rules.
+    """A sparse attention pattern of one softmax: spans and gathered units for each query tile, then rules.
 
     Build a plan with a constructor (`dense`, `from_keep`, `from_buckets`, `from_mask`, ...) or from
     the lists themselves. A query sees a key when an entry of its tile's lists covers the key and every rule
@@ -192,7 +192,7 @@ class Plan(Constructors):
         return Plans(plans)
 
     def with_rules(self, **rules: Any) -> Plan:
-        """Replace rules under the same lists; entries that are full no longer become partial (tested).
+        """Replace rules under the same lists; entries that cease to be full become partial (tested).
 
         Parameters
         ----------

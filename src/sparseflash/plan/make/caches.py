@@ -202,7 +202,8 @@ def from_pages(
 
     Pages that all queries of a tile see are full units. Pages that hold the tile's own tokens are partial,
     and bits encode causality. The plan has no key positions, so its cost does not depend on the size of the
-    pool, and a page may be at different places in two sequences.
+    pool, and a page may be at different places in two sequences. Example, page_size 4, length 10, 2 queries:
+    first = 9, last = 10; pages 0 and 1 are full, page 2 (keys 8, 9) is partial, with bits 0b01 and 0b11.
     """
     _sizes(page_size=page_size, Tk=Tk, Tq=1 if Tq is None else Tq)
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)

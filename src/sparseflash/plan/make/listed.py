@@ -39,7 +39,7 @@ Kinds = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHUNK = 1 << 20
 """Candidates that are classified in one chunk."""
 WHOLE, PART, GONE = 0, 1, 2
-"""What a tile sees of a unit or a range."""
+"""Kinds of a unit or range for a tile: fully visible, in part, not at all."""
 
 
 @dataclass(frozen=True)
