@@ -67,7 +67,7 @@ class Flat(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """How an op is differentiated."""
+    """Defines how an op is differentiated."""
 
     find: Call
     """(run, kept, slopes, [plans,] [options]) -> a gradient or None for each tensor argument, in any floating
@@ -78,9 +78,9 @@ class Gradient(NamedTuple):
     by: Op[..., Any] | None = None
     """The op that computes the gradients, None if `find` needs none."""
     constants: int = 0
-    """How many of the last results have no gradient; they are saved by `keep`, not returned to callers,"""
+    """How many of the last results have no gradient: `keep` saves them, callers do not use them."""
     told: int = 0
-    """except the first `told` of these."""
+    """How many of these, the first ones, callers get as results nevertheless."""
 
 
 class _Form:
