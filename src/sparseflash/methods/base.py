@@ -55,7 +55,7 @@ name them. No key of `ctx` is silently ignored if it would change the result.
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What a method selects for one call.
+    """The visible pairs that a method selects for one call, with optional bias, gate and state.
 
     Parameters
     ----------
@@ -164,11 +164,11 @@ class Method:
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__post_init__" in vars(cls):
-            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[method-assign]  # as below
+            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[method-assign]  # wraps a method
         if "select" in vars(cls):
-            cls.select = _checked(cls.select)  # type: ignore[method-assign]  # it is: a method is wrapped
+            cls.select = _checked(cls.select)  # type: ignore[method-assign]  # wraps a method
         if "observe" in vars(cls):
-            cls.observe = _by_head(cls.observe)  # type: ignore[method-assign]  # as above
+            cls.observe = _by_head(cls.observe)  # type: ignore[method-assign]  # wraps a method
         if cls.__module__.startswith(__name__.removesuffix("base")) and cls.paper:
             _REGISTRY[slug(cls)] = cls
 
