@@ -135,6 +135,9 @@ def inputs(
     return made
 
 
+SLOPES = torch.tensor([0.5, 0.25, 0.05, 0.0])
+
+
 def plan_of(seed: int, kind: str, *, Tq: int | None = None, Tk: int | None = None) -> tuple[Any, Tensor, str]:
     """A plan of a kind of the generator, or several in one softmax; its mask, and its line."""
     if kind == "several":
@@ -144,6 +147,9 @@ def plan_of(seed: int, kind: str, *, Tq: int | None = None, Tk: int | None = Non
         bucket = torch.randint(4, (1, 2, T), generator=g)
         both = sf.Plan.from_buckets(bucket, bucket, tile=32) | near
         return both, both.to_dense(), f"several of {T}"
+    if kind == "free":
+        all_ = sf.Plan.dense(150, 150)
+        return all_, all_.to_dense(), "no rules"
     found = plans.example(seed, kind, batch=2, heads=4, Tq=Tq, Tk=Tk)
     return found.plan, found.mask, found.line
 
@@ -162,6 +168,7 @@ def attend(
     shape: tuple[int, int] = (None, None),
     nodes: int = 1,
     repeats: int = 1,
+    drop: float = 0.0,
 ) -> dict[str, Any]:
     """Attention and all gradients, of all tokens (of sinks: this rank's share); and what is visited."""
     plan, _, _ = plan_of(seed, kind, Tq=shape[0], Tk=shape[1])
@@ -179,6 +186,8 @@ def attend(
                 own[name] = x if side is None else x.index_select(2, side.ranks[cp.rank])
             leaves = {name: x.requires_grad_() for name, x in own.items() if name not in ("dout", "dlse")}
             options = {name: own[name] for name in ("key_bias", "sink_logits") if name in own}
+            if drop:
+                options |= {"dropout_p": drop, "dropout_seed": seed, "alibi_slopes": SLOPES}
             out, lse = sf.distributed.attention(own["q"], own["k"], own["v"], return_lse=True, **options)
             seen = lse > -torch.inf
             total = (out.float() * own["dout"].float()).sum() + torch.where(seen, lse * own["dlse"], 0).sum()
@@ -240,6 +249,28 @@ def joined(results: list[dict[str, Any]]) -> dict[str, Tensor]:
     return found
 
 
+def drawn(group: Any, *, plan: Any, layout: str, transport: str, nodes: int = 1) -> Any:
+    """Which weights stay, of all pairs: keys have equal scores, and values of their own; [H,T,T]."""
+    T, place = plan.Tq, group if nodes == 1 else _nodes(group, nodes)
+    q, v = torch.zeros(1, 4, T, 16), torch.eye(T).expand(1, 4, T, T)
+    with sf.distributed.context_parallel(place, plan, layout=layout, transport=transport, timeout=40) as cp:
+        own = (cp.shard(x, 2) for x in (q, q, v))
+        return (cp.unshard(sf.distributed.attention(*own, dropout_p=0.4, dropout_seed=11), 2) > 0)[0].numpy()
+
+
+def seeded(group: Any) -> tuple[float, bool]:
+    """Dropout without a seed, in ranks whose generators differ: how far from rank 0's; two are the same."""
+    torch.manual_seed(dist.get_rank())
+    g, plan = torch.Generator().manual_seed(2), sf.Plan.dense(90, 90, causal=True)
+    q, k, v = torch.randn(3, 1, 4, 90, 16, generator=g)
+    with sf.distributed.context_parallel(group, plan, timeout=40) as cp:
+        own = [cp.shard(x, 2) for x in (q, k, v)]
+        one, two = (cp.unshard(sf.distributed.attention(*own, dropout_p=0.5), 2) for _ in range(2))
+    torch.manual_seed(0)  # as rank 0 drew
+    want = sf.attention(q, k, v, plan, dropout_p=0.5)
+    return float((one - want).abs().max()), bool(torch.equal(one, two))
+
+
 def differ(group: Any, *, what: str) -> str:
     """The last rank gives something else than the others; what each is told."""
     last = dist.get_rank() == dist.get_world_size(group) - 1
@@ -248,6 +279,10 @@ def differ(group: Any, *, what: str) -> str:
     layout = "striped" if what == "layout" and last else "zigzag"
     if what == "options" and last:
         options["scale"] = 1.0
+    if what == "dropout":
+        options |= {"dropout_p": 0.1, "dropout_seed": int(last)}
+    if what == "alibi_slopes" and last:
+        options["alibi_slopes"] = SLOPES
     with sf.distributed.context_parallel(group, plan, layout=layout, timeout=20) as cp:
         heads = 2 if what == "shape" and last else 4
         q, k, v = (cp.shard(x, 2) for x in torch.randn(3, 1, heads, T, 16))

@@ -29,7 +29,7 @@ from sparseflash.backends.triton import launch, stick
 from sparseflash.backends.triton.launch import multiprocessors
 from sparseflash.backends.triton.softmax import packed
 from sparseflash.backends.triton.split import work_of
-from test_dropout import left
+from test_dropout import by_number, left
 from test_pair_bias import alibi, standing
 
 
@@ -266,6 +266,12 @@ def wide() -> str:
     return f"wide heads: {worst:.2f} of what is allowed"
 
 
+def numbered() -> str:
+    """Tokens and heads of many, by their numbers."""
+    by_number("triton", torch.Generator().manual_seed(8))
+    return "some tokens and heads of many draw as all do"
+
+
 def apart() -> str:
     """dK and dV of launches of their own have the bits of those of one; AMD's wide fp32 is refused."""
     generator = torch.Generator().manual_seed(6)
@@ -351,6 +357,7 @@ def main() -> None:
             skipping(),
             wide(),
             apart(),
+            numbered(),
             turned(),
             sep="\n",
             flush=True,

@@ -35,6 +35,14 @@ class Softmax(NamedTuple):
     tile: int = 0  # queries per block, if the largest weight of each block is wanted; 0: it is not
     unit: int = 0
     pairs: bool = False  # whether the gradient of pair_bias is wanted
+    head: int = 0  # what number the first query head has, by which dropout draws
+
+
+class Numbers(NamedTuple):
+    """Which tokens of many a call has, int [Tq] and [Tk]: dropout draws for them what it draws for all."""
+
+    queries: Tensor
+    keys: Tensor
 
 
 class Recorded(NamedTuple):

@@ -14,7 +14,8 @@ import tolerance
 from harness import EACH, MAIN, inputs, randn, run, same_bits
 from sparseflash import Plan
 from sparseflash.backends.reference import dropout as draw
-from sparseflash.numerics import dropout_bar
+from sparseflash.dispatch import choose
+from sparseflash.numerics import Numbers, Softmax, dropout_bar
 
 
 def left(p: float, seed: int, B: int, H: int, Tq: int, Tk: int) -> torch.Tensor:
@@ -234,6 +235,27 @@ def test_pieces_of_a_softmax_have_gradients_under_seeds_of_their_own(backend, ge
     tolerance.compare(got, q, k, v, mask, dout=dout, factor=factor)
     with pytest.raises(sf.SparseFlashError, match="give the seed that the forward was given"):
         sf.attention_backward(dout, q, k, v, out, lse, Plan.dense(60, 60), **how)
+
+
+def by_number(backend, generator):
+    """Some tokens and heads of many, which draw for them what they draw for all; compared."""
+    q, k, v, dout, _ = inputs(generator, 90, Hkv=4)
+    some, keys = torch.randperm(90, generator=generator)[:70], torch.arange(3, 90, 2)
+    plan = Plan.dense(90, 90, causal=True).restrict(some, keys)
+    options = Softmax(0.25, 0.0, backend, dropout=0.3, head=2)
+    own = [x[:, 2:] for x in (q[:, :, some], k[:, :, keys], v[:, :, keys], dout[:, :, some])]
+    run = choose("forward", backend, *own[:3])
+    how = {"key_bias": None, "seed": torch.tensor(5), "numbers": Numbers(some, keys)}
+    out, lse, norm = run.forward(*own[:3], plan, options, out_dtype=q.dtype, normed=True, **how)
+    found = run.backward(own[3], *own[:3], out, norm, None, plan, options, grad_dtype=None, **how)
+    factor = left(0.3, 5, 2, 4, 90, 90)[:, 2:, some][..., keys].double() / 0.7
+    got = {"out": out, "lse": lse, "dq": found[0], "dk": found[1], "dv": found[2]}
+    tolerance.compare(got, *own[:3], plan.to_dense(), dout=own[3], factor=factor, scale=0.25)
+
+
+@EACH
+def test_some_tokens_and_heads_draw_by_their_numbers(backend, generator):
+    by_number(backend, generator)
 
 
 def test_transforms_and_compiled_code_draw_the_same(generator):

@@ -12,6 +12,9 @@ import plans
 import ranks
 import sparseflash as sf
 import tolerance
+from sparseflash.backends.reference.dropout import left
+from sparseflash.numerics import dropout_bar
+from sparseflash.plan.entries import standing
 
 KINDS = [*sorted(plans.KINDS), "several"]
 WAYS = [
@@ -43,6 +46,11 @@ def check(group, seed, kind, world, **options):
     )
     q, k, v = (given.pop(n) for n in "qkv")
     dlse = given.pop("dlse")
+    if drop := options.get("drop", 0.0):
+        tokens = [torch.arange(T).expand(2, 4, T) for T in (plan.Tq, plan.Tk)]
+        i, j = standing(plan, *tokens)
+        given["pair_bias"] = -ranks.SLOPES[:, None, None] * (i[..., None] - j[..., None, :]).abs()
+        given["factor"] = left(torch.tensor(seed), dropout_bar(drop), *tokens).double() / (1 - drop)
     tolerance.compare(
         ranks.joined(results), q, k, v, mask, dlse=dlse, note=f"{line} {world} ranks {options}", **given
     )
@@ -94,7 +102,58 @@ def test_shapes_that_do_not_fit(group, kind, world, options):
         assert sum(r["pairs"] for r in results) == pytest.approx(every, rel=1e-9)
 
 
-@pytest.mark.parametrize("what", ["plan", "layout", "options", "shape"])
+@pytest.mark.parametrize(
+    ("kind", "world", "options"),
+    [
+        ("dense", 2, {"shape": (131, 131), "transport": "ring"}),
+        ("free", 3, {"layout": "striped", "transport": "groupcast"}),
+        ("buckets", 4, {"shape": (300, 300), "nodes": 2, "transport": "ring", "layout": "striped"}),
+        ("window", 2, {"layout": "zigzag", "transport": "ulysses", "kv_heads": 4}),
+        ("window", 1, {}),
+    ],
+)
+def test_dropout_and_alibi_are_those_of_one_process(group, kind, world, options):
+    """By the tokens and heads of all: also where no rule asks for positions, and where heads move."""
+    (seed,) = seeds(kind)
+    check(group, seed, kind, world, drop=0.3, extras=True, repeats=2, **options)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("layout", "transport"), [("zigzag", "ring"), ("striped", "groupcast"), ("contiguous", "ulysses")]
+)
+def test_the_same_weights_are_left_out_bit_for_bit(group, world, layout, transport, generator):
+    bucket = torch.randint(3, (1, 2, 100), generator=generator)
+    for plan in (sf.Plan.dense(100, 100, causal=True), sf.Plan.from_buckets(bucket, bucket, tile=16)):
+        want = left(torch.tensor(11), dropout_bar(0.4), *[torch.arange(100).expand(1, 4, 100)] * 2)
+        want = (want & plan.to_dense().repeat_interleave(4 // plan.extent()[1], 1))[0].numpy()
+        for found in group(ranks.drawn, world=world, plan=plan, layout=layout, transport=transport):
+            np.testing.assert_array_equal(found, want)
+
+
+def test_without_a_seed_the_first_rank_draws_one(group):
+    for error, same in group(ranks.seeded, world=3):
+        assert error < 2e-6 and not same
+
+
+def test_what_does_not_go_over_ranks_is_refused_by_name():
+    q = torch.randn(1, 2, 40, 16)
+    with sf.distributed.context_parallel(None, sf.Plan.dense(40, 40)):
+        for name, given in (
+            ("causal", True),
+            ("pair_bias", torch.zeros(1, 1, 40, 40)),
+            ("skip_below", 1.0),
+            ("return_block_max", (8, 8)),
+            ("dropout", 0.1),
+        ):
+            with pytest.raises(sf.SparseFlashError, match=f"no argument '{name}': "):
+                sf.distributed.attention(q, q, q, **{name: given})
+    cp = sf.distributed.context_parallel(None)
+    with pytest.raises(sf.SparseFlashError, match="dropout_p= of decode over ranks"):
+        sf.distributed.decode(cp, q, q, q, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("what", ["plan", "layout", "options", "shape", "dropout", "alibi_slopes"])
 def test_ranks_that_differ_are_told_before_anybody_waits(group, what):
     for said in group(ranks.differ, world=3, what=what):
         assert f"ranks differ in the {what}" in said

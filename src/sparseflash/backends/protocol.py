@@ -14,6 +14,7 @@ from ..numerics import (
     Likeness,
     Linear,
     Masses,
+    Numbers,
     Pages,
     Pointwise,
     Probing,
@@ -50,13 +51,15 @@ class Backend(Protocol):
         out_dtype: torch.dtype,
         normed: bool,
         seed: Tensor | None = None,
+        numbers: Numbers | None = None,
         alibi_slopes: Tensor | None = None,
         pair_bias: Tensor | None = None,
         skipped: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Out, natural-log lse and, where `normed`, the norm [2,B,Hq,Tq] (see `numerics`).
 
-        With a seed, a 0-dimensional int64 tensor, weights are dropped as `reference/dropout.py` defines.
+        With a seed, a 0-dimensional int64 tensor, weights are dropped as `reference/dropout.py` defines, by
+        the indices of tokens, or by their `numbers`.
         ALiBi's slopes are [Hq] or [B,Hq]; pair_bias expands to [B,Hq,Tq,Tk], or to
         [B,Hq,Tq+Tk-1], by distance: entry key - query + Tq - 1.
         With `skipped`, zeros [B,Hq,2], blocks of negligible weights may be skipped, as `attention` says; it
@@ -97,6 +100,7 @@ class Backend(Protocol):
         key_bias: Tensor | None,
         grad_dtype: torch.dtype | None,
         seed: Tensor | None = None,
+        numbers: Numbers | None = None,
         alibi_slopes: Tensor | None = None,
         pair_bias: Tensor | None = None,
         dpair: Tensor | None = None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -12,23 +13,28 @@ from torch.autograd.function import once_differentiable
 from ..dispatch import choose
 from ..errors import SparseFlashError
 from ..methods.base import Method
-from ..numerics import NEVER, Softmax, bias_gradient, combined, of_sinks, state_dtype, unit_of
+from ..numerics import NEVER, Numbers, Softmax, bias_gradient, combined, of_sinks, state_dtype, unit_of
 from ..ops._arguments import (
     AnyPlan,
     as_backend,
+    as_dropout,
+    as_dtype,
     as_scale,
     as_softcap,
     autocast,
     check_bias,
     check_inputs,
+    check_pairs,
     check_sink,
+    check_unknown,
 )
 from ..ops.attention import attention as whole
-from ..ops.attention import sink_gradient
+from ..ops.attention import sink_gradient, softmax
+from ..plan import Plan
 from .context import ContextParallel, current
 from .options import Options
 from .pairs import of_heads
-from .transports import swapped
+from .transports import Keys, swapped
 
 
 class Job(NamedTuple):
@@ -38,6 +44,26 @@ class Job(NamedTuple):
     transport: Any
     options: Softmax
     call: int
+    seed: Tensor | None
+    alibi_slopes: Tensor | None
+
+    def over(self, phase: str, keys: Keys, compute: Callable[..., Keys | None], wide: Any = None) -> Any:
+        """Call `compute(k, v, plan, **how)` for each plan over the keys of each rank; return sums of own keys."""
+        steps = itertools.count()
+
+        def of_rank(origin: int, keys: Keys) -> Keys | None:
+            self.cp.at(f"{phase} of call {self.call}, step {next(steps)}")
+            how: dict[str, Any] = {"key_bias": keys[2] if len(keys) > 2 else None}
+            how |= {"seed": self.seed, "alibi_slopes": self.alibi_slopes}
+            if self.seed is not None:
+                how["numbers"] = Numbers(self.cp.positions, self.transport.tokens(origin))
+            total: Keys | None = None
+            for plan in self.transport.plans(origin):
+                given = compute(*keys[:2], plan, **how)
+                total = given if total is None or given is None else tuple(map(torch.add, total, given))
+            return total
+
+        return self.transport.run(keys, of_rank, wide)
 
 
 class _Attend(torch.autograd.Function):
@@ -54,30 +80,27 @@ class _Attend(torch.autograd.Function):
         sink_logits: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         options, state = job.options, state_dtype(q)
-        unit = unit_of(options.scale, options.softcap, key_bias)
-        attend = choose("forward", options.backend, q, k, v).forward
-        found = None  # out in full precision, and its norm; None before the first keys
-        for step, (origin, keys) in enumerate(job.transport.forward(_keys(k, v, key_bias))):
-            job.cp.at(f"forward of call {job.call}, step {step}")
-            bias = keys[2] if key_bias is not None else None
-            for plan in job.transport.plans(origin):
-                out, _, norm = attend(
-                    q, keys[0], keys[1], plan, options, key_bias=bias, out_dtype=state, normed=True
-                )
-                assert norm is not None
-                if found is None:
-                    found = out, norm
-                else:
-                    found = combined([found[0], out], [found[1], norm], unit, state)
-        if found is None:  # no key is visible
+        unit = unit_of(options.scale, options.softcap, key_bias, job.alibi_slopes)
+        run = choose("forward", options.backend, q, k, v).forward
+        out = norm = None  # in full precision, so far
+
+        def attend(k: Tensor, v: Tensor, plan: Plan, **how: Any) -> None:
+            nonlocal out, norm
+            more = run(q, k, v, plan, options, out_dtype=state, normed=True, **how)
+            if out is None:
+                out, _, norm = more
+            else:
+                out, norm = combined([out, more[0]], [norm, more[2]], unit, state)
+
+        job.over("forward", _keys(k, v, key_bias), attend)
+        if out is None:  # no key is visible
             out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=state)
             norm = q.new_zeros(2, *q.shape[:3], dtype=state)
             norm[0] = NEVER
-            found = out, norm
         if sink_logits is not None:
             sinks = of_sinks(sink_logits, q.shape[:3], unit, state)
-            found = combined([found[0]], [found[1], sinks], unit, state)
-        out, norm = found[0].to(q.dtype), found[1].to(state)
+            out, norm = combined([out], [norm, sinks], unit, state)
+        out, norm = out.to(options.dtype or q.dtype), norm.to(state)
         top, rest = norm.double()
         lse = (top * unit + rest).to(state)
         ctx.job, ctx.unit = job, unit
@@ -89,50 +112,30 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         job, (q, k, v, key_bias, sink_logits, out, norm) = ctx.job, ctx.saved_tensors
-        options, state = job.options, state_dtype(q)
-        dout = torch.zeros_like(out) if dout is None else dout.to(q.dtype)
+        options, state = job.options._replace(dtype=None), state_dtype(q)
+        dout = torch.zeros_like(out) if dout is None else dout
         delta = (dout.to(state) * out.to(state)).sum(-1)
+        slope = dout.to(q.dtype)
         run = choose("backward", options.backend, q, k, v).backward
-        dq = torch.zeros(q.shape, dtype=state, device=q.device)
-        walk, step = job.transport.backward(_keys(k, v, key_bias), state), 0
-        origin, keys = next(walk)
-        while True:
-            job.cp.at(f"backward of call {job.call}, step {step}")
-            bias = keys[2] if key_bias is not None else None
-            given: tuple[Tensor, ...] | None = None
-            for plan in job.transport.plans(origin):
-                found = run(
-                    dout,
-                    q,
-                    *keys[:2],
-                    None,
-                    norm,
-                    dlse,
-                    plan,
-                    options,
-                    delta=delta,
-                    key_bias=bias,
-                    grad_dtype=state,
-                )
-                dq += found[0]
-                mine = tuple(found[1:3])
-                if bias is not None:
-                    mine = (*mine, bias_gradient(found[3], bias))
-                given = mine if given is None else tuple(a + b for a, b in zip(given, mine))
-            step += 1
-            try:
-                origin, keys = walk.send(given)
-            except StopIteration as stop:
-                total = stop.value
-                break
+        dq = None
+
+        def pull(k: Tensor, v: Tensor, plan: Plan, **how: Any) -> Keys:
+            nonlocal dq
+            given = slope, q, k, v, None, norm, dlse, plan, options
+            mine, dk, dv, dbias = run(*given, delta=delta, grad_dtype=state, **how)
+            dq = mine if dq is None else dq.add_(mine)
+            return (dk, dv) if dbias is None else (dk, dv, bias_gradient(dbias, how["key_bias"]))
+
+        total = job.over("backward", _keys(k, v, key_bias), pull, state)
+        dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
         dsink = None
         if sink_logits is not None:
             dsink = sink_gradient(dout, dlse, out, norm, sink_logits, ctx.unit).to(sink_logits.dtype)
         dbias = total[2].to(key_bias.dtype) if key_bias is not None else None
-        return None, dq.to(q.dtype), total[0].to(k.dtype), total[1].to(v.dtype), dbias, dsink
+        return None, dq, total[0].to(k.dtype), total[1].to(v.dtype), dbias, dsink
 
 
-def _keys(k: Tensor, v: Tensor, key_bias: Tensor | None) -> tuple[Tensor, ...]:
+def _keys(k: Tensor, v: Tensor, key_bias: Tensor | None) -> Keys:
     return (k, v) if key_bias is None else (k, v, key_bias)
 
 
@@ -153,8 +156,11 @@ def attention(
         `Shard(2)`, under layout "chunks".
     plan : Plan, tuple of Plan, or a method, optional
         Plan over all tokens, equal on every rank; by default that of the context, or its method's selection.
-    scale, softcap, sink_logits, backend
-        As in `sparseflash.attention`.
+    scale, softcap, sink_logits, alibi_slopes, out_dtype, backend
+        As in `sparseflash.attention`. ALiBi's distances are those of the plan's positions, over all tokens.
+    dropout_p, dropout_seed
+        As there: a seed drops the weights that it drops in one process, whatever the layout. If there is
+        none, rank 0 draws one.
     key_bias : Tensor, optional
         `[B|1, H, n]` of this rank's keys, differentiable.
     ctx : mapping, optional
@@ -205,28 +211,58 @@ def _local(
     backend: str | None = None,
     return_lse: bool = False,
     ctx: Mapping[str, Any] | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    **unsupported: Any,
 ) -> Any:
+    if unsupported:
+        check_unknown("distributed.attention", unsupported, _ELSEWHERE, Options.__annotations__)
     q, k, v = autocast(q, k, v)
     check_inputs(q, k, v)
     if key_bias is not None:
         check_bias(key_bias, q, k)
     if sink_logits is not None:
         check_sink(sink_logits, q)
+    check_pairs(alibi_slopes, None, q, k)
+    share, seed = as_dropout(dropout_p, dropout_seed, q)
     plans = cp.plans(q, k, v, plan, ctx={"scale": scale, "softcap": softcap, **(ctx or {})})
     for one in plans:
         if q.shape[1] % one.extent()[1] or one.extent()[0] not in (1, q.shape[0]):
             raise SparseFlashError(f"a plan of {one.extent()} (batch, heads) is not for q {list(q.shape)}")
-    options = Softmax(as_scale(scale, q.shape[-1]), as_softcap(softcap), as_backend(backend))
-    call = cp.begin(plans, q, k, v, key_bias, sink_logits, options)
-    if cp.world == 1:
-        extra = {"scale": scale, "softcap": softcap, "key_bias": key_bias, "sink_logits": sink_logits}
-        return whole(q, k, v, plans, backend=backend, return_lse=return_lse, **extra)
+    options = Softmax(
+        as_scale(scale, q.shape[-1]),
+        as_softcap(softcap),
+        as_backend(backend),
+        as_dtype("out_dtype", out_dtype, q),
+        share,
+    )
+    given = {"key_bias": key_bias, "sink_logits": sink_logits, "alibi_slopes": alibi_slopes}
+    call = cp.begin(plans, q, k, v, options, seed if dropout_seed is not None else None, **given)
+    if cp.peers is None:
+        extra = {"scale": scale, "softcap": softcap, "out_dtype": out_dtype, "backend": backend, **given}
+        drawn = {"dropout_p": share, "dropout_seed": seed}
+        return whole(q, k, v, plans, return_lse=return_lse, **drawn, **extra)
+    if seed is not None and dropout_seed is None:
+        seed = cp.peers.gather(seed[None])[0][0]
     if cp.heads_move:
-        out, lse = _over_heads(cp, q, k, v, plans, options, key_bias, sink_logits)
+        out, lse = _over_heads(cp, q, k, v, plans, options, seed, **given)
     else:
-        job = Job(cp, cp.transport_of(plans), options, call)
+        job = Job(cp, cp.transport_of(plans), options, call, seed, alibi_slopes)
         out, lse = _Attend.apply(job, q, k, v, key_bias, sink_logits)
     return (out, lse) if return_lse else out
+
+
+_ELSEWHERE = {
+    "causal": "causality belongs to the plan: Plan.dense(T, T, causal=True)",
+    "q_offset": "positions belong to the plan: Plan.dense(..., q_offset=...)",
+    "pair_bias": "a number for each pair of all tokens is on no rank; key_bias is one for each key",
+    "skip_below": "what a rank may skip is not known before all ranks' keys are seen: leave it out",
+    "return_block_max": "weights of a block are known after all ranks' keys are seen: leave it out",
+    "return_skipped": "nothing is skipped over ranks: leave it out",
+    "deterministic": "results over ranks are the same every time",
+}
 
 
 class _Swap(torch.autograd.Function):
@@ -250,8 +286,11 @@ def _over_heads(
     v: Tensor,
     plans: Sequence[Any],
     options: Softmax,
+    seed: Tensor | None,
+    *,
     key_bias: Tensor | None,
     sink_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Ulysses (arXiv 2309.14509): exchange tokens for heads over ranks, attend, and exchange back."""
     heads, world = q.shape[1], cp.world
@@ -265,17 +304,18 @@ def _over_heads(
     if key_bias is not None:
         wide = key_bias.repeat_interleave(heads // key_bias.shape[1], 1).expand(q.shape[0], -1, -1)
         key_bias = _Swap.apply(cp, wide[..., None], True, True)[..., 0]
-    out, lse = whole(
+    own = [None if x is None else x[..., first:last] for x in (sink_logits, alibi_slopes)]
+    out, lse, _ = softmax(
         _Swap.apply(cp, q, False, True),
         _Swap.apply(cp, k, True, True),
         _Swap.apply(cp, v, True, True),
+        key_bias,
+        own[0],
+        seed,
+        own[1],
+        None,
         tuple(of_heads(plan, first, last, heads) for plan in plans),
-        scale=options.scale,
-        softcap=options.softcap or None,
-        backend=options.backend or None,
-        key_bias=key_bias,
-        sink_logits=None if sink_logits is None else sink_logits[first:last],
-        return_lse=True,
+        options._replace(head=first),
     )
     return _Swap.apply(cp, out, False, False), _Swap.apply(cp, lse[..., None], False, False)[..., 0]
 

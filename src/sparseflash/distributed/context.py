@@ -271,9 +271,12 @@ class ContextParallel:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        options: Softmax,
+        seed: Tensor | None,
+        *,
         key_bias: Tensor | None,
         sink_logits: Tensor | None,
-        options: Softmax,
+        alibi_slopes: Tensor | None,
     ) -> int:
         """Check that all ranks make the same call, before any rank waits for another; gives the call number.
 
@@ -295,6 +298,8 @@ class ContextParallel:
             "key_bias": None if key_bias is None else [*key_bias.shape[:2], str(key_bias.dtype)],
             "sink_logits": sink_logits is not None,
             "options": options[:2],
+            "alibi_slopes": None if alibi_slopes is None else _digest([alibi_slopes]),
+            "dropout": (options.dropout, None if seed is None else int(seed)),
             "transport": self.transport,
             "gradients": torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         }

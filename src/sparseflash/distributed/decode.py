@@ -50,10 +50,13 @@ def decode(
     >>> torch.allclose(sf.distributed.decode(cp, q, k, v), sf.attention(q, k, v), atol=1e-6)
     True
     """
-    if options.get("sink_logits") is not None:
-        raise SparseFlashError(
-            "sink_logits= of decode over ranks: every rank would count them; merge them once"
-        )
+    known = ("scale", "softcap", "key_bias", "backend", "return_lse")
+    for name in options:
+        if name not in known:
+            raise SparseFlashError(
+                f"{name}= of decode over ranks: every rank would count it for itself, among the keys that it "
+                f"has; expected {', '.join(known)}"
+            )
     check_inputs(q, k, v)
     return_lse = options.pop("return_lse", False)
     with torch.no_grad():

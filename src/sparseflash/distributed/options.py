@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,10 @@ class Options(TypedDict, total=False):
     softcap: float | None
     key_bias: Tensor | None
     sink_logits: Tensor | None
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    dropout_seed: int | Tensor | None
+    out_dtype: torch.dtype | None
     backend: str | None
     return_lse: bool
     ctx: Mapping[str, Any] | None

@@ -1,27 +1,27 @@
 """Transports: bring keys and values to the queries of other ranks, and gradients back.
 
-A transport has two generators. `forward` yields (origin, keys of that rank) for every rank. `backward` yields
-the same, is sent the gradient for each, and returns the gradient of the rank's own keys. Messages are in
-flight while the consumer computes.
+A transport calls `compute(origin, keys)` for the keys of every rank; messages are in flight while it
+computes. In a backward `compute` returns the gradient of these keys (None: none). The transport sums
+gradients on their way to the owner, and returns those of the rank's own keys.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..plan import Plan
 from .layouts import Layout
 from .pairs import Pairs
 from .peers import Peers, Transfer
 
 Keys = tuple[Tensor, ...]
 """Keys, values and, if given, the bias; axis 2 is that of the tokens."""
-Walk = Generator[tuple[int, Keys], Keys | None, Keys]
+Compute = Callable[[int, Keys], Keys | None]
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,13 @@ class Ring:
     def __init__(self, inner: Peers, outer: Peers | None, layout: Layout, pairs: Pairs) -> None:
         self.inner, self.outer, self.layout, self.pairs = inner, outer, layout, pairs
 
-    def plans(self, origin: int) -> Any:
+    def plans(self, origin: int) -> Sequence[Plan]:
         """Plans over the keys of a rank."""
         return self.pairs.of(origin)
+
+    def tokens(self, origin: int) -> Tensor:
+        """Global token numbers of these keys."""
+        return self.layout.ranks[origin]
 
     def _places(self) -> tuple[int, int, int, int]:
         node, nodes = (0, 1) if self.outer is None else (self.outer.rank, self.outer.world)
@@ -106,80 +110,62 @@ class Ring:
         before, behind = (peers.rank - 1) % peers.world, (peers.rank + 1) % peers.world
         return taken, peers.start([(behind, message)], [(before, taken)])
 
-    def forward(self, keys: Keys) -> Iterator[tuple[int, Keys]]:
-        """Yield the keys of all ranks in turn."""
+    def run(self, keys: Keys, compute: Compute, wide: torch.dtype | None = None) -> Keys | None:
+        """Visit the keys of all ranks in turn; with `wide`, gradients of that dtype rotate behind them."""
         i, size, node, nodes = self._places()
-        packing = Packing.of(keys)
+        sizes, packing = self.layout.sizes, Packing.of(keys)
+        sums = None if wide is None else Packing.of(keys, wide)
         held = packing.pack(keys)
+        home: Coming = None  # gradients from the previous node
+        total = held[:0]
         for s in range(nodes):
-            of = (node - s) % nodes * size
-            coming = None
+            of, coming, back, message = (node - s) % nodes * size, None, None, held
             if s + 1 < nodes and self.outer is not None:
                 coming = self._pass(self.outer, packing, held, (node - s - 1) % nodes * size + i)
-            message = held
             for t in range(size):
-                origin, here = of + (i - t) % size, None
+                origin, behind, here = of + (i - t) % size, of + (i - t - 1) % size, None
                 if t + 1 < size:
-                    here = self._pass(self.inner, packing, message, of + (i - t - 1) % size)
-                yield origin, packing.unpack(message, self.layout.sizes[origin])
-                if here is not None:
-                    message, transfer = here
-                    transfer.wait()
-            if coming is not None:
-                held, transfer = coming
-                transfer.wait()
-
-    def backward(self, keys: Keys, wide: torch.dtype) -> Walk:
-        """Yield all ranks' keys again; their gradients rotate behind them until they reach their owner."""
-        i, size, node, nodes = self._places()
-        packing, sums = Packing.of(keys), Packing.of(keys, wide)
-        held = packing.pack(keys)
-        home: tuple[Tensor, Transfer] | None = None  # gradients from the previous node
-        for s in range(nodes):
-            of = (node - s) % nodes * size
-            coming = None
-            if s + 1 < nodes and self.outer is not None:
-                coming = self._pass(self.outer, packing, held, (node - s - 1) % nodes * size + i)
-            message = held
-            back: tuple[Tensor, Transfer] | None = None
-            for t in range(size):
-                origin, here = of + (i - t) % size, None
-                if t + 1 < size:
-                    here = self._pass(self.inner, packing, message, of + (i - t - 1) % size)
-                given = yield origin, packing.unpack(message, self.layout.sizes[origin])
-                total = _summed(sums, self.layout.sizes[origin], given, back)
-                if size > 1:
-                    back = self._pass(self.inner, sums, total, of + (i - t - 1) % size)
-                if here is not None:
-                    message, transfer = here
-                    transfer.wait()
-            if back is not None:
-                total, transfer = back
-                transfer.wait()
-            if home is not None:
-                before, transfer = home
-                transfer.wait()
-                total = (before.view(wide) + total.view(wide)).view(torch.uint8)
-            if nodes > 1 and self.outer is not None:
+                    here = self._pass(self.inner, packing, message, behind)
+                given = compute(origin, packing.unpack(message, sizes[origin]))
+                if sums is not None:
+                    total = _summed(sums, sizes[origin], given, back)
+                    back = self._pass(self.inner, sums, total, behind) if size > 1 else None
+                message = _arrived(here, message)
+            total = _arrived(back, total)
+            if wide is not None and home is not None:
+                total = _added(_arrived(home, total), total, wide)
+            if sums is not None and nodes > 1 and self.outer is not None:
                 home = self._pass(self.outer, sums, total, (node - s - 1) % nodes * size + i)
-            if coming is not None:
-                held, transfer = coming
-                transfer.wait()
-        if home is not None:
-            total, transfer = home
-            transfer.wait()
-        return sums.unpack(total, self.layout.sizes[node * size + i])
+            held = _arrived(coming, held)
+        total = _arrived(home, total)
+        return None if sums is None else sums.unpack(total, sizes[node * size + i])
 
 
-def _summed(sums: Packing, n: int, given: Keys | None, before: tuple[Tensor, Transfer] | None) -> Tensor:
+Coming = tuple[Tensor, Transfer] | None
+"""A message being received, and the transfer to wait for."""
+
+
+def _arrived(coming: Coming, before: Tensor) -> Tensor:
+    """The message received, once it is complete; `before` if none is on its way."""
+    if coming is None:
+        return before
+    coming[1].wait()
+    return coming[0]
+
+
+def _added(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """The sum of two messages, in place of the second."""
+    b.view(wide).add_(a.view(wide))
+    return b
+
+
+def _summed(sums: Packing, n: int, given: Keys | None, before: Coming) -> Tensor:
     """Sum of the gradients received (`before`) and given by this rank, as a message."""
-    wide = sums.dtypes[0]
     own = None if given is None else sums.pack(given)
     if before is None:
         return torch.zeros_like(sums.empty(n)) if own is None else own
-    message, transfer = before
-    transfer.wait()
-    return message if own is None else (message.view(wide) + own.view(wide)).view(torch.uint8)
+    came = _arrived(before, before[0])
+    return came if own is None else _added(came, own, sums.dtypes[0])
 
 
 class GroupCast:
@@ -192,9 +178,14 @@ class GroupCast:
         self.asked = {other: pairs.needs(other, rank).to(pairs.plans[0].device) for other in self.others}
         self.read = {other: len(pairs.needs(rank, other)) for other in self.others}
 
-    def plans(self, origin: int) -> Any:
+    def plans(self, origin: int) -> Sequence[Plan]:
         """Plans over the received keys of a rank."""
         return self.pairs.of(origin, read=origin != self.peers.rank)
+
+    def tokens(self, origin: int) -> Tensor:
+        """Global token numbers of these keys."""
+        own = self.layout.ranks[origin]
+        return own if origin == self.peers.rank else own[self.pairs.needs(self.peers.rank, origin)]
 
     def _cast(self, packing: Packing, keys: Keys) -> tuple[dict[int, Tensor], Transfer]:
         """Start sending the keys that others read, and receiving those read here."""
@@ -206,37 +197,32 @@ class GroupCast:
         ]
         return taken, self.peers.start(sent, list(taken.items()))
 
-    def forward(self, keys: Keys) -> Iterator[tuple[int, Keys]]:
-        """Yield the rank's own keys, then those it reads of each other rank."""
+    def run(self, keys: Keys, compute: Compute, wide: torch.dtype | None = None) -> Keys | None:
+        """Visit the rank's own keys, then those read of each other rank; gradients go directly back."""
         packing = Packing.of(keys)
         taken, coming = self._cast(packing, keys)
-        yield self.peers.rank, keys
+        own = compute(self.peers.rank, keys)
         coming.wait()
-        for other, message in taken.items():
-            yield other, packing.unpack(message, self.read[other])
-
-    def backward(self, keys: Keys, wide: torch.dtype) -> Walk:
-        """Yield the same again; gradients go directly to the ranks that own the keys."""
-        packing, sums = Packing.of(keys), Packing.of(keys, wide)
-        taken, coming = self._cast(packing, keys)
-        own = yield self.peers.rank, keys
+        found = {
+            other: compute(other, packing.unpack(message, self.read[other]))
+            for other, message in taken.items()
+        }
+        if wide is None:
+            return None
+        sums = Packing.of(keys, wide)
         total = tuple(
-            torch.zeros_like(x, dtype=wide) if given is None else given.to(wide, copy=True)
-            for x, given in zip(keys, own or [None] * len(keys))
+            torch.zeros_like(x, dtype=wide) if own is None else own[n].to(wide) for n, x in enumerate(keys)
         )
-        back: list[tuple[int, Tensor]] = []
-        coming.wait()
-        for other, message in taken.items():
-            given = yield other, packing.unpack(message, self.read[other])
-            n = self.read[other]
-            back.append((other, torch.zeros_like(sums.empty(n)) if given is None else sums.pack(given)))
+        back = [
+            (other, torch.zeros_like(sums.empty(self.read[other])) if given is None else sums.pack(given))
+            for other, given in found.items()
+        ]
         room = {other: sums.empty(len(which)) for other, which in self.asked.items() if len(which)}
         self.peers.start(back, list(room.items())).wait()
-        for other in self.others:  # in fixed order, so that sums are reproducible
-            if other in room:
-                which = self.asked[other]
-                for x, part in zip(total, sums.unpack(room[other], len(which))):
-                    x.index_add_(2, which, part)
+        for other, message in room.items():  # in fixed order, so that sums are reproducible
+            which = self.asked[other]
+            for x, part in zip(total, sums.unpack(message, len(which))):
+                x.index_add_(2, which, part)
         return total
 
 

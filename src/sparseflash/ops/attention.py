@@ -168,7 +168,7 @@ def _find(run: Any, kept: Any, slopes: Any, plans: Any, options: Softmax) -> Any
     return dq, dk, dv, *found
 
 
-_attention = register(
+softmax = register(
     "attention",
     _forward,
     _empty,
@@ -516,7 +516,7 @@ def attention(
         asked = options._replace(tile=tile, unit=unit)
         out, lse, peaks, _ = _with_peaks(q, k, v, key_bias, *beside, plans, asked)
         return (out, lse, peaks) if return_lse else (out, peaks)
-    out, lse, _ = _attention(q, k, v, key_bias, *beside, plans, options)
+    out, lse, _ = softmax(q, k, v, key_bias, *beside, plans, options)
     return (out, lse) if return_lse else out
 
 

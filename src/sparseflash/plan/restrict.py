@@ -79,8 +79,6 @@ def _run(tokens: Tensor | None) -> int | None:
 def _rules(rules: Rules, q: Tensor | None, k: Tensor | None) -> Rules:
     """Rules for the tokens that stay; all positions stay the same or shift by the same amount."""
     rules = rules.of(q, k)
-    if not rules.positional:
-        return rules
     made: Fields = {}
     first = 0 if k is None or rules.k_pos is not None else _run(k)
     if k is not None and first is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...numerics import Softmax, Statistics, dropout_bar, empty_like_layout
+from ...numerics import Numbers, Softmax, Statistics, dropout_bar, empty_like_layout
 from ...plan import Plan
 from ...records import Records
 from . import build, lists
@@ -88,6 +88,7 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    numbers: Numbers | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     skipped: Tensor | None = None,
@@ -104,8 +105,7 @@ def forward(
         lse.fill_(float("-inf"))
         if norm is not None:
             norm[0], norm[1] = float("-inf"), 0
-    if seed is not None:
-        drop(call, options, seed)
+    drop(call, options, seed, numbers, alive)
     if alibi_slopes is not None or pair_bias is not None:
         add(call, alibi_slopes, pair_bias, alive)
     call.out_dtype = CODES[out_dtype]
@@ -121,11 +121,18 @@ def forward(
     return out, lse, norm
 
 
-def drop(call: Call, options: Softmax, seed: Tensor | None) -> None:
+def drop(
+    call: Call, options: Softmax, seed: Tensor | None, numbers: Numbers | None, alive: list[Tensor]
+) -> None:
     """Set the dropout fields of a call, if there is a seed."""
-    if seed is not None:
-        call.dropout_seed, call.dropout_bar = int(seed), dropout_bar(options.dropout)
-        call.dropout_scale = 1 / (1 - options.dropout)
+    if seed is None:
+        return
+    call.dropout_seed, call.dropout_bar = int(seed), dropout_bar(options.dropout)
+    call.dropout_scale = 1 / (1 - options.dropout)
+    call.first_head = options.head
+    for name, own in zip(("q_number", "k_number"), numbers or ()):
+        alive.append(own.to(torch.int32).contiguous().view(1, 1, -1))
+        setattr(call, name, table(name, alive[-1], torch.int32, alive))
 
 
 def add(call: Call, alibi_slopes: Tensor | None, pair_bias: Tensor | None, alive: list[Tensor]) -> None:
@@ -215,6 +222,7 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
     seed: Tensor | None = None,
+    numbers: Numbers | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     dpair: Tensor | None = None,
@@ -222,7 +230,7 @@ def backward(
     """dq, dk, dv (of the input's dtype, or `grad_dtype`) and dbias [B,Hq,Tk] in fp32."""
     alive: list[Tensor] = []
     call = call_of(q, k, v, plan, options.scale, options.softcap, key_bias, alive)
-    drop(call, options, seed)
+    drop(call, options, seed, numbers, alive)
     add(call, alibi_slopes, pair_bias, alive)
     if dpair is not None:
         found = dpair if dpair.dim() == 4 else torch.zeros_like(dpair)

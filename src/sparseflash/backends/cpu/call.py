@@ -127,6 +127,7 @@ class Call(ctypes.Structure):
         + [("alibi", Table), ("pair", View), ("pair_dtype", ctypes.c_int32), ("dpair", ctypes.c_void_p)]
         + [("distance", Table), ("ddistance", ctypes.c_void_p)]
         + [("k_record", Record), ("v_record", Record)]
+        + [("q_number", Table), ("k_number", Table), ("first_head", ctypes.c_int64)]
     )
 
 

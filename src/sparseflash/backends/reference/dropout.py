@@ -8,7 +8,9 @@ head: the costly part is linear in the tokens. A pair has the number
 
 and is dropped where u < p * 2^32. Along a row u is one-to-one in a key's word c, along a column in a query's
 word r, so the pairs of a row, and those of a column, are as independent as Philox's words are. Tokens are
-numbered as in the tensors that the caller passes: the order of rows, tiles and lists makes no difference.
+numbered as in the tensors that the caller passes: the order of rows, tiles and lists makes no difference. A
+caller that holds some tokens of many passes their `Numbers` (`numerics`), and drops what one that holds all
+of them would drop.
 """
 
 from __future__ import annotations
@@ -36,20 +38,20 @@ def philox(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     return [a, b, c, d]
 
 
-def words(seed: Tensor, token: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Compute two words for each token `[B,H,n]` of one side: QUERIES or KEYS."""
+def words(seed: Tensor, token: Tensor, side: int, head: int = 0) -> tuple[Tensor, Tensor]:
+    """Compute two words for each token `[B,H,n]` of one side (QUERIES or KEYS), of heads from `head` on."""
     B, H, _ = token.shape
     batch = torch.arange(B, device=token.device)[:, None, None].expand_as(token)
-    head = torch.arange(H, device=token.device)[:, None].expand_as(token)
+    heads = (head + torch.arange(H, device=token.device))[:, None].expand_as(token)
     seed = seed.to(token.device)
-    counter = [token.long() & WORD, head, batch, torch.full_like(head, side)]
+    counter = [token.long() & WORD, heads, batch, torch.full_like(heads, side)]
     first, second, *_ = philox(counter, [seed & WORD, seed >> 32 & WORD])
     return first, second
 
 
-def left(seed: Tensor, bar: int, query: Tensor, key: Tensor) -> Tensor:
+def left(seed: Tensor, bar: int, query: Tensor, key: Tensor, head: int = 0) -> Tensor:
     """True where the pair of query token `[B,H,n]` and key token `[B,H,m]` is kept: bool `[B,H,n,m]`."""
-    (r, s), (c, d) = words(seed, query, QUERIES), words(seed, key, KEYS)
+    (r, s), (c, d) = words(seed, query, QUERIES, head), words(seed, key, KEYS, head)
     x = (r[..., None] ^ c[..., None, :]) * M0 & WORD
     x = (x ^ x >> 16 ^ s[..., None] ^ d[..., None, :]) * M1 & WORD
     return x >= bar

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...numerics import (
     NEVER,
+    Numbers,
     Softmax,
     Statistics,
     bends,
@@ -59,9 +60,12 @@ def _weights(x: Tensor, norm: Tensor, unit: float, seen: Tensor) -> Tensor:
     return x.sub_(top).mul_(unit).sub_(rest).exp_().masked_fill_(~(seen & (top > NEVER)), 0)
 
 
-def _factor(seed: Tensor, options: Softmax, view: TileView, like: Tensor) -> Tensor:
+def _factor(seed: Tensor, options: Softmax, numbers: Numbers | None, view: TileView, like: Tensor) -> Tensor:
     """Dropout's factor of each weight of a tile: 0, or one over the share that is kept."""
-    keep = dropout.left(seed, dropout_bar(options.dropout), view.q_token, view.k_token)
+    q, k = view.q_token, view.k_token
+    if numbers is not None:
+        q, k = (own.to(x.device)[x.clamp(min=0)] for x, own in zip((q, k), numbers))
+    keep = dropout.left(seed, dropout_bar(options.dropout), q, k, options.head)
     return keep.to(like.dtype) / (1 - options.dropout)
 
 
@@ -105,6 +109,7 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    numbers: Numbers | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     skipped: Tensor | None = None,
@@ -143,7 +148,7 @@ def forward(
         total = p.sum(-1)
         rest = torch.where(total > 0, total, 1).log()
         if seed is not None:
-            p = p * _factor(seed, options, view, p)
+            p = p * _factor(seed, options, numbers, view, p)
         queries.write(out, p @ values.read(v, work, seen) / total.clamp(min=1)[..., None])
         queries.write(lse, (top.double() * unit + rest).to(work))
         queries.write(norm[0], top)
@@ -183,6 +188,7 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
     seed: Tensor | None = None,
+    numbers: Numbers | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     dpair: Tensor | None = None,
@@ -219,7 +225,7 @@ def backward(
         if seed is None:
             ds = p * (of_weights - level[..., None])
         else:
-            factor = _factor(seed, options, view, p)
+            factor = _factor(seed, options, numbers, view, p)
             ds = p * (of_weights * factor - level[..., None])
             p = p * factor
         values.add(dv, p.transpose(-1, -2) @ do)

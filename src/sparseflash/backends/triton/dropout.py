@@ -55,13 +55,17 @@ def stays(D, token, some):
 
 
 @triton.jit
-def words_kernel(SEED, WORDS, H, T, side, BLOCK: tl.constexpr):
+def words_kernel(SEED, WORDS, NUMBERS, H, T, side, head, NUMBERED: tl.constexpr, BLOCK: tl.constexpr):
     """Compute the words of BLOCK tokens of one head."""
     blocks = (T + BLOCK - 1) // BLOCK
     bh = tl.program_id(0) // blocks
     token = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     zero = token * 0
-    first, second, _, _ = tl.philox(tl.load(SEED), token, zero + bh % H, zero + bh // H, zero + side)
+    number = token
+    if NUMBERED:
+        number = tl.load(NUMBERS + token, mask=token < T, other=0)
+    of_head = zero + bh % H + head
+    first, second, _, _ = tl.philox(tl.load(SEED), number, of_head, zero + bh // H, zero + side)
     if side == 0:  # XORs every pair's draw with 2^31: it is then compared as a signed number
         second = second ^ 0x80000000
     at = WORDS + 2 * (bh.to(tl.int64) * T + token)
@@ -69,10 +73,15 @@ def words_kernel(SEED, WORDS, H, T, side, BLOCK: tl.constexpr):
     tl.store(at + 1, second.to(tl.int32, bitcast=True), mask=token < T)
 
 
-def words(seed: Tensor, B: int, H: int, T: int, side: int) -> Tensor:
-    """The words of all tokens of a side, int32 [B,H,T,2]."""
+def words(
+    seed: Tensor, B: int, H: int, T: int, side: int, numbers: Tensor | None = None, head: int = 0
+) -> Tensor:
+    """The words of all tokens of a side, int32 [B,H,T,2], by their numbers, of heads from `head` on."""
     made = torch.empty((B, H, T, 2), dtype=torch.int32, device=seed.device)
     programs = B * H * -(-T // BLOCK)
     if programs:
-        words_kernel[(programs,)](seed, made, H, T, side, BLOCK=BLOCK)
+        own = seed if numbers is None else numbers.to(seed.device, torch.int32).contiguous()
+        words_kernel[(programs,)](
+            seed, made, own, H, T, side, head, NUMBERED=numbers is not None, BLOCK=BLOCK
+        )
     return made

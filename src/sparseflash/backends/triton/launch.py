@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ...errors import BackendError
-from ...numerics import bends, dropout_bar, unit_of
+from ...numerics import Numbers, Softmax, bends, dropout_bar, unit_of
 from ...plan import Plan, lists
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
@@ -219,12 +219,16 @@ class Arguments:
             "BIAS": key_bias is not None, "SOFTCAP": softcap != 0,
         }  # fmt: skip
 
-    def drop(self, share: float, seed: Tensor | None) -> None:
+    def drop(self, options: Softmax, seed: Tensor | None, numbers: Numbers | None = None) -> None:
         """Add dropout of this share of the weights, if there is a seed."""
         if seed is None:
             return
         (B, H, Tq, _), Tk = self.q.shape, self.named["N"].Tk
-        made = {"queries": words(seed, B, H, Tq, QUERIES), "keys": words(seed, B, H, Tk, KEYS)}
+        share, own = options.dropout, numbers or (None, None)
+        made = {
+            "queries": words(seed, B, H, Tq, QUERIES, own[0], options.head),
+            "keys": words(seed, B, H, Tk, KEYS, own[1], options.head),
+        }
         self.named["DRAW"] = self.named["DRAW"]._replace(
             **made, bar=dropout_bar(share) - 2**31, kept=1 / (1 - share)
         )

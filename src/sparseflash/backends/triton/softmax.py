@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendError
-from ...numerics import NEVER, Softmax, empty_like_layout, over_plans, unit_of
+from ...numerics import NEVER, Numbers, Softmax, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.options import TILE
 from ...plan.record import FLAT
@@ -82,6 +82,7 @@ def forward(
     out_dtype: torch.dtype,
     normed: bool,
     seed: Tensor | None = None,
+    numbers: Numbers | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     skipped: Tensor | None = None,
@@ -94,7 +95,7 @@ def forward(
     out, lse, norm = empty_results(q, plan, v.shape[-1], out_dtype)
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.check_registers("results", WHOLE)
-    a.drop(options.dropout, seed)
+    a.drop(options, seed, numbers)
     a.lean(alibi_slopes)
     results = {"OUT": view(out), "LSE": lse, "TOP": norm[0], "REST": norm[1]}
     a.named |= results | {"DOUT": view(out), "DELTA": lse}
@@ -182,6 +183,7 @@ def backward(
     key_bias: Tensor | None,
     grad_dtype: torch.dtype | None,
     seed: Tensor | None = None,
+    numbers: Numbers | None = None,
     alibi_slopes: Tensor | None = None,
     pair_bias: Tensor | None = None,
     dpair: Tensor | None = None,
@@ -197,7 +199,7 @@ def backward(
     a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias)
     a.check_whole("gradients")
     a.check_registers("gradients", 256)
-    a.drop(options.dropout, seed)
+    a.drop(options, seed, numbers)
     a.lean(alibi_slopes)
     norm = norm.float().contiguous()
     delta = delta.float().contiguous()

@@ -66,6 +66,8 @@ struct SfCall {
     SfTable distance;   // float [B|1,H,Tq+Tk-1] or null: a bias by distance; entry query - key + Tk - 1 is added
     float *ddistance;   // [B,Hq,Tq+Tk-1] or null: the gradient of `distance` is added to it
     SfRecord k_record, v_record;  // decode only
+    SfTable q_number, k_number;   // int32 [1,1,Tq] and [1,1,Tk] or null: token numbers for dropout; null: their indices
+    int64_t first_head;           // number of head 0, for dropout
 };
 
 // Decoding: one softmax over several plans. The calls differ in their plan alone; results go to those of the first call.

@@ -111,6 +111,7 @@ bool ok(const SfCall &c, Kind kind) {
     const bool whole_softmax = softmax && (kind == FORWARD || kind == BACKWARD);
     if ((c.dropout_bar || c.alibi.data || c.pair.data || c.distance.data) && !whole_softmax) return false;
     if (c.dropout_bar && !fits({c.B, c.Hq, c.Tk, 2})) return false;
+    if (!table_ok(c.q_number, c, 1, c.Tq) || !table_ok(c.k_number, c, 1, c.Tk) || c.first_head < 0) return false;
     if (!softmax && (kind == STATS || kind == DECODE || c.key_bias.data || c.dbias || c.softcap != 0)) return false;
     const bool stick = kind >= STICK_FORWARD, again = kind == STICK_BACKWARD;  // which reads no results of the forward
     if (stick && (!softmax || c.softcap != 0 || c.key_bias.data || c.dbias)) return false;

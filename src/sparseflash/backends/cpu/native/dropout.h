@@ -52,7 +52,7 @@ struct Dropout {
                 int64_t token[BQ];
                 uint32_t first[BQ], second[BQ];
                 const int n = (int)least<int64_t>(BQ, end - t0);
-                for (int j = 0; j < BQ; j++) token[j] = t0 + j;
+                for (int j = 0; j < BQ; j++) token[j] = number(c.k_number, t0 + least(j, n - 1));
                 make_words(token, head / c.Hq, head % c.Hq, 1, first, second);
                 for (int j = 0; j < n; j++) to[2 * (t0 + j)] = first[j], to[2 * (t0 + j) + 1] = second[j];
             }
@@ -63,7 +63,9 @@ struct Dropout {
     // The queries' second words are XORed with 2^31. So is then every pair's draw (it is multiplied by an odd number): a signed
     // comparison, which every level has, orders the draws as an unsigned one would.
     void of_queries(const Queries &q, int64_t b, int64_t h, uint32_t *r, uint32_t *s) const {
-        make_words(q.token, b, h, 0, r, s);
+        int64_t token[BQ];
+        for (int i = 0; i < BQ; i++) token[i] = number(c.q_number, q.token[i]);
+        make_words(token, b, h, 0, r, s);
         for (int i = 0; i < BQ; i++) s[i] ^= 1u << 31;
     }
     void of_keys(const Rules &rules, const Chunk &k, int64_t b, int64_t h, uint32_t *first, uint32_t *second) const {
@@ -81,10 +83,14 @@ struct Dropout {
     }
 
   private:
+    // Token number for the draw; an empty lane, token -1, may read any.
+    static int64_t number(const SfTable &numbers, int64_t token) {
+        return numbers.data ? ((const int32_t *)numbers.data)[most<int64_t>(token, 0)] : token;
+    }
     // First two words of Philox4x32-10 for BQ tokens.
     void make_words(const int64_t *token, int64_t b, int64_t h, uint32_t side, uint32_t *first, uint32_t *second) const {
         uint32_t x[4][BQ], key[2] = {(uint32_t)c.dropout_seed, (uint32_t)((uint64_t)c.dropout_seed >> 32)};
-        for (int i = 0; i < BQ; i++) x[0][i] = (uint32_t)token[i], x[1][i] = (uint32_t)h, x[2][i] = (uint32_t)b, x[3][i] = side;
+        for (int i = 0; i < BQ; i++) x[0][i] = (uint32_t)token[i], x[1][i] = (uint32_t)(c.first_head + h), x[2][i] = (uint32_t)b, x[3][i] = side;
         for (int round = 0; round < 10; round++) {
             for (int i = 0; i < BQ; i++) {
                 const uint64_t y = (uint64_t)x[0][i] * MIX[0], z = (uint64_t)x[2][i] * MIX[1];
