@@ -48,7 +48,7 @@ class Job(NamedTuple):
     alibi_slopes: Tensor | None
 
     def over(self, phase: str, keys: Keys, compute: Callable[..., Keys | None], wide: Any = None) -> Any:
-        """Call `compute(k, v, plan, **how)` for each plan over the keys of each rank; return sums of own keys."""
+        """Call `compute(k, v, plan, **how)` for each plan over the keys of each rank; return own sums."""
         steps = itertools.count()
 
         def of_rank(origin: int, keys: Keys) -> Keys | None:
