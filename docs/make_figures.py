@@ -19,7 +19,7 @@ from pathlib import Path
 from sparseflash import fusion
 from sparseflash.bench import board, figures
 from sparseflash.bench.results import read
-from sparseflash.files import write
+from sparseflash.common.files import write
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -840,8 +840,7 @@ def imports() -> str:
     assert spec is not None and spec.loader is not None
     held = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(held)
-    there = {part for part in held.MAY_IMPORT if (held.PACKAGE / part).is_dir()}
-    there |= {path.stem for path in held.PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    there = {part for part in held.MAY_IMPORT if part not in ("__init__", "__main__")}
     below = {
         part: {x for x in held.MAY_IMPORT[part] if x in there} - {part}
         for part in sorted(there)
@@ -853,9 +852,11 @@ def imports() -> str:
 
     arrows = [(x, part) for part, own in below.items() for x in sorted(own - set().union(*map(under, own)))]
     programs = sorted(part for part in there if part not in below)
-    tops = sorted(set(below) - {x for x, _ in arrows} - {"_moved"})
-    lines = [f"  {x} --> {part}" for x, part in sorted(arrows)]
-    lines += [f'  {part} --> programs["{", ".join(programs)}"]' for part in tops]
+    tops = sorted(set(below) - {x for x, _ in arrows})
+    node = {part: part.replace(".", "_") for part in below}
+    lines = [f'  {node[part]}["{part}"]' for part in sorted(below) if node[part] != part]
+    lines += [f"  {node[x]} --> {node[part]}" for x, part in sorted(arrows)]
+    lines += [f'  {node[part]} --> programs["{", ".join(programs)}"]' for part in tops]
     return "```mermaid\ngraph LR\n" + "\n".join(lines) + "\n```"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from sparseflash import methods
-from sparseflash.cli import app
+from sparseflash.__main__ import app
 
 DOCS = Path(__file__).parent
 PICTURES = [

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparseflash.files import write
+from sparseflash.common.files import write
 
 FOLDER = Path(__file__).parent / "tutorials"
 

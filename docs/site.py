@@ -23,7 +23,14 @@ OPS = (
     "muse_attention", "attention_quantised", "attention_backward", "attention_stats", "recall", "merge",
     "indexer_topk", "indexer_kl_loss", "t5_buckets",
 )  # fmt: skip
-ROOMS = ("selection", "cache", "calibrate", "distributed", "compat.flash_attn", "compat.flex_attention")
+ROOMS = (
+    "selection",
+    "cache",
+    "selection.calibrate",
+    "distributed",
+    "compat.flash_attn",
+    "compat.flex_attention",
+)
 
 
 def _reference() -> dict[str, str]:

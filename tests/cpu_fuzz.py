@@ -16,7 +16,7 @@ import torch
 import plans
 import sparseflash as sf
 from sparseflash.backends import cpu
-from sparseflash.numerics import Softmax, Statistics
+from sparseflash.backends.numerics import Softmax, Statistics
 
 WIDE = ("span_start", "start", "bits_start")
 INTS = (

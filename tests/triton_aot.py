@@ -31,8 +31,8 @@ from triton.runtime.jit import JITFunction
 
 from sparseflash import BackendError, Plan
 from sparseflash.backends import triton as backend
+from sparseflash.backends.numerics import Linear, Softmax, Statistics, Stick
 from sparseflash.backends.triton import blocks, softmax
-from sparseflash.numerics import Linear, Softmax, Statistics, Stick
 
 GOLDEN = Path(__file__).with_suffix(".csv")
 KIB = 1024

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseflash.bench.machine import cpu_name
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from .pairs import SIDES, Case, compare
 from .trees import commit_of, older, this

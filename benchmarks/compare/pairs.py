@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseflash.bench.timing import Box, Timing
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 SIDES = ("old", "new", "new again")
 

@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from . import ROOT
 

@@ -20,7 +20,7 @@ import sparseflash as sf
 from sparseflash.bench.cases import DTYPES, forward_backward
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import GPT, Corpus, TrainConfig
 from sparseflash.train.attention import Attention, dense
 

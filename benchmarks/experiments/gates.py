@@ -15,7 +15,7 @@ from torch import Tensor
 import sparseflash as sf
 from sparseflash.bench import capture, distill
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.integrations.transformers import load
 from sparseflash.selection import Grid, tile_mass, top_k
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sparseflash.backends.cpu import build
 from sparseflash.bench.machine import describe
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from . import ROOT
 from .kernels import Shape, causal, measure

@@ -11,7 +11,7 @@ import torch
 import sparseflash as sf
 from sparseflash.bench.prompts import CHUNK
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.integrations.transformers import load
 
 CASES = ("plain", "yarn", "dual-chunk-attention")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
-from sparseflash.files import no_file
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.common.files import no_file
 from sparseflash.train import GPT, TrainConfig
 
 ATTENTIONS: dict[str, tuple[str, dict[str, Any]]] = {

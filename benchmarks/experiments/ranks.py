@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 import sparseflash as sf
 from sparseflash import Plan
 from sparseflash.bench.results import Row
-from sparseflash.costs import Costs, features, fit, machine
 from sparseflash.distributed import Layout, Links, balance, readers, simulate
 from sparseflash.distributed.pairs import Pairs
+from sparseflash.ops.costs import Costs, features, fit, machine
 from sparseflash.plan.figures import visited_area
 
 LAYOUTS = ("contiguous", "zigzag", "striped", "auto")

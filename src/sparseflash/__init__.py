@@ -3,20 +3,23 @@
 import importlib
 from typing import Any
 
-from . import _moved, backends, cache, calibrate, distributed, methods, nn, records, selection
-from .costs import predict
-from .dispatch import backend_status
-from .errors import BackendError, PlanError, RankError, SparseFlashError
+from . import backends, cache, distributed, methods, nn, selection
+from .backends import records
+from .backends.dispatch import backend_status
+from .common import moved
+from .common.errors import BackendError, PlanError, RankError, SparseFlashError
 from .methods.hash_sparse import hash_sparse_attention
 from .methods.qk_sparse import qk_sparse_attention
 from .nn.muse import muse_attention
 from .ops.attention import attention, attention_backward
+from .ops.costs import predict
 from .ops.decode import decode
 from .ops.indexer import indexer_topk
 from .ops.indexer_loss import indexer_kl_loss
 from .ops.jagged import jagged_attention, jagged_pool
 from .ops.linear import linear_attention
 from .ops.merge import merge
+from .ops.packing import PackingCollator, cu_seqlens_of
 from .ops.pointwise import pointwise_attention
 from .ops.quantised import attention_quantised
 from .ops.recall import recall
@@ -25,8 +28,8 @@ from .ops.scan import scan
 from .ops.stats import attention_stats
 from .ops.stick_breaking import stick_breaking
 from .ops.varlen import attention_varlen
-from .packing import PackingCollator, cu_seqlens_of
 from .plan import Plan, Plans
+from .selection import calibrate
 
 __version__ = "0.1.0"
 
@@ -40,13 +43,13 @@ def __getattr__(name: str) -> Any:
     if name == "compat":
         return importlib.import_module("sparseflash.compat")
     if name == "explain":
-        _moved.warn("sparseflash.explain", "sparseflash.predict")
+        moved.warn("sparseflash.explain", "sparseflash.predict")
         return predict
     raise AttributeError(f"module 'sparseflash' has no attribute {name!r}")
 
 
-_moved.install()
-_moved.callable_once(backends, "sparseflash.backends()", "sparseflash.backend_status()", backend_status)
+moved.install()
+moved.callable_once(backends, "sparseflash.backends()", "sparseflash.backend_status()", backend_status)
 
 __all__ = [
     "BackendError",

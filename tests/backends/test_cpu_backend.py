@@ -18,7 +18,7 @@ import harness
 import sparseflash as sf
 from harness import peak_memory
 from sparseflash.backends import cpu
-from sparseflash.numerics import Softmax
+from sparseflash.backends.numerics import Softmax
 
 pytestmark = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

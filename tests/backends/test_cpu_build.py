@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash import files
 from sparseflash.backends import cpu
 from sparseflash.backends.cpu import build
+from sparseflash.common import files
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler here")
 PORTABLE = [build.LEVELS["portable"]]

@@ -13,7 +13,7 @@ import sparseflash as sf
 from harness import same_bits
 from sparseflash.backends import cpu
 from sparseflash.backends.cpu.call import Call, Decode
-from sparseflash.numerics import Softmax
+from sparseflash.backends.numerics import Softmax
 
 pytestmark = pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 REFUSED = 3

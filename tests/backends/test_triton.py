@@ -133,7 +133,7 @@ def test_the_check_of_a_card_is_the_same_in_whatever_mode_it_is_asked_for(mode):
 
 
 def test_a_card_is_checked_once_and_then_trusted_without_being_asked_for(card, monkeypatch):
-    from sparseflash import dispatch
+    from sparseflash.backends import dispatch
     from sparseflash.backends.triton import trust
 
     assert "not checked on this card yet" in trust.standing()
@@ -154,7 +154,7 @@ def test_a_card_is_checked_once_and_then_trusted_without_being_asked_for(card, m
 
 
 def test_a_card_that_fails_is_left_alone_with_a_word(card, monkeypatch):
-    from sparseflash import dispatch
+    from sparseflash.backends import dispatch
     from sparseflash.backends.triton import trust
 
     card.found = "dq of dense: off by 3"

@@ -12,7 +12,7 @@ from sparseflash.bench import curves, machine, results
 from sparseflash.bench.cases import Case, Compacted, Naive, forward_backward, inputs
 from sparseflash.bench.quality import Dense
 from sparseflash.bench.timing import Box, interleave, predict
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods import HashSparse, QKSparse
 from sparseflash.train import Corpus
 from sparseflash.train.attention import dense

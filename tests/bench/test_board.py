@@ -11,8 +11,8 @@ pytest.importorskip("typer")
 import transformers as hf
 from typer.testing import CliRunner
 
+from sparseflash.__main__ import app
 from sparseflash.bench import board, page, prompts, results, tasks
-from sparseflash.cli import app
 from transformer_models import byte_tokenizer
 
 

@@ -10,7 +10,7 @@ import torch
 import sparseflash as sf
 from harness import inputs
 from sparseflash import SparseFlashError
-from sparseflash.calibrate import Profile, search
+from sparseflash.selection.calibrate import Profile, search
 
 NEAR, FAR = {"method": "window", "window": 9}, {"method": "sink-window", "window": 5, "sink_tokens": 3}
 PROFILE = Profile.of("a model", {0: [NEAR, NEAR, FAR, {"method": "dense"}], 4: [FAR] * 4})

@@ -8,7 +8,7 @@ pytest.importorskip("safetensors")
 
 import sparseflash as sf
 from sparseflash.bench import capture, harness, needles, quality
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import GPT, TrainConfig, checkpoint
 
 

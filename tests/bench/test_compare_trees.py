@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparseflash.bench.timing import Timing
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="benchmarks/ is not here")

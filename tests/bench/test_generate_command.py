@@ -11,8 +11,8 @@ pytest.importorskip("typer")
 import transformers
 from typer.testing import CliRunner
 
+from sparseflash.__main__ import app
 from sparseflash.bench import generate
-from sparseflash.cli import app
 from transformer_models import byte_tokenizer
 
 

@@ -9,7 +9,7 @@ from benchmarks.experiments import mqar
 from benchmarks.experiments.claim.rows import unfinished
 from benchmarks.experiments.layers import accelerator, extrapolation, pooling, recall, routing, times, weights
 from sparseflash.bench.results import cell
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus
 
 TEXT = Corpus([b"".join(b"line %d of a text, with %d changes.\n" % (i, i * i % 97) for i in range(2000))])

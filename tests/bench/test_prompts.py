@@ -14,10 +14,10 @@ pytest.importorskip("typer")
 import transformers as hf
 from typer.testing import CliRunner
 
+from sparseflash.__main__ import app
 from sparseflash.bench import capture, prompts, recommend, results
 from sparseflash.bench.timing import Timing
-from sparseflash.calibrate import Profile
-from sparseflash.cli import app
+from sparseflash.selection.calibrate import Profile
 from transformer_models import byte_tokenizer
 
 WINDOW = sf.methods.SinkWindow(window=24)

@@ -10,7 +10,7 @@ pytest.importorskip("safetensors")
 
 from sparseflash.bench import chart
 from sparseflash.bench.report import Drawing, Result, Run, comparison, render, verdict, write
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Row
 
 

@@ -25,7 +25,7 @@ from sparseflash.cache import (
     StreamingLLM,
     Threshold,
 )
-from sparseflash.rotary import turned
+from sparseflash.ops.rotary import turned
 
 POLICIES = [
     Threshold(24, recent=4, share=0.8),

@@ -9,7 +9,7 @@ import sparseflash as sf
 import tolerance
 from sparseflash import SparseFlashError
 from sparseflash.backends import cpu
-from sparseflash.records import Form, Records, pack
+from sparseflash.backends.records import Form, Records, pack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = [(0.7, False), (0.5, False), (0.0, False), (0.0, True), (0.7, True), (0.99, False)]

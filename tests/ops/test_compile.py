@@ -14,8 +14,8 @@ import sparseflash as sf
 from cases import CASES
 from harness import BACKENDS, EACH, inputs, randn, run, same_bits
 from sparseflash import Plan
+from sparseflash.backends.numerics import Softmax
 from sparseflash.methods.base import Selection
-from sparseflash.numerics import Softmax
 from sparseflash.plan.flat import flatten_all
 
 T = 65

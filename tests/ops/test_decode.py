@@ -10,7 +10,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, EVERY, FAST, MAIN, inputs, run, same_bits
 from sparseflash import Plan, PlanError, SparseFlashError
-from sparseflash.numerics import Softmax
+from sparseflash.backends.numerics import Softmax
 
 
 def decode(q, k, v, plan=None, **options):

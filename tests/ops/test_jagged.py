@@ -8,8 +8,8 @@ import torch
 import plans
 import sparseflash as sf
 from harness import BACKENDS, EACH, peak_memory, randn, same_bits
+from sparseflash.backends.numerics import dropout_bar
 from sparseflash.backends.reference.dropout import left
-from sparseflash.numerics import dropout_bar
 
 LENGTHS = (0, 1, 31, 32, 0, 33, 64)
 LONGEST = 40

@@ -11,7 +11,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, FAST, inputs, randn, run
 from sparseflash import Plan
-from sparseflash.numerics import SMALLEST_UNIT
+from sparseflash.backends.numerics import SMALLEST_UNIT
 
 T = 96
 CAUSAL = Plan.dense(T, T, causal=True)

@@ -9,7 +9,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, FAST, inputs, randn, same_bits
 from sparseflash import Plan, SparseFlashError
-from sparseflash.numerics import state_dtype
+from sparseflash.backends.numerics import state_dtype
 
 CUTS = (0, 1, 40, 40, 97, 193)
 """Where the keys of 193 are cut: a lone one, none at all, and odd numbers of them."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.selection import Grid, pooled, top_k
 
 OFFSETS = (0, 500, 512, torch.tensor([3, -40]), torch.tensor(7))

@@ -10,9 +10,8 @@ import torch
 
 import sparseflash as sf
 from harness import unseen, watched
-from sparseflash import numerics
-from sparseflash.backends import cpu, reference
-from sparseflash.errors import SparseFlashError
+from sparseflash.backends import cpu, numerics, reference
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.selection import Grid, above, probe, running_kth, share, tile_mass, top_indices, top_k, top_p
 from test_selection import OFFSETS, blocks, keep_of, oracle_order, pairs, scores
 
@@ -481,7 +480,7 @@ def test_the_c_entry_refuses_what_does_not_fit(entry):
 def test_lists_of_a_changed_k_are_refused_by_the_entry():
     """A k that is larger than the room that was announced would be written out of bounds."""
     from sparseflash.backends.cpu import selection as native
-    from sparseflash.numerics import Running
+    from sparseflash.backends.numerics import Running
 
     x = torch.zeros(2, 9)
     with pytest.raises(ValueError, match="sf_running"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.selection import Grid, grid_order, kmeans
 from test_selection import keep_of
 

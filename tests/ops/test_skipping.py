@@ -12,7 +12,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, inputs, randn
 from sparseflash import Plan, SparseFlashError
-from sparseflash.numerics import Softmax
+from sparseflash.backends.numerics import Softmax
 from sparseflash.plan.flat import flatten_all
 
 SAME = [name for name in BACKENDS if name != "triton"]

@@ -10,7 +10,7 @@ import sparseflash as sf
 import tolerance
 from harness import BACKENDS, EACH, inputs, peak_memory, randn, run, same_bits
 from sparseflash import Plan
-from sparseflash.numerics import Statistics, norm_of
+from sparseflash.backends.numerics import Statistics, norm_of
 from sparseflash.plan.flat import flatten
 
 OVER = ("key", "row", "entry", "diagonal", "block")

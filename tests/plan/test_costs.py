@@ -9,8 +9,8 @@ pytest.importorskip("safetensors")
 
 import sparseflash as sf
 from sparseflash.bench import breakeven
-from sparseflash.costs import TERMS, Costs, features, fit, machine, predict
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.ops.costs import TERMS, Costs, features, fit, machine, predict
 
 
 @pytest.fixture(autouse=True)

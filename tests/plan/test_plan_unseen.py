@@ -13,7 +13,7 @@ import plans
 import sparseflash as sf
 from harness import unseen, watched
 from sparseflash import Plan, methods
-from sparseflash.numerics import Softmax, Stick
+from sparseflash.backends.numerics import Softmax, Stick
 from sparseflash.plan.transpose import transpose_spans, transpose_units
 from sparseflash.selection.orders import _draw_planes
 from test_plan import _readers, _span_visits, _unit_visits

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
 from sparseflash import methods
-from sparseflash.cli import app
+from sparseflash.__main__ import app
 
 
 @pytest.mark.parametrize("ending, begins", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("txt", b"Plan(")])

@@ -14,10 +14,12 @@ pytest.importorskip("safetensors")
 
 import sparseflash as sf
 from benchmarks.experiments.commands import experiments
-from sparseflash import cli, methods, options
+from sparseflash import __main__ as cli
+from sparseflash import methods
 from sparseflash.bench import demo, harness, results
 from sparseflash.bench.commands import app as bench_app
 from sparseflash.bench.commands import methods as bench_methods
+from sparseflash.bench.commands import options
 from sparseflash.train import TrainConfig
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.experiments import pixels
 from sparseflash.bench import capture, compare, figures, results
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer, checkpoint, log
 from sparseflash.train.data import load
 from sparseflash.train.errors import TrainError
@@ -254,6 +254,6 @@ def test_the_command_says_so_in_one_line_and_at_once(run, tmp_path):
     bad = edited(run, tmp_path, step=-1)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for arguments in (["--data", pipe, "--out", tmp_path / "new"], ["--resume", "--out", bad]):
-        command = [sys.executable, "-m", "sparseflash.cli", "train", *map(str, arguments)]
+        command = [sys.executable, "-m", "sparseflash", "train", *map(str, arguments)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 
 import plans
 import sparseflash as sf
-from sparseflash import Plan, PlanError, SparseFlashError, dispatch
+from sparseflash import Plan, PlanError, SparseFlashError
+from sparseflash.backends import dispatch
 
 Q = torch.randn(2, 4, 33, 16)
 K = torch.randn(2, 2, 33, 16)

@@ -20,7 +20,7 @@ from sparseflash.bench import (
     results,
     subjects,
 )
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train.attention import dense
 
 

@@ -12,36 +12,29 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "sparseflash"
 
 # Each part of the package, and every part it may import. What is not listed here may not exist: a new file
 # takes its place in the picture of docs/design.md first. `*` stands for all.
-CORE = ("errors", "files", "plan")
-OPS = (*CORE, "numerics", "records", "dispatch", "ops")
-METHOD = (*OPS, "selection", "cache", "calibrate", "rotary", "methods")
+CORE = ("common", "plan")
+SHARED = ("backends.numerics", "backends.records")
+OPS = (*CORE, *SHARED, "backends.dispatch", "ops")
+METHOD = (*OPS, "selection", "cache", "methods")
 MAY_IMPORT = {
-    "errors": (),
-    "files": (),
-    "plan": ("errors", "files"),
-    "numerics": CORE,
-    "records": ("errors",),
-    "backends": (*CORE, "numerics", "records"),
+    "common": (),
+    "plan": ("common",),
+    "backends.numerics": CORE,
+    "backends.records": ("common",),
+    "backends": (*CORE, *SHARED),
+    "backends.dispatch": (*CORE, "backends"),
+    "ops": (*CORE, *SHARED, "backends.dispatch"),
     "selection": OPS,
-    "rotary": ("errors", "numerics"),
-    "cache": (*OPS, "selection", "files", "rotary"),
-    "dispatch": (*CORE, "backends"),
-    "ops": (*CORE, "numerics", "records", "dispatch"),
-    "packing": OPS,
-    "costs": OPS,
+    "cache": (*OPS, "selection"),
     "methods": METHOD,
-    "calibrate": (*OPS, "selection"),
     "nn": METHOD,
+    "distributed": METHOD,
     "compat": OPS,
-    "distributed": (*METHOD, "costs"),
-    "fusion": ("errors",),
+    "fusion": ("common",),
     "integrations": ("*",),
-    "options": ("errors",),
     "train": ("*",),
     "bench": ("*",),
-    "cli": ("*",),
-    "_moved": (),
-    "__main__": ("cli",),
+    "__main__": ("*",),
     # The surface. It may name everything, but the fresh-process test below says what it must not load.
     "__init__": ("*",),
 }
@@ -64,8 +57,8 @@ THIRD_PARTY = {
         "integrations.transformers.pretrained": True,
     },
     "gguf": {"integrations.transformers.pretrained": True},
-    "rich": {"train": False, "bench": False, "cli": False, "calibrate": True},
-    "typer": {"cli": False, "options": False, "bench.commands": False},
+    "rich": {"train": False, "bench": False, "__main__": False, "selection.calibrate": True},
+    "typer": {"__main__": False, "bench.commands": False},
     "pynvml": {"bench": True},
     "attn_gym": {"bench": True},
     "fla": {"bench": True},
@@ -78,6 +71,12 @@ def module_name(path: Path, package: Path) -> str:
     """`plan.build` of plan/build.py, `plan` of plan/__init__.py, `__init__` of the package's own."""
     parts = path.relative_to(package).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """Name the part of the picture that a module belongs to: `plan` for `plan.lists`."""
+    top = ".".join(module.split(".")[:2])
+    return top if top in MAY_IMPORT else module.split(".")[0]
 
 
 def imports_of(path: Path, package: Path):
@@ -129,7 +128,7 @@ def violations(package: Path) -> list[str]:
     wrong = []
     for path in sorted(package.rglob("*.py")):
         module = module_name(path, package)
-        part = module.split(".")[0]
+        part = part_of(module)
 
         def complain(line, message, path=path):
             wrong.append(f"{path.relative_to(package.parent)}:{line}: {message}")
@@ -140,11 +139,11 @@ def violations(package: Path) -> list[str]:
         for line, name, inside in imports_of(path, package):
             top = name.split(".")[0]
             if not name:
-                if part not in ("dispatch", "_moved", "__init__"):
+                if part not in ("backends.dispatch", "__init__") and module != "common.moved":
                     complain(line, f"{module} imports a module by a computed name")
             elif top == "sparseflash":
                 target = existing(name, package)
-                target_part = target.split(".")[0]
+                target_part = part_of(target)
                 if not target:
                     if "*" not in MAY_IMPORT[part] and part != "__init__":
                         complain(line, f"{module} imports the surface ({name}); import the part it needs")
@@ -216,6 +215,22 @@ def test_no_files_import_one_another_in_a_circle(package):
     assert [sorted(circle) for circle in circles(package)] == []
 
 
+def test_the_top_of_the_package_can_be_read_at_a_glance():
+    every = {path.stem for path in PACKAGE.iterdir() if path.is_dir() or path.suffix == ".py"}
+    rooms = every - {"__init__", "__main__", "__pycache__"}
+    assert len(rooms) <= 14, sorted(rooms)
+
+
+def test_functions_of_the_plan_are_short():
+    long = [
+        f"{path.name}:{node.lineno} {node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for path in sorted((PACKAGE / "plan").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - (node.body[0].end_lineno or 0) > 60
+    ]
+    assert long == []
+
+
 @pytest.mark.parametrize(
     ("files", "found"),
     [
@@ -256,22 +271,30 @@ def test_every_import_of_the_package_is_in_the_picture():
         ("plan.py", "import matplotlib", "in the function that uses it"),
         ("plan.py", "def f():\n    import matplotlib.pyplot", None),
         ("plan.py", "import math, torch", None),
-        ("ops/decode.py", "from .. import dispatch, plan", None),
+        ("ops/decode.py", "from .. import plan\nfrom ..backends import dispatch", None),
         ("ops/decode.py", "from .attention import attention", None),
         ("ops/decode.py", "from ..backends import reference", "ops.decode imports backends.reference"),
         ("ops/decode.py", "from ..backends.cpu import Cpu", "ops.decode imports backends.cpu"),
-        ("packing.py", "import importlib\nimportlib.import_module('sparseflash.methods')", "imports methods"),
         (
-            "packing.py",
-            "import importlib\nimportlib.import_module('.backends.cpu', __package__)",
+            "ops/packing.py",
+            "import importlib\nimportlib.import_module('sparseflash.methods')",
+            "imports methods",
+        ),
+        (
+            "ops/packing.py",
+            "import importlib\nimportlib.import_module('..backends.cpu', __package__)",
             "backends.cpu",
         ),
-        ("packing.py", "import importlib\nimportlib.import_module(name)", "computed name"),
-        ("dispatch.py", "import importlib\nimportlib.import_module(name)", None),
+        ("ops/packing.py", "import importlib\nimportlib.import_module(name)", "computed name"),
+        ("backends/dispatch.py", "import importlib\nimportlib.import_module(name)", None),
         ("backends/reference.py", "from ..plan import Plan", None),
         ("backends/reference.py", "from .cpu import build", "imports its neighbour backends.cpu"),
         ("backends/reference.py", "from . import cpu", "imports its neighbour backends.cpu"),
-        ("backends/reference.py", "from ..dispatch import Backend", "backends.reference imports dispatch"),
+        (
+            "backends/reference.py",
+            "from .dispatch import Backend",
+            "backends.reference imports backends.dispatch",
+        ),
         ("backends/cpu/__init__.py", "from .build import build", None),
         ("backends/cpu/__init__.py", "import triton", "imports triton"),
         ("backends/triton/__init__.py", "import triton", None),
@@ -280,7 +303,7 @@ def test_every_import_of_the_package_is_in_the_picture():
         ("methods/a.py", "from .b import B", "imports its neighbour methods.b"),
         ("methods/a.py", "from .base import Method", None),
         ("methods/a.py", "from ..nn import Attention", "imports nn"),
-        ("cli.py", "import typer, numpy", "imports numpy"),
+        ("__main__.py", "import typer, numpy", "imports numpy"),
         ("train/loop.py", "from .. import nn, methods", None),
         ("novelty.py", "", "no place in the import picture"),
     ],
@@ -291,9 +314,9 @@ def test_the_walk_sees_what_it_should(tmp_path, file, source, complaint):
         "plan",
         "ops/__init__",
         "ops/attention",
-        "dispatch",
+        "backends/dispatch",
         "methods/base",
-        "errors",
+        "common/errors",
         "nn",
         "backends/reference",
         "backends/cpu/build",

@@ -8,15 +8,15 @@ import sys
 import pytest
 
 import sparseflash as sf
-from sparseflash import _moved
+from sparseflash.common import moved
 
 
-@pytest.mark.parametrize("old", _moved.MODULES)
+@pytest.mark.parametrize("old", moved.MODULES)
 def test_a_module_is_found_under_the_name_that_it_had(old):
-    new = importlib.import_module(f"sparseflash.{_moved.MODULES[old]}")
+    new = importlib.import_module(f"sparseflash.{moved.MODULES[old]}")
     spec = new.__spec__
     sys.modules.pop(f"sparseflash.{old}", None)
-    with pytest.warns(DeprecationWarning, match=_moved.MODULES[old]):
+    with pytest.warns(DeprecationWarning, match=moved.MODULES[old]):
         assert importlib.import_module(f"sparseflash.{old}") is new
     assert new.__spec__ is spec
 

@@ -200,7 +200,7 @@ def test_the_command_says_in_one_line_what_it_misses(installed, tmp_path):
         "import sys\n"
         "for name in ('typer', 'rich', 'click'):\n"
         "    sys.modules[name] = None\n"
-        "from sparseflash.cli import main\n"
+        "from sparseflash.__main__ import main\n"
         "main()\n"
     )
     env = {**os.environ, "PYTHONPATH": str(installed)}

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 from benchmarks.experiments import long_run
 from benchmarks.experiments.commands.training import bench_long_run, train_and_time
 from sparseflash.bench import results
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus, checkpoint
 from sparseflash.train.errors import TrainError
 from sparseflash.train.sample import load_model

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from benchmarks.experiments import mqar, pixels
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 TASK = mqar.Task()
 

@@ -12,9 +12,9 @@ import nn_cases
 import sparseflash as sf
 from cases import CASES
 from nn_cases import HEADS, ROWS, WIDTH, one_thread, spun
+from sparseflash.backends.numerics import dropout_bar
 from sparseflash.backends.reference.dropout import left
 from sparseflash.nn.base import rotate
-from sparseflash.numerics import dropout_bar
 
 T = 17
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)

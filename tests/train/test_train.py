@@ -82,7 +82,7 @@ def assert_same_run(a, b):
 
 def command(*arguments, **environment):
     return {
-        "args": [sys.executable, "-m", "sparseflash.cli", *map(str, arguments)],
+        "args": [sys.executable, "-m", "sparseflash", *map(str, arguments)],
         "env": {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
@@ -270,7 +270,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, text_file):
         "import os, signal, sys\nfrom sparseflash.train import Trainer\nstep = Trainer.step\n"
         "def dying(self):\n    if self.done == 8: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self)\n"
-        "Trainer.step = dying\nfrom sparseflash.cli import main\nmain()"
+        "Trainer.step = dying\nfrom sparseflash.__main__ import main\nmain()"
     )
     request = command("train", *options, "--out", tmp_path / "killed")
     request["args"][1:3] = ["-c", kill]

@@ -12,7 +12,7 @@ pytest.importorskip("safetensors")
 from typer.testing import CliRunner
 
 import sparseflash as sf
-from sparseflash import cli
+from sparseflash.__main__ import app
 from sparseflash.train import GPT, Corpus, TrainConfig, Trainer, TrainError, load_model, sample
 from sparseflash.train.attention import Sparse, dense
 from sparseflash.train.trainer import init_config
@@ -249,7 +249,7 @@ def test_the_commands(tmp_path):
     shape = ["--data", text, "--length", 32, "--layers", 2, "--width", 32, "--heads", 2, "--steps", 4]
     more = ["--attention", "stick-breaking-attention,dense", "--set", "stick-breaking-attention.rest=drop"]
     longer = ["--init", tmp_path / "a", "--length", 64, "--steps", 2, "--eval-length", 128]
-    run = functools.partial(CliRunner().invoke, cli.app)
+    run = functools.partial(CliRunner().invoke, app)
     for request in (
         ["train", *shape, *more, "--out", tmp_path / "a"],
         ["train", *longer, "--out", tmp_path / "b"],
@@ -268,7 +268,7 @@ def test_two_processes_route_like_one_with_the_doubled_batch(tmp_path):
     options = ["--data", text, "--length", 32, "--layers", 1, "--width", 32, "--heads", 2, "--steps", 3]
     options += ["--attention", "routing-attention", "--set", "clusters=4", "--set", "window=8"]
     request = command("train", *options, "--device", "cpu", "--batch", 1, "--out", tmp_path / "two")
-    module = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "sparseflash.cli"]
+    module = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "sparseflash"]
     request["args"][1:3] = module
     two = subprocess.run(**request, timeout=120)
     assert two.returncode == 0, two.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods import HashSparse
 from sparseflash.train import Corpus, TrainConfig, Trainer, log
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 FAR = 512
 """Tokens back from which on recall is far."""

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparseflash as sf
 from sparseflash.bench.results import Row
-from sparseflash.files import replacing
+from sparseflash.common.files import replacing
 
 from . import texts
 from .rows import Job

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparseflash.bench.commands.app import Data, floats, integers, known, words
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from .app import RESULTS, experiments
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sparseflash as sf
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from ..claim.rows import Job
 from ..pixels import HELD_OUT

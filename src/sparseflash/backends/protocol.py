@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..numerics import (
+from ..plan import Plan
+from .numerics import (
     Best,
     Choice,
     Likeness,
@@ -23,7 +24,6 @@ from ..numerics import (
     Statistics,
     Stick,
 )
-from ..plan import Plan
 
 
 class Backend(Protocol):

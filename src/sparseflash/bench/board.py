@@ -24,7 +24,7 @@ from sparseflash.bench import generate, tasks
 from sparseflash.bench.prompts import Prompt, losses
 from sparseflash.bench.results import Row
 from sparseflash.cache import Held, Policy
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.base import Method
 
 BUDGETS = (2, 4, 8, 16)

@@ -16,7 +16,7 @@ from sparseflash.bench.cases import Blocks, forward, forward_backward, inputs
 from sparseflash.bench.quality import density
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
-from sparseflash.costs import DIRECTIONS, Costs, features, fit, machine, predict
+from sparseflash.ops.costs import DIRECTIONS, Costs, features, fit, machine, predict
 from sparseflash.plan import Plan
 from sparseflash.train.attention import dense
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseflash.errors import SparseFlashError
-from sparseflash.files import no_file, replacing
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.common.files import no_file, replacing
 from sparseflash.train.attention import Attention
 from sparseflash.train.sample import load_model
 

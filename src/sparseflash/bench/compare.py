@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparseflash.bench import results
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 KEY = ("bench", "what", "mix", "level", "case", "direction", "T", "batch", "heads", "dim", "dtype", "device")
 """Columns that identify a row."""

@@ -19,7 +19,7 @@ from sparseflash.bench import cases, curves, results
 from sparseflash.bench.machine import describe
 from sparseflash.bench.report import CURVES_SHARE, Drawing, Result, Run, comparison, verdict, write
 from sparseflash.bench.timing import predict, seconds
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer
 
 LEARNING_RATE = 8e-3  # the better of 4e-3 and 8e-3 for the dense baseline in such short runs

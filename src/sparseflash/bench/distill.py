@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.gates import Blocks
 from sparseflash.selection.grid import Grid
 

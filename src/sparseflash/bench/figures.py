@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparseflash.bench import chart, results
-from sparseflash.errors import SparseFlashError
-from sparseflash.files import write
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.common.files import write
 
 Cells = Mapping[str, str]
 STYLES = ("dense", "hash-2", "qk-2", "reformer", "hash-3", "qk-3", "naive", "hash-1", "qk-1")

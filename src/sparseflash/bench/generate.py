@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparseflash as sf
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 COMPRESSIONS = {"mustafar": sf.cache.Mustafar, "int8": sf.cache.Int8}
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseflash.backends.dispatch import choose
 from sparseflash.bench import conformance, energy, memory
 from sparseflash.bench.cases import DIRECTIONS, inputs
 from sparseflash.bench.quality import Dense, density, work
 from sparseflash.bench.results import Row, cell
 from sparseflash.bench.subjects import Subject, subjects
 from sparseflash.bench.timing import Box, Timing, interleave, predict
-from sparseflash.dispatch import choose
 
 INPUTS = 3
 """Number of input sets that the rounds of a case rotate through."""

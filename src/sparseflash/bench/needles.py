@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.ops._arguments import AnyPlan
 
 KINDS = ("question", "mid", "lone")

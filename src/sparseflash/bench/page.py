@@ -13,8 +13,8 @@ import torch
 from sparseflash.bench import board, chart
 from sparseflash.bench.board import CONTROLS, Line
 from sparseflash.bench.report import asset, framed
-from sparseflash.errors import SparseFlashError
-from sparseflash.files import replacing
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.common.files import replacing
 from sparseflash.methods.base import Method
 
 PHASES = {

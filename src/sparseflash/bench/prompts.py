@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Timing, seconds
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.base import Method
 
 CHUNK = 512

@@ -14,8 +14,8 @@ from sparseflash.bench import figures, results
 from sparseflash.bench.prompts import Prompt, losses, times
 from sparseflash.bench.results import Row
 from sparseflash.bench.session import show
-from sparseflash.calibrate import EVERY, Profile, Setting, search
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.selection.calibrate import EVERY, Profile, Setting, search
 
 TIMED = 3
 """Number of candidates with acceptable loss that are timed: those fastest in attention."""

@@ -13,8 +13,8 @@ from string import Template
 
 from sparseflash.bench import chart
 from sparseflash.bench.results import Row
-from sparseflash.errors import SparseFlashError
-from sparseflash.files import replacing
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.common.files import replacing
 from sparseflash.train import Row as Step
 
 STYLES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparseflash.bench.machine import describe
-from sparseflash.errors import SparseFlashError
-from sparseflash.files import no_file, replacing
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.common.files import no_file, replacing
 
 Row = dict[str, Any]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.round_attention import round_mass
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.calibrate import Profile
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
+from sparseflash.selection.calibrate import Profile
 
 SINKS = 64
 

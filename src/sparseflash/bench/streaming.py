@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 Gates = dict[int, Tensor]
 """By layer: `[Hkv]`, 1 if the head attends to everything, 0 if it streams."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseflash import methods
 from sparseflash.bench.quality import parts
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.base import Method, Selection
 from sparseflash.train.attention import Attention, dense
 

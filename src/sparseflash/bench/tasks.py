@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 QUESTIONS = 16
 """Questions per document."""

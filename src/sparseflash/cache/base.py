@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..plan import Plan
 from ..plan.options import shape_of
 

@@ -8,13 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..backends.records import Form, Records, pack
+from ..common.errors import SparseFlashError, require
 from ..ops.attention import attention
 from ..ops.decode import decode
 from ..ops.merge import merge
 from ..plan import Plan
 from ..plan.options import is_count
-from ..records import Form, Records, pack
 from .base import Attended, Call
 from .files import kind
 from .growing import Growing

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..ops.attention import attention
 from ..ops.decode import decode
 from ..ops.merge import merge
+from ..ops.rotary import turned
 from ..ops.stats import attention_stats
 from ..plan import Plan
 from ..plan.options import is_count, shape_of
 from ..plan.ragged import begins
-from ..rotary import turned
 from .base import Attended, Call, check_new
 from .policies.base import Held, Policy
 

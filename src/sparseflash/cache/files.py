@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import SparseFlashError
-from ..files import replacing
+from ..common.errors import SparseFlashError
+from ..common.files import replacing
 from .base import Layer
 
 FORMAT = "sparseflash cache 1"

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import TILE, is_count
 from .base import Layer, check_new

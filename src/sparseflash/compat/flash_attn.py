@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..ops.attention import attention
 from ..ops.decode import decode
 from ..ops.varlen import attention_varlen

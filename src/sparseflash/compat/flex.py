@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops.attention import attention
 from ..plan import Plan
 from ..plan.record import Record

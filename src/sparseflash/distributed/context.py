@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RankError, SparseFlashError, require
+from ..backends.numerics import Softmax
+from ..common.errors import RankError, SparseFlashError, require
 from ..methods import heads
 from ..methods.base import Method
-from ..numerics import Softmax
 from ..ops._arguments import AnyPlan, as_plans, describe
 from ..plan import Plan
 from .layouts import Layout, balance

@@ -7,8 +7,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
-from ..numerics import merged
+from ..backends.numerics import merged
+from ..common.errors import SparseFlashError
 from ..ops._arguments import AnyPlan, check_inputs
 from ..ops.attention import attention
 from .context import ContextParallel

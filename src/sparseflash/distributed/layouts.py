@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..ops._arguments import AnyPlan, as_plans
 from ..plan import Plan
 from ..plan.entries import ranges

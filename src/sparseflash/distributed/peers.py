@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import RankError
+from ..common.errors import RankError
 
 GRACE = 0.25
 """Share of the timeout reserved for finding the missing rank."""

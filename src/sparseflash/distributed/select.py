@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..methods.base import Method
 from ..ops._arguments import AnyPlan
 from .layouts import Layout

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..costs import Costs, features
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..ops._arguments import AnyPlan, as_plans
+from ..ops.costs import Costs, features
 from .layouts import Layout, areas, readers
 from .pairs import Pairs
 
@@ -97,7 +97,7 @@ def simulate(
     Examples
     --------
     >>> import sparseflash as sf
-    >>> from sparseflash.costs import Costs
+    >>> from sparseflash.ops.costs import Costs
     >>> from sparseflash.distributed import Layout, simulate
     >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4, 1e-6]
     >>> costs = Costs("a machine", {"forward bf16": made_up, "both bf16": [3 * x for x in made_up]}, {})

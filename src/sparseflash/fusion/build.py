@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import require
+from ..common.errors import require
 from .items import Axes, Pair
 from .program import ACC, ADD, DOT, EW, MUL, SUM, Loop, Op, Program, Stmt
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import NamedTuple
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from .items import Axes
 from .program import ACC, FIRST, REST, Access, Loop, Program
 

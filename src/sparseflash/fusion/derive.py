@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import require
+from ..common.errors import require
 from .cost import CACHE, Cost, Tiers, choose, cost
 from .draw import svg
 from .program import Program

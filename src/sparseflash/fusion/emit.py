@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from . import items
 from .items import PRIMITIVES, Axes, Item, Tile
 from .program import ACC, FIRST, REST, Body, Loop, Op, Program

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from . import items
 from .items import Axes, Expr, Item, Pair, Tile, Types
 

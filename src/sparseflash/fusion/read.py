@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from ..errors import require
+from ..common.errors import require
 from .build import Array, Builder, layer_norm, rms_norm, softmax
 from .items import Axes
 from .program import EW, Program

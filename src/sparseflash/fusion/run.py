@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from . import items
 from .items import PRIMITIVES, Item, Tile
 from .program import ACC, FIRST, REST, Body, Loop, Op, Program, depth_of

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from .program import ACC, ADD, EW, FIRST, MEAN, Body, Loop, Op, Program, every
 from .run import run
 

@@ -1,6 +1,6 @@
 """Sparse attention methods, one file each. `names()` lists their slugs, `get(slug, ...)` makes one."""
 
-from ..calibrate import Profile
+from ..selection.calibrate import Profile
 from ..selection.orders import coverage
 from .adaspa import AdaSpa
 from .anchor_attention import AnchorAttention

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..plan.options import is_count
 from ..selection.budgets import top_k
 from ..selection.grid import Grid

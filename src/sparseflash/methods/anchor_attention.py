@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
 from ..ops.attention import attention
 from ..plan import Plan

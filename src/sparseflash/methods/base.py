@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack, overlo
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, SparseFlashError
+from ..common.errors import PlanError, SparseFlashError
 from ..ops._arguments import AnyPlan
 from ..ops._register import learning, untraced
 from ..ops.attention import attention

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan import Plan

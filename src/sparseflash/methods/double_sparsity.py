@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..cache import Labels, Summary
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from .reading import ReadingMethod
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops.attention import attention
 from ..ops.merge import merge
+from ..ops.rotary import rotation, turned
 from ..plan import Plan
 from ..plan.options import TILE
-from ..rotary import rotation, turned
 from .base import Context, Method, Selection, begin, check_counts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..numerics import in_order
+from ..backends.numerics import in_order
 from ..plan import Plan
 from ..selection.budgets import running_kth
 from .base import Context, Method, Selection, check_counts, check_tokens

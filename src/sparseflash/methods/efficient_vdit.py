@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from .base import Context, Selection, check_counts
 from .denoising import GridMethod, crossed

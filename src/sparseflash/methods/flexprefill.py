@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..selection.budgets import top_k, top_p
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
-from ..files import replacing
-from ..rotary import rotation, turned
+from ..common.errors import SparseFlashError
+from ..common.files import replacing
+from ..ops.rotary import rotation, turned
 from ..selection.grid import Grid
 from ..selection.scores import pooled
 

@@ -8,7 +8,7 @@ from dataclasses import InitVar, dataclass
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..ops.attention import attention
 from ..plan import Plan, Plans
 from ..plan.options import earlier, is_count, precise, spread_heads

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..plan import Plan, Plans
 from ..plan.options import multiple
 from .base import Context, Method, Selection, check_counts

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..cache import PageBounds, Summary
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from .base import check_counts
 from .reading import ReadingMethod
 

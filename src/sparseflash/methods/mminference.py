@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import PlanError, SparseFlashError
+from ..common.errors import PlanError, SparseFlashError
 from ..plan import Plan
 from ..plan.options import INTEGERS, fit, is_count
 from ..selection.budgets import top_k

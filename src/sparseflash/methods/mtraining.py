@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ..plan.options import FAR, host, known
 from ..selection.budgets import top_indices, top_p

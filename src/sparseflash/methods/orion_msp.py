@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import TILE
 from ..selection.orders import random_picks

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import is_count, pieces
 from ..selection.budgets import top_k

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
 from ..plan.options import precise
 from ..selection.budgets import share, top_p

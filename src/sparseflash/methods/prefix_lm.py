@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 from ..plan import Plan
 from ..plan.options import INTEGERS
 from .base import Context, Method, Selection, begin, check_counts

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..calibrate import EVERY, Profile
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
+from ..selection.calibrate import EVERY, Profile
 from . import heads
 from .base import Context, Method, Selection, get
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..ops.attention import attention
 from ..plan import Plan
 from ..selection.orders import random_bits

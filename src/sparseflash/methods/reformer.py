@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..selection.orders import lsh_buckets, lsh_planes, sorted_order
 from .base import Context, Method, Selection, check_counts

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..ops.attention import attention
 from ..ops.stats import attention_stats
 from ..plan import Plan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..selection.budgets import above, top_k
 from ..selection.grid import Grid
 from .base import check_counts

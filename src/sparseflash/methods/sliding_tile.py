@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import is_count
 from .base import Context, Selection

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..ops.attention import attention
 from ..plan import Plan
 from ..selection.budgets import top_k

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Growing
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import is_count, precise
 from ..selection.budgets import top_indices

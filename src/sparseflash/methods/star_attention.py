@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ..plan.make.rows import begins_of, edge_rows, tile_ends
 from ..plan.options import TILE, host

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 from ..plan import Plan
 from ..plan.options import INTEGERS, doublings, host, is_count
 from .base import Context, Method, Selection, begin, check_counts

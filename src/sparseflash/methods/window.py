@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import is_count
 from .base import Context, Method, Selection, check_counts

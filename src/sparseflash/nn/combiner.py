@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import require
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..ops.merge import merge

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu, softplus
 
-from ..errors import require
+from ..common.errors import require
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..ops.scan import scan

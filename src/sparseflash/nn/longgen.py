@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import require
+from ..common.errors import require
 from ..methods.base import Method, get
 from ..methods.sink_window import SinkWindow
 from .base import check_sizes

@@ -7,8 +7,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..errors import SparseFlashError, require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import SparseFlashError, require
 from ..ops.attention import attention
 from ..ops.merge import merge
 from ..plan import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..methods.orion_msp import OrionMSP
 from ..ops.attention import attention
 from ..plan import Plan

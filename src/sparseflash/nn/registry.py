@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from .base import Layer
 from .combiner import Combiner
 from .dynamic_mask import DynamicMaskAttention

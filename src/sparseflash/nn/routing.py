@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import require
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan import Plan

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..methods.gates import Blocks
 from ..selection.grid import Grid
 from .base import check_sizes, draw

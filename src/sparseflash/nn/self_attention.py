@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..methods.base import Method, get
 from ..methods.sink_window import SinkWindow
 from ..methods.window import Window

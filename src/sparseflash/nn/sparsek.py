@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import SparseFlashError, require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import SparseFlashError, require
 from ..ops._arguments import AnyPlan
 from ..ops._register import Gradient, register
 from ..ops.attention import attention

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops._arguments import AnyPlan
 from ..ops.stick_breaking import stick_breaking
 from ..plan import Plan

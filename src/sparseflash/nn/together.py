@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..ops._arguments import AnyPlan
 from .base import Layer, State
 

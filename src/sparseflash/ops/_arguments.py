@@ -14,8 +14,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, SparseFlashError
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import PlanError, SparseFlashError
 from ..plan import Plan
 
 AnyPlan = Plan | Sequence[Plan]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from ..errors import DerivativeError
+from ..common.errors import DerivativeError
 from ..plan import Plan
 from ..plan.flat import flatten_all, unflatten, unflatten_all
 from ._arguments import casts

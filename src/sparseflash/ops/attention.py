@@ -10,9 +10,8 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import (
+from ..backends.dispatch import choose
+from ..backends.numerics import (
     Softmax,
     Statistics,
     bias_gradient,
@@ -23,6 +22,7 @@ from ..numerics import (
     state_dtype,
     unit_of,
 )
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ._arguments import (
     WIDEST,

@@ -9,11 +9,11 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Recorded, Softmax, empty_like_layout, state_dtype
+from ..backends.dispatch import choose
+from ..backends.numerics import Recorded, Softmax, empty_like_layout, state_dtype
+from ..backends.records import Form, Records
+from ..common.errors import SparseFlashError
 from ..plan import Plan
-from ..records import Form, Records
 from ._arguments import (
     WIDEST,
     AnyPlan,

@@ -7,9 +7,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Choice, state_dtype
+from ..backends.dispatch import choose
+from ..backends.numerics import Choice, state_dtype
+from ..common.errors import SparseFlashError
 from ..plan.options import INTEGERS, is_count, narrow, normal_offset
 from ._arguments import DTYPES, as_backend, autocast, describe, is_finite, said
 from ._register import register

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Likeness, state_dtype
+from ..backends.dispatch import choose
+from ..backends.numerics import Likeness, state_dtype
+from ..common.errors import SparseFlashError
 from ..plan.options import INTEGERS
 from ._arguments import as_backend, as_scale, as_softcap, check_inputs, describe
 from ._register import Gradient, once, register

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ..plan.make.documents import from_ranges
 from ..plan.options import SHORT, Window, host, is_count

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Linear, empty_like_layout, state_dtype
+from ..backends.dispatch import choose
+from ..backends.numerics import Linear, empty_like_layout, state_dtype
+from ..common.errors import SparseFlashError
 from ._arguments import (
     as_backend,
     autocast,

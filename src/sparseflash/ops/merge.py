@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import SparseFlashError
-from ..numerics import merged
+from ..backends.numerics import merged
+from ..common.errors import SparseFlashError
 from ._arguments import describe
 
 

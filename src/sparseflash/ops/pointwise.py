@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Pointwise, empty_like_layout, state_dtype
+from ..backends.dispatch import choose
+from ..backends.numerics import Pointwise, empty_like_layout, state_dtype
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ._arguments import (
     AnyPlan,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.entries import tile_view
 from ..plan.options import is_count, spread_heads

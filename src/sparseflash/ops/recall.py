@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ._arguments import WIDEST, AnyPlan, as_plans, check_inputs
 from .attention import attention

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 from ..plan.options import is_count, is_length
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import SparseFlashError, require
 from ._arguments import describe
 
 

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Statistics, blocks, norm_of, state_dtype, unit_of
+from ..backends.dispatch import choose
+from ..backends.numerics import Statistics, blocks, norm_of, state_dtype, unit_of
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ._arguments import (
     WIDEST,

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dispatch import choose
-from ..errors import SparseFlashError
-from ..numerics import Stick, empty_like_layout, state_dtype
+from ..backends.dispatch import choose
+from ..backends.numerics import Stick, empty_like_layout, state_dtype
+from ..common.errors import SparseFlashError
 from ..plan import Plan
 from ..plan.options import earlier
 from ._arguments import (

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 from .checks import surely_full
 from .entries import cells, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import PlanError
+from ..common.errors import PlanError
 from . import algebra
 from .options import ANY, SHORT, common, divisor, is_count, laid_out, narrow, same_offset, shift_of
 from .record import FLAT, Record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..common.errors import PlanError
 from .entries import CELLS, Ranges, cells, fetch, lanes, query_tokens, ranges, read, real_rows
 from .lists import Units
 from .options import FAR, laid_out, shift_of

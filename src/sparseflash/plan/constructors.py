@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 from . import flex
 from .make import buckets as buckets_
 from .make import (

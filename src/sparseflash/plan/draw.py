@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
-from ..files import write
+from ..common.errors import PlanError, require
+from ..common.files import write
 from .entries import ranges
 from .figures import density, extent_of, kept, partial_area, parts_of, work
 from .lookup import Lookup

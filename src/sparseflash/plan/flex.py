@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 from . import algebra
 from .bits import pack_bits
 from .ragged import begins

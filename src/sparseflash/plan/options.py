@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 
 Fields = dict[str, Any]
 """Fields of a plan by name, as the constructors in `make/` return them."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import PlanError
+from ..common.errors import PlanError
 from . import algebra, beside, checks, draw, entries, figures, flex, reorder, restrict, saved, transpose
 from .constructors import Constructors
 from .options import head_rules, host, normal_offset

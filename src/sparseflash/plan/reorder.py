@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..common.errors import PlanError
 from .entries import cells, ranges
 from .figures import visited_area
 from .make.sparse import of_pairs

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, require
+from ..common.errors import PlanError, require
 from .bits import bit, pack_bits
 from .entries import ranges, read
 from .lists import Lists, Spans, Units

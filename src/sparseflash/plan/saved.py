@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
+from ..common.errors import PlanError
 from .checks import check_values
 from .lists import Lists
 from .record import Record

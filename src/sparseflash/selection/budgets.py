@@ -8,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_able
-from ..errors import SparseFlashError, require
-from ..numerics import Best, Running, in_order, state_dtype
+from ..backends.dispatch import choose_able
+from ..backends.numerics import Best, Running, in_order, state_dtype
+from ..common.errors import SparseFlashError, require
 from ..ops._arguments import as_backend
 from ..ops._register import register
 from ..plan.options import host, is_count

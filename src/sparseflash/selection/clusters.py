@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import SparseFlashError, require
 from ..plan.options import is_count, pieces
 from .grid import check_keep
 

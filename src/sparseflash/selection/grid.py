@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import PlanError, SparseFlashError, require
+from ..common.errors import PlanError, SparseFlashError, require
 from ..plan import Plan
 from ..plan.make.extremes import Extremes, extremes, rows_of
 from ..plan.options import FAR, TILE, UNIT, is_count, is_length, known, normal_offset

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_able
-from ..errors import SparseFlashError, require
-from ..numerics import Masses, state_dtype
+from ..backends.dispatch import choose_able
+from ..backends.numerics import Masses, state_dtype
+from ..common.errors import SparseFlashError, require
 from ..ops._arguments import as_backend, as_scale, as_softcap, check_inputs, describe, is_real
 from ..ops._register import register
 from ..plan.options import FAR, is_count

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import require
+from ..common.errors import require
 from ..plan import Plan
 from ..plan.entries import tile_view, visible
 from ..plan.options import is_count, pieces, precise, spread_heads

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_able
-from ..errors import SparseFlashError, require
-from ..numerics import Best, Pages, state_dtype
+from ..backends.dispatch import choose_able
+from ..backends.numerics import Best, Pages, state_dtype
+from ..common.errors import SparseFlashError, require
 from ..ops._arguments import as_backend, describe
 from ..ops._register import register
 from ..plan.options import INTEGERS, is_count

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import choose_able
-from ..errors import require
-from ..numerics import Probing, state_dtype
+from ..backends.dispatch import choose_able
+from ..backends.numerics import Probing, state_dtype
+from ..common.errors import require
 from ..ops._arguments import as_backend, as_scale, as_softcap, check_inputs
 from ..ops._register import register
 from ..plan.options import SHORT, is_count, is_length, normal_offset, shift_of

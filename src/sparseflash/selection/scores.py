@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import SparseFlashError, require
-from ..numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import SparseFlashError, require
 from ..plan.options import is_length, known
 from .grid import check_keep
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseflash.files import replacing
+from sparseflash.common.files import replacing
 from sparseflash.train.config import TrainConfig
 from sparseflash.train.errors import TrainError
 

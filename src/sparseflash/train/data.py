@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseflash.files import no_file
+from sparseflash.common.files import no_file
 from sparseflash.train.errors import TrainError
 
 HELD_OUT = 0.05

@@ -1,6 +1,6 @@
 """The one error class of the trainer: what was given, what was expected, the fix."""
 
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 
 class TrainError(SparseFlashError):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparseflash.files import replacing
+from sparseflash.common.files import replacing
 from sparseflash.train.errors import TrainError
 
 FILE = "log.csv"

@@ -28,8 +28,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import BackendError, warn
-from ...files import cache, distrust
+from ...common.errors import BackendError, warn
+from ...common.files import cache, distrust
 
 NATIVE = Path(__file__).parent / "native"
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-w")

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...numerics import Choice, Likeness
+from ..numerics import Choice, Likeness
 from .call import CODES, SMALL, View, empty, view
 from .library import run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import warn
+from ...common.errors import warn
 from . import build, shipped
 from .call import Call
 

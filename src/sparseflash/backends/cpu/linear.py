@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...numerics import Linear, empty_like_layout
+from ..numerics import Linear, empty_like_layout
 from .call import CODES, SMALL, View, empty, view
 from .library import run
 

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ...numerics import Best, Masses, Pages, Probing, Running
+from ..numerics import Best, Masses, Pages, Probing, Running
 from .call import CODES, SMALL, View, aligned, empty, view, zeros
 from .library import run
 

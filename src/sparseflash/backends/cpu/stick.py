@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
+from ..numerics import Stick, empty_like_layout
 from .call import aligned, call_of, empty, names_all, view, zeros
 from .library import run
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...numerics import Choice, Likeness
+from ..numerics import Choice, Likeness
 
 HELD = 1 << 22
 """Maximum number of (query, head, key) products held at a time."""

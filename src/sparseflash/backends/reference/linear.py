@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...numerics import Linear, empty_like_layout
+from ..numerics import Linear, empty_like_layout
 
 CHUNK = 64
 

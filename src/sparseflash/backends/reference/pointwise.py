@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...numerics import Pointwise, empty_like_layout
 from ...plan import Plan
 from ...plan.entries import tile_view
+from ..numerics import Pointwise, empty_like_layout
 from .rows import Rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...numerics import Best, Masses, Pages, Probing, Running, in_order, state_dtype
+from ..numerics import Best, Masses, Pages, Probing, Running, in_order, state_dtype
 
 HELD = 1 << 22
 """Maximum number of scores held at a time."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...numerics import NEVER
 from ...plan import Plan
 from ...plan.entries import TileView
 from ...plan.options import laid_out
+from ..numerics import NEVER
 
 FEW, ROWS, CELL = 8, 64, 64
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...numerics import (
+from ...plan import Plan
+from ...plan.entries import TileView, standing, tile_parts, tile_view
+from ..numerics import (
     NEVER,
     Numbers,
     Softmax,
@@ -19,8 +21,6 @@ from ...numerics import (
     over_plans,
     unit_of,
 )
-from ...plan import Plan
-from ...plan.entries import TileView, standing, tile_parts, tile_view
 from . import dropout, skipping
 from .rows import Rows
 

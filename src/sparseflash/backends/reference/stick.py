@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
 from ...plan.entries import tile_view
+from ..numerics import Stick, empty_like_layout
 from .rows import Rows
 
 

@@ -18,8 +18,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from ...errors import BackendError
-from ...files import replacing
+from ...common.errors import BackendError
+from ...common.files import replacing
 from .common import INTERPRETED
 
 MAX_DIM = 576

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...numerics import Linear, empty_like_layout
+from ..numerics import Linear, empty_like_layout
 from .blocks import Blocks, Case, choose, fitting
 from .common import INTERPRETED, dot, head_at
 from .launch import power_of_two, view

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...numerics import Pages
+from ..numerics import Pages
 from .common import head_at
 from .launch import view
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...numerics import Statistics
 from ...plan import Plan
+from ..numerics import Statistics
 from .blocks import Blocks, fitting
 from .common import Table, View
 from .entries import BLOCK, entries_kernel

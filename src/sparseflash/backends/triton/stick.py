@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...numerics import Stick, empty_like_layout
 from ...plan import Plan
+from ..numerics import Stick, empty_like_layout
 from .blocks import Blocks, fitting
 from .common import (
     Rows,

@@ -20,10 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ... import files
-from ...errors import warn
-from ...numerics import Softmax
+from ...common import files
+from ...common.errors import warn
 from ...plan import Plan
+from ..numerics import Softmax
 from .common import INTERPRETED
 from .softmax import backward, forward
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from .app import Minutes, integers, words
 from .prompts import Dtype, Model, Text, _read

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from sparseflash import options
-from sparseflash.errors import SparseFlashError
+from sparseflash.bench.commands import options
+from sparseflash.common.errors import SparseFlashError
 
 from .app import RESULTS, Data, bench, integers
 

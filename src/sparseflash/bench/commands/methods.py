@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseflash import options
+from sparseflash.bench.commands import options
 from sparseflash.bench.harness import Settings
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 from .app import RESULTS, Lengths, bench, dtypes_of, known, lengths_of, words
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseflash import options
-from sparseflash.errors import SparseFlashError
+from sparseflash.bench.commands import options
+from sparseflash.common.errors import SparseFlashError
 
 from .app import integers
 
@@ -62,7 +62,7 @@ def prefill(
     from sparseflash import methods
     from sparseflash.bench import prompts
     from sparseflash.bench.session import session
-    from sparseflash.calibrate import Profile
+    from sparseflash.selection.calibrate import Profile
 
     if profile is not None and changes:
         raise SparseFlashError(
@@ -207,8 +207,8 @@ def _streaming(model: str, text: list[Path], tokens: int, pieces: int, steps: in
     import torch
     from rich.progress import Progress
 
-    from sparseflash import files
     from sparseflash.bench import streaming
+    from sparseflash.common import files
     from sparseflash.integrations.transformers import load
 
     loaded, tokenizer = load(model)
@@ -316,7 +316,7 @@ def _prompts(model: str, text: list[Path], tokens: int, dtype: str, new: int) ->
 
 
 def _read(path: Path) -> str:
-    from sparseflash.files import no_file
+    from sparseflash.common.files import no_file
 
     try:
         if kind := no_file(path):

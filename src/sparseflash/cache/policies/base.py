@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError, require
+from ...common.errors import SparseFlashError, require
 from ...plan.options import is_count
 from ...selection.budgets import top_indices
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError, require
+from ...common.errors import SparseFlashError, require
 from ...ops._arguments import is_finite
 from .base import Policy
 from .streaming_llm import StreamingLLM

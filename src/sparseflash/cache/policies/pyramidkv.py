@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ...errors import require
+from ...common.errors import require
 from .base import Policy
 from .snapkv import SnapKV
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import require
+from ...common.errors import require
 from .base import Held
 from .snapkv import SnapKV
 

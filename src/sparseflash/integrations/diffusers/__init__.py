@@ -5,7 +5,7 @@ Importing this package imports Diffusers without changing it.
 
 from __future__ import annotations
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 
 try:
     import diffusers  # noqa: F401  # a missing package is reported here, once

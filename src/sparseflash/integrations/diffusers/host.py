@@ -14,7 +14,7 @@ from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...errors import SparseFlashError, require
+from ...common.errors import SparseFlashError, require
 from ...methods.base import Method
 from ...methods.session import Session
 from ...ops.attention import attention

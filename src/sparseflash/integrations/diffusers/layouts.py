@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 
 
 class Layout(NamedTuple):

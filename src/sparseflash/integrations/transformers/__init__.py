@@ -7,7 +7,7 @@ Nothing else of Transformers is changed.
 
 from __future__ import annotations
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 
 try:
     from transformers import AttentionInterface

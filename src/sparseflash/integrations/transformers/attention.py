@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cache.base import layer_behind
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
 from .._host import exact

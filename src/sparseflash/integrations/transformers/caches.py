@@ -23,7 +23,7 @@ from ...cache import (
     Offloaded,
     Policy,
 )
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from .mask import SparseMask
 
 CacheLayerMixin.register(Layer)

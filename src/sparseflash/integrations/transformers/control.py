@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cache import Growing
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...methods.base import UNREAD, Method, Selection, find, names
 from ...methods.reading import kept_of
 from ...methods.session import Session

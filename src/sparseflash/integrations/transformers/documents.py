@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
 from .mask import Bits, Packed, SparseMask, untold

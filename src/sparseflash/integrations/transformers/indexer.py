@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...ops.indexer import indexer_topk
 from .mask import MaskRows, SparseMask, on_host
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 
 # Functions that keep a mask a mask: they move its entries, or combine it with other bool tensors.
 _SHAPES = frozenset(

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 """Global name that the forward of every attention layer on Transformers' registry uses."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...plan import Plan
 from ...plan.stamps import Last
 from .mask import SparseMask

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError
-from ...files import cache, distrust
+from ...common.errors import SparseFlashError
+from ...common.files import cache, distrust
 
 SUMS = "SHA256SUMS"
 """Name of the checksum file of a folder, in `sha256sum` format; it is written last."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...plan import Plan
 from ...plan.options import narrow
 from .caches import roomy

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from .control import Choice, attached, sparse
 from .layers import attention_layers, bare
 from .pretrained import load

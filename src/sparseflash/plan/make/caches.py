@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..bits import WORD
 from ..options import INTEGERS, TILE, Fields, fit, host, is_length, narrow, shape_of
 from .documents import edges_of, tiles_of

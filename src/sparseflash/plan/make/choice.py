@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import INTEGERS, TILE, UNIT, Fields, check_options, host, is_length, normal_offset, shape_of
 from .listed import Frame, from_keys
 from .masks import from_rows

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import FAR, TILE, UNIT, Fields, check_options, head_rules, is_count, is_length, normal_offset
 from .spans import band_spans
 

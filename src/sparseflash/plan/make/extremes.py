@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import PlanError
+from ...common.errors import PlanError
 from ..checks import check_order
 from ..options import FAR, INTEGERS, host, narrow, shape_of, shift_of, spread_heads
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import INTEGERS, TILE, UNIT, Fields, fit, is_count, is_length, shape_of
 from ..ragged import expand
 from .intervals import from_intervals

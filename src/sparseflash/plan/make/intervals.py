@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import (
     INTEGERS,
     TILE,

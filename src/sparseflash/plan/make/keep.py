@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import (
     TILE,
     UNIT,

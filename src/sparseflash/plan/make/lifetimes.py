@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import INTEGERS, TILE, Fields, host, is_length, laid_out, narrow, shape_of
 from ..ragged import begins, expand
 from .listed import CHUNK, GONE, WHOLE, Frame, check_capacity, unit_lists

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..bits import pack_bits, pack_words
 from ..options import TILE, UNIT, Fields, check_options, is_length, shape_of
 from ..ragged import begins

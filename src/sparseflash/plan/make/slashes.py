@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import FAR, INTEGERS, Fields, fit, host, laid_out, narrow, same_batch, shape_of
 from ..ragged import begins
 from .listed import Frame, check_capacity

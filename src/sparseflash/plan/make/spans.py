@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import PlanError
+from ...common.errors import PlanError
 from ..options import Fields, Window, normal_window
 
 

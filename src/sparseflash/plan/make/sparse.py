@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import PlanError, require
+from ...common.errors import PlanError, require
 from ..options import TILE, UNIT, Fields, check_options, host, is_length
 from .masks import bit_lists, runs, span_lists
 

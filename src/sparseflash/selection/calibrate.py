@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import SparseFlashError
-from .files import replacing
+from ..common.errors import SparseFlashError
+from ..common.files import replacing
 
 Setting = Mapping[str, Any]
 """Settings of a head, `{"method": slug, field: value, ...}`; fields not named keep their defaults."""
@@ -39,7 +39,7 @@ class Profile:
 
     Examples
     --------
-    >>> from sparseflash.calibrate import Profile
+    >>> from sparseflash.selection.calibrate import Profile
     >>> near, far = {"method": "window", "window": 512}, {"method": "tri-shape"}
     >>> profile = Profile.of("a model", {0: [near, near, far, near]})
     >>> profile.heads(0)[2], profile.numbers
@@ -172,7 +172,7 @@ def search(
 
     Examples
     --------
-    >>> from sparseflash.calibrate import search
+    >>> from sparseflash.selection.calibrate import search
     >>> sizes = [{"method": "window", "window": n} for n in (64, 256)]
     >>> found = search("a model", [0], sizes, lambda layer, s: [s["window"], -s["window"]], progress=False)
     >>> [s["window"] for s in found.heads(0)]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import Plan
+from ..plan import Plan
 
 SMALLEST_UNIT = 1e-30
 NEVER = float("-inf")

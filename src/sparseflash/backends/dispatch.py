@@ -10,9 +10,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from .backends.protocol import Backend
-from .errors import BackendError, warn
-from .plan.make import native as builders
+from ..common.errors import BackendError, warn
+from ..plan.make import native as builders
+from .protocol import Backend
 
 PREFERENCE = ("triton", "cpu", "reference")
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseflash.errors import SparseFlashError
+from sparseflash.common.errors import SparseFlashError
 
 FIELD = "A field of the method, as name=value with a Python literal; may be repeated. "
 FIELD += "See: sparseflash methods NAME."

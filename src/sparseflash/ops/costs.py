@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
-from .files import replacing
-from .ops._arguments import AnyPlan
-from .plan import Plan
-from .plan.entries import ranges
+from ..common.errors import SparseFlashError, require
+from ..common.files import replacing
+from ..plan import Plan
+from ..plan.entries import ranges
+from ._arguments import AnyPlan
 
 TERMS = ("call", "rows", "sorted", "pairs", "dots", "tests", "gathered", "entries")
 """Cost terms: per call, row x dim, sorted row x dim (extra), pair, pair x dim, tested pair,
@@ -219,7 +219,7 @@ def predict(
     Examples
     --------
     >>> import torch, sparseflash as sf
-    >>> from sparseflash.costs import Costs, predict
+    >>> from sparseflash.ops.costs import Costs, predict
     >>> q = torch.empty(1, 4, 4096, 64)
     >>> made_up = [1e-5, 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-4, 1e-6]
     >>> costs = Costs("a machine", {"both fp32": made_up}, {"both fp32": made_up})

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
-from .ops._arguments import describe
+from ..common.errors import SparseFlashError, require
+from ._arguments import describe
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

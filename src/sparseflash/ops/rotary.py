@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError
-from .numerics import state_dtype
+from ..backends.numerics import state_dtype
+from ..common.errors import SparseFlashError
 
 
 def rotation(rope: Any, Tk: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import SparseFlashError, require
+from ..common.errors import SparseFlashError, require
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,7 +118,7 @@ def pack(x: Tensor, *, sparsity: float = 0.0, int8: bool = False) -> Records:
     Examples
     --------
     >>> import torch
-    >>> from sparseflash.records import pack
+    >>> from sparseflash.backends.records import pack
     >>> x = torch.tensor([0.5, -3.0, 0.0, 1.0]).view(1, 1, 1, 4)
     >>> pack(x, sparsity=0.5).unpack().flatten().tolist()
     [0.0, -3.0, 0.0, 1.0]

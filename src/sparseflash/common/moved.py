@@ -11,15 +11,25 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+PACKAGE = __package__.rpartition(".")[0]
 MODULES = {
+    "calibrate": "selection.calibrate",
+    "costs": "ops.costs",
+    "dispatch": "backends.dispatch",
+    "errors": "common.errors",
+    "files": "common.files",
     "method": "methods.base",
-    "merging": "numerics",
+    "merging": "backends.numerics",
     "indexer": "ops.indexer",
     "indexer_loss": "ops.indexer_loss",
     "jagged": "ops.jagged",
     "linear": "ops.linear",
+    "numerics": "backends.numerics",
     "order": "selection.orders",
+    "packing": "ops.packing",
     "pointwise": "ops.pointwise",
+    "records": "backends.records",
+    "rotary": "ops.rotary",
     "statistics": "ops.stats",
     "varlen": "ops.varlen",
 }
@@ -36,7 +46,7 @@ class _Moved(MetaPathFinder, Loader):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
         package, _, old = name.rpartition(".")
-        if package != __package__ or old not in MODULES:
+        if package != PACKAGE or old not in MODULES:
             return None
         new = f"{package}.{MODULES[old]}"
         warn(name, new)

@@ -1,0 +1,1 @@
+"""What every other room may import: errors, files that are written whole or not at all, names that moved."""
