@@ -143,7 +143,7 @@ def pack(x: Tensor, *, sparsity: float = 0.0, int8: bool = False) -> Records:
     if form.bits:
         order = x.abs().argsort(dim=-1, descending=True, stable=True)[..., : form.kept].sort(-1).values
         there = torch.zeros((*x.shape[:3], form.bits * 8), dtype=torch.bool, device=x.device)
-        there = there.scatter_(-1, order, True).unflatten(-1, (-1, 8))
+        there = there.scatter_(-1, order, True).view(*x.shape[:3], form.bits, 8)
         weight = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
         parts.append((there * weight).sum(-1, dtype=torch.uint8))
         x = x.gather(-1, order)

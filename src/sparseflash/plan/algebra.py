@@ -12,14 +12,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..common.errors import PlanError, require
 from .checks import surely_full
-from .entries import cells, ranges, real_rows
+from .entries import Ranges, cells, ranges, real_rows
 from .figures import by_position, dense_pairs, visible_pairs
 from .lists import Units
 from .lookup import Lookup
@@ -57,6 +57,27 @@ def _shared_extent(a: Record, b: Record) -> tuple[int, int]:
     return max(ba, bb), multiple(ha, hb)
 
 
+class _Grid(NamedTuple):
+    """The grid of units that a plan is refined to."""
+
+    tile: int
+    unit: int
+    tiles: int
+    """New tiles of a head."""
+    columns: int
+    """Units of a tile's row."""
+    split: int
+    """New tiles within an old one, or 1."""
+    join: int
+    """Old tiles within a new one, or 1: e.g. tile 4 -> 2, split 2, makes tiles 6 and 7 of tile 3, and tile
+    2 -> 4, join 2, makes tile 1 of tiles 2 and 3."""
+
+    @property
+    def words(self) -> int:
+        """Words of 32 bits that a row of a unit takes."""
+        return -(-self.unit // 32)
+
+
 def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[int, int]) -> P:
     """Return the visible pairs for which `keep(b, h, q, k)` is True, as units of a `tile` x `unit` grid.
 
@@ -66,62 +87,13 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
     plan = widen(plan, *extent)
     entries = ranges(plan)
     entries = entries.of(entries.hi > entries.lo)
-    tiles, words = -(-plan.q_rows // tile), -(-unit // 32)
     split, join = max(1, plan.tile // tile), max(1, tile // plan.tile)
-    columns = -(-plan.k_rows // unit)
+    grid = _Grid(tile, unit, -(-plan.q_rows // tile), -(-plan.k_rows // unit), split, join)
+    slot = _touched(plan, entries, grid)
+    bits, count = _bits_of(plan, entries, keep, slot, grid)
 
-    # 1. the slots: the new tile (or tiles) and the unit of every (entry, unit that the entry overlaps); e.g.
-    # tile 4 -> 2 (split 2): old tile 3 is new tiles 6, 7; tile 2 -> 4 (join 2): old tiles 2, 3 are new tile 1
-    first, last = entries.lo // unit, (entries.hi - 1) // unit + 1
-    n = last - first
-    pick, place = expand(n)
-    column = first[pick] + place
-    head, old = entries.cell[pick] // max(plan.tiles, 1), entries.cell[pick] % max(plan.tiles, 1)
-    part = torch.arange(split, device=n.device)
-    new = (old[:, None] * split + part) // join
-    touched = ((head[:, None] * tiles + new) * columns + column[:, None])[new < tiles]
-    slot = torch.unique(touched)
-    size = len(slot) * tile * words * 8
-    require(
-        (
-            size <= LIMIT,
-            lambda: (
-                f"the result needs {size / 2**30:.2g} GiB of bits while it is built (limit "
-                f"{LIMIT / 2**30:.2g}): "
-                "use a tuple of disjoint plans, or larger units, or plans whose rules combine"
-            ),
-        ),
-        error=PlanError,
-    )
-
-    # 2. the bits of each slot, and how many are set; index_add_ ORs them, because no pair occurs twice
-    bits = torch.zeros(len(slot) * words, tile, dtype=torch.int64, device=plan.device)
-    count = torch.zeros(len(slot), dtype=torch.int64, device=plan.device)
-    for c in cells(plan, entries):
-        seen = c.keep
-        if keep is not None:
-            seen = seen & keep(c.batch[:, None], c.head[:, None], c.q_token, c.k_token[:, None])
-        cell, row = entries.cell[c.entry], c.k_row
-        head, old = cell // plan.tiles, cell % plan.tiles
-        lane = row % unit
-        for s in range(split):
-            new = (old * split + s) // join
-            live = new < tiles
-            at = torch.searchsorted(slot, (head * tiles + new) * columns + row // unit)
-            mine = seen[:, s * tile : (s + 1) * tile] if split > 1 else seen
-            count.index_add_(0, at[live], mine[live].sum(1))
-            at = at * words + lane // 32
-            value = mine[live].long() << (lane[live] % 32)[:, None]
-            if join == 1:
-                bits.index_add_(0, at[live], value)
-            else:
-                offset = (old[live] % join) * plan.tile
-                place = offset[:, None] + torch.arange(plan.tile, device=at.device)
-                flat = (at[live][:, None] * tile + place).reshape(-1)
-                bits.view(-1).index_add_(0, flat, value.reshape(-1))
-    bits = bits.view(len(slot), words, tile).transpose(1, 2)
-
-    # 3. the kind of each slot: 0 full, 1 partial, 2 empty (dropped)
+    # the kind of each slot: 0 full, 1 partial, 2 empty (dropped)
+    tiles, columns = grid.tiles, grid.columns
     cell, column = slot // max(columns, 1), slot % max(columns, 1)
     real = _real_rows(plan, tile, tiles)[cell] if len(slot) else slot
     whole = (count == real * unit) & ((column + 1) * unit <= plan.k_rows)
@@ -149,6 +121,67 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
         bits=packed,
         bits_start=begins(partial).view(lead),
     )
+
+
+def _touched(plan: Record, entries: Ranges, grid: _Grid) -> Tensor:
+    """Ascending slots: the new tiles and the unit of every (entry, unit that the entry overlaps)."""
+    first, last = entries.lo // grid.unit, (entries.hi - 1) // grid.unit + 1
+    n = last - first
+    pick, place = expand(n)
+    column = first[pick] + place
+    head, old = entries.cell[pick] // max(plan.tiles, 1), entries.cell[pick] % max(plan.tiles, 1)
+    part = torch.arange(grid.split, device=n.device)
+    new = (old[:, None] * grid.split + part) // grid.join
+    touched = (head[:, None] * grid.tiles + new) * grid.columns + column[:, None]
+    slot: Tensor = torch.unique(touched[new < grid.tiles])
+    size = len(slot) * grid.tile * grid.words * 8
+    require(
+        (
+            size <= LIMIT,
+            lambda: (
+                f"the result needs {size / 2**30:.2g} GiB of bits while it is built (limit "
+                f"{LIMIT / 2**30:.2g}): "
+                "use a tuple of disjoint plans, or larger units, or plans whose rules combine"
+            ),
+        ),
+        error=PlanError,
+    )
+    return slot
+
+
+def _bits_of(
+    plan: Record, entries: Ranges, keep: Keep | None, slot: Tensor, grid: _Grid
+) -> tuple[Tensor, Tensor]:
+    """Bits of each slot, int64 [slots, tile, words], and how many are set, [slots].
+
+    `index_add_` ORs the bits, because no pair occurs twice.
+    """
+    tile, unit, split, words = grid.tile, grid.unit, grid.split, grid.words
+    bits = torch.zeros(len(slot) * words, tile, dtype=torch.int64, device=plan.device)
+    count = torch.zeros(len(slot), dtype=torch.int64, device=plan.device)
+    for c in cells(plan, entries):
+        seen = c.keep
+        if keep is not None:
+            seen = seen & keep(c.batch[:, None], c.head[:, None], c.q_token, c.k_token[:, None])
+        cell, row = entries.cell[c.entry], c.k_row
+        head, old = cell // plan.tiles, cell % plan.tiles
+        lane = row % unit
+        for s in range(split):
+            new = (old * split + s) // grid.join
+            live = new < grid.tiles
+            at = torch.searchsorted(slot, (head * grid.tiles + new) * grid.columns + row // unit)
+            mine = seen[:, s * tile : (s + 1) * tile] if split > 1 else seen
+            count.index_add_(0, at[live], mine[live].sum(1))
+            at = at * words + lane // 32
+            value = mine[live].long() << (lane[live] % 32)[:, None]
+            if grid.join == 1:
+                bits.index_add_(0, at[live], value)
+            else:
+                offset = (old[live] % grid.join) * plan.tile
+                place = offset[:, None] + torch.arange(plan.tile, device=at.device)
+                flat = (at[live][:, None] * tile + place).reshape(-1)
+                bits.view(-1).index_add_(0, flat, value.reshape(-1))
+    return bits.view(len(slot), words, tile).transpose(1, 2), count
 
 
 def _real_rows(plan: Record, tile: int, tiles: int) -> Tensor:

@@ -63,6 +63,24 @@ def _in_bucket_order(x: Tensor) -> tuple[Tensor, Tensor]:
     return label, token
 
 
+def _tiles(q_label: Tensor, q_token: Tensor, tile: int, buckets: int | None) -> tuple[Tensor, Tensor]:
+    """Queries in bucket order [B,H,rows], each bucket padded to whole tiles, and the label of each tile.
+
+    Example, tile 2: buckets of 3 and 1 queries take rows 0-2 and 4, and row 3 is an empty lane (-1).
+    """
+    row = edge_rows(begins_of(q_label), tile)
+    if buckets is not None and not host(row):
+        rows = q_label.shape[-1] + buckets * (tile - 1)
+    else:
+        rows = int(row[..., -1].max()) + 1 if row.numel() else 0
+    rows = -(-rows // tile) * tile
+    q_order = torch.full((*q_label.shape[:2], rows), -1, dtype=torch.int32, device=row.device)
+    q_order.scatter_(-1, row, q_token.int())
+    label = torch.zeros((*q_label.shape[:2], rows // tile), dtype=torch.int64, device=row.device)
+    label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)
+    return q_order, label
+
+
 def from_buckets(
     q_bucket: Tensor,
     k_bucket: Tensor,
@@ -80,13 +98,8 @@ def from_buckets(
     q_bucket, k_bucket = _as_bucket(q_bucket, "q_bucket"), _as_bucket(k_bucket, "k_bucket")
     check_options(causal=causal, include_self=include_self, tile=tile, unit=unit)
     window = members(window, causal=causal, include_self=include_self)
-    require(
-        (
-            buckets is None or is_count(buckets, 1),
-            lambda: f"buckets={buckets!r}: expected a positive int, or None",
-        ),
-        error=PlanError,
-    )
+    known = buckets is None or is_count(buckets, 1)
+    require((known, lambda: f"buckets={buckets!r}: expected a positive int, or None"), error=PlanError)
     batch = same_batch(q_bucket, k_bucket, "q_bucket, k_bucket")
     if batch == 1 and isinstance(q_offset, Tensor) and q_offset.dim():
         batch = len(q_offset)
@@ -94,18 +107,7 @@ def from_buckets(
     q_label, q_token = _in_bucket_order(q_bucket)
     k_label, k_token = (q_label, q_token) if q_bucket is k_bucket else _in_bucket_order(k_bucket)
 
-    # queries: pad every bucket to whole tiles, so that a tile holds one bucket
-    # (tile 2: buckets of 3 and 1 queries take rows 0-2 and 4, and row 3 is an empty lane)
-    row = edge_rows(begins_of(q_label), tile)
-    if buckets is not None and not host(row):
-        rows = Tq + buckets * (tile - 1)
-    else:
-        rows = int(row[..., -1].max()) + 1 if row.numel() else 0
-    rows = -(-rows // tile) * tile
-    q_order = torch.full((*q_label.shape[:2], rows), -1, dtype=torch.int32, device=row.device)
-    q_order.scatter_(-1, row, q_token.int())
-    label = torch.zeros((*q_label.shape[:2], rows // tile), dtype=torch.int64, device=row.device)
-    label.scatter_(-1, row.div(tile, rounding_mode="floor"), q_label)  # a tile has one label
+    q_order, label = _tiles(q_label, q_token, tile, buckets)
 
     # keys: the run of equal labels, cut at the tile's last (first) query; `keys` = (run begin << 31 | token)
     # ascends, so one binary search finds the cut
@@ -117,7 +119,7 @@ def from_buckets(
     first, last, live = (wide(x) for x in tile_ends(q_order, tile))
     label, labels = wide(label), wide(k_label)
     begin, end = torch.searchsorted(labels, label), torch.searchsorted(labels, label, right=True)
-    at = torch.arange(Tk, device=row.device)
+    at = torch.arange(Tk, device=label.device)
     run = torch.where(begins_of(k_label), at, 0).cummax(-1).values if Tk else k_label
     shift = q_offset.long().reshape(-1, 1, 1) if isinstance(q_offset, Tensor) else q_offset
     keys = wide(run << 31 | k_token)
@@ -127,12 +129,8 @@ def from_buckets(
         edge, side = (token + shift).clamp(-1, 2**31 - 1), "right" if include_self else "left"
         return torch.minimum(torch.searchsorted(keys, (begin << 31) + edge, side=side), end)
 
-    fields: Fields = {
-        "Tq": Tq,
-        "Tk": Tk,
-        "tile": tile,
-        "unit": unit,
-        "causal": causal,
+    fields: Fields = {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit, "causal": causal}
+    fields |= {
         "include_self": include_self,
         "q_offset": q_offset,
         "q_order": q_order,

@@ -157,6 +157,29 @@ def _chosen(choice: Tensor, tiles: _Tiles, B: int, n: int) -> Tensor:
     return choice[:, :, None].expand(-1, -1, tiles.of.shape[2], -1)
 
 
+def _check_pool(block_table: Tensor, lengths: Tensor, page_size: int, Tk: int) -> None:
+    """Check that the table, the lengths and the size of the pool belong together."""
+    B = len(block_table)
+    require(
+        (
+            len(lengths) == B,
+            lambda: f"block_table is for {B} sequences, lengths for {len(lengths)}: expected as many",
+        ),
+        (
+            block_table.device == lengths.device,
+            lambda: f"block_table is on {block_table.device}, lengths on {lengths.device}: use .to(device)",
+        ),
+        (
+            Tk % page_size == 0,
+            lambda: (
+                f"Tk={Tk} is no multiple of page_size={page_size}: expected the tokens of all pages "
+                "of the pool"
+            ),
+        ),
+        error=PlanError,
+    )
+
+
 def _check_used(pages: Tensor, used: Tensor, most: int) -> None:
     """Check the used pages of lists `[..., n]`: they exist, and none occurs twice in a list."""
     there = pages[used]
@@ -209,24 +232,7 @@ def from_pages(
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)
     B, n = block_table.shape
     lengths = _lengths(lengths, n * page_size, "the keys that its pages hold")
-    require(
-        (
-            len(lengths) == B,
-            lambda: f"block_table is for {B} sequences, lengths for {len(lengths)}: expected as many",
-        ),
-        (
-            block_table.device == lengths.device,
-            lambda: f"block_table is on {block_table.device}, lengths on {lengths.device}: use .to(device)",
-        ),
-        (
-            Tk % page_size == 0,
-            lambda: (
-                f"Tk={Tk} is no multiple of page_size={page_size}: expected the tokens of all pages "
-                "of the pool"
-            ),
-        ),
-        error=PlanError,
-    )
+    _check_pool(block_table, lengths, page_size, Tk)
     first = _first_pages(first_page, lengths, n)
     if cu_seqlens_q is None:
         tiles = _rows(lengths, 1 if Tq is None else Tq)
