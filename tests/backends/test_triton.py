@@ -121,6 +121,10 @@ def test_the_check_of_a_card_is_the_same_in_whatever_mode_it_is_asked_for(mode):
     def wrong(*given, **how):
         return [1.01 * x for x in reference.backward(*given, **how)[:3]]
 
+    def shifted(*given, **how):
+        out, lse, norm = reference.forward(*given, **how)
+        return out, lse + 0.1, norm
+
     modes = {
         "inference": torch.inference_mode(),
         "no_grad": torch.no_grad(),
@@ -130,6 +134,7 @@ def test_the_check_of_a_card_is_the_same_in_whatever_mode_it_is_asked_for(mode):
     with modes.get(mode, contextlib.nullcontext()):
         assert trust.faults(torch.device("cpu"), (reference.forward, reference.backward)) == ""
         assert "dq of dense" in trust.faults(torch.device("cpu"), (reference.forward, wrong))
+        assert "lse of dense" in trust.faults(torch.device("cpu"), (shifted, reference.backward))
 
 
 def test_a_card_is_checked_once_and_then_trusted_without_being_asked_for(card, monkeypatch):

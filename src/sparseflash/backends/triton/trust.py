@@ -155,7 +155,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, Plan, torch.dtype, int]]:
 
 
 def faults(device: torch.device, run: Any = None) -> str:
-    """Describe the first case whose out or gradient is further from fp64 than an eager run may be; or "".
+    """Describe the first case whose out, lse or gradient is too far from fp64; "" if there is none.
 
     The bound is that of the tests: twice the error of an eager run in the same dtype, three times for
     gradients, plus a rounding band. The call that triggers the check may run in inference mode or autocast;
@@ -178,20 +178,21 @@ def _first_fault(device: torch.device, attend: Callable[..., Any], differentiate
         grads = differentiate(
             dout, q, k, v, out, norm, torch.zeros_like(lse), plan, options, key_bias=None, grad_dtype=None
         )
-        for n, (label, got) in enumerate(zip(("out", "dq", "dk", "dv"), (out, *grads[:3]), strict=True)):
+        found = {"out": out, "lse": lse, "dq": grads[0], "dk": grads[1], "dv": grads[2]}
+        for n, (label, got) in enumerate(found.items()):
             error, usual = ((x.double() - want[n]).abs().max() for x in (got, plain[n]))
             band = 4 * torch.finfo(dtype).eps * want[n].abs().max()
-            if not error <= (2 if n == 0 else 3) * usual + band:  # NaN fails, too
+            if not error <= (2 if n < 2 else 3) * usual + band:  # NaN fails, too
                 return f"{label} of {name}, D={D}, {dtype}: off by {float(error):.3g}"
     return ""
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, keep: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Out and gradients in plain PyTorch."""
+    """Out, lse and gradients in plain PyTorch."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in leaves[1:])
         score = (leaves[0] @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -torch.inf)
         out = score.softmax(-1) @ v
         grads = torch.autograd.grad(out, leaves, dout.to(dtype))
-    return [out.detach(), *grads]
+    return [out.detach(), score.detach().logsumexp(-1), *grads]
