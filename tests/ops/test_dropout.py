@@ -13,10 +13,9 @@ import sparseflash as sf
 import tolerance
 from harness import EACH, MAIN, inputs, randn, run, same_bits
 from sparseflash import Plan
-from sparseflash.backends.numerics import dropout_bar
-from sparseflash.backends.reference import dropout as draw
 from sparseflash.backends.dispatch import choose
 from sparseflash.backends.numerics import Numbers, Softmax, dropout_bar
+from sparseflash.backends.reference import dropout as draw
 
 
 def left(p: float, seed: int, B: int, H: int, Tq: int, Tk: int) -> torch.Tensor:

@@ -12,8 +12,8 @@ import plans
 import ranks
 import sparseflash as sf
 import tolerance
+from sparseflash.backends.numerics import dropout_bar
 from sparseflash.backends.reference.dropout import left
-from sparseflash.numerics import dropout_bar
 from sparseflash.plan.entries import standing
 
 KINDS = [*sorted(plans.KINDS), "several"]

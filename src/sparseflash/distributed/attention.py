@@ -11,10 +11,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends.dispatch import choose
-from ..backends.numerics import NEVER, Softmax, bias_gradient, combined, of_sinks, state_dtype, unit_of
+from ..backends.numerics import (
+    NEVER,
+    Numbers,
+    Softmax,
+    bias_gradient,
+    combined,
+    of_sinks,
+    state_dtype,
+    unit_of,
+)
 from ..common.errors import SparseFlashError
 from ..methods.base import Method
-from ..backends.numerics import NEVER, Numbers, Softmax, bias_gradient, combined, of_sinks, state_dtype, unit_of
 from ..ops._arguments import (
     AnyPlan,
     as_backend,

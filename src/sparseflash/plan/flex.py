@@ -78,16 +78,9 @@ def _put(into: Tensor, at: Tensor, value: Tensor, live: Tensor) -> None:
 
 def from_block_mask(block_mask: Any) -> dict[str, Any]:
     """Fields of the plan of a BlockMask; its mask function is evaluated on partial blocks only."""
-    require(
-        (
-            hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod"),
-            lambda: (
-                f"block_mask is a {type(block_mask).__name__}: expected a BlockMask of "
-                "torch.nn.attention.flex_attention"
-            ),
-        ),
-        error=PlanError,
-    )
+    known = hasattr(block_mask, "kv_num_blocks") and hasattr(block_mask, "mask_mod")
+    what = "expected a BlockMask of torch.nn.attention.flex_attention"
+    require((known, lambda: f"block_mask is a {type(block_mask).__name__}: {what}"), error=PlanError)
     Tq, Tk = block_mask.seq_lengths
     tile, unit = block_mask.BLOCK_SIZE
     n_part, part = block_mask.kv_num_blocks, block_mask.kv_indices

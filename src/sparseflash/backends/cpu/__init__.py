@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..numerics import Numbers, Softmax, Statistics, dropout_bar, empty_like_layout
 from ...plan import Plan
-from ..numerics import Softmax, Statistics, dropout_bar, empty_like_layout
+from ..numerics import Numbers, Softmax, Statistics, dropout_bar, empty_like_layout
 from ..records import Records
 from . import build, lists
 from .call import CODES, Call, Decode, Record, View, aligned, call_of, empty, names_all, table, view, zeros

@@ -12,11 +12,10 @@ import triton
 from torch import Tensor
 
 from ...common.errors import BackendError
-from ..numerics import Numbers, Softmax, bends, dropout_bar, unit_of
 from ...plan import Plan, lists
 from ...plan.options import SHORT, narrow, spread_heads
 from ...plan.transpose import Entries, counted, unit_entries
-from ..numerics import bends, dropout_bar, unit_of
+from ..numerics import Numbers, Softmax, bends, dropout_bar, unit_of
 from .blocks import MAX_DIM, WHOLE, Blocks, Case, choose, target
 from .common import INTERPRETED, LOG2E, Flags, KeyTables, Rule, Sizes, Spans, Table, Tokens, Units, View
 from .dropout import KEYS, QUERIES, Draws, words

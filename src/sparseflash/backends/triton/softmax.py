@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ...common.errors import BackendError
-from ..numerics import NEVER, Numbers, Softmax, empty_like_layout, over_plans, unit_of
 from ...plan import Plan
 from ...plan.options import TILE
 from ...plan.record import FLAT
 from ...plan.transpose import transpose_spans
-from ..numerics import NEVER, Softmax, empty_like_layout, over_plans, unit_of
+from ..numerics import NEVER, Numbers, Softmax, empty_like_layout, over_plans, unit_of
 from .blocks import WHOLE, Blocks, fitting
 from .columns import columns_kernel
 from .common import SpanReaders, UnitReaders
