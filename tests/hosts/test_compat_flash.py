@@ -145,16 +145,18 @@ def paged(x, table, size, pages):
     return pool
 
 
-def test_pages_are_read_where_a_table_says(generator):
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0), (20, 3)])
+def test_pages_are_read_where_a_table_says(window, generator):
     table, lengths = torch.tensor([[3, 0, 5], [1, 4, 2]]), torch.tensor([40, 19])
     k, v = (randn(generator, 2, 48, 2, 32) for _ in range(2))
     k_pages, v_pages = (paged(x, table, 16, 6) for x in (k, v))
     q, ends = randn(generator, 12, 4, 32), torch.tensor([0, 5, 12])
     k_ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    out = flash_attn_varlen_func(q, k_pages, v_pages, ends, k_ends, causal=True, block_table=table)
+    given = {"block_table": table, "window_size": window}
+    out = flash_attn_varlen_func(q, k_pages, v_pages, ends, k_ends, causal=True, **given)
     for b, (a, e) in enumerate(itertools.pairwise(ends)):
         n = int(lengths[b])
-        want, _ = formula(q[a:e], k[b, :n], v[b, :n], causal=True)
+        want, _ = formula(q[a:e], k[b, :n], v[b, :n], causal=True, window=window)
         torch.testing.assert_close(out[a:e].double(), want, atol=3e-6, rtol=1e-5)
     with pytest.raises(sf.SparseFlashError, match="with block_table: expected causal=True"):
         flash_attn_varlen_func(q, k_pages, v_pages, ends, k_ends, block_table=table)
@@ -197,18 +199,18 @@ def test_a_cache_is_written_and_attended(case, Tq, generator):
         torch.testing.assert_close(lse[b].double(), norm, atol=3e-6, rtol=1e-5)
 
 
-def test_a_paged_cache_is_written_and_attended(generator):
+@pytest.mark.parametrize("window", [(-1, -1), (9, 0)])
+def test_a_paged_cache_is_written_and_attended(window, generator):
     table, used = torch.tensor([[3, 0, 5], [1, 4, 2]]), torch.tensor([30, 15])
     k, v = (randn(generator, 2, 48, 2, 32) for _ in range(2))
     k_pages, v_pages = (paged(x, table, 16, 6) for x in (k, v))
     q, new = randn(generator, 2, 3, 4, 32), randn(generator, 2, 3, 2, 32)
-    out = flash_attn_with_kvcache(
-        q, k_pages, v_pages, new, new, cache_seqlens=used, block_table=table, causal=True
-    )
+    given = {"cache_seqlens": used, "block_table": table, "causal": True, "window_size": window}
+    out = flash_attn_with_kvcache(q, k_pages, v_pages, new, new, **given)
     for b in range(2):
         n = int(used[b])
         keys, values = (torch.cat([x[b, :n], new[b]]) for x in (k, v))
-        want, _ = formula(q[b], keys, values, causal=True)
+        want, _ = formula(q[b], keys, values, causal=True, window=window)
         torch.testing.assert_close(out[b].double(), want, atol=3e-6, rtol=1e-5)
     assert torch.equal(k_pages[0, 14:16], new[0, :2]) and torch.equal(k_pages[5, 0], new[0, 2])
 

@@ -159,6 +159,39 @@ def test_sequences_with_different_numbers_of_queries_in_one_call(backend, dtype,
     tolerance.compare(run(q, k, v, plan, backend=backend), q, k, v, mask)
 
 
+@MAIN
+@pytest.mark.parametrize(
+    "page, left, sinks", [(16, 20, 0), (16, 31, 5), (40, 0, 40), (16, 500, 3), (1, 9, 2)]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_and_first_tokens_over_pages(backend, dtype, packed, page, left, sinks, generator):
+    """Chunks, single tokens, more queries than keys; nothing is read of pages that are out of sight."""
+    lengths = torch.tensor([6 * page + 3, 5, 3 * page, 0]).clamp(max=7 * page)
+    counts = torch.tensor([35, 1, 5, 0])
+    q, k, v, table, _ = paged(generator, lengths, page, 3, Tq=3, dtype=dtype)
+    at = torch.arange(7 * page)
+    slot = (table[..., None] * page + torch.arange(page)).flatten(1)
+    each = counts if packed else torch.full((4,), 3)
+    mask = torch.zeros(int(each.sum()), k.shape[2], dtype=torch.bool)
+    own = torch.cat([torch.arange(n) for n in each.tolist()]) + (lengths - each).repeat_interleave(each)
+    of = torch.arange(4).repeat_interleave(each)
+    sees = (at <= own[:, None]) & ((at >= own[:, None] - left) | (at < sinks))
+    mask.scatter_(1, slot[of], sees)
+    mask = mask[None, None] if packed else mask.view(4, 1, 3, -1)
+    if packed:
+        q = torch.randn(1, 4, int(each.sum()), q.shape[-1], generator=generator).to(dtype)
+    table[~(mask.flatten(0, 2).any(0)[slot].view(4, 7, page).any(-1))] = -1
+    queries = {"cu_seqlens_q": torch.nn.functional.pad(each.cumsum(0), (1, 0))} if packed else {"Tq": 3}
+    given = {"page_size": page, "Tk": k.shape[2], "window": (left, 0), "sink_tokens": sinks} | queries
+    plan = Plan.from_pages(table, lengths, **given)
+    assert torch.equal(plan.check().to_dense(), mask)
+    nan = [x.masked_fill(~mask.flatten(0, 2).any(0)[:, None], torch.nan) for x in (k, v)]
+    tolerance.compare(decode(q, *nan, plan, backend=backend), q, k, v, mask)
+    tolerance.compare(run(q, *nan, plan, backend=backend), q, k, v, mask)
+    every = Plan.from_pages(table, lengths, choice=torch.arange(7).expand(4, 1, 7), **given)
+    assert torch.equal(every.check().to_dense(), mask)
+
+
 def test_what_a_pool_holds_beside_its_pages_costs_nothing():
     """No tensor of the plan grows with the pool."""
     table = torch.arange(8).view(2, 4)
@@ -293,6 +326,9 @@ def test_lengths_that_make_no_sense_are_refused(lengths, said, generator):
         ([[0, 1]], [3], {"choice": torch.tensor([[0]])}, "choice"),
         ([[0, 1]], [3], {"first_page": -1}, "first_page=-1"),
         ([[0, 1]], [3], {"first_page": torch.tensor([1, 0])}, "first_page"),
+        ([[0, 1]], [3], {"window": (2, 1)}, "expected .left, 0."),
+        ([[0, 1]], [3], {"window": 2}, "window=2"),
+        ([[0, 1]], [3], {"sink_tokens": -1}, "sink_tokens=-1"),
         ([[0, 1]], [3], {"cu_seqlens_q": torch.tensor([0, 1, 2])}, "cu_seqlens_q is for 2 sequences"),
         ([[0, 1]], [3, 3], {}, "1 sequences, lengths for 2"),
         ([[0, 1]], [3], {"Tk": 7}, "multiple of page_size"),

@@ -180,11 +180,10 @@ def flash_attn_varlen_func(
     """
     scores: dict[str, Any] = {"softcap": softcap, "softmax_scale": softmax_scale}
     if block_table is not None:
-        plain = not dropout_p and alibi_slopes is None and _sides(window_size) is None
-        if not (plain and causal):
+        if dropout_p or alibi_slopes is not None or not causal:
             raise SparseFlashError(
-                "flash_attn_varlen_func with block_table: expected causal=True, and no dropout, window or "
-                "ALiBi; gather the pages, or make a plan: Plan.from_pages"
+                "flash_attn_varlen_func with block_table: expected causal=True, and no dropout or ALiBi; "
+                "gather the pages, or make a plan: Plan.from_pages"
             )
         _check("q [total_q,Hq,D]", 3, q=q)
         _check("pages [pages,page_size,Hkv,D]", 4, k=k, v=v)
@@ -196,6 +195,7 @@ def flash_attn_varlen_func(
             Tk=pool_k.shape[2],
             Tq=q.shape[0],
             cu_seqlens_q=cu_seqlens_q,
+            window=_back(window_size),
         )
         given = {"scale": softmax_scale, "softcap": softcap or None}
         out, lse = attention(q.transpose(0, 1)[None], pool_k, pool_v, plan, return_lse=True, **given)
@@ -351,13 +351,14 @@ def flash_attn_with_kvcache(
     scores |= _slopes(alibi_slopes, q.shape[2])
     q = q.transpose(1, 2)
     if block_table is not None:
-        if _sides(window_size) is not None or not (causal or Tq == 1):
+        if not (causal or Tq == 1):
             raise SparseFlashError(
-                "block_table with a window, or several queries without causality: make a plan "
-                "(Plan.from_pages), or gather the pages"
+                "block_table with several queries and without causality: make a plan (Plan.from_pages), or "
+                "gather the pages"
             )
         pool = [_pool(x) for x in (k_cache, v_cache)]
-        plan = Plan.from_pages(block_table, used, page_size=k_cache.shape[1], Tk=pool[0].shape[2], Tq=Tq)
+        frame = {"page_size": k_cache.shape[1], "Tk": pool[0].shape[2], "Tq": Tq}
+        plan = Plan.from_pages(block_table, used, **frame, window=_back(window_size))
         keys, values = pool
     else:
         keys, values = (x.transpose(1, 2) for x in (k_cache, v_cache))
@@ -423,6 +424,12 @@ def _sides(window_size: Any) -> tuple[int, int] | None:
         raise SparseFlashError(f"window_size={window_size!r}: expected (left, right), -1 = unbounded")
     left, right = window_size
     return None if (left, right) == (-1, -1) else (left, right)
+
+
+def _back(window_size: Any) -> tuple[int, int] | None:
+    """A window of causal queries."""
+    sides = _sides(window_size)
+    return None if sides is None or sides[0] == -1 else (sides[0], 0)
 
 
 def _slopes(slopes: Tensor | None, heads: int) -> dict[str, Tensor]:

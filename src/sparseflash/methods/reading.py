@@ -71,18 +71,32 @@ class ReadingMethod(Method):
             at = begin(ctx, q)[..., 0] + torch.arange(Tq, device=q.device)
         summary = self.summary(k)
         rows = summary.rows(k) if cache is None else cache.summary(summary)
-        chosen = top_pages(
+        chosen = self.best(q, summary, rows, at if first is None else at - first)
+        return Selection(plan_of_pages(chosen, self.page, k.shape[2], offset, first))
+
+    def best(self, q: Tensor, summary: Summary, rows: Tensor, at: Tensor) -> Tensor:
+        """The pages that queries read, int32 `[B,H,Tq,n]`, ascending, -1 behind the last.
+
+        Parameters
+        ----------
+        q : Tensor
+            `[B,Hq,Tq,D]`.
+        summary, rows : Summary, Tensor
+            What is kept of the keys, and of each page so: `[B,Hkv,pages,width]`.
+        at : Tensor
+            Integers `[B|1,Tq]`: where the queries stand among the keys.
+        """
+        return top_pages(
             summary.query(q.detach()).to(rows.dtype),
             rows,
-            (at if first is None else at - first) // self.page,
+            at // self.page,
             max(self.budget // self.page, 1),
             near=self.near,
             sinks=self.sinks,
             parts=self.page // summary.page,
             share=self.share,
-            closed=self.closed(k.shape[1]),
+            closed=self.closed(rows.shape[1]),
         )
-        return Selection(plan_of_pages(chosen, self.page, k.shape[2], offset, first))
 
 
 def kept_of(ctx: Context, k: Tensor) -> Growing | None:

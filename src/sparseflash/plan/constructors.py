@@ -676,6 +676,8 @@ class Constructors(Record):
         cu_seqlens_q: Tensor | None = None,
         choice: Tensor | None = None,
         first_page: int | Tensor | None = None,
+        window: Window | None = None,
+        sink_tokens: int = 0,
     ) -> Self:
         """Let the last queries of each sequence see a paged cache: k and v are one pool, of batch size 1.
 
@@ -701,6 +703,11 @@ class Constructors(Record):
             None: all pages.
         first_page : int or Tensor, optional
             First visible page of a sequence, `[B]` if they differ; earlier pages are hidden.
+        window : (left, 0), optional
+            Inclusive distance: how many keys before its own each query sees. Pages that no query sees are not
+            visited, and their table entries may hold anything.
+        sink_tokens : int
+            The first keys of each sequence, exempt from the window.
 
         Examples
         --------
@@ -720,6 +727,8 @@ class Constructors(Record):
                 cu_seqlens_q=cu_seqlens_q,
                 choice=choice,
                 first_page=first_page,
+                window=window,
+                sink_tokens=sink_tokens,
             )
         )
 

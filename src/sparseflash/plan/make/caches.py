@@ -13,7 +13,19 @@ from torch import Tensor
 
 from ...common.errors import PlanError, require
 from ..bits import WORD
-from ..options import INTEGERS, TILE, Fields, fit, host, is_length, narrow, shape_of
+from ..options import (
+    INTEGERS,
+    TILE,
+    Fields,
+    Window,
+    fit,
+    host,
+    is_count,
+    is_length,
+    narrow,
+    normal_window,
+    shape_of,
+)
 from .documents import edges_of, tiles_of
 
 
@@ -198,16 +210,76 @@ def _check_used(pages: Tensor, used: Tensor, most: int) -> None:
     )
 
 
-def _up_to(first: Tensor, tile: int, page: Tensor, page_size: int) -> Tensor:
-    """Causal bits of pages [..., n]: the first query of the tile sees `first` keys, each later one more.
+def _left(window: Window | None, sink_tokens: int) -> int | None:
+    """The left side of a causal window, checked; None means unbounded."""
+    require(
+        (is_count(sink_tokens), lambda: f"sink_tokens={sink_tokens!r}: expected an int >= 0"),
+        error=PlanError,
+    )
+    left, right = normal_window(window) or (None, None)
+    require(
+        (
+            right in (None, 0),
+            lambda: f"window={window!r}: the queries of a cache are its last tokens; expected (left, 0)",
+        ),
+        error=PlanError,
+    )
+    return left
 
-    Example, page_size 4, tile 2: first = 6 and page 1 (keys 4..7): bits 0b0011, then 0b0111.
+
+def _near(tiles: _Tiles, begin: Tensor, page_size: int, left: int, sink_tokens: int, n: int) -> Tensor:
+    """Pages, by their place, that hold the window of each tile or the first tokens; -1 = none.
+
+    Example, page_size 4, tile 1, left 5, sink_tokens 2: the query at position 14 sees keys 9..14 and 0, 1,
+    so pages 2, 3 and 0.
     """
-    row = torch.arange(tile, device=page.device)[:, None]
+    some = min((left + tiles.tile + page_size - 2) // page_size + 1, n)
+    low = torch.maximum((tiles.first - 1 - left).clamp(min=0) // page_size, begin)[..., None]
+    near = low + torch.arange(some, device=low.device)
+    far = torch.arange(min(-(-sink_tokens // page_size), n), device=low.device).expand(*low.shape[:-1], -1)
+    return torch.cat([far.masked_fill(far >= low, -1), near.masked_fill(near >= n, -1)], -1)
+
+
+def _sorted(
+    own: Tensor, tiles: _Tiles, begin: Tensor, page_size: int, left: int | None, sink_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort pages [..., n], by place: full ones, partial ones, those that no query of the tile sees.
+
+    The other two results count the full pages of each tile, and the full and partial ones together.
+    """
+    at = own * page_size
+    listed = (own >= begin[..., None]) & (at < tiles.last[..., None])
+    whole = at + page_size <= tiles.first[..., None]
+    if left is not None:
+        back = (tiles.first - 1 - left)[..., None]
+        listed &= (at + page_size > back) | (at < sink_tokens)
+        whole &= (at >= back + tiles.tile - 1) | (at + page_size <= sink_tokens)
+    kind = torch.where(listed, (~whole).byte(), 2)
+    order = kind.argsort(dim=-1, stable=True)
+    return own.gather(-1, order), (kind == 0).sum(-1), (kind < 2).sum(-1)
+
+
+def _before(end: Tensor, page: Tensor, page_size: int) -> Tensor:
+    """Bits [..., n, rows, words] of pages [..., n]: each row has the keys before its `end [..., rows]`.
+
+    Example, page_size 4: ends 6 and 7 of page 1 (keys 4..7) are bits 0b0011 and 0b0111.
+    """
     word = torch.arange(0, page_size, WORD, device=page.device)
-    keys = (first[..., None] - page * page_size)[..., None, None] + row - word
+    keys = (end[..., None, :] - page[..., None] * page_size)[..., None] - word
     keys = torch.minimum(keys, page_size - word).clamp(0, WORD)
     return torch.where(keys == WORD, -1, (1 << keys.clamp(max=WORD - 1)) - 1).int()
+
+
+def _bits(tiles: _Tiles, page: Tensor, page_size: int, left: int | None, sink_tokens: int) -> Tensor:
+    """Bits [..., n, rows, words] of pages [..., n]: what each row of a tile sees of them."""
+    end = tiles.first[..., None] + torch.arange(tiles.tile, device=page.device)
+    bits = _before(end, page, page_size)
+    if left is None:
+        return bits
+    far = ~_before(end - 1 - left, page, page_size)
+    if sink_tokens:
+        far |= _before(torch.full_like(end[..., :1], sink_tokens), page, page_size)
+    return bits & far
 
 
 def from_pages(
@@ -220,44 +292,50 @@ def from_pages(
     cu_seqlens_q: Tensor | None = None,
     choice: Tensor | None = None,
     first_page: int | Tensor | None = None,
+    window: Window | None = None,
+    sink_tokens: int = 0,
 ) -> Fields:
     """Fields of `Plan.from_pages`.
 
-    Pages that all queries of a tile see are full units. Pages that hold the tile's own tokens are partial,
-    and bits encode causality. The plan has no key positions, so its cost does not depend on the size of the
-    pool, and a page may be at different places in two sequences. Example, page_size 4, length 10, 2 queries:
-    first = 9, last = 10; pages 0 and 1 are full, page 2 (keys 8, 9) is partial, with bits 0b01 and 0b11.
+    Pages that all queries of a tile see are full units. Pages that hold the tile's own tokens, or an edge of
+    its window, are partial, and bits encode what each query sees. The plan has no key positions, so its cost
+    does not depend on the size of the pool, and a page may be at different places in two sequences. Example,
+    page_size 4, length 10, 2 queries: first = 9, last = 10; pages 0 and 1 are full, page 2 (keys 8, 9) is
+    partial, with bits 0b01 and 0b11.
     """
     _sizes(page_size=page_size, Tk=Tk, Tq=1 if Tq is None else Tq)
     _numbers(block_table, "block_table", "[B, n]: the pages of each sequence, in order", 2)
     B, n = block_table.shape
     lengths = _lengths(lengths, n * page_size, "the keys that its pages hold")
     _check_pool(block_table, lengths, page_size, Tk)
-    first = _first_pages(first_page, lengths, n)
+    first, left = _first_pages(first_page, lengths, n), _left(window, sink_tokens)
     if cu_seqlens_q is None:
         tiles = _rows(lengths, 1 if Tq is None else Tq)
     else:
         tiles = _packed(lengths, Tq, cu_seqlens_q)
     sure, seen = tiles.first.clamp(min=0) // page_size, -(-tiles.last // page_size)
     begin, most = first[tiles.of], (tiles.tile + page_size - 2) // page_size + 1
-    if choice is None:
+    if choice is None and left is None:
         begin = torch.minimum(begin, seen)
         full, count = torch.maximum(sure, begin).clamp_(max=seen) - begin, seen - begin
         start, index = tiles.of * n + begin, block_table.flatten()
         own = (begin + full)[..., None] + torch.arange(most, device=full.device)
     else:
-        own = _chosen(choice, tiles, B, n)
-        listed = (own >= begin[..., None]) & (own < seen[..., None])
-        kind = torch.where(listed, (own >= sure[..., None]).byte(), 2)
-        order = kind.argsort(dim=-1, stable=True)
-        own, full, count = own.gather(-1, order), (kind == 0).sum(-1), (kind < 2).sum(-1)
+        if choice is not None:
+            own = _chosen(choice, tiles, B, n)
+        else:
+            assert left is not None
+            own = _near(tiles, begin, page_size, left, sink_tokens, n)
+        own, full, count = _sorted(own, tiles, begin, page_size, left, sink_tokens)
+        if left is not None:
+            most = 2 * most + int(sink_tokens % page_size > 0)
         m = own.shape[-1]
         start, most = _every(full, m), min(most, m)
         index = block_table[tiles.of[..., None], own.clamp(min=0)].flatten() if n else lengths.new_zeros(0)
         at = full[..., None] + torch.arange(most, device=full.device)
         own = own.gather(-1, at.clamp_(max=max(m - 1, 0)))
     if host(index):
-        if choice is None:
+        if choice is None and left is None:
             page = torch.arange(n)
             used = (page >= first[:, None]) & (page * page_size < lengths[:, None])
             _check_used(block_table, used, Tk // page_size)
@@ -273,7 +351,7 @@ def from_pages(
         "full": full.int(),
         "count": count.int(),
         "index": narrow(index),
-        "bits": _up_to(tiles.first, tiles.tile, own, page_size).flatten(0, -3),
+        "bits": _bits(tiles, own, page_size, left, sink_tokens).flatten(0, -3),
         "bits_start": _every(full, most),
     }
 
