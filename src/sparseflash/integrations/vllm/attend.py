@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import cache
-from ...errors import require
+from ...common.errors import require
 from ...methods.reading import ReadingMethod
 from ...ops.attention import attention
 from ...ops.decode import decode

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from .attend import Layer
 from .pool import Pool
 from .refusals import check_batch, check_layer, check_model

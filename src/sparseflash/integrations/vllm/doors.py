@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from .settings import asked
 
 NAMES = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...cache import Summary
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 
 
 @dataclass(frozen=True)

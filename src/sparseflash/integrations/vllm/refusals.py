@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...methods.reading import ReadingMethod
 from .settings import Settings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from .settings import VARIABLE, Settings
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import cache, methods
-from ...errors import SparseFlashError, require
+from ...common.errors import SparseFlashError, require
 from ...methods.base import Method
 from ...methods.reading import ReadingMethod
 
