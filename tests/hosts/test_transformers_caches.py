@@ -372,3 +372,40 @@ def test_a_real_model_says_what_it_says_by_itself(name, books):
     with sf.transformers.sparse(model, cache=sf.cache.SnapKV(budget=300)):
         some = model.generate(ids, **how)
     assert float((some == stock)[:, 600:].float().mean()) > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_that_share_a_prompt_are_those_of_the_stock_model(model, way, padded):
+    mask = torch.ones_like(PROMPT)
+    if padded:
+        mask[-1, :9] = 0
+    stock = generated(model, PROMPT, way, attention_mask=mask)
+    rows = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with sf.transformers.sparse(model, cache=sf.cache.Share(room=3)):
+        ours = generated(model, PROMPT, way, attention_mask=mask)
+    handle.remove()
+    assert torch.equal(stock, ours)
+    assert rows[0] == (1 if "lookup" in way else 2)  # a prompt is read once, whoever repeats it
+
+
+@torch.no_grad()
+def test_questions_about_one_text_share_it(model):
+    """One text, three questions of unlike length: each answer is that of its own prompt alone."""
+    text, questions = PROMPT[:1], [[5, 6, 7], [8, 9], [11, 12, 13, 14, 15]]
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    alone = [model.generate(torch.cat([text, torch.tensor([x])], 1), **how) for x in questions]
+    rows = torch.tensor([[0] * (5 - len(x)) + x for x in questions])
+    ids = torch.cat([text.expand(3, -1), rows], 1)
+    mask = torch.cat([torch.ones(3, text.shape[1], dtype=torch.long), (rows > 0).long()], 1)
+    with sf.transformers.sparse(model, cache=sf.cache.Share()):
+        cache = model(text, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(3)
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **how)
+    for x, y in zip(alone, out):
+        assert x[0, -6:].tolist() == y[-6:].tolist()
+    assert cache.layers[0].prompts == 1

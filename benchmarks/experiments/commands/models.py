@@ -17,6 +17,7 @@ from sparseflash.bench.commands.app import (
     Out,
     Rounds,
     dtypes_of,
+    integers,
     known,
     lengths_of,
     words,
@@ -126,6 +127,32 @@ def bench_offload(
     columns = ("case", "ahead", "budget", "rate", "gain", "mib", "disk", "there")
     given = {"length": length, "share": share, "rounds": rounds}
     session("offload", out, partial(offload.measure, folder, **given), columns)
+
+
+@experiments.command("samples", rich_help_panel=PANEL)
+def bench_samples(
+    out: Out = RESULTS / "samples.csv",
+    model: Annotated[str, typer.Option(help="What sf.transformers.load takes.")] = "smollm2",
+    length: Length = 8192,
+    samples: Annotated[str, typer.Option(help="How many of one prompt, separated by commas.")] = "4,16,32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    rounds: Rounds = 3,
+    threads: Annotated[int, typer.Option(help="0: as many as PyTorch takes.", min=0)] = 0,
+) -> None:
+    """Tokens per second and bytes of samples of one prompt, which is held and read once, or by each."""
+    from sparseflash.bench.session import session
+
+    from .. import samples as experiment
+
+    columns = ("case", "samples", "rate", "gain", "bytes", "saved", "agree")
+    given = {
+        "model": model,
+        "length": length,
+        "samples": tuple(integers(samples, "4,16,32", 1)),
+        "dtype": dtype,
+    }
+    given |= {"rounds": rounds, "threads": threads}
+    session("samples", out, partial(experiment.measure, **given), columns)
 
 
 @experiments.command("budgets", rich_help_panel=PANEL)

@@ -25,6 +25,7 @@ from .policies.snapkv import SnapKV
 from .policies.streaming_llm import StreamingLLM
 from .policies.threshold import Threshold
 from .policies.tova import TOVA
+from .shared import Share, Shared
 from .summaries import Labels, PageBounds, PageMean, Summary
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "Policy",
     "PyramidKV",
     "Reads",
+    "Share",
+    "Shared",
     "SnapKV",
     "StreamingLLM",
     "Summary",

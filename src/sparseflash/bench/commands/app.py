@@ -44,6 +44,7 @@ EXPERIMENTS = (
     "prompt-losses",
     "ranks",
     "records",
+    "samples",
     "selection",
     "short",
     "step",

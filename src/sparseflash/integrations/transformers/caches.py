@@ -22,14 +22,16 @@ from ...cache import (
     Offload,
     Offloaded,
     Policy,
+    Share,
+    Shared,
 )
 from ...common.errors import SparseFlashError
 from .mask import SparseMask
 
 CacheLayerMixin.register(Layer)
 
-Kept = Policy | Compression | Offload
-"""Says how much of the past a layer keeps, or where."""
+Kept = Policy | Compression | Offload | Share
+"""Says how much of the past a layer keeps, where, or for how many rows."""
 Make = Callable[[int], Layer]
 """Makes the cache layer for an attention layer's index."""
 
@@ -51,9 +53,10 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
     for number, policy in policies.items():
         if not isinstance(policy, Kept) or number not in range(layers):
             raise SparseFlashError(
-                f"cache={{{number!r}: {policy!r}}}: expected a policy, a compression or where to offload, "
-                f"such as sf.cache.SnapKV(), sf.cache.Mustafar() or sf.cache.Offload(folder), or a mapping "
-                f"from the numbers of layers, 0..{layers - 1}, to such"
+                f"cache={{{number!r}: {policy!r}}}: expected a policy, a compression, where to offload or "
+                "that prompts are shared, such as sf.cache.SnapKV(), sf.cache.Mustafar(), "
+                "sf.cache.Offload(folder) or sf.cache.Share(), or a mapping from the numbers of layers, "
+                f"0..{layers - 1}, to such"
             )
 
     ropes = {n: rope_of(model, n) for n, how in policies.items() if isinstance(how, Policy) and how.renumber}
@@ -68,6 +71,8 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
             return Offloaded(how)
         if isinstance(how, Compression):
             return Compressed(how)
+        if isinstance(how, Share):
+            return Shared(how)
         return Evicting(how, layer=index, layers=layers, rope=ropes.get(index))
 
     config = model.config

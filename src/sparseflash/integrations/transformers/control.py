@@ -24,6 +24,7 @@ from .caches import Kept, keeping, layer_of
 from .layers import Layer, bare, chosen
 from .mask import Plain, SparseMask
 from .packed import behind, gather, scatter
+from .samples import read_once
 from .tokens import Ear, heard
 
 Heads = Sequence[Method | None]
@@ -62,8 +63,8 @@ def sparse(
     layers : int, str or iterable, optional
         Layers by index or by name (`*` matches anything). None: all layers without a sliding window or
         chunks.
-    cache : Policy, Compression or mapping, optional
-        What caches that begin inside the block keep: a policy or compression of `sf.cache` for all layers
+    cache : Policy, Compression, Offload, Share or mapping, optional
+        What caches that begin inside the block keep, or how: one of these of `sf.cache` for all layers
         without a window of their own, or a mapping from layer index to one. None: everything.
 
     Yields
@@ -101,8 +102,8 @@ def sparse(
     sessions = Sessions()  # shared: a layer may read another's choice
     settings = [_setting(layer, prefill, decode, sessions) for layer in picked]
     total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
-    kept = keeping(model, cache, total)
-    with on_sparse(model), kept, heard(model) as ear, attached(picked, settings, ear):
+    kept, once = keeping(model, cache, total), read_once(model, cache)
+    with on_sparse(model), kept, once, heard(model) as ear, attached(picked, settings, ear):
         yield given
 
 
