@@ -85,6 +85,7 @@ endef
 
 golden: $(READY)
 	$(PY) tests/cases.py
+	$(PY) tests/golden.py
 
 docs: $(READY)
 	@$(PIP) install -c constraints.txt 'mkdocs-material' 'mkdocstrings[python]'

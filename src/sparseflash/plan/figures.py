@@ -108,7 +108,8 @@ def dense_pairs(plan: Record) -> int:
     hi = torch.full_like(q, plan.Tk) if right is None else below(q + right + 1)
     lo, hi = torch.minimum(lo, past), torch.minimum(hi, past)
     pairs = hi - lo
-    if (plan.window is not None and plan.sink) or plan.head_sink is not None:  # before and behind the window
+    below_0 = plan.k_pos is not None  # a key may stand before the first position, where a sink of 0 ends
+    if plan.rules.windowed and (below_0 or plan.sink or plan.head_sink is not None):
         sink = torch.minimum(below(torch.zeros_like(q) + sinks), past)
         pairs = pairs + torch.minimum(sink, lo) + (sink - hi).clamp(min=0)
     if not plan.causal and not plan.include_self:

@@ -148,7 +148,7 @@ def behind(plan: Plan, begin: Tensor, first: Tensor) -> Plan | None:
     n = int(count.max()) if count.numel() else 0
     at = (start[..., None] + torch.arange(n, device=device)).clamp(max=max(len(plan.spans) - 1, 0))
     shift = first.int().view(B, 1, 1, 1, 1)
-    spans = (plan.spans[at] + shift).clamp(max=plan.Tk) if n else plan.spans.view(B, 0, 1, 0, 2)
+    spans = (plan.spans[at] + shift).clamp(max=plan.Tk) if n else plan.spans[:0]
     key = torch.arange(plan.Tk, dtype=torch.int32, device=device) - first.int()[:, None]
     return plan._changed(
         span_start=(torch.arange(start.numel(), device=device) * n).view(start.shape),

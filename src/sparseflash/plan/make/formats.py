@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import PlanError, require
-from ..options import INTEGERS, TILE, UNIT, Fields, fit, is_count, is_length, shape_of
+from ..options import INTEGERS, TILE, UNIT, Fields, fit, is_length, shape_of
 from ..ragged import expand
 from .intervals import from_intervals
 from .lifetimes import from_lifetimes
@@ -84,7 +84,8 @@ def from_slices(
     begin = torch.searchsorted(row, row)
     width = int((at - begin).max()) + 1 if len(row) else 0
     ends = torch.zeros(2, Tq, width, dtype=torch.int64, device=row.device)
-    ends[0, row, at - begin], ends[1, row, at - begin] = lo[order], hi[order].clamp(min=0)
+    ends[0, row, at - begin] = lo[order].clamp(max=Tk)  # behind the last key there is none
+    ends[1, row, at - begin] = hi[order].clamp(min=0)
     return from_intervals(ends[0, None, None], ends[1, None, None], Tk=Tk, tile=tile, unit=unit)
 
 
@@ -129,7 +130,7 @@ def from_bsr(
         Tq, Tk, tile, unit = own.values()
     named = {"Tq": Tq, "Tk": Tk, "tile": tile, "unit": unit}
     for name, n in named.items():
-        if not is_count(n, 0 if name[0] == "T" else 1):
+        if not is_length(n, 0 if name[0] == "T" else 1):
             raise PlanError(f"{name}={n!r}: with indptr and indices, say Tq, Tk, and the block: tile, unit")
     assert Tq is not None and Tk is not None and tile is not None and unit is not None
     R = -(-Tq // tile)

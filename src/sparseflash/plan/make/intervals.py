@@ -20,6 +20,7 @@ from ..options import (
     fit,
     host,
     is_length,
+    joint,
     narrow,
     normal_offset,
     shape_of,
@@ -54,6 +55,10 @@ def from_intervals(
         lo = _numbers(lo, "lo", (hi.dim(),), "of as many dimensions as hi, or None: from the first key on")
         if lo.shape[2:] != hi.shape[2:]:
             raise PlanError(f"lo {list(lo.shape)} and hi {list(hi.shape)} differ in shape")
+        if any(joint(sizes) is None for sizes in zip(lo.shape[:2], hi.shape[:2], strict=True)):
+            raise PlanError(
+                f"lo {list(lo.shape)} and hi {list(hi.shape)}: expected one batch size, or 1, and so of heads"
+            )
         if lo.device != hi.device:
             raise PlanError(f"lo is on {lo.device}, hi on {hi.device}: move them to one device")
         lo, hi = (lo, hi) if lo.dtype == hi.dtype else (lo.long(), hi.long())
