@@ -106,6 +106,8 @@ def test_a_mask_is_its_function_at_every_edge(name, size):
     function, kinds = FUNCTIONS[name]
     Tq, Tk, q_offset, kv_offset = size
     for how, padding in paddings(Tk, kv_offset).items():
+        if name == "every second key" and how not in ("none", "first", "amid"):
+            continue  # what is evaluated pair by pair takes its time
         made = ranges.sparse_mask(
             2, Tq, Tk, q_offset, kv_offset, mask_function=function, attention_mask=padding, device="cpu"
         )
@@ -221,7 +223,7 @@ def test_sequences_without_their_padding_are_their_tokens(seed):
     assert len(sizes) == len(set(sizes))  # one call for all that are alike
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("name", ["causal", "all", "window of 3", "documents", "every second key"])
 def test_the_mask_of_a_group_is_that_of_its_tokens(name, seed):
     r = random.Random(seed)
@@ -312,7 +314,7 @@ def call(positions, cache=None, **more):
     return Call(positions=positions, cache=cache, **given)
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(50))
 def test_tokens_see_their_own_documents_call_by_call(seed):
     """Positions begin anew amid calls and between them, behind padding or not, with a window or without."""
     r = random.Random(seed)
