@@ -515,6 +515,14 @@ def test_macs_are_asked_what_they_are(monkeypatch, machine, said, chosen):
     assert build.choices()[0][0].name == chosen
 
 
+def test_an_emulated_machine_is_not_taken_for_its_host(monkeypatch):
+    """A container for Arm, run on another machine by an emulator, sees the host's /proc/cpuinfo."""
+    monkeypatch.delenv("SPARSEFLASH_CPU_LEVEL", raising=False)
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(build, "cpu_flags", build.cpu_flags.__wrapped__)
+    assert [level.name for level in build.choices()[0]] == ["neon"]
+
+
 def test_a_compiler_that_knows_no_native_builds_for_any_processor(fresh, tool, monkeypatch):
     monkeypatch.setattr(build, "cpu_flags", frozenset)
     tool('case "$*" in *-march=*) echo "unknown architecture" >&2; exit 1;; esac\nexec "$cxx" "$@" -O0')

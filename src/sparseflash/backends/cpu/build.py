@@ -102,17 +102,21 @@ class LevelError(BackendError):
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this processor, by their names on Linux; empty if the system does not tell."""
+    """Instruction sets of this processor, by their names on Linux; empty if the system does not tell.
+
+    Every 64-bit Arm processor has asimd. It is not asked for: a container of another kind of machine, run by
+    an emulator, sees the host's /proc/cpuinfo.
+    """
+    if platform.machine() in ("aarch64", "arm64"):
+        return frozenset({"asimd"})
     if sys.platform == "darwin":
-        if platform.machine() == "arm64":
-            return frozenset({"asimd"})
         ask = ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             said = subprocess.run(ask, capture_output=True, text=True, timeout=10).stdout
             return frozenset(said.lower().split())
     with contextlib.suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-        line = next((x for x in text.splitlines() if x.startswith(("flags", "Features"))), "")
+        line = next((x for x in text.splitlines() if x.startswith("flags")), "")
         return frozenset(line.partition(":")[2].split())
     return frozenset()
 
