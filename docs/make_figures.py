@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from sparseflash import fusion
@@ -557,6 +557,40 @@ def board_best() -> str:
     return "\n\n".join(parts)
 
 
+def methods_of(block: str, budget: int = 8) -> str:
+    """A table of README's methods, with what the board says of each at an eighth of the pairs or keys."""
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    own = text.partition(f"<!-- measured: {block} -->")[2].partition("<!-- end -->")[0]
+    measured: dict[str, list[board.Line]] = {}
+    for line in board.lines(rows("board")):
+        if line.budget == budget and line.tokens == 4096:
+            measured.setdefault(line.case.removesuffix("-kmeans"), []).append(line)
+    body = []
+    for name, sees, paper in re.findall(r"^\| `([\w-]+)` \| (.*?) \| (\[.*?)(?: \|.*)?$", own, re.MULTILINE):
+        best = min(measured.get(name, []), key=lambda x: x.figures["kl"], default=None)
+        said = ""
+        if best is not None:
+            kl = f"{best.figures['kl']:.2g}"
+            said = f"{f'**{kl}**' if best.beats else kl} ({best.figures['kept']:.2f})"
+        body.append([f"`{name}`", sees, paper.removesuffix(" |"), said])
+    return table(["name", "what a query sees", "paper", "KL (kept)"], body)
+
+
+def methods_said() -> str:
+    """What the last column of README's tables of methods is, and what its controls have."""
+    at = {x.case: x for x in board.lines(rows("board")) if x.budget == 8 and x.tokens == 4096}
+    controls = [f"{at[x].figures['kl']:.2g}" for phase in ("prompt", "decode") for x in board.CONTROLS[phase]]
+    texts = max(x.texts for x in at.values())
+    return (
+        "KL is what a method loses on SmolLM2-135M behind 4,096 tokens "
+        f"({'one text' if texts == 1 else f'mean of {texts} texts'}), with about an eighth of the pairs of "
+        "the prompt or of the keys, in brackets what was kept; the first and last keys lose "
+        f"{controls[0]} (prompts) and {controls[2]} (caches), a random choice {controls[1]} and "
+        f"{controls[3]}. **Bold** beats both at what it keeps. No entry: trained layers, masks that a task "
+        "has, other hosts, or not on [the board](docs/board.md) yet. Weights are as they were trained, dense."
+    )
+
+
 def board_tasks() -> str:
     """Which questions about a long document are still answered, of the kinds that tell methods apart."""
     own = [row for row in rows("board") if row["phase"] == "task"]
@@ -918,6 +952,8 @@ BLOCKS = {
     "caches": caches,
     "board": board_best,
     "board-tasks": board_tasks,
+    "methods": methods_said,
+    **{f"methods-{x}": partial(methods_of, f"methods-{x}") for x in ("chosen", "prompts", "caches", "near")},
 }
 
 
