@@ -22,8 +22,8 @@ def board(
         str, typer.Option(help="A budget of 8 keeps about 1/8: some of 2,4,8,16.")
     ] = "2,4,8,16",
     tasks: Annotated[
-        str, typer.Option(help="Kinds of questions about a long document, or all; none: no questions.")
-    ] = "",
+        str, typer.Option(help="Kinds of questions about a long document, separated by commas; all; or none.")
+    ] = "none",
     task_budget: Annotated[
         int, typer.Option(min=2, max=16, help="The budget at which questions are asked.")
     ] = 8,
@@ -54,7 +54,8 @@ def board(
     made = table.Board(
         model, loaded, tokenizer, texts,
         tokens=integers(lengths), budgets=integers(budgets), wanted=words(methods),
-        asked=tuple(questions.KINDS) if tasks == "all" else words(tasks), at=task_budget, minutes=minutes,
+        asked={"all": tuple(questions.KINDS), "none": ()}.get(tasks, words(tasks)), at=task_budget,
+        minutes=minutes,
     )  # fmt: skip
     where = out / "board.csv"
     known = results.read(where, "phase", "case", "kl") if where.exists() else []
