@@ -12,6 +12,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,58 @@ def generate(group: Any) -> float:
     out, lse = sf.distributed.decode(cp, q, k[:, :, own], v[:, :, own], plan, return_lse=True)
     want = sf.attention(q, k, v, sf.Plan.dense(3, 50, causal=True, q_offset=47), return_lse=True)
     return max(float((a - b).abs().max()) for a, b in zip((out, lse), want))
+
+
+def fine_tune(
+    group: Any,
+    *,
+    family: str,
+    method: Any = None,
+    nodes: int = 1,
+    documents: bool = False,
+    behind: int = 0,
+    layout: str = "auto",
+) -> tuple[float, float, int]:
+    """A model of Transformers over ranks, beside data parallel where there are nodes, and on one process.
+
+    The relative errors of the loss, and of the worst gradient; and the tokens of a rank.
+    """
+    from transformer_models import tiny
+
+    T, model = 75, tiny(family).train()
+    g = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 97, (2, T), generator=g)
+    labels = torch.where(torch.arange(T) % 9 == 4, -100, ids)
+    given = {"input_ids": ids, "labels": labels, "use_cache": False}
+    if documents:
+        given["position_ids"] = torch.cat([torch.arange(n) for n in (20, 31, T - 51)])[None].expand(2, -1)
+    if behind:
+        given["attention_mask"] = (torch.arange(T) < T - behind).long().expand(2, -1)
+        labels[:, T - behind :] = -100
+
+    def learn(mean: bool, **given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = model(**given).loss
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        loss = loss.detach()
+        if mean:
+            for x in (loss, *found.values()):
+                dist.all_reduce(x, group=group)
+                x /= dist.get_world_size(group)
+        return loss, found
+
+    with nullcontext() if method is None else sf.transformers.sparse(model, prefill=method):
+        want, slopes = learn(False, **given)
+    place, rows = group, slice(None)
+    if nodes > 1:
+        data, place = _nodes(group, nodes)
+        rows = slice(data.get_local_rank(), data.get_local_rank() + 1)
+    with sf.transformers.context_parallel(model, place, method, layout=layout, timeout=40) as across:
+        got, found = learn(True, **{n: x[rows] if isinstance(x, Tensor) else x for n, x in given.items()})
+    worst = max(float((found[n] - x).abs().max() / x.abs().max().clamp(min=1e-6)) for n, x in slopes.items())
+    assert not any(name.startswith("_sparseflash_across") for m in model.modules() for name in vars(m))
+    return float((got - want).abs() / want), worst, len(across.cp.positions)
 
 
 TEXT = b"to be or not to be, that is the question: whether tis nobler in the mind " * 40

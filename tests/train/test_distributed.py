@@ -218,6 +218,24 @@ def test_decoding_merges_the_caches_of_all_ranks(group):
     assert max(group(ranks.generate, world=4)) < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("family", "world", "options"),
+    [
+        ("llama", 2, {}),
+        ("llama", 4, {"nodes": 2, "behind": 7}),  # two groups of two: data parallel beside
+        ("mistral", 2, {"layout": "striped", "documents": True}),  # windows
+        ("gpt-oss", 3, {}),  # sinks, windows in every other layer
+        ("llama", 2, {"method": sf.methods.HashSparse(nb=4)}),
+    ],
+)
+def test_a_transformers_model_over_ranks_learns_as_on_one_process(group, family, world, options):
+    pytest.importorskip("transformers")
+    results = group(ranks.fine_tune, world=world, family=family, **options)
+    for loss, slopes, _ in results:
+        assert loss < 1e-6 and slopes < 2e-5, results
+    assert sum(n for *_, n in results) == 75 * options.get("nodes", 1)
+
+
 TRAINED = {
     "dense": {},
     "mtraining": {"vertical": 8, "slash": 4, "granularity": 32, "last": 16, "sinks": 2, "near": 2},

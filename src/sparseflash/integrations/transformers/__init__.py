@@ -25,6 +25,7 @@ from .layers import Layer, attention_layers
 from .mask import SparseMask
 from .pretrained import MODELS, load
 from .ranges import NUMBERS, TRUTHS, sparse_mask
+from .ranks import Across, context_parallel
 from .report import Report, report
 from .tables import watch
 from .verify import verify
@@ -34,6 +35,7 @@ AttentionMaskInterface.register("sparse", sparse_mask)
 watch()
 
 __all__ = [
+    "Across",
     "HARMLESS",
     "MODELS",
     "NUMBERS",
@@ -43,6 +45,7 @@ __all__ = [
     "StreamedIndexer",
     "TRUTHS",
     "attention_layers",
+    "context_parallel",
     "load",
     "read",
     "report",

@@ -23,6 +23,8 @@ WEIGHTS = 64 << 20
 """Limit, in bytes of fp32, of the attention weights that a layer forms for `output_attentions`."""
 SETTING = "_sparseflash"
 """Attribute of an attention module that holds the `Setting` of `sparse(...)`."""
+ACROSS = "_sparseflash_across"
+"""Attribute of an attention module that holds what attends over ranks inside `context_parallel(...)`."""
 
 HARMLESS: set[str] = {
     "position_ids", "use_cache", "cache_position", "max_length_q", "max_length_k", "num_items_in_batch",
@@ -92,6 +94,11 @@ def sparse_attention(
     """
     _refuse(module, kwargs)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if (across := getattr(module, ACROSS, None)) is not None:  # the mask is of all ranks' tokens
+        options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux, "dropout_p": dropout}
+        beside = {"indices": indices, "block_indices": block_indices, "position_bias": position_bias}
+        beside |= {"cu_seq_lens_q": cu_seq_lens_q, "seq_idx": kwargs.get("seq_idx")}
+        return across(query, key, value, causal, sliding_window, options, beside).transpose(1, 2), None
     mask = _as_mask(
         module,
         query,
@@ -221,7 +228,7 @@ def _as_mask(
     if edges is not None or edges_k is not None:
         return by_edges(given, edges, edges_k, (B, S, T), name, causal, _sides(window, causal))
     if given is None:
-        given = _unmasked(module, query, B, S, T, causal, window)
+        given = dense_mask(module, query.device, B, S, T, causal, window)
     elif not own:
         return given
     if not given.causal or given.edges is not None:  # keys may be of another sequence
@@ -231,8 +238,8 @@ def _as_mask(
     return by_positions(given, positions)
 
 
-def _unmasked(
-    module: nn.Module, query: Tensor, B: int, S: int, T: int, causal: bool, window: int | None
+def dense_mask(
+    module: nn.Module, device: torch.device, B: int, S: int, T: int, causal: bool, window: int | None
 ) -> SparseMask:
     """Mask of a call without one, from the layer's causality and window."""
     if causal and S == 1:  # the last token of the cache
@@ -248,7 +255,7 @@ def _unmasked(
             f"{type(module).__name__}: causal or windowed, {S} queries, {T} keys and no mask: where the "
             "queries stand among the keys is not known. Give the model an attention_mask"
         )
-    plan = Plan.dense(S, T, causal=causal, window=_sides(window, causal), device=query.device)
+    plan = Plan.dense(S, T, causal=causal, window=_sides(window, causal), device=device)
     return SparseMask(plan, B, Plain() if window is None else Bits(), causal=causal)
 
 
