@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import distributed
 from ...distributed import ContextParallel, Layout
-from ...errors import SparseFlashError
+from ...common.errors import SparseFlashError
 from ...methods.base import Method
 from .attention import ACROSS, dense_mask
 from .control import on_sparse
