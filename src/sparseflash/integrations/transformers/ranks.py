@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import distributed
-from ...distributed import ContextParallel, Layout
 from ...common.errors import SparseFlashError
+from ...distributed import ContextParallel, Layout
 from ...methods.base import Method
 from .attention import ACROSS, dense_mask
 from .control import on_sparse
