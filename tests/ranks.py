@@ -374,6 +374,48 @@ def sent(group: Any, *, plan: Any, layout: Any) -> int:
     return sum(made.read.values())
 
 
+def traffic(group: Any, *, plan: Any, layout: Any, transport: str, nodes: int = 1) -> tuple[int, list[int]]:
+    """Bytes that this rank sends, of two heads, forward and backward; what it visits of each rank's keys."""
+    from sparseflash.plan.figures import visited_area
+
+    place = group if nodes == 1 else _nodes(group, nodes)
+    with sf.distributed.context_parallel(place, plan, layout=layout, transport=transport, timeout=40) as cp:
+        total = 0
+        for peers in {id(x): x for x in (cp.peers, cp.inner, cp.outer) if x is not None}.values():
+
+            def counted(send: Any, receive: Any, start: Any = peers.start) -> Any:
+                nonlocal total
+                total += sum(x.numel() * x.element_size() for _, x in send)
+                return start(send, receive)
+
+            peers.start = counted
+        q, k, v = (cp.shard(x, 2).requires_grad_() for x in torch.randn(3, 1, 2, plan.Tq, 16))
+        sf.distributed.attention(q, k, v).sum().backward()
+        made = cp.transport_of(cp.plan)
+        return total, [sum(visited_area(p) for p in made.plans(origin)) for origin in range(cp.world)]
+
+
+def peak(group: Any, *, T: int, transport: str) -> int:
+    """The most bytes that torch holds beside what was there before, in a forward and backward of T tokens."""
+    plan = sf.Plan.dense(T, T, causal=True, window=None if transport == "ring" else (T // 64, 0))
+    with sf.distributed.context_parallel(group, plan, transport=transport, timeout=40) as cp:
+        own = [torch.randn(1, 2, len(cp.positions), 32) for _ in range(3)]
+
+        def step() -> None:
+            leaves = [x.requires_grad_() for x in own]
+            torch.autograd.grad(sf.distributed.attention(*leaves).sum(), leaves)
+
+        step()  # lists of the ranks are made once
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
 def generate(group: Any) -> float:
     """The largest error of a decoding step over a cache of which one rank has nothing."""
     g = torch.Generator().manual_seed(11)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -79,10 +80,11 @@ def _balance(T: int, worlds: Sequence[int], on_run: Callable[[str], None]) -> It
                 }  # fmt: skip
 
 
-def _time(run: Callable[[], Any], rounds: int) -> float:
+def _time(run: Callable[[], Any], rounds: int, before: Callable[[], Any] = lambda: None) -> float:
     run()
     taken = []
     for _ in range(rounds):
+        before()
         begin = time.perf_counter()
         run()
         taken.append(time.perf_counter() - begin)
@@ -104,32 +106,49 @@ def _of_one(plan: Any, q: Any, k: Any, v: Any, dout: Any, *, both: bool) -> None
         torch.autograd.grad(out, leaves, dout)
 
 
-def measured_costs(T: int, rounds: int, on_run: Callable[[str], None]) -> Costs:
-    """Costs of this machine on one thread, from shards of the plans themselves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _measured(T: int, rounds: int) -> tuple[dict[str, list[float]], Links]:
+    """Costs of kernels on shards of the plans, and of messages, while all ranks do the same.
+
+    Ranks on one machine share its memory and its clock: what a kernel takes alone says little of a step.
+    """
+    world, peer = dist.get_world_size(), (dist.get_rank() + 1) % dist.get_world_size()
+
+    def together(run: Callable[[], Any]) -> float:
+        seconds = torch.tensor([_time(run, rounds, dist.barrier)], dtype=torch.float64)
+        dist.all_reduce(seconds)
+        return float(seconds) / world
+
     q, k, v, dout = _inputs(T)
     ours = {}
     for direction in ("forward", "both"):
         points, seconds = [], []
-        for name, make in plans(T).items():
+        for make in plans(T).values():
             for n in (T, T // 2, T // 4):
-                on_run(f"one thread, {direction}, {name}, {n} tokens")
                 plan = make().restrict(torch.arange(n), torch.arange(n))
                 given = [x[:, :, :n] for x in (q, k, v, dout)]
                 points.append(features(plan, given[0], given[1]))
-                run = functools.partial(_of_one, plan, *given, both=direction == "both")
-                seconds.append(_time(run, rounds))
+                seconds.append(together(functools.partial(_of_one, plan, *given, both=direction == "both")))
         ours[f"{direction} fp32"] = fit(points, seconds)
-    torch.set_num_threads(threads)
-    return Costs(machine(), ours, {})
+
+    def swap(out: torch.Tensor, taken: torch.Tensor) -> None:
+        ops = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, taken, peer)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
+    sizes = [1 << 10, 1 << 20, 1 << 23]
+    rooms = [(torch.zeros(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)) for n in sizes]
+    taken = [together(functools.partial(swap, *room)) for room in rooms]
+    return ours, Links(inner=sizes[-1] / (taken[-1] - taken[0]), latency=taken[0])
 
 
-def _rank(rank: int, world: int, port: int, T: int, rounds: int, results: Any) -> None:
+def _rank(rank: int, port: int, T: int, rounds: int, steps: bool, results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = _measured(T, rounds)
+    if rank == 0:
+        results.put(found)
     q, k, v, dout = _inputs(T)
-    for name, make in plans(T).items():
+    for name, make in plans(T).items() if steps else ():
         with sf.distributed.context_parallel(None, make()) as cp:
             own = [cp.shard(x, 2) for x in (q, k, v, dout)]
 
@@ -138,51 +157,60 @@ def _rank(rank: int, world: int, port: int, T: int, rounds: int, results: Any) -
                 torch.autograd.grad(sf.distributed.attention(*leaves), leaves, own[3])
                 dist.barrier()
 
-            seconds = _time(run, rounds)
+            seconds = _time(run, rounds, dist.barrier)
             if rank == 0:
                 made = type(cp.transport_of(cp.plan)).__name__.lower()
                 results.put((name, cp.layout.name, made, seconds))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def _steps(T: int, rounds: int, costs: Costs, on_run: Callable[[str], None]) -> Iterator[Row]:
-    """Two processes of one thread each: measured, forecast, and one process of two threads."""
-    import socket
+class _Two:
+    """Two processes of one thread each, which measure costs first, then a step of each plan."""
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    def __init__(self, T: int, rounds: int, steps: bool) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.results = context.Queue()
+        self.processes = [
+            context.Process(target=_rank, args=(r, port, T, rounds, steps, self.results)) for r in range(2)
+        ]
+        for process in self.processes:
+            process.start()
+        ours, self.links = self.results.get(timeout=3600)
+        self.costs = Costs(machine(), ours, {})
+
+    def end(self) -> None:
+        """Wait for both."""
+        for process in self.processes:
+            process.join()
+
+
+def _steps(T: int, rounds: int, two: _Two, on_run: Callable[[str], None]) -> Iterator[Row]:
+    """Two processes: measured, forecast; and one process of two threads."""
+    on_run("a step of two processes")
+    found = [two.results.get(timeout=3600) for _ in plans(T)]
+    two.end()
     q, k, v, dout = _inputs(T)
-    threads, alone = torch.get_num_threads(), {}
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    for name, make in plans(T).items():
+    for name, layout, transport, seconds in found:
         on_run(f"one process, two threads, {name}")
-        plan = make()
-        alone[name] = _time(lambda plan=plan: _of_one(plan, q, k, v, dout, both=True), rounds)
-    torch.set_num_threads(threads)
-    on_run("two processes")
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, 2, port, T, rounds, results)) for r in range(2)]
-    for process in processes:
-        process.start()
-    memory = Links(inner=4e9, latency=2e-4)
-    for _ in alone:
-        name, layout, transport, seconds = results.get(timeout=600)
         plan = plans(T)[name]()
-        of = balance(plan, 2)
+        alone = _time(functools.partial(_of_one, plan, q, k, v, dout, both=True), rounds)
         said = simulate(
-            plan, of, transport=transport, costs=costs, heads=HEADS, kv_heads=HEADS, D=DIM, links=memory,
-            dtype="fp32",
+            plan, balance(plan, 2), transport=transport, costs=two.costs, heads=HEADS, kv_heads=HEADS, D=DIM,
+            links=two.links, dtype="fp32",
         )  # fmt: skip
         yield {
             "bench": "ranks", "part": "step", "case": name, "T": T, "ranks": 2, "layout": layout,
             "transport": transport, "ms": seconds * 1e3, "ms_forecast": said.seconds * 1e3,
-            "forecast_ratio": said.seconds / seconds, "ms_one": alone[name] * 1e3,
-            "overhead": seconds / alone[name] - 1,
+            "ms_computing": said.computing * 1e3, "forecast_ratio": said.seconds / seconds,
+            "ms_one": alone * 1e3, "overhead": seconds / alone - 1,
         }  # fmt: skip
-    for process in processes:
-        process.join()
+    torch.set_num_threads(threads)
 
 
 def _forecast(
@@ -225,8 +253,11 @@ def measure(
     if "balance" in parts:
         yield from _balance(length, worlds, on_run)
     if "step" in parts or "forecast" in parts:
-        costs = measured_costs(length, rounds, on_run)
-    if "step" in parts:
-        yield from _steps(length, rounds, costs, on_run)
-    if "forecast" in parts:
-        yield from _forecast(lengths, many, costs, on_run)
+        on_run("costs of kernels and messages, in two processes at once")
+        two = _Two(length, rounds, "step" in parts)
+        if "step" in parts:
+            yield from _steps(length, rounds, two, on_run)
+        else:
+            two.end()
+        if "forecast" in parts:
+            yield from _forecast(lengths, many, two.costs, on_run)

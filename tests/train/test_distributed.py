@@ -14,6 +14,7 @@ import sparseflash as sf
 import tolerance
 from sparseflash.backends.numerics import dropout_bar
 from sparseflash.backends.reference.dropout import left
+from sparseflash.ops.costs import TERMS, Costs
 from sparseflash.plan.entries import standing
 
 KINDS = [*sorted(plans.KINDS), "several"]
@@ -212,6 +213,48 @@ def test_group_cast_sends_a_window_and_star_its_anchor(group):
     q = torch.zeros(1, 1, T, 8)
     star = sf.methods.StarAttention(block=T // 4, anchor=128, last=0).select(q, q).plan
     assert group(ranks.sent, world=4, plan=star, layout="contiguous") == [0, 128, 128, 128]
+
+
+TRAFFIC = {
+    "dense": lambda: sf.Plan.dense(1000, 1000, causal=True),
+    "window": lambda: sf.Plan.dense(1000, 1000, causal=True, window=(90, 0), sink_tokens=2),
+    "hash": lambda: sf.Plan.from_buckets(*[torch.arange(1000).view(1, 1, -1) % 7 % 3] * 2, tile=32),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "transport", "nodes"),
+    [
+        ("dense", "zigzag", "ring", 1),
+        ("hash", "contiguous", "ring", 2),
+        ("hash", "striped", "groupcast", 1),
+        ("window", "contiguous", "groupcast", 1),
+    ],
+)
+def test_the_simulator_knows_bytes_and_balance_of_four_ranks(group, kind, layout, transport, nodes):
+    """Exactly: what each rank sends, and the area that each visits."""
+    plan = TRAFFIC[kind]()
+    found = group(ranks.traffic, world=4, plan=plan, layout=layout, transport=transport, nodes=nodes)
+    costs = Costs("", {f"{way} fp32": [1e-6] * len(TERMS) for way in ("forward", "both")}, {})
+    said = sf.distributed.simulate(
+        plan, sf.distributed.Layout.of(layout, 1000, 4), costs=costs, heads=2, kv_heads=2, D=16, dtype="fp32",
+        transport="double ring" if nodes > 1 else transport, links=sf.distributed.Links(node=4 // nodes),
+    )  # fmt: skip
+    assert [sent for sent, _ in found] == said.sent
+    area = torch.tensor([visits for _, visits in found], dtype=torch.float64)
+    assert said.balance == pytest.approx(float(area.sum(1).max() / area.sum(1).mean()), rel=1e-12)
+    steps = torch.stack([torch.diagonal(area.roll(n, 1)) for n in range(4)])
+    assert said.critical == pytest.approx(float(steps.amax(1).sum() / area.sum(1).mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("transport", ["ring", "groupcast"])
+def test_memory_of_a_rank_is_that_of_its_share(group, transport):
+    """As many tokens a rank, as much memory, however many there are in all; twice the ranks, half of it."""
+    two, four = (max(group(ranks.peak, world=n, T=8192, transport=transport)) for n in (2, 4))
+    half = max(group(ranks.peak, world=2, T=4096, transport=transport))
+    assert four <= 1.15 * half and four <= 0.6 * two, (two, four, half)
+    share = 3 * 2 * 2048 * 32 * 4  # bytes of q, k and v of a rank of four
+    assert four <= 6.5 * share, four / share  # keys and gradients: held, coming and made; out in two parts
 
 
 def test_decoding_merges_the_caches_of_all_ranks(group):

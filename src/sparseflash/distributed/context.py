@@ -164,7 +164,9 @@ class ContextParallel:
         other = (
             queries.name if queries.name in ("contiguous", "zigzag", "striped", "chunks") else "contiguous"
         )
-        self._layouts = queries, queries if Tk == Tq else Layout.of(other, Tk, self.world)
+        keys = queries if Tk == Tq else Layout.of(other, Tk, self.world)
+        self._layouts = queries, keys
+        self._layout_code = f"{queries.name} {_digest([x.place for x in self._layouts])}"
 
     def _balanced(self, T: int) -> Layout:
         if self.world == 1:
@@ -292,7 +294,7 @@ class ContextParallel:
         said = {
             "number of the call": self.calls,
             "plan": self._codes.of(plans, lambda: _code(plans)),
-            "layout": self.layout.name + _digest([self.layout.place, self.key_layout.place]),
+            "layout": self._layout_code,
             "shape of q, k, v (but for tokens)": [[*x.shape[:2], x.shape[3]] for x in (q, k, v)],
             "dtype": str(q.dtype),
             "key_bias": None if key_bias is None else [*key_bias.shape[:2], str(key_bias.dtype)],

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..common.errors import SparseFlashError, require
 from ..ops._arguments import AnyPlan, as_plans
-from ..ops.costs import Costs, features
+from ..ops.costs import TERMS, Costs, features
+from ..plan import Plan
+from ..plan.figures import visited_area
 from .layouts import Layout, areas, readers
 from .pairs import Pairs
 
@@ -113,17 +115,18 @@ def simulate(
     for direction in ("forward", "both"):
         if f"{direction} {dtype}" not in costs.ours:
             raise SparseFlashError(f"costs have no {direction} {dtype}: expected forward and both")
-    world, area = layout.world, areas(plans, layout)
+    world, cast = layout.world, transport == "groupcast"
     forward = costs.ours[f"forward {dtype}"]
     backward = [b - f for b, f in zip(costs.ours[f"both {dtype}"], forward)]
-    points = _points(plans, layout, area, heads, kv_heads, D)
+    find = _pieces if world <= EXACT else _shares
+    area, points = find(plans, layout, heads, kv_heads, D, cast)
     ahead, back = (points @ torch.tensor(c, dtype=torch.float64) for c in (forward, backward))
     width = 2 * kv_heads * D * (2 if dtype == "bf16" else 4)  # bytes of keys and values per token
     grads = 2 * kv_heads * D * 4
     steps = torch.stack([torch.diagonal(area.roll(n, 1)) for n in range(world)])
     mean = float(area.sum()) / world or 1.0
     ranks = torch.arange(world)
-    if transport == "groupcast":
+    if cast:
         read = readers(plans, layout)[:, torch.cat(layout.ranks)].double()
         read = torch.stack([part.sum(1) for part in read.split(layout.sizes, 1)], 1)
         read[ranks, ranks] = 0
@@ -136,8 +139,7 @@ def simulate(
             _rings(times, size * width, size * home, links, node)
             for times, home in ((ahead, 0), (back, grads))
         ]
-        hops = world - 1
-        sent = (size.sum() - size) * 2 * width + size.sum() * grads if hops else size * 0
+        sent = torch.tensor([_passed(size, rank, node, 2 * width, grads) for rank in range(world)])
     return Forecast(
         sum(ends),
         float((ahead + back).sum(1).max()),
@@ -147,37 +149,53 @@ def simulate(
     )
 
 
-def _points(
-    plans: Sequence[AnyPlan], layout: Layout, area: Tensor, heads: int, kv_heads: int, D: int
-) -> Tensor:
-    """Cost features of a call for each pair of ranks: fp64 [world, world, terms]."""
-    world, sizes = layout.world, layout.sizes
+def _passed(size: Tensor, rank: int, node: int, width: int, grads: int) -> float:
+    """Bytes that a rank sends in the rings of a forward and a backward (`Ring.run`)."""
+    i, nodes = rank % node, len(size) // node
+    total = 0.0
+    for s in range(nodes):
+        of = (rank // node - s) % nodes * node
+        own, last = size[of : of + node].sum(), size[of + (i + 1) % node]
+        total += float(own - last) * width + (float(own) * grads if node > 1 else 0.0)
+        total += float(size[of + i]) * ((width if s + 1 < nodes else 0) + (grads if nodes > 1 else 0))
+    return total
 
-    def like(h: int, n: int) -> Tensor:
-        return torch.empty(1, h, n, D, device="meta")
 
-    if world <= EXACT:
-        rows = []
-        for rank in range(world):
-            pairs = Pairs(plans, rank, layout, layout)
-            row = []
-            for origin in range(world):
-                q, k = like(heads, sizes[rank]), like(kv_heads, sizes[origin])
-                own = pairs.of(origin)
-                row.append(features(own, q, k) if own else [0.0] * 8)
-            rows.append(row)
-        return torch.tensor(rows, dtype=torch.float64)
-    whole = torch.tensor(
-        features(plans, like(heads, layout.T), like(kv_heads, layout.T)), dtype=torch.float64
-    )
-    share = area / area.sum().clamp(min=1)
-    found = share[..., None] * whole  # prorated by area: pairs, dots, tests, gathered, entries
+def _pieces(
+    plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool
+) -> tuple[Tensor, Tensor]:
+    """Area visited by each rank in the keys of each, and cost features of these calls, from their lists."""
+    world = layout.world
+    area = torch.zeros(world, world, dtype=torch.float64)
+    points = torch.zeros(world, world, len(TERMS), dtype=torch.float64)
+    for rank in range(world):
+        pairs = Pairs(plans, rank, layout, layout)
+        q = _like(heads, layout.sizes[rank], D)
+        for origin in range(world):
+            if own := pairs.of(origin, read=cast and origin != rank):
+                points[rank, origin] = torch.tensor(features(own, q, _like(kv_heads, own[0].Tk, D)))
+                area[rank, origin] = sum(visited_area(one) for one in own)
+    return area, points
+
+
+def _shares(
+    plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool
+) -> tuple[Tensor, Tensor]:
+    """The same for many ranks: the costs of one process, prorated by area."""
+    area = areas(plans, layout)
+    given = features(plans, _like(heads, layout.T, D), _like(kv_heads, layout.T, D))
+    whole = torch.tensor(given, dtype=torch.float64)
+    found = (area / area.sum().clamp(min=1))[..., None] * whole  # pairs, dots, tests, gathered, entries
     some = (area > 0).double()
-    n = torch.tensor(sizes, dtype=torch.float64) / layout.T
+    n = torch.tensor(layout.sizes, dtype=torch.float64) / layout.T
     found[..., 0] = some
     for term in (1, 2):  # rows are read again for each pair of ranks with work
         found[..., term] = some * whole[term] * (n[:, None] + n[None]) / 2
-    return found
+    return area, found
+
+
+def _like(heads: int, n: int, D: int) -> Tensor:
+    return torch.empty(1, heads, n, D, device="meta")
 
 
 def _cast(times: Tensor, taken: Tensor, home: Tensor, links: Links) -> float:

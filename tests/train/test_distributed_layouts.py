@@ -1,0 +1,57 @@
+"""Layouts, from lists alone: every plan of the table is balanced; shards visit their share; what is sent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparseflash as sf
+from benchmarks.experiments.ranks import plans
+from sparseflash.distributed import Layout, areas, balance, readers
+from sparseflash.distributed.layouts import NAMES
+from sparseflash.distributed.pairs import Pairs
+from sparseflash.plan.figures import visible_pairs, visited_area
+
+T = 16384
+
+
+def visits(plan, layout):
+    """What each rank visits of the keys of each, by the lists that it gets; and the pairs of all."""
+    found, pairs = torch.zeros(layout.world, layout.world, dtype=torch.float64), 0
+    for rank in range(layout.world):
+        own = Pairs([plan], rank, layout, layout)
+        for origin in range(layout.world):
+            found[rank, origin] = sum(visited_area(part) for part in own.of(origin))
+            pairs += sum(visible_pairs(part) for part in own.of(origin))
+    return found, pairs
+
+
+@pytest.mark.parametrize("name", plans(256))
+def test_auto_balances_every_plan_of_the_table(name):
+    """Max over mean of the visited area, of two, four and eight ranks; no layout beats it by more than 5 %."""
+    plan = plans(T)[name]()
+    for world in (2, 4, 8):
+        area, _ = visits(plan, balance(plan, world))
+        share = float(area.sum(1).max() / area.sum(1).mean())
+        assert share <= 1.10, (world, share)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("layout", [*NAMES, "auto"])
+@pytest.mark.parametrize("name", ["hash 8", "qk-sparse, half"])
+def test_shards_of_sorted_plans_visit_their_share(name, layout, world):
+    """Of tiles of which each rank has few rows those with equal lists are joined."""
+    plan = plans(T // 2)[name]()
+    layout = balance(plan, world) if layout == "auto" else Layout.of(layout, T // 2, world)
+    area, pairs = visits(plan, layout)
+    share = areas(plan, layout).sum(1)  # of the global plan's area, what its queries on each rank have
+    assert pairs == visible_pairs(plan)
+    assert bool((area.sum(1) <= 1.3 * share).all()), area.sum(1) / share
+
+
+def test_a_window_needs_its_own_length_of_one_neighbour():
+    window = sf.Plan.dense(T, T, causal=True, window=(1023, 0))
+    layout = Layout.of("contiguous", T, 4)
+    others = torch.arange(4)[:, None] != layout.owner
+    read = (readers(window, layout) & others).sum(1).tolist()
+    assert read[0] == 0 and all(1023 <= n <= 1.2 * 1024 for n in read[1:])
