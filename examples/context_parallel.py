@@ -88,6 +88,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         print("losses", *(f"{loss:.6f}" for loss in losses))
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another still sends
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
