@@ -61,7 +61,8 @@ class Ranks:
     """So many processes; a call runs a function of this module in the first `world` of them."""
 
     def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # which imports torch once, not in each
+        context.set_forkserver_preload(["torch", "torch.distributed.nn", "torch.testing", "numpy"])
         self.world, port = world, free_port()
         self.jobs = [context.Queue() for _ in range(world)]
         self.results = context.Queue()
