@@ -95,7 +95,10 @@ class Layer:
         return decode(q[:, :, None], pool.keys, pool.values, plan, **self._options)[:, :, 0]
 
     def _chosen(self, pool: Pool, q: Tensor, group: Group, method: ReadingMethod) -> Plan:
-        """The pages that a method chooses by what is kept of them."""
+        """The pages that a method chooses by what is kept of them: all, if they are within its budget."""
+        fit = (group.longest - 1) // method.page < method.budget // method.page
+        if fit and not method.closed(pool.tokens.shape[1]):
+            return self._dense(pool, group)
         kept = self._summary(pool, method)
         rows = kept.of(group.pages(kept.summary.page))
         best = method.best(q[:, :, None], kept.summary, rows, (group.lengths - 1)[:, None])

@@ -111,4 +111,5 @@ class Kept:
 
     def of(self, pages: Tensor) -> Tensor:
         """`[B,Hkv,n,width]` of the pages `[B,n]` of requests."""
-        return self.rows[pages].transpose(1, 2)
+        own = self.rows.index_select(0, pages.flatten())
+        return own.view(*pages.shape, *own.shape[1:]).transpose(1, 2)

@@ -33,6 +33,8 @@ class Group:
         Which tokens of the step are theirs.
     edges : Tensor
         Integers `[n + 1]`: running totals of their tokens.
+    longest : int
+        The most keys that one of them has.
     """
 
     def __init__(self, requests: Tensor, starts: Tensor, lengths: Tensor, table: Tensor, block: int) -> None:
@@ -40,7 +42,8 @@ class Group:
         self.edges = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         n, begin = int(self.edges[-1]), int(first[0])
         self.lengths, self.block = lengths[requests].long(), block
-        self.blocks = table[requests][:, : -(-int(self.lengths.max()) // block)]
+        self.longest = int(self.lengths.max())
+        self.blocks = table[requests][:, : -(-self.longest // block)]
         self.tokens: Any = slice(begin, begin + n)
         if not torch.equal(first - begin, self.edges[:-1]):
             within = torch.arange(n, device=starts.device) - self.edges[:-1].repeat_interleave(counts)
