@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -17,12 +16,12 @@ import torch
 
 import sparseflash as sf
 import tolerance
+from benchmarks.experiments import serving
 from harness import randn
 from sparseflash.cache import StreamingLLM
 from sparseflash.integrations.vllm import KEY, VARIABLE, Layer, Pool, Settings, Step, asked, register
 from sparseflash.integrations.vllm.refusals import check_batch, check_layer, check_model
 from sparseflash.methods import BlockTopK, LServe, MInference, Quest
-from vllm_worker import MARK
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -375,36 +374,23 @@ def test_another_vllm_is_left_alone_unless_somebody_asks(monkeypatch):
 
 # ---------------------------------------------------------------- vLLM itself: make vllm, make check
 
-OTHER = REPO / ".venv-vllm" / "bin" / "python"
-NEEDS_VLLM = pytest.mark.skipif(not OTHER.exists(), reason="vLLM has an environment of its own: make vllm")
+NEEDS_VLLM = pytest.mark.skipif(
+    not serving.PYTHON.exists(), reason="vLLM has an environment of its own: make vllm"
+)
 
 
 @NEEDS_VLLM
 def test_vllms_own_environment_has_the_plugin():
     code = "from importlib.metadata import entry_points as e; print(*e(group='vllm.general_plugins').names)"
-    done = subprocess.run([OTHER, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([serving.PYTHON, "-c", code], capture_output=True, text=True, check=True)
     assert "sparseflash" in done.stdout.split()
 
 
-def ask(job, env=None, fails=False):
-    """What vLLM answers to a job (tests/vllm_worker.py), and what it said meanwhile."""
-    own = {"PYTHONPATH": str(REPO / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    kept = {name: x for name, x in os.environ.items() if name != VARIABLE}
-    done = subprocess.run(
-        [OTHER, REPO / "tests" / "vllm_worker.py"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=kept | own,
-        timeout=900,
-    )
-    said = done.stdout + done.stderr
-    if fails:
-        assert done.returncode, said[-2000:]
-        return None, said
-    assert done.returncode == 0, said[-4000:]
-    (line,) = [line for line in done.stdout.splitlines() if MARK in line]
-    return json.loads(line.partition(MARK)[2]), said
+def ask(job, env=None):
+    """What vLLM answers to a job, and what it said meanwhile."""
+    answer, said = serving.ask(job, **(env or {}))
+    assert answer is not None, said[-4000:]
+    return answer, said
 
 
 def tiny(folder, seed=0, **more):
@@ -477,7 +463,7 @@ def test_tokens_of_requests_that_come_and_go_are_those_of_transformers(processes
     assert answer["tokens"] == greedy(model, requests)
     if not processes:
         stock, said = ask(job)
-        assert LIVE not in said and stock == answer
+        assert LIVE not in said and stock["tokens"] == answer["tokens"]
 
 
 @pytest.mark.slow
@@ -526,8 +512,8 @@ def test_windows_and_caps_of_a_model(tmp_path, generator):
 @NEEDS_VLLM
 def test_keys_of_fewer_bits_end_vllm_with_a_reason(llama):
     job = {"model": llama[1], "engine": ENGINE | {"kv_cache_dtype": "fp8"}, "requests": []}
-    _, said = ask(job, {VARIABLE: "on"}, fails=True)
-    assert "sparseflash does not serve this: kv_cache_dtype='fp8" in said
+    answer, said = serving.ask(job, **{VARIABLE: "on"})
+    assert answer is None and "sparseflash does not serve this: kv_cache_dtype='fp8" in said
 
 
 @pytest.mark.slow

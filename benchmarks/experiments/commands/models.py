@@ -111,6 +111,31 @@ def bench_generation(
     session("generation", out, partial(generation.measure, **given), columns)
 
 
+@experiments.command("vllm", rich_help_panel=PANEL)
+def bench_vllm(
+    out: Out = RESULTS / "vllm.csv",
+    model: Annotated[str, typer.Option(help="What sf.transformers.load takes.")] = "smollm2",
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 4096,
+    requests: Annotated[int, typer.Option(min=1, help="That come together.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="To generate for each.")] = 32,
+    cases: Annotated[str, typer.Option(help="Separated by semicolons; by default all.")] = "",
+    dtype: Dtype = "bf16",
+    rounds: Rounds = 2,
+    threads: Annotated[int, typer.Option(help="Threads.", min=1, max=1024)] = 1,
+) -> None:
+    """Tokens per second of vLLM with its own attention and with ours, in its own environment (make vllm)."""
+    from sparseflash.bench.session import session
+
+    from .. import serving
+
+    (dtype,) = dtypes_of(dtype)
+    wanted = list(known("cases", serving.cases(length), words(cases, ";")))
+    given: dict[str, Any] = {"model": model, "length": length, "requests": requests, "tokens": tokens}
+    given |= {"rounds": rounds, "threads": threads, "dtype": dtype, "wanted": wanted}
+    columns = ("case", "dtype", "T", "requests", "prompts", "prompts_gain", "rate", "gain", "agree")
+    session("vllm", out, partial(serving.measure, **given), columns)
+
+
 @experiments.command("offload", rich_help_panel=PANEL)
 def bench_offload(
     folder: Annotated[Path, typer.Option(help="On the disk that is measured.")] = Path("/var/tmp"),

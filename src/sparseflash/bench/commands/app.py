@@ -50,6 +50,7 @@ EXPERIMENTS = (
     "step",
     "transformers",
     "vision",
+    "vllm",
 )
 """Commands of `benchmarks/experiments`, which are not part of an install."""
 
