@@ -65,7 +65,7 @@ class Layer:
         return {"scale": self.scale, "softcap": self.softcap, "sink_logits": self.sinks}
 
     def _summary(self, pool: Pool, method: ReadingMethod) -> Kept:
-        if self._kept is None:
+        if self._kept is None or self._kept.at != pool.tokens.data_ptr():  # vLLM has made its cache anew
             summary = method.summary(pool.keys)
             require(
                 (

@@ -78,13 +78,8 @@ class Impl(AttentionImpl[Step]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.writes = kv_sharing_target_layer_name is None
-        self.sinks = sinks
-        self.layer = Layer(settings, self.scale, logits_soft_cap or None, sliding_window)
+        self.layer = Layer(settings, self.scale, logits_soft_cap or None, sliding_window, sinks)
         _say(settings, type(self))
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Sinks are weights, and have their numbers now."""
-        self.layer.sinks = self.sinks
 
     def forward(
         self,
@@ -104,6 +99,11 @@ class Impl(AttentionImpl[Step]):
         if attn_metadata is None:  # vLLM measures the memory of a forward
             return output.zero_()
         pool = Pool.of(kv_cache, self.head_size)
+        if pool.block != attn_metadata.block:
+            raise SparseFlashError(
+                f"blocks of {pool.block} tokens in the cache, of {attn_metadata.block} in the batch: "
+                "expected one size; give one that all layers take (block_size=)"
+            )
         if self.writes:
             self.layer.write(pool, key, value, attn_metadata)
         self.layer(pool, query, attn_metadata, output)

@@ -98,7 +98,7 @@ class Kept:
     """
 
     def __init__(self, summary: Summary, pool: Pool) -> None:
-        self.summary = summary
+        self.summary, self.at = summary, pool.tokens.data_ptr()
         self._keys = pool.tokens[..., : pool.head].unflatten(0, (-1, summary.page))  # [pages,page,Hkv,D]
         like = summary.of(self._keys[:1].permute(2, 0, 1, 3)[None])  # [1,Hkv,1,width]
         with torch.inference_mode(False):  # what is made inside it could be written to there alone

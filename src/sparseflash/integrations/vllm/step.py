@@ -111,6 +111,7 @@ class Step:
 
     def __init__(self, starts: Tensor, lengths: Tensor, table: Tensor, slots: Tensor, block: int) -> None:
         counts, given = starts.diff(), (starts.long(), lengths, table, block)
+        self.block = block
         self.slots, self.tokens = slots[: int(starts[-1])].long(), int(starts[-1])
         self.written: Any = slice(None)
         if self.tokens and int(self.slots.min()) < 0:
