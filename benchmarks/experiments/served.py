@@ -5,7 +5,7 @@
 A request joins before step `at`, while others run. "processes": true is vLLM as it serves by default, in
 processes of its own. The answer stands behind MARK:
 
-    {"tokens": [[ids], ...], "steps": [[seconds, requests that have a token now, tokens so far], ...]}
+    {"tokens": [[ids], ...], "steps": [[seconds, seconds on a core, requests begun, tokens so far], ...]}
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     given = {"enforce_eager": True, "skip_tokenizer_init": True, "disable_log_stats": True}
     engine = LLM(job["model"], **(given | job["engine"])).llm_engine
     todo, found = dict(enumerate(job["requests"])), {}
-    steps: list[tuple[float, int, int]] = []
+    steps: list[tuple[float, float, int, int]] = []
     while todo or engine.has_unfinished_requests():
         for n in [n for n, one in todo.items() if one.get("at", 0) <= len(steps)]:
             one = todo.pop(n)
@@ -39,11 +39,11 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
                 temperature=0, max_tokens=one["tokens"], ignore_eos=True, detokenize=False
             )
             engine.add_request(str(n), TokensPrompt(prompt_token_ids=one["prompt"]), params)
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         for out in engine.step():
             found[int(out.request_id.partition("-")[0])] = list(out.outputs[0].token_ids)
-        took = time.perf_counter() - start
-        steps.append((took, len(found), sum(map(len, found.values()))))
+        took = time.perf_counter() - start, time.process_time() - began
+        steps.append((*took, len(found), sum(map(len, found.values()))))
     return {"tokens": [found[n] for n in range(len(job["requests"]))], "steps": steps}
 
 

@@ -2,8 +2,9 @@
 
 Requests of equal length come together. `prompts` are tokens of prompts a second, until the last request has
 its first token; `rate` are tokens a second after that, of all requests together. Each case is a process of
-its own, and its figures are the best of the rounds, in which the cases take turns. `agree` is the share of
-tokens that are those of stock vLLM. Prompts are source text of Python's own library.
+its own, and its figures are the best of the rounds, in which the cases take turns; of one thread the seconds
+are those that it had of a core, whatever else ran there. `agree` is the share of tokens that are those of
+stock vLLM. Prompts are source text of Python's own library.
 """
 
 from __future__ import annotations
@@ -66,12 +67,15 @@ def ask(job: dict[str, Any], threads: int = 1, **more: str) -> tuple[dict[str, A
     return None, done.stdout + done.stderr
 
 
-def rates(answer: dict[str, Any], length: int) -> tuple[float, float]:
-    """Tokens of prompts a second, and tokens made a second when all prompts are read."""
+def rates(answer: dict[str, Any], length: int, clock: int = 0) -> tuple[float, float]:
+    """Tokens of prompts a second, and tokens made a second when all prompts are read.
+
+    `clock`: 0 for seconds that pass, 1 for those that the process had of a core.
+    """
     requests, steps = len(answer["tokens"]), answer["steps"]
-    read = 1 + next(n for n, (_, begun, _) in enumerate(steps) if begun == requests)
-    before, after = (sum(took for took, _, _ in own) for own in (steps[:read], steps[read:]))
-    return requests * length / before, (steps[-1][2] - steps[read - 1][2]) / after
+    read = 1 + next(n for n, (*_, begun, _) in enumerate(steps) if begun == requests)
+    before, after = (sum(one[clock] for one in own) for own in (steps[:read], steps[read:]))
+    return requests * length / before, (steps[-1][-1] - steps[read - 1][-1]) / after
 
 
 def prompts(tokenizer: Any, requests: int, length: int) -> list[list[int]]:
@@ -90,12 +94,27 @@ def measure(
     requests: int = 4,
     tokens: int = 32,
     rounds: int = 2,
-    dtype: str = "bf16",
+    dtypes: Sequence[str] = ("bf16",),
     threads: int = 1,
     wanted: Sequence[str] = (),
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """One row a case, after the last round."""
+    """One row a case and dtype, after the last round of the dtype."""
+    for dtype in dtypes:
+        yield from _measure(model, length, requests, tokens, rounds, dtype, threads, wanted, on_run)
+
+
+def _measure(
+    model: str,
+    length: int,
+    requests: int,
+    tokens: int,
+    rounds: int,
+    dtype: str,
+    threads: int,
+    wanted: Sequence[str],
+    on_run: Callable[[str], None],
+) -> Iterator[Row]:
     from sparseflash.integrations.transformers import pretrained
 
     _, tokenizer = sf.transformers.load(model, dtype=DTYPES[dtype])
@@ -106,13 +125,17 @@ def measure(
     found: dict[str, list[dict[str, Any]]] = {case: [] for case in wanted or every}
     for n in range(rounds):
         for case, answers in found.items():
-            on_run(f"{case}: round {n + 1} of {rounds}")
+            on_run(f"{dtype}, {case}: round {n + 1} of {rounds}")
             job["engine"] = engine | {"additional_config": {KEY: every[case]}}
             answer, said = ask(job, threads, VLLM_CPU_KVCACHE_SPACE="2", VLLM_LOGGING_LEVEL="WARNING")
             if answer is None:
                 raise sf.SparseFlashError(f"vLLM ended without an answer ({case}): {said[-2000:]}")
             answers.append(answer)
-    best = {case: [max(x) for x in zip(*(rates(one, length) for one in own))] for case, own in found.items()}
+    clock = int(threads == 1)
+    best = {
+        case: [max(x) for x in zip(*(rates(one, length, clock) for one in own))]
+        for case, own in found.items()
+    }
     stock = found.get("stock")
     for case, own in found.items():
         (prompt, rate), said = best[case], own[0]["tokens"]

@@ -128,10 +128,10 @@ def bench_vllm(
 
     from .. import serving
 
-    (dtype,) = dtypes_of(dtype)
+    kinds = dtypes_of(dtype)
     wanted = list(known("cases", serving.cases(length), words(cases, ";")))
     given: dict[str, Any] = {"model": model, "length": length, "requests": requests, "tokens": tokens}
-    given |= {"rounds": rounds, "threads": threads, "dtype": dtype, "wanted": wanted}
+    given |= {"rounds": rounds, "threads": threads, "dtypes": kinds, "wanted": wanted}
     columns = ("case", "dtype", "T", "requests", "prompts", "prompts_gain", "rate", "gain", "agree")
     session("vllm", out, partial(serving.measure, **given), columns)
 
