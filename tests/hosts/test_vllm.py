@@ -529,3 +529,10 @@ def test_tokens_of_smollm2_are_those_of_transformers(tmp_path, generator):
     requests = [{"prompt": text[a:b], "tokens": 16, "at": n} for n, (a, b) in enumerate(cuts)]
     answer, said = ask({"model": str(tmp_path), "engine": ENGINE, "requests": requests}, {VARIABLE: "on"})
     assert LIVE in said and answer["tokens"] == greedy(model, requests)
+
+
+def test_rates_are_of_prompts_until_all_have_a_token_and_of_tokens_after_that():
+    steps = [[2.0, 1.0, 1, 1], [2.0, 1.0, 2, 3], [1.0, 0.5, 2, 5], [1.0, 0.5, 2, 6]]
+    answer = {"tokens": [[1, 2, 3], [4, 5, 6]], "steps": steps}
+    assert serving.rates(answer, 100) == (200 / 4, 3 / 2)
+    assert serving.rates(answer, 100, clock=1) == (200 / 2, 3 / 1)
