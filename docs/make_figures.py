@@ -655,16 +655,16 @@ def vllm() -> str:
     """Tokens per second of vLLM with its own attention and with ours, and how many tokens are the same."""
     found = rows("vllm")
     one = found[0]
-    head = ["attention", "tokens of prompts / s", "", "tokens made / s", "", "same tokens"]
+    head = ["attention", "", "tokens of prompts / s", "", "tokens made / s", "", "same tokens"]
     body = []
     for row in found:
         gains = [f"{float(row[name]):.2f}x" for name in ("prompts_gain", "gain")]
         agree = f"{float(row['agree']):.0%}"
-        body.append([row["case"], row["prompts"], gains[0], row["rate"], gains[1], agree])
+        body.append([row["case"], row["dtype"], row["prompts"], gains[0], row["rate"], gains[1], agree])
     says = (
-        f"{one['model']} in {one['dtype']}, {one['requests']} requests of {int(one['T']):,} tokens that come "
-        f"together, {one['tokens']} tokens each, on {one['threads']} thread of {one['cpu']}. Methods have "
-        "budgets of an eighth."
+        f"{one['model']}, {one['requests']} requests of {int(one['T']):,} tokens that come together, "
+        f"{one['tokens']} tokens made for each, on {one['threads']} thread of {one['cpu']} (seconds that it "
+        "had of its core). Methods have budgets of an eighth of the keys or blocks."
     )
     return f"{says}\n\n{table(head, body)}"
 
