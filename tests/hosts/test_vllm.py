@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import sparseflash as sf
 import tolerance
@@ -395,9 +396,7 @@ def ask(job, env=None):
 
 def tiny(folder, seed=0, **more):
     """A Llama of random weights, large enough that what it says depends on what it sees."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=512,
         hidden_size=128,
         intermediate_size=256,
@@ -408,7 +407,7 @@ def tiny(folder, seed=0, **more):
         **more,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -491,19 +490,27 @@ def test_methods_serve_by_configuration(llama, generator):
 
 @pytest.mark.slow
 @NEEDS_VLLM
-def test_windows_and_caps_of_a_model(tmp_path, generator):
-    """Of Gemma 2: windows in every other layer, and a cap on its logits; tokens are Transformers'."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
+@pytest.mark.parametrize("family", ["Gemma2", "GptOss"])
+def test_windows_caps_and_sinks_of_models(family, tmp_path, generator):
+    """Windows in every other layer; a cap on the logits of Gemma 2, a sink in each head of GPT-OSS."""
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 48}
+    more = {
+        "Gemma2": {"query_pre_attn_scalar": 32},
+        "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 2048},
+    }
     torch.manual_seed(1)
-    config = Gemma2Config(**sizes, **heads, sliding_window=48, query_pre_attn_scalar=32)
-    model = Gemma2ForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(**sizes, **more[family])
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("sinks"):
+                p.normal_(0, 2)
+            elif p.dim() > 1:
+                p *= 3
     model.save_pretrained(tmp_path)
-    requests = [
-        {"prompt": own, "tokens": 12, "at": n} for n, own in enumerate(prompts(generator, (200, 7, 70)))
-    ]
+    own = prompts(generator, (200, 7, 70))
+    requests = [{"prompt": ids, "tokens": 12, "at": n} for n, ids in enumerate(own)]
     answer, said = ask({"model": str(tmp_path), "engine": ENGINE, "requests": requests}, {VARIABLE: "on"})
     assert LIVE in said and answer["tokens"] == greedy(model, requests)
 
