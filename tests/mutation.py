@@ -100,8 +100,8 @@ def twice(node: Any) -> None:
 def changes(function: ast.FunctionDef) -> list[tuple[ast.AST, str, Callable[[ast.AST], None]]]:
     """Places of the body where something can be another: the node, words for it, and how to change it.
 
-    0 and 1 become one another: so -1, where any number below 0 is none, becomes a number that is one, and what
-    is at least 1 may be 0.
+    0 and 1 become one another: so -1, where any number below 0 means none, becomes one that does not, and
+    what is at least 1 may be 0.
     """
     found: list[tuple[ast.AST, str, Callable[[ast.AST], None]]] = []
     todo: list[ast.AST] = list(reversed(function.body))

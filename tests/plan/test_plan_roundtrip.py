@@ -1,4 +1,4 @@
-"""Plans taken apart and put together: for compiled code, in files, as lists of both kinds, under joint rules."""
+"""Plans taken apart and put together: for compiled code, in files, of lists of both kinds, by joint rules."""
 
 from __future__ import annotations
 
