@@ -153,15 +153,20 @@ def equal() -> set[tuple[str, str, str]]:
 
 
 def sample(count: int, seed: int) -> list[Fault]:
-    """As many of each area, in functions that differ, without those that are known to change nothing."""
+    """As many of each area, in functions that differ.
+
+    Those that are known to change nothing are passed over as they are drawn: the others of a sample stay when
+    one of it is found to be such.
+    """
     known = equal()
     drawn, chance = [], random.Random(seed)
     for at, area in enumerate(AREAS):
-        every, taken = [x for x in faults(area) if x.key not in known], set()
+        every, taken = faults(area), set()
         chance.shuffle(every)
         share = count // len(AREAS) + (at < count % len(AREAS))
         for fault in every:
-            if len(taken) < share and (where := (fault.module, fault.function)) not in taken:
+            where = (fault.module, fault.function)
+            if len(taken) < share and where not in taken and fault.key not in known:
                 taken.add(where)
                 drawn.append(fault)
     return drawn

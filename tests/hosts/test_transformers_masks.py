@@ -176,6 +176,16 @@ def test_a_mask_for_other_keys_is_told_what_these_are_or_stays(function, padded,
             assert other is made
 
 
+def test_a_mask_moves_where_it_is_not_yet():
+    made = ranges.sparse_mask(1, 3, 3, 0, 0, mask_function=window(2))
+    here = torch.device("cpu")
+    assert made.to(here) is made and made.to(torch.float16) is made and made.to("cpu", torch.float32) is made
+    assert made.contiguous() is made and made.dim() == 4 and made.size() == made.shape and made.size(-1) == 3
+    moved = made.to("meta")
+    assert moved.device.type == "meta" and moved.plan.spans.is_meta and moved.kind.lo.is_meta
+    assert moved.shape == made.shape and moved.causal
+
+
 # ---------------------------------------------------------------- padding
 
 

@@ -10,7 +10,10 @@ import torch
 from torch.nn.functional import pad
 
 import plans
-from sparseflash import Plan
+from sparseflash import Plan, PlanError
+from sparseflash.plan import algebra
+from sparseflash.plan.checks import surely_full
+from sparseflash.plan.entries import ranges
 from sparseflash.plan.figures import dense_pairs, partial_area, visible_pairs, visited_area
 
 KINDS = sorted(plans.KINDS)
@@ -284,6 +287,54 @@ def test_what_is_combined_bit_by_bit_lists_what_is_left(seed):
     whole = Plan.dense(33, 50, tile=8, unit=8)
     for made in (a & b, a - b, whole - a, whole.retile(4, 4) - b, a.retile(16, 24)):
         assert made.bits is None or made.spans is not None or tight(made)
+
+
+RULES = [
+    {"causal": True},
+    {"causal": True, "include_self": False},
+    {"include_self": False},
+    {"window": (4, 0)},
+    {"window": (3, 2)},
+    {"window": (None, 2)},
+    {"causal": True, "window": (4, None)},
+    {"causal": True, "window": (2, 0), "include_self": False},
+    {"causal": True, "window": (0, 0), "sink": 3},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("how", ["offset", "places", "ordered"])
+def test_what_the_ends_of_ranges_say_is_what_all_their_pairs_say(rules, how):
+    """Ranges that all queries of a tile see are known to be so without a look at any pair."""
+    ends = [(lo, hi) for lo in range(12) for hi in range(lo + 1, min(lo + 5, 13))]
+    given = torch.tensor(ends).view(1, len(ends), 1, 1, 2)
+    at = {"q_offset": 5}
+    if how == "places":
+        at = {
+            "q_pos": (torch.arange(3) + 5).int().view(1, 1, -1),
+            "k_pos": torch.arange(12).int().view(1, 1, -1),
+        }
+    if how == "ordered":
+        at["k_order"] = torch.arange(12).int().view(1, 1, -1)
+    plan = Plan.from_spans(given, Tq=3, Tk=12, tile=4)._changed(**rules, **at, span_full=None)
+    plan = plan._changed(span_full=torch.zeros_like(plan.span_count))
+    sure = surely_full(plan, ranges(plan))
+    mask = plan.to_dense()
+    want = [bool(mask[0, h, :, lo:hi].all()) for h, (lo, hi) in enumerate(ends)]
+    if "sink" in rules:  # some in the sink, others near: that takes a look
+        want = [w and not (lo < 3 < hi) for w, (lo, hi) in zip(want, ends, strict=True)]
+    assert sure.tolist() == want and (any(want) or "sink" in rules or rules.get("window") == (2, 0))
+
+
+def test_bits_are_built_up_to_the_limit_and_not_beyond(monkeypatch):
+    mask = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.5
+    a, b = Plan.from_mask(mask, tile=16, unit=64), Plan.from_mask(~mask, tile=16, unit=64)
+    size = 4 * 16 * 2 * 8  # units, queries, words of 32 keys, bytes
+    monkeypatch.setattr(algebra, "LIMIT", size)
+    assert not (a & b).to_dense().any()
+    monkeypatch.setattr(algebra, "LIMIT", size - 1)
+    with pytest.raises(PlanError, match="GiB of bits"):
+        a & b
 
 
 @pytest.mark.parametrize("kind", KINDS)
