@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -505,3 +506,206 @@ def test_a_layer_without_a_mask_goes_by_its_own_rules(causal, wide, S, T):
     assert torch.equal(made.to_dense()[0, 0], want)
     assert made.by_rule == (wide is None or (causal and S == 1))
     assert made.causal == (causal and S > 1)
+
+
+# ---------------------------------------------------------------- what a trace takes for granted
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Functions take the ways of a trace, which may look at no value, and run at once."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("name", ["causal", "all", "window of 3", "a wide window", "documents"])
+@pytest.mark.parametrize("how", ["none", "ones", "left", "last", "amid", "short"])
+def test_a_trace_makes_the_same_masks_and_checks_what_methods_rely_on(name, how, traced):
+    function, _ = FUNCTIONS[name]
+    for Tq, Tk, at in ((1, 9, 8), (9, 9, 0), (5, 9, 4)):
+        padding = paddings(Tk, 0)[how]
+        made = ranges.sparse_mask(2, Tq, Tk, at, 0, mask_function=function, attention_mask=padding)
+        want = by_pairs(function, 2, Tq, Tk, at, 0, padding)
+        assert torch.equal(made.plan.to_dense().expand(2, -1, -1, -1), want)
+        assert (made.tokens is None) == (padding is None)  # a trace does not know that all are tokens
+        if made.if_plain is None:  # nothing to check
+            assert name in ("causal", "all") and padding is None and made.for_methods() is made
+            continue
+        tokens = torch.ones(2, Tk, dtype=torch.bool) if padding is None else made.tokens
+        solid = all("0" not in "".join(str(int(x)) for x in row).strip("0") for row in tokens)
+        bare = by_pairs(function, 1, Tq, Tk, at, 0, None)
+        plain = solid and (
+            name == "all" or torch.equal(bare, by_pairs(causal_mask_function, 1, Tq, Tk, at, 0, None))
+        )
+        assert bool(made.if_plain) == plain
+        if not plain:
+            with pytest.raises(RuntimeError, match="one document a row"):
+                made.for_methods()
+            continue
+        told = made.for_methods()
+        assert told.if_plain is None and torch.equal(told.to_dense(), made.to_dense())
+        assert told.by_rule == (padding is None or name in ("causal", "all"))
+
+
+def test_a_trace_checks_that_documents_lie_apart(traced):
+    whole, packed_ = torch.arange(9)[None], torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 2]])
+    for function, told, fine in (
+        (causal_mask_function, whole, True),
+        (causal_mask_function, packed_, False),
+        (window(3), whole, True),
+        (window(3), packed_, False),
+        (FUNCTIONS["documents"][0], packed_, True),
+        (FUNCTIONS["documents"][0], torch.tensor([[0, 1, 2, 3, 4, 0, 0, 1, 0]]), False),
+    ):
+        made = ranges._mask(1, 9, 9, 0, 0, function, None, False, "cpu")
+        if fine:
+            assert documents.by_positions(made, told) is made
+            continue
+        with pytest.raises(RuntimeError, match="position_ids begin anew"):
+            documents.by_positions(made, told)
+    mixed = ranges._mask(1, 9, 9, 0, 0, FUNCTIONS["documents"][0], None, False, "cpu")
+    mixed.mixes = "recurrent"
+    with pytest.raises(RuntimeError, match="recurrent layers"):
+        documents.by_positions(mixed, packed_)
+    padded = Padded(torch.tensor([[True, False, True]]), 3, 0)
+    assert all(x is not None for x in padded.moved())  # a trace cannot see that nothing moves
+
+
+@pytest.mark.parametrize(
+    ("owner", "positions", "function", "S", "said"),
+    [
+        ("tiny", None, causal_mask_function, 4, "position_ids, nor cu_seq_lens"),
+        ("tiny", "its own", causal_mask_function, 4, ""),
+        ("nemotron", "its own", causal_mask_function, 4, "cu_seq_lens"),
+        ("nemotron", None, causal_mask_function, 4, "position_ids, nor cu_seq_lens"),
+        ("tiny", None, causal_mask_function, 1, ""),
+        ("tiny", None, causal_mask_function, 2, "position_ids, nor cu_seq_lens"),
+        ("tiny", None, bidirectional_mask_function, 4, ""),
+        ("tiny", None, chunks(2, 1), 4, ""),
+    ],
+)
+def test_what_attention_is_not_told_of_documents_is_said_once(owner, positions, function, S, said, caplog):
+    from sparseflash.integrations.transformers.mask import _untold
+
+    made = ranges._mask(1, S, 4, 4 - S, 0, function, None, False, "cpu")
+    made.owner = owner
+    _untold.clear()
+    for _ in range(2):
+        documents.unheard("Tiny", made, None if positions is None else torch.arange(S)[None])
+    found = [x.message for x in caplog.records]
+    assert len(found) == bool(said) and all(f"is told no {said}:" in x for x in found)
+    _untold.clear()
+
+
+@pytest.mark.parametrize("version", ["4.99.9", "5.0.0", "5.22.7", "5.23.0", "5.23.0.dev0", "5.24.1", "6.0.0"])
+def test_which_models_keep_documents_apart_in_layers_that_mix(version, monkeypatch):
+    monkeypatch.setattr(documents.transformers, "__version__", version)
+    able = tuple(map(int, version.split(".")[:2])) >= (5, 23)
+    edges, labels = torch.tensor([0, 3]), torch.zeros(1, 3)
+    for kind, by in (("bamba", "labels"), ("qwen3_next", "both"), ("llama", "nothing")):
+        assert documents.told(kind, labels, None) == (able and by == "labels")
+        assert documents.told(kind, labels, edges) == (able and by != "nothing")
+        assert not documents.told(kind, None, edges) and not documents.told(kind, None, None)
+
+
+def test_ranges_of_any_width_are_found():
+    """By a search that narrows sixteen times a round: one, two and three rounds."""
+    for Tk in (15, 16, 17, 255, 256, 257, 530):
+        for n in (1, 15, 16, 17, 18, 255, 256, 257, 258, 500):
+            for function in (window(n), sliding_window_overlay(n)):
+                made = ranges.sparse_mask(1, 3, Tk, Tk - 3, 0, mask_function=function)
+                assert isinstance(made.kind, (Ranges, Packed)) or n >= Tk
+                assert torch.equal(made.to_dense(), by_pairs(function, 1, 3, Tk, Tk - 3, 0, None)), (Tk, n)
+
+
+@pytest.mark.parametrize("hole", ["near", "far", "one row", "first"])
+def test_a_hole_in_a_range_is_found(hole):
+    """By samples of every row, and exactly at the ends."""
+
+    def holed(b, h, q, k):
+        there = {"near": q - k == 2, "far": k == 3, "one row": (q == 150) & (k % 2 == 0), "first": (k == 0)}[
+            hole
+        ]
+        return (q >= k) & ~(there & (q > 3))
+
+    made = ranges.sparse_mask(1, 200, 200, 0, 0, mask_function=holed)
+    assert torch.equal(made.to_dense(), by_pairs(holed, 1, 200, 200, 0, 0, None))
+
+
+# ---------------------------------------------------------------- small facts
+
+
+@pytest.mark.parametrize(
+    ("given", "video", "want"),
+    [
+        ({"image_grid_thw": [[1, 4, 6]]}, 0, (1, 2, 3)),
+        ({"image_grid_thw": [[1, 4, 6], [2, 8, 8]]}, 0, (1, 2, 3)),
+        ({"image_grid_thw": [[1, 4, 6]], "video_grid_thw": [[3, 8, 4]]}, 0, (3, 4, 2)),
+        ({"pixel_values_videos": (1, 3)}, 12, (3, 2, 2)),
+        ({"pixel_values_videos": (2, 3)}, 24, (3, 2, 2)),
+        ({"pixel_values_videos": (1, 3)}, 15, (3, 5)),
+        ({"pixel_values_videos": (1, 3)}, 13, None),
+        ({"pixel_values_videos": (2, 3)}, 12, (3, 2)),
+        ({"pixel_values_videos": (1, 3)}, 0, None),
+        ({}, 12, None),
+    ],
+)
+def test_the_grid_of_a_video_is_told_or_counted(given, video, want):
+    from sparseflash.integrations.transformers.tokens import _grid
+
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    given = {
+        name: torch.tensor(x) if "thw" in name else torch.zeros(*x, 1, 1, 1) for name, x in given.items()
+    }
+    there = torch.arange(30)[None] < video
+    assert _grid(config, given, there) == want
+    if any("thw" in name for name in given):
+        bare = SimpleNamespace(spatial_merge_size=1)
+        assert _grid(bare, given, there)[1] == 2 * want[1]
+    if "pixel_values_videos" in given:
+        flat = given | {"pixel_values_videos": given["pixel_values_videos"][0]}
+        assert _grid(config, flat, there) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "want"),
+    [
+        ({"layer_idx": 0}, True), ({"layer_idx": 1}, False), ({"layer_idx": 2}, True), ({"layer_idx": 3}, True),
+        ({"layer_idx": 4}, True), ({"layer_idx": None}, True), ({"layer_idx": 4, "sliding_window": None}, False),
+        ({"layer_idx": 1, "sliding_window": 8}, False),
+    ],
+)  # fmt: skip
+def test_a_layer_is_windowed_by_its_kind_or_else_by_its_window(module, want):
+    from sparseflash.integrations.transformers.layers import Layer
+
+    kinds = ["sliding_attention", "full_attention", "chunked_attention", "sliding_attention"]
+    one = SimpleNamespace(config=SimpleNamespace(layer_types=kinds, sliding_window=7), **module)
+    assert Layer("x", 0, one).windowed == want
+    for bare in (SimpleNamespace(), SimpleNamespace(config=SimpleNamespace(sliding_window=None))):
+        assert not Layer("x", 0, bare).windowed
+
+
+def test_the_layer_of_a_cache_is_found_by_its_number():
+    from sparseflash.cache import Growing
+    from sparseflash.integrations.transformers.caches import layer_of
+
+    own = [Growing(), object()]
+    for at, want in ((0, own[0]), (1, None), (2, None), (None, None), ("0", None)):
+        assert layer_of(SimpleNamespace(layers=own), SimpleNamespace(layer_idx=at)) is want
+    assert layer_of(SimpleNamespace(layers=tuple(own)), SimpleNamespace(layer_idx=0)) is None
+    assert layer_of(None, SimpleNamespace(layer_idx=0)) is None
+
+
+def test_a_report_measures_seconds_of_the_call():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **small)).eval()
+    start = time.perf_counter()
+    with sf.transformers.sparse(model, prefill=sf.methods.Window(4)):
+        rows = [*sf.transformers.report(model, input_ids=torch.arange(40)[None])]
+    wall = time.perf_counter() - start
+    assert len(rows) == 1 and 0 < rows[0].dense_seconds < wall and abs(rows[0].seconds) < wall
+    assert (
+        rows[0].methods == ("Window(window=4, causal=True, ahead=None)",) * 2
+        or "Window" in rows[0].methods[0]
+    )
