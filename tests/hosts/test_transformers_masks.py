@@ -532,10 +532,8 @@ def test_a_trace_makes_the_same_masks_and_checks_what_methods_rely_on(name, how,
             continue
         tokens = torch.ones(2, Tk, dtype=torch.bool) if padding is None else made.tokens
         solid = all("0" not in "".join(str(int(x)) for x in row).strip("0") for row in tokens)
-        bare = by_pairs(function, 1, Tq, Tk, at, 0, None)
-        plain = solid and (
-            name == "all" or torch.equal(bare, by_pairs(causal_mask_function, 1, Tq, Tk, at, 0, None))
-        )
+        bare, past = (by_pairs(x, 1, Tq, Tk, at, 0, None) for x in (function, causal_mask_function))
+        plain = solid and (name == "all" or torch.equal(bare, past))
         assert bool(made.if_plain) == plain
         if not plain:
             with pytest.raises(RuntimeError, match="one document a row"):
@@ -669,11 +667,16 @@ def test_the_grid_of_a_video_is_told_or_counted(given, video, want):
 @pytest.mark.parametrize(
     ("module", "want"),
     [
-        ({"layer_idx": 0}, True), ({"layer_idx": 1}, False), ({"layer_idx": 2}, True), ({"layer_idx": 3}, True),
-        ({"layer_idx": 4}, True), ({"layer_idx": None}, True), ({"layer_idx": 4, "sliding_window": None}, False),
+        ({"layer_idx": 0}, True),
+        ({"layer_idx": 1}, False),
+        ({"layer_idx": 2}, True),
+        ({"layer_idx": 3}, True),
+        ({"layer_idx": 4}, True),
+        ({"layer_idx": None}, True),
+        ({"layer_idx": 4, "sliding_window": None}, False),
         ({"layer_idx": 1, "sliding_window": 8}, False),
     ],
-)  # fmt: skip
+)
 def test_a_layer_is_windowed_by_its_kind_or_else_by_its_window(module, want):
     from sparseflash.integrations.transformers.layers import Layer
 
@@ -705,7 +708,4 @@ def test_a_report_measures_seconds_of_the_call():
         rows = [*sf.transformers.report(model, input_ids=torch.arange(40)[None])]
     wall = time.perf_counter() - start
     assert len(rows) == 1 and 0 < rows[0].dense_seconds < wall and abs(rows[0].seconds) < wall
-    assert (
-        rows[0].methods == ("Window(window=4, causal=True, ahead=None)",) * 2
-        or "Window" in rows[0].methods[0]
-    )
+    assert all("Window(window=4" in x for x in rows[0].methods)
