@@ -58,9 +58,14 @@ def calls(case: Case) -> Iterator[tuple[str, Any, tuple[int, ...], dict[str, Any
     for n, told in enumerate(CONTEXTS.get(case.slug, [])):
         if set(told) <= set(method.reads):
             yield f"told {n}", method, (1, 4, 4, 96, 96), told
+    if "text" in method.reads:
+        for text in ((1, 0), (0, 1), (18, 5)):
+            yield f"text {text}", method, (1, 4, 4, 96, 96), {"text": text}
     if "step" in method.reads or "state" in method.reads:
         for turn in range(3):
             yield f"turn {turn}", method, (1, 4, 4, 96, 96), {"turns": turn}
+    if "state" in method.reads and behind:
+        yield "a token later", method, (1, 4, 4, 96, 96), {"turns": 0, "later": True}
 
 
 def selected(case: Case) -> dict[str, dict[str, Any]]:
@@ -82,13 +87,22 @@ def figures(method: Any, q: torch.Tensor, k: torch.Tensor, ctx: dict[str, Any]) 
     own = (heads.apart(method) or [method])[0]
     if "v" in own.reads:
         ctx["v"] = k
-    session = Session(method)
+    session, later = Session(method), ctx.pop("later", False)
+    whole = q, k
+    if later:  # all but the last token first
+        q, k = q[:, :, :-1], k[:, :, :-1]
     for turn in range(ctx.pop("turns", 0) + 1 if "turns" in ctx else 0):
-        where = {"layer": 0} | ({"step": turn} if "step" in own.reads else {})
+        where: dict[str, Any] = {} if own.across_layers else {"layer": 0}
+        where |= {"step": turn} if "step" in own.reads else {}
         ctx = session.context({**ctx, **where})
         selection = method.select(q, k, ctx)
         with torch.no_grad():
             session(q, k, k, ctx=where)
+    if later:
+        q, k = whole[0][:, :, -1:], whole[1]
+        ctx = session.context(
+            {"layer": 99 if own.across_layers else 0, "q_offset": 95} | ({"v": k} if "v" in own.reads else {})
+        )
     selection = method.select(q, k, ctx)
     parts = selection.plan if isinstance(selection.plan, (tuple, list)) else (selection.plan,)
     mask = mask_of(tuple(parts))

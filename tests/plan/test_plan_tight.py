@@ -10,11 +10,14 @@ import torch
 from torch.nn.functional import pad
 
 import plans
+from harness import unseen
 from sparseflash import Plan, PlanError
 from sparseflash.plan import algebra
 from sparseflash.plan.checks import surely_full
+from sparseflash.plan.draw import draw
 from sparseflash.plan.entries import ranges
 from sparseflash.plan.figures import dense_pairs, partial_area, visible_pairs, visited_area
+from sparseflash.plan.transpose import transpose_spans
 
 KINDS = sorted(plans.KINDS)
 
@@ -324,6 +327,50 @@ def test_what_the_ends_of_ranges_say_is_what_all_their_pairs_say(rules, how):
     if "sink" in rules:  # some in the sink, others near: that takes a look
         want = [w and not (lo < 3 < hi) for w, (lo, hi) in zip(want, ends, strict=True)]
     assert sure.tolist() == want and (any(want) or "sink" in rules or rules.get("window") == (2, 0))
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), [(128, 128), (256, 384), (257, 256), (256, 257), (1, 256), (255, 129)])
+@pytest.mark.parametrize("name", ["dense", "all", "window", "narrow", "ahead", "kept"])
+def test_transposes_made_unseen_visit_what_others_do(name, Tq, Tk):
+    """Of ranges whose ends only move on, a run of neighbours holds nobody who does not touch the group."""
+    for tile in (64, 128):
+        plan = MADE[name](Tq, Tk, tile, 64, Tk - Tq)
+        with unseen():
+            other = MADE[name](Tq, Tk, tile, 64, Tk - Tq)
+            keys = transpose_spans(other.span_lists, other.k_rows)
+        want = transpose_spans(plan.span_lists, plan.k_rows)
+        visits = [int((x.until - x.index).clamp(min=0).sum()) for x in (keys, want)]
+        assert visits[0] == visits[1], tile
+
+
+@pytest.mark.parametrize("kind", ["buckets", "kept", "causal", "window"])
+@pytest.mark.parametrize("told", ["q_pos", "k_pos", "both"])
+def test_a_part_is_as_tight_where_positions_are_told(kind, told, generator):
+    """Tiles of few queries are joined where positions tell their keys apart, whoever says the positions."""
+    T = 512
+    bucket = torch.randint(4, (1, 1, T), generator=generator)
+    plan = {
+        "buckets": lambda: Plan.from_buckets(bucket, bucket, tile=32),
+        "kept": lambda: Plan.from_keep(bucket > 0, bucket > 0, tile=32),
+        "causal": lambda: Plan.dense(T, T, causal=True, tile=32),
+        "window": lambda: Plan.dense(T, T, causal=True, window=(40, 0), tile=32),
+    }[kind]()
+    at = torch.arange(T).int().view(1, 1, -1)
+    named = {"q_pos": at, "k_pos": at} if told == "both" else {told: at}
+    other = plan._changed(**named)
+    some = torch.arange(0, T, 3)
+    for q, k in ((some, None), (some, some), (None, some), (torch.arange(100, 300), torch.arange(250))):
+        parts = [x.restrict(q, k) for x in (plan, other)]
+        assert parts[0].tiles == parts[1].tiles
+        assert visited_area(parts[0]) == visited_area(parts[1])
+        assert partial_area(parts[0]) == partial_area(parts[1])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8, 48])
+def test_a_drawing_has_as_many_lines_as_half_its_width(width):
+    lines = draw(Plan.dense(64, 64, causal=True), width).splitlines()[2:]
+    assert len(lines) == max(1, width // 2) and {len(x) for x in lines} == {width}
+    assert lines[-1][0] in " ░▒▓█"[1:]
 
 
 def test_bits_are_built_up_to_the_limit_and_not_beyond(monkeypatch):
