@@ -337,6 +337,16 @@ def test_a_report_has_density_recall_and_time_of_every_head():
     assert padded_row.density[0] == pytest.approx(share, rel=1e-6)
 
 
+@pytest.mark.parametrize("against", [None, "sdpa", "eager"])
+def test_verify_compares_with_what_it_is_told_to(against):
+    one = own("llama")
+    for set_, want in (("eager", "eager"), ("sdpa", "sdpa"), ("sparse", "eager")):
+        one.set_attn_implementation(set_)
+        with pytest.raises(sf.SparseFlashError, match=f"differs from '{against or want}'"):
+            sf.transformers.verify(one, prefill=WINDOW, layers=[1], against=against, input_ids=tokens())
+        assert one.config._attn_implementation == set_
+
+
 def test_verify_names_the_first_layer_that_differs():
     one, inputs = own("gemma2"), {"input_ids": tokens(), "attention_mask": padded("left")}
     assert len(sf.transformers.verify(one, **inputs)) == 2

@@ -303,6 +303,23 @@ def test_streamed_indexers_choose_what_the_stock_ones_do(name, generator, monkey
         torch.testing.assert_close(tail, want[0][:, 40:], **CLOSE[torch.float32])
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-dsa"])
+@pytest.mark.parametrize("how", ["documents", "a tensor", "no mask"])
+def test_streamed_indexers_leave_other_masks_to_the_stock_ones(name, how, generator):
+    stock, ours = pair(name, index_n_heads=16)
+    ids, given = tokens(generator, 1, 50), {"use_cache": False}
+    if how == "documents":
+        given["position_ids"] = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    if how == "a tensor":
+        near = torch.ones(50, 50, dtype=torch.bool).tril().triu(-9)
+        given["attention_mask"] = near[None, None]
+    with torch.no_grad():
+        want = stock(ids, **given).logits
+        with streamed(ours):
+            got = ours(ids, **given).logits
+    torch.testing.assert_close(got, want, **CLOSE[torch.float32])
+
+
 @pytest.mark.parametrize("held", [1 << 20, 1, 3000])  # all queries at once, one, two or three
 def test_streamed_choices_of_blocks_are_the_stock_ones(held, monkeypatch, generator):
     monkeypatch.setattr(indexer, "HELD", held)

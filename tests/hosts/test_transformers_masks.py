@@ -441,6 +441,50 @@ def test_edges_keep_documents_apart_beside_any_mask(edges, beside):
     assert documents.by_edges(made, cuts, None, (1, S, S), "Tiny", True) is made
 
 
+@pytest.mark.parametrize("edges", [(0, 9), (0, 4, 9), (0, 4, 8)])
+@pytest.mark.parametrize("told", [True, False])
+def test_edges_of_a_call_are_those_of_its_tokens(edges, told):
+    """A tower of images is of the same call, and its tokens are others: edges count that end with them."""
+    cuts = torch.tensor(edges)
+    for function in (causal_mask_function, bidirectional_mask_function):
+        made = ranges._mask(1, 9, 9, 0, 0, function, None, False, "cpu")
+        got = apart(made, call(None, edges=cuts, edges_k=cuts, causal=told), 0)
+        if not told and edges[-1] != 9:
+            assert got is made
+            continue
+        number = torch.bucketize(torch.arange(9), cuts[1:-1], right=True)
+        want = by_pairs(function, 1, 9, 9, 0, 0, None)[0, 0] & (number[:, None] == number)
+        want[edges[-1] :] = False
+        want[:, edges[-1] :] = False
+        assert torch.equal(got.to_dense()[0, 0], want) and got.edges is cuts
+        two = ranges._mask(2, 9, 9, 0, 0, function, None, False, "cpu")
+        if not told:
+            assert apart(two, call(None, edges=cuts, causal=False), 0) is two
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("Tk", [10, 12])
+@pytest.mark.parametrize("heads", [0, 2])
+def test_of_a_choice_those_keys_are_left_that_the_mask_shows(unit, Tk, heads, generator):
+    from sparseflash.integrations.transformers.learned import _visible
+
+    made = ranges._mask(1, Tk, Tk, 0, 0, window(3), None, False, "cpu")
+    shape = (1, heads, Tk, 3) if heads else (1, Tk, 3)
+    chosen = torch.randint(-1, -(-Tk // unit), shape, generator=generator)
+    if unit > 1:
+        chosen[..., 0] = (Tk - 1) // unit  # a block that the end of the keys may cut
+    else:
+        chosen[..., 0] = Tk  # stock indexers name keys that are not there yet
+    left = _visible(chosen, made, unit)
+    shown = made.to_dense()[0, 0]
+    for h in range(max(heads, 1)):
+        for q in range(Tk):
+            row = (chosen[0, h, q] if heads else chosen[0, q]).tolist()
+            keys = {k for c in row if c >= 0 for k in range(c * unit, (c + 1) * unit) if k < Tk}
+            want = {k for k in keys if shown[q, k]}
+            assert {k for k in left[0, h, q].tolist() if k >= 0} == want
+
+
 # ---------------------------------------------------------------- tensors of the user's
 
 
@@ -492,13 +536,13 @@ def test_a_mask_of_another_shape_is_refused(shape):
 @pytest.mark.parametrize("wide", [None, 1, 4, 5, 6])
 @pytest.mark.parametrize(("S", "T"), [(1, 1), (1, 5), (5, 5), (3, 5)])
 def test_a_layer_without_a_mask_goes_by_its_own_rules(causal, wide, S, T):
-    q = torch.zeros(1, 2, S, 8)
+    here = torch.device("cpu")
     unknown = (causal or wide is not None) and S != T and not (causal and S == 1)
     if unknown or (causal and S == 1 and wide is not None and wide < T):
         with pytest.raises(sf.SparseFlashError, match="no mask"):
-            attention._unmasked(torch.nn.Module(), q, 1, S, T, causal, wide)
+            attention.dense_mask(torch.nn.Module(), here, 1, S, T, causal, wide)
         return
-    made = attention._unmasked(torch.nn.Module(), q, 1, S, T, causal, wide)
+    made = attention.dense_mask(torch.nn.Module(), here, 1, S, T, causal, wide)
     gap = torch.arange(S)[:, None] + (T - S if S == 1 and causal else 0) - torch.arange(T)
     want = (gap >= 0) if causal else torch.ones_like(gap, dtype=torch.bool)
     if wide is not None and not (causal and S == 1):
