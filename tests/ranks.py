@@ -487,13 +487,23 @@ SIZE = {"length": 160, "layers": 3, "width": 32, "heads": 2, "steps": 20, "lr": 
 
 
 def train(
-    group: Any, *, attention: str, options: dict, size: int, steps: int, folder: str, resume: bool
+    group: Any,
+    *,
+    attention: str,
+    options: dict,
+    size: int,
+    steps: int,
+    folder: str,
+    resume: bool,
+    dropout: float = 0.0,
 ) -> list:
     """Losses of a small run whose sequences go over `size` processes, and those of the validation."""
     from sparseflash.train import Corpus, TrainConfig, Trainer, World
 
     groups = dist.get_world_size(group) // size
-    config = TrainConfig("", attention, options, batch=4 // groups, context_parallel=size, **SIZE)
+    config = TrainConfig(
+        "", attention, options, batch=4 // groups, context_parallel=size, dropout=dropout, **SIZE
+    )
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     trainer = Trainer(config, Corpus([TEXT]), world)
     if resume:

@@ -305,3 +305,15 @@ def test_training_over_ranks_has_the_losses_of_one_process(group, attention, ste
     for one, other in zip(first, rest):
         np.testing.assert_allclose([*one[:half], *other[:-1]], want, rtol=0, atol=1e-5)
         assert other[-1] == pytest.approx(alone.validate(), abs=1e-5)
+
+
+def test_training_with_dropout_leaves_out_what_one_process_does(group, tmp_path):
+    from sparseflash.train import Corpus, TrainConfig, Trainer
+
+    options = {"window": 50, "sink_tokens": 2}
+    config = TrainConfig("", "sink-window", options, batch=4, dropout=0.3, **ranks.SIZE)
+    alone = Trainer(config, Corpus([ranks.TEXT]))
+    want = [alone.step().loss for _ in range(3)]
+    run = {"attention": "sink-window", "options": options, "folder": str(tmp_path), "dropout": 0.3}
+    for found in group(ranks.train, world=4, size=4, steps=3, resume=False, **run):
+        np.testing.assert_allclose(found[:-1], want, rtol=0, atol=1e-5)

@@ -346,8 +346,6 @@ def test_dropout_differs_by_process_and_step_and_a_resumed_run_draws_what_it_wou
     assert len(drawn) == 4 and max(plain) - min(plain) < 1e-5
     with pytest.raises(TrainError, match="--dropout is 1"):
         tiny(dropout=1.0)
-    with pytest.raises(TrainError, match="--dropout does not go with --context-parallel"):
-        tiny(dropout=0.1, context_parallel=2)
 
 
 def test_ctrl_c_saves_and_names_the_command_that_continues(tmp_path, text_file):

@@ -123,10 +123,6 @@ class TrainConfig:
                 not 0 <= self.dropout < 1,
                 f"--dropout is {self.dropout}; expected a share of 0 up to, not including, 1",
             ),
-            (
-                self.dropout > 0 and self.context_parallel > 1,
-                "--dropout does not go with --context-parallel, whose attention leaves out no weights",
-            ),
             (not self.rope_base > 0, f"--rope-base is {self.rope_base}; expected a positive number"),
             (self.eval_length < 0, f"--eval-length is {self.eval_length}; expected at least 0"),
             (

@@ -81,7 +81,7 @@ class Across:
         self.method = attention.method if isinstance(attention, Sparse) else None
         self.context: Mapping[str, Any] = attention.context if isinstance(attention, Sparse) else {}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
         """Attend from this process's tokens to those of all processes."""
-        found: Tensor = distributed.attention(q, k, v, self.method, ctx=self.context)
+        found: Tensor = distributed.attention(q, k, v, self.method, ctx=self.context, dropout_p=dropout_p)
         return found
