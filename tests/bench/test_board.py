@@ -53,6 +53,10 @@ def test_a_document_has_its_length_and_every_answer_stands_in_it(kind, model, fo
         for answer in answers:
             assert tokenizer.decode(answer[0]).strip().lower() in said.lower()
         assert tokenizer.decode(ask[0])[:1] == "\n"
+    for (_, answers), at in zip(made.questions, made.places):
+        assert at == -1 if kind == "words" else True
+        line = tokenizer.decode(made.ids[0, at : at + 60])
+        assert at < 0 or tokenizer.decode(answers[0][0]).strip() in line
     again, other = (tasks.document(kind, tokenizer, text, 3000, seed=n) for n in (0, 1))
     assert torch.equal(again.ids, made.ids) and not torch.equal(other.ids, made.ids)
 
@@ -70,6 +74,7 @@ def test_scores_are_those_of_whole_forwards(model, folder):
     loaded, tokenizer = model
     made = tasks.document("single", tokenizer, (folder / "one.txt").read_text(), 400)
     found = tasks.score(loaded, made, lambda: sf.transformers.sparse(loaded))
+    assert len(found.each) == found.questions and found.right == sum(found.each) / found.questions
     margins = []
     for ask, answers in made.questions:
         logs = []

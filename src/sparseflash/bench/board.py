@@ -31,6 +31,8 @@ BUDGETS = (2, 4, 8, 16)
 """At budget n, a method keeps about one in n of the pairs, or of the keys."""
 CONTROLS = {"prompt": ("sink-window", "random"), "decode": ("streaming-llm", "random")}
 """Controls at every budget of a phase: first and last keys only, and first plus random keys."""
+QUARTER = 4
+"""An answer in the last of so many parts of a document is near its question; any other is far."""
 NEW = 48
 """Number of tokens after a prompt whose probabilities are compared."""
 
@@ -77,7 +79,9 @@ def prompts_of(tokens: int, budget: int) -> dict[str, Method]:
             causal=True,
         ),
         "moa": methods.MoA(alpha=0, beta=w / tokens, least=16),
-        "star-attention": methods.StarAttention(block=max(64, round(w / 1.25)), anchor=max(16, w // 5)),
+        "star-attention": methods.StarAttention(
+            block=max(64, tokens // (2 * budget)), anchor=max(16, tokens // (4 * budget))
+        ),
         "hash-sparse": methods.HashSparse(nb=2 * budget, window=max(16, w // 2), sink_tokens=4),
         "hash-sparse-kmeans": methods.HashSparse(
             nb=2 * budget, window=max(16, w // 2), sink_tokens=4, buckets="kmeans"
@@ -263,7 +267,14 @@ class Board:
             given = tasks.document(kind, self.tokenizer, words, tokens)
             under = functools.partial(sf.transformers.sparse, self.model, prefill=cases[name])
             found = tasks.score(self.model, given, under)
-            yield row | {"right": found.right, "questions": found.questions, "margin": found.margin}
+            row |= {"right": found.right, "questions": found.questions, "margin": found.margin}
+            last = tokens - tokens // QUARTER
+            for name, own in (
+                ("right_near", [x for x, at in zip(found.each, given.places) if at >= last]),
+                ("right_far", [x for x, at in zip(found.each, given.places) if 0 <= at < last]),
+            ):
+                row[name] = _mean(own) if own else None
+            yield row
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -179,12 +179,14 @@ KINDS: dict[str, Callable[[random.Random], Planted]] = {
 class Document:
     """A document's kind, tokens `ids [1, T]`, and tokenised questions.
 
-    Each question is `(ask [1, n], answers)`; of the answers, [1, n] each, the first is right.
+    Each question is `(ask [1, n], answers)`; of the answers, [1, n] each, the first is right. `places`: first
+    token of the last line that holds the right answer, for each question; -1 if none does.
     """
 
     kind: str
     ids: Tensor
     questions: tuple[tuple[Tensor, tuple[Tensor, ...]], ...]
+    places: tuple[int, ...]
 
 
 def document(kind: str, tokenizer: Any, text: str, tokens: int, *, seed: int = 0) -> Document:
@@ -232,9 +234,11 @@ def document(kind: str, tokenizer: Any, text: str, tokens: int, *, seed: int = 0
         )
     # not in the last eighth, which every window covers
     cuts = sorted(draw.sample(range(rest * 7 // 8), len(lines)))
-    ids, before = [], 0
+    ids, before, begins = [], 0, []
     for at, line in zip(cuts, lines):
-        ids += filler[before:at] + line
+        ids += filler[before:at]
+        begins.append(len(ids))
+        ids += line
         before = at
     ids += filler[before:rest]
     questions = [
@@ -244,19 +248,25 @@ def document(kind: str, tokenizer: Any, text: str, tokens: int, *, seed: int = 0
         )
         for one in planted.questions
     ]
-    return Document(kind, torch.tensor([ids]), tuple(questions))
+    places = [
+        max((at for at, line in zip(begins, planted.lines) if one.answers[0] in line), default=-1)
+        for one in planted.questions
+    ]
+    return Document(kind, torch.tensor([ids]), tuple(questions), tuple(places))
 
 
 @dataclass(frozen=True)
 class Score:
     """Result of a document: share of questions whose right answer is likeliest, their number, and margin.
 
-    `margin`: mean difference in nats between the right answer and the best wrong one.
+    `margin`: mean difference in nats between the right answer and the best wrong one. `each`: whether the
+    right answer is likeliest, for each question.
     """
 
     right: float
     questions: int
     margin: float
+    each: tuple[bool, ...]
 
 
 @torch.no_grad()
@@ -269,7 +279,7 @@ def score(model: Any, given: Document, prefill: Callable[[], AbstractContextMana
 
     with prefill():
         cache = model.base_model(given.ids, use_cache=True).past_key_values
-    T, right, margins = given.ids.shape[1], 0, []
+    T, margins = given.ids.shape[1], []
     with sparse(model):
         for ask, answers in given.questions:
             last = model(ask, past_key_values=cache, logits_to_keep=1).logits[0, -1]
@@ -284,5 +294,5 @@ def score(model: Any, given: Document, prefill: Callable[[], AbstractContextMana
                 found.append(float(logs.gather(1, answer.T).sum()))
             cache.crop(T)
             margins.append(found[0] - max(found[1:]))
-            right += margins[-1] > 0
-    return Score(right / len(margins), len(margins), sum(margins) / len(margins))
+    right = tuple(margin > 0 for margin in margins)
+    return Score(sum(right) / len(right), len(right), sum(margins) / len(margins), right)
