@@ -198,9 +198,16 @@ def test_a_lost_rank_is_named_within_the_timeout(how):
         assert float(took) < seconds + 4
 
 
-def test_mtraining_selects_over_ranks_what_it_selects_over_all(group):
-    """From the last queries and a few numbers a token: no keys of others."""
-    method = sf.methods.MTraining(vertical=40, slash=9, granularity=32, near=4, sinks=4)
+@pytest.mark.parametrize(
+    "method",
+    [
+        sf.methods.MTraining(vertical=40, slash=9, granularity=32, near=4, sinks=4),
+        sf.methods.BlockTopK(blocks=4, block=32, share="sum"),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_methods_select_over_ranks_what_they_select_over_all(group, method):
+    """From the last queries and a few numbers a token, or from means of blocks: no keys of others."""
     for share, _ in group(ranks.overlap, world=4, method=method):
         assert share >= 0.99
 

@@ -55,6 +55,15 @@ class Shards:
         found: Tensor = self._cp.unshard(x, dim)
         return found
 
+    def means(self, x: Tensor, block: int) -> Tensor:
+        """Mean of each `block` consecutive tokens of all ranks; of x [B,H,n,D], [B,H,ceil(T / block),D]."""
+        B, H, _, D = x.shape
+        T, wide = self.layout.T, torch.float64 if x.dtype == torch.float64 else torch.float32
+        found = x.new_zeros(B, H, -(-T // block), D, dtype=wide)
+        found.index_add_(2, self.positions.to(x.device) // block, x.to(wide))
+        size = torch.arange(T, device=x.device).div(block, rounding_mode="floor").bincount()
+        return self.sum(found) / size[:, None]
+
     def last(self, x: Tensor, n: int) -> Tensor:
         """The last n tokens of `x [B,H,T of this rank,D]`, gathered from the ranks that hold them."""
         T = self.layout.T
