@@ -156,7 +156,7 @@ def _passed(size: Tensor, rank: int, node: int, width: int, grads: int) -> float
     for s in range(nodes):
         of = (rank // node - s) % nodes * node
         own, last = size[of : of + node].sum(), size[of + (i + 1) % node]
-        total += float(own - last) * width + (float(own) * grads if node > 1 else 0.0)
+        total += float(own - last) * width + float(own - size[of + i]) * grads
         total += float(size[of + i]) * ((width if s + 1 < nodes else 0) + (grads if nodes > 1 else 0))
     return total
 
@@ -251,7 +251,7 @@ def _rings(times: Tensor, size: Tensor, home: Tensor, links: Links, node: int) -
                 for rank, other in enumerate(nearest)
             ]
             start = [max(pair) for pair in zip(ends, came)]
-            if node > 1:
+            if t:  # the gradient of the first keys stays
                 ready = [
                     arrives(other, rank, ends[other], float(home[held[other]])) if float(home.sum()) else 0.0
                     for rank, other in enumerate(nearest)

@@ -7,9 +7,7 @@ gradients on their way to the owner, and returns those of the rank's own keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,54 +22,32 @@ Keys = tuple[Tensor, ...]
 Compute = Callable[[int, Keys], Keys | None]
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Format of several tensors as one message: shapes with -1 for tokens, and dtypes, widest first."""
+Coming = tuple[Keys, Transfer] | None
+"""Tensors being received, and the transfer to wait for."""
 
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    device: torch.device
 
-    @classmethod
-    def of(cls, keys: Keys, dtype: torch.dtype | None = None) -> Packing:
-        """Format of tensors like these, or of their gradients in one dtype."""
-        return cls(
-            tuple((*x.shape[:2], -1, *x.shape[3:]) for x in keys),
-            tuple(dtype or x.dtype for x in keys),
-            keys[0].device,
-        )
+def _room(keys: Keys, n: int, dtype: torch.dtype | None = None) -> Keys:
+    """Uninitialised tensors like these, of n tokens."""
+    return tuple(x.new_empty((*x.shape[:2], n, *x.shape[3:]), dtype=dtype or x.dtype) for x in keys)
 
-    def bytes(self, n: int) -> int:
-        """Size of a message for n tokens."""
-        return sum(self._sizes(n))
 
-    def _sizes(self, n: int) -> list[int]:
-        return [
-            math.prod(x if x >= 0 else n for x in shape) * dtype.itemsize
-            for shape, dtype in zip(self.shapes, self.dtypes)
-        ]
+def _zeros(keys: Keys, n: int, dtype: torch.dtype) -> Keys:
+    return tuple(x.zero_() for x in _room(keys, n, dtype))
 
-    def _order(self) -> list[int]:
-        return sorted(range(len(self.dtypes)), key=lambda i: -self.dtypes[i].itemsize)
 
-    def empty(self, n: int) -> Tensor:
-        """Allocate a message for n tokens."""
-        return torch.empty(self.bytes(n), dtype=torch.uint8, device=self.device)
+def _arrived(coming: Coming) -> Keys | None:
+    """What was being received, once it is complete; None if nothing was."""
+    if coming is None:
+        return None
+    coming[1].wait()
+    return coming[0]
 
-    def pack(self, keys: Keys) -> Tensor:
-        """Concatenate the tensors' bytes to a message."""
-        parts = [keys[i].to(self.dtypes[i]).contiguous().view(-1).view(torch.uint8) for i in self._order()]
-        return torch.cat(parts)
 
-    def unpack(self, message: Tensor, n: int) -> Keys:
-        """View a message as its tensors."""
-        found: dict[int, Tensor] = {}
-        sizes, at = self._sizes(n), 0
-        for i in self._order():
-            part = message[at : at + sizes[i]].view(self.dtypes[i])
-            found[i] = part.view([x if x >= 0 else n for x in self.shapes[i]])
-            at += sizes[i]
-        return tuple(found[i] for i in range(len(self.shapes)))
+def _added(one: Keys | None, other: Keys | None) -> Keys | None:
+    """Sum of gradients, in the memory of the second."""
+    if one is None or other is None:
+        return other if one is None else one
+    return tuple(y.add_(x) for x, y in zip(one, other))
 
 
 class Ring:
@@ -104,68 +80,44 @@ class Ring:
         node, nodes = (0, 1) if self.outer is None else (self.outer.rank, self.outer.world)
         return self.inner.rank, self.inner.world, node, nodes
 
-    def _pass(self, peers: Peers, packing: Packing, message: Tensor, origin: int) -> tuple[Tensor, Transfer]:
-        """Send a message to the next rank, and start receiving that about `origin` from the previous one."""
-        taken = packing.empty(self.layout.sizes[origin])
+    def _pass(self, peers: Peers, sent: Keys, taken: Keys) -> Coming:
+        """Send to the next rank, and begin to receive from the previous one."""
         before, behind = (peers.rank - 1) % peers.world, (peers.rank + 1) % peers.world
-        return taken, peers.start([(behind, message)], [(before, taken)])
+        return taken, peers.start([(behind, x) for x in sent], [(before, x) for x in taken])
 
     def run(self, keys: Keys, compute: Compute, wide: torch.dtype | None = None) -> Keys | None:
-        """Visit the keys of all ranks in turn; with `wide`, gradients of that dtype rotate behind them."""
+        """Visit the keys of all ranks in turn; with `wide`, gradients of that dtype rotate behind them.
+
+        The gradient that a rank gives its own keys (in a node: those of its place) stays, and the others' is
+        added when it arrives.
+        """
         i, size, node, nodes = self._places()
-        sizes, packing = self.layout.sizes, Packing.of(keys)
-        sums = None if wide is None else Packing.of(keys, wide)
-        held = packing.pack(keys)
+        sizes = self.layout.sizes
+        held = tuple(x.contiguous() for x in keys)
         home: Coming = None  # gradients from the previous node
-        total = held[:0]
+        total: Keys | None = None
         for s in range(nodes):
-            of, coming, back, message = (node - s) % nodes * size, None, None, held
+            of, before = (node - s) % nodes * size, (node - s - 1) % nodes * size
+            coming, back, own, message = None, None, None, held
             if s + 1 < nodes and self.outer is not None:
-                coming = self._pass(self.outer, packing, held, (node - s - 1) % nodes * size + i)
+                coming = self._pass(self.outer, held, _room(keys, sizes[before + i]))
             for t in range(size):
                 origin, behind, here = of + (i - t) % size, of + (i - t - 1) % size, None
                 if t + 1 < size:
-                    here = self._pass(self.inner, packing, message, behind)
-                given = compute(origin, packing.unpack(message, sizes[origin]))
-                if sums is not None:
-                    total = _summed(sums, sizes[origin], given, back)
-                    back = self._pass(self.inner, sums, total, behind) if size > 1 else None
-                message = _arrived(here, message)
-            total = _arrived(back, total)
-            if wide is not None and home is not None:
-                total = _added(_arrived(home, total), total, wide)
-            if sums is not None and nodes > 1 and self.outer is not None:
-                home = self._pass(self.outer, sums, total, (node - s - 1) % nodes * size + i)
-            held = _arrived(coming, held)
-        total = _arrived(home, total)
-        return None if sums is None else sums.unpack(total, sizes[node * size + i])
-
-
-Coming = tuple[Tensor, Transfer] | None
-"""A message being received, and the transfer to wait for."""
-
-
-def _arrived(coming: Coming, before: Tensor) -> Tensor:
-    """The message received, once it is complete; `before` if none is on its way."""
-    if coming is None:
-        return before
-    coming[1].wait()
-    return coming[0]
-
-
-def _added(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
-    """The sum of two messages, in place of the second."""
-    b.view(wide).add_(a.view(wide))
-    return b
-
-
-def _summed(sums: Packing, n: int, given: Keys | None, before: Coming) -> Tensor:
-    """Sum of the gradients received (`before`) and given by this rank, as a message."""
-    own = None if given is None else sums.pack(given)
-    if before is None:
-        return torch.zeros_like(sums.empty(n)) if own is None else own
-    came = _arrived(before, before[0])
-    return came if own is None else _added(came, own, sums.dtypes[0])
+                    here = self._pass(self.inner, message, _room(keys, sizes[behind]))
+                given = compute(origin, message)
+                if wide is not None and t == 0:
+                    own = given or _zeros(keys, sizes[origin], wide)
+                elif wide is not None:
+                    total = _added(given, _arrived(back)) or _zeros(keys, sizes[origin], wide)
+                    back = self._pass(self.inner, total, _room(keys, sizes[behind], wide))
+                message = _arrived(here) or message
+            if wide is not None:
+                total = _added(_added(own, _arrived(back)), _arrived(home))
+                if nodes > 1 and self.outer is not None and total is not None:
+                    home = self._pass(self.outer, total, _room(keys, sizes[before + i], wide))
+            held = _arrived(coming) or held
+        return _arrived(home) or total
 
 
 class GroupCast:
@@ -187,42 +139,28 @@ class GroupCast:
         own = self.layout.ranks[origin]
         return own if origin == self.peers.rank else own[self.pairs.needs(self.peers.rank, origin)]
 
-    def _cast(self, packing: Packing, keys: Keys) -> tuple[dict[int, Tensor], Transfer]:
-        """Start sending the keys that others read, and receiving those read here."""
-        taken = {other: packing.empty(n) for other, n in self.read.items() if n}
-        sent = [
-            (other, packing.pack(tuple(x.index_select(2, which) for x in keys)))
-            for other, which in self.asked.items()
-            if len(which)
-        ]
-        return taken, self.peers.start(sent, list(taken.items()))
-
     def run(self, keys: Keys, compute: Compute, wide: torch.dtype | None = None) -> Keys | None:
         """Visit the rank's own keys, then those read of each other rank; gradients go directly back."""
-        packing = Packing.of(keys)
-        taken, coming = self._cast(packing, keys)
-        own = compute(self.peers.rank, keys)
+        asked = {other: which for other, which in self.asked.items() if len(which)}
+        taken = {other: _room(keys, n) for other, n in self.read.items() if n}
+        sent = [(other, x.index_select(2, which)) for other, which in asked.items() for x in keys]
+        coming = self.peers.start(sent, [(other, x) for other, own in taken.items() for x in own])
+        total = compute(self.peers.rank, keys)
         coming.wait()
-        found = {
-            other: compute(other, packing.unpack(message, self.read[other]))
-            for other, message in taken.items()
-        }
+        found = {other: compute(other, own) for other, own in taken.items()}
         if wide is None:
             return None
-        sums = Packing.of(keys, wide)
-        total = tuple(
-            torch.zeros_like(x, dtype=wide) if own is None else own[n].to(wide) for n, x in enumerate(keys)
-        )
         back = [
-            (other, torch.zeros_like(sums.empty(self.read[other])) if given is None else sums.pack(given))
+            (other, x)
             for other, given in found.items()
+            for x in given or _zeros(keys, self.read[other], wide)
         ]
-        room = {other: sums.empty(len(which)) for other, which in self.asked.items() if len(which)}
-        self.peers.start(back, list(room.items())).wait()
-        for other, message in room.items():  # in fixed order, so that sums are reproducible
-            which = self.asked[other]
-            for x, part in zip(total, sums.unpack(message, len(which))):
-                x.index_add_(2, which, part)
+        room = {other: _room(keys, len(which), wide) for other, which in asked.items()}
+        self.peers.start(back, [(other, x) for other, own in room.items() for x in own]).wait()
+        total = total or _zeros(keys, keys[0].shape[2], wide)
+        for other, parts in room.items():  # in fixed order, so that sums are reproducible
+            for x, part in zip(total, parts):
+                x.index_add_(2, asked[other], part)
         return total
 
 
