@@ -430,7 +430,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, text_file):
     script = tmp_path / "command.py"
     script.write_text(
         "import atexit, os, pathlib\n"
-        "from sparseflash import cli\n"
+        "from sparseflash import __main__ as cli\n"
         "names = lambda: [p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
         "atexit.register(lambda: any('gloo' in name for name in names()) and os._exit(9))\n"
         "cli.main()\n"
