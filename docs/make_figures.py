@@ -28,7 +28,7 @@ PAGES = (
     DOCS.parent / "README.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches", "board")
+        for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches", "board", "vllm")
     ),
 )
 PICTURES = DOCS / "images" / "bench"
@@ -651,6 +651,24 @@ def budgets() -> str:
     return table(head, body)
 
 
+def vllm() -> str:
+    """Tokens per second of vLLM with its own attention and with ours, and how many tokens are the same."""
+    found = rows("vllm")
+    one = found[0]
+    head = ["attention", "", "tokens of prompts / s", "", "tokens made / s", "", "same tokens"]
+    body = []
+    for row in found:
+        gains = [f"{float(row[name]):.2f}x" for name in ("prompts_gain", "gain")]
+        agree = f"{float(row['agree']):.0%}"
+        body.append([row["case"], row["dtype"], row["prompts"], gains[0], row["rate"], gains[1], agree])
+    says = (
+        f"{one['model']}, {one['requests']} requests of {int(one['T']):,} tokens that come together, "
+        f"{one['tokens']} tokens made for each, on {one['threads']} thread of {one['cpu']} (seconds that it "
+        "had of its core). Methods have budgets of an eighth of the keys or blocks."
+    )
+    return f"{says}\n\n{table(head, body)}"
+
+
 def attention() -> str:
     """Time, recall and error of methods on what a trained model sees, at the longest length."""
     found = [row for row in rows("attention") if row["inputs"] == "captured" and row["target"] == "0.125"]
@@ -949,6 +967,7 @@ BLOCKS = {
     "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
     "budgets": budgets,
+    "vllm": vllm,
     "caches": caches,
     "board": board_best,
     "board-tasks": board_tasks,
