@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 from typer.testing import CliRunner
 
-from sparseflash import methods
+from sparseflash import Plan, methods
 from sparseflash.__main__ import app
 
 
@@ -28,6 +29,15 @@ def test_a_method_is_drawn_with_the_hyper_parameters_that_are_set():
     assert "density 0.2500" in done.output  # four windows
     wrong = CliRunner().invoke(app, ["show", "window", "--set", "width=3"])
     assert "no hyper-parameter 'width'" in str(wrong.exception) + wrong.output
+
+
+@pytest.mark.parametrize("order", [(), ("q_order",), ("k_order",), ("q_order", "k_order")])
+def test_an_explanation_says_whether_rows_are_ordered(order):
+    own = torch.arange(9).int().view(1, 1, -1)
+    blocks = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    plan = Plan.from_blocks(blocks, Tq=9, Tk=9, tile=3, unit=3, **dict.fromkeys(order, own))
+    assert (", ordered" in plan.explain()) == bool(order)
+    assert "9 queries x 9 keys, 1 list of 3 tiles (3 rows each)" in plan.explain()
 
 
 def test_the_gallery_has_a_picture_of_every_mask():
