@@ -164,6 +164,18 @@ def test_a_file_is_read_once_and_what_is_kept_is_private_and_whole(packaged, cac
     assert [x.name for x in where.parent.iterdir()] == [where.name]
 
 
+def test_a_file_in_one_package_is_read_where_it_lies(tmp_path, monkeypatch, cache):
+    (tmp_path / "one_part").mkdir()
+    (tmp_path / "one_part" / "__init__.py").write_text("")
+    file = tmp_path / "one_part" / "part.gguf"
+    file.write_bytes(b"all of it")
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = hashlib.sha256(b"all of it").hexdigest()
+    weights = pretrained.Weights("one", "none", ("one==1",), ("one_part/part.gguf",), digest, ())
+    with pretrained._gguf("one", weights) as found:
+        assert found == file
+
+
 def test_a_tokenizer_that_is_not_the_models_is_refused(packaged, cache, monkeypatch):
     other = dataclasses.replace(pretrained.MODELS["tiny"], tokens=(1, 2))
     monkeypatch.setitem(pretrained.MODELS, "tiny", other)
