@@ -45,6 +45,8 @@ def __getattr__(name: str) -> Any:
     if name == "explain":
         moved.warn("sparseflash.explain", "sparseflash.predict")
         return predict
+    if name in moved.MODULES:
+        return importlib.import_module(f"sparseflash.{name}")
     raise AttributeError(f"module 'sparseflash' has no attribute {name!r}")
 
 

@@ -132,6 +132,6 @@ def test_small_lists_load_nothing_and_a_wanted_reference_makes_its_own(monkeypat
     assert not asked
     Plan.from_mask(torch.ones(512, 512, dtype=torch.bool))
     assert asked
-    assert sf.dispatch._builders() is cpu.lists
+    assert sf.backends.dispatch._builders() is cpu.lists
     monkeypatch.setenv("SPARSEFLASH_BACKEND", "reference")
-    assert sf.dispatch._builders() is None
+    assert sf.backends.dispatch._builders() is None

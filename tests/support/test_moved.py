@@ -19,6 +19,11 @@ def test_a_module_is_found_under_the_name_that_it_had(old):
     with pytest.warns(DeprecationWarning, match=moved.MODULES[old]):
         assert importlib.import_module(f"sparseflash.{old}") is new
     assert new.__spec__ is spec
+    if old not in sf.__all__:
+        with pytest.warns(DeprecationWarning, match=moved.MODULES[old]):
+            sys.modules.pop(f"sparseflash.{old}")
+            vars(sf).pop(old, None)
+            assert getattr(sf, old) is new
 
 
 def test_functions_are_found_under_the_names_that_they_had():
