@@ -60,7 +60,7 @@ def measure(
     model: str = "smollm2",
     length: int = 8192,
     samples: tuple[int, ...] = (4, 16, 32),
-    names: tuple[str, ...] = ("stock", "shared"),
+    names: tuple[str, ...] = tuple(CASES),
     tokens: int = 4,
     rounds: int = 3,
     dtype: str = "bf16",
