@@ -557,6 +557,17 @@ def board_best() -> str:
     return "\n\n".join(parts)
 
 
+def samples() -> str:
+    """Samples of one prompt in a whole model: its own cache, one with room, one that shares the prompt."""
+    named = {"stock": "Transformers' own", "room": "`Growing`", "shared": "`Shared`"}
+    body = []
+    for row in rows("samples"):
+        size = f"{int(row['bytes']) / 2**20:,.0f} MiB"
+        rate, gain = f"{float(row['rate']):.0f}", f"{float(row['gain']):.1f}x"
+        body.append([row["samples"], named[row["case"]], rate, gain, size, f"{float(row['agree']):.0%}"])
+    return table(["samples", "cache", "tokens/s", "over its own", "keys and values", "same tokens"], body)
+
+
 def methods_of(block: str, budget: int = 8) -> str:
     """A table of README's methods, with what the board says of each at an eighth of the pairs or keys."""
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
@@ -971,6 +982,7 @@ BLOCKS = {
     "caches": caches,
     "board": board_best,
     "board-tasks": board_tasks,
+    "samples": samples,
     "methods": methods_said,
     **{f"methods-{x}": partial(methods_of, f"methods-{x}") for x in ("chosen", "prompts", "caches", "near")},
 }
