@@ -135,6 +135,8 @@ def decode_plan(
         part = torch.empty((len(work.pieces), 1, rows, Dv), dtype=torch.float32, device=q.device)
         part_norm = torch.empty((2, len(work.pieces), rows), dtype=torch.float32, device=q.device)
         a = Arguments(q, k, v, plan, options.scale, options.softcap, key_bias, fold)
+        if any(a.switches[name] for name in ("BITS", "HEAD_RULES", "BIAS", "SOFTCAP")):
+            a.check_registers("decode calls with bits, rules by head, a bias or a softcap", 256)
         results = {"OUT": view(part), "LSE": lse, "TOP": part_norm[0], "REST": part_norm[1]}
         a.named |= results | {"DOUT": view(part), "DELTA": lse}
         launch_rows(a, plan, backward=False, work=work.pieces)
