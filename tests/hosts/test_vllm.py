@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -521,6 +522,31 @@ def test_keys_of_fewer_bits_end_vllm_with_a_reason(llama):
     job = {"model": llama[1], "engine": ENGINE | {"kv_cache_dtype": "fp8"}, "requests": []}
     answer, said = serving.ask(job, **{VARIABLE: "on"})
     assert answer is None and "sparseflash does not serve this: kv_cache_dtype='fp8" in said
+
+
+TWO = """
+import sys
+from vllm import LLM, SamplingParams
+how = {"model": sys.argv[1], "enforce_eager": True, "max_model_len": 512, "dtype": "float32"}
+how["skip_tokenizer_init"] = True
+first = LLM(**how)
+first.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(max_tokens=4, detokenize=False))
+print("the first is served")
+LLM(**how, additional_config={"sparseflash": True})
+print("the second is served")
+"""
+
+
+@pytest.mark.slow
+@NEEDS_VLLM
+def test_a_model_that_asks_after_one_that_did_not_is_refused(llama):
+    """vLLM keeps the class of its first model: without a word, the second would get vLLM's own attention."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"PYTHONPATH": str(serving.CHECKOUT / "src"), "PATH": os.environ["PATH"]}
+    given = [serving.PYTHON, "-c", TWO, llama[1]]
+    done = subprocess.run(given, capture_output=True, text=True, env=env)
+    assert "the first is served" in done.stdout and "the second is served" not in done.stdout
+    assert done.returncode and "an earlier one of this process did not" in done.stderr
 
 
 @pytest.mark.slow
