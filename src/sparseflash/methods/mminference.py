@@ -91,6 +91,7 @@ class MMInference(Method):
             raise SparseFlashError(f"pattern={self.pattern!r}: expected one of {', '.join(PATTERNS)}")
         if not (isinstance(self.strides, tuple) and all(is_count(s, 2) for s in self.strides)):
             raise SparseFlashError(f"strides={self.strides!r}: expected a tuple of ints >= 2")
+        object.__setattr__(self, "strides", tuple(sorted(self.strides)))  # a compiler's ints cannot be sorted
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """Select by the pattern, for queries from `q_offset` on."""
@@ -115,7 +116,7 @@ class MMInference(Method):
     def _strides(self, grid: Any) -> list[int]:
         """Candidate strides, ascending."""
         if grid is None:
-            return sorted(self.strides) or list(range(2, self.max_stride + 1))
+            return list(self.strides) or list(range(2, self.max_stride + 1))
         if not (isinstance(grid, (tuple, list)) and len(grid) > 1 and all(is_count(n, 1) for n in grid)):
             raise SparseFlashError(f"ctx['grid']: {grid!r}; expected sizes, such as (frames, rows, columns)")
         own = accumulate(reversed(grid[1:]), lambda a, b: a * b)
