@@ -54,6 +54,16 @@ def held(cache: Any) -> int:
     return total
 
 
+def begun(model: str, kind: torch.dtype, length: int) -> tuple[Any, torch.Tensor]:
+    """A model, and so many tokens `[1, length]` of Python's own library."""
+    loaded, tokenizer = sf.transformers.load(model, dtype=kind)
+    text = Path(argparse.__file__).read_text(encoding="utf-8")
+    prompt = tokenizer(text, return_tensors="pt").input_ids[:, :length]
+    if prompt.shape[1] < length:
+        raise sf.SparseFlashError(f"length={length}: the text has {prompt.shape[1]} tokens")
+    return loaded, prompt
+
+
 @torch.no_grad()
 def measure(
     *,
@@ -70,11 +80,8 @@ def measure(
     torch.set_num_threads(threads or before)
     try:
         kind = DTYPES[dtype]
-        loaded, tokenizer = sf.transformers.load(model, dtype=kind)
-        config, text = loaded.config, Path(argparse.__file__).read_text(encoding="utf-8")
-        prompt = tokenizer(text, return_tensors="pt").input_ids[:, :length]
-        if prompt.shape[1] < length:
-            raise sf.SparseFlashError(f"length={length}: the text has {prompt.shape[1]} tokens")
+        loaded, prompt = begun(model, kind, length)
+        config = loaded.config
         found: dict[str, dict[str, Any]] = {}
         for case, enter in cases(length).items():
             on_run(f"{case}: {length} tokens of the prompt")

@@ -8,13 +8,11 @@ their room.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ import sparseflash as sf
 from sparseflash.bench.cases import DTYPES
 from sparseflash.bench.results import Row
 
-from .generation import held
+from .generation import begun, held
 
 CASES: dict[str, Callable[[Any], AbstractContextManager[Any]]] = {
     "stock": lambda model: nullcontext(),
@@ -73,23 +71,19 @@ def measure(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        loaded, tokenizer = sf.transformers.load(model, dtype=DTYPES[dtype])
-        text = Path(argparse.__file__).read_text(encoding="utf-8")
-        prompt = tokenizer(text, return_tensors="pt").input_ids[:, :length]
-        if prompt.shape[1] < length:
-            raise sf.SparseFlashError(f"length={length}: the text has {prompt.shape[1]} tokens")
-        begun = {}
+        loaded, prompt = begun(model, DTYPES[dtype], length)
+        read = {}
         for name in names:
             on_run(f"{name}: {length} tokens of the prompt")
             with CASES[name](loaded):
                 cache = DynamicCache()
-                begun[name] = cache, loaded(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+                read[name] = cache, loaded(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         for count in samples:
             runs = {}
             for name in names:
-                own = copy.deepcopy(begun[name][0])
+                own = copy.deepcopy(read[name][0])
                 own.batch_repeat_interleave(count)
-                runs[name] = Run(own, begun[names[0]][1].repeat(count, 1))
+                runs[name] = Run(own, read[names[0]][1].repeat(count, 1))
             for n in range(rounds + 1):  # the first one warms up
                 for name, run in runs.items():
                     on_run(f"{count} samples, {name}: round {n}")

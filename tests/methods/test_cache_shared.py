@@ -129,7 +129,7 @@ def test_what_it_cannot_do_is_said(generator):
     with pytest.raises(SparseFlashError, match="expected an int >= 1"):
         Share(room=0)
     with pytest.raises(SparseFlashError, match="expected cache.Share"):
-        Shared(room := 3)  # noqa: F841
+        Shared(3)
     ours, _ = begun(generator, 1, 8, torch.tensor([0, 0]))
     with pytest.raises(SparseFlashError, match="batch, heads and width of a cache stay"):
         ours.append(*drawn(generator, 3, 1)[1:])

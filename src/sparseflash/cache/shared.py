@@ -45,7 +45,7 @@ class Shared(Attended):
 
     Parameters
     ----------
-    how : Share
+    how : Share, optional
         How much room a sample has.
 
     Examples
