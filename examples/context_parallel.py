@@ -52,7 +52,8 @@ class SharedRows(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the batches as they are."""
-        return DataLoader(self.train_dataset, batch_size=None)  # type: ignore[arg-type]
+        assert isinstance(self.train_dataset, Rows)
+        return DataLoader(self.train_dataset, batch_size=None)
 
 
 def main() -> None:

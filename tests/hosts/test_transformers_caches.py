@@ -43,16 +43,23 @@ def generated(model, ids, way, **options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cache", [None, sf.cache.Share(room=3)], ids=["own", "shared"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_generating_gives_the_tokens_of_the_stock_model(model, way, padded):
-    mask = torch.ones_like(PROMPT)
+def test_every_way_of_generating_gives_the_tokens_of_the_stock_model(model, way, padded, cache):
+    """Where samples share a prompt, the model reads it once, whoever repeats it."""
+    mask, rows = torch.ones_like(PROMPT), []
     if padded:
         mask[-1, :9] = 0
     stock = generated(model, PROMPT, way, attention_mask=mask)
-    with sf.transformers.sparse(model):
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    with sf.transformers.sparse(model, cache=cache):
         ours = generated(model, PROMPT, way, attention_mask=mask)
+    handle.remove()
     assert torch.equal(stock, ours)
+    assert cache is None or rows[0] == (1 if "lookup" in way else 2)
 
 
 @torch.no_grad()
@@ -372,25 +379,6 @@ def test_a_real_model_says_what_it_says_by_itself(name, books):
     with sf.transformers.sparse(model, cache=sf.cache.SnapKV(budget=300)):
         some = model.generate(ids, **how)
     assert float((some == stock)[:, 600:].float().mean()) > 0.5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-def test_samples_that_share_a_prompt_are_those_of_the_stock_model(model, way, padded):
-    mask = torch.ones_like(PROMPT)
-    if padded:
-        mask[-1, :9] = 0
-    stock = generated(model, PROMPT, way, attention_mask=mask)
-    rows = []
-    handle = model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    with sf.transformers.sparse(model, cache=sf.cache.Share(room=3)):
-        ours = generated(model, PROMPT, way, attention_mask=mask)
-    handle.remove()
-    assert torch.equal(stock, ours)
-    assert rows[0] == (1 if "lookup" in way else 2)  # a prompt is read once, whoever repeats it
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -163,12 +163,9 @@ class Method:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "__post_init__" in vars(cls):
-            cls.__post_init__ = _each(cls.__post_init__)  # type: ignore[method-assign]  # wraps a method
-        if "select" in vars(cls):
-            cls.select = _checked(cls.select)  # type: ignore[method-assign]  # wraps a method
-        if "observe" in vars(cls):
-            cls.observe = _by_head(cls.observe)  # type: ignore[method-assign]  # wraps a method
+        for name, wrap in (("__post_init__", _each), ("select", _checked), ("observe", _by_head)):
+            if name in vars(cls):
+                setattr(cls, name, wrap(vars(cls)[name]))
         if cls.__module__.startswith(__name__.removesuffix("base")) and cls.paper:
             _REGISTRY[slug(cls)] = cls
 
@@ -458,9 +455,15 @@ def check_shares(method: Method, *names: str) -> None:
             raise SparseFlashError(f"{name}={x!r}: expected a share in (0, 1]")
 
 
-def check_share(method: Method) -> None:
+class Sharing(Protocol):
+    """A method with the hyper-parameter `share`."""
+
+    share: Any
+
+
+def check_share(method: Sharing) -> None:
     """Check the hyper-parameter `share`, the reduction over the query heads of a KV head."""
-    how = method.share  # type: ignore[attr-defined]  # only called for methods with it
+    how = method.share
     if how not in ("", "sum", "max"):
         raise SparseFlashError(f"share={how!r}: expected 'sum', 'max', or '' for none")
 

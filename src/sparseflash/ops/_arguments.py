@@ -60,11 +60,18 @@ FINITE = sys.float_info.max
 
 def is_finite(x: object) -> TypeGuard[float]:
     """Whether x is a finite number (symbolic ones included, bools not)."""
-    known = isinstance(x, (int, float, Real, torch.SymInt, torch.SymFloat)) and not isinstance(x, bool)
-    plain = isinstance(x, (int, float, torch.SymInt, torch.SymFloat))
-    if known and not plain and hasattr(x, "item"):
-        x = x.item()  # a NumPy scalar would cast FINITE to its own narrower dtype, and warn
-    return known and -FINITE <= x <= FINITE  # type: ignore[operator]  # math.isfinite fails on symbols
+    if isinstance(x, bool):
+        return False
+    if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        return bool(-FINITE <= x <= FINITE)  # math.isfinite fails on symbols
+    if not isinstance(x, Real):
+        return False
+    if hasattr(x, "item"):  # a NumPy scalar would cast FINITE to its own narrower dtype, and warn
+        return is_finite(x.item())
+    try:
+        return is_finite(float(x))
+    except OverflowError:  # a fraction beyond every float
+        return False
 
 
 def number_of(x: object) -> object:

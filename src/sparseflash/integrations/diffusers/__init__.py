@@ -5,10 +5,12 @@ Importing this package imports Diffusers without changing it.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from ...common.errors import SparseFlashError
 
 try:
-    import diffusers  # noqa: F401  # a missing package is reported here, once
+    import_module("diffusers")  # a missing package is reported here, once
 except ImportError as missing:
     raise SparseFlashError(
         f"Diffusers is needed ({missing}): pip install 'sparseflash[diffusers]'"
