@@ -49,6 +49,7 @@ AREAS = {
 EQUAL = HERE / "mutation_equal.csv"
 """Faults that are none: what they change is how fast something is, or nothing; each with the reason."""
 
+NOWHERE = "no such function"
 SWAPS: dict[type, type] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add,
@@ -60,6 +61,9 @@ NAMES |= {there: here for here, there in NAMES.items()}
 
 PIECES = {"CELLS", "CHUNK", "ENTRIES", "HELD", "LANES", "SLAB"}
 """How much is held at a time, to bound memory: of any size, what comes out is the same, which has tests."""
+
+PROMISES = {"strict", "disjoint", "unique", "ascending"}
+"""What a caller knows of its own lists: without the word it is checked, or made so, and is the same."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,8 @@ def changes(function: ast.FunctionDef) -> list[tuple[ast.AST, str, Callable[[ast
         if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.AnnAssign)):
             todo += [node.value] if isinstance(node, ast.AnnAssign) and node.value else []
             continue  # messages, and invariants of our own
-        if isinstance(node, ast.keyword) and node.arg == "strict":
-            continue  # of zip: an invariant, too
+        if isinstance(node, ast.keyword) and node.arg in PROMISES:
+            continue
         sizes = isinstance(node, (ast.BinOp, ast.Compare)) or ast.unparse(node).startswith(("max(", "min("))
         if sizes and PIECES & {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}:
             continue
@@ -152,20 +156,21 @@ def equal() -> set[tuple[str, str, str]]:
         return {(x["module"], x["function"], x["fault"]) for x in csv.DictReader(file)}
 
 
-def sample(count: int, seed: int) -> list[Fault]:
-    """As many of each area, in functions that differ.
+def sample(count: int, seed: int, only: str = "") -> list[Fault]:
+    """As many of each area, in functions that differ; or all of modules whose names begin with `only`.
 
     Those that are known to change nothing are passed over as they are drawn: the others of a sample stay when
     one of it is found to be such.
     """
     known = equal()
     drawn, chance = [], random.Random(seed)
-    for at, area in enumerate(AREAS):
-        every, taken = faults(area), set()
+    areas = [area for area in AREAS if area.startswith(only) or only.startswith(area)]
+    for at, area in enumerate(areas):
+        every, taken = [x for x in faults(area) if x.module.startswith(only)], set()
         chance.shuffle(every)
-        share = count // len(AREAS) + (at < count % len(AREAS))
+        share = count // len(areas) + (at < count % len(areas))
         for fault in every:
-            where = (fault.module, fault.function)
+            where = (fault.module, fault.function, fault.n if only else 0)
             if len(taken) < share and where not in taken and fault.key not in known:
                 taken.add(where)
                 drawn.append(fault)
@@ -318,7 +323,7 @@ def caught(fault: Fault, tests: list[tuple[float, str]], most: float) -> str:
 
     def work() -> str:
         if not put(fault, broken(fault)):
-            return "no such function"
+            return NOWHERE
         only = Only(wanted)
         quiet(*sorted({str(HERE.parent / x.split("::")[0]) for x in wanted}), plugin=only)
         return only.failed
@@ -353,6 +358,8 @@ def judge(drawn: list[Fault], out: Path | None = None, most: float = 60.0) -> li
         for fault in here:
             by = tests.get(f"{fault.module}:{fault.function}", [])
             test = caught(fault, by, most) if by else ""
+            if test == NOWHERE:
+                raise LookupError(f"{fault.module}:{fault.function} is nowhere in memory: {fault.said}")
             rows.append(
                 {
                     "module": fault.module,
@@ -379,10 +386,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="a sample of one area or module, such as plan/algebra.py")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--again", type=Path, help="instead of a sample: what survived, by an earlier --out")
     given = parser.parse_args()
-    drawn = survivors(given.again) if given.again else sample(given.sample, given.seed)
+    drawn = survivors(given.again) if given.again else sample(given.sample, given.seed, given.only)
     rows = judge(drawn, given.out)
     score = sum(bool(x["caught"]) for x in rows) / len(rows)
     print(f"{score:.1%} of {len(rows)} faults are caught")

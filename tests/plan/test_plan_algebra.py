@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import hypothesis.strategies as st
@@ -130,6 +131,28 @@ def test_a_plan_that_is_only_rules_hands_them_over_and_needs_no_bits():
             _equal(both, *torch.broadcast_tensors(a.to_dense() & b.to_dense())[:1], "")
     holes = Plan.from_blocks(torch.eye(3, dtype=torch.bool)[None, None], Tq=300, Tk=300, causal=True)
     assert (hashed & holes).bits is not None  # lists that hide something are no rules
+
+
+@pytest.mark.parametrize("n", [8, 9])
+def test_ranges_stay_ranges_where_a_tile_has_few(n):
+    """Each range of one plan meets each of the other: up to 64 pairs a tile, beyond which there are bits."""
+    few, many = (torch.arange(m)[:, None] * 8 + torch.tensor([1, 6]) for m in (8, n))
+    a, b = (Plan.from_spans(x.expand(1, 1, 3, -1, 2), Tq=48, Tk=96, tile=16) for x in (few, many + 1))
+    both = a & b
+    _equal(both, a.to_dense() & b.to_dense(), "")
+    assert (both.bits is None) == (n == 8)
+
+
+def test_what_is_made_of_a_plan_that_lacks_entries_says_so():
+    index = torch.tensor([0, 1, 2]).view(1, 1, 1, 3)
+    whole, lossy = (Plan.from_keys(index, Tq=4, Tk=12, tile=4, unit=4, capacity=n) for n in (3, 2))
+    assert int(whole.overflow) == 0
+    for made in (lossy, whole & lossy, lossy & whole, whole - lossy, Plan.by_head([lossy, whole])):
+        with pytest.raises(PlanError, match="static capacity overflowed: .* raise the capacity"):
+            made.check()
+    Plan.by_head([whole, whole & whole]).check()
+    with pytest.raises(PlanError, match=r"overflow \[2\]: expected one number"):
+        dataclasses.replace(whole, overflow=torch.zeros(2, dtype=torch.int32))
 
 
 def test_windows_of_heads_do_not_get_lost_where_two_meet():

@@ -112,6 +112,14 @@ def test_a_pair_stored_twice_is_one_and_a_stored_zero_is_none():
     assert Plan.from_sparse(mask).to_dense()[0, 0].int().tolist() == [[0, 1, 0], [0, 0, 1]]
 
 
+@pytest.mark.parametrize("at", [[-1, 0], [0, -1], [2, 0], [0, 3]])
+def test_a_pair_outside_the_matrix_is_refused(at):
+    pair = torch.tensor(at)[:, None]
+    mask = torch.sparse_coo_tensor(pair, torch.ones(1), (2, 3), is_coalesced=True, check_invariants=False)
+    with pytest.raises(PlanError, match=r"mask \[2, 3\] has entries outside"):
+        Plan.from_sparse(mask)
+
+
 def by_ranges(lo, hi, Tk):
     k = torch.arange(Tk)
     return ((k >= lo[..., None]) & (k < hi[..., None])).any(-2)

@@ -282,6 +282,23 @@ def test_plans_of_what_tables_say_are_their_masks_at_every_edge(Tq, Tk):
                 assert name in LOOSE or tight(plan), (name, tile, unit, at)
 
 
+@pytest.mark.parametrize(("T", "tile", "unit"), [(24, 4, 3), (23, 4, 4), (17, 8, 2), (9, 1, 1), (12, 5, 16)])
+@pytest.mark.parametrize("at", [0, 3])
+def test_units_of_keys_that_expire_are_visited_as_long_as_one_lives(T, tile, unit, at):
+    """From the query that its first key begins with, to the one before the last of its ends."""
+    end = torch.arange(T) + torch.arange(T) * 5 % 7
+    plan = Plan.from_expiry(end.view(1, 1, -1), Tq=T, q_offset=at, tile=tile, unit=unit)
+    visited, full = listed(plan)
+    for r in range(plan.tiles):
+        first, last = r * tile + at, min((r + 1) * tile, T) - 1 + at
+        for u in range(-(-T // unit)):
+            keys = slice(u * unit, min((u + 1) * unit, T))
+            lives = u * unit <= last and int(end[keys].max()) > first
+            whole = (u + 1) * unit <= T and keys.stop - 1 <= first and int(end[keys].min()) > last
+            assert visited[0, 0, r, keys].tolist() == [lives] * (keys.stop - keys.start), (r, u)
+            assert full[0, 0, r, keys].tolist() == [lives and whole] * (keys.stop - keys.start), (r, u)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_what_is_combined_bit_by_bit_lists_what_is_left(seed):
     """Units of which nothing is left are gone, and those of which all is left need no bits."""

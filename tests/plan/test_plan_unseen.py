@@ -5,6 +5,8 @@ a mode watches for what would copy from main memory. The values themselves are c
 constructors are told that they may not look.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -219,6 +221,25 @@ def test_plans_made_unseen_show_the_same_mask_and_transpose_to_every_visit(kind,
     assert len(found) <= 1.2 * len(visits) + 4 * plan.tiles, f"much is tested in vain: {example.line}"
 
 
+def test_a_tile_between_two_that_cover_a_group_of_keys_may_not():
+    """Of tiles 0, 1, 2 the first and the last cover keys 128..255: a run of all three takes tile 1 along."""
+    spans = torch.tensor([[0, 384], [0, 128], [0, 384]]).view(1, 1, 3, 1, 2)
+    plan = Plan.from_spans(spans, Tq=384, Tk=384)
+    with unseen():
+        keys = transpose_spans(replace(plan.span_lists, room=1), plan.k_rows)
+    at, full = int(keys.start[0, 0, 1]), int(keys.full[0, 0, 1])
+    assert int((keys.until - keys.index)[at : at + full].clamp(min=0).sum()) == 0
+    at = int(keys.start[0, 0, 0])
+    assert [int(keys.index[at]), int(keys.until[at])] == [0, 3]  # all three cover keys 0..127
+
+
+def test_buckets_of_one_query_each_have_a_tile_each_before_anyone_counts_them():
+    bucket = torch.arange(5).view(1, 1, -1)
+    with unseen():
+        plan = Plan.from_buckets(bucket, bucket, buckets=5, tile=16)
+    assert plan.tiles >= 5 and torch.equal(plan.to_dense()[0, 0], torch.eye(5, dtype=torch.bool))
+
+
 def test_a_group_of_keys_that_all_its_tiles_cover_is_a_run_without_a_test():
     """One tile is as good as several: what is called full is not only right, it is all there is."""
     for Tq in (128, 384):
@@ -233,8 +254,6 @@ def test_a_group_of_keys_that_all_its_tiles_cover_is_a_run_without_a_test():
 
 
 def test_a_changed_plan_forgets_what_its_lists_were_like():
-    from dataclasses import replace
-
     with unseen():
         plan = Plan.dense(300, 300, causal=True)
     assert plan.span_room == 3

@@ -34,6 +34,12 @@ def test_a_sample_is_the_same_for_a_seed_and_of_functions_that_differ():
     assert {x.module.split("/")[0] for x in one} == {"plan", "methods", "integrations"}
 
 
+def test_a_sample_of_one_module_is_of_nothing_else():
+    drawn = mutation.sample(30, 5, "plan/algebra.py")
+    assert {x.module for x in drawn} == {"plan/algebra.py"} and len(set(drawn)) == 30
+    assert {x.module.split("/")[0] for x in mutation.sample(6, 5, "methods")} == {"methods"}
+
+
 def test_faults_that_are_none_can_be_made_and_have_a_reason():
     every = {fault.key for area in mutation.AREAS for fault in mutation.faults(area)}
     assert sorted(mutation.equal() - every) == []

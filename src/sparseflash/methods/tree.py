@@ -146,7 +146,7 @@ def depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
         top = ups
         for _ in range(doublings(root) + 1):
             top = top[top]
-        stuck = (top[:-1] != root).nonzero().flatten() % max(n, 1)
+        stuck = (top[:-1] != root).nonzero().flatten() % n
         if len(stuck):
             raise PlanError(f"parents: node {int(stuck[0])} is on a cycle, or below one; expected a tree")
     # link[x] enters node x: next is its first child, or its exit; link[root + 1 + x] exits x: next is its

@@ -86,7 +86,6 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
     """
     plan = widen(plan, *extent)
     entries = ranges(plan)
-    entries = entries.of(entries.hi > entries.lo)
     split, join = max(1, plan.tile // tile), max(1, tile // plan.tile)
     grid = _Grid(tile, unit, -(-plan.q_rows // tile), -(-plan.k_rows // unit), split, join)
     slot = _touched(plan, entries, grid)
@@ -94,7 +93,7 @@ def refine(plan: P, keep: Keep | None, *, tile: int, unit: int, extent: tuple[in
 
     # the kind of each slot: 0 full, 1 partial, 2 empty (dropped)
     tiles, columns = grid.tiles, grid.columns
-    cell, column = slot // max(columns, 1), slot % max(columns, 1)
+    cell, column = slot // columns, slot % columns
     real = _real_rows(plan, tile, tiles)[cell] if len(slot) else slot
     whole = (count == real * unit) & ((column + 1) * unit <= plan.k_rows)
     kind = torch.where(count == 0, 2, torch.where(whole, 0, 1))
@@ -129,7 +128,7 @@ def _touched(plan: Record, entries: Ranges, grid: _Grid) -> Tensor:
     n = last - first
     pick, place = expand(n)
     column = first[pick] + place
-    head, old = entries.cell[pick] // max(plan.tiles, 1), entries.cell[pick] % max(plan.tiles, 1)
+    head, old = entries.cell[pick] // plan.tiles, entries.cell[pick] % plan.tiles
     part = torch.arange(grid.split, device=n.device)
     new = (old[:, None] * grid.split + part) // grid.join
     touched = (head[:, None] * grid.tiles + new) * grid.columns + column[:, None]
@@ -247,7 +246,7 @@ def unite(a: P, b: P) -> tuple[P, ...]:
 def _overflow(a: Record, b: Record) -> Tensor | None:
     """Combine the overflow flags: a combination lacks the entries that either operand has dropped."""
     given = [p.overflow for p in (a, b) if p.overflow is not None]
-    return torch.stack([x.reshape(-1).amax() for x in given]).amax() if given else None
+    return torch.stack(given).amax() if given else None
 
 
 def _area(plan: Record) -> float:
@@ -313,7 +312,7 @@ def _units(plan: Record) -> _Units:
 
 def _of_units(plan: P, units: _Units, rules: Rules) -> P:
     """Replace the plan's lists by these units (full ones first) and its rules by `rules`."""
-    columns = max(-(-plan.k_rows // plan.unit), 1)
+    columns = -(-plan.k_rows // plan.unit)
     shape = (*plan.extent(), plan.tiles)
     made, _ = Units.arranged(units.key // columns, units.full, units.key % columns, shape)
     return plan._changed(**made, **rules.fields())

@@ -176,7 +176,7 @@ class _Joined:
         made["k_end"] = self.tokens("k_end", SHORT.max)
         made["q_seg"], made["k_seg"] = self.tokens("q_seg", ANY), self.tokens("k_seg", ANY)
         lost = [p.overflow for p in self.plans if p.overflow is not None]
-        made["overflow"] = torch.stack([x.reshape(-1).amax() for x in lost]).amax() if lost else None
+        made["overflow"] = torch.stack(lost).amax() if lost else None
         return made
 
     # -------------------------------------------------------------- tables

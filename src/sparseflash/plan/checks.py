@@ -94,7 +94,7 @@ def surely_full(plan: Record, entries: Ranges) -> Tensor:
     elif not plan.include_self:
         sure = sure & ((q_low > k_high) | (q_high < k_low))
     if plan.window is not None or plan.head_window is not None:
-        left, right, sink = plan.rules.band(entries.cell // max(plan.tiles, 1) % heads, heads)
+        left, right, sink = plan.rules.band(entries.cell // plan.tiles % heads, heads)
         inside = (q_high - k_low <= left) & (k_high - q_low <= right)
         sure = sure & (inside | (k_high < sink))
     return sure | (q_high == -FAR)  # a tile without a real row
@@ -116,7 +116,7 @@ def _bounds(start: Tensor, full: Tensor, count: Tensor, size: int, names: dict[s
 def check(plan: Record) -> None:
     """Run `check_values`, and check that a tile's entries are disjoint and full ones really full."""
     check_values(plan)
-    if plan.overflow is not None and bool(plan.overflow.any()):
+    if plan.overflow is not None and bool(plan.overflow):
         _fail("lists of a static capacity overflowed: entries were dropped; raise the capacity")
     entries = ranges(plan)
     entries = entries.of(entries.hi > entries.lo)

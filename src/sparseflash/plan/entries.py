@@ -63,7 +63,7 @@ def tile_parts(plan: Record, r: int, batch: int, heads: int, most: int | None) -
     entry, inside = expand(flat)
     total = size.sum(-1).flatten()
     n = int(total.max()) if total.numel() else 0
-    owner = entry // max(size.shape[-1], 1)
+    owner = entry // size.shape[-1]
     column = torch.arange(entry.numel(), device=device) - begins(total)[owner]
     k_row = torch.full((batch * heads, n), -1, dtype=torch.int64, device=device)
     k_row[owner, column] = lo.flatten()[entry] + inside
@@ -250,8 +250,7 @@ def cells(plan: Record, entries: Ranges) -> Iterator[Cells]:
             functools.partial(fetch, b=b[:, None], h=h[:, None], at=k_token[:, None], heads=heads),
         )
         if plan.bits is not None and len(plan.bits):
-            row = entries.bits[entry]
-            within = torch.where(row >= 0, inside, 0)
+            row, within = entries.bits[entry], inside % plan.unit  # a range may be longer than a unit's words
             words = plan.bits[row.clamp(min=0), :, within // 32]
             keep = keep & (bit(words, within[:, None]) | (row < 0)[:, None])
         yield Cells(entry, b, h, entries.lo[entry] + inside, q_token, k_token, keep)

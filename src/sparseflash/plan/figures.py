@@ -38,7 +38,7 @@ def _count_by_position(plan: Record, entries: Ranges) -> int:
     """
     batch, heads = plan.extent()
     tokens = query_tokens(plan).reshape(-1, plan.tile)
-    head = torch.arange(len(tokens), device=plan.device) // max(plan.tiles, 1) % heads
+    head = torch.arange(len(tokens), device=plan.device) // plan.tiles % heads
     left, right, sink = plan.rules.band(head, heads)
     total = 0
     step = max(1, CELLS // plan.tile)
@@ -46,7 +46,7 @@ def _count_by_position(plan: Record, entries: Ranges) -> int:
         part = entries.of(slice(at, at + step))
         token = tokens[part.cell].long()
         lo, hi = part.lo[:, None], part.hi[:, None]
-        own = part.cell // max(plan.tiles, 1)
+        own = part.cell // plan.tiles
         q = positions(plan, token, own // heads, own % heads)
         if plan.causal:
             hi = torch.minimum(hi, q + int(plan.include_self))
@@ -70,7 +70,7 @@ def partial_area(plan: Record) -> int:
 def visited_area(plan: Record) -> int:
     """Tile rows x listed keys, over all tiles."""
     entries = ranges(plan)
-    rows = (plan.q_rows - entries.cell % max(plan.tiles, 1) * plan.tile).clamp(max=plan.tile)
+    rows = (plan.q_rows - entries.cell % plan.tiles * plan.tile).clamp(max=plan.tile)
     return int(((entries.hi - entries.lo) * rows).sum())
 
 

@@ -31,7 +31,7 @@ def to_block_mask(plan: Record, block: int = 128) -> Any:
         error=PlanError,
     )
     p = algebra.retile(plan, block, block)
-    if p.index is None or p.bits is None or p.spans is not None:  # rewrite as units with bits
+    if p.bits is None or p.spans is not None:  # rewrite as units with bits
         p = algebra.refine(p, None, tile=block, unit=block, extent=p.extent())
     batch, heads = p.extent()
     C = max(-(-p.Tk // block), 1)

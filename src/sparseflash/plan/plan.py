@@ -62,7 +62,7 @@ class Plan(Constructors):
     head_window, head_sink : Tensor, [1, H, 2] and [1, H, 1] int32
         Window (left, right; -1 = unbounded) and sink of each head; made of a `window` or `sink` that holds
         tensors [H].
-    overflow : Tensor, int32
+    overflow : Tensor, 0-d int32
         Not 0 if entries were dropped because lists have a static capacity (`check` then raises).
     q_pos, k_pos, k_end, q_seg, k_seg : Tensor, [B, H, T] int32, token space
         Positions, key expiry (a key is seen by `q_pos < k_end`), segments (`ANY` matches all, `NONE` is

@@ -83,7 +83,7 @@ def _cuthill_mckee(
     pair = torch.cat([a, b]).int().numpy(), torch.cat([b, a]).int().numpy()
     graph = coo_array((ones.numpy(), pair), shape=(n, n)).tocsr()
     vertex = torch.from_numpy(reverse_cuthill_mckee(graph, symmetric_mode=True).copy()).long()
-    vertex = vertex[torch.argsort(vertex // wide, stable=True)].view(lists, wide) % max(wide, 1)
+    vertex = vertex[torch.argsort(vertex // wide, stable=True)].view(lists, wide) % wide
     if square:
         return vertex, vertex
     first = torch.argsort((vertex >= Tq).int(), dim=-1, stable=True)

@@ -80,6 +80,8 @@ def _of_lists(p: Record) -> Iterator[str]:
             yield f"{name} {list(x.shape)}: expected [B, H, {p.tiles} tiles]"
     if p.spans is not None and not (p.spans.dim() == 2 and p.spans.shape[1] == 2):
         yield f"spans {list(p.spans.shape)}: expected [Ns, 2]"
+    if p.overflow is not None and p.overflow.dim():
+        yield f"overflow {list(p.overflow.shape)}: expected one number, 0-d"
     if p.index is not None and p.index.dim() != 1:
         yield f"index {list(p.index.shape)}: expected [Nu]"
     if p.bits is not None:

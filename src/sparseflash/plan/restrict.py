@@ -255,7 +255,7 @@ class _Lists:
         stays = self.stay.view(own.count.shape) > 0
         e = dataclasses.replace(own, count=torch.where(stays, own.count, 0)).listed()
         lo, hi = (e.entry, own.bit_rows(e)) if isinstance(own, Units) else own.rows(e.entry)
-        tiles = max(self.plan.tiles, 1)
+        tiles = self.plan.tiles
         return _Entries(e.cell // tiles, e.cell % tiles, lo, hi, e.full)
 
     # ---------------------------------------------------------------- tiles
@@ -306,7 +306,7 @@ class _Lists:
         """Repeat each entry for every new tile that has rows of its old tile: index into e, and new cell."""
         number = self.number[e.list_, e.tile]
         entry, nth = expand(self.high[number] - self.low[number] + 1)
-        return entry, e.list_[entry] * max(self.R, 1) + self.low[number][entry] + nth
+        return entry, e.list_[entry] * self.R + self.low[number][entry] + nth
 
     def _worth(self) -> bool:
         """Whether merging could leave fewer tiles."""
@@ -436,9 +436,9 @@ class _Lists:
             lo, hi = place[e.list_, lo], place[e.list_, hi - 1] + 1
         full = e.full & (hi - lo == n)  # and no empty lane lies inside
         entry, group = self._spread(e)
-        members = torch.zeros(self.batch * self.heads * max(self.R, 1), dtype=torch.int64, device=lo.device)
+        members = torch.zeros(self.batch * self.heads * self.R, dtype=torch.int64, device=lo.device)
         tile, nth = expand(self.high - self.low + 1)
-        at = self.old_list[tile] * max(self.R, 1) + self.low[tile] + nth
+        at = self.old_list[tile] * self.R + self.low[tile] + nth
         members.index_add_(0, at, torch.ones_like(at))
         part, (cover, sure) = _sweep(
             group, lo[entry], hi[entry], self.keys.order.shape[-1] + 1, full[entry].long()

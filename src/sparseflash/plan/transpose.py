@@ -46,10 +46,10 @@ def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     some = hi > lo
     cell, place, lo, hi, full = (x[some] for x in (cell, place, lo, hi, full))
     widest = int(spans.count.max()) if spans.count.numel() else 0
-    at, order = ((cell // max(R, 1) * widest + place) * R + cell % max(R, 1)).sort()
+    at, order = ((cell // R * widest + place) * R + cell % R).sort()
     # now sorted by list, place in the list, tile
     cell, place, lo, hi, full = (x[order] for x in (cell, place, lo, hi, full))
-    tile, of_list = cell % max(R, 1), cell // max(R, 1)
+    tile, of_list = cell % R, cell // R
 
     fresh = torch.ones_like(full)
     fresh[1:] = (at[1:] != at[:-1] + 1) | (tile[1:] == 0) | (full[1:] != full[:-1])
@@ -73,7 +73,7 @@ def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     some = (ends > froms).nonzero()[:, 0]
     froms, ends = froms[some], ends[some]
     group = (of_list[begin][own] * columns + column).repeat(3)[some]
-    order = ((group * 2 + partial.repeat_interleave(len(own))[some]) * max(R, 1) + tile[froms]).argsort()
+    order = ((group * 2 + partial.repeat_interleave(len(own))[some]) * R + tile[froms]).argsort()
     listed = torch.bincount(group, minlength=lists * columns)
     lead = (batch, heads, columns)
     return KeyLists(
@@ -123,10 +123,10 @@ def _transpose(
         source = (first[cell] + slot).to(torch.int32 if len(units) < 2**31 else torch.int64)
         partial = (slot >= sure[cell]).int()
         total = counts[at : at + step].shape[0] * columns
-        key = ((cell // max(R, 1) * columns + units[source]) * 2 + partial).int()
+        key = ((cell // R * columns + units[source]) * 2 + partial).int()
         met = torch.bincount(key, minlength=2 * total).view(total, 2)
         order = key.sort(stable=True).indices  # stable, so tiles stay ascending
-        found.append((met.sum(-1), met[:, 0], cell[order] % max(R, 1), source[order]))
+        found.append((met.sum(-1), met[:, 0], cell[order] % R, source[order]))
     listed, n_full, index, sources = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
     return begins(listed), listed.int(), n_full.int(), index.int(), sources
 
@@ -160,7 +160,7 @@ def _units_unseen(units: Units) -> KeyLists:
     (batch, heads, R), columns = units.count.shape, -(-units.k_rows // units.unit)
     entries, none = unit_entries(units), 2 * batch * heads * columns
     partial = (entries.place >= units.full.flatten()[entries.cell]).long()
-    key = (entries.cell // max(R, 1) * columns + entries.unit) * 2 + partial
+    key = (entries.cell // R * columns + entries.unit) * 2 + partial
     key = torch.where(entries.real, key, none)
     order, met = key.sort(stable=True).indices, counted(key, none).view(batch, heads, columns, 2)
     total = met.sum(-1)
@@ -168,7 +168,7 @@ def _units_unseen(units: Units) -> KeyLists:
         start=begins(total),
         count=total.int(),
         full=met[..., 0].int(),
-        index=(entries.cell % max(R, 1))[order].int(),
+        index=(entries.cell % R)[order].int(),
         source=order.int() if len(order) < 2**31 else order,
         until=None,
         group=units.unit,

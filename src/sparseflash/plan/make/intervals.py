@@ -170,7 +170,7 @@ def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:
     left = begin < end
     return {
         **span_lists(span_cell[left], torch.stack([begin, end], -1)[left], lead),
-        **bit_lists(slot // max(C, 1), slot % max(C, 1), _bits(lo, hi, slot, C, tile, unit), lead),
+        **bit_lists(slot // C, slot % C, _bits(lo, hi, slot, C, tile, unit), lead),
     }
 
 
@@ -222,13 +222,10 @@ def from_expiry(
     column = torch.arange(C, device=k_end.device)
     begin = column * unit
 
-    def ends(fill: int) -> Tensor:
-        return pad(k_end, (0, C * unit - Tk), value=fill).view(*k_end.shape[:2], 1, C, unit)
-
-    limits = torch.iinfo(torch.int32)
-    latest, earliest = ends(limits.min).amax(-1), ends(limits.max).amin(-1)
-    visited = (begin <= last) & (latest > first)
-    whole = (begin + unit <= Tk) & (begin + (unit - 1) <= first) & (earliest > last)
+    end = pad(k_end, (0, C * unit - Tk), value=torch.iinfo(torch.int32).min)  # nobody sees what is no key
+    end = end.view(*k_end.shape[:2], 1, C, unit)
+    visited = (begin <= last) & (end.amax(-1) > first)
+    whole = (begin + (unit - 1) <= first) & (end.amin(-1) > last)
     kind = torch.where(visited, torch.where(whole, 0, 1), 2)
     return {
         "Tq": Tq,

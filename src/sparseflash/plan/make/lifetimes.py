@@ -89,7 +89,7 @@ class _Lives:
 
         def kinds(unit: Tensor, listed: Tensor, cell: Tensor) -> Tensor:
             cell = cell.flatten()
-            return self.kinds(cell // max(self.tiles, 1), cell).view(unit.shape)
+            return self.kinds(cell // self.tiles, cell).view(unit.shape)
 
         return unit_lists(given, lambda x: (key.expand(x.shape), x), kinds, capacity)
 

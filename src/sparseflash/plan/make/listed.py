@@ -120,7 +120,7 @@ class Frame:
 
         def kind(unit: Tensor, listed: Tensor, cell: Tensor) -> Tensor:
             cell = cell[..., None]
-            at = unit.clamp(0, max(C - 1, 0)) + (0 if shared else cell // max(R, 1) * C)
+            at = unit.clamp(0, C - 1) + (0 if shared else cell // R * C)
             gone, sure = ~listed | (high[at] < 0) | (last[cell] < first[cell]), whole[at]
             if self.causal:
                 gone, sure = gone | (low[at] > last[cell]), sure & (high[at] <= first[cell])
@@ -133,7 +133,7 @@ class Frame:
         last = (unit + 1) * self.unit - 1
         whole, gone = last < self.Tk, ~listed
         if self.causal:
-            first = (cell % max(self.tiles, 1) * self.tile)[..., None] + self.q_offset
+            first = (cell % self.tiles * self.tile)[..., None] + self.q_offset
             newest = (first + (self.tile - 1)).clamp(max=self.Tq - 1 + self.q_offset)
             whole = whole & (last <= first)
             gone = gone | (unit * self.unit > newest)

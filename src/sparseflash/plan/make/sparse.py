@@ -77,8 +77,8 @@ def of_pairs(
     slot, owner, count = torch.unique_consecutive(
         pair // (tile * lanes), return_inverse=True, return_counts=True
     )
-    cell, column = slot // max(C, 1), slot % max(C, 1)
-    rows = (Tq - cell % max(R, 1) * tile).clamp(max=tile)
+    cell, column = slot // C, slot % C
+    rows = (Tq - cell % R * tile).clamp(max=tile)
     whole = count == rows * (Tk - column * unit).clamp(max=unit)
     lead = (*lists, R)
     span_cell, spans = runs(cell[whole], column[whole] * unit, (column[whole] + 1) * unit)
