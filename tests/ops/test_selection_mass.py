@@ -215,8 +215,9 @@ def test_halves_and_any_strides(generator, dtype, backend, hows=HOWS):
     torch.testing.assert_close(probe(q, k, 64, backend=backend).keys(), want, atol=2e-2, rtol=5e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("over", [1, 2])
-def test_top_p_keeps_the_fewest_that_hold_the_share(generator, over):
+def test_top_p_keeps_the_fewest_that_hold_the_share(generator, over, backend):
     mass = torch.rand(2, 3, 4, 12, generator=generator).pow(4)
     mass[0, 0, 0], mass[0, 1, 2, ::3], mass[1, 1, 1] = 0, torch.nan, mass[1, 1, 1].mean()
     among = torch.rand(2, 1, 4, 12, generator=generator) < 0.7
@@ -224,7 +225,7 @@ def test_top_p_keeps_the_fewest_that_hold_the_share(generator, over):
     every = among.expand_as(mass)
     before = torch.zeros_like(mass, dtype=torch.bool)
     for p in (0.0, 0.3, 0.5, 0.9, torch.tensor([0.9, 0.95, 0.99]), 1.0, 2.0):
-        got = top_p(mass, p, among, over=over)
+        got = top_p(mass, p, among, over=over, backend=backend)
         assert not (got & ~every).any() and (got.any(-1) == every.any(-1)).all()
         assert not (before & ~got).any()  # monotone
         before = got
@@ -242,6 +243,24 @@ def test_top_p_keeps_the_fewest_that_hold_the_share(generator, over):
                 held += v
         want = want.view(mass.shape) | top_k(mass, 1, among)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 1000, 3000])
+@pytest.mark.parametrize("kind", ["peaked", "odd", "equal", "nothing", "steps", "tiny"])
+def test_every_backend_keeps_the_same_share(generator, kind, n):
+    mass = {
+        "peaked": lambda: torch.randn(6, n, generator=generator).mul(4).softmax(-1),
+        "odd": lambda: scores(generator, 6, n)[0],  # negative, NaN, infinite, of either zero
+        "equal": lambda: torch.full((6, n), 0.3),
+        "nothing": lambda: torch.zeros(6, n),
+        "steps": lambda: torch.arange(n).remainder(7).float().expand(6, n),
+        "tiny": lambda: torch.rand(6, n, generator=generator) * 1e-40,  # below the normal numbers
+    }[kind]()
+    p = torch.tensor([0.0, 1e-9, 0.3, 0.9, 0.999, 1.0])
+    for among in (None, torch.rand(6, n, generator=generator) < 0.4, torch.zeros(6, n, dtype=torch.bool)):
+        want = top_p(mass, p[:, None], among, backend="reference")
+        for backend in BACKENDS:
+            assert torch.equal(top_p(mass, p[:, None], among, backend=backend), want)
 
 
 def test_above_a_share_of_the_largest_and_above_a_value(generator):
@@ -366,6 +385,7 @@ def test_the_ops_keep_the_rules_of_torch_library(generator, backend):
         (ops.selection_probe, (q, k, sees, at, None, 0.3, 0.0, 25, 5, True, backend)),
         (ops.selection_tile_mass, (q, k, sees, None, None, 0.3, 0.0, 4, 5, False, False, backend)),
         (ops.selection_top_indices, (q.flatten(0, 2), None, 3, backend)),
+        (ops.selection_heaviest, (q.flatten(0, 2), None, torch.full((40,), 0.5).double(), backend)),
         (ops.selection_running_kth, (q.flatten(0, 2), torch.full((40,), 2, dtype=torch.int32), 2, backend)),
     ):
         torch.library.opcheck(op.default, given)
@@ -402,6 +422,7 @@ def test_nothing_looks_at_a_value_on_an_accelerator(generator):
             options = numerics.Masses(0.2, 0.0, 16, 8, joint, False)
             reference.tile_mass(q, k, sees, keep["k_keep"], None, options)
         reference.top_indices(scores.flatten(0, 2), None, numerics.Best(3))
+        reference.heaviest(scores.flatten(0, 2), None, torch.full((24,), 0.5), numerics.Heaviest())
         reference.running_kth(scores.flatten(0, 2), torch.full((24,), 2), numerics.Running(9))
         for how in HOWS:
             tile_mass(
@@ -420,7 +441,7 @@ def test_reach_is_where_there_is_any_mass(generator):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not available here")
-@pytest.mark.parametrize("entry", ["sf_mass", "sf_probe", "sf_best", "sf_running"])
+@pytest.mark.parametrize("entry", ["sf_mass", "sf_probe", "sf_best", "sf_heaviest", "sf_running"])
 def test_the_c_entry_refuses_what_does_not_fit(entry):
     from sparseflash.backends.cpu import selection as native
 
@@ -428,6 +449,7 @@ def test_the_c_entry_refuses_what_does_not_fit(entry):
         "sf_mass": native.MassCall,
         "sf_probe": native.ProbeCall,
         "sf_best": native.BestCall,
+        "sf_heaviest": native.HeaviestCall,
         "sf_running": native.RunningCall,
     }[entry]
     enter, room = getattr(cpu.native().library, entry), torch.ones(64, dtype=torch.int32)
@@ -435,7 +457,7 @@ def test_the_c_entry_refuses_what_does_not_fit(entry):
     def call(**changes):
         own = kind(size=ctypes.sizeof(kind))
         for name, what in kind._fields_:
-            if name == "keep" or name == "among":
+            if name == "among" or (name == "keep" and entry != "sf_heaviest"):
                 continue
             if what is ctypes.c_void_p:
                 setattr(own, name, room.data_ptr())
@@ -464,11 +486,16 @@ def test_the_c_entry_refuses_what_does_not_fit(entry):
             "most": (0, -1),
         }.get(name, (-1, 2**62) if name in "B Hq Hkv n m E D Tk T tile unit".split() else ()):
             assert call(**{name: value}) == 3, (name, value)
-    if entry in ("sf_best", "sf_running"):
+    pointers = {
+        "sf_best": ("scores", "index"),
+        "sf_heaviest": ("mass", "share", "keep"),
+        "sf_running": ("x", "k", "kth", "until"),
+    }.get(entry, ())
+    if pointers:
         assert call(rows=-1) == call(rows=2**62) == 3
-        pointers = ("scores", "index") if entry == "sf_best" else ("x", "k", "kth", "until")
         for name in pointers:
-            assert call(**{name: None}) == call(**{name: amid}) == 3
+            assert call(**{name: None}) == 3
+            assert name == "keep" or call(**{name: amid}) == 3
     else:
         views = ("rows", "columns") if entry == "sf_mass" else ("q", "k")
         for name in views:

@@ -143,6 +143,12 @@ class Best(NamedTuple):
     backend: str = ""
 
 
+class Heaviest(NamedTuple):
+    """Options of `selection.top_p`."""
+
+    backend: str = ""
+
+
 class Pages(NamedTuple):
     """Options of `selection.page_scores` and `top_pages`: rows of a page, and pages that are always kept."""
 

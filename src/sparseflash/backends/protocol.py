@@ -12,6 +12,7 @@ from ..plan import Plan
 from .numerics import (
     Best,
     Choice,
+    Heaviest,
     Likeness,
     Linear,
     Masses,
@@ -256,6 +257,10 @@ class Backend(Protocol):
 
     def top_indices(self, scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
         """Indices of the k largest scores of each row."""
+        ...
+
+    def heaviest(self, mass: Tensor, among: Tensor | None, share: Tensor, options: Heaviest) -> Tensor:
+        """Which entries of each row, largest first, hold its share of the row's sum."""
         ...
 
     def page_scores(

@@ -13,6 +13,7 @@ from ..ops.attention import attention
 from ..ops.decode import decode
 from ..ops.merge import merge
 from ..ops.rotary import turned
+from ..ops.rows import take_rows
 from ..ops.stats import attention_stats
 from ..plan import Plan
 from ..plan.options import is_count, shape_of
@@ -255,13 +256,13 @@ class Evicting(Attended):
             self._prompt = self._own
         held = self._held(self._keys.shape[-1] ** -0.5 if scale is None else scale, softcap)
         keep = self.policy.keep(held)
-        mass = None if held.mass is None else _rows(held.mass[..., None], keep)[..., 0]
+        mass = None if held.mass is None else take_rows(held.mass[..., None], keep)[..., 0]
         there = keep >= 0
         position = held.position.gather(2, keep.clamp(min=0).long())
-        k = _rows(held.k, keep)
+        k = take_rows(held.k, keep)
         if self._rope is not None:
             k = self._renumbered(k, keep, there)
-        self._fill(k, _rows(held.v, keep), position, mass, there)
+        self._fill(k, take_rows(held.v, keep), position, mass, there)
         self._asked = False
         if int(there.sum()) < int((held.position >= 0).sum()):
             self._floor = self._tokens
@@ -422,9 +423,3 @@ class Evicting(Attended):
     def is_initialized(self) -> bool:
         """Whether anything was appended."""
         return self._used is not None
-
-
-def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """Gather rows `[B,H,m]` of `x [B,H,n,D]`; index -1 gives an arbitrary row."""
-    index = at.clamp(min=0).long()[..., None].expand(*at.shape, x.shape[3])
-    return x.gather(2, index)

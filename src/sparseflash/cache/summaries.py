@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import SparseFlashError, require
+from ..ops.rows import take_rows
 from ..plan.options import is_count, is_length
 
 
@@ -178,6 +179,5 @@ class Kept:
         begin = (self._keys - first).clamp(min=0) // page
         n = (T - self._keys + page - 2) // page + 1  # most pages that T - _keys keys can touch
         slot = (first + begin * page)[:, None] + torch.arange(n * page, device=keys.device)
-        index = slot.clamp(max=T - 1)[:, None, :, None].expand(B, H, -1, D)
-        own = keys.gather(2, index).view(B, H, n, page, D)
+        own = take_rows(keys, slot.clamp(max=T - 1)[:, None]).view(B, H, n, page, D)
         return self.summary.of(own, (slot < T).view(B, n, page)), begin

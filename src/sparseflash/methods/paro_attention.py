@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..backends.numerics import state_dtype
 from ..common.errors import require
+from ..ops.rows import take_rows
 from ..plan import Plan
 from ..plan.options import is_count, pieces
 from ..selection.budgets import top_k
@@ -108,8 +109,8 @@ class PAROAttention(StepMethod, GridMethod):
             order = layout.order(q.device, axes=self.axes_order)
         each = order.expand(-1, H, -1)
         mass = tile_mass(
-            _sorted(q, each),
-            _sorted(k.repeat_interleave(H // k.shape[1], 1), each),
+            take_rows(q, each),
+            take_rows(k.repeat_interleave(H // k.shape[1], 1), each),
             Grid(T, T, size, size, causal=False, device=q.device),
             "exact",
             **told,
@@ -167,8 +168,3 @@ def order_costs(
 
 def _orders(layout: Layout) -> list[tuple[int, ...]]:
     return list(permutations(range(len(layout.grid))))
-
-
-def _sorted(x: Tensor, order: Tensor) -> Tensor:
-    """Permute the rows of `x [B,H,T,D]` by an order [B|1,H,T]."""
-    return x.gather(2, order.long()[..., None].expand(len(x), -1, -1, x.shape[-1]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
+from ..ops.rows import take_rows
 from ..plan.options import precise
 from ..selection.budgets import share, top_p
 from ..selection.grid import Grid
@@ -95,7 +96,7 @@ class PBSAttn(Method):
         origin = (order[..., : self.segment] == 0).int().argmax(-1) if Tk else order.sum(-1)
         seen = (segment >= own) & (segment <= until) | (unit == origin[..., None, None] // block)
 
-        mass = self._mass(q, k.detach().gather(2, order[..., None].expand_as(k)), earlier, told)
+        mass = self._mass(q, take_rows(k.detach(), order), earlier, told)
         mass = shared(mass, k, self.share)
         group = mass.shape[1] // k.shape[1]
         seen, earlier = (

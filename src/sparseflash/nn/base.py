@@ -345,11 +345,6 @@ def survivors(keep: Tensor) -> tuple[Tensor, Tensor]:
     return place, keep.gather(-1, place)
 
 
-def taken(x: Tensor, place: Tensor) -> Tensor:
-    """Gather the tokens `place [B,H,n]` of `x [B,H,T,D]`."""
-    return x.gather(2, place[..., None].expand(*place.shape, x.shape[-1]))
-
-
 def check_choice(**given: tuple[Any, Sequence[Any]]) -> None:
     """Raise unless each option is one of its allowed values."""
     for name, (x, known) in given.items():

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..methods.dynamic_mask import DynamicMask
 from ..ops._arguments import AnyPlan
-from .base import Layer, Positions, State, check_choice, check_sizes, rms, taken
+from ..ops.rows import take_rows
+from .base import Layer, Positions, State, check_choice, check_sizes, rms
 
 
 class DynamicMaskAttention(Layer):
@@ -89,7 +90,7 @@ class DynamicMaskAttention(Layer):
         out = self.method(q, k, v, q_offset=past, ctx={"delta": delta}, dropout_p=self.dropout_p)
         if state is not None:
             best = delta.detach().argsort(dim=-1, stable=True)[..., -self.window :].sort(-1).values
-            state.tensors.update(k=taken(k, best), v=taken(v, best), delta=delta.gather(-1, best))
+            state.tensors.update(k=take_rows(k, best), v=take_rows(v, best), delta=delta.gather(-1, best))
         return self.end(out)
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from ..backends.numerics import state_dtype
 from ..common.errors import SparseFlashError, require
 from ..ops.attention import attention
 from ..ops.merge import merge
+from ..ops.rows import take_rows
 from ..plan import Plan
 from ..plan.options import is_count
 from ..selection.clusters import kmeans
@@ -240,7 +241,7 @@ def _far(
     for a in range(A):
         spread = (weight[:, :, a, :, None] * keys).mT @ values
         slopes.append(spread - (share[..., a, None] * own[..., a, :]).mT @ seen[..., a, :])
-    far = q.to(wide) - mean.gather(2, q_label.long()[..., None].expand(*q_label.shape, D))
+    far = q.to(wide) - take_rows(mean, q_label)
     slope = torch.stack(slopes, 2)  # [B, H, A, D, Dv]
     more = sum((member[..., a, None] * far) @ slope[:, :, a] for a in range(A))
     return (out.to(wide) + s * more).to(out.dtype), lse

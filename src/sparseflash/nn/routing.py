@@ -11,9 +11,10 @@ from ..backends.numerics import state_dtype
 from ..common.errors import require
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
+from ..ops.rows import take_rows
 from ..plan import Plan
 from ..selection.clusters import kmeans
-from .base import Layer, Positions, State, check_choice, check_sizes, draw, survivors, taken
+from .base import Layer, Positions, State, check_choice, check_sizes, draw, survivors
 
 
 class RoutingAttention(Layer):
@@ -211,7 +212,7 @@ class RoutingAttention(Layer):
         keep = (behind <= self.window) & (own >= 0)
         place, alive = survivors(keep)
         own = own.gather(-1, place).masked_fill(~alive, -1)
-        state.tensors.update(k=taken(k, place), v=taken(v, place), own=own)
+        state.tensors.update(k=take_rows(k, place), v=take_rows(v, place), own=own)
 
     def _nearest(self, q: Tensor, k: Tensor, v: Tensor, of_keys: Tensor, of_queries: Tensor) -> Tensor:
         """Attend by the paper's rule: the nearest tokens of each centroid form a bucket of gathered rows."""
@@ -222,7 +223,9 @@ class RoutingAttention(Layer):
         plan = Plan.from_buckets(bucket, bucket, causal=False, buckets=self.clusters)
         each = keys.repeat_interleave(H // keys.shape[1], 1)
         plan = plan.with_rules(causal=True, q_pos=rows.int(), k_pos=each.int())
-        out = attention(taken(q, rows), taken(k, keys), taken(v, keys), plan, dropout_p=self.dropout_p)
+        out = attention(
+            take_rows(q, rows), take_rows(k, keys), take_rows(v, keys), plan, dropout_p=self.dropout_p
+        )
         into = rows[..., None].expand_as(out)
         times = torch.zeros(B, H, T, device=q.device).scatter_add(
             2, rows, torch.ones_like(rows, dtype=torch.float)

@@ -13,8 +13,9 @@ from ..common.errors import require
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..ops.pointwise import pointwise_attention
+from ..ops.rows import take_rows
 from ..plan import Plan
-from .base import Layer, Positions, State, check_choice, check_sizes, draw, rotate, survivors, taken
+from .base import Layer, Positions, State, check_choice, check_sizes, draw, rotate, survivors
 
 WIDEST = 256
 """Widest values of one attention head; wider ones are split over several heads."""
@@ -237,7 +238,7 @@ class SeqBoat(Layer):
         keep = keep & (keep.flip(2).cumsum(2).flip(2) <= self.window)
         place, alive = survivors(keep)
         each = place.expand(-1, self.heads, -1)
-        state.tensors.update(k=taken(k, each), v=taken(v, each), own=torch.where(alive, 0, 2))
+        state.tensors.update(k=take_rows(k, each), v=take_rows(v, each), own=torch.where(alive, 0, 2))
 
     def _unit(self, m: Tensor, at: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, H, T, D], values [B, H, T, inner / H] and r [B, T, inner]."""

@@ -14,9 +14,10 @@ from ..common.errors import SparseFlashError, require
 from ..ops._arguments import AnyPlan
 from ..ops._register import Gradient, register
 from ..ops.attention import attention
+from ..ops.rows import take_rows
 from ..plan import Plan
 from ..plan.options import is_count, precise
-from .base import Layer, Positions, State, check_choice, check_sizes, survivors, taken
+from .base import Layer, Positions, State, check_choice, check_sizes, survivors
 
 WIDEST = 256
 """Widest values of one attention call; wider ones take two calls."""
@@ -271,7 +272,7 @@ class SparseKAttention(Layer):
         keep = keep & (u.detach() != -torch.inf)
         place, alive = survivors(keep)
         u = u.gather(-1, place).masked_fill(~alive, -torch.inf)
-        state.tensors.update(k=taken(k, place), v=taken(v, place), u=u)
+        state.tensors.update(k=take_rows(k, place), v=take_rows(v, place), u=u)
 
     def extra_repr(self) -> str:
         """One-line description of the shape and budget."""

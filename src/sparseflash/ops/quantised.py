@@ -12,6 +12,7 @@ from ..plan import Plan
 from ..plan.entries import tile_view
 from ..plan.options import is_count, spread_heads
 from ._arguments import as_scale, check_inputs, describe
+from .rows import take_rows
 
 
 @torch.no_grad()
@@ -91,12 +92,12 @@ def attention_quantised(
     out = torch.zeros(B, H, Tq + 1, v.shape[-1], dtype=wide, device=q.device)
     for r in range(plan.tiles):
         view = tile_view(plan, r, B, H)
-        rows, keys = (_taken(x, at) for x, at in ((q, view.q_token), (k, view.k_token)))
+        rows, keys = (take_rows(x, at) for x, at in ((q, view.q_token), (k, view.k_token)))
         score = (rows @ keys.mT * factor).masked_fill(~view.keep, -torch.inf)
         highest = score.amax(-1, keepdim=True) if score.shape[-1] else score.new_zeros(*score.shape[:-1], 1)
         weight = torch.where(view.keep, (score - highest.clamp(min=-1e38)).exp(), 0)
         weight = (weight * top).round() / top
-        found = weight @ _taken(v, view.k_token) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+        found = weight @ take_rows(v, view.k_token) / weight.sum(-1, keepdim=True).clamp(min=1e-30)
         at = torch.where(view.q_token < 0, Tq, view.q_token)
         out.scatter_(2, at[..., None].expand(*at.shape, out.shape[-1]), found)
     return out[:, :, :Tq].to(q.dtype)
@@ -108,7 +109,7 @@ def rounded(x: Tensor, bits: int, group: int, order: Tensor | None, *, channels:
     if order is None:
         order = torch.arange(T, device=x.device)[None, None]
     at = spread_heads(order.long(), H).expand(B, -1, -1)
-    rows = pad(_taken(x, at) * (at >= 0)[..., None], (0, 0, 0, -at.shape[-1] % group))
+    rows = pad(take_rows(x, at) * (at >= 0)[..., None], (0, 0, 0, -at.shape[-1] % group))
     groups = rows.reshape(B, H, rows.shape[2] // group, group, D)
     top = 2 ** (bits - 1) - 1
     size = groups.abs().amax((3,) if channels else (3, 4), keepdim=True) / top
@@ -117,7 +118,3 @@ def rounded(x: Tensor, bits: int, group: int, order: Tensor | None, *, channels:
     found = torch.cat([x, x[:, :, :1] if T else x.new_zeros(B, H, 1, D)], 2)
     found.scatter_(2, torch.where(at < 0, T, at)[..., None].expand(-1, -1, -1, D), levels)
     return found[:, :, :T]
-
-
-def _taken(x: Tensor, at: Tensor) -> Tensor:
-    return x.gather(2, at.clamp(min=0)[..., None].expand(*at.shape, x.shape[-1]))

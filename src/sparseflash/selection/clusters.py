@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backends.numerics import state_dtype
 from ..common.errors import SparseFlashError, require
+from ..ops.rows import take_rows
 from ..plan.options import is_count, pieces
 from .grid import check_keep
 
@@ -106,7 +107,7 @@ def _apart(x: Tensor, clusters: int, real: Tensor | None) -> Tensor:
         count = real.sum(-1, keepdim=True)
     place = (2 * torch.arange(clusters, device=x.device) + 1) * count // (2 * clusters)
     chosen = token.gather(-1, place.clamp(max=T - 1)).expand(B, H, clusters)
-    return x.gather(2, chosen[..., None].expand(B, H, clusters, D))
+    return take_rows(x, chosen)
 
 
 def _step(x: Tensor, clusters: int) -> int:

@@ -12,6 +12,7 @@ from ..backends.numerics import Masses, state_dtype
 from ..common.errors import SparseFlashError, require
 from ..ops._arguments import as_backend, as_scale, as_softcap, check_inputs, describe, is_real
 from ..ops._register import register
+from ..ops.rows import take_rows
 from ..plan.options import FAR, is_count
 from .grid import Grid
 from .scores import pooled
@@ -185,7 +186,7 @@ def _groups(x: Tensor, size: int, keep: Tensor | None, *, backwards: bool = Fals
     behind = torch.where(real, at, n * size).flip(-1).cummin(-1).values.flip(-1)
     nearest = torch.where(before >= 0, before, torch.where(behind < n * size, behind, -1))
     nearest = (nearest.flip(-1) if backwards else nearest).reshape(len(nearest), 1, n * size, 1)
-    found = x.gather(2, nearest.clamp(min=0).expand(B, H, -1, D)) if T else x.new_zeros(B, H, n * size, D)
+    found = take_rows(x, nearest[..., 0]) if T else x.new_zeros(B, H, n * size, D)
     return torch.where(nearest >= 0, found, 0).view(B, H, n, size * D)
 
 

@@ -13,6 +13,7 @@ from ..backends.numerics import Probing, state_dtype
 from ..common.errors import require
 from ..ops._arguments import as_backend, as_scale, as_softcap, check_inputs
 from ..ops._register import register
+from ..ops.rows import take_rows
 from ..plan.options import SHORT, is_count, is_length, normal_offset, shift_of
 from .grid import check_keep
 
@@ -91,8 +92,8 @@ def probe(
     """Compute the softmax of the last `rows` queries, summed by key and by distance.
 
     Keys with large sums are the vertical lines, distances with large sums the slashes of MInference (arXiv
-    2407.02490, algorithm 2) and FlexPrefill (2502.20766). Weights are streamed: memory is that of the results
-    (and, on the CPU, of a copy of K), whatever the number of rows. No gradient.
+    2407.02490, algorithm 2) and FlexPrefill (2502.20766). Memory is that of the results, whatever the
+    number of rows (on the CPU also of a copy of K, and of 64 rows of scores of at most 16,384 keys a thread). No gradient.
 
     Parameters
     ----------
@@ -145,7 +146,7 @@ def probe(
         token = torch.where(q_keep.to(device), torch.arange(Tq, device=device), -1)
         which = token.sort(-1).values[:, Tq - n :]
         each = which.expand(B, -1).clamp(min=0)
-        own = q.gather(2, each[:, None, :, None].expand(B, q.shape[1], n, D))
+        own = take_rows(q, each[:, None])
     shift = shift_of(offset, 1)
     at = which + (shift.to(device) if isinstance(shift, Tensor) else shift)
     sees = (at + 1).clamp(0, Tk) if causal else torch.full_like(at, Tk)

@@ -17,7 +17,7 @@ from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
-from .selection import page_scores, probe, running_kth, tile_mass, top_indices, top_pages
+from .selection import heaviest, page_scores, probe, running_kth, tile_mass, top_indices, top_pages
 from .stick import stick_backward, stick_forward
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "decode",
     "decode_records",
     "forward",
+    "heaviest",
     "indexer_loss",
     "indexer_topk",
     "influence",

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..numerics import Best, Masses, Pages, Probing, Running
+from ..numerics import Best, Heaviest, Masses, Pages, Probing, Running
 from .call import CODES, SMALL, View, aligned, empty, view, zeros
 from .library import run
 
@@ -41,6 +41,16 @@ class BestCall(ctypes.Structure):
         [(n, ctypes.c_int64) for n in ("size", "rows", "n", "k")]
         + [("threads", ctypes.c_int32)]
         + [(n, ctypes.c_void_p) for n in ("scores", "among", "index")]
+    )
+
+
+class HeaviestCall(ctypes.Structure):
+    """SfHeaviest."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("size", "rows", "n")]
+        + [("threads", ctypes.c_int32)]
+        + [(n, ctypes.c_void_p) for n in ("mass", "among", "share", "keep")]
     )
 
 
@@ -139,6 +149,19 @@ def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
     call.scores, call.among, call.index = (_address(x) for x in (scores, among, index))
     run("sf_best", call, torch.float32)
     return index
+
+
+def heaviest(mass: Tensor, among: Tensor | None, share: Tensor, options: Heaviest) -> Tensor:
+    """Which entries of mass [N,n], largest first, hold the shares [N] of their rows' sums: bool [N,n]."""
+    rows, n = mass.shape
+    alive: list[Tensor] = []
+    mass, share = aligned(mass.to(torch.float32).contiguous(), alive), share.to(torch.float64).contiguous()
+    among = None if among is None else among.to(torch.uint8).contiguous()
+    keep = empty((rows, n), dtype=torch.bool)
+    call = HeaviestCall(size=ctypes.sizeof(HeaviestCall), rows=rows, n=n, threads=_threads(rows * n * 8))
+    call.mass, call.among, call.share, call.keep = (_address(x) for x in (mass, among, share, keep))
+    run("sf_heaviest", call, torch.float32)
+    return keep
 
 
 def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:

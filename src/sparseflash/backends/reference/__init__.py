@@ -8,7 +8,7 @@ from torch import Tensor
 from .indexer import indexer_loss, indexer_topk
 from .linear import linear_backward, linear_forward
 from .pointwise import pointwise_backward, pointwise_forward
-from .selection import page_scores, probe, running_kth, tile_mass, top_indices
+from .selection import heaviest, page_scores, probe, running_kth, tile_mass, top_indices
 from .softmax import backward, decode, forward, influence, stats
 from .stick import stick_backward, stick_forward
 
@@ -17,6 +17,7 @@ __all__ = [
     "backward",
     "decode",
     "forward",
+    "heaviest",
     "indexer_loss",
     "indexer_topk",
     "influence",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..numerics import Best, Masses, Pages, Probing, Running, in_order, state_dtype
+from ..numerics import Best, Heaviest, Masses, Pages, Probing, Running, in_order, state_dtype
 
 HELD = 1 << 22
 """Maximum number of scores held at a time."""
@@ -134,6 +134,21 @@ def top_indices(scores: Tensor, among: Tensor | None, options: Best) -> Tensor:
         order = torch.where(among.gather(-1, order), order, n)
     order = order.sort(-1).values
     return torch.where(order < n, order, -1).int()
+
+
+def heaviest(mass: Tensor, among: Tensor | None, share: Tensor, options: Heaviest) -> Tensor:
+    """Which entries of mass [N,n], largest first, hold the shares [N] of their rows' sums: bool [N,n].
+
+    At least the best one that may be chosen; all that may be for a share of 1 or more.
+    """
+    there = torch.ones_like(mass, dtype=torch.bool) if among is None else among
+    order = in_order(mass, among).argsort(dim=-1, descending=True, stable=True)
+    held = torch.where(there, mass, 0).nan_to_num(nan=0).clamp(min=0).double().gather(-1, order)
+    reached = held.cumsum(-1)
+    keep = (reached - held < share[:, None] * reached[:, -1:]) & (held > 0)
+    keep = keep | (torch.arange(mass.shape[-1], device=mass.device) == 0)
+    keep = torch.zeros_like(there).scatter_(-1, order, keep)
+    return there & (keep | (share >= 1)[:, None])
 
 
 def page_scores(q: Tensor, rows: Tensor, last: Tensor, rules: Tensor | None, options: Pages) -> Tensor:

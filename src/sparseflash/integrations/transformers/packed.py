@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.rows import take_rows
 from ...plan import Plan
 
 
@@ -164,7 +165,7 @@ def behind(plan: Plan, begin: Tensor, first: Tensor) -> Plan | None:
 def gather(x: Tensor, rows: Tensor | None, at: Tensor) -> Tensor:
     """Gather tokens `at [n,T']` of sequences `rows [n]` (None: all) of `x [B,H,T,D]`: `[n,H,T',D]`."""
     x = x if rows is None else x[rows]
-    return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return take_rows(x, at[:, None])
 
 
 def scatter(parts: list[tuple[Group, Tensor]], like: Any) -> Tensor:

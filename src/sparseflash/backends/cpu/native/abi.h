@@ -198,6 +198,16 @@ struct SfBest {
     int32_t *index;                    // [rows,k]
 };
 
+// Which entries of each row, largest first, hold a share of its sum; at least one of those that may be chosen.
+struct SfHeaviest {
+    int64_t size, rows, n;
+    int32_t threads;
+    const float *mass;                 // [rows,n]: negative and NaN count as 0, infinity as the largest number
+    const uint8_t *among;              // [rows,n]: which may be chosen; or null
+    const double *share;               // [rows]: from 1 on all that may be chosen
+    uint8_t *keep;                     // [rows,n]
+};
+
 // Scores of pages of keys for queries [B,Hq,Tq,w]: products with the rows [B,Hkv,n,w] that summarise a page (`pages.h`).
 struct SfPages {
     int64_t size, B, Hq, Hkv, Tq, n, w, pages, parts;  // a page has `parts` rows, the last page perhaps fewer
@@ -240,7 +250,8 @@ struct SfLevel {
     int (*indexer_loss)(const SfIndexerLoss *call, SfParallel parallel);  // fp32 only: not at a bf16 level
     int (*mass)(const SfMass *call, SfParallel parallel);
     int (*probe)(const SfProbe *call, SfParallel parallel);
-    int (*best)(const SfBest *call, SfParallel parallel);  // this one and the next: fp32 only, not at a bf16 level
+    int (*best)(const SfBest *call, SfParallel parallel);  // this one and the next two: fp32 only, not at a bf16 level
+    int (*heaviest)(const SfHeaviest *call, SfParallel parallel);
     int (*running)(const SfRunning *call, SfParallel parallel);
     int (*pages)(const SfPages *call, SfParallel parallel);  // fp32 only: not at a bf16 level
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // list builders, no arithmetic: not at a bf16 level

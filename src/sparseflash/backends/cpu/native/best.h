@@ -1,4 +1,4 @@
-// The indices of the k largest scores of each row; the k-th largest of each prefix of a row.
+// The indices of the k largest scores of each row; the largest that hold a share of a row's sum; the k-th largest of each prefix.
 #pragma once
 #include "indexer.h"
 
@@ -17,6 +17,18 @@ inline int32_t in_order(float x) {
     int32_t bits;
     memcpy(&bits, &x, 4);
     return x != x ? NOT_A_NUMBER : x == 0 ? 0 : bits ^ (bits >> 31 & INT32_MAX);
+}
+
+// The same for a row of n, in room for a multiple of 64: NOBODY where `among` is 0 and behind the end.
+inline void in_order(const float *x, const uint8_t *among, int64_t n, int32_t *order) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const vi y = in_order(load(x + i));
+        memcpy(order + i, &y, sizeof y);
+    }
+    for (; i < n; i++) order[i] = in_order(x[i]);
+    for (; i < round_up(n, 64); i++) order[i] = NOBODY;
+    for (int64_t j = 0; among && j < n; j++) order[j] = among[j] ? order[j] : NOBODY;
 }
 
 // The k largest of a row. A sample of 512 estimates a lower bound of the k-th largest; only scores from the bound on are listed.
@@ -40,14 +52,7 @@ struct Best {
         return found;
     }
     void row(const float *x, const uint8_t *among, int64_t n, int64_t k, int32_t *out) {
-        int64_t i = 0;
-        for (; i + W <= n; i += W) {
-            const vi y = in_order(load(x + i));
-            memcpy(order + i, &y, sizeof y);
-        }
-        for (; i < n; i++) order[i] = in_order(x[i]);
-        for (; i < round_up(n, 64); i++) order[i] = NOBODY;
-        for (int64_t j = 0; among && j < n; j++) order[j] = among[j] ? order[j] : NOBODY;
+        in_order(x, among, n, order.p);
         int64_t found = 0;
         if (n >= 4 * SAMPLE && k < n / 4) {
             const int64_t step = n / SAMPLE;
@@ -77,6 +82,56 @@ inline int best(const SfBest &c, SfParallel parallel) {
     if (!desks.make(c.threads, [&](Best &desk) { return desk.make(c.n); })) return 1;
     auto task = [&](int64_t i, int thread) {
         desks[thread].row(c.scores + i * c.n, c.among ? c.among + i * c.n : nullptr, c.n, c.k, c.index + i * c.k);
+    };
+    in_parallel(parallel, c.threads, c.rows, task);
+    return 0;
+}
+
+// The fewest entries of a row, largest first, that hold a share of its sum; of equal ones the earlier. Nothing is sorted: entries
+// are summed by the first byte of their ordered bits, whole bins are kept as long as the share is not reached, and the bin that
+// reaches it is looked at by the next byte.
+struct Heaviest {
+    Buffer<int32_t> order, place;
+
+    bool make(int64_t n) { return order.make(round_up(n, 64) + 64) && place.make(round_up(n, 64) + 64); }
+    void row(const float *x, const uint8_t *among, int64_t n, double share, uint8_t *keep) {
+        for (int64_t j = 0; j < n; j++) keep[j] = share >= 1 && (!among || among[j]);
+        in_order(x, among, n, order.p);
+        auto mass = [&](int64_t j) { return (double)least(x[j], 3.4028235e38f); };  // infinity as the largest number
+        double target = 0, before = 0;
+        int64_t left = 0, best = 0;
+        for (int64_t j = 0; j < n; j++) {
+            if (order[j] > order[best]) best = j;
+            if (order[j] <= 0) continue;  // no mass
+            target += mass(j);
+            place[left++] = (int32_t)j;
+        }
+        if (n && order[best] > NOBODY) keep[best] = 1;
+        if (share >= 1) return;
+        target *= share;
+        for (int shift = 24; shift >= 0 && before < target; shift -= 8) {
+            double sum[256] = {};
+            auto bin = [&](int64_t i) { return order[place[i]] >> shift & 255; };
+            for (int64_t i = 0; i < left; i++) sum[bin(i)] += mass(place[i]);
+            int crossing = 255;
+            for (; crossing > 0 && before + sum[crossing] < target; crossing--) before += sum[crossing];
+            int64_t in_it = 0;
+            for (int64_t i = 0; i < left; i++) {
+                const int32_t j = place[i], at = bin(i);
+                if (at > crossing) keep[j] = 1;
+                if (at == crossing) place[in_it++] = j;
+            }
+            left = in_it;
+        }
+        for (int64_t i = 0; i < left && before < target; before += mass(place[i++])) keep[place[i]] = 1;  // equal ones
+    }
+};
+
+inline int heaviest(const SfHeaviest &c, SfParallel parallel) {
+    Rooms<Heaviest> desks;
+    if (!desks.make(c.threads, [&](Heaviest &desk) { return desk.make(c.n); })) return 1;
+    auto task = [&](int64_t i, int thread) {
+        desks[thread].row(c.mass + i * c.n, c.among ? c.among + i * c.n : nullptr, c.n, c.share[i], c.keep + i * c.n);
     };
     in_parallel(parallel, c.threads, c.rows, task);
     return 0;

@@ -202,6 +202,11 @@ bool ok(const SfBest &c) {
     if (!fits({c.rows, c.n}) || !whole(4, c.scores, c.index)) return false;
     return c.rows * c.k == 0 || (c.scores && c.index);
 }
+bool ok(const SfHeaviest &c) {
+    if (c.rows < 0 || c.n < 0 || c.n > INT32_MAX || c.threads < 1 || !fits({c.rows, c.n})) return false;
+    if (!whole(4, c.mass) || !whole(8, c.share)) return false;
+    return c.rows * c.n == 0 || (c.mass && c.share && c.keep);
+}
 bool ok(const SfRunning &c) {
     if (c.rows < 0 || c.T < 0 || c.T >= INT32_MAX || c.most < 1 || c.threads < 1) return false;
     if (!fits({c.rows, c.T}) || !whole(4, c.x, c.k, c.kth, c.until)) return false;

@@ -214,11 +214,13 @@ template <bool BF> struct Mass {
 // ---------------------------------------------------------------- the softmax of some rows
 
 template <bool BF> struct Probe {
-    static constexpr int64_t BLOCK = 64, PIECE = 256;  // rows, and keys, whose scores are held at a time
+    static constexpr int64_t BLOCK = 64, PIECE = 256;  // rows, and keys, that are multiplied at a time
+    static constexpr int64_t HELD = 16384;  // up to so many keys, all scores of a block of rows are held; with more, computed twice
     typedef typename Columns<BF>::Item Item;
 
     const SfProbe &c;
     Columns<BF> columns = {};
+    int64_t stride = PIECE;  // of a row of scores
     struct Desk {
         Buffer<Item> rows;
         Buffer<float> s;
@@ -226,10 +228,13 @@ template <bool BF> struct Probe {
         int64_t limit[BLOCK];
     };
 
+    bool held() const { return c.Tk <= HELD; }
+    // Scores of a piece of keys; the next row is `stride` further.
+    float *piece(Desk &desk, int64_t first) const { return desk.s + (held() ? first : 0); }
     // Products of n rows with a piece of keys, up to key `end`.
-    void products(int64_t b, int64_t slot, int64_t n, int64_t first, int64_t end, Desk &desk) const {
+    void products(int64_t slot, int64_t n, int64_t first, int64_t end, Desk &desk) const {
         for (int64_t x = first; x < least(first + PIECE, end); x += 64)
-            columns.multiply(n, desk.rows + 0, slot, x / 64, desk.s + x - first, PIECE);
+            columns.multiply(n, desk.rows + 0, slot, x / 64, piece(desk, first) + x - first, stride);
     }
     int64_t piece_of(int64_t limit, int64_t first) const {  // keys of the piece that a row may see, in whole chunks
         return limit <= first ? 0 : least(PIECE, round_up(limit - first, 64));
@@ -257,10 +262,10 @@ template <bool BF> struct Probe {
         }
         memset(desk.rows + n * columns.padded, 0, (columns.whole(n) - n) * columns.padded * sizeof(Item));
         for (int64_t first = 0; first < end; first += PIECE) {  // pass 1: an online softmax in each lane
-            products(b, slot, n, first, end, desk);
+            products(slot, n, first, end, desk);
             for (int64_t i = 0; i < n; i++) {
                 const int64_t many = piece_of(desk.limit[i], first);
-                float *s = desk.s + i * PIECE;
+                float *s = piece(desk, first) + i * stride;
                 const vf old = load(desk.top + i * W);
                 vf top = old, total = load(desk.total + i * W);
                 for (int64_t j = 0; j < many; j += 64)
@@ -283,18 +288,18 @@ template <bool BF> struct Probe {
         }
         float *keys = c.keys + head * c.Tk, *distances = c.distances + head * c.width;
         for (int64_t first = 0; first < end; first += PIECE) {
-            products(b, slot, n, first, end, desk);
+            if (!held()) products(slot, n, first, end, desk);
             for (int64_t i = 0; i < n; i++) {
                 const int64_t many = piece_of(desk.limit[i], first);
-                float *s = desk.s + i * PIECE;
-                for (int64_t j = 0; j < many; j += 64) score.apply(s + j, columns.seen(b, (first + j) / 64, desk.limit[i]), set1(LOW));
+                float *s = piece(desk, first) + i * stride;
+                for (int64_t j = 0; !held() && j < many; j += 64) score.apply(s + j, columns.seen(b, (first + j) / 64, desk.limit[i]), set1(LOW));
                 for (int64_t j = 0; j < many; j += W) store(s + j, exp2v<true>(load(s + j) - top[i]) * factor[i]);
                 for (int64_t j = many; j < PIECE; j += W) store(s + j, set1(0.f));
                 if (many) by_distance(s, many, first, c.at[b * c.n + first_row + i], distances);
             }
             for (int64_t j = 0; j < least(PIECE, c.Tk - first); j += W) {
                 vf x = {};
-                for (int64_t i = 0; i < n; i++) x += load(desk.s + i * PIECE + j);
+                for (int64_t i = 0; i < n; i++) x += load(piece(desk, first) + i * stride + j);
                 const int64_t left = c.Tk - first - j;
                 if (left >= W) store(keys + first + j, load(keys + first + j) + x);
                 else for (int64_t l = 0; l < left; l++) keys[first + j + l] += x[l];
@@ -304,9 +309,10 @@ template <bool BF> struct Probe {
 
     int run(SfParallel parallel) {
         if (columns.make(c.k, c.dtype, c.B, c.Hkv, c.Tk, c.D, c.keep, c.threads, parallel)) return 1;
+        stride = held() ? round_up(c.Tk, PIECE) + 16 : PIECE;  // a line more: rows a power of two apart would share few cache sets
         Rooms<Desk> desks;
         bool ok = desks.make(c.threads, [&](Desk &desk) {
-            return desk.rows.make(columns.whole(BLOCK) * columns.padded) && desk.s.make(columns.whole(BLOCK) * PIECE);
+            return desk.rows.make(columns.whole(BLOCK) * columns.padded) && desk.s.make(columns.whole(BLOCK) * stride);
         });
         if (!ok) return 1;
         auto task = [&](int64_t i, int thread) {
