@@ -202,6 +202,13 @@ def selections(q: Tensor, k: Tensor, normal: Callable[..., Tensor]) -> Iterator[
                 sf.selection.page_scores(q, k, last, near=0, share=s, parts=p, backend=b)
             ],
         )
+    share = torch.tensor([0.0, 0.5, 1.0]).repeat(Hq)[:Hq]
+    yield (
+        "top_p",
+        lambda b: [
+            sf.selection.top_p(scores.softmax(-1), share, x, backend=b).float() for x in (None, among)
+        ],
+    )
     for n in (1, 64, 3 * T):
         yield (
             f"top_indices, {n}",

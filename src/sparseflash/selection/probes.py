@@ -92,9 +92,9 @@ def probe(
     """Compute the softmax of the last `rows` queries, summed by key and by distance.
 
     Keys with large sums are the vertical lines, distances with large sums the slashes of MInference (arXiv
-    2407.02490, algorithm 2) and FlexPrefill (2502.20766). Memory is that of the results, whatever the number of
-    rows; on the CPU also that of a copy of K, and for each thread of 64 rows of scores of at most 16,384 keys.
-    No gradient.
+    2407.02490, algorithm 2) and FlexPrefill (2502.20766). Memory is that of the results, whatever the number
+    of rows; on the CPU also that of a copy of K and, for each thread, of 64 rows of scores of at most 16,384
+    keys. No gradient.
 
     Parameters
     ----------
