@@ -1,13 +1,14 @@
-"""Attention for hosts, over a plan or a method's selection, by the faster of `attention` and `decode`."""
+"""What hosts share: attention over a plan or a selection, by the faster op; methods from plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common.errors import SparseFlashError
 from ..methods.base import Context, Selection
 from ..methods.session import Session
 from ..ops.attention import attention
@@ -38,6 +39,22 @@ def over(
     out, lse = method.attend(q, k, v, selection, op, **options)
     session.keep(ctx, method.observe(q, k, out, lse, selection, ctx))
     return out
+
+
+def named_method(given: Any, example: str) -> tuple[str, dict[str, Any]] | None:
+    """Read a method from plain data: a name, or an object with a name and hyper-parameters (lists: tuples).
+
+    None and "dense" name none.
+    """
+    if given in (None, "dense"):
+        return None
+    more = dict(given) if isinstance(given, Mapping) else {"name": given}
+    name = more.pop("name", None)
+    if not isinstance(name, str):
+        raise SparseFlashError(
+            f'{given!r}: expected a name, or an object that has one: {{"name": "{example}", ...}}'
+        )
+    return name, {key: tuple(x) if isinstance(x, list) else x for key, x in more.items()}
 
 
 def _fastest(q: Tensor, options: dict[str, Any], *others: Any) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from ... import cache, methods
 from ...common.errors import SparseFlashError, require
 from ...methods.base import Method
 from ...methods.reading import ReadingMethod
+from .._host import named_method
 
 VARIABLE = "SPARSEFLASH_VLLM"
 """The environment variable: on, off, or settings as JSON."""
@@ -109,15 +110,10 @@ def asked(additional: Any = None) -> Settings | None:
 
 def _made(given: Any, streams: bool = False) -> Any:
     """A method of its name, alone or beside its hyper-parameters; `streams`: or the policy streaming-llm."""
-    if given in (None, "dense"):
+    named = named_method(given, "quest")
+    if named is None:
         return None
-    more = dict(given) if isinstance(given, Mapping) else {"name": given}
-    name = more.pop("name", None)
-    if not isinstance(name, str):
-        raise SparseFlashError(
-            f'{given!r}: expected a name, or an object that has one: {{"name": "quest", "budget": 1024}}'
-        )
-    more = {key: tuple(x) if isinstance(x, list) else x for key, x in more.items()}
+    name, more = named
     return cache.policy(name, **more) if streams and name == "streaming-llm" else methods.get(name, **more)
 
 
