@@ -4,7 +4,7 @@
 mass (`recall`) stand two choices of the same density: blocks drawn at random, and a window. What keeps no
 more than they do has found nothing.
 
-`masked`: a small model of bytes that fills in what is masked, trained here; text of the held-out part is
+`masked`: the model of `sparseflash train --objective masked`, trained here; text of the held-out part is
 generated once with dense attention. Each case attends to its own blocks for one step along that trajectory:
 `kl` is the divergence of its prediction from the dense one, mean over the bytes that are still masked. The
 text itself is no measure: greedy choices part ways at the first difference.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparseflash as sf
 from sparseflash import methods
@@ -28,10 +28,9 @@ from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
 from sparseflash.methods.base import Method
 from sparseflash.methods.sparse_vdit import MODES, judge
-from sparseflash.train import Corpus
-
-MASK = 256
-"""The number of what is masked, behind the bytes."""
+from sparseflash.train import GPT, Corpus, TrainConfig, Trainer
+from sparseflash.train.masked import denoise
+from sparseflash.train.model import MASK
 
 # ---------------------------------------------------------------- planted heads
 
@@ -117,67 +116,17 @@ def measure_planted(grid: tuple[int, int, int] = (8, 16, 16)) -> Iterator[Row]:
 # ---------------------------------------------------------------- a masked-diffusion language model
 
 
-class Filler(nn.Module):
-    """A small bidirectional transformer over bytes and what is masked."""
-
-    def __init__(self, width: int = 128, layers: int = 4, heads: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(MASK + 1, width)
-        own = [
-            sf.nn.SelfAttention(width, heads, causal=False, normed=True, positions="rotary")
-            for _ in range(layers)
-        ]
-        self.attend = nn.ModuleList(own)
-        self.sharp = nn.Parameter(torch.full((layers,), 2.5))
-        self.mlp = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-            for _ in range(layers)
-        )
-        self.head = nn.Linear(width, MASK)
-
-    def forward(self, tokens: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Logits `[B, T, 256]`; `attend(layer, q, k, v)` is the attention."""
-        x = self.embed(tokens)
-        for n, (layer, mlp) in enumerate(zip(self.attend, self.mlp)):
-            assert isinstance(layer, sf.nn.SelfAttention)
-            y = F.rms_norm(x, x.shape[-1:])
-            q, k, v = (layer.split(project(y)) for project in (layer.query, layer.key, layer.value))
-            q, k = (layer.turn(F.rms_norm(part, part.shape[-1:]), None) for part in (q, k))
-            x = x + layer.end(attend(n, q * self.sharp[n], k, v))
-            x = x + mlp(F.rms_norm(x, x.shape[-1:]))
-        found: Tensor = self.head(F.rms_norm(x, x.shape[-1:]))
-        return found
-
-
-def dense(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over everything."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def learn(corpus: Corpus, steps: int, length: int, on_run: Callable[[str], None]) -> Filler:
-    """Train on masked bytes: a share drawn for each row, the loss over that share."""
-    torch.manual_seed(0)
-    model = Filler()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    text = corpus.train.long()
+def learn(corpus: Corpus, steps: int, length: int, on_run: Callable[[str], None]) -> GPT:
+    """Train the model of `sparseflash train --objective masked` with dense attention."""
+    config = TrainConfig(
+        "", length=length, batch=8, steps=steps, layers=4, width=128, heads=4, objective="masked"
+    )
+    trainer = Trainer(config, corpus)
     for step in range(steps):
-        at = torch.randint(len(text) - length, (8,))
-        tokens = torch.stack([text[n : n + length] for n in at.tolist()])
-        share = torch.rand(8, 1).clamp(min=0.05)
-        hidden = torch.rand(tokens.shape) < share
-        loss = F.cross_entropy(
-            model(tokens.masked_fill(hidden, MASK), dense).transpose(1, 2), tokens, reduction="none"
-        )
-        loss = (loss * hidden / share).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
+        row = trainer.step()
         if step % 20 == 0:
-            on_run(f"training: step {step} of {steps}, {loss.item():.2f} nats")
-    return model.eval()
+            on_run(f"training: step {step} of {steps}, {row.loss:.2f} nats")
+    return trainer.model.eval()
 
 
 class Run:
@@ -192,7 +141,7 @@ class Run:
             plan = self.method.select(q, k, self.ctx).plan
             assert isinstance(plan, sf.Plan)
             self.plans[layer] = plan
-        return sf.attention(q, k, v, self.plans[layer]) if layer in self.plans else dense(layer, q, k, v)
+        return sf.attention(q, k, v, self.plans[layer])
 
     ctx: dict[str, Any] = {}
 
@@ -221,13 +170,9 @@ def measure_masked(
     tokens = torch.stack([corpus.val[n : n + length].long() for n in at.tolist()])
     tokens[:, prompt:] = MASK
     trajectory = []
-    for step in range(denoising):  # the surest bytes first, as many at each step
-        on_run(f"generating: step {step} of {denoising}")
-        logits = model(tokens, dense)
-        trajectory.append((tokens.clone(), logits))
-        sure = torch.where(tokens == MASK, logits.amax(-1) - logits.logsumexp(-1), -torch.inf)
-        chosen = sf.selection.top_k(sure, -(-(length - prompt) // denoising)) & (tokens == MASK)
-        tokens = torch.where(chosen, logits.argmax(-1), tokens)
+    for step in denoise(model, tokens, steps=denoising):
+        on_run(f"generating: step {len(trajectory)} of {denoising}")
+        trajectory.append(step)
     for share in shares:
         method = methods.SparseD(share, block=16)
         first = method.first(denoising)
@@ -235,31 +180,29 @@ def measure_masked(
         def found(step: int, method: Method = method) -> Run:
             run = Run(method=method)
             run.ctx = {"generated": length - prompt}
-            model(trajectory[step][0], run)
+            model(trajectory[step].given, attend=run)
             return run
 
         def drawn(like: Mapping[int, sf.Plan], step: int) -> Run:
             grid = sf.selection.Grid(length, length, 16, 16, causal=False)
-            draw = torch.rand(texts, 4, 16, 16, generator=torch.Generator().manual_seed(step))
-            count = {n: round(plan.kept * 16) for n, plan in like.items()}
+            draw = torch.rand(texts, 4, grid.tiles, grid.units, generator=torch.Generator().manual_seed(step))
+            count = {n: round(plan.kept * grid.units) for n, plan in like.items()}
             return Run({n: grid.plan(sf.selection.top_k(draw, count[n])) for n in like})
 
         reused, early = found(first), found(0)
         near = {n: window_of(length, plan.kept) for n, plan in reused.plans.items()}
         kls: dict[str, list[float]] = {}
         overlaps: dict[int, float] = {}
-        for step in range(first + 1, denoising):
+        for step in range(first + 1, len(trajectory)):
             on_run(f"select {share}: step {step} of {denoising}")
-            given, want = trajectory[step]
+            given, want, _ = trajectory[step]
             own = found(step)
             runs = {"reuse": Run(reused.plans), "own": Run(own.plans), "first": Run(early.plans)}
             runs |= {"random": drawn(reused.plans, step), "window": Run(near)}
             masked = given == MASK
-            if not bool(masked.any()):
-                break
             overlaps[step] = sum(overlap(own.plans[n], reused.plans[n]) for n in own.plans) / len(own.plans)
             for name, run in runs.items():
-                log = model(given, run).log_softmax(-1)
+                log = model(given, attend=run).log_softmax(-1)
                 divergence = (want.softmax(-1) * (want.log_softmax(-1) - log)).sum(-1)
                 kls.setdefault(name, []).append(float(divergence[masked].mean()))
         heads = [overlap_heads(plan) for plan in reused.plans.values()]

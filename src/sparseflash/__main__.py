@@ -89,6 +89,9 @@ TRAINING = {
     "layers": _option(MODEL, least=1),
     "width": _option(MODEL, "Model width; width / heads must be even.", 1),
     "heads": _option(MODEL, least=1),
+    "objective": _option(
+        MODEL, "next: predict the next byte; masked: fill in masked bytes, seeing both sides (diffusion)."
+    ),
     "qk": _option(MODEL, "untied, or tied: k = q / |q| per head, as in the paper."),
     "dtype": _option(RUN, "fp32, or bf16 (autocast; fast where the CPU has AMX or on a GPU)."),
     "lr": _option(RUN, "Peak learning rate (AdamW, warm-up, cosine).", 0),
@@ -203,13 +206,34 @@ def sample(
         float, typer.Option(min=0, help="0 takes the likeliest byte; 1 samples the model as it is.")
     ] = 0.8,
     seed: Annotated[int, typer.Option(min=0, max=SEED, help="Same seed, same text.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Denoising steps of a masked model; 0: one for every two bytes.")
+    ] = 0,
+    attention: Annotated[
+        str, typer.Option(help="A method for a masked model, such as sparsed; its own attention by default.")
+    ] = "",
+    changes: Annotated[
+        list[str] | None, options.changes("A field of that method, as name=value; may be repeated.")
+    ] = None,
 ) -> None:
-    """Continue a prompt with a model trained by **sparseflash train**."""
-    from sparseflash.train.sample import load_model
+    """Continue a prompt with a model trained by **sparseflash train**.
+
+    A run with **--objective masked** writes all bytes at once, over several steps:
+    **... sample runs/masked --steps 32 --attention sparsed --set select_share=0.3**
+    """
+    from sparseflash.train.attention import Sparse, build
+    from sparseflash.train.sample import fill, load_model
     from sparseflash.train.sample import sample as draw
 
     model, config = load_model(run)
     text = prompt.encode()
+    if model.masked or steps or attention or changes:
+        chosen = build(attention or "dense", options.settings(changes), objective="masked")
+        method = chosen.method if isinstance(chosen, Sparse) else None
+        given = {"length": config.length, "steps": steps, "temperature": temperature, "seed": seed}
+        written = fill(model, text, tokens, method=method, **given)
+        typer.echo(prompt + written.decode("utf-8", "replace"), nl=False)
+        return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     typer.echo(prompt, nl=False)
     for byte in draw(model, text, tokens, length=config.length, temperature=temperature, seed=seed):

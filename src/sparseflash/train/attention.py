@@ -28,6 +28,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, q_offset: 
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa, dropout_p=dropout_p)
 
 
+def both_ways(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Tensor:
+    """Attention by torch over the whole sequence, earlier and later tokens: the baseline of masked models."""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, dropout_p=dropout_p)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sparse:
     """A method together with the context its calls share, such as the step whose random masks it draws."""
@@ -64,6 +70,29 @@ def cli_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def sees_both_ways(name: str) -> bool:
+    """Whether a method has a form in which queries see later keys."""
+    cls = methods.find(name)
+    optional = any(field.name == "causal" for field in dataclasses.fields(cls))
+    return optional or "diffusion" in cls.phases
+
+
+def _both_ways(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a method without causality."""
+    cls = methods.find(name)
+    if not sees_both_ways(name):
+        known = [other for other in methods.names() if sees_both_ways(other)]
+        raise TrainError(
+            f"{name} sees only what is earlier, and --objective masked fills in what both sides say; "
+            f"choose one of: dense, {', '.join(known)}"
+        )
+    if all(field.name != "causal" for field in dataclasses.fields(cls)):
+        return options
+    if options.get("causal"):
+        raise TrainError(f"{name}.causal=True does not go with --objective masked; leave it out")
+    return {**options, "causal": False}
+
+
 FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "nb": ("hash-sparse", ("nb",)),
     "window_heads": ("hash-sparse", ("window_heads",)),
@@ -81,6 +110,7 @@ def build(
     seed: int = 0,
     tied: bool = False,
     context: Mapping[str, Any] | None = None,
+    objective: str = "next",
 ) -> Attention:
     """Make the attention of one layer.
 
@@ -96,13 +126,17 @@ def build(
         Whether k is q normalised. A token's own key would then dominate, so `include_self` is False.
     context : mapping, optional
         Values that the method can read at every call, such as the step.
+    objective : str
+        With "masked", queries see later keys too: a method that can be so is made with causal=False.
     """
     options = dict(options or {})
     if name == "dense":
         if options:
             raise TrainError(f"dense attention takes no options; remove {', '.join(sorted(options))}")
-        return dense
+        return both_ways if objective == "masked" else dense
     has = {field.name for field in dataclasses.fields(methods.find(name))}
+    if objective == "masked":
+        options = _both_ways(name, options)
     if "seed" in has:
         options.setdefault("seed", seed)
     if tied and "include_self" in has:
@@ -163,8 +197,14 @@ def mixers(config: TrainConfig, context: Mapping[str, Any]) -> list[Attention | 
         if name in nn.names():
             found.append(_layer(name, options[name], config, n))
             continue
+        if config.objective == "masked" and name != "dense" and "state" in methods.find(name).reads:
+            raise TrainError(
+                f"{name} keeps a pattern over the steps of a generation: train with --attention dense, then "
+                f"sparseflash sample RUN --attention {name}"
+            )
         seed, tied = config.seed * 1009 + n, config.qk == "tied"
-        found.append(build(name, options[name], seed=seed, tied=tied, context=context))
+        more = {"seed": seed, "tied": tied, "context": context, "objective": config.objective}
+        found.append(build(name, options[name], **more))
     return found
 
 
@@ -173,12 +213,14 @@ def _layer(name: str, options: Mapping[str, Any], config: TrainConfig, n: int) -
         (config.qk == "tied", "--qk tied"),
         (config.dropout > 0, "--dropout"),
         (config.context_parallel > 1, "--context-parallel"),
+        (config.objective == "masked" and "causal" not in nn.options(nn.find(name)), "--objective masked"),
     ):
         if broken:
             raise TrainError(
                 f"{said} does not go with {name}, a layer with projections of its own: leave it out"
             )
     own = {"layer": n, "layers": config.layers, "base": config.rope_base}
+    own |= {"causal": False} if config.objective == "masked" else {}
     takes = nn.options(nn.find(name))
     return nn.get(name, config.width, config.heads, **{k: v for k, v in own.items() if k in takes} | options)
 

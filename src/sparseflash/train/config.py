@@ -10,9 +10,10 @@ from sparseflash.train.errors import TrainError
 
 DTYPES = ("fp32", "bf16")
 QK = ("untied", "tied")
+OBJECTIVES = ("next", "masked")
 
 # Fields that must not change on resume: the weights would not fit, or it would be another run.
-SHAPE = ("length", "layers", "width", "heads", "qk", "rope_base")
+SHAPE = ("objective", "length", "layers", "width", "heads", "qk", "rope_base")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class TrainConfig:
     dropout : float
         Share in [0, 1) of attention weights to drop in training. Each step, pass and sequence draws its own
         mask: processes differ, and a resumed run draws what the original would have drawn.
+    objective : str
+        ``"next"``: predict the next byte; ``"masked"``: fill in masked bytes, seeing both sides (a
+        masked-diffusion language model, see `sparseflash.train.masked`).
     eval_every, eval_sequences, save_every : int
         Steps between validations; held-out sequences per validation; steps between checkpoints.
     """
@@ -84,6 +88,7 @@ class TrainConfig:
     dropout: float = 0.0
     rope_base: float = 10_000.0
     eval_length: int = 0
+    objective: str = "next"
 
     def __post_init__(self) -> None:
         for broken, message in self._problems():
@@ -115,6 +120,14 @@ class TrainConfig:
                 f"and rotary positions need an even one; use --width {(dim + 1) * heads}",
             ),
             (self.qk not in QK, f"--qk {self.qk!r} is unknown; choose one of: {', '.join(QK)}"),
+            (
+                self.objective not in OBJECTIVES,
+                f"--objective {self.objective!r} is unknown; choose one of: {', '.join(OBJECTIVES)}",
+            ),
+            (
+                self.objective == "masked" and self.context_parallel > 1,
+                "--objective masked does not go with --context-parallel, which is causal; leave one out",
+            ),
             (
                 self.dtype not in DTYPES,
                 f"--dtype {self.dtype!r} is unknown; choose one of: {', '.join(DTYPES)}",

@@ -8,6 +8,9 @@ projections: the model does not know which method it runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from sparseflash.train.config import TrainConfig
 from sparseflash.train.errors import TrainError
 
 VOCABULARY = 256
+MASK = VOCABULARY
+"""The token of what is masked, which models of the objective "masked" read and never predict."""
 HIGHEST = 15.0
 """Initial score of a query and a key of equal direction: e^15 outweighs any number of other keys."""
 
@@ -70,9 +75,14 @@ class SelfAttention(nn.Module):
         return self.attention is dense
 
     def forward(
-        self, x: Tensor, table: Tensor, plan: Plan | None = None, state: State | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        plan: Plan | None = None,
+        state: State | None = None,
+        attend: Attention | None = None,
     ) -> Tensor:
-        """Mix along the sequence, by `plan` if given; x [B, T, width]."""
+        """Mix along the sequence, by `plan` or `attend` if given; x [B, T, width]."""
         heads = self.project(x).unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads))
         if self.tied:
             q, v = heads.unbind(2)
@@ -86,7 +96,9 @@ class SelfAttention(nn.Module):
         if state is not None:
             k, v = state.append(k=k, v=v)
             more["q_offset"] = k.shape[2] - x.shape[1]  # index of the first query in the cache
-        out = self.attention(q, k, v, **more) if plan is None else attention(q, k, v, plan, **more)
+        if attend is None:
+            attend = self.attention if plan is None else partial(attention, plan=plan)
+        out = attend(q, k, v, **more)
         if state is not None:
             forget(self.attention.method if isinstance(self.attention, Sparse) else None, state)
             state.length += x.shape[1]
@@ -103,13 +115,18 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, table: Tensor, plan: Plan | None = None, state: State | None = None
+        self,
+        x: Tensor,
+        table: Tensor,
+        plan: Plan | None = None,
+        state: State | None = None,
+        attend: Attention | None = None,
     ) -> Tensor:
         """Transform x [B, T, width]."""
         if isinstance(self.attention, Layer):
             x = x + self.attention(norm(x), plan=plan, state=state)
         else:
-            x = x + self.attention(norm(x), table, plan, state)
+            x = x + self.attention(norm(x), table, plan, state, attend)
         return x + self.down(F.gelu(self.up(norm(x))))
 
 
@@ -132,7 +149,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, config.width)
+        self.masked = config.objective == "masked"
+        self.embed = nn.Embedding(VOCABULARY + self.masked, config.width)
         self.context = {"step": 0}  # what methods can read besides q, k and v
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers(config, self.context))
         self.head = nn.Linear(config.width, VOCABULARY, bias=False)
@@ -174,7 +192,7 @@ class GPT(nn.Module):
     @property
     def decodes(self) -> bool:
         """Whether every layer can decode with a state."""
-        return all(block.attention.decodes for block in self.blocks)
+        return not self.masked and all(block.attention.decodes for block in self.blocks)
 
     @property
     def rotary(self) -> bool:
@@ -196,13 +214,19 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         plan: Plan | None = None,
         state: list[State] | None = None,
+        weights: Tensor | None = None,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Compute logits [B, T, 256] of the next byte, or with `targets` [B, T] the mean loss in nats.
 
-        Targets of -100 are ignored. For packed documents: `positions` [B, T] restart with each document, and
-        `plan` (replacing the model's attention) keeps them apart. With `state` from `new_state`, tokens
-        continue the ones read before.
+        A masked model gives logits of each byte itself. Targets of -100 are ignored. With `weights` [B, T]
+        the loss is the mean over all B * T tokens of what each costs times its weight. For packed documents:
+        `positions` [B, T] restart with each document, and `plan` (replacing the model's attention) keeps them
+        apart. With `state` from `new_state`, tokens continue the ones read before. `attend(layer, q, k, v)`
+        replaces the attention of every layer; q, k, v and its result are [B, heads, T, width / heads].
         """
+        if attend is not None and any(self.layers()):
+            raise TrainError("attend= beside layers that project for themselves; expected methods, or dense")
         if positions is not None and any(self.layers()):
             raise TrainError(
                 "positions= beside layers that count their own; expected sequences of one document"
@@ -214,11 +238,15 @@ class GPT(nn.Module):
         else:
             table = self.table[:, positions]
         for n, block in enumerate(self.blocks):
-            x = block(x, table, plan, state[n] if state else None)
+            own = None if attend is None else partial(attend, n)
+            x = block(x, table, plan, state[n] if state else None, own)
         logits = self.head(norm(x)).float()
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if weights is None:
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        costs = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return (costs * weights.flatten()).mean()
 
     def _table(self, length: int) -> Tensor:
         """Cos and sin of `length` positions; the table is extended when needed."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseflash.nn import State, update
-from sparseflash.train import checkpoint
+from sparseflash.train import checkpoint, masked
 from sparseflash.train.config import SHAPE, TrainConfig
 from sparseflash.train.context import Context
 from sparseflash.train.data import Corpus, load
@@ -99,7 +99,12 @@ class Trainer:
             if c.dropout:  # seed by step and rows: distinct per process, and resumable
                 own = (((c.seed << 24) + self.done) << 20) + part * groups + group
                 torch.manual_seed(own % 2**63)
-            loss = self.loss(tokens.to(device), targets.to(device)) / c.accumulate
+            weights = None
+            if self.model.masked:
+                seed = (c.seed * 1_000_003 + self.done) % 2**63
+                tokens, targets, weights = masked.hide(tokens, seed, rows, groups * c.accumulate * c.batch)
+                weights = weights.to(device)
+            loss = self.loss(tokens.to(device), targets.to(device), weights=weights) / c.accumulate
             (loss + self.model.aux_loss() / c.accumulate).backward()
             total += loss.detach()
         for weight in self.model.parameters():
@@ -120,12 +125,18 @@ class Trainer:
         tokens_per_s = groups * c.accumulate * c.batch * c.length / seconds
         return Row(self.done, mean, None, seconds * 1e3, tokens_per_s)
 
-    def loss(self, tokens: Tensor, targets: Tensor, state: list[State] | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        state: list[State] | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Mean loss in nats; under context parallelism, this rank's share, whose mean is the loss."""
         size = self.context.size
         if size == 1:
             with self.autocast():
-                return self.model(tokens, targets, state=state)
+                return self.model(tokens, targets, state=state, weights=weights)
         with self.context.of(tokens.shape[1]) as cp, self.autocast():
             own = [cp.shard(x, 1) for x in (tokens, targets)]
             loss = self.model(*own, positions=cp.positions.to(tokens.device))
@@ -134,6 +145,9 @@ class Trainer:
     @torch.no_grad()
     def validate(self, length: int = 0) -> float:
         """Measure bits per byte on the held-out windows, which are the same for every run on this text.
+
+        Of a masked model it is a bound from above, estimated from `masked.SHARES` masks of each window, which
+        are the same for every run too.
 
         Parameters
         ----------
@@ -148,6 +162,13 @@ class Trainer:
         windows = self.corpus.validation(length or c.eval_length or c.length, c.eval_sequences)
         for number, (tokens, targets) in enumerate(windows):
             if number % groups != group:
+                continue
+            if self.model.masked:
+                window, size = tokens.expand(masked.SHARES, -1), tokens.numel()
+                given = masked.hide(window, number, slice(None), masked.SHARES)
+                inputs, wanted, weights = (x.to(world.device) for x in given)
+                loss = self.loss(inputs, wanted, weights=weights)
+                total += torch.tensor([loss.item() * size, size], dtype=torch.float64)
                 continue
             parts = tokens.shape[1] > c.length and self.model.decodes
             state = self.model.new_state(len(tokens)) if parts else None
@@ -270,7 +291,7 @@ def init_config(directory: str | Path, given: dict[str, object]) -> TrainConfig:
     whole sequence as before.
     """
     saved = checkpoint.read_config(Path(directory))
-    same = ("data", "attention", "layers", "width", "heads", "qk", "rope_base", "seed")
+    same = ("data", "objective", "attention", "layers", "width", "heads", "qk", "rope_base", "seed")
     if "attention" not in given:
         same += ("options",)
     config = TrainConfig(**{**{name: getattr(saved, name) for name in same}, **given})
