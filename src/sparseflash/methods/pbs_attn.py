@@ -88,13 +88,12 @@ class PBSAttn(Method):
 
         at = begin(ctx, q)
         first = at + torch.arange(0, Tq, block, device=q.device)
-        last = (first + block).clamp(max=at + Tq) - 1
-        own, until = (torch.div(x, self.segment, rounding_mode="floor")[..., None] for x in (first, last))
+        own = torch.div(first, self.segment, rounding_mode="floor")[..., None]
         unit = torch.arange(grid.units, device=q.device)
         segment = unit * block // self.segment
         earlier = reach & (segment < own)
         origin = (order[..., : self.segment] == 0).int().argmax(-1) if Tk else order.sum(-1)
-        seen = (segment >= own) & (segment <= until) | (unit == origin[..., None, None] // block)
+        seen = (segment >= own) | (unit == origin[..., None, None] // block)
 
         mass = self._mass(q, take_rows(k.detach(), order), earlier, told)
         mass = shared(mass, k, self.share)

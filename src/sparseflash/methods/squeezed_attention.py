@@ -102,8 +102,8 @@ class SqueezedAttention(ReadingMethod):
         """Score each key of the text by its centroid; the window gets infinity."""
         n = max(self.context - self.window, 1)
         label, centroid = self.clustered(k[:, :, :n]) if cache is None else self.kept(cache, n)
-        best = torch.full((1, q.shape[2]), centroid.shape[2] - 1, device=q.device)
-        score = page_scores(q.to(centroid.dtype), centroid, best, near=0, share=self.share)
+        behind = torch.full((1, q.shape[2]), centroid.shape[2], device=q.device)  # no query lies in a cluster
+        score = page_scores(q.to(centroid.dtype), centroid, behind, near=0, share=self.share)
         label = label.repeat_interleave(score.shape[1] // k.shape[1], 1)[:, :, None]
         each = score.gather(3, label.expand(*score.shape[:3], -1))
         return torch.nn.functional.pad(each, (0, k.shape[2] - n), value=torch.inf)

@@ -81,7 +81,7 @@ class StarAttention(Method):
         position = begin(ctx, q) + torch.arange(Tq, device=q.device)
         token = torch.arange(Tq, device=q.device).expand(position.shape)
         asked = token >= Tq - self.last
-        number = position.div(self.block, rounding_mode="floor").masked_fill(asked, Tk + 1)
+        number = position.div(self.block, rounding_mode="floor").masked_fill(asked, Tk)
         row = edge_rows(begins_of(number), TILE)
         used = Tq + (Tq // self.block + 3) * (TILE - 1)  # each block, and the question, begins a tile
         if host(row):

@@ -118,7 +118,7 @@ class Strided(Method):
                 start=(head * strip.shape[1]).expand(lead).contiguous(),
                 full=before((window - 1).clamp(max=Tk // b - 1)),
                 count=before((window - 1).clamp(max=units - 1)),
-                index=strip.clamp(max=max(units - 1, 0)).flatten().int(),
+                index=strip.clamp(max=units - 1).flatten().int(),
             )
         )
 

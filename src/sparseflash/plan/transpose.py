@@ -57,7 +57,7 @@ def transpose_spans(spans: Spans, k_rows: int) -> KeyLists:
     begin, run = fresh.nonzero()[:, 0], fresh.cumsum(0) - 1
     end = torch.cat([begin[1:], begin.new_full((1,), len(at))])[: len(begin)]
     first = lo[begin] // KEY_GROUP
-    n = (hi[end - 1] - 1) // KEY_GROUP + 1 - first
+    n = -(-hi[end - 1] // KEY_GROUP) - first
     own, place_of_run = expand(n)
     column = first[own] + place_of_run
     left, right = column * KEY_GROUP, (column + 1) * KEY_GROUP

@@ -133,7 +133,7 @@ def _ranges(lo: Tensor, hi: Tensor, Tk: int, tile: int, unit: int) -> Fields:
     mixed (bits), and the full span [0, 6) is cut back to [0, 4).
     """
     lo, order = torch.where(hi > lo, lo, Tk).sort(-1)  # make the ranges of a row disjoint
-    hi = hi.gather(-1, order).cummax(-1).values if hi.shape[-1] else hi
+    hi = hi.gather(-1, order).cummax(-1).values
     lo = torch.maximum(lo, pad(hi[..., :-1], (1, 0)))
     hi = torch.maximum(lo, hi)
     B, H, Tq, m = lo.shape

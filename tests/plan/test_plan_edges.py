@@ -1,0 +1,81 @@
+"""Plans of caches, of offsets and of windows by head, at the edges of what tells them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparseflash import Plan
+from test_plan_tight import of_pages, pages, tight
+
+
+def test_a_window_over_pages_lists_the_pages_that_may_hold_it():
+    """Whose bits are as few: one query at position 14 sees keys 9..14 and 0, 1 of pages of four."""
+    table = torch.arange(8).flip(0).view(1, -1)
+    one = Plan.from_pages(table, torch.tensor([15]), page_size=4, Tk=32, window=(5, 0), sink_tokens=2).check()
+    seen = sorted((7 - at // 4) * 4 + at % 4 for at in (0, 1, *range(9, 15)))
+    assert one.to_dense()[0, 0, 0].nonzero()[:, 0].tolist() == seen
+    assert int(one.count.sum()) == 3 and len(one.index) == 1 + 3 and len(one.bits) <= 4
+    two = Plan.from_pages(table, torch.tensor([15]), page_size=4, Tk=32, Tq=3, window=(5, 0)).check()
+    assert len(two.index) == 3 and tight(two)
+
+
+@pytest.mark.parametrize("n", [5, 8, 17])
+def test_packed_queries_of_a_cache_visit_what_they_see(n):
+    """Sequences of one, three and no queries, in tiles of their mean."""
+    table, lengths, size = pages(1, n)
+    counts = (1, min(3, n), 0)
+    edges = torch.tensor([0, 1, 1 + counts[1], 1 + counts[1]])
+    plan = Plan.from_pages(table, lengths, cu_seqlens_q=edges, **size).check()
+    rows = [of_pages(table, lengths, count, 4, size["Tk"])[b, 0] for b, count in enumerate(counts)]
+    assert torch.equal(plan.to_dense()[0, 0], torch.cat(rows)) and tight(plan)
+
+
+def _placed(T):
+    """Constructors that take the position of the first query, of T queries and keys."""
+    ids = torch.arange(T).view(1, 1, -1)
+    tiles = torch.arange(-(-T // 4)).view(1, 1, -1, 1)
+    how = {"Tq": T, "Tk": T, "tile": 4}
+    return {
+        "dense": lambda at: Plan.dense(T, T, causal=True, q_offset=at, tile=4),
+        "window": lambda at: Plan.dense(T, T, causal=True, window=(3, 0), sink_tokens=1, q_offset=at),
+        "ahead": lambda at: Plan.dense(T, T, window=(3, 2), q_offset=at, tile=4),
+        "blocks": lambda at: Plan.from_blocks(
+            torch.ones(1, 1, -(-T // 4), -(-T // 4)) > 0, **how, unit=4, causal=True, q_offset=at
+        ),
+        "keys": lambda at: Plan.from_keys(tiles, **how, unit=4, causal=True, q_offset=at),
+        "ascending": lambda at: Plan.from_keys(
+            tiles, **how, unit=4, causal=True, q_offset=at, ascending=True
+        ),
+        "spans": lambda at: Plan.from_spans(
+            torch.tensor([0, T]).expand(1, 1, -(-T // 4), 1, 2), **how, causal=True, q_offset=at
+        ),
+        "choice": lambda at: Plan.from_choice(ids.mT // 2, Tk=T, q_offset=at, tile=1),
+        "choice by tiles": lambda at: Plan.from_choice(ids.mT // 2, Tk=T, q_offset=at, tile=4),
+        "slashes": lambda at: Plan.from_slashes(ids[..., :2], ids[..., 1:3], **how, q_offset=at),
+        "buckets": lambda at: Plan.from_buckets(ids % 2, ids % 2, q_offset=at, tile=4),
+        "buckets and window": lambda at: Plan.from_buckets(ids % 2, ids % 2, window=(1, 0), q_offset=at),
+        "expiry": lambda at: Plan.from_expiry(ids + ids % 4, Tq=T, q_offset=at, tile=4),
+        "expiry by unit": lambda at: Plan.from_expiry(ids + ids % 4, Tq=T, q_offset=at, tile=4, unit=4),
+        "lifetimes": lambda at: Plan.from_lifetimes(ids, ids + ids % 4, Tq=T, q_offset=at, tile=4),
+    }
+
+
+@pytest.mark.parametrize("name", _placed(9))
+def test_an_offset_is_a_number_or_a_tensor_or_one_of_each_sequence(name):
+    make = _placed(9)[name]
+    one, two = (make(at).check().to_dense() for at in (2, -1))
+    both = make(torch.tensor([2, -1], dtype=torch.int32)).check()
+    assert both.extent()[0] == 2 and torch.equal(both.to_dense(), torch.cat([one, two]))
+    assert not torch.equal(one, two)
+    for same in (torch.tensor(2), torch.tensor(2, dtype=torch.int32), torch.tensor([2])):
+        assert torch.equal(make(same).check().to_dense(), one)
+
+
+def test_one_window_of_all_heads_stays_one_and_two_are_a_table():
+    near, far, plain = (Plan.dense(40, 40, causal=True, window=w) for w in ((5, 0), (9, 0), None))
+    assert Plan.by_head([near, near]).window == (5, 0) and Plan.by_head([near, near]).head_window is None
+    for pair in ((near, far), (near, plain), (plain, near)):
+        both = Plan.by_head(pair).check()
+        assert both.window is None and both.head_window.shape == (1, 2, 2)
+        assert torch.equal(both.to_dense(), torch.cat([p.to_dense() for p in pair], 1))
