@@ -15,6 +15,7 @@ from torch import Tensor
 
 import sparseflash as sf
 from sparseflash.backends import cpu
+from sparseflash.ops.nm import nm_product
 
 DIMS = ((256, 256), (256, 1), (1, 256), (255, 129), (129, 255), (64, 256), (256, 64))
 """D and Dv: the largest, and beside the sizes of tiles; each with the other large and small."""
@@ -133,6 +134,10 @@ def others(
             lambda b, p=plan: results(lambda *x: sf.pointwise_attention(*x, p, backend=b), q, k, v),
         )
     yield from selections(q, k, normal)
+    x, weight = normal(T, 8 * D), normal(Dv, 8 * D)
+    for n, m in ((2, 8), (1, 4), (3, 8 * D)):
+        if m <= 64:
+            yield f"nm_product, {n}:{m}", lambda b, n=n, m=m: [nm_product(x, weight, n, m, backend=b)]
     rate, state = torch.tensor([0.0, 1e-3, 1.0, 1e30]).repeat(2)[:Hq], normal(B, Hq, D, Dv)
     yield (
         "linear_attention",

@@ -5,6 +5,7 @@ import torch
 
 import sparseflash as sf
 from sparseflash.nn import NMConv2d, NMLinear, nm_mask
+from sparseflash.ops.nm import nm_product
 
 RULES = ("bdwp", "sr-ste", "one-sided")
 
@@ -55,6 +56,99 @@ def test_masks_follow_the_weight():
 
 
 # products
+
+
+BACKENDS = [name for name, status in sf.backend_status().items() if status.usable and name != "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [0, 1, 63, 64, 129])
+@pytest.mark.parametrize("n, m", [(2, 8), (1, 4), (3, 5), (8, 8), (7, 64), (2, 128)])
+def test_a_product_is_that_of_the_masked_weight(n, m, T, backend):
+    if backend == "cpu" and m > 64:
+        pytest.skip("the native product has groups of at most 64 weights")
+    g = torch.Generator().manual_seed(n * m + T)
+    for inputs, outputs in ((3 * m, 33), (m, 1), (0, 5), (9 * m, 48)):
+        x, weight = (torch.randn(rows, inputs, generator=g) for rows in (T, outputs))
+        want = x.double() @ (weight * nm_mask(weight, n, m)).double().mT
+        for given in (x, torch.cat([x, x], 1)[:, :inputs]):
+            for w in (weight, weight.mT.contiguous().mT):
+                got = nm_product(given, w, n, m, backend=backend)
+                bound = 2**-23 * (inputs + 2) * (x.double().abs() @ weight.double().abs().mT)
+                assert got.dtype == torch.float32 and ((got - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_product_of_another_dtype_has_it(dtype):
+    x, weight = (torch.randn(2, 40, 32).to(dtype) for _ in range(2))
+    got = nm_product(x, weight[0], 2, 8)
+    assert got.dtype == dtype and got.shape == (2, 40, 40)
+    torch.testing.assert_close(got, x @ (weight[0] * nm_mask(weight[0], 2, 8)).mT)
+
+
+def test_a_weight_that_is_not_a_number_is_the_smallest_and_hurts_no_other_group():
+    x, weight = torch.ones(64, 16), torch.ones(3, 16)
+    weight[1, 2] = torch.nan
+    got = nm_product(x, weight, 2, 8)
+    assert bool((got[:, [0, 2]] == 4).all()) and bool((got[:, 1] >= 2).all())
+
+
+def test_the_product_keeps_the_rules_of_torch_library():
+    x, weight = torch.randn(64, 16), torch.randn(3, 16)
+    for backend in BACKENDS:
+        torch.library.opcheck(torch.ops.sparseflash.nm_product.default, (x, weight, 2, 8, backend))
+    compiled = torch.compile(lambda x, w: nm_product(x, w, 2, 8), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), nm_product(x, weight, 2, 8))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not available here")
+def test_the_entry_refuses_what_does_not_fit():
+    import ctypes
+
+    from sparseflash.backends import cpu
+    from sparseflash.backends.cpu.nm import NMCall
+
+    room, sizes = torch.ones(1024), {"T": 2, "K": 8, "O": 3, "n": 2, "m": 8, "threads": 1}
+
+    def call(**changes):
+        own = NMCall(size=ctypes.sizeof(NMCall), x_row=8, w_out=8, w_in=1, **sizes)
+        own.x, own.w, own.y = room.data_ptr(), room.data_ptr(), room.data_ptr() + 2048
+        for name, value in changes.items():
+            setattr(own, name, value)
+        return cpu.native().library.sf_nm(ctypes.byref(own), cpu.native().fp32)
+
+    assert call() == 0
+    wrong = {
+        "size": (0, 8),
+        "T": (-1, 2**40),
+        "K": (-1, 7, 2**40),
+        "O": (-1, 2**40),
+        "n": (0, 9),
+        "m": (0, 65, 3),
+    }
+    wrong |= {"x_row": (-1, 2**62), "w_out": (-1, 2**62), "w_in": (-1, 2**62), "threads": (0, -1)}
+    wrong |= {name: (None, room.data_ptr() + 1) for name in ("x", "w", "y")}
+    for name, values in wrong.items():
+        for value in values:
+            assert call(**{name: value}) == 3, (name, value)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_in_float32_is_the_layer_in_float64(rule):
+    found = layer(rule, shape=(64, 48))
+    short = NMLinear(64, 48, rule=rule)
+    short.load_state_dict(found.state_dict())
+    with torch.no_grad():
+        found.weight.copy_(short.weight)
+        found.bias.copy_(short.bias)
+    x = torch.randn(3, 50, 64)
+    ends = []
+    for one, kind in ((found, torch.float64), (short, torch.float32)):
+        own = x.to(kind).requires_grad_()
+        (one(own).square().sum() / 1000).backward()
+        ends.append([own.grad, one.weight.grad, one.bias.grad])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(b.double(), a, atol=1e-5, rtol=1e-4)
 
 
 def surrogate(found, x, g, product):

@@ -22,6 +22,7 @@ COLUMNS = {
     "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
     "pooling": ("case", "fill", "ms_jagged", "speedup", "memory", "seed", "accuracy", "auc"),
     "accelerator": ("case", "pattern", "interleaved", "cycles_dense", "cycles", "speedup", "multiplications"),
+    "products": ("case", "tokens", "inputs", "outputs", "ms", "speedup", "ms_step", "speedup_step"),
     "times": ("case", "T", "ms", "slope", "over_dense", "rounds"),
 }
 """Columns that are printed, by part."""
@@ -47,14 +48,25 @@ def bench_layers(
     recall asks for what was said once, of each layer beside a window and chance of as many pairs (40
     minutes); weights trains N:M layers on images (5); extrapolation judges short training on long text (20);
     clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10), and
-    pooling is about jagged histories, times and a click model (3). accelerator counts cycles of a model.
+    pooling is about jagged histories, times and a click model (3). accelerator counts cycles of a model,
+    products times N:M products beside dense ones (1).
     """
     from sparseflash.bench import results
     from sparseflash.bench.session import session, show, watch
     from sparseflash.train.data import named
 
     from ..claim.rows import Job, measure, unfinished
-    from ..layers import accelerator, clusters, extrapolation, pooling, recall, routing, times, weights
+    from ..layers import (
+        accelerator,
+        clusters,
+        extrapolation,
+        pooling,
+        products,
+        recall,
+        routing,
+        times,
+        weights,
+    )
     from ..pixels import read_idx
 
     (part,) = known("part", COLUMNS, [part])
@@ -67,11 +79,15 @@ def bench_layers(
         "routing": dict.fromkeys(("planted", "bytes")),
         "pooling": dict.fromkeys(("times", "clicks")),
         "accelerator": accelerator.NETS,
+        "products": dict.fromkeys(("dense",)),
         "times": times.CASES,
     }[part]
     names, drawn = known("cases", all_cases, words(cases, ";")), integers(seeds, "0,1")
     if part == "times":
         session("layers", out, partial(times.measure, cases=names, rounds=rounds), COLUMNS[part])
+        return
+    if part == "products":
+        session("layers", out, partial(products.measure, rounds=rounds), COLUMNS[part])
         return
     if part == "pooling":
         session("layers", out, partial(pooling.times, rounds=rounds), COLUMNS[part])

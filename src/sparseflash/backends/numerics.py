@@ -149,6 +149,14 @@ class Heaviest(NamedTuple):
     backend: str = ""
 
 
+class NM(NamedTuple):
+    """Options of `nm_product`: of each m neighbouring weights, n are used."""
+
+    n: int
+    m: int
+    backend: str = ""
+
+
 class Pages(NamedTuple):
     """Options of `selection.page_scores` and `top_pages`: rows of a page, and pages that are always kept."""
 
@@ -182,6 +190,20 @@ def in_order(score: Tensor, among: Tensor | None) -> Tensor:
     bits = torch.where(score == 0, 0, bits)  # of either sign
     bits = torch.where(score.isnan(), low + 1, bits)
     return bits if among is None else torch.where(among, bits, low)
+
+
+def nm_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Mask of the n largest magnitudes of each m neighbours along the last axis; of equal ones the first."""
+    parts = [
+        x.contiguous() for x in weight.abs().reshape(*weight.shape[:-1], weight.shape[-1] // m, m).unbind(-1)
+    ]
+    rank = [torch.zeros_like(x, dtype=torch.uint8) for x in parts]  # rank in its group, 0 the largest
+    for i in range(m):
+        for j in range(i):
+            first = parts[j] >= parts[i]
+            rank[i] += first
+            rank[j] += ~first
+    return torch.stack([x < n for x in rank], -1).flatten(-2)
 
 
 def state_dtype(q: Tensor) -> torch.dtype:

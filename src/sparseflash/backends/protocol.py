@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from .numerics import (
+    NM,
     Best,
     Choice,
     Heaviest,
@@ -261,6 +262,10 @@ class Backend(Protocol):
 
     def heaviest(self, mass: Tensor, among: Tensor | None, share: Tensor, options: Heaviest) -> Tensor:
         """Which entries of each row, largest first, hold its share of the row's sum."""
+        ...
+
+    def nm_product(self, x: Tensor, weight: Tensor, options: NM) -> Tensor:
+        """Product of x with the N:M sparse part of a weight."""
         ...
 
     def page_scores(

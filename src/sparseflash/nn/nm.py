@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import grad
 
+from ..backends import numerics
 from ..common.errors import SparseFlashError, require
+from ..ops.nm import nm_product
 from ..plan.options import is_count
 from .base import check_choice
 
@@ -48,28 +50,39 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = -1) -> Tensor:
     require((fits, lambda: f"n={n!r}, m={m!r}: expected ints with 1 <= n <= m"))
     size = weight.shape[dim]
     require((size % m == 0, lambda: f"{size} weights along dim {dim}: expected a multiple of m={m}"))
-    at = dim % weight.dim()
-    groups = weight.detach().abs().reshape(*weight.shape[:at], size // m, m, *weight.shape[at + 1 :])
-    parts = [x.contiguous() for x in groups.unbind(at + 1)]
-    rank = [torch.zeros_like(x, dtype=torch.uint8) for x in parts]  # rank in its group, 0 the largest
-    for i in range(m):
-        for j in range(i):
-            first = parts[j] >= parts[i]
-            rank[i] += first
-            rank[j] += ~first
-    return torch.stack([x < n for x in rank], at + 1).flatten(at, at + 1)
+    return numerics.nm_mask(weight.detach().movedim(dim, -1), n, m).movedim(-1, dim)
 
 
+@dataclass(frozen=True)
 class Linear:
     """The three products of a linear layer: forward, gradient of the input, gradient of the weight."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x W^T`."""
-        return nn.functional.linear(x, weight)
+    n: int
+    m: int
+    rule: Rule
 
-    def of_input(self, shape: torch.Size, weight: Tensor, g: Tensor) -> Tensor:
-        """`g W`."""
-        return g @ weight
+    def masks(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(forward, backward) masks of a weight."""
+        front = nm_mask(weight, self.n, self.m, 1)
+        if self.rule == "bdwp":
+            return front, nm_mask(weight, self.n, self.m, 0)
+        return front, front if self.rule == "sr-ste" else torch.ones_like(front)
+
+    def needed(self, weight: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Masks that the products of this weight take; None if they choose for themselves."""
+        return None, None
+
+    def forward(self, x: Tensor, weight: Tensor, front: Tensor | None) -> Tensor:
+        """`x (W * F)^T`."""
+        if front is None:
+            return nm_product(x, weight, self.n, self.m)
+        return nn.functional.linear(x, weight * front)
+
+    def of_input(self, shape: torch.Size, weight: Tensor, back: Tensor | None, g: Tensor) -> Tensor:
+        """`g (W * B)`."""
+        if back is None and self.rule == "bdwp":
+            return nm_product(g, weight.mT, self.n, self.m)
+        return g @ (weight * (self.masks(weight)[1] if back is None else back))
 
     def of_weight(self, x: Tensor, shape: torch.Size, g: Tensor) -> Tensor:
         """`g^T x`."""
@@ -84,14 +97,20 @@ class Conv(Linear):
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The convolution of x with the weight."""
-        return nn.functional.conv2d(x, weight, None, self.stride, self.padding, self.dilation)
+    def needed(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The masks."""
+        return self.masks(weight)
 
-    def of_input(self, shape: torch.Size, weight: Tensor, g: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, front: Tensor | None) -> Tensor:
+        """The convolution of x with the masked weight."""
+        assert front is not None  # `needed` gives them
+        return nn.functional.conv2d(x, weight * front, None, self.stride, self.padding, self.dilation)
+
+    def of_input(self, shape: torch.Size, weight: Tensor, back: Tensor | None, g: Tensor) -> Tensor:
         """Gradient of the input: the transposed convolution of g."""
+        assert back is not None
         how = (self.stride, self.padding, self.dilation)
-        return conv2d_input(shape, weight, g, *how)
+        return conv2d_input(shape, weight * back, g, *how)
 
     def of_weight(self, x: Tensor, shape: torch.Size, g: Tensor) -> Tensor:
         """Gradient of the weight: the correlation of x and g."""
@@ -104,23 +123,29 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, front: Tensor, back: Tensor, pull: float, products: Linear
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        front: Tensor | None,
+        back: Tensor | None,
+        pull: float,
+        products: Linear,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, front, back)
         ctx.pull, ctx.products = pull, products
-        return products.forward(x, weight * front)
+        return products.forward(x, weight, front)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, weight, front, back = ctx.saved_tensors
         products: Linear = ctx.products
-        dx = products.of_input(x.shape, weight * back, g) if ctx.needs_input_grad[0] else None
+        dx = products.of_input(x.shape, weight, back, g) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
             dw = products.of_weight(x, weight.shape, g)
             if ctx.pull:
-                dw = dw + ctx.pull * (weight * ~front)
+                dw = dw + ctx.pull * (weight * ~(products.masks(weight)[0] if front is None else front))
         return dx, dw, None, None, None, None
 
 
@@ -176,15 +201,13 @@ class _NM(nn.Module):
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """(forward, backward) masks of the current weight."""
-        front = nm_mask(self.weight, self.n, self.m, 1)
-        if self.rule == "bdwp":
-            return front, nm_mask(self.weight, self.n, self.m, 0)
-        return front, front if self.rule == "sr-ste" else torch.ones_like(front)
+        return Linear(self.n, self.m, self.rule).masks(self.weight)
 
     def _run(self, x: Tensor, products: Linear) -> Tensor:
         weight: Tensor = self.weight
-        front, back = self.masks()
+        front, back = products.needed(weight)
         if torch.is_autocast_enabled(x.device.type):
+            front, back = products.masks(weight)  # chosen before weights are rounded, which makes some equal
             kind = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(kind), weight.to(kind)
         return product(x, weight, front, back, self.decay, products)
@@ -223,9 +246,10 @@ class NMLinear(_NM):
 
     Notes
     -----
-    Every forward recomputes both masks from the weight, and its backward uses these (fused optimisers change
-    weights without bumping their version, so masks are not cached). Checkpoints hold the dense weight. On
-    processors with bf16 matrix units, a dense bf16 product is faster than this layer in fp32.
+    Every product chooses its weights anew (fused optimisers change weights without bumping their version, so
+    nothing is cached). In fp32 on the CPU only these are multiplied, elsewhere the others are masked.
+    Checkpoints hold the dense weight. On processors with bf16 matrix units, a dense bf16 product is faster
+    than this layer in fp32.
 
     Examples
     --------
@@ -260,7 +284,8 @@ class NMLinear(_NM):
         """Map `[..., in_features]` to `[..., out_features]`."""
         if x.shape[-1:] != (self.in_features,):
             raise SparseFlashError(f"x: {list(x.shape)}; expected [..., in_features={self.in_features}]")
-        out = self._run(x.reshape(-1, self.in_features), Linear()).view(*x.shape[:-1], self.out_features)
+        rows = self._run(x.reshape(-1, self.in_features), Linear(self.n, self.m, self.rule))
+        out = rows.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def multiplications(self, tokens: int) -> tuple[int, int, int]:
@@ -328,7 +353,7 @@ class NMConv2d(_NM):
         """Map `[B, C, H, W]` to `[B, O, H', W']`."""
         if x.dim() != 4 or x.shape[1] != self.weight.shape[1]:
             raise SparseFlashError(f"x: {list(x.shape)}; expected [B, {self.weight.shape[1]}, H, W]")
-        out = self._run(x, Conv(self.stride, self.padding, self.dilation))
+        out = self._run(x, Conv(self.n, self.m, self.rule, self.stride, self.padding, self.dilation))
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     def extra_repr(self) -> str:

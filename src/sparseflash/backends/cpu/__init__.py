@@ -16,6 +16,7 @@ from .call import CODES, Call, Decode, Record, View, aligned, call_of, empty, na
 from .indexer import indexer_loss, indexer_topk
 from .library import native, run
 from .linear import linear_backward, linear_forward
+from .nm import nm_product
 from .pointwise import pointwise_backward, pointwise_forward
 from .selection import heaviest, page_scores, probe, running_kth, tile_mass, top_indices, top_pages
 from .stick import stick_backward, stick_forward
@@ -35,6 +36,7 @@ __all__ = [
     "linear_forward",
     "lists",
     "native",
+    "nm_product",
     "page_scores",
     "pointwise_backward",
     "pointwise_forward",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .indexer import indexer_loss, indexer_topk
 from .linear import linear_backward, linear_forward
+from .nm import nm_product
 from .pointwise import pointwise_backward, pointwise_forward
 from .selection import heaviest, page_scores, probe, running_kth, tile_mass, top_indices
 from .softmax import backward, decode, forward, influence, stats
@@ -23,6 +24,7 @@ __all__ = [
     "influence",
     "linear_backward",
     "linear_forward",
+    "nm_product",
     "page_scores",
     "pointwise_backward",
     "pointwise_forward",

@@ -221,6 +221,15 @@ struct SfPages {
     int32_t *index;                    // [B,heads,Tq,k]: the best pages, ascending, -1 behind the last; or null
 };
 
+// y = x W^T, where of each m neighbouring inputs of an output the n weights of largest magnitude are used (`nm.h`).
+struct SfNM {
+    int64_t size, T, K, O, n, m;       // K is a multiple of m, m is at most 64
+    int64_t x_row, w_out, w_in;        // strides, in items; inputs of a token are contiguous
+    int32_t threads;
+    const float *x, *w;                // [T,K], [O,K]
+    float *y;                          // [T,O]
+};
+
 // The k-th largest of each prefix of a row, and where each place drops out of the k largest (T: never).
 struct SfRunning {
     int64_t size, rows, T, most;       // k is at most `most`, or larger than T (then no prefix has k numbers)
@@ -250,9 +259,10 @@ struct SfLevel {
     int (*indexer_loss)(const SfIndexerLoss *call, SfParallel parallel);  // fp32 only: not at a bf16 level
     int (*mass)(const SfMass *call, SfParallel parallel);
     int (*probe)(const SfProbe *call, SfParallel parallel);
-    int (*best)(const SfBest *call, SfParallel parallel);  // this one and the next two: fp32 only, not at a bf16 level
+    int (*best)(const SfBest *call, SfParallel parallel);  // this one and the next three: fp32 only, not at a bf16 level
     int (*heaviest)(const SfHeaviest *call, SfParallel parallel);
     int (*running)(const SfRunning *call, SfParallel parallel);
+    int (*nm)(const SfNM *call, SfParallel parallel);
     int (*pages)(const SfPages *call, SfParallel parallel);  // fp32 only: not at a bf16 level
     int (*read_mask)(const SfMask *call, SfParallel parallel);  // list builders, no arithmetic: not at a bf16 level
     int (*list_units)(const SfUnits *call, SfParallel parallel);

@@ -30,6 +30,7 @@
     extern "C" int sf_best_##level(const SfBest *, SfParallel);              \
     extern "C" int sf_heaviest_##level(const SfHeaviest *, SfParallel);      \
     extern "C" int sf_running_##level(const SfRunning *, SfParallel);        \
+    extern "C" int sf_nm_##level(const SfNM *, SfParallel);                  \
     extern "C" int sf_pages_##level(const SfPages *, SfParallel);            \
     extern "C" int sf_read_mask_##level(const SfMask *, SfParallel);         \
     extern "C" int sf_list_units_##level(const SfUnits *, SfParallel);       \
@@ -38,7 +39,7 @@
     {#level, sf_forward_##level, sf_backward_##level, sf_stats_##level, sf_linear_forward_##level, \
      sf_linear_backward_##level, sf_stick_forward_##level, sf_stick_backward_##level, sf_decode_##level, \
      sf_indexer_##level, sf_indexer_loss_##level, sf_mass_##level, sf_probe_##level, sf_best_##level, sf_heaviest_##level, \
-     sf_running_##level, sf_pages_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
+     sf_running_##level, sf_nm_##level, sf_pages_##level, sf_read_mask_##level, sf_list_units_##level, sf_transpose_##level},
 SF_DECLARE(portable)
 SF_DECLARE(avx2)
 SF_DECLARE(neon)
@@ -81,6 +82,7 @@ bool nothing(const SfProbe &c) { return c.B * c.n * c.Tk == 0; }
 bool nothing(const SfBest &c) { return c.rows * c.k == 0; }
 bool nothing(const SfHeaviest &c) { return c.rows * c.n == 0; }
 bool nothing(const SfRunning &c) { return c.rows * c.T == 0; }
+bool nothing(const SfNM &c) { return c.T * c.O == 0; }
 bool nothing(const SfPages &c) { return c.B * c.Tq * c.n == 0; }
 
 template <class C> bool nothing(const C &) { return false; }  // list builders return early themselves
@@ -156,6 +158,7 @@ SF_ENTRY(probe, SfProbe)
 SF_ENTRY(best, SfBest)
 SF_ENTRY(heaviest, SfHeaviest)
 SF_ENTRY(running, SfRunning)
+SF_ENTRY(nm, SfNM)
 SF_ENTRY(pages, SfPages)
 SF_ENTRY(read_mask, SfMask)
 SF_ENTRY(list_units, SfUnits)

@@ -215,6 +215,13 @@ bool ok(const SfRunning &c) {
     for (int64_t i = 0; i < c.rows; i++) if (c.k[i] < 1 || (c.k[i] > c.most && c.k[i] <= c.T)) return false;
     return true;
 }
+bool ok(const SfNM &c) {
+    for (int64_t n : {c.T, c.K, c.O}) if (n < 0 || n > INT32_MAX) return false;
+    for (int64_t stride : {c.x_row, c.w_out, c.w_in}) if (stride < 0 || stride > 1ll << 40) return false;
+    if (c.m < 1 || c.m > 64 || c.n < 1 || c.n > c.m || c.K % c.m || c.threads < 1) return false;
+    if (!fits({c.T, c.K}) || !fits({c.O, c.K}) || !fits({c.T, c.O}) || !whole(4, c.x, c.w, c.y)) return false;
+    return c.T * c.O == 0 || (c.y && (c.K == 0 || (c.x && c.w)));
+}
 bool ok(const SfPages &c) {
     for (int64_t n : {c.Tq, c.n, c.pages, c.parts, c.sinks, c.near, c.k}) if (n < 0 || n > INT32_MAX) return false;
     if (c.B < 0 || c.Hq < 1 || c.Hkv < 1 || c.Hq % c.Hkv || c.w < 1 || c.w > MOST_DEEP || c.threads < 1) return false;

@@ -14,6 +14,7 @@
 #include "best.h"
 #include "indexer_loss.h"
 #include "lists.h"
+#include "nm.h"
 #include "pages.h"
 #include "stick.h"
 #endif
@@ -50,5 +51,5 @@ template <bool BF> int run_stats(const SfCall &c, SfParallel parallel) { return 
     SF_RUN_FP32(stick_forward, SfCall, level) SF_RUN_FP32(stick_backward, SfCall, level) \
     SF_RUN_FP32(indexer_loss, SfIndexerLoss, level) \
     SF_RUN_FP32(best, SfBest, level) SF_RUN_FP32(heaviest, SfHeaviest, level) \
-    SF_RUN_FP32(running, SfRunning, level) SF_RUN_FP32(pages, SfPages, level) \
+    SF_RUN_FP32(running, SfRunning, level) SF_RUN_FP32(nm, SfNM, level) SF_RUN_FP32(pages, SfPages, level) \
     SF_RUN_FP32(read_mask, SfMask, level) SF_RUN_FP32(list_units, SfUnits, level) SF_RUN_FP32(transpose, SfTranspose, level)
