@@ -508,6 +508,20 @@ def layers_weights() -> str:
     return table(head, body)
 
 
+def layers_products() -> str:
+    """Products and steps with N:M weights, times faster than dense ones in fp32."""
+    found = [row for row in rows("layers-products") if row["case"] != "dense"]
+    body = [
+        [
+            f"{row['tokens']} x {row['inputs']} x {row['outputs']}",
+            row["case"],
+            *(f"{float(row[x]):.2f}x" for x in ("speedup", "speedup_step")),
+        ]
+        for row in found
+    ]
+    return table(["tokens, inputs, outputs", "weights", "product", "training step"], body)
+
+
 def layers_lengths() -> str:
     """Bits per byte of models that were trained on short sequences, by length."""
     found = rows("layers-extrapolation")
@@ -975,6 +989,7 @@ BLOCKS = {
     "layers-lengths": layers_lengths,
     "layers-recall": layers_recall,
     "layers-weights": layers_weights,
+    "layers-products": layers_products,
     "prompt-losses": prompt_losses,
     "prefill-8k": lambda: prefill("prefill-8k"),
     "budgets": budgets,
