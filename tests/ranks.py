@@ -354,18 +354,38 @@ def as_dtensors(group: Any) -> float:
     return max(float((a.full_tensor() - b).abs().max()) for a, b in pairs)
 
 
-def overlap(group: Any, *, method: Any) -> tuple[float, int]:
-    """The share of pairs that a method selects over ranks and over all tokens alike; and tokens of a rank."""
+def overlap(group: Any, *, method: Any, T: int, compare: bool = True) -> tuple[float, float]:
+    """The share of pairs that a method selects over ranks and over all tokens alike; and what the rank sends
+    for it, as a share of its q and k."""
     from sparseflash.distributed.select import selected
-    from sparseflash.plan.figures import visible_pairs
 
     g = torch.Generator().manual_seed(7)
-    q, k = torch.randn(2, 1, 4, 700, 16, generator=g)
+    q, k = torch.randn(2, 1, 4, T, 64, generator=g)
     q, k = q + q[:, :, -1:], k[:, ::2]
     with sf.distributed.context_parallel(group, method, layout="striped", timeout=40) as cp:
-        own = selected(cp, method, cp.shard(q, 2), cp.shard(k, 2), cp.shard(k, 2), {})
-    whole = method.select(q, k).plan
-    return visible_pairs(own & whole) / max(visible_pairs(own), visible_pairs(whole)), len(cp.positions)
+        bytes_ = _counted(cp.peers)
+        own = [cp.shard(x, 2) for x in (q, k)]
+        plan = selected(cp, method, *own, own[1], {})
+    share = 1.0
+    if compare:
+        one, other = (x.to_dense() for x in (plan, method.select(q, k).plan))
+        share = float((one & other).sum() / (one | other).sum())
+    return share, sum(bytes_) / sum(x.numel() * x.element_size() for x in own)
+
+
+def _counted(peers: Any) -> list[int]:
+    """Count what a rank gives to collectives, in bytes."""
+    found: list[int] = []
+
+    def counting(run: Any) -> Any:
+        def counted(x: Tensor, *rest: Any) -> Any:
+            found.append(x.numel() * x.element_size())
+            return run(x, *rest)
+
+        return counted
+
+    peers.gather, peers.sum = counting(peers.gather), counting(peers.sum)
+    return found
 
 
 def sent(group: Any, *, plan: Any, layout: Any) -> int:

@@ -19,6 +19,7 @@ from ..ops._register import learning, untraced
 from ..ops.attention import attention
 from ..plan.options import is_count, normal_offset, same_offset
 from ..selection.budgets import share
+from ..selection.sharded import local
 from . import heads
 from .heads import beside
 
@@ -343,7 +344,7 @@ def _checked(select: Callable[..., Selection]) -> Callable[..., Selection]:
         methods = heads.apart(self)
         if methods is not None:
             return Selection(**heads.select(methods, q, k, ctx))
-        if not (type(self).by_shape and q.device.type == "cpu" and untraced(q, k)):
+        if not (type(self).by_shape and q.device.type == "cpu" and untraced(*map(local, (q, k)))):
             return select(self, q, k, ctx)
         given = ((name, (ctx or {}).get(name)) for name in type(self).reads)
         told = tuple((name, x) for name, x in given if x is not None)

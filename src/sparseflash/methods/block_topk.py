@@ -10,7 +10,7 @@ from torch import Tensor
 from ..selection.budgets import top_k
 from ..selection.grid import Grid
 from ..selection.mass import tile_mass
-from .base import Context, Selection, check_counts
+from .base import check_counts
 from .blocks import BlockMethod
 
 
@@ -53,15 +53,6 @@ class BlockTopK(BlockMethod):
     def estimate(self, q: Tensor, k: Tensor, grid: Grid, told: dict[str, Any]) -> Tensor:
         """Estimate mass by mean queries and mean keys."""
         return tile_mass(q, k, grid, "mean", **told)
-
-    def select_across(self, q: Tensor, k: Tensor, shards: Any, ctx: Context) -> Selection:
-        """Select over ranks: sums of blocks are added up, a vector a block; `shards` is of `distributed`."""
-        T = shards.layout.T
-        rows, columns = (shards.means(x, self.block) for x in (q, k))
-        told = {name: ctx.get(name) for name in ("scale", "softcap")}
-        each = Grid(rows.shape[2], columns.shape[2], 1, 1, device=q.device)
-        mass = tile_mass(rows, columns, each, "mean", **told)
-        return self.selected(mass, k, Grid(T, T, self.block, self.block, device=q.device))
 
     def choose(self, mass: Tensor, reach: Tensor, near: Tensor) -> Tensor:
         """Keep the best blocks of each tile, beside the sink and nearest blocks."""

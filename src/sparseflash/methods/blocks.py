@@ -59,11 +59,7 @@ class BlockMethod(Method):
         ctx = ctx or {}
         grid = Grid(q.shape[2], k.shape[2], self.block, self.block, ctx.get("q_offset", 0), device=q.device)
         told = {name: ctx.get(name) for name in self.reads if name != "q_offset"}
-        return self.selected(self.estimate(q, k, grid, told), k, grid)
-
-    def selected(self, mass: Tensor, k: Tensor, grid: Grid) -> Selection:
-        """Select blocks by their mass `[B,Hq,R,C]`; of k only the number of heads matters."""
-        mass = shared(mass, k, self.share)
+        mass = shared(self.estimate(q, k, grid, told), k, self.share)
         near = grid.near(self.sinks, self.near)
         keep = self.choose(mass, grid.reach(), near) | near
         return Selection(grid.plan(grid.ended(keep, self.dense_tiles)))

@@ -22,8 +22,7 @@ class MTraining(Method):
 
     A diagonal of tokens crosses two diagonals of blocks: both are kept, for every tile of queries, so ranks
     that hold every n-th block (`layout="striped"`) have equal work in each step of a ring. Keys of selected
-    columns are gathered where no selected block holds them. Across ranks (`sf.distributed`) the last queries
-    are broadcast, and one number per key and distance is returned; no other queries or keys are gathered.
+    columns are gathered where no selected block holds them.
 
     The released code ranks columns by the sum of raw scores; here it is that of softmax weights, as in its
     flexible mode.
@@ -83,23 +82,6 @@ class MTraining(Method):
         at = ctx.get("q_offset", 0)
         seen = probe(q, k, self.last, q_offset=at, scale=ctx.get("scale"), softcap=ctx.get("softcap"))
         return Selection(self.plan(seen.keys(), seen.distances(), q.shape[2], q_offset=at))
-
-    def select_across(self, q: Tensor, k: Tensor, shards: Any, ctx: Context) -> Selection:
-        """Select when tokens are sharded over ranks; `shards` comes from `sparseflash.distributed`."""
-        T, n = shards.layout.T, min(self.last, shards.layout.T)
-        rows = shards.last(q, n).float().unflatten(1, (k.shape[1], -1))
-        key, query = shards.positions.to(k.device), torch.arange(T - n, T, device=k.device)
-        score = torch.einsum("bghid,bgjd->bghij", rows, k.float()).flatten(1, 2) * ctx["scale"]
-        if ctx.get("softcap"):
-            score = torch.tanh(score / ctx["softcap"]) * ctx["softcap"]
-        far = query[:, None] - key
-        score = score.masked_fill(far < 0, -torch.inf)
-        lse = torch.logsumexp(torch.cat([score, torch.full_like(score[..., :1], -torch.inf)], -1), -1)
-        weight = torch.exp(score - shards.logsumexp(lse)[..., None])
-        distances = score.new_zeros(*score.shape[:2], T)
-        place = far.clamp(min=0).flatten().expand(*score.shape[:2], -1)
-        distances.scatter_add_(-1, place, weight.flatten(2))
-        return Selection(self.plan(shards.whole(weight.sum(2), 2), shards.sum(distances), T))
 
     def plan(self, columns: Tensor, distances: Tensor, Tq: int, *, q_offset: Any = 0) -> Plan:
         """Make the plan from the mass of columns `[B,H,Tk]` and of distances `[B,H,n]`.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..common.errors import SparseFlashError
 from ..ops._arguments import as_scale, as_softcap
-from ..ops.rows import take_rows
 from ..plan.options import precise
 from ..selection.budgets import share, top_p
 from ..selection.grid import Grid
@@ -95,7 +94,7 @@ class PBSAttn(Method):
         origin = (order[..., : self.segment] == 0).int().argmax(-1) if Tk else order.sum(-1)
         seen = (segment >= own) | (unit == origin[..., None, None] // block)
 
-        mass = self._mass(q, take_rows(k.detach(), order), earlier, told)
+        mass = self._mass(q, k, order, earlier, told)
         mass = shared(mass, k, self.share)
         group = mass.shape[1] // k.shape[1]
         seen, earlier = (
@@ -119,9 +118,10 @@ class PBSAttn(Method):
         best = best + torch.arange(0, score.shape[-1], self.segment, device=k.device)[:, None]
         return best.flatten(2)[..., : k.shape[2]]
 
-    def _mass(self, q: Tensor, k: Tensor, among: Tensor, told: dict[str, Any]) -> Tensor:
-        """Softmax of pooled queries over pooled keys, within `among`: [B,Hq,R,C]."""
-        rows, columns = (pooled(x, self.block, self.pooling) for x in (q, k))
+    def _mass(self, q: Tensor, k: Tensor, order: Tensor, among: Tensor, told: dict[str, Any]) -> Tensor:
+        """Softmax of pooled queries over keys pooled in this order, within `among`: [B,Hq,R,C]."""
+        rows = pooled(q, self.block, self.pooling)
+        columns = pooled(k, self.block, self.pooling, order=order)
         columns = columns.repeat_interleave(q.shape[1] // k.shape[1], 1)
         with precise(q):
             score = rows @ columns.mT * as_scale(told["scale"], q.shape[3])

@@ -19,10 +19,12 @@ from .orders import coverage, grid_order, lsh_buckets, lsh_planes, random_bits, 
 from .pages import page_scores, top_pages
 from .probes import Probe, probe
 from .scores import pooled
+from .sharded import Sharded
 
 __all__ = [
     "Grid",
     "Probe",
+    "Sharded",
     "above",
     "coverage",
     "grid_order",

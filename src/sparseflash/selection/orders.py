@@ -16,6 +16,7 @@ from ..common.errors import require
 from ..plan import Plan
 from ..plan.entries import tile_view, visible
 from ..plan.options import is_count, pieces, precise, spread_heads
+from .sharded import Sharded
 
 CHUNK = 1 << 22
 """Projections in memory at a time in `lsh_buckets`: bounds its temporaries to a few times 16 MiB."""
@@ -172,6 +173,8 @@ def lsh_buckets(x: Tensor, planes: Tensor) -> Tensor:
     >>> bool((lsh_buckets(x, planes) == lsh_buckets(-x, planes)).any())
     False
     """
+    if isinstance(x, Sharded):
+        return x.joined(lsh_buckets(x.own, planes))
     B, H, T, _ = x.shape
     columns = planes.shape[-1]
     across = spread_heads(planes[None], H)[0].to(x.device, torch.float32).mT

@@ -16,6 +16,7 @@ from ..ops._register import register
 from ..ops.rows import take_rows
 from ..plan.options import SHORT, is_count, is_length, normal_offset, shift_of
 from .grid import check_keep
+from .sharded import Sharded
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,5 +161,9 @@ def probe(
     options = Probing(
         as_scale(scale, D), as_softcap(softcap), before + last, before, q_keep is None, as_backend(backend)
     )
-    lse, keys, distances = _probe(own.detach(), k.detach(), sees, at, keep, options)
+    own = own.whole() if isinstance(own, Sharded) else own.detach()
+    if isinstance(k, Sharded):
+        lse, keys, distances = k.probed(own, sees, at, keep, options)
+    else:
+        lse, keys, distances = _probe(own, k.detach(), sees, at, keep, options)
     return Probe(lse, which.int(), before, keys, distances)

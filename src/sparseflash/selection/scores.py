@@ -9,13 +9,22 @@ from torch import Tensor
 
 from ..backends.numerics import state_dtype
 from ..common.errors import SparseFlashError, require
+from ..ops.rows import take_rows
 from ..plan.options import is_length, known
 from .grid import check_keep
+from .sharded import Sharded
 
 Pooling = Literal["mean", "max", "min", "absmax"]
 
 
-def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None = None) -> Tensor:
+def pooled(
+    x: Tensor,
+    size: int,
+    how: Pooling = "mean",
+    *,
+    keep: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
     """Reduce each block of `size` tokens to one vector: their mean, maximum, minimum or absolute maximum.
 
     A shorter last block reduces its own tokens, and padding is ignored (it may hold anything). Means of keys
@@ -32,6 +41,8 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
         Reduction over tokens, separately for each channel.
     keep : Tensor, optional
         bool `[B|1, T]`, True = a real token.
+    order : Tensor, optional
+        `[B|1, H|1, T]`, a permutation of the tokens: blocks are of x in this order (PBS-Attn, 2510.21270).
 
     Returns
     -------
@@ -53,7 +64,12 @@ def pooled(x: Tensor, size: int, how: Pooling = "mean", *, keep: Tensor | None =
         raise SparseFlashError(f"how={how!r}: expected mean, max, min or absmax")
     B, T, work = x.shape[0], x.shape[2], state_dtype(x)
     check_keep("keep", keep, T, B)
+    require((order is None or keep is None, lambda: "keep and order: expected one of them"))
     x = x.detach()
+    if isinstance(x, Sharded) and keep is None and T:
+        return x.pooled(min(size, T), how, order)
+    if order is not None:
+        x = take_rows(x, order)
     if keep is None and not known(T):
         keep = torch.ones(1, T, dtype=torch.bool, device=x.device)  # the path valid for every T
     elif known(T):
