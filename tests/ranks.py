@@ -295,29 +295,35 @@ def differ(group: Any, *, what: str) -> str:
     return "nothing"
 
 
-def lose(group: Any, *, how: str, seconds: float) -> str:
-    """Rank 1 dies or stalls inside its second call; what the others are told, and when."""
+def lose(group: Any, *, how: str, seconds: float, transport: str, phase: str) -> str:
+    """Rank 1 dies or stalls inside its second loss or gradient; what the others are told, and when."""
     T = 512
     plan = sf.Plan.dense(T, T, causal=True)
     rank, begin = dist.get_rank(), time.monotonic()
-    with sf.distributed.context_parallel(group, plan, transport="ring", timeout=seconds) as cp:
-        q, k, v = (cp.shard(x, 2) for x in torch.randn(3, 1, 4, T, 16))
-        sf.distributed.attention(q, k, v)
-        if rank == 1:
-            transport = cp.transport_of(cp.plan)
-            of = transport.pairs.of
+    with sf.distributed.context_parallel(group, plan, transport=transport, timeout=seconds) as cp:
+        q, k, v = (cp.shard(x, 2).requires_grad_() for x in torch.randn(3, 1, 4, T, 16))
 
-            def fails(origin: int, **more: Any) -> Any:
-                if origin == 3:
+        def step() -> None:
+            sf.distributed.attention(q, k, v).square().sum().backward()
+
+        step()
+        if rank == 1:
+            made = cp.transport_of(cp.plan)
+            plans_ = made.plans
+
+            def fails(origin: int) -> Any:
+                if cp.peers.doing.startswith(
+                    f"{phase} of call 2, step {0 if transport == 'groupcast' else 2}"
+                ):
                     if how == "dies":
                         os._exit(1)
                     time.sleep(seconds * 3)
-                return of(origin, **more)
+                return plans_(origin)
 
-            transport.pairs.of = fails
+            made.plans = fails
         try:
             for _ in range(3):  # a rank may have had all that it needed
-                sf.distributed.attention(q, k, v)
+                step()
         except sf.RankError as error:
             return f"{time.monotonic() - begin:.1f} {error}"
     return "nothing"

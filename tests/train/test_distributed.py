@@ -175,13 +175,22 @@ def test_dtensors_in_and_out(group):
     assert max(group(ranks.as_dtensors, world=4)) < 2e-5
 
 
-@pytest.mark.parametrize("how", ["dies", pytest.param("stalls", marks=pytest.mark.slow)])
-def test_a_lost_rank_is_named_within_the_timeout(how):
-    """By every other, with the step; also by those that waited for somebody who waited for it."""
+@pytest.mark.parametrize(
+    ("how", "transport", "phase"),
+    [
+        ("dies", "ring", "forward"),
+        ("dies", "groupcast", "backward"),
+        pytest.param("dies", "groupcast", "forward", marks=pytest.mark.slow),
+        pytest.param("stalls", "ring", "forward", marks=pytest.mark.slow),
+        pytest.param("stalls", "groupcast", "backward", marks=pytest.mark.slow),
+    ],
+)
+def test_a_lost_rank_is_named_within_the_timeout(how, transport, phase):
+    """By every other, with the step, in a loss or its gradient; also by those who wait for one who waits."""
     seconds = 6.0
     made = ranks.Ranks(4)
     try:
-        made.start(ranks.lose, world=4, how=how, seconds=seconds)
+        made.start(ranks.lose, world=4, how=how, seconds=seconds, transport=transport, phase=phase)
         said = {}
         for _ in range(3):
             rank, found, error = made.results.get(timeout=60)
@@ -196,6 +205,8 @@ def test_a_lost_rank_is_named_within_the_timeout(how):
         assert message.startswith("rank 1 died or stalls"), said
         assert "of call 2, step" in message or "of call 3" in message
         assert float(took) < seconds + 4
+    if transport == "groupcast":
+        assert any(f"{phase} of call 2, step" in text for text in said.values()), said
 
 
 M = sf.methods
@@ -207,8 +218,8 @@ SELECTING = [  # a method, and the most that a rank may send for its selection: 
     (M.MInference(pattern=("vertical-slash", "a-shape", *["block-sparse"] * 2), vertical=9, slash=9), 1),
     (M.FlexPrefill(gamma=0.5, block=64, min_budget=64, tau=0.5), 0.2),
     (M.BlockTopK(blocks=4, block=64, share="sum"), 0.07),
-    (M.PBSAttn(threshold=0.5, block=64, segment=128), 0.16),
-    (M.PBSAttn(threshold=0.5, block=64, segment=128, pooling="max"), 0.16),
+    (M.PBSAttn(threshold=0.5, block=64, segment=128), 0.2),
+    (M.PBSAttn(threshold=0.5, block=64, segment=128, pooling="max"), 0.2),
     (M.HashSparse(nb=4), 0.02),
     (M.AnchorAttention(theta=1.0, block=64, step=2, anchor="pooled"), 0.4),  # every key, no query
     (M.XAttention(threshold=0.5, block=64), 1.0),  # everything, once

@@ -315,13 +315,27 @@ def combined(
     outs: Sequence[Tensor], norms: Sequence[Tensor], unit: float, state: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Merge parts of one softmax: out in full precision, norm in fp64; a norm without an out is a sink."""
+    share, norm = _shares(norms, unit)
+    return _weighed(outs, share.to(state)), norm
+
+
+def absorb(out: Tensor, norm: Tensor, part: Tensor, its: Tensor, unit: float) -> None:
+    """Merge a part, over other keys, into `out` (full precision) and `norm` (fp64), in place."""
+    share, both = _shares([norm, its], unit)
+    mine, other = share[..., None].to(out.dtype)
+    out.mul_(mine).addcmul_(other, part)
+    norm.copy_(both)
+
+
+def _shares(norms: Sequence[Tensor], unit: float) -> tuple[Tensor, Tensor]:
+    """The share of each part in the softmax of all, [parts,B,H,T], and the norm of all; both fp64."""
     tops, rests = torch.stack([norm.double() for norm in norms], 1)
     top = tops.amax(0)
     weight = torch.exp((tops - torch.where(top == NEVER, 0, top)) * unit + rests)
     total = weight.sum(0)
     some = total > 0
-    rest = torch.where(some, torch.log(torch.where(some, total, 1)), 0)
-    return _weighed(outs, (weight / torch.where(some, total, 1)).to(state)), torch.stack([top, rest])
+    total = torch.where(some, total, 1)
+    return weight / total, torch.stack([top, torch.log(total)])
 
 
 def bias_gradient(dbias: Tensor, key_bias: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..backends.numerics import (
     NEVER,
     Numbers,
     Softmax,
+    absorb,
     bias_gradient,
     combined,
     of_sinks,
@@ -56,23 +57,26 @@ class Job(NamedTuple):
     seed: Tensor | None
     alibi_slopes: Tensor | None
 
-    def over(self, phase: str, keys: Keys, compute: Callable[..., Keys | None], wide: Any = None) -> Any:
-        """Call `compute(k, v, plan, **how)` for each plan over the keys of each rank; return own sums."""
+    def over(
+        self, phase: str, keys: Keys, compute: Callable[..., Keys | None], wide: Any = None, held: Any = None
+    ) -> Any:
+        """Call `compute(rows, k, v, plan, **how)` for each plan over the keys of each rank."""
         steps = itertools.count()
 
         def of_rank(origin: int, keys: Keys) -> Keys | None:
             self.cp.at(f"{phase} of call {self.call}, step {next(steps)}")
             how: dict[str, Any] = {"key_bias": keys[2] if len(keys) > 2 else None}
             how |= {"seed": self.seed, "alibi_slopes": self.alibi_slopes}
+            rows = self.transport.rows(origin)
             if self.seed is not None:
-                how["numbers"] = Numbers(self.cp.positions, self.transport.tokens(origin))
+                how["numbers"] = Numbers(self.cp.positions[rows], self.transport.tokens(origin))
             total: Keys | None = None
             for plan in self.transport.plans(origin):
-                given = compute(*keys[:2], plan, **how)
+                given = compute(rows, *keys[:2], plan, **how)
                 total = given if total is None or given is None else tuple(map(torch.add, total, given))
             return total
 
-        return self.transport.run(keys, of_rank, wide)
+        return self.transport.run(keys, of_rank, wide, held)
 
 
 class _Attend(torch.autograd.Function):
@@ -91,21 +95,22 @@ class _Attend(torch.autograd.Function):
         options, state = job.options, state_dtype(q)
         unit = unit_of(options.scale, options.softcap, key_bias, job.alibi_slopes)
         run = choose("forward", options.backend, q, k, v).forward
-        out = norm = None  # in full precision, so far
+        out = norm = None  # so far: in full precision, and fp64
 
-        def attend(k: Tensor, v: Tensor, plan: Plan, **how: Any) -> None:
+        def attend(rows: slice, k: Tensor, v: Tensor, plan: Plan, **how: Any) -> None:
             nonlocal out, norm
-            more = run(q, k, v, plan, options, out_dtype=state, normed=True, **how)
+            given = q[:, :, rows]
+            part, _, its = run(given, k, v, plan, options, out_dtype=state, normed=True, **how)
+            if out is None and given.shape == q.shape:
+                out, norm = part, its.double()
+                return
             if out is None:
-                out, _, norm = more
-            else:
-                out, norm = combined([out, more[0]], [norm, more[2]], unit, state)
+                out, norm = _unseen(q, v.shape[-1], state)
+            absorb(out[:, :, rows], norm[..., rows], part, its, unit)
 
-        job.over("forward", _keys(k, v, key_bias), attend)
+        held = job.over("forward", _keys(k, v, key_bias), attend)[1]
         if out is None:  # no key is visible
-            out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=state)
-            norm = q.new_zeros(2, *q.shape[:3], dtype=state)
-            norm[0] = NEVER
+            out, norm = _unseen(q, v.shape[-1], state)
         if sink_logits is not None:
             sinks = of_sinks(sink_logits, q.shape[:3], unit, state)
             out, norm = combined([out], [norm, sinks], unit, state)
@@ -113,14 +118,18 @@ class _Attend(torch.autograd.Function):
         top, rest = norm.double()
         lse = (top * unit + rest).to(state)
         ctx.job, ctx.unit = job, unit
-        ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, norm)
+        ctx.held = None if held is None else {origin: len(found) for origin, found in held.items()}
+        received = [x for found in (held or {}).values() for x in found]
+        ctx.save_for_backward(q, k, v, key_bias, sink_logits, out, norm, *received)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        job, (q, k, v, key_bias, sink_logits, out, norm) = ctx.job, ctx.saved_tensors
+        job, (q, k, v, key_bias, sink_logits, out, norm, *received) = ctx.job, ctx.saved_tensors
+        left = iter(received)
+        held = ctx.held and {origin: tuple(itertools.islice(left, n)) for origin, n in ctx.held.items()}
         options, state = job.options._replace(dtype=None), state_dtype(q)
         dout = torch.zeros_like(out) if dout is None else dout
         delta = (dout.to(state) * out.to(state)).sum(-1)
@@ -128,20 +137,33 @@ class _Attend(torch.autograd.Function):
         run = choose("backward", options.backend, q, k, v).backward
         dq = None
 
-        def pull(k: Tensor, v: Tensor, plan: Plan, **how: Any) -> Keys:
+        def pull(rows: slice, k: Tensor, v: Tensor, plan: Plan, **how: Any) -> Keys:
             nonlocal dq
-            given = slope, q, k, v, None, norm, dlse, plan, options
-            mine, dk, dv, dbias = run(*given, delta=delta, grad_dtype=state, **how)
-            dq = mine if dq is None else dq.add_(mine)
+            own = (None if x is None else x[..., rows].contiguous() for x in (norm, dlse))
+            given = slope[:, :, rows], q[:, :, rows], k, v, None, *own, plan, options
+            part = delta[..., rows].contiguous()
+            mine, dk, dv, dbias = run(*given, delta=part, grad_dtype=state, **how)
+            if dq is None and mine.shape == q.shape:
+                dq = mine
+            else:
+                dq = torch.zeros_like(q, dtype=state) if dq is None else dq
+                dq[:, :, rows].add_(mine)
             return (dk, dv) if dbias is None else (dk, dv, bias_gradient(dbias, how["key_bias"]))
 
-        total = job.over("backward", _keys(k, v, key_bias), pull, state)
+        total = job.over("backward", _keys(k, v, key_bias), pull, state, held)[0]
         dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
         dsink = None
         if sink_logits is not None:
             dsink = sink_gradient(dout, dlse, out, norm, sink_logits, ctx.unit).to(sink_logits.dtype)
         dbias = total[2].to(key_bias.dtype) if key_bias is not None else None
         return None, dq, total[0].to(k.dtype), total[1].to(v.dtype), dbias, dsink
+
+
+def _unseen(q: Tensor, Dv: int, state: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Out and norm of queries that have seen nothing yet."""
+    norm = q.new_zeros(2, *q.shape[:3], dtype=torch.float64)
+    norm[0] = NEVER
+    return q.new_zeros(*q.shape[:3], Dv, dtype=state), norm
 
 
 def _keys(k: Tensor, v: Tensor, key_bias: Tensor | None) -> Keys:

@@ -72,7 +72,8 @@ def context_parallel(
     transport : str
         "ring": shards of keys rotate; memory grows by one shard. "groupcast": a rank receives only the keys
         that its plan reads (for a window, those of one neighbour). "ulysses": each rank gets all tokens of a
-        share of the heads. "auto": group-cast if it sends at most half as many keys as the ring.
+        share of the heads. "auto": group-cast if no rank receives more than a
+        shard, or if it sends at most half as many keys as the ring.
     length : int, optional
         Number of tokens, if no plan tells.
     timeout : float

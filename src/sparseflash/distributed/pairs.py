@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from ..plan.entries import query_tokens, ranges
 from ..plan.options import spread_heads
 from ..plan.record import FLAT
 from ..plan.stamps import Last
 from .layouts import Layout, readers
 
 M = TypeVar("M")
+WORTH = 0.9
+"""Calls are narrowed to some of a rank's queries if these are at most this share."""
 
 
 class Pairs:
@@ -25,17 +28,24 @@ class Pairs:
         self.plans, self.rank, self.layout, self.key_layout = tuple(plans), rank, layout, key_layout
         own = layout.ranks[rank]
         self.mine = [plan.restrict(own) for plan in self.plans]
-        self._made: dict[tuple[int, bool], tuple[Plan, ...]] = {}
+        self._made: dict[tuple[int, bool], tuple[tuple[Plan, ...], slice]] = {}
         self._reads: Tensor | None = None
 
     def of(self, origin: int, *, read: bool = False) -> tuple[Plan, ...]:
-        """Non-empty plans over the keys of a rank (`read`: only over those keys that are read)."""
+        """Non-empty plans of `rows` over the keys of a rank (`read`: only over those keys that are read)."""
+        return self._of(origin, read)[0]
+
+    def rows(self, origin: int, *, read: bool = False) -> slice:
+        """Range of this rank's queries that `of` is about; those before and behind it see no key."""
+        return self._of(origin, read)[1]
+
+    def _of(self, origin: int, read: bool) -> tuple[tuple[Plan, ...], slice]:
         if (origin, read) not in self._made:
             keys = self.key_layout.ranks[origin]
             keys = keys[self.needs(self.rank, origin)] if read else keys
             made = [plan.restrict(None, keys) for plan in self.mine] if len(keys) else []
             some = [plan for plan in made if any(x is not None and len(x) for x in (plan.spans, plan.index))]
-            self._made[origin, read] = tuple(some)
+            self._made[origin, read] = _narrowed(some, len(self.layout.ranks[self.rank]))
         return self._made[origin, read]
 
     @property
@@ -49,11 +59,34 @@ class Pairs:
         """Indices, in the shard of `origin`, of the keys that `reader` reads."""
         return self.reads[reader, self.key_layout.ranks[origin]].nonzero()[:, 0]
 
-    def sparse(self) -> bool:
-        """Whether sending only the keys that are read moves at most half of what a ring does."""
+    def foreign(self) -> Tensor:
+        """How many keys of others each rank reads, int64 [world]."""
         own = torch.arange(self.layout.world)[:, None] == self.key_layout.owner
-        sent = int((self.reads & ~own).sum())
-        return 2 * sent <= (self.layout.world - 1) * self.key_layout.T
+        return (self.reads & ~own).sum(1)
+
+    def few(self) -> bool:
+        """Whether no rank reads more keys of others than the largest shard has."""
+        return int(self.foreign().max()) <= max(self.key_layout.sizes)
+
+    def sparse(self) -> bool:
+        """Whether to send only the keys that are read: few a rank, or half of what a ring moves at most."""
+        return self.few() or 2 * int(self.foreign().sum()) <= (self.layout.world - 1) * self.key_layout.T
+
+
+def _narrowed(plans: Sequence[Plan], n: int) -> tuple[tuple[Plan, ...], slice]:
+    """Restrict plans to the queries from the first to the last that lists anything, of n; and these."""
+    begin, end = n, 0
+    for plan in plans:
+        token = query_tokens(plan).flatten(0, 2)[ranges(plan).cell.unique()]
+        token = token[token >= 0]
+        if len(token):
+            begin, end = min(begin, int(token.min())), max(end, int(token.max()) + 1)
+    if not begin < end:
+        return (), slice(0, 0)
+    if end - begin > WORTH * n:
+        return tuple(plans), slice(0, n)
+    some = torch.arange(begin, end, device=plans[0].device)
+    return tuple(plan.restrict(some, None) for plan in plans), slice(begin, end)
 
 
 def of_heads(plan: Plan, first: int, last: int, heads: int) -> Plan:

@@ -32,12 +32,19 @@ class Links:
         Fixed seconds per message.
     node : int
         Ranks per node; 0: all ranks are in one node.
+    busy : float
+        Share of a message's duration for which the processors of both ends work on it: 0 where other engines
+        copy (cards), about 1 where ranks are processes of one machine.
+    memory : float
+        Bytes per second that a rank reads and writes where it merges partial results and sums gradients.
     """
 
     inner: float = 4e11
     outer: float = 5e10
     latency: float = 1e-5
     node: int = 0
+    busy: float = 0.0
+    memory: float = 2e12
 
     def seconds(self, sender: int, receiver: int, size: float) -> float:
         """Duration of a message."""
@@ -119,8 +126,11 @@ def simulate(
     forward = costs.ours[f"forward {dtype}"]
     backward = [b - f for b, f in zip(costs.ours[f"both {dtype}"], forward)]
     find = _pieces if world <= EXACT else _shares
-    area, points = find(plans, layout, heads, kv_heads, D, cast)
+    area, points, rows = find(plans, layout, heads, kv_heads, D, cast)
     ahead, back = (points @ torch.tensor(c, dtype=torch.float64) for c in (forward, backward))
+    # reads what own keys and others' gave, writes the merged: out in the forward, dq in the backward
+    merging = 3 * 4 * heads * D * (rows * (1 - torch.eye(world))) / links.memory
+    ahead, back = ahead + merging, back + merging
     width = 2 * kv_heads * D * (2 if dtype == "bf16" else 4)  # bytes of keys and values per token
     grads = 2 * kv_heads * D * 4
     steps = torch.stack([torch.diagonal(area.roll(n, 1)) for n in range(world)])
@@ -130,11 +140,21 @@ def simulate(
         read = readers(plans, layout)[:, torch.cat(layout.ranks)].double()
         read = torch.stack([part.sum(1) for part in read.split(layout.sizes, 1)], 1)
         read[ranks, ranks] = 0
-        ends = [_cast(times, read * width, read * home, links) for times, home in ((ahead, 0), (back, grads))]
-        sent = read.sum(0) * 2 * width + read.sum(1) * grads
+        again = float(read.sum(1).max()) > max(layout.sizes)  # else keys are held until the backward
+        taken, home = read * width, read * grads
+        back[ranks, ranks] += 3 * home.sum(0) / links.memory
+        moved = [(ahead, taken), (back, home + taken if again else home)]
+        for times, size in moved:
+            times[ranks, ranks] += links.busy * (size.sum(0) + size.sum(1)) / 2 / links.inner
+        ends = [_cast(ahead, taken, None, links), _cast(back, taken if again else None, home, links)]
+        sent = read.sum(0) * width * (2 if again else 1) + read.sum(1) * grads
     else:
         size = torch.tensor(layout.sizes, dtype=torch.float64)
         node = links.node if transport == "double ring" and links.node else world
+        others = size.sum() - size
+        for times, each in ((ahead, width), (back, width + grads)):
+            times[ranks, ranks] += links.busy * others * each / links.inner
+        back[ranks, ranks] += 3 * others * grads / links.memory
         ends = [
             _rings(times, size * width, size * home, links, node)
             for times, home in ((ahead, 0), (back, grads))
@@ -163,24 +183,26 @@ def _passed(size: Tensor, rank: int, node: int, width: int, grads: int) -> float
 
 def _pieces(
     plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool
-) -> tuple[Tensor, Tensor]:
-    """Area visited by each rank in the keys of each, and cost features of these calls, from their lists."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Area visited by each rank in the keys of each, cost features of these calls, and their queries."""
     world = layout.world
+    rows = torch.zeros(world, world, dtype=torch.float64)
     area = torch.zeros(world, world, dtype=torch.float64)
     points = torch.zeros(world, world, len(TERMS), dtype=torch.float64)
     for rank in range(world):
         pairs = Pairs(plans, rank, layout, layout)
-        q = _like(heads, layout.sizes[rank], D)
         for origin in range(world):
             if own := pairs.of(origin, read=cast and origin != rank):
+                q = _like(heads, own[0].Tq, D)
+                rows[rank, origin] = own[0].Tq
                 points[rank, origin] = torch.tensor(features(own, q, _like(kv_heads, own[0].Tk, D)))
                 area[rank, origin] = sum(visited_area(one) for one in own)
-    return area, points
+    return area, points, rows
 
 
 def _shares(
     plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same for many ranks: the costs of one process, prorated by area."""
     area = areas(plans, layout)
     given = features(plans, _like(heads, layout.T, D), _like(kv_heads, layout.T, D))
@@ -191,27 +213,40 @@ def _shares(
     found[..., 0] = some
     for term in (1, 2):  # rows are read again for each pair of ranks with work
         found[..., term] = some * whole[term] * (n[:, None] + n[None]) / 2
-    return area, found
+    return area, found, some * n[:, None] * layout.T
 
 
 def _like(heads: int, n: int, D: int) -> Tensor:
     return torch.empty(1, heads, n, D, device="meta")
 
 
-def _cast(times: Tensor, taken: Tensor, home: Tensor, links: Links) -> float:
-    """Simulate a group-cast: fetch all keys while attending to own ones; attend; return gradients."""
-    world, ends = len(times), []
-    for rank in range(world):
-        arrives = sum(links.seconds(other, rank, float(taken[rank, other])) for other in range(world))
-        leaves = sum(links.seconds(rank, other, float(taken[other, rank])) for other in range(world))
-        end = max(float(times[rank, rank]), arrives, leaves) + float(times[rank].sum() - times[rank, rank])
-        ends.append(end)
+def _cast(times: Tensor, taken: Tensor | None, home: Tensor | None, links: Links) -> float:
+    """Simulate a group-cast: keys (`taken`) arrive while a rank attends to its own; gradients (`home`) leave.
+
+    Without `taken` keys are held from the forward: a rank then attends to these first, and its gradients are
+    on their way while it attends to its own.
+    """
+    world = len(times)
+    own = torch.diagonal(times).tolist()
+    others = (times.sum(1) - torch.diagonal(times)).tolist()
+
+    def messages(rank: int, size: Tensor) -> tuple[float, float]:
+        arrives = sum(links.seconds(other, rank, float(size[rank, other])) for other in range(world))
+        return arrives, sum(links.seconds(rank, other, float(size[other, rank])) for other in range(world))
+
+    if taken is not None:
+        ends = [max(own[r], *messages(r, taken)) + others[r] for r in range(world)]
+        leaves = ends
+    else:
+        ends, leaves = [own[r] + others[r] for r in range(world)], others
+    if home is None:
+        return max(ends)
     back = [
-        max(ends[other] for other in range(world) if other == rank or float(home[other, rank]))
+        max(leaves[other] for other in range(world) if other == rank or float(home[other, rank]))
         + sum(links.seconds(other, rank, float(home[other, rank])) for other in range(world))
         for rank in range(world)
     ]
-    return max(back)
+    return max(*ends, *back)
 
 
 def _rings(times: Tensor, size: Tensor, home: Tensor, links: Links, node: int) -> float:

@@ -2,7 +2,8 @@
 
 A transport calls `compute(origin, keys)` for the keys of every rank; messages are in flight while it
 computes. In a backward `compute` returns the gradient of these keys (None: none). The transport sums
-gradients on their way to the owner, and returns those of the rank's own keys.
+gradients on their way to the owner. `run` returns those of the rank's own keys and, after a forward, keys of
+others that are worth holding: given to the backward, they are not sent again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from .peers import Peers, Transfer
 Keys = tuple[Tensor, ...]
 """Keys, values and, if given, the bias; axis 2 is that of the tokens."""
 Compute = Callable[[int, Keys], Keys | None]
-
+Held = dict[int, Keys] | None
+"""Received keys by the rank that sent them."""
+Some = slice | Tensor
+"""Numbers of some tokens of a shard; a slice if they are consecutive."""
 
 Coming = tuple[Keys, Transfer] | None
 """Tensors being received, and the transfer to wait for."""
@@ -72,6 +76,10 @@ class Ring:
         """Plans over the keys of a rank."""
         return self.pairs.of(origin)
 
+    def rows(self, origin: int) -> slice:
+        """Range of this rank's queries that these plans are about."""
+        return self.pairs.rows(origin)
+
     def tokens(self, origin: int) -> Tensor:
         """Global token numbers of these keys."""
         return self.layout.ranks[origin]
@@ -85,7 +93,9 @@ class Ring:
         before, behind = (peers.rank - 1) % peers.world, (peers.rank + 1) % peers.world
         return taken, peers.start([(behind, x) for x in sent], [(before, x) for x in taken])
 
-    def run(self, keys: Keys, compute: Compute, wide: torch.dtype | None = None) -> Keys | None:
+    def run(
+        self, keys: Keys, compute: Compute, wide: torch.dtype | None = None, held: Held = None
+    ) -> tuple[Keys | None, Held]:
         """Visit the keys of all ranks in turn; with `wide`, gradients of that dtype rotate behind them.
 
         The gradient that a rank gives its own keys (in a node: those of its place) stays, and the others' is
@@ -93,14 +103,14 @@ class Ring:
         """
         i, size, node, nodes = self._places()
         sizes = self.layout.sizes
-        held = tuple(x.contiguous() for x in keys)
+        mine = tuple(x.contiguous() for x in keys)
         home: Coming = None  # gradients from the previous node
         total: Keys | None = None
         for s in range(nodes):
             of, before = (node - s) % nodes * size, (node - s - 1) % nodes * size
-            coming, back, own, message = None, None, None, held
+            coming, back, own, message = None, None, None, mine
             if s + 1 < nodes and self.outer is not None:
-                coming = self._pass(self.outer, held, _room(keys, sizes[before + i]))
+                coming = self._pass(self.outer, mine, _room(keys, sizes[before + i]))
             for t in range(size):
                 origin, behind, here = of + (i - t) % size, of + (i - t - 1) % size, None
                 if t + 1 < size:
@@ -116,52 +126,93 @@ class Ring:
                 total = _added(_added(own, _arrived(back)), _arrived(home))
                 if nodes > 1 and self.outer is not None and total is not None:
                     home = self._pass(self.outer, total, _room(keys, sizes[before + i], wide))
-            held = _arrived(coming) or held
-        return _arrived(home) or total
+            mine = _arrived(coming) or mine
+        return _arrived(home) or total, None
 
 
 class GroupCast:
-    """Group-cast: every rank gets only the keys that its plan reads, at once, while it attends to its own."""
+    """Group-cast: every rank gets only the keys that its plan reads, at once, while it attends to its own.
+
+    If these are at most a shard a rank, they are held until the backward, which then attends to them first:
+    their gradients are on the way while the rank attends to its own keys.
+    """
 
     def __init__(self, peers: Peers, layout: Layout, pairs: Pairs) -> None:
         self.peers, self.layout, self.pairs = peers, layout, pairs
         rank, world = peers.rank, peers.world
         self.others = [(rank - n) % world for n in range(1, world)]
-        self.asked = {other: pairs.needs(other, rank).to(pairs.plans[0].device) for other in self.others}
+        asked = {other: pairs.needs(other, rank).to(pairs.plans[0].device) for other in self.others}
+        self.asked = {other: _as_slice(which) for other, which in asked.items() if len(which)}
         self.read = {other: len(pairs.needs(rank, other)) for other in self.others}
+        self.given = {other: len(which) for other, which in asked.items() if len(which)}
+        self.holds = pairs.few()
 
     def plans(self, origin: int) -> Sequence[Plan]:
         """Plans over the received keys of a rank."""
         return self.pairs.of(origin, read=origin != self.peers.rank)
+
+    def rows(self, origin: int) -> slice:
+        """Range of this rank's queries that these plans are about."""
+        return self.pairs.rows(origin, read=origin != self.peers.rank)
 
     def tokens(self, origin: int) -> Tensor:
         """Global token numbers of these keys."""
         own = self.layout.ranks[origin]
         return own if origin == self.peers.rank else own[self.pairs.needs(self.peers.rank, origin)]
 
-    def run(self, keys: Keys, compute: Compute, wide: torch.dtype | None = None) -> Keys | None:
-        """Visit the rank's own keys, then those read of each other rank; gradients go directly back."""
-        asked = {other: which for other, which in self.asked.items() if len(which)}
-        taken = {other: _room(keys, n) for other, n in self.read.items() if n}
-        sent = [(other, x.index_select(2, which)) for other, which in asked.items() for x in keys]
-        coming = self.peers.start(sent, [(other, x) for other, own in taken.items() for x in own])
-        total = compute(self.peers.rank, keys)
-        coming.wait()
-        found = {other: compute(other, own) for other, own in taken.items()}
-        if wide is None:
-            return None
+    def run(
+        self, keys: Keys, compute: Compute, wide: torch.dtype | None = None, held: Held = None
+    ) -> tuple[Keys | None, Held]:
+        """Visit the rank's own keys and those read of each other rank; gradients go directly back."""
+        if held is not None and wide is not None:
+            coming = self._return({other: compute(other, own) for other, own in held.items()}, keys, wide)
+            total = compute(self.peers.rank, keys)
+        else:
+            taken = {other: _room(keys, n) for other, n in self.read.items() if n}
+            sent = [(other, _taken(x, which)) for other, which in self.asked.items() for x in keys]
+            arriving = self.peers.start(sent, [(other, x) for other, own in taken.items() for x in own])
+            total = compute(self.peers.rank, keys)
+            arriving.wait()
+            found = {other: compute(other, own) for other, own in taken.items()}
+            if wide is None:
+                return None, taken if self.holds else None
+            coming = self._return(found, keys, wide)
+        room, transfer = coming
+        transfer.wait()
+        total = total or _zeros(keys, keys[0].shape[2], wide)
+        for other, parts in room.items():  # in fixed order, so that sums are reproducible
+            for x, part in zip(total, parts):
+                _add(x, self.asked[other], part)
+        return total, None
+
+    def _return(
+        self, found: dict[int, Keys | None], keys: Keys, wide: torch.dtype
+    ) -> tuple[dict[int, Keys], Transfer]:
+        """Begin to send the gradients of received keys, and to receive those of own ones."""
         back = [
             (other, x)
             for other, given in found.items()
             for x in given or _zeros(keys, self.read[other], wide)
         ]
-        room = {other: _room(keys, len(which), wide) for other, which in asked.items()}
-        self.peers.start(back, [(other, x) for other, own in room.items() for x in own]).wait()
-        total = total or _zeros(keys, keys[0].shape[2], wide)
-        for other, parts in room.items():  # in fixed order, so that sums are reproducible
-            for x, part in zip(total, parts):
-                x.index_add_(2, asked[other], part)
-        return total
+        room = {other: _room(keys, n, wide) for other, n in self.given.items()}
+        return room, self.peers.start(back, [(other, x) for other, own in room.items() for x in own])
+
+
+def _as_slice(which: Tensor) -> Some:
+    """A slice for consecutive numbers."""
+    first, n = int(which[0]), len(which)
+    return slice(first, first + n) if int(which[-1]) == first + n - 1 else which
+
+
+def _taken(x: Tensor, which: Some) -> Tensor:
+    return x[:, :, which].contiguous() if isinstance(which, slice) else x.index_select(2, which)
+
+
+def _add(x: Tensor, which: Some, part: Tensor) -> None:
+    if isinstance(which, slice):
+        x[:, :, which].add_(part)
+    else:
+        x.index_add_(2, which, part)
 
 
 def swapped(peers: Peers, layout: Layout, x: Tensor, *, to_heads: bool) -> Tensor:
