@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -81,7 +82,7 @@ def _balance(T: int, worlds: Sequence[int], on_run: Callable[[str], None]) -> It
                 }  # fmt: skip
 
 
-def _time(run: Callable[[], Any], rounds: int, before: Callable[[], Any] = lambda: None) -> float:
+def _times(run: Callable[[], Any], rounds: int, before: Callable[[], Any] = lambda: None) -> list[float]:
     run()
     taken = []
     for _ in range(rounds):
@@ -89,7 +90,7 @@ def _time(run: Callable[[], Any], rounds: int, before: Callable[[], Any] = lambd
         begin = time.perf_counter()
         run()
         taken.append(time.perf_counter() - begin)
-    return sorted(taken)[len(taken) // 2]
+    return taken
 
 
 HEADS, DIM = 2, 64
@@ -115,7 +116,7 @@ def _measured(T: int, rounds: int) -> tuple[dict[str, list[float]], Links]:
     world, peer = dist.get_world_size(), (dist.get_rank() + 1) % dist.get_world_size()
 
     def together(run: Callable[[], Any]) -> float:
-        seconds = torch.tensor([_time(run, rounds, dist.barrier)], dtype=torch.float64)
+        seconds = torch.tensor([statistics.median(_times(run, rounds, dist.barrier))], dtype=torch.float64)
         dist.all_reduce(seconds)
         return float(seconds) / world
 
@@ -151,74 +152,93 @@ def _measured(T: int, rounds: int) -> tuple[dict[str, list[float]], Links]:
     return ours, Links(inner=inner, latency=taken[0], busy=float(working[0] / working[1]), memory=passes)
 
 
-def _rank(rank: int, port: int, T: int, rounds: int, steps: bool, results: Any) -> None:
+def _rank(rank: int, port: int, T: int, rounds: int, jobs: Any, results: Any) -> None:
+    """Measure costs, then steps of the plans that `jobs` names; None ends it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found = _measured(T, rounds)
     if rank == 0:
         results.put(found)
     q, k, v, dout = _inputs(T)
-    for name, make in plans(T).items() if steps else ():
-        with sf.distributed.context_parallel(None, make()) as cp:
-            own = [cp.shard(x, 2) for x in (q, k, v, dout)]
+    known: dict[str, Any] = {}
+    while (name := jobs.get()) is not None:
+        if name not in known:
+            cp = sf.distributed.context_parallel(None, plans(T)[name]())
+            known[name] = cp, [cp.shard(x, 2) for x in (q, k, v, dout)]
+        cp, own = known[name]
+        with cp:
 
-            def run() -> None:
+            def run(own: Sequence[Any] = own) -> None:
                 leaves = [x.detach().requires_grad_() for x in own[:3]]
                 torch.autograd.grad(sf.distributed.attention(*leaves), leaves, own[3])
                 dist.barrier()
 
-            seconds = _time(run, rounds, dist.barrier)
-            if rank == 0:
-                made = type(cp.transport_of(cp.plan)).__name__.lower()
-                results.put((name, cp.layout.name, made, seconds))
+            seconds = _times(run, rounds, dist.barrier)
+        if rank == 0:
+            results.put((cp.layout.name, type(cp.transport_of(cp.plan)).__name__.lower(), seconds))
     dist.barrier()
     dist.destroy_process_group()
 
 
 class _Two:
-    """Two processes of one thread each, which measure costs first, then a step of each plan."""
+    """Two processes of one thread each, which measure costs first, then a step of each plan asked for."""
 
-    def __init__(self, T: int, rounds: int, steps: bool) -> None:
+    def __init__(self, T: int, rounds: int) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         context = mp.get_context("spawn")
-        self.results = context.Queue()
+        self.results, self.jobs = context.Queue(), [context.Queue() for _ in range(2)]
         self.processes = [
-            context.Process(target=_rank, args=(r, port, T, rounds, steps, self.results)) for r in range(2)
+            context.Process(target=_rank, args=(r, port, T, rounds, self.jobs[r], self.results))
+            for r in range(2)
         ]
         for process in self.processes:
             process.start()
         ours, self.links = self.results.get(timeout=3600)
         self.costs = Costs(machine(), ours, {})
 
+    def step(self, name: str) -> tuple[str, str, list[float]]:
+        """The layout and transport of a plan, and seconds of its steps."""
+        for jobs in self.jobs:
+            jobs.put(name)
+        found: tuple[str, str, list[float]] = self.results.get(timeout=3600)
+        return found
+
     def end(self) -> None:
-        """Wait for both."""
+        """End both."""
+        for jobs in self.jobs:
+            jobs.put(None)
         for process in self.processes:
             process.join()
 
 
+TURNS = 5
+"""How often two processes and one take turns, so that a change of the machine's clock meets both."""
+
+
 def _steps(T: int, rounds: int, two: _Two, on_run: Callable[[str], None]) -> Iterator[Row]:
     """Two processes: measured, forecast; and one process of two threads."""
-    on_run("a step of two processes")
-    found = [two.results.get(timeout=3600) for _ in plans(T)]
-    two.end()
     q, k, v, dout = _inputs(T)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    for name, layout, transport, seconds in found:
-        on_run(f"one process, two threads, {name}")
-        plan = plans(T)[name]()
-        alone = _time(functools.partial(_of_one, plan, q, k, v, dout, both=True), rounds)
+    for name, make in plans(T).items():
+        on_run(f"a step of two processes, and of one with two threads: {name}")
+        plan, ours, ones = make(), [], []
+        for _ in range(TURNS):
+            layout, transport, seconds = two.step(name)
+            ours += seconds
+            ones += _times(functools.partial(_of_one, plan, q, k, v, dout, both=True), rounds)
+        taken, alone = statistics.median(ours), statistics.median(ones)
         said = simulate(
             plan, balance(plan, 2), transport=transport, costs=two.costs, heads=HEADS, kv_heads=HEADS, D=DIM,
             links=two.links, dtype="fp32",
         )  # fmt: skip
         yield {
             "bench": "ranks", "part": "step", "case": name, "T": T, "ranks": 2, "layout": layout,
-            "transport": transport, "ms": seconds * 1e3, "ms_forecast": said.seconds * 1e3,
-            "ms_computing": said.computing * 1e3, "forecast_ratio": said.seconds / seconds,
-            "ms_one": alone * 1e3, "overhead": seconds / alone - 1,
+            "transport": transport, "ms": taken * 1e3, "ms_forecast": said.seconds * 1e3,
+            "ms_computing": said.computing * 1e3, "forecast_ratio": said.seconds / taken,
+            "ms_one": alone * 1e3, "overhead": taken / alone - 1,
         }  # fmt: skip
     torch.set_num_threads(threads)
 
@@ -264,10 +284,9 @@ def measure(
         yield from _balance(length, worlds, on_run)
     if "step" in parts or "forecast" in parts:
         on_run("costs of kernels and messages, in two processes at once")
-        two = _Two(length, rounds, "step" in parts)
+        two = _Two(length, rounds)
         if "step" in parts:
             yield from _steps(length, rounds, two, on_run)
-        else:
-            two.end()
+        two.end()
         if "forecast" in parts:
             yield from _forecast(lengths, many, two.costs, on_run)

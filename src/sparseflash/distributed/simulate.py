@@ -59,7 +59,8 @@ class Forecast:
     Attributes
     ----------
     seconds, computing : float
-        Time until the last rank finishes, and the slowest rank's compute time.
+        Time until the last rank finishes, and the compute time of the slowest rank, with
+        what messages and merging cost its processor.
     balance, critical : float
         Load of the most loaded rank over the mean, in visited area; and the sum over ring steps of the
         largest load in each step, over the mean.
