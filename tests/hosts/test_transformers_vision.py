@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -177,3 +178,129 @@ def test_what_a_model_was_told_is_read_with_care():
     )
     odd = {"input_ids": ids, "pixel_values_videos": torch.zeros(1, 3, 3, 4, 4)}
     assert read(config, odd).grid is None  # two tokens are not three frames
+
+
+# ---------------------------------------------------------------- models of images alone
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
+IMAGE_MODELS = {"ViT": 1, "Dinov2": 1, "Dinov2WithRegisters": 5, "DINOv3ViT": 4}
+"""Class and register tokens before the patches."""
+EVERYTHING = {
+    "grid-window": sf.methods.GridWindow((99, 99), (-1, 99)),
+    "cycle-scan": sf.methods.CycleScan(10**6),
+    "sliding-tile": sf.methods.SlidingTile(tile=(4, 4), window=(99, 99)),
+}
+every_image_model = pytest.mark.parametrize("kind", IMAGE_MODELS)
+
+
+def image_model(kind):
+    torch.manual_seed(0)
+    more = {"num_register_tokens": 3} if kind == "DINOv3ViT" else {}
+    config = getattr(hf, f"{kind}Config")(**SMALL, image_size=32, intermediate_size=64, **more)
+    model = getattr(hf, f"{kind}Model")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():  # fresh layer scales and biases are next to nothing
+            weight.add_(0.1 * torch.randn_like(weight))
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+@torch.no_grad()
+def seen(model, given):
+    return model(**given).last_hidden_state
+
+
+@every_image_model
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_at_full_budget_an_image_model_is_itself(kind, name):
+    """At most twice as far from float64 as the model's own attention, and a rounding; all calls counted."""
+    model, given = image_model(kind)
+    truth = seen(copy.deepcopy(model).double(), {"pixel_values": given["pixel_values"].double()})
+    own = seen(model, given)
+    calls = []
+    before = model.config._attn_implementation
+    with sf.transformers.sparse(model, prefill=Counts(EVERYTHING[name], calls)):
+        out = seen(model, given)
+    assert calls == [0, 1] and model.config._attn_implementation == before
+    band = torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (out - truth).abs().max() <= 2 * (own - truth).abs().max() + band
+    assert torch.equal(seen(model, given), own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts(sf.methods.Method):
+    """Another method, and the layers that asked it."""
+
+    inner: sf.methods.Method
+    calls: list = dataclasses.field(default_factory=list, compare=False, hash=False)
+    reads = ("grid", "text")
+    phases = ("prefill", "diffusion")
+    causal_selection = False
+
+    def select(self, q, k, ctx=None):
+        self.calls.append(ctx["layer"])
+        return self.inner.select(q, k, ctx)
+
+
+@every_image_model
+def test_windows_are_those_of_the_image_and_class_tokens_see_all(kind):
+    model, given = image_model(kind)
+    given["pixel_values"] = torch.randn(2, 3, 32, 48)  # 8 by 12 patches, not the size it was made for
+    plans = []
+
+    class Looks(Counts):
+        def select(self, q, k, ctx=None):
+            selection = self.inner.select(q, k, ctx)
+            plans.append(torch.stack([plan.to_dense()[0, 0] for plan in selection.plan]))
+            assert ctx["grid"] == (8, 12) and ctx["text"] == (IMAGE_MODELS[kind], 0)
+            return selection
+
+    if kind == "ViT":
+        given["interpolate_pos_encoding"] = True
+    with sf.transformers.sparse(model, prefill=Looks(sf.methods.GridWindow((4, 4), (-1, 64)))):
+        seen(model, given)
+    n = IMAGE_MODELS[kind]
+    row, column = torch.arange(96) // 12 // 4, torch.arange(96) % 12 // 4
+    want = torch.ones(96 + n, 96 + n, dtype=torch.bool)
+    want[n:, n:] = (row[:, None] == row) & (column[:, None] == column)
+    for mask in plans:
+        assert torch.equal(mask.any(0), want) and int(mask.sum(0).max()) == 1
+    assert len(plans) == 2
+
+
+def sam(**more):
+    vision = hf.SamVisionConfig(**SMALL, image_size=32, window_size=4, global_attn_indexes=[1], mlp_dim=64)
+    prompts = {"image_size": 32, "patch_size": 4, "mask_input_channels": 4}
+    decoder = {"mlp_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = hf.SamConfig(
+        vision_config=vision.to_dict(), prompt_encoder_config=prompts, mask_decoder_config=decoder
+    )
+    return hf.SamModel(config, **more).eval(), hf.SamVisionModel(vision).eval()
+
+
+def test_the_encoder_of_sam_is_refused_by_name_and_its_decoder_is_reached():
+    """It adds a bias for each pair, looks its class up in a table of its own, and would stay dense unseen."""
+    model, encoder = sam()
+    window = sf.methods.GridWindow((4, 4), (8, 8))
+    with (
+        pytest.raises(sf.SparseFlashError, match="SamVisionSdpaAttention compute attention themselves"),
+        sf.transformers.sparse(encoder, prefill=window),
+    ):
+        pass
+    with (
+        pytest.raises(
+            sf.SparseFlashError, match=r"vision_encoder.layers.0.attn' and 1 more are SamVisionSdpa"
+        ),
+        sf.transformers.sparse(model, prefill=window),
+    ):
+        pass
+    given = {"pixel_values": torch.randn(1, 3, 32, 32), "input_points": torch.tensor([[[[3.0, 4.0]]]])}
+    before = {part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs}
+    calls = []
+    everything = Counts(sf.methods.CycleScan(10**6), calls)
+    with torch.no_grad():
+        want = model(**given).pred_masks
+        with sf.transformers.sparse(model, prefill=everything, layers="mask_decoder*self_attn"):
+            torch.testing.assert_close(model(**given).pred_masks, want, atol=1e-5, rtol=1e-4)
+        assert torch.equal(model(**given).pred_masks, want)
+    after = {part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs}
+    assert calls == [0] and before == after

@@ -234,7 +234,7 @@ def test_a_tree_attends_exactly_with_gradients(generator):
         (sf.methods.PrefixLM(), 4, {"q_offset": 1.5}, "q_offset=1.5: expected an int"),
         (sf.methods.Dilated(), 5, {}, "Dilated: 4 queries and 5 keys"),
         (sf.methods.PrefixLM(), 4, {"prefix": torch.tensor([1, 2])}, r"expected integers \[1\]"),
-        (sf.methods.GridWindow(), 4, {"grid": (3, 3)}, r"grid=\(3, 3\) is not 4 tokens"),
+        (sf.methods.GridWindow(), 4, {"grid": (3, 3)}, r"grid=\(3, 3\) and text=.* are not 4 tokens"),
         (sf.methods.Strided(dense_heads=3), 4, {}, "dense_heads=3: k has 2 heads"),
     ],
 )

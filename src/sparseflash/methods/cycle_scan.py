@@ -47,7 +47,5 @@ class CycleScan(Method):
         """Two disjoint plans for all heads: keys of this turn, and of the end of the turn before."""
         T = check_square(self, q, k)
         window = (max(min(self.window, T) - 1, 0), 0)
-        turns = (
-            Plan.dense(T, T, causal=True, window=window, q_offset=n * T, device=q.device) for n in (0, 1)
-        )
+        turns = (Plan.dense(T, T, window=window, q_offset=n * T, device=q.device) for n in (0, 1))
         return Selection(tuple(turns))

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.errors import require
 from ..plan import Plan
 from ..plan.options import is_count
 from .base import Context, Method, Selection, check_square
+from .denoising import ends_of, located
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,13 @@ class GridWindow(Method):
         Tokens by which the cuts move along each axis; none by default.
     causal : bool
         Hide keys later in the raster.
+    text : (int, int)
+        Numbers of tokens before and after the grid (a class token, registers, text). They see, and are seen
+        by, everything.
 
     Notes
     -----
-    `ctx` keys: `grid`, which replaces the one of the method.
+    `ctx` keys: `grid` and `text`, which replace those of the method.
 
     Examples
     --------
@@ -55,8 +60,10 @@ class GridWindow(Method):
     grid: tuple[int, ...] = (-1, 64)
     shift: tuple[int, ...] | None = None
     causal: bool = False
+    text: tuple[int, int] = (0, 0)
 
-    reads = ("grid",)
+    reads = ("grid", "text")
+    by_shape = True
     paper = "arXiv 2103.14030"
     phases = ("training", "prefill", "diffusion")
 
@@ -72,6 +79,7 @@ class GridWindow(Method):
                     )
                 )
         self._check_grid(self.grid)
+        ends_of(self.text)
         require(
             (
                 self.shift is None or len(self.shift) == len(self.window),
@@ -100,18 +108,11 @@ class GridWindow(Method):
         return replace(self, shift=tuple(w // 2 for w in self.window) if layer % 2 else None)
 
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
-        """One plan for all heads, with a bucket for each window."""
-        T = check_square(self, q, k)
-        grid = (ctx or {}).get("grid", self.grid)
+        """One plan for all heads, with a bucket for each window; tokens beside the grid add two plans."""
+        ctx = ctx or {}
+        grid, text = ctx.get("grid", self.grid), ends_of(ctx.get("text", self.text))
         self._check_grid(grid)
-        rest = math.prod(grid[1:])
-        require(
-            (
-                grid[0] == -1 or T == grid[0] * rest,
-                lambda: f"grid={tuple(grid)!r} is not {T} tokens; one size may be -1",
-            )
-        )
-        sizes = (-(-T // rest), *grid[1:])
+        sizes, T, *ends = located(check_square(self, q, k), tuple(grid), text)
         label = torch.zeros(T, dtype=torch.int64, device=q.device)
         place, below, windows = torch.arange(T, device=q.device), T, 1
         for axis, (size, w) in enumerate(zip(sizes, self.window, strict=True)):
@@ -120,6 +121,11 @@ class GridWindow(Method):
             at = (place.div(below, rounding_mode="floor") + skip).div(w, rounding_mode="floor")
             n = max(-(-(size + skip) // w), 1)
             label, place, windows = label * n + at, place % below, windows * n
-        bucket = label.view(1, 1, -1)
-        tile = 64 if math.prod(self.window) <= 64 else 128
-        return Selection(Plan.from_buckets(bucket, bucket, causal=self.causal, tile=tile, buckets=windows))
+        bucket = F.pad(label, ends, value=windows).view(1, 1, -1)
+        tile, beside = 64 if math.prod(self.window) <= 64 else 128, any(ends)
+        inside = Plan.from_buckets(bucket, bucket, causal=self.causal, tile=tile, buckets=windows + beside)
+        if not beside:
+            return Selection(inside)
+        words, image = bucket == windows, bucket != windows
+        across = (Plan.from_keep(a, b, causal=self.causal) for a, b in ((image, words), (words, image)))
+        return Selection((inside, *across))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ...methods.session import Session
 from ...plan.options import same_offset
 from .._host import exact, over
 from .._sessions import Rotations, Sessions
+from . import tables
 from .attention import SETTING
 from .caches import Kept, keeping, layer_of
 from .layers import Layer, bare, chosen
@@ -95,6 +97,8 @@ def sparse(
     if layers is None and named and all(x is None or isinstance(x, Mapping) for x in (prefill, decode)):
         layers = sorted(set().union(*named))
     picked = chosen(model, layers)
+    if layers is None and not (prefill is None and decode is None):
+        _all_follow(model, picked)
     numbers = [layer.index for layer in picked]
     for choice in named:
         if strange := set(choice) - set(numbers):
@@ -105,6 +109,16 @@ def sparse(
     kept, once = keeping(model, cache, total), read_once(model, cache)
     with on_sparse(model), kept, once, heard(model) as ear, attached(picked, settings, ear):
         yield given
+
+
+def _all_follow(model: Any, picked: Sequence[Layer]) -> None:
+    """Refuse a method for all layers where some have classes of their own, which would stay dense unseen."""
+    if own := tables.own(model):
+        raise SparseFlashError(
+            f"{type(model).__name__}: {own[0][0]!r} and {len(own) - 1} more are {own[0][1]}, which computes "
+            "attention itself and takes no method; name the layers that are meant, such as "
+            f"layers={picked[0].name!r}"
+        )
 
 
 @contextmanager
@@ -140,6 +154,7 @@ def on_sparse(model: Any) -> Iterator[None]:
     config = model.config
     parts = {key: part for key in config.sub_configs if (part := getattr(config, key, None)) is not None}
     before = {"": config._attn_implementation} | {key: x._attn_implementation for key, x in parts.items()}
+    named = {key: x for key, x in before.items() if x is not None}
     try:
         if set(before.values()) != {"sparse"}:
             model.set_attn_implementation("sparse")
@@ -152,7 +167,9 @@ def on_sparse(model: Any) -> Iterator[None]:
         yield
     finally:
         if set(before.values()) != {"sparse"}:
-            model.set_attn_implementation(before if parts else before[""])
+            model.set_attn_implementation(named if parts else before[""])
+            for key in before.keys() - named.keys():  # a part without attention (SAM's prompt encoder)
+                parts[key]._attn_implementation = None
 
 
 def _setting(layer: Layer, prefill: Choice, decode: Choice, sessions: Sessions) -> Setting:
@@ -452,6 +469,9 @@ def _of_all_keys(module: nn.Module, told: Mapping[str, Any], new: int, keys: int
         given |= {} if whole is None else {"modality": whole[0][..., 0]}
     if "modality" not in given:
         given.pop("grid", None)
+    patches = given.pop("patches", None)
+    if patches is not None and new == keys >= math.prod(patches):
+        given |= {"grid": patches, "text": (keys - math.prod(patches), 0)}
     rope = given.pop("rope", None)
     if isinstance(rope, (tuple, list)) and len(rope) == 2 and all(isinstance(x, Tensor) for x in rope):
         kind = str(getattr(module, "layer_type", getattr(module, "is_sliding", "")))

@@ -42,6 +42,17 @@ def _own(kind: type[nn.Module], *given: Any, **named: Any) -> nn.Module:
     return kind(*given, **named)
 
 
+def own(model: nn.Module) -> list[tuple[str, str]]:
+    """Names and classes of the modules of a model that came from such a table."""
+    found = []
+    for name, module in model.named_modules():
+        room = vars(sys.modules.get(type(module).__module__, sys)).values()
+        of_tables = (x for x in room if isinstance(x, dict) and "eager" in x)
+        if any(type(module) in table.values() for table in of_tables):
+            found.append((name, type(module).__name__))
+    return found
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     """Loader that adds "sparse" to a module's tables after running it."""
 

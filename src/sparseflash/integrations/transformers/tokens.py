@@ -25,16 +25,22 @@ class Tokens(NamedTuple):
     grid: tuple[int, ...] | None
 
 
+class Patches(NamedTuple):
+    """An image that a vision model is given, in patches; class and register tokens come before them."""
+
+    patches: tuple[int, int]
+
+
 class Ear:
-    """Holds the `Tokens` of the running call."""
+    """Holds the `Tokens` or `Patches` of the running call."""
 
     def __init__(self) -> None:
-        self.tokens: Tokens | None = None
+        self.tokens: Tokens | Patches | None = None
 
     def hook(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model."""
         if not torch.compiler.is_compiling():
-            named = dict(zip(("input_ids",), args)) | kwargs
+            named = dict(zip((getattr(model, "main_input_name", "input_ids"),), args)) | kwargs
             self.tokens = read(getattr(model, "config", None), named)
 
 
@@ -49,8 +55,12 @@ def heard(model: nn.Module) -> Iterator[Ear]:
         handle.remove()
 
 
-def read(config: Any, given: Mapping[str, Any]) -> Tokens | None:
+def read(config: Any, given: Mapping[str, Any]) -> Tokens | Patches | None:
     """Read the tokens from a model's arguments; None for a text-only model."""
+    pixels, size = given.get("pixel_values"), getattr(config, "patch_size", None)
+    if isinstance(pixels, Tensor) and pixels.dim() == 4 and "input_ids" not in given and size:
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return Patches((pixels.shape[-2] // rows, pixels.shape[-1] // columns))
     kinds, ids = given.get("mm_token_type_ids"), given.get("input_ids")
     known = {name: x for name in _NAMES if isinstance(x := getattr(config, name, None), int)}
     videos = {x for name, x in known.items() if name.startswith("video")}
