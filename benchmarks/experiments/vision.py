@@ -3,6 +3,8 @@
 `orion`: rows of 32 binary features; are there two ones side by side? A small model with the mask of
 Orion-MSP, with the mask that its released code computes (no window), and dense, at equal steps.
 
+`links`, `tokens` and `plan` (Sparsifiner) are in `links.py`.
+
 `hrsam`: the output at a patch of an image of 512 and one of 2048 pixels (patches of 16, no scan), and time
 per image against dense attention.
 """
@@ -18,7 +20,10 @@ from torch import Tensor, nn
 import sparseflash as sf
 from sparseflash.bench.results import Row
 from sparseflash.bench.timing import Box, interleave
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods import OrionMSP
+
+from . import links
 
 FEATURES = 32
 
@@ -135,7 +140,8 @@ def measure_hrsam(pixels: Sequence[int], box: Box, on_run: Callable[[str], None]
 
 def measure(
     *,
-    parts: Sequence[str] = ("orion", "features", "hrsam"),
+    parts: Sequence[str] = ("orion", "features", "hrsam", "plan"),
+    images: tuple[Tensor, Tensor] | None = None,
     steps: int = 600,
     features: Sequence[int] = (128, 256, 512, 1024, 2048, 4096),
     pixels: Sequence[int] = (512, 1024, 2048),
@@ -150,3 +156,9 @@ def measure(
         yield from measure_wide(features, box, on_run)
     if "hrsam" in parts:
         yield from measure_hrsam(pixels, box, on_run)
+    if "plan" in parts:
+        yield from links.measure_plan(box, on_run)
+    if "links" in parts:
+        if images is None:
+            raise SparseFlashError("the part links trains on images: give --images and --labels, as of MNIST")
+        yield from links.measure_links(*images, steps=steps, on_run=on_run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,7 +44,11 @@ def bench_diffusion(
 @experiments.command("vision", rich_help_panel=PANEL)
 def bench_vision(
     out: Out = RESULTS / "vision.csv",
-    parts: Parts = "orion,features,hrsam",
+    parts: Parts = "orion,features,hrsam,plan",
+    images: Annotated[
+        Path | None, typer.Option(help="For the part links: images in IDX format, such as MNIST's.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their labels, in IDX format.")] = None,
     steps: Steps = 600,
     features: Annotated[
         str, typer.Option(help="Numbers of features to time.")
@@ -51,16 +56,20 @@ def bench_vision(
     pixels: Annotated[str, typer.Option(help="Sides of square images.")] = "512,1024,2048",
     minutes: Minutes = 3.0,
 ) -> None:
-    """Planted neighbours in a table, time over features; equal patches and time over pixels."""
+    """Neighbours in a table, time over features; patches, time over pixels; links and tokens of images."""
     from sparseflash.bench.session import session
 
+    from .. import pixels as pixels_
     from .. import vision
 
-    asked = known("parts", ("orion", "features", "hrsam"), words(parts))
+    asked = known("parts", ("orion", "features", "hrsam", "plan", "links"), words(parts))
     options = {"features": integers(features, least=1), "pixels": integers(pixels, "512,1024", 16)}
     columns = (
         "what", "case", "T", "density", "accuracy", "base_rate", "ms", "ms_dense", "gain", "us_per_token",
-        "difference",
+        "difference", "ms_choose", "ms_mask", "ms_lists", "recall", "mflops", "fewer", "points",
     )  # fmt: skip
-    measure = partial(vision.measure, parts=asked, steps=steps, minutes=minutes, **options)
+    given = None
+    if images is not None and labels is not None:
+        given = pixels_.read_idx(images), pixels_.read_idx(labels)[:, 0].long()
+    measure = partial(vision.measure, parts=asked, images=given, steps=steps, minutes=minutes, **options)
     session("vision", out, measure, columns)

@@ -54,6 +54,12 @@ class SparsifinerAttention(Layer):
     scaling : "channels" or "heads"
         Whether products are scaled by 1 / sqrt(channels), or by 1 / sqrt(heads) as in the released code.
 
+    Attributes
+    ----------
+    places : Tensor, optional
+        int64 `[B, T]`, ascending, CLS (0) first: the tokens of the next forwards among the `tokens` that the
+        layer was made for, where some were left out. None: the first T.
+
     Examples
     --------
     >>> import torch, sparseflash as sf
@@ -98,6 +104,7 @@ class SparsifinerAttention(Layer):
         )
         self.tokens, self.keep, self.top, self.floor = tokens, keep, top, floor
         self.weight, self.phase = weight, phase
+        self.places: Tensor | None = None
         self.scale = (channels if scaling == "channels" else heads) ** -0.5
         self.project_heads(bias=True, device=device, dtype=dtype)
         self.low_query = self.linear(self.head_dim, channels, False, device, dtype)
@@ -118,10 +125,12 @@ class SparsifinerAttention(Layer):
         """Predicted attention of all queries except CLS, [B, H, T - 1, T]."""
         T = q.shape[2]
         require((T <= self.tokens, lambda: f"x has {T} tokens, the layer was made for tokens={self.tokens}"))
-        low = self.low_key(k).mT @ self.mixer[:T].to(k.dtype)
+        rows = slice(T) if self.places is None else self.places[:, None]
+        mixer, basis = self.mixer[rows], self.basis[rows]
+        low = self.low_key(k).mT @ mixer.to(k.dtype)
         wanted = (self.low_query(q[:, :, 1:]) @ low * self.scale).softmax(-1)
         most = top_k(wanted, self.top)
-        basis = self.basis[:T].to(k.dtype).mT
+        basis = basis.to(k.dtype).mT
         if self.phase == "sparse":
             basis = torch.where(basis.abs() > self.floor, basis.abs(), 0)
         return torch.where(most, wanted, 0) @ basis
@@ -153,11 +162,12 @@ class SparsifinerAttention(Layer):
         T = x.shape[1]
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         q, k = self.turn(q, None), self.turn(k, None)
-        guess = self.predicted(q.detach(), k.detach())
-        if self.weight and T > 1:
+        sparse = self.phase == "sparse"
+        guess = self.predicted(q.detach(), k.detach()) if sparse or self.weight else None
+        if guess is not None and self.weight and T > 1:
             dense = (q.detach() @ k.detach().mT * self.head_dim**-0.5).softmax(-1)[:, :, 1:]
             self._aux = self.weight * (guess - dense).square().sum((-1, -2)).mean() if len(x) else None
-        seen = Plan.dense(T, T, device=x.device) if self.phase == "reconstruct" else self._plan(guess, T)
+        seen = Plan.dense(T, T, device=x.device) if guess is None or not sparse else self._plan(guess, T)
         return self.end(attention(q, k, v, seen, dropout_p=self.dropout_p))
 
     def extra_repr(self) -> str:
