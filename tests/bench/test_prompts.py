@@ -15,7 +15,7 @@ import transformers as hf
 from typer.testing import CliRunner
 
 from sparseflash.__main__ import app
-from sparseflash.bench import capture, prompts, recommend, results
+from sparseflash.bench import capture, prompts, recommend, results, session
 from sparseflash.bench.timing import Timing
 from sparseflash.selection.calibrate import Profile
 from transformer_models import byte_tokenizer
@@ -242,3 +242,57 @@ def test_commands_measure_choose_and_calibrate(folder, tmp_path, monkeypatch):
 def test_what_is_wrong_is_said_before_a_model_is_read(words, said):
     with pytest.raises(sf.SparseFlashError, match=said):
         run(*words)
+
+
+# ---------------------------------------------------------------- fewer tokens, and what methods say
+
+
+@torch.no_grad()
+def test_a_prompt_read_in_part_is_judged_by_what_follows(prompt):
+    how = sf.transformers.SpecPrefill(keep=0.3, chunk=16, last=16)
+    whole = sf.transformers.SpecPrefill(keep=1)
+    rows = {row["case"]: row for row in prompts.measure(prompt, {"part": how, "all": whole}, rounds=1)}
+    assert rows["part"]["read"] == (5 * 16 + 12) / 300 and rows["all"]["read"] == 1
+    assert rows["all"]["kl"] == 0 < rows["part"]["kl"] and rows["part"]["ms"] > 0
+    assert "loss" not in rows["part"] and "kept" not in rows["part"]
+    model, ids = prompt.model, prompt.ids
+    with sf.transformers.sparse(model, tokens=how):
+        first = model(ids[:, :300])
+    last = model(ids[:, 300:-1], past_key_values=first.past_key_values)
+    got = torch.cat([first.logits[0, -1:], last.logits[0]]).log_softmax(-1)
+    want = model(ids).logits[0, 299:-1].log_softmax(-1)
+    assert rows["part"]["kl"] == pytest.approx(prompts.divergence(want, got), rel=1e-3)
+
+
+def test_spec_prefill_stands_beside_controls_that_judge_nothing(folder, tmp_path):
+    given = ("--model", folder, "--text", folder / "text.txt", "--tokens", 200, "--rounds", 0)
+    settings = ("--set", "keep=0.5", "--set", "chunk=16", "--set", f"draft={folder}")
+    done = run("prefill", *given, "--method", "spec-prefill", *settings, "--out", tmp_path / "s.csv")
+    rows = results.read(tmp_path / "s.csv", "read")
+    names = ["dense", "spec-prefill", "random tokens", "first and last tokens"]
+    assert [row["case"] for row in rows] == names
+    assert len({row["read"] for row in rows[1:]}) == 1 and "random tokens" in done.output
+    for words, said in (
+        (("--set", "kepp=1"), "no hyper-parameter 'kepp'"),
+        (("--last-dense", 8), "reads fewer tokens in all layers"),
+    ):
+        with pytest.raises(sf.SparseFlashError, match=said):
+            run("prefill", *given, "--method", "spec-prefill", *words, "--out", tmp_path / "x.csv")
+
+
+def test_rows_say_how_many_heads_are_query_aware_and_that_nothing_was_left_out(prompt, tmp_path):
+    def flex(tau):
+        return sf.methods.FlexPrefill(0.9, tau, 32, 32)
+
+    cases = {
+        "never": flex(0.0),
+        "always": flex(0.84),
+        "half": sf.methods.LastDense(flex((0.84, 0.84, 0.0, 0.0)), rows=16),
+        "window": sf.methods.SinkWindow(window=24),
+        "full": FULL,
+    }
+    rows = {row["case"]: row for row in prompts.losses(prompt, cases)}
+    assert [rows[case].get("aware") for case in cases] == [0, 1, 0.5, None, None]
+    assert [bool(rows[case].get("note")) for case in cases] == [False, False, False, False, True]
+    out = session.session("x", tmp_path / "x.csv", lambda on_run: rows.values(), ("case", "aware", "note"))
+    assert len(out) == 6

@@ -9,10 +9,11 @@ the cache of their prefill).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from sparseflash.bench.timing import Timing, seconds
 from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.base import Method
 
+if TYPE_CHECKING:
+    from sparseflash.integrations.transformers import SpecPrefill
+
 CHUNK = 512
 """Tokens whose logits are in memory at a time."""
 
@@ -30,15 +34,21 @@ QUERIES = 512
 """Number of queries that density and recall are measured on, one drawn from each part of the prompt."""
 
 
+WHOLE = "the prompt is no longer than the budget: nothing was left out, attention was dense"
+"""The note of a row whose method showed every pair."""
+
+
 class Judgement(NamedTuple):
     """Quality of a prompt under a method."""
 
     loss: float
-    """Loss on the prompt, nats per token."""
+    """Loss on the prompt, nats per token; NaN if not all of it was read."""
     following: Tensor
     """Log-probabilities of the next tokens, `[new, words]`."""
     seen: tuple[Any, ...]
     """A `transformers.report.Row` per layer."""
+    read: float
+    """Share of the prompt's tokens that the model read."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +88,14 @@ class Prompt:
         """Length of the prompt."""
         return self.ids.shape[1] - self.new
 
-    def under(self, method: Method | None, layers: Sequence[int] | None) -> AbstractContextManager[Any]:
+    def under(
+        self, method: Method | SpecPrefill | None, layers: Sequence[int] | None
+    ) -> AbstractContextManager[Any]:
         """Context in which the model's prefill uses a method (None: dense)."""
-        from sparseflash.integrations.transformers import sparse
+        from sparseflash.integrations.transformers import SpecPrefill, sparse
 
+        if isinstance(method, SpecPrefill):
+            return sparse(self.model, tokens=method)
         return sparse(self.model, prefill=method, layers=layers)
 
     @torch.no_grad()
@@ -91,20 +105,24 @@ class Prompt:
         return self.model(prompt, use_cache=True, logits_to_keep=1).logits
 
     @torch.no_grad()
-    def judge(self, method: Method | None, layers: Sequence[int] | None) -> Judgement:
+    def judge(self, method: Method | SpecPrefill | None, layers: Sequence[int] | None) -> Judgement:
         """Measure loss and visible pairs of a prompt under a method, in one prefill."""
         from sparseflash.integrations.transformers.report import measuring
 
         prompt, behind = self.ids[:, : self.tokens], self.ids[:, self.tokens : -1]
         with self.under(method, layers), measuring(self.model, QUERIES, dense=False) as seen:
             out = self.model.base_model(prompt, use_cache=True)
-        read, loss = out.last_hidden_state[0], 0.0
-        for rows, words in zip(read[:-1].split(CHUNK), prompt[0, 1:].split(CHUNK), strict=True):
-            loss += float(torch.nn.functional.cross_entropy(self._logits(rows), words, reduction="sum"))
+        read = out.last_hidden_state[0]
+        whole = len(read) == self.tokens
+        loss = 0.0 if whole else float("nan")
+        for rows, words in zip(read[:-1].split(CHUNK), prompt[0, 1:].split(CHUNK), strict=whole):
+            if whole:
+                loss += float(torch.nn.functional.cross_entropy(self._logits(rows), words, reduction="sum"))
         with self.under(None, layers):
             last = self.model.base_model(behind, past_key_values=out.past_key_values, use_cache=True)
         following = self._logits(torch.cat([read[-1:], last.last_hidden_state[0]]))
-        return Judgement(loss / max(self.tokens - 1, 1), following.log_softmax(-1), tuple(seen))
+        share = len(read) / self.tokens
+        return Judgement(loss / max(self.tokens - 1, 1), following.log_softmax(-1), tuple(seen), share)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits of some tokens; those of a long prompt would be larger than the model."""
@@ -115,7 +133,7 @@ class Prompt:
 
 def measure(
     prompt: Prompt,
-    cases: Mapping[str, Method],
+    cases: Mapping[str, Method | SpecPrefill],
     *,
     layers: Sequence[int] | None = None,
     rounds: int = 3,
@@ -128,7 +146,7 @@ def measure(
     ----------
     prompt : Prompt
     cases : mapping
-        Methods by row name.
+        Methods by row name, or which tokens are read.
     layers : sequence of int, optional
         Layers that use the method; None: all layers without a window of their own.
     rounds : int
@@ -140,8 +158,10 @@ def measure(
     ------
     dict
         ``case``, ``tokens``; ``ms`` to the first token (median) and ``gain`` over our dense attention;
-        ``kept`` and ``recall``, means over the layers and heads that use a method, and ``recall_worst``;
-        ``attention_gain`` of these layers' attention only, selection included; ``loss``, and ``kl``.
+        ``kept`` and ``recall``, means over the layers and heads that use a method; ``recall_worst``;
+        ``attention_gain`` of these layers' attention only, selection included; ``loss``, and ``kl``;
+        ``read``, the share of tokens that the model read. What a method says of its heads (`Method.notes`) is
+        there by name, mean over those it says it of. A row of `SpecPrefill` has ``read`` and ``kl`` alone.
 
     Examples
     --------
@@ -166,7 +186,7 @@ def measure(
 
 def losses(
     prompt: Prompt,
-    cases: Mapping[str, Method],
+    cases: Mapping[str, Method | SpecPrefill],
     *,
     layers: Sequence[int] | None = None,
     on_run: Callable[[str], None] = lambda text: None,
@@ -176,17 +196,20 @@ def losses(
     dense = prompt.judge(None, layers)
     same: Row = {"bench": "prompts", "tokens": prompt.tokens, "new": prompt.new}
     everything = {"kept": 1.0, "recall": 1.0, "recall_worst": 1.0}
-    yield {"case": "dense", **same, **everything, "loss": dense.loss, "kl": 0.0}
+    yield {"case": "dense", **same, **everything, "loss": dense.loss, "kl": 0.0, "read": 1.0}
     for name, method in cases.items():
         on_run(f"{name}: what it sees and loses")
         found = prompt.judge(method, layers)
-        kl = {"loss": found.loss, "kl": divergence(dense.following, found.following)}
-        yield {"case": name, **same, **_seen(method, dense, found), **kl, "method": repr(method)}
+        kl = {"kl": divergence(dense.following, found.following), "read": found.read}
+        if isinstance(method, Method):
+            kl |= {"loss": found.loss} | _seen(method, dense, found)
+            kl |= {"note": WHOLE} if kl["kept"] == 1 else {}
+        yield {"case": name, **same, **kl, "method": repr(method)}
 
 
 def times(
     prompt: Prompt,
-    cases: Mapping[str, Method],
+    cases: Mapping[str, Method | SpecPrefill],
     *,
     layers: Sequence[int] | None = None,
     rounds: int = 3,
@@ -229,7 +252,11 @@ def _seen(method: Method, dense: Judgement, found: Judgement) -> Row:
         )
     kept, recall = ([x for _, row in pairs for x in getattr(row, name)] for name in ("density", "recall"))
     before, after = (sum(pair[n].seconds for pair in pairs) for n in (0, 1))
-    return {
+    notes: dict[str, list[float]] = {}
+    for _, row in pairs:
+        for name, said in row.notes.items():
+            notes.setdefault(name, []).extend(x for x in said if not math.isnan(x))
+    return {name: sum(each) / len(each) for name, each in notes.items() if each} | {
         "kept": sum(kept) / len(kept),
         "recall": sum(recall) / len(recall),
         "recall_worst": min(recall),

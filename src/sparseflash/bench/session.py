@@ -99,7 +99,9 @@ def show(
         red = "red" if str(row.get("conformance", "")).startswith("FAILED") else None
         table.add_row(*(results.cell(row.get(column)) for column in columns), style=red)
         if told and row.get("note"):
-            notes.setdefault(row["note"], []).append(f"{row.get('case', '')}, T = {row.get('T', '')}")
+            notes.setdefault(row["note"], []).append(
+                f"{row.get('case', '')}, T = {row.get('T', row.get('tokens', ''))}"
+            )
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDE

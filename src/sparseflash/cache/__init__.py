@@ -27,6 +27,7 @@ from .policies.threshold import Threshold
 from .policies.tova import TOVA
 from .shared import Share, Shared
 from .summaries import Labels, PageBounds, PageMean, Summary
+from .thinned import Thinned
 
 __all__ = [
     "H2O",
@@ -59,6 +60,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "Summary",
+    "Thinned",
     "Threshold",
     "load",
     "policies",

@@ -59,8 +59,14 @@ class Rotations:
                 if whole[0].shape[-2] < keys - n:
                     return None
                 cos, sin = (x[..., : keys - n, :] for x in whole)  # the cache may have been cropped
-                whole = torch.cat([cos, new[0]], -2), torch.cat([sin, new[1]], -2)
+                whole = _behind(cos, new[0]), _behind(sin, new[1])
         if cache is not None:
             with contextlib.suppress(TypeError):
                 self._of.setdefault(cache, {})[kind] = (new[0], whole)
         return whole if whole[0].shape[-2] == keys else None
+
+
+def _behind(old: Tensor, new: Tensor) -> Tensor:
+    """Concatenate tables `[B|1, n, D]`; one of the two may be the same for all rows."""
+    B = max(old.shape[0], new.shape[0])
+    return torch.cat([x if x.shape[0] == B else x.expand(B, -1, -1) for x in (old, new)], -2)

@@ -164,7 +164,12 @@ class Method:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name, wrap in (("__post_init__", _each), ("select", _checked), ("observe", _by_head)):
+        for name, wrap in (
+            ("__post_init__", _each),
+            ("select", _checked),
+            ("observe", _by_head),
+            ("notes", _noted),
+        ):
             if name in vars(cls):
                 setattr(cls, name, wrap(vars(cls)[name]))
         if cls.__module__.startswith(__name__.removesuffix("base")) and cls.paper:
@@ -324,6 +329,10 @@ class Method:
         """Plan of the pairs that are really attended, for figures: less than `selection.plan` if skipping."""
         return selection.plan
 
+    def notes(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> dict[str, Tensor]:
+        """What a method says of its choice for each query head, [Hq] by name, for reports; {} by default."""
+        return {}
+
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:
@@ -377,6 +386,17 @@ def _by_head(observe: Callable[..., Any]) -> Callable[..., Any]:
         if methods is None:
             return observe(self, q, k, out, lse, *given)
         return heads.observe(methods, q, k, out, lse, *given)
+
+    return asked
+
+
+def _noted(notes: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Wrap `notes` to ask each group of heads with equal settings, if settings differ."""
+
+    @functools.wraps(notes)
+    def asked(self: Method, q: Tensor, k: Tensor, ctx: Context | None = None) -> dict[str, Tensor]:
+        methods = heads.apart(self)
+        return notes(self, q, k, ctx) if methods is None else heads.notes(methods, q, k, ctx)
 
     return asked
 

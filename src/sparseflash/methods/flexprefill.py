@@ -114,6 +114,10 @@ class FlexPrefill(Method):
         seen = probe(q, k, self.block, q_offset=at, **told)
         return self._apart(q, k, self._blocks(self._judged(seen.keys(), k))[0], at, told)
 
+    def notes(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> dict[str, Tensor]:
+        """`aware`: whether each head is query-aware, 0 or 1, mean over the batch."""
+        return {"aware": (self.distances(q, k, ctx) < self.tau).float().mean(0)}
+
     @staticmethod
     def _told(ctx: Context | None) -> dict[str, Any]:
         return {name: (ctx or {}).get(name) for name in ("scale", "softcap")}

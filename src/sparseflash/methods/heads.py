@@ -123,6 +123,18 @@ def observe(
     return found or None
 
 
+def notes(methods: Sequence[Any], q: Tensor, k: Tensor, ctx: Context | None) -> dict[str, Tensor]:
+    """Collect what each head's method says of it, [Hq] by name; NaN for heads whose method does not."""
+    H, found = q.shape[1], dict[str, Tensor]()
+    for method, own in groups(methods):
+        if method is None:
+            continue
+        given = {name: x for name, x in context(ctx, own, H).items() if name in method.reads}
+        for name, said in method.notes(of_heads(q, own, H), of_heads(k, own, H), given).items():
+            found.setdefault(name, torch.full((H,), float("nan")))[own] = said.float().cpu()
+    return found
+
+
 def beside(plans: Sequence[tuple[Plan, ...]], heads: list[list[int]]) -> Plan | tuple[Plan, ...]:
     """Concatenate the plans of groups of heads; a tuple if some group has several."""
     made = []

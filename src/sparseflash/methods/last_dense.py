@@ -82,6 +82,10 @@ class LastDense(Method):
         dense = Plan.from_spans(ends[None, None], Tq=Tq, Tk=Tk, tile=tile, causal=True, q_offset=at)
         return dataclasses.replace(selection, plan=Plans((*(_before(first, one) for one in own), dense)))
 
+    def notes(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> dict[str, Tensor]:
+        """Delegate to the method."""
+        return {} if self.method is None else self.method.notes(q, k, ctx)
+
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:

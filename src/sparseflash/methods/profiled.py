@@ -83,6 +83,10 @@ class Profiled(Method):
         """Select with the methods of this layer's heads."""
         return Selection(**heads.select(self.methods((ctx or {}).get("layer")), q, k, ctx))
 
+    def notes(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> dict[str, Tensor]:
+        """Collect what this layer's methods say."""
+        return heads.notes(self.methods((ctx or {}).get("layer")), q, k, ctx)
+
     def observe(
         self, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, selection: Selection, ctx: Context
     ) -> Any:

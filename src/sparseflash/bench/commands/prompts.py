@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,17 @@ Layers = Annotated[
     str, typer.Option(help="Layers that get the method; by default all without a window of their own.")
 ]
 Dtype = Annotated[str, typer.Option(help="Of the weights: fp32 or bf16.")]
-SHOWN = ("case", "ms", "gain", "attention_gain", "kept", "recall", "recall_worst", "loss", "kl")
+SHOWN = (
+    "case", "ms", "gain", "attention_gain", "read", "kept", "recall", "recall_worst", "aware", "loss", "kl",
+    "note",
+)  # fmt: skip
 
 
 def prefill(
     text: Text,
-    method: Annotated[str, typer.Option(help="One that sparseflash methods lists.")] = "minference",
+    method: Annotated[
+        str, typer.Option(help="One that sparseflash methods lists, or spec-prefill.")
+    ] = "minference",
     changes: Annotated[list[str] | None, options.changes()] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Or a profile: a method of its own for every head of every layer.")
@@ -56,29 +62,61 @@ def prefill(
 
     ms: time to the first token, and gain: speed-up over our dense attention; attention_gain: that of
     attention only. kept: share of the causal pairs that the method sees; recall: share of dense attention's
-    mass on them. loss: on the prompt, nats per token. kl: divergence of the next tokens' probabilities from
-    those after a dense prompt.
+    mass on them; aware: share of the heads that FlexPrefill found query-aware. loss: on the prompt, nats per
+    token. kl: divergence of the next tokens' probabilities from those after a dense prompt.
+
+    **sparseflash prefill --text book.txt --method spec-prefill --set keep=0.3**
+
+    spec-prefill reads a share of the tokens (read), which an early layer of the model chooses, or a smaller
+    model with the same tokenizer (**--set draft=FOLDER**). Random tokens, and the first and last ones, stand
+    beside it.
     """
     from sparseflash import methods
     from sparseflash.bench import prompts
     from sparseflash.bench.session import session
     from sparseflash.selection.calibrate import Profile
 
+    chosen: Any
     if profile is not None and changes:
         raise SparseFlashError(
             "--set and --profile: a profile has the settings of every head; give one of them"
         )
     if profile is not None:
         method, chosen = f"profile {profile.name}", methods.Profiled(Profile.load(profile))
+    elif method == "spec-prefill":
+        if last_dense or layers:
+            raise SparseFlashError(
+                "--method spec-prefill reads fewer tokens in all layers: leave --last-dense and --layers out"
+            )
+        chosen = None
     else:
         chosen = methods.get(method, **options.settings(changes))
-    if last_dense:
+    if last_dense and chosen is not None:
         chosen = methods.LastDense(chosen, rows=last_dense)
+    cases = _speculations(options.settings(changes)) if chosen is None else {method: chosen}
     prepared = _prompts(model, text, tokens, dtype, new)
     for path, prompt in zip(text, prepared, strict=True):
         named = out if len(text) == 1 else out.with_stem(f"{out.stem}-{path.stem}")
         given: dict[str, Any] = {"layers": integers(layers) or None, "rounds": rounds}
-        session(path.name, named, partial(prompts.measure, prompt, {method: chosen}, **given), SHOWN)
+        session(path.name, named, partial(prompts.measure, prompt, cases, **given), SHOWN)
+
+
+def _speculations(given: dict[str, Any]) -> dict[str, Any]:
+    """SpecPrefill by what judges, as given and as controls that judge nothing."""
+    from sparseflash.integrations.transformers import SpecPrefill, load
+
+    if known := set(given) - {field.name for field in dataclasses.fields(SpecPrefill)}:
+        raise SparseFlashError(
+            f"spec-prefill has no hyper-parameter {sorted(known)[0]!r}: it has "
+            + ", ".join(field.name for field in dataclasses.fields(SpecPrefill))
+        )
+    draft = given.pop("draft", None)
+    how = SpecPrefill(draft=None if draft is None else load(draft)[0], **given)
+    cases = {"spec-prefill": how}
+    if how.by == "attention":
+        named: dict[Any, str] = {"random": "random tokens", "ends": "first and last tokens"}
+        cases |= {name: dataclasses.replace(how, by=by, draft=None) for by, name in named.items()}
+    return cases
 
 
 def recommend(

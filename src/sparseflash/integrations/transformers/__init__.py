@@ -27,6 +27,7 @@ from .pretrained import MODELS, load
 from .ranges import NUMBERS, TRUTHS, sparse_mask
 from .ranks import Across, context_parallel
 from .report import Report, report
+from .spec_prefill import SpecPrefill
 from .tables import watch
 from .verify import verify
 
@@ -42,6 +43,7 @@ __all__ = [
     "Layer",
     "Report",
     "SparseMask",
+    "SpecPrefill",
     "StreamedIndexer",
     "TRUTHS",
     "attention_layers",

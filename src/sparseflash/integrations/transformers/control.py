@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from .packed import behind, gather, scatter
 from .samples import read_once
 from .tokens import Ear, heard
 
+if TYPE_CHECKING:
+    from .spec_prefill import SpecPrefill
+
 Heads = Sequence[Method | None]
 Choice = Method | Heads | Mapping[int, Any] | None
 
@@ -46,6 +49,7 @@ def sparse(
     decode: Choice = None,
     layers: Iterable[int | str] | int | str | None = None,
     cache: Kept | Mapping[int, Kept] | None = None,
+    tokens: SpecPrefill | None = None,
 ) -> Iterator[nn.Module]:
     """Let methods choose the keys of chosen layers of a Transformers model, inside a `with` block.
 
@@ -68,6 +72,8 @@ def sparse(
     cache : Policy, Compression, Offload, Share or mapping, optional
         What caches that begin inside the block keep, or how: one of these of `sf.cache` for all layers
         without a window of their own, or a mapping from layer index to one. None: everything.
+    tokens : SpecPrefill, optional
+        Which tokens of a prompt are read at all. None: all of them.
 
     Yields
     ------
@@ -108,7 +114,13 @@ def sparse(
     total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
     kept, once = keeping(model, cache, total), read_once(model, cache)
     with on_sparse(model), kept, once, heard(model) as ear, attached(picked, settings, ear):
-        yield given
+        if tokens is None:
+            yield given
+            return
+        from .spec_prefill import thinned  # judges by layers, which are attached here
+
+        with thinned(model, tokens):
+            yield given
 
 
 def _all_follow(model: Any, picked: Sequence[Layer]) -> None:

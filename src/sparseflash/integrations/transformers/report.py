@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...methods.base import Method
 from ...ops.attention import attention
 from ...ops.stats import attention_stats
 from .._host import exact
@@ -38,6 +39,8 @@ class Row:
         Share of the dense softmax's mass on visible pairs, by query head, mean over queries.
     seconds, dense_seconds : float
         Time of the call, selection included; and of dense attention on the same tensors.
+    notes : mapping
+        What the methods say of each head (`Method.notes`), by name; NaN for heads without.
     """
 
     layer: str
@@ -47,6 +50,7 @@ class Row:
     recall: tuple[float, ...]
     seconds: float
     dense_seconds: float
+    notes: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,22 @@ class Report:
                 f"{row.layer[-28:]:<28} {_span(row.density):>18} {_span(row.recall):>18} "
                 f"{row.seconds * 1e3:>8.2f} {row.dense_seconds * 1e3:>9.2f}  {names}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines + self.remarks)
+
+    @property
+    def remarks(self) -> list[str]:
+        """A line for each method that left nothing out in some calls: their tokens are within its budget."""
+        whole: dict[str, list[str]] = {}
+        for row in self.rows:
+            for name in dict.fromkeys(row.methods):
+                seen = [x for own, x in zip(row.methods, row.density, strict=True) if own == name]
+                if name != "dense" and all(x == 1 for x in seen):
+                    whole.setdefault(name, []).append(row.layer)
+        return [
+            f"{name} left nothing out in {len(layers)} of {len(self.rows)} calls ({layers[0]} first): the "
+            "prompt is no longer than its budget, so these ran dense"
+            for name, layers in whole.items()
+        ]
 
 
 def _span(x: Sequence[float]) -> str:
@@ -160,6 +179,7 @@ class _Probe:
         names = ["dense"] * H
         sums = torch.zeros(H, 4, dtype=torch.float64)  # pairs: visible, all; mass; queries
         watching = 0.0
+        notes: dict[str, list[float]] = {}
 
         def watch(method: Any, heads: Sequence[int], q: Tensor, k: Tensor, plan: Any, full: Any) -> None:
             """Called once for the whole batch, or once for each group of sequences."""
@@ -168,6 +188,13 @@ class _Probe:
                 found, spent = _timed(lambda: self._seen(q, k, plan, full, options), q)
                 sums[list(heads)] += found
                 watching += spent
+                ctx = {name: options[name] for name in ("scale", "softcap")} | {"q_offset": mask.offset}
+                own, note = _timed(lambda: _notes(method, q, k, ctx | {"layer": self.layer.index}), q)
+                watching += note
+                for name, said in own.items():
+                    each = notes.setdefault(name, [float("nan")] * H)
+                    for head, x in zip(heads, said.tolist(), strict=True):
+                        each[head] = x
                 for head in heads:
                     names[head] = repr(method)
 
@@ -203,6 +230,7 @@ class _Probe:
                 tuple(recall),
                 seconds,
                 dense,
+                {name: tuple(each) for name, each in notes.items()},
             )
         )
         return out
@@ -219,6 +247,11 @@ class _Probe:
             full = full.restrict(rows)
         found = (_density(q, k, plan), _density(q, k, full), *_recall(q, k, plan, full, options))
         return torch.stack(found, -1).cpu()
+
+
+def _notes(method: Method, q: Tensor, k: Tensor, ctx: dict[str, Any]) -> dict[str, Tensor]:
+    """What a method says of its heads, told what it reads of `ctx`."""
+    return method.notes(q, k, {name: x for name, x in ctx.items() if name in method.reads})
 
 
 def _timed(call: Any, q: Tensor) -> tuple[Any, float]:
