@@ -16,7 +16,7 @@ import transformers as hf
 import sparseflash as sf
 from sparseflash.methods.base import Method, Selection
 from test_transformers import T, close, eager, model, padded, tokens
-from transformer_models import FAMILIES, TEXT, tiny
+from transformer_models import FAMILIES, tiny
 
 WINDOW = sf.methods.SinkWindow(window=20, sink_tokens=3)
 HASHED = sf.methods.HashSparse(nb=4, window_heads=2, head_window=16)
@@ -368,16 +368,3 @@ def test_layers_have_their_own_numbers_where_these_tell_them_apart(numbers, want
     for layer, number in zip(layers, numbers):
         layer.layer_idx = number
     assert tuple(x.index for x in sf.transformers.attention_layers(one)[:2]) == want
-
-
-def test_a_report_says_once_which_methods_had_nothing_to_leave_out():
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(**TEXT)
-    model, ids = hf.LlamaForCausalLM(config).eval(), torch.arange(60)[None] % 90 + 3
-    for window, said in ((64, 1), (16, 0)):
-        method = sf.methods.SinkWindow(window=window)
-        with sf.transformers.sparse(model, prefill=method):
-            found = sf.transformers.report(model, input_ids=ids)
-        assert len(found.remarks) == said == str(found).count("ran dense")
-    with sf.transformers.sparse(model, prefill=[None] * 3 + [method], layers=[0]):
-        assert not sf.transformers.report(model, input_ids=ids).remarks

@@ -878,16 +878,3 @@ def test_rotations_of_dual_chunks_reach_to_the_last_key_at_least(generator):
     for wrong in (short, (tables[0], short[1]), flat, (tables[0], flat[1]), tables[:1], (tables[0], 1)):
         with pytest.raises(sf.SparseFlashError, match="the last of 70 keys"):
             method(q, k, v, ctx={"rope": wrong})
-
-
-def test_flexprefill_notes_which_heads_are_query_aware(generator):
-    """Of planted heads: one looks by position, one by the content of whole blocks."""
-    pairs = [slashed(generator, 512, 130), blocky(generator, 512, 32)]
-    q, k = (torch.cat([pair[n] for pair in pairs], 1) for n in (0, 1))
-    method = sf.methods.FlexPrefill(block=32, min_budget=32, gamma=0.95)
-    assert method.notes(q, k)["aware"].tolist() == [0, 1]
-    near = {"method": "window", "window": 16}
-    setting = {"method": "flexprefill", "block": 32, "min_budget": 32, "gamma": 0.95}
-    profile = sf.calibrate.Profile.of("a model", {3: [near, setting]})
-    noted = sf.methods.Profiled(profile).notes(q, k, {"layer": 3})["aware"]
-    assert bool(noted[0].isnan()) and noted[1] == 1
