@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,6 @@ from .packed import behind, gather, scatter
 from .samples import read_once
 from .tokens import Ear, heard
 
-if TYPE_CHECKING:
-    from .spec_prefill import SpecPrefill
-
 Heads = Sequence[Method | None]
 Choice = Method | Heads | Mapping[int, Any] | None
 
@@ -42,6 +39,13 @@ PHASES = {"prefill": ("prefill", "training", "diffusion"), "decode": ("decode",)
 """The method phases that can serve each phase of a model."""
 
 
+class Reading(Protocol):
+    """Which tokens of a prompt a model reads: `SpecPrefill`."""
+
+    def reading(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context in which the model reads these alone."""
+
+
 @contextmanager
 def sparse(
     model: nn.Module,
@@ -49,7 +53,7 @@ def sparse(
     decode: Choice = None,
     layers: Iterable[int | str] | int | str | None = None,
     cache: Kept | Mapping[int, Kept] | None = None,
-    tokens: SpecPrefill | None = None,
+    tokens: Reading | None = None,
 ) -> Iterator[nn.Module]:
     """Let methods choose the keys of chosen layers of a Transformers model, inside a `with` block.
 
@@ -98,6 +102,8 @@ def sparse(
     >>> logits.shape
     torch.Size([1, 37, 32000])
     """
+    if tokens is not None and not hasattr(tokens, "reading"):
+        raise SparseFlashError(f"tokens={tokens!r}: expected sf.transformers.SpecPrefill(keep=0.3), or None")
     given, model = model, bare(model)
     named = [x for x in (prefill, decode) if isinstance(x, Mapping)]
     if layers is None and named and all(x is None or isinstance(x, Mapping) for x in (prefill, decode)):
@@ -114,12 +120,7 @@ def sparse(
     total = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", len(picked))
     kept, once = keeping(model, cache, total), read_once(model, cache)
     with on_sparse(model), kept, once, heard(model) as ear, attached(picked, settings, ear):
-        if tokens is None:
-            yield given
-            return
-        from .spec_prefill import thinned  # judges by layers, which are attached here
-
-        with thinned(model, tokens):
+        with nullcontext() if tokens is None else tokens.reading(model):
             yield given
 
 

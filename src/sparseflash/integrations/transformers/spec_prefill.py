@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -112,6 +112,10 @@ class SpecPrefill:
     def chunks(self, tokens: int) -> int:
         """Number of chunks of a prompt that are read."""
         return max(1, math.ceil(self.keep * -(-tokens // self.chunk)))
+
+    def reading(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context in which a model reads these tokens of the prompts that begin a cache."""
+        return _thinned(model, self)
 
     @torch.no_grad()
     def choose(self, model: nn.Module, ids: Tensor) -> Tensor:
@@ -232,10 +236,8 @@ def _named(every: list[Layer], wanted: int | Sequence[int]) -> list[Layer]:
 
 
 @contextmanager
-def thinned(model: nn.Module, how: SpecPrefill) -> Iterator[None]:
+def _thinned(model: nn.Module, how: SpecPrefill) -> Iterator[None]:
     """Let a model read a part of the prompts that begin a cache, inside the block."""
-    if not isinstance(how, SpecPrefill):
-        raise SparseFlashError(f"tokens={how!r}: expected sf.transformers.SpecPrefill(keep=0.3), or None")
     if windowed := [layer.name for layer in attention_layers(model) if layer.windowed]:
         raise SparseFlashError(
             f"tokens=: {windowed[0]} and {len(windowed) - 1} more layers have windows, which count places in "
