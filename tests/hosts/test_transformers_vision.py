@@ -304,3 +304,68 @@ def test_the_encoder_of_sam_is_refused_by_name_and_its_decoder_is_reached():
         assert torch.equal(model(**given).pred_masks, want)
     after = {part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs}
     assert calls == [0] and before == after
+
+
+# ---------------------------------------------------------------- block diffusion
+
+
+def diffusion_gemma():
+    """A tiny DiffusionGemma: its decoder denoises canvases of 16 tokens behind what its encoder read."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 16}
+    text |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "num_experts": 2}
+    text |= {"top_k_experts": 1, "moe_intermediate_size": 16, "pad_token_id": 0, "eos_token_id": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
+    config = hf.DiffusionGemmaConfig(text_config=text, canvas_length=16, vision_config=vision)
+    model = hf.DiffusionGemmaForBlockDiffusion(config).eval()
+    model.generation_config.max_denoising_steps = 6
+    model.generation_config.confidence_threshold = 1e-9
+    return model
+
+
+def generate(model):
+    torch.manual_seed(1)
+    found = model.generate(torch.arange(3, 40)[None], max_new_tokens=32)
+    return found.sequences
+
+
+needs_block_diffusion = pytest.mark.skipif(
+    not hasattr(hf, "DiffusionGemmaForBlockDiffusion"), reason="this Transformers has no DiffusionGemma"
+)
+DECODER = "model.decoder.layers.1.self_attn"  # the other one has a window
+
+
+@needs_block_diffusion
+def test_block_diffusion_tells_step_and_canvas_and_at_full_budget_is_itself():
+    model, heard = diffusion_gemma(), []
+
+    class Hears(sf.methods.SparseD):
+        def select(self, q, k, ctx=None):
+            heard.append((ctx["step"], ctx["steps"], ctx["generated"], q.shape[2], k.shape[2]))
+            return super().select(q, k, ctx)
+
+    want = generate(model)
+    with sf.transformers.sparse(model, prefill=Hears(1.0, skip=0.2, block=8), layers=DECODER):
+        assert torch.equal(generate(model), want)
+    steps = [told[0] for told in heard]
+    assert steps[:6] == [0, 1, 2, 3, 4, 5] and steps.count(0) == 2
+    assert {told[1:4] for told in heard} == {(6, 16, 16)}
+    assert [told[4] for told in heard if told[0] == 0] == [37 + 16, 37 + 32]
+    assert torch.equal(generate(model), want)
+
+
+@needs_block_diffusion
+def test_a_canvas_reuses_the_pattern_of_its_own_first_steps():
+    model, found = diffusion_gemma(), []
+
+    class Finds(sf.methods.SparseD):
+        def pattern(self, q, k, lse, ctx):
+            found.append((ctx["step"], k.shape[2]))
+            return super().pattern(q, k, lse, ctx)
+
+    with sf.transformers.sparse(model, prefill=Finds(0.2, skip=0.2, block=4), layers=DECODER):
+        once, twice = generate(model), generate(model)
+    assert torch.equal(once, twice)
+    assert found == [(2, 53), (2, 69)] * 2

@@ -158,24 +158,28 @@ class StepMethod(Method):
         """Find the pattern; `lse` is that of dense attention at this or an earlier step, or None."""
         raise NotImplementedError(f"{type(self).__name__}.pattern")
 
+    def lengths(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """Numbers of queries and keys; equal, unless a method takes the last tokens alone as queries."""
+        return (check_square(self, q, k),) * 2
+
     def select(self, q: Tensor, k: Tensor, ctx: Context | None = None) -> Selection:
         """A dense plan at the first steps, then the pattern."""
-        ctx, T = ctx or {}, check_square(self, q, k)
+        ctx, (Tq, Tk) = ctx or {}, self.lengths(q, k)
         step, known = ctx.get("step"), ctx.get("state")
         first = self._first(ctx)
         if step is None:
             return Selection(self.pattern(q, k, None, ctx).plan)
         if step <= first:
-            return Selection(Plan.dense(T, T, device=q.device))
+            return Selection(Plan.dense(Tq, Tk, device=q.device))
         if not isinstance(known, Pattern):
             raise SparseFlashError(
                 f"{type(self).__name__}: step {step}, and no pattern of step {first} is kept: run all steps "
                 "of a generation from 0 through one Session (layer=, branch=)"
             )
-        if known.plan.Tq != T:
+        if (known.plan.Tq, known.plan.Tk) != (Tq, Tk):
             raise SparseFlashError(
-                f"{type(self).__name__}: step {step} has {T} tokens, the pattern of step {first} "
-                f"{known.plan.Tq}: a generation of another size is another Session, from step 0"
+                f"{type(self).__name__}: step {step} has {Tk} tokens, the pattern of step {first} "
+                f"{known.plan.Tk}: a generation of another size is another Session, from step 0"
             )
         if self.again(step):
             known = self.pattern(q, k, known.lse, ctx)

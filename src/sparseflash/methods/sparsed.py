@@ -24,6 +24,8 @@ class SparseD(StepMethod):
     Blocks of the prompt and of the generated part are selected separately, so that every query keeps some of
     the generated part. The selection is fixed, because attention changes little from step to step.
 
+    Queries may be the last tokens alone: a canvas that is written behind a prompt whose keys are cached.
+
     Papers: Wang et al., "SparseD: Sparse Attention for Diffusion Language Models", arXiv 2509.24014.
 
     Parameters
@@ -41,8 +43,8 @@ class SparseD(StepMethod):
     Notes
     -----
     `ctx` keys: `step` and `steps`, `state` (kept by a `Session`), `generated`, the number of tokens at the
-    end that are being generated (all by default), `scale` and `softcap`. Without a step, each call finds its
-    own pattern. Prompt blocks are the best among all blocks, as in the paper, so fewer may remain.
+    end that are being generated (all queries by default), `scale` and `softcap`. Without a step, each call
+    finds its own pattern. Prompt blocks are the best among all blocks, as in the paper, so fewer may remain.
 
     Examples
     --------
@@ -83,10 +85,18 @@ class SparseD(StepMethod):
             )
         return int(steps * self.skip) + 1
 
+    def lengths(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """Numbers of queries and keys; queries are the last tokens."""
+        Tq, Tk = q.shape[2], k.shape[2]
+        require(
+            (Tq <= Tk, lambda: f"SparseD: {Tq} queries and {Tk} keys; expected no more queries than keys")
+        )
+        return Tq, Tk
+
     def pattern(self, q: Tensor, k: Tensor, lse: Tensor | None, ctx: Context) -> Pattern:
         """Keep the best blocks of the prompt, and the best of the generated part."""
-        T, size = q.shape[2], self.block
-        generated = ctx.get("generated", T)
+        (Tq, T), size = self.lengths(q, k), self.block
+        generated = ctx.get("generated", Tq)
         require(
             (
                 is_count(generated) and generated <= T,
@@ -96,10 +106,10 @@ class SparseD(StepMethod):
         told = {name: ctx.get(name) for name in ("scale", "softcap")}
         if self.scaling == "heads":
             told["scale"], lse = q.shape[1] ** -0.5, None
-        grid = Grid(T, T, size, size, causal=False, device=q.device)
+        grid = Grid(Tq, T, size, size, causal=False, device=q.device)
         edge = max(0, min(-(-(T - generated) // size), grid.units - 1))
         late = k[:, :, edge * size :]
-        written = Grid(T, late.shape[2], size, size, causal=False, device=q.device)
+        written = Grid(Tq, late.shape[2], size, size, causal=False, device=q.device)
         mass = tile_mass(q, late, written, "exact", lse=None if edge else lse, **told)
         keep = top_k(mass, self._budget(written.units))
         if edge:

@@ -26,6 +26,9 @@ SETTING = "_sparseflash"
 ACROSS = "_sparseflash_across"
 """Attribute of an attention module that holds what attends over ranks inside `context_parallel(...)`."""
 
+WHOLE = ("DiffusionGemmaDecoderTextAttention",)
+"""Layers whose window is one of their cache: they attend to all keys that they are given."""
+
 HARMLESS: set[str] = {
     "position_ids", "use_cache", "cache_position", "max_length_q", "max_length_k", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "labels", "shift_labels",
@@ -93,6 +96,8 @@ def sparse_attention(
         For unsupported arguments that would change the result. Nothing is ignored silently.
     """
     _refuse(module, kwargs)
+    if type(module).__name__ in WHOLE:
+        sliding_window = None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if (across := getattr(module, ACROSS, None)) is not None:  # the mask is of all ranks' tokens
         options = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux, "dropout_p": dropout}

@@ -158,7 +158,8 @@ def _overhear(ear: Ear | None, module: nn.Module, args: Any, kwargs: dict[str, A
         cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
         told = {"cache": cache, "rope": kwargs.get("position_embeddings")}
         tokens = None if ear is None else ear.tokens
-        vars(module)[OVERHEARD] = told if tokens is None else told | tokens._asdict()
+        told |= {} if tokens is None else tokens._asdict()
+        vars(module)[OVERHEARD] = told if ear is None else told | ear.denoising
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 
 _NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 """Config fields with the ids of image and video tokens; "index" in older configs."""
+
+
+CANVAS = {"decoder_input_ids", "self_conditioning_logits", "past_key_values"}
+"""Arguments by which a decoder that denoises a canvas is known (DiffusionGemma)."""
 
 
 class Tokens(NamedTuple):
@@ -36,6 +42,9 @@ class Ear:
 
     def __init__(self) -> None:
         self.tokens: Tokens | Patches | None = None
+        self.denoising: dict[str, int] = {}
+        """Inside of a decoder that denoises: step, steps (if known), and `generated`, the canvas."""
+        self._step, self._read = -1, -1
 
     def hook(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model."""
@@ -43,16 +52,40 @@ class Ear:
             named = dict(zip((getattr(model, "main_input_name", "input_ids"),), args)) | kwargs
             self.tokens = read(getattr(model, "config", None), named)
 
+    def denoises(self, steps: int | None, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a decoder of canvases (block diffusion): counts the steps of each canvas."""
+        canvas = kwargs.get("decoder_input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        if torch.compiler.is_compiling() or not isinstance(canvas, Tensor) or cache is None:
+            return
+        read = int(cache.get_seq_length())
+        again = kwargs.get("self_conditioning_logits") is not None and read == self._read
+        self._step, self._read = self._step + 1 if again else 0, read
+        self.denoising = {"step": self._step, "generated": canvas.shape[1]}
+        self.denoising |= {} if steps is None else {"steps": steps}
+
+    def denoised(self, *given: Any) -> None:
+        """Forward hook of that decoder."""
+        self.denoising = {}
+
 
 @contextmanager
 def heard(model: nn.Module) -> Iterator[Ear]:
-    """Hook an `Ear` onto the forward of a model."""
+    """Hook an `Ear` onto the forward of a model, and of a decoder of canvases inside it."""
     ear = Ear()
-    handle = model.register_forward_pre_hook(ear.hook, with_kwargs=True)
+    handles = [model.register_forward_pre_hook(ear.hook, with_kwargs=True)]
+    steps = getattr(getattr(model, "generation_config", None), "max_denoising_steps", None)
+    for part in model.modules():
+        takes = inspect.signature(part.forward).parameters.keys()
+        if takes >= CANVAS and "input_ids" not in takes:
+            begin = functools.partial(ear.denoises, steps)
+            handles.append(part.register_forward_pre_hook(begin, with_kwargs=True))
+            handles.append(part.register_forward_hook(ear.denoised, always_call=True))
     try:
         yield ear
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def read(config: Any, given: Mapping[str, Any]) -> Tokens | Patches | None:
