@@ -547,3 +547,22 @@ def test_what_the_experiments_measure_is_what_they_say(generator):
     assert label.tolist() == [int("11" in "".join(map(str, row))) for row in x.tolist()]
     rows = list(vision.measure(parts=("orion",), steps=1))
     assert [row["case"] for row in rows][:2] == ["window", "windowless"] and rows[-1]["density"] == 1
+
+
+@pytest.mark.parametrize("generated", [16, 40])
+def test_sparsed_of_a_canvas_is_the_last_rows_of_sparsed_of_all(generated, generator):
+    q, k, v = (torch.randn(2, heads, 128, 16, generator=generator) for heads in (4, 2, 2))
+    method, canvas = sf.methods.SparseD(0.3, block=16), q[:, :, -48:]
+    ctx = {"step": 3, "steps": 10, "generated": generated}
+    both = []
+    for queries in (q, canvas):
+        session = sf.methods.Session(method)
+        session(queries, k, v, ctx=ctx)
+        both.append(session.select(queries, k, {**ctx, "step": 4}).plan.to_dense())
+    assert torch.equal(both[0][:, :, -48:], both[1])
+    with pytest.raises(sf.SparseFlashError, match="no more queries than keys"):
+        method.select(q, k[:, :, :100], ctx)
+    session = sf.methods.Session(method)
+    session(canvas, k, v, ctx=ctx)
+    with pytest.raises(sf.SparseFlashError, match="step 4 has 112 tokens, the pattern of step 3 128"):
+        session.select(canvas, k[:, :, 16:], {**ctx, "step": 4})
