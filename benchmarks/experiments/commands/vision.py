@@ -41,6 +41,23 @@ def bench_diffusion(
     session("diffusion", out, partial(diffusion.measure, named(data), **options), columns)
 
 
+@experiments.command("modalities", rich_help_panel=PANEL)
+def bench_modalities(
+    out: Out = RESULTS / "modalities.csv",
+    frames: Annotated[int, typer.Option(min=4, help="Frames of each of the two videos.")] = 32,
+    side: Annotated[int, typer.Option(min=4, help="Rows, and columns, of a frame.")] = 8,
+    budgets: Annotated[str, typer.Option(help="Columns, and slashes, of a boundary head.")] = "32,64,128",
+) -> None:
+    """Needles in prompts of text and two videos: patterns of each modality beside lines, at equal pairs."""
+    from sparseflash.bench.session import session
+
+    from .. import modalities
+
+    columns = ("kind", "pattern", "case", "T", "budget", "kept", "needles", "needles_worst")
+    given = {"frames": frames, "side": side, "budgets": integers(budgets, "32,64", 1)}
+    session("modalities", out, partial(modalities.measure, **given), columns)
+
+
 @experiments.command("vision", rich_help_panel=PANEL)
 def bench_vision(
     out: Out = RESULTS / "vision.csv",

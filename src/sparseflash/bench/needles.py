@@ -108,12 +108,11 @@ def plant(
     >>> bool((found.dense()[1] > 0.999).all()), bool((found.kept(plan) > 0.001).any())
     (True, False)
     """
-    (B, Hq, T, D), Hkv = q.shape, k.shape[1]
+    (B, _, T, _), Hkv = q.shape, k.shape[1]
     if kind not in KINDS:
         raise SparseFlashError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     if T < 16 * RUN * count:
         raise SparseFlashError(f"{count} needles in {T} tokens: they want {16 * RUN * count}; plant fewer")
-    scale = D**-0.5 if scale is None else scale
 
     def draw(low: Tensor | int, high: Tensor | int, *shape: int) -> Tensor:
         return (low + torch.rand(B, Hkv, *shape, generator=generator) * (high - low)).long()
@@ -127,6 +126,32 @@ def plant(
         asking = (begin + torch.arange(RUN * count)).expand(B, Hkv, -1)
         asked = draw(T // 32, T * 3 // 8 - count, count)
     asked = asked // count * count + number  # makes them distinct
+    return plant_at(q, k, asking, asked, generator, scale=scale, gap=gap, loud=loud)
+
+
+def plant_at(
+    q: Tensor,
+    k: Tensor,
+    asking: Tensor,
+    asked: Tensor,
+    generator: torch.Generator,
+    *,
+    scale: float | None = None,
+    gap: float = 16.0,
+    loud: bool = False,
+) -> Needles:
+    """Plant needles at given places: `plant` with asking queries `[B,Hkv,n]` that ask for keys in turn.
+
+    Parameters
+    ----------
+    asking, asked : Tensor
+        Integers `[B,Hkv,n]` and `[B,Hkv,count]`: queries, and distinct earlier keys; query i asks for key
+        `i % count`.
+    q, k, generator, scale, gap, loud
+        As in `plant`.
+    """
+    (B, Hq, _, D), Hkv, count = q.shape, k.shape[1], asked.shape[2]
+    scale = D**-0.5 if scale is None else scale
     turn = (torch.arange(asking.shape[2]) % count).to(q.device)
     asking, asked = asking.to(q.device), asked.to(q.device)
     mean = k.float().mean(2, keepdim=True)
@@ -140,7 +165,7 @@ def plant(
     lead = logits.gather(3, asked[..., None]) - logits.scatter(3, asked[..., None], float("-inf")).amax(
         3, True
     )
-    asks = (to * (gap + math.log(T)) / lead).repeat_interleave(Hq // Hkv, 1).to(q.dtype)
+    asks = (to * (gap + math.log(k.shape[2])) / lead).repeat_interleave(Hq // Hkv, 1).to(q.dtype)
     rows = asking.repeat_interleave(Hq // Hkv, 1)[..., None].expand_as(asks)
     return Needles(q.scatter(2, rows, asks), k, asking, asked, scale)
 

@@ -37,6 +37,7 @@ from .quest import Quest
 from .reformer import Reformer
 from .round_attention import RoundAttention, Rounds
 from .seer_attention import Gates, SeerAttention
+from .seer_decode import DecodeGates, SeerDecode
 from .session import Session
 from .sink_window import SinkWindow
 from .sliding_tile import SlidingTile
@@ -80,6 +81,8 @@ __all__ = [
     "RoundAttention",
     "Rounds",
     "SeerAttention",
+    "SeerDecode",
+    "DecodeGates",
     "Gates",
     "Session",
     "SinkWindow",

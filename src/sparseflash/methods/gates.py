@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -95,19 +95,30 @@ class Gates:
     torch.Size([4, 96, 32])
     """
 
+    form = FORMAT
+    shape = "[heads, 3 D, D]"
+
     def __init__(
         self, layers: Mapping[int, Tensor], *, block: int = 64, rotary: bool = True, name: str = ""
     ) -> None:
         for number, weight in layers.items():
-            good = isinstance(weight, Tensor) and weight.dim() == 3 and weight.shape[1] == 3 * weight.shape[2]
-            if not good:
+            if not (isinstance(weight, Tensor) and weight.dim() == 3 and self.fits(*weight.shape[1:])):
                 given = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-                raise SparseFlashError(f"layer {number}: weights {given}; expected [heads, 3 D, D]")
+                raise SparseFlashError(f"layer {number}: weights {given}; expected {self.shape}")
         self.layers = {int(number): weight.detach() for number, weight in layers.items()}
         self.block, self.rotary, self.name = block, rotary, name
 
+    @staticmethod
+    def fits(rows: int, width: int) -> bool:
+        """Whether weights of a head have this shape."""
+        return rows == 3 * width
+
     def __repr__(self) -> str:
-        return repr(self.name) if self.name else f"Gates({sorted(self.layers)}, block={self.block})"
+        return (
+            repr(self.name)
+            if self.name
+            else f"{type(self).__name__}({sorted(self.layers)}, block={self.block})"
+        )
 
     def of(self, layer: int | None) -> Tensor:
         """Return the weights of a layer; None means the only one."""
@@ -124,13 +135,13 @@ class Gates:
         """Write the gates as safetensors, atomically."""
         from safetensors.torch import save_file
 
-        told = {"format": FORMAT, "about": json.dumps({"block": self.block, "rotary": self.rotary})}
+        told = {"format": self.form, "about": json.dumps({"block": self.block, "rotary": self.rotary})}
         with replacing(Path(path)) as at:
             save_file({f"layer.{n}": x.contiguous().cpu() for n, x in self.layers.items()}, at, told)
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Gates:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises
@@ -143,8 +154,8 @@ class Gates:
         try:
             with safe_open(path, "pt") as file:
                 told = file.metadata() or {}
-                if told.get("format") != FORMAT:
-                    raise SparseFlashError(f"{path} holds no gates: expected what Gates.save wrote")
+                if told.get("format") != cls.form:
+                    raise SparseFlashError(f"{path} holds no gates: expected what {cls.__name__}.save wrote")
                 layers = {int(name.partition(".")[2]): file.get_tensor(name) for name in file.keys()}
             return cls(layers, **json.loads(told["about"]), name=str(path))
         except (OSError, SafetensorError, ValueError) as error:
@@ -153,7 +164,34 @@ class Gates:
             raise SparseFlashError(f"{path} holds no gates: {error}") from None
 
 
+class DecodeGates(Gates):
+    """Weights `[Hkv, (group + 3) D + 2, D]` of a model's decode gates, as `nn.SeerDecodeGate` learns them.
+
+    Parameters and files are those of `Gates`; `block` is the number of keys of a page.
+
+    Examples
+    --------
+    >>> import torch, sparseflash as sf
+    >>> sf.methods.DecodeGates({3: torch.zeros(2, 162, 32)}, rotary=False)
+    DecodeGates([3], block=64)
+    """
+
+    form = "sparseflash decode gates 1"
+    shape = "[KV heads, (group + 3) D + 2, D]"
+
+    @staticmethod
+    def fits(rows: int, width: int) -> bool:
+        """Whether weights of a KV head have this shape, for a group of some size."""
+        return rows > 3 * width + 2 and (rows - 2) % width == 0
+
+
 @functools.lru_cache(8)
 def loaded(path: str, stamp: int) -> Gates:
     """Load the gates of a file, cached by path and modification time."""
     return Gates.load(path)
+
+
+@functools.lru_cache(8)
+def loaded_decode(path: str, stamp: int) -> DecodeGates:
+    """Load the decode gates of a file, cached by path and modification time."""
+    return DecodeGates.load(path)

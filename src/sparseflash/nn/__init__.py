@@ -20,6 +20,7 @@ from .orion import MultiScaleRows, PerceiverMemory
 from .registry import find, get, names, options
 from .routing import RoutingAttention
 from .seer import SeerGate
+from .seer_decode import SeerDecodeGate
 from .self_attention import SelfAttention
 from .seqboat import EMA, SeqBoat
 from .sparsek import SparseKAttention, sparsek_threshold
@@ -45,6 +46,7 @@ __all__ = [
     "NMLinear",
     "NativeSparseAttention",
     "RoutingAttention",
+    "SeerDecodeGate",
     "SeerGate",
     "SelfAttention",
     "SeqBoat",

@@ -177,6 +177,9 @@ def calibrate(
     target: Annotated[
         str, typer.Option(help="With seer-attention: max, a block's largest weight; sum, its mass.")
     ] = "max",
+    decode: Annotated[
+        bool, typer.Option(help="With seer-attention: gates for decoded tokens instead of prompts.")
+    ] = False,
     alike: Annotated[
         float, typer.Option(min=0, max=1, help="With round: how like the layers above it a layer must be.")
     ] = 0.75,
@@ -198,9 +201,10 @@ def calibrate(
     and at all of them. Use the profile: **sparseflash prefill --profile smollm2.json**; in Python
     **sf.methods.Profiled(sf.calibrate.Profile.load("smollm2.json"))**. seer-attention: each layer gets a
     gate, trained to predict attention's blocks from pooled queries and keys: **sparseflash prefill --method
-    seer-attention --set gates=gates.safetensors**. lserve: a gate per KV head learns whether distant phrases
-    are recalled without its far keys; **sf.methods.streaming_heads("streaming.json")** is the half of the
-    heads that can stream. round: the text is cut into --pieces rounds; prints the first layer whose round
+    seer-attention --set gates=gates.safetensors**; with --decode one for decoded tokens
+    (**sf.methods.SeerDecode(gates="decode.safetensors")**). lserve: a gate per KV head learns whether distant
+    phrases are recalled without its far keys; **sf.methods.streaming_heads("streaming.json")** is the half of
+    the heads that can stream. round: the text is cut into --pieces rounds; prints the first layer whose round
     weights are like those of all layers above it.
     """
     from sparseflash.bench import recommend as chooser
@@ -214,8 +218,8 @@ def calibrate(
     if target not in ("max", "sum"):
         raise SparseFlashError(f"--target {target}: expected max or sum")
     if method == "seer-attention":
-        out = Path("gates.safetensors") if out is None else out
-        return _gates(model, text, tokens, pieces, integers(layers) or None, steps, target, out)
+        out = Path("decode.safetensors" if decode else "gates.safetensors") if out is None else out
+        return _gates(model, text, tokens, pieces, integers(layers) or None, steps, target, out, decode)
     if method == "lserve":
         out = Path("streaming.json") if out is None else out
         return _streaming(model, text, tokens, pieces, steps, out)
@@ -305,11 +309,12 @@ def _gates(
     steps: int,
     target: Any,
     out: Path,
+    decode: bool,
 ) -> None:
     """Train gates on pieces of the texts, test them on one more piece, and save them."""
     from rich.progress import Progress
 
-    from sparseflash.bench import distill
+    from sparseflash.bench import distill, distill_decode
     from sparseflash.integrations.transformers import load
 
     read = [_read(path) for path in text]
@@ -325,14 +330,16 @@ def _gates(
     cut = [cut[n * (len(cut) - 1) // count] for n in range(count)] + cut[-1:]
     with Progress(transient=True) as bar:
         task = bar.add_task("listening", total=len(cut))
+        room: Any = distill_decode if decode else distill
+        how = {} if decode else {"target": target}
         seen = []
         for one in cut:
-            seen.append(distill.listen(loaded, one, layers, target=target))
+            seen.append(room.listen(loaded, one, layers, **how))
             bar.advance(task)
         task = bar.add_task("training", total=len(seen[0]))
-        found = distill.train(seen[:-1], steps=steps, name=model, on_layer=lambda number: bar.advance(task))
+        found = room.train(seen[:-1], steps=steps, name=model, on_layer=lambda number: bar.advance(task))
     found.save(out)
-    own, equal = distill.divergences(found, seen[-1])
+    own, equal = room.divergences(found, seen[-1])
     print(
         f"{out}: gates of {len(found.layers)} layers; on text that they did not see they are {own:.3f} nats "
         f"from attention's blocks, equal weights {equal:.3f}"
