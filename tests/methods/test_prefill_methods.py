@@ -782,7 +782,7 @@ def test_blasst_attends_to_what_it_shows_and_factor_sets_how_little(T, causal, b
     for factor in (1e-9, 10.0, 1e9):
         method = sf.methods.BLASST(factor, causal)
         selection = method.select(q, k, {"scale": 0.3, "softcap": 60.0})
-        assert selection.skip_below == pytest.approx(max(0, math.log(T / factor)))
+        assert selection.skip_below == pytest.approx(max(0, math.log(T / factor)) if T > 64 else 1e30)
         plan = method.shown(q, k, selection, {"scale": 0.3, "softcap": 60.0})
         out, lse = method(q, k, v, scale=0.3, softcap=60.0, return_lse=True, backend=backend)
         compare({"out": out, "lse": lse}, q, k, v, mask_of(plan), scale=0.3, softcap=60.0)

@@ -268,6 +268,32 @@ def bench_gates(
     session("gates", out, partial(gates.measure, text, **given), ("case", "blocks", "kept", "recall"))
 
 
+@experiments.command("seer-tuning", rich_help_panel=PANEL)
+def bench_seer_tuning(
+    text: Annotated[Path, typer.Option(help="A text; its end judges.")],
+    out: Kept = RESULTS / "seer-tuning.csv",
+    folder: Annotated[Path, typer.Option(help="The first model and its gates.")] = Path("bench/seer-tuning"),
+    short: Annotated[int, typer.Option(min=128, help="Length that the model knows.")] = 1024,
+    length: Length = 4096,
+    first: Annotated[int, typer.Option(min=1, help="Steps of the first model.")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each copy at the longer length.")] = 100,
+) -> None:
+    """Fine-tune to longer texts through SeerAttention's blocks at 50, 75, 90 % left out, beside dense.
+
+    What OUT has already is not measured again.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import session
+
+    from .. import seer_tuning
+
+    there = results.read(out, "case") if out.is_file() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    given: dict[str, Any] = {"lengths": (short, length), "steps": (first, steps), "known": there}
+    columns = ("case", "T", "kept", "loss", "loss_last", "loss_dense", "loss_dense_last")
+    session("seer tuning", out, partial(seer_tuning.measure, text, folder, **given), columns, kept=there)
+
+
 @experiments.command("long-positions", rich_help_panel=PANEL)
 def bench_long_positions(
     text: Annotated[Path, typer.Option(help="A text that is long enough.")],

@@ -16,6 +16,11 @@ from ..ops.attention import attention
 from ..plan import Plan
 from .base import Context, Method, Selection
 
+BLOCK = 64
+"""Keys of the kernel's blocks."""
+NEVER = 1e30
+"""A threshold that no logits reach: nothing is skipped, and what cannot skip is refused at any length."""
+
 
 @dataclass(frozen=True)
 class BLASST(Method):
@@ -25,7 +30,8 @@ class BLASST(Method):
     its largest weight would be less than lambda times the largest so far: it computes neither exponentials
     nor the product with v. Lambda is `factor / keys` (at most 1), so that long prompts, whose weights are
     small, do not lose a larger share. A row loses less than lambda per skipped key, relative to its largest
-    weight. All products of q and k are computed, so the speed-up is at most 2x.
+    weight; among keys of a single block nothing is skipped. All products of q and k are computed, so the
+    speed-up is at most 2x.
 
     Papers: Yuan et al., "BLASST: Dynamic Blocked Attention Sparsity via Softmax Thresholding",
     arXiv 2512.12087, algorithm 1 (there N is the number of keys, and factor is calibrated for a model).
@@ -77,7 +83,8 @@ class BLASST(Method):
         """A dense plan, and the threshold for this number of keys."""
         at, (Tq, Tk) = (ctx or {}).get("q_offset", 0), (q.shape[2], k.shape[2])
         plan = Plan.dense(Tq, Tk, causal=self.causal, q_offset=at, device=q.device)
-        return Selection(plan, skip_below=max(0.0, math.log(max(Tk, 1)) - math.log(self.factor)))
+        below = max(0.0, math.log(max(Tk, 1)) - math.log(self.factor))
+        return Selection(plan, skip_below=below if Tk > BLOCK else NEVER)
 
     def shown(self, q: Tensor, k: Tensor, selection: Selection, ctx: Context | None = None) -> AnyPlan:
         """Plan of the blocks that the kernel does not skip, for figures; as slow as attention itself.
