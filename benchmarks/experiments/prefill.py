@@ -120,6 +120,8 @@ def measure(
                 for figure, value in quality(layer, tried[case], selections[case]).items():
                     row[figure] = float(row.get(figure) or 0) + value / len(layers)
         shape: Row = {"bench": "prefill", "capture": name, "T": length, "rounds": rounds}
+        if text is not None:
+            shape |= {"text": text.stem, "skip": skip}
         for case, row in found.items():
             dense, select, attend = (
                 sum(min(times[n * rounds : (n + 1) * rounds]) for n in range(len(layers))) / len(layers)
