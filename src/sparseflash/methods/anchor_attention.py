@@ -131,6 +131,6 @@ class AnchorAttention(Method):
 def _products(rows: Tensor, k: Tensor, scale: float, cap: float) -> Tensor:
     """Logits of rows [B,Hq,n,D] against all keys: [B,Hq,n,Tk]."""
     B, Hq, n, D = rows.shape
-    score = rows.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].mT * scale
-    score = cap * (score / cap).tanh() if cap else score
-    return score.flatten(1, 2)
+    group = rows.reshape(B, k.shape[1], -1, D)  # broadcasting over k would copy it for each head of a group
+    score = (group @ k.mT * scale).view(B, Hq, n, -1)
+    return cap * (score / cap).tanh() if cap else score
