@@ -28,6 +28,29 @@ def test_what_is_selected_without_a_look_at_values_is_what_is_selected_with_one(
     assert torch.equal(*torch.broadcast_tensors(got, want))
 
 
+def test_there_is_room_for_the_groups_of_the_widest_stride_before_one_is_chosen():
+    """Tokens that look at every ninth: nine groups, each in tiles of its own."""
+    k = torch.nn.functional.one_hot(torch.arange(130) % 9, 16).float().expand(1, 1, -1, -1) * 9
+    method = sf.methods.MMInference(near=2, sinks=0, strides=(2, 9))
+    with unseen():
+        far, near = method.select(k, k).plan
+    gap = torch.arange(130)[:, None] - torch.arange(130)
+    mask = far.to_dense()[0, 0] | near.to_dense()[0, 0]
+    assert torch.equal(mask, (gap >= 0) & ((gap < 2) | (gap % 9 == 0)))
+
+
+BEHIND = [x for x in CASES if "q_offset" in x.method().reads and not x.slow and x.slug != "tree"]
+
+
+@pytest.mark.parametrize("case", BEHIND, ids=str)
+def test_queries_behind_all_keys_have_lists_as_others(case):
+    """Such as those of a cache that another layer has filled less: what is called full is full, too."""
+    method, q, k = case.method(), directions(2, 4, 5), directions(2, 2, 40, shift=7)
+    plan = method.select(q, k, {"q_offset": 96, "v": k}).plan
+    for one in (plan,) if isinstance(plan, Plan) else plan:
+        one.check()
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("T", [1, 63, 129])
 @pytest.mark.parametrize(
