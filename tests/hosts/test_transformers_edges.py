@@ -54,9 +54,13 @@ def test_masks_that_are_moved_or_put_among_numbers_are_what_they_were():
     want = numbers.clone().masked_scatter(mask, torch.full((6,), 9.0))
     assert torch.equal(numbers.clone().masked_scatter(own, torch.full((6,), 9.0)), want)
     assert torch.equal(torch.where(own, numbers, -torch.inf), torch.where(mask, numbers, -torch.inf))
-    for inverted in (lambda: torch.where(own, -torch.inf, numbers), lambda: numbers.masked_fill(own, -1e9)):
+    for unclear in (
+        lambda: torch.where(own, -torch.inf, numbers),
+        lambda: numbers.masked_fill(own, -1e9),
+        lambda: torch.where(own, own, numbers),
+    ):
         with pytest.raises(sf.SparseFlashError, match="Model computes with its attention mask"):
-            inverted()
+            unclear()
 
 
 def test_only_modules_of_models_are_looked_for():

@@ -12,7 +12,7 @@ from cases import CASES, directions, mask_of
 from harness import unseen
 from sparseflash import Plan
 from sparseflash.distributed.select import Shards
-from sparseflash.methods import Method, Selection
+from sparseflash.methods import Method, Selection, heads
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.slow], ids=str)
@@ -26,6 +26,28 @@ def test_what_is_selected_without_a_look_at_values_is_what_is_selected_with_one(
     heads = max(got.shape[1], want.shape[1])
     got, want = (x.repeat_interleave(heads // x.shape[1], 1) for x in (got, want))
     assert torch.equal(*torch.broadcast_tensors(got, want))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighed(Method):
+    """Adds to its heads' keys, and multiplies their outputs, by one number more from head to head."""
+
+    first: int = 0
+
+    def select(self, q, k, ctx=None):
+        head = self.first + torch.arange(q.shape[1]).view(1, -1, 1)
+        plan = Plan.dense(q.shape[2], k.shape[2], causal=True)
+        return Selection(plan, head.expand(1, -1, k.shape[2]) * 0.1, head.expand(2, -1, q.shape[2]) * 1.0)
+
+
+def test_biases_and_gates_of_heads_stand_where_their_heads_do():
+    """And dense heads among them have none: nothing is added, and all is kept."""
+    q, k, ten, five = torch.zeros(2, 5, 7, 8), torch.zeros(2, 5, 9, 8), Weighed(10), Weighed(5)
+    found = heads.select([ten, five, None, ten, five], q, k, None)
+    assert found["gate"].shape == (2, 5, 7) and found["key_bias"].shape == (1, 5, 9)
+    assert found["gate"][1, :, 3].tolist() == [10, 5, 1, 11, 6]
+    torch.testing.assert_close(found["key_bias"][0, :, 3], torch.tensor([1.0, 0.5, 0.0, 1.1, 0.6]))
+    assert heads.select([sf.methods.Window(2)] * 5, q, k, None)["gate"] is None
 
 
 def test_there_is_room_for_the_groups_of_the_widest_stride_before_one_is_chosen():

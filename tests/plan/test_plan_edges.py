@@ -1,11 +1,13 @@
-"""Plans of caches, of offsets and of windows by head, at the edges of what tells them."""
+"""Plans of caches, of offsets and of windows by head, at the edges of what tells them; and their pictures."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import plans
 from sparseflash import Plan
+from sparseflash.plan.draw import draw, picture
 from test_plan_tight import of_pages, pages, tight
 
 
@@ -79,3 +81,64 @@ def test_one_window_of_all_heads_stays_one_and_two_are_a_table():
         both = Plan.by_head(pair).check()
         assert both.window is None and both.head_window.shape == (1, 2, 2)
         assert torch.equal(both.to_dense(), torch.cat([p.to_dense() for p in pair], 1))
+
+
+@pytest.mark.parametrize("kind", sorted(plans.KINDS))
+def test_a_picture_of_small_cells_is_the_share_of_their_pairs(kind):
+    """Of the batch slot and the head that are asked for; of several plans, of the pairs of any."""
+    plan = plans.example(11, kind, batch=2, heads=4, Tq=23, Tk=40).plan
+    (batch, heads), mask = plan.extent(), plan.to_dense().float()
+    rows, columns = 5, 7
+    ends = [torch.arange(n + 1) * T // n for n, T in ((rows, 23), (columns, 40))]
+    for b, h in ((0, 0), (batch - 1, heads - 1)):
+        seen = picture(plan, rows, columns, batch=b, head=h)
+        for i in range(rows):
+            for j in range(columns):
+                cell = mask[b, h, ends[0][i] : ends[0][i + 1], ends[1][j] : ends[1][j + 1]]
+                assert float(seen.share[i, j]) == pytest.approx(float(cell.mean())), (i, j)
+                assert bool(seen.touched[i, j]) or not cell.any()
+    whole = (plan, Plan.dense(23, 40) - plan)
+    assert bool((picture(whole, rows, columns).share == 1).all())
+
+
+def test_a_picture_of_one_head_of_a_plan_for_all_is_that_plans():
+    one, two = Plan.dense(8, 8, causal=True), Plan.dense(8, 8, window=(torch.tensor([0, 3]), 0))
+    for h in range(2):
+        seen = picture((one & two, two - one), 8, 8, head=h)
+        assert torch.equal(seen.share, two.to_dense()[0, h].float())
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, (9, 0)), (False, (2, 30)), (True, None)])
+def test_cells_that_a_band_crosses_are_marked_however_few_pairs_are_sampled(causal, window):
+    """Cells of 64 tokens and tiles of 16: those that the ranges of a first or a last query's tile reach."""
+    plan = Plan.dense(256, 256, causal=causal, window=window, tile=16)
+    for columns in (4, 8):
+        near = plan.to_dense()[0, 0].unflatten(0, (4, 64)).unflatten(2, (columns, 256 // columns))
+        near = near.any(3).any(1)
+        assert torch.equal(picture(plan, 4, columns).touched, near)
+    assert [[x != " " for x in line] for line in draw(plan, 8).splitlines()[2:]] == near.tolist()
+
+
+def test_a_shade_is_the_share_of_a_cells_pairs():
+    """Of sixteen keys 0, 1, 4, 8, 12, 15 and 16: none at all, and all at the last alone."""
+    counts = torch.tensor([0, 1, 4, 8, 12, 15, 16])
+    hi = torch.arange(7) * 16 + counts
+    plan = Plan.from_spans(
+        torch.stack([torch.arange(7) * 16, hi], -1).view(1, 1, 1, 7, 2), Tq=1, Tk=112, tile=1
+    )
+    assert draw(plan, 7).splitlines()[2:] == [" ░░▒▓██"]
+
+
+def test_an_explanation_counts_entries_keys_and_bytes():
+    """Two tiles of two heads: 3 + 5 keys for sure and 2 in doubt, twice."""
+    spans = torch.tensor([[[0, 3], [0, 0]], [[0, 5], [6, 8]]]).view(1, 1, 2, 2, 2).expand(1, 2, -1, -1, -1)
+    plan = Plan.from_spans(spans, Tq=4, Tk=9, tile=2)
+    plan = plan._changed(span_full=(plan.span_count > 0).int())
+    said = plan.explain()
+    assert "4 queries x 9 keys, 2 lists of 2 tiles (2 rows each)" in said
+    assert "rows: 4 of queries, 9 of keys\n" in said
+    assert "entries: 6 (1.5 a tile); of the keys visited 80% need no element test" in said
+    assert f"kept {20 / 36:.4f} of all pairs, density {20 / 36:.4f} of" in said
+    assert f"work {20 / 36:.4f} of Tq x Tk" in said
+    size = sum(x.numel() * x.element_size() for x in plan.tensors().values())
+    assert f"memory {size / 2**20:.2f} MiB" in said
