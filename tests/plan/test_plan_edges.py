@@ -119,6 +119,15 @@ def test_cells_that_a_band_crosses_are_marked_however_few_pairs_are_sampled(caus
     assert [[x != " " for x in line] for line in draw(plan, 8).splitlines()[2:]] == near.tolist()
 
 
+def test_the_axes_of_a_picture_count_keys_to_the_right_and_queries_downwards(tmp_path, monkeypatch):
+    axes, drawn = pytest.importorskip("matplotlib.axes"), []
+    show = axes.Axes.imshow
+    monkeypatch.setattr(axes.Axes, "imshow", lambda *a, **b: drawn.append((a[1].shape, b)) or show(*a, **b))
+    Plan.dense(3, 5).plot(tmp_path / "plan.png")
+    ((shape, how),) = drawn
+    assert shape == (3, 5, 3) and how["extent"] == (0, 5, 3, 0)
+
+
 def test_a_shade_is_the_share_of_a_cells_pairs():
     """Of sixteen keys 0, 1, 4, 8, 12, 15 and 16: none at all, and all at the last alone."""
     counts = torch.tensor([0, 1, 4, 8, 12, 15, 16])

@@ -94,7 +94,7 @@ def _tile(chosen: Tensor, Tk: int, unit: int) -> int:
         return 1
     wide = max(1, UNIT // unit)  # entries that one unit of a tile covers
     unions = torch.zeros(B * H, R, C, dtype=torch.bool, device=chosen.device)
-    units = torch.where(chosen < 0, C - 1, chosen // wide).long().flatten(0, 1)
+    units = torch.where(chosen < 0, C - 1, chosen // wide).long()
     units = torch.nn.functional.pad(units, (0, 0, 0, R * TILE - Tq), value=C - 1)
     unions.scatter_(-1, units.view(B * H, R, TILE * n), True)
     gathered = int((chosen >= 0).sum()) * unit
