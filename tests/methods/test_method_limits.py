@@ -1,4 +1,4 @@
-"""Methods at the limits of what they are told: settings, states, ranks, no values."""
+"""Methods at the limits of what they are told: settings, states, offsets, no values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sparseflash as sf
 from cases import CASES, directions, mask_of
 from harness import unseen
 from sparseflash import Plan
-from sparseflash.distributed.select import Shards
 from sparseflash.methods import Method, Selection, heads
 
 
@@ -71,25 +70,6 @@ def test_queries_behind_all_keys_have_lists_as_others(case):
     plan = method.select(q, k, {"q_offset": 96, "v": k}).plan
     for one in (plan,) if isinstance(plan, Plan) else plan:
         one.check()
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("T", [1, 63, 129])
-@pytest.mark.parametrize(
-    "method",
-    [
-        sf.methods.MTraining(vertical=5, slash=4, granularity=16, last=20, sinks=2, near=3),
-        sf.methods.BlockTopK(blocks=2, block=16),
-    ],
-    ids=lambda x: type(x).__name__,
-)
-def test_what_is_selected_over_ranks_is_what_one_process_selects(method, T, softcap, generator):
-    """With one rank, whose share is everything; `train/test_distributed.py` has more of them."""
-    q, k = torch.randn(3, 4, T, 8, generator=generator), torch.randn(3, 2, T, 8, generator=generator)
-    ctx = {"scale": 0.7, "softcap": softcap}
-    with sf.distributed.context_parallel(None, method, length=T) as cp:
-        plan = method.select_across(q, k, Shards(cp), ctx).plan
-    assert torch.equal(plan.check().to_dense(), method.select(q, k, ctx).plan.to_dense())
 
 
 @pytest.mark.parametrize(("n", "heads", "sorts"), [(2, 2, 2), (2, 1, 2), (2, 4, 4), (1, 2, 4), (3, 2, 4)])
