@@ -30,4 +30,4 @@ def take_rows(x: Tensor, at: Tensor) -> Tensor:
     if not x.is_contiguous():  # a copy of all rows would cost more than the few that are taken
         return x.gather(2, at[..., None].expand(-1, -1, -1, D))
     head = torch.arange(B * H, device=x.device).view(B, H, 1)
-    return x.view(B * H * T, D).index_select(0, (head * T + at).flatten()).view(B, H, -1, D)
+    return x.view(B * H * T, D).index_select(0, (head * T + at).flatten()).view(*at.shape, D)
