@@ -35,7 +35,7 @@ HOLES = pytest.param("holes", marks=pytest.mark.slow)
 BY_PLACE = {
     *("hash-sparse", "hash-sparse-strict", "hash-sparse-mixed", "qk-sparse"),
     *("window", "sink-window", "dilated", "strided", "documents", "grid-window-video", "bigbird-causal"),
-    *("dual-chunk-attention", "quest", "lserve", "moba", "double-sparsity"),
+    *("dual-chunk-attention", "quest", "quest-forced", "lserve", "moba", "double-sparsity"),
 }
 """The cases whose plans say by places alone who sees whom, whatever follows."""
 

@@ -88,7 +88,7 @@ def test_training_learns_and_says_how_far():
 @pytest.mark.slow
 def test_dense_and_hash_attention_recall_and_a_window_does_not():
     names = ["dense", "hash-sparse, 4 buckets", "window of 4"]
-    assert mqar.verdict(list(mqar.measure(attentions=names, rates=[1e-2], steps=400))) == []
+    assert mqar.verdict(list(mqar.measure(attentions=names, rates=[1e-2, 2e-2], steps=400))) == []
 
 
 def test_images_are_read_and_every_attention_learns_from_them(tmp_path):
