@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -96,18 +96,23 @@ def train(
         blocks, targets = _together([piece[number] for piece in seen])
         _, heads, _, head_dim = blocks.q.shape
         gate = sf.nn.SeerGate(heads, head_dim, block=block, generator=generator)
-        optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
-        for step in range(steps):
+        for _ in fitting(gate.weight, steps, lr, warm):
             drawn = torch.randint(len(targets), (min(batch, len(targets)),), generator=generator)
-            loss = gate.loss(blocks._replace(q=blocks.q[drawn], k=blocks.k[drawn]), targets[drawn])
-            rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = lr * rate
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            gate.loss(blocks._replace(q=blocks.q[drawn], k=blocks.k[drawn]), targets[drawn]).backward()
         weights[number] = gate.weight.detach()
         on_layer(number)
     return sf.methods.Gates(weights, block=block, rotary=rotary, name=name)
+
+
+def fitting(weight: Tensor, steps: int, lr: float, warm: int) -> Iterator[int]:
+    """Steps of AdamW with a warm-up and a cosine: the loop body leaves a gradient, and a step takes it."""
+    optimizer = torch.optim.AdamW([weight], lr=lr, weight_decay=0.0)
+    for step in range(steps):
+        optimizer.zero_grad()
+        yield step
+        rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * rate
+        optimizer.step()
 
 
 def _together(pieces: Sequence[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:

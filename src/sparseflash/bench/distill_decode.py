@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
+from sparseflash.bench.distill import fitting
 from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.seer_decode import page_pools
 from sparseflash.ops.rotary import rotation
@@ -103,15 +103,9 @@ def train(
         q, pools = pieces[0].q, pieces[0].pools
         gate = sf.nn.SeerDecodeGate(q.shape[1], pools.shape[1], q.shape[3], block=block, generator=generator)
         rotary = rotary and pieces[0].tables is not None
-        optimizer = torch.optim.AdamW(gate.parameters(), lr=lr, weight_decay=0.0)
-        for step in range(steps):
+        for _ in fitting(gate.weight, steps, lr, warm):
             one = pieces[int(torch.randint(len(pieces), (), generator=generator))]
-            loss = gate.loss(gate.of_pools(one.q, one.pools, one.at, one.tables), one.target)
-            rate = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.param_groups[0]["lr"] = lr * rate
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            gate.loss(gate.of_pools(one.q, one.pools, one.at, one.tables), one.target).backward()
         weights[number] = gate.weight.detach()
         on_layer(number)
     return sf.methods.DecodeGates(weights, block=block, rotary=rotary, name=name)
