@@ -12,7 +12,7 @@ from cases import mask_of
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
-from transformer_models import TEXT  # noqa: E402  (it needs Transformers)
+TEXT = pytest.importorskip("transformer_models", reason="Transformers is not installed").TEXT
 
 M = sf.methods
 PROFILE = sf.calibrate.Profile.of("a model", {-1: [{"method": "minference"}] * 4})

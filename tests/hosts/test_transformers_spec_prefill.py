@@ -9,7 +9,7 @@ import sparseflash as sf
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 
-import transformer_models as models  # noqa: E402  (it needs Transformers)
+models = pytest.importorskip("transformer_models", reason="Transformers is not installed")
 
 SpecPrefill = sf.transformers.SpecPrefill
 T = 90

@@ -38,23 +38,34 @@ def listen(
     target : "max" or "sum"
         The largest weight in a block, as in the paper, an output of the forward; or a block's total mass.
     """
+
+    def record(q: Tensor, k: Tensor, v: Tensor, plan: Any, options: dict[str, Any], rope: Any) -> Any:
+        out, peaks = sf.attention(q, k, v, plan, return_block_max=(block, block), **options)
+        grid = Grid(q.shape[2], k.shape[2], block, block, device=q.device)
+        if target == "sum":
+            told = {name: options.get(name) for name in ("scale", "softcap")}
+            peaks = sf.selection.tile_mass(q, k, grid, "exact", **told)
+        return out, (Blocks.of(q, k, grid, rope), peaks)
+
+    return overheard(model, ids, layers, record)
+
+
+def overheard(
+    model: Any, ids: Tensor, layers: Sequence[int] | None, record: Callable[..., tuple[Tensor, Any]]
+) -> dict[int, Any]:
+    """What `record(q, k, v, plan, options, rope)` keeps beside its output, by layer, in one forward."""
     from sparseflash.integrations.transformers import attention_layers
     from sparseflash.integrations.transformers.control import OVERHEARD, attached, on_sparse
 
     chosen = [x for x in attention_layers(model) if not x.windowed and (layers is None or x.index in layers)]
-    found: Seen = {}
+    found: dict[int, Any] = {}
 
     def listener(number: int) -> Callable[..., Tensor]:
         def attend(
             module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
         ) -> Tensor:
             rope = vars(module).pop(OVERHEARD, {}).get("rope")
-            out, peaks = sf.attention(q, k, v, mask.plan, return_block_max=(block, block), **options)
-            grid = Grid(q.shape[2], k.shape[2], block, block, device=q.device)
-            if target == "sum":
-                told = {name: options.get(name) for name in ("scale", "softcap")}
-                peaks = sf.selection.tile_mass(q, k, grid, "exact", **told)
-            found[number] = Blocks.of(q, k, grid, rope), peaks
+            out, found[number] = record(q, k, v, mask.plan, options, rope)
             return out
 
         return attend

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import sparseflash as sf
-from sparseflash.bench.distill import fitting
+from sparseflash.bench.distill import fitting, overheard
 from sparseflash.common.errors import SparseFlashError
 from sparseflash.methods.seer_decode import page_pools
 from sparseflash.ops.rotary import rotation
@@ -54,33 +54,20 @@ def listen(
     seed: int = 0,
 ) -> dict[int, Heard]:
     """Record, by layer, what decode gates learn from in a text `ids [1,T]`: some queries, at random."""
-    from sparseflash.integrations.transformers import attention_layers
-    from sparseflash.integrations.transformers.control import OVERHEARD, attached, on_sparse
-
-    chosen = [x for x in attention_layers(model) if not x.windowed and (layers is None or x.index in layers)]
     T = ids.shape[1]
     least = T // EARLY
     drawn = torch.randperm(T - least, generator=torch.Generator().manual_seed(seed))[:rows].sort().values
     at = (least + drawn).to(ids.device)
-    found: dict[int, Heard] = {}
 
-    def listener(number: int) -> Callable[..., Tensor]:
-        def attend(
-            module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
-        ) -> Tensor:
-            rope = vars(module).pop(OVERHEARD, {}).get("rope")
-            tables = None if rope is None else rotation(rope, k.shape[2])
-            some = q[:, :, at].contiguous()
-            scale = q.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
-            target = peaks(some, k, at[None], block, scale, options["softcap"])
-            found[number] = Heard(some, at[None], page_pools(k, block, tables), target, tables)
-            return sf.attention(q, k, v, mask.plan, **options)
+    def record(q: Tensor, k: Tensor, v: Tensor, plan: Any, options: dict[str, Any], rope: Any) -> Any:
+        tables = None if rope is None else rotation(rope, k.shape[2])
+        some = q[:, :, at].contiguous()
+        scale = q.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
+        target = peaks(some, k, at[None], block, scale, options["softcap"])
+        own = Heard(some, at[None], page_pools(k, block, tables), target, tables)
+        return sf.attention(q, k, v, plan, **options), own
 
-        return attend
-
-    with on_sparse(model), attached(chosen, [listener(x.index) for x in chosen]):
-        model.base_model(ids, use_cache=False)
-    return found
+    return overheard(model, ids, layers, record)
 
 
 def train(

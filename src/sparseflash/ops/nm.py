@@ -17,10 +17,12 @@ from ._register import register
 
 FEWEST = 32
 """Tokens from which the native product is faster than a dense one with a mask."""
+WIDEST = 64
+"""Weights of the largest group that it takes."""
 
 
 def _forward(x: Tensor, weight: Tensor, options: NM) -> Tensor:
-    pays = x.dtype == torch.float32 and len(x) >= FEWEST and 2 * options.n <= options.m <= 64
+    pays = x.dtype == torch.float32 and len(x) >= FEWEST and 2 * options.n <= options.m <= WIDEST
     wanted = options.backend or ("" if pays else "reference")
     return choose_able("nm_product", wanted, x).nm_product(x, weight, options)
 
@@ -73,6 +75,8 @@ def nm_product(x: Tensor, weight: Tensor, n: int, m: int, *, backend: str | None
         (fits, lambda: f"n={n!r}, m={m!r}: expected ints with 1 <= n <= m"),
         (_fit(x, weight), lambda: f"x: {describe(x)}, weight: {describe(weight)}; expected [..., K], [O, K]"),
     )
+    wide = backend == "cpu" and m > WIDEST
+    require((not wide, lambda: f"m={m}, backend='cpu': it has groups of at most {WIDEST}; leave backend out"))
     K = weight.shape[1]
     require((K % m == 0, lambda: f"{K} inputs: expected a multiple of m={m}"))
     rows = x.detach().reshape(math.prod(x.shape[:-1]), K)

@@ -151,7 +151,8 @@ class SpecPrefill:
         heard = _Heard(self, _named(every, wanted), stop=True)
         with heard.listening(model):
             try:
-                model.base_model(ids, use_cache=False)  # type: ignore[operator]
+                base: Any = model.base_model
+                base(ids, use_cache=False)
             except _Enough:
                 return heard.scores(ids.shape[1])
         raise SparseFlashError(f"{type(model).__name__} never ran its layers {wanted}")
