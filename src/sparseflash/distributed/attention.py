@@ -135,28 +135,50 @@ class _Attend(torch.autograd.Function):
         delta = (dout.to(state) * out.to(state)).sum(-1)
         slope = dout.to(q.dtype)
         run = choose("backward", options.backend, q, k, v).backward
-        dq = None
+        dq = _Rows(q.shape[2])
 
         def pull(rows: slice, k: Tensor, v: Tensor, plan: Plan, **how: Any) -> Keys:
-            nonlocal dq
             own = (None if x is None else x[..., rows].contiguous() for x in (norm, dlse))
             given = slope[:, :, rows], q[:, :, rows], k, v, None, *own, plan, options
             part = delta[..., rows].contiguous()
             mine, dk, dv, dbias = run(*given, delta=part, grad_dtype=state, **how)
-            if dq is None and mine.shape == q.shape:
-                dq = mine
-            else:
-                dq = torch.zeros_like(q, dtype=state) if dq is None else dq
-                dq[:, :, rows].add_(mine)
+            dq.add(rows, mine)
             return (dk, dv) if dbias is None else (dk, dv, bias_gradient(dbias, how["key_bias"]))
 
         total = job.over("backward", _keys(k, v, key_bias), pull, state, held)[0]
-        dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
         dsink = None
         if sink_logits is not None:
             dsink = sink_gradient(dout, dlse, out, norm, sink_logits, ctx.unit).to(sink_logits.dtype)
         dbias = total[2].to(key_bias.dtype) if key_bias is not None else None
-        return None, dq, total[0].to(k.dtype), total[1].to(v.dtype), dbias, dsink
+        return None, dq.whole(q).to(q.dtype), total[0].to(k.dtype), total[1].to(v.dtype), dbias, dsink
+
+
+class _Rows:
+    """Sum of tensors [B,H,n,D], each of a range of rows: no copy where the first or second has all n."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.at = n, slice(0)
+        self.total: Tensor | None = None
+
+    def add(self, rows: slice, part: Tensor) -> None:
+        """Add a part in place, either to the sum or the sum to it."""
+        total = self.total
+        if total is None:
+            self.at, self.total = rows, part
+        elif part.shape[2] == self.n:
+            part[:, :, self.at].add_(total)
+            self.at, self.total = rows, part
+        else:
+            self.whole(part)[:, :, rows].add_(part)
+
+    def whole(self, like: Tensor) -> Tensor:
+        """The sum, of all rows; zero where nothing was added."""
+        if self.total is None:
+            self.total = like.new_zeros(*like.shape[:2], self.n, like.shape[3])
+        elif self.total.shape[2] != self.n:
+            part, self.total = self.total, None
+            self.whole(part)[:, :, self.at].copy_(part)
+        return self.total
 
 
 def _unseen(q: Tensor, Dv: int, state: torch.dtype) -> tuple[Tensor, Tensor]:
