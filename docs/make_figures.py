@@ -28,7 +28,17 @@ PAGES = (
     DOCS.parent / "README.md",
     *(
         DOCS / f"{name}.md"
-        for name in ("benchmarks", "cpu", "design", "transformers", "fusion", "caches", "board", "vllm")
+        for name in (
+            "benchmarks",
+            "cpu",
+            "design",
+            "transformers",
+            "fusion",
+            "caches",
+            "board",
+            "vllm",
+            "diffusion",
+        )
     ),
 )
 PICTURES = DOCS / "images" / "bench"
@@ -582,6 +592,49 @@ def samples() -> str:
     return table(["samples", "cache", "tokens/s", "over its own", "keys and values", "same tokens"], body)
 
 
+def video(part: str) -> str:
+    """Of moving digits: generated videos, times, or what methods find in the trained model."""
+    every = rows("video") if (RESULTS / "video.csv").exists() else []
+    found = [row for row in every if (row["part"], row["study"]) == (part, every[-1]["study"])]
+    if not found:
+        return "(to be measured)"
+
+    def cells(row: dict[str, str], columns: dict[str, str]) -> list[str]:
+        return [format(float(row[x]), how) if row.get(x) else "" for x, how in columns.items()]
+
+    if part == "stages":
+        columns = {"kept": ".0%", "distance": ".3f", "frechet": ".3f", "drift": ".2f", "unlike": ".3f"}
+        body = [
+            [row["case"], row["stage"], row["steps"], row["references"], *cells(row, columns)]
+            for row in found
+        ]
+        names = ["kept", "distance", "Fréchet", "drift", "unlike stage 1"]
+        return table(["videos", "stage", "steps", "reference frames", *names], body)
+    if part == "time":
+        gains = {"gain_steps": ".1f", "gain_attention": ".1f", "gain_model": ".2f", "gain": ".1f"}
+        body = [
+            [row["T"], row["case"], row["steps"], *cells(row, {"kept": ".0%", "ms": ",.0f"})]
+            + [f"{x}x" for x in cells(row, gains)]
+            for row in found
+        ]
+        said = ["of steps", "of attention alone", "of it in a step", "of both"]
+        return table(["tokens", "model", "steps", "kept", "ms", *said], body)
+    columns = dict.fromkeys(
+        ("kept", "recall", "recall_later", "recall_random", "recall_uniform", "recall_window"), ".2f"
+    )
+    body = [
+        [f"`{name}`{rest}", *cells(row, columns)] for row in found for name, rest in [_named(row["case"])]
+    ]
+    named = ["kept", "recall", "half of the steps later", "random", "evenly spaced", "window"]
+    return table(["method", *named], body)
+
+
+def _named(case: str) -> tuple[str, str]:
+    """The name of a method, and what is said behind it."""
+    name, comma, rest = case.partition(", ")
+    return name, comma + rest
+
+
 def methods_of(block: str, budget: int = 8) -> str:
     """A table of README's methods, with what the board says of each at an eighth of the pairs or keys."""
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
@@ -998,6 +1051,7 @@ BLOCKS = {
     "board": board_best,
     "board-tasks": board_tasks,
     "samples": samples,
+    **{f"video-{x}": partial(video, x) for x in ("stages", "time", "capture")},
     "methods": methods_said,
     **{f"methods-{x}": partial(methods_of, f"methods-{x}") for x in ("chosen", "prompts", "caches", "near")},
 }

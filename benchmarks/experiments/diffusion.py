@@ -63,10 +63,10 @@ def found_profile(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, ...]) -> sf.
     return sf.calibrate.search("planted", [0], candidates, score, progress=False)
 
 
-def controls(plan: sf.Plan, q: Tensor) -> dict[str, sf.Plan]:
-    """Blocks of 64 drawn at random, and a window, of the density of a plan."""
+def controls(plan: sf.Plan, q: Tensor, block: int = 64) -> dict[str, sf.Plan]:
+    """Blocks drawn at random, and a window, of the density of a plan."""
     T, wanted = q.shape[2], plan.kept
-    grid = sf.selection.Grid(T, T, 64, 64, causal=False)
+    grid = sf.selection.Grid(T, T, block, block, causal=False)
     draw = torch.rand(1, q.shape[1], grid.tiles, grid.units, generator=torch.Generator().manual_seed(0))
     return {"random": grid.plan(draw < wanted), "window": window_of(T, wanted)}
 

@@ -10,9 +10,10 @@ import typer
 
 from sparseflash.bench.commands.app import Data, Lengths, Minutes, Out, integers, known, lengths_of, words
 
-from .app import RESULTS, experiments
+from .app import RESULTS, Kept, experiments
 
 PANEL = "Diffusion, vision and tables"
+VIDEO = ("train", "stages", "time", "capture")
 Steps = Annotated[int, typer.Option(min=1, help="Training steps of a small model.")]
 Parts = Annotated[str, typer.Option(help="Which parts, with commas; all by default.")]
 
@@ -90,3 +91,51 @@ def bench_vision(
         given = pixels_.read_idx(images), pixels_.read_idx(labels)[:, 0].long()
     measure = partial(vision.measure, parts=asked, images=given, steps=steps, minutes=minutes, **options)
     session("vision", out, measure, columns)
+
+
+@experiments.command("video", rich_help_panel=PANEL)
+def bench_video(
+    images: Annotated[Path, typer.Option(help="Digits in IDX format, such as MNIST's; .gz is read too.")],
+    out: Kept = RESULTS / "video.csv",
+    parts: Parts = "train,stages,time,capture",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the teacher.")] = 3000,
+    distil: Annotated[int, typer.Option(min=1, help="Of stage 1, from 32 steps of the sampler to 8.")] = 400,
+    tune: Annotated[int, typer.Option(min=1, help="Of stage 3, each sparse student's.")] = 200,
+    bound: Annotated[float, typer.Option(min=0, help="Error of a layer that a search lets pass.")] = 0.05,
+    frames: Annotated[int, typer.Option(min=2, help="Frames of a video.")] = 8,
+    videos: Annotated[int, typer.Option(min=2, help="Videos that are judged.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Weights, videos and noise.")] = 0,
+    runs: Annotated[
+        Path, typer.Option(help="Directory of trained models, which are not trained again.")
+    ] = Path("runs/video"),
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of times.")] = 5,
+    minutes: Minutes = 4.0,
+) -> None:
+    """Train a video DiT on moving digits; fewer steps and fewer frames, as Efficient-vDiT does. 25 minutes.
+
+    train is the dense teacher (10 minutes), stages are consistency distillation, the search of reference
+    frames and distillation, beside controls (10), time is of generations and of attention (1), capture what
+    methods find in the teacher's queries and keys (1). Row by row: rows that OUT has are not measured again,
+    but for those of time, whose cases take turns.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import show, watch
+
+    from .. import pixels as pixels_
+    from .. import video
+
+    asked = known("parts", VIDEO, words(parts))
+    settings = video.Settings(
+        steps=steps, distil=distil, tune=tune, bound=bound, frames=frames, videos=videos, seed=seed
+    )
+    there = list(results.read(out)) if out.is_file() else []
+    measure = partial(
+        video.measure, pixels_.read_idx(images), settings, parts=asked, folder=runs, known=there,
+        rounds=rounds, minutes=minutes,
+    )  # fmt: skip
+    rows = watch("video", out, measure, video.kept(there, settings, asked))
+    columns = (
+        "part", "case", "stage", "steps", "references", "kept", "distance", "frechet", "drift", "unlike",
+        "loss", "ms", "gain_steps", "gain_attention", "gain", "recall", "recall_random", "recall_uniform",
+    )  # fmt: skip
+    show(rows, out, columns, lambda row: row["study"] == repr(settings))

@@ -65,17 +65,21 @@ class EfficientVDiT(GridMethod):
         layout, T = self.layout(q, k, ctx), q.shape[2]
         frames, size = layout.grid[0], math.prod(layout.grid[1:])
         order = layout.order(q.device, tile=(1, *layout.grid[1:]))
-        frame = torch.arange(frames, device=q.device)
-        chosen = torch.tensor(spread(self.references, frames), dtype=frame.dtype, device=q.device)
-        global_ = torch.isin(frame, chosen)
-        seen = torch.eye(frames, dtype=torch.bool, device=q.device) | global_
-        seen = seen | global_[:, None] if self.both else seen
+        seen = self.tiles(frames, q.device)
         ends = [-(-n // size) for n in (layout.before, layout.behind)]
         words = layout.text(size, q.device, order)
         keep = pad(seen, (*ends, *ends))[None, None] | crossed(words, words)
         return Selection(
             Plan.from_blocks(keep, Tq=T, Tk=T, tile=size, unit=size, q_order=order, k_order=order)
         )
+
+    def tiles(self, frames: int, device: torch.device) -> Tensor:
+        """Frames that each frame sees, bool [frames, frames]."""
+        frame = torch.arange(frames, device=device)
+        chosen = torch.tensor(spread(self.references, frames), dtype=frame.dtype, device=device)
+        global_ = torch.isin(frame, chosen)
+        seen = torch.eye(frames, dtype=torch.bool, device=device) | global_
+        return seen | global_[:, None] if self.both else seen
 
 
 def spread(k: int, frames: int) -> list[int]:

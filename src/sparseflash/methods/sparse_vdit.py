@@ -173,6 +173,7 @@ def smallest(
     """Make a score function that prefers, among settings with a layer error below `bound`, the smallest `by`.
 
     With `by=lambda method: method.references`, the search of Efficient-vDiT (arXiv 2502.06155, section 3.2).
+    Give the dense candidate first: the first one is taken where none is below the bound.
     """
     each = judge(samples, weight=0.0, relative=True)
 

@@ -51,6 +51,7 @@ EXPERIMENTS = (
     "short",
     "step",
     "transformers",
+    "video",
     "vision",
     "vllm",
 )
