@@ -286,6 +286,9 @@ def dense_combiner(layer: Any, x: Tensor) -> Tensor:
         else:
             direct = list(range(i // c * c, i + 1))
             regions = [(r, r + c) for r in range(0, i // c * c, c)]
+        if not layer.causal:
+            direct = list(range(i // c * c, min(i // c * c + c, T)))
+            regions = [(r, min(r + c, T)) for r in range(0, T, c) if r != i // c * c]
         for j in direct:
             keys, values, sizes = [*keys, k[:, :, j]], [*values, v[:, :, j]], [*sizes, 1]
         for lo, hi in regions:
@@ -300,15 +303,23 @@ def dense_combiner(layer: Any, x: Tensor) -> Tensor:
     return out(layer, torch.stack(rows, 2))
 
 
+def gated(layer: Any, x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for back in range(layer.size):
+        shifted = torch.cat([torch.zeros_like(x[:, :back]), x[:, : x.shape[1] - back]], 1)
+        y = y + shifted * layer.filter[:, layer.size - 1 - back]
+    return y * (x @ layer.gate.weight.T + layer.gate.bias)
+
+
+def dense_convolution(layer: Any, x: Tensor) -> Tensor:
+    return gated(layer, x) @ layer.output.weight.T
+
+
 def dense_lookups(layer: Any, x: Tensor) -> Tensor:
     q, k, v = qkv(layer, x)
     T = x.shape[1]
     g = torch.sigmoid(x @ layer.ask.weight.T + layer.ask.bias)
-    y = torch.zeros_like(x)
-    for back in range(layer.size):
-        shifted = torch.cat([torch.zeros_like(x[:, :back]), x[:, : T - back]], 1)
-        y = y + shifted * layer.filter[:, layer.size - 1 - back]
-    y = y * (x @ layer.gate.weight.T + layer.gate.bias)
+    y = gated(layer, x)
     asks = torch.ones_like(g, dtype=torch.bool) if layer.training else g >= layer.threshold
     mask = causal(T) & asks[:, None]
     if layer.training:
@@ -594,6 +605,15 @@ ROWS = [
         note="axial",
     ),
     Row(
+        sf.nn.Combiner,
+        {"segment": 4, "log_size": True, "causal": False, "kv_heads": 2},
+        dense_combiner,
+        [({"pattern": "axial"}, "expected 'fixed'"), ({"causal": 2}, "True or False")],
+        causal=False,
+        decodes=False,
+        note="both ways",
+    ),
+    Row(
         sf.nn.LongGenAttention,
         {"layer": 0, "layers": 5, "sparse": sf.methods.SinkWindow(window=3, sink_tokens=2), "kv_heads": 2},
         dense_self,
@@ -604,6 +624,7 @@ ROWS = [
             ({"method": "window"}, "give sparse="),
         ],
     ),
+    Row(sf.nn.GatedConvolution, {"size": 4}, dense_convolution, [({"size": 0}, ">= 1")]),
     Row(
         sf.nn.Lookups,
         {"kv_heads": 2, "lookups": 2, "penalty": 0.5},

@@ -7,7 +7,17 @@ pytest.importorskip("safetensors")
 
 from benchmarks.experiments import mqar
 from benchmarks.experiments.claim.rows import unfinished
-from benchmarks.experiments.layers import accelerator, extrapolation, pooling, recall, routing, times, weights
+from benchmarks.experiments.layers import (
+    accelerator,
+    extrapolation,
+    language,
+    long,
+    pooling,
+    recall,
+    routing,
+    times,
+    weights,
+)
 from sparseflash.bench.results import cell
 from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus
@@ -87,6 +97,53 @@ def test_short_training_is_judged_at_every_length_and_streams_as_one_pass():
     rotary = {**good, "case": "dense, rotary", "bpb_2048": 2.5}
     assert extrapolation.verdict([good, rotary]) == []
     assert len(extrapolation.verdict([{**good, "bpb_2048": 2.6}, rotary])) == 2
+
+
+def test_layers_of_a_language_model_are_judged_near_and_far(monkeypatch):
+    monkeypatch.setattr(language, "LENGTH", 700)
+    names = ["random 128", "look-ups", "convolution", "combiner, both ways"]
+    rows = {job.key["case"]: job.run() for job in language.jobs(TEXT, cases=names, seeds=[0], steps=1)}
+    assert rows["random 128"]["pairs"] == pytest.approx(sum(min(i + 1, 128) for i in range(700)) / 700)
+    assert len(rows["look-ups"]["active"].split()) == 2 and "pairs" not in rows["convolution"]
+    assert all(
+        row["far_bytes"] > 0 and 0 < row["far"] < 12 for name, row in rows.items() if "both" not in name
+    )
+    assert "far" not in rows["combiner, both ways"] and rows["combiner, both ways"]["bpb"] > 0
+    three = [{"case": case, "bpb": bits, "far": bits} for case, bits in
+             (("convolution", 3.0), ("look-ups", 2.25), ("dense", 2.0))]  # fmt: skip
+    assert language.closed(three)[1] == "look-ups close 75% of the gap between convolution and dense, far"
+
+
+def test_lists_are_right_and_answers_are_judged(monkeypatch):
+    text = bytes(language.lists(40).train.tolist()).decode()
+    names = {"MAX": max, "MIN": min, "MED": lambda x: sorted(x)[len(x) // 2], "SM": lambda x: sum(x) % 10}
+
+    def value(words):
+        word = words.pop(0)
+        if not word.startswith("["):
+            return int(word)
+        found = []
+        while words[0] != "]":
+            found.append(value(words))
+        words.pop(0)
+        return names[word[1:]](found)
+
+    lines = text.strip().split("\n")
+    assert len(lines) > 30 and len({line[:4] for line in lines}) > 3
+    for line in lines[:-1]:
+        said, answer = line.split("=")
+        assert value(said.replace("]", " ]").split()) == int(answer), line
+    monkeypatch.setattr(language, "LENGTH", 64)
+    (job,) = language.jobs(language.lists(2000), cases=["seqboat"], seeds=[0], steps=1)
+    row = job.run()
+    assert 0 <= row["accuracy"] <= 1 and len(row["active"].split()) == 2
+
+
+def test_long_training_by_summaries_is_judged_with_exact_attention_too():
+    jobs = long.jobs(TEXT, cases=["dense", "muse, 64 clusters"], steps=1, length=600)
+    exact, near = (job.run() for job in jobs)
+    assert exact["bpb"] == exact["bpb_exact"] and near["ms_attention"] > 0
+    assert near["loss"] == pytest.approx(exact["loss"], rel=0.05)
 
 
 def test_routing_finds_planted_clusters_and_chance_does_not(monkeypatch):

@@ -66,7 +66,7 @@ MODELS = {
             "layer_types": ["minimax_m3_sparse", "minimax_m3_sparse"],
             "index_block_size": 8,
             "index_topk_blocks": 3,
-            "index_local_blocks": 1,
+            "index_local_blocks": 2,
             "max_position_embeddings": 512,
         },
     ),

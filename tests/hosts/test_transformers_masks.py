@@ -532,6 +532,14 @@ def test_a_mask_of_another_shape_is_refused(shape):
         attention._of_tensor(torch.nn.Module(), torch.ones(shape, dtype=torch.bool), 1, 6, 8)
 
 
+def test_a_mask_is_equal_to_itself_and_to_nothing_else():
+    made, other = (
+        attention.dense_mask(torch.nn.Module(), torch.device("cpu"), 1, 3, 3, True, None) for _ in range(2)
+    )
+    assert made == made and not made != made and made != other and not made == other
+    assert made not in [None, "mask"] and made in [other, made]
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("wide", [None, 1, 4, 5, 6])
 @pytest.mark.parametrize(("S", "T"), [(1, 1), (1, 5), (5, 5), (3, 5)])

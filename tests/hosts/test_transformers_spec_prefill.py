@@ -211,6 +211,22 @@ def test_its_cache_is_kept_in_files_and_reordered_and_cropped_behind_the_prompt(
     assert torch.equal(again.read, layer.read[1:])
 
 
+@torch.no_grad()
+def test_only_an_empty_dynamic_cache_is_made_thinner(model):
+    class Own(transformers.DynamicCache):
+        pass
+
+    sliding = transformers.DynamicCache(
+        config=transformers.MistralConfig(sliding_window=4, num_hidden_layers=len(model.model.layers))
+    )
+    for cache in (Own(), sliding, transformers.StaticCache(config=model.config, max_cache_len=2 * T)):
+        with sf.transformers.sparse(model, tokens=SpecPrefill(keep=0.4, chunk=8)):
+            with pytest.raises(sf.SparseFlashError, match="expected an empty DynamicCache"):
+                model(PROMPT, past_key_values=cache)
+    with sf.transformers.sparse(model, tokens=SpecPrefill(keep=0.4, chunk=8)):
+        assert model(PROMPT, past_key_values=transformers.DynamicCache()).past_key_values.layers[0].tokens < T
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -490,7 +490,9 @@ def test_orders_and_blocks_are_found_once(generator):
 
 @pytest.mark.parametrize("windowless", [False, True])
 @pytest.mark.parametrize("T", [1, 7, 60, 257])
-@pytest.mark.parametrize(("special", "window", "random"), [(2, 3, 2), (0, 1, 0), (5, 0, 3), (9, 8, 0)])
+@pytest.mark.parametrize(
+    ("special", "window", "random"), [(2, 3, 2), (0, 1, 0), (0, 1, 4), (5, 0, 3), (9, 8, 0)]
+)
 def test_orion_sees_special_tokens_its_window_and_its_links(T, special, window, random, windowless):
     method = sf.methods.OrionMSP(special, window, random, windowless=windowless)
     links = [{j for j in row if j >= 0} for row in method.links(T).tolist()]

@@ -64,6 +64,8 @@ def test_a_layer_at_a_time_is_block_after_block():
 def test_star_refuses_an_anchor_beyond_the_first_block():
     with pytest.raises(SparseFlashError, match="anchor=9 of blocks of 8: .*expected at most that"):
         sf.methods.StarAttention(block=8, anchor=9)
+    with pytest.raises(SparseFlashError, match="block=0: expected"):
+        sf.methods.StarAttention(block=0)
 
 
 @pytest.mark.parametrize(("T", "size"), [(256, 16), (250, 16), (129, 32), (16, 16)])

@@ -122,6 +122,13 @@ def test_heads_by_number():
         assert torch.equal(found[:, h], want.expand(2, -1, -1)), h
 
 
+def test_positions_of_heads_that_differ_are_whole_and_equal_offsets_stay():
+    one = Plan.by_head([causal(q_offset=-7), causal()])
+    assert one.q_offset == 0 and one.q_pos[0, :, 0].tolist() == [-7, 0]
+    same = Plan.by_head([causal(q_offset=3), causal(q_offset=3, window=(9, 0))])
+    assert same.q_offset == 3 and same.q_pos is None
+
+
 def test_lists_of_a_capacity_stay_so():
     """Then nothing has to be looked at on an accelerator: not where they lie, nor to transpose them."""
     parts = [causal(window=(9, 0)), buckets(0)]

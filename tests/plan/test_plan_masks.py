@@ -137,6 +137,20 @@ def test_ranges_of_a_query_may_overlap_be_empty_and_end_anywhere(Tq, Tk, m, tile
     assert prefix.bits is None
 
 
+@pytest.mark.parametrize("unit", [1, 2, 3, 8])
+def test_a_range_may_end_anywhere_in_a_unit_that_bits_are_about(unit):
+    """All rows see keys 0 to end - 1, and one row a few more of the same unit: no key is listed twice."""
+    Tk = 3 * unit + 2
+    for end in range(1, Tk):
+        for more in range(end, Tk + 1):
+            hi = torch.full((1, 1, 4, 1), end)
+            hi[:, :, 2] = more
+            lo = torch.zeros_like(hi)
+            plan = Plan.from_intervals(lo, hi, Tk=Tk, tile=4, unit=unit).check()
+            assert torch.equal(plan.to_dense(), by_ranges(lo, hi, Tk)), (end, more)
+            assert plan.work <= 4 * Tk
+
+
 @pytest.mark.parametrize("Tq, Tk, tile", [(1, 70, 128), (63, 129, 1), (129, 200, 16), (300, 300, 128)])
 def test_ranges_that_move_forward_need_no_bits(Tq, Tk, tile, generator):
     lo, hi = torch.randint(Tk + 1, (2, 2, 3, Tq), generator=generator).sort(-1).values

@@ -58,7 +58,7 @@ def test_a_fork_answers_or_is_ended(works):
 
 @pytest.mark.slow
 def test_nineteen_of_twenty_faults_are_caught(tmp_path):
-    """Of a sample that changes when the library does; `python tests/mutation.py` takes another seed."""
+    """Of a sample that changes where the library does; `python tests/mutation.py` takes another seed."""
     out = tmp_path / "faults.csv"
     how = [sys.executable, mutation.__file__, "--sample", "45", "--seed", "70411", "--out", str(out)]
     done = subprocess.run(how, capture_output=True, text=True)

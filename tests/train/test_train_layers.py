@@ -21,6 +21,7 @@ from test_train import TEXT, assert_same_run, command, tiny
 LAYERS = {
     "combiner": {"segment": 8},
     "dynamic-mask-attention": {"window": 8},
+    "gated-convolution": {},
     "lightning-attention": {},
     "longgen-attention": {"sparse": "sink-window"},
     "lookups": {},

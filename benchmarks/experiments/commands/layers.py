@@ -18,6 +18,9 @@ COLUMNS = {
     "recall": ("case", "lr", "seed", "accuracy", "pairs", "active", "steps", "seconds"),
     "weights": ("case", "seed", "accuracy", "share_sparse", "share", "seconds"),
     "extrapolation": ("case", "seed", "bpb_512", "bpb_1024", "bpb_2048", "bpb_4096", "bpb_8192", "apart"),
+    "language": ("case", "seed", "bpb", "far", "pairs", "active", "ms_step"),
+    "lists": ("case", "seed", "accuracy", "bpb", "pairs", "active", "ms_step"),
+    "long": ("case", "T", "steps", "loss", "ms_step", "ms_attention"),
     "clusters": ("model", "layer", "T", "case", "clusters", "error", "error_mean", "ratio", "ms"),
     "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
     "pooling": ("case", "fill", "ms_jagged", "speedup", "memory", "seed", "accuracy", "auc"),
@@ -40,13 +43,15 @@ def bench_layers(
     labels: Annotated[Path | None, typer.Option(help="Of weights: their labels, in IDX format.")] = None,
     rates: Annotated[str, typer.Option(help="Learning rates of recall, with commas between.")] = "1e-2",
     seeds: Annotated[str, typer.Option(help="Of weights and data; with commas between.")] = "0,1",
-    steps: Annotated[int, typer.Option(min=1, help="Of recall and extrapolation, at most.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Of recall at most; of language models.")] = 400,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of times.")] = 3,
 ) -> None:
     """Test what the layers of sf.nn promise. Minutes, row by row: rows that OUT has are not measured again.
 
     recall asks for what was said once, of each layer beside a window and chance of as many pairs (40
     minutes); weights trains N:M layers on images (5); extrapolation judges short training on long text (20);
+    language is bits per byte of every layer, near and far (60), lists the same on ListOps (20), and long
+    trains MuSe and dense attention on 16k tokens (40);
     clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10), and
     pooling is about jagged histories, times and a click model (3). accelerator counts cycles of a model,
     products times N:M products beside dense ones (1).
@@ -60,6 +65,8 @@ def bench_layers(
         accelerator,
         clusters,
         extrapolation,
+        language,
+        long,
         pooling,
         products,
         recall,
@@ -75,6 +82,9 @@ def bench_layers(
         "recall": recall.CASES,
         "weights": weights.CASES,
         "extrapolation": extrapolation.CASES,
+        "language": language.CASES,
+        "lists": dict.fromkeys(language.LISTS),
+        "long": long.CASES,
         "clusters": dict.fromkeys(clusters.FORMS),
         "routing": dict.fromkeys(("planted", "bytes")),
         "pooling": dict.fromkeys(("times", "clicks")),
@@ -99,6 +109,12 @@ def bench_layers(
         jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, steps=steps)
     elif part == "extrapolation":
         jobs = extrapolation.jobs(named(data), cases=names, seeds=drawn, steps=steps)
+    elif part == "language":
+        jobs = language.jobs(named(data), cases=names, seeds=drawn, steps=steps)
+    elif part == "lists":
+        jobs = language.jobs(language.lists(), cases=names, seeds=drawn, steps=steps)
+    elif part == "long":
+        jobs = long.jobs(named(data), cases=names, steps=steps)
     elif part == "clusters":
         jobs = clusters.jobs(forms=names, rounds=rounds)
     elif part == "routing":
@@ -112,6 +128,8 @@ def bench_layers(
     there = list(results.read(out)) if out.is_file() else []
     rows = watch("layers", out, partial(measure, unfinished(jobs, there)), there)
     show(rows, out, COLUMNS[part])
+    if part == "language":
+        print("\n".join(language.closed(rows)))
     judge = {"recall": recall.verdict, "extrapolation": extrapolation.verdict}.get(part)
     if judge:
         print("\n".join(judge(rows)) or "every promise is kept")

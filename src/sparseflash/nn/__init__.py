@@ -8,6 +8,7 @@
 
 from .base import Layer, State, update
 from .combiner import Combiner
+from .convolution import GatedConvolution
 from .dynamic_mask import DynamicMaskAttention
 from .hrsam import CyclicScan, HRSAMAttention, HRSAMBlocks
 from .lightning import LightningAttention
@@ -41,6 +42,7 @@ __all__ = [
     "Layer",
     "LightningAttention",
     "LongGenAttention",
+    "GatedConvolution",
     "Lookups",
     "NMConv2d",
     "NMLinear",

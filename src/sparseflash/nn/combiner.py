@@ -35,6 +35,8 @@ class Combiner(Layer):
       each earlier row is a region, summarised at the query's column: `v_R` uses the query of the token there
       as `q_R`, and `k_R = W_s v_R`. O(T (segment + T / segment)).
 
+    Both ways (`causal=False`, "fixed" alone), direct keys are the whole own segment, regions all others.
+
     Paper: Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv 2107.05768.
 
     Parameters
@@ -48,11 +50,13 @@ class Combiner(Layer):
     log_size : bool
         Whether to add the log of a region's size to its logit, so that a region of n equal keys weighs as
         much as n direct keys. Not in the paper, where a region weighs as much as one key.
+    causal : bool
+        Whether a query sees only what is not later.
 
     Notes
     -----
     The state holds the open segment and all summaries: T / segment of them ("axial": T). "logsparse" has no
-    state.
+    state, nor has a layer that looks both ways.
 
     Examples
     --------
@@ -73,6 +77,7 @@ class Combiner(Layer):
         pattern: Pattern = "fixed",
         segment: int = 64,
         log_size: bool = False,
+        causal: bool = True,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         positions: Positions = "rotary",
@@ -84,8 +89,12 @@ class Combiner(Layer):
         super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
         self.leave_out(dropout)
         check_choice(pattern=(pattern, ("fixed", "logsparse", "axial")), log_size=(log_size, (True, False)))
+        check_choice(causal=(causal, (True, False)))
         check_sizes(1, segment=segment)
-        self.pattern, self.segment, self.log_size = pattern, segment, log_size
+        require(
+            (causal or pattern == "fixed", lambda: f"causal=False with pattern={pattern!r}: expected 'fixed'")
+        )
+        self.pattern, self.segment, self.log_size, self.causal = pattern, segment, log_size, causal
         self.project_heads(device=device, dtype=dtype)
         axial = pattern == "axial"
         self.summary = self.linear(self.head_dim, self.head_dim, False, device, dtype) if axial else None
@@ -97,6 +106,8 @@ class Combiner(Layer):
         q, k = self.turn(q, state), self.turn(k, state)
         if self.pattern == "logsparse":
             return self.end(self._logsparse(q, k, v))
+        if not self.causal:
+            return self.end(self._both_ways(q, k, v))
         T, c, past = x.shape[1], self.segment, 0
         own = q
         if state is not None:
@@ -127,12 +138,40 @@ class Combiner(Layer):
                 q_offset=before + past,
                 buckets=c,
             )
-        p, sizes = self.dropout_p, self._sizes(key, [(key.shape[2], c)])
+        return self.end(self._joined(q, (k, v, near), (key, value, far), [(key.shape[2], c)]))
+
+    def _joined(
+        self,
+        q: Tensor,
+        direct: tuple[Tensor, Tensor, Plan],
+        regions: tuple[Tensor, Tensor, AnyPlan],
+        runs: list[tuple[int, int]],
+    ) -> Tensor:
+        """One softmax over direct keys and regions, of (number, size) each: out [B, Hq, T, D]."""
+        p, sizes = self.dropout_p, self._sizes(regions[0], runs)
         parts = [
-            attention(q, k, v, near, dropout_p=p, return_lse=True),
-            attention(q, key, value, far, key_bias=sizes, dropout_p=p, return_lse=True),
+            attention(q, *direct, dropout_p=p, return_lse=True),
+            attention(q, *regions, key_bias=sizes, dropout_p=p, return_lse=True),
         ]
-        return self.end(merge(parts)[0])
+        return merge(parts)[0]
+
+    def _both_ways(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to the whole own segment, and to all other segments as regions; the last may be shorter."""
+        T, c = q.shape[2], self.segment
+        at = torch.arange(T, device=q.device)
+        own, whole, runs = at // c, T // c * c, [(T // c, c)]
+        made = [self._pooled(q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], c)]
+        if T > whole:
+            made.append(self._pooled(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], T - whole))
+            runs.append((1, T - whole))
+        key, value = (torch.cat(parts, 2) for parts in zip(*made, strict=True))
+        near = Plan.from_intervals(
+            (own * c).view(1, 1, -1), ((own + 1) * c).clamp(max=T).view(1, 1, -1), Tk=T, moving=True
+        )
+        n, row = key.shape[2], own.view(1, 1, -1)
+        before = Plan.from_intervals(None, row, Tk=n, moving=True)
+        behind = Plan.from_intervals(row + 1, torch.full_like(row, n), Tk=n, moving=True)
+        return self._joined(q, (k, v, near), (key, value, (before, behind)), runs)
 
     def _sizes(self, key: Tensor, runs: list[tuple[int, int]]) -> Tensor | None:
         """Log of the number of tokens that each key stands for, as a key bias."""
@@ -181,10 +220,14 @@ class Combiner(Layer):
 
     def new_state(self, batch: int) -> State:
         """An empty state."""
-        require((self.pattern != "logsparse", "logsparse has no state: its blocks grow with the sequence"))
+        require(
+            (self.pattern != "logsparse", "logsparse has no state: its blocks grow with the sequence"),
+            (self.causal, "causal=False has no state: earlier tokens see later ones"),
+        )
         return super().new_state(batch)
 
     def extra_repr(self) -> str:
         """One-line description of the shape and pattern."""
         own = f", pattern={self.pattern!r}, segment={self.segment}"
+        own += ", causal=False" if not self.causal else ""
         return super().extra_repr() + own + (", log_size=True" if self.log_size else "")

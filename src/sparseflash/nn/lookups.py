@@ -12,6 +12,7 @@ from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan import Plan
 from .base import Layer, Positions, State, check_sizes, draw
+from .convolution import convolve
 
 
 class Lookups(Layer):
@@ -96,19 +97,13 @@ class Lookups(Layer):
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
         """Convolve and look up; x [B, T, width]."""
-        (B, T, _), past = x.shape, 0 if state is None else state.length
-        before = x.new_zeros(B, self.size - 1, self.width)
-        if state is not None:
-            before = state.tensors.get("x", before)
-        long = torch.cat([before, x], 1)
-        taps = self.filter.unbind(-1)  # the last tap is that of the token itself
-        y = sum(tap.to(x.dtype) * long[:, n : n + T] for n, tap in enumerate(taps)) * self.gate(x)
+        T, past = x.shape[1], 0 if state is None else state.length
+        y = convolve(x, self.filter, state) * self.gate(x)
         g = self.ask(x).sigmoid()[..., 0]
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         q, k = self.turn(q, state), self.turn(k, state)
         if state is not None:
             k, v = state.append(k=k, v=v)
-            state.tensors["x"] = long[:, T:]
         if self.training:
             out = attention(q, k, v, causal=True, q_offset=past, dropout_p=self.dropout_p)
             quota = (T**0.5 if self.lookups is None else self.lookups) / max(1, T)

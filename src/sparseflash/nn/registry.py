@@ -8,6 +8,7 @@ from typing import Any
 from ..common.errors import SparseFlashError
 from .base import Layer
 from .combiner import Combiner
+from .convolution import GatedConvolution
 from .dynamic_mask import DynamicMaskAttention
 from .lightning import LightningAttention
 from .longgen import LongGenAttention
@@ -22,6 +23,7 @@ from .stick_breaking import StickBreakingAttention
 _KNOWN: dict[str, type[Layer]] = {
     "combiner": Combiner,
     "dynamic-mask-attention": DynamicMaskAttention,
+    "gated-convolution": GatedConvolution,
     "lightning-attention": LightningAttention,
     "longgen-attention": LongGenAttention,
     "lookups": Lookups,

@@ -1,0 +1,175 @@
+"""Small language models of every kind of layer at about equal pairs: bits per byte, near and far.
+
+Two layers of width 128 learn the same bytes in the same order. `far` is the bits of those bytes alone whose
+last six stood before with the same byte next, more than 512 bytes back and not nearer: what only a far look
+can know. `pairs` is the mean number of keys that a query is multiplied with, `active` the share of tokens
+that attend at all, by layer. What share of the gap between convolution and dense attention look-ups close is
+Zoology's figure.
+
+The task of lists is ListOps: nested MAX, MIN, MED (median) and SM (sum modulo 10) over digits, as lines of
+text with the answer behind them; `accuracy` is that of the answers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseflash.bench.results import Row
+from sparseflash.methods.base import Method
+from sparseflash.train import Corpus, TrainConfig, Trainer
+from sparseflash.train.attention import Sparse
+from sparseflash.train.model import SelfAttention
+
+from ..claim.rows import Job, mean, numbers
+from ..claim.texts import far
+from .recall import RandomKeys, counted
+
+LENGTH, BATCH, CONTEXT = 2048, 2, 6
+ANSWER = ord("=")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixer by name with its options, or the method that takes the place of dense attention."""
+
+    attention: str = "dense"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    method: Callable[[int], Method] | None = None
+    objective: str = "next"
+
+
+CASES = {
+    "dense": Case(),
+    "convolution": Case("gated-convolution"),
+    "look-ups": Case("lookups", {"penalty": 0.1}),
+    "window of 128": Case("window", {"window": 128}),
+    "random 128": Case(method=lambda seed: RandomKeys(128, seed)),
+    "hash, 8 buckets": Case("hash-sparse", {"nb": 8}),
+    "hash, 32 buckets beside a window of 96": Case("hash-sparse", {"nb": 32, "window": 96}),
+    "routing, 16 clusters": Case("routing-attention", {"clusters": 16, "window": 128}),
+    "sparsek, k = 64": Case("sparsek-attention", {"k": 64, "window": 32}),
+    "native sparse": Case(
+        "native-sparse-attention",
+        {"block": 32, "stride": 16, "select": 32, "top": 2, "first": 0, "near": 1, "window": 32},
+    ),
+    "moba": Case("moba", {"page": 64, "budget": 128}),
+    "combiner, segments of 64": Case("combiner", {"segment": 64}),
+    "dynamic mask of 128": Case("dynamic-mask-attention", {"window": 128}),
+    "seqboat": Case("seqboat", {"window": 256}),
+    "dense, both ways": Case(objective="masked"),
+    "combiner, both ways": Case("combiner", {"segment": 64}, objective="masked"),
+    "window, both ways": Case("window", {"window": 128}, objective="masked"),
+}
+LISTS = ("dense", "window of 128", "seqboat", "look-ups", "convolution")
+"""Cases of the task of lists."""
+
+
+def expression(drawn: random.Random, depth: int) -> tuple[str, int]:
+    """A ListOps expression, and its value."""
+    if depth == 0 or drawn.random() < 0.25:
+        value = drawn.randrange(10)
+        return str(value), value
+    name = drawn.choice(("MAX", "MIN", "MED", "SM"))
+    parts = [expression(drawn, depth - 1) for _ in range(drawn.randint(2, 4))]
+    values = sorted(value for _, value in parts)
+    found = {"MAX": values[-1], "MIN": values[0], "MED": values[len(values) // 2], "SM": sum(values) % 10}
+    return f"[{name} {' '.join(text for text, _ in parts)}]", found[name]
+
+
+def lists(count: int = 60_000, *, depth: int = 3, seed: int = 0) -> Corpus:
+    """Lines of ListOps with their answers."""
+    drawn, lines = random.Random(seed), []
+    while len(lines) < count:
+        text, value = expression(drawn, depth)
+        if len(text) > 1:
+            lines.append(f"{text}={value}\n")
+    return Corpus(["".join(lines).encode()], "ListOps")
+
+
+def jobs(corpus: Corpus, *, cases: Sequence[str], seeds: Sequence[int], steps: int = 400) -> list[Job]:
+    """A row for each case and seed."""
+    data = corpus.name.split("/")[-1]
+    keys = [
+        {"bench": "layers-language", "data": data, "case": case, "seed": seed, "steps": steps, "T": LENGTH}
+        for seed in seeds
+        for case in cases
+    ]
+    return [Job(key, partial(_run, key, corpus)) for key in keys]
+
+
+def trainer_of(case: Case, corpus: Corpus, base: TrainConfig) -> Trainer:
+    """A trainer of the case."""
+    config = replace(base, attention=case.attention, options=dict(case.options), objective=case.objective)
+    trainer = Trainer(config, corpus)
+    if case.method is not None:
+        for n, block in enumerate(trainer.model.blocks):
+            assert isinstance(block.attention, SelfAttention)
+            block.attention.attention = Sparse(case.method(1009 * config.seed + n), {})
+    return trainer
+
+
+def _run(key: Row, corpus: Corpus) -> Row:
+    case = CASES[key["case"]]
+    base = TrainConfig(
+        data="", length=key["T"], batch=BATCH, layers=2, width=128, heads=4, lr=4e-3, steps=key["steps"],
+        seed=key["seed"], eval_sequences=8,
+    )  # fmt: skip
+    trainer = trainer_of(case, corpus, base)
+    begin = time.perf_counter()
+    for _ in range(base.steps):
+        trainer.step()
+    row: Row = {"ms_step": (time.perf_counter() - begin) * 1e3 / base.steps, "bpb": trainer.validate()}
+    if case.objective == "next":
+        row |= judged(trainer)
+    return row | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+
+
+@torch.no_grad()
+def judged(trainer: Trainer) -> Row:
+    """Bits of the far slice, accuracy of the answers, pairs and share of active tokens, on held-out text."""
+    model, length = trainer.model.eval(), trainer.config.length
+    far_bits: list[Tensor] = []
+    right: list[Tensor] = []
+    with counted() as found:
+        for tokens, targets in trainer.corpus.validation(length, trainer.config.eval_sequences):
+            logits = model(tokens)[0]
+            bits = F.cross_entropy(logits, targets[0], reduction="none") / math.log(2)
+            text = torch.cat([tokens[0], targets[0, -1:]])
+            far_bits.append(bits[far(text, context=CONTEXT)])
+            right.append((logits.argmax(-1) == targets[0])[tokens[0] == ANSWER])
+            count = tokens.numel()
+    layers = model.layers()
+    row: Row = {"far": float(torch.cat(far_bits).mean()), "far_bytes": len(torch.cat(far_bits))}
+    if len(torch.cat(right)) and trainer.corpus.name == "ListOps":
+        row["accuracy"] = float(torch.cat(right).float().mean())
+    if found:
+        row["pairs"] = sum(found) / count / trainer.config.eval_sequences / len(layers)
+    active = [getattr(layer, "awake", getattr(layer, "kept", None)) for layer in layers]
+    if any(isinstance(share, Tensor) for share in active):
+        row["active"] = " ".join(f"{float(share):.3f}" for share in active if isinstance(share, Tensor))
+    model.train()
+    return row
+
+
+def closed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much of the gap between convolution and dense attention look-ups close, overall and far."""
+    said = []
+    for column, name in (("bpb", "overall"), ("far", "far")):
+        conv, near, whole = (
+            mean(numbers([row for row in rows if row["case"] == case], column))
+            for case in ("convolution", "look-ups", "dense")
+        )
+        if conv > whole:
+            share = (conv - near) / (conv - whole)
+            said.append(f"look-ups close {share:.0%} of the gap between convolution and dense, {name}")
+    return said
