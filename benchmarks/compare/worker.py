@@ -118,6 +118,24 @@ def _(sf: Any, small: int) -> Run:
     return both(lambda q, k, v: sf.stick_breaking(q, k, v), tensors(2048 // small))
 
 
+for name in (
+    "minference",
+    "flexprefill",
+    "pbs-attn",
+    "anchor-attention",
+    "xattention",
+    "flashprefill",
+    "block-topk",
+):
+
+    @case(f"selection: {name}, 6 heads over 2")
+    def _(sf: Any, small: int, name: str = name) -> Run:
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, heads, 4096 // small, 64, generator=generator) for heads in (6, 2))
+        method = sf.methods.get(name)
+        return lambda: method.select(q, k)
+
+
 def cache(length: int, dtype: torch.dtype = torch.float32, group: int = 4) -> list[Tensor]:
     """Give the last token of four sequences, and their caches."""
     generator = torch.Generator().manual_seed(0)
@@ -131,6 +149,13 @@ for dtype in (torch.float32, torch.bfloat16):
     def _(sf: Any, small: int, dtype: torch.dtype = dtype) -> Run:
         given = cache(8192 // small, dtype)
         return lambda: sf.decode(*given)
+
+
+@case("selection: quest, a token over 4 x 8192 keys")
+def _(sf: Any, small: int) -> Run:
+    q, k, _ = cache(8192 // small)
+    method = sf.methods.get("quest", budget=512 // small)
+    return lambda: method.select(q, k, {"q_offset": k.shape[2] - 1})
 
 
 @case("decode, fp32, pages of 16")
