@@ -15,6 +15,7 @@ import sparseflash as sf
 from sparseflash.__main__ import app
 from sparseflash.train import GPT, Corpus, TrainConfig, Trainer, TrainError, load_model, sample
 from sparseflash.train.attention import Sparse, dense
+from sparseflash.train.log import read
 from sparseflash.train.trainer import init_config
 from test_train import TEXT, assert_same_run, command, tiny
 
@@ -281,3 +282,38 @@ def test_two_processes_route_like_one_with_the_doubled_batch(tmp_path):
     one, two = (load_model(tmp_path / name)[0].state_dict() for name in ("one", "two"))
     for name, x in one.items():
         torch.testing.assert_close(x, two[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+# what is kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"attention": "dense"}, sf.Plan.dense(32, 32, causal=True)),
+        ({"attention": "window", "options": {"window": 5}},
+         sf.Plan.dense(32, 32, causal=True, window=(4, 0))),
+        ({"attention": "self-attention"}, None),
+        ({"attention": "window", "options": {"window": 5}, "objective": "masked"},
+         sf.Plan.dense(32, 32, window=(4, 4))),
+    ],
+)  # fmt: skip
+def test_a_validation_counts_the_pairs_that_layers_keep_and_visit(changes, want, tmp_path):
+    trainer = Trainer(tiny(**{"length": 32, "steps": 2, "eval_every": 2} | changes), Corpus([TEXT]))
+    rows = trainer.run(tmp_path)
+    assert rows[0].kept is None and rows[0].work is None
+    found = rows[1].kept, rows[1].work
+    assert found == ((None, None) if want is None else pytest.approx((want.kept, want.work)))
+    if changes["attention"] == "window":
+        assert all(block.attention.attention.note is None for block in trainer.model.blocks)
+    assert [(row.kept, row.work) for row in read(tmp_path)] == [(None, None), found]
+
+
+def test_layers_that_differ_are_averaged_and_old_logs_are_read(tmp_path):
+    trainer = trained(steps=0, attention="window,dense", options={"window": 3}, length=32, layers=2)
+    trainer.validate()
+    near = sf.Plan.dense(32, 32, causal=True, window=(2, 0))
+    assert trainer.kept == pytest.approx((1 + near.kept) / 2)
+    (tmp_path / "log.csv").write_text("step,loss,val_bpb,ms_per_step,tokens_per_s\n1,2.5,,3.0,4.0\n")
+    (row,) = read(tmp_path)
+    assert (row.loss, row.val_bpb, row.kept, row.work) == (2.5, None, None, None)

@@ -34,18 +34,27 @@ def both_ways(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0) -> Ten
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa, dropout_p=dropout_p)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Sparse:
-    """A method together with the context its calls share, such as the step whose random masks it draws."""
+    """A method together with the context its calls share, such as the step whose random masks it draws.
+
+    While there is a `note`, it is told the plan of each call.
+    """
 
     method: Method
     context: Mapping[str, Any]
+    note: Callable[[AnyPlan], None] | None = dataclasses.field(default=None, compare=False)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, q_offset: int | None = None
     ) -> Tensor:
         """Select and attend."""
-        return self.method(q, k, v, ctx=self.context, dropout_p=dropout_p, q_offset=q_offset)
+        if self.note is None:
+            return self.method(q, k, v, ctx=self.context, dropout_p=dropout_p, q_offset=q_offset)
+        own = {"v": v, "scale": k.shape[-1] ** -0.5} | ({} if q_offset is None else {"q_offset": q_offset})
+        found = self.method.select(q, k, own | self.context)
+        self.note(self.method.shown(q, k, found, self.context))
+        return self.method(q, k, v, ctx=self.context, selection=found, dropout_p=dropout_p, q_offset=q_offset)
 
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select only."""

@@ -11,7 +11,9 @@ from sparseflash.common.files import replacing
 from sparseflash.train.errors import TrainError
 
 FILE = "log.csv"
-COLUMNS = ("step", "loss", "val_bpb", "ms_per_step", "tokens_per_s")
+COLUMNS = ("step", "loss", "val_bpb", "ms_per_step", "tokens_per_s", "kept", "work")
+SOMETIMES = ("val_bpb", "kept", "work")
+"""Columns that only rows with a validation have; files of 0.1.0 lack the last two."""
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Row:
         Validation bits per byte after the step, where measured.
     ms_per_step, tokens_per_s : float
         Wall time of the step without validation and saving.
+    kept, work : float or None
+        `Plan.kept` and `Plan.work` in the validation, mean over the layers; None where a layer has no plan.
     """
 
     step: int
@@ -35,12 +39,15 @@ class Row:
     val_bpb: float | None
     ms_per_step: float
     tokens_per_s: float
+    kept: float | None = None
+    work: float | None = None
 
     def cells(self) -> list[str]:
         """Format the columns of the CSV."""
         # repr keeps every bit: a resumed run must write the same digits.
-        bpb = "" if self.val_bpb is None else repr(self.val_bpb)
-        return [str(self.step), repr(self.loss), bpb, f"{self.ms_per_step:.3f}", f"{self.tokens_per_s:.1f}"]
+        bpb, kept, work = ("" if x is None else repr(x) for x in (self.val_bpb, self.kept, self.work))
+        times = [f"{self.ms_per_step:.3f}", f"{self.tokens_per_s:.1f}"]
+        return [str(self.step), repr(self.loss), bpb, *times, kept, work]
 
 
 class Log:
@@ -80,7 +87,9 @@ def read(directory: Path) -> list[Row]:
         with open(path, newline="") as stream:
             lines = stream.read().split("\n")[:-1]
         for r in csv.DictReader(lines):
-            numbers = (float(r[name]) if r[name] or name != "val_bpb" else None for name in COLUMNS[1:])
+            numbers = (
+                None if name in SOMETIMES and not r.get(name) else float(r[name]) for name in COLUMNS[1:]
+            )
             rows.append(Row(int(r["step"]), *numbers))
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise TrainError(

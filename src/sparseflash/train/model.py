@@ -8,7 +8,8 @@ projections: the model does not know which method it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sparseflash.nn import Layer, State
 from sparseflash.nn.base import draw
 from sparseflash.nn.self_attention import forget
+from sparseflash.ops._arguments import AnyPlan
 from sparseflash.ops.attention import attention
 from sparseflash.plan import Plan
 from sparseflash.train.attention import Attention, Sparse, dense, mixers
@@ -183,6 +185,20 @@ class GPT(nn.Module):
         """The blocks' mixers that are `sparseflash.nn` layers; None for other blocks."""
         found = [block.attention for block in self.blocks]
         return [mixer if isinstance(mixer, Layer) else None for mixer in found]
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[dict[int, AnyPlan]]:
+        """Collect the plans of the forwards inside, by layer, of those layers that have a method."""
+        plans: dict[int, AnyPlan] = {}
+        found = [getattr(block.attention, "attention", None) for block in self.blocks]
+        known = [(n, own) for n, own in enumerate(found) if isinstance(own, Sparse)]
+        for n, own in known:
+            own.note = partial(plans.__setitem__, n)
+        try:
+            yield plans
+        finally:
+            for _, own in known:
+                own.note = None
 
     def aux_loss(self) -> Tensor:
         """Auxiliary loss of the last forward, summed over the layers."""

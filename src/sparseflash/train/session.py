@@ -47,10 +47,11 @@ def _train(trainer: Trainer, directory: Path, resume: bool) -> int:
         def on_row(row: Row) -> None:
             nonlocal best
             if row.val_bpb is not None:
+                kept = "" if row.kept is None or row.kept == 1 else f"kept {row.kept:.3f}  "
                 best = f", validation {row.val_bpb:.4f} bits per byte"
                 console.print(
                     f"step {row.step:5d}  loss {row.loss:.4f}  validation {row.val_bpb:.4f} bits per byte  "
-                    f"{row.ms_per_step:.0f} ms  {row.tokens_per_s:,.0f} tokens/s"
+                    f"{kept}{row.ms_per_step:.0f} ms  {row.tokens_per_s:,.0f} tokens/s"
                 )
             bar.update(
                 task, completed=row.step, description=f"loss {row.loss:.3f}, {row.ms_per_step:.0f} ms/step"

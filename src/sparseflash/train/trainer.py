@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from sparseflash.nn import State, update
+from sparseflash.ops._arguments import AnyPlan
+from sparseflash.plan import Plan, figures
 from sparseflash.train import checkpoint, masked
 from sparseflash.train.config import SHAPE, TrainConfig
 from sparseflash.train.context import Context
@@ -66,6 +68,8 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.done = 0
+        self.kept: float | None = None  # of the last validation, as in the log
+        self.work: float | None = None
 
     def learning_rate(self, step: int) -> float:
         """Warm up linearly, then follow a cosine down to a tenth."""
@@ -160,25 +164,37 @@ class Trainer:
         total = torch.zeros(2, dtype=torch.float64)
         groups, group = self.context.groups, self.context.group_rank
         windows = self.corpus.validation(length or c.eval_length or c.length, c.eval_sequences)
-        for number, (tokens, targets) in enumerate(windows):
-            if number % groups != group:
-                continue
-            if self.model.masked:
-                window, size = tokens.expand(masked.SHARES, -1), tokens.numel()
-                given = masked.hide(window, number, slice(None), masked.SHARES)
-                inputs, wanted, weights = (x.to(world.device) for x in given)
-                loss = self.loss(inputs, wanted, weights=weights)
-                total += torch.tensor([loss.item() * size, size], dtype=torch.float64)
-                continue
-            parts = tokens.shape[1] > c.length and self.model.decodes
-            state = self.model.new_state(len(tokens)) if parts else None
-            size = c.length if parts else tokens.shape[1]
-            for some, wanted in zip(tokens.split(size, 1), targets.split(size, 1), strict=True):
-                loss = self.loss(some.to(world.device), wanted.to(world.device), state)
-                total += torch.tensor([loss.item() * wanted.numel(), wanted.numel()], dtype=torch.float64)
+        with self.model.watched() as plans:
+            for number, (tokens, targets) in enumerate(windows):
+                if number % groups != group:
+                    continue
+                if self.model.masked:
+                    window, size = tokens.expand(masked.SHARES, -1), tokens.numel()
+                    given = masked.hide(window, number, slice(None), masked.SHARES)
+                    inputs, wanted, weights = (x.to(world.device) for x in given)
+                    loss = self.loss(inputs, wanted, weights=weights)
+                    total += torch.tensor([loss.item() * size, size], dtype=torch.float64)
+                    continue
+                parts = tokens.shape[1] > c.length and self.model.decodes
+                state = self.model.new_state(len(tokens)) if parts else None
+                size = c.length if parts else tokens.shape[1]
+                for some, wanted in zip(tokens.split(size, 1), targets.split(size, 1), strict=True):
+                    loss = self.loss(some.to(world.device), wanted.to(world.device), state)
+                    total += torch.tensor([loss.item() * wanted.numel(), wanted.numel()], dtype=torch.float64)
+        self.kept, self.work = self._shares(plans, length or c.eval_length or c.length)
         self.model.train()
         nats, count = (world.total(part) for part in total)
         return nats / count / math.log(2)
+
+    def _shares(self, plans: dict[int, AnyPlan], length: int) -> tuple[float | None, float | None]:
+        """Means of `kept` and `work` over layers, if all attended to whole sequences by plans or densely."""
+        c = self.config
+        if self.context.size > 1 or any(self.model.layers()) or (self.model.decodes and length > c.length):
+            return None, None
+        whole = Plan.dense(length, length, causal=not self.model.masked)
+        found = [plans.get(n, whole) for n in range(c.layers)]
+        kept, work = (sum(map(share, found)) / c.layers for share in (figures.kept, figures.work))
+        return kept, work
 
     def begin(self, directory: str | Path) -> None:
         """Start from the weights of the run in `directory`, which may have another sequence length."""
@@ -251,6 +267,7 @@ class Trainer:
                 row = self.step()
                 if self.done % c.eval_every == 0 or self.done == c.steps:
                     row.val_bpb = self.validate()
+                    row.kept, row.work = self.kept, self.work
                 if log:
                     log.append(row)
                 on_row(row)
