@@ -25,7 +25,7 @@ from sparseflash.bench.results import Row, write
 from sparseflash.train import Corpus
 from sparseflash.train.data import load, stdlib
 from sparseflash.train.model import GPT, norm, rotate
-from sparseflash.train.sample import load_model
+from sparseflash.train.sampling import load_model
 
 HEADS = 4
 """Of an indexer; their dimension is that of the model's heads."""

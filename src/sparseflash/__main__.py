@@ -222,8 +222,8 @@ def sample(
     **... sample runs/masked --steps 32 --attention sparsed --set select_share=0.3**
     """
     from sparseflash.train.attention import Sparse, build
-    from sparseflash.train.sample import fill, load_model
-    from sparseflash.train.sample import sample as draw
+    from sparseflash.train.sampling import fill, load_model
+    from sparseflash.train.sampling import sample as draw
 
     model, config = load_model(run)
     text = prompt.encode()

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 import sparseflash as sf
 from sparseflash.integrations.transformers import attention, keep, ranges, tables
 from sparseflash.integrations.transformers.caches import roomy
-from sparseflash.integrations.transformers.verify import _dtype
+from sparseflash.integrations.transformers.verification import _dtype
 from transformer_models import tiny
 
 PROMPT = (torch.arange(70) * 37 % 94 + 3).view(2, 35)

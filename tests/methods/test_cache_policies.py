@@ -357,7 +357,7 @@ def test_what_makes_no_sense_is_refused(wrong, said):
 
 
 def test_every_policy_has_a_name_a_paper_and_a_test():
-    assert {type(sf.cache.policy(name)) for name in sf.cache.policies() if name != "moa"} == {
+    assert {type(sf.cache.policy(name)) for name in sf.cache.names() if name != "moa"} == {
         type(policy) for policy in POLICIES if not isinstance(policy, MoA)
     }
     for policy in POLICIES:

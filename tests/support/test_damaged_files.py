@@ -23,7 +23,7 @@ from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer, checkpoint, log
 from sparseflash.train.data import load
 from sparseflash.train.errors import TrainError
-from sparseflash.train.sample import load_model
+from sparseflash.train.sampling import load_model
 from sparseflash.train.trainer import resume_config
 
 CORPUS = Corpus([b"to be or not to be, that is the question. " * 50])

@@ -16,7 +16,7 @@ from sparseflash.bench import results
 from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus, checkpoint
 from sparseflash.train.errors import TrainError
-from sparseflash.train.sample import load_model
+from sparseflash.train.sampling import load_model
 
 TINY = {"tokens": 128, "layers": 1, "width": 16, "heads": 2, "length": 64}
 TEXT = bytes(range(32, 122)) * 40

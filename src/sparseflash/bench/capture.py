@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from sparseflash.common.errors import SparseFlashError
 from sparseflash.common.files import no_file, replacing
 from sparseflash.train.attention import Attention
-from sparseflash.train.sample import load_model
+from sparseflash.train.sampling import load_model
 
 NAMES = ("q", "k", "v")
 MOST_MB = 24.0

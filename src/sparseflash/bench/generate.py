@@ -21,7 +21,7 @@ COMPRESSIONS = {"mustafar": sf.cache.Mustafar, "int8": sf.cache.Int8}
 def known() -> list[str]:
     """Names of decoding methods, cache policies and compressions."""
     reading = [name for name in sf.methods.names() if sf.methods.find(name).decodes]
-    return sorted({*reading, *sf.cache.policies(), *COMPRESSIONS})
+    return sorted({*reading, *sf.cache.names(), *COMPRESSIONS})
 
 
 def how(name: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def how(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         except TypeError:
             fields = ", ".join(COMPRESSIONS[name].__dataclass_fields__)
             raise SparseFlashError(f"{name} has no {', '.join(settings)}: it has {fields}") from None
-    if name in sf.cache.policies():
+    if name in sf.cache.names():
         return {"cache": sf.cache.policy(name, **settings)}
     if name in known():
         return {"decode": sf.methods.get(name, **settings)}

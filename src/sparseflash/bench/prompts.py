@@ -107,7 +107,7 @@ class Prompt:
     @torch.no_grad()
     def judge(self, method: Method | SpecPrefill | None, layers: Sequence[int] | None) -> Judgement:
         """Measure loss and visible pairs of a prompt under a method, in one prefill."""
-        from sparseflash.integrations.transformers.report import measuring
+        from sparseflash.integrations.transformers.reporting import measuring
 
         prompt, behind = self.ids[:, : self.tokens], self.ids[:, self.tokens : -1]
         with self.under(method, layers), measuring(self.model, QUERIES, dense=False) as seen:

@@ -14,7 +14,7 @@ from .files import load, save
 from .growing import Growing
 from .offloaded import Offload, Offloaded, Reads
 from .policies.adakv import AdaKV
-from .policies.base import Everything, Held, Policy, policies, policy
+from .policies.base import Everything, Held, Policy, names, policy
 from .policies.citrus import Citrus
 from .policies.expected_attention import ExpectedAttention
 from .policies.h2o import H2O
@@ -63,7 +63,7 @@ __all__ = [
     "Thinned",
     "Threshold",
     "load",
-    "policies",
+    "names",
     "policy",
     "save",
 ]

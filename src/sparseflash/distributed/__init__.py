@@ -1,10 +1,10 @@
 """Context-parallel attention: tokens sharded over ranks, any plan, exact forward and backward, balanced."""
 
-from .attention import attention
+from .attend import attention
 from .context import ContextParallel, context_parallel
-from .decode import decode
+from .decoding import decode
+from .forecast import Forecast, Links, simulate
 from .layouts import Layout, areas, balance, readers
-from .simulate import Forecast, Links, simulate
 
 __all__ = [
     "ContextParallel",

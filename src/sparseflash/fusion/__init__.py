@@ -7,13 +7,13 @@ none specific to attention or norms, turn softmax(q k^T) v into flash attention.
 """
 
 from .build import GOLDEN, SIZES, Array, Builder, layer_norm, rms_norm, softmax
-from .cost import BYTES, CACHE, Cost, Tiers, choose, cost
+from .costs import BYTES, CACHE, Cost, Tiers, choose, cost
 from .derive import Derivation, Step, fuse, simplify
 from .emit import Kernel
 from .program import Loop, Op, Program
-from .read import read
+from .reading import read
 from .rules import RULES
-from .run import Meter, run
+from .running import Meter, run
 from .safety import centre
 
 __all__ = [

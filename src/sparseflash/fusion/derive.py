@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from ..common.errors import require
-from .cost import CACHE, Cost, Tiers, choose, cost
+from .costs import CACHE, Cost, Tiers, choose, cost
 from .draw import svg
 from .program import Program
 from .rules import RULES
-from .run import run
+from .running import run
 from .safety import centre
 
 ORDER = ("R3", "R1", "R2", "R9", "R8", "R4", "R5")

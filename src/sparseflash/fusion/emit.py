@@ -20,7 +20,7 @@ from ..common.errors import require
 from . import items
 from .items import PRIMITIVES, Axes, Item, Tile
 from .program import ACC, FIRST, REST, Body, Loop, Op, Program
-from .run import sizes_of
+from .running import sizes_of
 
 KEEP_ZERO = ("neg", "sqrt", "relu", "silu")
 

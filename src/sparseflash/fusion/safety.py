@@ -18,7 +18,7 @@ import torch
 
 from ..common.errors import SparseFlashError
 from .program import ACC, ADD, EW, FIRST, MEAN, Body, Loop, Op, Program, every
-from .run import run
+from .running import run
 
 
 def centre(program: Program) -> Program:

@@ -6,7 +6,7 @@ from sparseflash.train.errors import TrainError
 from sparseflash.train.log import Row
 from sparseflash.train.model import GPT
 from sparseflash.train.parallel import World
-from sparseflash.train.sample import fill, load_model, sample
+from sparseflash.train.sampling import fill, load_model, sample
 from sparseflash.train.trainer import Trainer, resume_config
 
 __all__ = [

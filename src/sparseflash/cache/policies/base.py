@@ -187,13 +187,13 @@ def pooled(score: Tensor, width: int) -> Tensor:
 _REGISTRY: dict[str, type[Policy]] = {}
 
 
-def policies() -> list[str]:
-    """Names of all policies.
+def names() -> list[str]:
+    """Names of all policies, which `policy` makes.
 
     Examples
     --------
     >>> import sparseflash as sf
-    >>> "snapkv" in sf.cache.policies()
+    >>> "snapkv" in sf.cache.names()
     True
     """
     return sorted(_REGISTRY)
@@ -208,7 +208,7 @@ def policy(name: str, /, **settings: Any) -> Policy:
         If the name or a setting is unknown; the message lists those that exist.
     """
     if name not in _REGISTRY:
-        raise SparseFlashError(f"there is no policy {name!r}: policies: {', '.join(policies())}")
+        raise SparseFlashError(f"there is no policy {name!r}: policies: {', '.join(names())}")
     cls = _REGISTRY[name]
     fields = [f.name for f in dataclasses.fields(cls)]
     if strange := set(settings) - set(fields):

@@ -26,10 +26,10 @@ from .mask import SparseMask
 from .pretrained import MODELS, load
 from .ranges import NUMBERS, TRUTHS, sparse_mask
 from .ranks import Across, context_parallel
-from .report import Report, report
+from .reporting import Report, report
 from .spec_prefill import SpecPrefill
 from .tables import watch
-from .verify import verify
+from .verification import verify
 
 AttentionInterface.register("sparse", sparse_attention)
 AttentionMaskInterface.register("sparse", sparse_mask)

@@ -6,7 +6,7 @@ package imports nothing of vLLM; `backend` does, when vLLM asks for the class th
 
 from .attend import Layer
 from .pool import Kept, Pool
-from .register import register
+from .registration import register
 from .settings import KEY, VARIABLE, Settings, asked
 from .step import Step
 
