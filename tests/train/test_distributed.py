@@ -205,8 +205,10 @@ def test_a_lost_rank_is_named_within_the_timeout(how, transport, phase):
         assert message.startswith("rank 1 died or stalls"), said
         assert "of call 2, step" in message or "of call 3" in message
         assert float(took) < seconds + 4
-    if transport == "groupcast":
-        assert any(f"{phase} of call 2, step" in text for text in said.values()), said
+    if transport == "groupcast":  # keys that were sent before a rank died arrive: then the gradients do not
+        assert any(f"{x} of call 2, step" in text for x in (phase, "backward") for text in said.values()), (
+            said
+        )
 
 
 M = sf.methods
