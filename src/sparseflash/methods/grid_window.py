@@ -121,11 +121,13 @@ class GridWindow(Method):
             at = (place.div(below, rounding_mode="floor") + skip).div(w, rounding_mode="floor")
             n = max(-(-(size + skip) // w), 1)
             label, place, windows = label * n + at, place % below, windows * n
-        bucket = F.pad(label, ends, value=windows).view(1, 1, -1)
         tile, beside = 64 if math.prod(self.window) <= 64 else 128, any(ends)
-        inside = Plan.from_buckets(bucket, bucket, causal=self.causal, tile=tile, buckets=windows + beside)
+        if beside:  # bucket 0; a bucket behind all others would be a number that depends on the length
+            label, windows = F.pad(label + 1, ends), windows + 1
+        bucket = label.view(1, 1, -1)
+        inside = Plan.from_buckets(bucket, bucket, causal=self.causal, tile=tile, buckets=windows)
         if not beside:
             return Selection(inside)
-        words, image = bucket == windows, bucket != windows
+        words, image = bucket == 0, bucket > 0
         across = (Plan.from_keep(a, b, causal=self.causal) for a, b in ((image, words), (words, image)))
         return Selection((inside, *across))
