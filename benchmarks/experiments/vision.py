@@ -5,7 +5,7 @@ Orion-MSP, with the mask that its released code computes (no window), and dense,
 
 `links`, `tokens` and `plan` (Sparsifiner) are in `links.py`.
 
-`hrsam`: the output at a patch of an image of 512 and one of 2048 pixels (patches of 16, no scan), and time
+`hrsam`: the output at a patch of images of 512 to 4096 pixels (patches of 16, no scan), and time
 per image against dense attention.
 """
 
@@ -144,7 +144,7 @@ def measure(
     images: tuple[Tensor, Tensor] | None = None,
     steps: int = 600,
     features: Sequence[int] = (128, 256, 512, 1024, 2048, 4096),
-    pixels: Sequence[int] = (512, 1024, 2048),
+    pixels: Sequence[int] = (512, 1024, 2048, 4096),
     minutes: float = 3.0,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:

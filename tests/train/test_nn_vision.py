@@ -134,6 +134,19 @@ def test_a_patch_gives_the_same_in_a_larger_image(generator):
     torch.testing.assert_close(whole, alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pixels", [2048, pytest.param(4096, marks=pytest.mark.slow)])
+def test_a_block_gives_patches_of_large_images_what_they_have_in_one_of_512_pixels(pixels, generator):
+    """Patches of 16 pixels; windows of 16 x 16 that are cut at the same places."""
+    blocks, side = sf.nn.HRSAMBlocks(32, 2, 1, scans=()).eval(), pixels // 16
+    large = torch.randn(1, side, side, 32, generator=generator)
+    with torch.no_grad():
+        whole = blocks(large.flatten(1, 2), grid=(side, side)).view(1, side, side, 32)
+        for top, left in ((0, 0), (side - 32, 32)):
+            here = slice(top, top + 32), slice(left, left + 32)
+            alone = blocks(large[:, *here].flatten(1, 2), grid=(32, 32)).view(1, 32, 32, 32)
+            torch.testing.assert_close(whole[:, *here], alone, atol=1e-5, rtol=1e-5)
+
+
 def test_the_last_token_reaches_the_first_from_the_second_round_on(generator):
     for repeats, heard in ((1, False), (2, True)):
         layer = sf.nn.CyclicScan(16, 1, state=4, repeats=repeats)
