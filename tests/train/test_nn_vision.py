@@ -134,7 +134,7 @@ def test_a_patch_gives_the_same_in_a_larger_image(generator):
     torch.testing.assert_close(whole, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pixels", [2048, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pixels", [2048, 4096])
 def test_a_block_gives_patches_of_large_images_what_they_have_in_one_of_512_pixels(pixels, generator):
     """Patches of 16 pixels; windows of 16 x 16 that are cut at the same places."""
     blocks, side = sf.nn.HRSAMBlocks(32, 2, 1, scans=()).eval(), pixels // 16
