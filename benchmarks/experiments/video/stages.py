@@ -6,7 +6,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -100,7 +100,7 @@ class Study:
         split = round(len(images) * (1 - HELD_OUT))
         self.digits, self.unseen = images[:split], images[split:]
         self.settings, self.on_run = settings, on_run
-        self.folder = None if folder is None else folder / f"{zlib.crc32(repr(settings).encode()):08x}"
+        self.folder = folder
         self.made: dict[str, VideoDiT] = {}
 
     def generator(self, salt: int) -> torch.Generator:
@@ -145,10 +145,15 @@ class Study:
         torch.manual_seed(s.seed)
         return VideoDiT(s.frames, s.side, s.patch, width=s.width, heads=s.heads, layers=s.layers)
 
-    def kept(self, name: str, make: Callable[[OnRun], VideoDiT]) -> VideoDiT:
-        """The model of a name: made before, read from the folder, or made now and written there."""
+    def kept(self, name: str, make: Callable[[OnRun], VideoDiT], free: Sequence[str]) -> VideoDiT:
+        """The model of a name: made before, read from the folder, or made now and written there.
+
+        Settings that are `free` do not matter to it.
+        """
         if name not in self.made:
-            path = None if self.folder is None else self.folder / f"{name.replace(' ', '-')}.pt"
+            told = repr(replace(self.settings, **{x: getattr(Settings, x) for x in free}))
+            file = f"{name.replace(' ', '-')}-{zlib.crc32(told.encode()):08x}.pt"
+            path = None if self.folder is None else self.folder / file
             if path is not None and path.exists():
                 model = self.new_model()
                 model.load_state_dict(torch.load(path, weights_only=True))
@@ -171,14 +176,18 @@ class Study:
             how = {"steps": s.steps, "rate": s.rate, "seed": s.seed}
             return fit(model, flow(model), self.batch, **how, on_run=on_run)
 
-        return self.kept("teacher", make)
+        return self.kept("teacher", make, ("distil", "tune", "fine", "few", "bound", "videos"))
 
     @property
     def quick(self) -> VideoDiT:
         """Stage 1: the dense model of few steps."""
         s, teacher = self.settings, self.teacher
         how = {"fine": s.fine, "few": s.few, "steps": s.distil, "rate": s.rate / 4, "seed": s.seed + 1}
-        return self.kept("stage 1", lambda on_run: distilled(teacher, self.batch, **how, on_run=on_run))
+
+        def make(on_run: OnRun) -> VideoDiT:
+            return distilled(teacher, self.batch, **how, on_run=on_run)
+
+        return self.kept("stage 1", make, ("tune", "bound", "videos"))
 
     @cached_property
     def references(self) -> list[int]:
@@ -225,7 +234,8 @@ class Study:
             student = copy.deepcopy(self.quick).attend_by(methods)
             return tuned(self.quick, student, self.batch, **how, on_run=on_run)
 
-        return self.kept(f"stage 3 {case.replace(',', '').replace('=', '')}", make).attend_by(methods)
+        name = "stage 3 " + "".join(x for x in case if x not in ",=")
+        return self.kept(name, make, ("videos",)).attend_by(methods)
 
     # ------------------------------------------------------------ rows
 
