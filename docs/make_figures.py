@@ -609,7 +609,14 @@ def video(part: str) -> str:
             for row in found
         ]
         names = ["kept", "distance", "Fréchet", "drift", "unlike stage 1"]
-        return table(["videos", "stage", "steps", "reference frames", *names], body)
+        of = dict(re.findall(r"(\w+)=([\d.]+)", found[0]["study"]))
+        said = (
+            "Optimiser steps of {batch} videos: {steps} for the teacher, {distil} for stage 1, {tune} for "
+            "each student of stage 3. The search lets an error of {bound} of a layer pass; {videos} videos are "
+            "judged."
+        ).format(**of)
+        head = ["videos", "stage", "steps", "reference frames", *names]
+        return f"{textwrap.fill(said, 120)}\n\n{table(head, body)}"
     if part == "time":
         gains = {"gain_steps": ".1f", "gain_attention": ".1f", "gain_model": ".2f", "gain": ".1f"}
         body = [

@@ -280,7 +280,7 @@ def test_every_row_is_there_and_none_is_measured_twice(tmp_path):
     by = {part: [row for row in [*rows, *more] if row["part"] == part] for part in parts}
     assert {part: len(x) for part, x in by.items()} == {
         "train": 1,
-        "stages": 5 + 2 * len(stages.CASES),
+        "stages": 6 + 2 * len(stages.CASES),
         "time": 3 + 2 + 2 * len(stages.UNIFORM),
         "capture": len(capture.METHODS),
     }
@@ -293,6 +293,7 @@ def test_every_row_is_there_and_none_is_measured_twice(tmp_path):
     assert [stage["searched", "2", 2][x] for x in same] == pytest.approx(
         [stage["dense", "1", 2][x] for x in same], rel=1e-3, abs=1e-6
     )
+    assert stage["searched", "teacher", 4]["distance"] < 1e-6  # which is dense here
     T = 3 * 4
     assert (
         stage["dense", "1", 2]["pairs"] == 2 * 2 * T * T

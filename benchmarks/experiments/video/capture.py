@@ -26,6 +26,7 @@ VIDEOS = 3
 METHODS: dict[str, Method | None] = {
     "sparsed": methods.SparseD(0.25, block=BLOCK),
     "adaspa": methods.AdaSpa(0.75, block=BLOCK),
+    "adaspa, levels alike": methods.AdaSpa(0.75, adaptive=False, block=BLOCK),
     "paro-attention": methods.PAROAttention(0.25, block=BLOCK),
     "sparse-vdit": None,
     "sliding-tile": methods.SlidingTile(tile=(2, 2, 2), window=(2, 1, 1)),
@@ -56,10 +57,10 @@ class Capture:
         """A mode for each head, from the first video."""
         samples = {n: [(q[:1], k[:1], v[:1], ctx)] for n, (q, k, v, ctx) in enumerate(self.calls[0])}
         candidates = [
-            {"method": "sparse-vdit", "mode": mode, "reach": 1, "stripes": 4, "block": BLOCK}
+            {"method": "sparse-vdit", "mode": mode, "reach": 2, "stripes": 5, "block": BLOCK}
             for mode in MODES
         ]
-        score = judge(samples, weight=0.1, bound=0.3)
+        score = judge(samples, weight=0.5, bound=0.8)
         return search("video", samples, candidates, score, progress=False)
 
     def method(self, case: str) -> Method:

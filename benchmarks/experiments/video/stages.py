@@ -6,7 +6,7 @@ import copy
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Settings:
     rate: float = 2e-3
     fine: int = 32
     few: int = 8
-    bound: float = 0.05
+    bound: float = 0.25
     videos: int = 64
     seed: int = 0
 
@@ -151,7 +151,7 @@ class Study:
         Settings that are `free` do not matter to it.
         """
         if name not in self.made:
-            told = repr(replace(self.settings, **{x: getattr(Settings, x) for x in free}))
+            told = repr({x: y for x, y in asdict(self.settings).items() if x not in free})
             file = f"{name.replace(' ', '-')}-{zlib.crc32(told.encode()):08x}.pt"
             path = None if self.folder is None else self.folder / file
             if path is not None and path.exists():
@@ -222,6 +222,10 @@ class Study:
             return [EfficientVDiT(k) for k in self.references]
         apart = {"random frames": False, "random tiles": True}[case]
         return [DrawnFrames(k, apart=apart, seed=layers * seed + n) for n, k in enumerate(self.references)]
+
+    def sparse_teacher(self) -> VideoDiT:
+        """The model of many steps with the attention of the search: sparse attention without the rest."""
+        return copy.deepcopy(self.teacher).attend_by(self.methods("searched"))
 
     def student(self, case: str, *, tune: bool) -> VideoDiT:
         """The model of few steps with sparse attention; stage 3 trains it to be like the dense one."""
@@ -313,6 +317,7 @@ def jobs(study: Study, parts: Sequence[str] = ("train", "stages")) -> list[Job]:
         add("dense, other noise", "teacher", s.fine, partial(study.generated, teacher, s.fine, 2))
         for steps in (s.fine, s.few):
             add("dense", "teacher", steps, partial(study.generated, teacher, steps))
+        add("searched", "teacher", s.fine, partial(study.generated, study.sparse_teacher, s.fine))
         add("dense", "1", s.few, partial(study.generated, partial(getattr, study, "quick"), s.few))
         for case in CASES:
             for stage in ("2", "3"):
