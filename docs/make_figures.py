@@ -605,15 +605,21 @@ def video(part: str) -> str:
     if part == "stages":
         columns = {"kept": ".0%", "distance": ".3f", "frechet": ".3f", "drift": ".2f", "unlike": ".3f"}
         body = [
-            [row["case"], row["stage"], row["steps"], row["references"], *cells(row, columns)]
+            [row["case"], row["stage"], row["steps"].strip("0") and row["steps"]]
+            + [
+                " ".join(dict.fromkeys(row["references"].split()))
+                if row["kept"] == "1"
+                else row["references"]
+            ]
+            + cells(row, columns)
             for row in found
         ]
         names = ["kept", "distance", "Fréchet", "drift", "unlike stage 1"]
         of = dict(re.findall(r"(\w+)=([\d.]+)", found[0]["study"]))
         said = (
             "Optimiser steps of {batch} videos: {steps} for the teacher, {distil} for stage 1, {tune} for "
-            "each student of stage 3. The search lets an error of {bound} of a layer pass; {videos} videos are "
-            "judged."
+            "each student of stage 3. The search lets an error of {bound} of a layer pass; {videos} videos "
+            "are judged."
         ).format(**of)
         head = ["videos", "stage", "steps", "reference frames", *names]
         return f"{textwrap.fill(said, 120)}\n\n{table(head, body)}"
