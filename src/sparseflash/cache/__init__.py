@@ -13,6 +13,7 @@ from .evicting import Evicting
 from .files import load, save
 from .growing import Growing
 from .offloaded import Offload, Offloaded, Reads
+from .paged import Paged, Pages
 from .policies.adakv import AdaKV
 from .policies.base import Everything, Held, Policy, names, policy
 from .policies.citrus import Citrus
@@ -55,6 +56,8 @@ __all__ = [
     "Policy",
     "PyramidKV",
     "Reads",
+    "Paged",
+    "Pages",
     "Share",
     "Shared",
     "SnapKV",

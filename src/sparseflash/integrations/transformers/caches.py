@@ -21,6 +21,8 @@ from ...cache import (
     Layer,
     Offload,
     Offloaded,
+    Paged,
+    Pages,
     Policy,
     Share,
     Shared,
@@ -30,7 +32,7 @@ from .mask import SparseMask
 
 CacheLayerMixin.register(Layer)
 
-Kept = Policy | Compression | Offload | Share
+Kept = Policy | Compression | Offload | Share | Pages
 """Says how much of the past a layer keeps, where, or for how many rows."""
 Make = Callable[[int], Layer]
 """Makes the cache layer for an attention layer's index."""
@@ -53,10 +55,10 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
     for number, policy in policies.items():
         if not isinstance(policy, Kept) or number not in range(layers):
             raise SparseFlashError(
-                f"cache={{{number!r}: {policy!r}}}: expected a policy, a compression, where to offload or "
-                "that prompts are shared, such as sf.cache.SnapKV(), sf.cache.Mustafar(), "
-                "sf.cache.Offload(folder) or sf.cache.Share(), or a mapping from the numbers of layers, "
-                f"0..{layers - 1}, to such"
+                f"cache={{{number!r}: {policy!r}}}: expected a policy, a compression, where to offload, "
+                "that prompts are shared or that keys lie in pages, such as sf.cache.SnapKV(), "
+                "sf.cache.Mustafar(), sf.cache.Offload(folder), sf.cache.Share() or sf.cache.Pages(), or a "
+                f"mapping from the numbers of layers, 0..{layers - 1}, to such"
             )
 
     ropes = {n: rope_of(model, n) for n, how in policies.items() if isinstance(how, Policy) and how.renumber}
@@ -73,6 +75,8 @@ def keeping(model: Any, cache: Kept | Mapping[int, Kept] | None, layers: int) ->
             return Compressed(how)
         if isinstance(how, Share):
             return Shared(how)
+        if isinstance(how, Pages):
+            return Paged(how)
         return Evicting(how, layer=index, layers=layers, rope=ropes.get(index))
 
     config = model.config
