@@ -345,6 +345,8 @@ def test_the_smallest_number_of_references_that_suffices_is_found(generator):
         profile = sf.calibrate.search("planted", [0, 1], candidates, score, progress=False)
         found[bound] = [profile.heads(n)[0]["references"] for n in (0, 1)]
     assert found == {0.01: [3, 1], 1e9: [1, 1]}
+    whole = {"method": "efficient-vdit", "references": frames}
+    assert smallest(samples, 0.0, lambda method: method.references)(0, whole) == [-math.inf] * 2  # not below
 
 
 # ---------------------------------------------------------------- Sparse-vDiT
@@ -451,6 +453,27 @@ def test_the_order_of_each_head_is_the_one_in_which_its_blocks_are_full(generato
         return float((mass < 1e-3 * 64).double().mean())
 
     assert empty((0, 1, 2), 0) == 0 and empty((1, 2, 0), 0) > 0.8
+
+
+def test_costs_of_orders_are_their_formula_where_the_last_block_is_short(generator):
+    """Blocks that are not empty, and max over mean of a block's weights, each as a share of all orders."""
+    grid, size = (3, 5, 7), 16
+    n = math.prod(grid)
+    method = sf.methods.PAROAttention(keep=0.3, block=size, small=1.0, empty=0.55)
+    q, k = 0.1 * normal(generator, 1, 2, n, 16), normal(generator, 1, 2, n, 16)
+    p, counted, peaked = softmax(q, k), [], []
+    for axes in itertools.permutations(range(3)):
+        at = grid_order(grid, axes=axes)[0, 0].long()
+        blocks = [x.split(size, -1) for x in p[:, :, at][..., at].split(size, -2)]
+        each = [x.flatten(2) for row in blocks for x in row]
+        counted.append(sum(((x < 1 / n).double().mean(-1) < 0.55).double() for x in each))
+        peaked.append(sum(x.amax(-1) / x.mean(-1) for x in each))
+    both = [torch.stack(x, -1) for x in (counted, peaked)]
+    full, peak = (x / x.sum(-1, keepdim=True) for x in both)
+    assert full.std() > 0
+    want = method.alpha * full + (1 - method.alpha) * peak
+    got = order_costs(method, q, k, located(n, grid, (0, 0)), None, None)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", [0.4, 0.5])

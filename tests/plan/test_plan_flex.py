@@ -23,6 +23,17 @@ def test_there_and_back_is_the_same_set(kind, block, seed):
         assert torch.equal(back.to_dense(), example.plan.to_dense()), example.line
 
 
+@pytest.mark.parametrize("name", ["some blocks", "whole blocks too"])
+def test_its_mask_function_is_right_at_every_pair_also_where_no_block_is_listed(name, generator):
+    """Uncompiled FlexAttention evaluates all of them."""
+    mask = torch.rand(1, 2, 96, 96, generator=generator) < 0.5
+    mask &= (torch.arange(96)[:, None] // 16 + torch.arange(96) // 16) % 3 == 0
+    if name == "whole blocks too":
+        mask[:, :, :32, 64:] = True
+    b, h, q, k = torch.meshgrid(*(torch.arange(n) for n in (1, 2, 96, 96)), indexing="ij")
+    assert torch.equal(Plan.from_mask(mask).to_block_mask(16).mask_mod(b, h, q, k), mask)
+
+
 def _causal(b, h, q, k):
     return q >= k
 
