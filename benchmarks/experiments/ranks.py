@@ -190,7 +190,7 @@ class _Two:
         context = mp.get_context("spawn")
         self.results, self.jobs = context.Queue(), [context.Queue() for _ in range(2)]
         self.processes = [
-            context.Process(target=_rank, args=(r, port, T, rounds, self.jobs[r], self.results))
+            context.Process(target=_rank, args=(r, port, T, rounds, self.jobs[r], self.results), daemon=True)
             for r in range(2)
         ]
         for process in self.processes:

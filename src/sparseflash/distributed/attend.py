@@ -62,6 +62,7 @@ class Job(NamedTuple):
     ) -> Any:
         """Call `compute(rows, k, v, plan, **how)` for each plan over the keys of each rank."""
         steps = itertools.count()
+        self.cp.at(f"{phase} of call {self.call}, step 0")
 
         def of_rank(origin: int, keys: Keys) -> Keys | None:
             self.cp.at(f"{phase} of call {self.call}, step {next(steps)}")

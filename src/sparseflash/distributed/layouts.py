@@ -162,7 +162,10 @@ def tile_rows(plan: Plan, layout: Layout) -> Tensor:
 
 
 def readers(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> Tensor:
-    """Keys that each rank reads, bool [world, Tk]: all that a tile lists with any of the rank's queries."""
+    """Keys that each rank reads, bool [world, Tk]: all that a tile lists with any of the rank's queries.
+
+    Without those behind the rank's last query, where rules hide them: a tile may list them for other ranks.
+    """
     keys = key_layout or layout
     found = torch.zeros(layout.world, keys.T, dtype=torch.bool)
     for one in as_plans(plan):
@@ -174,6 +177,7 @@ def readers(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> 
         at = torch.zeros_like(list_) if order is None else list_
         wide = one.k_rows + 1
         for rank in range(layout.world):
+            before = found[rank].clone()
             some = rows[entries.cell, rank]
             edge = torch.zeros(lists * wide, dtype=torch.int64)
             one_ = torch.ones_like(at[some])
@@ -185,6 +189,10 @@ def readers(plan: AnyPlan, layout: Layout, key_layout: Layout | None = None) -> 
             else:
                 token = order[read]
                 found[rank, token[token >= 0]] = True
+            if one.causal and one.q_pos is None and one.k_pos is None and len(layout.ranks[rank]):
+                offset = one.q_offset if isinstance(one.q_offset, int) else int(one.q_offset.max())
+                last = int(layout.ranks[rank].max()) + offset
+                found[rank, max(0, last + 1) :] = before[max(0, last + 1) :]
     return found
 
 
