@@ -401,8 +401,8 @@ def sent(group: Any, *, plan: Any, layout: Any) -> int:
     return sum(made.read.values())
 
 
-def traffic(group: Any, *, plan: Any, layout: Any, transport: str, nodes: int = 1) -> Any:
-    """Bytes that this rank sends, of two heads, both ways; what it visits of each rank's keys; the transport."""
+def traffic(group: Any, *, plan: Any, layout: Any, transport: str, nodes: int = 1) -> tuple[int, list[int]]:
+    """Bytes that this rank sends, of two heads, forward and backward; what it visits of each rank's keys."""
     from sparseflash.plan.figures import visited_area
 
     place = group if nodes == 1 else _nodes(group, nodes)
@@ -419,10 +419,7 @@ def traffic(group: Any, *, plan: Any, layout: Any, transport: str, nodes: int = 
         q, k, v = (cp.shard(x, 2).requires_grad_() for x in torch.randn(3, 1, 2, plan.Tq, 16))
         sf.distributed.attention(q, k, v).sum().backward()
         made = cp.transport_of(cp.plan)
-        name = type(made).__name__.lower()
-        calls = [cp.rank] if name == "gather" else range(cp.world)
-        area = [sum(visited_area(p) for p in made.plans(n)) if n in calls else 0 for n in range(cp.world)]
-        return total, area, name
+        return total, [sum(visited_area(p) for p in made.plans(origin)) for origin in range(cp.world)]
 
 
 def peak(group: Any, *, T: int, transport: str) -> int:

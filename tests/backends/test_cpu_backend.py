@@ -467,3 +467,28 @@ def test_a_plain_read_reads_everything(generator):
     x = torch.randint(-(2**62), 2**62, (2 * whole + 3,), generator=generator)
     want = x[: 2 * whole].sum() + x[2 * whole :].view(torch.uint8).sum(dtype=torch.int64)
     assert cpu.library.read(x) == int(want) % 2**64
+
+
+@pytest.mark.parametrize("T", [255, 256, 300])
+@pytest.mark.parametrize("kind", ["causal", "blocks", "buckets"])
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 40), (torch.float32, 64), (torch.bfloat16, 64)])
+def test_keys_that_lie_apart_in_memory_give_the_same_bits(dtype, D, kind, T, generator):
+    """From 256 queries on they are packed; NaN and inf in keys that nobody sees stay unseen."""
+    q, k, v, dout = (torch.randn(2, heads, T, D, generator=generator) for heads in (4, 2, 2, 4))
+    q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
+    plan = {
+        "causal": lambda: sf.Plan.dense(T, T, causal=True, window=(99, 0)),
+        "blocks": lambda: sf.Plan.from_blocks(
+            torch.rand(1, 4, 5, 5, generator=generator) < 0.5, Tq=T, Tk=T, tile=64, unit=64
+        ),
+        "buckets": lambda: sf.Plan.from_buckets(*[torch.arange(T).view(1, 1, -1) * 7 % 3] * 2),
+    }[kind]()
+    hidden = ~plan.to_dense().any((0, 1, 2))
+    k[:, :, hidden], v[:, :, hidden] = float("nan"), float("inf")
+    found = []
+    for apart in (False, True):
+        given = [x.transpose(1, 2).contiguous().transpose(1, 2) if apart else x for x in (q, k, v)]
+        leaves = [x.detach().requires_grad_() for x in given]
+        out = sf.attention(*leaves, plan, backend="cpu")
+        found.append([out, *torch.autograd.grad(out, leaves, dout)])
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and not found[0][0].isnan().any()

@@ -271,10 +271,10 @@ def test_the_simulator_knows_bytes_and_balance_of_four_ranks(group, kind, layout
     costs = Costs("", {f"{way} fp32": [1e-6] * len(TERMS) for way in ("forward", "both")}, {})
     said = sf.distributed.simulate(
         plan, sf.distributed.Layout.of(layout, 1000, 4), costs=costs, heads=2, kv_heads=2, D=16, dtype="fp32",
-        transport="double ring" if nodes > 1 else found[0][2], links=sf.distributed.Links(node=4 // nodes),
+        transport="double ring" if nodes > 1 else transport, links=sf.distributed.Links(node=4 // nodes),
     )  # fmt: skip
-    assert [sent for sent, *_ in found] == said.sent
-    area = torch.tensor([visits for _, visits, _ in found], dtype=torch.float64)
+    assert [sent for sent, _ in found] == said.sent
+    area = torch.tensor([visits for _, visits in found], dtype=torch.float64)
     assert said.balance == pytest.approx(float(area.sum(1).max() / area.sum(1).mean()), rel=1e-12)
     steps = torch.stack([torch.diagonal(area.roll(n, 1)) for n in range(4)])
     assert said.critical == pytest.approx(float(steps.amax(1).sum() / area.sum(1).mean()), rel=1e-12)

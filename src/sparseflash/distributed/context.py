@@ -21,7 +21,7 @@ from .layouts import Layout, balance
 from .pairs import Memory, Pairs
 from .peers import Peers
 from .select import selected
-from .transports import Gather, GroupCast, Ring
+from .transports import GroupCast, Ring
 
 TRANSPORTS = ("auto", "ring", "groupcast", "ulysses")
 _now: ContextVar[ContextParallel | None] = ContextVar("sparseflash_context_parallel", default=None)
@@ -335,8 +335,7 @@ class ContextParallel:
             assert self.peers is not None and self.inner is not None
             sparse = self.transport == "groupcast" or (self.transport == "auto" and pairs.sparse())
             if sparse:
-                together = plans[0].device.type == "cpu" and pairs.together()
-                return (Gather if together else GroupCast)(self.peers, self.key_layout, pairs)
+                return GroupCast(self.peers, self.key_layout, pairs)
             return Ring(self.inner, self.outer, self.key_layout, pairs)
 
         found: Ring | GroupCast = self._pairs.of(plans, make)

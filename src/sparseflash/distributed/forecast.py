@@ -96,8 +96,7 @@ def simulate(
     layout : Layout
         Placement of the tokens.
     transport : str
-        "ring", "double ring" (a ring inside each node and one over nodes), "groupcast", or "gather", which
-        is group-cast where ranks are processes of a CPU: keys come before one call.
+        "ring", "double ring" (a ring inside each node and one over nodes) or "groupcast".
     costs : Costs
         Costs of one rank's machine, with "forward" and "both" of the dtype.
     heads, kv_heads, D : int
@@ -119,18 +118,16 @@ def simulate(
     ([1.71, 1.0], True)
     """
     links, plans = links or Links(), as_plans(plan)
-    known = ("ring", "double ring", "groupcast", "gather")
+    known = ("ring", "double ring", "groupcast")
     require((transport in known, f"transport={transport!r}: expected one of {', '.join(known)}"))
     for direction in ("forward", "both"):
         if f"{direction} {dtype}" not in costs.ours:
             raise SparseFlashError(f"costs have no {direction} {dtype}: expected forward and both")
-    world, cast, gathers = layout.world, transport in ("groupcast", "gather"), transport == "gather"
+    world, cast = layout.world, transport == "groupcast"
     forward = costs.ours[f"forward {dtype}"]
     backward = [b - f for b, f in zip(costs.ours[f"both {dtype}"], forward)]
-    if world <= EXACT:
-        area, points, rows = _pieces(plans, layout, heads, kv_heads, D, cast, gathers)
-    else:
-        area, points, rows = _shares(plans, layout, heads, kv_heads, D)
+    find = _pieces if world <= EXACT else _shares
+    area, points, rows = find(plans, layout, heads, kv_heads, D, cast)
     ahead, back = (points @ torch.tensor(c, dtype=torch.float64) for c in (forward, backward))
     # reads what own keys and others' gave, writes the merged: out in the forward, dq in the backward
     merging = 3 * 4 * heads * D * (rows * (1 - torch.eye(world))) / links.memory
@@ -150,10 +147,7 @@ def simulate(
         moved = [(ahead, taken), (back, home + taken if again else home)]
         for times, size in moved:
             times[ranks, ranks] += links.busy * (size.sum(0) + size.sum(1)) / 2 / links.inner
-        if gathers:
-            ends = [_gather(ahead, taken, None, links), _gather(back, None, home, links)]
-        else:
-            ends = [_cast(ahead, taken, None, links), _cast(back, taken if again else None, home, links)]
+        ends = [_cast(ahead, taken, None, links), _cast(back, taken if again else None, home, links)]
         sent = read.sum(0) * width * (2 if again else 1) + read.sum(1) * grads
     else:
         size = torch.tensor(layout.sizes, dtype=torch.float64)
@@ -189,12 +183,9 @@ def _passed(size: Tensor, rank: int, node: int, width: int, grads: int) -> float
 
 
 def _pieces(
-    plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool, gathers: bool
+    plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Area visited by each rank in the keys of each, cost features of these calls, and their queries.
-
-    A rank that gathers makes one call, which counts as one over its own keys.
-    """
+    """Area visited by each rank in the keys of each, cost features of these calls, and their queries."""
     world = layout.world
     rows = torch.zeros(world, world, dtype=torch.float64)
     area = torch.zeros(world, world, dtype=torch.float64)
@@ -202,11 +193,7 @@ def _pieces(
     for rank in range(world):
         pairs = Pairs(plans, rank, layout, layout)
         for origin in range(world):
-            if gathers:
-                own = pairs.over(pairs.gathered(rank))[0] if origin == rank else ()
-            else:
-                own = pairs.of(origin, read=cast and origin != rank)
-            if own:
+            if own := pairs.of(origin, read=cast and origin != rank):
                 q = _like(heads, own[0].Tq, D)
                 rows[rank, origin] = own[0].Tq
                 points[rank, origin] = torch.tensor(features(own, q, _like(kv_heads, own[0].Tk, D)))
@@ -215,7 +202,7 @@ def _pieces(
 
 
 def _shares(
-    plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int
+    plans: Sequence[Plan], layout: Layout, heads: int, kv_heads: int, D: int, cast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for many ranks: the costs of one process, prorated by area."""
     area = areas(plans, layout)
@@ -261,24 +248,6 @@ def _cast(times: Tensor, taken: Tensor | None, home: Tensor | None, links: Links
         for rank in range(world)
     ]
     return max(*ends, *back)
-
-
-def _gather(times: Tensor, taken: Tensor | None, home: Tensor | None, links: Links) -> float:
-    """Simulate one call a rank: keys (`taken`) arrive before it, gradients (`home`) leave behind it.
-
-    `times` include what messages take of the processors; what else they take is added.
-    """
-    world, idle = range(len(times)), max(0.0, 1 - links.busy)
-
-    def longest(size: Tensor, rank: int) -> float:
-        arrives = sum(links.seconds(other, rank, float(size[rank, other])) for other in world)
-        leaves = sum(links.seconds(rank, other, float(size[other, rank])) for other in world)
-        return idle * max(arrives, leaves)
-
-    ends = [(0.0 if taken is None else longest(taken, r)) + float(times[r].sum()) for r in world]
-    if home is None:
-        return max(ends)
-    return max(ends) + max(longest(home.T, rank) for rank in world)
 
 
 def _rings(times: Tensor, size: Tensor, home: Tensor, links: Links, node: int) -> float:

@@ -17,8 +17,6 @@ from ..plan.stamps import Last
 from .layouts import Layout, readers
 
 M = TypeVar("M")
-PIECES = 16
-"""Messages from one rank to another, at most, where tokens are sent from where they lie."""
 WORTH = 0.9
 """Calls are narrowed to some of a rank's queries if these are at most this share."""
 
@@ -44,19 +42,11 @@ class Pairs:
     def _of(self, origin: int, read: bool) -> tuple[tuple[Plan, ...], slice]:
         if (origin, read) not in self._made:
             keys = self.key_layout.ranks[origin]
-            self._made[origin, read] = self.over(keys[self.needs(self.rank, origin)] if read else keys)
+            keys = keys[self.needs(self.rank, origin)] if read else keys
+            made = [plan.restrict(None, keys) for plan in self.mine] if len(keys) else []
+            some = [plan for plan in made if any(x is not None and len(x) for x in (plan.spans, plan.index))]
+            self._made[origin, read] = _narrowed(some, len(self.layout.ranks[self.rank]))
         return self._made[origin, read]
-
-    def over(self, keys: Tensor) -> tuple[tuple[Plan, ...], slice]:
-        """Non-empty plans of this rank's queries over some keys, and the range of queries they are about."""
-        made = [plan.restrict(None, keys) for plan in self.mine] if len(keys) else []
-        some = [plan for plan in made if any(x is not None and len(x) for x in (plan.spans, plan.index))]
-        return _narrowed(some, len(self.layout.ranks[self.rank]))
-
-    def gathered(self, rank: int) -> Tensor:
-        """Tokens of a rank's own keys and of those that it reads of others, ascending."""
-        own = torch.arange(self.key_layout.T)[self.key_layout.owner == rank]
-        return torch.cat([own, (self.reads[rank] & (self.key_layout.owner != rank)).nonzero()[:, 0]]).unique()
 
     @property
     def reads(self) -> Tensor:
@@ -78,27 +68,9 @@ class Pairs:
         """Whether no rank reads more keys of others than the largest shard has."""
         return int(self.foreign().max()) <= max(self.key_layout.sizes)
 
-    def together(self) -> bool:
-        """Whether to gather a rank's keys for one call: few, and no rank reads of another in many pieces."""
-        ranks = range(self.layout.world)
-        return self.few() and all(
-            len(runs(which := self.needs(reader, o), self.key_layout.ranks[o][which])) <= PIECES
-            for reader in ranks
-            for o in ranks
-        )
-
     def sparse(self) -> bool:
         """Whether to send only the keys that are read: few a rank, or half of what a ring moves at most."""
         return self.few() or 2 * int(self.foreign().sum()) <= (self.layout.world - 1) * self.key_layout.T
-
-
-def runs(*numbers: Tensor) -> list[tuple[int, int]]:
-    """Where runs begin in which all these numbers ascend by one, and their lengths."""
-    if not len(numbers[0]):
-        return []
-    breaks = torch.stack([x[1:] != x[:-1] + 1 for x in numbers]).any(0)
-    cut = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), len(numbers[0])]
-    return [(a, b - a) for a, b in zip(cut, cut[1:])]
 
 
 def _narrowed(plans: Sequence[Plan], n: int) -> tuple[tuple[Plan, ...], slice]:

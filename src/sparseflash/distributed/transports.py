@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from .layouts import Layout
-from .pairs import Pairs, runs
+from .pairs import Pairs
 from .peers import Peers, Transfer
 
 Keys = tuple[Tensor, ...]
@@ -196,83 +196,6 @@ class GroupCast:
         ]
         room = {other: _room(keys, n, wide) for other, n in self.given.items()}
         return room, self.peers.start(back, [(other, x) for other, own in room.items() for x in own])
-
-
-class Gather(GroupCast):
-    """Group-cast for ranks whose processors copy their messages: keys come first, then one call sees all.
-
-    Nothing is hidden behind computation there, and one call has no partial results to merge. Keys are held
-    by token, `[n,B,H,D]` in memory, so that tokens that follow one another are sent from where they lie and
-    arrive where they belong; the backward finds them there.
-    """
-
-    def __init__(self, peers: Peers, layout: Layout, pairs: Pairs) -> None:
-        super().__init__(peers, layout, pairs)
-        rank = peers.rank
-        self.all = pairs.gathered(rank)
-        self.made, self.range = pairs.over(self.all)
-        at = torch.searchsorted(self.all, layout.ranks[rank])
-        self.own = [(begin, int(at[begin]), n) for begin, n in runs(layout.ranks[rank])]
-        """Runs of own tokens: where each begins in the shard, where among all keys, and its length."""
-        self.sends = {o: _between(pairs, o, rank, layout.ranks[rank], self.all) for o in self.others}
-        self.takes = {o: _between(pairs, rank, o, layout.ranks[o], self.all) for o in self.others}
-
-    def plans(self, origin: int) -> Sequence[Plan]:
-        """Plans over all keys that the rank reads."""
-        return self.made
-
-    def rows(self, origin: int) -> slice:
-        """Range of this rank's queries that these plans are about."""
-        return self.range
-
-    def tokens(self, origin: int) -> Tensor:
-        """Global token numbers of all these keys."""
-        return self.all
-
-    def run(
-        self, keys: Keys, compute: Compute, wide: torch.dtype | None = None, held: Held = None
-    ) -> tuple[Keys | None, Held]:
-        """Attend once, to own keys and those read of others; a backward sends gradients directly back."""
-        rank = self.peers.rank
-        if held is None:
-            whole = tuple(x.new_empty((len(self.all), *x.shape[:2], *x.shape[3:])) for x in keys)
-            for x, into in zip(keys, whole):
-                for begin, at, n in self.own:
-                    into[at : at + n] = x[:, :, begin : begin + n].movedim(2, 0)
-            send = [(o, x[at : at + n]) for o, own in self.sends.items() for _, at, n in own for x in whole]
-            take = [(o, x[at : at + n]) for o, own in self.takes.items() for _, at, n in own for x in whole]
-            self.peers.start(send, take).wait()
-            held = {rank: tuple(x.movedim(0, 2) for x in whole)}
-        given = compute(rank, held[rank])
-        if wide is None:
-            return None, held
-        made = tuple(x.movedim(2, 0) for x in given or _zeros(held[rank], len(self.all), wide))
-        pieces = [(o, at, n) for o, own in self.takes.items() for _, at, n in own]
-        back = [(o, x[at : at + n].contiguous()) for o, at, n in pieces for x in made]
-        room = {
-            o: [tuple(x.new_empty(n, *x.shape[1:]) for x in made) for *_, n in own]
-            for o, own in self.sends.items()
-        }
-        coming = [(o, x) for o, parts in room.items() for part in parts for x in part]
-        transfer = self.peers.start(back, coming)
-        mine = [[x[at : at + n] for _, at, n in self.own] or [x[:0]] for x in made]
-        total = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in mine]
-        transfer.wait()
-        for o, parts in room.items():  # in fixed order, so that sums are reproducible
-            for (begin, _, n), part in zip(self.sends[o], parts, strict=True):
-                for x, more in zip(total, part):
-                    x[begin : begin + n].add_(more)
-        return tuple(x.movedim(0, 2) for x in total), None
-
-
-def _between(
-    pairs: Pairs, reader: int, origin: int, shard: Tensor, among: Tensor
-) -> list[tuple[int, int, int]]:
-    """Runs of the keys that one rank reads of another: places in that one's shard and `among`, lengths."""
-    which = pairs.needs(reader, origin)
-    tokens = shard[which]
-    at = torch.searchsorted(among, tokens)
-    return [(int(which[begin]), int(at[begin]), n) for begin, n in runs(tokens, which)]
 
 
 def _as_slice(which: Tensor) -> Some:

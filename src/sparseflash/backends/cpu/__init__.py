@@ -243,7 +243,7 @@ def backward(
     norm = _given(norm, q, alive)
     make = empty if names_all(plan) else zeros
     dq = make(q.shape, dtype=wanted)
-    dk, dv = (empty_like_layout(x, x.shape[-1], wanted) for x in (k, v))
+    dk, dv = empty(k.shape, dtype=wanted), empty(v.shape, dtype=wanted)
     call.grad_dtype, call.dout = CODES[wanted], view(dout)
     if delta is None:
         assert out is not None, "without out there is delta"

@@ -23,6 +23,8 @@ template <bool BF> struct Keys {
     bool tame;  // t holds no inf or NaN: a weight of 0 then contributes exactly 0
 };
 
+constexpr int64_t MANY = 4 * BQ;  // queries from which on keys that lie apart are copied
+
 template <bool BF, bool BACKWARD> struct Packed {
     typedef Products<BF> P;
     typedef typename P::Item Item;
@@ -46,7 +48,12 @@ template <bool BF, bool BACKWARD> struct Packed {
         v_rows = c.v.data && (!BF || BACKWARD || rows_only);
         // AMX tiles need padded rows, bf16 pairs need an even D: both are reasons to copy
         const bool loose = p.k_order.data || c.dtype != P::DTYPE || (P::TILE > 1 && !rows_only);
-        auto copied = [&](const SfView &x, int64_t D) { return loose || x.lane != 1 || (!rows_only && D % P::PAIR); };
+        // Rows of other heads between those of one (BTHD memory): a block of keys is then in few sets of the first cache, and on
+        // as many pages as it has rows. Each block is read for every tile that lists it; one copy costs less where these are many.
+        const bool often = !rows_only && c.Tq >= MANY;
+        auto copied = [&](const SfView &x, int64_t D) {
+            return loose || x.lane != 1 || (!rows_only && D % P::PAIR) || (often && x.row > D);
+        };
         copy_k = copied(c.k, c.D);
         copy_v = v_rows && copied(c.v, c.Dv);
         const int64_t n = batches * heads * rows, blocks = rows / BK;
