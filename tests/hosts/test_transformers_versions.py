@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
 FILES = ("test_transformers.py", "test_transformers_control.py", "test_transformers_documents.py")
 
 
@@ -27,7 +27,7 @@ def test_older_versions_of_transformers_pass_the_same_tests(version, request):
         if made.returncode:
             pytest.skip(f"transformers {version} cannot be installed: {made.stderr.strip()[-200:]}")
         (folder / "ready").touch()
-    path = os.pathsep.join([str(folder), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(folder), str(HERE.parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)}
     say = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     assert subprocess.run(say, env=env, capture_output=True, text=True).stdout.strip() == version
@@ -35,7 +35,7 @@ def test_older_versions_of_transformers_pass_the_same_tests(version, request):
     ran = subprocess.run(
         [*command, *(str(HERE / name) for name in FILES)],
         env=env,
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )
