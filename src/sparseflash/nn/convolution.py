@@ -9,19 +9,38 @@ from ..ops._arguments import AnyPlan
 from .base import Layer, State, check_sizes, draw
 
 
-def convolve(x: Tensor, taps: Tensor, state: State | None) -> Tensor:
-    """Convolve each channel of x [B, T, width] causally with its taps [width, size], the last its own."""
-    before = x.new_zeros(len(x), taps.shape[-1] - 1, x.shape[-1])
-    if state is not None:
-        before = state.tensors.get("x", before)
-    long, T = torch.cat([before, x], 1), x.shape[1]
-    if state is not None:
-        state.tensors["x"] = long[:, T:]
-    parts = [tap.to(x.dtype) * long[:, n : n + T] for n, tap in enumerate(taps.unbind(-1))]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+class Convolving(Layer):
+    """A layer with a short causal convolution, one filter for each channel, times a gate `W x + b`."""
+
+    gate: nn.Linear
+
+    def convolve_with(self, size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Make the filters of so many taps, the last of which is that of the token itself."""
+        check_sizes(1, size=size)
+        self.size = size
+        self.filter = nn.Parameter(torch.empty(self.width, size, device=device, dtype=dtype))
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights."""
+        super().reset(generator)
+        draw(self.filter, self.size**-0.5, generator)
+
+    def convolved(self, x: Tensor, state: State | None) -> Tensor:
+        """Convolve x [B, T, width], and multiply by the gate; the state keeps the last inputs."""
+        before = x.new_zeros(len(x), self.size - 1, self.width)
+        if state is not None:
+            before = state.tensors.get("x", before)
+        long, T = torch.cat([before, x], 1), x.shape[1]
+        if state is not None:
+            state.tensors["x"] = long[:, T:]
+        parts = [tap.to(x.dtype) * long[:, n : n + T] for n, tap in enumerate(self.filter.unbind(-1))]
+        y = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        gated: Tensor = y * self.gate(x)
+        return gated
 
 
-class GatedConvolution(Layer):
+class GatedConvolution(Convolving):
     """A short causal convolution times a gate, `y = W_o (conv(x) * (W x + b))`: no token looks back further.
 
     It is the BaseConv of the paper, one filter for each channel, with a projection behind it as layers of
@@ -59,22 +78,14 @@ class GatedConvolution(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(width, heads)
-        check_sizes(1, size=size)
-        self.size = size
         self.gate = self.linear(width, width, True, device, dtype)
         self.output = self.linear(width, width, False, device, dtype)
-        self.filter = nn.Parameter(torch.empty(width, size, device=device, dtype=dtype))
+        self.convolve_with(size, device, dtype)
         self.reset()
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights."""
-        super().reset(generator)
-        draw(self.filter, self.size**-0.5, generator)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
         """Convolve, gate and project; x [B, T, width]."""
-        found: Tensor = self.output(convolve(x, self.filter, state) * self.gate(x))
+        found: Tensor = self.output(self.convolved(x, state))
         return found
 
     def extra_repr(self) -> str:

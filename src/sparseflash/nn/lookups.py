@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import require
 from ..ops._arguments import AnyPlan
 from ..ops.attention import attention
 from ..plan import Plan
-from .base import Layer, Positions, State, check_sizes, draw
-from .convolution import convolve
+from .base import Positions, State, check_sizes
+from .convolution import Convolving
 
 
-class Lookups(Layer):
+class Lookups(Convolving):
     """A short gated convolution, plus attention for the tokens that need a look-up.
 
     `y = conv(x) * (W x + b) + g(x) attn(x)`, with the gate `g(x) = sigmoid(w . x)`. In training every token
@@ -72,7 +72,7 @@ class Lookups(Layer):
     ) -> None:
         super().__init__(width, heads, kv_heads=kv_heads, head_dim=head_dim, positions=positions, base=base)
         self.leave_out(dropout)
-        check_sizes(1, size=size, lookups=1 if lookups is None else lookups)
+        check_sizes(1, lookups=1 if lookups is None else lookups)
         require(
             (
                 math.isfinite(penalty) and penalty >= 0,
@@ -80,25 +80,19 @@ class Lookups(Layer):
             ),
             (0 <= threshold <= 1, lambda: f"threshold={threshold!r}: expected a share in [0, 1]"),
         )
-        self.size, self.lookups = size, lookups
+        self.lookups = lookups
         self.penalty, self.threshold = float(penalty), float(threshold)
         self.project_heads(device=device, dtype=dtype)
         self.gate = self.linear(width, width, True, device, dtype)
         self.ask = self.linear(width, 1, True, device, dtype)
-        self.filter = nn.Parameter(torch.empty(width, size, device=device, dtype=dtype))
+        self.convolve_with(size, device, dtype)
         self.kept: Tensor | None = None
         self.reset()
-
-    @torch.no_grad()
-    def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights."""
-        super().reset(generator)
-        draw(self.filter, self.size**-0.5, generator)
 
     def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
         """Convolve and look up; x [B, T, width]."""
         T, past = x.shape[1], 0 if state is None else state.length
-        y = convolve(x, self.filter, state) * self.gate(x)
+        y = self.convolved(x, state)
         g = self.ask(x).sigmoid()[..., 0]
         q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
         q, k = self.turn(q, state), self.turn(k, state)
