@@ -160,3 +160,12 @@ def test_what_makes_no_sense_is_refused(wrong, said, generator):
     filled(cache, generator, 4)
     with pytest.raises(SparseFlashError, match=said):
         wrong(cache)
+
+
+@pytest.mark.parametrize(
+    "make", [sf.cache.Growing, lambda: sf.cache.Evicting(sf.cache.StreamingLLM(budget=64)), sf.cache.Paged]
+)
+def test_a_host_may_say_how_many_queries_come_or_where(make):
+    """A number, or their positions, as Transformers 5.0 does."""
+    layer = make()
+    assert layer.get_mask_sizes(torch.arange(5)) == layer.get_mask_sizes(5) == (5, 0)

@@ -108,9 +108,9 @@ class Layer:
         """Same as `tokens`."""
         return self.tokens
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Number of keys that the next call attends to, and the position of the first of them."""
-        return self.tokens + query_length, 0
+        return self.tokens + queries(query_length), 0
 
     def get_max_length(self) -> int:
         """Return -1: the length is unlimited."""
@@ -139,6 +139,11 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokens={self.tokens}, bytes={self.bytes})"
+
+
+def queries(given: int | Tensor) -> int:
+    """Number of queries of a call: Transformers 5.0 gives their positions, later ones the number itself."""
+    return len(given) if isinstance(given, Tensor) else given
 
 
 class Call(NamedTuple):
@@ -207,9 +212,9 @@ class Attended(Layer):
         """Implement `attend`; `call` holds its other arguments."""
         raise NotImplementedError
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """The host's mask covers only the new tokens; this layer plans the held keys itself."""
-        return query_length, self.tokens
+        return queries(query_length), self.tokens
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Return the new keys, marked, and values; the attention "sparse" passes them to `attend`."""

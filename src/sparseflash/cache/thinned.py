@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..common.errors import SparseFlashError, require
 from ..plan.options import shape_of
+from .base import queries
 from .files import kind
 from .growing import Growing
 
@@ -59,9 +60,9 @@ class Thinned(Growing):
         """Position of the next token; 0 while the cache is empty."""
         return self.tokens + self.gone if self.tokens else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Number of keys that the next call attends to, and the position that the first stands for."""
-        return self.tokens + query_length, self.gone if self.tokens else 0
+        return self.tokens + queries(query_length), self.gone if self.tokens else 0
 
     def crop(self, n: int) -> None:
         """Drop tokens at the end: keep those before position n, or, if n < 0, drop the last -n.
