@@ -532,37 +532,6 @@ def layers_products() -> str:
     return table(["tokens, inputs, outputs", "weights", "product", "training step"], body)
 
 
-def layers_language() -> str:
-    """Bits per byte of language models of one kind of layer, overall and where only a far look can know."""
-    found = rows("layers-language")
-    seeds = sorted({row["seed"] for row in found})
-    body = []
-    for case in dict.fromkeys(row["case"] for row in found):
-        own = {row["seed"]: row for row in found if row["case"] == case}
-        pairs = [float(row["pairs"]) for row in own.values() if row["pairs"]]
-        said = [f"{sum(pairs) / len(pairs):.0f}" if pairs else ""]
-        for name in ("bpb", "far"):
-            said += [f"{float(own[s][name]):.3f}" if s in own and own[s][name] else "" for s in seeds]
-        active = next((row["active"] for row in own.values() if row["active"]), "")
-        body.append([case, *said, active.replace(" ", ", ")])
-    head = ["layer", "pairs a query", *(f"bits, seed {s}" for s in seeds), *(f"far, seed {s}" for s in seeds)]
-    return table([*head, "active, by layer"], body)
-
-
-def layers_lists() -> str:
-    """Answers to ListOps by language models of one kind of layer."""
-    body = [
-        [
-            row["case"],
-            f"{float(row['accuracy']):.1%}",
-            f"{float(row['bpb']):.3f}",
-            row["active"].replace(" ", ", "),
-        ]
-        for row in rows("layers-lists")
-    ]
-    return table(["layer", "answers", "bits per byte", "active, by layer"], body)
-
-
 def layers_lengths() -> str:
     """Bits per byte of models that were trained on short sequences, by length."""
     found = rows("layers-extrapolation")
@@ -1083,8 +1052,6 @@ BLOCKS = {
     "selection": selection,
     "prefill": prefill,
     "gates": gates,
-    "layers-language": layers_language,
-    "layers-lists": layers_lists,
     "layers-lengths": layers_lengths,
     "layers-recall": layers_recall,
     "layers-weights": layers_weights,

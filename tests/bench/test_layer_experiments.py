@@ -104,7 +104,7 @@ def test_layers_of_a_language_model_are_judged_near_and_far(monkeypatch):
     names = ["random 128", "look-ups", "convolution", "combiner, both ways"]
     rows = {job.key["case"]: job.run() for job in language.jobs(TEXT, cases=names, seeds=[0], steps=1)}
     assert rows["random 128"]["pairs"] == pytest.approx(sum(min(i + 1, 128) for i in range(700)) / 700)
-    assert len(rows["look-ups"]["active"].split()) == 2 and "pairs" not in rows["convolution"]
+    assert 0 <= rows["look-ups"]["active"] <= 1 and "pairs" not in rows["convolution"]
     assert all(
         row["far_bytes"] > 0 and 0 < row["far"] < 12 for name, row in rows.items() if "both" not in name
     )
@@ -136,7 +136,7 @@ def test_lists_are_right_and_answers_are_judged(monkeypatch):
     monkeypatch.setattr(language, "LENGTH", 64)
     (job,) = language.jobs(language.lists(2000), cases=["seqboat"], seeds=[0], steps=1)
     row = job.run()
-    assert 0 <= row["accuracy"] <= 1 and len(row["active"].split()) == 2
+    assert 0 <= row["accuracy"] <= 1 and 0 <= row["active"] <= 1
 
 
 def test_long_training_by_summaries_is_judged_with_exact_attention_too():
