@@ -401,14 +401,14 @@ def peak() -> str:
     return table(["dense", "time", "GF/s", "share of the peak"], body)
 
 
-def levels() -> str:
-    """Dense attention at AVX2."""
+def levels(level: str = "avx2", dtype: str = "fp32") -> str:
+    """Dense attention at one level of instructions."""
     body = []
     for T, dim in dict.fromkeys((row["T"], row["dim"]) for row in rows("levels")):
-        wanted = {"level": "avx2", "T": T, "dim": dim}
+        wanted = {"level": level, "T": T, "dim": dim}
         cells = [figure("levels", "ratio", case=f"dense, {way}", **wanted) for way in ("forward", "backward")]
         body.append([f"T = {T}, D = {dim}", *(f"{x:.2f}x" for x in cells)])
-    return table(["dense, fp32, H = 4", "forward", "backward"], body)
+    return table([f"dense, {dtype}, H = 4", "forward", "backward"], body)
 
 
 def kernels() -> str:
@@ -1044,6 +1044,7 @@ BLOCKS = {
     "long-run": long_run,
     "peak": peak,
     "levels": levels,
+    "levels-amx": partial(levels, "amx", "bf16"),
     "kernels": kernels,
     "rates": rates,
     "attention": attention,
