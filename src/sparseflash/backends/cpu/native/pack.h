@@ -23,7 +23,7 @@ template <bool BF> struct Keys {
     bool tame;  // t holds no inf or NaN: a weight of 0 then contributes exactly 0
 };
 
-constexpr int64_t MANY = 4 * BQ;  // queries from which on keys that lie apart are copied
+constexpr int64_t MANY = 4 * BQ;  // queries from which on keys that lie apart, at most two a query, are copied
 
 template <bool BF, bool BACKWARD> struct Packed {
     typedef Products<BF> P;
@@ -50,7 +50,8 @@ template <bool BF, bool BACKWARD> struct Packed {
         const bool loose = p.k_order.data || c.dtype != P::DTYPE || (P::TILE > 1 && !rows_only);
         // Rows of other heads between those of one (BTHD memory): a block of keys is then in few sets of the first cache, and on
         // as many pages as it has rows. Each block is read for every tile that lists it; one copy costs less where these are many.
-        const bool often = !rows_only && c.Tq >= MANY;
+        // Not a pool, nor a long cache before a short chunk: of these few rows may be read.
+        const bool often = !rows_only && c.Tq >= MANY && p.k_rows <= 2 * c.Tq;
         auto copied = [&](const SfView &x, int64_t D) {
             return loose || x.lane != 1 || (!rows_only && D % P::PAIR) || (often && x.row > D);
         };
