@@ -28,17 +28,16 @@ HELD_OUT = 0.1
 """Share of the text, the last, that is judged and not learnt from."""
 
 
-def thirds(layers: int) -> list[int]:
+def outer(layers: int) -> list[int]:
     """Numbers of the layers that become sparse: all but the middle third."""
-    first = layers // 3
-    return [n for n in range(layers) if not first <= n < layers - first]
+    return [n for n in range(layers) if not sf.nn.LongGenAttention.is_dense(n, layers)]
 
 
 @contextlib.contextmanager
 def hybrid(model: Any, window: int, sinks: int) -> Iterator[None]:
     """Inside the block, the outer layers see a window and the first tokens."""
     sparse = sf.methods.SinkWindow(window=window, sink_tokens=sinks)
-    layers = thirds(model.config.num_hidden_layers)
+    layers = outer(model.config.num_hidden_layers)
     with sf.transformers.sparse(model, prefill=sparse, layers=layers):
         yield
 
@@ -138,7 +137,7 @@ def main() -> None:
         rate=given.rate,
     )
     held = model.config.num_hidden_layers
-    few = len(thirds(held))
+    few = len(outer(held))
     kept = (few * (given.window + given.sinks) + (held - few) * given.length) / (held * given.length)
     print(f"keys that a cache of {given.length} tokens needs: {kept:.0%} of all")
     if given.out:

@@ -360,4 +360,4 @@ def test_the_command_writes_rows_and_goes_on(tmp_path, monkeypatch, capsys):
         assert not stop.value.code
         (row,) = results.read(out)
         assert row["part"] == "train" and float(row["loss"]) > 0
-    assert len(list((tmp_path / "runs").glob("teacher-*.pt"))) == 1
+    assert len(list((tmp_path / "runs").glob("teacher-*.safetensors"))) == 1

@@ -38,8 +38,7 @@ def small():
 
 
 def test_the_middle_third_stays_dense(example):
-    assert example.thirds(30) == [*range(10), *range(20, 30)] and example.thirds(3) == [0, 2]
-    assert example.thirds(2) == [] and example.thirds(4) == [0, 3]
+    assert example.outer(30) == [*range(10), *range(20, 30)] and example.outer(3) == [0, 2]
 
 
 def test_updates_learn_through_the_hybrid_and_weights_stay(example):

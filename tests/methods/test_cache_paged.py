@@ -92,6 +92,8 @@ def test_padding_takes_no_place_and_rows_have_lengths_of_their_own(dtype, genera
     assert cache.lengths.tolist() == [7, 13, 2]
     with pytest.raises(SparseFlashError, match="padding among their first 13 positions"):
         cache.crop(12)
+    cache.crop(-13)
+    assert cache.tokens == cache.pages == 0 and cache.lengths.tolist() == [0, 0, 0]
 
 
 def test_a_choice_of_pages_is_what_the_rows_see(generator):

@@ -36,6 +36,20 @@ def test_auto_balances_every_plan_of_the_table(name, world):
     assert float(area.sum(1).max() / area.sum(1).mean()) <= 1.10
 
 
+@pytest.mark.parametrize("offset", [0, 5, torch.tensor([3, 9])])
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("name", ["hash 8", "dense causal", "window + sink", "documents", "star, 4 blocks"])
+def test_a_rank_reads_what_it_sees_and_nothing_behind_its_last_query(name, layout, offset):
+    """Positions of queries may begin later than those of keys, by sequence too."""
+    T, world = 1000, 3
+    plan, layout = plans(T)[name]()._changed(q_offset=offset), Layout.of(layout, T, world)
+    found, seen = readers(plan, layout), plan.to_dense().any(1).any(0)
+    for rank, tokens in enumerate(layout.ranks):
+        assert not (seen[tokens].any(0) & ~found[rank]).any()
+        last = int(tokens.max()) + int(torch.as_tensor(offset).max())
+        assert not plan.causal or not found[rank, last + 1 :].any()
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("layout", [*NAMES, "auto"])
 @pytest.mark.parametrize("name", ["hash 8", "qk-sparse, half"])

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sparseflash as sf
@@ -152,18 +153,18 @@ class Study:
         """
         if name not in self.made:
             told = repr({x: y for x, y in asdict(self.settings).items() if x not in free})
-            file = f"{name.replace(' ', '-')}-{zlib.crc32(told.encode()):08x}.pt"
+            file = f"{name.replace(' ', '-')}-{zlib.crc32(told.encode()):08x}.safetensors"
             path = None if self.folder is None else self.folder / file
             if path is not None and path.exists():
                 model = self.new_model()
-                model.load_state_dict(torch.load(path, weights_only=True))
+                model.load_state_dict(load_file(path))
                 self.made[name] = model.eval()
             else:
                 self.made[name] = make(lambda text: self.on_run(f"{name}: {text}"))
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with replacing(path) as at:
-                        torch.save(self.made[name].state_dict(), at)
+                        save_file(self.made[name].state_dict(), at)
         return self.made[name]
 
     @property

@@ -254,7 +254,7 @@ class Paged(Attended):
     def crop(self, n: int) -> None:
         """Drop tokens at the end: keep the first n positions, or, if n < 0, drop the last -n."""
         n = self._left(n)
-        if n < min(self._padded, self._tokens):
+        if 0 < n < self._padded:
             raise SparseFlashError(
                 f"crop({n}) of rows with padding among their first {self._padded} positions: expected at "
                 "least as many, since where it was is not kept"
@@ -262,13 +262,13 @@ class Paged(Attended):
         self._lengths = (self._lengths - (self._tokens - n)).clamp(min=0)
         column = torch.arange(self._table.shape[1], device=self._table.device)
         self._table = self._table.masked_fill(column >= self._pages_of(self._lengths)[:, None], -1)
-        self._tokens = n
+        self._tokens, self._padded = n, min(self._padded, n)
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file is to hold: the pages in use, renumbered, and options."""
         used = (self._uses() > 0).nonzero()[:, 0]
-        number = torch.full((int(used.max()) + 2 if len(used) else 1,), -1, dtype=torch.long)
-        number[used] = torch.arange(len(used))
+        number = used.new_full((int(used.max()) + 2 if len(used) else 1,), -1)
+        number[used] = torch.arange(len(used), device=used.device)
         inside = torch.arange(self.how.size, device=used.device)
         at = (used[:, None] * self.how.size + inside).flatten()
         held = {name: x.index_select(2, at) for name, x in self.tensors().items() if x.dim() == 4}

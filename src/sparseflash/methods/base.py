@@ -84,11 +84,12 @@ class Selection:
 
 
 class Called(NamedTuple):
-    """The result of a call of a method, and the method's state."""
+    """The result of a call of a method, the method's state, and the selection it was computed over."""
 
     result: Tensor | tuple[Tensor, Tensor]
     state: Any
     """State for `ctx["state"]` of the next call (`Method.observe`)."""
+    selection: Selection
 
 
 class Options(TypedDict, total=False):
@@ -272,7 +273,7 @@ class Method:
             backend=backend,
         )
         state = self.observe(q, k, out, lse, selection, given)
-        return Called((out, lse) if return_lse else out, state)
+        return Called((out, lse) if return_lse else out, state, selection)
 
     def attend(
         self,

@@ -49,12 +49,11 @@ class Sparse:
         self, q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, q_offset: int | None = None
     ) -> Tensor:
         """Select and attend."""
-        if self.note is None:
-            return self.method(q, k, v, ctx=self.context, dropout_p=dropout_p, q_offset=q_offset)
-        own = {"v": v, "scale": k.shape[-1] ** -0.5} | ({} if q_offset is None else {"q_offset": q_offset})
-        found = self.method.select(q, k, own | self.context)
-        self.note(self.method.shown(q, k, found, self.context))
-        return self.method(q, k, v, ctx=self.context, selection=found, dropout_p=dropout_p, q_offset=q_offset)
+        called = self.method.call(q, k, v, ctx=self.context, dropout_p=dropout_p, q_offset=q_offset)
+        if self.note is not None:
+            self.note(self.shown(q, k, called.selection))
+        out: Tensor = called.result
+        return out
 
     def select(self, q: Tensor, k: Tensor) -> Selection:
         """Select only."""
