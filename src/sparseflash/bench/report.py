@@ -289,7 +289,7 @@ def _curve_table(rows: Sequence[Row]) -> str:
                 cells.append(f"{row['ms']:,.0f}{times}" if row["ms"] >= 10 else f"{row['ms']:.1f}{times}")
         body.append((label, *cells, *share))
     notes = dict.fromkeys(f"{r['case']}, T = {r['T']:,}: {r['note']}" for r in rows if r.get("note"))
-    table = _table(("ms (speed-up over dense)", *(f"{t:,}" for t in lengths), "density", "recall"), body)
+    table = _table(("ms (speed-up over dense)", *(f"{t:,}" for t in lengths), "kept", "recall"), body)
     return table + "".join(f"<p>{html.escape(note)}</p>" for note in notes)
 
 
