@@ -85,6 +85,15 @@ for dtype in (torch.float32, torch.bfloat16):
 
 for way in (forward, backward):
 
+    @case(f"dense causal, BTHD memory, 12 heads, fp32, {way.__name__}")
+    def _(sf: Any, small: int, way: Any = way) -> Run:
+        *given, dout = tensors(2048 // small, heads=12)
+        apart = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in given]
+        return way(lambda q, k, v: sf.attention(q, k, v, causal=True), [*apart, dout])
+
+
+for way in (forward, backward):
+
     @case(f"blocks of 64, one of eight, fp32, {way.__name__}")
     def _(sf: Any, small: int, way: Any = way) -> Run:
         length = 2048 // small
