@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import plans
 import sparseflash as sf
+from sparseflash.distributed import peers, segments
 
 STARTS = 120.0
 
@@ -178,6 +179,7 @@ def attend(
     place = group if nodes == 1 else _nodes(group, nodes)
     found: dict[str, Any] = {}
     for n in range(repeats):
+        peers.SMALL = 0 if (seed + n) % 2 else segments.SMALL  # through memory, or the process group: on all
         with sf.distributed.context_parallel(
             place, plan, layout=layout, transport=transport, timeout=40
         ) as cp:
@@ -200,6 +202,7 @@ def attend(
                 same = all(torch.equal(now[name], found[name]) for name in now)
                 assert same, "another result for the same call"
             found |= now
+        peers.SMALL = segments.SMALL
         where = {"q": cp.layout.ranks[cp.rank], "k": cp.key_layout.ranks[cp.rank]}
     made = cp.transport_of(cp.plan) if cp.world > 1 and transport != "ulysses" else None
     pairs = 0
@@ -340,6 +343,24 @@ def chosen(group: Any, *, method: Any, transport: str = "auto") -> dict[str, Any
         own = (cp.shard(x, 2) for x in (q, k, v))
         out = cp.unshard(sf.distributed.attention(*own), 2)
     return {"out": out.numpy(), "whole": method(q, k, v).numpy(), "sum": float(out.sum())}
+
+
+def through_memory(group: Any, *, transport: str) -> tuple[list[int], bool]:
+    """Slots of the lines after some steps, and whether messages through the group give the same bits."""
+    g = torch.Generator().manual_seed(7)
+    q, k, v, dout = torch.randn(4, 1, 2, 2048, 32, generator=g)
+    plan = sf.Plan.dense(2048, 2048, causal=True)
+    found = []
+    with sf.distributed.context_parallel(group, plan, transport=transport, timeout=40) as cp:
+        own = [cp.shard(x, 2) for x in (q, k, v, dout)]
+        for small in (*[segments.SMALL] * 6, 1 << 30):
+            peers.SMALL = small
+            leaves = [x.detach().requires_grad_() for x in own[:3]]
+            out = sf.distributed.attention(*leaves)
+            found.append([out.detach(), *torch.autograd.grad(out, leaves, own[3])])
+        peers.SMALL = segments.SMALL
+        same = all(torch.equal(x, y) for one in found for x, y in zip(one, found[-1]))
+        return [len(line.slots) for line in cp.peers.lines.values()], same
 
 
 def as_dtensors(group: Any) -> float:

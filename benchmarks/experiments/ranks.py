@@ -19,6 +19,8 @@ from sparseflash import Plan
 from sparseflash.bench.results import Row
 from sparseflash.distributed import Layout, Links, balance, readers, simulate
 from sparseflash.distributed.pairs import Pairs
+from sparseflash.distributed.peers import Peers
+from sparseflash.distributed.segments import Room
 from sparseflash.ops.costs import Costs, features, fit, machine
 from sparseflash.plan.figures import visited_area
 
@@ -132,20 +134,21 @@ def _measured(T: int, rounds: int) -> tuple[dict[str, list[float]], Links]:
                 seconds.append(together(functools.partial(_of_one, plan, *given, both=direction == "both")))
         ours[f"{direction} fp32"] = fit(points, seconds)
 
-    def swap(out: torch.Tensor, taken: torch.Tensor) -> None:
-        ops = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, taken, peer)]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
+    peers = Peers(None, 60.0)
+    peers.meet()
+
+    def swap(out: torch.Tensor) -> None:
+        peers.start([(peer, out)], [(peer, Room(tuple(out.shape), out.dtype, out.device))]).wait()
 
     sizes = [1 << 10, 1 << 20, 1 << 23]
-    rooms = [(torch.zeros(n, dtype=torch.uint8), torch.zeros(n, dtype=torch.uint8)) for n in sizes]
-    taken = [together(functools.partial(swap, *room)) for room in rooms]
+    messages = [torch.zeros(n, dtype=torch.uint8) for n in sizes]
+    taken = [together(functools.partial(swap, message)) for message in messages]
     before, begin = os.times(), time.perf_counter()
     for _ in range(8):
-        swap(*rooms[-1])
+        swap(messages[-1])
     after, wall = os.times(), time.perf_counter() - begin
     working = torch.tensor([sum(after[:2]) - sum(before[:2]), wall], dtype=torch.float64)
-    dist.all_reduce(working)  # of both ranks, with the threads that gloo has for messages
+    dist.all_reduce(working)  # of both ranks, with threads for messages
     out, part = torch.zeros(2, 1 << 20)
     passes = 3 * out.numel() * out.element_size() / together(lambda: out.add_(part))
     inner = sizes[-1] / (taken[-1] - taken[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 
 import numpy as np
@@ -169,6 +170,15 @@ def test_ranks_that_differ_are_told_before_anybody_waits(group, what):
 def test_a_method_attends_over_ranks_as_over_all(group, method):
     for found in group(ranks.chosen, world=2, method=method):
         np.testing.assert_allclose(found["out"], found["whole"], atol=2e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs anonymous files, of Linux")
+@pytest.mark.parametrize("transport", ["ring", "groupcast", "ulysses"])
+def test_ranks_of_one_machine_share_memory(group, transport):
+    """The same bits as through the process group; slots are filled again, step after step."""
+    for slots, same in group(ranks.through_memory, world=2, transport=transport):
+        assert same
+        assert len(slots) == 1 and 1 <= slots[0] <= 4
 
 
 def test_dtensors_in_and_out(group):

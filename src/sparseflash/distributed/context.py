@@ -292,6 +292,10 @@ class ContextParallel:
         if self.peers is None:
             return self.calls
         self.at(f"comparing plans of call {self.calls}")
+        if q.device.type == "cpu":
+            for peers in (self.peers, self.inner, self.outer):
+                if peers is not None:
+                    peers.meet()
         said = {
             "number of the call": self.calls,
             "plan": self._codes.of(plans, lambda: _code(plans)),

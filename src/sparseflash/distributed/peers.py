@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,9 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..common.errors import RankError
+from .segments import SMALL, TOLD, Hello, Line, Room, rooms, volume
 
 GRACE = 0.25
 """Share of the timeout reserved for finding the missing rank."""
+
+_LINES: MutableMapping[Any, dict[int, Line]] = weakref.WeakKeyDictionary()
+"""Lines to ranks on this machine, by process group: a context of each step finds those of the first."""
 
 
 class Peers:
@@ -40,18 +45,50 @@ class Peers:
         self.doing = "setting up"
         self.faults = _Faults()
 
+    @property
+    def lines(self) -> dict[int, Line]:
+        """Lines to ranks on this machine, once they have met."""
+        return _LINES.get(self.group, {})
+
+    def meet(self) -> None:
+        """Find out which ranks share this machine's memory; all ranks call it, and the first call counts."""
+        if self.group in _LINES or self.world == 1:
+            return
+        hello = Hello()
+        try:
+            said = self.gather(hello.said[None])
+            row = [rank != self.rank and hello.reaches(x[0]) for rank, x in enumerate(said)]
+            rows = torch.stack(self.gather(torch.tensor(row)))
+        finally:
+            hello.close()
+        near = (rows & rows.T)[self.rank].tolist()
+        _LINES[self.group] = {rank: Line(int(said[rank][0, 0])) for rank, yes in enumerate(near) if yes}
+
     def everywhere(self, rank: int) -> int:
         """Global rank of a group rank."""
         return dist.get_global_rank(self.group, rank)
 
-    def start(self, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Tensor]]) -> Transfer:
-        """Start sends and receives, pairs of (group rank, tensor); empty tensors are skipped."""
-        ops, peers = [], []
-        for op, given in ((dist.isend, send), (dist.irecv, receive)):
-            for peer, x in given:
-                if x.numel():
-                    ops.append(dist.P2POp(op, x, self.everywhere(peer), self.group))
-                    peers.append(peer)
+    def start(self, send: Sequence[tuple[int, Tensor]], receive: Sequence[tuple[int, Room]]) -> Transfer:
+        """Start to send tensors to group ranks, and to receive others; empty ones are skipped.
+
+        Large messages between ranks of one machine go through shared memory.
+        """
+        sent = _by_peer([(peer, x) for peer, x in send if x.numel()])
+        taken = _by_peer([(peer, room) for peer, room in receive if room.size])
+        near = {}
+        for peer in sorted({*sent, *taken} & {*self.lines}):
+            out, home = sent.get(peer, []), taken.get(peer, [])
+            if max(volume(rooms(out)), volume(home)) >= SMALL:
+                near[peer] = sent.pop(peer, []), taken.pop(peer, [])
+        found = {peer: [_empty(room) for room in home] for peer, home in taken.items()}
+        told = {}
+        for peer, (out, _) in near.items():
+            told[peer] = torch.zeros(TOLD, dtype=torch.int64)
+            sent[peer], found[peer] = [self.lines[peer].put(out)], [told[peer]]
+        given = [(dist.isend, peer, x.contiguous()) for peer, some in sent.items() for x in some]
+        given += [(dist.irecv, peer, x) for peer, some in found.items() for x in some]
+        ops = [dist.P2POp(op, x, self.everywhere(peer), self.group) for op, peer, x in given]
+        peers = [peer for _, peer, _ in given]
         works: Sequence[Any] = ()
         if ops:
             try:
@@ -60,7 +97,17 @@ class Peers:
                 self.fail(peers[0], error)
         if len(works) != len(peers):  # backends that coalesce requests
             peers = [-1] * len(works)
-        return Transfer(self, list(zip(works, peers)), [x for _, x in (*send, *receive)])
+
+        def end() -> list[Tensor]:
+            for peer, (_, home) in near.items():
+                try:
+                    found[peer] = self.lines[peer].take(told[peer], home)
+                except OSError as error:  # the other rank died since
+                    self.fail(peer, error)
+            left = {peer: iter(some) for peer, some in found.items()}
+            return [next(left[peer]) if room.size else _empty(room) for peer, room in receive]
+
+        return Transfer(self, list(zip(works, peers)), [x for _, _, x in given], end)
 
     def gather(self, x: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
         """All-gather tensors whose first axis may have a different length, `sizes`, on each rank."""
@@ -109,14 +156,27 @@ class Peers:
         ) from error
 
 
+def _by_peer(given: Sequence[tuple[int, Any]]) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = {}
+    for peer, x in given:
+        found.setdefault(peer, []).append(x)
+    return found
+
+
+def _empty(room: Room) -> Tensor:
+    return torch.empty(room.shape, dtype=room.dtype, device=room.device)
+
+
 class Transfer:
     """Pending sends and receives; tensors are kept alive until they have arrived."""
 
-    def __init__(self, peers: Peers, works: list[tuple[Any, int]], kept: list[Tensor]) -> None:
-        self.peers, self.works, self.kept = peers, works, kept
+    def __init__(
+        self, peers: Peers, works: list[tuple[Any, int]], kept: list[Tensor], end: Callable[[], list[Tensor]]
+    ) -> None:
+        self.peers, self.works, self.kept, self.end = peers, works, kept, end
 
-    def wait(self) -> None:
-        """Wait until everything has arrived.
+    def wait(self) -> list[Tensor]:
+        """Wait until everything has arrived; gives the received tensors, once.
 
         Raises
         ------
@@ -128,7 +188,7 @@ class Transfer:
                 self.peers._end(work, self.kept[0].device)
             except RuntimeError as error:
                 self.peers.fail(peer, error)
-        self.works = []
+        return self.end()
 
 
 class _Faults:

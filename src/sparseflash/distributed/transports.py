@@ -17,6 +17,7 @@ from ..plan import Plan
 from .layouts import Layout
 from .pairs import Pairs
 from .peers import Peers, Transfer
+from .segments import Room
 
 Keys = tuple[Tensor, ...]
 """Keys, values and, if given, the bias; axis 2 is that of the tokens."""
@@ -26,32 +27,26 @@ Held = dict[int, Keys] | None
 Some = slice | Tensor
 """Numbers of some tokens of a shard; a slice if they are consecutive."""
 
-Coming = tuple[Keys, Transfer] | None
-"""Tensors being received, and the transfer to wait for."""
 
-
-def _room(keys: Keys, n: int, dtype: torch.dtype | None = None) -> Keys:
-    """Uninitialised tensors like these, of n tokens."""
-    return tuple(x.new_empty((*x.shape[:2], n, *x.shape[3:]), dtype=dtype or x.dtype) for x in keys)
+def _room(keys: Keys, n: int, dtype: torch.dtype | None = None) -> list[Room]:
+    """Room for tensors like these, of n tokens."""
+    return [Room((*x.shape[:2], n, *x.shape[3:]), dtype or x.dtype, x.device) for x in keys]
 
 
 def _zeros(keys: Keys, n: int, dtype: torch.dtype) -> Keys:
-    return tuple(x.zero_() for x in _room(keys, n, dtype))
+    return tuple(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in _room(keys, n))
 
 
-def _arrived(coming: Coming) -> Keys | None:
+def _arrived(coming: Transfer | None) -> Keys | None:
     """What was being received, once it is complete; None if nothing was."""
-    if coming is None:
-        return None
-    coming[1].wait()
-    return coming[0]
+    return None if coming is None else tuple(coming.wait())
 
 
 def _added(one: Keys | None, other: Keys | None) -> Keys | None:
-    """Sum of gradients, in the memory of the second."""
+    """Sum of gradients, in the memory of the first: that of the second may be another rank's."""
     if one is None or other is None:
         return other if one is None else one
-    return tuple(y.add_(x) for x, y in zip(one, other))
+    return tuple(x.add_(y) for x, y in zip(one, other))
 
 
 class Ring:
@@ -88,10 +83,10 @@ class Ring:
         node, nodes = (0, 1) if self.outer is None else (self.outer.rank, self.outer.world)
         return self.inner.rank, self.inner.world, node, nodes
 
-    def _pass(self, peers: Peers, sent: Keys, taken: Keys) -> Coming:
+    def _pass(self, peers: Peers, sent: Keys, taken: Sequence[Room]) -> Transfer:
         """Send to the next rank, and begin to receive from the previous one."""
         before, behind = (peers.rank - 1) % peers.world, (peers.rank + 1) % peers.world
-        return taken, peers.start([(behind, x) for x in sent], [(before, x) for x in taken])
+        return peers.start([(behind, x) for x in sent], [(before, room) for room in taken])
 
     def run(
         self, keys: Keys, compute: Compute, wide: torch.dtype | None = None, held: Held = None
@@ -103,8 +98,8 @@ class Ring:
         """
         i, size, node, nodes = self._places()
         sizes = self.layout.sizes
-        mine = tuple(x.contiguous() for x in keys)
-        home: Coming = None  # gradients from the previous node
+        mine = keys
+        home: Transfer | None = None  # gradients from the previous node
         total: Keys | None = None
         for s in range(nodes):
             of, before = (node - s) % nodes * size, (node - s - 1) % nodes * size
@@ -168,34 +163,40 @@ class GroupCast:
             coming = self._return({other: compute(other, own) for other, own in held.items()}, keys, wide)
             total = compute(self.peers.rank, keys)
         else:
-            taken = {other: _room(keys, n) for other, n in self.read.items() if n}
+            rooms = [(other, room) for other, n in self.read.items() if n for room in _room(keys, n)]
             sent = [(other, _taken(x, which)) for other, which in self.asked.items() for x in keys]
-            arriving = self.peers.start(sent, [(other, x) for other, own in taken.items() for x in own])
+            arriving = self.peers.start(sent, rooms)
             total = compute(self.peers.rank, keys)
-            arriving.wait()
+            taken = _grouped(rooms, arriving)
             found = {other: compute(other, own) for other, own in taken.items()}
             if wide is None:
                 return None, taken if self.holds else None
             coming = self._return(found, keys, wide)
-        room, transfer = coming
-        transfer.wait()
         total = total or _zeros(keys, keys[0].shape[2], wide)
-        for other, parts in room.items():  # in fixed order, so that sums are reproducible
+        for other, parts in _grouped(*coming).items():  # in fixed order, so that sums are reproducible
             for x, part in zip(total, parts):
                 _add(x, self.asked[other], part)
         return total, None
 
     def _return(
         self, found: dict[int, Keys | None], keys: Keys, wide: torch.dtype
-    ) -> tuple[dict[int, Keys], Transfer]:
+    ) -> tuple[list[tuple[int, Room]], Transfer]:
         """Begin to send the gradients of received keys, and to receive those of own ones."""
         back = [
             (other, x)
             for other, given in found.items()
             for x in given or _zeros(keys, self.read[other], wide)
         ]
-        room = {other: _room(keys, n, wide) for other, n in self.given.items()}
-        return room, self.peers.start(back, [(other, x) for other, own in room.items() for x in own])
+        rooms = [(other, room) for other, n in self.given.items() for room in _room(keys, n, wide)]
+        return rooms, self.peers.start(back, rooms)
+
+
+def _grouped(rooms: Sequence[tuple[int, Room]], coming: Transfer) -> dict[int, Keys]:
+    """What arrives, by the rank that sends it."""
+    found: dict[int, Keys] = {}
+    for (other, _), x in zip(rooms, coming.wait()):
+        found[other] = (*found.get(other, ()), x)
+    return found
 
 
 def _as_slice(which: Tensor) -> Some:
@@ -205,7 +206,7 @@ def _as_slice(which: Tensor) -> Some:
 
 
 def _taken(x: Tensor, which: Some) -> Tensor:
-    return x[:, :, which].contiguous() if isinstance(which, slice) else x.index_select(2, which)
+    return x[:, :, which] if isinstance(which, slice) else x.index_select(2, which)
 
 
 def _add(x: Tensor, which: Some, part: Tensor) -> None:
@@ -230,9 +231,7 @@ def swapped(peers: Peers, layout: Layout, x: Tensor, *, to_heads: bool) -> Tenso
         shards = torch.empty_like(x).index_copy_(2, place, x)
         parts = shards.split(sizes, 2)
         shapes = [(B, H, sizes[rank], D)] * world
-    taken = [x.new_empty(shape) for shape in shapes]
-    sent = [part.contiguous() for part in parts]
-    others = [other for other in range(world) if other != rank]
-    taken[rank] = sent[rank]
-    peers.start([(r, sent[r]) for r in others], [(r, taken[r]) for r in others]).wait()
+    rooms = [(other, Room(shape, x.dtype, x.device)) for other, shape in enumerate(shapes) if other != rank]
+    taken = peers.start([(other, parts[other]) for other, _ in rooms], rooms).wait()
+    taken.insert(rank, parts[rank])
     return torch.cat(taken, 2).index_select(2, place) if to_heads else torch.cat(taken, 1)
