@@ -84,6 +84,15 @@ def _balance(T: int, worlds: Sequence[int], on_run: Callable[[str], None]) -> It
                 }  # fmt: skip
 
 
+def _keep_memory() -> None:
+    """Let this process keep memory that tensors leave, as glibc does once one of this size has been freed.
+
+    A training process has freed such a tensor long ago; in a new one, each step of a rank would ask the system
+    for its pages again, while one process, whose tensors are larger, would not.
+    """
+    torch.zeros(31 << 20, dtype=torch.uint8)
+
+
 def _times(run: Callable[[], Any], rounds: int, before: Callable[[], Any] = lambda: None) -> list[float]:
     run()
     taken = []
@@ -158,6 +167,7 @@ def _measured(T: int, rounds: int) -> tuple[dict[str, list[float]], Links]:
 def _rank(rank: int, port: int, T: int, rounds: int, jobs: Any, results: Any) -> None:
     """Measure costs, then steps of the plans that `jobs` names; None ends it."""
     torch.set_num_threads(1)
+    _keep_memory()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found = _measured(T, rounds)
     if rank == 0:
@@ -225,6 +235,7 @@ def _steps(T: int, rounds: int, two: _Two, on_run: Callable[[str], None]) -> Ite
     q, k, v, dout = _inputs(T)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
+    _keep_memory()
     for name, make in plans(T).items():
         on_run(f"a step of two processes, and of one with two threads: {name}")
         plan, ours, ones = make(), [], []
