@@ -38,6 +38,7 @@ PAGES = (
             "board",
             "vllm",
             "diffusion",
+            "distributed",
         )
     ),
 )
@@ -592,6 +593,23 @@ def samples() -> str:
     return table(["samples", "cache", "tokens/s", "over its own", "keys and values", "same tokens"], body)
 
 
+def ranks() -> str:
+    """A step of two ranks beside one process of two threads, and beside its forecast."""
+    body = [
+        [
+            row["case"],
+            row["layout"],
+            f"{float(row['ms_one']):.0f}",
+            f"{float(row['ms']):.0f}",
+            f"{float(row['overhead']):+.0%}",
+            f"{float(row['ms_forecast']):.0f}",
+        ]
+        for row in rows("ranks")
+        if row["part"] == "step"
+    ]
+    return table(["plan", "layout", "one process, ms", "two ranks, ms", "over", "forecast, ms"], body)
+
+
 def video(part: str) -> str:
     """Of moving digits: generated videos, times, or what methods find in the trained model."""
     every = rows("video") if (RESULTS / "video.csv").exists() else []
@@ -1065,6 +1083,7 @@ BLOCKS = {
     "board": board_best,
     "board-tasks": board_tasks,
     "samples": samples,
+    "ranks": ranks,
     **{f"video-{x}": partial(video, x) for x in ("stages", "time", "capture")},
     "methods": methods_said,
     **{f"methods-{x}": partial(methods_of, f"methods-{x}") for x in ("chosen", "prompts", "caches", "near")},
