@@ -107,7 +107,19 @@ def test_who_reads_the_word_shares_the_memory(monkeypatch):
     other = hello.said.clone()
     other[2] += 1  # another machine: that process has another file there, or none
     assert not Hello().reaches(other)
+    said, file = hello.said.clone(), os.open(__file__, os.O_RDONLY)
+    said[1] = file  # a file that may only be read
+    assert not Hello().reaches(said)
+    os.close(file)
+    hello.close()
     hello.close()
     assert not Hello().reaches(hello.said)
-    monkeypatch.delattr(os, "memfd_create")
-    assert not Hello().reaches(hello.said) and Hello().said[1] == -1
+    for stub in (
+        lambda name: os.open("/none", os.O_RDONLY),
+        None,
+    ):  # a container that forbids it; another system
+        if stub is None:
+            monkeypatch.delattr(os, "memfd_create")
+        else:
+            monkeypatch.setattr(os, "memfd_create", stub)
+        assert not Hello().reaches(hello.said) and Hello().said[1] == -1

@@ -48,6 +48,7 @@ TOLD = 4 + RELEASED
 
 _UNIT = 1 << 20
 _NONE = -1
+_WORD = 16
 
 
 def rooms(tensors: Sequence[Tensor]) -> list[Room]:
@@ -154,32 +155,32 @@ def _opened(process: int, file: int, length: int) -> mmap.mmap:
 
 
 class Hello:
-    """A file with a random word, by which other ranks find out whether they can open this one's files."""
+    """A file with a random word, by which other ranks find out whether they can map this one's files."""
 
     def __init__(self) -> None:
-        self.file = os.memfd_create("sparseflash") if hasattr(os, "memfd_create") else -1
-        word = os.urandom(16)
-        if self.file >= 0:
+        word = os.urandom(_WORD)
+        self.file = _NONE
+        try:
+            self.file = os.memfd_create("sparseflash")
             os.write(self.file, word)
+        except (AttributeError, OSError):  # another system, or a container that forbids it
+            self.close()
         halves = [int.from_bytes(half, "little", signed=True) for half in (word[:8], word[8:])]
         self.said = torch.tensor([os.getpid(), self.file, *halves])
 
     def reaches(self, said: Tensor) -> bool:
         """Whether another rank, which said this, shares the machine."""
         process, file, *halves = said.tolist()
-        if self.file < 0 or file < 0:
+        if _NONE in (self.file, file):
             return False
         try:
-            own = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+            word = _opened(process, file, _WORD)[:]
+        except (OSError, ValueError):  # no such process or file, one that may not be opened, or a shorter one
             return False
-        try:
-            word = os.pread(own, 16, 0)
-        finally:
-            os.close(own)
         return word == b"".join(half.to_bytes(8, "little", signed=True) for half in halves)
 
     def close(self) -> None:
         """Close the file."""
-        if self.file >= 0:
+        if self.file != _NONE:
             os.close(self.file)
+            self.file = _NONE
