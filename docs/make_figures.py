@@ -660,6 +660,49 @@ def video(part: str) -> str:
     return table(["method", *named], body)
 
 
+def diffusion(part: str) -> str:
+    """What methods for diffusion keep of planted heads, and what reused patterns do to a language model."""
+    found = [row for row in rows("diffusion") if row["what"] == part]
+    if part == "masked":
+        cases = ("reuse", "own", "first", "window", "random")
+        shares = dict.fromkeys(row["share"] for row in found)
+        body = [
+            [
+                f"{float(own[0]['density']):.0%}",
+                *(f"{float(row['kl']):.2g}" for x in cases for row in own if row["case"] == x),
+            ]
+            for own in ([row for row in found if row["share"] == share] for share in shares)
+        ]
+        of = {x: f"{float(found[0][x]):.0%}" for x in ("overlap_next", "overlap_last", "overlap_heads")}
+        said = (
+            "Of the step's own blocks, at the smaller share, {overlap_next} are kept by the pattern one step "
+            "later and {overlap_last} at the end; heads 0 and 1 share {overlap_heads} of theirs."
+        ).format(**of)
+        head = [
+            "pairs kept",
+            "blocks of the last dense step",
+            "the step's own",
+            "of step 0",
+            "window",
+            "random",
+        ]
+        return f"{table(head, body)}\n\n{textwrap.fill(said, 120)}"
+    heads = list(dict.fromkeys(row["head"] for row in found))
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = {row["head"]: row for row in found if row["case"] == case}
+        kept = dict.fromkeys(f"{float(own[x]['density']):.0%}" for x in heads)
+        mean = [sum(float(own[x][y]) for x in heads) / len(heads) for y in ("recall_random", "recall_window")]
+        name, rest = _named(case)
+        body.append(
+            [f"`{name}`{rest}, {', '.join(kept)}", *(f"{float(own[x]['recall']):.2f}" for x in heads)]
+            + [", ".join(f"{x:.2f}" for x in mean)]
+        )
+    named = {"place": "same place", "alike": "what is alike"}
+    head = ["method, pairs kept", *(named.get(x, x) for x in heads), "mean of random, window"]
+    return table(head, body)
+
+
 def _named(case: str) -> tuple[str, str]:
     """The name of a method, and what is said behind it."""
     name, comma, rest = case.partition(", ")
@@ -1084,6 +1127,8 @@ BLOCKS = {
     "board-tasks": board_tasks,
     "samples": samples,
     "ranks": ranks,
+    "diffusion-masked": partial(diffusion, "masked"),
+    "diffusion-planted": partial(diffusion, "planted"),
     **{f"video-{x}": partial(video, x) for x in ("stages", "time", "capture")},
     "methods": methods_said,
     **{f"methods-{x}": partial(methods_of, f"methods-{x}") for x in ("chosen", "prompts", "caches", "near")},
