@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sparseflash.bench import results
 from sparseflash.bench.commands.app import Data, Lengths, Minutes, Out, integers, known, lengths_of, words
+from sparseflash.bench.results import Row
 
 from .app import RESULTS, Kept, experiments
 
@@ -32,16 +35,25 @@ Steps = Annotated[int, typer.Option(min=1, help="Training steps of a small model
 Parts = Annotated[str, typer.Option(help="Which parts, with commas; all by default.")]
 
 
+def _others(out: Path, parts: Sequence[str]) -> list[Row]:
+    """Rows of parts that are not measured now."""
+    there = results.read(out, "case", "what") if out.is_file() else []
+    return [row for row in there if row["what"] not in parts]
+
+
 @experiments.command("diffusion", rich_help_panel=PANEL)
 def bench_diffusion(
-    out: Out = RESULTS / "diffusion.csv",
+    out: Kept = RESULTS / "diffusion.csv",
     data: Data = "",
     parts: Parts = "planted,masked,time",
     lengths: Lengths = "4096,8192,16384",
     steps: Steps = 500,
     minutes: Minutes = 5.0,
 ) -> None:
-    """Recall on planted heads, KL on a small masked-diffusion model, time over denoising steps."""
+    """Recall on planted heads, KL on a small masked-diffusion model, time over denoising steps.
+
+    Rows of other parts of OUT stay.
+    """
     from sparseflash.bench.session import session
     from sparseflash.train.data import named
 
@@ -53,7 +65,8 @@ def bench_diffusion(
         "what", "case", "head", "T", "share", "density", "recall", "recall_random", "recall_window", "kl",
         "overlap_next", "overlap_last", "overlap_heads", "ms_dense", "ms_search", "ms_step", "gain",
     )  # fmt: skip
-    session("diffusion", out, partial(diffusion.measure, named(data), **options), columns)
+    measure = partial(diffusion.measure, named(data), **options)
+    session("diffusion", out, measure, columns, kept=_others(out, asked))
 
 
 @experiments.command("modalities", rich_help_panel=PANEL)
@@ -75,7 +88,7 @@ def bench_modalities(
 
 @experiments.command("vision", rich_help_panel=PANEL)
 def bench_vision(
-    out: Out = RESULTS / "vision.csv",
+    out: Kept = RESULTS / "vision.csv",
     parts: Parts = "orion,features,hrsam,plan",
     images: Annotated[
         Path | None, typer.Option(help="For the part links: images in IDX format, such as MNIST's.")
@@ -88,7 +101,10 @@ def bench_vision(
     pixels: Annotated[str, typer.Option(help="Sides of square images.")] = "512,1024,2048",
     minutes: Minutes = 3.0,
 ) -> None:
-    """Neighbours in a table, time over features; patches, time over pixels; links and tokens of images."""
+    """Neighbours in a table, time over features; patches, time over pixels; links and tokens of images.
+
+    Rows of other parts of OUT stay.
+    """
     from sparseflash.bench.session import session
 
     from .. import pixels as pixels_
@@ -104,7 +120,7 @@ def bench_vision(
     if images is not None and labels is not None:
         given = pixels_.read_idx(images), pixels_.read_idx(labels)[:, 0].long()
     measure = partial(vision.measure, parts=asked, images=given, steps=steps, minutes=minutes, **options)
-    session("vision", out, measure, columns)
+    session("vision", out, measure, columns, kept=_others(out, [*asked, *(["tokens"] * ("links" in asked))]))
 
 
 @experiments.command("video", rich_help_panel=PANEL)
@@ -132,7 +148,6 @@ def bench_video(
     methods find in the teacher's queries and keys (1). Row by row: rows that OUT has are not measured again,
     but for those of time, whose cases take turns.
     """
-    from sparseflash.bench import results
     from sparseflash.bench.session import show, watch
 
     from .. import pixels as pixels_
