@@ -87,8 +87,8 @@ def _balance(T: int, worlds: Sequence[int], on_run: Callable[[str], None]) -> It
 def _keep_memory() -> None:
     """Let this process keep memory that tensors leave, as glibc does once one of this size has been freed.
 
-    A training process has freed such a tensor long ago; in a new one, each step of a rank would ask the system
-    for its pages again, while one process, whose tensors are larger, would not.
+    A training process has freed such a tensor long ago; in a new one, each step of a rank would ask the
+    system for its pages again, while one process, whose tensors are larger, would not.
     """
     torch.zeros(31 << 20, dtype=torch.uint8)
 
