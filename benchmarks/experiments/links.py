@@ -177,41 +177,85 @@ def score(model: ViT, images: Tensor, labels: Tensor) -> dict[str, float]:
     return found if dense else found | {"recall": recall / len(images)}
 
 
+def split(images: Tensor, labels: Tensor, held: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images to train on, and the last `held` ones."""
+    x = images.float() / 255 - 0.13
+    return (x[:-held], labels[:-held]), (x[-held:], labels[-held:])
+
+
+def predicting(
+    train: tuple[Tensor, Tensor],
+    *,
+    steps: int,
+    width: int,
+    layers: int,
+    seed: int = 0,
+    on_dense: Callable[[ViT], None] = lambda model: None,
+    on_run: Callable[[str], None],
+) -> ViT:
+    """A model trained dense, told to `on_dense`, whose predictor has then learned its attention."""
+    torch.manual_seed(seed)
+    model = ViT(train[0].shape[1], 4, classes=10, width=width, heads=4, layers=layers, keep=0.25)
+    fit(model.set("dense"), *train, steps=steps, rate=2e-3, on_run=lambda s: on_run(f"dense: {s}"))
+    on_dense(model)
+    for layer in model.links():
+        layer.weight = 1.0
+    fit(
+        model.set("dense"), *train, steps=steps, rate=1e-2, weights=model.predictor(),
+        loss=lambda logits, labels: sum((layer.aux_loss for layer in model.links()), torch.zeros(())),
+        on_run=lambda s: on_run(f"predictor: {s}"),
+    )  # fmt: skip
+    for layer in model.links():
+        layer.weight = 0.0
+    return model
+
+
 def measure_links(
     images: Tensor,
     labels: Tensor,
     *,
     steps: int = 600,
     width: int = 64,
+    layers: int = 3,
+    held: int = 2000,
+    seeds: Sequence[int] = (0, 1, 2),
+    on_run: Callable[[str], None] = lambda text: None,
+) -> Iterator[Row]:
+    """Links alone: accuracy of a dense model that attends to some, not trained on it. Held images judge."""
+    train, test = split(images, labels, held)
+    for seed in seeds:
+        told: Row = {"T": 50, "layers": layers, "width": width, "steps": steps, "seed": seed, "what": "links"}
+        first: list[Row] = []
+
+        def look(model: ViT, first: list[Row] = first) -> None:
+            for case, choice in (("dense", "dense"), ("untrained predictor", "learned")):
+                first.append({"case": case, **score(model.set(choice), *test)})
+
+        how = {"steps": steps, "width": width, "layers": layers, "seed": seed}
+        model = predicting(train, **how, on_dense=look, on_run=lambda s, n=seed: on_run(f"seed {n}, {s}"))
+        told["T"] = len(model.place)
+        for row in first:
+            yield told | row
+        for choice in CHOICES[1:]:
+            yield told | {"case": choice, **score(model.set(choice), *test)}
+
+
+def measure_tokens(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    steps: int = 600,
+    width: int = 64,
     layers: int = 6,
-    held: int = 1000,
+    held: int = 2000,
     drops: Mapping[int, float] = DROPS,
     on_run: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Rows of both phases; the last `held` images are not trained on."""
-    x = images.float() / 255 - 0.13
-    train, test = (x[:-held], labels[:-held]), (x[-held:], labels[-held:])
-    torch.manual_seed(0)
-    model = ViT(x.shape[1], 4, classes=10, width=width, heads=4, layers=layers, keep=0.25)
-    told: Row = {"T": len(model.place), "layers": layers, "width": width, "steps": steps}
-    fit(model.set("dense"), *train, steps=steps, rate=2e-3, on_run=lambda s: on_run(f"dense: {s}"))
-    dense = score(model, *test)
-    yield told | {"what": "links", "case": "dense", **dense}
-
-    untrained = score(model.set("learned"), *test)
-    yield told | {"what": "links", "case": "untrained predictor", **untrained}
-    for layer in model.links():
-        layer.weight = 1.0
-    fit(
-        model.set("dense"), *train, steps=steps // 2, rate=3e-3, weights=model.predictor(),
-        loss=lambda logits, labels: sum((layer.aux_loss for layer in model.links()), torch.zeros(())),
-        on_run=lambda s: on_run(f"predictor: {s}"),
-    )  # fmt: skip
-    for layer in model.links():
-        layer.weight = 0.0
-    for choice in CHOICES[1:]:
-        yield told | {"what": "links", "case": choice, **score(model.set(choice), *test)}
-
+    """Links and fewer tokens, after fine-tuning with them, beside either drawn at random."""
+    train, test = split(images, labels, held)
+    model = predicting(train, steps=steps, width=width, layers=layers, on_run=on_run)
+    told: Row = {"T": len(model.place), "layers": layers, "width": width, "steps": steps, "seed": 0}
+    dense: dict[str, float] = {}
     tuned: dict[str, dict[str, Any]] = {
         "dense": {"choice": "dense"},
         "links": {"choice": "learned"},
@@ -225,10 +269,9 @@ def measure_links(
         own = copy.deepcopy(model).set(**how)
         fit(own, *train, steps=steps, rate=1e-3, on_run=lambda s, case=case: on_run(f"{case}: {s}"))
         found = score(own, *test)
-        dense = found if case == "dense" else dense
-        fewer = 1 - found["mflops"] / dense["mflops"]
+        dense = dense or found
         yield told | {
-            "what": "tokens", "case": case, **found, "fewer": fewer,
+            "what": "tokens", "case": case, **found, "fewer": 1 - found["mflops"] / dense["mflops"],
             "points": 100 * (found["accuracy"] - dense["accuracy"]),
         }  # fmt: skip
 

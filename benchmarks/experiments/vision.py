@@ -158,7 +158,11 @@ def measure(
         yield from measure_hrsam(pixels, box, on_run)
     if "plan" in parts:
         yield from links.measure_plan(box, on_run)
-    if "links" in parts:
-        if images is None:
-            raise SparseFlashError("the part links trains on images: give --images and --labels, as of MNIST")
-        yield from links.measure_links(*images, steps=steps, on_run=on_run)
+    trained = {"links": links.measure_links, "tokens": links.measure_tokens}
+    for part, measured in trained.items():
+        if part in parts:
+            if images is None:
+                raise SparseFlashError(
+                    f"the part {part} trains on images: give --images and --labels, as of MNIST"
+                )
+            yield from measured(*images, steps=steps, on_run=on_run)

@@ -81,7 +81,10 @@ def test_what_is_counted_is_what_is_computed(choice, drops):
 
 def test_only_the_predictor_learns_in_the_first_phase():
     x, labels = (torch.rand(300, 784) * 255).byte(), torch.arange(300) % 10
-    rows = list(links.measure_links(x, labels, steps=2, width=8, layers=2, held=50, drops={1: 0.3}))
+    given = {"steps": 2, "width": 8, "layers": 2, "held": 50}
+    rows = list(links.measure_links(x, labels, seeds=(0, 1), **given))
+    assert [row["seed"] for row in rows] == [0] * 5 + [1] * 5
+    rows = rows[:5] + list(links.measure_tokens(x, labels, drops={1: 0.3}, **given))
     cases = [(row["what"], row["case"]) for row in rows]
     assert len(set(cases)) == len(cases) == 12
     by = dict(zip(cases, rows))

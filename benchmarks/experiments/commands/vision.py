@@ -91,7 +91,7 @@ def bench_vision(
     out: Kept = RESULTS / "vision.csv",
     parts: Parts = "orion,features,hrsam,plan",
     images: Annotated[
-        Path | None, typer.Option(help="For the part links: images in IDX format, such as MNIST's.")
+        Path | None, typer.Option(help="For links and tokens: images in IDX format, such as MNIST's.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Their labels, in IDX format.")] = None,
     steps: Steps = 600,
@@ -110,7 +110,7 @@ def bench_vision(
     from .. import pixels as pixels_
     from .. import vision
 
-    asked = known("parts", ("orion", "features", "hrsam", "plan", "links"), words(parts))
+    asked = known("parts", ("orion", "features", "hrsam", "plan", "links", "tokens"), words(parts))
     options = {"features": integers(features, least=1), "pixels": integers(pixels, "512,1024", 16)}
     columns = (
         "what", "case", "T", "density", "accuracy", "base_rate", "ms", "ms_dense", "gain", "us_per_token",
@@ -120,7 +120,7 @@ def bench_vision(
     if images is not None and labels is not None:
         given = pixels_.read_idx(images), pixels_.read_idx(labels)[:, 0].long()
     measure = partial(vision.measure, parts=asked, images=given, steps=steps, minutes=minutes, **options)
-    session("vision", out, measure, columns, kept=_others(out, [*asked, *(["tokens"] * ("links" in asked))]))
+    session("vision", out, measure, columns, kept=_others(out, asked))
 
 
 @experiments.command("video", rich_help_panel=PANEL)
