@@ -703,6 +703,43 @@ def diffusion(part: str) -> str:
     return table(head, body)
 
 
+def vision(part: str) -> str:
+    """Small vision models with fewer links and tokens; time over features of a table, and over pixels."""
+    found = [row for row in rows("vision") if row["what"] == part]
+    if part == "links":
+        seeds = {row["seed"]: row for row in found}
+        body = []
+        for case in dict.fromkeys(row["case"] for row in found):
+            own = [row for row in found if row["case"] == case]
+            right = [100 * float(row["accuracy"]) for row in own]
+            kept = [float(row["recall"]) for row in own if row["recall"]]
+            mass = f"{sum(kept) / len(kept):.2f}" if kept else "1"
+            body.append([case, f"{sum(right) / len(right):.1f}", ", ".join(f"{x:.1f}" for x in right), mass])
+        return table(["links", "right, %", f"seeds {', '.join(seeds)}", "attention mass on them"], body)
+    if part == "tokens":
+        body = [
+            [row["case"], f"{100 * float(row['accuracy']):.1f}", f"{float(row['points']):+.1f}"]
+            + [f"{float(row['mflops']):.1f}", f"{float(row['fewer']):.1%}"]
+            for row in found
+        ]
+        return table(["fine-tuned with", "right, %", "points", "MFLOPs an image", "fewer"], body)
+    if part == "plan":
+        names = {"ms_choose": "choose keys", "ms_mask": "plan from the mask", "ms_lists": "from lists"}
+        names |= {"ms": "attend", "ms_dense": "SDPA, all keys"}
+        body = [[row["case"], *(f"{float(row[x]):.2f}" for x in names)] for row in found]
+        return table(["197 tokens, 6 heads, ms", *names.values()], body)
+    body = [
+        [row["T"] if part == "features" else row["case"], f"{float(row['ms']):.2f}"]
+        + [
+            f"{float(row['ms_dense']):.2f}" if row["ms_dense"] else "",
+            f"{1e3 * float(row['ms']) / int(row['T']):.2f}",
+        ]
+        for row in found
+    ]
+    what = {"features": ["features", "`orion-msp`, ms"], "hrsam": ["image", "a block of HRSAM, ms"]}[part]
+    return table([*what, "dense attention, ms", "µs a token"], body)
+
+
 def _named(case: str) -> tuple[str, str]:
     """The name of a method, and what is said behind it."""
     name, comma, rest = case.partition(", ")
@@ -1127,6 +1164,7 @@ BLOCKS = {
     "board-tasks": board_tasks,
     "samples": samples,
     "ranks": ranks,
+    **{f"vision-{part}": partial(vision, part) for part in ("links", "tokens", "plan", "features", "hrsam")},
     "diffusion-masked": partial(diffusion, "masked"),
     "diffusion-planted": partial(diffusion, "planted"),
     **{f"video-{x}": partial(video, x) for x in ("stages", "time", "capture")},

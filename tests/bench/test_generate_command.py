@@ -51,6 +51,7 @@ def test_what_forgets_nothing_says_the_same(name, folder):
     ids = tokenizer((folder / "text.txt").read_text(), return_tensors="pt").input_ids
     dense, ours = generate.measure(model, ids, generate.how(name, WHOLE[name]), 8)
     assert torch.equal(dense[1], ours[1]) and ours[0]["agree"] == 1 and ours[0]["kl"] < 1e-6
+    assert ours[0]["recall"] == pytest.approx([1.0, 1.0]) and "recall" not in dense[0]
     assert dense[0]["rate"] > 0 and ours[0]["rate"] > 0 and ours[0]["kept"] == ids.shape[1] + 8
 
 
@@ -64,6 +65,29 @@ def test_a_small_cache_is_small_and_says_something_else(folder):
     assert packed["kept"] == ids.shape[1] + 8 and packed["bytes"] < dense["bytes"] and packed["kl"] > 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["streaming-llm", "h2o", "quest"])
+def test_recall_is_the_dense_mass_on_what_a_layer_still_sees(name, folder):
+    """In the first layer, whose keys are the same in both; by hand from the weights that eager returns."""
+    model, tokenizer = sf.transformers.load(folder)
+    ids = tokenizer((folder / "text.txt").read_text(), return_tensors="pt").input_ids[:, :150]
+    settings = {"streaming-llm": {"budget": 24, "sinks": 2}, "quest": {"budget": 32, "page": 8}}
+    given = generate.how(name, settings.get(name, {"budget": 24, "sinks": 2, "recent": 8}))
+    (_, words, _), (row, _, _) = generate.measure(model, ids, given, 8)
+    model.set_attn_implementation("eager")
+    weights = model(torch.cat([ids, words[:, :-1]], 1), output_attentions=True).attentions[0][0, :, -1]
+    most = weights.topk(32 if name == "quest" else 88).values.sum(-1).mean()  # a cache evicts in steps of 64
+    assert 0.01 < row["recall"][0] < min(1 - 1e-4, float(most) + 1e-5)
+    if name == "streaming-llm":
+        cache = generate.begun(model, ids, lambda: sf.transformers.sparse(model, **given))[0]
+        with sf.transformers.sparse(model, **given):
+            generate.gone_on(model, cache, words[:, :1], 8, words)
+        kept = cache.layers[0].kept()
+        assert kept.shape == (1, 2, 158) and torch.equal(kept.sum(-1), cache.layers[0].held)
+        share = (weights * kept[0].repeat_interleave(2, 0)).sum(-1).mean()
+        assert row["recall"][0] == pytest.approx(float(share), abs=1e-5)
+
+
 def said(folder, *words):
     file = ["--prompt-file", str(folder / "text.txt")]
     found = CliRunner().invoke(app, ["generate", "--model", str(folder), "--new", "4", *file, *words])
@@ -73,7 +97,7 @@ def said(folder, *words):
 def test_the_command_says_rates_bytes_and_layers(folder):
     text = said(folder, "--decode", "quest", "--set", "budget=64", "--tokens", "100", "--by-layer")
     assert text.count("tokens/s") == 2 and "kept 104 of 104" in text and "agree" in text
-    assert text.count("layer 1: kept 104") == 2
+    assert text.count("layer 1: kept 104") == 2 and text.count(", recall ") == 3
     assert "expected one of" in said(folder, "--decode", "nobody") and "mustafar" in said(
         folder, "--decode", "x"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,25 @@ def test_a_report_of_a_token_behind_padding_counts_its_keys(model):
     with sf.transformers.sparse(model, decode=sf.methods.SinkWindow(window=8, sink_tokens=2), layers=[1]):
         dense, row = sf.transformers.report(model, **given, past_key_values=cache)
     assert row.density == pytest.approx((20 / 53,) * 4) and dense.density == (1.0,) * 4
+
+
+@torch.no_grad()
+def test_a_report_of_a_cache_that_attends_says_what_it_holds(model):
+    ids = torch.arange(200)[None] % 90 + 3
+    for given, held in (
+        ({"cache": sf.cache.policy("streaming-llm", budget=16, sinks=2)}, 16),
+        ({"cache": sf.cache.Int8()}, 199),
+    ):
+        with sf.transformers.sparse(model, **given):
+            first = sf.transformers.report(
+                model, input_ids=ids[:, :199], past_key_values=(cache := DynamicCache())
+            )
+            found = sf.transformers.report(model, input_ids=ids[:, 199:], past_key_values=cache)
+        assert len(first) == len(found) == 2 and first.rows[0].density == (1.0,) * 4
+        for row in found:
+            assert row.density == pytest.approx(((held + 1) / 200,) * 4) and row.seconds > 0
+            assert row.recall[0] == 1 if held == 199 else np.isnan(row.recall[0])
+            assert row.methods[0] == ("dense" if held == 199 else repr(given["cache"]))
 
 
 def test_weights_of_a_query_that_sees_nothing_are_zero():

@@ -132,7 +132,7 @@ def of_model(
     import transformers
 
     from sparseflash.integrations.transformers import MODELS, attention_layers, load
-    from sparseflash.integrations.transformers.control import attached, on_sparse
+    from sparseflash.integrations.transformers.control import on_sparse
 
     model, tokenizer = load(name)
     there = {layer.index: layer for layer in attention_layers(model)}
@@ -146,10 +146,8 @@ def of_model(
     known = getattr(model.config, "max_position_embeddings", None)
     if known is not None and length > known:
         raise SparseFlashError(f"{length} tokens: {name} knows {known} positions; ask for at most as many")
-    tensors: dict[str, Tensor] = {}
-    about: dict[str, dict[str, Any]] = {}
     chosen = [there[n] for n in (layers or sorted(there))]
-    with on_sparse(model), attached(chosen, [_Listener(x, tensors, about) for x in chosen]):
+    with on_sparse(model), listening(model, chosen) as (tensors, about):
         model.base_model(tokens, use_cache=False)
     named = MODELS.get(str(name))
     return tensors, {
@@ -159,6 +157,21 @@ def of_model(
         "layers": json.dumps(about),
         "versions": f"transformers {transformers.__version__}, torch {torch.__version__}",
     }
+
+
+@contextmanager
+def listening(
+    model: Any, layers: Sequence[Any] | None = None
+) -> Iterator[tuple[dict[str, Tensor], dict[str, dict[str, Any]]]]:
+    """Record the inputs of attention layers of a Transformers model, and their scale and window."""
+    from sparseflash.integrations.transformers.control import attached
+    from sparseflash.integrations.transformers.layers import attention_layers
+
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, dict[str, Any]] = {}
+    chosen = attention_layers(model) if layers is None else layers
+    with attached(chosen, [_Listener(x, tensors, about) for x in chosen]):
+        yield tensors, about
 
 
 class _Listener:

@@ -78,12 +78,45 @@ def layers(cache: Any) -> list[tuple[float, int]]:
     return found
 
 
+def recalls(
+    model: Any, whole: Any, own: Any, token: Tensor, enter: Callable[[], AbstractContextManager[Any]]
+) -> list[float]:
+    """The share of dense attention's mass that each layer still sees, for one query, mean over heads.
+
+    `whole` and `own` are caches of all tokens up to `token`, dense and with few keys. The mass is that of the
+    dense model's query on the keys that a policy holds, and of the sparse model's on those that a method
+    chooses. Compressed keys are all there: 1.
+    """
+    from sparseflash.bench.capture import listening
+    from sparseflash.integrations.transformers.reporting import measuring
+
+    if not isinstance(own.layers[0], sf.cache.Evicting):
+        own.crop(-1)
+        with enter(), measuring(model, dense=False) as rows:
+            model(token, past_key_values=own)
+        return [sum(row.recall) / len(row.recall) for row in rows]
+    whole.crop(-1)
+    with sf.transformers.sparse(model), listening(model) as (tensors, about):
+        model(token, past_key_values=whole)
+    found = []
+    for n, layer in enumerate(own.layers):
+        q, k = (tensors[f"layer.{n}.{x}"].float() for x in "qk")
+        group = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+        logits = group @ k.mT * about[str(n)]["scale"]
+        if (window := about[str(n)]["window"]) is not None:
+            logits[..., : max(k.shape[2] - window, 0)] = -torch.inf
+        share = (logits.softmax(-1) * layer.kept()[:, :, None, -k.shape[2] :]).sum(-1)
+        found.append(float(share.mean()))
+    return found
+
+
 @torch.no_grad()
 def measure(model: Any, ids: Tensor, given: dict[str, Any], new: int) -> Iterator[tuple[Row, Tensor, Any]]:
     """Yield a row, the tokens and the cache, first of dense generation, then with the arguments `given`.
 
     `agree`: share of tokens equal to dense attention's, both after dense attention's own words. `kl`:
-    divergence of the probabilities there, nats per token.
+    divergence of the probabilities there, nats per token. `recall`: of the last query's dense attention mass,
+    how much each layer still sees (`recalls`).
     """
     dense: dict[str, Any] = {}
     for name, enter in {
@@ -99,8 +132,9 @@ def measure(model: Any, ids: Tensor, given: dict[str, Any], new: int) -> Iterato
                 would, logs, _ = gone_on(model, again, token, new, dense["said"])
                 row["agree"] = float((would == dense["said"]).double().mean())
                 row["kl"] = float((dense["logs"].exp() * (dense["logs"] - logs)).sum(-1).mean())
+                row["recall"] = recalls(model, dense["cache"], again, dense["said"][:, new - 1 : new], enter)
             else:
-                dense = {"said": said, "logs": logs}
+                dense = {"said": said, "logs": logs, "cache": cache}
         row["kept"] = sum(kept for kept, _ in layers(cache)) / len(cache.layers)
         row["bytes"] = sum(size for _, size in layers(cache))
         yield row, said, cache

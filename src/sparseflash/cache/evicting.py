@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,11 @@ class Evicting(Attended):
         return torch.zeros(0, 0, dtype=torch.int64) if self._used is None else self._used
 
     @property
+    def real(self) -> Tensor:
+        """Number of tokens of each sequence, held or evicted, without padding: `[B]`."""
+        return torch.zeros(0, dtype=torch.int64) if self._own is None else self._own
+
+    @property
     def keys(self) -> Tensor | None:
         """The key pool of all heads, `[1,1,slots,D]`; `plan` gives each head's slots."""
         return self._keys
@@ -116,6 +122,18 @@ class Evicting(Attended):
     def positions(self) -> Tensor | None:
         """Position of the token in each slot, int32 `[slots]`; -1 if empty."""
         return self._position
+
+    def kept(self) -> Tensor:
+        """Which tokens each KV head still holds, bool `[B,Hkv,tokens]`."""
+        held = self.held
+        found = torch.zeros(*held.shape, self.tokens, dtype=torch.bool, device=held.device)
+        if self._position is None or self._start is None:
+            return found
+        for b, h in itertools.product(*map(range, held.shape)):
+            first = int(self._start[b, h])
+            at = self._position[first : first + int(held[b, h])].long()
+            found[b, h, at[at >= 0]] = True
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         """The pools, positions and slices of the heads, and the statistics of the policy."""

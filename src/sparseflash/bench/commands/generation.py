@@ -30,7 +30,8 @@ def generate(
     **sparseflash generate --prompt-file book.txt --decode quest --set budget=256**
 
     kept: keys that a KV head holds. agree: share of tokens equal to dense attention's after the same words;
-    kl: divergence from its probabilities, nats per token.
+    kl: divergence from its probabilities, nats per token; recall: share of dense attention's mass on the keys
+    that the last token still sees, mean over layers (--by-layer: of each).
     """
     import sparseflash as sf
     from sparseflash.bench import generate as run
@@ -50,11 +51,15 @@ def generate(
         raise SparseFlashError(f"--prompt-file {prompt_file} is empty: give it some words")
     for row, said, cache in run.measure(loaded, ids, given, new):
         name = "dense" if row["case"] == "dense" else decode
-        more = "" if name == "dense" else f", agree {row['agree']:.3f}, kl {row['kl']:.4f}"
+        recall, more = row.get("recall"), ""
+        if recall:
+            mean = sum(recall) / len(recall)
+            more = f", agree {row['agree']:.3f}, kl {row['kl']:.4f}, recall {mean:.3f}"
         typer.echo(
             f"{name}: {row['rate']:.2f} tokens/s, kept {row['kept']:.0f} of {ids.shape[1] + new}, "
             f"{row['bytes'] / 2**20:.1f} MiB{more}"
         )
         typer.echo(f"  {tokenizer.decode(said[0])!r}")
         for n, (kept, size) in enumerate(run.layers(cache) if by_layer else []):
-            typer.echo(f"  layer {n}: kept {kept:.0f}, {size / 2**20:.2f} MiB")
+            seen = f", recall {recall[n]:.3f}" if recall else ""
+            typer.echo(f"  layer {n}: kept {kept:.0f}, {size / 2**20:.2f} MiB{seen}")

@@ -245,7 +245,10 @@ def attend(
             def new(q: Tensor, k: Tensor, v: Tensor, among: Any, **own: Any) -> Tensor:
                 return setting(module, q, k, v, mask, own)
 
-    return layer.attend(q, k, v, among=mask.plan, real=mask.tokens, new=new, **options)
+    def run() -> Tensor:
+        return layer.attend(q, k, v, among=mask.plan, real=mask.tokens, new=new, **options)
+
+    return run() if setting is None or new is not None else setting.of_cache(layer, q, run)
 
 
 def layer_of(cache: Any, module: Any) -> Growing | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...cache import Growing
+from ...cache.base import Attended
 from ...common.errors import SparseFlashError
 from ...methods.base import UNREAD, Method, Selection, find, names
 from ...methods.reading import kept_of
@@ -238,6 +239,10 @@ class Setting:
         if isinstance(choice, Sequence):
             return self._by_head(choice, q, k, v, mask, options)
         return self._attend(choice, q, k, v, mask, options, range(q.shape[1]))
+
+    def of_cache(self, layer: Attended, q: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Attend where the cache does it itself, over what it holds: `run`."""
+        return run()
 
     def _by_head(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...cache import Evicting
+from ...cache.base import Attended
 from ...methods.base import Method
 from ...ops.attention import attention
 from ...ops.stats import attention_stats
@@ -36,9 +38,11 @@ class Row:
     density : tuple of float
         Visible pairs over the pairs that the model's mask shows, by query head.
     recall : tuple of float
-        Share of the dense softmax's mass on visible pairs, by query head, mean over queries.
+        Share of the dense softmax's mass on visible pairs, by query head, mean over queries. NaN for a cache
+        that no longer has the other keys (`sparseflash generate --by-layer` measures beside a dense one).
     seconds, dense_seconds : float
-        Time of the call, selection included; and of dense attention on the same tensors.
+        Time of the call, selection included; and of dense attention on the same tensors, NaN if a cache
+        attends.
     notes : mapping
         What the methods say of each head (`Method.notes`), by name; NaN for heads without.
     """
@@ -233,6 +237,24 @@ class _Probe:
                 {name: tuple(each) for name, each in notes.items()},
             )
         )
+        return out
+
+    @property
+    def decode(self) -> Any:
+        """The method of the layer for single queries."""
+        return self.setting.decode
+
+    def of_cache(self, layer: Attended, q: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """A row of a cache that attends itself: what it holds of the tokens; of the rest it knows nothing."""
+        out, seconds = _timed(run, q)
+        H, nan = q.shape[1], float("nan")
+        density, recall, name = (1.0,) * H, (1.0,) * H, "dense"
+        if isinstance(layer, Evicting):
+            share = (layer.held.double() / layer.real.clamp(min=1)[:, None]).mean(0)
+            density = tuple(share.repeat_interleave(H // len(share)).tolist())
+            recall, name = (1.0 if (share == 1).all() else nan,) * H, repr(layer.policy)
+        row = Row(self.layer.name, self.layer.index, (name,) * H, density, recall, seconds, nan)
+        self.sheet.rows.append(row)
         return out
 
     def _seen(self, q: Tensor, k: Tensor, plan: Any, full: Any, options: dict[str, Any]) -> Tensor:
