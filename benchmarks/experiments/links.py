@@ -58,7 +58,16 @@ class ViT(nn.Module):
     """A small vision transformer: patches, a class token, learned positions, pre-norm blocks."""
 
     def __init__(
-        self, pixels: int, patch: int, *, classes: int, width: int, heads: int, layers: int, keep: float
+        self,
+        pixels: int,
+        patch: int,
+        *,
+        classes: int,
+        width: int,
+        heads: int,
+        layers: int,
+        keep: float,
+        mixtures: int | None = None,
     ) -> None:
         super().__init__()
         self.patch, self.side = patch, math.isqrt(pixels)
@@ -67,7 +76,8 @@ class ViT(nn.Module):
         self.place = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.cls = nn.Parameter(0.02 * torch.randn(width))
         self.attend = nn.ModuleList(
-            Links(width, heads, tokens=tokens, keep=keep, weight=0.0) for _ in range(layers)
+            Links(width, heads, tokens=tokens, keep=keep, weight=0.0, mixtures=mixtures)
+            for _ in range(layers)
         )
         self.mlp = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -183,21 +193,39 @@ def split(images: Tensor, labels: Tensor, held: int) -> tuple[tuple[Tensor, Tens
     return (x[:-held], labels[:-held]), (x[-held:], labels[-held:])
 
 
-def predicting(
+def trained(
     train: tuple[Tensor, Tensor],
     *,
     steps: int,
     width: int,
     layers: int,
     seed: int = 0,
-    on_dense: Callable[[ViT], None] = lambda model: None,
     on_run: Callable[[str], None],
 ) -> ViT:
-    """A model trained dense, told to `on_dense`, whose predictor has then learned its attention."""
+    """A model trained with dense attention."""
     torch.manual_seed(seed)
     model = ViT(train[0].shape[1], 4, classes=10, width=width, heads=4, layers=layers, keep=0.25)
-    fit(model.set("dense"), *train, steps=steps, rate=2e-3, on_run=lambda s: on_run(f"dense: {s}"))
-    on_dense(model)
+    return fit(model.set("dense"), *train, steps=steps, rate=2e-3, on_run=lambda s: on_run(f"dense: {s}"))
+
+
+def predicting(
+    dense: ViT,
+    train: tuple[Tensor, Tensor],
+    *,
+    steps: int,
+    mixtures: int | None = None,
+    on_run: Callable[[str], None],
+) -> ViT:
+    """The model with a predictor that has learned its attention; no other weight has changed."""
+    torch.manual_seed(0)
+    first = dense.links()[0]
+    model = ViT(
+        train[0].shape[1], dense.patch, classes=10, width=len(dense.cls), heads=first.heads,
+        layers=len(dense.attend), keep=first.keep, mixtures=mixtures,
+    )  # fmt: skip
+    own = {id(weight) for weight in dense.predictor()}
+    weights = {name: weight for name, weight in dense.named_parameters() if id(weight) not in own}
+    model.load_state_dict(weights, strict=False)
     for layer in model.links():
         layer.weight = 1.0
     fit(
@@ -208,6 +236,10 @@ def predicting(
     for layer in model.links():
         layer.weight = 0.0
     return model
+
+
+MIXTURES = (8, 16)
+"""Mixtures of tokens that links are predicted from; 8 is the paper's share of the tokens, a sixth."""
 
 
 def measure_links(
@@ -224,20 +256,19 @@ def measure_links(
     """Links alone: accuracy of a dense model that attends to some, not trained on it. Held images judge."""
     train, test = split(images, labels, held)
     for seed in seeds:
-        told: Row = {"T": 50, "layers": layers, "width": width, "steps": steps, "seed": seed, "what": "links"}
-        first: list[Row] = []
 
-        def look(model: ViT, first: list[Row] = first) -> None:
-            for case, choice in (("dense", "dense"), ("untrained predictor", "learned")):
-                first.append({"case": case, **score(model.set(choice), *test)})
+        def say(text: str, seed: int = seed) -> None:
+            on_run(f"seed {seed}, {text}")
 
-        how = {"steps": steps, "width": width, "layers": layers, "seed": seed}
-        model = predicting(train, **how, on_dense=look, on_run=lambda s, n=seed: on_run(f"seed {n}, {s}"))
-        told["T"] = len(model.place)
-        for row in first:
-            yield told | row
-        for choice in CHOICES[1:]:
-            yield told | {"case": choice, **score(model.set(choice), *test)}
+        dense = trained(train, steps=steps, width=width, layers=layers, seed=seed, on_run=say)
+        told: Row = {"T": len(dense.place), "layers": layers, "width": width, "steps": steps, "seed": seed}
+        cases = {"dense": "dense", "oracle": "oracle", "random": "random", "untrained predictor": "learned"}
+        for case, choice in cases.items():
+            yield told | {"what": "links", "case": case, **score(dense.set(choice), *test)}
+        for mixtures in MIXTURES:
+            model = predicting(dense, train, steps=steps, mixtures=mixtures, on_run=say)
+            found = score(model.set("learned"), *test)
+            yield told | {"what": "links", "case": f"learned, {mixtures} mixtures", **found}
 
 
 def measure_tokens(
@@ -253,7 +284,8 @@ def measure_tokens(
 ) -> Iterator[Row]:
     """Links and fewer tokens, after fine-tuning with them, beside either drawn at random."""
     train, test = split(images, labels, held)
-    model = predicting(train, steps=steps, width=width, layers=layers, on_run=on_run)
+    model = trained(train, steps=steps, width=width, layers=layers, on_run=on_run)
+    model = predicting(model, train, steps=steps, on_run=on_run)
     told: Row = {"T": len(model.place), "layers": layers, "width": width, "steps": steps, "seed": 0}
     dense: dict[str, float] = {}
     tuned: dict[str, dict[str, Any]] = {

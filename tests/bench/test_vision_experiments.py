@@ -83,10 +83,10 @@ def test_only_the_predictor_learns_in_the_first_phase():
     x, labels = (torch.rand(300, 784) * 255).byte(), torch.arange(300) % 10
     given = {"steps": 2, "width": 8, "layers": 2, "held": 50}
     rows = list(links.measure_links(x, labels, seeds=(0, 1), **given))
-    assert [row["seed"] for row in rows] == [0] * 5 + [1] * 5
-    rows = rows[:5] + list(links.measure_tokens(x, labels, drops={1: 0.3}, **given))
+    assert [row["seed"] for row in rows] == [0] * 6 + [1] * 6
+    rows = rows[:6] + list(links.measure_tokens(x, labels, drops={1: 0.3}, **given))
     cases = [(row["what"], row["case"]) for row in rows]
-    assert len(set(cases)) == len(cases) == 12
+    assert len(set(cases)) == len(cases) == 13
     by = dict(zip(cases, rows))
     dense, oracle, random = (by["links", case] for case in ("dense", "oracle", "random"))
     assert oracle["recall"] > random["recall"] and "recall" not in dense
