@@ -11,7 +11,7 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -361,6 +361,24 @@ def through_memory(group: Any, *, transport: str) -> tuple[list[int], bool]:
         peers.SMALL = segments.SMALL
         same = all(torch.equal(x, y) for one in found for x, y in zip(one, found[-1]))
         return [len(line.slots) for line in cp.peers.lines.values()], same
+
+
+def video(group: Any, *, methods: Sequence[Any], frames: int) -> tuple[float, float]:
+    """The largest difference of a video model's velocities over ranks from those of one process; and their size."""
+    from benchmarks.experiments.video.model import VideoDiT
+
+    torch.manual_seed(0)
+    model = VideoDiT(frames, 24, 4, width=32, heads=2, layers=len(methods)).attend_by(methods)
+    for weight in model.parameters():  # what begins at 0 would hide the layers
+        torch.nn.init.normal_(weight, std=0.2)
+    x, t = torch.randn(2, frames, 24, 24), torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        want = model(x, t)
+        cp = sf.distributed.context_parallel(
+            group, length=model.places.shape[-2], layout="zigzag", timeout=40
+        )
+        found = model.over(cp)(x, t)
+    return float((found - want).abs().max()), float(want.abs().max())
 
 
 def as_dtensors(group: Any) -> float:

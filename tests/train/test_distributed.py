@@ -181,6 +181,15 @@ def test_ranks_of_one_machine_share_memory(group, transport):
         assert len(slots) == 1 and 1 <= slots[0] <= 4
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_video_model_over_ranks(group, world):
+    """Dense, frames that attend to few others, and tiles of space and time; 5 x 6 x 6 tokens."""
+    M = sf.methods
+    methods = [None, M.EfficientVDiT(references=2), M.SlidingTile(tile=(2, 3, 3), window=(1, 1, 3))]
+    for error, size in group(ranks.video, world=world, methods=methods, frames=5):
+        assert error < 1e-5 * size and size > 0.1
+
+
 def test_dtensors_in_and_out(group):
     assert max(group(ranks.as_dtensors, world=4)) < 2e-5
 

@@ -10,10 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sparseflash as sf
+from sparseflash.distributed import ContextParallel
 from sparseflash.methods.base import Method
+from sparseflash.nn.base import State
+from sparseflash.ops._arguments import AnyPlan
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """Velocities of videos [B, frames, side, side] at times [B]."""
+
+
+class Attend(sf.nn.SelfAttention):
+    """Attention of all tokens to all, or by a method; with `ranks`, over the tokens of all of them."""
+
+    ranks: ContextParallel | None = None
+
+    def mix(self, x: Tensor, plan: AnyPlan | None, state: State | None) -> Tensor:
+        """Project and attend; x [B, T, width], over ranks this rank's tokens."""
+        if self.ranks is None:
+            return super().mix(x, plan, state)
+        q, k, v = (self.split(project(x)) for project in (self.query, self.key, self.value))
+        T = self.ranks.layout.T
+        with self.ranks:
+            chosen = sf.Plan.dense(T, T) if self.method is None else self.method
+            return self.end(sf.distributed.attention(q, k, v, chosen, ctx=self.context))
 
 
 class Block(nn.Module):
@@ -21,7 +40,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attend = sf.nn.SelfAttention(width, heads, positions="none", causal=False)
+        self.attend = Attend(width, heads, positions="none", causal=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.condition = zeroed(nn.Linear(width, 6 * width))
 
@@ -53,6 +72,7 @@ class VideoDiT(nn.Module):
         super().__init__()
         if side % patch:
             raise ValueError(f"side={side}: expected a multiple of patch={patch}")
+        self.ranks: ContextParallel | None = None
         self.grid, self.patch = (frames, side // patch, side // patch), patch
         self.embed = nn.Linear(patch * patch, width)
         self.places = nn.Parameter(places(self.grid, width), requires_grad=False)
@@ -61,7 +81,7 @@ class VideoDiT(nn.Module):
         self.condition = zeroed(nn.Linear(width, 2 * width))
         self.head = zeroed(nn.Linear(width, patch * patch))
 
-    def layers(self) -> list[sf.nn.SelfAttention]:
+    def layers(self) -> list[Attend]:
         """The attention layers."""
         return [block.attend for block in self.blocks if isinstance(block, Block)]
 
@@ -71,16 +91,25 @@ class VideoDiT(nn.Module):
             layer.method, layer.context = method, {} if method is None else {"grid": self.grid}
         return self
 
+    def over(self, ranks: ContextParallel | None) -> VideoDiT:
+        """Share the tokens of each video between ranks, which all give the same; the model."""
+        self.ranks = ranks
+        for layer in self.layers():
+            layer.ranks = ranks
+        return self
+
     def hear(self, x: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Velocities [B, frames, side, side], and the outputs [B, T, width] of attention in each layer."""
         p, (frames, rows, columns) = self.patch, self.grid
         tokens = x.view(len(x), frames, rows, p, columns, p).transpose(3, 4).flatten(4).flatten(1, 3)
         y = self.embed(tokens) + self.places
+        y = y if self.ranks is None else self.ranks.shard(y, 1)
         time, heard = self.time(waves(t, y.shape[-1])), []
         for block in self.blocks:
             y, out = block(y, time)
             heard.append(out)
         y = self.head(normed(y, *self.condition(time)[:, None].chunk(2, -1)))
+        y = y if self.ranks is None else self.ranks.unshard(y, 1)
         return y.view(len(x), frames, rows, columns, p, p).transpose(3, 4).reshape(x.shape), heard
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
