@@ -364,7 +364,7 @@ def through_memory(group: Any, *, transport: str) -> tuple[list[int], bool]:
 
 
 def video(group: Any, *, methods: Sequence[Any], frames: int) -> tuple[float, float]:
-    """The largest difference of a video model's velocities over ranks from those of one process; and their size."""
+    """How far a video model's velocities over ranks are from those of one process, and how large they are."""
     from benchmarks.experiments.video.model import VideoDiT
 
     torch.manual_seed(0)
