@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparseflash as sf
-from sparseflash.distributed import segments
+from sparseflash.distributed import peers, segments
 from sparseflash.distributed.segments import Hello, Line, Room, rooms
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs anonymous files, of Linux")
@@ -123,3 +123,19 @@ def test_who_reads_the_word_shares_the_memory(monkeypatch):
         else:
             monkeypatch.setattr(os, "memfd_create", stub)
         assert not Hello().reaches(hello.said) and Hello().said[1] == -1
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_on_devices_go_through_the_process_group(device, monkeypatch):
+    """`meta` stands for a card: a group may have carried tensors of the CPU before."""
+    sent = []
+    monkeypatch.setattr(peers.dist, "P2POp", lambda op, x, *_: x)
+    monkeypatch.setattr(peers.dist, "batch_isend_irecv", lambda ops: sent.extend(ops) or [None] * len(ops))
+    monkeypatch.setattr(peers.Peers, "everywhere", lambda self, rank: rank)
+    monkeypatch.setattr(peers.Peers, "lines", {1: Line(os.getpid())})
+    one = object.__new__(peers.Peers)
+    one.group = None
+    x = torch.ones(1 << 16, device=device)
+    one.start([(1, x)], [(1, room) for room in rooms([x])])
+    sizes = [len(y) for y in sent]
+    assert sizes == ([segments.TOLD] * 2 if device == "cpu" else [1 << 16] * 2)

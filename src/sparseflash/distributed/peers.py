@@ -75,8 +75,9 @@ class Peers:
         """
         sent = _by_peer([(peer, x) for peer, x in send if x.numel()])
         taken = _by_peer([(peer, room) for peer, room in receive if room.size])
+        here = all(x.device.type == "cpu" for _, x in (*send, *receive))
         near = {}
-        for peer in sorted({*sent, *taken} & {*self.lines}):
+        for peer in sorted({*sent, *taken} & {*(self.lines if here else ())}):
             out, home = sent.get(peer, []), taken.get(peer, [])
             if max(volume(rooms(out)), volume(home)) >= SMALL:
                 near[peer] = sent.pop(peer, []), taken.pop(peer, [])
