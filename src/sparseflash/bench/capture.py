@@ -191,6 +191,8 @@ class _Listener:
             "scale": q.shape[-1] ** -0.5 if scale is None else scale,
             "window": window,
         }
+        if options.get("softcap"):
+            self.about[str(number)]["softcap"] = options["softcap"]
         for name, x in zip(NAMES, (q, k, v)):
             self.tensors[f"layer.{number}.{name}"] = x.detach().clone()
         return Setting(self.layer)(module, q, k, v, mask, options)

@@ -103,6 +103,8 @@ def recalls(
         q, k = (tensors[f"layer.{n}.{x}"].float() for x in "qk")
         group = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
         logits = group @ k.mT * about[str(n)]["scale"]
+        if cap := about[str(n)].get("softcap"):
+            logits = cap * torch.tanh(logits / cap)
         if (window := about[str(n)]["window"]) is not None:
             logits[..., : max(k.shape[2] - window, 0)] = -torch.inf
         share = (logits.softmax(-1) * layer.kept()[:, :, None, -k.shape[2] :]).sum(-1)
