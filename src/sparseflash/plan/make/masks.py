@@ -138,7 +138,9 @@ def _fields(kind: Tensor, bits: list[Tensor], shape: tuple[int, ...], tile: int,
     B, H, Tq, Tk = shape
     lead = (B, H, -(-Tq // tile))
     cell, column = (kind == FULL).nonzero(as_tuple=True)
-    span_cell, spans = runs(cell, column * unit, (column + 1) * unit)
+    span_cell, spans = cell, cell.new_zeros(0, 2)
+    if len(cell):
+        span_cell, spans = runs(cell, column * unit, (column + 1) * unit)
     cell, column = (kind == PARTIAL).nonzero(as_tuple=True)
     return {
         "Tq": Tq,
