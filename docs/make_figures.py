@@ -687,6 +687,17 @@ def diffusion(part: str) -> str:
             "random",
         ]
         return f"{table(head, body)}\n\n{textwrap.fill(said, 120)}"
+    if part == "orders":
+        shown = {"empty": ".0%", "int8": ".1%", "int4": ".0%"}
+        body = [
+            [row["head"]]
+            + [
+                " to ".join(f"{float(row[f'{x}_{y}']):{how}}" for y in ("raster", "found"))
+                for x, how in shown.items()
+            ]
+            for row in found
+        ]
+        return table(["head, raster to found order", "empty blocks", "error in INT8", "in INT4"], body)
     heads = list(dict.fromkeys(row["head"] for row in found))
     body = []
     for case in dict.fromkeys(row["case"] for row in found):
@@ -1166,6 +1177,7 @@ BLOCKS = {
     "ranks": ranks,
     **{f"vision-{part}": partial(vision, part) for part in ("links", "tokens", "plan", "features", "hrsam")},
     "diffusion-masked": partial(diffusion, "masked"),
+    "diffusion-orders": partial(diffusion, "orders"),
     "diffusion-planted": partial(diffusion, "planted"),
     **{f"video-{x}": partial(video, x) for x in ("stages", "time", "capture")},
     "methods": methods_said,

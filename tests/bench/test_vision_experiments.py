@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparseflash as sf
-from benchmarks.experiments import links, vision
+from benchmarks.experiments import diffusion, links, vision
 from nn_cases import one_thread
 
 _one_thread = pytest.fixture(autouse=True)(one_thread)
@@ -107,3 +107,21 @@ def test_only_the_predictor_learns_in_the_first_phase():
 def test_without_images_the_command_says_what_to_give():
     with pytest.raises(sf.SparseFlashError, match="--images and --labels"):
         list(vision.measure(parts=("links",)))
+
+
+def test_an_order_empties_blocks_of_the_head_that_looks_at_its_place():
+    rows = {row["head"]: row for row in diffusion.measure_orders((8, 8, 8))}
+    assert [*rows] == [*diffusion.HEADS]
+    assert rows["place"]["empty_found"] > rows["place"]["empty_raster"] + 0.05
+    for row in rows.values():
+        assert 0 < row["int8_found"] < 0.1 < row["int4_found"] < 1.5 and 0 <= row["empty_raster"] < 1
+
+
+def test_empty_blocks_are_those_without_mass():
+    q = torch.zeros(1, 1, 256, 8)
+    k = torch.zeros(1, 1, 256, 8)
+    q[..., 0], k[:, :, :64, 0] = 90, 9.0  # all look at the first 64 keys
+    order = torch.arange(256)[None]
+    assert diffusion.empty(q, k, order).tolist() == [0.75]
+    spread = torch.arange(256).view(4, 64).T.reshape(1, 256)  # a quarter of them in each block
+    assert diffusion.empty(q, k, spread).tolist() == [0.0]

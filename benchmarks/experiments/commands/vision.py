@@ -45,7 +45,7 @@ def _others(out: Path, parts: Sequence[str]) -> list[Row]:
 def bench_diffusion(
     out: Kept = RESULTS / "diffusion.csv",
     data: Data = "",
-    parts: Parts = "planted,masked,time",
+    parts: Parts = "planted,orders,masked,time",
     lengths: Lengths = "4096,8192,16384",
     steps: Steps = 500,
     minutes: Minutes = 5.0,
@@ -59,10 +59,11 @@ def bench_diffusion(
 
     from .. import diffusion
 
-    asked = known("parts", ("planted", "masked", "time"), words(parts))
+    asked = known("parts", ("planted", "orders", "masked", "time"), words(parts))
     options = {"parts": asked, "lengths": lengths_of(lengths), "steps": steps, "minutes": minutes}
     columns = (
         "what", "case", "head", "T", "share", "density", "recall", "recall_random", "recall_window", "kl",
+        "empty_raster", "empty_found", "int8_raster", "int8_found",
         "overlap_next", "overlap_last", "overlap_heads", "ms_dense", "ms_search", "ms_step", "gain",
     )  # fmt: skip
     measure = partial(diffusion.measure, named(data), **options)
