@@ -739,16 +739,17 @@ def vision(part: str) -> str:
         names |= {"ms": "attend", "ms_dense": "SDPA, all keys"}
         body = [[row["case"], *(f"{float(row[x]):.2f}" for x in names)] for row in found]
         return table(["197 tokens, 6 heads, ms", *names.values()], body)
+    names = {"features": {"T": "features", "ms": "`orion-msp`, ms", "ms_dense": "dense attention, ms"}}
+    names["hrsam"] = {
+        "case": "image", "ms": "a block of HRSAM, ms", "ms_sam": "a layer of SAM's encoder, ms",
+        "ms_dense": "our dense attention alone, ms",
+    }  # fmt: skip
     body = [
-        [row["T"] if part == "features" else row["case"], f"{float(row['ms']):.2f}"]
-        + [
-            f"{float(row['ms_dense']):.2f}" if row["ms_dense"] else "",
-            f"{1e3 * float(row['ms']) / int(row['T']):.2f}",
-        ]
+        [f"{float(row[x]):.2f}" if x.startswith("ms") and row[x] else row[x] for x in names[part]]
+        + [f"{1e3 * float(row['ms']) / int(row['T']):.2f}"]
         for row in found
     ]
-    what = {"features": ["features", "`orion-msp`, ms"], "hrsam": ["image", "a block of HRSAM, ms"]}[part]
-    return table([*what, "dense attention, ms", "µs a token"], body)
+    return table([*names[part].values(), "µs a token"], body)
 
 
 def _named(case: str) -> tuple[str, str]:

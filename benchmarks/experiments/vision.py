@@ -112,6 +112,19 @@ def measure_wide(features: Sequence[int], box: Box, on_run: Callable[[str], None
         }  # fmt: skip
 
 
+def sam_layer(side: int, width: int, heads: int) -> nn.Module:
+    """A layer of SAM's image encoder that attends to the whole image, of Transformers, with random weights."""
+    from transformers import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionLayer
+
+    config = SamVisionConfig(
+        hidden_size=width, num_attention_heads=heads, mlp_dim=4 * width, image_size=16 * side,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    layer: nn.Module = SamVisionLayer(config, window_size=0).eval()
+    return layer
+
+
 @torch.no_grad()
 def measure_hrsam(pixels: Sequence[int], box: Box, on_run: Callable[[str], None]) -> Iterator[Row]:
     """Equal outputs at the same patch, and time against dense attention over the whole image."""
@@ -132,9 +145,14 @@ def measure_hrsam(pixels: Sequence[int], box: Box, on_run: Callable[[str], None]
         runs = {"window": lambda layer=layer, x=x: layer(x)}
         if n * n <= 4096:
             runs["dense"] = lambda q=q, whole=whole: sf.attention(q, q, q, whole)
+            runs["sam"] = lambda layer=sam_layer(n, width, heads), x=x, n=n: layer(x.view(1, n, n, width))
         ms = {name: timing.median * 1e3 for name, timing in interleave(runs, rounds=3, box=box).items()}
         row: Row = {"what": "hrsam", "case": f"{16 * n} pixels", "T": n * n, "ms": ms["window"]}
-        row |= {"ms_dense": ms.get("dense"), "us_per_token": ms["window"] * 1e3 / n**2}
+        row |= {
+            "ms_dense": ms.get("dense"),
+            "ms_sam": ms.get("sam"),
+            "us_per_token": ms["window"] * 1e3 / n**2,
+        }
         yield row | {"difference": float((patch - known).abs().max()), "largest": float(known.abs().max())}
 
 
