@@ -113,7 +113,7 @@ def measure_wide(features: Sequence[int], box: Box, on_run: Callable[[str], None
 
 
 def sam_layer(side: int, width: int, heads: int) -> nn.Module:
-    """A layer of SAM's image encoder that attends to the whole image, of Transformers, with random weights."""
+    """A layer of SAM's image encoder that attends to the whole image (Transformers), random weights."""
     from transformers import SamVisionConfig
     from transformers.models.sam.modeling_sam import SamVisionLayer
 
@@ -145,7 +145,8 @@ def measure_hrsam(pixels: Sequence[int], box: Box, on_run: Callable[[str], None]
         runs = {"window": lambda layer=layer, x=x: layer(x)}
         if n * n <= 4096:
             runs["dense"] = lambda q=q, whole=whole: sf.attention(q, q, q, whole)
-            runs["sam"] = lambda layer=sam_layer(n, width, heads), x=x, n=n: layer(x.view(1, n, n, width))
+            stock = sam_layer(n, width, heads)
+            runs["sam"] = lambda layer=stock, x=x, n=n: layer(x.view(1, n, n, width))
         ms = {name: timing.median * 1e3 for name, timing in interleave(runs, rounds=3, box=box).items()}
         row: Row = {"what": "hrsam", "case": f"{16 * n} pixels", "T": n * n, "ms": ms["window"]}
         row |= {
