@@ -202,6 +202,8 @@ def attend(
                 same = all(torch.equal(now[name], found[name]) for name in now)
                 assert same, "another result for the same call"
             found |= now
+            if cp.peers is not None and hasattr(os, "memfd_create"):
+                assert len(cp.peers.lines) == cp.world - 1, "no shared memory between these processes"
         peers.SMALL = segments.SMALL
         where = {"q": cp.layout.ranks[cp.rank], "k": cp.key_layout.ranks[cp.rank]}
     made = cp.transport_of(cp.plan) if cp.world > 1 and transport != "ulysses" else None

@@ -88,6 +88,22 @@ def test_recall_is_the_dense_mass_on_what_a_layer_still_sees(name, folder):
         assert row["recall"][0] == pytest.approx(float(share), abs=1e-5)
 
 
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("name", ["quest", "streaming-llm", "int8"])
+def test_layers_with_a_window_keep_their_own_cache(name, new):
+    """Whose last token cannot be taken back once the window is full."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=100, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model, ids = transformers.Gemma3ForCausalLM(config).eval(), torch.randint(3, 100, (1, 200))
+    settings = {"streaming-llm": {"budget": 24, "sinks": 2}, "quest": {"budget": 64}}
+    _, (row, *_) = generate.measure(model, ids, generate.how(name, settings.get(name, {})), new)
+    assert row["recall"][0] == 1 and (row["recall"][1] == 1) == (name == "int8")
+
+
 def said(folder, *words):
     file = ["--prompt-file", str(folder / "text.txt")]
     found = CliRunner().invoke(app, ["generate", "--model", str(folder), "--new", "4", *file, *words])

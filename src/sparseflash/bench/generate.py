@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,36 +78,32 @@ def layers(cache: Any) -> list[tuple[float, int]]:
     return found
 
 
-def recalls(
-    model: Any, whole: Any, own: Any, token: Tensor, enter: Callable[[], AbstractContextManager[Any]]
-) -> list[float]:
-    """The share of dense attention's mass that each layer still sees, for one query, mean over heads.
+def forced(model: Any, cache: Any, told: Tensor, watched: AbstractContextManager[Any]) -> tuple[Tensor, Any]:
+    """Decode the tokens `told [1,n]`: log-probabilities, and what `watched` hears of the last step."""
+    n = told.shape[1]
+    logs = [gone_on(model, cache, told[:, :1], n - 1, told)[1]] if n > 1 else []
+    with watched as heard:
+        out = model(told[:, -1:], past_key_values=cache)
+    return torch.cat([*logs, out.logits[:, -1:].float().log_softmax(-1)], 1), heard
 
-    `whole` and `own` are caches of all tokens up to `token`, dense and with few keys. The mass is that of the
-    dense model's query on the keys that a policy holds, and of the sparse model's on those that a method
-    chooses. Compressed keys are all there: 1.
+
+def held(cache: Any, tensors: dict[str, Tensor], about: dict[str, dict[str, Any]]) -> list[float]:
+    """The share of dense attention's mass on the keys that each layer holds, for one query, mean over heads.
+
+    `tensors` and `about` are what dense layers were given for the cache's last token (`capture.listening`). A
+    layer that nothing is evicted from holds all.
     """
-    from sparseflash.bench.capture import listening
-    from sparseflash.integrations.transformers.reporting import measuring
-
-    if not isinstance(own.layers[0], sf.cache.Evicting):
-        own.crop(-1)
-        with enter(), measuring(model, dense=False) as rows:
-            model(token, past_key_values=own)
-        return [sum(row.recall) / len(row.recall) for row in rows]
-    whole.crop(-1)
-    with sf.transformers.sparse(model), listening(model) as (tensors, about):
-        model(token, past_key_values=whole)
     found = []
-    for n, layer in enumerate(own.layers):
-        q, k = (tensors[f"layer.{n}.{x}"].float() for x in "qk")
-        group = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-        logits = group @ k.mT * about[str(n)]["scale"]
-        if cap := about[str(n)].get("softcap"):
-            logits = cap * torch.tanh(logits / cap)
-        if (window := about[str(n)]["window"]) is not None:
-            logits[..., : max(k.shape[2] - window, 0)] = -torch.inf
-        share = (logits.softmax(-1) * layer.kept()[:, :, None, -k.shape[2] :]).sum(-1)
+    for n, layer in enumerate(cache.layers):
+        share = torch.ones(())
+        if isinstance(layer, sf.cache.Evicting):
+            q, k = (tensors[f"layer.{n}.{x}"].float() for x in "qk")
+            logits = q.view(q.shape[0], k.shape[1], -1, q.shape[3]) @ k.mT * about[str(n)]["scale"]
+            if cap := about[str(n)].get("softcap"):
+                logits = cap * torch.tanh(logits / cap)
+            if (window := about[str(n)]["window"]) is not None:
+                logits[..., : max(k.shape[2] - window, 0)] = -torch.inf
+            share = (logits.softmax(-1) * layer.kept()[:, :, None, -k.shape[2] :]).sum(-1)
         found.append(float(share.mean()))
     return found
 
@@ -117,26 +113,38 @@ def measure(model: Any, ids: Tensor, given: dict[str, Any], new: int) -> Iterato
     """Yield a row, the tokens and the cache, first of dense generation, then with the arguments `given`.
 
     `agree`: share of tokens equal to dense attention's, both after dense attention's own words. `kl`:
-    divergence of the probabilities there, nats per token. `recall`: of the last query's dense attention mass,
-    how much each layer still sees (`recalls`).
+    divergence of the probabilities there, nats per token. `recall`, of each layer: the share of dense
+    attention's mass on the keys that the last token still sees; of the dense model's query if a cache evicts
+    (`held`), of the sparse model's if a method chooses.
     """
+    from sparseflash.bench.capture import listening
+    from sparseflash.integrations.transformers.reporting import measuring
+
     dense: dict[str, Any] = {}
+    evicts = isinstance(given.get("cache"), sf.cache.Policy)
     for name, enter in {
         "dense": lambda: sf.transformers.sparse(model),
         "sparse": lambda: sf.transformers.sparse(model, **given),
     }.items():
         cache, token = begun(model, ids, enter)
         with enter():
-            again = copy.deepcopy(cache) if dense else None
+            again = copy.deepcopy(cache) if dense or evicts else None
             said, logs, seconds = gone_on(model, cache, token, new, None)
             row: Row = {"case": name, "T": ids.shape[1], "rate": new / seconds}
-            if dense:
-                would, logs, _ = gone_on(model, again, token, new, dense["said"])
+            if not dense:
+                dense = {"said": said, "logs": logs, "told": said[:, :new]}
+                if evicts:
+                    dense["heard"] = forced(model, again, dense["told"], listening(model))[1]
+            else:
+                watched = nullcontext() if evicts else measuring(model, dense=False)
+                logs, heard = forced(model, again, dense["told"], watched)
+                would = torch.cat([token, logs.argmax(-1)], 1)
                 row["agree"] = float((would == dense["said"]).double().mean())
                 row["kl"] = float((dense["logs"].exp() * (dense["logs"] - logs)).sum(-1).mean())
-                row["recall"] = recalls(model, dense["cache"], again, dense["said"][:, new - 1 : new], enter)
-            else:
-                dense = {"said": said, "logs": logs, "cache": cache}
+                if evicts:
+                    row["recall"] = held(again, *dense["heard"])
+                else:
+                    row["recall"] = [sum(call.recall) / len(call.recall) for call in heard]
         row["kept"] = sum(kept for kept, _ in layers(cache)) / len(cache.layers)
         row["bytes"] = sum(size for _, size in layers(cache))
         yield row, said, cache
