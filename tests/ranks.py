@@ -365,6 +365,26 @@ def through_memory(group: Any, *, transport: str) -> tuple[list[int], bool]:
         return [len(line.slots) for line in cp.peers.lines.values()], same
 
 
+def two_machines(group: Any, *, transport: str) -> bool:
+    """Whether four ranks of which only two pairs share memory get the bits of four that all do."""
+    g = torch.Generator().manual_seed(8)
+    q, k, v, dout = torch.randn(4, 1, 2, 300, 16, generator=g)
+    plan = sf.Plan.dense(300, 300, causal=True)
+    found = []
+    with sf.distributed.context_parallel(group, plan, transport=transport, timeout=40) as cp:
+        own, lines = [cp.shard(x, 2) for x in (q, k, v, dout)], None
+        peers.SMALL = 0
+        for _ in range(2):
+            leaves = [x.detach().requires_grad_() for x in own[:3]]
+            out = sf.distributed.attention(*leaves)
+            found.append([out.detach(), *torch.autograd.grad(out, leaves, own[3])])
+            lines = dict(cp.peers.lines)
+            peers._LINES[cp.peers.group] = {x: y for x, y in lines.items() if x // 2 == cp.rank // 2}
+        peers.SMALL = segments.SMALL
+        del peers._LINES[cp.peers.group]  # ranks meet again
+    return len(lines) == 1 and all(torch.equal(x, y) for x, y in zip(*found))
+
+
 def video(group: Any, *, methods: Sequence[Any], frames: int) -> tuple[float, float]:
     """How far a video model's velocities over ranks are from those of one process, and how large they are."""
     from benchmarks.experiments.video.model import VideoDiT

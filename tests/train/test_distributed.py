@@ -181,6 +181,12 @@ def test_ranks_of_one_machine_share_memory(group, transport):
         assert len(slots) == 1 and 1 <= slots[0] <= 4
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs anonymous files, of Linux")
+@pytest.mark.parametrize("transport", ["ring", "groupcast"])
+def test_some_ranks_share_memory_and_others_do_not(group, transport):
+    assert group(ranks.two_machines, world=4, transport=transport) == [True] * 4
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_video_model_over_ranks(group, world):
     """Dense, frames that attend to few others, and tiles of space and time; 5 x 6 x 6 tokens."""
