@@ -25,17 +25,19 @@ def novels(directory: Path) -> dict[str, str]:
     return {path.stem: path.read_text(encoding="utf-8", errors="replace") for path in found}
 
 
-def code() -> dict[str, str]:
-    """Modelling files of the installed Transformers."""
+def modelling() -> dict[str, Path]:
+    """Modelling files of the installed Transformers, by name."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:
         raise SparseFlashError("the modelling files are those of Transformers: pip install transformers")
     models = Path(spec.origin).parent / "models"
-    return {
-        name: path.read_text(encoding="utf-8")
-        for name in CODE
-        if (path := models / name / f"modeling_{name}.py").is_file()
-    }
+    return {path.stem.removeprefix("modeling_"): path for path in sorted(models.glob("*/modeling_*.py"))}
+
+
+def code() -> dict[str, str]:
+    """Those of `CODE`."""
+    files = modelling()
+    return {name: files[name].read_text(encoding="utf-8") for name in CODE if name in files}
 
 
 def far(tokens: Tensor, *, behind: int = FAR, context: int = 2) -> Tensor:

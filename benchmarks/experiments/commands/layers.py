@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparseflash.bench.commands.app import Data, floats, integers, known, words
+from sparseflash.bench.commands.app import floats, integers, known, words
 from sparseflash.common.errors import SparseFlashError
 
 from .app import RESULTS, experiments
@@ -38,12 +38,20 @@ def bench_layers(
         Path | None, typer.Option(help="CSV file of the rows, which goes on; layers-PART.csv by default.")
     ] = None,
     cases: Annotated[str, typer.Option(help="Of the part, separated by semicolons; by default all.")] = "",
-    data: Data = "",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text, a file or a directory; by default Transformers' modelling files for language, "
+            "Python's own library for the rest."
+        ),
+    ] = "",
     images: Annotated[Path | None, typer.Option(help="Of weights: images in IDX format, .gz too.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Of weights: their labels, in IDX format.")] = None,
     rates: Annotated[str, typer.Option(help="Learning rates of recall, with commas between.")] = "1e-2",
     seeds: Annotated[str, typer.Option(help="Of weights and data; with commas between.")] = "0,1",
-    steps: Annotated[int, typer.Option(min=1, help="Of recall at most; of language models.")] = 400,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of training, of recall at most; by default those of the part.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of times.")] = 3,
 ) -> None:
     """Test what the layers of sf.nn promise. Minutes, row by row: rows that OUT has are not measured again.
@@ -105,16 +113,19 @@ def bench_layers(
         session("layers", out, accelerator.rows, COLUMNS[part])
         return
     jobs: list[Job]
+    given = {} if steps is None else {"steps": steps}
     if part == "recall":
-        jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, steps=steps)
+        jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, **given)
     elif part == "extrapolation":
-        jobs = extrapolation.jobs(named(data), cases=names, seeds=drawn, steps=steps)
+        jobs = extrapolation.jobs(named(data), cases=names, seeds=drawn, **given)
     elif part == "language":
-        jobs = language.jobs(named(data), cases=names, seeds=drawn, steps=steps)
+        jobs = language.jobs(
+            named(data) if data else language.repetitive(), cases=names, seeds=drawn, **given
+        )
     elif part == "lists":
-        jobs = language.jobs(language.lists(), cases=names, seeds=drawn, steps=steps)
+        jobs = language.jobs(language.lists(), cases=names, seeds=drawn, **given)
     elif part == "long":
-        jobs = long.jobs(named(data), cases=names, steps=steps)
+        jobs = long.jobs(named(data), cases=names, **given)
     elif part == "clusters":
         jobs = clusters.jobs(forms=names, rounds=rounds)
     elif part == "routing":
