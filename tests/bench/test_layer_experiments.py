@@ -11,6 +11,7 @@ from benchmarks.experiments.layers import (
     accelerator,
     extrapolation,
     language,
+    lists,
     long,
     pooling,
     recall,
@@ -115,7 +116,7 @@ def test_layers_of_a_language_model_are_judged_near_and_far(monkeypatch):
 
 
 def test_lists_are_right_and_answers_are_judged(monkeypatch):
-    text = bytes(language.lists(40).train.tolist()).decode()
+    text = bytes(lists.lists(40).train.tolist()).decode()
     names = {"MAX": max, "MIN": min, "MED": lambda x: sorted(x)[len(x) // 2], "SM": lambda x: sum(x) % 10}
 
     def value(words):
@@ -133,10 +134,14 @@ def test_lists_are_right_and_answers_are_judged(monkeypatch):
     for line in lines[:-1]:
         said, answer = line.split("=")
         assert value(said.replace("]", " ]").split()) == int(answer), line
-    monkeypatch.setattr(language, "LENGTH", 64)
-    (job,) = language.jobs(language.lists(2000), cases=["seqboat"], seeds=[0], steps=1)
+    monkeypatch.setattr(lists, "LENGTH", 256)
+    corpus = lists.lists(2000)
+    tokens, targets = corpus.batch(0, 0, slice(None), 4, 256)
+    asked = targets != -100
+    assert 0 < asked.sum() < asked.numel() / 8 and (tokens[asked] == ord("=")).all()
+    (job,) = lists.jobs(corpus, cases=["seqboat"], seeds=[0], steps=1)
     row = job.run()
-    assert 0 <= row["accuracy"] <= 1 and 0 <= row["active"] <= 1
+    assert 0 <= row["accuracy"] <= 1 and 0 <= row["active"] <= 1 and 0 <= row["nested"] <= 1
 
 
 def test_long_training_by_summaries_is_judged_with_exact_attention_too():

@@ -19,7 +19,7 @@ COLUMNS = {
     "weights": ("case", "seed", "accuracy", "share_sparse", "share", "seconds"),
     "extrapolation": ("case", "seed", "bpb_512", "bpb_1024", "bpb_2048", "bpb_4096", "bpb_8192", "apart"),
     "language": ("case", "seed", "bpb", "far", "pairs", "active", "ms_step"),
-    "lists": ("case", "seed", "accuracy", "bpb", "pairs", "active", "ms_step"),
+    "lists": ("case", "seed", "accuracy", "nested", "pairs", "active", "seconds"),
     "long": ("case", "T", "steps", "loss", "ms_step", "ms_attention"),
     "clusters": ("model", "layer", "T", "case", "clusters", "error", "error_mean", "ratio", "ms"),
     "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
@@ -74,6 +74,7 @@ def bench_layers(
         clusters,
         extrapolation,
         language,
+        lists,
         long,
         pooling,
         products,
@@ -91,7 +92,7 @@ def bench_layers(
         "weights": weights.CASES,
         "extrapolation": extrapolation.CASES,
         "language": language.CASES,
-        "lists": dict.fromkeys(language.LISTS),
+        "lists": dict.fromkeys(lists.NAMES),
         "long": long.CASES,
         "clusters": dict.fromkeys(clusters.FORMS),
         "routing": dict.fromkeys(("planted", "bytes")),
@@ -123,7 +124,7 @@ def bench_layers(
             named(data) if data else language.repetitive(), cases=names, seeds=drawn, **given
         )
     elif part == "lists":
-        jobs = language.jobs(language.lists(), cases=names, seeds=drawn, **given)
+        jobs = lists.jobs(lists.lists(), cases=names, seeds=drawn, **given)
     elif part == "long":
         jobs = long.jobs(named(data), cases=names, **given)
     elif part == "clusters":

@@ -7,15 +7,11 @@ look can know. `pairs` is the mean number of keys that a query is multiplied wit
 tokens that attend at all. What share of the gap between convolution and dense attention look-ups close is
 Zoology's figure. The text is that of Transformers' modelling files, which repeat themselves far apart; on
 Python's own library attention has learnt nothing that a convolution does not know at this budget.
-
-The task of lists is ListOps: nested MAX, MIN, MED (median) and SM (sum modulo 10) over digits, as lines of
-text with the answer behind them; `accuracy` is that of the answers.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +33,6 @@ from ..claim.texts import far, modelling
 from .recall import RandomKeys, counted
 
 LENGTH, BATCH, CONTEXT = 2048, 2, 6
-ANSWER = ord("=")
 
 
 @dataclass(frozen=True)
@@ -72,30 +67,6 @@ CASES = {
     "combiner, both ways": Case("combiner", {"segment": 64}, objective="masked"),
     "window, both ways": Case("window", {"window": 128}, objective="masked"),
 }
-LISTS = ("dense", "window of 128", "seqboat", "look-ups", "convolution")
-"""Cases of the task of lists."""
-
-
-def expression(drawn: random.Random, depth: int) -> tuple[str, int]:
-    """A ListOps expression, and its value."""
-    if depth == 0 or drawn.random() < 0.25:
-        value = drawn.randrange(10)
-        return str(value), value
-    name = drawn.choice(("MAX", "MIN", "MED", "SM"))
-    parts = [expression(drawn, depth - 1) for _ in range(drawn.randint(2, 4))]
-    values = sorted(value for _, value in parts)
-    found = {"MAX": values[-1], "MIN": values[0], "MED": values[len(values) // 2], "SM": sum(values) % 10}
-    return f"[{name} {' '.join(text for text, _ in parts)}]", found[name]
-
-
-def lists(count: int = 60_000, *, depth: int = 3, seed: int = 0) -> Corpus:
-    """Lines of ListOps with their answers."""
-    drawn, lines = random.Random(seed), []
-    while len(lines) < count:
-        text, value = expression(drawn, depth)
-        if len(text) > 1:
-            lines.append(f"{text}={value}\n")
-    return Corpus(["".join(lines).encode()], "ListOps")
 
 
 def repetitive() -> Corpus:
@@ -144,29 +115,28 @@ def _run(key: Row, corpus: Corpus) -> Row:
 
 @torch.no_grad()
 def judged(trainer: Trainer) -> Row:
-    """Bits of the far slice, accuracy of the answers, pairs and share of active tokens, on held-out text."""
+    """Bits of the far slice, pairs and share of active tokens, on held-out text."""
     model, length = trainer.model.eval(), trainer.config.length
     far_bits: list[Tensor] = []
-    right: list[Tensor] = []
     with counted() as found:
         for tokens, targets in trainer.corpus.validation(length, trainer.config.eval_sequences):
             logits = model(tokens)[0]
             bits = F.cross_entropy(logits, targets[0], reduction="none") / math.log(2)
             text = torch.cat([tokens[0], targets[0, -1:]])
             far_bits.append(bits[far(text, context=CONTEXT)])
-            right.append((logits.argmax(-1) == targets[0])[tokens[0] == ANSWER])
             count = tokens.numel()
-    layers = model.layers()
+    model.train()
     row: Row = {"far": float(torch.cat(far_bits).mean()), "far_bytes": len(torch.cat(far_bits))}
-    if len(torch.cat(right)) and trainer.corpus.name == "ListOps":
-        row["accuracy"] = float(torch.cat(right).float().mean())
     if found:
         row["pairs"] = sum(found) / count / trainer.config.eval_sequences
-    active = getattr(layers[-1], "awake", getattr(layers[-1], "kept", None))
-    if isinstance(active, Tensor):
-        row["active"] = float(active)
-    model.train()
-    return row
+    return row | active(trainer)
+
+
+def active(trainer: Trainer) -> Row:
+    """The share of tokens that the last layer let attend at its last call, if it is one that chooses."""
+    layer = trainer.model.layers()[-1]
+    share = getattr(layer, "awake", getattr(layer, "kept", None))
+    return {"active": float(share)} if isinstance(share, Tensor) else {}
 
 
 def closed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
