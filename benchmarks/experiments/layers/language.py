@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import sparseflash as sf
+
 from sparseflash.bench.results import Row
 from sparseflash.methods.base import Method
 from sparseflash.train import Corpus, TrainConfig, Trainer
@@ -30,19 +32,23 @@ from sparseflash.train.model import SelfAttention
 
 from ..claim.rows import Job, mean, numbers
 from ..claim.texts import far, modelling
-from .recall import RandomKeys, counted
+from .recall import RandomKeys, counted, lean
 
 LENGTH, BATCH, CONTEXT = 2048, 2, 6
 
 
 @dataclass(frozen=True)
 class Case:
-    """A mixer by name with its options, or the method that takes the place of dense attention."""
+    """A mixer by name with its options, or the method that takes the place of dense attention.
+
+    `lean`: how far a router that chooses active tokens leans to them at the start.
+    """
 
     attention: str = "dense"
     options: Mapping[str, Any] = field(default_factory=dict)
     method: Callable[[int], Method] | None = None
     objective: str = "next"
+    lean: float = 0.0
 
 
 CASES = {
@@ -94,6 +100,8 @@ def trainer_of(case: Case, corpus: Corpus, base: TrainConfig) -> Trainer:
         layer = trainer.model.blocks[-1].attention
         assert isinstance(layer, SelfAttention)
         layer.attention = Sparse(case.method(config.seed), {})
+    if isinstance(boat := trainer.model.layers()[-1], sf.nn.SeqBoat):
+        lean(boat, case.lean)
     return trainer
 
 

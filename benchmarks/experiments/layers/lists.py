@@ -17,11 +17,15 @@ from sparseflash.bench.results import Row
 from sparseflash.train import Corpus, TrainConfig
 
 from ..claim.rows import Job
-from .language import CASES, active, trainer_of
+from .language import CASES, Case, active, trainer_of
 from .recall import counted
 
 LENGTH = 2048
-NAMES = ("dense", "window of 128", "seqboat", "look-ups", "convolution")
+OWN = {
+    "seqboat, all active": Case("seqboat", {"window": 256}, lean=4.0),
+    "seqboat, few active": Case("seqboat", {"window": 256}, lean=-0.5),
+}
+NAMES = ("dense", "window of 128", "seqboat", *OWN, "look-ups", "convolution")
 """Cases of this task."""
 
 
@@ -80,7 +84,7 @@ def _run(key: Row, corpus: Answers) -> Row:
         data="", length=key["T"], batch=2, layers=2, width=128, heads=4, lr=4e-3, steps=key["steps"],
         seed=key["seed"], eval_sequences=16,
     )  # fmt: skip
-    trainer = trainer_of(CASES[key["case"]], corpus, base)
+    trainer = trainer_of((CASES | OWN)[key["case"]], corpus, base)
     with torch.enable_grad():
         for _ in range(base.steps):
             trainer.step()

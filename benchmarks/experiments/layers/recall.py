@@ -65,13 +65,18 @@ def hybrid(share: float) -> Callable[[int], list[Layer]]:
     return lambda seed: [sf.nn.LongGenAttention(WIDTH, HEADS, layer=n, **own) for n in range(3)]
 
 
+@torch.no_grad()
+def lean(layer: sf.nn.SeqBoat, bias: float) -> None:
+    """Let the router begin on one side: above 0 tokens tend to be active."""
+    layer.route.bias.copy_(torch.tensor([-bias, bias]))
+
+
 def boat(bias: float) -> Callable[[int], list[Layer]]:
     """SeqBoat whose router leans to one side at the start; it learns as all else does."""
 
     def make(seed: int) -> list[Layer]:
         layer = sf.nn.SeqBoat(WIDTH, 1, window=mqar.Task().length, positions="none")
-        with torch.no_grad():
-            layer.route.bias.copy_(torch.tensor([-bias, bias]))
+        lean(layer, bias)
         return [layer]
 
     return make
