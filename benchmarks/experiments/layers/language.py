@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparseflash as sf
-
 from sparseflash.bench.results import Row
 from sparseflash.methods.base import Method
 from sparseflash.train import Corpus, TrainConfig, Trainer
