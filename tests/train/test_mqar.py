@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from benchmarks.experiments import mqar, pixels
+from benchmarks.experiments.claim.rows import measure
 from sparseflash.common.errors import SparseFlashError
 
 TASK = mqar.Task()
@@ -98,7 +99,8 @@ def test_images_are_read_and_every_attention_learns_from_them(tmp_path):
     (tmp_path / "images.gz").write_bytes(gzip.compress(head + stripes))
     images = pixels.read_idx(tmp_path / "images.gz")
     assert images.shape == (20, 16) and torch.equal(images, pixels.read_idx(tmp_path / "images"))
-    rows = list(pixels.measure(images, steps=30, batch=4, layers=1, width=16, heads=2, test=2))
+    jobs = pixels.jobs(images, steps=30, batch=4, layers=1, width=16, heads=2, test=2)
+    rows = list(measure(jobs))
     assert [row["case"] for row in rows] == list(pixels.ATTENTIONS)
     assert max(row["perplexity"] for row in rows) < 20  # of 256, before the first step
     (tmp_path / "short").write_bytes(head + stripes[:-1])

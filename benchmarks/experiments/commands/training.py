@@ -81,17 +81,26 @@ def bench_documents(
 @experiments.command("pixels", rich_help_panel=PANEL)
 def bench_pixels(
     images: Annotated[Path, typer.Option(help="Images in IDX format, such as MNIST's; .gz is read too.")],
-    out: Out = RESULTS / "pixels.csv",
+    out: Annotated[Path, typer.Option(help="CSV file of the rows, which goes on.")] = RESULTS / "pixels.csv",
+    cases: Annotated[str, typer.Option(help="Attentions, separated by semicolons; by default all.")] = "",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every attention.")] = 150,
     seed: Annotated[int, typer.Option(min=0, help="Weights, batches and random planes.")] = 0,
 ) -> None:
-    """Train on images pixel after pixel: dense, hash-sparse and Reformer at equal steps."""
-    from sparseflash.bench.session import session
+    """Train on images pixel after pixel: dense, hash-sparse, Reformer and others at equal steps.
+
+    Rows that OUT has are not measured again.
+    """
+    from sparseflash.bench import results
+    from sparseflash.bench.session import show, watch
 
     from .. import pixels
+    from ..claim.rows import measure, unfinished
 
-    measure = partial(pixels.measure, pixels.read_idx(images), steps=steps, seed=seed)
-    session("pixels", out, measure, ("case", "perplexity", "bits", "steps", "s_per_step"))
+    names = known("cases", pixels.ATTENTIONS, words(cases, ";"))
+    jobs = pixels.jobs(pixels.read_idx(images), cases=names, steps=steps, seed=seed)
+    there = list(results.read(out)) if out.is_file() else []
+    rows = watch("pixels", out, partial(measure, unfinished(jobs, there)), there)
+    show(rows, out, ("case", "perplexity", "bits", "steps", "s_per_step"))
 
 
 @experiments.command("mqar", rich_help_panel=PANEL)
