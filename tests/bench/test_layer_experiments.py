@@ -13,6 +13,7 @@ from benchmarks.experiments.layers import (
     language,
     lists,
     long,
+    longer,
     pooling,
     recall,
     routing,
@@ -149,6 +150,16 @@ def test_long_training_by_summaries_is_judged_with_exact_attention_too():
     exact, near = (job.run() for job in jobs)
     assert exact["bpb"] == exact["bpb_exact"] and near["ms_attention"] > 0
     assert near["loss"] == pytest.approx(exact["loss"], rel=0.05)
+
+
+def test_a_model_of_short_sequences_goes_on_with_longer_ones(monkeypatch):
+    monkeypatch.setattr(longer, "SHORT", 64)
+    monkeypatch.setattr(longer, "LONG", 640)
+    jobs = longer.jobs(TEXT, cases=list(longer.CASES), seeds=[0], steps=2)
+    rows = {job.key["case"]: job.run() for job in jobs}
+    assert rows["hybrid"]["base"] > 10_000 and "base" not in rows["short"]
+    assert rows["none dense"]["cache"] < rows["hybrid"]["cache"] < rows["full"]["cache"] == 1
+    assert all(row["bpb"] < 9 for row in rows.values()) and rows["full"]["bpb"] != rows["hybrid"]["bpb"]
 
 
 def test_routing_finds_planted_clusters_and_chance_does_not(monkeypatch):

@@ -21,6 +21,7 @@ COLUMNS = {
     "language": ("case", "seed", "bpb", "far", "pairs", "active", "ms_step"),
     "lists": ("case", "seed", "accuracy", "nested", "pairs", "active", "seconds"),
     "long": ("case", "T", "steps", "loss", "ms_step", "ms_attention"),
+    "longer": ("case", "seed", "bpb", "far", "bpb_short", "cache", "ms_step"),
     "clusters": ("model", "layer", "T", "case", "clusters", "error", "error_mean", "ratio", "ms"),
     "routing": ("case", "seed", "recall", "recall_chance", "ratio", "kept"),
     "pooling": ("case", "fill", "ms_jagged", "speedup", "memory", "seed", "accuracy", "auc"),
@@ -41,8 +42,8 @@ def bench_layers(
     data: Annotated[
         str,
         typer.Option(
-            help="Text, a file or a directory; by default Transformers' modelling files for language, "
-            "Python's own library for the rest."
+            help="Text, file or directory; by default Transformers' modelling files (language, longer) or "
+            "Python's own library."
         ),
     ] = "",
     images: Annotated[Path | None, typer.Option(help="Of weights: images in IDX format, .gz too.")] = None,
@@ -59,7 +60,8 @@ def bench_layers(
     recall asks for what was said once, of each layer beside a window and chance of as many pairs (40
     minutes); weights trains N:M layers on images (5); extrapolation judges short training on long text (20);
     language is bits per byte of every layer, near and far (60), lists the same on ListOps (20), and long
-    trains MuSe and dense attention on 16k tokens (40);
+    trains MuSe and dense attention on 16k tokens (40); longer goes on from 512 bytes to 4,096 with LongGen's
+    hybrid of sparse and dense layers (15);
     clusters is MuSe's error and time (10), routing the mass inside clusters (5), times the slopes (10), and
     pooling is about jagged histories, times and a click model (3). accelerator counts cycles of a model,
     products times N:M products beside dense ones (1).
@@ -76,6 +78,7 @@ def bench_layers(
         language,
         lists,
         long,
+        longer,
         pooling,
         products,
         recall,
@@ -94,6 +97,7 @@ def bench_layers(
         "language": language.CASES,
         "lists": dict.fromkeys(lists.NAMES),
         "long": long.CASES,
+        "longer": longer.CASES,
         "clusters": dict.fromkeys(clusters.FORMS),
         "routing": dict.fromkeys(("planted", "bytes")),
         "pooling": dict.fromkeys(("times", "clicks")),
@@ -115,22 +119,23 @@ def bench_layers(
         return
     jobs: list[Job]
     given = {} if steps is None else {"steps": steps}
+    text = language.repetitive() if not data and part in ("language", "longer") else named(data)
     if part == "recall":
         jobs = recall.jobs(cases=names, rates=floats(rates), seeds=drawn, **given)
     elif part == "extrapolation":
-        jobs = extrapolation.jobs(named(data), cases=names, seeds=drawn, **given)
+        jobs = extrapolation.jobs(text, cases=names, seeds=drawn, **given)
     elif part == "language":
-        jobs = language.jobs(
-            named(data) if data else language.repetitive(), cases=names, seeds=drawn, **given
-        )
+        jobs = language.jobs(text, cases=names, seeds=drawn, **given)
     elif part == "lists":
         jobs = lists.jobs(lists.lists(), cases=names, seeds=drawn, **given)
     elif part == "long":
-        jobs = long.jobs(named(data), cases=names, **given)
+        jobs = long.jobs(text, cases=names, **given)
+    elif part == "longer":
+        jobs = longer.jobs(text, cases=names, seeds=drawn, **given)
     elif part == "clusters":
         jobs = clusters.jobs(forms=names, rounds=rounds)
     elif part == "routing":
-        jobs = routing.jobs(named(data), cases=names, seeds=drawn)
+        jobs = routing.jobs(text, cases=names, seeds=drawn)
     elif part == "pooling":
         jobs = pooling.clicks(seeds=drawn)
     elif images is None or labels is None:

@@ -2,20 +2,24 @@
 
 A small GPT of one kind of layer, trained on 512 bytes. Beside rotary dense attention, which knows no
 positions beyond those of training, stick-breaking has none, and lightning attention has a state of one size.
-`streamed` is how the longer sequences were read: in parts of 512 with a state, or at once. `apart` is how far
-the logits of both ways are apart on the longest, over the largest.
+The text that is judged is the same at every length, cut into sequences. `streamed` is how the longer ones
+were read: in parts of 512 with a state, or at once. `apart` is how far the logits of both ways are apart on
+the longest, over the largest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparseflash.bench.results import Row
+from sparseflash.common.errors import SparseFlashError
 from sparseflash.train import Corpus, TrainConfig, Trainer
 
 from ..claim.rows import Job
@@ -56,9 +60,28 @@ def _run(key: Row, base: TrainConfig, corpus: Corpus, lengths: Sequence[int]) ->
     for _ in range(base.steps):
         row = trainer.step()
     found: Row = {"loss": row.loss, "data": corpus.name.split("/")[-1], "streamed": trainer.model.decodes}
-    found |= {f"bpb_{length}": trainer.validate(length) for length in lengths}
+    windows = list(trainer.corpus.validation(max(lengths), base.eval_sequences))
+    if (held := windows[0][0].shape[1]) < max(lengths):
+        raise SparseFlashError(
+            f"{corpus.name}: {held} held-out bytes; expected {max(lengths)}, give more text"
+        )
+    found |= {f"bpb_{length}": _bits(trainer, windows, length) for length in lengths}
     found["apart"] = _apart(trainer, max(lengths))
     return found | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+
+
+@torch.no_grad()
+def _bits(trainer: Trainer, windows: Sequence[tuple[Tensor, Tensor]], length: int) -> float:
+    """Bits per byte of the windows, cut into sequences of `length` that know nothing of each other."""
+    model, nats, count = trainer.model.eval(), 0.0, 0
+    part = trainer.config.length if model.decodes else length
+    for tokens, targets in windows:
+        rows, wanted = tokens.view(-1, length), targets.view(-1, length)
+        state = model.new_state(len(rows)) if part < length else None
+        for some, next_ones in zip(rows.split(part, 1), wanted.split(part, 1), strict=True):
+            nats += float(model(some, next_ones, state=state)) * some.numel()
+            count += some.numel()
+    return nats / count / math.log(2)
 
 
 @torch.no_grad()
