@@ -533,6 +533,52 @@ def layers_products() -> str:
     return table(["tokens, inputs, outputs", "weights", "product", "training step"], body)
 
 
+def by_seed(name: str, columns: dict[str, tuple[str, str]]) -> str:
+    """A row for each case of a file, seeds beside one another; columns: name in the file and format."""
+    found = rows(name)
+    body = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        own = [row for row in found if row["case"] == case]
+        cells = [
+            " / ".join(format(float(row[x]), shape) for row in own if row.get(x))
+            for x, shape in columns.values()
+        ]
+        body.append([case, *cells])
+    return table(["layer", *columns], body)
+
+
+LAYERS = {
+    "language": {
+        "bits per byte": ("bpb", ".3f"),
+        "far ones": ("far", ".3f"),
+        "pairs a query": ("pairs", ".0f"),
+        "active": ("active", ".0%"),
+        "ms a step": ("ms_step", ".0f"),
+    },
+    "lists": {
+        "right answers": ("accuracy", ".1%"),
+        "of nested lists": ("nested", ".1%"),
+        "pairs a query": ("pairs", ".0f"),
+        "active": ("active", ".0%"),
+    },
+    "long": {
+        "loss": ("loss", ".3f"),
+        "bits per byte": ("bpb", ".3f"),
+        "with exact attention": ("bpb_exact", ".3f"),
+        "ms a step": ("ms_step", ",.0f"),
+        "ms of an attention": ("ms_attention", ",.0f"),
+    },
+    "longer": {
+        "bits at 4,096": ("bpb", ".3f"),
+        "far ones": ("far", ".3f"),
+        "bits at 512": ("bpb_short", ".3f"),
+        "cache": ("cache", ".2f"),
+        "ms a step": ("ms_step", ".0f"),
+    },
+}
+"""Tables of what layers learn: heads, with the column of the file and its format."""
+
+
 def layers_lengths() -> str:
     """Bits per byte of models that were trained on short sequences, by length."""
     found = rows("layers-extrapolation")
@@ -1164,6 +1210,7 @@ BLOCKS = {
     "prefill": prefill,
     "gates": gates,
     "layers-lengths": layers_lengths,
+    **{f"layers-{part}": partial(by_seed, f"layers-{part}", columns) for part, columns in LAYERS.items()},
     "layers-recall": layers_recall,
     "layers-weights": layers_weights,
     "layers-products": layers_products,
