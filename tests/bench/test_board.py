@@ -162,7 +162,7 @@ def test_two_texts_are_a_mean_and_their_orders_agree_or_not():
 # ---------------------------------------------------------------- the whole
 
 
-def test_a_board_is_measured_taken_up_again_and_written_as_a_page(folder, tmp_path):
+def test_a_board_is_measured_taken_up_again_and_written_as_a_page(model, folder, tmp_path):
     out = tmp_path / "board"
     command = [
         "board", "--model", str(folder), "--text", str(folder / "one.txt"), "--text", str(folder / "two.txt"),
@@ -188,6 +188,9 @@ def test_a_board_is_measured_taken_up_again_and_written_as_a_page(folder, tmp_pa
     before = (out / "board.csv").read_bytes()
     again = CliRunner().invoke(app, [*command, "--minutes", "5"])
     assert again.exit_code == 0 and (out / "board.csv").read_bytes() == before, "nothing is measured twice"
+    text = {"one": (folder / "one.txt").read_text()[3:]}
+    other = board.Board(folder.name, *model, text, tokens=[384], budgets=[8], wanted=["block-topk"], skip=3)
+    assert next(other.measure(rows))["skip"] == 3, "another place of a text is measured"
 
     said = (out / "board.html").read_text()
     assert said.count("<table") >= 2 and "Prompts" in said and "Caches and decoding" in said

@@ -146,6 +146,8 @@ class Board:
         Budget of the tasks.
     minutes : float
         Time box: no measurement starts after it. 0: none.
+    skip : int
+        Number of characters that were taken off the front of each text, for the rows.
     """
 
     name: str
@@ -158,6 +160,7 @@ class Board:
     asked: Sequence[str] = ()
     at: int = 8
     minutes: float = 0.0
+    skip: int = 0
 
     def __post_init__(self) -> None:
         if bad := [x for x in self.budgets if x not in BUDGETS]:
@@ -179,7 +182,7 @@ class Board:
         parts = (self._prompts, self._caches, self._tasks)
         for part, tokens in itertools.product(parts, self.tokens):
             for row in part(tokens, there, ends, on_run):
-                yield row | {"bench": "board", "model": self.name, "tokens": tokens}
+                yield row | {"bench": "board", "model": self.name, "tokens": tokens, "skip": self.skip}
 
     def _cases(self, phase: str, tokens: int, budget: int) -> dict[str, Any]:
         made = prompts_of(tokens, budget) if phase != "decode" else caches_of(tokens, budget)
@@ -191,7 +194,7 @@ class Board:
     ) -> Iterator[tuple[str, Prompt, dict[tuple[str, int], Any]]]:
         """Each text with its unmeasured cases of a phase, by budget, so that a short run has all methods."""
         for text, words in self.texts.items():
-            at = {"phase": phase, "model": self.name, "tokens": tokens, "text": text}
+            at = {"phase": phase, "model": self.name, "tokens": tokens, "text": text, "skip": self.skip}
             left = {
                 (name, budget): made
                 for budget in self.budgets
@@ -213,7 +216,7 @@ class Board:
             for row in losses(prompt, cases, on_run=said):
                 if row["case"] == "dense":
                     row |= {"phase": "prompt", "text": text, "budget": 1}
-                    if key(row | {"model": self.name}) not in there:
+                    if key(row | {"model": self.name, "skip": self.skip}) not in there:
                         yield row
                     continue
                 name, _, part = row["case"].rpartition(", 1/")
@@ -261,7 +264,8 @@ class Board:
         for name, kind in itertools.product(cases, self.asked):
             budget = 1 if name == "dense" else self.at
             row: Row = {"phase": "task", "text": kind, "case": name, "budget": budget}
-            if key(row | {"model": self.name, "tokens": tokens}) in there or time.monotonic() > ends:
+            at = {"model": self.name, "tokens": tokens, "skip": self.skip}
+            if key(row | at) in there or time.monotonic() > ends:
                 continue
             on_run(f"{tokens} tokens with {kind}: {name}")
             given = tasks.document(kind, self.tokenizer, words, tokens)
@@ -279,7 +283,8 @@ class Board:
 
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Identity of a row, equal for a measured row and one read from a file."""
-    return tuple(str(row[x]) for x in ("phase", "model", "tokens", "text", "case", "budget"))
+    names = ("phase", "model", "tokens", "text", "case", "budget")
+    return (*(str(row[x]) for x in names), str(row.get("skip") or 0))
 
 
 @dataclass(frozen=True)

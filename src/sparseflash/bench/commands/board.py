@@ -55,7 +55,7 @@ def board(
         model, loaded, tokenizer, texts,
         tokens=integers(lengths), budgets=integers(budgets), wanted=words(methods),
         asked={"all": tuple(questions.KINDS), "none": ()}.get(tasks, words(tasks)), at=task_budget,
-        minutes=minutes,
+        minutes=minutes, skip=skip,
     )  # fmt: skip
     where = out / "board.csv"
     known = results.read(where, "phase", "case", "kl") if where.exists() else []
