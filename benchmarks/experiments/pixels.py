@@ -1,9 +1,9 @@
 """Sequential MNIST: an image as 784 bytes, pixel after pixel, by several attentions at equal steps.
 
 The experiment of SCFA (arXiv 2306.01160) at the scale of a CPU, on any images in IDX format, of dense
-attention, hash-sparse and Reformer; beside them routing and the combiner of fixed segments (of a row of
-MNIST), which were judged on sequences of pixels too. Queries and keys of the first three are tied as in the
-paper; the model is that of `sparseflash train`.
+attention, hash-sparse and Reformer; beside them routing, the combiner of fixed segments (a row of MNIST) and
+SeqBoat, whose `active` is the share of pixels that attend, mean of the layers. Queries and keys of the first
+three are tied as in the paper; the model is that of `sparseflash train`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ATTENTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "reformer, chunks of 56": ("reformer", {"bucket": 56}),
     "routing, 14 clusters": ("routing-attention", {"clusters": 14, "window": 56}),
     "combiner, segments of 28": ("combiner", {"segment": 28}),
+    "seqboat": ("seqboat", {"window": 56}),
 }
 """Names and options of what mixes pixels: methods over tied heads, and layers of sf.nn, which project."""
 HELD_OUT = 0.1
@@ -121,6 +122,9 @@ def _run(key: Row, images: Tensor, test: int, rate: float = 8e-3) -> Row:
     with torch.no_grad():
         nats = sum(float(_loss(model, part)) * len(part) for part in held.split(batch)) / len(held)
     row: Row = {"perplexity": math.exp(nats), "bits": nats / math.log(2), "s_per_step": seconds / steps}
+    awake = [float(layer.awake) for layer in model.layers() if getattr(layer, "awake", None) is not None]
+    if awake:
+        row["active"] = sum(awake) / len(awake)
     return row | {"lr": rate}
 
 

@@ -100,7 +100,7 @@ def bench_pixels(
     jobs = pixels.jobs(pixels.read_idx(images), cases=names, steps=steps, seed=seed)
     there = list(results.read(out)) if out.is_file() else []
     rows = watch("pixels", out, partial(measure, unfinished(jobs, there)), there)
-    show(rows, out, ("case", "perplexity", "bits", "steps", "s_per_step"))
+    show(rows, out, ("case", "perplexity", "bits", "active", "steps", "s_per_step"))
 
 
 @experiments.command("mqar", rich_help_panel=PANEL)
