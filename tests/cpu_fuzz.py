@@ -129,6 +129,22 @@ def callers() -> None:
     print("24 callers agree")
 
 
+def stored(seed: int) -> None:
+    """Decode over records, of which some hold random bytes, to the last byte of their tensor."""
+    g = torch.Generator().manual_seed(seed)
+    D, T, kept = (int(torch.randint(1, n, (), generator=g)) for n in (200, 150, 10))
+    D = D if kept % 2 else 64 * (1 + D // 64)
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[seed % 3]
+    q = torch.randn(1, 4, 1, D, generator=g).to(dtype)
+    rows = [torch.randn(1, 2, T, D, generator=g).to(dtype) for _ in range(2)]
+    k, v = (sf.records.pack(x, sparsity=kept / 10, int8=seed % 5 == 0) for x in rows)
+    for x in (k, v):
+        lies = torch.rand(x.data.shape[:3], generator=g) < 0.2
+        noise = torch.randint(0, 256, x.data.shape, dtype=torch.uint8, generator=g)
+        x.data.copy_(torch.where(lies[..., None], noise, x.data))
+    sf.decode(q, k, v)
+
+
 def main() -> None:
     """Run the seeds that were asked for."""
     parser = argparse.ArgumentParser()
@@ -152,6 +168,7 @@ def main() -> None:
     total = given.last - given.first
     for seed in range(given.first, given.last):
         make_lists(seed)
+        stored(seed)
     print(f"{total} plans of garbage, {ran} of them run, none harmful, by {cpu.status()[1]}")
     if given.sanitize:
         import cpu_cases

@@ -93,14 +93,19 @@ def test_records_go_with_sharing_strides_and_threads(generator):
 
 
 @NATIVE
-def test_bits_that_lie_do_not_lead_out_of_the_record(generator):
-    """More bits than items: the others are 0, and so is what bits beyond the last item say."""
-    q, k, v = drawn(generator, D=40, Dv=40, T=65)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [40, 64, 128])
+def test_bits_that_lie_do_not_lead_out_of_the_record(D, dtype, generator):
+    """More bits than items in every third row: what those beyond the last item say is 0."""
+    q, k, v = drawn(generator, D=D, Dv=D, T=65, dtype=dtype)
     keys, values = pack(k, sparsity=0.7), pack(v, sparsity=0.7)
-    keys.data[..., :8] = 255
-    first = keys.data[..., 8 : 8 + keys.form.kept * 4].contiguous().view(torch.float32)
-    rows = torch.nn.functional.pad(first, (0, 40 - keys.form.kept))
-    torch.testing.assert_close(sf.decode(q, keys, values), sf.decode(q, rows, values.unpack()))
+    rows, bits = keys.unpack(), -(-D // 64) * 8
+    keys.data[:, :, ::3, :bits] = 255
+    size = dtype.itemsize * keys.form.kept
+    first = keys.data[:, :, ::3, bits : bits + size].contiguous().view(dtype)
+    rows[:, :, ::3] = torch.nn.functional.pad(first, (0, D - keys.form.kept))
+    want = sf.decode(q, rows, values.unpack())
+    torch.testing.assert_close(sf.decode(q, keys, values), want)
 
 
 def test_it_is_an_op_of_pytorch(generator):

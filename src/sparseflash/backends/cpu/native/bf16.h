@@ -209,8 +209,18 @@ template <> struct Products<true> {
                 continue;
             }
             const char *items = row + bits;
-            int64_t left = record.kept;
-            for (int64_t d = 0; d < rows.D; d += 32) {
+            int64_t left = record.kept, d = 0;
+            const int64_t plain = bits && rows.D % 64 == 0 && is_plain(row, record, bits, rows.end) ? rows.D : 0;
+            for (; d < plain; d += 64) {  // as in `expand_as`
+                uint64_t word;
+                memcpy(&word, row + d / 8, 8);
+                const char *second = items + 2 * __builtin_popcount((uint32_t)word);
+                _mm512_storeu_si512(out + d, _mm512_maskz_expand_epi16((__mmask32)word, _mm512_loadu_si512(items)));
+                _mm512_storeu_si512(out + d + 32,
+                                    _mm512_maskz_expand_epi16((__mmask32)(word >> 32), _mm512_loadu_si512(second)));
+                items += 2 * __builtin_popcountll(word);
+            }
+            for (; d < rows.D; d += 32) {
                 uint32_t word = ~0u;
                 if (bits) memcpy(&word, row + d / 8, 4);
                 const int64_t end = rows.D - d;
@@ -223,7 +233,7 @@ template <> struct Products<true> {
                 items += 2 * count;
                 left = most<int64_t>(left - count, 0);
             }
-            memset(out + rows.D, 0, (rows.whole - rows.D) * sizeof *out);
+            if (rows.whole > rows.D) memset(out + rows.D, 0, (rows.whole - rows.D) * sizeof *out);
         }
     }
 };

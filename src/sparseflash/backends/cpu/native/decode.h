@@ -24,14 +24,18 @@ template <class T> struct RowsRead {
     const char *copies[T::KEYS];  // the rows in `own`
     SfView view;
     SfRecord record;
+    const char *end;  // of the tensor, if it holds records
     int32_t dtype;
     int64_t D, ld, sides, lines;  // items per head; padded with zeros; heads per row; cache lines per row
     bool in_place;
 
-    bool make(const SfView &v, const SfRecord &r, int32_t dtype_, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
+    bool make(const SfCall &c, const SfView &v, const SfRecord &r, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
         view = v;
         record = r;
-        dtype = dtype_;
+        end = (const char *)v.data + r.bytes;
+        for (auto [n, stride] : {std::pair(c.Bk, v.batch), std::pair(c.Hkv, v.head), std::pair(c.Tk, v.row)})
+            end += most<int64_t>((n - 1) * stride, 0);
+        dtype = c.dtype;
         D = D_;
         sides = sides_;
         ld = round_up(D, whole);
@@ -63,7 +67,7 @@ template <class T> struct RowsRead {
     }
     // Expands records to rows; `fours` rows are left of each quarter. Prefetches the records of the next call.
     template <class Place> void expand(const KeyRows &from, int64_t fours, int n, Place place) const {
-        const RecordRows records = {record, dtype == SF_F16, D, ld};
+        const RecordRows records = {record, end, dtype == SF_F16, D, ld};
         records.template expand<T>(n, [&](int i) __attribute__((always_inline)) {
             const int64_t next = (i >> 2) + T::KEYS / 4;
             if (next < fours)
@@ -86,8 +90,8 @@ template <class T> struct DecodeScratch {
     bool make(const SfCall &c, const Packs &packs) {
         const int64_t wide = round_up(c.D, T::QUAD);
         return q.make(ROWS_AT_ONCE * wide) && s.make(ROWS_AT_ONCE * SPLIT) &&
-               line.make(wide) && k.make(c.k, c.k_record, c.dtype, c.D, packs.sides, T::QUAD, false) &&
-               v.make(c.v, c.v_record, c.dtype, c.Dv, packs.sides, STRIP, true);
+               line.make(wide) && k.make(c, c.k, c.k_record, c.D, packs.sides, T::QUAD, false) &&
+               v.make(c, c.v, c.v_record, c.Dv, packs.sides, STRIP, true);
     }
 };
 

@@ -33,20 +33,25 @@ struct KeyRows {
 // prefetches its share of the lines, so that requests are even. Into the second cache level: the first takes few requests at a
 // time, and the core would wait.
 struct Ahead {
-    KeyRows rows;
-    int from[4], to[4];  // cache lines of each of the four rows
+    const char *const *rows[4];
+    int64_t from[4], to[4];  // bytes of each of the four rows
 
     Ahead() {}
-    Ahead(const KeyRows &rows, int lines, int share, int shares) : rows(rows) {
+    Ahead(const KeyRows &k, int lines, int share, int shares) {
         for (int i = 0; i < 4; i++) {
-            from[i] = most(4 * lines * share / shares - i * lines, 0);
-            to[i] = least(4 * lines * (share + 1) / shares - i * lines, lines);
+            rows[i] = k.row + i * k.quarter;
+            from[i] = 64 * most(4 * lines * share / shares - i * lines, 0);
+            to[i] = 64 * least(4 * lines * (share + 1) / shares - i * lines, lines);
         }
     }
     // (Inlined by force: GCC takes a function that only prefetches for one without effect, and drops it.)
     __attribute__((always_inline)) void ask(int64_t i) const {
-        for (int c = 0; c < 4; c++)
-            for (int x = from[c]; x < to[c]; x++) __builtin_prefetch(rows(c, i) + 64 * x, 0, 2);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; c++) {
+            if (from[c] >= to[c]) continue;  // nothing is read, not even the address
+            const char *row = rows[c][i];
+            for (int64_t x = from[c]; x < to[c]; x += 64) __builtin_prefetch(row + x, 0, 2);
+        }
     }
 };
 

@@ -9,6 +9,7 @@ constexpr int PART = 1024;          // keys of a part: a run of a list with a so
 constexpr int ROWS_AT_ONCE = 128;   // query rows whose scores of one piece are held
 constexpr int MOST_SIDES = 32;      // KV heads ("sides") that are read together, at most
 constexpr int ZEROS = 8192;         // bytes of the row of zeros that stands for an absent key, over all sides
+constexpr int64_t PAGE = 4096;
 constexpr int64_t REACH = 4 << 20;  // bytes that the TLBs of common processors cover, roughly
 
 // Entries lo .. hi - 1 of a tile's spans or units: full ones up to `full`, which need no test, then partial ones.
@@ -144,6 +145,7 @@ struct PieceKeys {
     uint64_t see[SPLIT];                 // which queries see each key; unset while `all`
     int n, padded = 0;                   // keys; keys and the zero rows that fill up the last vector
     bool all;                            // every query sees every key
+    bool run;                            // each key is the one behind the last, as nearly always
 
     static const char *nothing() {
         alignas(64) static const char zeros[ZEROS] = {};
@@ -158,7 +160,7 @@ struct PieceKeys {
         const SfPlan &p = c.plan;
         if (at != piece.list) open(c, packs, piece.list);
         n = 0;
-        all = true;
+        all = run = true;
         const Listed &entries = piece.units ? units : spans;
         int64_t left = SPLIT, skip = piece.skip;
         for (int64_t e = piece.entry; e < entries.hi && left > 0; e++, skip = 0) {
@@ -176,29 +178,38 @@ struct PieceKeys {
         }
         padded = (int)round_up(n, W);
         const int64_t kr = c.k.row * stride_bytes(c.k_record, c.dtype), vr = c.v.row * stride_bytes(c.v_record, c.dtype);
-        for (int j = 0; j < n; j++) k[j] = keys + token[j] * kr;
-        for (int j = 0; j < n; j++) v[j] = values + token[j] * vr;
+        auto addresses = [&](const char *of, int64_t stride, const char **to) {
+            const char *from = of + (n ? token[0] * stride : 0);
+            if (run) for (int j = 0; j < n; j++) to[j] = from + j * stride;
+            else for (int j = 0; j < n; j++) to[j] = of + token[j] * stride;
+        };
+        addresses(keys, kr, k);
+        addresses(values, vr, v);
         for (int j = n; j < padded; j++) k[j] = v[j] = nothing();
         const int64_t k_bytes = c.k_record.bytes ? c.k_record.bytes : packs.sides * c.D * element(c.dtype);
         const int64_t v_bytes = c.v_record.bytes ? c.v_record.bytes : packs.sides * c.Dv * element(c.dtype);
-        if (packs.far) look_up(k_bytes, v_bytes);
+        if (packs.far) look_up(k_bytes, v_bytes, run && n && most(kr, vr) <= PAGE);
     }
 
   private:
     // Prefetches one line of each 4 KiB page that the rows touch, all pages at once and ahead of use. A TLB miss takes hundreds
     // of cycles, but several are served at a time; a prefetch that misses the TLB amid products would stall all that follows.
     // (Inlined by force, as `Ahead::ask` is.)
-    __attribute__((always_inline)) void look_up(int64_t k_bytes, int64_t v_bytes) const {
-        constexpr uintptr_t PAGE = 4096;
+    __attribute__((always_inline)) void look_up(int64_t k_bytes, int64_t v_bytes, bool whole) const {
         uintptr_t k_seen = 0, v_seen = 0;
-        auto of_row = [](const char *row, int64_t bytes, uintptr_t &seen) __attribute__((always_inline)) {
-            const uintptr_t first = (uintptr_t)row, last = (first + bytes - 1) / PAGE;
+        auto touch = [](const char *from, const char *to, uintptr_t &seen) __attribute__((always_inline)) {
+            const uintptr_t first = (uintptr_t)from, last = ((uintptr_t)to - 1) / PAGE;
             for (uintptr_t page = first / PAGE; page <= last; page++)
                 if (page != seen) __builtin_prefetch((const char *)most(first, page * PAGE)), seen = page;
         };
+        if (whole) {  // every page between the first row and the last
+            touch(k[0], k[n - 1] + k_bytes, k_seen);
+            touch(v[0], v[n - 1] + v_bytes, v_seen);
+            return;
+        }
         for (int j = 0; j < n; j++) {
-            of_row(k[j], k_bytes, k_seen);
-            of_row(v[j], v_bytes, v_seen);
+            touch(k[j], k[j] + k_bytes, k_seen);
+            touch(v[j], v[j] + v_bytes, v_seen);
         }
     }
     void open(const SfCall &c, const Packs &packs, int64_t number) {
@@ -222,10 +233,12 @@ struct PieceKeys {
             all = false;
         }
         if (!all) see[n] = by;
+        run = run && (!n || token[n - 1] + 1 == t);
         token[n++] = (int32_t)t;
     }
     void take_all(int64_t from, int64_t to) {
         const int some = (int)most<int64_t>(0, to - from);
+        run = run && (!n || !some || token[n - 1] + 1 == from);
         for (int j = 0; j < some; j++) token[n + j] = (int32_t)from + j;
         if (!all)
             for (int j = 0; j < some; j++) see[n + j] = q.real;

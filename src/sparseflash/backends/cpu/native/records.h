@@ -24,9 +24,8 @@ inline float read_item(const char *p, int32_t item, float scale) {
 }
 
 #if SF_MASKS
-// Loads the first `left` of 16 items, zeros for the rest. (No branch on `left`: it would be mispredicted half of the time.)
-template <int32_t ITEM> inline __m512 read_items(const char *p, int64_t left, float scale, bool halves) {
-    const __mmask16 some = (__mmask16)_bzhi_u32(0xffff, (uint32_t)least<int64_t>(left, 16));
+// Loads 16 items, of which `some` are wanted; the others are zeros, and not read.
+template <int32_t ITEM> inline __m512 read_items(const char *p, __mmask16 some, float scale, bool halves) {
     if (ITEM == SF_F32) return _mm512_maskz_loadu_ps(some, p);
     if (ITEM == SF_I8) {
         const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(some, p))) * scale;
@@ -42,47 +41,78 @@ template <class P> inline void put_items(typename P::Item *to, int64_t n, __m512
 }
 #endif
 
+// Whether a record may be read without looking at every item: it has no more bits than items, and 64 bytes behind its last
+// item belong to the tensor too, which ends at `end`.
+inline bool is_plain(const char *row, const SfRecord &r, int64_t bits, const char *end) {
+    int64_t count = bits ? 0 : r.kept;
+    for (int64_t i = 0; i < bits; i += 8) {
+        uint64_t word;
+        memcpy(&word, row + i, 8);
+        count += __builtin_popcountll(word);
+    }
+    return count <= r.kept && end - row >= r.bytes + 64;
+}
+
 // Expands a record to D items, and zeros up to `whole`. Bits beyond D, or beyond the stored items, are ignored.
 template <class P, int32_t ITEM>
-inline void expand_as(const char *row, const SfRecord &r, bool halves, int64_t D, typename P::Item *to, int64_t whole) {
+inline void expand_as(const char *row, const SfRecord &r, const char *end, bool halves, int64_t D, typename P::Item *to,
+                      int64_t whole) {
     const int64_t bits = record_bits(r, D), size = item_bytes(ITEM);
     const char *items = row + bits;
     float scale = 1;
     if (ITEM == SF_I8) memcpy(&scale, items, 4), items += 4;
-    int64_t left = r.kept;
-    for (int64_t d = 0; d < D; d += 64) {
+    int64_t left = r.kept, d = 0;
+#if SF_MASKS
+    const int64_t plain = D % 64 == 0 && is_plain(row, r, bits, end) ? D : 0;
+    for (; d < plain; d += 64) {  // the places of all four parts are known at once, and nothing has to be masked
         uint64_t word = ~0ull;
         if (bits) memcpy(&word, row + d / 8, 8);
-        const int64_t end = least<int64_t>(64, D - d);
-        if (end < 64) word &= (1ull << end) - 1;
+#pragma GCC unroll 4
+        for (int i = 0; i < 64; i += 16) {
+            const int64_t before = i ? __builtin_popcountll(word << (64 - i)) : 0;
+            const __m512 x = read_items<ITEM>(items + before * size, (__mmask16)~0, scale, halves);
+            uint16_t mine;  // (Read again: to shift a mask costs as much as to expand.)
+            if (bits) memcpy(&mine, row + (d + i) / 8, 2);
+            put_items<P>(to + d + i, 16, bits ? _mm512_maskz_expand_ps(mine, x) : x);
+        }
+        items += __builtin_popcountll(word) * size;
+    }
+#endif
+    for (; d < D; d += 64) {
+        uint64_t word = ~0ull;
+        if (bits) memcpy(&word, row + d / 8, 8);
+        const int64_t some = least<int64_t>(64, D - d);
+        if (some < 64) word &= (1ull << some) - 1;
 #if SF_MASKS
-        for (int64_t i = 0; i < end; i += 16, word >>= 16) {
-            const __mmask16 mine = (__mmask16)word;
-            put_items<P>(to + d + i, end - i, _mm512_maskz_expand_ps(mine, read_items<ITEM>(items, left, scale, halves)));
+        for (int64_t i = 0; i < some; i += 16, word >>= 16) {
+            // (No branch on `left`: it would be mispredicted half of the time.)
+            const __mmask16 mine = (__mmask16)word, there = (__mmask16)_bzhi_u32(0xffff, (uint32_t)least<int64_t>(left, 16));
+            put_items<P>(to + d + i, some - i, _mm512_maskz_expand_ps(mine, read_items<ITEM>(items, there, scale, halves)));
             const int64_t n = __builtin_popcount(mine);
             items += n * size;
             left = most<int64_t>(left - n, 0);
         }
 #else
-        memset(to + d, 0, end * sizeof *to);
+        memset(to + d, 0, some * sizeof *to);
         for (; word && left > 0; word &= word - 1, left--, items += size) {
             const float x = read_item(items, ITEM, scale);
             to[d + __builtin_ctzll(word)] = ITEM == SF_I8 && halves ? from_f16(to_f16(x)) : x;
         }
 #endif
     }
-    memset(to + D, 0, (whole - D) * sizeof *to);
+    if (whole > D) memset(to + D, 0, (whole - D) * sizeof *to);
 }
 
 // Expands n records: `from(i)` is the address of record i (null: zeros), `to(i)` that of its row.
 struct RecordRows {
     SfRecord record;
+    const char *end;  // of the tensor that the records belong to
     bool halves;  // rows are fp16: integer * scale is then rounded to fp16
     int64_t D, whole;
 
     template <class P, int32_t ITEM, class From, class To> void expand_all(int n, From from, To to) const {
         for (int i = 0; i < n; i++)
-            if (const char *row = from(i)) expand_as<P, ITEM>(row, record, halves, D, to(i), whole);
+            if (const char *row = from(i)) expand_as<P, ITEM>(row, record, end, halves, D, to(i), whole);
             else memset(to(i), 0, whole * sizeof(typename P::Item));
     }
     template <class P, class From, class To> void expand(int n, From from, To to) const {
