@@ -53,7 +53,7 @@ class Case:
 CASES = {
     "dense": Case(),
     "convolution": Case("gated-convolution"),
-    "look-ups": Case("lookups", {"penalty": 0.1}),
+    "look-ups": Case("lookups", {"lookups": LENGTH // 4, "penalty": 0.01}),
     "window of 128": Case("window", {"window": 128}),
     "random 128": Case(method=lambda seed: RandomKeys(128, seed)),
     "hash, 8 buckets": Case("hash-sparse", {"nb": 8}),
