@@ -579,6 +579,25 @@ LAYERS = {
 """Tables of what layers learn: heads, with the column of the file and its format."""
 
 
+def layers_clusters() -> str:
+    """Error of MuSe by form and clusters, and its time over exact attention, where sequences are longer."""
+    found = rows("layers-clusters")
+    counts = list(dict.fromkeys(row["clusters"] for row in found))
+    lengths = list(dict.fromkeys(row["T"] for row in found))
+    body = []
+    for model, layer, case in dict.fromkeys((row["model"], row["layer"], row["case"]) for row in found):
+        own = {(row["T"], row["clusters"]): row for row in found
+               if (row["model"], row["layer"], row["case"]) == (model, layer, case)}  # fmt: skip
+        errors = [f"{float(own[lengths[0], n]['error']):.1%}" for n in counts]
+        times = [f"{float(own[T, '64']['ratio']):.1f}x" if (T, "64") in own else "" for T in lengths]
+        plain = f"{float(own[lengths[0], counts[0]]['error_mean']):.0%}"
+        body.append([f"{model}, {layer}", case, plain, *errors, *times])
+    heads = [f"{n} clusters" for n in counts]
+    return table(
+        ["model, layer", "form", "mean alone", *heads, *(f"over exact, {int(T):,}" for T in lengths)], body
+    )
+
+
 def layers_lengths() -> str:
     """Bits per byte of models that were trained on short sequences, by length."""
     found = rows("layers-extrapolation")
@@ -1209,6 +1228,7 @@ BLOCKS = {
     "selection": selection,
     "prefill": prefill,
     "gates": gates,
+    "layers-clusters": layers_clusters,
     "layers-lengths": layers_lengths,
     **{f"layers-{part}": partial(by_seed, f"layers-{part}", columns) for part, columns in LAYERS.items()},
     "layers-recall": layers_recall,

@@ -42,7 +42,7 @@ def test_the_name_of_a_line_has_room():
 
 
 OWED = set(
-    "attention claim-mqar claim-smollm indexer layers-extrapolation layers-weights learned-indexer "
+    "attention claim-mqar claim-smollm indexer learned-indexer "
     "long-run masks pixels prompt-losses rates transformers".split()
 )
 """Files with rows of a changed tree, of a commit that is in no history, or of fewer than three rounds. A file

@@ -68,6 +68,7 @@ CASES = {
     "combiner, segments of 64": Case("combiner", {"segment": 64}),
     "dynamic mask of 128": Case("dynamic-mask-attention", {"window": 128}),
     "seqboat": Case("seqboat", {"window": 256}),
+    "seqboat, all active": Case("seqboat", {"window": 256}, lean=4.0),
     "dense, both ways": Case(objective="masked"),
     "combiner, both ways": Case("combiner", {"segment": 64}, objective="masked"),
     "window, both ways": Case("window", {"window": 128}, objective="masked"),

@@ -21,11 +21,8 @@ from .language import CASES, Case, active, trainer_of
 from .recall import counted
 
 LENGTH = 2048
-OWN = {
-    "seqboat, all active": Case("seqboat", {"window": 256}, lean=4.0),
-    "seqboat, few active": Case("seqboat", {"window": 256}, lean=-0.5),
-}
-NAMES = ("dense", "window of 128", "seqboat", *OWN, "look-ups", "convolution")
+OWN = {"seqboat, few active": Case("seqboat", {"window": 256}, lean=-0.5)}
+NAMES = ("dense", "window of 128", "seqboat", "seqboat, all active", *OWN, "look-ups", "convolution")
 """Cases of this task."""
 
 

@@ -79,4 +79,4 @@ def _run(key: Row, corpus: Corpus, short: Callable[[int], _Run]) -> Row:
     names = trainer.config.attention.split(",")
     kept = [1.0 if name == "dense" else (WINDOW + SINKS) / LONG for name in names]
     row |= {"bpb_short": trainer.validate(SHORT), "cache": sum(kept) / len(kept)}
-    return row | judged(trainer) | {"base": trainer.config.rope_base}
+    return row | {"far": judged(trainer)["far"], "base": trainer.config.rope_base}
