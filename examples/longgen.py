@@ -7,7 +7,9 @@
 The first and last thirds of the layers see a window and the first tokens; those in the middle see everything
 (Ge et al., arXiv 2410.01485). Only low-rank updates of the attention projections learn, by `peft`. Before
 and after, the loss of held-out text is that of the hybrid and of dense attention: so one can tell what the
-missing keys cost, what tuning gives back, and what any tuning on this text would have given.
+missing keys cost, what tuning gives back, and what any tuning on this text would have given. On Middlemarch,
+with --length 1024 --window 64, one thread, eight minutes: dense 3.365 and hybrid 3.547 nats before, 3.241 and
+3.313 after, with 39 % of the cache.
 """
 
 from __future__ import annotations
