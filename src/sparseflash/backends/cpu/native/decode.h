@@ -24,7 +24,7 @@ template <class T> struct RowsRead {
     const char *copies[T::KEYS];  // the rows in `own`
     SfView view;
     SfRecord record;
-    const char *end;  // of the tensor, if it holds records
+    uintptr_t end;  // address behind the tensor, if it holds records
     int32_t dtype;
     int64_t D, ld, sides, lines;  // items per head; padded with zeros; heads per row; cache lines per row
     bool in_place;
@@ -32,7 +32,7 @@ template <class T> struct RowsRead {
     bool make(const SfCall &c, const SfView &v, const SfRecord &r, int64_t D_, int64_t sides_, int64_t whole, bool ends) {
         view = v;
         record = r;
-        end = (const char *)v.data + r.bytes;
+        end = (uintptr_t)v.data + r.bytes;
         for (auto [n, stride] : {std::pair(c.Bk, v.batch), std::pair(c.Hkv, v.head), std::pair(c.Tk, v.row)})
             end += most<int64_t>((n - 1) * stride, 0);
         dtype = c.dtype;

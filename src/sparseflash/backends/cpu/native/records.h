@@ -43,19 +43,19 @@ template <class P> inline void put_items(typename P::Item *to, int64_t n, __m512
 
 // Whether a record may be read without looking at every item: it has no more bits than items, and 64 bytes behind its last
 // item belong to the tensor too, which ends at `end`.
-inline bool is_plain(const char *row, const SfRecord &r, int64_t bits, const char *end) {
+inline bool is_plain(const char *row, const SfRecord &r, int64_t bits, uintptr_t end) {
     int64_t count = bits ? 0 : r.kept;
     for (int64_t i = 0; i < bits; i += 8) {
         uint64_t word;
         memcpy(&word, row + i, 8);
         count += __builtin_popcountll(word);
     }
-    return count <= r.kept && end - row >= r.bytes + 64;
+    return count <= r.kept && (int64_t)(end - (uintptr_t)row) >= r.bytes + 64;
 }
 
 // Expands a record to D items, and zeros up to `whole`. Bits beyond D, or beyond the stored items, are ignored.
 template <class P, int32_t ITEM>
-inline void expand_as(const char *row, const SfRecord &r, const char *end, bool halves, int64_t D, typename P::Item *to,
+inline void expand_as(const char *row, const SfRecord &r, uintptr_t end, bool halves, int64_t D, typename P::Item *to,
                       int64_t whole) {
     const int64_t bits = record_bits(r, D), size = item_bytes(ITEM);
     const char *items = row + bits;
@@ -106,7 +106,7 @@ inline void expand_as(const char *row, const SfRecord &r, const char *end, bool 
 // Expands n records: `from(i)` is the address of record i (null: zeros), `to(i)` that of its row.
 struct RecordRows {
     SfRecord record;
-    const char *end;  // of the tensor that the records belong to
+    uintptr_t end;  // address behind the tensor that the records belong to
     bool halves;  // rows are fp16: integer * scale is then rounded to fp16
     int64_t D, whole;
 
