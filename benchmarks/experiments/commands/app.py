@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparseflash.bench.commands import bench
+
+if TYPE_CHECKING:
+    from sparseflash.bench.results import Row
+
+    from ..claim.rows import Job
 
 RESULTS = Path("benchmarks/results")
 Kept = Annotated[Path, typer.Option(help="CSV file of the rows; what else an existing one holds stays.")]
@@ -32,3 +39,14 @@ experiments = typer.Typer(
     "All cases of a table run in turn, the figure is the median; machine and versions stand in every row.",
 )
 experiments.registered_commands += bench.registered_commands
+
+
+def go_on(name: str, out: Path, jobs: Sequence[Job]) -> list[Row]:
+    """Measure the jobs that OUT has no row of, each saved as it is measured; all rows of OUT."""
+    from sparseflash.bench import results
+    from sparseflash.bench.session import watch
+
+    from ..claim.rows import measure, unfinished
+
+    there = list(results.read(out)) if out.is_file() else []
+    return watch(name, out, partial(measure, unfinished(jobs, there)), there)

@@ -10,7 +10,7 @@ import typer
 
 from sparseflash.bench.commands.app import Lengths, integers, known, lengths_of, words
 
-from .app import RESULTS, experiments
+from .app import RESULTS, experiments, go_on
 
 PARTS = ("smollm", "tuned", "mqar", "pairing", "steps")
 
@@ -37,17 +37,15 @@ def bench_claim(
     for what was said once, far back, pairing trains the paper's tied models on Wikipedia's XML, steps times
     training steps. Rows that OUT has are not measured again, but for steps, whose cases take turns.
     """
-    from sparseflash.bench import results
-    from sparseflash.bench.session import session, show, watch
+    from sparseflash.bench.session import session, show
     from sparseflash.train.data import named
 
     from .. import steps as steps_
-    from ..claim import measure, pairing, recall, smollm, tuning, unfinished
+    from ..claim import pairing, recall, smollm, tuning
     from ..claim import texts as texts_
 
     (part,) = known("part", PARTS, [part])
     out = out or RESULTS / f"claim-{part}.csv"
-    there = list(results.read(out)) if out.is_file() else []
     sizes, drawn = lengths_of(lengths), integers(seeds, "0,1")
     if part == "steps":
         timing = functools.partial(steps_.measure, named(""), attentions=steps_.WINDOWED, lengths=sizes)
@@ -71,7 +69,7 @@ def bench_claim(
             options = {"runs": runs, "steps": after, "seeds": drawn}
             names = names if cases else list(smollm.TUNED)
             jobs = [x for T in sizes for x in tuning.jobs(learnt, held, T=T, cases=names, **options)]
-    rows = watch("claim", out, functools.partial(measure, unfinished(jobs, there)), there)
+    rows = go_on("claim", out, jobs)
     if part == "mqar":
         show(rows, out, ("case", "seed", "density", "accuracy", "steps_95", "minutes_95", "steps"))
         print(

@@ -12,7 +12,7 @@ import typer
 from sparseflash.bench.commands.app import floats, integers, known, words
 from sparseflash.common.errors import SparseFlashError
 
-from .app import RESULTS, experiments
+from .app import RESULTS, experiments, go_on
 
 COLUMNS = {
     "recall": ("case", "lr", "seed", "accuracy", "pairs", "active", "steps", "seconds"),
@@ -66,11 +66,10 @@ def bench_layers(
     pooling is about jagged histories, times and a click model (3). accelerator counts cycles of a model,
     products times N:M products beside dense ones (1).
     """
-    from sparseflash.bench import results
-    from sparseflash.bench.session import session, show, watch
+    from sparseflash.bench.session import session, show
     from sparseflash.train.data import named
 
-    from ..claim.rows import Job, measure, unfinished
+    from ..claim.rows import Job
     from ..layers import (
         accelerator,
         clusters,
@@ -142,8 +141,7 @@ def bench_layers(
         raise SparseFlashError("weights learn from --images and --labels, in IDX format; give both")
     else:
         jobs = weights.jobs(read_idx(images), read_idx(labels), cases=names, seeds=drawn)
-    there = list(results.read(out)) if out.is_file() else []
-    rows = watch("layers", out, partial(measure, unfinished(jobs, there)), there)
+    rows = go_on("layers", out, jobs)
     show(rows, out, COLUMNS[part])
     if part == "language":
         print("\n".join(language.closed(rows)))

@@ -24,7 +24,7 @@ from sparseflash.bench.commands.app import (
     words,
 )
 
-from .app import RESULTS, Kept, experiments
+from .app import RESULTS, Kept, experiments, go_on
 
 if TYPE_CHECKING:
     from sparseflash.train import Corpus
@@ -90,17 +90,13 @@ def bench_pixels(
 
     Rows that OUT has are not measured again.
     """
-    from sparseflash.bench import results
-    from sparseflash.bench.session import show, watch
+    from sparseflash.bench.session import show
 
     from .. import pixels
-    from ..claim.rows import measure, unfinished
 
     names = known("cases", pixels.ATTENTIONS, words(cases, ";"))
     jobs = pixels.jobs(pixels.read_idx(images), cases=names, steps=steps, seed=seed)
-    there = list(results.read(out)) if out.is_file() else []
-    rows = watch("pixels", out, partial(measure, unfinished(jobs, there)), there)
-    show(rows, out, ("case", "perplexity", "bits", "active", "steps", "s_per_step"))
+    show(go_on("pixels", out, jobs), out, ("case", "perplexity", "bits", "active", "steps", "s_per_step"))
 
 
 @experiments.command("mqar", rich_help_panel=PANEL)

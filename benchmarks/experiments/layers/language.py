@@ -105,46 +105,55 @@ def trainer_of(case: Case, corpus: Corpus, base: TrainConfig) -> Trainer:
     return trainer
 
 
-def _run(key: Row, corpus: Corpus) -> Row:
-    case = CASES[key["case"]]
-    base = TrainConfig(
+def config(key: Row) -> TrainConfig:
+    """The setting that all cases of a row's task share."""
+    return TrainConfig(
         data="", length=key["T"], batch=BATCH, layers=2, width=128, heads=4, lr=4e-3, steps=key["steps"],
         seed=key["seed"], eval_sequences=16,
     )  # fmt: skip
-    trainer = trainer_of(case, corpus, base)
+
+
+def _run(key: Row, corpus: Corpus) -> Row:
+    case = CASES[key["case"]]
+    trainer = trainer_of(case, corpus, config(key))
     begin = time.perf_counter()
-    for _ in range(base.steps):
+    for _ in range(key["steps"]):
         trainer.step()
-    row: Row = {"ms_step": (time.perf_counter() - begin) * 1e3 / base.steps, "bpb": trainer.validate()}
+    row: Row = {"ms_step": (time.perf_counter() - begin) * 1e3 / key["steps"], "bpb": trainer.validate()}
     if case.objective == "next":
         row |= judged(trainer)
     return row | {"parameters": sum(p.numel() for p in trainer.model.parameters())}
 
 
-@torch.no_grad()
 def judged(trainer: Trainer) -> Row:
-    """Bits of the far slice, pairs and share of active tokens, on held-out text."""
-    model, length = trainer.model.eval(), trainer.config.length
-    far_bits: list[Tensor] = []
-    with counted() as found:
-        for tokens, targets in trainer.corpus.validation(length, trainer.config.eval_sequences):
-            logits = model(tokens)[0]
-            bits = F.cross_entropy(logits, targets[0], reduction="none") / math.log(2)
-            text = torch.cat([tokens[0], targets[0, -1:]])
-            far_bits.append(bits[far(text, context=CONTEXT)])
-            count = tokens.numel()
+    """Bits of the far slice of held-out text, beside what it cost (`looked`)."""
+    found: list[Tensor] = []
+
+    def note(tokens: Tensor, targets: Tensor, logits: Tensor) -> None:
+        bits = F.cross_entropy(logits, targets, reduction="none") / math.log(2)
+        found.append(bits[far(torch.cat([tokens, targets[-1:]]), context=CONTEXT)])
+
+    spent = looked(trainer, note)
+    bits = torch.cat(found)
+    return {"far": float(bits.mean()), "far_bytes": len(bits)} | spent
+
+
+@torch.no_grad()
+def looked(trainer: Trainer, note: Callable[[Tensor, Tensor, Tensor], None]) -> Row:
+    """Call note(tokens [T], targets [T], logits [T, 256]) for each held-out window; what that cost.
+
+    `pairs`: keys that a query is multiplied with; `active`: share of tokens that the last layer let attend,
+    if it chooses.
+    """
+    model, windows = trainer.model.eval(), trainer.config.eval_sequences
+    with counted() as pairs:
+        for tokens, targets in trainer.corpus.validation(trainer.config.length, windows):
+            note(tokens[0], targets[0], model(tokens)[0])
     model.train()
-    row: Row = {"far": float(torch.cat(far_bits).mean()), "far_bytes": len(torch.cat(far_bits))}
-    if found:
-        row["pairs"] = sum(found) / count / trainer.config.eval_sequences
-    return row | active(trainer)
-
-
-def active(trainer: Trainer) -> Row:
-    """The share of tokens that the last layer let attend at its last call, if it is one that chooses."""
-    layer = trainer.model.layers()[-1]
+    row: Row = {"pairs": sum(pairs) / windows / tokens.numel()} if pairs else {}
+    layer = model.layers()[-1]
     share = getattr(layer, "awake", getattr(layer, "kept", None))
-    return {"active": float(share)} if isinstance(share, Tensor) else {}
+    return row | ({"active": float(share)} if isinstance(share, Tensor) else {})
 
 
 def closed(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from sparseflash.bench.results import Row
-from sparseflash.train import Corpus, TrainConfig
+from sparseflash.train import Corpus
 
 from ..claim.rows import Job
-from .language import CASES, Case, active, trainer_of
-from .recall import counted
+from .language import CASES, Case, config, looked, trainer_of
 
 LENGTH = 2048
 OWN = {"seqboat, few active": Case("seqboat", {"window": 256}, lean=-0.5)}
@@ -75,30 +74,21 @@ def jobs(corpus: Answers, *, cases: Sequence[str], seeds: Sequence[int], steps: 
     return [Job(key, partial(_run, key, corpus)) for key in keys]
 
 
-@torch.no_grad()
 def _run(key: Row, corpus: Answers) -> Row:
-    base = TrainConfig(
-        data="", length=key["T"], batch=2, layers=2, width=128, heads=4, lr=4e-3, steps=key["steps"],
-        seed=key["seed"], eval_sequences=16,
-    )  # fmt: skip
-    trainer = trainer_of((CASES | OWN)[key["case"]], corpus, base)
-    with torch.enable_grad():
-        for _ in range(base.steps):
-            trainer.step()
-    model, right, deep = trainer.model.eval(), [], []
-    with counted() as found:
-        for tokens, targets in corpus.validation(base.length, base.eval_sequences):
-            asked = targets[0] != -100
-            right.append((model(tokens)[0].argmax(-1) == targets[0])[asked])
-            said = bytes(tokens[0].tolist()).decode()
-            deep += [
-                said[:at].rsplit("\n", 1)[-1].count("[") > 1 for at in asked.nonzero().flatten().tolist()
-            ]
-            count = tokens.numel()
+    trainer = trainer_of((CASES | OWN)[key["case"]], corpus, config(key))
+    for _ in range(key["steps"]):
+        trainer.step()
+    right: list[Tensor] = []
+    deep: list[bool] = []
+
+    def note(tokens: Tensor, targets: Tensor, logits: Tensor) -> None:
+        asked = targets != -100
+        right.append((logits.argmax(-1) == targets)[asked])
+        said = bytes(tokens.tolist()).decode()
+        lines = (said[:at].rsplit("\n", 1)[-1] for at in asked.nonzero().flatten().tolist())
+        deep.extend(line.count("[") > 1 for line in lines)
+
+    spent = looked(trainer, note)
     hit, nested = torch.cat(right).double(), torch.tensor(deep)
-    row: Row = {"accuracy": float(hit.mean()), "answers": len(hit)}
-    if nested.any():
-        row["nested"] = float(hit[nested].mean())
-    if found:
-        row["pairs"] = sum(found) / count / base.eval_sequences
-    return row | active(trainer)
+    row: Row = {"accuracy": float(hit.mean()), "answers": len(hit), "nested": float(hit[nested].mean())}
+    return row | spent
