@@ -561,13 +561,6 @@ LAYERS = {
         "pairs a query": ("pairs", ".0f"),
         "active": ("active", ".0%"),
     },
-    "long": {
-        "loss": ("loss", ".3f"),
-        "bits per byte": ("bpb", ".3f"),
-        "with exact attention": ("bpb_exact", ".3f"),
-        "ms a step": ("ms_step", ",.0f"),
-        "ms of an attention": ("ms_attention", ",.0f"),
-    },
     "longer": {
         "bits at 4,096": ("bpb", ".3f"),
         "far ones": ("far", ".3f"),
